@@ -1,0 +1,53 @@
+"""The nouns of the checkpoint layer: a readable file, a stored tensor, a tensor still to be written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from streamconv.dtypes import Dtype
+from streamconv.storage.base import SourceFile
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, type and shape of one tensor: all that is known before its bytes exist."""
+
+    name: str
+    dtype: Dtype
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a checkpoint and where its bytes are: `offset` counts from the start of the file."""
+
+    name: str
+    dtype: Dtype
+    shape: Shape
+    file: SourceFile
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.name, self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file: `header_sha256` covers the header bytes as they stand in the file."""
+
+    file: SourceFile
+    header_sha256: str
+    metadata: Mapping[str, str]

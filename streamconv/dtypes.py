@@ -1,0 +1,67 @@
+"""The one table of element types: safetensors code, torch dtype, bytes per item.
+
+Codes are those of the safetensors format (`safetensors/src/tensor.rs`, enum `Dtype`). Sub-byte types
+(F4, F6) have no whole number of bytes per item and are left out: a header that uses them is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Dtype:
+    """An element type of a stored tensor. `name` is how config.json spells it (`bfloat16`)."""
+
+    code: str
+    torch: torch.dtype
+    itemsize: int
+
+    @property
+    def name(self) -> str:
+        return str(self.torch).removeprefix("torch.")
+
+    @property
+    def is_float(self) -> bool:
+        return self.torch.is_floating_point
+
+    def __str__(self) -> str:
+        return self.code
+
+
+DTYPES: Mapping[str, Dtype] = MappingProxyType(
+    {
+        code: Dtype(code, dtype, dtype.itemsize)
+        for code, dtype in {
+            "BOOL": torch.bool,
+            "U8": torch.uint8,
+            "I8": torch.int8,
+            "F8_E4M3": torch.float8_e4m3fn,
+            "F8_E5M2": torch.float8_e5m2,
+            "F8_E8M0": torch.float8_e8m0fnu,
+            "U16": torch.uint16,
+            "I16": torch.int16,
+            "F16": torch.float16,
+            "BF16": torch.bfloat16,
+            "U32": torch.uint32,
+            "I32": torch.int32,
+            "F32": torch.float32,
+            "U64": torch.uint64,
+            "I64": torch.int64,
+            "F64": torch.float64,
+            "C64": torch.complex64,
+        }.items()
+    }
+)
+
+U8, F16, BF16, F32 = (DTYPES[code] for code in ("U8", "F16", "BF16", "F32"))
+
+# What a dense weight may be: the types a LoRA merge reads, adds to and rounds to.
+DENSE: Mapping[str, Dtype] = MappingProxyType({dtype.name: dtype for dtype in (F32, F16, BF16)})

@@ -1,0 +1,120 @@
+"""What a format is: how one weight becomes tensors, and tensors a weight again.
+
+A *weight* is one parameter of the model, however many *parts* (stored tensors) hold it. One part, the
+*main* part, is read and written in row tiles; the others (scales, tables, a JSON state) are at most 1/16 of
+the 16-bit size, and are kept whole while the weight is worked on.
+
+Work is done in *cells* of `CELL_ROWS` consecutive rows at full width. 64 rows of any width are a multiple of
+64 elements, so a bitsandbytes block never straddles two cells, and the maths of a cell never depends on how
+many cells a tile holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from streamconv.checkpoint.index import CheckpointIndex
+from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
+from streamconv.dtypes import Dtype
+from streamconv.grids import Grid
+
+CELL_ROWS = 64
+
+Json = dict[str, Any]
+
+
+class Decoder(Protocol):
+    """How a stored weight is read. Plain data found in headers; `main` names the part read in row tiles."""
+
+    @property
+    def main(self) -> str: ...
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid its codes lie on; None for dense storage."""
+
+    def row_offset(self, row: int) -> int:
+        """Bytes of the main part before `row`; `row` is a multiple of CELL_ROWS, or the number of rows."""
+
+    def scales(self, side: Mapping[str, Tensor]) -> Tensor | None:
+        """Effective float32 scale of every block, from the other parts; None for dense storage."""
+
+    def codes(self, raw: Tensor, rows: range) -> Tensor:
+        """Codes (uint8, one an element, flat) of `rows` from their bytes in the main part."""
+
+    def decode(self, raw: Tensor, rows: range, scales: Tensor | None, out: Tensor) -> Tensor:
+        """Write what a loader would see of `rows` to `out` (float32 [rows, columns]); return it.
+
+        `raw` holds just the bytes of these rows (uint8, flat). Values are those the loader's library
+        dequantizes to, its cast to the weight's own dtype included.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One parameter of the model as a checkpoint stores it; `shape` and `dtype` are the decoded ones."""
+
+    name: str
+    shape: Shape
+    dtype: Dtype
+    format: str
+    decoder: Decoder
+    parts: Mapping[str, StoredTensor]
+
+
+class Encoder(Protocol):
+    """How one weight will be stored. Made when planning; knows every part's name, type and shape."""
+
+    @property
+    def grid(self) -> Grid | None: ...
+
+    @property
+    def parts(self) -> tuple[TensorSpec, ...]:
+        """In file order: the main part first, then those that `finish` returns."""
+
+    def row_offset(self, row: int) -> int:
+        """Bytes of the main part before `row`, as for Decoder."""
+
+    def pack(self, values: Tensor, out: Tensor) -> None:
+        """Write the main part's bytes of a cell to `out` (uint8, flat).
+
+        `values` are uint8 codes (flat) if there is a grid, else the float32 cell, rounded here once.
+        """
+
+    def effective_scales(self, scales: Tensor) -> Tensor:
+        """What a loader will multiply codes by when `scales` (float32, one a block) have been stored."""
+
+    def finish(self, scales: Tensor | None, kept: Mapping[str, Tensor] | None) -> tuple[bytes, ...]:
+        """Bytes of the parts after the main part, in the order and lengths of `parts`.
+
+        `scales` are float32, one a block, as the rounding chose them. `kept` are the side parts of the base
+        weight where it has this very format and its scales stay: they are then written as they are, because
+        rounding nested scales a second time would move them.
+        """
+
+
+class Format(Protocol):
+    """One row of the table that `streamconv formats` prints; see FORMATS in `formats/__init__.py`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def bits_per_weight(self) -> float: ...
+
+    @property
+    def loaders(self) -> str:
+        """Which programs open it, in a few words."""
+
+    def find(self, index: CheckpointIndex) -> Sequence[Weight]:
+        """Weights of this format in a checkpoint, from headers, config and small state tensors only."""
+
+    def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Encoder:
+        """How to store a weight; raises UnsupportedError where this format cannot hold such a shape."""
+
+    def quantization_config(self, dtype: Dtype, skipped: Sequence[str]) -> Json | None:
+        """The `quantization_config` a loader needs; `skipped` are module paths left in 16 bit. None if dense."""

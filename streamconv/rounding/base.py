@@ -1,0 +1,43 @@
+"""What a rounding is: how the codes of a cell are chosen from values that lie between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from streamconv.grids import Grid
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What may be known of a cell besides its target. All tensors are flat, one entry an element or a block.
+
+    `codes`  uint8: the base's own codes, where the base lies on this grid; else None.
+    `scales` float32, one a block: the effective scales to use, already fixed; None: choose them.
+    `delta`  float32: target minus what the base decodes to.
+    `noise`  float32 in [0, 1): one number an element, for roundings that ask for it.
+    """
+
+    codes: Tensor | None
+    scales: Tensor | None
+    delta: Tensor
+    noise: Tensor | None
+
+
+class Rounding(Protocol):
+    """One row of ROUNDINGS in `rounding/__init__.py`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs_noise(self) -> bool: ...
+
+    @property
+    def keeps_scales(self) -> bool:
+        """Whether the base's own scales stay, where the base lies on the output's grid."""
+
+    def choose(self, target: Tensor, grid: Grid, context: Context) -> tuple[Tensor, Tensor]:
+        """Codes (uint8, one an element) and scales (float32, one a block) for `target` (float32, flat)."""
