@@ -1,0 +1,160 @@
+"""A checkpoint folder on a local or mounted disk, the Hub's cache included.
+
+The cache keeps a model as `models--org--name/snapshots/<commit>/<file>`, every file a link to
+`../../blobs/<id>`, where the id is the content's hash (huggingface_hub docs, "Understand caching"). To ask
+that a file lie in the model's folder would refuse every cached model; so a link may lead anywhere inside the
+folder, or inside the same `models--org--name`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamconv.errors import CheckpointError
+from streamconv.storage.base import SourceFile
+
+_DRIVE = re.compile(r"[A-Za-z]:")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFolder:
+    """The folder `path` (absolute, links resolved), which the user called `location`."""
+
+    location: str
+    path: Path
+
+    def names(self) -> tuple[str, ...]:
+        """Names of all entries that are not folders, sorted; `file` says what is wrong with an odd one."""
+        try:
+            with os.scandir(self.path) as entries:
+                return tuple(sorted(entry.name for entry in entries if not entry.is_dir()))
+        except OSError as error:
+            raise CheckpointError(f"{self.location}: cannot be listed: {error.strerror}") from error
+
+    def file(self, name: str) -> SourceFile:
+        """The file `name`, which may lie in a subfolder (`shards/a.safetensors`). Opens nothing."""
+        _check_name(name, self.location)
+        real = self._resolve(name)
+        repo = None if real.is_relative_to(self.path) else _cache_repo(self.path)
+        if not real.is_relative_to(repo or self.path):
+            raise CheckpointError(
+                f"{self.location}: {name} is a link that leads outside the folder, to {real};"
+                " put the file itself there, or give the folder it lies in"
+            )
+        found = self._stat(real, name)
+        in_blobs = repo is not None and real.parent == repo / "blobs"
+        version = f"blob:{real.name}" if in_blobs else f"mtime:{found.st_mtime_ns}"
+        return SourceFile(name, str(real), found.st_size, version)
+
+    def read_bytes(self, name: str, limit: int) -> bytes:
+        """The whole content of a small file. Raises CheckpointError if it is longer than `limit` bytes."""
+        file = self.file(name)
+        if file.size > limit:
+            raise CheckpointError(
+                f"{self.location}: {name} has {file.size} bytes, more than the {limit} such a file may have"
+            )
+        with open(open_file(file), "rb") as stream:
+            return stream.read(limit)
+
+    def _resolve(self, name: str) -> Path:
+        path = self.path / name
+        try:
+            return Path(os.path.realpath(path, strict=True))
+        except FileNotFoundError as error:
+            if path.is_symlink():
+                raise CheckpointError(
+                    f"{self.location}: {name} is a link to a file that is not there; complete the download"
+                ) from error
+            raise CheckpointError(f"{self.location}: {name} is missing") from error
+        except OSError as error:  # a loop of links, a name too long, no permission
+            raise CheckpointError(f"{self.location}: {name} cannot be read: {error.strerror}") from error
+
+    def _stat(self, real: Path, name: str) -> os.stat_result:
+        try:
+            found = real.stat()
+        except OSError as error:
+            raise CheckpointError(f"{self.location}: {name} cannot be read: {error.strerror}") from error
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(
+                f"{self.location}: {name} must be a regular file, found {_kind(found.st_mode)}"
+            )
+        return found
+
+
+def open_folder(location: str) -> LocalFolder:
+    """The folder that `location` names; `~` is expanded. Raises CheckpointError if it is not a folder."""
+    try:
+        path = Path(location).expanduser()
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{location}: no such folder") from error
+    except OSError as error:
+        raise CheckpointError(f"{location}: cannot be opened: {error.strerror}") from error
+    except (ValueError, RuntimeError) as error:  # a NUL in the name; `~` of an unknown user
+        raise CheckpointError(f"{location!r} cannot be a folder: {error}") from error
+    if stat.S_ISDIR(mode):
+        return LocalFolder(location, path.resolve())
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{location} is one file of a checkpoint; give its folder: {path.parent}")
+    raise CheckpointError(f"{location} must be a folder with a checkpoint, found {_kind(mode)}")
+
+
+def open_file(file: SourceFile) -> int:
+    """A read-only descriptor of `file`; raises CheckpointError if it is no longer what was planned with."""
+    # Should a FIFO have taken the file's place, opening it without O_NONBLOCK would wait for a writer.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        descriptor = os.open(file.path, flags)
+    except OSError as error:
+        raise CheckpointError(f"{file.name} cannot be opened: {error.strerror} ({file.path})") from error
+    try:
+        check_unchanged(file, os.fstat(descriptor))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def check_unchanged(file: SourceFile, found: os.stat_result) -> None:
+    """Raise CheckpointError unless `found` is a regular file of the planned size and modification time."""
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{file.name} must be a regular file, found {_kind(found.st_mode)}")
+    same_time = not file.version.startswith("mtime:") or file.version == f"mtime:{found.st_mtime_ns}"
+    if found.st_size != file.size or not same_time:
+        raise CheckpointError(
+            f"{file.name} changed while it was in use: it had {file.size} bytes, now it has {found.st_size}"
+            f" and modification time {found.st_mtime_ns} ns (was {file.version}); start again"
+        )
+
+
+def _check_name(name: str, location: str) -> None:
+    """Names come from an index that anyone may have written: decide by the text alone, before any access."""
+    parts = name.split("/")
+    bad = "\\" in name or _DRIVE.match(name) or _UNPRINTABLE.search(name)
+    if bad or any(part in {"", ".", ".."} for part in parts):
+        raise CheckpointError(f"{location}: {name!r} is not a file name inside the folder; refused")
+
+
+def _cache_repo(folder: Path) -> Path | None:
+    """The `models--org--name` folder around a snapshot; None outside the Hub's cache."""
+    for path in (folder, *folder.parents):
+        if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+            return path.parent.parent
+    return None
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFREG: "a file",
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFBLK: "a block device",
+        stat.S_IFCHR: "a character device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "something else")
