@@ -6,6 +6,7 @@ short while in use is an error here, where a mapped one would end the process wi
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import OrderedDict
 from typing import Self
@@ -43,7 +44,7 @@ class TensorReader:
 
         Raises CheckpointError if the file cannot be read, was cut short, or is not the one planned with.
         """
-        view = buffer.cast("B")
+        view = flat_bytes(buffer)
         if start < 0 or start + len(view) > tensor.nbytes:
             raise ValueError(f"{tensor.name}: bytes {start} to {start + len(view)} of {tensor.nbytes}")
         where = f"{tensor.file.name}: tensor {tensor.name}"
@@ -63,7 +64,7 @@ class TensorReader:
         """Let the kernel forget these bytes of the tensor: they will not be read again."""
         offset = tensor.offset + start
         # Only whole pages are dropped; the page that the last range ended in is done with now.
-        _advise(self._descriptor(tensor.file), offset - offset % _PAGE, offset % _PAGE + length, "DONTNEED")
+        advise(self._descriptor(tensor.file), offset - offset % _PAGE, offset % _PAGE + length, "DONTNEED")
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file that was read has another size or modification time by now."""
@@ -86,7 +87,7 @@ class TensorReader:
             os.close(self._open.popitem(last=False)[1])
         descriptor = self._open[file.path] = open_file(file)
         self._used.setdefault(file.path, (file, os.fstat(descriptor).st_mtime_ns))
-        _advise(descriptor, 0, 0, "SEQUENTIAL")
+        advise(descriptor, 0, 0, "SEQUENTIAL")
         return descriptor
 
 
@@ -113,7 +114,13 @@ def read_exactly(descriptor: int, offset: int, buffer: memoryview, where: str) -
         done += count
 
 
-def _advise(descriptor: int, offset: int, length: int, advice: str) -> None:
-    """Advice only: absent on macOS, and file systems may refuse it."""
+def flat_bytes(buffer: memoryview) -> memoryview:
+    """The same memory as a flat run of bytes. (`cast` alone refuses an empty view of two axes.)"""
+    return buffer.cast("B") if buffer.nbytes else memoryview(b"")
+
+
+def advise(descriptor: int, offset: int, length: int, advice: str) -> None:
+    """posix_fadvise `SEQUENTIAL` or `DONTNEED`. Advice only: macOS has none, file systems may refuse it."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset, length, getattr(os, f"POSIX_FADV_{advice}"))
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, offset, length, getattr(os, f"POSIX_FADV_{advice}"))
