@@ -1,0 +1,185 @@
+"""Which PEFT methods can be merged, and how an adapter is read so that nothing of it is left over."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from streamconv.adapters.base import Adapter, Parameter, Replace, Tie, Update
+from streamconv.adapters.config import AdapterConfig, read_config
+from streamconv.adapters.lora import LoraUpdate, read_lora
+from streamconv.adapters.saved import check_saved, read_saved, settle_tie
+from streamconv.adapters.scan import Scan, scan_tensors
+from streamconv.adapters.source import Base, Source, by_key
+from streamconv.adapters.targets import check_targets
+from streamconv.checkpoint.index import read_index
+from streamconv.errors import AdapterError, UnsupportedError
+from streamconv.storage.base import Storage
+
+Reader = Callable[[Source, Base], tuple[Update, ...]]
+
+
+def read_adapter(
+    storage: Storage, parameters: Mapping[str, Parameter], base_config: Mapping[str, Any], tie: Tie | None
+) -> Adapter:
+    """The adapter in `storage`, checked against the base it is for; reads its tensors once, in chunks.
+
+    `tie` says what the base's config ties. Raises AdapterError where adapter and base do not fit or something
+    in the file would not be used, UnsupportedError for methods and variants that are not built,
+    CheckpointError where a file is broken.
+    """
+    config = read_config(storage)
+    read_updates = find_reader(config)
+    stored = read_index(storage, stem="adapter_model", require_config=False).tensors
+    source = Source(storage.location, config, by_key(storage.location, stored.values()))
+    base = Base(parameters, base_config, tie)
+
+    updates = read_updates(source, base)
+    updated = frozenset(update.parameter for update in updates)
+    taken = {tensor.name for update in updates for tensor in update.parts.values()}
+    rest = [key for key, tensor in source.tensors.items() if tensor.name not in taken]
+    replaces = read_saved(source, base, rest, updated)
+    taken |= {replace.tensor.name for replace in replaces}
+    _check_leftovers(source, base, [key for key in rest if source.tensors[key].name not in taken])
+    modules = [_module(update.parameter) for update in updates]
+    check_targets(config, modules, [_module(replace.parameter) for replace in replaces])
+    check_saved(config, base, replaces)
+
+    scan = scan_tensors(config.raw, stored.values())
+    _check_effect(source, updates, replaces, scan)
+    replaces, untie = settle_tie(tie, config, replaces, updated, scan.digests)
+    counts = Counter(module.rpartition(".")[2] for module in sorted(set(modules)))
+    return Adapter(
+        location=storage.location,
+        peft_type=config.peft_type,
+        config=config.fields,
+        updates=updates,
+        replaces=replaces,
+        untie=untie,
+        modules=MappingProxyType(dict(counts)),
+        sha256=scan.sha256,
+    )
+
+
+def find_reader(config: AdapterConfig) -> Reader:
+    """The reader of the config's `peft_type`. Raises UnsupportedError with the reason where there is none."""
+    name = config.peft_type
+    if name in ADAPTERS:
+        return ADAPTERS[name]
+    if name in NO_WEIGHTS:
+        raise UnsupportedError(
+            f"{config.name}: a {name} adapter cannot be merged: {NO_WEIGHTS[name]}, so no merged weights are"
+            " equal to it; serve it unmerged, with PEFT"
+        )
+    if name in NOT_BUILT:
+        raise UnsupportedError(
+            f"{config.name}: {name} adapters are not supported yet{NOT_BUILT[name]}; merge it with PEFT's"
+            " merge_and_unload, which needs the whole model in memory"
+        )
+    raise UnsupportedError(
+        f"{config.name}: the peft_type {name!r} is not known here; supported are {', '.join(ADAPTERS)}"
+    )
+
+
+def _module(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _check_leftovers(source: Source, base: Base, keys: Iterable[str]) -> None:
+    """Raise AdapterError if some tensors of the file would not be used."""
+    names = [source.tensors[key].name for key in keys]
+    if not names:
+        return
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    reason = "their names are none that PEFT gives to tensors of this adapter"
+    if any(base.find(key) is not None for key in keys):
+        reason = (
+            "they hold whole parameters, which modules_to_save does not list; PEFT saves embeddings so after"
+            " the vocabulary was resized: add their modules to modules_to_save to replace the base's"
+        )
+    raise AdapterError(f"{source.location}: {len(names)} tensors would not be used: {shown}; {reason}")
+
+
+def _check_effect(source: Source, updates: Iterable[Update], replaces: Iterable[Replace], scan: Scan) -> None:
+    """Raise AdapterError if the merge would change nothing: the adapter was saved before it was trained."""
+    if any(True for _ in replaces) or not all(_is_zero(update, scan) for update in updates):
+        return
+    raise AdapterError(
+        f"{source.location}: every update is zero (all lora_B, or all lora_A, or alpha), so the merge would"
+        " change nothing; this adapter was never trained, or its training was not saved"
+    )
+
+
+def _is_zero(update: Update, scan: Scan) -> bool:
+    if not isinstance(update, LoraUpdate):
+        return False
+    factors = (update.parts["lora_A"].name, update.parts["lora_B"].name)
+    return update.scaling == 0 or not scan.zero.isdisjoint(factors)
+
+
+ADAPTERS: Mapping[str, Reader] = MappingProxyType({"LORA": read_lora})
+
+_FROM_BASE_SVD = ": its factors come from a decomposition of the base weight"
+_FROM_SEED = ": its projections are drawn anew from a seed"
+
+# Known to PEFT 0.21.2 or an earlier version, with a weight-space merge that is not built; the note says more.
+NOT_BUILT: Mapping[str, str] = MappingProxyType(
+    {
+        "ADALORA": "",
+        "ADAMSS": _FROM_BASE_SVD,
+        "BEFT": "",
+        "BOFT": "",
+        "BONE": ", nor is MISS, its later name",
+        "C3A": "",
+        "DEFT": "",
+        "DELORA": "",
+        "FOURIERFT": _FROM_SEED,
+        "FROD": _FROM_BASE_SVD,
+        "GLORA": "",
+        "GRALORA": "",
+        "HIRA": "",
+        "HRA": "",
+        "IA3": "",
+        "LN_TUNING": "",
+        "LOHA": "",
+        "LOKR": "",
+        "MISS": "",
+        "OFT": "",
+        "OSF": _FROM_BASE_SVD,
+        "PEANUT": "",
+        "PSOFT": _FROM_BASE_SVD,
+        "PVERA": _FROM_SEED,
+        "RANDLORA": _FROM_SEED,
+        "ROAD": "",
+        "SHIRA": "",
+        "SUPERTUNING": "",
+        "TINYLORA": _FROM_SEED,
+        "TRAINABLE_TOKENS": "",
+        "UNILORA": _FROM_SEED,
+        "VBLORA": "",
+        "VERA": _FROM_SEED,
+        "WAVEFT": _FROM_SEED,
+    }
+)
+
+_VIRTUAL_TOKENS = "it puts virtual tokens before the input"
+_ROUTING = "it chooses among weights for each input"
+
+NO_WEIGHTS: Mapping[str, str] = MappingProxyType(
+    {
+        "ADAPTION_PROMPT": "it adds gated attention to prompts of its own",
+        "ALORA": "it works only after its invocation tokens",
+        "CARTRIDGE": "it puts learned keys and values before the input",
+        "CPT": _VIRTUAL_TOKENS,
+        "LILY": _ROUTING,
+        "MULTITASK_PROMPT_TUNING": _VIRTUAL_TOKENS,
+        "POLY": _ROUTING,
+        "PREFIX_TUNING": "it puts learned keys and values before the input",
+        "PROMPT_TUNING": _VIRTUAL_TOKENS,
+        "P_TUNING": _VIRTUAL_TOKENS,
+        "SHADOW": "it runs a second network beside the model",
+        "XLORA": _ROUTING,
+    }
+)

@@ -1,0 +1,174 @@
+"""adapter_config.json, read strictly: every field is known and used, harmless, or refused by name.
+
+Fields are those of PEFT 0.21.2 (`peft/config.py`, `peft/tuners/*/config.py`) and of its earlier versions.
+PEFT adds variants of a method as new fields, so an unknown field that is not empty may change the maths.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeGuard
+
+from streamconv.checkpoint.strict_json import parse_object, shown
+from streamconv.errors import AdapterError, CheckpointError, UnsupportedError
+from streamconv.storage.base import Storage
+
+CONFIG_NAME = "adapter_config.json"
+_MAX_CONFIG_BYTES = 32_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A field that a reader uses, or that has no effect once the tensors exist."""
+
+
+@dataclass(frozen=True, slots=True)
+class Neutral:
+    """A field that would change the maths: it must be empty or one of `values`, else refused for `reason`."""
+
+    reason: str
+    values: tuple[str | bool, ...] = ()
+
+    def allows(self, value: object) -> bool:
+        # By type as well: 1 == True, and neither stands for the other here.
+        return is_empty(value) or any(type(value) is type(ok) and value == ok for ok in self.values)
+
+
+Rule = Known | Neutral
+
+USED = Known()
+NO_EFFECT = Known()
+
+# PeftConfig and the fields that every tuner shares.
+COMMON_FIELDS: Mapping[str, Rule] = MappingProxyType(
+    {
+        "peft_type": USED,
+        "target_modules": USED,
+        "modules_to_save": USED,
+        "ensure_weight_tying": USED,
+        "task_type": NO_EFFECT,
+        "auto_mapping": NO_EFFECT,
+        "peft_version": NO_EFFECT,
+        "base_model_name_or_path": NO_EFFECT,
+        "revision": NO_EFFECT,
+        "inference_mode": NO_EFFECT,
+        # These chose the modules when training began; which were chosen is in the tensors.
+        "exclude_modules": NO_EFFECT,
+        "layers_to_transform": NO_EFFECT,
+        "layers_pattern": NO_EFFECT,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """The fields of one adapter_config.json; `name` is what messages call it, `raw` its bytes."""
+
+    name: str
+    fields: Mapping[str, Any]
+    raw: bytes
+
+    @property
+    def peft_type(self) -> str:
+        """As registered: PEFT writes `LORA`, some tools `lora`."""
+        return self.text("peft_type").upper()
+
+    def text(self, field: str) -> str:
+        value = self.fields.get(field)
+        return value if isinstance(value, str) and value else self._refuse(field, "a name")
+
+    def flag(self, field: str) -> bool:
+        value = self.fields.get(field)
+        if value is None:
+            return False
+        return value if isinstance(value, bool) else self._refuse(field, "true or false")
+
+    def rank(self, field: str) -> int:
+        value = self.fields.get(field)
+        return value if is_rank(value) else self._refuse(field, "a positive whole number")
+
+    def number(self, field: str) -> float:
+        value = self.fields.get(field)
+        return float(value) if is_number(value) else self._refuse(field, "a number")
+
+    def names(self, field: str) -> tuple[str, ...]:
+        """A list of non-empty strings; null and a missing field are the empty list."""
+        value = self.fields.get(field)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
+            self._refuse(field, "a list of names")
+        return tuple(value)
+
+    def pattern(self, field: str, number: type[int] | type[float]) -> Mapping[str, Any]:
+        """A mapping from regular expressions to ranks (`int`) or alphas (`float`), in file order."""
+        value = self.fields.get(field)
+        if value is None:
+            return MappingProxyType({})
+        fits = is_rank if number is int else is_number
+        if not isinstance(value, dict) or not all(fits(entry) for entry in value.values()):
+            self._refuse(field, "an object of numbers by pattern")
+        return MappingProxyType(value)
+
+    def _refuse(self, field: str, expected: str) -> Any:
+        found = shown(self.fields[field]) if field in self.fields else "nothing"
+        raise AdapterError(f"{self.name}: {field} must be {expected}, found {found}")
+
+
+def read_config(storage: Storage) -> AdapterConfig:
+    """The adapter's config, strict JSON. Raises AdapterError where it is missing or broken."""
+    if CONFIG_NAME not in storage.names():
+        raise AdapterError(_missing(storage))
+    name = f"{storage.location}: {CONFIG_NAME}"
+    raw = storage.read_bytes(CONFIG_NAME, _MAX_CONFIG_BYTES)
+    try:
+        return AdapterConfig(name, MappingProxyType(parse_object(raw, name)), raw)
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from error
+
+
+def check_fields(config: AdapterConfig, rules: Mapping[str, Rule]) -> None:
+    """Raise UnsupportedError for the first field that could change the maths in a way not built here."""
+    for field, value in config.fields.items():
+        match rules.get(field):
+            case Known():
+                continue
+            case Neutral() as rule if not rule.allows(value):
+                raise UnsupportedError(f"{config.name}: {field} is {shown(value)}: {rule.reason}")
+            case None if not is_empty(value):
+                raise UnsupportedError(
+                    f"{config.name}: the field {shown(field)} ({shown(value)}) is not known here and may"
+                    " change what a merge must do; if it has no effect on the weights, remove it from the"
+                    " file"
+                )
+
+
+def is_empty(value: object) -> bool:
+    """Whether a field says no more than if it were absent."""
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    # JSON has integers that no float can hold; NaN is greater and less than nothing.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_rank(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _missing(storage: Storage) -> str:
+    """What is there instead: people give the base model, or the folder above the checkpoints."""
+    where = f"{storage.location}: {CONFIG_NAME} is missing"
+    if "config.json" in storage.names():
+        return f"{where}, and config.json is there: this is a model, not an adapter; give it with --base"
+    parent = Path(storage.location).expanduser()
+    found = sorted(path.parent for path in parent.glob(f"checkpoint-*/{CONFIG_NAME}"))
+    if found:
+        listed = ", ".join(str(path) for path in found[:5]) + (", ..." if len(found) > 5 else "")
+        return f"{where}, but there are {len(found)} adapters in folders below; give one of them: {listed}"
+    return f"{where}; give the folder of a PEFT adapter, with {CONFIG_NAME} and adapter_model.safetensors"

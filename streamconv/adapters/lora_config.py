@@ -1,0 +1,122 @@
+"""The fields of PEFT's LoraConfig (0.21.2, `peft/tuners/lora/config.py`), and what each means for a merge."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from streamconv.adapters.config import (
+    COMMON_FIELDS,
+    NO_EFFECT,
+    USED,
+    AdapterConfig,
+    Neutral,
+    Rule,
+    check_fields,
+)
+from streamconv.errors import AdapterError
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """What the merge needs of a LoraConfig. Patterns are regular expressions, the first match wins."""
+
+    name: str
+    r: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    use_dora: bool
+    fan_in_fan_out: bool
+
+    def rank(self, module: str) -> int:
+        return self.rank_pattern.get(self._first_match(self.rank_pattern, module), self.r)
+
+    def scaling(self, module: str, rank: int) -> float:
+        """alpha / r, or alpha / √r for rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
+        alpha = self.alpha_pattern.get(self._first_match(self.alpha_pattern, module), self.alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def _first_match(self, patterns: Iterable[str], module: str) -> str:
+        """`get_pattern_key` of `peft/utils/other.py`: a pattern may leave out the top of the path."""
+        for pattern in patterns:
+            try:
+                if re.match(rf"(.*\.)?({pattern})$", module):
+                    return pattern
+            except re.error as error:
+                raise AdapterError(
+                    f"{self.name}: {pattern!r} in rank_pattern or alpha_pattern is not a regular expression:"
+                    f" {error}"
+                ) from error
+        return module
+
+
+def read_settings(config: AdapterConfig) -> LoraSettings:
+    """Raises UnsupportedError for a variant that is not built, AdapterError for a field of a wrong type."""
+    check_fields(config, LORA_FIELDS)
+    return LoraSettings(
+        name=config.name,
+        r=config.rank("r"),
+        alpha=config.number("lora_alpha"),
+        rank_pattern=config.pattern("rank_pattern", int),
+        alpha_pattern=config.pattern("alpha_pattern", float),
+        use_rslora=config.flag("use_rslora"),
+        use_dora=config.flag("use_dora"),
+        fan_in_fan_out=config.flag("fan_in_fan_out"),
+    )
+
+
+_CHANGED_BASE = (
+    "such an adapter was trained on base weights that its initialisation had changed (PiSSA, OLoRA, CorDA,"
+    " LoRA-GA, LoftQ), and added to the unchanged base it gives a wrong model; save it with PEFT's"
+    " path_initial_model_for_weight_conversion, which makes it an ordinary LoRA"
+)
+
+LORA_FIELDS: Mapping[str, Rule] = MappingProxyType(
+    {
+        **COMMON_FIELDS,
+        "r": USED,
+        "lora_alpha": USED,
+        "rank_pattern": USED,
+        "alpha_pattern": USED,
+        "use_rslora": USED,
+        "use_dora": USED,
+        "fan_in_fan_out": USED,
+        "lora_dropout": NO_EFFECT,
+        "megatron_config": NO_EFFECT,
+        "megatron_core": NO_EFFECT,
+        "runtime_config": NO_EFFECT,
+        "qalora_group_size": NO_EFFECT,  # only beside use_qalora
+        # Each of these belongs to an init_lora_weights of its name.
+        "eva_config": NO_EFFECT,
+        "corda_config": NO_EFFECT,
+        "lora_ga_config": NO_EFFECT,
+        "loftq_config": NO_EFFECT,
+        "init_lora_weights": Neutral(_CHANGED_BASE, (True, "gaussian", "eva", "orthogonal", "mica")),
+        "bias": Neutral("trained biases of the base are not supported yet", ("none",)),
+        "lora_bias": Neutral("a bias of lora_B is not supported yet"),
+        "target_parameters": Neutral("LoRA on parameters (fused experts) is not supported yet"),
+        "trainable_token_indices": Neutral("trained rows of the embedding are not supported yet"),
+        "layer_replication": Neutral("replicated layers make a deeper model, which is not supported yet"),
+        "use_qalora": Neutral("QA-LoRA pools its inputs, which is not supported yet"),
+        "use_bdlora": Neutral("block-diagonal LoRA is not supported yet"),
+        "kasa_config": Neutral("KaSA cuts singular values off the base weight, which is not supported yet"),
+        "velora_config": Neutral("VeLoRA is not supported yet"),
+        "monteclora_config": Neutral("MonteCLoRA is not supported yet"),
+        "alora_invocation_tokens": Neutral(
+            "an activated LoRA works only after its invocation tokens, so no merged weights are equal to it;"
+            " serve it unmerged"
+        ),
+        "arrow_config": Neutral(
+            "Arrow routes every token to other adapters, so no merged weights are equal to it; serve it"
+            " unmerged"
+        ),
+        # Of PEFT before 0.4, which split fused attention layers: lora_B is then a convolution.
+        "enable_lora": Neutral("adapters of MergedLinear (PEFT before 0.3) are not supported"),
+        "merge_weights": NO_EFFECT,
+    }
+)

@@ -1,0 +1,47 @@
+"""Whether the file holds what its config promises: every target module has adapted at least one weight.
+
+Matching follows PEFT (`check_target_module_exists` in `peft/tuners/tuners_utils.py`): a list names modules by
+the end of their path, a string is a regular expression for the whole path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from streamconv.adapters.config import AdapterConfig
+from streamconv.errors import AdapterError
+
+_ALL_LINEAR = "all-linear"
+
+
+def check_targets(config: AdapterConfig, adapted: Collection[str], saved: Collection[str]) -> None:
+    """Raise AdapterError for a target without tensors. `adapted` and `saved` are paths of modules."""
+    targets = config.fields.get("target_modules")
+    if isinstance(targets, str):
+        _check_pattern(config, targets, adapted)
+        return
+    for name in config.names("target_modules"):
+        # What modules_to_save takes is no target any more, whatever target_modules says.
+        if not any(module == name or module.endswith(f".{name}") for module in (*adapted, *saved)):
+            raise AdapterError(
+                f"{config.name}: target_modules lists {name!r}, but the adapter holds no tensors of such a"
+                " module; the file is not complete, or the entry matched nothing in training: then remove it"
+            )
+
+
+def _check_pattern(config: AdapterConfig, pattern: str, adapted: Collection[str]) -> None:
+    if pattern.lower() == _ALL_LINEAR:
+        found = bool(adapted)
+    else:
+        try:
+            found = any(re.fullmatch(pattern, module) for module in adapted)
+        except re.error as error:
+            raise AdapterError(
+                f"{config.name}: target_modules {pattern!r} is not a regular expression: {error}"
+            ) from error
+    if not found:
+        raise AdapterError(
+            f"{config.name}: target_modules is {pattern!r}, but no module in the adapter matches it; the file"
+            " is not complete"
+        )
