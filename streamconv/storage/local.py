@@ -88,6 +88,8 @@ class LocalFolder:
 
 def open_folder(location: str) -> LocalFolder:
     """The folder that `location` names; `~` is expanded. Raises CheckpointError if it is not a folder."""
+    if not location.strip():  # an unset shell variable; Path("") would be the current folder
+        raise CheckpointError(f"{location!r}: no such folder; the name is empty")
     try:
         path = Path(location).expanduser()
         mode = path.stat().st_mode

@@ -1,0 +1,198 @@
+"""LocalFolder: which names lead to a file, and what its version says."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from streamconv.errors import CheckpointError
+from streamconv.storage.local import LocalFolder, open_file, open_folder
+
+BAD_NAMES = [
+    "",
+    ".",
+    "..",
+    "../a",
+    "a/../b",
+    "/etc/passwd",
+    "a//b",
+    "./a",
+    "a/",
+    "a\\b",
+    "C:a",
+    "c:/a",
+    "a\0b",
+    "a\nb",
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> LocalFolder:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "a.bin").write_bytes(b"12345")
+    return open_folder(str(tmp_path / "here"))
+
+
+def cached_snapshot(cache: Path) -> Path:
+    """A model in the Hub's cache: one file in its snapshot, a link to its blob. Returns the snapshot."""
+    repo = cache / "models--org--name"
+    snapshot = repo / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    (repo / "blobs" / "f00d").write_bytes(b"weights")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/f00d")
+    return snapshot
+
+
+def test_a_plain_file_has_its_size_and_modification_time(folder: LocalFolder) -> None:
+    os.utime(folder.path / "a.bin", ns=(1, 1234567890))
+    file = folder.file("a.bin")
+    assert (file.name, file.size, file.version) == ("a.bin", 5, "mtime:1234567890")
+    assert Path(file.path) == folder.path / "a.bin"
+
+
+def test_names_are_the_entries_that_are_not_folders_sorted(folder: LocalFolder) -> None:
+    (folder.path / "sub").mkdir()
+    (folder.path / "Z").touch()
+    (folder.path / "dead").symlink_to("nowhere")
+    assert folder.names() == ("Z", "a.bin", "dead")
+
+
+def test_a_file_in_a_subfolder_can_be_named(folder: LocalFolder) -> None:
+    (folder.path / "sub").mkdir()
+    (folder.path / "sub" / "b").write_bytes(b"x")
+    assert folder.file("sub/b").size == 1
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=repr)
+def test_a_name_that_is_not_plainly_inside_is_refused(folder: LocalFolder, name: str) -> None:
+    with pytest.raises(CheckpointError, match="refused"):
+        folder.file(name)
+
+
+def test_links_inside_the_folder_are_followed(folder: LocalFolder) -> None:
+    (folder.path / "b").symlink_to("a.bin")
+    (folder.path / "c").symlink_to(folder.path / "b")
+    assert folder.file("c").path == str(folder.path / "a.bin")
+
+
+def test_a_link_out_of_the_folder_is_refused(folder: LocalFolder, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"s")
+    (folder.path / "b").symlink_to("../secret")
+    (folder.path / "up").symlink_to("..")
+    for name in ("b", "up/secret"):
+        with pytest.raises(CheckpointError, match=f"{name} is a link that leads outside"):
+            folder.file(name)
+
+
+def test_a_sibling_whose_name_begins_alike_is_outside(folder: LocalFolder, tmp_path: Path) -> None:
+    (tmp_path / "here2").mkdir()
+    (tmp_path / "here2" / "x").touch()
+    (folder.path / "x").symlink_to("../here2/x")
+    with pytest.raises(CheckpointError, match="outside"):
+        folder.file("x")
+
+
+def test_a_cached_file_is_known_by_its_blob(tmp_path: Path) -> None:
+    file = open_folder(str(cached_snapshot(tmp_path))).file("model.safetensors")
+    assert (file.name, file.version, file.size) == ("model.safetensors", "blob:f00d", 7)
+
+
+def test_the_version_of_a_cached_file_does_not_depend_on_the_cache(tmp_path: Path) -> None:
+    first, second = (open_folder(str(cached_snapshot(tmp_path / at))) for at in ("one", "two"))
+    assert first.file("model.safetensors").version == second.file("model.safetensors").version
+
+
+def test_a_link_to_a_snapshot_is_that_snapshot(tmp_path: Path) -> None:
+    (tmp_path / "short").symlink_to(cached_snapshot(tmp_path))
+    assert open_folder(str(tmp_path / "short")).file("model.safetensors").version == "blob:f00d"
+
+
+def test_a_subfolder_of_a_snapshot_reaches_its_blobs(tmp_path: Path) -> None:
+    sub = cached_snapshot(tmp_path) / "checkpoint-10"
+    sub.mkdir()
+    (sub / "a").symlink_to("../../../blobs/f00d")
+    assert open_folder(str(sub)).file("a").version == "blob:f00d"
+
+
+def test_a_cached_model_may_not_reach_another_model(tmp_path: Path) -> None:
+    snapshot = cached_snapshot(tmp_path)
+    other = tmp_path / "models--org--other" / "blobs"
+    other.mkdir(parents=True)
+    (other / "beef").touch()
+    (snapshot / "x").symlink_to("../../../models--org--other/blobs/beef")
+    with pytest.raises(CheckpointError, match="x is a link that leads outside"):
+        open_folder(str(snapshot)).file("x")
+
+
+def test_what_is_missing_is_said(folder: LocalFolder) -> None:
+    (folder.path / "dead").symlink_to("gone")
+    with pytest.raises(CheckpointError, match=r"b\.bin is missing"):
+        folder.file("b.bin")
+    with pytest.raises(CheckpointError, match=r"a\.bin/x cannot be read|a\.bin/x is missing"):
+        folder.file("a.bin/x")
+    with pytest.raises(CheckpointError, match="dead is a link to a file that is not there"):
+        folder.file("dead")
+
+
+def test_a_loop_of_links_and_a_name_too_long_are_errors(folder: LocalFolder) -> None:
+    (folder.path / "loop").symlink_to("loop")
+    for name in ("loop", "x" * 300):
+        with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
+            folder.file(name)
+
+
+def test_only_regular_files_are_taken(folder: LocalFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.path)  # a socket's path is limited to about a hundred characters
+    (folder.path / "folder").mkdir()
+    os.mkfifo("pipe")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind("sock")
+    for name, kind in (("folder", "a folder"), ("pipe", "a named pipe"), ("sock", "a socket")):
+        with pytest.raises(CheckpointError, match=f"{name} must be a regular file, found {kind}"):
+            folder.file(name)
+        with pytest.raises(CheckpointError, match=name):
+            folder.read_bytes(name, 100)
+
+
+def test_a_pipe_that_took_the_place_of_a_file_does_not_block(folder: LocalFolder) -> None:
+    file = folder.file("a.bin")
+    (folder.path / "a.bin").unlink()
+    os.mkfifo(folder.path / "a.bin")
+    with pytest.raises(CheckpointError, match=r"a\.bin must be a regular file, found a named pipe"):
+        open_file(file)
+
+
+def test_read_bytes_stops_at_its_limit(folder: LocalFolder) -> None:
+    assert folder.read_bytes("a.bin", 5) == b"12345"
+    with pytest.raises(CheckpointError, match=r"a\.bin has 5 bytes, more than the 4"):
+        folder.read_bytes("a.bin", 4)
+
+
+def test_a_file_that_changed_is_not_opened(folder: LocalFolder) -> None:
+    file = folder.file("a.bin")
+    os.utime(folder.path / "a.bin", ns=(1, 1))
+    with pytest.raises(CheckpointError, match=r"a\.bin changed"):
+        open_file(file)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_an_error(folder: LocalFolder) -> None:
+    (folder.path / "a.bin").chmod(0)
+    with pytest.raises(CheckpointError, match=r"a\.bin cannot be opened: Permission denied"):
+        folder.read_bytes("a.bin", 5)
+
+
+def test_a_folder_that_vanished_cannot_be_listed(folder: LocalFolder) -> None:
+    (folder.path / "a.bin").unlink()
+    folder.path.rmdir()
+    with pytest.raises(CheckpointError, match="cannot be listed"):
+        folder.names()
+
+
+def test_a_name_that_is_not_utf8_is_listed_and_opened(folder: LocalFolder) -> None:
+    Path(os.fsdecode(os.fsencode(folder.path) + b"/\xff")).touch()
+    assert folder.file(folder.names()[-1]).size == 0

@@ -1,0 +1,74 @@
+"""open_storage: what a location is taken for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from streamconv.errors import CheckpointError, UnsupportedError
+from streamconv.storage import open_storage, storage_kind
+
+
+def test_an_existing_folder_is_opened(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    assert storage.location == str(tmp_path)
+    assert storage.names() == ()
+
+
+def test_an_existing_folder_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert storage_kind("org/model") == "folder"
+    assert open_storage("org/model").location == "org/model"
+    assert open_storage("org/./model/../model").location == "org/./model/../model"
+
+
+def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_storage("~/model").names() == ()
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["./gone", "../gone", "/gone/model", "~/gone", "a/b/c", "org/model/", ".", "/", "", " ", "a\\b"],
+)
+def test_what_looks_like_a_path_is_never_a_hub_id(location: str) -> None:
+    assert storage_kind(location) == "folder"
+
+
+@pytest.mark.parametrize("location", ["./gone", "/gone/model", "~/gone-from-home", "a/b/c", ""])
+def test_a_path_that_does_not_exist_is_no_such_folder(
+    location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=f"^'?{location}'?: no such folder") as caught:
+        open_storage(location)
+    assert caught.type is CheckpointError
+
+
+@pytest.mark.parametrize(
+    "location", ["org/model", "gpt2", "org/model@main", "hf://org/model", "hf://models/org/a"]
+)
+def test_a_hub_id_says_to_download_it_first(location: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"hf download (org/model|gpt2|models)") as caught:
+        open_storage(location)
+    assert location in str(caught.value)
+
+
+def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(CheckpointError, match=f"give its folder: {tmp_path}$"):
+        open_storage(str(tmp_path / "model.safetensors"))
+    with pytest.raises(CheckpointError, match=r"model\.gguf must be a folder .* found a file"):
+        open_storage(str(tmp_path / "model.gguf"))
+    with pytest.raises(CheckpointError, match="no such folder"):
+        open_storage(str(tmp_path / "model.gguf" / "x"))
+
+
+@pytest.mark.parametrize("location", ["/a\0b", "~no-such-user-here/model"], ids=["nul", "user"])
+def test_an_impossible_path_is_an_error(location: str) -> None:
+    with pytest.raises(CheckpointError, match="cannot be a folder"):
+        open_storage(location)
