@@ -11,13 +11,13 @@ many cells a tile holds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import Dtype
 from streamconv.grids import Grid
@@ -25,6 +25,11 @@ from streamconv.grids import Grid
 CELL_ROWS = 64
 
 Json = dict[str, Any]
+
+
+def matrix_shape(shape: Shape) -> tuple[int, int]:
+    """Rows and columns of a weight as it is worked on: all but the last axis, and the last axis."""
+    return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
 
 
 class Decoder(Protocol):
@@ -41,7 +46,10 @@ class Decoder(Protocol):
         """Bytes of the main part before `row`; `row` is a multiple of CELL_ROWS, or the number of rows."""
 
     def scales(self, side: Mapping[str, Tensor]) -> Tensor | None:
-        """Effective float32 scale of every block, from the other parts; None for dense storage."""
+        """Effective float32 scale of every block, from the other parts; None for dense storage.
+
+        On the device of `side`. Raises CheckpointError where a scale is not finite.
+        """
 
     def codes(self, raw: Tensor, rows: range) -> Tensor:
         """Codes (uint8, one an element, flat) of `rows` from their bytes in the main part."""
@@ -49,14 +57,19 @@ class Decoder(Protocol):
     def decode(self, raw: Tensor, rows: range, scales: Tensor | None, out: Tensor) -> Tensor:
         """Write what a loader would see of `rows` to `out` (float32 [rows, columns]); return it.
 
-        `raw` holds just the bytes of these rows (uint8, flat). Values are those the loader's library
-        dequantizes to, its cast to the weight's own dtype included.
+        `raw` holds just the bytes of these rows (uint8, flat), `scales` just those of their blocks; `rows`
+        start on a cell. Values are those the loader's library dequantizes to, its cast to the weight's own
+        dtype included.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One parameter of the model as a checkpoint stores it; `shape` and `dtype` are the decoded ones."""
+    """One parameter of the model as a checkpoint stores it; `shape` and `dtype` are the decoded ones.
+
+    `format` is the key in FORMATS of the encoder that would store it in the same way; else, in words, how it
+    differs (`nf4, blocksize 128`, or `I64`, which can be copied but not decoded).
+    """
 
     name: str
     shape: Shape
@@ -70,7 +83,19 @@ class Encoder(Protocol):
     """How one weight will be stored. Made when planning; knows every part's name, type and shape."""
 
     @property
+    def format(self) -> str:
+        """Its key in FORMATS."""
+
+    @property
+    def dtype(self) -> Dtype:
+        """What a loader decodes the weight to."""
+
+    @property
     def grid(self) -> Grid | None: ...
+
+    @property
+    def nested(self) -> bool:
+        """Whether scales are themselves quantized, so that their effective values need all of them first."""
 
     @property
     def parts(self) -> tuple[TensorSpec, ...]:
@@ -91,6 +116,8 @@ class Encoder(Protocol):
     def finish(self, scales: Tensor | None, kept: Mapping[str, Tensor] | None) -> tuple[bytes, ...]:
         """Bytes of the parts after the main part, in the order and lengths of `parts`.
 
+        Raises InputError where a scale is not finite.
+
         `scales` are float32, one a block, as the rounding chose them. `kept` are the side parts of the base
         weight where it has this very format and its scales stay: they are then written as they are, because
         rounding nested scales a second time would move them.
@@ -110,11 +137,15 @@ class Format(Protocol):
     def loaders(self) -> str:
         """Which programs open it, in a few words."""
 
-    def find(self, index: CheckpointIndex) -> Sequence[Weight]:
-        """Weights of this format in a checkpoint, from headers, config and small state tensors only."""
+    def find(self, free: Mapping[str, StoredTensor]) -> Sequence[Weight]:
+        """Weights of this format among the tensors no other format has claimed yet.
+
+        From headers and small state tensors only. Raises CheckpointError where the parts of a weight are
+        incomplete or disagree.
+        """
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Encoder:
         """How to store a weight; raises UnsupportedError where this format cannot hold such a shape."""
 
     def quantization_config(self, dtype: Dtype, skipped: Sequence[str]) -> Json | None:
-        """The `quantization_config` a loader needs; `skipped` are module paths left in 16 bit. None if dense."""
+        """The `quantization_config` a loader needs; None if dense. `skipped` names modules left in 16 bit."""

@@ -16,14 +16,19 @@ class Context:
 
     `codes`  uint8: the base's own codes, where the base lies on this grid; else None.
     `scales` float32, one a block: the effective scales to use, already fixed; None: choose them.
-    `delta`  float32: target minus what the base decodes to.
+    `delta`  float32: target minus what the base decodes to; needed where `codes` are given.
     `noise`  float32 in [0, 1): one number an element, for roundings that ask for it.
     """
 
     codes: Tensor | None
     scales: Tensor | None
-    delta: Tensor
+    delta: Tensor | None
     noise: Tensor | None
+
+    @classmethod
+    def fresh(cls) -> Context:
+        """Nothing is known: scales and codes come from the target alone."""
+        return cls(None, None, None, None)
 
 
 class Rounding(Protocol):

@@ -1,0 +1,63 @@
+"""Formats: how weights are stored, and which weights a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+from streamconv.checkpoint.index import CheckpointIndex
+from streamconv.dtypes import BF16, F16, F32, U8
+from streamconv.errors import CheckpointError
+from streamconv.formats.base import Format, Weight
+from streamconv.formats.bnb_4bit import SIDE_SUFFIXES, Bnb4bitFormat
+from streamconv.formats.dense import DenseFormat, dense_weight
+from streamconv.formats.foreign import refuse_foreign
+from streamconv.grids import NF4
+
+__all__ = ["FORMATS", "dense_weight", "find_weights"]
+
+
+def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
+    """Every weight of a checkpoint, in the order of their main parts; each tensor is part of exactly one.
+
+    Raises UnsupportedError for a quantization that is recognised but not read, CheckpointError for parts that
+    are missing, left over, or disagree.
+    """
+    refuse_foreign(index)
+    free = dict(index.tensors)
+    found: list[Weight] = []
+    # The dense formats stand first in the table, but take what the others leave.
+    for storage_format in reversed(tuple(FORMATS.values())):
+        for weight in storage_format.find(MappingProxyType(free)):
+            found.append(weight)
+            for part in weight.parts.values():
+                del free[part.name]
+    found += [dense_weight(name, tensor) for name, tensor in free.items()]
+    _refuse_orphans(found)
+    by_main_part = {weight.parts[weight.decoder.main].name: weight for weight in found}
+    return tuple(by_main_part[name] for name in index.tensors if name in by_main_part)
+
+
+def _refuse_orphans(weights: Iterable[Weight]) -> None:
+    for weight in weights:
+        if weight.name.endswith(SIDE_SUFFIXES) and len(weight.parts) == 1:
+            raise CheckpointError(
+                f"{weight.name} belongs to a quantized weight that is missing, or whose quant_state is;"
+                " the checkpoint is incomplete, download it again"
+            )
+        if weight.dtype == U8 and weight.name.endswith("weight"):
+            raise CheckpointError(
+                f"{weight.name} is U8, like packed 4-bit codes, but has no quant_state beside it;"
+                " the checkpoint is incomplete, or quantized in a way that is not known"
+            )
+
+
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        "float32": DenseFormat(F32),
+        "float16": DenseFormat(F16),
+        "bfloat16": DenseFormat(BF16),
+        "nf4": Bnb4bitFormat("nf4", NF4),
+        "nf4-dq": Bnb4bitFormat("nf4-dq", NF4, nested=True),
+    }
+)

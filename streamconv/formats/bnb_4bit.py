@@ -1,0 +1,457 @@
+"""bitsandbytes 4-bit storage: packed codes, a scale for every 64 elements, a JSON state.
+
+Source: bitsandbytes `functional.py` (QuantState, quantize_4bit, create_dynamic_map) and
+`backends/default/ops.py`. A weight [out, in] is flattened row by row and cut into blocks of 64, straight
+across row ends; the last block may be short. An element is `table[code] * absmax[block]` in float32,
+then cast to the weight's own dtype. Byte i holds code 2i in its high half and code 2i + 1 in its low half.
+
+    P                                    uint8 [⌈elements / 2⌉, 1]
+    P.absmax                             float32 [blocks]; with double quantization uint8
+    P.quant_map                          float32 [16], the table
+    P.quant_state.bitsandbytes__nf4      uint8, JSON
+    P.nested_absmax, P.nested_quant_map  float32 [⌈blocks / 256⌉] and [256], with double quantization only
+
+Double quantization stores `absmax[i] = nested_quant_map[index[i]] * nested_absmax[i // 256] + nested_offset`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamconv.checkpoint.reader import TensorReader
+from streamconv.checkpoint.strict_json import parse_object
+from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
+from streamconv.dtypes import BF16, DENSE, F16, F32, U8, Dtype
+from streamconv.errors import CheckpointError, InputError, UnsupportedError
+from streamconv.formats.base import CELL_ROWS, Json, Weight, matrix_shape
+from streamconv.grids import Grid, block_absmax, divide_by_scales, multiply_by_scales
+
+MAIN = "weight"
+NESTED_BLOCK = 256
+_BLOCKS = tuple(32 << shift for shift in range(8))
+_STATE = ".quant_state.bitsandbytes__"
+_MAX_STATE_BYTES = 65536
+# Sign, 17 digits, point and exponent: the longest that Python writes a float32.
+_LONGEST_FLOAT = 24
+_MEAN_CHUNK = 1 << 16
+
+_SIDE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+SIDE_SUFFIXES = (*(f".{part}" for part in _SIDE), f"{_STATE}nf4", f"{_STATE}fp4")
+
+
+# -- double quantization -----------------------------------------------------------------------------------
+
+
+def dynamic_values() -> tuple[float, ...]:
+    """The signed 8-bit dynamic map (Dettmers 2015, arXiv 1511.04561), as create_dynamic_map computes it."""
+    magnitudes: list[float] = []
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        magnitudes += (10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+    return tuple(sorted([*magnitudes, *(-value for value in magnitudes), 0.0, 1.0]))
+
+
+DYNAMIC = Grid("dynamic", dynamic_values(), NESTED_BLOCK)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _NestedScales:
+    """Scales as double quantization stores them: `indices` uint8, one a block; the rest float32."""
+
+    indices: Tensor
+    absmax: Tensor
+    table: Tensor
+    offset: float
+
+    def effective(self) -> Tensor:
+        """What a loader makes of them, operation for operation (dequantize_4bit): float32, one a block."""
+        values = self.table.index_select(0, self.indices.to(torch.int32))
+        scales = multiply_by_scales(values, self.absmax, NESTED_BLOCK, out=values)
+        return scales.add_(torch.tensor(self.offset, dtype=torch.float32, device=scales.device))
+
+
+def _nest(scales: Tensor) -> _NestedScales:
+    """Double-quantize `scales` (float32, one a block, on the CPU).
+
+    Indices are the nearest of the table. bitsandbytes' own CPU kernel misses that now and then by a place.
+    """
+    offset = _mean(scales)
+    centred = scales - torch.tensor(offset, dtype=torch.float32)
+    absmax = block_absmax(centred, NESTED_BLOCK)
+    indices = DYNAMIC.nearest(divide_by_scales(centred, absmax, NESTED_BLOCK))
+    return _NestedScales(indices, absmax, torch.tensor(DYNAMIC.values, dtype=torch.float32), offset)
+
+
+def _mean(scales: Tensor) -> float:
+    """Mean of `scales`: summed in float64 in index order, so that it is the same everywhere; a float32."""
+    total = torch.zeros(1, dtype=torch.float64)
+    for start in range(0, scales.numel(), _MEAN_CHUNK):
+        total = torch.cat((total, scales[start : start + _MEAN_CHUNK].double())).cumsum(0)[-1:]
+    return (total / scales.numel()).float().item()
+
+
+# -- reading -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Bnb4bitDecoder:
+    """How a packed weight is read; `nested_offset` is None without double quantization."""
+
+    name: str
+    dtype: Dtype
+    columns: int
+    grid: Grid
+    nested_offset: float | None
+    main: str = MAIN
+
+    def row_offset(self, row: int) -> int:
+        return (row * self.columns + 1) // 2
+
+    def scales(self, side: Mapping[str, Tensor]) -> Tensor:
+        """See Decoder."""
+        if self.nested_offset is None:
+            scales = side["absmax"]
+        else:
+            nested = _NestedScales(
+                side["absmax"], side["nested_absmax"], side["nested_quant_map"], self.nested_offset
+            )
+            scales = nested.effective()
+        if not bool(scales.isfinite().all()):
+            raise CheckpointError(
+                f"{self.name}: a stored scale is NaN or infinite; the checkpoint is damaged"
+            )
+        return scales
+
+    def codes(self, raw: Tensor, rows: range) -> Tensor:
+        halves = torch.stack((raw >> 4, raw & 0xF), dim=1)
+        return halves.view(-1)[: len(rows) * self.columns]
+
+    def decode(self, raw: Tensor, rows: range, scales: Tensor | None, out: Tensor) -> Tensor:
+        """See Decoder. Equals dequantize_4bit bit for bit."""
+        assert scales is not None, f"{self.name} cannot be decoded without its scales"
+        flat = out.view(-1)
+        values = self.grid.decode_pairs(raw)[: len(rows) * self.columns]
+        multiply_by_scales(values, scales, self.grid.block, out=flat)
+        if self.dtype != F32:
+            flat.copy_(flat.to(self.dtype.torch))
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """The JSON of one weight, checked; `nested_offset` is None without double quantization."""
+
+    block: int
+    dtype: Dtype
+    shape: Shape
+    nested_offset: float | None
+
+
+def _find_weight(name: str, grid: Grid, format_name: str, free: Mapping[str, StoredTensor]) -> Weight:
+    """The weight `name`, whose state is there; CheckpointError unless its parts are whole and agree."""
+    parts = _gather(name, grid, free)
+    with TensorReader() as reader:
+        state = _read_state(parts["quant_state"], grid.name, reader)
+        _check_parts(name, parts, state)
+        _check_table(parts["quant_map"], grid, reader)
+    columns = matrix_shape(state.shape)[1]
+    if math.prod(state.shape[:-1]) > CELL_ROWS and CELL_ROWS * columns % state.block:
+        raise UnsupportedError(
+            f"{name}: blocks of {state.block} elements that run across rows of {columns} are not supported;"
+            " give the 16-bit base model instead"
+        )
+    decoder = Bnb4bitDecoder(
+        name, state.dtype, columns, Grid(grid.name, grid.values, state.block), state.nested_offset
+    )
+    if state.block != grid.block:
+        format_name = f"{format_name}, blocksize {state.block}"
+    if parts[MAIN].dtype != U8:
+        format_name = f"{format_name}, stored as {parts[MAIN].dtype.name}"
+    return Weight(name, state.shape, state.dtype, format_name, decoder, parts)
+
+
+def _gather(name: str, grid: Grid, free: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    roles = [MAIN, "absmax", "quant_map", "quant_state"]
+    if _is_nested(name, free):
+        roles += ["nested_absmax", "nested_quant_map"]
+    names = {role: _part_name(name, role, grid) for role in roles}
+    for part in names.values():
+        if part not in free:
+            raise CheckpointError(
+                f"{part} is missing, without which {name} cannot be decoded;"
+                " the checkpoint is incomplete, download it again"
+            )
+    return {role: free[part] for role, part in names.items()}
+
+
+def _is_nested(name: str, free: Mapping[str, StoredTensor]) -> bool:
+    return f"{name}.nested_absmax" in free or f"{name}.nested_quant_map" in free
+
+
+def _part_name(name: str, role: str, grid: Grid) -> str:
+    match role:
+        case "weight":
+            return name
+        case "quant_state":
+            return f"{name}{_STATE}{grid.name}"
+        case _:
+            return f"{name}.{role}"
+
+
+def _read_state(tensor: StoredTensor, quant_type: str, reader: TensorReader) -> _State:
+    if tensor.dtype != U8 or len(tensor.shape) != 1 or tensor.nbytes > _MAX_STATE_BYTES:
+        raise _wrong(
+            tensor, f"{tensor.dtype} {list(tensor.shape)}", f"up to {_MAX_STATE_BYTES} bytes of JSON"
+        )
+    where = f"{tensor.file.name}: tensor {tensor.name}"
+    state = parse_object(reader.load(tensor).numpy().tobytes(), where)
+    known = {"quant_type", "blocksize", "dtype", "shape"}
+    nested = {"nested_blocksize", "nested_dtype", "nested_offset"}
+    if set(state) not in (known, known | nested):
+        raise _wrong(
+            tensor, f"the fields {sorted(state)}", f"{sorted(known)}, all or none of {sorted(nested)}"
+        )
+    shape, block, offset = state["shape"], state["blocksize"], state.get("nested_offset")
+    if state["quant_type"] != quant_type:
+        raise _wrong(tensor, f"quant_type {state['quant_type']!r}", quant_type)
+    if not _is_int(block) or block not in _BLOCKS:
+        raise _wrong(tensor, f"blocksize {block!r}", "a power of two from 32 to 4096")
+    if state["dtype"] not in tuple(DENSE):
+        raise _wrong(tensor, f"dtype {state['dtype']!r}", ", ".join(DENSE))
+    if not isinstance(shape, list) or not shape or not all(_is_int(size) and size > 0 for size in shape):
+        raise _wrong(tensor, f"shape {shape!r}", "positive integers")
+    offset = _read_nested_fields(tensor, state) if "nested_offset" in state else None
+    return _State(block, DENSE[state["dtype"]], tuple(shape), offset)
+
+
+def _read_nested_fields(tensor: StoredTensor, state: Json) -> float:
+    offset = state["nested_offset"]
+    is_number = isinstance(offset, float) or _is_int(offset)
+    if not is_number or not abs(offset) <= torch.finfo(torch.float32).max:
+        raise _wrong(tensor, f"nested_offset {offset!r}", "a finite float32")
+    if state["nested_dtype"] != "float32":
+        raise _wrong(tensor, f"nested_dtype {state['nested_dtype']!r}", "float32")
+    if state["nested_blocksize"] != NESTED_BLOCK:
+        raise UnsupportedError(
+            f"{tensor.name}: nested_blocksize {state['nested_blocksize']!r} is not supported, only"
+            f" {NESTED_BLOCK}; give the 16-bit base model instead"
+        )
+    return float(offset)
+
+
+def _check_parts(name: str, parts: Mapping[str, StoredTensor], state: _State) -> None:
+    """Every part has the type and size that the state's shape and block ask for."""
+    elements = math.prod(state.shape)
+    blocks = -(-elements // state.block)
+    main, is_nested = parts[MAIN], "nested_absmax" in parts
+    if is_nested != (state.nested_offset is not None):
+        raise CheckpointError(
+            f"{name}: its quant_state and its tensors disagree whether scales are double-quantized;"
+            " nested_absmax, nested_quant_map and nested_offset must all be there, or none"
+        )
+    packed = (elements + 1) // 2
+    is_column = main.shape[1:] in ((), (1,))
+    if main.dtype not in (U8, BF16, F16, F32) or main.nbytes != packed or not is_column:
+        raise _wrong(main, _described(main), f"U8 [{packed}, 1] for {list(state.shape)}")
+    expected = {"absmax": (U8 if is_nested else F32, blocks), "quant_map": (F32, 16)}
+    if is_nested:
+        expected |= {"nested_absmax": (F32, -(-blocks // NESTED_BLOCK)), "nested_quant_map": (F32, 256)}
+    for role, (dtype, count) in expected.items():
+        tensor = parts[role]
+        if tensor.dtype != dtype or tensor.shape != (count,):
+            raise _wrong(tensor, _described(tensor), f"{dtype} [{count}]")
+
+
+def _check_table(tensor: StoredTensor, grid: Grid, reader: TensorReader) -> None:
+    """bitsandbytes' kernels have the table built in and ignore the one in the file: the two must agree."""
+    table = torch.tensor(grid.values, dtype=torch.float32)
+    if not torch.allclose(reader.load(tensor), table, rtol=0, atol=1e-6):
+        raise _wrong(tensor, "another table", f"that of {grid.name}, which is the only one loaders apply")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _described(tensor: StoredTensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _wrong(tensor: StoredTensor, found: str, expected: str) -> CheckpointError:
+    return CheckpointError(f"{tensor.file.name}: {tensor.name}: found {found}, expected {expected}")
+
+
+# -- writing -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Bnb4bitEncoder:
+    """How a weight [out, in] will be stored, with blocks of 64."""
+
+    format: str
+    name: str
+    shape: Shape
+    dtype: Dtype
+    grid: Grid
+    nested: bool
+    parts: tuple[TensorSpec, ...]
+
+    def row_offset(self, row: int) -> int:
+        return (row * self.shape[1] + 1) // 2
+
+    def pack(self, values: Tensor, out: Tensor) -> None:
+        if values.numel() % 2:
+            zero = self.grid.nearest(torch.zeros(1, device=values.device))
+            values = torch.cat((values, zero))
+        torch.bitwise_or(values[0::2] << 4, values[1::2], out=out)
+
+    def effective_scales(self, scales: Tensor) -> Tensor:
+        if not self.nested:
+            return scales
+        return _nest(scales.cpu()).effective().to(scales.device)
+
+    def finish(self, scales: Tensor | None, kept: Mapping[str, Tensor] | None) -> tuple[bytes, ...]:
+        """See Encoder."""
+        if kept is not None:
+            side, offset = kept, self._kept_offset(kept)
+        else:
+            assert scales is not None, f"{self.name} was given neither scales nor kept parts"
+            side, offset = self._side(scales.cpu())
+        tail = []
+        for role, spec in zip(_roles(self.nested), self.parts, strict=True):
+            if role != MAIN:
+                content = self._state(spec.nbytes, offset) if role == "quant_state" else _bytes(side[role])
+                assert len(content) == spec.nbytes, (
+                    f"{spec.name}: {len(content)} bytes, planned {spec.nbytes}"
+                )
+                tail.append(content)
+        return tuple(tail)
+
+    def _side(self, scales: Tensor) -> tuple[Mapping[str, Tensor], float | None]:
+        """The parts other than codes and state for `scales`, and the nested offset."""
+        if not bool(scales.isfinite().all()):
+            raise InputError(f"{self.name} holds NaN or infinity, which {self.format} cannot store")
+        table = torch.tensor(self.grid.values, dtype=torch.float32)
+        if not self.nested:
+            return {"absmax": scales, "quant_map": table}, None
+        nested = _nest(scales)
+        side = {"absmax": nested.indices, "nested_absmax": nested.absmax, "nested_quant_map": nested.table}
+        return side | {"quant_map": table}, nested.offset
+
+    def _kept_offset(self, kept: Mapping[str, Tensor]) -> float | None:
+        if not self.nested:
+            return None
+        state = parse_object(_bytes(kept["quant_state"]), f"{self.name}: quant_state")
+        return float(state["nested_offset"])
+
+    def _state(self, length: int, offset: float | None) -> bytes:
+        text = _state_text(self.grid, self.dtype, self.shape, offset)
+        return text.encode().ljust(length)  # json.loads allows the spaces; the next part stays aligned
+
+
+def _roles(nested: bool) -> tuple[str, ...]:
+    """Parts in file order: bytes before floats, so that floats are aligned."""
+    if nested:
+        return (MAIN, "absmax", "quant_state", "nested_absmax", "nested_quant_map", "quant_map")
+    return (MAIN, "quant_state", "absmax", "quant_map")
+
+
+def _part_specs(name: str, shape: Shape, dtype: Dtype, grid: Grid, nested: bool) -> tuple[TensorSpec, ...]:
+    elements = math.prod(shape)
+    packed, blocks = (elements + 1) // 2, -(-elements // grid.block)
+    state = len(_state_text(grid, dtype, shape, 0.0 if nested else None)) + _LONGEST_FLOAT * nested
+    state += -(packed + blocks * nested + state) % 8
+    layout: Mapping[str, tuple[Dtype, Shape]] = {
+        MAIN: (U8, (packed, 1)),
+        "quant_state": (U8, (state,)),
+        "absmax": (U8 if nested else F32, (blocks,)),
+        "nested_absmax": (F32, (-(-blocks // NESTED_BLOCK),)),
+        "nested_quant_map": (F32, (len(DYNAMIC.values),)),
+        "quant_map": (F32, (len(grid.values),)),
+    }
+    return tuple(TensorSpec(_part_name(name, role, grid), *layout[role]) for role in _roles(nested))
+
+
+def _state_text(grid: Grid, dtype: Dtype, shape: Shape, offset: float | None) -> str:
+    """The JSON as QuantState.as_dict writes it: these fields, in this order, and no others."""
+    state: Json = {
+        "quant_type": grid.name,
+        "blocksize": grid.block,
+        "dtype": dtype.name,
+        "shape": list(shape),
+    }
+    if offset is not None:
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    return json.dumps(state)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+# -- the format --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Bnb4bitFormat:
+    """One table of values, with or without double quantization."""
+
+    name: str
+    grid: Grid
+    nested: bool = False
+    loaders: str = "transformers, vLLM (one GPU a model part), PEFT for training"
+
+    @property
+    def bits_per_weight(self) -> float:
+        scale = 8 + 32 / NESTED_BLOCK if self.nested else 32
+        return 4 + scale / self.grid.block
+
+    def find(self, free: Mapping[str, StoredTensor]) -> Sequence[Weight]:
+        """See Format."""
+        suffix = _STATE + self.grid.name
+        names = (name.removesuffix(suffix) for name in free if name.endswith(suffix))
+        return [
+            _find_weight(name, self.grid, self.name, free)
+            for name in names
+            if _is_nested(name, free) == self.nested
+        ]
+
+    def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Bnb4bitEncoder:
+        """See Format."""
+        if len(shape) != 2 or not math.prod(shape):
+            raise UnsupportedError(
+                f"{name} has shape {list(shape)}; {self.name} stores matrices only: exclude it with --ignore"
+            )
+        if dtype.name not in DENSE:
+            raise UnsupportedError(
+                f"{name} is {dtype}; {self.name} stores weights of {', '.join(DENSE)} only"
+            )
+        parts = _part_specs(name, shape, dtype, self.grid, self.nested)
+        return Bnb4bitEncoder(self.name, name, shape, dtype, self.grid, self.nested, parts)
+
+    def quantization_config(self, dtype: Dtype, skipped: Sequence[str]) -> Json:
+        """The keys that transformers 5.23 writes, all of them.
+
+        `llm_int8_skip_modules` is never null: null would make a loader add modules of its own choice.
+        """
+        return {
+            "_load_in_4bit": True,
+            "_load_in_8bit": False,
+            "bnb_4bit_compute_dtype": dtype.name,
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_type": self.grid.name,
+            "bnb_4bit_use_double_quant": self.nested,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_skip_modules": list(skipped),
+            "llm_int8_threshold": 6.0,
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "quant_method": "bitsandbytes",
+        }

@@ -1,0 +1,62 @@
+"""Quantized checkpoints that are recognised but not read, and how they are recognised.
+
+Sources: `quant_method` of transformers' `utils/quantization_config.py`; tensor names of bitsandbytes,
+AutoGPTQ, AutoAWQ, compressed-tensors, DeepSeek-V3 (`weight_scale_inv`), gpt-oss (`_blocks`, `_scales`), HQQ
+and torchao.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from streamconv.checkpoint.index import CheckpointIndex
+from streamconv.dtypes import Dtype
+from streamconv.errors import UnsupportedError
+
+_BY_SUFFIX: Mapping[str, str] = MappingProxyType(
+    {
+        ".quant_state.bitsandbytes__fp4": "fp4 (bitsandbytes)",
+        ".SCB": "int8 (bitsandbytes)",
+        ".qweight": "GPTQ or AWQ",
+        ".qzeros": "GPTQ or AWQ",
+        ".weight_packed": "compressed-tensors",
+        ".weight_scale_inv": "block-wise fp8",
+        ".weight_scale": "fp8 or int8 (compressed-tensors, FBGEMM)",
+        "_proj_blocks": "mxfp4",
+        "_proj_scales": "mxfp4",
+        ".W_q": "HQQ",
+        "._weight_qdata": "torchao",
+        ":_weight_qdata": "torchao",
+    }
+)
+
+
+def refuse_foreign(index: CheckpointIndex) -> None:
+    """Raise UnsupportedError if the checkpoint is quantized in a way that no format here reads."""
+    config = index.config.get("quantization_config") or index.config.get("compression_config")
+    if isinstance(config, Mapping):
+        _refuse_method(index, config)
+    for name, tensor in index.tensors.items():
+        kind = next((kind for suffix, kind in _BY_SUFFIX.items() if name.endswith(suffix)), None)
+        if kind is None and _is_fp8(tensor.dtype):
+            kind = f"{tensor.dtype} (fp8)"
+        if kind is not None:
+            raise _refusal(f"{index.storage.location}: {name} shows that the checkpoint is", kind)
+
+
+def _refuse_method(index: CheckpointIndex, config: Mapping[str, object]) -> None:
+    where = f"{index.storage.location}: config.json says that the checkpoint is"
+    method = config.get("quant_method")
+    if method != "bitsandbytes":
+        raise _refusal(where, str(method) if method else "quantized in an unnamed way")
+    if config.get("load_in_8bit"):
+        raise _refusal(where, "int8 (bitsandbytes)")
+
+
+def _is_fp8(dtype: Dtype) -> bool:
+    return dtype.code.startswith("F8_")
+
+
+def _refusal(where: str, kind: str) -> UnsupportedError:
+    return UnsupportedError(f"{where} {kind}, which is not supported yet; give the 16-bit base model instead")

@@ -1,0 +1,148 @@
+"""Which weights a 4- or 8-bit loader expects quantized, from names, shapes and config alone.
+
+transformers replaces every nn.Linear that the config's skip list does not name, so that list and the file
+must agree exactly: a module missing in either loads without complaint and fails in the forward pass
+(`quantizers/quantizers_utils.py`, should_convert_module; `integrations/bitsandbytes.py`). Both are therefore
+one decision, made by `select`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from streamconv.checkpoint.types import Shape
+from streamconv.errors import UnsupportedError
+
+# Output heads stay in 16 bit, as in bitsandbytes' own default. (`output` only at the root: BERT has others.)
+DEFAULT_IGNORE = ("lm_head", "embed_out", "score", "re:output$")
+
+_HEADS = re.compile(r"(?:.*\.)?(?:lm_head|embed_out)|output")
+# The last component of nn.Embedding modules. (`embed_out` of GPT-NeoX is a Linear.)
+_EMBEDDING = re.compile(
+    r"embed_(?!out$)\w+|(?:\w+_)?(?:emb|embed|embeds|embedding|embeddings)|wte|wpe|shared|relative_attention_bias"
+)
+# Families whose projections are transformers' Conv1D, stored [in, out].
+_CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+_CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """`quantized`: names of weights, in the order given; `skipped`: the skip list that goes with them."""
+
+    quantized: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+
+def select(shapes: Mapping[str, Shape], config: Mapping[str, Any], ignore: Sequence[str]) -> Selection:
+    """Decide which of the weights `shapes` are quantized, and what the config must say of the others.
+
+    Raises UnsupportedError for a Conv1D weight that would be quantized, and where no skip list can tell the
+    two kinds apart.
+    """
+    quantized = []
+    left = []
+    for name, shape in shapes.items():
+        if is_linear(name, shape, config) and not matches(module_of(name), ignore):
+            if is_conv1d(name, config):
+                raise UnsupportedError(
+                    f"{name} is a Conv1D, stored [in, out]; quantizing it is not supported yet:"
+                    " choose a 16-bit output"
+                )
+            quantized.append(name)
+        elif _may_be_linear(name, shape):
+            left.append(module_of(name))
+    return Selection(tuple(quantized), _skip_list([module_of(name) for name in quantized], left))
+
+
+def module_of(name: str) -> str:
+    """The module path of a parameter: `model.layers.0.mlp.up_proj` of `….up_proj.weight`."""
+    return name.rpartition(".")[0]
+
+
+def matches(module: str, patterns: Sequence[str]) -> bool:
+    """Whether a pattern names the module path `module`.
+
+    A plain pattern is a run of whole components anywhere in the path (`lm_head`, `mlp.gate`, `layers.0`); one
+    after `re:` is a regular expression matched from the start.
+    """
+    return any(
+        re.match(pattern[3:], module) is not None
+        if pattern.startswith("re:")
+        else f".{pattern}." in f".{module}."
+        for pattern in patterns
+    )
+
+
+def is_linear(name: str, shape: Shape, config: Mapping[str, Any]) -> bool:
+    """Whether the parameter `name` is the weight of an nn.Linear (or Conv1D) that bitsandbytes would replace.
+
+    Mixture-of-experts parameters are not: transformers 5 fuses experts into 3-D parameters, and its routers
+    hold their weight themselves. Nor is a head tied to the embedding.
+    """
+    if not _may_be_linear(name, shape) or _is_router(module_of(name)):
+        return False
+    text_config = config.get("text_config") or config
+    if _HEADS.fullmatch(module_of(name)):
+        return not (config.get("tie_word_embeddings") or text_config.get("tie_word_embeddings"))
+    # An embedding under a name that is not known here still has the size of the vocabulary.
+    return shape[0] != text_config.get("vocab_size")
+
+
+def is_conv1d(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether the parameter `name` belongs to a Conv1D of the GPT-2 family, which stores [in, out]."""
+    last = module_of(name).rpartition(".")[2]
+    return last in _CONV1D and config.get("model_type") in _CONV1D_FAMILIES
+
+
+def _may_be_linear(name: str, shape: Shape) -> bool:
+    """Whether a weight may be an nn.Linear's: if it stays in 16 bit, the skip list had better name it."""
+    if len(shape) != 2 or not name.endswith(".weight"):
+        return False
+    components = module_of(name).split(".")
+    last = components[-1]
+    return "experts" not in components and "norm" not in last and not _EMBEDDING.fullmatch(last)
+
+
+def _is_router(module: str) -> bool:
+    components = module.split(".")
+    return components[-1] == "gate" or "router" in components
+
+
+def _skip_list(quantized: Sequence[str], left: Sequence[str]) -> tuple[str, ...]:
+    """Entries that every loader reads as naming all of `left` and none of `quantized`.
+
+    Short where it can be: a last component (`lm_head`, `gate`) that means no quantized module, else the path.
+    """
+    entries: dict[str, None] = {}
+    if not any(module == "lm_head" for module in quantized):
+        entries["lm_head"] = None  # a tied head has no tensor here, but is a Linear once loaded
+    for module in left:
+        last = module.rpartition(".")[2]
+        entries[module if any(_means(last, other) for other in quantized) else last] = None
+    for entry in entries:
+        for module in quantized:
+            if _means(entry, module):
+                raise UnsupportedError(
+                    f"{entry} must stay in 16 bit, but loaders would take that name for {module} too;"
+                    f" quantize both or neither: --ignore {module}"
+                )
+    return tuple(entries)
+
+
+def _means(entry: str, module: str) -> bool:
+    """Whether transformers or vLLM takes `entry` of a skip list to mean `module`.
+
+    transformers: a regular expression from the start to the end of a component, or a plain ending; vLLM: one
+    component, or leading components.
+    """
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    return (
+        re.match(rf"(?:{entry}){boundary}", module) is not None
+        or module.endswith(entry)
+        or entry in module.split(".")
+        or module.startswith(f"{entry}.")
+    )

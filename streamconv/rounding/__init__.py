@@ -1,0 +1,20 @@
+"""Roundings: the ways to choose codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from streamconv.rounding.base import Context, Rounding
+from streamconv.rounding.nearest import NEAREST
+from streamconv.rounding.noise import uniform
+from streamconv.rounding.stochastic import Stochastic
+
+__all__ = ["NEAREST", "ROUNDINGS", "Context", "Rounding", "uniform"]
+
+ROUNDINGS: Mapping[str, Rounding] = MappingProxyType(
+    {
+        "nearest": NEAREST,
+        "stochastic": Stochastic(),
+    }
+)

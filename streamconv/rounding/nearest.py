@@ -1,0 +1,38 @@
+"""Nearest rounding: every entry to the closest value of the grid, byte for byte as bitsandbytes does it.
+
+Source: bitsandbytes `backends/default/ops.py`, quantize_4bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from streamconv.grids import SMALLEST_DIVISOR, Grid, block_absmax, divide_by_scales
+from streamconv.rounding.base import Context
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """Scales are the blocks' greatest magnitudes, unless the context has fixed them."""
+
+    name: str = "nearest"
+    needs_noise: bool = False
+    keeps_scales: bool = False
+
+    def choose(self, target: Tensor, grid: Grid, context: Context) -> tuple[Tensor, Tensor]:
+        """Codes and scales for `target`; see Rounding."""
+        scales = self.scales(target, grid) if context.scales is None else context.scales
+        return grid.nearest(divide_by_scales(target, scales, grid.block)), scales
+
+    def scales(self, target: Tensor, grid: Grid) -> Tensor:
+        """The scale (float32) bitsandbytes stores for every block of `target` (float32, flat)."""
+        scales = block_absmax(target, grid.block)
+        if target.numel() % grid.block:
+            # Only here bitsandbytes also stores the floor: an all-zero short block has it, a whole one has 0.
+            scales[-1:].clamp_(min=SMALLEST_DIVISOR)
+        return scales
+
+
+NEAREST = Nearest()
