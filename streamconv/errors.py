@@ -1,6 +1,7 @@
 """Every error streamconv raises on purpose, and the exit code a script sees.
 
     StreamconvError                exit
+    ├── OptionError                  2   an option's value is unknown, or two options contradict each other
     ├── InputError                   3   what was given cannot be used: change it
     │   ├── CheckpointError              an index, header or shard is missing or broken
     │   ├── AdapterError                 the adapter does not fit this base model
@@ -10,7 +11,7 @@
     ├── HubError                     6   not found, gated, unauthorized, offline, network
     └── VerificationError            7   the output is not what the plan says, or lost the fine-tune
 
-Usage errors (exit 2) belong to click. A message names the file or tensor, what was found, what was
+Misspelt options (exit 2, too) belong to click. A message names the file or tensor, what was found, what was
 expected, and what to do.
 """
 
@@ -19,6 +20,12 @@ class StreamconvError(Exception):
     """Base of all deliberate errors; `exit_code` is what the command line ends with."""
 
     exit_code = 1
+
+
+class OptionError(StreamconvError):
+    """An option's value is unknown, or two options contradict each other."""
+
+    exit_code = 2
 
 
 class InputError(StreamconvError):

@@ -49,11 +49,6 @@ class Grid:
         """Values (float32) of `codes` (uint8)."""
         return _look_up(_tables(self.values, codes.device).values, codes)
 
-    def scale(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """`values[code] * scale` (float32) of flat `codes` (uint8) that begin with a block."""
-        values = self.decode(codes)
-        return multiply_by_scales(values, scales, self.block, out=values)
-
     def decode_pairs(self, packed: Tensor) -> Tensor:
         """Values (float32, flat) of 4-bit codes stored two a byte (uint8, flat), the first one high."""
         pairs = _pairs(self.values, packed.device)
@@ -79,7 +74,7 @@ class _Steps:
         """How many thresholds are less than each of `x`: uint8, of the same shape."""
         if not self.bins:
             return torch.bucketize(x, self.thresholds, out_int32=True).to(torch.uint8)
-        index = _bin(x.clamp(-1.0, 1.0), self.bins).reshape(-1)
+        index = _bin(x, self.bins).reshape(-1)
         count = self.lower.index_select(0, index).view(x.shape)
         return count.add_((x > self.own.index_select(0, index).view(x.shape)).view(torch.uint8))
 
@@ -106,8 +101,8 @@ def _look_up(table: Tensor, index: Tensor) -> Tensor:
 
 def _bin(x: Tensor, bins: int) -> Tensor:
     half = bins // 2
-    # NaN converts to some integer; the clamp only keeps it inside the table.
-    return torch.add(x.mul(half), half).to(torch.int32).clamp_(0, bins)
+    # NaN converts to any integer; the second clamp keeps it inside the table.
+    return x.clamp(-1.0, 1.0).mul_(half).add_(half).to(torch.int32).clamp_(0, bins)
 
 
 def _steps(thresholds: Tensor) -> _Steps:
@@ -167,15 +162,6 @@ def multiply_by_scales(values: Tensor, scales: Tensor, block: int, out: Tensor) 
     if whole < values.numel():
         torch.mul(values[whole:], scales[-1], out=out[whole:])
     return out
-
-
-def block_sums(values: Tensor, block: int) -> Tensor:
-    """Sum of every block of `values` (float32, flat): float32, one a block."""
-    whole = values.numel() - values.numel() % block
-    sums = values[:whole].view(-1, block).sum(dim=1)
-    if whole == values.numel():
-        return sums
-    return torch.cat((sums, values[whole:].sum().view(1)))
 
 
 def divide_by_scales(values: Tensor, scales: Tensor, block: int) -> Tensor:

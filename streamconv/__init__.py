@@ -1,0 +1,73 @@
+"""streamconv merges LoRA and QLoRA adapters into large language models, streamed from disk to disk.
+
+    import streamconv
+    report = streamconv.merge(base="base", adapter="adapter", out="merged", quant="nf4-dq")
+
+Names are imported on first use, because importing torch takes seconds and `streamconv --help` should not.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from streamconv.errors import (
+        AdapterError,
+        CheckpointError,
+        HubError,
+        InputError,
+        OptionError,
+        OutputError,
+        ResourceError,
+        Stopped,
+        StreamconvError,
+        UnsupportedError,
+        VerificationError,
+    )
+    from streamconv.inspection import inspect
+    from streamconv.pipeline import convert, merge, verify
+    from streamconv.report.result import Report
+
+_PUBLIC = {
+    "streamconv.pipeline": ("convert", "merge", "verify"),
+    "streamconv.inspection": ("inspect",),
+    "streamconv.report.result": ("Report",),
+    "streamconv.errors": (
+        "AdapterError",
+        "CheckpointError",
+        "HubError",
+        "InputError",
+            "OptionError",
+        "OutputError",
+        "ResourceError",
+        "Stopped",
+        "StreamconvError",
+        "UnsupportedError",
+        "VerificationError",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = [  # noqa: PLE0604, RUF100  literal, so that type checkers see it
+    "AdapterError",
+    "CheckpointError",
+    "HubError",
+    "InputError",
+    "OptionError",
+    "OutputError",
+    "Report",
+    "ResourceError",
+    "Stopped",
+    "StreamconvError",
+    "UnsupportedError",
+    "VerificationError",
+    "convert",
+    "inspect",
+    "merge",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)

@@ -1,0 +1,486 @@
+"""The command line: parse, call the library, show. Decides nothing.
+
+What a command needs is imported inside it: torch takes seconds, and `--help` or a mistyped option should answer
+at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from streamconv.errors import StreamconvError
+from streamconv.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from streamconv.executor import StopRequest
+    from streamconv.pipeline import Job, OnProgress, Prepared
+    from streamconv.report.result import Report
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_LINE_EVERY_S = 30.0
+
+
+class _Size(click.ParamType[int]):
+    """`5GB`, `512MiB`; becomes a number of bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _Commands(click.Group):
+    """Turns every deliberate error into one line and its exit code, in one place."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return ["merge", "convert", "plan", "inspect", "verify", "formats"]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except StreamconvError as error:
+            if _is_debugging(ctx):
+                raise
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("Stopped before anything was written.", err=True)
+            sys.exit(128 + signal.SIGINT)
+
+
+def _is_debugging(ctx: click.Context) -> bool:
+    return bool(os.environ.get("STREAMCONV_DEBUG")) or "--debug" in sys.argv or bool(ctx.params.get("debug"))
+
+
+def _group(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+_base = click.option(
+    "--base",
+    "--base-model",
+    "--model",
+    "base",
+    required=True,
+    metavar="DIR",
+    help="Folder of the base model.",
+)
+_adapter = click.option("--adapter", required=True, metavar="DIR", help="Folder of the PEFT adapter.")
+_out = click.option("-o", "--out", required=True, metavar="DIR", help="Folder to write the result to.")
+_result = _group(
+    click.option(
+        "--quant",
+        default="keep",
+        show_default=True,
+        metavar="FORMAT",
+        help="keep: the base's own format; none: 16/32 bit; or a format that `streamconv formats` lists.",
+    ),
+    click.option(
+        "--dtype",
+        default="auto",
+        show_default=True,
+        metavar="DTYPE",
+        help="float32, float16, bfloat16; auto: what each tensor has in the base.",
+    ),
+    click.option(
+        "--rounding",
+        default="auto",
+        show_default=True,
+        metavar="NAME",
+        help="How 4-bit codes are chosen: nearest, stochastic; auto: what keeps the fine-tune.",
+    ),
+    click.option("--seed", default=0, show_default=True, help="Seed of stochastic rounding."),
+    click.option(
+        "--ignore",
+        multiple=True,
+        metavar="PATTERN",
+        help="Further modules left in 16 bit: part of a module path, or re:REGEX. Repeatable.",
+    ),
+    click.option(
+        "--max-shard-size",
+        type=_Size(),
+        metavar="SIZE",
+        help="Largest output file, such as 5GB. Default: the base's own shards for 16-bit output, else 5GB.",
+    ),
+)
+_target = _group(
+    click.option(
+        "--merge-base",
+        default="original",
+        show_default=True,
+        metavar="FORMAT",
+        help="What the update is added to: original, or the base rounded to nf4 or nf4-dq as in training.",
+    ),
+    click.option(
+        "--min-kept",
+        type=click.FloatRange(0, 1),
+        metavar="SHARE",
+        help="Refuse a quantized result that keeps less of the fine-tune. "
+        "Default: 0.2, and 0 where --rounding names one.",
+    ),
+    click.option(
+        "--tokenizer",
+        type=click.Choice(["auto", "base", "adapter"]),
+        default="auto",
+        show_default=True,
+        help="Whose tokenizer files to copy.",
+    ),
+)
+_resources = _group(
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    click.option(
+        "--max-ram",
+        type=_Size(),
+        default="1GiB",
+        show_default=True,
+        metavar="SIZE",
+        help="Memory above the interpreter with torch loaded.",
+    ),
+    click.option(
+        "--max-vram", type=_Size(), default="2GiB", show_default=True, metavar="SIZE", help="GPU memory."
+    ),
+)
+_place = _group(
+    click.option(
+        "--overwrite", is_flag=True, help="Replace the model in --out once the new one is complete."
+    ),
+    click.option("--no-resume", is_flag=True, help="Start anew instead of going on with an interrupted run."),
+    click.option("--dry-run", is_flag=True, help="Plan only: read headers, write nothing (as `plan`)."),
+    click.option("--verify/--no-verify", default=True, show_default=True, help="Check the finished output."),
+    click.option("--card/--no-card", default=True, show_default=True, help="Write a model card (README.md)."),
+    click.option("--copy-extra", multiple=True, metavar="GLOB", help="Further files to copy. Repeatable."),
+)
+_show = _group(
+    click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document on stdout."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress, no summary."),
+    click.option("-v", "--verbose", is_flag=True, help="Tell more on the way."),
+    click.option("--debug", is_flag=True, help="Show tracebacks of errors."),
+)
+
+
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    del param
+    if value and not ctx.resilient_parsing:
+        from importlib.metadata import version
+
+        click.echo(f"streamconv {version('streamconv')}")
+        ctx.exit()
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "auto_envvar_prefix": "STREAMCONV",
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_version,
+    help="Show the version.",
+)
+def main() -> None:
+    """Merge LoRA and QLoRA adapters into models of any size, and quantize the result.
+
+    Weights stream from disk to disk in small tiles: memory does not grow with the model. Interrupted runs go on
+    where they stopped when the same command is given again.
+
+    Exit codes: 0 done, 1 bug, 2 usage, 3 input, 4 output folder, 5 disk or memory, 6 network,
+    7 verification or lost fine-tune, 130/143 stopped by a signal.
+    """
+
+
+@main.command("merge")
+@_group(_base, _adapter, _out, _result, _target, _resources, _place, _show)
+def merge_command(out: str, dry_run: bool, as_json: bool, quiet: bool, verbose: bool, **given: Any) -> None:
+    """Merge an adapter into a base model.
+
+    \b
+    streamconv merge --base ./llama --adapter ./my-lora -o ./merged
+    streamconv merge --base ./llama --adapter ./my-qlora --merge-base nf4-dq --quant nf4-dq -o ./merged-4bit
+    """
+    _log(verbose)
+    _run_job(given, out, dry_run, as_json, quiet)
+
+
+@main.command("convert")
+@_group(_base, _out, _result, _resources, _place, _show)
+def convert_command(out: str, dry_run: bool, as_json: bool, quiet: bool, verbose: bool, **given: Any) -> None:
+    """Quantize, dequantize or reshard a model, without an adapter."""
+    _log(verbose)
+    _run_job(given, out, dry_run, as_json, quiet)
+
+
+@main.command("plan")
+@_group(
+    _base,
+    click.option("--adapter", metavar="DIR", help="Folder of the PEFT adapter; without it: as `convert`."),
+    click.option("-o", "--out", metavar="DIR", help="Folder the result would go to; not touched."),
+    _result,
+    _target,
+    _resources,
+    _place,
+    _show,
+)
+def plan_command(
+    out: str | None, dry_run: bool, as_json: bool, quiet: bool, verbose: bool, **given: Any
+) -> None:
+    """Show what merge or convert would do: files, sizes, memory, matched modules, choices. Writes nothing."""
+    del out, dry_run
+    _log(verbose)
+    from streamconv.pipeline import prepare
+
+    _show_plan(prepare(_job(given)), as_json, quiet)
+
+
+@main.command("inspect")
+@click.argument("path")
+@_show
+def inspect_command(path: str, as_json: bool, quiet: bool, verbose: bool, debug: bool) -> None:
+    """Show what a checkpoint or adapter folder holds."""
+    del quiet, debug
+    _log(verbose)
+    from streamconv.inspection import inspect
+
+    found = inspect(path)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    for key, value in found.items():
+        click.echo(f"{key.replace('_', ' '):16} {_fact(key, value)}")
+
+
+def _fact(key: str, value: Any) -> str:
+    match key:
+        case "shards":
+            first = ", ".join(f"{shard['name']} ({format_size(shard['bytes'])})" for shard in value[:4])
+            return f"{len(value)}: {first}"
+        case "weights":
+            return ", ".join(f"{n['count']} {name} ({format_size(n['bytes'])})" for name, n in value.items())
+        case "bytes":
+            return format_size(value)
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "-"
+    return "-" if value is None else str(value)
+
+
+@main.command("verify")
+@click.argument("out")
+@click.option("--full", is_flag=True, help="Compute the result again from --base and --adapter, and compare.")
+@click.option("--base", metavar="DIR", help="The base it was made from; for --full.")
+@click.option("--adapter", metavar="DIR", help="The adapter it was made from; for --full.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; for --full.")
+@_show
+def verify_command(
+    out: str,
+    full: bool,
+    base: str | None,
+    adapter: str | None,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    debug: bool,
+) -> None:
+    """Recheck a finished output against its streamconv.json: sizes, hashes, layout."""
+    del debug
+    _log(verbose)
+    from dataclasses import asdict
+
+    from streamconv.pipeline import verify
+
+    with _progress("verify", quiet or as_json) as on_progress:
+        checked = verify(out, full=full, base=base, adapter=adapter, device=device, on_progress=on_progress)
+    if as_json:
+        click.echo(json.dumps(asdict(checked)))
+    elif not quiet:
+        how = "computed again, equal byte for byte" if checked.exact else "sizes, hashes and layout are right"
+        click.echo(
+            f"{out}: {checked.shards} shards, {checked.tensors} tensors, {format_size(checked.bytes)}: {how}"
+        )
+
+
+@main.command("formats")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def formats_command(as_json: bool) -> None:
+    """List the formats that can be read and written."""
+    from streamconv.formats import FORMATS
+
+    rows = [
+        {
+            "name": fmt.name,
+            "bits_per_weight": fmt.bits_per_weight,
+            "calibration": False,
+            "loaders": fmt.loaders,
+        }
+        for fmt in FORMATS.values()
+    ]
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    click.echo(f"{'name':10} {'bits/weight':>11}  {'calibration':11}  opened by")
+    for row in rows:
+        click.echo(f"{row['name']:10} {row['bits_per_weight']:11.3f}  {'not needed':11}  {row['loaders']}")
+
+
+# -- from options to a run, and what is shown of it ----------------------------------------------------------
+
+
+def _job(given: Mapping[str, Any]) -> Job:
+    from streamconv.pipeline import Job, merge_options
+
+    return Job(
+        base=given["base"],
+        adapter=given.get("adapter"),
+        options=merge_options(
+            given["quant"],
+            given["dtype"],
+            given["rounding"],
+            given.get("merge_base", "original"),
+            given["seed"],
+            given.get("min_kept"),
+            given["ignore"],
+            given["max_ram"],
+            given["max_vram"],
+            given["max_shard_size"],
+        ),
+        device=given["device"],
+        overwrite=given["overwrite"],
+        resume=not given["no_resume"],
+        verify=given["verify"],
+        card=given["card"],
+        tokenizer=given.get("tokenizer", "base"),
+        copy_extra=given["copy_extra"],
+    )
+
+
+def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    from pathlib import Path
+
+    from streamconv.pipeline import prepare, run
+
+    with _stop_on_signals() as stop:
+        prepared = prepare(_job(given))
+        if dry_run:
+            _show_plan(prepared, as_json, quiet)
+            return
+        with _progress("merge" if prepared.adapter else "convert", quiet) as on_progress:
+            report = run(prepared, Path(out), on_progress, stop)
+    if as_json:
+        click.echo(json.dumps(report.as_json(), indent=1))
+    elif not quiet:
+        _show_report(report)
+
+
+def _show_plan(prepared: Prepared, as_json: bool, quiet: bool) -> None:
+    from streamconv.report.plan import plan_as_json, plan_as_text
+
+    if as_json:
+        click.echo(json.dumps(plan_as_json(prepared), indent=1))
+    elif not quiet:
+        click.echo(plan_as_text(prepared))
+
+
+def _show_report(report: Report) -> None:
+    speed = report.bytes_written / report.seconds if report.seconds else 0.0
+    if report.resumed and not report.seconds:
+        click.echo(f"{report.out}: was complete already, {format_size(report.bytes_written)}")
+    else:
+        click.echo(
+            f"{report.out}: {format_size(report.bytes_written)} in {report.seconds:.1f} s "
+            f"({format_size(speed)}/s), peak memory {format_size(report.peak_ram_bytes)}"
+        )
+    if report.kept_delta is not None:
+        click.echo(
+            f"{report.kept_delta:.1%} of the fine-tune kept by {report.rounding} rounding to {report.quant}"
+        )
+
+
+def _log(verbose: bool) -> None:
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[StopRequest]:
+    """Ctrl-C and SIGTERM ask the run to stop at the next boundary; a second one ends it at once."""
+    from streamconv.executor import StopRequest
+
+    stop = StopRequest()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        del frame
+        if stop.signal_number is not None:
+            os._exit(128 + number)
+        stop.signal_number = number
+        os.write(2, b"\nstopping; everything finished is kept\n")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _progress(title: str, quiet: bool) -> Iterator[OnProgress]:
+    """A tqdm bar on a terminal; elsewhere one plain line every 30 seconds."""
+    if quiet:
+        yield lambda done, total: None
+    elif sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(desc=title, unit="B", unit_scale=True, file=sys.stderr) as bar:
+
+            def draw(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            yield draw
+    else:
+        yield _plain_lines(title)
+
+
+def _plain_lines(title: str) -> OnProgress:
+    started = last = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < _LINE_EVERY_S and done < total:
+            return
+        last = now
+        speed = done / max(now - started, 1e-9)
+        left = (total - done) / max(speed, 1.0)
+        click.echo(
+            f"{title}: {format_size(done)} of {format_size(total)}, {format_size(speed)}/s, {left:.0f} s left",
+            err=True,
+        )
+
+    return tell

@@ -1,0 +1,53 @@
+"""What makes two runs the same run: all that can change a byte of the output, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from streamconv.adapters.base import Adapter
+from streamconv.checkpoint.index import CheckpointIndex
+from streamconv.devices import Device
+from streamconv.plan import Choice, MergeOptions, ShardPlan
+
+
+def fingerprint(
+    index: CheckpointIndex,
+    adapter: Adapter | None,
+    options: MergeOptions,
+    rounding: Choice | None,
+    device: Device,
+    shards: Sequence[ShardPlan],
+) -> Mapping[str, Any]:
+    """Plain data that prints as JSON. Budgets, tile sizes and paths are not in it: they change no byte."""
+    return {
+        "streamconv": version("streamconv"),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "device": device.model,
+        "base": {
+            shard.file.name: {
+                "size": shard.file.size,
+                "header": shard.header_sha256,
+                "version": shard.file.version,
+            }
+            for shard in index.shards
+        },
+        "adapter": adapter.sha256 if adapter else None,
+        "options": {
+            "quant": options.quant,
+            "dtype": options.dtype,
+            "merge_base": options.merge_base,
+            "rounding": rounding.name if rounding else None,
+            "seed": options.seed,
+            "ignore": list(options.ignore),
+            "max_shard_bytes": options.max_shard_bytes,
+        },
+        # Headers hold every output tensor's name, type, shape and place.
+        "output": {shard.name: hashlib.sha256(shard.header).hexdigest() for shard in shards},
+    }

@@ -1,0 +1,103 @@
+"""Where every tensor of the output goes: which shard, in which order, at which offset.
+
+A safetensors file allows no gap between tensors, yet loaders view the bytes in place, so a tensor must start
+at a multiple of its item size. Steps keep the base's order, with two exceptions that make this hold without
+padding: tensors of 8-byte items come first, and what is not a multiple of 4 bytes long comes last, by falling
+item size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from streamconv.checkpoint.header import build_header
+from streamconv.checkpoint.types import TensorSpec
+
+# Data starts on a page: whole-page copies and direct I/O stay possible, and no offset depends on name lengths.
+DATA_ALIGNMENT = 4096
+
+
+class HasSpecs(Protocol):
+    """Anything that ends as tensors lying together in a shard."""
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]: ...
+
+
+S = TypeVar("S", bound=HasSpecs)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed(Generic[S]):
+    """A step and where its tensors start in the file."""
+
+    step: S
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLayout(Generic[S]):
+    """One output file: its name, header bytes, total size, and its steps in file order."""
+
+    name: str
+    header: bytes
+    size: int
+    steps: tuple[Placed[S], ...]
+
+
+def nbytes(step: HasSpecs) -> int:
+    return sum(spec.nbytes for spec in step.specs)
+
+
+def split_by_size(steps: Iterable[S], limit: int) -> list[list[S]]:
+    """Fill shards in order; none exceeds `limit` bytes unless a single step does."""
+    shards: list[list[S]] = []
+    used = 0
+    for step in steps:
+        size = nbytes(step)
+        if not shards or used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(step)
+        used += size
+    return shards
+
+
+def _file_order(steps: Sequence[S]) -> list[S]:
+    def rank(step: S) -> tuple[int, int]:
+        itemsize = max(spec.dtype.itemsize for spec in step.specs)
+        if nbytes(step) % 4:
+            return 2, -itemsize
+        return (0 if itemsize == 8 else 1), 0
+
+    return sorted(steps, key=rank)  # stable: within a rank the base's order stays
+
+
+def shard_names(count: int) -> list[str]:
+    """Names every loader knows: `model.safetensors`, or `model-00001-of-00003.safetensors` and so on."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def lay_out(shards: Sequence[Sequence[S]]) -> tuple[ShardLayout[S], ...]:
+    """Fix order, offsets and headers of all shards."""
+    return tuple(
+        _lay_out_shard(name, _file_order(steps))
+        for name, steps in zip(shard_names(len(shards)), shards, strict=True)
+    )
+
+
+def _lay_out_shard(name: str, steps: Sequence[S]) -> ShardLayout[S]:
+    header = build_header([spec for step in steps for spec in step.specs], {"format": "pt"}, DATA_ALIGNMENT)
+    placed, offset = [], len(header)
+    for step in steps:
+        size = nbytes(step)
+        placed.append(Placed(step, offset, size))
+        for spec in step.specs:
+            assert offset % spec.dtype.itemsize == 0, f"{spec.name} would start at {offset}"
+            offset += spec.nbytes
+    return ShardLayout(name, header, offset, tuple(placed))

@@ -1,0 +1,92 @@
+"""What a run needs at most, from its steps alone, and how large its tiles may be within a budget."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from streamconv.devices import Device
+from streamconv.errors import ResourceError
+from streamconv.formats.base import CELL_ROWS
+from streamconv.plan import BUFFERS, Memory, MergeOptions, Rewrite, Step
+
+# What the process needs beside the planned buffers: libraries loaded late, thread stacks, headers, messages.
+FIXED_BYTES = 96 * 2**20
+# Larger tiles gain nothing: 16 MiB is read, hashed and written at full speed.
+MAX_BUFFER_BYTES = 16 * 2**20
+MIN_BUFFER_BYTES = 64 * 2**10
+# float32 tensors of one cell alive at once: decoded and packed; or base, target, delta, noise, indices, codes.
+_DENSE_CELL_COPIES = 3
+_GRID_CELL_COPIES = 16
+# Per block of a quantized weight: scales as read, kept, effective and written, and the kept-delta product.
+_BYTES_PER_BLOCK = 24
+
+
+def plan_memory(steps: Sequence[Step], options: MergeOptions, device: Device) -> Memory:
+    """Tile buffer and peaks for `steps`. Raises ResourceError if the least they need is over a budget."""
+    weights = [step for step in steps if isinstance(step, Rewrite)]
+    heaviest = max((_weight_bytes(step) for step in weights), default=0)
+    # The reader holds the next weight's side parts and adapter while the present one is computed.
+    held = 2 * max((_held_bytes(step) for step in weights), default=0)
+    least = max([MIN_BUFFER_BYTES, *(_cell_bytes(step) for step in weights)])
+    if device.is_cpu:
+        fixed = FIXED_BYTES + held + heaviest
+        buffer = _fit(options.max_ram_bytes - fixed, least, BUFFERS, "--max-ram", fixed)
+        return Memory(fixed + BUFFERS * buffer, 0, buffer)
+    # On a GPU every tile is there twice (read and written) beside what the weight needs.
+    on_device = held // 2 + heaviest
+    by_ram = _fit(options.max_ram_bytes - FIXED_BYTES - held, least, BUFFERS, "--max-ram", FIXED_BYTES + held)
+    by_vram = _fit(options.max_vram_bytes - on_device, least, 4, "--max-vram", on_device)
+    buffer = min(by_ram, by_vram)
+    return Memory(FIXED_BYTES + held + BUFFERS * buffer, on_device + 4 * buffer, buffer)
+
+
+def _fit(budget: int, least: int, buffers: int, option: str, fixed: int) -> int:
+    buffer = min(budget // buffers, MAX_BUFFER_BYTES)
+    if buffer < least:
+        raise ResourceError(
+            f"{option} is too small for this model: its largest weight needs at least "
+            f"{math.ceil((fixed + buffers * least) / 2**20)}MiB; allow that much"
+        )
+    return buffer
+
+
+def _cell_bytes(step: Rewrite) -> int:
+    """Bytes of one cell in storage, read or written, whichever is more."""
+    rows = min(CELL_ROWS, step.rows)
+    return max(step.weight.decoder.row_offset(rows), step.encoder.row_offset(rows))
+
+
+def _weight_bytes(step: Rewrite) -> int:
+    """Bytes of work on one weight: float32 cells, and one entry for each block."""
+    quantizes = step.encoder.grid is not None or step.merge_base is not None
+    copies = _GRID_CELL_COPIES if quantizes else _DENSE_CELL_COPIES
+    cell = min(CELL_ROWS, step.rows) * step.columns * 4 * copies
+    return cell + (step.rows * step.columns * _BYTES_PER_BLOCK // 64 if quantizes else 0)
+
+
+def _held_bytes(step: Rewrite) -> int:
+    """Bytes of the parts kept whole while a weight is worked on: base side parts, adapter in float32."""
+    main = step.weight.decoder.main
+    side = sum(part.nbytes for role, part in step.weight.parts.items() if role != main)
+    adapter = sum(
+        math.prod(part.shape) * (4 + part.dtype.itemsize)
+        for update in step.updates
+        for part in update.parts.values()
+    )
+    return side + adapter
+
+
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process now (RssAnon): what it holds, without pages of files it has read.
+
+    0 where the system does not say.
+    """
+    try:
+        status = Path("/proc/self/status").read_bytes()
+    except OSError:
+        return 0
+    found = re.search(rb"RssAnon:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0

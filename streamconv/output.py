@@ -1,0 +1,196 @@
+"""The output folder: what may be there already, what a rerun goes on from, and how the result appears.
+
+Nothing stands under a final name before everything is complete: shards wait in the work folder, then shards,
+copied files, index, manifest and config.json are put in place, in this order, each by one rename. A folder
+without config.json passes for no model.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from streamconv.cells import KeptDelta
+from streamconv.checkpoint.writer import ShardWriter, fsync_folder, publish, write_file
+from streamconv.errors import OutputError, ResourceError
+from streamconv.journal import WORK_FOLDER, Journal, Watermark
+from streamconv.plan import Plan, ShardPlan
+from streamconv.sizes import format_size
+from streamconv.storage.base import SourceFile
+
+WATERMARK_BYTES = 256 * 2**20
+_SPARE_DISK_BYTES = 64 * 2**20  # index, tokenizer, journal, and what the file system adds
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+
+class ShardSink:
+    """Writes shards into the work folder and journals how far they are."""
+
+    def __init__(self, journal: Journal, resumed: Mapping[str, ShardWriter]) -> None:
+        self._journal = journal
+        self._resumed = dict(resumed)
+        self._sums: dict[str, list[float]] = {}
+        self._shard: ShardPlan | None = None
+        self._writer: ShardWriter | None = None
+        self._marked = 0
+        self._boundary = 0
+
+    def begin(self, shard: ShardPlan) -> None:
+        self._shard = shard
+        self._writer = self._resumed.pop(shard.name, None)
+        if self._writer is None:
+            path = self._journal.partial(shard.name)
+            path.unlink(missing_ok=True)
+            self._writer = ShardWriter.create(path, shard.header, shard.size)
+        self._marked = self._boundary = self._writer.offset
+
+    def write(self, data: memoryview) -> None:
+        assert self._writer is not None
+        self._writer.write(data)
+
+    def boundary(self, sums: Mapping[str, KeptDelta]) -> None:
+        assert self._writer is not None
+        self._sums |= {name: [kept.kept, kept.delta, kept.base_error] for name, kept in sums.items()}
+        self._boundary = self._writer.offset
+        if self._boundary - self._marked >= WATERMARK_BYTES:
+            self._mark()
+
+    def end(self) -> None:
+        assert self._shard is not None
+        assert self._writer is not None
+        digest = self._writer.finish()
+        name = self._shard.name
+        self._journal.finish(name, digest, self._sums)
+        publish(self._journal.partial(name), self._journal.finished(name))
+        self._sums, self._writer = {}, None
+
+    def halt(self) -> None:
+        if self._writer is not None and self._writer.offset == self._boundary > self._marked:
+            self._mark()
+
+    def close(self) -> None:
+        """Close what is still open, on success and on failure."""
+        for writer in (self._writer, *self._resumed.values()):
+            if writer is not None:
+                writer.close()
+
+    def _mark(self) -> None:
+        assert self._shard is not None
+        assert self._writer is not None
+        digest = self._writer.sync()
+        self._journal.watermark(self._shard.name, Watermark(self._boundary, digest), self._sums)
+        self._sums = {}
+        self._marked = self._boundary
+
+
+def check_place(out: Path, inputs: Mapping[str, Path], overwrite: bool, publishing: bool) -> None:
+    """Raise OutputError if `out` cannot be written to: exists, or lies in, or holds, an input."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is not a folder; choose another --out")
+    real = out.resolve()
+    for role, path in inputs.items():
+        if real == path or path in real.parents or real in path.parents:
+            raise OutputError(f"--out {out} and the {role} {path} overlap; inputs are never written to")
+    if not out.is_dir() or overwrite or publishing:
+        return
+    others = sorted(entry.name for entry in out.iterdir() if entry.name != WORK_FOLDER)
+    if others:
+        raise OutputError(
+            f"{out} is not empty ({', '.join(others[:3])}{' ...' if len(others) > 3 else ''}); choose another "
+            "--out, or pass --overwrite to replace the model in it once the new one is complete"
+        )
+
+
+def is_publishing(out: Path) -> bool:
+    """Whether an unfinished run had begun to put files under their final names."""
+    journal = out / WORK_FOLDER / "journal.jsonl"
+    return journal.exists() and b'"publishing"' in journal.read_bytes()
+
+
+def check_disk(out: Path, shards: Sequence[ShardPlan], journal: Journal) -> None:
+    """Raise ResourceError unless the `shards` still to be written fit the file system."""
+    needed = _SPARE_DISK_BYTES
+    for shard in shards:
+        partial = journal.partial(shard.name)
+        taken = partial.stat().st_blocks * 512 if partial.exists() else 0
+        needed += max(0, shard.size - taken)
+    disk = os.statvfs(out)
+    free = disk.f_bavail * disk.f_frsize
+    if needed > free:
+        raise ResourceError(
+            f"{out} needs {format_size(needed)} and its disk has {format_size(free)} free: "
+            f"{format_size(needed - free)} are missing; free some, or choose another --out"
+        )
+
+
+def resume_points(out: Path, plan: Plan, journal: Journal) -> tuple[dict[str, int], dict[str, ShardWriter]]:
+    """File offset from which each unfinished shard is to be produced, and the writers that stand there."""
+    starts: dict[str, int] = {}
+    writers: dict[str, ShardWriter] = {}
+    for shard in plan.shards:
+        if shard.name in journal.progress.finished:
+            partial = journal.partial(shard.name)
+            if _is_whole(partial, shard):
+                publish(partial, journal.finished(shard.name))
+            if _is_whole(journal.finished(shard.name), shard) or _is_whole(out / shard.name, shard):
+                continue
+            journal.restart(shard.name)
+        mark = journal.progress.watermarks.get(shard.name)
+        starts[shard.name] = len(shard.header)
+        if mark is None:
+            continue
+        path = journal.partial(shard.name)
+        writer = ShardWriter.resume(path, shard.header, shard.size, mark.offset, mark.sha256)
+        if writer is None:
+            journal.restart(shard.name)  # the bytes are not what was journaled: this shard starts anew
+        else:
+            starts[shard.name] = mark.offset
+            writers[shard.name] = writer
+    return starts, writers
+
+
+def _is_whole(path: Path, shard: ShardPlan) -> bool:
+    return path.exists() and path.stat().st_size == shard.size
+
+
+def publish_output(
+    out: Path, plan: Plan, journal: Journal, copied: tuple[SourceFile, ...], generated: Mapping[str, bytes]
+) -> None:
+    """Put the finished output under its final names; can be repeated after an interruption.
+
+    `generated` are small files by name: written in the order given, index and config after all shards.
+    """
+    journal.publish()
+    names = {shard.name for shard in plan.shards} | set(generated) | {file.name for file in copied}
+    # What makes a folder a model goes first, so that old and new are never taken for one model.
+    for stale in (CONFIG, INDEX, *_old_weights(out, names)):
+        (out / stale).unlink(missing_ok=True)
+    fsync_folder(out)
+    for shard in plan.shards:
+        if journal.finished(shard.name).exists():
+            publish(journal.finished(shard.name), out / shard.name)
+    for file in copied:
+        _copy(file, out / file.name)
+    for name, content in generated.items():
+        write_file(out / name, content)
+
+
+def _old_weights(out: Path, keep: set[str]) -> list[str]:
+    return [
+        entry.name
+        for entry in out.iterdir()
+        if entry.name.endswith((".safetensors", ".safetensors.index.json")) and entry.name not in keep
+    ]
+
+
+def _copy(file: SourceFile, target: Path) -> None:
+    """Copy a small file; beside the target first, so that the final name is never half a file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.partial")
+    shutil.copyfile(file.path, temporary)
+    with temporary.open("rb+") as copy:
+        os.fsync(copy.fileno())
+    publish(temporary, target)

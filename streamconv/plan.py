@@ -1,0 +1,178 @@
+"""What a plan is: everything a run will do, known before it reads a weight.
+
+A plan is plain data: it prints, compares, and its fingerprint tells a run that may be resumed from another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from streamconv.adapters.base import Update
+from streamconv.checkpoint.types import StoredTensor, TensorSpec
+from streamconv.devices import Device
+from streamconv.formats.base import CELL_ROWS, Encoder, Weight, matrix_shape
+from streamconv.layout import ShardLayout
+from streamconv.rounding.base import Rounding
+
+DEFAULT_MIN_KEPT = 0.2
+# Tile buffers in flight between reader, compute and writer: half for what is read, half for what is written.
+BUFFERS = 6
+
+
+class Access(StrEnum):
+    """How often a weight is read: by rows, or once to learn something about all of it and again by rows."""
+
+    ROW = "row"
+    REDUCE_THEN_ROW = "reduce-then-row"
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """The options of `merge` and `convert` that planning and execution use; names as on the command line."""
+
+    quant: str = "keep"
+    dtype: str = "auto"
+    rounding: str = "auto"
+    merge_base: str = "original"
+    seed: int = 0
+    min_kept: float | None = None
+    ignore: tuple[str, ...] = ()
+    max_ram_bytes: int = 2**30
+    max_vram_bytes: int = 2**31
+    max_shard_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One stored tensor, byte for byte, under `name`."""
+
+    name: str
+    tensor: StoredTensor
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec(self.name, self.tensor.dtype, self.tensor.shape),)
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """One weight read, updated, and written anew.
+
+    `merge_base`: how the base is rounded before the update is added; None leaves it as it is.
+    `keeps_scales`: the output keeps the scales of the base's own grid; `keeps_parts`: and the very tensors
+    that store them.
+    """
+
+    name: str
+    weight: Weight
+    updates: tuple[Update, ...]
+    encoder: Encoder
+    rounding: Rounding | None = None
+    merge_base: Encoder | None = None
+    keeps_scales: bool = False
+    keeps_parts: bool = False
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        return self.encoder.parts
+
+    @property
+    def rows(self) -> int:
+        return matrix_shape(self.weight.shape)[0]
+
+    @property
+    def columns(self) -> int:
+        return matrix_shape(self.weight.shape)[1]
+
+    @property
+    def access(self) -> Access:
+        needs_scales = self.merge_base is not None and (
+            self.merge_base.nested or (self.keeps_scales and self.encoder.nested)
+        )
+        reduces = needs_scales or any(update.reduces for update in self.updates)
+        return Access.REDUCE_THEN_ROW if reduces else Access.ROW
+
+
+Step = Copy | Rewrite
+ShardPlan = ShardLayout[Step]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a run needs at most, in bytes, above the interpreter with torch loaded; `buffer` sizes a tile."""
+
+    ram: int
+    vram: int
+    buffer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was chosen and why, in words for people."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that a run will do. `quant` names the output's format of quantized weights, None if it has none."""
+
+    options: MergeOptions
+    device: Device
+    shards: tuple[ShardPlan, ...]
+    memory: Memory
+    quant: str | None
+    target: Choice
+    rounding: Choice | None
+    quantized: tuple[str, ...]
+    skipped: tuple[str, ...]
+    adapted: Mapping[str, int]
+    replaced: tuple[str, ...]
+    untied: bool
+    dtype: str | None
+    vocab_size: tuple[int, int] | None
+    fingerprint: Mapping[str, Any]
+
+    @property
+    def size(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def bytes_read(self) -> int:
+        """Of the base, weights read twice counted twice."""
+        steps = [placed.step for shard in self.shards for placed in shard.steps]
+        return sum(
+            step.tensor.nbytes
+            if isinstance(step, Copy)
+            else sum(part.nbytes for part in step.weight.parts.values())
+            + (
+                step.weight.parts[step.weight.decoder.main].nbytes
+                if step.access is Access.REDUCE_THEN_ROW
+                else 0
+            )
+            for step in steps
+        )
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def min_kept(self) -> float:
+        """The gate; 0 where a rounding was asked for by name and no limit with it."""
+        if self.options.min_kept is not None:
+            return self.options.min_kept
+        return DEFAULT_MIN_KEPT if self.options.rounding == "auto" else 0.0
+
+
+def tile_rows(step: Rewrite, buffer: int) -> int:
+    """Rows of a tile: whole cells whose bytes, read or written, fit in `buffer`."""
+    rows = step.rows
+    widest = max(step.weight.decoder.row_offset(rows), step.encoder.row_offset(rows))
+    return max(CELL_ROWS, buffer * rows // max(widest, 1) // CELL_ROWS * CELL_ROWS)

@@ -1,0 +1,343 @@
+"""From options, headers and configs to a Plan. Pure: reads no weights, and refuses all that can be refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from streamconv.adapters.base import Adapter, Replace, Tie, Update
+from streamconv.checkpoint.index import CheckpointIndex
+from streamconv.devices import Device
+from streamconv.dtypes import DENSE, Dtype
+from streamconv.errors import OptionError, UnsupportedError
+from streamconv.fingerprint import fingerprint
+from streamconv.formats import FORMATS, dense_weight
+from streamconv.formats.base import Encoder, Format, Weight
+from streamconv.formats.linear import DEFAULT_IGNORE, module_of, select
+from streamconv.layout import lay_out, split_by_size
+from streamconv.memory import plan_memory
+from streamconv.plan import Choice, Copy, MergeOptions, Plan, Rewrite, Step
+from streamconv.rounding import ROUNDINGS
+from streamconv.rounding.base import Rounding
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A base checkpoint as the planner sees it. `quantized`: the one format its quantized weights have."""
+
+    index: CheckpointIndex
+    weights: Mapping[str, Weight]
+    tie: Tie | None
+    quantized: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What the options came to: the output's formats, and where targets and codes come from."""
+
+    quant: Format | None
+    dtype: Dtype | None
+    merge_base: Format | None
+    target: Choice
+    rounding: Rounding | None
+    rounding_choice: Choice | None
+
+
+def build_plan(base: Base, adapter: Adapter | None, options: MergeOptions, device: Device) -> Plan:
+    """Everything a run will do. Raises InputError, ResourceError where it could not succeed."""
+    result = _resolve(base, adapter, options)
+    replaces = {replace.parameter: replace for replace in (adapter.replaces if adapter else ())}
+    weights = _output_weights(base, adapter, replaces)
+    quantized, skipped = _choose_quantized(base, weights, replaces, result, options)
+    updates = _updates_by_parameter(adapter)
+    steps = _steps(base, weights, updates, quantized, result)
+    shards = lay_out(_split(base, steps, result, options))
+    embedding = replaces.get(base.tie.embedding) if base.tie else None
+    vocabulary = None
+    if embedding is not None and embedding.tensor.shape != base.weights[embedding.parameter].shape:
+        vocabulary = (base.weights[embedding.parameter].shape[0], embedding.tensor.shape[0])
+    return Plan(
+        options=options,
+        device=device,
+        shards=shards,
+        memory=plan_memory(steps, options, device),
+        quant=result.quant.name if result.quant and quantized else None,
+        target=result.target,
+        rounding=result.rounding_choice if quantized else None,
+        quantized=tuple(sorted(quantized)),
+        skipped=tuple(skipped),
+        adapted=dict(adapter.modules) if adapter else {},
+        replaced=tuple(sorted(replaces)),
+        untied=bool(adapter and adapter.untie),
+        dtype=_config_dtype(base, result),
+        vocab_size=vocabulary,
+        fingerprint=fingerprint(base.index, adapter, options, result.rounding_choice, device, shards),
+    )
+
+
+# -- options -----------------------------------------------------------------------------------------------------
+
+
+def _resolve(base: Base, adapter: Adapter | None, options: MergeOptions) -> _Result:
+    quant, dtype = _resolve_quant(base, options)
+    merge_base, target = _resolve_target(base, adapter, options)
+    rounding, choice = _resolve_rounding(base, adapter, options, quant, merge_base)
+    return _Result(quant, dtype, merge_base, target, rounding, choice)
+
+
+def _resolve_quant(base: Base, options: MergeOptions) -> tuple[Format | None, Dtype | None]:
+    """The format of quantized weights (None: dense), and the dtype asked for (None: each weight's own)."""
+    name, dtype_name = options.quant.lower(), options.dtype.lower()
+    if name in DENSE:
+        if dtype_name not in ("auto", name):
+            raise OptionError(
+                f"--quant {name} and --dtype {dtype_name} contradict each other; give one of them"
+            )
+        name, dtype_name = "none", name
+    if dtype_name != "auto" and dtype_name not in DENSE:
+        raise OptionError(f"--dtype {options.dtype} is not known; use auto, {', '.join(DENSE)}")
+    dtype = None if dtype_name == "auto" else DENSE[dtype_name]
+    if name == "keep":
+        name = base.quantized or "none"
+    if name == "none":
+        return None, dtype
+    if name not in FORMATS:
+        raise OptionError(
+            f"--quant {options.quant} is not known; use keep, none, or one of {', '.join(FORMATS)}"
+        )
+    return FORMATS[name], dtype
+
+
+def _resolve_target(
+    base: Base, adapter: Adapter | None, options: MergeOptions
+) -> tuple[Format | None, Choice]:
+    name = options.merge_base.lower()
+    if name in ("original", base.quantized):
+        if base.quantized:
+            return None, Choice(
+                "T", f"the base is {base.quantized}, so the update is added to what it dequantizes to"
+            )
+        return None, Choice("F", "the update is added to the original 16-bit base")
+    known = [name for name, fmt in FORMATS.items() if name not in DENSE]
+    if name not in known:
+        raise OptionError(
+            f"--merge-base {options.merge_base} is not known; use original or one of {', '.join(known)}"
+        )
+    if base.quantized:
+        raise OptionError(
+            f"--merge-base {name} does not fit: the base is itself {base.quantized}, and its original weights are "
+            "not in it; leave the option out, or give the 16-bit base"
+        )
+    if adapter is None:
+        raise OptionError(f"--merge-base {name} says what an update is added to, but there is no adapter")
+    return FORMATS[name], Choice(
+        "T", f"the base is first rounded to {name}, as QLoRA training saw it, and the update is added to that"
+    )
+
+
+def _resolve_rounding(
+    base: Base,
+    adapter: Adapter | None,
+    options: MergeOptions,
+    quant: Format | None,
+    merge_base: Format | None,
+) -> tuple[Rounding | None, Choice | None]:
+    name = options.rounding.lower()
+    if name != "auto" and name not in ROUNDINGS:
+        raise OptionError(
+            f"--rounding {options.rounding} is not known; use auto or one of {', '.join(ROUNDINGS)}"
+        )
+    if quant is None:
+        if name != "auto":
+            raise OptionError(
+                f"--rounding {name} chooses codes, but the output is not quantized; add --quant FORMAT"
+            )
+        return None, None
+    if name != "auto":
+        return ROUNDINGS[name], Choice(name, "asked for by name")
+    from_name = merge_base.name if merge_base else base.quantized
+    if adapter is not None and from_name is not None and FORMATS[from_name].grid == quant.grid:
+        return ROUNDINGS["stochastic"], Choice(
+            "stochastic",
+            f"the target is the base's own {from_name} grid plus a small update, which nearest rounding would erase",
+        )
+    return ROUNDINGS["nearest"], Choice("nearest", f"the target does not lie on the {quant.name} grid")
+
+
+# -- weights -----------------------------------------------------------------------------------------------------
+
+
+def _output_weights(
+    base: Base, adapter: Adapter | None, replaces: Mapping[str, Replace]
+) -> dict[str, Weight]:
+    """Output name -> the weight it is made from, in the base's order; an untied head comes last."""
+    weights = dict(base.weights)
+    if adapter is not None and adapter.untie:
+        assert base.tie is not None
+        source = base.weights[base.tie.embedding]
+        weights.pop(base.tie.head, None)  # a loader of a tied model never looks at it
+        weights[base.tie.head] = source
+    for name, replace in replaces.items():
+        weights[name] = dense_weight(name, replace.tensor)
+    return weights
+
+
+def _updates_by_parameter(adapter: Adapter | None) -> dict[str, tuple[Update, ...]]:
+    updates: dict[str, tuple[Update, ...]] = {}
+    for update in adapter.updates if adapter else ():
+        updates[update.parameter] = (*updates.get(update.parameter, ()), update)
+    return updates
+
+
+def _choose_quantized(
+    base: Base,
+    weights: Mapping[str, Weight],
+    replaces: Mapping[str, Replace],
+    result: _Result,
+    options: MergeOptions,
+) -> tuple[frozenset[str], Sequence[str]]:
+    """Weights the output stores quantized, and the linear modules it leaves in 16 bit: one decision."""
+    if result.quant is None:
+        return frozenset(), ()
+    ignore = [*options.ignore, *(module_of(name) for name in replaces)]
+    if base.quantized:  # what it leaves in 16 bit stays so, what it quantizes does too
+        ignore += [
+            module_of(name) for name, weight in base.weights.items() if weight.format != base.quantized
+        ]
+    else:
+        ignore += DEFAULT_IGNORE
+    selection = select({name: weight.shape for name, weight in weights.items()}, base.index.config, ignore)
+    return frozenset(selection.quantized), selection.skipped
+
+
+def _steps(
+    base: Base,
+    weights: Mapping[str, Weight],
+    updates: Mapping[str, tuple[Update, ...]],
+    quantized: frozenset[str],
+    result: _Result,
+) -> list[Step]:
+    seen_by_training = _rounded_in_training(base, result)
+    steps: list[Step] = []
+    for name, weight in weights.items():
+        encoder = _encoder(name, weight, name in quantized, result)
+        if name in seen_by_training and result.merge_base is not None:
+            merge_base = result.merge_base.encoder(name, weight.shape, weight.dtype)
+        else:
+            merge_base = None
+        steps += _weight_steps(name, weight, updates.get(name, ()), encoder, merge_base, result)
+    return steps
+
+
+def _weight_steps(
+    name: str,
+    weight: Weight,
+    updates: tuple[Update, ...],
+    encoder: Encoder | None,
+    merge_base: Encoder | None,
+    result: _Result,
+) -> list[Step]:
+    if encoder is None or (not updates and merge_base is None and encoder.format == weight.format):
+        prefix = weight.name
+        return [Copy(name + part.name.removeprefix(prefix), part) for part in weight.parts.values()]
+    if not updates and merge_base is not None and merge_base.format == encoder.format:
+        # Rounding the original gives just what training saw; rounding that once more would move its scales.
+        return [Rewrite(name, weight, (), encoder, ROUNDINGS["nearest"])]
+    if encoder.grid is None:
+        return [Rewrite(name, weight, updates, encoder, merge_base=merge_base)]
+    assert result.rounding is not None
+    base_grid = merge_base.grid if merge_base else weight.decoder.grid
+    keeps = base_grid == encoder.grid and (result.rounding.keeps_scales or not updates)
+    keeps_parts = keeps and merge_base is None and weight.format == encoder.format
+    if merge_base is not None and any(update.reduces for update in updates):
+        raise UnsupportedError(
+            f"{name}: this update needs a pass over the whole weight, and so does --merge-base {merge_base.format}; "
+            "merge onto the original base"
+        )
+    return [Rewrite(name, weight, updates, encoder, result.rounding, merge_base, keeps, keeps_parts)]
+
+
+def _encoder(name: str, weight: Weight, quantize: bool, result: _Result) -> Encoder | None:
+    """How the output stores a weight; None for what can only be copied."""
+    if not weight.dtype.is_float:
+        return None
+    if quantize:
+        assert result.quant is not None
+        return result.quant.encoder(name, weight.shape, result.dtype or weight.dtype)
+    dtype = result.dtype or weight.dtype
+    if weight.dtype.name not in DENSE:
+        if result.dtype is not None:
+            raise UnsupportedError(
+                f"{name} is {weight.dtype}, which --dtype {result.dtype.name} cannot convert"
+            )
+        return None
+    return FORMATS[dtype.name].encoder(name, weight.shape, dtype)
+
+
+def _rounded_in_training(base: Base, result: _Result) -> frozenset[str]:
+    """Weights that bitsandbytes would have replaced when the model was loaded for QLoRA."""
+    if result.merge_base is None:
+        return frozenset()
+    shapes = {name: weight.shape for name, weight in base.weights.items()}
+    return frozenset(select(shapes, base.index.config, DEFAULT_IGNORE).quantized)
+
+
+# -- shards ------------------------------------------------------------------------------------------------------
+
+
+def _split(base: Base, steps: Sequence[Step], result: _Result, options: MergeOptions) -> list[list[Step]]:
+    """Steps by shard: the base's own shards for 16-bit output of a 16-bit base, else filled up to a limit."""
+    if options.max_shard_bytes is not None or result.quant is not None or base.quantized is not None:
+        return split_by_size(steps, options.max_shard_bytes or DEFAULT_SHARD_BYTES)
+    shard_of = {name: tensor.file.name for name, tensor in base.index.tensors.items()}
+    shards: dict[str, list[Step]] = {shard.file.name: [] for shard in base.index.shards}
+    last = base.index.shards[-1].file.name
+    for step in steps:
+        shards[shard_of.get(step.name, last)].append(step)
+    return [steps for steps in shards.values() if steps]
+
+
+def _config_dtype(base: Base, result: _Result) -> str | None:
+    """What config.json should call the dtype; None leaves it as it is."""
+    del base
+    return result.dtype.name if result.dtype else None
+
+
+def read_base(index: CheckpointIndex, weights: Sequence[Weight]) -> Base:
+    """The base of a plan. Raises UnsupportedError where its quantized weights are of more than one format."""
+    formats = sorted({weight.format for weight in weights if weight.decoder.grid is not None})
+    if len(formats) > 1:
+        raise UnsupportedError(
+            f"{index.storage.location}: its weights are quantized in several formats ({', '.join(formats)}); "
+            "only checkpoints with one are read"
+        )
+    by_name = {weight.name: weight for weight in weights}
+    return Base(index, by_name, find_tie(by_name, index.config), formats[0] if formats else None)
+
+
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+_HEADS = ("lm_head.weight", "embed_out.weight")
+
+
+def find_tie(weights: Mapping[str, Weight], config: Mapping[str, Any]) -> Tie | None:
+    """Embedding and head that share one tensor, or None.
+
+    They do where the config says so, and where a language model's head is not stored at all: saving leaves
+    out what loading ties again, and the key is absent where it has the model's default.
+    """
+    embeddings = [name for name in weights if name.endswith(_EMBEDDINGS)]
+    head = next((name for name in _HEADS if name in weights), None)
+    text = config.get("text_config")
+    declared = [level.get("tie_word_embeddings") for level in (config, text) if isinstance(level, Mapping)]
+    if len(embeddings) != 1 or False in declared:
+        return None
+    architectures = [str(name) for name in config.get("architectures") or ()]
+    has_head = any(
+        name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
+    )
+    if head is None and has_head:
+        return Tie(embeddings[0], "lm_head.weight")
+    return Tie(embeddings[0], head) if head is not None and True in declared else None

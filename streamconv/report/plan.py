@@ -1,0 +1,97 @@
+"""A plan, shown: as JSON with every file and tensor, or as a page of text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from streamconv.plan import Copy, Rewrite, ShardPlan, Step, tile_rows
+from streamconv.sizes import format_size
+
+if TYPE_CHECKING:  # the pipeline shows plans; plans do not know it
+    from streamconv.pipeline import Prepared
+
+
+def plan_as_json(prepared: Prepared) -> dict[str, Any]:
+    """Plain data: output files with their tensors, memory, disk, matched modules, choices."""
+    plan = prepared.plan
+    return {
+        "digest": plan.digest,
+        "base": prepared.job.base,
+        "adapter": prepared.job.adapter,
+        "device": plan.device.name,
+        "quant": plan.quant or "none",
+        "target": {"name": plan.target.name, "reason": plan.target.reason},
+        "rounding": {"name": plan.rounding.name, "reason": plan.rounding.reason} if plan.rounding else None,
+        "adapted_modules": dict(plan.adapted),
+        "replaced": list(plan.replaced),
+        "untied": plan.untied,
+        "quantized": list(plan.quantized),
+        "left_in_16_bit": list(plan.skipped),
+        "peak_ram_bytes": plan.memory.ram,
+        "peak_vram_bytes": plan.memory.vram,
+        "disk_bytes": plan.size,
+        "read_bytes": plan.bytes_read,
+        "files": {
+            "shards": [_shard(shard, plan.memory.buffer) for shard in plan.shards],
+            "written": list(prepared.generated),
+            "copied": [file.name for file in prepared.copied],
+        },
+    }
+
+
+def _shard(shard: ShardPlan, buffer: int) -> dict[str, Any]:
+    return {
+        "name": shard.name,
+        "bytes": shard.size,
+        "tensors": [
+            {
+                "name": spec.name,
+                "dtype": spec.dtype.code,
+                "shape": list(spec.shape),
+                "bytes": spec.nbytes,
+                **_step(placed.step, buffer),
+            }
+            for placed in shard.steps
+            for spec in placed.step.specs
+        ],
+    }
+
+
+def _step(step: Step, buffer: int) -> dict[str, Any]:
+    if isinstance(step, Copy):
+        return {"action": "copy"}
+    return {
+        "action": "rewrite",
+        "access": step.access.value,
+        "updates": len(step.updates),
+        "tiles": -(-step.rows // tile_rows(step, buffer)),
+    }
+
+
+def plan_as_text(prepared: Prepared) -> str:
+    """One page for people."""
+    plan = prepared.plan
+    steps = [placed.step for shard in plan.shards for placed in shard.steps]
+    rewritten = sum(isinstance(step, Rewrite) for step in steps)
+    adapted = ", ".join(f"{count} {name}" for name, count in sorted(plan.adapted.items()))
+    lines = [
+        ("base", prepared.job.base),
+        ("adapter", f"{prepared.job.adapter or '-'}"),
+        ("adapted", adapted or "-"),
+        ("replaced", ", ".join(plan.replaced) or "-"),
+        ("output", f"{plan.quant or plan.dtype or 'dtype of the base'}, {format_size(plan.size)}"),
+        ("target", f"{plan.target.name}: {plan.target.reason}"),
+        ("rounding", f"{plan.rounding.name}: {plan.rounding.reason}" if plan.rounding else "-"),
+        ("16 bit", ", ".join(plan.skipped) or ("-" if plan.quant else "all")),
+        ("weights", f"{rewritten} rewritten, {len(steps) - rewritten} tensors copied"),
+        (
+            "memory",
+            f"{format_size(plan.memory.ram)} RAM, {format_size(plan.memory.vram)} on {plan.device.name}",
+        ),
+        ("disk", f"reads {format_size(plan.bytes_read)}, writes {format_size(plan.size)}"),
+        ("files", ", ".join(f"{shard.name} ({format_size(shard.size)})" for shard in plan.shards[:8])),
+        ("", ", ".join([*prepared.generated, *(file.name for file in prepared.copied)])),
+    ]
+    if plan.untied:
+        lines.insert(4, ("untied", "input and output embeddings will differ and are stored apart"))
+    return "\n".join(f"{label:9} {text}" for label, text in lines)

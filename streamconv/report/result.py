@@ -1,0 +1,91 @@
+"""The numbers of one run, and the manifest `streamconv.json` that is stored beside the weights.
+
+The manifest holds nothing that changes from run to run (no time, no path), so that equal inputs and options give
+equal folders. It is what `streamconv verify` checks an output against.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+from streamconv.cells import KeptDelta
+from streamconv.plan import Plan
+
+MANIFEST = "streamconv.json"
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The kept-delta share of the whole model and of each weight; `base_error_to_delta` is ||W - Wq|| / ||D||."""
+
+    total: float
+    weights: Mapping[str, float]
+    base_error_to_delta: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `merge` and `convert` return. Sizes in bytes, times in seconds.
+
+    `peak_ram_bytes` is anonymous memory above what the process had before planning; `kept_delta` is None
+    where nothing was quantized.
+    """
+
+    out: str
+    quant: str
+    target: str
+    rounding: str | None
+    kept_delta: float | None
+    kept_by_weight: Mapping[str, float]
+    base_error_to_delta: float | None
+    shards: Mapping[str, str]
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    peak_ram_bytes: int
+    planned_ram_bytes: int
+    resumed: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def kept_delta(sums: Mapping[str, KeptDelta]) -> Kept | None:
+    """Totals over all quantized weights that had an update; None if there are none."""
+    shares = {name: kept.kept / kept.delta for name, kept in sorted(sums.items()) if kept.delta}
+    delta = sum(kept.delta for kept in sums.values())
+    if not shares or not delta:
+        return None
+    error = sum(kept.base_error for kept in sums.values())
+    return Kept(
+        total=sum(kept.kept for kept in sums.values()) / delta,
+        weights=shares,
+        base_error_to_delta=(error / delta) ** 0.5 if error else None,
+    )
+
+
+def manifest(plan: Plan, hashes: Mapping[str, str], kept: Kept | None) -> bytes:
+    """Content of `streamconv.json`."""
+    content = {
+        "manifest_version": MANIFEST_VERSION,
+        "streamconv": version("streamconv"),
+        "fingerprint": plan.fingerprint,
+        "digest": plan.digest,
+        "quant": plan.quant or "none",
+        "target": plan.target.name,
+        "rounding": plan.rounding.name if plan.rounding else None,
+        "kept_delta": kept.total if kept else None,
+        "kept_by_weight": kept.weights if kept else {},
+        "base_error_to_delta": kept.base_error_to_delta if kept else None,
+        "adapted": plan.adapted,
+        "replaced": plan.replaced,
+        "skipped": plan.skipped,
+        "untied": plan.untied,
+        "shards": {shard.name: {"size": shard.size, "sha256": hashes[shard.name]} for shard in plan.shards},
+    }
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()

@@ -1,0 +1,149 @@
+"""The files beside the weights: which are copied, and what changes in config.json.
+
+Files are copied byte for byte from an allow-list of names; a tokenizer written anew by another library is no
+longer the tokenizer that was trained with. Custom code is copied only where config.json names it, and never
+imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from streamconv.errors import InputError, OptionError
+from streamconv.storage.base import SourceFile, Storage
+
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+MODEL = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+# Never copied, even when --copy-extra matches: weights of another format, pickles, and what is written anew.
+NEVER = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.gguf",
+    "*.pkl",
+    "*.bin.index.json",
+    "optimizer*",
+    "config.json",
+    "README.md",
+    "adapter_config.json",
+    "streamconv.json",
+)
+OWN_NAMES = ("config.json", "README.md", "streamconv.json", "model.safetensors.index.json")
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _code_files(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Python files of a model with custom code; they may import each other, so all of them or none."""
+    return [name for name in names if name.endswith(".py")] if config.get("auto_map") else []
+
+
+def choose_tokenizer(
+    wanted: str, base: Storage, adapter: Storage | None, vocabulary_changed: bool
+) -> Storage:
+    """Whose tokenizer files to copy: the adapter's where it trained another vocabulary, else the base's."""
+    if wanted == "adapter":
+        if adapter is None:
+            raise OptionError("--tokenizer adapter was asked for, but there is no adapter")
+        if not any(_matches(name, TOKENIZER) for name in adapter.names()):
+            raise InputError(
+                f"--tokenizer adapter was asked for, but {adapter.location} holds no tokenizer files"
+            )
+        return adapter
+    if wanted == "auto" and vocabulary_changed and adapter is not None:
+        if any(_matches(name, TOKENIZER) for name in adapter.names()):
+            return adapter
+        raise InputError(
+            f"the adapter changed the vocabulary but {adapter.location} holds no tokenizer files; "
+            "put them there, or pass --tokenizer base if the base's tokenizer is right"
+        )
+    return base
+
+
+def files_to_copy(
+    base: Storage, tokenizer: Storage, config: Mapping[str, Any], extra: Sequence[str]
+) -> tuple[SourceFile, ...]:
+    """Files that go to the output unchanged, sorted by name."""
+    names = base.names()
+    model = [name for name in names if _matches(name, MODEL)] + _code_files(config, names)
+    chosen = dict.fromkeys(model, base)
+    chosen |= {name: tokenizer for name in tokenizer.names() if _matches(name, TOKENIZER)}
+    for pattern in extra:
+        found = [name for name in names if fnmatch.fnmatchcase(name, pattern) and not _matches(name, NEVER)]
+        if not found:
+            raise OptionError(f"--copy-extra {pattern} matches no file of {base.location} that may be copied")
+        chosen |= {name: chosen.get(name, base) for name in found}
+    return tuple(chosen[name].file(name) for name in sorted(chosen))
+
+
+def _levels(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The config itself and every sub-config (`text_config`) in it."""
+    found = [config]
+    for value in config.values():
+        if isinstance(value, dict):
+            found += _levels(value)
+    return found
+
+
+def edit_config(
+    config: Mapping[str, Any],
+    *,
+    dtype: str | None,
+    quantization: Mapping[str, Any] | None,
+    untie: bool,
+    vocab_size: tuple[int, int] | None,
+) -> dict[str, Any]:
+    """config.json of the output: key order and unknown keys stay.
+
+    `dtype` replaces `dtype`/`torch_dtype` wherever one stands; `quantization` is the new
+    `quantization_config`, None removes it at every level; `vocab_size` is (old, new) rows of the embedding.
+    """
+    edited = copy.deepcopy(dict(config))
+    quantization_keys = ("quantization_config", "compression_config")
+    for level in _levels(edited):
+        for key in quantization_keys:
+            level.pop(key, None)
+        for key in ("dtype", "torch_dtype"):
+            if dtype is not None and isinstance(level.get(key), str):
+                level[key] = dtype
+        if untie and "tie_word_embeddings" in level:
+            level["tie_word_embeddings"] = False
+        if vocab_size is not None and level.get("vocab_size") == vocab_size[0]:
+            level["vocab_size"] = vocab_size[1]
+    if untie:
+        edited["tie_word_embeddings"] = False
+    if edited.get("_name_or_path"):
+        edited["_name_or_path"] = ""  # a local path would tell who made it
+    if quantization is not None:
+        edited["quantization_config"] = dict(quantization)
+    return edited

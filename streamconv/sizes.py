@@ -1,0 +1,48 @@
+"""Sizes as people write them: `5GB` (decimal), `512MiB` (binary)."""
+
+from __future__ import annotations
+
+import math
+import re
+
+UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes in `text`. Raises ValueError for anything that is not a positive size with a unit.
+
+    A bare number below a million is refused: `--max-shard-size 5` surely did not mean five bytes.
+    """
+    if isinstance(text, int):
+        text = str(text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write a number and a unit, such as 5GB or 512MiB")
+    number, unit = float(match[1]), match[2]
+    if unit is None and number < 10**6:
+        raise ValueError(f"{text!r} has no unit; write for example {match[1]}GB or {match[1]}MiB")
+    if unit is not None and unit.upper() not in UNITS:
+        raise ValueError(f"{text!r} has an unknown unit; known are {', '.join(UNITS)}")
+    size = number * UNITS[(unit or "B").upper()]
+    if not math.isfinite(size) or size < 1:
+        raise ValueError(f"{text!r} is not a positive size")
+    return int(size)
+
+
+def format_size(size: float) -> str:
+    """`size` bytes in decimal units, three digits: `5.37 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"

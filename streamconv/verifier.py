@@ -1,0 +1,172 @@
+"""A finished output against its manifest, and against the maths.
+
+`verify_output` rereads every shard: sizes, hashes, headers, index. `verify_exactly` computes the merge anew from
+base and adapter, through the very code that wrote it, and compares byte by byte as it goes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamconv.cells import KeptDelta
+from streamconv.checkpoint.header import read_header
+from streamconv.checkpoint.index import read_index
+from streamconv.checkpoint.strict_json import parse_object
+from streamconv.errors import InputError, VerificationError
+from streamconv.executor import StopRequest, run_plan
+from streamconv.plan import Plan, ShardPlan
+from streamconv.storage import open_storage
+from streamconv.storage.base import Storage
+
+_MAX_MANIFEST_BYTES = 64 * 2**20
+_CHUNK_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What was checked: number of shards, tensors and bytes; `exact` if the maths was done again."""
+
+    shards: int
+    tensors: int
+    bytes: int
+    exact: bool
+
+
+def read_manifest(storage: Storage, name: str) -> Mapping[str, Any]:
+    """The manifest of an output. Raises InputError where there is none."""
+    if name not in storage.names():
+        raise InputError(f"{storage.location} has no {name}, so it is no finished output of streamconv")
+    return parse_object(storage.read_bytes(name, _MAX_MANIFEST_BYTES), f"{storage.location}: {name}")
+
+
+def verify_layout(out: Path, plan: Plan) -> None:
+    """Right after a run: every shard is in place with its size, and opens as the plan has it.
+
+    Bytes are not reread; they were hashed on their way to the disk.
+    """
+    index = read_index(open_storage(str(out)))
+    for shard in plan.shards:
+        path = out / shard.name
+        found = path.stat().st_size
+        if found != shard.size:
+            raise VerificationError(
+                f"{path} has {found} bytes, expected {shard.size}; do not use this output"
+            )
+    planned = {
+        spec.name: spec for shard in plan.shards for placed in shard.steps for spec in placed.step.specs
+    }
+    stored = {name: tensor.spec for name, tensor in index.tensors.items()}
+    if stored != planned:
+        name = sorted(set(stored.items()) ^ set(planned.items()))[0][0]
+        raise VerificationError(f"{out}: tensor {name} is not stored as planned; do not use this output")
+
+
+def verify_output(location: str, manifest_name: str, on_progress: Callable[[int], None]) -> Verified:
+    """Reread every shard of an output and compare with its manifest. Raises VerificationError."""
+    storage = open_storage(location)
+    content = read_manifest(storage, manifest_name)
+    shards = content.get("shards")
+    if not isinstance(shards, dict) or not shards:
+        raise VerificationError(f"{location}: {manifest_name} lists no shards; do not use this output")
+    total = 0
+    for name, expected in shards.items():
+        file = storage.file(name)
+        if file.size != expected["size"]:
+            raise VerificationError(
+                f"{location}: {name} has {file.size} bytes, expected {expected['size']}; do not use this output"
+            )
+        read_header(file)
+        digest = _hash_file(file.path, on_progress)
+        if digest != expected["sha256"]:
+            raise VerificationError(
+                f"{location}: {name} hashes to {digest}, expected {expected['sha256']}; do not use this output"
+            )
+        total += file.size
+    index = read_index(storage)
+    strange = {shard.file.name for shard in index.shards} ^ set(shards)
+    if strange:
+        raise VerificationError(
+            f"{location}: {sorted(strange)[0]} is in only one of index and {manifest_name}; do not use this output"
+        )
+    return Verified(len(shards), len(index.tensors), total, exact=False)
+
+
+def _hash_file(path: str, on_progress: Callable[[int], None]) -> str:
+    digest = hashlib.sha256()
+    buffer = bytearray(_CHUNK_BYTES)
+    view = memoryview(buffer)
+    with Path(path).open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+            on_progress(count)
+    return digest.hexdigest()
+
+
+class ComparingSink:
+    """Takes the bytes of a plan and compares them with the files of an output."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._shard: ShardPlan | None = None
+        self._descriptor: int | None = None
+        self._offset = 0
+
+    def begin(self, shard: ShardPlan) -> None:
+        self._shard = shard
+        self._descriptor = os.open(self._out / shard.name, os.O_RDONLY | os.O_CLOEXEC)
+        found = os.pread(self._descriptor, len(shard.header), 0)
+        if found != shard.header:
+            raise VerificationError(
+                f"{self._out / shard.name}: its header is not as planned; do not use this output"
+            )
+        self._offset = len(shard.header)
+
+    def write(self, data: memoryview) -> None:
+        assert self._descriptor is not None
+        for start in range(0, len(data), _CHUNK_BYTES):
+            wanted = data[start : start + _CHUNK_BYTES]
+            if os.pread(self._descriptor, len(wanted), self._offset) != wanted:
+                raise VerificationError(
+                    f"{self._out}: tensor {self._tensor()} differs from what base, adapter and options give; "
+                    "do not use this output"
+                )
+            self._offset += len(wanted)
+
+    def boundary(self, sums: Mapping[str, KeptDelta]) -> None:
+        del sums
+
+    def end(self) -> None:
+        self.close()
+
+    def halt(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _tensor(self) -> str:
+        assert self._shard is not None
+        return next(
+            (
+                placed.step.specs[0].name
+                for placed in self._shard.steps
+                if placed.offset <= self._offset < placed.offset + placed.nbytes
+            ),
+            "?",
+        )
+
+
+def verify_exactly(out: Path, plan: Plan, on_progress: Callable[[int], None], stop: StopRequest) -> None:
+    """Compute the whole plan again and compare with the files. Raises VerificationError at the first difference."""
+    sink = ComparingSink(out)
+    try:
+        run_plan(plan, sink, {shard.name: len(shard.header) for shard in plan.shards}, on_progress, stop)
+    finally:
+        sink.close()
