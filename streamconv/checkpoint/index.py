@@ -16,7 +16,7 @@ from streamconv.checkpoint.header import read_header, recognise
 from streamconv.checkpoint.strict_json import parse_object, shown
 from streamconv.checkpoint.types import Shard, StoredTensor
 from streamconv.errors import CheckpointError, UnsupportedError
-from streamconv.storage.base import Storage
+from streamconv.storage.base import SourceFile, Storage
 
 _MAX_INDEX_BYTES = 256_000_000
 _MAX_CONFIG_BYTES = 32_000_000
@@ -45,8 +45,7 @@ def read_index(storage: Storage, stem: str = "model", require_config: bool = Tru
     config = _read_config(storage, names, require_config)
     weight_map = _read_weight_map(storage, names, stem)
     shard_names = [_single_file(storage, names, stem)] if weight_map is None else _shard_names(weight_map)
-    _check_present(storage, names, shard_names)
-    tensors, shards = _read_shards(storage, shard_names)
+    tensors, shards = _read_shards(storage, _shard_files(storage, shard_names))
     if weight_map is not None:
         _check_weight_map(storage, weight_map, tensors)
     if not tensors:
@@ -144,28 +143,34 @@ def _is_adapter(storage: Storage) -> CheckpointError:
     )
 
 
-def _check_present(storage: Storage, names: frozenset[str], shard_names: Sequence[str]) -> None:
-    missing = [name for name in shard_names if "/" not in name and name not in names]
-    if missing:
+def _shard_files(storage: Storage, shard_names: Sequence[str]) -> list[SourceFile]:
+    """All shards, before the first is read: of an unfinished download, say how much is missing."""
+    files: list[SourceFile] = []
+    faults: list[CheckpointError] = []
+    for name in shard_names:
+        try:
+            files.append(storage.file(name))
+        except CheckpointError as error:
+            faults.append(error)
+    if faults:
         raise CheckpointError(
-            f"{storage.location}: {len(missing)} of {len(shard_names)} shards are missing: {_some(missing)};"
-            " download them as well"
-        )
+            f"{len(faults)} of {len(shard_names)} shards cannot be used, the first because: {faults[0]}"
+        ) from faults[0]
+    return files
 
 
 def _read_shards(
-    storage: Storage, shard_names: Sequence[str]
+    storage: Storage, files: Iterable[SourceFile]
 ) -> tuple[dict[str, StoredTensor], tuple[Shard, ...]]:
     tensors: dict[str, StoredTensor] = {}
     shards: list[Shard] = []
-    for shard_name in shard_names:
-        file = storage.file(shard_name)
+    for file in files:
         header = read_header(file)
         for entry in header.tensors:
             if entry.name in tensors:
                 raise CheckpointError(
                     f"{storage.location}: tensor {shown(entry.name)} is in two shards,"
-                    f" {tensors[entry.name].file.name} and {shard_name}"
+                    f" {tensors[entry.name].file.name} and {file.name}"
                 )
             offset = header.data_start + entry.start
             tensors[entry.name] = StoredTensor(entry.name, entry.dtype, entry.shape, file, offset)

@@ -42,7 +42,8 @@ def parse_object(raw: bytes, where: str, allow_nonfinite: bool = False) -> dict[
 
 def shown(value: object) -> str:
     """`value` as it may stand in a message: quoted, and short however long it is."""
-    return _SHORT.repr(value)
+    text = _SHORT.repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
