@@ -10,6 +10,7 @@ import ctypes
 import errno
 import hashlib
 import os
+import sys
 from pathlib import Path
 from typing import Self
 
@@ -276,5 +277,6 @@ def _no_space(path: Path, missing_bytes: int, free: int, code: int) -> ResourceE
 
 
 def _free_bytes(path: Path) -> int:
+    """Free space where `path` lies; without limit if the file system does not say (ramfs, some FUSE ones)."""
     found = os.statvfs(path.parent)
-    return found.f_bavail * found.f_frsize
+    return found.f_bavail * found.f_frsize if found.f_blocks else sys.maxsize
