@@ -1,0 +1,254 @@
+"""adapter_config.json: what is read, what is refused, and that no field of PEFT's is unknown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from peft.utils.other import get_pattern_key
+
+from streamconv.adapters import ADAPTERS, NO_WEIGHTS, NOT_BUILT
+from streamconv.adapters.base import Adapter
+from streamconv.adapters.config import CONFIG_NAME, Neutral
+from streamconv.adapters.lora_config import LORA_FIELDS, LoraSettings
+from streamconv.errors import AdapterError, UnsupportedError
+from tests.merging import read
+from tests.tiny import edit_json
+
+Read = Callable[[], Adapter]
+
+
+@pytest.fixture
+def read_plain(bases: dict[str, Path], plain: Path) -> Read:
+    return lambda: read(bases["llama"], plain)
+
+
+def test_every_field_of_peft_is_known() -> None:
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= set(LORA_FIELDS)
+
+
+def test_defaults_of_peft_are_neutral() -> None:
+    for field, value in peft.LoraConfig().to_dict().items():
+        rule = LORA_FIELDS[field]
+        assert not isinstance(rule, Neutral) or rule.allows(value), field
+
+
+def test_every_method_of_peft_is_known() -> None:
+    known = [set(ADAPTERS), set(NOT_BUILT), set(NO_WEIGHTS)]
+    assert {peft_type.value for peft_type in peft.PeftType} <= set().union(*known)
+    assert sum(map(len, known)) == len(set().union(*known))
+
+
+@pytest.mark.parametrize(
+    ("peft_type", "expected"),
+    [
+        *((name, f"{name} adapters are not supported yet") for name in NOT_BUILT),
+        *((name, f"a {name} adapter cannot be merged: .+ serve it unmerged") for name in NO_WEIGHTS),
+        ("TELEPATHY", "the peft_type 'TELEPATHY' is not known here; supported are LORA"),
+        ("lora", "the peft_type 'lora' is not known here"),
+    ],
+)
+def test_other_methods_are_refused_by_name(
+    plain: Path, read_plain: Read, peft_type: str, expected: str
+) -> None:
+    edit_json(plain / CONFIG_NAME, peft_type=peft_type)
+    with pytest.raises(UnsupportedError, match=f"{CONFIG_NAME}: .*{expected}"):
+        read_plain()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_16"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "corda"),
+        ("init_lora_weights", "lora_ga"),
+        ("init_lora_weights", "loftq"),
+        ("init_lora_weights", 1),
+        ("bias", "all"),
+        ("bias", "lora_only"),
+        ("lora_bias", True),
+        ("target_parameters", ["mlp.experts.gate_up_proj"]),
+        ("trainable_token_indices", [1, 2]),
+        ("trainable_token_indices", {"embed_tokens": [1]}),
+        ("layer_replication", [[0, 2], [1, 2]]),
+        ("use_qalora", True),
+        ("use_bdlora", {"nblocks": 2}),
+        ("kasa_config", {"beta": 1e-4}),
+        ("velora_config", {"num_groups": 64}),
+        ("monteclora_config", {"num_samples": 8}),
+        ("alora_invocation_tokens", [1, 2]),
+        ("arrow_config", {"top_k": 3}),
+        ("enable_lora", [True, False, True]),
+        ("a_field_of_tomorrow", "on"),
+        ("a_field_of_tomorrow", 0),
+        ("a_field_of_tomorrow", {"deep": False}),
+    ],
+)
+def test_what_may_change_the_maths_is_refused_by_name(
+    plain: Path, read_plain: Read, field: str, value: Any
+) -> None:
+    edit_json(plain / CONFIG_NAME, **{field: value})
+    with pytest.raises(UnsupportedError, match=rf"{CONFIG_NAME}: .*{field}"):
+        read_plain()
+
+
+def test_every_neutral_field_has_a_case_above() -> None:
+    marks = test_what_may_change_the_maths_is_refused_by_name.pytestmark
+    tried = {field for field, _ in marks[0].args[1]}
+    assert tried >= {field for field, rule in LORA_FIELDS.items() if isinstance(rule, Neutral)}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"a_field_of_tomorrow": None},
+        {"a_field_of_tomorrow": False},
+        {"a_field_of_tomorrow": []},
+        {"a_field_of_tomorrow": {}},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": False},
+        {"lora_dropout": 0.5, "inference_mode": True, "revision": "main", "task_type": "CAUSAL_LM"},
+        {"loftq_config": {"loftq_bits": 4}, "megatron_core": "megatron.core", "layers_pattern": "layers"},
+        {"bias": None, "rank_pattern": None, "use_dora": None},
+    ],
+)
+def test_what_cannot_change_the_maths_is_accepted(
+    plain: Path, read_plain: Read, fields: dict[str, Any]
+) -> None:
+    before = read_plain()
+    edit_json(plain / CONFIG_NAME, **fields)
+    assert read_plain().updates == before.updates
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("peft_type", None, "a name"),
+        ("r", "8", "a positive whole number, found '8'"),
+        ("r", True, "a positive whole number"),
+        ("r", 0, "a positive whole number"),
+        ("r", None, "a positive whole number"),
+        ("lora_alpha", "16", "a number"),
+        ("lora_alpha", True, "a number"),
+        ("lora_alpha", 10**400, "a number"),
+        ("use_rslora", 1, "true or false"),
+        ("use_dora", "false", "true or false"),
+        ("fan_in_fan_out", 0, "true or false"),
+        ("target_modules", 5, "a list of names"),
+        ("target_modules", ["q_proj", ""], "a list of names"),
+        ("modules_to_save", "lm_head", "a list of names"),
+        ("rank_pattern", [4], "numbers by pattern"),
+        ("rank_pattern", {"q_proj": 4.0}, "numbers by pattern"),
+        ("alpha_pattern", {"q_proj": "4"}, "numbers by pattern"),
+        ("rank_pattern", {"q_proj(": 4}, "not a regular expression"),
+        ("alpha_pattern", {"*": 4}, "not a regular expression"),
+        ("target_modules", "q_proj(", "not a regular expression"),
+    ],
+)
+def test_fields_of_a_wrong_type_are_refused(
+    plain: Path, read_plain: Read, field: str, value: Any, expected: str
+) -> None:
+    edit_json(plain / CONFIG_NAME, **{field: value})
+    with pytest.raises(AdapterError, match=rf"{CONFIG_NAME}: .*{expected}"):
+        read_plain()
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha", "peft_type"])
+def test_a_missing_field_is_refused(plain: Path, read_plain: Read, field: str) -> None:
+    path = plain / CONFIG_NAME
+    path.write_text(
+        json.dumps({name: v for name, v in json.loads(path.read_text()).items() if name != field})
+    )
+    with pytest.raises(AdapterError, match=f"{field} must be .+, found nothing"):
+        read_plain()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "must hold a JSON object"),
+        ('{"r": 4, "r": 8}', "stands twice"),
+        ('{"lora_alpha": NaN}', "NaN"),
+        ("\xff", "not valid JSON"),
+    ],
+)
+def test_broken_json_is_refused(plain: Path, read_plain: Read, text: str, expected: str) -> None:
+    (plain / CONFIG_NAME).write_bytes(text.encode("latin-1"))
+    with pytest.raises(AdapterError, match=rf"{CONFIG_NAME}.*{expected}"):
+        read_plain()
+
+
+def test_a_base_model_in_place_of_an_adapter(bases: dict[str, Path]) -> None:
+    with pytest.raises(AdapterError, match="this is a model, not an adapter; give it with --base"):
+        read(bases["llama"], bases["llama"])
+
+
+def test_the_folder_above_the_checkpoints(bases: dict[str, Path], plain: Path) -> None:
+    parent = plain.parent / "run"
+    for step in (100, 20):
+        (parent / f"checkpoint-{step}").mkdir(parents=True)
+        (parent / f"checkpoint-{step}" / CONFIG_NAME).write_text("{}")
+    (parent / "checkpoint-0").mkdir()
+    with pytest.raises(AdapterError, match="2 adapters in folders below") as caught:
+        read(bases["llama"], parent)
+    assert [f"checkpoint-{step}" in str(caught.value) for step in (0, 20, 100)] == [False, True, True]
+
+
+def test_an_empty_folder(bases: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(
+        AdapterError, match=re.escape(f"{tmp_path}: {CONFIG_NAME} is missing; give the folder")
+    ):
+        read(bases["llama"], tmp_path)
+
+
+PATTERNS = [
+    "q_proj",
+    "layers.1.self_attn.q_proj",
+    "^model.layers.1.self_attn.q_proj",
+    "model.layers.1.self_attn.q_proj$",
+    "self_attn",
+    "proj",
+    ".*proj",
+    r".*\.(q|k)_proj",
+    r"layers\.[0-9]\..*",
+    "^layers.1.self_attn.q_proj",
+    "1.self_attn.q_proj",
+    "q_proj|k_proj",
+]
+MODULES = [
+    "model.layers.1.self_attn.q_proj",
+    "model.layers.11.self_attn.q_proj",
+    "layers.1.self_attn.q_proj",
+    "model.layers.1.self_attn.k_proj",
+    "q_proj",
+    "xq_proj",
+]
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("first", PATTERNS)
+def test_patterns_match_as_in_peft(first: str, module: str) -> None:
+    """The first of several that match wins, alone and before others."""
+    for patterns in ([first], [first, *PATTERNS]):
+        ranks = {pattern: number for number, pattern in enumerate(patterns, start=2)}
+        settings = LoraSettings("config", 1, 1.0, ranks, dict(ranks), False, False, False)
+        expected = ranks.get(get_pattern_key(ranks.keys(), module), 1)
+        assert settings.rank(module) == expected
+        assert settings.scaling(module, 1) == expected
+
+
+@pytest.mark.parametrize(("use_rslora", "expected"), [(False, 7 / 3), (True, 7 / 3**0.5)])
+def test_scaling_takes_the_rank_of_the_module(use_rslora: bool, expected: float) -> None:
+    settings = LoraSettings("config", 8, 16.0, {"q": 3}, {"q": 7.0}, use_rslora, False, False)
+    assert settings.scaling("model.q", settings.rank("model.q")) == pytest.approx(expected, rel=1e-15)
+    assert settings.scaling("model.k", 4) == (8.0 if use_rslora else 4.0)
