@@ -15,14 +15,16 @@ in the same pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from streamconv.errors import InputError
-from streamconv.formats.base import CELL_ROWS
+from streamconv.formats.base import CELL_ROWS, Encoder
 from streamconv.grids import Grid, multiply_by_scales
 from streamconv.plan import Rewrite
 from streamconv.rounding import ROUNDINGS, uniform
@@ -75,7 +77,42 @@ def _block_sums(values: Tensor, block: int) -> Tensor:
     return sums if whole == values.numel() else torch.cat((sums, values[whole:].sum().view(1)))
 
 
-@dataclass(slots=True)
+T = TypeVar("T")
+
+
+class Workers:
+    """Threads that share the cells of a tile between them; torch releases the GIL while it computes."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool = ThreadPoolExecutor(count, "streamconv-cells") if count > 1 else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def map(self, work: Callable[[int, range], T], rows: range) -> list[T]:
+        """Call `work(number, part)` for consecutive parts of `rows`, whole cells each; results in row order."""
+        count = -(-len(rows) // CELL_ROWS)
+        share = -(-count // self.count) * CELL_ROWS
+        parts = [range(first, min(first + share, rows.stop)) for first in range(rows.start, rows.stop, share)]
+        if self._pool is None or len(parts) == 1:
+            return [work(0, part) for part in parts]
+        return list(self._pool.map(work, range(len(parts)), parts))
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What one quantized cell leaves behind; `sums` are those of KeptDelta, with <B, D> for the first."""
+
+    scales: Tensor
+    inner: Tensor | None
+    sums: Tensor | None
+
+
 class WeightWork:
     """State of one weight while its tiles pass in row order, first through `reduce` if planned, then `rewrite`.
 
@@ -83,42 +120,48 @@ class WeightWork:
     an update; all on the computing device.
     """
 
-    step: Rewrite
-    side: Mapping[str, Tensor]
-    parts: tuple[Mapping[str, Tensor], ...]
-    device: torch.device
-    seed: int
-    _states: list[Tensor | None] = field(init=False)
-    _base_scales: Tensor | None = field(init=False)  # effective scales of the base, one a block
-    _kept_scales: Tensor | None = field(init=False, default=None)  # as they go to the encoder, if kept
-    _effective: Tensor | None = field(init=False, default=None)  # what a loader makes of the kept scales
-    _scales: list[Tensor] = field(init=False, default_factory=list)
-    _inner: list[Tensor] = field(init=False, default_factory=list)
-    _sums: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._states = [None] * len(self.step.updates)
-        self._base_scales = self.step.weight.decoder.scales(self.side)
-        self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        if self.step.keeps_scales and self._base_scales is not None:
+    def __init__(
+        self,
+        step: Rewrite,
+        side: Mapping[str, Tensor],
+        parts: Sequence[Mapping[str, Tensor]],
+        device: torch.device,
+        seed: int,
+        workers: Workers,
+    ) -> None:
+        self.step, self.side, self.parts, self.seed = step, side, parts, seed
+        self.device, self.workers = device, workers
+        self._scratch = [
+            torch.empty(CELL_ROWS * step.columns, dtype=torch.float32, device=device)
+            for _ in range(workers.count)
+        ]
+        self._states: list[Tensor | None] = [None] * len(step.updates)
+        self._scales: list[Tensor] = []  # as the rounding chose them, cell by cell
+        self._inner: list[Tensor] = []
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        # Effective scales of the base, one a block; those that stay, as the encoder stores them; and what a
+        # loader will make of these.
+        self._base_scales = step.weight.decoder.scales(side)
+        self._kept_scales: Tensor | None = None
+        self._effective: Tensor | None = None
+        if step.keeps_scales and self._base_scales is not None:
             self._keep(self._base_scales)
 
-    # -- the two passes ------------------------------------------------------------------------------------
+    # -- the two passes ----------------------------------------------------------------------------------
 
     def reduce(self, raw: Tensor, rows: range) -> None:
         """First pass, for steps whose access says so: scales of the rounded base, or states of the updates."""
-        merge_base = self.step.merge_base
-        for cell_rows, cell_raw in self._split(raw, rows):
-            if merge_base is not None:
-                assert merge_base.grid is not None
-                cell = self._decode(cell_raw, cell_rows).flatten()
-                self._scales.append(absmax_scales(cell, merge_base.grid.block))
-                continue
+        if self.step.merge_base is not None:
+            results = self.workers.map(lambda number, part: self._absmax(number, raw, rows, part), rows)
+            self._scales += [scales for result in results for scales in result]
+            return
+        for cell_rows in cells(rows):
+            cell_raw = self._raw(raw, rows, cell_rows)
             for number, update in enumerate(self.step.updates):
                 if update.reduces:
-                    cell = self._base(cell_raw, cell_rows).values
+                    base = self._base(cell_raw, cell_rows, self._scratch[0]).values
                     self._states[number] = update.reduce(
-                        cell, cell_rows, self.parts[number], self._states[number]
+                        base, cell_rows, self.parts[number], self._states[number]
                     )
 
     def end_reduce(self) -> None:
@@ -135,15 +178,13 @@ class WeightWork:
 
     def rewrite(self, raw: Tensor, rows: range, out: Tensor) -> None:
         """Second pass: `out` (uint8) receives the main part's bytes of `rows`."""
-        offset = self.step.encoder.row_offset
-        first = offset(rows.start)
-        for cell_rows, cell_raw in self._split(raw, rows):
-            cell_out = out[offset(cell_rows.start) - first : offset(cell_rows.stop) - first]
-            if self.step.encoder.grid is None:
-                cell = self._target(self._base(cell_raw, cell_rows).values, cell_rows)
-                self.step.encoder.pack(cell, cell_out)
-            else:
-                self._quantize(self._base(cell_raw, cell_rows), cell_rows, self.step.encoder.grid, cell_out)
+        results = self.workers.map(lambda number, part: self._rewrite(number, raw, rows, out, part), rows)
+        for chosen in (chosen for result in results for chosen in result):
+            if self._kept_scales is None:
+                self._scales.append(chosen.scales)
+            if chosen.inner is not None and chosen.sums is not None:
+                self._inner.append(chosen.inner)
+                self._sums += chosen.sums
 
     def finish(self) -> tuple[tuple[bytes, ...], KeptDelta | None]:
         """The parts after the main one, and what survived of the update (None if nothing was quantized)."""
@@ -159,36 +200,63 @@ class WeightWork:
         inner = float((effective.double() * torch.cat(self._inner).double()).sum())
         return tail, KeptDelta(inner - base_inner, delta, error)
 
-    # -- one cell ------------------------------------------------------------------------------------------
-
     def _keep(self, scales: Tensor) -> None:
         self._kept_scales = scales
         self._effective = scales if self.step.keeps_parts else self.step.encoder.effective_scales(scales)
 
-    def _split(self, raw: Tensor, rows: range) -> Iterator[tuple[range, Tensor]]:
+    # -- the cells of one worker -------------------------------------------------------------------------
+
+    def _raw(self, raw: Tensor, rows: range, part: range) -> Tensor:
+        """The bytes of `part` among those of the tile `rows`."""
         offset = self.step.weight.decoder.row_offset
         first = offset(rows.start)
-        for cell_rows in cells(rows):
-            yield cell_rows, raw[offset(cell_rows.start) - first : offset(cell_rows.stop) - first]
+        return raw[offset(part.start) - first : offset(part.stop) - first]
+
+    def _absmax(self, number: int, raw: Tensor, rows: range, part: range) -> list[Tensor]:
+        merge_base = self.step.merge_base
+        assert merge_base is not None
+        assert merge_base.grid is not None
+        return [
+            absmax_scales(
+                self._decode(self._raw(raw, rows, cell), cell, self._scratch[number]).flatten(),
+                merge_base.grid.block,
+            )
+            for cell in cells(part)
+        ]
+
+    def _rewrite(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> list[_Chosen]:
+        encoder = self.step.encoder
+        first = encoder.row_offset(rows.start)
+        chosen = []
+        for cell in cells(part):
+            cell_out = out[encoder.row_offset(cell.start) - first : encoder.row_offset(cell.stop) - first]
+            base = self._base(self._raw(raw, rows, cell), cell, self._scratch[number])
+            if encoder.grid is None:
+                encoder.pack(self._target(base.values, cell), cell_out)
+            else:
+                chosen.append(self._quantize(base, cell, encoder.grid, cell_out))
+        return chosen
+
+    # -- one cell ------------------------------------------------------------------------------------------
 
     def _blocks(self, scales: Tensor, rows: range, grid: Grid) -> Tensor:
         """The entries of `scales` that belong to `rows`; a cell starts on a block boundary."""
         columns = self.step.columns
         return scales[rows.start * columns // grid.block : -(-rows.stop * columns // grid.block)]
 
-    def _decode(self, raw: Tensor, rows: range) -> Tensor:
+    def _decode(self, raw: Tensor, rows: range, scratch: Tensor) -> Tensor:
         decoder = self.step.weight.decoder
         scales = self._base_scales
         if scales is not None and decoder.grid is not None:
             scales = self._blocks(scales, rows, decoder.grid)
-        out = torch.empty(len(rows), self.step.columns, dtype=torch.float32, device=self.device)
+        out = scratch[: len(rows) * self.step.columns].view(len(rows), self.step.columns)
         return decoder.decode(raw, rows, scales, out)
 
-    def _base(self, raw: Tensor, rows: range) -> _Base:
+    def _base(self, raw: Tensor, rows: range, scratch: Tensor) -> _Base:
         step, decoder = self.step, self.step.weight.decoder
         if step.merge_base is not None:
-            return self._rounded_base(raw, rows)
-        values = self._decode(raw, rows)
+            return self._rounded_base(raw, rows, step.merge_base, scratch)
+        values = self._decode(raw, rows, scratch)
         if decoder.grid is None or step.encoder.grid is None or self._base_scales is None:
             return _Base(values, values)
         codes = decoder.codes(raw, rows)
@@ -196,14 +264,12 @@ class WeightWork:
         kept = None if self._effective is None else self._blocks(self._effective, rows, decoder.grid)
         return _Base(values, anchor.view_as(values), codes, kept)
 
-    def _rounded_base(self, raw: Tensor, rows: range) -> _Base:
+    def _rounded_base(self, raw: Tensor, rows: range, merge_base: Encoder, scratch: Tensor) -> _Base:
         """The base as QLoRA training saw it: rounded to `merge_base` and cast to the weight's dtype."""
-        merge_base = self.step.merge_base
-        assert merge_base is not None
-        assert merge_base.grid is not None
-        decoder, grid = self.step.weight.decoder, merge_base.grid
-        out = torch.empty(len(rows), self.step.columns, dtype=torch.float32, device=self.device)
-        original = decoder.decode(raw, rows, None, out)
+        grid = merge_base.grid
+        assert grid is not None
+        out = scratch[: len(rows) * self.step.columns].view(len(rows), self.step.columns)
+        original = self.step.weight.decoder.decode(raw, rows, None, out)
         flat = original.flatten()
         codes, absmax = ROUNDINGS["nearest"].choose(flat, grid, Context(None, None, flat, None))
         scales = absmax if self._base_scales is None else self._blocks(self._base_scales, rows, grid)
@@ -219,16 +285,12 @@ class WeightWork:
         self._check_finite(values, rows)
         return values
 
-    def _quantize(self, base: _Base, rows: range, grid: Grid, out: Tensor) -> None:
+    def _quantize(self, base: _Base, rows: range, grid: Grid, out: Tensor) -> _Chosen:
         step, rounding = self.step, self.step.rounding
         assert rounding is not None
-        if not step.updates:
-            self._check_finite(base.values, rows)
-        if not step.updates and step.keeps_scales and base.codes is not None:
+        if not step.updates and step.keeps_scales and base.codes is not None and base.effective is not None:
             step.encoder.pack(base.codes, out)  # already on the output's grid: nothing to round
-            if self._kept_scales is None and base.effective is not None:
-                self._scales.append(base.effective)
-            return
+            return _Chosen(base.effective, None, None)
         target = self._target(base.values.clone(), rows).flatten()
         delta = target - base.values.flatten()
         noise = None
@@ -238,13 +300,13 @@ class WeightWork:
         context = Context(base.codes if keeps else None, base.effective if keeps else None, delta, noise)
         codes, scales = rounding.choose(target, grid, context)
         step.encoder.pack(codes, out)
-        if self._kept_scales is None:
-            self._scales.append(scales)
-        if step.updates:
-            self._inner.append(_block_sums(grid.decode(codes).mul_(delta), grid.block))
-            self._sums[0] += (base.anchor.flatten() * delta).sum(dtype=torch.float64)
-            self._sums[1] += delta.square().sum(dtype=torch.float64)
-            self._sums[2] += base.error
+        if not step.updates:
+            return _Chosen(scales, None, None)
+        inner = _block_sums(grid.decode(codes).mul_(delta), grid.block)
+        sums = [base.anchor.flatten() * delta, delta.square()]
+        totals = [total.sum(dtype=torch.float64) for total in sums]
+        error = torch.as_tensor(base.error, dtype=torch.float64, device=self.device)
+        return _Chosen(scales, inner, torch.stack([*totals, error]))
 
     def _check_finite(self, cell: Tensor, rows: range) -> None:
         """Raise if a value is NaN or infinite. A sum is one fast pass, and finite only if every value is."""

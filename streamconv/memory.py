@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ FIXED_BYTES = 96 * 2**20
 # Larger tiles gain nothing: 16 MiB is read, hashed and written at full speed.
 MAX_BUFFER_BYTES = 16 * 2**20
 MIN_BUFFER_BYTES = 64 * 2**10
+# Beyond this, reading, hashing and writing bind.
+MAX_WORKERS = 16
 # float32 tensors of one cell alive at once: decoded and packed; or base, target, delta, noise, indices, codes.
 _DENSE_CELL_COPIES = 3
 _GRID_CELL_COPIES = 16
@@ -25,26 +28,30 @@ _BYTES_PER_BLOCK = 24
 
 
 def plan_memory(steps: Sequence[Step], options: MergeOptions, device: Device) -> Memory:
-    """Tile buffer and peaks for `steps`. Raises ResourceError if the least they need is over a budget."""
+    """Tile buffer, workers and peaks for `steps`. Raises ResourceError if the least they need is over a budget."""
     weights = [step for step in steps if isinstance(step, Rewrite)]
-    heaviest = max((_weight_bytes(step) for step in weights), default=0)
+    blocks = max((_block_bytes(step) for step in weights), default=0)
+    cell = max((_work_bytes(step) for step in weights), default=0)
     # The reader holds the next weight's side parts and adapter while the present one is computed.
     held = 2 * max((_held_bytes(step) for step in weights), default=0)
     least = max([MIN_BUFFER_BYTES, *(_cell_bytes(step) for step in weights)])
-    if device.is_cpu:
-        fixed = FIXED_BYTES + held + heaviest
-        buffer = _fit(options.max_ram_bytes - fixed, least, BUFFERS, "--max-ram", fixed)
-        return Memory(fixed + BUFFERS * buffer, 0, buffer)
-    # On a GPU every tile is there twice (read and written) beside what the weight needs.
-    on_device = held // 2 + heaviest
-    by_ram = _fit(options.max_ram_bytes - FIXED_BYTES - held, least, BUFFERS, "--max-ram", FIXED_BYTES + held)
-    by_vram = _fit(options.max_vram_bytes - on_device, least, 4, "--max-vram", on_device)
-    buffer = min(by_ram, by_vram)
-    return Memory(FIXED_BYTES + held + BUFFERS * buffer, on_device + 4 * buffer, buffer)
+    if not device.is_cpu:
+        # On a GPU every tile is there twice (read and written) beside what the weight needs.
+        on_device = held // 2 + blocks + cell
+        by_ram = _fit(options.max_ram_bytes, FIXED_BYTES + held, least, BUFFERS, "--max-ram")
+        by_vram = _fit(options.max_vram_bytes, on_device, least, 4, "--max-vram")
+        buffer = min(by_ram, by_vram)
+        return Memory(FIXED_BYTES + held + BUFFERS * buffer, on_device + 4 * buffer, buffer, 1)
+    fixed = FIXED_BYTES + held + blocks
+    # Half of what is left goes to the workers' cells, as far as there are cores to use it.
+    spare = (options.max_ram_bytes - fixed - BUFFERS * least) // 2
+    workers = max(1, min(len(os.sched_getaffinity(0)), MAX_WORKERS, spare // max(cell, 1)))
+    buffer = _fit(options.max_ram_bytes, fixed + workers * cell, least, BUFFERS, "--max-ram")
+    return Memory(fixed + workers * cell + BUFFERS * buffer, 0, buffer, workers)
 
 
-def _fit(budget: int, least: int, buffers: int, option: str, fixed: int) -> int:
-    buffer = min(budget // buffers, MAX_BUFFER_BYTES)
+def _fit(budget: int, fixed: int, least: int, buffers: int, option: str) -> int:
+    buffer = min((budget - fixed) // buffers, MAX_BUFFER_BYTES)
     if buffer < least:
         raise ResourceError(
             f"{option} is too small for this model: its largest weight needs at least "
@@ -59,12 +66,19 @@ def _cell_bytes(step: Rewrite) -> int:
     return max(step.weight.decoder.row_offset(rows), step.encoder.row_offset(rows))
 
 
-def _weight_bytes(step: Rewrite) -> int:
-    """Bytes of work on one weight: float32 cells, and one entry for each block."""
-    quantizes = step.encoder.grid is not None or step.merge_base is not None
-    copies = _GRID_CELL_COPIES if quantizes else _DENSE_CELL_COPIES
-    cell = min(CELL_ROWS, step.rows) * step.columns * 4 * copies
-    return cell + (step.rows * step.columns * _BYTES_PER_BLOCK // 64 if quantizes else 0)
+def _quantizes(step: Rewrite) -> bool:
+    return step.encoder.grid is not None or step.merge_base is not None
+
+
+def _work_bytes(step: Rewrite) -> int:
+    """Bytes of one worker: float32 tensors of one cell."""
+    copies = _GRID_CELL_COPIES if _quantizes(step) else _DENSE_CELL_COPIES
+    return min(CELL_ROWS, step.rows) * step.columns * 4 * copies
+
+
+def _block_bytes(step: Rewrite) -> int:
+    """Bytes kept for every block until the weight is finished."""
+    return step.rows * step.columns * _BYTES_PER_BLOCK // 64 if _quantizes(step) else 0
 
 
 def _held_bytes(step: Rewrite) -> int:

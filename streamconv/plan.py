@@ -104,11 +104,15 @@ ShardPlan = ShardLayout[Step]
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What a run needs at most, in bytes, above the interpreter with torch loaded; `buffer` sizes a tile."""
+    """What a run needs at most, in bytes, above the interpreter with torch loaded.
+
+    `buffer` bounds the bytes of a tile, `workers` is how many threads share its cells.
+    """
 
     ram: int
     vram: int
     buffer: int
+    workers: int
 
 
 @dataclass(frozen=True, slots=True)
