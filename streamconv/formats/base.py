@@ -131,6 +131,10 @@ class Format(Protocol):
     def name(self) -> str: ...
 
     @property
+    def grid(self) -> Grid | None:
+        """The grid its codes lie on; None for dense storage."""
+
+    @property
     def bits_per_weight(self) -> float: ...
 
     @property

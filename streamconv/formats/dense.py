@@ -120,6 +120,7 @@ class DenseFormat:
 
     dtype: Dtype
     loaders: str = "any"
+    grid: Grid | None = None
 
     @property
     def name(self) -> str:

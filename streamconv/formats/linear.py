@@ -9,8 +9,9 @@ one decision, made by `select`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from streamconv.checkpoint.types import Shape
@@ -20,13 +21,32 @@ from streamconv.errors import UnsupportedError
 DEFAULT_IGNORE = ("lm_head", "embed_out", "score", "re:output$")
 
 _HEADS = re.compile(r"(?:.*\.)?(?:lm_head|embed_out)|output")
-# The last component of nn.Embedding modules. (`embed_out` of GPT-NeoX is a Linear.)
+# The last component of nn.Embedding modules. (`embed_out` of GPT-NeoX is a Linear; so is a matrix over patches.)
 _EMBEDDING = re.compile(
-    r"embed_(?!out$)\w+|(?:\w+_)?(?:emb|embed|embeds|embedding|embeddings)|wte|wpe|shared|relative_attention_bias"
+    r"(?!patch_)(?:embed_(?!out$)\w+|(?:\w+_)?(?:emb|embed|embeds|embedder|embedding|embeddings)|\w+_table)"
+    r"|wte|wpe|shared|relative_attention_bias|bias_values"
 )
 # Families whose projections are transformers' Conv1D, stored [in, out].
 _CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+# Subclasses of nn.Linear, which transformers leaves alone: family -> last components.
+_SUBCLASSES: Mapping[str, re.Pattern[str]] = MappingProxyType(
+    {"falcon": re.compile(r"query_key_value|dense\w*"), "deepseek_v4": re.compile(r"o_a_proj")}
+)
+# Heads under other names than `lm_head`. A tied head has no tensor in the file, but is a Linear once loaded.
+_HEAD_BY_FAMILY: Mapping[str, str] = MappingProxyType(
+    {
+        "bert": "cls.predictions.decoder",
+        "biogpt": "output_projection",
+        "gpt_neox": "embed_out",
+        "gpt_neox_japanese": "embed_out",
+        "modernbert-decoder": "decoder",
+        "trocr": "output_projection",
+        "whisper": "proj_out",
+        "xlm": "pred_layer.proj",
+        "xlnet": "lm_loss",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +60,30 @@ class Selection:
 def select(shapes: Mapping[str, Shape], config: Mapping[str, Any], ignore: Sequence[str]) -> Selection:
     """Decide which of the weights `shapes` are quantized, and what the config must say of the others.
 
+    `shapes` are all weights of the model; `ignore` are patterns of modules, see `matches`. Quantized is what
+    bitsandbytes would have replaced. Mixture-of-experts parameters are not: transformers 5 fuses experts into
+    3-D parameters, and its routers hold their weight themselves. Nor is a head tied to the embedding.
+
     Raises UnsupportedError for a Conv1D weight that would be quantized, and where no skip list can tell the
     two kinds apart.
     """
     quantized = []
     left = []
     for name, shape in shapes.items():
-        if is_linear(name, shape, config) and not matches(module_of(name), ignore):
-            if is_conv1d(name, config):
-                raise UnsupportedError(
-                    f"{name} is a Conv1D, stored [in, out]; quantizing it is not supported yet:"
-                    " choose a 16-bit output"
-                )
+        if not _may_be_linear(name, shape):
+            continue
+        module = module_of(name)
+        if not _is_replaced(module, shapes, config) or matches(module, ignore):
+            left.append(module)
+        elif _is_conv1d(module, config):
+            raise UnsupportedError(
+                f"{name} is a Conv1D, stored [in, out]; quantizing it is not supported yet:"
+                " choose a 16-bit output"
+            )
+        else:
             quantized.append(name)
-        elif _may_be_linear(name, shape):
-            left.append(module_of(name))
-    return Selection(tuple(quantized), _skip_list([module_of(name) for name in quantized], left))
+    head = _HEAD_BY_FAMILY.get(config.get("model_type", ""), "lm_head")
+    return Selection(tuple(quantized), _skip_list(head, [module_of(name) for name in quantized], left))
 
 
 def module_of(name: str) -> str:
@@ -77,27 +105,6 @@ def matches(module: str, patterns: Sequence[str]) -> bool:
     )
 
 
-def is_linear(name: str, shape: Shape, config: Mapping[str, Any]) -> bool:
-    """Whether the parameter `name` is the weight of an nn.Linear (or Conv1D) that bitsandbytes would replace.
-
-    Mixture-of-experts parameters are not: transformers 5 fuses experts into 3-D parameters, and its routers
-    hold their weight themselves. Nor is a head tied to the embedding.
-    """
-    if not _may_be_linear(name, shape) or _is_router(module_of(name)):
-        return False
-    text_config = config.get("text_config") or config
-    if _HEADS.fullmatch(module_of(name)):
-        return not (config.get("tie_word_embeddings") or text_config.get("tie_word_embeddings"))
-    # An embedding under a name that is not known here still has the size of the vocabulary.
-    return shape[0] != text_config.get("vocab_size")
-
-
-def is_conv1d(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether the parameter `name` belongs to a Conv1D of the GPT-2 family, which stores [in, out]."""
-    last = module_of(name).rpartition(".")[2]
-    return last in _CONV1D and config.get("model_type") in _CONV1D_FAMILIES
-
-
 def _may_be_linear(name: str, shape: Shape) -> bool:
     """Whether a weight may be an nn.Linear's: if it stays in 16 bit, the skip list had better name it."""
     if len(shape) != 2 or not name.endswith(".weight"):
@@ -107,19 +114,33 @@ def _may_be_linear(name: str, shape: Shape) -> bool:
     return "experts" not in components and "norm" not in last and not _EMBEDDING.fullmatch(last)
 
 
-def _is_router(module: str) -> bool:
-    components = module.split(".")
-    return components[-1] == "gate" or "router" in components
+def _is_replaced(module: str, shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> bool:
+    """Whether bitsandbytes would replace `module` if its skip list were empty."""
+    parent, _, last = module.rpartition(".")
+    if last == "gate" or "router" in module.split("."):
+        return False
+    if f"{parent}.in_proj_weight" in shapes:  # torch's own attention: out_proj is a subclass of Linear
+        return False
+    subclass = _SUBCLASSES.get(config.get("model_type", ""))
+    if subclass is not None and subclass.fullmatch(last):
+        return False
+    text_config = config.get("text_config") or config
+    if _HEADS.fullmatch(module):
+        return not (config.get("tie_word_embeddings") or text_config.get("tie_word_embeddings"))
+    # An embedding under a name that is not known here still has the size of the vocabulary.
+    return shapes[f"{module}.weight"][0] != text_config.get("vocab_size")
 
 
-def _skip_list(quantized: Sequence[str], left: Sequence[str]) -> tuple[str, ...]:
-    """Entries that every loader reads as naming all of `left` and none of `quantized`.
+def _is_conv1d(module: str, config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") in _CONV1D_FAMILIES and module.rpartition(".")[2] in _CONV1D
+
+
+def _skip_list(head: str, quantized: Collection[str], left: Sequence[str]) -> tuple[str, ...]:
+    """Entries that every loader reads as naming `head`, unless it is quantized, all of `left`, and nothing else.
 
     Short where it can be: a last component (`lm_head`, `gate`) that means no quantized module, else the path.
     """
-    entries: dict[str, None] = {}
-    if not any(module == "lm_head" for module in quantized):
-        entries["lm_head"] = None  # a tied head has no tensor here, but is a Linear once loaded
+    entries = {} if head in quantized else {head: None}
     for module in left:
         last = module.rpartition(".")[2]
         entries[module if any(_means(last, other) for other in quantized) else last] = None

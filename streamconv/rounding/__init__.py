@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from streamconv.rounding.base import Context, Rounding
-from streamconv.rounding.nearest import NEAREST
+from streamconv.rounding.nearest import Nearest
 from streamconv.rounding.noise import uniform
 from streamconv.rounding.stochastic import Stochastic
 
-__all__ = ["NEAREST", "ROUNDINGS", "Context", "Rounding", "uniform"]
+__all__ = ["ROUNDINGS", "Context", "Rounding", "uniform"]
 
 ROUNDINGS: Mapping[str, Rounding] = MappingProxyType(
     {
-        "nearest": NEAREST,
+        "nearest": Nearest(),
         "stochastic": Stochastic(),
     }
 )

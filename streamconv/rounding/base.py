@@ -25,11 +25,6 @@ class Context:
     delta: Tensor | None
     noise: Tensor | None
 
-    @classmethod
-    def fresh(cls) -> Context:
-        """Nothing is known: scales and codes come from the target alone."""
-        return cls(None, None, None, None)
-
 
 class Rounding(Protocol):
     """One row of ROUNDINGS in `rounding/__init__.py`."""

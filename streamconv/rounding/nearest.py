@@ -23,16 +23,14 @@ class Nearest:
 
     def choose(self, target: Tensor, grid: Grid, context: Context) -> tuple[Tensor, Tensor]:
         """Codes and scales for `target`; see Rounding."""
-        scales = self.scales(target, grid) if context.scales is None else context.scales
+        scales = absmax_scales(target, grid.block) if context.scales is None else context.scales
         return grid.nearest(divide_by_scales(target, scales, grid.block)), scales
 
-    def scales(self, target: Tensor, grid: Grid) -> Tensor:
-        """The scale (float32) bitsandbytes stores for every block of `target` (float32, flat)."""
-        scales = block_absmax(target, grid.block)
-        if target.numel() % grid.block:
-            # Only here bitsandbytes also stores the floor: an all-zero short block has it, a whole one has 0.
-            scales[-1:].clamp_(min=SMALLEST_DIVISOR)
-        return scales
 
-
-NEAREST = Nearest()
+def absmax_scales(target: Tensor, block: int) -> Tensor:
+    """The scale (float32) bitsandbytes stores for every block of `target` (float32, flat)."""
+    scales = block_absmax(target, block)
+    if target.numel() % block:
+        # Only here bitsandbytes also stores the floor: an all-zero short block has it, a whole one has 0.
+        scales[-1:].clamp_(min=SMALLEST_DIVISOR)
+    return scales

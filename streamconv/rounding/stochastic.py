@@ -14,7 +14,7 @@ from torch import Tensor
 
 from streamconv.grids import Grid, divide_by_scales
 from streamconv.rounding.base import Context
-from streamconv.rounding.nearest import NEAREST
+from streamconv.rounding.nearest import absmax_scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Stochastic:
         """Codes and scales for `target`; see Rounding. `context.noise` must be there."""
         assert context.noise is not None, "stochastic rounding was not given its noise"
         if context.scales is None:
-            scales = NEAREST.scales(target, grid)
+            scales = absmax_scales(target, grid.block)
             x = divide_by_scales(target, scales, grid.block)
         else:
             scales = context.scales
