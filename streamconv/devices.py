@@ -30,8 +30,8 @@ class Device:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=not self.is_cpu)
 
     def upload(self, host: Tensor) -> Tensor:
-        """`host` on the device; on the CPU the very same memory."""
-        return host if self.is_cpu else host.to(self.torch, non_blocking=True)
+        """`host` on the device, free to be overwritten when this returns; on the CPU the very same memory."""
+        return host if self.is_cpu else host.to(self.torch)
 
     def output(self, host: Tensor) -> Tensor:
         """Where a tile that will end in `host` is computed; on the CPU `host` itself."""
