@@ -241,8 +241,8 @@ def _weight_steps(
     result: _Result,
 ) -> list[Step]:
     if encoder is None or (not updates and merge_base is None and encoder.format == weight.format):
-        prefix = weight.name
-        return [Copy(name + part.name.removeprefix(prefix), part) for part in weight.parts.values()]
+        main = weight.parts[weight.decoder.main].name
+        return [Copy(name + part.name.removeprefix(main), part) for part in weight.parts.values()]
     if not updates and merge_base is not None and merge_base.format == encoder.format:
         # Rounding the original gives just what training saw; rounding that once more would move its scales.
         return [Rewrite(name, weight, (), encoder, ROUNDINGS["nearest"])]

@@ -1,0 +1,38 @@
+"""Opening what streamconv wrote the way a user does, and refusing any complaint of the loader."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tests.tiny import Adapter, logits
+
+
+def open_model(folder: Path, auto_class: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
+    """The model in `folder`, by the stock loader; no key of it may be missing, unexpected or of another shape."""
+    model, complaints = auto_class.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(complaints.values()), complaints
+    return model.eval()
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Greatest difference, in units of the greatest expected magnitude."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def logits_differ_by(model: torch.nn.Module, expected: Tensor) -> float:
+    return relative_difference(logits(model), expected)
+
+
+def merged_by_peft(adapter: Adapter) -> torch.nn.Module:
+    """What PEFT's own default merge makes of the live model, which is used up."""
+    with warnings.catch_warnings():
+        # It warns that tied targets may go wrong. They do.
+        warnings.filterwarnings("ignore", message="(?s).*tie_word_embeddings", category=UserWarning)
+        model: torch.nn.Module = adapter.live.merge_and_unload()
+    return model
