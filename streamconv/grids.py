@@ -73,7 +73,8 @@ class _Steps:
     def count_below(self, x: Tensor) -> Tensor:
         """How many thresholds are less than each of `x`: uint8, of the same shape."""
         if not self.bins:
-            return torch.bucketize(x, self.thresholds, out_int32=True).to(torch.uint8)
+            known = x.nan_to_num(nan=-1.0)  # NaN would count as above all
+            return torch.bucketize(known, self.thresholds, out_int32=True).to(torch.uint8)
         index = _bin(x, self.bins).reshape(-1)
         count = self.lower.index_select(0, index).view(x.shape)
         return count.add_((x > self.own.index_select(0, index).view(x.shape)).view(torch.uint8))

@@ -1,0 +1,167 @@
+"""What every entry of FORMATS promises: a new format is tested by being listed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamconv.dtypes import BF16, DENSE
+from streamconv.formats import FORMATS
+from streamconv.formats.base import matrix_shape
+from streamconv.grids import block_absmax
+from tests.formats.stored import (
+    SHAPES,
+    W,
+    block_slice,
+    cells,
+    decoded,
+    encoder_for,
+    normal,
+    only_weight,
+    raw_bytes,
+    side_parts,
+    stored,
+    write,
+)
+
+every_format = pytest.mark.parametrize("name", FORMATS)
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+# Greatest error of an element: dense, of its magnitude (or the least normal number); quantized, of its block's
+# greatest magnitude: half the widest step of the grid, a bf16 rounding, and for double quantization half a step of
+# the scale's own grid.
+RELATIVE_ERROR = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8, "nf4": 0.156, "nf4-dq": 0.17}
+
+
+def test_names_are_keys() -> None:
+    assert {key: entry.name for key, entry in FORMATS.items()} == {key: key for key in FORMATS}
+    assert set(RELATIVE_ERROR) == set(FORMATS)
+
+
+@every_format
+@every_shape
+def test_what_is_encoded_is_decoded_within_the_bound(
+    tmp_path: Path, name: str, shape: tuple[int, int]
+) -> None:
+    weight = normal(shape)
+    read = only_weight(write(tmp_path, stored(encoder_for(name, weight), weight)))
+    assert (read.name, read.shape, read.format) == (W, shape, name)
+    size = weight.abs().clamp(min=2**-14)
+    if read.decoder.grid is not None:
+        block = read.decoder.grid.block
+        size = block_absmax(weight.flatten(), block).repeat_interleave(block)[: weight.numel()].view(shape)
+    assert bool(((decoded(read) - weight).abs() <= RELATIVE_ERROR[name] * size).all())
+
+
+@every_format
+@every_shape
+def test_decoding_is_stable_under_encoding_again(tmp_path: Path, name: str, shape: tuple[int, int]) -> None:
+    weight = normal(shape)
+    encoder = encoder_for(name, weight, torch.float32)
+    tensors = stored(encoder, weight)
+    first = only_weight(write(tmp_path / "first", tensors))
+    codes = tensors[W]
+    if encoder.grid is not None:
+        again = torch.empty(encoder.row_offset(shape[0]), dtype=torch.uint8)
+        encoder.pack(first.decoder.codes(raw_bytes(first), range(shape[0])), again)
+        assert torch.equal(again, codes.view(-1))
+    else:
+        assert torch.equal(stored(encoder, decoded(first))[W], codes)
+
+
+@every_format
+@every_shape
+def test_parts_foretell_what_is_written(name: str, shape: tuple[int, int]) -> None:
+    weight = normal(shape)
+    encoder = encoder_for(name, weight)
+    main, *tail = encoder.parts
+    assert main.name == W
+    assert encoder.row_offset(0) == 0
+    assert encoder.row_offset(shape[0]) == main.nbytes
+    assert {part: (t.dtype, tuple(t.shape)) for part, t in stored(encoder, weight).items()} == {
+        spec.name: (spec.dtype.torch, spec.shape) for spec in (main, *tail)
+    }
+
+
+@every_format
+@every_shape
+def test_cells_equal_the_whole(tmp_path: Path, name: str, shape: tuple[int, int]) -> None:
+    weight = normal(shape)
+    encoder = encoder_for(name, weight)
+    tensors = stored(encoder, weight)
+    read = only_weight(write(tmp_path, tensors))
+    decoder, raw = read.decoder, raw_bytes(read)
+    scales = decoder.scales(side_parts(read))
+    rows, columns = matrix_shape(shape)
+    whole = decoder.decode(raw, range(rows), scales, torch.empty(rows, columns))
+    assert torch.equal(whole, decoded(read))
+    for part in cells(rows):
+        start, stop = decoder.row_offset(part.start), decoder.row_offset(part.stop)
+        assert (start, stop) == (encoder.row_offset(part.start), encoder.row_offset(part.stop))
+        if decoder.grid is None:
+            continue
+        all_codes = decoder.codes(raw, range(rows))
+        codes = decoder.codes(raw[start:stop], part)
+        assert torch.equal(codes, all_codes[part.start * columns : part.stop * columns])
+        # Codes and effective scales tell the decoded values, up to the cast to the weight's dtype.
+        part_scales = block_slice(read, scales, part)
+        assert part_scales is not None
+        values = decoder.grid.decode(codes) * part_scales.repeat_interleave(decoder.grid.block)[: len(codes)]
+        assert torch.equal(values.bfloat16().float(), whole[part.start : part.stop].flatten())
+
+
+@every_format
+def test_decoders_write_where_they_are_told(tmp_path: Path, name: str) -> None:
+    weight = normal((64, 5))
+    read = only_weight(write(tmp_path, stored(encoder_for(name, weight), weight)))
+    out = torch.zeros(66, 5)
+    scales = read.decoder.scales(side_parts(read))
+    result = read.decoder.decode(raw_bytes(read), range(64), scales, out[1:65])
+    assert result.data_ptr() == out[1:65].data_ptr()
+    assert torch.equal(out[1:65], decoded(read))
+    assert not out[[0, 65]].any()
+
+
+@every_format
+def test_bits_per_weight_are_those_of_a_large_weight(name: str) -> None:
+    parts = FORMATS[name].encoder(W, (4096, 4096), BF16).parts
+    bits = 8 * sum(spec.nbytes for spec in parts) / 4096**2
+    assert bits == pytest.approx(FORMATS[name].bits_per_weight, abs=1e-3)
+
+
+@every_format
+def test_grids_of_format_encoder_and_decoder_are_one(tmp_path: Path, name: str) -> None:
+    weight = normal((3, 50))
+    encoder = encoder_for(name, weight)
+    read = only_weight(write(tmp_path, stored(encoder, weight)))
+    assert encoder.grid == FORMATS[name].grid == read.decoder.grid
+    assert encoder.format == name
+
+
+@pytest.mark.parametrize("dtype", DENSE)
+@pytest.mark.parametrize("name", ["nf4", "nf4-dq"])
+def test_a_quantized_weight_remembers_its_dtype(tmp_path: Path, name: str, dtype: str) -> None:
+    weight = normal((3, 50))
+    read = only_weight(write(tmp_path, stored(encoder_for(name, weight, DENSE[dtype].torch), weight)))
+    assert read.dtype == DENSE[dtype]
+    values = decoded(read)
+    assert torch.equal(values, values.to(DENSE[dtype].torch).float())
+
+
+@pytest.mark.gpu
+@every_format
+@every_shape
+def test_the_gpu_reads_and_writes_the_same(tmp_path: Path, name: str, shape: tuple[int, int]) -> None:
+    weight = normal(shape)
+    encoder = encoder_for(name, weight)
+    read = only_weight(write(tmp_path, stored(encoder, weight)))
+    raw = raw_bytes(read).cuda()
+    scales = read.decoder.scales({role: part.cuda() for role, part in side_parts(read).items()})
+    values = read.decoder.decode(raw, range(shape[0]), scales, torch.empty(shape, device="cuda"))
+    assert torch.equal(values.cpu(), decoded(read))
+    if encoder.grid is not None:
+        packed = torch.empty_like(raw)
+        encoder.pack(read.decoder.codes(raw, range(shape[0])), packed)
+        assert torch.equal(packed, raw)

@@ -1,0 +1,102 @@
+"""Weights stored by our encoders and read by our decoders, cell by cell as a merge does it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamconv.checkpoint.index import CheckpointIndex
+from streamconv.checkpoint.reader import TensorReader
+from streamconv.dtypes import DENSE
+from streamconv.formats import FORMATS, find_weights
+from streamconv.formats.base import CELL_ROWS, Encoder, Weight, matrix_shape
+from streamconv.rounding import ROUNDINGS, Context
+from tests.checkpoint.files import index_of, write_checkpoint
+from tests.tiny import edit_json
+
+W = "model.layers.0.mlp.up_proj.weight"
+
+# Whole blocks; rows that wrap blocks; an odd number of elements; two cells with a row-wrapping block size.
+SHAPES = [(128, 128), (3, 50), (5, 13), (70, 96), (129, 7)]
+
+
+def normal(shape: tuple[int, ...], seed: int = 0, size: float = 0.02) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size
+
+
+def write(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
+) -> CheckpointIndex:
+    write_checkpoint(folder, {"model.safetensors": tensors})
+    edit_json(folder / "config.json", **(config or {}))
+    return index_of(folder)
+
+
+def only_weight(index: CheckpointIndex) -> Weight:
+    (weight,) = find_weights(index)
+    return weight
+
+
+def cells(rows: int) -> list[range]:
+    return [range(first, min(first + CELL_ROWS, rows)) for first in range(0, rows, CELL_ROWS)]
+
+
+def encoder_for(name: str, weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Encoder:
+    return FORMATS[name].encoder(W, tuple(weight.shape), DENSE[str(dtype).removeprefix("torch.")])
+
+
+def stored(encoder: Encoder, weight: Tensor) -> dict[str, Tensor]:
+    """The tensors of `weight` (float32), its codes the nearest."""
+    rows, columns = matrix_shape(tuple(weight.shape))
+    main, *tail = encoder.parts
+    raw = torch.empty(encoder.row_offset(rows), dtype=torch.uint8)
+    scales = []
+    for cell_rows in cells(rows):
+        out = raw[encoder.row_offset(cell_rows.start) : encoder.row_offset(cell_rows.stop)]
+        cell = weight.view(rows, columns)[cell_rows.start : cell_rows.stop]
+        if encoder.grid is None:
+            encoder.pack(cell, out)
+        else:
+            context = Context(None, None, None, None)
+            codes, cell_scales = ROUNDINGS["nearest"].choose(cell.flatten(), encoder.grid, context)
+            encoder.pack(codes, out)
+            scales.append(cell_scales)
+    contents = encoder.finish(torch.cat(scales) if scales else None, None)
+    tensors = {main.name: raw.view(main.dtype.torch).view(main.shape)}
+    for spec, content in zip(tail, contents, strict=True):
+        tensors[spec.name] = torch.frombuffer(bytearray(content), dtype=spec.dtype.torch).view(spec.shape)
+    return tensors
+
+
+def side_parts(weight: Weight) -> dict[str, Tensor]:
+    with TensorReader() as reader:
+        return {role: reader.load(part) for role, part in weight.parts.items() if role != weight.decoder.main}
+
+
+def raw_bytes(weight: Weight) -> Tensor:
+    with TensorReader() as reader:
+        return reader.load(weight.parts[weight.decoder.main]).reshape(-1).view(torch.uint8)
+
+
+def block_slice(weight: Weight, scales: Tensor | None, rows: range) -> Tensor | None:
+    grid = weight.decoder.grid
+    if scales is None or grid is None:
+        return scales
+    columns = matrix_shape(weight.shape)[1]
+    return scales[rows.start * columns // grid.block : -(-rows.stop * columns // grid.block)]
+
+
+def decoded(weight: Weight) -> Tensor:
+    """The whole weight, float32, decoded a cell at a time."""
+    decoder, raw = weight.decoder, raw_bytes(weight)
+    rows, columns = matrix_shape(weight.shape)
+    scales = decoder.scales(side_parts(weight))
+    out = torch.empty(rows, columns)
+    for part in cells(rows):
+        content = raw[decoder.row_offset(part.start) : decoder.row_offset(part.stop)]
+        decoder.decode(content, part, block_slice(weight, scales, part), out[part.start : part.stop])
+    return out.view(weight.shape)
