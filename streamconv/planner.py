@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from streamconv.errors import OptionError, UnsupportedError
 from streamconv.fingerprint import fingerprint
 from streamconv.formats import FORMATS, dense_weight
 from streamconv.formats.base import Encoder, Format, Weight
-from streamconv.formats.linear import DEFAULT_IGNORE, module_of, select
+from streamconv.formats.linear import DEFAULT_IGNORE, matches, module_of, select
 from streamconv.layout import lay_out, split_by_size
 from streamconv.memory import plan_memory
 from streamconv.plan import Choice, Copy, MergeOptions, Plan, Rewrite, Step
@@ -177,9 +178,8 @@ def _output_weights(
     weights = dict(base.weights)
     if adapter is not None and adapter.untie:
         assert base.tie is not None
-        source = base.weights[base.tie.embedding]
-        weights.pop(base.tie.head, None)  # a loader of a tied model never looks at it
-        weights[base.tie.head] = source
+        # A head that is stored though the config ties it counts: transformers 5 uses it where the two differ.
+        weights.setdefault(base.tie.head, base.weights[base.tie.embedding])
     for name, replace in replaces.items():
         weights[name] = dense_weight(name, replace.tensor)
     return weights
@@ -200,6 +200,7 @@ def _choose_quantized(
     options: MergeOptions,
 ) -> tuple[frozenset[str], Sequence[str]]:
     """Weights the output stores quantized, and the linear modules it leaves in 16 bit: one decision."""
+    _check_ignore(options.ignore, weights, result.quant)
     if result.quant is None:
         return frozenset(), ()
     ignore = [*options.ignore, *(module_of(name) for name in replaces)]
@@ -213,6 +214,26 @@ def _choose_quantized(
     return frozenset(selection.quantized), selection.skipped
 
 
+def _check_ignore(patterns: Sequence[str], weights: Mapping[str, Weight], quant: Format | None) -> None:
+    """Raise OptionError for an --ignore that would do nothing: a misspelt one quantizes what it names."""
+    if patterns and quant is None:
+        raise OptionError(
+            f"--ignore {patterns[0]} leaves modules out of quantization, but the output is not quantized; "
+            "add --quant FORMAT"
+        )
+    modules = {module_of(name) for name in weights} | set(DEFAULT_IGNORE)  # a tied head has no weight
+    for pattern in patterns:
+        try:
+            found = any(matches(module, (pattern,)) for module in modules)
+        except re.error as error:
+            raise OptionError(f"--ignore {pattern} is not a regular expression: {error}") from error
+        if not found:
+            raise OptionError(
+                f"--ignore {pattern} matches no module of the base; give part of a module path, such as "
+                "mlp.up_proj, or re: and a regular expression matched from the start of the path"
+            )
+
+
 def _steps(
     base: Base,
     weights: Mapping[str, Weight],
@@ -223,13 +244,22 @@ def _steps(
     seen_by_training = _rounded_in_training(base, result)
     steps: list[Step] = []
     for name, weight in weights.items():
-        encoder = _encoder(name, weight, name in quantized, result)
-        if name in seen_by_training and result.merge_base is not None:
+        encoder = _encoder(name, weight, name in quantized, _own_dtype(base, name, weight), result)
+        merge_base = None
+        # What the adapter holds whole was trained in full precision.
+        is_rounded = name in seen_by_training and weight is base.weights[name]
+        if is_rounded and result.merge_base is not None:
             merge_base = result.merge_base.encoder(name, weight.shape, weight.dtype)
-        else:
-            merge_base = None
         steps += _weight_steps(name, weight, updates.get(name, ()), encoder, merge_base, result)
     return steps
+
+
+def _own_dtype(base: Base, name: str, weight: Weight) -> Dtype:
+    """The output's type where none is asked for: the base's, also for what the adapter holds whole."""
+    original = base.weights.get(name)
+    if original is None and base.tie is not None and name == base.tie.head:
+        original = base.weights[base.tie.embedding]
+    return original.dtype if original is not None and original.dtype.name in DENSE else weight.dtype
 
 
 def _weight_steps(
@@ -260,14 +290,14 @@ def _weight_steps(
     return [Rewrite(name, weight, updates, encoder, result.rounding, merge_base, keeps, keeps_parts)]
 
 
-def _encoder(name: str, weight: Weight, quantize: bool, result: _Result) -> Encoder | None:
+def _encoder(name: str, weight: Weight, quantize: bool, own_dtype: Dtype, result: _Result) -> Encoder | None:
     """How the output stores a weight; None for what can only be copied."""
     if not weight.dtype.is_float:
         return None
+    dtype = result.dtype or own_dtype
     if quantize:
         assert result.quant is not None
-        return result.quant.encoder(name, weight.shape, result.dtype or weight.dtype)
-    dtype = result.dtype or weight.dtype
+        return result.quant.encoder(name, weight.shape, dtype)
     if weight.dtype.name not in DENSE:
         if result.dtype is not None:
             raise UnsupportedError(

@@ -59,10 +59,11 @@ def save_base(
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "5GB",
     seed: int = 0,
+    auto_class: Any = AutoModelForCausalLM,
 ) -> Path:
     """A random model in `folder`; biases and norms are random too, so that none can be lost unseen."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    model = auto_class.from_config(config).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             centre = 1.0 if "norm" in name or ".ln_" in name else 0.0
@@ -71,13 +72,20 @@ def save_base(
     return folder
 
 
-def load_base(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+def load_base(folder: Path, auto_class: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    return auto_class.from_pretrained(folder, dtype="auto").eval()
 
 
-def save_adapter(folder: Path, base: Path, config: LoraConfig, *, seed: int = 1) -> Adapter:
+def save_adapter(
+    folder: Path,
+    base: Path,
+    config: LoraConfig,
+    *,
+    seed: int = 1,
+    auto_class: Any = AutoModelForCausalLM,
+) -> Adapter:
     """PEFT's adapter of `base`, every trained tensor moved by random amounts, saved in `folder`."""
-    model = load_base(base)
+    model = load_base(base, auto_class)
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         # PEFT warns of tied targets and of the orientation of Conv1D, which the tests are about, and uses a

@@ -49,7 +49,7 @@ def read_adapter(
 
     scan = scan_tensors(config.raw, stored.values())
     _check_effect(source, updates, replaces, scan)
-    replaces, untie = settle_tie(tie, config, replaces, updated, scan.digests)
+    replaces, untie = settle_tie(base, config, replaces, updated, scan.digests)
     counts = Counter(module.rpartition(".")[2] for module in sorted(set(modules)))
     return Adapter(
         location=storage.location,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-from streamconv.adapters.base import Parameter, Replace, Tie
+from streamconv.adapters.base import Parameter, Replace
 from streamconv.adapters.config import AdapterConfig
 from streamconv.adapters.source import Base, Source
 from streamconv.checkpoint.types import StoredTensor
@@ -62,7 +62,7 @@ def check_saved(config: AdapterConfig, base: Base, replaces: Iterable[Replace]) 
 
 
 def settle_tie(
-    tie: Tie | None,
+    base: Base,
     config: AdapterConfig,
     replaces: tuple[Replace, ...],
     updated: Collection[str],
@@ -70,15 +70,19 @@ def settle_tie(
 ) -> tuple[tuple[Replace, ...], bool]:
     """The replacements to carry out, and whether embedding and head part ways.
 
-    Equal replacements of both are one, of the embedding, and the tie holds. Any other change to either is a
+    Equal replacements of both are one, of the embedding, and the tie holds; a head that the base stores all the
+    same is replaced too, or loaders would find two that differ. Any other change to either is a
     change to that one alone: PEFT's live model keeps two tensors then, although its own merge writes both
     changes into the shared one.
     """
+    tie = base.tie
     if tie is None:
         return replaces, False
     saved = {replace.parameter: replace.tensor for replace in replaces if replace.parameter not in updated}
     embedding, head = saved.get(tie.embedding), saved.get(tie.head)
     if embedding is not None and head is not None and _are_equal(embedding, head, digests):
+        if tie.head in base.parameters:
+            return replaces, False
         return tuple(replace for replace in replaces if replace.parameter != tie.head), False
     if (embedding is None) != (head is None) and config.flag("ensure_weight_tying"):
         there, missing = (tie.head, tie.embedding) if embedding is None else (tie.embedding, tie.head)

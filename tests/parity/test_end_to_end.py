@@ -7,19 +7,26 @@ wrong for most adapters that touch tied embeddings; that it is, is asserted here
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig
 from torch import Tensor
-from transformers import Qwen2Config
+from transformers import AutoModelForSequenceClassification, Qwen2Config
 
 import streamconv
 from tests.parity.opening import logits_differ_by, merged_by_peft, open_model, relative_difference
 from tests.tiny import (
     Adapter,
+    edit_json,
+    edit_tensors,
     gpt2_config,
     llama_config,
     read_tensors,
@@ -143,3 +150,131 @@ def test_merged_files_are_the_live_model(
     if unties:
         is_wrong = logits_differ_by(merged_by_peft(adapter), expected) > 0.01
         assert is_wrong is (form in PEFT_MERGES_WRONGLY)
+
+
+# -- what an adapter may also be like --------------------------------------------------------------------------
+
+
+def store_in_bf16(adapter: Adapter) -> None:
+    """Round every trained value of the live model to bfloat16, and the file with it."""
+    file = adapter.path / "adapter_model.safetensors"
+    with torch.no_grad():
+        for parameter in adapter.live.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(parameter.bfloat16())
+    trained = {name: t for name, t in read_tensors(file).items() if ".base_layer." not in name}
+    edit_tensors(file, put={name: tensor.bfloat16() for name, tensor in trained.items()})
+
+
+@pytest.mark.parametrize("base", ["llama", "llama tied", "gpt2"])
+@pytest.mark.parametrize("form", ["plain", "dora", "both saved", "head adapted, embedding saved"])
+def test_adapters_may_be_stored_in_bfloat16(
+    base: str, form: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "adapter", bases[base], lora_config(base, form))
+    store_in_bf16(adapter)
+    out = merged(bases[base], adapter.path, tmp_path / "out")
+    assert logits_differ_by(open_model(out), adapter.logits()) < TOLERANCE
+    assert {tensor.dtype for tensor in tensors(out).values()} == {torch.float32}, "the base's own type stays"
+
+
+def test_saved_modules_take_the_type_of_the_base(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", llama_config(), dtype=torch.bfloat16)
+    adapter = save_adapter(tmp_path / "adapter", base, lora_config("llama", "both saved"))
+    file = adapter.path / "adapter_model.safetensors"
+    edit_tensors(file, put={name: tensor.float() * 1.001 for name, tensor in read_tensors(file).items()})
+    saved = read_tensors(file)
+    found = tensors(merged(base, adapter.path, tmp_path / "out"))
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(found[name], saved[f"base_model.model.{name}"].bfloat16())
+
+
+def test_a_saved_classifier_is_the_live_classifier(tmp_path: Path) -> None:
+    config = llama_config()
+    config.num_labels, config.pad_token_id = 3, 0
+    classifier = AutoModelForSequenceClassification
+    base = save_base(tmp_path / "base", config, auto_class=classifier)
+    lora = LoraConfig(r=4, target_modules=LINEAR, task_type="SEQ_CLS")
+    adapter = save_adapter(tmp_path / "adapter", base, lora, auto_class=classifier)
+    assert "base_model.model.score.weight" in read_tensors(adapter.path / "adapter_model.safetensors")
+    model = open_model(merged(base, adapter.path, tmp_path / "out"), classifier)
+    assert logits_differ_by(model, adapter.logits()) < TOLERANCE
+
+
+@pytest.mark.parametrize("form", ["plain", "both saved as one", "head", "head saved", "embedding saved"])
+@pytest.mark.parametrize("stored_head", ["equal", "different"])
+def test_a_tied_head_may_be_stored_all_the_same(form: str, stored_head: str, tmp_path: Path) -> None:
+    """transformers 5 ties the two if they are equal, and keeps them apart if not, whatever the config says."""
+    base = save_base(tmp_path / "base", llama_config(tied=True))
+    embedding = tensors(base)["model.embed_tokens.weight"]
+    head = embedding.clone() if stored_head == "equal" else embedding.flip(0)
+    edit_tensors(base / "model.safetensors", put={"lm_head.weight": head})
+    adapter = save_adapter(tmp_path / "adapter", base, lora_config("llama tied", form))
+    expected = adapter.logits()
+    assert_adapter_matters(adapter, expected)
+    model = open_model(merged(base, adapter.path, tmp_path / "out"))
+    assert logits_differ_by(model, expected) < TOLERANCE
+
+
+# -- how a base may lie on the disk ------------------------------------------------------------------------------
+
+
+def as_one_file(base: Path, folder: Path) -> Path:
+    return save_base(folder, llama_config())
+
+
+def with_strange_names(base: Path, folder: Path) -> Path:
+    """Shards under other names, in another order than their names sort, one tensor of theirs alone in the last."""
+    shutil.copytree(base, folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    names = sorted(set(index["weight_map"].values()))
+    strange = {
+        name: f"part {len(names) - number}{'.' * number} (tensors).safetensors"
+        for number, name in enumerate(names)
+    }
+    for old, new in strange.items():
+        (folder / old).rename(folder / new)
+    edit_json(
+        folder / "model.safetensors.index.json",
+        weight_map={name: strange[shard] for name, shard in index["weight_map"].items()},
+    )
+    return folder
+
+
+def as_hub_snapshot(base: Path, folder: Path) -> Path:
+    """What snapshot_download leaves: files are links into a folder of blobs, which are named by hash."""
+    model = folder / "models--someone--tiny"
+    snapshot = model / "snapshots" / ("0123456789abcdef" * 3)[:40]
+    for place in (model / "blobs", model / "refs", snapshot):
+        place.mkdir(parents=True)
+    (model / "refs" / "main").write_text(snapshot.name)
+    for file in base.iterdir():
+        blob = model / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.copyfile(file, blob)
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", blob.name))
+    return snapshot
+
+
+@pytest.mark.parametrize("layout", [as_one_file, with_strange_names, as_hub_snapshot])
+def test_layouts_of_the_base_make_no_difference(
+    layout: Callable[[Path, Path], Path], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = save_adapter(tmp_path / "adapter", bases["llama"], lora_config("llama", "body and head"))
+    base = layout(bases["llama"], tmp_path / "base")
+    out = merged(base, adapter.path, tmp_path / "out")
+    usual = merged(bases["llama"], adapter.path, tmp_path / "usual")
+    found, expected = tensors(out), tensors(usual)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert logits_differ_by(open_model(out), adapter.logits()) < TOLERANCE
+    assert not any(file.is_symlink() for file in out.iterdir())
+    assert all(
+        re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", path.name) for path in out.glob("*.safetensors")
+    )
+
+
+def test_adapters_may_be_hub_snapshots(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "adapter", bases["llama"], lora_config("llama", "plain"))
+    out = merged(bases["llama"], as_hub_snapshot(adapter.path, tmp_path / "cache"), tmp_path / "out")
+    assert logits_differ_by(open_model(out), adapter.logits()) < TOLERANCE
