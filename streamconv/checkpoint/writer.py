@@ -76,7 +76,7 @@ class ShardWriter:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _write_error(error, path) from error
+            raise write_error(error, path) from error
         try:
             digest = _rehash(descriptor, path, header, offset)
             if digest is None or digest.hexdigest() != sha256 or offset > size:
@@ -129,7 +129,7 @@ class ShardWriter:
             try:
                 done += os.pwrite(self._open(), view[done:], self._offset + done)
             except OSError as error:
-                raise _write_error(error, self._path, self._size - self._offset - done) from error
+                raise write_error(error, self._path, self._size - self._offset - done) from error
 
     def sync(self) -> str:
         """Bring all written so far to the disk; return its SHA-256. A failed sync closes the file.
@@ -140,8 +140,8 @@ class ShardWriter:
             _fdatasync(self._open())
         except OSError as error:
             self.close()
-            raise _write_error(error, self._path) from error
-        return self._sha256.copy().hexdigest()
+            raise write_error(error, self._path) from error
+        return self._sha256.hexdigest()
 
     def finish(self) -> str:
         """Check that the file is complete, bring it to the disk and close it; return its SHA-256."""
@@ -149,7 +149,7 @@ class ShardWriter:
             os.fsync(self._open())
             found = os.fstat(self._open()).st_size
         except OSError as error:
-            raise _write_error(error, self._path) from error
+            raise write_error(error, self._path) from error
         finally:
             self.close()
         if not self._offset == found == self._size:
@@ -189,7 +189,7 @@ def publish(source: Path, target: Path) -> None:
     try:
         source.replace(target)
     except OSError as error:
-        raise _write_error(error, target) from error
+        raise write_error(error, target) from error
     fsync_folder(target.parent)
 
 
@@ -199,7 +199,7 @@ def write_file(path: Path, content: Bytes) -> None:
     try:
         temporary.unlink(missing_ok=True)  # of a run that was killed
     except OSError as error:
-        raise _write_error(error, path) from error
+        raise write_error(error, path) from error
     with ShardWriter.create(temporary, content, memoryview(content).nbytes) as writer:
         writer.finish()
     publish(temporary, path)
@@ -215,7 +215,7 @@ def fsync_folder(path: Path) -> None:
             os.close(descriptor)
     except OSError as error:
         if error.errno not in _NOT_SUPPORTED:  # CIFS and some FUSE file systems cannot
-            raise _write_error(error, path) from error
+            raise write_error(error, path) from error
 
 
 def _open_new(path: Path) -> int:
@@ -224,7 +224,7 @@ def _open_new(path: Path) -> int:
     except FileExistsError as error:
         raise OutputError(f"{path} exists already; another run may be writing it") from error
     except OSError as error:
-        raise _write_error(error, path) from error
+        raise write_error(error, path) from error
 
 
 def _reserve(descriptor: int, path: Path, size: int) -> None:
@@ -234,14 +234,14 @@ def _reserve(descriptor: int, path: Path, size: int) -> None:
     cannot reserve (NFSv3, many FUSE ones), twice the traffic. There, the free space is compared instead.
     """
     missing_bytes = size - os.fstat(descriptor).st_blocks * 512
-    free = _free_bytes(path)
+    free = free_bytes(path)
     code = _fallocate(descriptor, size) if size else 0
     if code in _NOT_SUPPORTED:
         code = errno.ENOSPC if missing_bytes > free else 0
     if code in _NO_SPACE:
         raise _no_space(path, missing_bytes, free, code)
     if code:
-        raise _write_error(OSError(code, os.strerror(code)), path)
+        raise write_error(OSError(code, os.strerror(code)), path)
 
 
 def _fallocate(descriptor: int, size: int) -> int:
@@ -265,7 +265,7 @@ def _rehash(descriptor: int, path: Path, header: Bytes, offset: int) -> hashlib.
         try:
             count = os.preadv(descriptor, [buffer[: offset - done]], done)
         except OSError as error:
-            raise _write_error(error, path) from error
+            raise write_error(error, path) from error
         if not count or (done == 0 and buffer[: len(header)] != header):
             return None
         digest.update(buffer[:count])
@@ -273,10 +273,10 @@ def _rehash(descriptor: int, path: Path, header: Bytes, offset: int) -> hashlib.
     return digest if offset >= len(header) else None
 
 
-def _write_error(error: OSError, path: Path, missing_bytes: int = 0) -> StreamconvError:
+def write_error(error: OSError, path: Path, missing_bytes: int = 0) -> StreamconvError:
     """The error of ours for one of the system's; `missing_bytes` are still to be written."""
     if error.errno in _NO_SPACE:
-        return _no_space(path, missing_bytes, _free_bytes(path), error.errno)
+        return _no_space(path, missing_bytes, free_bytes(path), error.errno)
     if error.errno == errno.EFBIG:
         return ResourceError(
             f"{path}: a file may not grow so large here; ask for smaller shards (--max-shard-size), raise the"
@@ -293,7 +293,7 @@ def _no_space(path: Path, missing_bytes: int, free: int, code: int) -> ResourceE
     return ResourceError(f"{path}: {what}{need}; free at least that much and run again, it resumes")
 
 
-def _free_bytes(path: Path) -> int:
+def free_bytes(path: Path) -> int:
     """Free space where `path` lies; without limit if the file system does not say (ramfs, some FUSE ones)."""
     found = os.statvfs(path.parent)
     return found.f_bavail * found.f_frsize if found.f_blocks else sys.maxsize

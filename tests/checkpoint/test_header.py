@@ -115,7 +115,7 @@ def test_a_scalar_and_an_empty_file_are_fine() -> None:
 @pytest.mark.parametrize("names", [["a", "a"], [""], ["__metadata__"]], ids=str)
 def test_a_header_that_could_not_be_read_is_not_built(names: Sequence[str]) -> None:
     with pytest.raises(ValueError, match="cannot have a tensor named"):
-        build_header([TensorSpec(name, U8, (1,)) for name in names], {"format": "pt"})
+        build_header([TensorSpec(name, U8, (1,)) for name in names], {})
 
 
 def test_a_header_beyond_the_limit_of_readers_is_not_built() -> None:

@@ -12,10 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamconv.checkpoint import reader as reader_module
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.dtypes import DTYPES
 from streamconv.errors import CheckpointError
+from streamconv.storage.base import SourceFile
+from streamconv.storage.local import open_file
 from tests.checkpoint.files import index_of, raw_shard, write_checkpoint
 
 
@@ -173,6 +176,24 @@ def test_few_files_are_open_at_once_and_none_after(tmp_path: Path) -> None:
                 assert open_descriptors() <= before + 3
         reader.check_unchanged()
     assert open_descriptors() == before
+
+
+def test_a_file_in_use_stays_open_while_others_come_and_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = {f"model-{i}-of-5.safetensors": {f"t{i}": torch.tensor([i])} for i in range(1, 6)}
+    index = index_of(write_checkpoint(tmp_path, shards))
+    opened: list[str] = []
+
+    def watch_open(file: SourceFile) -> int:
+        opened.append(file.name[:7])
+        return open_file(file)
+
+    monkeypatch.setattr(reader_module, "open_file", watch_open)
+    with TensorReader(max_open=2) as reader:
+        for i in (1, 2, 1, 3, 1, 4, 1, 5):
+            reader.load(index.tensors[f"t{i}"])
+    assert opened == ["model-1", "model-2", "model-3", "model-4", "model-5"]
 
 
 def test_reading_goes_on_after_a_part_and_stops_at_an_error(

@@ -174,6 +174,7 @@ def test_what_is_not_the_file_that_was_synced_is_not_resumed(path: Path) -> None
     assert resume(good, header=b"another ") is None
     assert resume(good, at=offset + 1) is None
     assert resume(good, at=4, with_digest=sha256(HEADER[:4])) is None
+    assert resume(good, at=0, with_digest=sha256(b"")) is None
     assert resume(good, with_digest="0" * 64) is None
     assert (
         resume(good + bytes(SIZE), at=SIZE + 9, with_digest=sha256((good + bytes(SIZE))[: SIZE + 9])) is None
@@ -299,13 +300,23 @@ def test_where_space_cannot_be_reserved_the_free_space_is_compared(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer_module, "_fallocate", lambda *_: errno.EOPNOTSUPP)
-    monkeypatch.setattr(writer_module, "_free_bytes", lambda _: SIZE - 1)
+    monkeypatch.setattr(writer_module, "free_bytes", lambda _: SIZE - 1)
     with pytest.raises(
         ResourceError, match=rf"{path}: the disk is full \({SIZE - 1} bytes are free\) with {SIZE}"
     ):
         ShardWriter.create(path, HEADER, SIZE)
     assert not path.exists()
-    monkeypatch.setattr(writer_module, "_free_bytes", lambda _: SIZE)
+    monkeypatch.setattr(writer_module, "free_bytes", lambda _: SIZE)
+    with ShardWriter.create(path, HEADER, SIZE) as writer:
+        writer.write(BODY)
+        assert writer.finish() == sha256(HEADER + BODY)
+
+
+def test_a_file_system_that_does_not_tell_its_free_space_is_tried(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "_fallocate", lambda *_: errno.EOPNOTSUPP)
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((4096, 4096, *[0] * 8)))  # as ramfs says
     with ShardWriter.create(path, HEADER, SIZE) as writer:
         writer.write(BODY)
         assert writer.finish() == sha256(HEADER + BODY)

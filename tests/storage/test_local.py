@@ -128,6 +128,29 @@ def test_a_cached_model_may_not_reach_another_model(tmp_path: Path) -> None:
         open_folder(str(snapshot)).file("x")
 
 
+def test_a_link_to_a_plain_file_of_the_same_cached_model_has_no_blob_to_be_known_by(tmp_path: Path) -> None:
+    snapshot = cached_snapshot(tmp_path)
+    (snapshot.parent / "4567def").mkdir()
+    (snapshot.parent / "4567def" / "a").touch()
+    (snapshot / "a").symlink_to("../4567def/a")
+    assert open_folder(str(snapshot)).file("a").version.startswith("mtime:")
+
+
+def test_only_a_snapshot_may_reach_the_blobs(tmp_path: Path) -> None:
+    other = cached_snapshot(tmp_path).parent.parent / "refs" / "pr"
+    other.mkdir(parents=True)
+    (other / "a").symlink_to("../../blobs/f00d")
+    with pytest.raises(CheckpointError, match="a is a link that leads outside"):
+        open_folder(str(other)).file("a")
+
+
+def test_a_blob_cut_short_is_not_opened(tmp_path: Path) -> None:
+    file = open_folder(str(cached_snapshot(tmp_path))).file("model.safetensors")
+    os.truncate(file.path, 3)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors changed .* had 7 bytes, now it has 3"):
+        open_file(file)
+
+
 def test_what_is_missing_is_said(folder: LocalFolder) -> None:
     (folder.path / "dead").symlink_to("gone")
     with pytest.raises(CheckpointError, match=r"b\.bin is missing"):
