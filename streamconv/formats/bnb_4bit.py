@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from streamconv.checkpoint.reader import TensorReader
-from streamconv.checkpoint.strict_json import parse_object
+from streamconv.checkpoint.strict_json import parse_object, shown
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import BF16, DENSE, F16, F32, U8, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
@@ -124,7 +124,7 @@ class Bnb4bitDecoder:
             scales = nested.effective()
         if not bool(scales.isfinite().all()):
             raise CheckpointError(
-                f"{self.name}: a stored scale is NaN or infinite; the checkpoint is damaged"
+                f"{self.name}: a stored scale is NaN or infinite; the checkpoint is damaged, download it again"
             )
         return scales
 
@@ -153,15 +153,16 @@ class _State:
     nested_offset: float | None
 
 
-def _find_weight(name: str, grid: Grid, format_name: str, free: Mapping[str, StoredTensor]) -> Weight:
+def _find_weight(
+    name: str, grid: Grid, format_name: str, free: Mapping[str, StoredTensor], reader: TensorReader
+) -> Weight:
     """The weight `name`, whose state is there; CheckpointError unless its parts are whole and agree."""
     parts = _gather(name, grid, free)
-    with TensorReader() as reader:
-        state = _read_state(parts["quant_state"], grid.name, reader)
-        _check_parts(name, parts, state)
-        _check_table(parts["quant_map"], grid, reader)
-    columns = matrix_shape(state.shape)[1]
-    if math.prod(state.shape[:-1]) > CELL_ROWS and CELL_ROWS * columns % state.block:
+    state = _read_state(parts["quant_state"], grid.name, reader)
+    _check_parts(name, parts, state)
+    _check_table(parts["quant_map"], grid, reader)
+    rows, columns = matrix_shape(state.shape)
+    if rows > CELL_ROWS and CELL_ROWS * columns % state.block:
         raise UnsupportedError(
             f"{name}: blocks of {state.block} elements that run across rows of {columns} are not supported;"
             " give the 16-bit base model instead"
@@ -206,41 +207,38 @@ def _part_name(name: str, role: str, grid: Grid) -> str:
 
 def _read_state(tensor: StoredTensor, quant_type: str, reader: TensorReader) -> _State:
     if tensor.dtype != U8 or len(tensor.shape) != 1 or tensor.nbytes > _MAX_STATE_BYTES:
-        raise _wrong(
-            tensor, f"{tensor.dtype} {list(tensor.shape)}", f"up to {_MAX_STATE_BYTES} bytes of JSON"
-        )
+        raise _wrong(tensor, _described(tensor), f"U8 [n] of JSON, n at most {_MAX_STATE_BYTES}")
     where = f"{tensor.file.name}: tensor {tensor.name}"
     state = parse_object(reader.load(tensor).numpy().tobytes(), where)
     known = {"quant_type", "blocksize", "dtype", "shape"}
     nested = {"nested_blocksize", "nested_dtype", "nested_offset"}
     if set(state) not in (known, known | nested):
-        raise _wrong(
-            tensor, f"the fields {sorted(state)}", f"{sorted(known)}, all or none of {sorted(nested)}"
-        )
-    shape, block, offset = state["shape"], state["blocksize"], state.get("nested_offset")
+        expected = f"{sorted(known)}, all or none of {sorted(nested)}"
+        raise _wrong(tensor, f"fields {shown(sorted(state))}", expected)
+    shape, block, dtype = state["shape"], state["blocksize"], state["dtype"]
     if state["quant_type"] != quant_type:
-        raise _wrong(tensor, f"quant_type {state['quant_type']!r}", quant_type)
+        raise _wrong(tensor, f"quant_type {shown(state['quant_type'])}", quant_type)
     if not _is_int(block) or block not in _BLOCKS:
-        raise _wrong(tensor, f"blocksize {block!r}", "a power of two from 32 to 4096")
-    if state["dtype"] not in tuple(DENSE):
-        raise _wrong(tensor, f"dtype {state['dtype']!r}", ", ".join(DENSE))
+        raise _wrong(tensor, f"blocksize {shown(block)}", "a power of two from 32 to 4096")
+    if dtype not in tuple(DENSE):
+        raise _wrong(tensor, f"dtype {shown(dtype)}", ", ".join(DENSE))
     if not isinstance(shape, list) or not shape or not all(_is_int(size) and size > 0 for size in shape):
-        raise _wrong(tensor, f"shape {shape!r}", "positive integers")
+        raise _wrong(tensor, f"shape {shown(shape)}", "positive integers")
     offset = _read_nested_fields(tensor, state) if "nested_offset" in state else None
-    return _State(block, DENSE[state["dtype"]], tuple(shape), offset)
+    return _State(block, DENSE[dtype], tuple(shape), offset)
 
 
 def _read_nested_fields(tensor: StoredTensor, state: Json) -> float:
     offset = state["nested_offset"]
     is_number = isinstance(offset, float) or _is_int(offset)
     if not is_number or not abs(offset) <= torch.finfo(torch.float32).max:
-        raise _wrong(tensor, f"nested_offset {offset!r}", "a finite float32")
+        raise _wrong(tensor, f"nested_offset {shown(offset)}", "a finite float32")
     if state["nested_dtype"] != "float32":
-        raise _wrong(tensor, f"nested_dtype {state['nested_dtype']!r}", "float32")
+        raise _wrong(tensor, f"nested_dtype {shown(state['nested_dtype'])}", "float32")
     if state["nested_blocksize"] != NESTED_BLOCK:
         raise UnsupportedError(
-            f"{tensor.name}: nested_blocksize {state['nested_blocksize']!r} is not supported, only"
-            f" {NESTED_BLOCK}; give the 16-bit base model instead"
+            f"{tensor.name}: nested_blocksize {shown(state['nested_blocksize'])} is not supported,"
+            f" only {NESTED_BLOCK}; give the 16-bit base model instead"
         )
     return float(offset)
 
@@ -416,11 +414,12 @@ class Bnb4bitFormat:
         """See Format."""
         suffix = _STATE + self.grid.name
         names = (name.removesuffix(suffix) for name in free if name.endswith(suffix))
-        return [
-            _find_weight(name, self.grid, self.name, free)
-            for name in names
-            if _is_nested(name, free) == self.nested
-        ]
+        with TensorReader() as reader:
+            return [
+                _find_weight(name, self.grid, self.name, free, reader)
+                for name in names
+                if _is_nested(name, free) == self.nested
+            ]
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Bnb4bitEncoder:
         """See Format."""
@@ -430,7 +429,7 @@ class Bnb4bitFormat:
             )
         if dtype.name not in DENSE:
             raise UnsupportedError(
-                f"{name} is {dtype}; {self.name} stores weights of {', '.join(DENSE)} only"
+                f"{name} is {dtype}; {self.name} stores weights of {', '.join(DENSE)}: exclude it with --ignore"
             )
         parts = _part_specs(name, shape, dtype, self.grid, self.nested)
         return Bnb4bitEncoder(self.name, name, shape, dtype, self.grid, self.nested, parts)

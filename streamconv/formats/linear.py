@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from streamconv.checkpoint.types import Shape
-from streamconv.errors import UnsupportedError
+from streamconv.errors import OptionError, UnsupportedError
 
 # Output heads stay in 16 bit, as in bitsandbytes' own default. (`output` only at the root: BERT has others.)
 DEFAULT_IGNORE = ("lm_head", "embed_out", "score", "re:output$")
@@ -65,8 +65,9 @@ def select(shapes: Mapping[str, Shape], config: Mapping[str, Any], ignore: Seque
     3-D parameters, and its routers hold their weight themselves. Nor is a head tied to the embedding.
 
     Raises UnsupportedError for a Conv1D weight that would be quantized, and where no skip list can tell the
-    two kinds apart.
+    two kinds apart; OptionError for a pattern that is no regular expression.
     """
+    _check_patterns(ignore)
     quantized = []
     left = []
     for name, shape in shapes.items():
@@ -82,7 +83,7 @@ def select(shapes: Mapping[str, Shape], config: Mapping[str, Any], ignore: Seque
             )
         else:
             quantized.append(name)
-    head = _HEAD_BY_FAMILY.get(config.get("model_type", ""), "lm_head")
+    head = next((head for family, head in _HEAD_BY_FAMILY.items() if family in _families(config)), "lm_head")
     return Selection(tuple(quantized), _skip_list(head, [module_of(name) for name in quantized], left))
 
 
@@ -121,18 +122,36 @@ def _is_replaced(module: str, shapes: Mapping[str, Shape], config: Mapping[str, 
         return False
     if f"{parent}.in_proj_weight" in shapes:  # torch's own attention: out_proj is a subclass of Linear
         return False
-    subclass = _SUBCLASSES.get(config.get("model_type", ""))
-    if subclass is not None and subclass.fullmatch(last):
+    families = _families(config)
+    if any(names.fullmatch(last) for family, names in _SUBCLASSES.items() if family in families):
         return False
-    text_config = config.get("text_config") or config
     if _HEADS.fullmatch(module):
-        return not (config.get("tie_word_embeddings") or text_config.get("tie_word_embeddings"))
+        return not any(level.get("tie_word_embeddings") for level in _levels(config))
     # An embedding under a name that is not known here still has the size of the vocabulary.
-    return shapes[f"{module}.weight"][0] != text_config.get("vocab_size")
+    text = config.get("text_config")
+    language = text if isinstance(text, Mapping) else config
+    return shapes[f"{module}.weight"][0] != language.get("vocab_size")
 
 
 def _is_conv1d(module: str, config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") in _CONV1D_FAMILIES and module.rpartition(".")[2] in _CONV1D
+    return module.rpartition(".")[2] in _CONV1D and not _CONV1D_FAMILIES.isdisjoint(_families(config))
+
+
+def _levels(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The config and its parts: models of text and more keep one for each (`text_config`, `decoder`)."""
+    return [config, *(part for part in config.values() if isinstance(part, Mapping))]
+
+
+def _families(config: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(str(level.get("model_type")) for level in _levels(config))
+
+
+def _check_patterns(patterns: Sequence[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            raise OptionError(f"--ignore {pattern} is not a regular expression: {error}") from error
 
 
 def _skip_list(head: str, quantized: Collection[str], left: Sequence[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamconv.checkpoint.types import Shape
-from streamconv.errors import UnsupportedError
+from streamconv.errors import OptionError, UnsupportedError
 from streamconv.formats.linear import DEFAULT_IGNORE, matches, module_of, select
 
 LLAMA = {"model_type": "llama", "vocab_size": 100, "tie_word_embeddings": False}
@@ -130,12 +130,22 @@ def test_the_default_leaves_heads() -> None:
     assert quantized("output.weight", "a.weight", ignore=DEFAULT_IGNORE) == {"a.weight"}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "openai-gpt"])
-def test_conv1d_is_refused_unless_ignored(family: str) -> None:
-    name, config = "transformer.h.0.attn.c_attn.weight", {"model_type": family}
+@pytest.mark.parametrize("config", [{"model_type": "gpt2"}, {"decoder": {"model_type": "gpt2"}}])
+def test_conv1d_is_refused_unless_ignored(config: Mapping[str, object]) -> None:
+    name = "transformer.h.0.attn.c_attn.weight"
     with pytest.raises(UnsupportedError, match=re.escape(name)):
         quantized(name, config=config)
     assert quantized(name, config=config, ignore=("c_attn",)) == set()
+
+
+def test_a_pattern_that_is_no_regular_expression_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"re:\(q_proj"):
+        quantized("a.weight", ignore=("re:(q_proj",))
+
+
+def test_a_strange_config_is_no_reason_to_fail() -> None:
+    config = {"model_type": ["llama"], "text_config": 5, "vocab_size": None, "vision_config": {"x": {}}}
+    assert quantized("a.weight", config=config) == {"a.weight"}
 
 
 def test_the_skip_list_names_last_components_where_it_can() -> None:
