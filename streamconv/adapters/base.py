@@ -43,7 +43,10 @@ class Update(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """The adapter holds the whole parameter (`modules_to_save`): it takes the place of the base's."""
+    """The adapter holds the whole parameter (`modules_to_save`): it takes the place of the base's.
+
+    Updates of the same parameter apply to the replacement: PEFT saves the weight under an adapted head so.
+    """
 
     parameter: str
     tensor: StoredTensor

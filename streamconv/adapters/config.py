@@ -7,7 +7,7 @@ PEFT adds variants of a method as new fields, so an unknown field that is not em
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -74,8 +74,7 @@ class AdapterConfig:
 
     @property
     def peft_type(self) -> str:
-        """As registered: PEFT writes `LORA`, some tools `lora`."""
-        return self.text("peft_type").upper()
+        return self.text("peft_type")
 
     def text(self, field: str) -> str:
         value = self.fields.get(field)
@@ -104,12 +103,18 @@ class AdapterConfig:
             self._refuse(field, "a list of names")
         return tuple(value)
 
-    def pattern(self, field: str, number: type[int] | type[float]) -> Mapping[str, Any]:
-        """A mapping from regular expressions to ranks (`int`) or alphas (`float`), in file order."""
+    def ranks(self, field: str) -> Mapping[str, int]:
+        """Ranks by pattern, in file order."""
+        return self._by_pattern(field, is_rank)
+
+    def numbers(self, field: str) -> Mapping[str, float]:
+        """Numbers by pattern, in file order."""
+        return self._by_pattern(field, is_number)
+
+    def _by_pattern(self, field: str, fits: Callable[[object], bool]) -> Mapping[str, Any]:
         value = self.fields.get(field)
         if value is None:
             return MappingProxyType({})
-        fits = is_rank if number is int else is_number
         if not isinstance(value, dict) or not all(fits(entry) for entry in value.values()):
             self._refuse(field, "an object of numbers by pattern")
         return MappingProxyType(value)

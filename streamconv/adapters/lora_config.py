@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -22,37 +22,24 @@ from streamconv.errors import AdapterError
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """What the merge needs of a LoraConfig. Patterns are regular expressions, the first match wins."""
+    """What the merge needs of a LoraConfig; of the patterns the first that matches wins."""
 
     name: str
     r: int
     alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: tuple[tuple[re.Pattern[str], int], ...]
+    alpha_pattern: tuple[tuple[re.Pattern[str], float], ...]
     use_rslora: bool
     use_dora: bool
     fan_in_fan_out: bool
 
     def rank(self, module: str) -> int:
-        return self.rank_pattern.get(self._first_match(self.rank_pattern, module), self.r)
+        return next((rank for pattern, rank in self.rank_pattern if pattern.match(module)), self.r)
 
     def scaling(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / √r for rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
-        alpha = self.alpha_pattern.get(self._first_match(self.alpha_pattern, module), self.alpha)
+        alpha = next((alpha for pattern, alpha in self.alpha_pattern if pattern.match(module)), self.alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
-
-    def _first_match(self, patterns: Iterable[str], module: str) -> str:
-        """`get_pattern_key` of `peft/utils/other.py`: a pattern may leave out the top of the path."""
-        for pattern in patterns:
-            try:
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    return pattern
-            except re.error as error:
-                raise AdapterError(
-                    f"{self.name}: {pattern!r} in rank_pattern or alpha_pattern is not a regular expression:"
-                    f" {error}"
-                ) from error
-        return module
 
 
 def read_settings(config: AdapterConfig) -> LoraSettings:
@@ -62,12 +49,28 @@ def read_settings(config: AdapterConfig) -> LoraSettings:
         name=config.name,
         r=config.rank("r"),
         alpha=config.number("lora_alpha"),
-        rank_pattern=config.pattern("rank_pattern", int),
-        alpha_pattern=config.pattern("alpha_pattern", float),
+        rank_pattern=tuple(
+            (module_pattern(config, "rank_pattern", text), rank)
+            for text, rank in config.ranks("rank_pattern").items()
+        ),
+        alpha_pattern=tuple(
+            (module_pattern(config, "alpha_pattern", text), alpha)
+            for text, alpha in config.numbers("alpha_pattern").items()
+        ),
         use_rslora=config.flag("use_rslora"),
         use_dora=config.flag("use_dora"),
         fan_in_fan_out=config.flag("fan_in_fan_out"),
     )
+
+
+def module_pattern(config: AdapterConfig, field: str, text: str) -> re.Pattern[str]:
+    """`get_pattern_key` of `peft/utils/other.py`: a pattern may leave out the top of a module's path."""
+    try:
+        return re.compile(rf"(.*\.)?({text})$")
+    except re.error as error:
+        raise AdapterError(
+            f"{config.name}: {text!r} in {field} is not a regular expression: {error}"
+        ) from error
 
 
 _CHANGED_BASE = (

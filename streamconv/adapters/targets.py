@@ -7,7 +7,7 @@ the end of their path, a string is a regular expression for the whole path.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from streamconv.adapters.config import AdapterConfig
 from streamconv.errors import AdapterError
@@ -21,13 +21,21 @@ def check_targets(config: AdapterConfig, adapted: Collection[str], saved: Collec
     if isinstance(targets, str):
         _check_pattern(config, targets, adapted)
         return
+    # What modules_to_save takes is no target any more, whatever target_modules says.
+    ends = {end for module in (*adapted, *saved) for end in _ends(module)}
     for name in config.names("target_modules"):
-        # What modules_to_save takes is no target any more, whatever target_modules says.
-        if not any(module == name or module.endswith(f".{name}") for module in (*adapted, *saved)):
+        if name not in ends:
             raise AdapterError(
                 f"{config.name}: target_modules lists {name!r}, but the adapter holds no tensors of such a"
                 " module; the file is not complete, or the entry matched nothing in training: then remove it"
             )
+
+
+def _ends(module: str) -> Iterator[str]:
+    """`a.b.c`, `b.c`, `c`."""
+    while module:
+        yield module
+        module = module.partition(".")[2]
 
 
 def _check_pattern(config: AdapterConfig, pattern: str, adapted: Collection[str]) -> None:

@@ -15,8 +15,8 @@ from peft.utils.other import get_pattern_key
 
 from streamconv.adapters import ADAPTERS, NO_WEIGHTS, NOT_BUILT
 from streamconv.adapters.base import Adapter
-from streamconv.adapters.config import CONFIG_NAME, Neutral
-from streamconv.adapters.lora_config import LORA_FIELDS, LoraSettings
+from streamconv.adapters.config import CONFIG_NAME, AdapterConfig, Neutral
+from streamconv.adapters.lora_config import LORA_FIELDS, LoraSettings, module_pattern
 from streamconv.errors import AdapterError, UnsupportedError
 from tests.merging import read
 from tests.tiny import edit_json
@@ -235,13 +235,18 @@ MODULES = [
 ]
 
 
+def compile_pattern(text: str) -> re.Pattern[str]:
+    return module_pattern(AdapterConfig("config", {}, b""), "rank_pattern", text)
+
+
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("first", PATTERNS)
 def test_patterns_match_as_in_peft(first: str, module: str) -> None:
     """The first of several that match wins, alone and before others."""
     for patterns in ([first], [first, *PATTERNS]):
         ranks = {pattern: number for number, pattern in enumerate(patterns, start=2)}
-        settings = LoraSettings("config", 1, 1.0, ranks, dict(ranks), False, False, False)
+        compiled = tuple((compile_pattern(pattern), rank) for pattern, rank in ranks.items())
+        settings = LoraSettings("config", 1, 1.0, compiled, compiled, False, False, False)
         expected = ranks.get(get_pattern_key(ranks.keys(), module), 1)
         assert settings.rank(module) == expected
         assert settings.scaling(module, 1) == expected
@@ -249,6 +254,7 @@ def test_patterns_match_as_in_peft(first: str, module: str) -> None:
 
 @pytest.mark.parametrize(("use_rslora", "expected"), [(False, 7 / 3), (True, 7 / 3**0.5)])
 def test_scaling_takes_the_rank_of_the_module(use_rslora: bool, expected: float) -> None:
-    settings = LoraSettings("config", 8, 16.0, {"q": 3}, {"q": 7.0}, use_rslora, False, False)
+    q = compile_pattern("q")
+    settings = LoraSettings("config", 8, 16.0, ((q, 3),), ((q, 7.0),), use_rslora, False, False)
     assert settings.scaling("model.q", settings.rank("model.q")) == pytest.approx(expected, rel=1e-15)
     assert settings.scaling("model.k", 4) == (8.0 if use_rslora else 4.0)

@@ -351,8 +351,9 @@ def orientations(
 def test_a_shape_that_tells_decides(adapter_of: AdapterOf, model_type: str, flag: bool) -> None:
     gpt2 = adapter_of("gpt2")
     edit_json(gpt2 / CONFIG_NAME, fan_in_fan_out=flag)
-    assert orientations(gpt2, {"model_type": model_type}, (32, 96))
-    assert not orientations(gpt2, {"model_type": model_type}, (96, 32))
+    for outputs in (16, 96):
+        assert orientations(gpt2, {"model_type": model_type}, (32, outputs))
+        assert not orientations(gpt2, {"model_type": model_type}, (outputs, 32))
 
 
 @pytest.mark.parametrize("flag", [False, True])
@@ -521,6 +522,19 @@ def test_both_sides_saved_stay_tied_only_if_equal(
     changed = {"value": head + (torch.arange(40).unsqueeze(1) == 39), "dtype": head.half(), "rows": head[:39]}
     edit_tensors(one / WEIGHTS, put={HEAD: changed[change]})
     adapter = read(bases["tied"], one)
+    assert adapter.untie
+    assert {replace.parameter for replace in adapter.replaces} == {LLAMA_TIE.embedding, LLAMA_TIE.head}
+
+
+def test_a_saved_embedding_is_not_the_weight_under_an_adapted_head(
+    bases: dict[str, Path], adapter_of: AdapterOf
+) -> None:
+    """Equal bytes, but the head goes on to be updated."""
+    head = adapter_of("head")
+    under = read_tensors(head / WEIGHTS)[f"{PREFIX}lm_head.base_layer.weight"]
+    edit_tensors(head / WEIGHTS, put={EMBEDDING: under})
+    edit_json(head / CONFIG_NAME, modules_to_save=["embed_tokens"])
+    adapter = read(bases["tied"], head)
     assert adapter.untie
     assert {replace.parameter for replace in adapter.replaces} == {LLAMA_TIE.embedding, LLAMA_TIE.head}
 

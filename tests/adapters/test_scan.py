@@ -52,9 +52,10 @@ def test_the_hash_tells_what_belongs_to_which_name(tmp_path: Path) -> None:
     hashes = {
         scan(tmp_path, {"a": one, "b": other}).sha256,
         scan(tmp_path, {"a": other, "b": one}).sha256,
+        scan(tmp_path, {"a": one, "c": other}).sha256,
         scan(tmp_path, {"a": one.reshape(2, 2), "b": other}).sha256,
         scan(tmp_path, {"a": torch.cat([one, other])}).sha256,
         scan(tmp_path, {"a": one, "b": other}, config=b"{ }").sha256,
     }
-    assert len(hashes) == 5
+    assert len(hashes) == 6
     assert scan(tmp_path, {"b": other, "a": one}).sha256 in hashes
