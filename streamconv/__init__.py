@@ -36,7 +36,7 @@ _PUBLIC = {
         "CheckpointError",
         "HubError",
         "InputError",
-            "OptionError",
+        "OptionError",
         "OutputError",
         "ResourceError",
         "Stopped",

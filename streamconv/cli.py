@@ -29,6 +29,16 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_DEBUG = "streamconv.debug"
+_INPUTS, _RESULT, _MERGE, _RESOURCES, _PLACE, _MESSAGES = (
+    "Inputs and output",
+    "Result",
+    "Merge",
+    "Resources",
+    "Output folder",
+    "Messages",
+)
+
 _LINE_EVERY_S = 30.0
 
 
@@ -44,28 +54,82 @@ class _Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class _Option(click.Option):
+    """An option that help lists under the heading `section`."""
+
+    def __init__(self, *args: Any, section: str, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.section = section
+
+
+class _Command(click.Command):
+    """Lists options by section, in the order of their first options; `--max-ram` is STREAMCONV_MAX_RAM, too."""
+
+    def __init__(self, *args: Any, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        # Of its own, as click would put the command's name between the two.
+        self.context_settings.setdefault("auto_envvar_prefix", "STREAMCONV")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if (record := param.get_help_record(ctx)) is not None:
+                section = param.section if isinstance(param, _Option) else _MESSAGES
+                sections.setdefault(section, []).append(record)
+        for section, records in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(records)
+
+
 class _Commands(click.Group):
-    """Turns every deliberate error into one line and its exit code, in one place."""
+    """Lists commands as they are defined; turns every deliberate error into one line and its exit code."""
+
+    command_class = _Command
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         del ctx
-        return ["merge", "convert", "plan", "inspect", "verify", "formats"]
+        return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except StreamconvError as error:
-            if _is_debugging(ctx):
+            if ctx.meta.get(_DEBUG):
                 raise
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {_one_line(str(error))}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("Stopped before anything was written.", err=True)
+            click.echo("Interrupted.", err=True)
             sys.exit(128 + signal.SIGINT)
 
 
-def _is_debugging(ctx: click.Context) -> bool:
-    return bool(os.environ.get("STREAMCONV_DEBUG")) or "--debug" in sys.argv or bool(ctx.params.get("debug"))
+def _one_line(message: str) -> str:
+    """Names come from files that anyone may have written: none may break the line or steer the terminal."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
+
+
+def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    del param
+    ctx.meta[_DEBUG] = value
+
+
+def _set_verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    del ctx, param
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("streamconv").setLevel(logging.INFO if value else logging.WARNING)
+
+
+def _only_one(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> str | None:
+    """The one adapter given. Of an option that is given twice, click alone would drop the first and say nothing."""
+    if len(value) > 1:
+        raise click.BadParameter(
+            "several adapters are not supported yet; merge them one after another", ctx, param
+        )
+    return value[0] if value else None
+
+
+def _option(section: str, *names: str, **attributes: Any) -> Callable[[F], F]:
+    return click.option(*names, cls=_Option, section=section, **attributes)
 
 
 def _group(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -77,47 +141,62 @@ def _group(*options: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
-_base = click.option(
-    "--base",
-    "--base-model",
-    "--model",
-    "base",
-    required=True,
-    metavar="DIR",
-    help="Folder of the base model.",
-)
-_adapter = click.option("--adapter", required=True, metavar="DIR", help="Folder of the PEFT adapter.")
-_out = click.option("-o", "--out", required=True, metavar="DIR", help="Folder to write the result to.")
+# Only for completion, and for splitting STREAMCONV_ADAPTER as paths are: what is wrong with a folder, we say better.
+_FOLDER = click.Path(readable=False)
+
+
+def _base(**attributes: Any) -> Callable[[F], F]:
+    names = ("--base", "--base-model", "--model", "base")
+    return _option(_INPUTS, *names, type=_FOLDER, metavar="DIR", **attributes)
+
+
+def _adapter(**attributes: Any) -> Callable[[F], F]:
+    return _option(
+        _INPUTS, "--adapter", type=_FOLDER, metavar="DIR", multiple=True, callback=_only_one, **attributes
+    )
+
+
+def _out(**attributes: Any) -> Callable[[F], F]:
+    return _option(_INPUTS, "-o", "--out", type=_FOLDER, metavar="DIR", **attributes)
+
+
+_base_required = _base(required=True, help="Folder of the base model.")
+_out_required = _out(required=True, help="Folder to write the result to.")
 _result = _group(
-    click.option(
+    _option(
+        _RESULT,
         "--quant",
         default="keep",
         show_default=True,
         metavar="FORMAT",
         help="keep: the base's own format; none: 16/32 bit; or a format that `streamconv formats` lists.",
     ),
-    click.option(
+    _option(
+        _RESULT,
         "--dtype",
         default="auto",
         show_default=True,
         metavar="DTYPE",
         help="float32, float16, bfloat16; auto: what each tensor has in the base.",
     ),
-    click.option(
+    _option(
+        _RESULT,
         "--rounding",
         default="auto",
         show_default=True,
         metavar="NAME",
         help="How 4-bit codes are chosen: nearest, stochastic; auto: what keeps the fine-tune.",
     ),
-    click.option("--seed", default=0, show_default=True, help="Seed of stochastic rounding."),
-    click.option(
+    _option(_RESULT, "--seed", default=0, show_default=True, help="Seed of stochastic rounding."),
+    _option(
+        _RESULT,
         "--ignore",
         multiple=True,
         metavar="PATTERN",
         help="Further modules left in 16 bit: part of a module path, or re:REGEX. Repeatable.",
     ),
-    click.option(
+    _option(
+        _RESULT,
         "--max-shard-size",
         type=_Size(),
         metavar="SIZE",
@@ -125,21 +204,24 @@ _result = _group(
     ),
 )
 _target = _group(
-    click.option(
+    _option(
+        _MERGE,
         "--merge-base",
         default="original",
         show_default=True,
         metavar="FORMAT",
         help="What the update is added to: original, or the base rounded to nf4 or nf4-dq as in training.",
     ),
-    click.option(
+    _option(
+        _MERGE,
         "--min-kept",
         type=click.FloatRange(0, 1),
         metavar="SHARE",
-        help="Refuse a quantized result that keeps less of the fine-tune. "
+        help="Refuse a quantized result that keeps less than this share of the fine-tune. "
         "Default: 0.2, and 0 where --rounding names one.",
     ),
-    click.option(
+    _option(
+        _MERGE,
         "--tokenizer",
         type=click.Choice(["auto", "base", "adapter"]),
         default="auto",
@@ -148,8 +230,9 @@ _target = _group(
     ),
 )
 _resources = _group(
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-    click.option(
+    _option(_RESOURCES, "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    _option(
+        _RESOURCES,
         "--max-ram",
         type=_Size(),
         default="1GiB",
@@ -157,25 +240,65 @@ _resources = _group(
         metavar="SIZE",
         help="Memory above the interpreter with torch loaded.",
     ),
-    click.option(
-        "--max-vram", type=_Size(), default="2GiB", show_default=True, metavar="SIZE", help="GPU memory."
+    _option(
+        _RESOURCES,
+        "--max-vram",
+        type=_Size(),
+        default="2GiB",
+        show_default=True,
+        metavar="SIZE",
+        help="GPU memory.",
     ),
 )
 _place = _group(
-    click.option(
-        "--overwrite", is_flag=True, help="Replace the model in --out once the new one is complete."
+    _option(
+        _PLACE, "--overwrite", is_flag=True, help="Replace the model in --out once the new one is complete."
     ),
-    click.option("--no-resume", is_flag=True, help="Start anew instead of going on with an interrupted run."),
-    click.option("--dry-run", is_flag=True, help="Plan only: read headers, write nothing (as `plan`)."),
-    click.option("--verify/--no-verify", default=True, show_default=True, help="Check the finished output."),
-    click.option("--card/--no-card", default=True, show_default=True, help="Write a model card (README.md)."),
-    click.option("--copy-extra", multiple=True, metavar="GLOB", help="Further files to copy. Repeatable."),
+    _option(
+        _PLACE, "--no-resume", is_flag=True, help="Start anew instead of going on with an interrupted run."
+    ),
+    _option(_PLACE, "--dry-run", is_flag=True, help="Plan only: read headers, write nothing (as `plan`)."),
+    _option(
+        _PLACE,
+        "--verify/--no-verify",
+        default=True,
+        show_default=True,
+        help="Reopen the finished output: names, shapes, sizes.",
+    ),
+    _option(
+        _PLACE, "--card/--no-card", default=True, show_default=True, help="Write a model card (README.md)."
+    ),
+    _option(_PLACE, "--copy-extra", multiple=True, metavar="GLOB", help="Further files to copy. Repeatable."),
+)
+_json = _option(
+    _MESSAGES,
+    "--json",
+    "as_json",
+    is_flag=True,
+    envvar="STREAMCONV_JSON",
+    help="Print the result as one JSON document on stdout.",
+)
+_debug = _option(
+    _MESSAGES,
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_debug,
+    help="Show the traceback of an error.",
 )
 _show = _group(
-    click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document on stdout."),
-    click.option("-q", "--quiet", is_flag=True, help="No progress, no summary."),
-    click.option("-v", "--verbose", is_flag=True, help="Tell more on the way."),
-    click.option("--debug", is_flag=True, help="Show tracebacks of errors."),
+    _json,
+    _option(_MESSAGES, "-q", "--quiet", is_flag=True, help="No progress, no summary."),
+    _option(
+        _MESSAGES,
+        "-v",
+        "--verbose",
+        is_flag=True,
+        expose_value=False,
+        callback=_set_verbose,
+        help="Tell on stderr what is done.",
+    ),
+    _debug,
 )
 
 
@@ -183,8 +306,10 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
     del param
     if value and not ctx.resilient_parsing:
         from importlib.metadata import version
+        from platform import python_version
 
-        click.echo(f"streamconv {version('streamconv')}")
+        libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "bitsandbytes", "safetensors"))
+        click.echo(f"streamconv {version('streamconv')} (Python {python_version()}, {libraries})")
         ctx.exit()
 
 
@@ -192,7 +317,6 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
     cls=_Commands,
     context_settings={
         "help_option_names": ["-h", "--help"],
-        "auto_envvar_prefix": "STREAMCONV",
         "token_normalize_func": lambda token: token.replace("_", "-"),
     },
 )
@@ -210,61 +334,70 @@ def main() -> None:
     Weights stream from disk to disk in small tiles: memory does not grow with the model. Interrupted runs go on
     where they stopped when the same command is given again.
 
+    Every option can be set in the environment, too: --max-ram as STREAMCONV_MAX_RAM.
+
     Exit codes: 0 done, 1 bug, 2 usage, 3 input, 4 output folder, 5 disk or memory, 6 network,
     7 verification or lost fine-tune, 130/143 stopped by a signal.
     """
 
 
 @main.command("merge")
-@_group(_base, _adapter, _out, _result, _target, _resources, _place, _show)
-def merge_command(out: str, dry_run: bool, as_json: bool, quiet: bool, verbose: bool, **given: Any) -> None:
-    """Merge an adapter into a base model.
-
-    \b
-    streamconv merge --base ./llama --adapter ./my-lora -o ./merged
-    streamconv merge --base ./llama --adapter ./my-qlora --merge-base nf4-dq --quant nf4-dq -o ./merged-4bit
-    """
-    _log(verbose)
-    _run_job(given, out, dry_run, as_json, quiet)
-
-
-@main.command("convert")
-@_group(_base, _out, _result, _resources, _place, _show)
-def convert_command(out: str, dry_run: bool, as_json: bool, quiet: bool, verbose: bool, **given: Any) -> None:
-    """Quantize, dequantize or reshard a model, without an adapter."""
-    _log(verbose)
-    _run_job(given, out, dry_run, as_json, quiet)
-
-
-@main.command("plan")
 @_group(
-    _base,
-    click.option("--adapter", metavar="DIR", help="Folder of the PEFT adapter; without it: as `convert`."),
-    click.option("-o", "--out", metavar="DIR", help="Folder the result would go to; not touched."),
+    _base_required,
+    _adapter(required=True, help="Folder of the PEFT adapter."),
+    _out_required,
     _result,
     _target,
     _resources,
     _place,
     _show,
 )
-def plan_command(
-    out: str | None, dry_run: bool, as_json: bool, quiet: bool, verbose: bool, **given: Any
-) -> None:
-    """Show what merge or convert would do: files, sizes, memory, matched modules, choices. Writes nothing."""
-    del out, dry_run
-    _log(verbose)
+def merge_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Merge an adapter into a base model.
+
+    \b
+    streamconv merge --base ./llama --adapter ./my-lora -o ./merged
+    streamconv merge --base ./llama --adapter ./my-qlora --merge-base nf4-dq --quant nf4-dq -o ./merged-4bit
+    """
+    _run_job(given, out, dry_run, as_json, quiet)
+
+
+@main.command("convert")
+@_group(_base_required, _out_required, _result, _resources, _place, _show)
+def convert_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Quantize, dequantize or reshard a model, without an adapter.
+
+    \b
+    streamconv convert --base ./llama --quant nf4-dq -o ./llama-4bit
+    streamconv convert --base ./llama-4bit --quant none -o ./llama-16bit
+    """
+    _run_job(given, out, dry_run, as_json, quiet)
+
+
+@main.command("plan")
+@_group(
+    _base_required,
+    _adapter(help="Folder of the PEFT adapter; without it: as `convert`."),
+    _out(help="Folder the result would go to: checked, not touched."),
+    _result,
+    _target,
+    _resources,
+    _place,
+    _show,
+)
+def plan_command(out: str | None, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Show what merge or convert would do, without writing: files, sizes, memory, matched modules, choices."""
+    del dry_run
     from streamconv.pipeline import prepare
 
-    _show_plan(prepare(_job(given)), as_json, quiet)
+    _show_plan(prepare(_job(given)), out, as_json, quiet)
 
 
 @main.command("inspect")
-@click.argument("path")
-@_show
-def inspect_command(path: str, as_json: bool, quiet: bool, verbose: bool, debug: bool) -> None:
+@click.argument("path", type=_FOLDER)
+@_group(_json, _debug)
+def inspect_command(path: str, as_json: bool) -> None:
     """Show what a checkpoint or adapter folder holds."""
-    del quiet, debug
-    _log(verbose)
     from streamconv.inspection import inspect
 
     found = inspect(path)
@@ -290,43 +423,50 @@ def _fact(key: str, value: Any) -> str:
 
 
 @main.command("verify")
-@click.argument("out")
-@click.option("--full", is_flag=True, help="Compute the result again from --base and --adapter, and compare.")
-@click.option("--base", metavar="DIR", help="The base it was made from; for --full.")
-@click.option("--adapter", metavar="DIR", help="The adapter it was made from; for --full.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; for --full.")
-@_show
+@click.argument("out", type=_FOLDER)
+@_group(
+    _option(
+        _INPUTS,
+        "--full",
+        is_flag=True,
+        help="Compute the result again from --base and --adapter, and compare.",
+    ),
+    _base(allow_from_autoenv=False, help="The base it was made from; for --full."),
+    _adapter(allow_from_autoenv=False, help="The adapter it was made from; for --full."),
+    _option(
+        _RESOURCES,
+        "--device",
+        default="auto",
+        show_default=True,
+        help="auto, cpu, cuda or cuda:N; for --full.",
+    ),
+    _show,
+)
 def verify_command(
-    out: str,
-    full: bool,
-    base: str | None,
-    adapter: str | None,
-    device: str,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    debug: bool,
+    out: str, full: bool, base: str | None, adapter: str | None, device: str, as_json: bool, quiet: bool
 ) -> None:
     """Recheck a finished output against its streamconv.json: sizes, hashes, layout."""
-    del debug
-    _log(verbose)
     from dataclasses import asdict
 
     from streamconv.pipeline import verify
 
-    with _progress("verify", quiet or as_json) as on_progress:
+    with _progress("verify", quiet) as on_progress:
         checked = verify(out, full=full, base=base, adapter=adapter, device=device, on_progress=on_progress)
     if as_json:
         click.echo(json.dumps(asdict(checked)))
     elif not quiet:
         how = "computed again, equal byte for byte" if checked.exact else "sizes, hashes and layout are right"
         click.echo(
-            f"{out}: {checked.shards} shards, {checked.tensors} tensors, {format_size(checked.bytes)}: {how}"
+            f"{out}: {checked.tensors} tensors in {_shards(checked.shards)}, {format_size(checked.bytes)}: {how}"
         )
 
 
+def _shards(count: int) -> str:
+    return "1 shard" if count == 1 else f"{count} shards"
+
+
 @main.command("formats")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@_json
 def formats_command(as_json: bool) -> None:
     """List the formats that can be read and written."""
     from streamconv.formats import FORMATS
@@ -380,26 +520,28 @@ def _job(given: Mapping[str, Any]) -> Job:
 
 
 def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, quiet: bool) -> None:
-    from pathlib import Path
-
-    from streamconv.pipeline import prepare, run
+    from streamconv.pipeline import output_folder, prepare, run
 
     with _stop_on_signals() as stop:
+        folder = output_folder(out)
         prepared = prepare(_job(given))
         if dry_run:
-            _show_plan(prepared, as_json, quiet)
+            _show_plan(prepared, out, as_json, quiet)
             return
         with _progress("merge" if prepared.adapter else "convert", quiet) as on_progress:
-            report = run(prepared, Path(out), on_progress, stop)
+            report = run(prepared, folder, on_progress, stop)
     if as_json:
         click.echo(json.dumps(report.as_json(), indent=1))
     elif not quiet:
         _show_report(report)
 
 
-def _show_plan(prepared: Prepared, as_json: bool, quiet: bool) -> None:
+def _show_plan(prepared: Prepared, out: str | None, as_json: bool, quiet: bool) -> None:
+    from streamconv.pipeline import check_out, output_folder
     from streamconv.report.plan import plan_as_json, plan_as_text
 
+    if out is not None:
+        check_out(prepared, output_folder(out))
     if as_json:
         click.echo(json.dumps(plan_as_json(prepared), indent=1))
     elif not quiet:
@@ -411,19 +553,15 @@ def _show_report(report: Report) -> None:
     if report.resumed and not report.seconds:
         click.echo(f"{report.out}: was complete already, {format_size(report.bytes_written)}")
     else:
+        resumed = " (resumed)" if report.resumed else ""
         click.echo(
-            f"{report.out}: {format_size(report.bytes_written)} in {report.seconds:.1f} s "
+            f"{report.out}: {format_size(report.bytes_written)}{resumed} in {report.seconds:.1f} s "
             f"({format_size(speed)}/s), peak memory {format_size(report.peak_ram_bytes)}"
         )
     if report.kept_delta is not None:
         click.echo(
             f"{report.kept_delta:.1%} of the fine-tune kept by {report.rounding} rounding to {report.quant}"
         )
-
-
-def _log(verbose: bool) -> None:
-    level = logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
 
 
 @contextmanager

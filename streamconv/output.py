@@ -8,7 +8,6 @@ without config.json passes for no model.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,8 +19,10 @@ from streamconv.plan import Plan, ShardPlan
 from streamconv.sizes import format_size
 from streamconv.storage.base import SourceFile
 
+from streamconv.storage.local import open_file
 WATERMARK_BYTES = 256 * 2**20
 _SPARE_DISK_BYTES = 64 * 2**20  # index, tokenizer, journal, and what the file system adds
+_COPY_BYTES = 4 * 2**20
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
@@ -188,9 +189,10 @@ def _old_weights(out: Path, keep: set[str]) -> list[str]:
 
 def _copy(file: SourceFile, target: Path) -> None:
     """Copy a small file; beside the target first, so that the final name is never half a file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.partial")
-    shutil.copyfile(file.path, temporary)
-    with temporary.open("rb+") as copy:
-        os.fsync(copy.fileno())
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(open_file(file), "rb") as source, ShardWriter.create(temporary, b"", file.size) as writer:
+        while chunk := source.read(_COPY_BYTES):
+            writer.write(chunk)
+        writer.finish()
     publish(temporary, target)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from os import PathLike, fspath
 from pathlib import Path
+from typing import Any
 
 from streamconv.adapters import read_adapter
 from streamconv.adapters.base import Adapter, Parameter
@@ -14,10 +18,10 @@ from streamconv.cells import KeptDelta
 from streamconv.checkpoint.index import read_index
 from streamconv.devices import resolve_device
 from streamconv.dtypes import BF16, DENSE, Dtype
-from streamconv.errors import OptionError, VerificationError
+from streamconv.errors import InputError, OptionError, OutputError, VerificationError
 from streamconv.executor import StopRequest, run_plan
 from streamconv.formats import FORMATS, find_weights
-from streamconv.journal import WORK_FOLDER, Journal
+from streamconv.journal import Journal, is_owned, is_publishing, remove_leftovers
 from streamconv.memory import anonymous_bytes
 from streamconv.output import (
     CONFIG,
@@ -25,7 +29,6 @@ from streamconv.output import (
     ShardSink,
     check_disk,
     check_place,
-    is_publishing,
     publish_output,
     resume_points,
 )
@@ -34,13 +37,18 @@ from streamconv.planner import Base, build_plan, read_base
 from streamconv.report.card import model_card
 from streamconv.report.result import MANIFEST, Kept, Report, kept_delta, manifest
 from streamconv.sidecars import choose_tokenizer, edit_config, files_to_copy
-from streamconv.sizes import parse_size
+from streamconv.sizes import format_size, parse_size
 from streamconv.storage import open_storage
 from streamconv.storage.base import SourceFile, Storage
 from streamconv.verifier import Verified, read_manifest, verify_exactly, verify_layout, verify_output
 
 OnProgress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
+
+
+Folder = str | PathLike[str]
+
+_log = logging.getLogger(__name__)
 
 
 def _quiet(done: int, total: int) -> None:
@@ -83,9 +91,9 @@ class Prepared:
 
 
 def merge(
-    base: str,
-    adapter: str,
-    out: str,
+    base: Folder,
+    adapter: Folder,
+    out: Folder,
     *,
     quant: str = "keep",
     dtype: str = "auto",
@@ -115,13 +123,25 @@ def merge(
     options = merge_options(
         quant, dtype, rounding, merge_base, seed, min_kept, ignore, max_ram, max_vram, max_shard_size
     )
-    job = Job(base, adapter, options, device, overwrite, resume, verify, card, tokenizer, tuple(copy_extra))
-    return run(prepare(job), Path(out), on_progress, StopRequest())
+    folder = output_folder(out)
+    job = Job(
+        base=fspath(base),
+        adapter=fspath(adapter),
+        options=options,
+        device=device,
+        overwrite=overwrite,
+        resume=resume,
+        verify=verify,
+        card=card,
+        tokenizer=tokenizer,
+        copy_extra=tuple(copy_extra),
+    )
+    return run(prepare(job), folder, on_progress, StopRequest())
 
 
 def convert(
-    base: str,
-    out: str,
+    base: Folder,
+    out: Folder,
     *,
     quant: str = "keep",
     dtype: str = "auto",
@@ -143,8 +163,27 @@ def convert(
     options = merge_options(
         quant, dtype, rounding, "original", seed, None, ignore, max_ram, max_vram, max_shard_size
     )
-    job = Job(base, None, options, device, overwrite, resume, verify, card, "base", tuple(copy_extra))
-    return run(prepare(job), Path(out), on_progress, StopRequest())
+    folder = output_folder(out)
+    job = Job(
+        base=fspath(base),
+        adapter=None,
+        options=options,
+        device=device,
+        overwrite=overwrite,
+        resume=resume,
+        verify=verify,
+        card=card,
+        tokenizer="base",
+        copy_extra=tuple(copy_extra),
+    )
+    return run(prepare(job), folder, on_progress, StopRequest())
+
+
+def output_folder(out: Folder) -> Path:
+    """`out` as a path, `~` expanded. Raises OptionError for an empty name, which would be the current folder."""
+    if not fspath(out).strip():
+        raise OptionError("--out is empty, probably an unset variable; name the folder to write to")
+    return Path(out).expanduser()
 
 
 def merge_options(
@@ -171,10 +210,10 @@ def merge_options(
     if min_kept is not None and not 0 <= min_kept <= 1:
         raise OptionError(f"--min-kept {min_kept} is not a share between 0 and 1")
     return MergeOptions(
-        quant=quant,
-        dtype=dtype,
-        rounding=rounding,
-        merge_base=merge_base,
+        quant=quant.lower(),
+        dtype=dtype.lower(),
+        rounding=rounding.lower(),
+        merge_base=merge_base.lower(),
         seed=seed,
         min_kept=min_kept,
         ignore=tuple(ignore),
@@ -189,13 +228,16 @@ def prepare(job: Job) -> Prepared:
     storage = open_storage(job.base)
     index = read_index(storage)
     base = read_base(index, find_weights(index))
+    _log.info("read the base %s: %d weights in %d shards", job.base, len(base.weights), len(index.shards))
     adapter_storage = open_storage(job.adapter) if job.adapter is not None else None
     adapter = None
     if adapter_storage is not None:
         parameters = {name: Parameter(name, weight.shape) for name, weight in base.weights.items()}
         adapter = read_adapter(adapter_storage, parameters, index.config, base.tie)
+        _log.info("read the adapter %s: %d updates", job.adapter, len(adapter.updates))
     plan = build_plan(base, adapter, job.options, resolve_device(job.device))
     tokenizer = choose_tokenizer(job.tokenizer, storage, adapter_storage, plan.vocab_size is not None)
+    _log.info("tokenizer files come from %s", tokenizer.location)
     copied = files_to_copy(storage, tokenizer, index.config, job.copy_extra)
     return Prepared(job, base, adapter_storage, adapter, plan, copied)
 
@@ -204,16 +246,19 @@ def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopReques
     """Carry out a prepared job, or go on with it where an earlier run of it stopped."""
     started, meter = time.monotonic(), _Meter(prepared.plan.size, on_progress)
     plan, job = prepared.plan, prepared.job
-    _check_place(prepared, out)
+    check_out(prepared, out)
     if (done := _finished_before(prepared, out)) is not None:
         return done
     with Journal(out, plan.fingerprint, job.resume) as journal:
         starts, writers = resume_points(out, plan, journal)
         resumed = bool(journal.progress.finished or writers)
         check_disk(out, [shard for shard in plan.shards if shard.name in starts], journal)
-        meter.skip(
-            plan.size - sum(shard.size - starts[shard.name] for shard in plan.shards if shard.name in starts)
+        there = plan.size - sum(
+            shard.size - starts[shard.name] for shard in plan.shards if shard.name in starts
         )
+        if resumed:
+            _log.info("going on: %s of %s are there already", format_size(there), format_size(plan.size))
+        meter.skip(there)
         sink = ShardSink(journal, writers)
         try:
             run_plan(plan, sink, starts, meter.add, stop)
@@ -223,6 +268,7 @@ def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopReques
         kept = kept_delta(sums)
         _check_kept(plan, kept, journal)
         hashes = journal.progress.finished
+        _log.info("all shards are complete; putting them in place in %s", out)
         publish_output(out, plan, journal, prepared.copied, _generated(prepared, hashes, kept))
         if job.verify:
             verify_layout(out, plan)
@@ -248,31 +294,41 @@ class _Meter:
         self._on_progress(self._done, self._total)
 
 
-def _check_place(prepared: Prepared, out: Path) -> None:
-    inputs = {"base": Path(prepared.job.base).resolve()}
+def check_out(prepared: Prepared, out: Path) -> None:
+    """Raise OutputError if the job may not write to `out`: it overlaps an input, or holds something else."""
+    inputs = {"base": Path(prepared.job.base).expanduser().resolve()}
     if prepared.job.adapter is not None:
-        inputs["adapter"] = Path(prepared.job.adapter).resolve()
-    is_ours = is_publishing(out) or _has_same_output(prepared, out)
-    check_place(out, inputs, prepared.job.overwrite, is_ours)
+        inputs["adapter"] = Path(prepared.job.adapter).expanduser().resolve()
+    try:
+        is_ours = is_publishing(out) or _has_same_output(prepared, out)
+        check_place(out, inputs, prepared.job.overwrite, is_ours)
+    except OSError as error:  # no permission to look, a name too long
+        raise OutputError(f"{out} cannot be used: {error.strerror}; choose another --out") from error
 
 
 def _has_same_output(prepared: Prepared, out: Path) -> bool:
-    """Whether `out` holds the finished result of this very job."""
+    """Whether `out` holds the finished result of this very job, the files beside the weights included."""
     path = out / MANIFEST
-    if not path.is_file() or (out / WORK_FOLDER).exists() or not (out / CONFIG).is_file():
+    if not all((out / name).is_file() for name in prepared.generated):
         return False
     try:
         found = json.loads(path.read_bytes())
     except ValueError:
         return False
-    return isinstance(found, dict) and found.get("digest") == prepared.plan.digest
+    if not isinstance(found, dict) or found.get("digest") != prepared.plan.digest:
+        return False
+    copies = [(file.path, out / file.name) for file in prepared.copied]
+    return all(copy.is_file() and filecmp.cmp(source, copy, shallow=False) for source, copy in copies)
 
 
 def _finished_before(prepared: Prepared, out: Path) -> Report | None:
     """The report of a run that had already ended well; a batch job may be started twice."""
-    if prepared.job.overwrite or not prepared.job.resume or not _has_same_output(prepared, out):
+    if prepared.job.overwrite or not prepared.job.resume:
+        return None
+    if is_owned(out) or not _has_same_output(prepared, out):
         return None
     verify_layout(out, prepared.plan)
+    remove_leftovers(out)
     found = read_manifest(open_storage(str(out)), MANIFEST)
     kept = None
     if found["kept_delta"] is not None:
@@ -306,10 +362,11 @@ def _check_share(plan: Plan, kept: Kept | None) -> None:
 def _generated(prepared: Prepared, hashes: Mapping[str, str], kept: Kept | None) -> Mapping[str, bytes]:
     """The small files of the output, in the order they appear."""
     plan, base = prepared.plan, prepared.base
+    config = _config(prepared)
     contents = {
         INDEX: _index(plan),
-        MANIFEST: manifest(plan, hashes, kept),
-        CONFIG: _config(prepared),
+        MANIFEST: manifest(plan, hashes, kept, {CONFIG: config}),
+        CONFIG: config,
     }
     if prepared.job.card:
         contents["README.md"] = model_card(plan, base.index.storage, prepared.adapter_storage, kept)
@@ -381,11 +438,11 @@ def _report(
 
 
 def verify(
-    out: str,
+    out: Folder,
     *,
     full: bool = False,
-    base: str | None = None,
-    adapter: str | None = None,
+    base: Folder | None = None,
+    adapter: Folder | None = None,
     device: str = "auto",
     on_progress: OnProgress = _quiet,
 ) -> Verified:
@@ -393,32 +450,77 @@ def verify(
 
     `full` needs the inputs the output was made from. Raises VerificationError where something differs.
     """
-    total = sum(file.stat().st_size for file in Path(out).glob("*.safetensors")) if Path(out).is_dir() else 0
-    meter = _Meter(total * (2 if full else 1), on_progress)
-    checked = verify_output(out, MANIFEST, meter.add)
-    if not full:
-        return checked
-    if base is None:
+    if not full and (base is not None or adapter is not None):
+        raise OptionError("--base and --adapter are for a full verification; add --full")
+    if full and base is None:
         raise OptionError(
             "a full verification computes the result again: give the --base (and --adapter) it was made from"
         )
-    found = read_manifest(open_storage(out), MANIFEST)["fingerprint"]
-    options = found["options"]
-    planned = prepare(
-        Job(
-            base,
-            adapter,
-            MergeOptions(
-                quant=options["quant"],
-                dtype=options["dtype"],
-                rounding=options["rounding"] or "auto",
-                merge_base=options["merge_base"],
-                seed=options["seed"],
-                ignore=tuple(options["ignore"]),
-                max_shard_bytes=options["max_shard_bytes"],
-            ),
-            device,
-        )
-    )
-    verify_exactly(Path(out), planned.plan, meter.add, StopRequest())
+    folder = output_folder(out)
+    total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    meter = _Meter(total * (2 if full else 1), on_progress)
+    checked = verify_output(fspath(out), MANIFEST, meter.add)
+    if base is None:
+        return checked
+    found = _fingerprint(fspath(out))
+    again = prepare(_job_of(found, fspath(base), None if adapter is None else fspath(adapter), device))
+    _check_inputs(found, again, folder)
+    meter.add(sum(len(shard.header) for shard in again.plan.shards))
+    try:
+        verify_exactly(folder, again.plan, meter.add, StopRequest())
+    except VerificationError as error:
+        raise VerificationError(f"{error}{_environment_note(found, again.plan.fingerprint)}") from error
     return Verified(checked.shards, checked.tensors, checked.bytes, exact=True)
+
+
+def _fingerprint(out: str) -> Mapping[str, Any]:
+    found = read_manifest(open_storage(out), MANIFEST).get("fingerprint")
+    if not isinstance(found, dict) or not found.keys() >= _FINGERPRINT:
+        raise VerificationError(f"{out}: the fingerprint in {MANIFEST} is damaged; do not use this output")
+    return found
+
+
+def _job_of(fingerprint: Mapping[str, Any], base: str, adapter: str | None, device: str) -> Job:
+    """The job that an output with this fingerprint came from, with the inputs given."""
+    if fingerprint["adapter"] and adapter is None:
+        raise OptionError("this output was made with an adapter; give it with --adapter")
+    if adapter is not None and not fingerprint["adapter"]:
+        raise OptionError("this output was made without an adapter; leave --adapter out")
+    options = fingerprint["options"]
+    return Job(
+        base,
+        adapter,
+        MergeOptions(
+            quant=options["quant"],
+            dtype=options["dtype"],
+            rounding=options["rounding"] or "auto",
+            merge_base=options["merge_base"],
+            seed=options["seed"],
+            ignore=tuple(options["ignore"]),
+            max_shard_bytes=options["max_shard_bytes"],
+        ),
+        device,
+    )
+
+
+def _check_inputs(found: Mapping[str, Any], again: Prepared, out: Path) -> None:
+    """Raise InputError unless base and adapter are those of the fingerprint `found`."""
+    now = again.plan.fingerprint
+    if found["adapter"] != now["adapter"]:
+        raise InputError(f"--adapter {again.job.adapter} is not the one {out} was made with; give that one")
+    shards = [
+        {name: (shard["size"], shard["header"]) for name, shard in fingerprint["base"].items()}
+        for fingerprint in (found, now)
+    ]
+    if shards[0] != shards[1]:
+        raise InputError(f"--base {again.job.base} is not the model {out} was made from; give that one")
+
+
+_ENVIRONMENT = ("streamconv", "torch", "machine", "device")
+_FINGERPRINT = {"base", "adapter", "options", *_ENVIRONMENT}
+
+
+def _environment_note(found: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What else may be the reason that recomputed bytes differ."""
+    changed = [f"{key} {found[key]}, now {now[key]}" for key in _ENVIRONMENT if found[key] != now[key]]
+    return f" (it was made with {'; '.join(changed)}, which may round differently)" if changed else ""

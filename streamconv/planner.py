@@ -200,7 +200,7 @@ def _choose_quantized(
     options: MergeOptions,
 ) -> tuple[frozenset[str], Sequence[str]]:
     """Weights the output stores quantized, and the linear modules it leaves in 16 bit: one decision."""
-    _check_ignore(options.ignore, weights, result.quant)
+    _check_ignore(options.ignore, weights)
     if result.quant is None:
         return frozenset(), ()
     ignore = [*options.ignore, *(module_of(name) for name in replaces)]
@@ -214,13 +214,8 @@ def _choose_quantized(
     return frozenset(selection.quantized), selection.skipped
 
 
-def _check_ignore(patterns: Sequence[str], weights: Mapping[str, Weight], quant: Format | None) -> None:
-    """Raise OptionError for an --ignore that would do nothing: a misspelt one quantizes what it names."""
-    if patterns and quant is None:
-        raise OptionError(
-            f"--ignore {patterns[0]} leaves modules out of quantization, but the output is not quantized; "
-            "add --quant FORMAT"
-        )
+def _check_ignore(patterns: Sequence[str], weights: Mapping[str, Weight]) -> None:
+    """Raise OptionError for an --ignore that names nothing: misspelt, it would quantize what it means to spare."""
     modules = {module_of(name) for name in weights} | set(DEFAULT_IGNORE)  # a tied head has no weight
     for pattern in patterns:
         try:

@@ -1,8 +1,8 @@
 """The files beside the weights: which are copied, and what changes in config.json.
 
 Files are copied byte for byte from an allow-list of names; a tokenizer written anew by another library is no
-longer the tokenizer that was trained with. Custom code is copied only where config.json names it, and never
-imported.
+longer the tokenizer that was trained with. Custom code is copied only where a config names it (`auto_map`), and
+never imported.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from streamconv.checkpoint.strict_json import parse_object
 from streamconv.errors import InputError, OptionError
 from streamconv.storage.base import SourceFile, Storage
 
@@ -30,11 +31,14 @@ TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
-MODEL = (
+SETTINGS = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
+)
+MODEL = (
+    *SETTINGS,
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
@@ -56,22 +60,37 @@ NEVER = (
     "adapter_config.json",
     "streamconv.json",
 )
-OWN_NAMES = ("config.json", "README.md", "streamconv.json", "model.safetensors.index.json")
+_MAX_TOKENIZER_CONFIG_BYTES = 32_000_000
+
+
+TOKENIZERS = ("auto", "base", "adapter")
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _code_files(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Python files of a model with custom code; they may import each other, so all of them or none."""
-    return [name for name in names if name.endswith(".py")] if config.get("auto_map") else []
+def is_read_by_loaders(name: str) -> bool:
+    """Whether a loader opens a file of this name wherever it finds one beside the weights."""
+    return _matches(name, (*TOKENIZER, *SETTINGS, "adapter_config.json"))
+
+
+def _has_code(storage: Storage, config: Mapping[str, Any]) -> bool:
+    """Whether model or tokenizer are of classes that the folder itself defines."""
+    if config.get("auto_map"):
+        return True
+    if "tokenizer_config.json" not in storage.names():
+        return False
+    raw = storage.read_bytes("tokenizer_config.json", _MAX_TOKENIZER_CONFIG_BYTES)
+    return bool(parse_object(raw, f"{storage.location}: tokenizer_config.json").get("auto_map"))
 
 
 def choose_tokenizer(
     wanted: str, base: Storage, adapter: Storage | None, vocabulary_changed: bool
 ) -> Storage:
     """Whose tokenizer files to copy: the adapter's where it trained another vocabulary, else the base's."""
+    if wanted not in TOKENIZERS:
+        raise OptionError(f"--tokenizer {wanted} is not known; use one of {', '.join(TOKENIZERS)}")
     if wanted == "adapter":
         if adapter is None:
             raise OptionError("--tokenizer adapter was asked for, but there is no adapter")
@@ -95,8 +114,9 @@ def files_to_copy(
 ) -> tuple[SourceFile, ...]:
     """Files that go to the output unchanged, sorted by name."""
     names = base.names()
-    model = [name for name in names if _matches(name, MODEL)] + _code_files(config, names)
-    chosen = dict.fromkeys(model, base)
+    chosen = {name: base for name in names if _matches(name, MODEL) and not _matches(name, NEVER)}
+    if _has_code(base, config):  # its files may import each other: all of them or none
+        chosen |= {name: base for name in names if name.endswith(".py")}
     chosen |= {name: tokenizer for name in tokenizer.names() if _matches(name, TOKENIZER)}
     for pattern in extra:
         found = [name for name in names if fnmatch.fnmatchcase(name, pattern) and not _matches(name, NEVER)]

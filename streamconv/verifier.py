@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.cells import KeptDelta
-from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.strict_json import parse_object
 from streamconv.errors import InputError, VerificationError
@@ -67,33 +66,62 @@ def verify_layout(out: Path, plan: Plan) -> None:
 
 
 def verify_output(location: str, manifest_name: str, on_progress: Callable[[int], None]) -> Verified:
-    """Reread every shard of an output and compare with its manifest. Raises VerificationError."""
+    """Reread every shard of an output, its index and config.json, and compare with its manifest.
+
+    Other files beside the weights may be edited freely. Raises VerificationError where something differs,
+    InputError where there is no manifest.
+    """
     storage = open_storage(location)
     content = read_manifest(storage, manifest_name)
-    shards = content.get("shards")
-    if not isinstance(shards, dict) or not shards:
-        raise VerificationError(f"{location}: {manifest_name} lists no shards; do not use this output")
-    total = 0
-    for name, expected in shards.items():
-        file = storage.file(name)
-        if file.size != expected["size"]:
-            raise VerificationError(
-                f"{location}: {name} has {file.size} bytes, expected {expected['size']}; do not use this output"
-            )
-        read_header(file)
-        digest = _hash_file(file.path, on_progress)
-        if digest != expected["sha256"]:
-            raise VerificationError(
-                f"{location}: {name} hashes to {digest}, expected {expected['sha256']}; do not use this output"
-            )
-        total += file.size
-    index = read_index(storage)
+    shards = _listed(content, "shards", f"{location}: {manifest_name}")
+    files = _listed(content, "files", f"{location}: {manifest_name}")
+    try:
+        total = sum(_check_file(storage, name, *listed, on_progress) for name, listed in shards.items())
+        index = read_index(storage)
+    except InputError as error:
+        raise VerificationError(f"{error}; do not use this output") from error
     strange = {shard.file.name for shard in index.shards} ^ set(shards)
     if strange:
         raise VerificationError(
-            f"{location}: {sorted(strange)[0]} is in only one of index and {manifest_name}; do not use this output"
+            f"{location}: {min(strange)} is in only one of index and {manifest_name}; do not use this output"
         )
+    for name, (_, sha256) in files.items():
+        if _hash_file(storage.file(name).path, lambda _: None) != sha256:
+            raise VerificationError(
+                f"{location}: the weights are as they were written, but {name} was changed since; "
+                "restore it if that was not meant"
+            )
     return Verified(len(shards), len(index.tensors), total, exact=False)
+
+
+def _listed(content: Mapping[str, Any], key: str, where: str) -> Mapping[str, tuple[int, str]]:
+    """Size and SHA-256 by file name, as the manifest lists them under `key`."""
+    found = content.get(key)
+    try:
+        if not isinstance(found, dict) or not found:
+            raise TypeError
+        return {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in found.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise VerificationError(
+            f"{where} must list {key} with size and sha256; it is damaged, do not use this output"
+        ) from error
+
+
+def _check_file(
+    storage: Storage, name: str, size: int, sha256: str, on_progress: Callable[[int], None]
+) -> int:
+    """Bytes of the file. Raises VerificationError unless it has that size and hash."""
+    file = storage.file(name)
+    if file.size != size:
+        raise VerificationError(
+            f"{storage.location}: {name} has {file.size} bytes, expected {size}; do not use this output"
+        )
+    digest = _hash_file(file.path, on_progress)
+    if digest != sha256:
+        raise VerificationError(
+            f"{storage.location}: {name} hashes to {digest}, expected {sha256}; do not use this output"
+        )
+    return size
 
 
 def _hash_file(path: str, on_progress: Callable[[int], None]) -> str:

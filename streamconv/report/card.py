@@ -21,6 +21,7 @@ from streamconv.storage.base import Storage
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
 _MAX_CARD_BYTES = 2 * 10**6
 _MAX_HEAD_BYTES = 64 * 2**10
+_MAX_NAMES = 1000
 
 
 def hub_id(location: str) -> str | None:
@@ -59,9 +60,15 @@ def _inherited(base: Storage) -> Mapping[str, Any]:
         return {}
     try:
         found = dict(ModelCard(text, ignore_metadata_errors=True).data.to_dict())  # type: ignore[no-untyped-call]
-    except (ValueError, TypeError):  # a stranger's README may hold anything
+    except Exception:  # a stranger's README may hold anything, and the YAML parser has errors of its own
         return {}
-    return {key: found[key] for key in _INHERITED if key in found}
+    return {key: found[key] for key in _INHERITED if _is_plain(found.get(key))}
+
+
+def _is_plain(value: object) -> bool:
+    """A name or a list of names, as the Hub has them; what else YAML allows can grow without limit when written."""
+    items = value if isinstance(value, list) else [value]
+    return len(items) <= _MAX_NAMES and all(isinstance(item, str) and item for item in items)
 
 
 def _body(plan: Plan, merged: bool, kept: Kept | None) -> str:
@@ -80,7 +87,7 @@ def _body(plan: Plan, merged: bool, kept: Kept | None) -> str:
         f"| weights | {plan.quant or plan.dtype or 'dtype of the base'}, {format_size(plan.size)} |",
     ]
     if merged:
-        lines.append(f"| target | {plan.target.name}: {plan.target.reason} |")
+        lines.append(f"| target | {plan.target.reason} |")
     if plan.rounding:
         lines.append(f"| rounding | {plan.rounding.name}: {plan.rounding.reason} |")
     if plan.skipped:

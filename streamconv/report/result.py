@@ -6,6 +6,7 @@ equal folders. It is what `streamconv verify` checks an output against.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -69,8 +70,8 @@ def kept_delta(sums: Mapping[str, KeptDelta]) -> Kept | None:
     )
 
 
-def manifest(plan: Plan, hashes: Mapping[str, str], kept: Kept | None) -> bytes:
-    """Content of `streamconv.json`."""
+def manifest(plan: Plan, hashes: Mapping[str, str], kept: Kept | None, files: Mapping[str, bytes]) -> bytes:
+    """Content of `streamconv.json`. `files` are those beside the shards that decide how weights are loaded."""
     content = {
         "manifest_version": MANIFEST_VERSION,
         "streamconv": version("streamconv"),
@@ -86,6 +87,10 @@ def manifest(plan: Plan, hashes: Mapping[str, str], kept: Kept | None) -> bytes:
         "replaced": plan.replaced,
         "skipped": plan.skipped,
         "untied": plan.untied,
+        "files": {
+            name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in files.items()
+        },
         "shards": {shard.name: {"size": shard.size, "sha256": hashes[shard.name]} for shard in plan.shards},
     }
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 from streamconv.errors import UnsupportedError
@@ -37,7 +37,8 @@ def storage_kind(location: str) -> str:
         or "\\" in location
         or "\0" in location
     )
-    return "folder" if looks_like_path or Path(location).exists() else "hub"
+    # Unlike Path.exists, this is False for a name that is too long and for a folder that may not be looked into.
+    return "folder" if looks_like_path or os.path.exists(location) else "hub"  # noqa: PTH110
 
 
 STORAGES: Mapping[str, Callable[[str], Storage]] = MappingProxyType({"folder": open_folder})
