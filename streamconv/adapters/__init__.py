@@ -40,14 +40,14 @@ def read_adapter(
     updated = frozenset(update.parameter for update in updates)
     taken = {tensor.name for update in updates for tensor in update.parts.values()}
     rest = [key for key, tensor in source.tensors.items() if tensor.name not in taken]
-    replaces = read_saved(source, base, rest, updated)
-    taken |= {replace.tensor.name for replace in replaces}
+    scan = scan_tensors(config.raw, stored.values())
+    replaces, repeated = read_saved(source, base, rest, updated, scan.digests)
+    taken |= {replace.tensor.name for replace in replaces} | {source.tensors[key].name for key in repeated}
     _check_leftovers(source, base, [key for key in rest if source.tensors[key].name not in taken])
     modules = [_module(update.parameter) for update in updates]
     check_targets(config, modules, [_module(replace.parameter) for replace in replaces])
     check_saved(config, base, replaces)
 
-    scan = scan_tensors(config.raw, stored.values())
     _check_effect(source, updates, replaces, scan)
     replaces, untie = settle_tie(base, config, replaces, updated, scan.digests)
     counts = Counter(module.rpartition(".")[2] for module in sorted(set(modules)))

@@ -2,7 +2,9 @@
 
 Keys: `lm_head.weight` as PEFT saves them; `lm_head.modules_to_save.weight` and
 `lm_head.modules_to_save.default.weight` as dumps of a training state dict have them. Beside a LoRA on the
-head PEFT also saves `lm_head.base_layer.weight`, the weight trained on (`peft/utils/save_and_load.py`).
+head PEFT also saves `lm_head.base_layer.weight`, the weight trained on. After the vocabulary was resized it saves
+all that lies below a saved embedding: `lm_head.modules_to_save.weight` again, and the untrained
+`lm_head.original_module.weight`, which nothing uses (`peft/utils/save_and_load.py`).
 """
 
 from __future__ import annotations
@@ -17,33 +19,45 @@ from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import AdapterError, UnsupportedError
 
 _SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save(\.default)?\.(?P<rest>.+)")
+_ORIGINAL = re.compile(r"(?P<module>.+?)\.original_module\.(?P<rest>.+)")
 _BASE_LAYER = ".base_layer.weight"
 # PEFT lists both for every classification task; a model has one of them (`peft/peft_model.py`).
 _CLASSIFIERS = frozenset({"classifier", "score"})
 
 
 def read_saved(
-    source: Source, base: Base, keys: Iterable[str], updated: Collection[str]
-) -> tuple[Replace, ...]:
-    """Replacements among `keys`, which no update has taken; `updated` are the parameters with updates.
+    source: Source, base: Base, keys: Collection[str], updated: Collection[str], digests: Mapping[str, str]
+) -> tuple[tuple[Replace, ...], frozenset[str]]:
+    """Replacements among `keys`, which no update has taken, and those keys that only repeat them.
 
-    Keys that are no replacement are left for the caller to refuse. Raises AdapterError for one that does not
-    fit the base.
+    `updated` are the parameters with updates, `digests` those of every tensor's bytes. Keys that are neither are
+    left for the caller to refuse. Raises AdapterError for a replacement that does not fit the base.
     """
     names = _saved_names(source.config, base)
     found: dict[str, Replace] = {}
+    repeated = set()
     for key in keys:
         parameter = _parameter(key, names, updated)
         if parameter is None:
             continue
+        tensor = source.tensors[key]
         if parameter in found:
-            raise AdapterError(f"{source.location}: {parameter} is saved twice, the second time as {key}")
+            if not _are_equal(found[parameter].tensor, tensor, digests):
+                raise AdapterError(
+                    f"{source.location}: {parameter} is saved twice, the second time as {key}, and the two differ;"
+                    " remove the one that was not trained"
+                )
+            repeated.add(key)
+            continue
         if parameter in updated and not key.endswith(_BASE_LAYER):
             raise AdapterError(f"{source.location}: {key} replaces {parameter}, which also has an update")
-        tensor = source.tensors[key]
         _check_shape(tensor, base.get(parameter, tensor.name), key.endswith(_BASE_LAYER))
         found[parameter] = Replace(parameter, tensor)
-    return tuple(found.values())
+    for key in keys:
+        original = _ORIGINAL.fullmatch(key)
+        if original is not None and f"{original['module']}.{original['rest']}" in found:
+            repeated.add(key)
+    return tuple(found.values()), frozenset(repeated)
 
 
 def check_saved(config: AdapterConfig, base: Base, replaces: Iterable[Replace]) -> None:
@@ -107,6 +121,8 @@ def _saved_names(config: AdapterConfig, base: Base) -> tuple[str, ...]:
 
 def _parameter(key: str, names: tuple[str, ...], updated: Collection[str]) -> str | None:
     """The parameter that `key` replaces; None if it is no replacement."""
+    if _ORIGINAL.fullmatch(key):
+        return None
     spelled = _SAVED.fullmatch(key)
     if spelled:
         return f"{spelled['module']}.{spelled['rest']}"

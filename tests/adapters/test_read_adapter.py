@@ -455,8 +455,20 @@ def test_a_saved_module_of_another_width(
 
 def test_a_module_saved_twice(bases: dict[str, Path], adapter_of: AdapterOf) -> None:
     saved = adapter_of("saved")
-    edit_tensors(saved / WEIGHTS, put={f"{PREFIX}lm_head.modules_to_save.weight": torch.ones(40, 32)})
+    again, original = f"{PREFIX}lm_head.modules_to_save.weight", f"{PREFIX}lm_head.original_module.weight"
+    once = read(bases["llama"], saved)
+    head = read_tensors(saved / WEIGHTS)[HEAD]
+    edit_tensors(saved / WEIGHTS, put={again: head, original: torch.ones(40, 32)})
+    assert [r.parameter for r in read(bases["llama"], saved).replaces] == [r.parameter for r in once.replaces]
+    edit_tensors(saved / WEIGHTS, put={again: head + 1})
     refuse(bases, saved, "lm_head.weight is saved twice")
+
+
+def test_an_original_module_without_a_trained_one(bases: dict[str, Path], adapter_of: AdapterOf) -> None:
+    saved = adapter_of("saved")
+    original = f"{PREFIX}model.layers.0.mlp.up_proj.original_module.weight"
+    edit_tensors(saved / WEIGHTS, put={original: torch.ones(72, 32)})
+    refuse(bases, saved, f"would not be used: {original}")
 
 
 def test_a_module_saved_and_adapted(bases: dict[str, Path], adapter_of: AdapterOf) -> None:
