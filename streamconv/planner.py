@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from streamconv.adapters.base import Adapter, Replace, Tie, Update
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.devices import Device
 from streamconv.dtypes import DENSE, Dtype
-from streamconv.errors import OptionError, UnsupportedError
+from streamconv.errors import AdapterError, OptionError, UnsupportedError
 from streamconv.fingerprint import fingerprint
 from streamconv.formats import FORMATS, dense_weight
 from streamconv.formats.base import Encoder, Format, Weight
@@ -56,10 +56,6 @@ def build_plan(base: Base, adapter: Adapter | None, options: MergeOptions, devic
     updates = _updates_by_parameter(adapter)
     steps = _steps(base, weights, updates, quantized, result)
     shards = lay_out(_split(base, steps, result, options))
-    embedding = replaces.get(base.tie.embedding) if base.tie else None
-    vocabulary = None
-    if embedding is not None and embedding.tensor.shape != base.weights[embedding.parameter].shape:
-        vocabulary = (base.weights[embedding.parameter].shape[0], embedding.tensor.shape[0])
     return Plan(
         options=options,
         device=device,
@@ -74,7 +70,7 @@ def build_plan(base: Base, adapter: Adapter | None, options: MergeOptions, devic
         replaced=tuple(sorted(replaces)),
         untied=bool(adapter and adapter.untie),
         dtype=_config_dtype(base, result),
-        vocab_size=vocabulary,
+        vocab_size=_new_vocabulary(base, weights),
         fingerprint=fingerprint(base.index, adapter, options, result.rounding_choice, device, shards),
     )
 
@@ -183,6 +179,33 @@ def _output_weights(
     for name, replace in replaces.items():
         weights[name] = dense_weight(name, replace.tensor)
     return weights
+
+
+def _new_vocabulary(base: Base, weights: Mapping[str, Weight]) -> tuple[int, int] | None:
+    """Rows of the embedding before and after, if the adapter brought other tokens; None if it did not.
+
+    Raises AdapterError where a weight changes its shape and the config could not follow.
+    """
+    embedding = find_embedding(base.weights)
+    heads = [name for name in _HEADS if name in weights] if embedding else []
+    for name, weight in weights.items():
+        shape = base.weights[name].shape if name in base.weights else weight.shape
+        if weight.shape != shape and name not in (embedding, *heads):
+            raise AdapterError(
+                f"{name} has shape {list(weight.shape)} in the adapter and {list(shape)} in the base; only a "
+                "vocabulary can be resized: give the base that the adapter was trained on"
+            )
+    if embedding is None:
+        return None
+    old, new = base.weights[embedding].shape[0], weights[embedding].shape[0]
+    for head in heads:
+        rows, rows_before = weights[head].shape[0], base.weights.get(head, base.weights[embedding]).shape[0]
+        if rows - rows_before != new - old:
+            raise AdapterError(
+                f"{embedding} would have {new} rows and {head} {rows}: the vocabulary was resized in training, but "
+                "the adapter holds only one of them; save both with modules_to_save"
+            )
+    return (old, new) if new != old else None
 
 
 def _updates_by_parameter(adapter: Adapter | None) -> dict[str, tuple[Update, ...]]:
@@ -347,22 +370,28 @@ _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_emb
 _HEADS = ("lm_head.weight", "embed_out.weight")
 
 
+def find_embedding(weights: Iterable[str]) -> str | None:
+    """The one input embedding among the names `weights`; None where there is none, or several."""
+    found = [name for name in weights if name.endswith(_EMBEDDINGS)]
+    return found[0] if len(found) == 1 else None
+
+
 def find_tie(weights: Mapping[str, Weight], config: Mapping[str, Any]) -> Tie | None:
     """Embedding and head that share one tensor, or None.
 
     They do where the config says so, and where a language model's head is not stored at all: saving leaves
     out what loading ties again, and the key is absent where it has the model's default.
     """
-    embeddings = [name for name in weights if name.endswith(_EMBEDDINGS)]
+    embedding = find_embedding(weights)
     head = next((name for name in _HEADS if name in weights), None)
     text = config.get("text_config")
     declared = [level.get("tie_word_embeddings") for level in (config, text) if isinstance(level, Mapping)]
-    if len(embeddings) != 1 or False in declared:
+    if embedding is None or False in declared:
         return None
     architectures = [str(name) for name in config.get("architectures") or ()]
     has_head = any(
         name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
     )
     if head is None and has_head:
-        return Tie(embeddings[0], "lm_head.weight")
-    return Tie(embeddings[0], head) if head is not None and True in declared else None
+        return Tie(embedding, "lm_head.weight")
+    return Tie(embedding, head) if head is not None and True in declared else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.tiny import Adapter, logits
+from tests.tiny import Adapter, logits, read_tensors
 
 
 def open_model(folder: Path, auto_class: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
@@ -18,6 +18,12 @@ def open_model(folder: Path, auto_class: Any = AutoModelForCausalLM, **options: 
     model, complaints = auto_class.from_pretrained(folder, output_loading_info=True, **options)
     assert not any(complaints.values()), complaints
     return model.eval()
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of all files in `folder`."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, Qwen2Config
 
 import streamconv
-from tests.parity.opening import logits_differ_by, merged_by_peft, open_model, relative_difference
+from tests.parity.opening import logits_differ_by, merged_by_peft, open_model, relative_difference, tensors
 from tests.tiny import (
     Adapter,
     edit_json,
@@ -118,10 +118,6 @@ def lora_config(base: str, form: str, **fields: Any) -> LoraConfig:
     is_conv1d = base == "gpt2" and "BODY" in FORMS[form]["target_modules"]
     defaults = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", "fan_in_fan_out": is_conv1d}
     return LoraConfig(**defaults | named | fields)
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in read_tensors(file).items()}
 
 
 def merged(base: Path, adapter: Path, out: Path, **options: Any) -> Path:
