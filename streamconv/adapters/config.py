@@ -28,14 +28,17 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Neutral:
-    """A field that would change the maths: it must be empty or one of `values`, else refused for `reason`."""
+    """A field that would change the maths: it must be off or one of `values`, else refused for `reason`.
+
+    Off is null or false. An empty object is not: PEFT makes the default config of a variant from it.
+    """
 
     reason: str
-    values: tuple[str | bool, ...] = ()
+    values: tuple[str | bool | list[str], ...] = ()
 
     def allows(self, value: object) -> bool:
         # By type as well: 1 == True, and neither stands for the other here.
-        return is_empty(value) or any(type(value) is type(ok) and value == ok for ok in self.values)
+        return any(type(value) is type(ok) and value == ok for ok in (None, False, *self.values))
 
 
 Rule = Known | Neutral

@@ -219,7 +219,7 @@ def _is_transposed(
     if outputs != inputs:
         return parameter.shape == (inputs, outputs)
     layer = parameter.name.split(".")[-2]
-    if base.config.get("model_type") in _CONV1D_MODELS:
+    if str(base.config.get("model_type")) in _CONV1D_MODELS:  # config.json may hold anything
         return layer in _CONV1D_LAYERS
     if settings.fan_in_fan_out:
         raise UnsupportedError(

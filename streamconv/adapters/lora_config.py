@@ -102,9 +102,11 @@ LORA_FIELDS: Mapping[str, Rule] = MappingProxyType(
         "init_lora_weights": Neutral(_CHANGED_BASE, (True, "gaussian", "eva", "orthogonal", "mica")),
         "bias": Neutral("trained biases of the base are not supported yet", ("none",)),
         "lora_bias": Neutral("a bias of lora_B is not supported yet"),
-        "target_parameters": Neutral("LoRA on parameters (fused experts) is not supported yet"),
-        "trainable_token_indices": Neutral("trained rows of the embedding are not supported yet"),
-        "layer_replication": Neutral("replicated layers make a deeper model, which is not supported yet"),
+        "target_parameters": Neutral("LoRA on parameters (fused experts) is not supported yet", ([],)),
+        "trainable_token_indices": Neutral("trained rows of the embedding are not supported yet", ([],)),
+        "layer_replication": Neutral(
+            "replicated layers make a deeper model, which is not supported yet", ([],)
+        ),
         "use_qalora": Neutral("QA-LoRA pools its inputs, which is not supported yet"),
         "use_bdlora": Neutral("block-diagonal LoRA is not supported yet"),
         "kasa_config": Neutral("KaSA cuts singular values off the base weight, which is not supported yet"),
