@@ -99,6 +99,18 @@ def test_nearest_codes_and_scales_are_equal(
     assert set(ours) == set(theirs)
 
 
+@pytest.mark.parametrize("columns", [64 * 500, 63], ids=["whole blocks", "a short block"])
+def test_values_on_midpoints_fall_to_the_same_side(columns: int) -> None:
+    # Multiplied by the reciprocal or divided: numbers like these show the difference.
+    values = torch.tensor(NF4.values)
+    middle = ((values[1:] + values[:-1]) / 2).repeat(5)[: min(63, columns - 1)]
+    block = torch.cat((torch.ones(1), middle))
+    scales = torch.rand(40 * -(-columns // 64), 1, generator=torch.Generator().manual_seed(0)) + 0.01
+    for weight in (block * scales).view(40, columns):
+        codes, _ = reference(weight.view(1, -1), "nf4")
+        assert torch.equal(stored(encoder_for("nf4", weight.view(1, -1)), weight.view(1, -1))[W], codes)
+
+
 @every_shape
 @every_type
 def test_double_quantized_parts_are_those_it_writes(shape: tuple[int, int], dtype: torch.dtype) -> None:
