@@ -56,5 +56,8 @@ def resolve_device(name: str) -> Device:
         raise ResourceError(f"--device {name} was asked for, but torch sees no CUDA device; use --device cpu")
     index = int(number or "0")
     if index >= torch.cuda.device_count():
-        raise ResourceError(f"--device {name} was asked for, but there are {torch.cuda.device_count()} GPUs")
+        count = torch.cuda.device_count()
+        raise ResourceError(
+            f"--device {name} was asked for, but the last that torch sees is cuda:{count - 1}; use that, or cpu"
+        )
     return Device(f"cuda:{index}", torch.cuda.get_device_name(index))

@@ -94,7 +94,9 @@ def check_place(out: Path, inputs: Mapping[str, Path], overwrite: bool, publishi
     real = out.resolve()
     for role, path in inputs.items():
         if real == path or path in real.parents or real in path.parents:
-            raise OutputError(f"--out {out} and the {role} {path} overlap; inputs are never written to")
+            raise OutputError(
+                f"--out {out} and the {role} {path} overlap, and inputs are never written to; choose another --out"
+            )
     if not out.is_dir() or overwrite or publishing:
         return
     others = sorted(entry.name for entry in out.iterdir() if entry.name != WORK_FOLDER)

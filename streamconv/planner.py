@@ -129,7 +129,9 @@ def _resolve_target(
             "not in it; leave the option out, or give the 16-bit base"
         )
     if adapter is None:
-        raise OptionError(f"--merge-base {name} says what an update is added to, but there is no adapter")
+        raise OptionError(
+            f"--merge-base {name} says what an update is added to, but there is no adapter; leave it out"
+        )
     return FORMATS[name], Choice(
         "T", f"the base is first rounded to {name}, as QLoRA training saw it, and the update is added to that"
     )
