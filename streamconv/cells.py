@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from streamconv.plan import Rewrite
 from streamconv.rounding import ROUNDINGS, uniform
 from streamconv.rounding.base import Context
 from streamconv.rounding.nearest import absmax_scales
+
+_STRETCH = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,13 @@ def _block_sums(values: Tensor, block: int) -> Tensor:
     return sums if whole == values.numel() else torch.cat((sums, values[whole:].sum().view(1)))
 
 
-T = TypeVar("T")
+def _inner_product(left: Tensor, right: Tensor) -> float:
+    """<left, right> in float64, a stretch at a time: there may be millions of blocks."""
+    total = torch.zeros((), dtype=torch.float64, device=left.device)
+    for start in range(0, left.numel(), _STRETCH):
+        stretch = slice(start, start + _STRETCH)
+        total += (left[stretch].double() * right[stretch]).sum()
+    return float(total)
 
 
 class Workers:
@@ -94,23 +102,16 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def map(self, work: Callable[[int, range], T], rows: range) -> list[T]:
-        """Call `work(number, part)` for consecutive parts of `rows`, whole cells each; results in row order."""
+    def map(self, work: Callable[[int, range], None], rows: range) -> None:
+        """Call `work(number, part)` for consecutive parts of `rows`, whole cells each; the first error is raised."""
         count = -(-len(rows) // CELL_ROWS)
         share = -(-count // self.count) * CELL_ROWS
         parts = [range(first, min(first + share, rows.stop)) for first in range(rows.start, rows.stop, share)]
         if self._pool is None or len(parts) == 1:
-            return [work(0, part) for part in parts]
-        return list(self._pool.map(work, range(len(parts)), parts))
-
-
-@dataclass(frozen=True, slots=True)
-class _Chosen:
-    """What one quantized cell leaves behind; `sums` are those of KeptDelta, with <B, D> for the first."""
-
-    scales: Tensor
-    inner: Tensor | None
-    sums: Tensor | None
+            for part in parts:
+                work(0, part)
+        else:
+            list(self._pool.map(work, range(len(parts)), parts))
 
 
 class WeightWork:
@@ -136,9 +137,13 @@ class WeightWork:
             for _ in range(workers.count)
         ]
         self._states: list[Tensor | None] = [None] * len(step.updates)
-        self._scales: list[Tensor] = []  # as the rounding chose them, cell by cell
-        self._inner: list[Tensor] = []
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        # What cells leave behind is written to its place in tensors allocated at once. As small tensors of their
+        # own, they would lie between freed cells on the heap, which could not shrink: up to 5 times the memory.
+        self._absmax = self._one_a_block(step.merge_base)  # of the base that `reduce` sees
+        self._scales = self._one_a_block(step.encoder)  # as the rounding chose them
+        self._inner = self._one_a_block(step.encoder)
+        # The sums of KeptDelta for every cell, with <B, D> for the first.
+        self._sums = torch.zeros(-(-step.rows // CELL_ROWS), 3, dtype=torch.float64, device=device)
         # Effective scales of the base, one a block; those that stay, as the encoder stores them; and what a
         # loader will make of these.
         self._base_scales = step.weight.decoder.scales(side)
@@ -152,8 +157,7 @@ class WeightWork:
     def reduce(self, raw: Tensor, rows: range) -> None:
         """First pass, for steps whose access says so: scales of the rounded base, or states of the updates."""
         if self.step.merge_base is not None:
-            results = self.workers.map(lambda number, part: self._absmax(number, raw, rows, part), rows)
-            self._scales += [scales for result in results for scales in result]
+            self.workers.map(lambda number, part: self._take_absmax(number, raw, rows, part), rows)
             return
         for cell_rows in cells(rows):
             cell_raw = self._raw(raw, rows, cell_rows)
@@ -169,36 +173,27 @@ class WeightWork:
         merge_base = self.step.merge_base
         if merge_base is None:
             return
-        absmax = torch.cat(self._scales)
-        self._scales = []
-        self._base_scales = merge_base.effective_scales(absmax)
+        self._base_scales = merge_base.effective_scales(self._absmax)
         if self.step.keeps_scales:
             same = merge_base.format == self.step.encoder.format
-            self._keep(absmax if same else self._base_scales)
+            self._keep(self._absmax if same else self._base_scales)
 
     def rewrite(self, raw: Tensor, rows: range, out: Tensor) -> None:
         """Second pass: `out` (uint8) receives the main part's bytes of `rows`."""
-        results = self.workers.map(lambda number, part: self._rewrite(number, raw, rows, out, part), rows)
-        for chosen in (chosen for result in results for chosen in result):
-            if self._kept_scales is None:
-                self._scales.append(chosen.scales)
-            if chosen.inner is not None and chosen.sums is not None:
-                self._inner.append(chosen.inner)
-                self._sums += chosen.sums
+        self.workers.map(lambda number, part: self._rewrite(number, raw, rows, out, part), rows)
 
     def finish(self) -> tuple[tuple[bytes, ...], KeptDelta | None]:
         """The parts after the main one, and what survived of the update (None if nothing was quantized)."""
         encoder = self.step.encoder
         if encoder.grid is None:
             return encoder.finish(None, None), None
-        scales = torch.cat(self._scales) if self._kept_scales is None else self._kept_scales
+        scales = self._scales if self._kept_scales is None else self._kept_scales
         tail = encoder.finish(scales, self.side if self.step.keeps_parts else None)
         if not self.step.updates:
             return tail, None
         effective = encoder.effective_scales(scales) if self._effective is None else self._effective
-        base_inner, delta, error = self._sums.tolist()
-        inner = float((effective.double() * torch.cat(self._inner).double()).sum())
-        return tail, KeptDelta(inner - base_inner, delta, error)
+        base_inner, delta, error = self._sums.sum(dim=0).tolist()
+        return tail, KeptDelta(_inner_product(effective, self._inner) - base_inner, delta, error)
 
     def _keep(self, scales: Tensor) -> None:
         self._kept_scales = scales
@@ -212,32 +207,34 @@ class WeightWork:
         first = offset(rows.start)
         return raw[offset(part.start) - first : offset(part.stop) - first]
 
-    def _absmax(self, number: int, raw: Tensor, rows: range, part: range) -> list[Tensor]:
+    def _take_absmax(self, number: int, raw: Tensor, rows: range, part: range) -> None:
         merge_base = self.step.merge_base
         assert merge_base is not None
         assert merge_base.grid is not None
-        return [
-            absmax_scales(
-                self._decode(self._raw(raw, rows, cell), cell, self._scratch[number]).flatten(),
-                merge_base.grid.block,
+        for cell in cells(part):
+            values = self._decode(self._raw(raw, rows, cell), cell, self._scratch[number]).flatten()
+            self._blocks(self._absmax, cell, merge_base.grid).copy_(
+                absmax_scales(values, merge_base.grid.block)
             )
-            for cell in cells(part)
-        ]
 
-    def _rewrite(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> list[_Chosen]:
+    def _rewrite(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
         encoder = self.step.encoder
         first = encoder.row_offset(rows.start)
-        chosen = []
         for cell in cells(part):
             cell_out = out[encoder.row_offset(cell.start) - first : encoder.row_offset(cell.stop) - first]
             base = self._base(self._raw(raw, rows, cell), cell, self._scratch[number])
             if encoder.grid is None:
                 encoder.pack(self._target(base.values, cell), cell_out)
             else:
-                chosen.append(self._quantize(base, cell, encoder.grid, cell_out))
-        return chosen
+                self._quantize(base, cell, encoder.grid, cell_out)
 
     # -- one cell ------------------------------------------------------------------------------------------
+
+    def _one_a_block(self, encoder: Encoder | None) -> Tensor:
+        """A float32 tensor with an entry for every block of `encoder`'s grid; empty if there is none."""
+        grid = encoder.grid if encoder is not None else None
+        count = -(-self.step.rows * self.step.columns // grid.block) if grid is not None else 0
+        return torch.empty(count, dtype=torch.float32, device=self.device)
 
     def _blocks(self, scales: Tensor, rows: range, grid: Grid) -> Tensor:
         """The entries of `scales` that belong to `rows`; a cell starts on a block boundary."""
@@ -285,12 +282,13 @@ class WeightWork:
         self._check_finite(values, rows)
         return values
 
-    def _quantize(self, base: _Base, rows: range, grid: Grid, out: Tensor) -> _Chosen:
+    def _quantize(self, base: _Base, rows: range, grid: Grid, out: Tensor) -> None:
         step, rounding = self.step, self.step.rounding
         assert rounding is not None
         if not step.updates and step.keeps_scales and base.codes is not None and base.effective is not None:
             step.encoder.pack(base.codes, out)  # already on the output's grid: nothing to round
-            return _Chosen(base.effective, None, None)
+            self._take_scales(base.effective, rows, grid)
+            return
         target = self._target(base.values.clone(), rows).flatten()
         delta = target - base.values.flatten()
         noise = None
@@ -300,13 +298,19 @@ class WeightWork:
         context = Context(base.codes if keeps else None, base.effective if keeps else None, delta, noise)
         codes, scales = rounding.choose(target, grid, context)
         step.encoder.pack(codes, out)
+        self._take_scales(scales, rows, grid)
         if not step.updates:
-            return _Chosen(scales, None, None)
+            return
         inner = _block_sums(grid.decode(codes).mul_(delta), grid.block)
+        self._blocks(self._inner, rows, grid).copy_(inner)
         sums = [base.anchor.flatten() * delta, delta.square()]
         totals = [total.sum(dtype=torch.float64) for total in sums]
         error = torch.as_tensor(base.error, dtype=torch.float64, device=self.device)
-        return _Chosen(scales, inner, torch.stack([*totals, error]))
+        self._sums[rows.start // CELL_ROWS] = torch.stack([*totals, error])
+
+    def _take_scales(self, scales: Tensor, rows: range, grid: Grid) -> None:
+        if self._kept_scales is None:
+            self._blocks(self._scales, rows, grid).copy_(scales)
 
     def _check_finite(self, cell: Tensor, rows: range) -> None:
         """Raise if a value is NaN or infinite. A sum is one fast pass, and finite only if every value is."""

@@ -24,7 +24,7 @@ from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.devices import Device
 from streamconv.errors import Stopped
 from streamconv.layout import Placed
-from streamconv.plan import BUFFERS, Access, Copy, Plan, Rewrite, ShardPlan, Step, tile_rows
+from streamconv.plan import BUFFERS, WEIGHTS_HELD, Access, Copy, Plan, Rewrite, ShardPlan, Step, tile_rows
 
 # How long a stop request may wait for the weight in work to end, so that no work is lost.
 GRACE_S = 5.0
@@ -195,6 +195,10 @@ class _Run:
         self.halted = False
         # Two pools: a reader that ran ahead must not hold the buffers that computed tiles need.
         self.inputs, self.outputs = self._pool(), self._pool()
+        # Of small weights, many tiles fit the buffers; their side parts and adapters must not pile up.
+        self.places: _Pipe[None] = _Pipe(0, self.aborted)
+        for _ in range(WEIGHTS_HELD):
+            self.places.put(None)
         self.to_compute: _Pipe[_Read] = _Pipe(BUFFERS, self.aborted)
         self.to_writer: _Pipe[_Write] = _Pipe(BUFFERS, self.aborted)
 
@@ -211,10 +215,13 @@ class _Run:
         )
         reader.start()
         writer.start()
-        self._guarded(self.compute)
-        writer.join()
-        self.aborted.set()
-        reader.join()
+        try:
+            self._guarded(self.compute)
+            writer.join()
+        finally:  # even if Ctrl-C is raised here: no thread may outlive the files it works on
+            self.aborted.set()
+            reader.join()
+            writer.join()
         if self.errors:
             raise self.errors[0]
         if self.halted:
@@ -266,6 +273,7 @@ class _Run:
 
     def _read_weight(self, reader: TensorReader, step: Rewrite) -> None:
         decoder, parts = step.weight.decoder, step.weight.parts
+        self.places.get()
         side = {role: reader.load(part) for role, part in parts.items() if role != decoder.main}
         updates = tuple(
             {role: reader.load(part).float() for role, part in update.parts.items()}
@@ -316,6 +324,7 @@ class _Run:
                     assert weight is not None
                     self._end_weight(weight)
                     weight = None
+                    self.places.put(None)
                 case _End():
                     self.to_writer.put(message)
                     return

@@ -11,7 +11,7 @@ from pathlib import Path
 from streamconv.devices import Device
 from streamconv.errors import ResourceError
 from streamconv.formats.base import CELL_ROWS
-from streamconv.plan import BUFFERS, Memory, MergeOptions, Rewrite, Step
+from streamconv.plan import BUFFERS, WEIGHTS_HELD, Memory, MergeOptions, Rewrite, Step
 
 # What the process needs beside the planned buffers: libraries loaded late, thread stacks, headers, messages.
 FIXED_BYTES = 96 * 2**20
@@ -23,8 +23,9 @@ MAX_WORKERS = 16
 # float32 tensors of one cell alive at once: decoded and packed; or base, target, delta, noise, indices, codes.
 _DENSE_CELL_COPIES = 3
 _GRID_CELL_COPIES = 16
-# Per block of a quantized weight: scales as read, kept, effective and written, and the kept-delta product.
-_BYTES_PER_BLOCK = 24
+# Per block of a quantized weight: scales as read, chosen, effective and written, the kept-delta product, and what
+# nesting scales takes on the way. Measured for nf4-dq onto nf4-dq, which needs most: 42.5.
+_BYTES_PER_BLOCK = 44
 
 
 def plan_memory(steps: Sequence[Step], options: MergeOptions, device: Device) -> Memory:
@@ -32,12 +33,11 @@ def plan_memory(steps: Sequence[Step], options: MergeOptions, device: Device) ->
     weights = [step for step in steps if isinstance(step, Rewrite)]
     blocks = max((_block_bytes(step) for step in weights), default=0)
     cell = max((_work_bytes(step) for step in weights), default=0)
-    # The reader holds the next weight's side parts and adapter while the present one is computed.
-    held = 2 * max((_held_bytes(step) for step in weights), default=0)
+    held = WEIGHTS_HELD * max((_held_bytes(step) for step in weights), default=0)
     least = max([MIN_BUFFER_BYTES, *(_cell_bytes(step) for step in weights)])
     if not device.is_cpu:
         # On a GPU every tile is there twice (read and written) beside what the weight needs.
-        on_device = held // 2 + blocks + cell
+        on_device = held // WEIGHTS_HELD + blocks + cell
         by_ram = _fit(options.max_ram_bytes, FIXED_BYTES + held, least, BUFFERS, "--max-ram")
         by_vram = _fit(options.max_vram_bytes, on_device, least, 4, "--max-vram")
         buffer = min(by_ram, by_vram)

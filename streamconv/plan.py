@@ -22,6 +22,8 @@ from streamconv.rounding.base import Rounding
 DEFAULT_MIN_KEPT = 0.2
 # Tile buffers in flight between reader, compute and writer: half for what is read, half for what is written.
 BUFFERS = 6
+# Weights whose side parts and adapters are in memory: the one computed, and the next one being read.
+WEIGHTS_HELD = 2
 
 
 class Access(StrEnum):
