@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -38,6 +39,8 @@ def fingerprint(
             }
             for shard in index.shards
         },
+        # It says which weights are tied, transposed, or never quantized.
+        "config": hashlib.sha256(json.dumps(dict(index.config), sort_keys=True).encode()).hexdigest(),
         "adapter": adapter.sha256 if adapter else None,
         "options": {
             "quant": options.quant,

@@ -9,24 +9,29 @@ Two kinds of line matter. A *watermark* says: the first `offset` bytes of this s
 `sha256`; a rerun goes on from there. *finished* says the same of a whole shard. Both carry the kept-delta sums of
 the weights that were completed since the line before, so that a resumed run reports the same numbers.
 A torn last line, the mark of a kill while appending, is ignored: what it would have said is done again.
+
+The folder belongs to the run that plan.json names. Without that file, what lies in it is left over and goes: so it
+is written first and deleted first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint.writer import fsync_folder, write_file
+from streamconv.checkpoint.writer import fsync_folder, write_error, write_file
 from streamconv.errors import OutputError
 
 WORK_FOLDER = ".streamconv"
+_PLAN, _LINES, _LOCK = "plan.json", "journal.jsonl", "lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,34 @@ class Progress:
     publishing: bool = False
     rejected: bool = False
 
+    @property
+    def is_worth_keeping(self) -> bool:
+        """Whether a run of other inputs or options must not discard it without being told to."""
+        return bool(self.finished or self.watermarks or self.publishing) and not self.rejected
+
+
+def is_publishing(out: Path) -> bool:
+    """Whether an unfinished run had begun to put files under their final names."""
+    folder = out / WORK_FOLDER
+    return (folder / _PLAN).exists() and _read_progress(folder / _LINES).publishing
+
+
+def is_owned(out: Path) -> bool:
+    """Whether `out` has a work folder that belongs to an unfinished run."""
+    return (out / WORK_FOLDER / _PLAN).exists()
+
+
+def remove_leftovers(out: Path) -> None:
+    """Delete the work folder of a run that was killed when there was nothing left to do but that."""
+    if not (out / WORK_FOLDER).exists():
+        return
+    journal = Journal(out, {}, resume=True)
+    with contextlib.suppress(OutputError):  # another run is beginning: it will clear up
+        journal.lock()
+        if not is_owned(out):
+            journal.remove()
+    journal.close()
+
 
 class Journal:
     """The work folder of one output, opened for one run. Use as a context manager: it holds the lock."""
@@ -60,8 +93,7 @@ class Journal:
         self._lines: int | None = None
 
     def __enter__(self) -> Journal:
-        _make_folder(self.folder)
-        self._take_lock()
+        self.lock()
         try:
             self._open()
         except BaseException:
@@ -73,10 +105,15 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        for descriptor in (self._lines, self._lock):
-            if descriptor is not None:
-                os.close(descriptor)
-        self._lines = self._lock = None
+        self._close_lines()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _close_lines(self) -> None:
+        if self._lines is not None:
+            os.close(self._lines)
+            self._lines = None
 
     def partial(self, shard: str) -> Path:
         """Where a shard is written before it is whole."""
@@ -106,33 +143,61 @@ class Journal:
         self._append({"restart": shard})
 
     def remove(self) -> None:
-        """Delete the work folder; the output is complete."""
+        """Delete the work folder; the output is complete. Holds the lock for as long as there is anything in it."""
+        with _typed_errors(self.folder):
+            self._close_lines()  # NFS keeps what is deleted open
+            self._clear()
+            (self.folder / _LOCK).unlink()
         self.close()
-        shutil.rmtree(self.folder)
+        with contextlib.suppress(OSError):  # another run may have moved in by now
+            self.folder.rmdir()
         fsync_folder(self.folder.parent)
 
-    def _take_lock(self) -> None:
-        path = self.folder / "lock"
-        self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    def lock(self) -> None:
+        """Make the folder and take its lock. Raises OutputError if another run has it."""
+        path = self.folder / _LOCK
+        while self._lock is None:
+            _make_folder(self.folder)
+            try:
+                self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:
+                continue  # a run that ended has removed the folder just now
+            except OSError as error:
+                raise write_error(error, path) from error
+            self._lock_descriptor(self._lock)
+            if not _is_still_at(path, self._lock):  # likewise: what is locked is in no folder any more
+                os.close(self._lock)
+                self._lock = None
+
+    def _lock_descriptor(self, lock: int) -> None:
+        path = self.folder / _LOCK
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(lock, 200, 0).decode(errors="replace").strip()
             self.close()
             raise OutputError(
                 f"{self.folder.parent} is in use by another run ({holder}); wait for it, or choose another --out"
             ) from error
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        except OSError as error:
+            self.close()
+            raise OutputError(
+                f"{path} cannot be locked: {error.strerror}; choose an --out on a file system that has locks"
+            ) from error
+        with contextlib.suppress(OSError):  # who holds it, for others' messages: no more than that
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def _open(self) -> None:
-        plan, lines = self.folder / "plan.json", self.folder / "journal.jsonl"
-        if plan.exists() and self.resume and self._is_same_run(plan, lines):
-            self.progress = _read_progress(lines)
-        else:
-            self._clear()
-            write_file(plan, json.dumps(self.fingerprint, indent=1, sort_keys=True).encode())
-        self._lines = os.open(lines, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        plan, lines = self.folder / _PLAN, self.folder / _LINES
+        with _typed_errors(lines):
+            if plan.exists() and self.resume and self._is_same_run(plan, lines):
+                self.progress = _read_progress(lines)
+                _cut_torn_line(lines)
+            else:
+                self._clear()
+                write_file(plan, json.dumps(self.fingerprint, indent=1, sort_keys=True).encode())
+            self._lines = os.open(lines, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         fsync_folder(self.folder)
 
     def _is_same_run(self, plan: Path, lines: Path) -> bool:
@@ -142,7 +207,7 @@ class Journal:
         except ValueError:
             found = {}
         differing = _differences(found, self.fingerprint)
-        if differing and not _read_progress(lines).rejected:
+        if differing and _read_progress(lines).is_worth_keeping:
             raise OutputError(
                 f"{self.folder.parent} holds an unfinished run with other inputs or options "
                 f"({'; '.join(differing[:3])}); repeat that command to finish it, pass --no-resume to discard it, "
@@ -151,15 +216,35 @@ class Journal:
         return not differing
 
     def _clear(self) -> None:
+        """Delete everything but the lock."""
+        (self.folder / _PLAN).unlink(missing_ok=True)
         for path in self.folder.iterdir():
-            if path.name != "lock":
+            if path.name != _LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _append(self, record: Mapping[str, Any]) -> None:
         assert self._lines is not None
-        os.write(self._lines, (json.dumps(record) + "\n").encode())
-        os.fdatasync(self._lines)
+        line = (json.dumps(record) + "\n").encode()
+        with _typed_errors(self.folder / _LINES):
+            while line:
+                line = line[os.write(self._lines, line) :]
+            os.fsync(self._lines)
         _replay(self.progress, record)
+
+
+@contextlib.contextmanager
+def _typed_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise write_error(error, path) from error
+
+
+def _is_still_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _make_folder(folder: Path) -> None:
@@ -173,18 +258,32 @@ def _make_folder(folder: Path) -> None:
         raise OutputError(f"cannot write to {folder}; check its permissions, or choose another --out")
 
 
+def _records(lines: Path) -> Iterator[tuple[Mapping[str, Any], int]]:
+    """Every record that is whole, and where it ends. The rest of the file is as if it had never been written."""
+    end = 0
+    for line in lines.read_bytes().splitlines(keepends=True) if lines.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(record, dict) or not line.endswith(b"\n"):
+            return
+        end += len(line)
+        yield record, end
+
+
 def _read_progress(lines: Path) -> Progress:
     progress = Progress()
-    if not lines.exists():
-        return progress
-    content = lines.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole != len(content):
-        with lines.open("r+b") as file:  # cut the torn line off, or the next one would be glued to it
-            file.truncate(whole)
-    for line in content[:whole].splitlines():
-        _replay(progress, json.loads(line))
+    for record, _ in _records(lines):
+        _replay(progress, record)
     return progress
+
+
+def _cut_torn_line(lines: Path) -> None:
+    """Or the next line would be glued to it."""
+    whole = max((end for _, end in _records(lines)), default=0)
+    if lines.exists() and whole < lines.stat().st_size:
+        os.truncate(lines, whole)
 
 
 def _replay(progress: Progress, record: Mapping[str, Any]) -> None:
@@ -197,7 +296,7 @@ def _replay(progress: Progress, record: Mapping[str, Any]) -> None:
         progress.watermarks.pop(record["restart"], None)
         progress.finished.pop(record["restart"], None)
     elif "publishing" in record:
-        progress.publishing = True
+        progress.publishing, progress.rejected = True, False
     elif "rejected" in record:
         progress.rejected = True
 

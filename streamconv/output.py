@@ -12,17 +12,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from streamconv.cells import KeptDelta
-from streamconv.checkpoint.writer import ShardWriter, fsync_folder, publish, write_file
+from streamconv.checkpoint.writer import ShardWriter, free_bytes, fsync_folder, publish, write_file
 from streamconv.errors import OutputError, ResourceError
 from streamconv.journal import WORK_FOLDER, Journal, Watermark
 from streamconv.plan import Plan, ShardPlan
+from streamconv.sidecars import is_read_by_loaders
 from streamconv.sizes import format_size
 from streamconv.storage.base import SourceFile
-
 from streamconv.storage.local import open_file
+
 WATERMARK_BYTES = 256 * 2**20
-_SPARE_DISK_BYTES = 64 * 2**20  # index, tokenizer, journal, and what the file system adds
 _COPY_BYTES = 4 * 2**20
+_SPARE_DISK_BYTES = 64 * 2**20  # index, tokenizer, journal, and what the file system adds
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
@@ -107,12 +108,6 @@ def check_place(out: Path, inputs: Mapping[str, Path], overwrite: bool, publishi
         )
 
 
-def is_publishing(out: Path) -> bool:
-    """Whether an unfinished run had begun to put files under their final names."""
-    journal = out / WORK_FOLDER / "journal.jsonl"
-    return journal.exists() and b'"publishing"' in journal.read_bytes()
-
-
 def check_disk(out: Path, shards: Sequence[ShardPlan], journal: Journal) -> None:
     """Raise ResourceError unless the `shards` still to be written fit the file system."""
     needed = _SPARE_DISK_BYTES
@@ -120,8 +115,7 @@ def check_disk(out: Path, shards: Sequence[ShardPlan], journal: Journal) -> None
         partial = journal.partial(shard.name)
         taken = partial.stat().st_blocks * 512 if partial.exists() else 0
         needed += max(0, shard.size - taken)
-    disk = os.statvfs(out)
-    free = disk.f_bavail * disk.f_frsize
+    free = free_bytes(out / WORK_FOLDER)
     if needed > free:
         raise ResourceError(
             f"{out} needs {format_size(needed)} and its disk has {format_size(free)} free: "
@@ -138,7 +132,9 @@ def resume_points(out: Path, plan: Plan, journal: Journal) -> tuple[dict[str, in
             partial = journal.partial(shard.name)
             if _is_whole(partial, shard):
                 publish(partial, journal.finished(shard.name))
-            if _is_whole(journal.finished(shard.name), shard) or _is_whole(out / shard.name, shard):
+            # Before publishing, what stands under the final name is the model that --overwrite will replace.
+            published = journal.progress.publishing and _is_whole(out / shard.name, shard)
+            if published or _is_whole(journal.finished(shard.name), shard):
                 continue
             journal.restart(shard.name)
         mark = journal.progress.watermarks.get(shard.name)
@@ -169,7 +165,7 @@ def publish_output(
     journal.publish()
     names = {shard.name for shard in plan.shards} | set(generated) | {file.name for file in copied}
     # What makes a folder a model goes first, so that old and new are never taken for one model.
-    for stale in (CONFIG, INDEX, *_old_weights(out, names)):
+    for stale in (CONFIG, INDEX, *_of_old_model(out, names)):
         (out / stale).unlink(missing_ok=True)
     fsync_folder(out)
     for shard in plan.shards:
@@ -181,11 +177,13 @@ def publish_output(
         write_file(out / name, content)
 
 
-def _old_weights(out: Path, keep: set[str]) -> list[str]:
+def _of_old_model(out: Path, keep: set[str]) -> list[str]:
+    """Files of the model that was here which a loader would take for the new one's."""
+    weights = (".safetensors", ".safetensors.index.json")
     return [
         entry.name
         for entry in out.iterdir()
-        if entry.name.endswith((".safetensors", ".safetensors.index.json")) and entry.name not in keep
+        if (entry.name.endswith(weights) or is_read_by_loaders(entry.name)) and entry.name not in keep
     ]
 
 
