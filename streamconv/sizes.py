@@ -19,12 +19,14 @@ UNITS = {
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes in `text`. Raises ValueError for anything that is not a positive size with a unit.
+    """Bytes in `text`; a number is bytes already. Raises ValueError for anything that is not a positive size.
 
-    A bare number below a million is refused: `--max-shard-size 5` surely did not mean five bytes.
+    Text without a unit is refused below a million: `--max-shard-size 5` surely did not mean five bytes.
     """
     if isinstance(text, int):
-        text = str(text)
+        if text < 1:
+            raise ValueError(f"{text} is not a positive size")
+        return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?\s*", text, re.IGNORECASE)
     if match is None:
         raise ValueError(f"{text!r} is not a size; write a number and a unit, such as 5GB or 512MiB")
@@ -42,7 +44,7 @@ def parse_size(text: str | int) -> int:
 def format_size(size: float) -> str:
     """`size` bytes in decimal units, three digits: `5.37 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(size) < 1000:
+        if abs(size) < 999.5:  # or three digits would round to 1e+03
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.4g} TB"
