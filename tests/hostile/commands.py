@@ -1,0 +1,96 @@
+"""The command line for tests that kill it: each run a fork of one warmed-up process, so that runs take no second.
+
+A test says at which call that changes the disk a signal shall come; calls are counted, so a point is the same in
+every run.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One run.
+
+    `signal` is raised before the call number `at`, or if that one writes and `tears` is set, after half of it;
+    with `again`, before the next call too. `kill_after_s` kills by the clock instead. `slow_s` is how long each
+    write of a shard takes. `goes_on` is the process id of a stopped run that shall continue, all else ignored.
+    """
+
+    arguments: tuple[str, ...] = ()
+    at: int | None = None
+    signal: int = signal.SIGKILL
+    tears: bool = False
+    again: bool = False
+    kill_after_s: float | None = None
+    slow_s: float = 0.0
+    watermark_bytes: int = 2**28
+    grace_s: float = 5.0
+    goes_on: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """`code` is the exit code, or minus the signal that ended or stopped the process.
+
+    Unless it ended at once: `calls` are those that change the disk, such as `replace config.json`, and `starts` tell
+    of each shard that was worked on the length of its header and the offset from which it was made.
+    """
+
+    code: int
+    text: str
+    seconds: float
+    process: int
+    calls: tuple[str, ...]
+    starts: dict[str, tuple[int, int]]
+
+    @property
+    def resumed_inside(self) -> bool:
+        """Whether some shard was continued from its middle."""
+        return any(start > header for header, start in self.starts.values())
+
+
+class Commands:
+    """A running fork server."""
+
+    def __init__(self, server: subprocess.Popen[str], folder: Path) -> None:
+        self._server, self._folder = server, folder
+
+    def run(self, *arguments: str | Path, **settings: Any) -> Outcome:
+        """`streamconv` with these arguments; `settings` are the other fields of Request."""
+        return self.ask(Request(tuple(map(str, arguments)), **settings))
+
+    def ask(self, request: Request) -> Outcome:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(asdict(request)) + "\n")
+        self._server.stdin.flush()
+        answer = json.loads(self._server.stdout.readline())
+        starts = {name: (header, start) for name, (header, start) in answer.pop("starts").items()}
+        text = (self._folder / f"{answer['process']}.text").read_text()
+        return Outcome(text=text, calls=tuple(answer.pop("calls")), starts=starts, **answer)
+
+
+@contextmanager
+def fork_server() -> Iterator[Commands]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "tests.hostile.fork_server", folder]
+        with subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as server:
+            yield Commands(server, Path(folder))
+            assert server.stdin is not None
+            server.stdin.close()
+            assert server.wait(timeout=30) == 0

@@ -1,0 +1,150 @@
+"""Runs the command line in forked children, and raises a signal in one at its n-th call that changes the disk.
+
+A process of its own, which has imported everything once. Requests and answers are lines of JSON; tests use
+`commands.py`. What a child prints goes to FOLDER/PID.text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from streamconv import cli, executor, output, pipeline
+from streamconv.checkpoint import writer
+from streamconv.executor import Sink
+from streamconv.plan import Plan
+from tests.hostile.commands import Request
+
+WATCHED = ("pwrite", "write", "fsync", "replace", "unlink", "rmdir", "mkdir", "truncate", "ftruncate")
+# A killed process loses nothing that it had written, so these are counted and not done, which is a lot faster.
+SYNCS = ("fsync", "fdatasync")
+
+
+class Child:
+    """What happens in a forked child."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.calls: list[str] = []
+        self.starts: dict[str, tuple[int, int]] = {}
+
+    def install(self) -> None:
+        for name in WATCHED:
+            setattr(os, name, self._watched(name, getattr(os, name)))
+        writer._fdatasync = self._watched("fdatasync", writer._fdatasync)
+        vars(pipeline)["run_plan"] = self._noting_starts(executor.run_plan)
+        output.WATERMARK_BYTES = self.request.watermark_bytes
+        executor.GRACE_S = self.request.grace_s
+
+    def run(self) -> int:
+        """The command; its exit code."""
+        try:
+            cli.main(list(self.request.arguments), prog_name="streamconv")
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else 0
+        return 0
+
+    def _watched(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        writes = name in ("write", "pwrite")
+
+        def watched(*given: Any, **options: Any) -> Any:
+            if writes and given[0] <= 2:
+                return call(*given, **options)
+            self.calls.append(f"{name} {_name_of(given[0])}")
+            if name == "pwrite":
+                time.sleep(self.request.slow_s)
+            number = len(self.calls)
+            if number == self.request.at or (self.request.again and number == (self.request.at or 0) + 1):
+                if writes and self.request.tears:
+                    call(given[0], given[1][: len(given[1]) // 2], *given[2:])
+                os.kill(os.getpid(), self.request.signal)
+            return None if name in SYNCS else call(*given, **options)
+
+        return watched
+
+    def _noting_starts(self, run_plan: Callable[..., None]) -> Callable[..., None]:
+        def noting(plan: Plan, sink: Sink, starts: Mapping[str, int], *rest: Any) -> None:
+            headers = {shard.name: len(shard.header) for shard in plan.shards}
+            self.starts = {name: (headers[name], start) for name, start in starts.items()}
+            run_plan(plan, sink, starts, *rest)
+
+        return noting
+
+
+def _name_of(target: object) -> str:
+    """The last name of a path, or of the file behind a descriptor."""
+    path = Path(f"/proc/self/fd/{target}").readlink() if isinstance(target, int) else Path(str(target))
+    return path.name
+
+
+def fork(request: Request, folder: Path) -> int:
+    """The process id of a child that runs the request; its answer will be in FOLDER/PID.json."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    text = os.open(folder / f"{os.getpid()}.text", os.O_WRONLY | os.O_CREAT)
+    os.dup2(text, 1)
+    os.dup2(text, 2)
+    child = Child(request)
+    try:
+        child.install()
+        code = child.run()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    answer = {"code": code, "calls": list(child.calls), "starts": child.starts}
+    (folder / f"{os.getpid()}.json").write_text(json.dumps(answer))
+    os._exit(0)
+
+
+def outcome(process: int, folder: Path) -> dict[str, Any]:
+    """How the child ended; or that it stopped."""
+    began = time.monotonic()
+    _, status = os.waitpid(process, os.WUNTRACED)
+    answer: dict[str, Any] = {"calls": [], "starts": {}}
+    if os.WIFSTOPPED(status):
+        answer["code"] = -os.WSTOPSIG(status)
+    elif os.WIFSIGNALED(status):
+        answer["code"] = -os.WTERMSIG(status)
+    elif (said := folder / f"{process}.json").exists():
+        answer = json.loads(said.read_text())
+    else:
+        answer["code"] = os.WEXITSTATUS(status)
+    return {**answer, "seconds": time.monotonic() - began, "process": process}
+
+
+def serve(request: Request, folder: Path) -> dict[str, Any]:
+    if request.goes_on is not None:
+        os.kill(request.goes_on, signal.SIGCONT)
+        return outcome(request.goes_on, folder)
+    process = fork(request, folder)
+    if request.kill_after_s is None:
+        return outcome(process, folder)
+    timer = threading.Timer(request.kill_after_s, os.kill, (process, signal.SIGKILL))
+    timer.start()
+    try:
+        return outcome(process, folder)
+    finally:
+        timer.cancel()
+        timer.join()  # a fork must not find another thread
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for line in sys.stdin:
+        fields = json.loads(line)
+        request = Request(**{**fields, "arguments": tuple(fields["arguments"])})
+        print(json.dumps(serve(request, folder)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
