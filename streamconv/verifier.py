@@ -180,15 +180,15 @@ class ComparingSink:
             self._descriptor = None
 
     def _tensor(self) -> str:
+        """The tensor at the present offset."""
         assert self._shard is not None
-        return next(
-            (
-                placed.step.specs[0].name
-                for placed in self._shard.steps
-                if placed.offset <= self._offset < placed.offset + placed.nbytes
-            ),
-            "?",
-        )
+        for placed in self._shard.steps:
+            end = placed.offset
+            for spec in placed.step.specs:
+                end += spec.nbytes
+                if self._offset < end:
+                    return spec.name
+        raise AssertionError(f"{self._shard.name} has no tensor at {self._offset}")
 
 
 def verify_exactly(out: Path, plan: Plan, on_progress: Callable[[int], None], stop: StopRequest) -> None:

@@ -10,6 +10,8 @@ from streamconv.sizes import format_size
 if TYPE_CHECKING:  # the pipeline shows plans; plans do not know it
     from streamconv.pipeline import Prepared
 
+_SHOWN = 8
+
 
 def plan_as_json(prepared: Prepared) -> dict[str, Any]:
     """Plain data: output files with their tensors, memory, disk, matched modules, choices."""
@@ -34,7 +36,7 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
         "files": {
             "shards": [_shard(shard, plan.memory.buffer) for shard in plan.shards],
             "written": list(prepared.generated),
-            "copied": [file.name for file in prepared.copied],
+            "copied": [{"name": file.name, "bytes": file.size} for file in prepared.copied],
         },
     }
 
@@ -76,22 +78,29 @@ def plan_as_text(prepared: Prepared) -> str:
     adapted = ", ".join(f"{count} {name}" for name, count in sorted(plan.adapted.items()))
     lines = [
         ("base", prepared.job.base),
-        ("adapter", f"{prepared.job.adapter or '-'}"),
+        ("adapter", prepared.job.adapter or "-"),
         ("adapted", adapted or "-"),
         ("replaced", ", ".join(plan.replaced) or "-"),
         ("output", f"{plan.quant or plan.dtype or 'dtype of the base'}, {format_size(plan.size)}"),
-        ("target", f"{plan.target.name}: {plan.target.reason}"),
-        ("rounding", f"{plan.rounding.name}: {plan.rounding.reason}" if plan.rounding else "-"),
-        ("16 bit", ", ".join(plan.skipped) or ("-" if plan.quant else "all")),
+        ("target", plan.target.reason),
         ("weights", f"{rewritten} rewritten, {len(steps) - rewritten} tensors copied"),
         (
             "memory",
             f"{format_size(plan.memory.ram)} RAM, {format_size(plan.memory.vram)} on {plan.device.name}",
         ),
         ("disk", f"reads {format_size(plan.bytes_read)}, writes {format_size(plan.size)}"),
-        ("files", ", ".join(f"{shard.name} ({format_size(shard.size)})" for shard in plan.shards[:8])),
+        ("files", _shards(plan.shards)),
         ("", ", ".join([*prepared.generated, *(file.name for file in prepared.copied)])),
     ]
+    if plan.rounding:
+        lines.insert(6, ("rounding", f"{plan.rounding.name}: {plan.rounding.reason}"))
+        lines.insert(7, ("16 bit", ", ".join(plan.skipped) or "-"))
     if plan.untied:
         lines.insert(4, ("untied", "input and output embeddings will differ and are stored apart"))
-    return "\n".join(f"{label:9} {text}" for label, text in lines)
+    return "\n".join(f"{label:9} {text}".rstrip() for label, text in lines)
+
+
+def _shards(shards: tuple[ShardPlan, ...]) -> str:
+    shown = ", ".join(f"{shard.name} ({format_size(shard.size)})" for shard in shards[:_SHOWN])
+    rest = len(shards) - _SHOWN
+    return shown + (f" and {rest} more" if rest > 0 else "")
