@@ -15,7 +15,7 @@ from streamconv.errors import AdapterError, OptionError, UnsupportedError
 from streamconv.fingerprint import fingerprint
 from streamconv.formats import FORMATS, dense_weight
 from streamconv.formats.base import Encoder, Format, Weight
-from streamconv.formats.linear import DEFAULT_IGNORE, matches, module_of, select
+from streamconv.formats.linear import DEFAULT_IGNORE, is_conv1d, matches, module_of, select
 from streamconv.layout import lay_out, split_by_size
 from streamconv.memory import plan_memory
 from streamconv.plan import Choice, Copy, MergeOptions, Plan, Rewrite, Step
@@ -228,13 +228,15 @@ def _choose_quantized(
     _check_ignore(options.ignore, weights)
     if result.quant is None:
         return frozenset(), ()
-    ignore = [*options.ignore, *(module_of(name) for name in replaces)]
+    ignore, dense = list(options.ignore), {module_of(name) for name in replaces}
     if base.quantized:  # what it leaves in 16 bit stays so, what it quantizes does too
-        ignore += [
-            module_of(name) for name, weight in base.weights.items() if weight.format != base.quantized
-        ]
+        modules = {name: module_of(name) for name in base.weights}
+        packed = {modules[name] for name, weight in base.weights.items() if weight.format == base.quantized}
+        dense |= set(modules.values()) - packed  # a packed weight's bias is not packed
     else:
         ignore += DEFAULT_IGNORE
+    if dense:  # exactly these: a plain pattern would mean all that lies below them, too
+        ignore.append(f"re:(?:{'|'.join(map(re.escape, sorted(dense)))})$")
     selection = select({name: weight.shape for name, weight in weights.items()}, base.index.config, ignore)
     return frozenset(selection.quantized), selection.skipped
 
@@ -290,9 +292,15 @@ def _weight_steps(
     merge_base: Encoder | None,
     result: _Result,
 ) -> list[Step]:
-    if encoder is None or (not updates and merge_base is None and encoder.format == weight.format):
+    changes = bool(updates) or merge_base is not None
+    if encoder is None or (not changes and (encoder.format, encoder.dtype) == (weight.format, weight.dtype)):
         main = weight.parts[weight.decoder.main].name
         return [Copy(name + part.name.removeprefix(main), part) for part in weight.parts.values()]
+    if merge_base is not None and any(update.reduces for update in updates):
+        raise UnsupportedError(
+            f"{name}: this update needs a pass over the whole weight, and so does --merge-base {merge_base.format}; "
+            "merge onto the original base"
+        )
     if not updates and merge_base is not None and merge_base.format == encoder.format:
         # Rounding the original gives just what training saw; rounding that once more would move its scales.
         return [Rewrite(name, weight, (), encoder, ROUNDINGS["nearest"])]
@@ -302,11 +310,6 @@ def _weight_steps(
     base_grid = merge_base.grid if merge_base else weight.decoder.grid
     keeps = base_grid == encoder.grid and (result.rounding.keeps_scales or not updates)
     keeps_parts = keeps and merge_base is None and weight.format == encoder.format
-    if merge_base is not None and any(update.reduces for update in updates):
-        raise UnsupportedError(
-            f"{name}: this update needs a pass over the whole weight, and so does --merge-base {merge_base.format}; "
-            "merge onto the original base"
-        )
     return [Rewrite(name, weight, updates, encoder, result.rounding, merge_base, keeps, keeps_parts)]
 
 
@@ -357,13 +360,22 @@ def _config_dtype(base: Base, result: _Result) -> str | None:
 
 
 def read_base(index: CheckpointIndex, weights: Sequence[Weight]) -> Base:
-    """The base of a plan. Raises UnsupportedError where its quantized weights are of more than one format."""
+    """The base of a plan.
+
+    Raises UnsupportedError where its quantized weights are of more than one format, or transposed.
+    """
     formats = sorted({weight.format for weight in weights if weight.decoder.grid is not None})
     if len(formats) > 1:
         raise UnsupportedError(
             f"{index.storage.location}: its weights are quantized in several formats ({', '.join(formats)}); "
             "only checkpoints with one are read"
         )
+    for weight in weights:
+        if weight.decoder.grid is not None and is_conv1d(module_of(weight.name), index.config):
+            raise UnsupportedError(
+                f"{index.storage.location}: {weight.name} is a Conv1D, which bitsandbytes stores transposed once it is "
+                "quantized; this is not supported yet, give the 16-bit base model instead"
+            )
     by_name = {weight.name: weight for weight in weights}
     return Base(index, by_name, find_tie(by_name, index.config), formats[0] if formats else None)
 
