@@ -71,14 +71,20 @@ class _Command(click.Command):
         self.context_settings.setdefault("auto_envvar_prefix", "STREAMCONV")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for param in self.get_params(ctx):
-            if (record := param.get_help_record(ctx)) is not None:
-                section = param.section if isinstance(param, _Option) else _MESSAGES
-                sections.setdefault(section, []).append(record)
-        for section, records in sections.items():
+        for section, records in sections(self, ctx).items():
             with formatter.section(section):
                 formatter.write_dl(records)
+
+
+def sections(command: click.Command, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
+    """What help and docs/cli.md say of each option, by the heading it stands under."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for param in command.get_params(ctx):
+        record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+        if record is not None:
+            section = param.section if isinstance(param, _Option) else _MESSAGES
+            found.setdefault(section, []).append(record)
+    return found
 
 
 class _Commands(click.Group):
