@@ -61,9 +61,9 @@ def build_plan(base: Base, adapter: Adapter | None, options: MergeOptions, devic
         device=device,
         shards=shards,
         memory=plan_memory(steps, options, device),
-        quant=result.quant.name if result.quant and quantized else None,
+        quant=result.quant.name if result.quant else None,
         target=result.target,
-        rounding=result.rounding_choice if quantized else None,
+        rounding=result.rounding_choice,
         quantized=tuple(sorted(quantized)),
         skipped=tuple(skipped),
         adapted=dict(adapter.modules) if adapter else {},
@@ -100,6 +100,11 @@ def _resolve_quant(base: Base, options: MergeOptions) -> tuple[Format | None, Dt
     if name == "keep":
         name = base.quantized or "none"
     if name == "none":
+        if name != "none" and name not in FORMATS:
+            raise UnsupportedError(
+                f"{base.index.storage.location}: its weights are {name}, which is read but not written; choose "
+                f"--quant none or one of {', '.join(FORMATS)}"
+            )
         return None, dtype
     if name not in FORMATS:
         raise OptionError(
@@ -157,13 +162,17 @@ def _resolve_rounding(
         return None, None
     if name != "auto":
         return ROUNDINGS[name], Choice(name, "asked for by name")
-    from_name = merge_base.name if merge_base else base.quantized
-    if adapter is not None and from_name is not None and FORMATS[from_name].grid == quant.grid:
-        return ROUNDINGS["stochastic"], Choice(
-            "stochastic",
-            f"the target is the base's own {from_name} grid plus a small update, which nearest rounding would erase",
+    source = merge_base or (FORMATS.get(base.quantized) if base.quantized else None)
+    if source is None or source.grid != quant.grid:
+        return ROUNDINGS["nearest"], Choice("nearest", f"the target does not lie on the {quant.name} grid")
+    if adapter is None:
+        return ROUNDINGS["nearest"], Choice(
+            "nearest", "the base lies on that grid already, so its codes stay"
         )
-    return ROUNDINGS["nearest"], Choice("nearest", f"the target does not lie on the {quant.name} grid")
+    return ROUNDINGS["stochastic"], Choice(
+        "stochastic",
+        f"the target is the base's own {source.name} grid plus a small update, which nearest rounding would erase",
+    )
 
 
 # -- weights -----------------------------------------------------------------------------------------------------
@@ -239,6 +248,11 @@ def _choose_quantized(
         ignore.append(f"re:(?:{'|'.join(map(re.escape, sorted(dense)))})$")
     selection = select({name: weight.shape for name, weight in weights.items()}, base.index.config, ignore)
     return frozenset(selection.quantized), selection.skipped
+    if not selection.quantized:
+        raise OptionError(
+            f"--quant {result.quant.name} would quantize nothing: {base.index.storage.location} has no linear "
+            "weights that a loader would quantize, or --ignore names them all; leave --quant out"
+        )
 
 
 def _check_ignore(patterns: Sequence[str], weights: Mapping[str, Weight]) -> None:
