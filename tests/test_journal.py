@@ -74,14 +74,15 @@ def test_a_rerun_knows_what_was_done(tmp_path: Path) -> None:
         assert journal.progress == last
 
 
-def test_torn_at_any_byte_it_knows_what_whole_lines_say_and_goes_on(
+def test_torn_anywhere_it_knows_what_whole_lines_say_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # many lengths, little time
     known = fill(tmp_path)
     content = lines(tmp_path).read_bytes()
     ends = [place + 1 for place, byte in enumerate(content) if byte == ord("\n")]
-    for length in range(len(content) + 1):
+    near_an_end = {end + place for end in ends for place in (-2, -1, 0, 1, 2)}
+    for length in sorted({0, *range(0, len(content), 9), *near_an_end} & {*range(len(content) + 1)}):
         lines(tmp_path).write_bytes(content[:length])
         expected = known[sum(end <= length for end in ends)]
         with Journal(tmp_path, RUN, resume=True) as journal:
