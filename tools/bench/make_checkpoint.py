@@ -57,9 +57,12 @@ def total_bytes(tensors: Sequence[TensorSpec]) -> int:
 
 
 def make(out: Path, layers: int, max_shard_bytes: int, rank: int, seed: int) -> None:
-    """Write `base` and `adapter` into the folder `out`."""
-    write_checkpoint(out / "base", layers, max_shard_bytes, seed)
+    """Write `adapter` and `base` into the folder `out`; `base` appears last, and only when complete."""
+    for unfinished in (out / "adapter", out / "base.partial"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     write_adapter(out / "adapter", layers, rank, seed + 1)
+    write_checkpoint(out / "base.partial", layers, max_shard_bytes, seed)
+    (out / "base.partial").rename(out / "base")
 
 
 def write_checkpoint(out: Path, layers: int, max_shard_bytes: int, seed: int) -> None:
