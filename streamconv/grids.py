@@ -204,3 +204,10 @@ NF4 = Grid(
     ),
     block=64,
 )
+
+# The 4-bit float of bitsandbytes (`functional.py`, get_4bit_type), in the order of its bit patterns. It is not E2M1.
+FP4 = Grid(
+    "fp4",
+    tuple(value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)),
+    block=64,
+)

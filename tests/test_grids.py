@@ -10,12 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamconv.formats.bnb_4bit import DYNAMIC
-from streamconv.grids import NF4, Grid, block_absmax, divide_by_scales, multiply_by_scales
+from streamconv.grids import FP4, NF4, Grid, block_absmax, divide_by_scales, multiply_by_scales
 
-# bitsandbytes' fp4: codes in bit order, not in the order of values; 0 and 8 both stand for zero.
-FP4 = Grid(
-    "fp4", tuple(v / 12 for v in (0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3)), 64
-)
 EVEN = Grid("even", (-1.0, 0.0, 1.0), 64)
 CLOSE = Grid("close", (-1.0, 0.0, 1e-4, 2e-4, 1.0), 64)  # thresholds too close for bins
 GRIDS = [NF4, FP4, EVEN, CLOSE, DYNAMIC]

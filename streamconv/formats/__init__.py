@@ -12,7 +12,7 @@ from streamconv.formats.base import Format, Weight
 from streamconv.formats.bnb_4bit import SIDE_SUFFIXES, Bnb4bitFormat
 from streamconv.formats.dense import DenseFormat, dense_weight
 from streamconv.formats.foreign import refuse_foreign
-from streamconv.grids import NF4
+from streamconv.grids import FP4, NF4
 
 __all__ = ["FORMATS", "dense_weight", "find_weights"]
 
@@ -59,5 +59,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "bfloat16": DenseFormat(BF16),
         "nf4": Bnb4bitFormat("nf4", NF4),
         "nf4-dq": Bnb4bitFormat("nf4-dq", NF4, nested=True),
+        "fp4": Bnb4bitFormat("fp4", FP4),
+        "fp4-dq": Bnb4bitFormat("fp4-dq", FP4, nested=True),
     }
 )

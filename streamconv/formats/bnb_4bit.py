@@ -8,7 +8,7 @@ then cast to the weight's own dtype. Byte i holds code 2i in its high half and c
     P                                    uint8 [⌈elements / 2⌉, 1]
     P.absmax                             float32 [blocks]; with double quantization uint8
     P.quant_map                          float32 [16], the table
-    P.quant_state.bitsandbytes__nf4      uint8, JSON
+    P.quant_state.bitsandbytes__nf4      uint8, JSON; of fp4, `__fp4`
     P.nested_absmax, P.nested_quant_map  float32 [⌈blocks / 256⌉] and [256], with double quantization only
 
 Double quantization stores `absmax[i] = nested_quant_map[index[i]] * nested_absmax[i // 256] + nested_offset`.

@@ -16,7 +16,6 @@ from streamconv.errors import UnsupportedError
 
 _BY_SUFFIX: Mapping[str, str] = MappingProxyType(
     {
-        ".quant_state.bitsandbytes__fp4": "fp4 (bitsandbytes)",
         ".SCB": "int8 (bitsandbytes)",
         ".qweight": "GPTQ or AWQ",
         ".qzeros": "GPTQ or AWQ",

@@ -32,7 +32,15 @@ every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 # Greatest error of an element: dense, of its magnitude (or the least normal number); quantized, of its block's
 # greatest magnitude: half the widest step of the grid, a bf16 rounding, and for double quantization half a step of
 # the scale's own grid.
-RELATIVE_ERROR = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8, "nf4": 0.156, "nf4-dq": 0.17}
+RELATIVE_ERROR = {
+    "float32": 0.0,
+    "float16": 2**-11,
+    "bfloat16": 2**-8,
+    "nf4": 0.156,
+    "nf4-dq": 0.17,
+    "fp4": 0.17,
+    "fp4-dq": 0.185,
+}
 
 
 def test_names_are_keys() -> None:
@@ -141,7 +149,7 @@ def test_grids_of_format_encoder_and_decoder_are_one(tmp_path: Path, name: str) 
 
 
 @pytest.mark.parametrize("dtype", DENSE)
-@pytest.mark.parametrize("name", ["nf4", "nf4-dq"])
+@pytest.mark.parametrize("name", ["nf4", "nf4-dq", "fp4", "fp4-dq"])
 def test_a_quantized_weight_remembers_its_dtype(tmp_path: Path, name: str, dtype: str) -> None:
     weight = normal((3, 50))
     read = only_weight(write(tmp_path, stored(encoder_for(name, weight, DENSE[dtype].torch), weight)))

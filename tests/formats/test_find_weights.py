@@ -71,7 +71,6 @@ F8 = torch.float8_e4m3fn
 F32 = torch.float32
 
 TENSORS: dict[str, tuple[dict[str, torch.dtype], str]] = {
-    "fp4": ({"a.weight": U8, "a.weight.quant_state.bitsandbytes__fp4": U8}, "fp4"),
     "int8": ({"a.weight": U8, "a.SCB": F32}, "int8"),
     "gptq": ({"a.qweight": I32, "a.qzeros": I32}, "GPTQ"),
     "packed": ({"a.weight_packed": I32, "a.weight_scale": F32}, "compressed-tensors"),
