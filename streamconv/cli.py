@@ -603,7 +603,8 @@ def _progress(title: str, quiet: bool) -> Iterator[OnProgress]:
         with tqdm(desc=title, unit="B", unit_scale=True, file=sys.stderr) as bar:
 
             def draw(done: int, total: int) -> None:
-                bar.total = total
+                if bar.total is None:
+                    bar.total, bar.n, bar.initial = total, done, done
                 bar.update(done - bar.n)
 
             yield draw
@@ -613,18 +614,20 @@ def _progress(title: str, quiet: bool) -> Iterator[OnProgress]:
 
 def _plain_lines(title: str) -> OnProgress:
     started = last = time.monotonic()
+    first: int | None = None
 
     def tell(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal first, last
         now = time.monotonic()
-        if now - last < _LINE_EVERY_S and done < total:
-            return
-        last = now
-        speed = done / max(now - started, 1e-9)
-        left = (total - done) / max(speed, 1.0)
-        click.echo(
-            f"{title}: {format_size(done)} of {format_size(total)}, {format_size(speed)}/s, {left:.0f} s left",
-            err=True,
-        )
+        if first is None:
+            first = done
+        elif now - last >= _LINE_EVERY_S or done >= total:
+            last = now
+            speed = (done - first) / max(now - started, 1e-9)
+            left = (total - done) / max(speed, 1.0)
+            click.echo(
+                f"{title}: {format_size(done)} of {format_size(total)}, {format_size(speed)}/s, {left:.0f} s left",
+                err=True,
+            )
 
     return tell

@@ -164,6 +164,8 @@ def _skip_list(head: str, quantized: Collection[str], left: Sequence[str]) -> tu
     for module in left:
         last = module.rpartition(".")[2]
         entries[module if any(_means(last, other) for other in quantized) else last] = None
+    if "embed_out" in entries:
+        entries["lm_head"] = None  # GPT-NeoX: the name in files, and what transformers 5 calls it once loaded
     for entry in entries:
         for module in quantized:
             if _means(entry, module):

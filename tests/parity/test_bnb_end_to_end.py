@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import QuantState, quantize_4bit
 from peft import LoraConfig
 from torch import Tensor
 from transformers import (
@@ -25,18 +24,22 @@ from transformers import (
     BitsAndBytesConfig,
     LlamaConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     Qwen2Config,
     Qwen3MoeConfig,
 )
 
 import streamconv
 from streamconv.errors import UnsupportedError
-from streamconv.formats import find_weights
 from streamconv.formats.linear import module_of
-from tests.checkpoint.files import index_of
-from tests.formats.stored import decoded
-from tests.parity.opening import logits_differ_by, open_model, relative_difference, tensors
+from tests.parity.opening import (
+    decoded_by_us,
+    dequantized,
+    linear4bit,
+    logits_differ_by,
+    open_model,
+    relative_difference,
+    tensors,
+)
 from tests.tiny import (
     VOCABULARY,
     edit_json,
@@ -129,27 +132,6 @@ def merged(base: Path, adapter: Path, out: Path, **options: Any) -> Path:
 def converted(base: Path, out: Path, **options: Any) -> Path:
     streamconv.convert(str(base), str(out), **options)
     return out
-
-
-def linear4bit(model: PreTrainedModel) -> dict[str, bnb.nn.Linear4bit]:
-    found = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
-    for module in found.values():
-        # Where the CPU has bfloat16 instructions, a forward pass would pack codes anew and multiply otherwise.
-        module.support_avx512bf16_for_cpu = False
-    return found
-
-
-def dequantized(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What bitsandbytes makes of every 4-bit module; before any forward pass."""
-    return {
-        name: dequantize_4bit(module.weight.data, module.weight.quant_state)
-        for name, module in linear4bit(model).items()
-    }
-
-
-def decoded_by_us(folder: Path) -> dict[str, Tensor]:
-    weights = find_weights(index_of(folder))
-    return {module_of(weight.name): decoded(weight) for weight in weights if weight.format in FORMATS}
 
 
 # -- files, skip list and values agree -------------------------------------------------------------------------
@@ -528,9 +510,9 @@ def test_experts_and_routers_stay_in_16_bit(quant: str, tmp_path: Path) -> None:
         attention = {module for module in QUANTIZED if ".self_attn." in module}
         assert set(linear4bit(model)) == attention
         before, after = tensors(base), tensors(out)
-        experts = [key for key in before if ".mlp." in key]
-        assert len(experts) == 2 * (4 * 3 + 1)
-        assert all(torch.equal(before[key], after[key]) for key in experts)
+        left = [key for key in before if ".mlp." in key]
+        assert len(left) == 2 * (4 * 3 + 1)
+        assert all(torch.equal(before[key], after[key]) for key in left)
         dense = open_model(converted(out, tmp_path / f"dense of {source.name}", quant="none"))
         assert logits_differ_by(model, logits(dense)) < 1e-6
 
