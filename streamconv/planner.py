@@ -99,12 +99,12 @@ def _resolve_quant(base: Base, options: MergeOptions) -> tuple[Format | None, Dt
     dtype = None if dtype_name == "auto" else DENSE[dtype_name]
     if name == "keep":
         name = base.quantized or "none"
-    if name == "none":
         if name != "none" and name not in FORMATS:
             raise UnsupportedError(
                 f"{base.index.storage.location}: its weights are {name}, which is read but not written; choose "
                 f"--quant none or one of {', '.join(FORMATS)}"
             )
+    if name == "none":
         return None, dtype
     if name not in FORMATS:
         raise OptionError(
@@ -247,12 +247,12 @@ def _choose_quantized(
     if dense:  # exactly these: a plain pattern would mean all that lies below them, too
         ignore.append(f"re:(?:{'|'.join(map(re.escape, sorted(dense)))})$")
     selection = select({name: weight.shape for name, weight in weights.items()}, base.index.config, ignore)
-    return frozenset(selection.quantized), selection.skipped
     if not selection.quantized:
         raise OptionError(
             f"--quant {result.quant.name} would quantize nothing: {base.index.storage.location} has no linear "
             "weights that a loader would quantize, or --ignore names them all; leave --quant out"
         )
+    return frozenset(selection.quantized), selection.skipped
 
 
 def _check_ignore(patterns: Sequence[str], weights: Mapping[str, Weight]) -> None:
@@ -286,7 +286,11 @@ def _steps(
         is_rounded = name in seen_by_training and weight is base.weights[name]
         if is_rounded and result.merge_base is not None:
             merge_base = result.merge_base.encoder(name, weight.shape, weight.dtype)
-        steps += _weight_steps(name, weight, updates.get(name, ()), encoder, merge_base, result)
+        found = _weight_steps(name, weight, updates.get(name, ()), encoder, merge_base, result)
+        steps += found
+        steps += [
+            constant for step in found if isinstance(step, Rewrite) for constant in step.encoder.constants
+        ]
     return steps
 
 
@@ -309,7 +313,8 @@ def _weight_steps(
     changes = bool(updates) or merge_base is not None
     if encoder is None or (not changes and (encoder.format, encoder.dtype) == (weight.format, weight.dtype)):
         main = weight.parts[weight.decoder.main].name
-        return [Copy(name + part.name.removeprefix(main), part) for part in weight.parts.values()]
+        # Only a weight of one part is ever stored under another name than the base's.
+        return [Copy(name if part.name == main else part.name, part) for part in weight.parts.values()]
     if merge_base is not None and any(update.reduces for update in updates):
         raise UnsupportedError(
             f"{name}: this update needs a pass over the whole weight, and so does --merge-base {merge_base.format}; "

@@ -27,7 +27,7 @@ from transformers import BitsAndBytesConfig
 from streamconv.dtypes import BF16, DENSE, F16
 from streamconv.formats import FORMATS
 from streamconv.formats.bnb_4bit import DYNAMIC
-from streamconv.grids import FP4, NF4, Grid, divide_by_scales
+from streamconv.grids import FP4, NF4, TableGrid, divide_by_scales
 from streamconv.rounding import ROUNDINGS, Context
 from tests.formats.stored import (
     SHAPES,
@@ -51,7 +51,7 @@ every_table = pytest.mark.parametrize("table", GRIDS)
 every_name = pytest.mark.parametrize("name", ["nf4", "nf4-dq", "fp4", "fp4-dq"])
 
 
-def midpoints(grid: Grid) -> Tensor:
+def midpoints(grid: TableGrid) -> Tensor:
     values = torch.tensor(sorted(set(grid.values)))
     return (values[1:] + values[:-1]) / 2
 
