@@ -370,7 +370,7 @@ def _generated(prepared: Prepared, hashes: Mapping[str, str], kept: Kept | None)
         CONFIG: config,
     }
     if prepared.job.card:
-        contents["README.md"] = model_card(plan, base.index.storage, prepared.adapter_storage, kept)
+        contents["README.md"] = model_card(plan, base.index, prepared.adapter_storage, prepared.copied, kept)
     return {name: contents[name] for name in prepared.generated}
 
 

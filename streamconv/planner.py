@@ -51,9 +51,10 @@ def build_plan(base: Base, adapter: Adapter | None, options: MergeOptions, devic
     """Everything a run will do. Raises InputError, ResourceError where it could not succeed."""
     result = _resolve(base, adapter, options)
     replaces = {replace.parameter: replace for replace in (adapter.replaces if adapter else ())}
+    updates = _updates_by_parameter(adapter)
+    _check_unknown_tie(base, (*replaces, *updates))
     weights = _output_weights(base, adapter, replaces)
     quantized, skipped = _choose_quantized(base, weights, replaces, result, options)
-    updates = _updates_by_parameter(adapter)
     steps = _steps(base, weights, updates, quantized, result)
     shards = lay_out(_split(base, steps, result, options))
     return Plan(
@@ -409,6 +410,29 @@ def find_embedding(weights: Iterable[str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
+def _check_unknown_tie(base: Base, touched: Iterable[str]) -> None:
+    """Raise UnsupportedError where the adapter changes what may be tied, and what is tied to what is not known."""
+    if find_embedding(base.weights) is not None or True not in _declared_ties(base.index.config):
+        return
+    sizes = {level.get("vocab_size") for level in _levels(base.index.config)}
+    for name in touched:
+        weight = base.weights.get(name)
+        if weight is not None and len(weight.shape) == 2 and weight.shape[0] in sizes:
+            raise UnsupportedError(
+                f"the adapter changes {name}, and the base ties its embeddings, but which tensors it ties is not known "
+                f"for the model type {base.index.config.get('model_type')!r}; merge it with PEFT's merge_and_unload"
+            )
+
+
+def _levels(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    text = config.get("text_config")
+    return [config, text] if isinstance(text, Mapping) else [config]
+
+
+def _declared_ties(config: Mapping[str, Any]) -> list[Any]:
+    return [level.get("tie_word_embeddings") for level in _levels(config)]
+
+
 def find_tie(weights: Mapping[str, Weight], config: Mapping[str, Any]) -> Tie | None:
     """Embedding and head that share one tensor, or None.
 
@@ -417,8 +441,7 @@ def find_tie(weights: Mapping[str, Weight], config: Mapping[str, Any]) -> Tie | 
     """
     embedding = find_embedding(weights)
     head = next((name for name in _HEADS if name in weights), None)
-    text = config.get("text_config")
-    declared = [level.get("tie_word_embeddings") for level in (config, text) if isinstance(level, Mapping)]
+    declared = _declared_ties(config)
     if embedding is None or False in declared:
         return None
     architectures = [str(name) for name in config.get("architectures") or ()]

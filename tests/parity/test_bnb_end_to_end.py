@@ -8,6 +8,7 @@ That target is streamconv's own float32 output, which other tests hold against P
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -515,6 +516,59 @@ def test_experts_and_routers_stay_in_16_bit(quant: str, tmp_path: Path) -> None:
         assert all(torch.equal(before[key], after[key]) for key in left)
         dense = open_model(converted(out, tmp_path / f"dense of {source.name}", quant="none"))
         assert logits_differ_by(model, logits(dense)) < 1e-6
+
+
+def test_ignored_modules_stay_in_16_bit_in_every_shard(
+    bases: dict[str, Path], adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    out = merged(
+        bases["llama"],
+        adapters["llama"],
+        tmp_path / "out",
+        quant="nf4-dq",
+        ignore=["down_proj", "layers.0.self_attn", "re:.*1.*v_proj$"],
+        max_shard_size="8KB",
+    )
+    assert len(list(out.glob("*.safetensors"))) > 3
+    model = open_model(out)
+    spared = {module for module in QUANTIZED if "down_proj" in module or "layers.0.self_attn" in module}
+    assert set(linear4bit(model)) == QUANTIZED - spared - {"model.layers.1.self_attn.v_proj"}
+    dense = open_model(converted(out, tmp_path / "dense", quant="none"))
+    assert logits_differ_by(model, logits(dense)) < 1e-6
+
+
+@pytest.mark.parametrize("quant", FORMATS)
+def test_a_tied_head_parts_from_a_quantized_base(quant: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    base = bases[f"tied {quant}"]
+    config = LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    adapter = save_adapter(tmp_path / "adapter", base, config)
+    linear4bit(adapter.live)
+    model = open_model(merged(base, adapter.path, tmp_path / "out"))
+    assert set(linear4bit(model)) == QUANTIZED
+    assert not model.config.tie_word_embeddings
+    # float16 logits: the live model rounds base and update apart
+    assert logits_differ_by(model, adapter.logits()) < 2e-3
+
+
+# -- verify ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_result_is_verified_to_the_byte(
+    way: str, bases: dict[str, Path], adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    out = made(way, "nf4-dq", bases, "llama", adapters["llama"], tmp_path / "out")
+    source = WAYS[way][0].format(base="llama", quant="nf4-dq", other="nf4")
+    base, adapter = str(bases[source]), str(adapters["llama"])
+    assert streamconv.verify(str(out), full=True, base=base, adapter=adapter).exact
+    (shard,) = out.glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(streamconv.VerificationError, match=re.escape(shard.name)):
+        streamconv.verify(str(out))
+    with pytest.raises(streamconv.VerificationError, match=re.escape(shard.name)):
+        streamconv.verify(str(out), full=True, base=base, adapter=adapter)
 
 
 # -- the measured share ------------------------------------------------------------------------------------------

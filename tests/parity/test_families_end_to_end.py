@@ -23,6 +23,7 @@ from transformers import (
     GPTNeoConfig,
     GPTNeoXConfig,
     GraniteConfig,
+    MambaConfig,
     MistralConfig,
     MptConfig,
     Olmo2Config,
@@ -141,3 +142,11 @@ def test_4_bit_files_load_as_the_values_we_decode(
     assert all(torch.equal(found[module].float(), values) for module, values in expected.items())
     streamconv.convert(str(tmp_path / "out"), str(tmp_path / "dense"), quant="none")
     assert logits_differ_by(model, logits(open_model(tmp_path / "dense"))) < 1e-6
+
+
+def test_an_embedding_that_may_be_tied_to_something_is_refused(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", MambaConfig(**{"state_size": 4} | SIZES))
+    lora = LoraConfig(r=4, target_modules=["x_proj"], modules_to_save=["embeddings"], task_type="CAUSAL_LM")
+    adapter = save_adapter(tmp_path / "adapter", base, lora)
+    with pytest.raises(streamconv.UnsupportedError, match=r"backbone\.embeddings\.weight.*'mamba'"):
+        streamconv.merge(str(base), str(adapter.path), str(tmp_path / "out"))
