@@ -23,6 +23,7 @@ from streamconv.cells import KeptDelta, WeightWork, Workers
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.devices import Device
 from streamconv.errors import Stopped
+from streamconv.formats.base import Constant
 from streamconv.layout import Placed
 from streamconv.plan import BUFFERS, WEIGHTS_HELD, Access, Copy, Plan, Rewrite, ShardPlan, Step, tile_rows
 
@@ -130,7 +131,7 @@ class _EndWeight:
 
 @dataclass(frozen=True, slots=True)
 class _Small:
-    """A weight's parts after the main one."""
+    """Tensors written as they are: a weight's parts after the main one, or one that is constant."""
 
     parts: tuple[bytes, ...]
 
@@ -147,7 +148,7 @@ class _End:
     halted: bool = False
 
 
-_Read = _BeginShard | _EndShard | _Chunk | _BeginWeight | _Tile | _EndWeight | _End
+_Read = _BeginShard | _EndShard | _Chunk | _Small | _BeginWeight | _Tile | _EndWeight | _End
 _Write = _BeginShard | _EndShard | _Chunk | _Small | _Boundary | _End
 
 
@@ -259,6 +260,8 @@ class _Run:
             case Rewrite() as step:
                 assert start <= placed.offset, "a run goes on from a weight's beginning"
                 self._read_weight(reader, step)
+            case Constant() as step:
+                self.to_compute.put(_Small((step.content,)))
             case _:
                 assert_never(placed.step)
 
@@ -315,6 +318,9 @@ class _Run:
                     self.to_writer.put(message)
                     self.to_writer.put(_Boundary({}))
                     self.on_progress(message.nbytes)
+                case _Small(parts):
+                    self._write_small(parts)
+                    self.to_writer.put(_Boundary({}))
                 case _BeginWeight():
                     weight = _Weight(message, self.device, self.plan.options.seed, self.workers)
                 case _Tile():
@@ -350,9 +356,12 @@ class _Run:
     def _end_weight(self, weight: _Weight) -> None:
         parts, kept = weight.work.finish()
         if parts:
-            self.to_writer.put(_Small(parts))
-            self.on_progress(sum(map(len, parts)))
+            self._write_small(parts)
         self.to_writer.put(_Boundary({} if kept is None else {weight.step.name: kept}))
+
+    def _write_small(self, parts: tuple[bytes, ...]) -> None:
+        self.to_writer.put(_Small(parts))
+        self.on_progress(sum(map(len, parts)))
 
     # -- writer thread -------------------------------------------------------------------------------------
 

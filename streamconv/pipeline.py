@@ -401,7 +401,7 @@ def _compute_dtype(prepared: Prepared) -> Dtype:
     quantization = config.get("quantization_config") or {}
     names = (
         prepared.plan.dtype,
-        quantization.get("bnb_4bit_compute_dtype"),
+        quantization.get("bnb_4bit_compute_dtype") if quantization.get("load_in_4bit") else None,
         config.get("dtype"),
         config.get("torch_dtype"),
         text.get("dtype"),

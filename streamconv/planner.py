@@ -287,7 +287,11 @@ def _steps(
         is_rounded = name in seen_by_training and weight is base.weights[name]
         if is_rounded and result.merge_base is not None:
             merge_base = result.merge_base.encoder(name, weight.shape, weight.dtype)
-        steps += _weight_steps(name, weight, updates.get(name, ()), encoder, merge_base, result)
+        found = _weight_steps(name, weight, updates.get(name, ()), encoder, merge_base, result)
+        steps += found
+        steps += [
+            constant for step in found if isinstance(step, Rewrite) for constant in step.encoder.constants
+        ]
     return steps
 
 
@@ -310,7 +314,8 @@ def _weight_steps(
     changes = bool(updates) or merge_base is not None
     if encoder is None or (not changes and (encoder.format, encoder.dtype) == (weight.format, weight.dtype)):
         main = weight.parts[weight.decoder.main].name
-        return [Copy(name + part.name.removeprefix(main), part) for part in weight.parts.values()]
+        # Only a weight of one part is ever stored under another name than the base's.
+        return [Copy(name if part.name == main else part.name, part) for part in weight.parts.values()]
     if merge_base is not None and any(update.reduces for update in updates):
         raise UnsupportedError(
             f"{name}: this update needs a pass over the whole weight, and so does --merge-base {merge_base.format}; "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
+from streamconv.formats.base import Constant
 from streamconv.plan import Copy, Rewrite, ShardPlan, Step, tile_rows
 from streamconv.sizes import format_size
 
@@ -60,21 +61,27 @@ def _shard(shard: ShardPlan, buffer: int) -> dict[str, Any]:
 
 
 def _step(step: Step, buffer: int) -> dict[str, Any]:
-    if isinstance(step, Copy):
-        return {"action": "copy"}
-    return {
-        "action": "rewrite",
-        "access": step.access.value,
-        "updates": len(step.updates),
-        "tiles": -(-step.rows // tile_rows(step, buffer)),
-    }
+    match step:
+        case Copy():
+            return {"action": "copy"}
+        case Constant():
+            return {"action": "constant"}
+        case Rewrite():
+            return {
+                "action": "rewrite",
+                "access": step.access.value,
+                "updates": len(step.updates),
+                "tiles": -(-step.rows // tile_rows(step, buffer)),
+            }
+        case _:
+            assert_never(step)
 
 
 def plan_as_text(prepared: Prepared) -> str:
     """One page for people."""
     plan = prepared.plan
     steps = [placed.step for shard in plan.shards for placed in shard.steps]
-    rewritten = sum(isinstance(step, Rewrite) for step in steps)
+    rewritten, copied = (sum(isinstance(step, kind) for step in steps) for kind in (Rewrite, Copy))
     adapted = ", ".join(f"{count} {name}" for name, count in sorted(plan.adapted.items()))
     lines = [
         ("base", prepared.job.base),
@@ -83,7 +90,7 @@ def plan_as_text(prepared: Prepared) -> str:
         ("replaced", ", ".join(plan.replaced) or "-"),
         ("output", f"{plan.quant or plan.dtype or 'dtype of the base'}, {format_size(plan.size)}"),
         ("target", plan.target.reason),
-        ("weights", f"{rewritten} rewritten, {len(steps) - rewritten} tensors copied"),
+        ("weights", f"{rewritten} rewritten, {copied} tensors copied"),
         (
             "memory",
             f"{format_size(plan.memory.ram)} RAM, {format_size(plan.memory.vram)} on {plan.device.name}",

@@ -251,7 +251,7 @@ CASES: dict[str, Case] = {
         OptionError, ("--rounding up", "use auto"), options={"quant": "nf4", "rounding": "up"}
     ),
     "merge base unknown": Case(
-        OptionError, ("--merge-base fp4", "use original"), options={"merge_base": "fp4"}
+        OptionError, ("--merge-base fp8", "use original"), options={"merge_base": "fp8"}
     ),
     "dtype unknown": Case(OptionError, ("--dtype bf16", "use auto, float32"), options={"dtype": "bf16"}),
     "quant against dtype": Case(
