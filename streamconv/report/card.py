@@ -6,9 +6,7 @@ is inherited, since that is what readers look for first.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -16,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from streamconv.plan import Plan
 from streamconv.report.result import Kept
 from streamconv.sizes import format_size
-from streamconv.storage.base import Storage
+from streamconv.storage.base import Origin, Storage
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
 _MAX_CARD_BYTES = 2 * 10**6
@@ -24,19 +22,10 @@ _MAX_HEAD_BYTES = 64 * 2**10
 _MAX_NAMES = 1000
 
 
-def hub_id(location: str) -> str | None:
-    """The Hub id of a snapshot in the Hub's cache (`models--org--name/snapshots/…`); None for other folders."""
-    for part in Path(location).resolve().parts:
-        match = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part)
-        if match:
-            return f"{match[1]}/{match[2]}"
-    return None
-
-
 def model_card(plan: Plan, base: Storage, adapter: Storage | None, kept: Kept | None) -> bytes:
     """README.md of the output."""
-    sources = [hub_id(storage.location) for storage in (base, adapter) if storage is not None]
-    base_models = [name for name in sources if name]
+    origins = [storage.origin for storage in (base, adapter) if storage is not None]
+    base_models = [origin.repo for origin in origins if origin is not None]
     tags = ["streamconv", *(["merge", "lora"] if adapter else [])]
     if plan.quant:
         tags += ["4-bit", "bitsandbytes"]
@@ -47,7 +36,7 @@ def model_card(plan: Plan, base: Storage, adapter: Storage | None, kept: Kept | 
         base_model_relation=("quantized" if plan.quant else "finetune") if base_models else None,
         **_inherited(base),
     )
-    text = f"---\n{data.to_yaml()}\n---\n\n{_body(plan, adapter is not None, kept)}"
+    text = f"---\n{data.to_yaml()}\n---\n\n{_body(plan, base.origin, adapter, kept)}"
     return str(ModelCard(text, ignore_metadata_errors=True)).encode()
 
 
@@ -71,7 +60,8 @@ def _is_plain(value: object) -> bool:
     return len(items) <= _MAX_NAMES and all(isinstance(item, str) and item for item in items)
 
 
-def _body(plan: Plan, merged: bool, kept: Kept | None) -> str:
+def _body(plan: Plan, base: Origin | None, adapter: Storage | None, kept: Kept | None) -> str:
+    merged = adapter is not None
     title = "Merged model" if merged else "Converted model"
     lines = [f"# {title}", ""]
     if merged:
@@ -86,6 +76,9 @@ def _body(plan: Plan, merged: bool, kept: Kept | None) -> str:
         "|---|---|",
         f"| weights | {plan.quant or plan.dtype or 'dtype of the base'}, {format_size(plan.size)} |",
     ]
+    for role, origin in (("base", base), ("adapter", adapter.origin if adapter else None)):
+        if origin is not None:
+            lines.append(f"| {role} | {origin.repo} at commit {origin.commit} |")
     if merged:
         lines.append(f"| target | {plan.target.reason} |")
     if plan.rounding:
