@@ -542,6 +542,8 @@ def push_command(out: str, repo: str, as_json: bool, quiet: bool, **given: Any) 
     target = parse_target(
         repo, given["private"], given["create_pr"], given["commit_message"], given["push_revision"]
     )
+    if quiet:
+        _hush_hub()
     pushed = _push(out, target, quiet)
     if as_json:
         click.echo(json.dumps(asdict(pushed), indent=1))
@@ -630,6 +632,8 @@ def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, q
 
     from streamconv.pipeline import output_folder, prepare, run
 
+    if quiet:
+        _hush_hub()
     folder = output_folder(out)
     target = _push_target(given["push_to"], given)
     if target is not None:
@@ -653,6 +657,13 @@ def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, q
         _show_pushed(pushed)
 
 
+def _hush_hub() -> None:
+    """huggingface_hub tells of its retries on stderr, which is good to know, but not where quiet was asked for."""
+    from huggingface_hub.utils import logging as hub_logging
+
+    hub_logging.set_verbosity(hub_logging.ERROR)
+
+
 def _check_target(target: Target) -> None:
     """Refuse before the work what would be refused after it."""
     from streamconv.report.result import MANIFEST
@@ -673,7 +684,7 @@ def _push(out: str, target: Target, quiet: bool) -> Pushed:
     from streamconv.pipeline import push_output
 
     with _progress("verify", quiet) as on_progress:
-        return push_output(out, target, not quiet, on_progress)
+        return push_output(out, target, not quiet and sys.stderr.isatty(), on_progress)
 
 
 def _show_plan(prepared: Prepared, out: str | None, as_json: bool, quiet: bool) -> None:

@@ -67,6 +67,8 @@ class Hub:
     before: Callable[[Request], None] = lambda _: None
     role: str = "write"
     delay_s: float = 0
+    ranges: bool = True
+    cut_at: int | None = None  # end the next answer after so many bytes of its content
 
     def add(self, repo: str, folder: Path, prefix: str = "", **settings: Any) -> str:
         """A repository with the files of a folder."""
@@ -174,8 +176,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(raw)))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(raw)
+        if self.command == "HEAD":
+            return
+        cut, self.hub.cut_at = self.hub.cut_at, None
+        self.wfile.write(raw[:cut])
+        self.close_connection = self.close_connection or cut is not None
 
     def find(self, repo: str, revision: str) -> tuple[Repo, str] | None:
         """Repository and commit; None after an error was answered."""
@@ -214,6 +219,22 @@ class Handler(BaseHTTPRequestHandler):
             {"id": repo, "sha": commit, "private": state.private, "gated": state.gated, "siblings": siblings}
         )
 
+    def tree(self, repo: str, revision: str) -> None:
+        if (found := self.find(repo, revision)) is None:
+            return
+        entries = []
+        for name, content in found[0].commits[found[1]].items():
+            entry: dict[str, Any] = {
+                "type": "file",
+                "path": name,
+                "size": len(content),
+                "oid": git_id(content),
+            }
+            if is_large(name):
+                entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 130}
+            entries.append(entry)
+        self.answer(entries)
+
     def resolve(self, repo: str, revision: str, name: str) -> None:
         if (found := self.find(repo, revision)) is None:
             return
@@ -228,7 +249,7 @@ class Handler(BaseHTTPRequestHandler):
         etag = sha256(content) if is_large(name) else git_id(content)
         headers = {"ETag": f'"{etag}"', "X_Repo_Commit": commit, "Accept_Ranges": "bytes"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked is None:
+        if asked is None or not self.hub.ranges:
             self.send(content, 200, headers)
             return
         start, end = int(asked[1]), min(int(asked[2] or len(content) - 1), len(content) - 1)
@@ -313,6 +334,7 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", r"/api/validate-yaml", Handler.validate_yaml),
     ("GET", rf"/api/models/{_REPO}/revision/(?P<revision>.+)", Handler.info),
     ("GET", rf"/api/models/{_REPO}", Handler.info),
+    ("GET", rf"/api/models/{_REPO}/tree/(?P<revision>[^/]+)", Handler.tree),
     ("POST", rf"/api/models/{_REPO}/branch/(?P<name>.+)", Handler.branch),
     ("POST", rf"/api/models/{_REPO}/preupload/(?P<revision>.+)", Handler.preupload),
     ("POST", rf"/api/models/{_REPO}/commit/(?P<revision>.+)", Handler.make_commit),

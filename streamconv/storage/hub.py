@@ -178,6 +178,8 @@ def parse_hub_id(location: str, revision: str | None) -> tuple[str, str]:
 
 
 def _parse_uri(location: str) -> tuple[str, str | None]:
+    if location.startswith(f"{HF}/"):  # the library would read hf:///etc/x as the model etc/x
+        raise HfUriError(location, "It begins with a slash.")
     found = parse_hf_uri(location)
     if found.type != "model":
         raise HfUriError(location, f"It names a {found.type}, not a model.")

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
@@ -108,6 +108,9 @@ def check_target(target: Target, manifest_name: str) -> Remote:
     Changes nothing, so it is asked before hours of merging, too. Another model's files are not written over unless
     `manifest_name` shows them to be an output of ours, or a pull request leaves the decision to people.
     """
+    if get_token() is None:
+        raise HubError(f"{target.repo}: to push, log in with `hf auth login`, or set HF_TOKEN")
+    remote = _look(target)
     with hub_errors(target.repo, target.revision):
         role = (HfApi().whoami().get("auth") or {}).get("accessToken", {}).get("role")
     if role == "read":
@@ -115,7 +118,6 @@ def check_target(target: Target, manifest_name: str) -> Remote:
             f"{target.repo}: the token in use may only read; make one that may write at"
             f" {constants.ENDPOINT}/settings/tokens and log in with `hf auth login`"
         )
-    remote = _look(target)
     if remote.exists and target.private is not None and remote.private is not target.private:
         found, wanted = ("private", "--public") if remote.private else ("public", "--private")
         raise OutputError(
