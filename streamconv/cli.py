@@ -494,7 +494,9 @@ def _fact(key: str, value: Any) -> str:
         help="Compute the result again from --base and --adapter, and compare.",
     ),
     _base(allow_from_autoenv=False, help="The base it was made from; for --full."),
+    _base_revision,
     _adapter(allow_from_autoenv=False, help="The adapter it was made from; for --full."),
+    _adapter_place,
     _option(
         _RESOURCES,
         "--device",
@@ -504,16 +506,14 @@ def _fact(key: str, value: Any) -> str:
     ),
     _show,
 )
-def verify_command(
-    out: str, full: bool, base: str | None, adapter: str | None, device: str, as_json: bool, quiet: bool
-) -> None:
+def verify_command(out: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Recheck a finished output against its streamconv.json: sizes, hashes, layout."""
     from dataclasses import asdict
 
     from streamconv.pipeline import verify
 
     with _progress("verify", quiet) as on_progress:
-        checked = verify(out, full=full, base=base, adapter=adapter, device=device, on_progress=on_progress)
+        checked = verify(out, on_progress=on_progress, **given)
     if as_json:
         click.echo(json.dumps(asdict(checked)))
     elif not quiet:
@@ -683,7 +683,7 @@ def _fetch(prepared: Prepared, out: Path, quiet: bool) -> None:
 def _push(out: str, target: Target, quiet: bool) -> Pushed:
     from streamconv.pipeline import push_output
 
-    with _progress("verify", quiet) as on_progress:
+    with _on_signals(_leave), _progress("verify", quiet) as on_progress:
         return push_output(out, target, not quiet and sys.stderr.isatty(), on_progress)
 
 
@@ -736,12 +736,25 @@ def _stop_on_signals() -> Iterator[StopRequest]:
         stop.signal_number = number
         os.write(2, b"\nstopping; everything finished is kept\n")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _on_signals(ask):
         yield stop
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End an upload at once: huggingface_hub would first wait for all its threads, and there is nothing to save."""
+    del frame
+    os.write(2, b"\nstopped; the same command goes on\n")
+    os._exit(128 + number)
+
+
+@contextmanager
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, found in before.items():
+            signal.signal(number, found)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -512,6 +512,9 @@ def verify(
     full: bool = False,
     base: Folder | None = None,
     adapter: Folder | None = None,
+    base_revision: str | None = None,
+    adapter_revision: str | None = None,
+    adapter_subfolder: str | None = None,
     device: str = "auto",
     on_progress: OnProgress = _quiet,
 ) -> Verified:
@@ -532,7 +535,15 @@ def verify(
     if base is None:
         return checked
     found = _fingerprint(fspath(out))
-    again = prepare(_job_of(found, fspath(base), None if adapter is None else fspath(adapter), device))
+    job = _job_of(found, fspath(base), None if adapter is None else fspath(adapter), device)
+    again = prepare(
+        replace(
+            job,
+            base_revision=base_revision,
+            adapter_revision=adapter_revision,
+            adapter_subfolder=adapter_subfolder,
+        )
+    )
     _check_inputs(found, again, folder)
     for storage, files in again.downloads():
         storage.fetch(files, lambda _: None)
@@ -626,13 +637,23 @@ def _check_inputs(found: Mapping[str, Any], again: Prepared, out: Path) -> None:
     """Raise InputError unless base and adapter are those of the fingerprint `found`."""
     now = again.plan.fingerprint
     if found["adapter"] != now["adapter"]:
-        raise InputError(f"--adapter {again.job.adapter} is not the one {out} was made with; give that one")
+        raise InputError(
+            f"--adapter {again.job.adapter} is not the one {out} was made with; give {_recorded(found, 'adapter')}"
+        )
     shards = [
         {name: (shard["size"], shard["header"]) for name, shard in fingerprint["base"].items()}
         for fingerprint in (found, now)
     ]
     if shards[0] != shards[1]:
-        raise InputError(f"--base {again.job.base} is not the model {out} was made from; give that one")
+        raise InputError(
+            f"--base {again.job.base} is not the model {out} was made from; give {_recorded(found, 'base')}"
+        )
+
+
+def _recorded(found: Mapping[str, Any], role: str) -> str:
+    """An input by its Hub id and commit, where the fingerprint has them."""
+    origins = found.get("from")
+    return str((origins.get(role) if isinstance(origins, dict) else None) or "that one")
 
 
 _ENVIRONMENT = ("streamconv", "torch", "machine", "device")

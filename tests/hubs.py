@@ -29,13 +29,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         close_session()
 
 
-def environment(hub: Hub, home: Path, **settings: str) -> dict[str, str]:
-    """What a child process needs to use the stub."""
+def environment(hub: Hub, folder: Path) -> dict[str, str]:
+    """What a child process needs to use the stub, and the cache that `hub` has under `folder`."""
     mine = {name: text for name, text in os.environ.items() if not name.startswith(("HF_", "STREAMCONV_"))}
     return mine | {
         "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home),
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_CACHE": str(folder / "cache"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": TOKEN,
-        **settings,
     }
