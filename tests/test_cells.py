@@ -179,6 +179,22 @@ def test_nearest_rounding_onto_the_bases_own_grid_loses_a_small_update(
     assert stochastic.kept_delta > 0.8
 
 
+def test_equal_cells_are_rounded_with_noise_of_their_own(inputs: Inputs, tmp_path: Path) -> None:
+    weight = "model.layers.0.mlp.up_proj.weight"
+    base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
+    edit_tensors(
+        base / "model.safetensors", put={weight: torch.linspace(-1, 1, 96).bfloat16().repeat(200, 1)}
+    )
+    adapter = write_adapter(tmp_path / "adapter", SIZES.shapes, targets=("up_proj",))
+    parts = load_file(adapter / "adapter_model.safetensors")
+    (left,) = (name for name in parts if name.endswith("lora_B.weight"))
+    edit_tensors(adapter / "adapter_model.safetensors", put={left: parts[left][:1].repeat(200, 1)})
+    merge(base, adapter, tmp_path / "out", quant="nf4", rounding="stochastic")
+    codes = load_file(tmp_path / "out" / "model.safetensors")[weight].view(200, 48)
+    assert not torch.equal(codes[:64], codes[64:128])
+    assert not torch.equal(codes[0], codes[1])
+
+
 # -- values that are not finite ----------------------------------------------------------------------------------
 
 

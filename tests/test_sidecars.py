@@ -81,6 +81,8 @@ def names(
 
 def test_just_the_listed_files_are_copied(base: Path) -> None:
     assert names(base) == COPIED
+    (base / "tokenizer_config.json").unlink()
+    assert names(base) == COPIED - {"tokenizer_config.json"}
 
 
 @pytest.mark.parametrize("where", ["config", "tokenizer"])
@@ -186,6 +188,8 @@ def test_a_tokenizer_that_is_not_there(base: Path, adapter: Path) -> None:
         choose_tokenizer("auto", *stores, True)
     with pytest.raises(InputError, match=r"--tokenizer adapter .*adapter holds no tokenizer files"):
         choose_tokenizer("adapter", *stores, False)
+    with pytest.raises(OptionError, match="--tokenizer mine is not known; use one of auto, base, adapter"):
+        choose_tokenizer("mine", *stores, False)
     with pytest.raises(OptionError, match="--tokenizer adapter was asked for, but there is no adapter"):
         choose_tokenizer("adapter", stores[0], None, False)
 

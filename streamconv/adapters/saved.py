@@ -1,8 +1,8 @@
 """Whole parameters in an adapter (`modules_to_save`), and what becomes of tied embeddings.
 
 Keys: `lm_head.weight` as PEFT saves them; `lm_head.modules_to_save.weight` and
-`lm_head.modules_to_save.default.weight` as dumps of a training state dict have them. Beside a LoRA on the
-head PEFT also saves `lm_head.base_layer.weight`, the weight trained on. After the vocabulary was resized it saves
+`lm_head.modules_to_save.default.weight` as dumps of a training state dict have them. Beside a LoRA on the head PEFT
+also saves `lm_head.base_layer.weight`, the weight trained on, and its bias. After the vocabulary was resized it saves
 all that lies below a saved embedding: `lm_head.modules_to_save.weight` again, and the untrained
 `lm_head.original_module.weight`, which nothing uses (`peft/utils/save_and_load.py`).
 """
@@ -20,7 +20,7 @@ from streamconv.errors import AdapterError, UnsupportedError
 
 _SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save(\.default)?\.(?P<rest>.+)")
 _ORIGINAL = re.compile(r"(?P<module>.+?)\.original_module\.(?P<rest>.+)")
-_BASE_LAYER = ".base_layer.weight"
+_BASE_LAYER = re.compile(r"(?P<module>.+)\.base_layer\.(?P<rest>weight|bias)")
 # PEFT lists both for every classification task; a model has one of them (`peft/peft_model.py`).
 _CLASSIFIERS = frozenset({"classifier", "score"})
 
@@ -49,9 +49,10 @@ def read_saved(
                 )
             repeated.add(key)
             continue
-        if parameter in updated and not key.endswith(_BASE_LAYER):
+        is_base_layer = _BASE_LAYER.fullmatch(key) is not None
+        if parameter in updated and not is_base_layer:
             raise AdapterError(f"{source.location}: {key} replaces {parameter}, which also has an update")
-        _check_shape(tensor, base.get(parameter, tensor.name), key.endswith(_BASE_LAYER))
+        _check_shape(tensor, base.get(parameter, tensor.name), is_base_layer)
         found[parameter] = Replace(parameter, tensor)
     for key in keys:
         original = _ORIGINAL.fullmatch(key)
@@ -126,9 +127,10 @@ def _parameter(key: str, names: tuple[str, ...], updated: Collection[str]) -> st
     spelled = _SAVED.fullmatch(key)
     if spelled:
         return f"{spelled['module']}.{spelled['rest']}"
-    if key.endswith(_BASE_LAYER):
-        parameter = key.removesuffix(_BASE_LAYER) + ".weight"
-        return parameter if parameter in updated else None
+    under = _BASE_LAYER.fullmatch(key)
+    if under:
+        is_adapted = f"{under['module']}.weight" in updated
+        return f"{under['module']}.{under['rest']}" if is_adapted else None
     return key if _is_inside(key, names) else None
 
 

@@ -1,7 +1,7 @@
 """The numbers of one run, and the manifest `streamconv.json` that is stored beside the weights.
 
-The manifest holds nothing that changes from run to run (no time, no path), so that equal inputs and options give
-equal folders. It is what `streamconv verify` checks an output against.
+The manifest holds nothing that changes from run to run (no path, no time but those of the base's files), so that
+equal inputs and options give equal folders. It is what `streamconv verify` checks an output against.
 """
 
 from __future__ import annotations

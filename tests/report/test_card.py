@@ -16,10 +16,11 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import streamconv
-from tests.tiny import VOCABULARY, llama_config, logits, save_adapter, save_base
+from tests.parity.opening import tensors
+from tests.tiny import VOCABULARY, edit_json, llama_config, logits, save_adapter, save_base
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
 BASE_CARD = """\
@@ -111,7 +112,7 @@ def test_licence_and_language_are_inherited_and_nothing_else(folder: Path, tmp_p
         "self: 3",
         "license: 2024-99-99",
         "license: {deep: [er]}\nlanguage: [[en]]",
-        "a: " + "[" * 5000,
+        "a: " + "[" * 600,
         "a: &a [x,x]\n"
         + "".join(f"a{i}: &a{i} [{', '.join(['*a'] * 9)}]\n" for i in range(3))
         + "datasets: [*a2]",
@@ -142,7 +143,7 @@ def test_a_card_without_metadata_gives_none(folder: Path, tmp_path: Path, conten
 def test_the_card_says_what_was_done(folder: Path, tmp_path: Path) -> None:
     card = merged(folder, tmp_path / "out", quant="nf4-dq", merge_base="nf4-dq")
     for piece in (
-        "A LoRA adapter on 4 modules (down_proj, q_proj)",
+        "A LoRA adapter that updates 4 modules (down_proj, q_proj) was merged",
         "| weights | nf4-dq, ",
         "as QLoRA training saw it",
         "| rounding | stochastic: ",
@@ -171,19 +172,52 @@ def test_no_card_if_not_wanted(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "README.md").exists()
 
 
+def test_the_card_says_what_was_replaced(folder: Path, tmp_path: Path) -> None:
+    only_head = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    adapter = save_adapter(tmp_path / "adapter", folder / "base", only_head).path
+    streamconv.merge(folder / "base", adapter, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "updates 2 modules (q_proj) and replaces lm_head.weight was merged" in card
+
+
+def run_snippet(out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that the card's one snippet defines, run as written in the folder."""
+    snippets = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    assert len(snippets) == 1
+    monkeypatch.chdir(out)
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings(record=True) as complaints:
+        exec(snippets[0], names)
+    assert not complaints
+    return names
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"quant": "nf4-dq", "merge_base": "nf4-dq"}], ids=["16 bit", "nf4-dq"]
 )
 def test_the_snippet_loads_the_model_as_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str]
 ) -> None:
-    card = merged(folder, tmp_path / "out", **options)
-    snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    assert len(snippets) == 1
-    monkeypatch.chdir(tmp_path / "out")
-    names: dict[str, Any] = {}
-    with warnings.catch_warnings(record=True) as complaints:
-        exec(snippets[0], names)
-    assert not complaints
+    merged(folder, tmp_path / "out", **options)
+    names = run_snippet(tmp_path / "out", monkeypatch)
     assert logits(names["model"].eval()).isfinite().all()
     assert names["tokenizer"].convert_ids_to_tokens([3]) == ["word3"]
+
+
+def test_a_classifier_is_loaded_with_its_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no tokenizer, where there is none."""
+    base = save_base(tmp_path / "base", llama_config(), auto_class=AutoModelForSequenceClassification)
+    streamconv.convert(base, tmp_path / "out")
+    names = run_snippet(tmp_path / "out", monkeypatch)
+    assert torch.equal(names["model"].score.weight, tensors(base)["score.weight"])
+    assert "tokenizer" not in names
+
+
+def test_code_of_its_own_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "inputs"))
+    (copied / "base" / "own.py").write_text("")
+    edit_json(
+        copied / "base" / "config.json", architectures=["Own"], auto_map={"AutoModelForCausalLM": "own.Own"}
+    )
+    card = merged(copied, tmp_path / "out")
+    assert 'AutoModelForCausalLM.from_pretrained(".", dtype="auto", trust_remote_code=True)' in card
