@@ -6,7 +6,7 @@ import filecmp
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -16,9 +16,10 @@ from streamconv.adapters import read_adapter
 from streamconv.adapters.base import Adapter, Parameter
 from streamconv.cells import KeptDelta
 from streamconv.checkpoint.index import read_index
+from streamconv.checkpoint.writer import free_bytes
 from streamconv.devices import resolve_device
 from streamconv.dtypes import BF16, DENSE, Dtype
-from streamconv.errors import InputError, OptionError, OutputError, VerificationError
+from streamconv.errors import InputError, OptionError, OutputError, ResourceError, VerificationError
 from streamconv.executor import StopRequest, run_plan
 from streamconv.formats import FORMATS, find_weights
 from streamconv.journal import Journal, is_owned, is_publishing, remove_leftovers
@@ -41,7 +42,7 @@ from streamconv.sidecars import choose_tokenizer, edit_config, files_to_copy
 from streamconv.sizes import format_size, parse_size
 from streamconv.storage import open_storage
 from streamconv.storage.base import SourceFile, Storage
-from streamconv.storage.local import open_folder
+from streamconv.storage.local import existing_folder, open_folder
 from streamconv.storage.upload import LocalFile, Pushed, Target, check_target, parse_target, upload
 from streamconv.verifier import (
     Verified,
@@ -299,9 +300,26 @@ def fetch(prepared: Prepared, out: Path, on_progress: OnProgress) -> None:
     if _is_finished(prepared, out):
         return
     downloads = prepared.downloads()
+    _check_room(prepared.plan, out, [file for _, files in downloads for file in files])
     meter = _Meter(sum(file.size for _, files in downloads for file in files), on_progress)
     for storage, files in downloads:
         storage.fetch(files, meter.add)
+
+
+def _check_room(plan: Plan, out: Path, downloads: Sequence[SourceFile]) -> None:
+    """Raise ResourceError if the output would not fit beside what is downloaded; of a resumed one, part is there."""
+    if is_owned(out):
+        return
+    place = existing_folder(out)
+    device = place.stat().st_dev
+    on_same_disk = [f for f in downloads if existing_folder(Path(f.path)).stat().st_dev == device]
+    needed = plan.size + sum(file.size for file in on_same_disk)
+    if needed > (free := free_bytes(place)):
+        beside = " with the download, whose cache is on the same disk," if on_same_disk else ""
+        raise ResourceError(
+            f"{out} needs {format_size(needed)}{beside} and its disk has {format_size(free)} free; free some, or choose"
+            " another --out"
+        )
 
 
 def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopRequest) -> Report:

@@ -7,6 +7,7 @@ https://huggingface.co/docs/hub/api. Every request is noted, so that tests can s
 from __future__ import annotations
 
 import base64
+import contextlib
 import fnmatch
 import hashlib
 import json
@@ -179,7 +180,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         cut, self.hub.cut_at = self.hub.cut_at, None
-        self.wfile.write(raw[:cut])
+        with contextlib.suppress(ConnectionError):  # a client that stopped waiting, or was killed
+            self.wfile.write(raw[:cut])
         self.close_connection = self.close_connection or cut is not None
 
     def find(self, repo: str, revision: str) -> tuple[Repo, str] | None:

@@ -18,8 +18,9 @@ from huggingface_hub import ModelCard, constants
 from peft import LoraConfig
 
 import streamconv
+from streamconv import pipeline
 from streamconv.cli import main
-from streamconv.errors import HubError, InputError, OptionError, OutputError, VerificationError
+from streamconv.errors import HubError, InputError, OptionError, OutputError, ResourceError, VerificationError
 from streamconv.sizes import format_size
 from tests.hub_stub import TOKEN, Hub, Request
 from tests.hubs import environment, hub
@@ -242,6 +243,31 @@ def test_an_output_that_cannot_be_is_refused_before_the_download(
     result = run(command, *INPUTS, "-o", tmp_path / "out")
     assert result.exit_code == 4
     assert not stocked.downloaded() & inputs.shards
+
+
+def test_a_disk_too_small_is_said_before_the_download(
+    stocked: Hub, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "free_bytes", lambda _: 100_000)
+    with pytest.raises(ResourceError, match="with the download, whose cache is on the same disk"):
+        streamconv.merge("org/base", "org/adapter", tmp_path / "out", adapter_subfolder=SUBFOLDER)
+    assert not stocked.downloaded() & inputs.shards
+
+
+def test_a_branch_that_moved_since_the_run_was_begun(
+    stocked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message has the id and commit that finish it."""
+    old = stocked.repos["org/base"].refs["main"]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "publish_output", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        with pytest.raises(RuntimeError, match="killed"):
+            streamconv.convert("org/base", tmp_path / "out")
+    new = stocked.repos["org/base"].commit(stocked.head("org/base") | {"README.md": b"# Better"})
+    result = run("convert", "--base", "org/base", "-o", tmp_path / "out")
+    assert result.exit_code == 4
+    assert f'from.base: then "org/base@{old}", now "org/base@{new}"' in result.stderr
+    succeed("convert", "--base", f"org/base@{old}", "-o", tmp_path / "out")
 
 
 # -- out -----------------------------------------------------------------------------------------------------------

@@ -75,9 +75,7 @@ def _is_plain(value: object) -> bool:
     return len(items) <= _MAX_NAMES and all(isinstance(item, str) and item for item in items)
 
 
-def _body(
-    plan: Plan, merged: bool, origins: Mapping[str, Origin | None], kept: Kept | None
-) -> Iterator[str]:
+def _body(plan: Plan, merged: bool, origins: Mapping[str, Origin | None], kept: Kept | None) -> Iterator[str]:
     yield from (f"# {'Merged' if merged else 'Converted'} model", "")
     if merged:
         yield f"A LoRA adapter that {_changes(plan)} was merged into its base model."

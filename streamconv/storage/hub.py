@@ -40,7 +40,14 @@ from streamconv.errors import CheckpointError, HubError, OptionError, ResourceEr
 from streamconv.sizes import format_size
 from streamconv.storage.base import OnBytes, Origin, SourceFile
 from streamconv.storage.hub_errors import hub_errors
-from streamconv.storage.local import check_name, check_subfolder, is_inside, open_folder, read_start
+from streamconv.storage.local import (
+    check_name,
+    check_subfolder,
+    existing_folder,
+    is_inside,
+    open_folder,
+    read_start,
+)
 
 HF = "hf://"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -96,8 +103,8 @@ class HubFolder:
     def read_start(self, file: SourceFile, length: int) -> bytes:
         """The first bytes of `file`, by a ranged request where it is not in the cache."""
         length = min(length, file.size)
-        if not self.missing((file,)):
-            return read_start(file, length)
+        if not length or not self.missing((file,)):
+            return read_start(file, length) if length else b""
         url = hf_hub_url(self.origin.repo, self._path(file.name), revision=self.origin.commit)
         headers = build_hf_headers() | {"Range": f"bytes=0-{length - 1}", "Accept-Encoding": "identity"}
         with hub_errors(self.origin.repo):
@@ -270,8 +277,7 @@ def _check_space(folder: Path, nbytes: int) -> None:
     """Raise ResourceError unless the cache's disk can take `nbytes` more."""
     if not nbytes:
         return
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(existing_folder(folder)).free
     if nbytes + _SPARE_DISK_BYTES > free:
         raise ResourceError(
             f"the download needs {format_size(nbytes)} and the disk of the Hub cache ({constants.HF_HUB_CACHE}) has"

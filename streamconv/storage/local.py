@@ -151,6 +151,11 @@ def check_subfolder(subfolder: str) -> None:
         )
 
 
+def existing_folder(path: Path) -> Path:
+    """The folder nearest to `path` that exists: itself, or one it lies in."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
 def read_start(file: SourceFile, length: int) -> bytes:
     """The first `length` bytes of `file`, or all of it if it is shorter."""
     try:
