@@ -32,7 +32,9 @@ def read_adapter(
     """
     config = read_config(storage)
     read_updates = find_reader(config)
-    stored = read_index(storage, stem="adapter_model", require_config=False).tensors
+    index = read_index(storage, stem="adapter_model", require_config=False)
+    storage.fetch((shard.file for shard in index.shards), lambda _: None)
+    stored = index.tensors
     source = Source(storage.location, config, by_key(storage.location, stored.values()))
     base = Base(parameters, base_config, tie)
 
@@ -54,6 +56,7 @@ def read_adapter(
     counts = Counter(module.rpartition(".")[2] for module in sorted(set(modules)))
     return Adapter(
         location=storage.location,
+        origin=storage.origin,
         peft_type=config.peft_type,
         config=config.fields,
         updates=updates,
