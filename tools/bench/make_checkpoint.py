@@ -161,7 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     layers = options.layers or layers_for(options.size)
-    needed, free = total_bytes(weights(layers)), shutil.disk_usage(options.out.parent).free
+    options.out.mkdir(parents=True, exist_ok=True)
+    if (options.out / "base").exists():
+        parser.error(f"{options.out / 'base'} is already there; remove it or name another folder")
+    needed, free = total_bytes(weights(layers)), shutil.disk_usage(options.out).free
     if needed > free:
         parser.error(
             f"{options.out} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; choose a --size"
