@@ -47,7 +47,8 @@ def read_adapter(
     taken |= {replace.tensor.name for replace in replaces} | {source.tensors[key].name for key in repeated}
     _check_leftovers(source, base, [key for key in rest if source.tensors[key].name not in taken])
     modules = [_module(update.parameter) for update in updates]
-    check_targets(config, modules, [_module(replace.parameter) for replace in replaces])
+    saved = [_module(replace.parameter) for replace in replaces]
+    check_targets(config, {_module(name) for name in parameters}, modules, saved)
     check_saved(config, base, replaces)
 
     _check_effect(source, updates, replaces, scan)
