@@ -149,8 +149,11 @@ def open_hub(location: str, revision: str | None, subfolder: str | None) -> HubF
     if subfolder is not None:
         check_subfolder(subfolder)
     try:
-        origin, files = _listing(repo, revision)
-    except OfflineModeIsEnabled:
+        with hub_errors(repo, revision):
+            origin, files, _ = list_commit(repo, revision)
+    except HubError as error:
+        if not isinstance(error.__cause__, OfflineModeIsEnabled):
+            raise
         origin, files = _cached_listing(repo, revision)
     prefix = f"{subfolder}/" if subfolder else ""
     inside = {
@@ -212,16 +215,6 @@ def list_commit(repo: str, revision: str) -> tuple[Origin, dict[str, HubFile], A
         if file.size is not None and blob is not None:
             files[file.rfilename] = HubFile(file.size, blob)
     return Origin(repo, str(found.sha)), files, found
-
-
-def _listing(repo: str, revision: str) -> tuple[Origin, dict[str, HubFile]]:
-    try:
-        with hub_errors(repo, revision):
-            return list_commit(repo, revision)[:2]
-    except HubError as error:
-        if isinstance(error.__cause__, OfflineModeIsEnabled):
-            raise error.__cause__ from None
-        raise
 
 
 def _cached_listing(repo: str, revision: str) -> tuple[Origin, dict[str, HubFile]]:
