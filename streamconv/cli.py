@@ -217,7 +217,8 @@ _target = _group(
         default="original",
         show_default=True,
         metavar="FORMAT",
-        help="What the update is added to: original, or the base rounded to nf4, nf4-dq, fp4, fp4-dq or int8, as in training.",
+        help="What the update is added to: original, or the base rounded to nf4, nf4-dq, fp4, fp4-dq or int8 "
+        "as in training.",
     ),
     _option(
         _MERGE,
