@@ -186,12 +186,12 @@ def publish_output(
 
 def _of_old_model(out: Path, keep: set[str]) -> list[str]:
     """Files of the model that was here which a loader would take for the new one's."""
-    weights = (".safetensors", ".safetensors.index.json")
-    return [
-        entry.name
-        for entry in out.iterdir()
-        if (entry.name.endswith(weights) or is_read_by_loaders(entry.name)) and entry.name not in keep
-    ]
+    return [entry.name for entry in out.iterdir() if is_of_model(entry.name) and entry.name not in keep]
+
+
+def is_of_model(name: str) -> bool:
+    """Whether a loader takes a file of this name, wherever it finds it beside others, for a part of their model."""
+    return name.endswith((".safetensors", ".safetensors.index.json")) or is_read_by_loaders(name)
 
 
 def _remove(path: Path) -> None:

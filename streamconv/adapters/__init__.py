@@ -32,7 +32,9 @@ def read_adapter(
     """
     config = read_config(storage)
     read_updates = find_reader(config)
-    stored = read_index(storage, stem="adapter_model", require_config=False).tensors
+    index = read_index(storage, stem="adapter_model", require_config=False)
+    storage.fetch((shard.file for shard in index.shards), lambda _: None)
+    stored = index.tensors
     source = Source(storage.location, config, by_key(storage.location, stored.values()))
     base = Base(parameters, base_config, tie)
 
@@ -45,7 +47,8 @@ def read_adapter(
     taken |= {replace.tensor.name for replace in replaces} | {source.tensors[key].name for key in repeated}
     _check_leftovers(source, base, [key for key in rest if source.tensors[key].name not in taken])
     modules = [_module(update.parameter) for update in updates]
-    check_targets(config, modules, [_module(replace.parameter) for replace in replaces])
+    saved = [_module(replace.parameter) for replace in replaces]
+    check_targets(config, {_module(name) for name in parameters}, modules, saved)
     check_saved(config, base, replaces)
 
     _check_effect(source, updates, replaces, scan)
@@ -53,6 +56,7 @@ def read_adapter(
     counts = Counter(module.rpartition(".")[2] for module in sorted(set(modules)))
     return Adapter(
         location=storage.location,
+        origin=storage.origin,
         peft_type=config.peft_type,
         config=config.fields,
         updates=updates,

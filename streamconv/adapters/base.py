@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from streamconv.checkpoint.types import Shape, StoredTensor
+from streamconv.storage.base import Origin
 
 
 class Update(Protocol):
@@ -69,6 +70,7 @@ class Adapter:
     """
 
     location: str
+    origin: Origin | None
     peft_type: str
     config: Mapping[str, Any]
     updates: tuple[Update, ...]

@@ -310,10 +310,15 @@ CASES: dict[str, Case] = {
         (f"base/{SHARD}", "give its folder"),
         options={"base": f"base/{SHARD}"},
     ),
-    "base on the hub": Case(
-        UnsupportedError,
-        ("'org/model'", "hf download org/model"),
-        run=lambda place, _: streamconv.merge("org/model", place.adapter, place.out),
+    "base no id of the hub": Case(
+        OptionError,
+        ("'hf://org/model/file'", "expected org/name"),
+        run=lambda place, _: streamconv.merge("hf://org/model/file", place.adapter, place.out),
+    ),
+    "base with two revisions": Case(
+        OptionError,
+        ("org/model@v1 has a revision already", "v2"),
+        run=lambda place, _: streamconv.merge("org/model@v1", place.adapter, place.out, base_revision="v2"),
     ),
     "base is an adapter": Case(
         CheckpointError, ("/adapter is an adapter", "give it with --adapter"), options={"base": "adapter"}
