@@ -22,7 +22,7 @@ from torch import Tensor
 from streamconv.cells import KeptDelta, WeightWork, Workers
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.devices import Device
-from streamconv.errors import Stopped
+from streamconv.errors import ResourceError, Stopped
 from streamconv.formats.base import Constant
 from streamconv.layout import Placed
 from streamconv.plan import BUFFERS, WEIGHTS_HELD, Access, Copy, Plan, Rewrite, ShardPlan, Step, tile_rows
@@ -224,7 +224,13 @@ class _Run:
             reader.join()
             writer.join()
         if self.errors:
-            raise self.errors[0]
+            error = self.errors[0]
+            if isinstance(error, torch.OutOfMemoryError):
+                raise ResourceError(
+                    f"{self.device.name} ran out of memory: {str(error).splitlines()[0]} Give it a smaller --max-vram, "
+                    "free some memory, or use --device cpu, and run again"
+                ) from error
+            raise error
         if self.halted:
             assert self.stop.signal_number is not None
             raise Stopped("stopped by a signal; run the same command again to go on", self.stop.signal_number)

@@ -213,6 +213,11 @@ def filled(place: Place) -> None:
     (place.out / "thesis.tex").write_text("years of work")
 
 
+def collection(place: Place) -> None:
+    place.out.mkdir()
+    shutil.copy(place.base / SHARD, place.out / "another.safetensors")
+
+
 def locked(place: Place) -> None:
     (place.out / WORK_FOLDER).mkdir(parents=True)
     lock = os.open(place.out / WORK_FOLDER / "lock", os.O_RDWR | os.O_CREAT)
@@ -544,6 +549,12 @@ CASES: dict[str, Case] = {
         OutputError, ("the adapter", "overlap", "choose another --out"), adapter_above
     ),
     "out not empty": Case(OutputError, ("/out is not empty", "thesis.tex", "--overwrite"), filled),
+    "out is a collection": Case(
+        OutputError,
+        ("/out holds another.safetensors but no config.json", "choose another --out"),
+        collection,
+        {"overwrite": True},
+    ),
     "out is a file": Case(OutputError, ("/out is not a folder", "choose another --out"), put("out", b"text")),
     "out in a file": Case(
         OutputError,
