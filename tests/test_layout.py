@@ -34,10 +34,7 @@ def single(name: str, code: str, *shape: int) -> Step:
 
 
 def encoded(format_name: str, name: str, shape: tuple[int, int], dtype: str) -> Step:
-    rows, columns = shape
-    if format_name == "int8":  # else its scales could not be aligned, which is refused
-        columns = -(-columns // 4) * 4
-    return Step(FORMATS[format_name].encoder(name, (rows, columns), DENSE[dtype]).parts)
+    return Step(FORMATS[format_name].encoder(name, shape, DENSE[dtype]).parts)
 
 
 # What a plan holds: copies of any tensor, and what the encoders make of a matrix.
