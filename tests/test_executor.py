@@ -90,7 +90,9 @@ def planned(base: Path, adapter: Path, workers: int = 2, **options: Any) -> Plan
 
 
 @pytest.fixture(
-    scope="module", params=[{}, {"quant": "nf4-dq", "merge_base": "nf4-dq"}], ids=["bf16", "nf4-dq"]
+    scope="module",
+    params=[{}, {"quant": "nf4-dq", "merge_base": "nf4-dq"}, {"quant": "int8"}],
+    ids=["bf16", "nf4-dq", "int8"],
 )
 def plan(request: pytest.FixtureRequest, base: Path, adapter: Path) -> Plan:
     return planned(base, adapter, **request.param)

@@ -201,3 +201,25 @@ def test_loaders_read_the_skip_list_as_meant(modules: list[str], ignore: list[st
         prefixes = {".".join(components[: n + 1]) for n in range(len(components))}
         by_vllm = bool(set(selection.skipped) & (set(components) | prefixes))
         assert by_transformers == by_vllm == (module not in chosen)
+
+
+OMNI = "audio_tower.audio_bos_eos_token.weight"
+
+
+@pytest.mark.parametrize("name", [OMNI, "tapas.embeddings.token_type_embeddings_0.weight"])
+def test_embeddings_under_other_names_are_none(name: str) -> None:
+    assert quantized(name, "audio_tower.proj.weight") == {"audio_tower.proj.weight"}
+
+
+@pytest.mark.parametrize("family", ["zamba", "zamba2", "nllb-moe", "switch_transformers", "prophetnet"])
+def test_families_that_no_skip_list_describes_are_refused(family: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"^{family} models .* choose a 16-bit output"):
+        quantized("model.layers.0.mlp.up_proj.weight", config=LLAMA | {"model_type": family})
+
+
+def test_masked_models_whose_head_is_not_known_are_refused() -> None:
+    config = LLAMA | {"model_type": "new", "architectures": ["NewForMaskedLM"]}
+    with pytest.raises(UnsupportedError, match="NewForMaskedLM"):
+        quantized("encoder.dense.weight", config=config)
+    assert quantized("encoder.dense.weight", "lm_head.dense.weight", config=config, ignore=DEFAULT_IGNORE)
+    assert quantized("encoder.dense.weight", config=config | {"model_type": "bert"})
