@@ -203,6 +203,12 @@ _result = _group(
         help="Largest output file, such as 5GB. Default: the base's own shards for 16-bit output, else 5GB.",
     ),
 )
+_allow_pickle = _option(
+    _MERGE,
+    "--allow-pickle",
+    is_flag=True,
+    help="Read adapter_model.bin: a pickle, opened so that it can hold nothing but tensors.",
+)
 _target = _group(
     _option(
         _MERGE,
@@ -228,6 +234,16 @@ _target = _group(
         show_default=True,
         help="Whose tokenizer files to copy.",
     ),
+    _option(
+        _MERGE,
+        "--moe-layout",
+        default="auto",
+        show_default=True,
+        metavar="WORDS",
+        help="How LoRA factors of fused experts are packed where nothing tells: last or middle (the axis lora_A runs "
+        "along), rank-major or expert-major (lora_B), or one of each with a comma between.",
+    ),
+    _allow_pickle,
 )
 _resources = _group(
     _option(_RESOURCES, "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
@@ -433,6 +449,7 @@ def _fact(key: str, value: Any) -> str:
     ),
     _base(allow_from_autoenv=False, help="The base it was made from; for --full."),
     _adapter(allow_from_autoenv=False, help="The adapter it was made from; for --full."),
+    _allow_pickle,
     _option(
         _RESOURCES,
         "--device",
@@ -443,7 +460,14 @@ def _fact(key: str, value: Any) -> str:
     _show,
 )
 def verify_command(
-    out: str, full: bool, base: str | None, adapter: str | None, device: str, as_json: bool, quiet: bool
+    out: str,
+    full: bool,
+    base: str | None,
+    adapter: str | None,
+    allow_pickle: bool,
+    device: str,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Recheck a finished output against its streamconv.json: sizes, hashes, layout."""
     from dataclasses import asdict
@@ -451,7 +475,15 @@ def verify_command(
     from streamconv.pipeline import verify
 
     with _progress("verify", quiet) as on_progress:
-        checked = verify(out, full=full, base=base, adapter=adapter, device=device, on_progress=on_progress)
+        checked = verify(
+            out,
+            full=full,
+            base=base,
+            adapter=adapter,
+            allow_pickle=allow_pickle,
+            device=device,
+            on_progress=on_progress,
+        )
     if as_json:
         click.echo(json.dumps(asdict(checked)))
     elif not quiet:
@@ -508,6 +540,7 @@ def _job(given: Mapping[str, Any]) -> Job:
             given["max_ram"],
             given["max_vram"],
             given["max_shard_size"],
+            given.get("moe_layout", "auto"),
         ),
         device=given["device"],
         overwrite=given["overwrite"],
@@ -516,6 +549,7 @@ def _job(given: Mapping[str, Any]) -> Job:
         card=given["card"],
         tokenizer=given.get("tokenizer", "base"),
         copy_extra=given["copy_extra"],
+        allow_pickle=given.get("allow_pickle", False),
     )
 
 

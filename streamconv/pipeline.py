@@ -7,13 +7,14 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 from streamconv.adapters import read_adapter
 from streamconv.adapters.base import Adapter, Parameter
+from streamconv.adapters.source import MoeLayout
 from streamconv.cells import KeptDelta
 from streamconv.checkpoint.index import read_index
 from streamconv.devices import resolve_device
@@ -69,6 +70,7 @@ class Job:
     card: bool = True
     tokenizer: str = "auto"
     copy_extra: tuple[str, ...] = ()
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,8 @@ def merge(
     seed: int = 0,
     min_kept: float | None = None,
     ignore: Iterable[str] = (),
+    moe_layout: str = "auto",
+    allow_pickle: bool = False,
     device: str = "auto",
     max_ram: str | int = "1GiB",
     max_vram: str | int = "2GiB",
@@ -121,7 +125,17 @@ def merge(
     arguments after an interruption goes on where it stopped.
     """
     options = merge_options(
-        quant, dtype, rounding, merge_base, seed, min_kept, ignore, max_ram, max_vram, max_shard_size
+        quant,
+        dtype,
+        rounding,
+        merge_base,
+        seed,
+        min_kept,
+        ignore,
+        max_ram,
+        max_vram,
+        max_shard_size,
+        moe_layout,
     )
     folder = output_folder(out)
     job = Job(
@@ -135,6 +149,7 @@ def merge(
         card=card,
         tokenizer=tokenizer,
         copy_extra=tuple(copy_extra),
+        allow_pickle=allow_pickle,
     )
     return run(prepare(job), folder, on_progress, StopRequest())
 
@@ -179,6 +194,23 @@ def convert(
     return run(prepare(job), folder, on_progress, StopRequest())
 
 
+def parse_moe_layout(text: str) -> MoeLayout:
+    """`auto`, or words that settle what it would find out: `last`, `middle`, `rank-major`, `expert-major`."""
+    layout = MoeLayout()
+    for word in () if text == "auto" else text.split(","):
+        match word:
+            case "last" | "middle" if layout.axis is None:
+                layout = replace(layout, axis=word)
+            case "rank-major" | "expert-major" if layout.order is None:
+                layout = replace(layout, order=word)
+            case _:
+                raise OptionError(
+                    f"--moe-layout {text} is not known; use auto, or last or middle, rank-major or expert-major, or"
+                    " one of each with a comma between"
+                )
+    return layout
+
+
 def output_folder(out: Folder) -> Path:
     """`out` as a path, `~` expanded. Raises OptionError for an empty name, which would be the current folder."""
     if not fspath(out).strip():
@@ -197,6 +229,7 @@ def merge_options(
     max_ram: str | int,
     max_vram: str | int,
     max_shard_size: str | int | None,
+    moe_layout: str = "auto",
 ) -> MergeOptions:
     """Options as given, sizes parsed. Raises OptionError for what cannot be meant."""
     sizes = {}
@@ -217,6 +250,7 @@ def merge_options(
         seed=seed,
         min_kept=min_kept,
         ignore=tuple(ignore),
+        moe_layout=moe_layout.lower(),
         max_ram_bytes=sizes["max_ram"],
         max_vram_bytes=sizes["max_vram"],
         max_shard_bytes=sizes["max_shard_size"],
@@ -233,7 +267,8 @@ def prepare(job: Job) -> Prepared:
     adapter = None
     if adapter_storage is not None:
         parameters = {name: Parameter(name, weight.shape) for name, weight in base.weights.items()}
-        adapter = read_adapter(adapter_storage, parameters, index.config, base.tie)
+        moe = parse_moe_layout(job.options.moe_layout)
+        adapter = read_adapter(adapter_storage, parameters, index.config, base.tie, moe, job.allow_pickle)
         _log.info("read the adapter %s: %d updates", job.adapter, len(adapter.updates))
     plan = build_plan(base, adapter, job.options, resolve_device(job.device))
     tokenizer = choose_tokenizer(job.tokenizer, storage, adapter_storage, plan.vocab_size is not None)
@@ -443,6 +478,7 @@ def verify(
     full: bool = False,
     base: Folder | None = None,
     adapter: Folder | None = None,
+    allow_pickle: bool = False,
     device: str = "auto",
     on_progress: OnProgress = _quiet,
 ) -> Verified:
@@ -463,7 +499,8 @@ def verify(
     if base is None:
         return checked
     found = _fingerprint(fspath(out))
-    again = prepare(_job_of(found, fspath(base), None if adapter is None else fspath(adapter), device))
+    given = None if adapter is None else fspath(adapter)
+    again = prepare(_job_of(found, fspath(base), given, allow_pickle, device))
     _check_inputs(found, again, folder)
     meter.add(sum(len(shard.header) for shard in again.plan.shards))
     try:
@@ -480,7 +517,9 @@ def _fingerprint(out: str) -> Mapping[str, Any]:
     return found
 
 
-def _job_of(fingerprint: Mapping[str, Any], base: str, adapter: str | None, device: str) -> Job:
+def _job_of(
+    fingerprint: Mapping[str, Any], base: str, adapter: str | None, allow_pickle: bool, device: str
+) -> Job:
     """The job that an output with this fingerprint came from, with the inputs given."""
     if fingerprint["adapter"] and adapter is None:
         raise OptionError("this output was made with an adapter; give it with --adapter")
@@ -497,9 +536,11 @@ def _job_of(fingerprint: Mapping[str, Any], base: str, adapter: str | None, devi
             merge_base=options["merge_base"],
             seed=options["seed"],
             ignore=tuple(options["ignore"]),
+            moe_layout=options.get("moe_layout", "auto"),
             max_shard_bytes=options["max_shard_bytes"],
         ),
         device,
+        allow_pickle=allow_pickle,
     )
 
 

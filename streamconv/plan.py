@@ -44,6 +44,7 @@ class MergeOptions:
     seed: int = 0
     min_kept: float | None = None
     ignore: tuple[str, ...] = ()
+    moe_layout: str = "auto"
     max_ram_bytes: int = 2**30
     max_vram_bytes: int = 2**31
     max_shard_bytes: int | None = None
@@ -140,6 +141,7 @@ class Plan:
     skipped: tuple[str, ...]
     adapted: Mapping[str, int]
     replaced: tuple[str, ...]
+    renamed: str | None
     untied: bool
     dtype: str | None
     vocab_size: tuple[int, int] | None

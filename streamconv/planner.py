@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from streamconv.adapters.base import Adapter, Replace, Tie, Update
+from streamconv.adapters.embeddings import HEADS, find_embedding
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.devices import Device
 from streamconv.dtypes import DENSE, Dtype
@@ -68,6 +69,7 @@ def build_plan(base: Base, adapter: Adapter | None, options: MergeOptions, devic
         skipped=tuple(skipped),
         adapted=dict(adapter.modules) if adapter else {},
         replaced=tuple(sorted(replaces)),
+        renamed=adapter.renamed if adapter else None,
         untied=bool(adapter and adapter.untie),
         dtype=_config_dtype(base, result),
         vocab_size=_new_vocabulary(base, weights),
@@ -189,7 +191,7 @@ def _new_vocabulary(base: Base, weights: Mapping[str, Weight]) -> tuple[int, int
     Raises AdapterError where a weight changes its shape and the config could not follow.
     """
     embedding = find_embedding(base.weights)
-    heads = [name for name in _HEADS if name in weights] if embedding else []
+    heads = [name for name in HEADS if name in weights] if embedding else []
     for name, weight in weights.items():
         shape = base.weights[name].shape if name in base.weights else weight.shape
         if weight.shape != shape and name not in (embedding, *heads):
@@ -368,16 +370,6 @@ def read_base(index: CheckpointIndex, weights: Sequence[Weight]) -> Base:
     return Base(index, by_name, find_tie(by_name, index.config), formats[0] if formats else None)
 
 
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-_HEADS = ("lm_head.weight", "embed_out.weight")
-
-
-def find_embedding(weights: Iterable[str]) -> str | None:
-    """The one input embedding among the names `weights`; None where there is none, or several."""
-    found = [name for name in weights if name.endswith(_EMBEDDINGS)]
-    return found[0] if len(found) == 1 else None
-
-
 def find_tie(weights: Mapping[str, Weight], config: Mapping[str, Any]) -> Tie | None:
     """Embedding and head that share one tensor, or None.
 
@@ -385,7 +377,7 @@ def find_tie(weights: Mapping[str, Weight], config: Mapping[str, Any]) -> Tie | 
     out what loading ties again, and the key is absent where it has the model's default.
     """
     embedding = find_embedding(weights)
-    head = next((name for name in _HEADS if name in weights), None)
+    head = next((name for name in HEADS if name in weights), None)
     text = config.get("text_config")
     declared = [level.get("tie_word_embeddings") for level in (config, text) if isinstance(level, Mapping)]
     if embedding is None or False in declared:

@@ -65,7 +65,8 @@ class Adapter:
     """A PEFT adapter, read and checked against a base model.
 
     `untie`: the result's head and embedding differ although the base ties them, so the output stores both.
-    `modules` counts the adapted modules by their last name (`q_proj`: 30), for plans and reports.
+    `modules` counts the adapted modules by their last name (`q_proj`: 30), for plans and reports; `renamed` says
+    how its names were matched with the base's, where they are not the same.
     """
 
     location: str
@@ -76,6 +77,7 @@ class Adapter:
     untie: bool
     modules: Mapping[str, int]
     sha256: str
+    renamed: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from streamconv.adapters.config import (
     Rule,
     check_fields,
 )
+from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import AdapterError
 
 
@@ -32,9 +33,21 @@ class LoraSettings:
     use_rslora: bool
     use_dora: bool
     fan_in_fan_out: bool
+    lora_bias: bool = False
+    target_parameters: tuple[str, ...] = ()
+    peft_version: tuple[int, ...] | None = None
 
     def rank(self, module: str) -> int:
         return next((rank for pattern, rank in self.rank_pattern if pattern.match(module)), self.r)
+
+    def check_rank(self, module: str, tensor: StoredTensor, rank: int) -> None:
+        """Raise AdapterError unless `rank`, that of `tensor`, is the one the config gives `module`."""
+        expected = self.rank(module)
+        if rank != expected:
+            raise AdapterError(
+                f"{tensor.name} has rank {rank}, but {self.name} gives {module} the rank {expected} (r and"
+                " rank_pattern); config and tensors are not of one adapter"
+            )
 
     def scaling(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / √r for rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
@@ -59,8 +72,17 @@ def read_settings(config: AdapterConfig) -> LoraSettings:
         ),
         use_rslora=config.flag("use_rslora"),
         use_dora=config.flag("use_dora"),
+        lora_bias=config.flag("lora_bias"),
         fan_in_fan_out=config.flag("fan_in_fan_out"),
+        target_parameters=config.names("target_parameters"),
+        peft_version=_version(config.fields.get("peft_version")),
     )
+
+
+def _version(text: object) -> tuple[int, ...] | None:
+    """`0.19.1` or `0.19.1.dev0@unknown` as numbers; None for anything else."""
+    found = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", text) if isinstance(text, str) else None
+    return None if found is None else tuple(int(number or 0) for number in found.groups())
 
 
 def module_pattern(config: AdapterConfig, field: str, text: str) -> re.Pattern[str]:
@@ -100,10 +122,10 @@ LORA_FIELDS: Mapping[str, Rule] = MappingProxyType(
         "lora_ga_config": NO_EFFECT,
         "loftq_config": NO_EFFECT,
         "init_lora_weights": Neutral(_CHANGED_BASE, (True, "gaussian", "eva", "orthogonal", "mica")),
-        "bias": Neutral("trained biases of the base are not supported yet", ("none",)),
-        "lora_bias": Neutral("a bias of lora_B is not supported yet"),
-        "target_parameters": Neutral("LoRA on parameters (fused experts) is not supported yet", ([],)),
-        "trainable_token_indices": Neutral("trained rows of the embedding are not supported yet", ([],)),
+        "bias": Neutral("expected none, all or lora_only", ("none", "all", "lora_only")),
+        "lora_bias": USED,
+        "target_parameters": USED,
+        "trainable_token_indices": USED,
         "layer_replication": Neutral(
             "replicated layers make a deeper model, which is not supported yet", ([],)
         ),
