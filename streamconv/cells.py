@@ -224,7 +224,7 @@ class WeightWork:
             cell_out = out[encoder.row_offset(cell.start) - first : encoder.row_offset(cell.stop) - first]
             base = self._base(self._raw(raw, rows, cell), cell, self._scratch[number])
             if encoder.grid is None:
-                encoder.pack(self._target(base.values, cell), cell_out)
+                self._round(self._target(base.values, cell), cell, cell_out)
             else:
                 self._quantize(base, cell, encoder.grid, cell_out)
 
@@ -279,8 +279,14 @@ class WeightWork:
     def _target(self, values: Tensor, rows: range) -> Tensor:
         for update, parts, state in zip(self.step.updates, self.parts, self._states, strict=True):
             values = update.apply(values, rows, parts, state)
-        self._check_finite(values, rows)
         return values
+
+    def _round(self, target: Tensor, rows: range, out: Tensor) -> None:
+        try:
+            self.step.encoder.pack(target, out)
+        except InputError:
+            self._check_finite(target, rows)  # says where, unless it was the rounding that made it infinite
+            raise
 
     def _quantize(self, base: _Base, rows: range, grid: Grid, out: Tensor) -> None:
         step, rounding = self.step, self.step.rounding
@@ -289,7 +295,9 @@ class WeightWork:
             step.encoder.pack(base.codes, out)  # already on the output's grid: nothing to round
             self._take_scales(base.effective, rows, grid)
             return
-        target = self._target(base.values.clone(), rows).flatten()
+        target = self._target(base.values.clone(), rows)
+        self._check_finite(target, rows)
+        target = target.flatten()
         delta = target - base.values.flatten()
         noise = None
         if rounding.needs_noise:

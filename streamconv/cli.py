@@ -71,14 +71,20 @@ class _Command(click.Command):
         self.context_settings.setdefault("auto_envvar_prefix", "STREAMCONV")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for param in self.get_params(ctx):
-            if (record := param.get_help_record(ctx)) is not None:
-                section = param.section if isinstance(param, _Option) else _MESSAGES
-                sections.setdefault(section, []).append(record)
-        for section, records in sections.items():
+        for section, records in sections(self, ctx).items():
             with formatter.section(section):
                 formatter.write_dl(records)
+
+
+def sections(command: click.Command, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
+    """What help and docs/cli.md say of each option, by the heading it stands under."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for param in command.get_params(ctx):
+        record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+        if record is not None:
+            section = param.section if isinstance(param, _Option) else _MESSAGES
+            found.setdefault(section, []).append(record)
+    return found
 
 
 class _Commands(click.Group):
@@ -631,7 +637,8 @@ def _progress(title: str, quiet: bool) -> Iterator[OnProgress]:
         with tqdm(desc=title, unit="B", unit_scale=True, file=sys.stderr) as bar:
 
             def draw(done: int, total: int) -> None:
-                bar.total = total
+                if bar.total is None:
+                    bar.total, bar.n, bar.initial = total, done, done
                 bar.update(done - bar.n)
 
             yield draw
@@ -641,18 +648,20 @@ def _progress(title: str, quiet: bool) -> Iterator[OnProgress]:
 
 def _plain_lines(title: str) -> OnProgress:
     started = last = time.monotonic()
+    first: int | None = None
 
     def tell(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal first, last
         now = time.monotonic()
-        if now - last < _LINE_EVERY_S and done < total:
-            return
-        last = now
-        speed = done / max(now - started, 1e-9)
-        left = (total - done) / max(speed, 1.0)
-        click.echo(
-            f"{title}: {format_size(done)} of {format_size(total)}, {format_size(speed)}/s, {left:.0f} s left",
-            err=True,
-        )
+        if first is None:
+            first = done
+        elif now - last >= _LINE_EVERY_S or done >= total:
+            last = now
+            speed = (done - first) / max(now - started, 1e-9)
+            left = (total - done) / max(speed, 1.0)
+            click.echo(
+                f"{title}: {format_size(done)} of {format_size(total)}, {format_size(speed)}/s, {left:.0f} s left",
+                err=True,
+            )
 
     return tell

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from os import PathLike, fspath
 from typing import Any
 
 from streamconv.adapters.config import read_config
@@ -14,9 +15,9 @@ from streamconv.storage import open_storage
 from streamconv.storage.base import Storage
 
 
-def inspect(location: str) -> dict[str, Any]:
+def inspect(location: str | PathLike[str]) -> dict[str, Any]:
     """Facts about the checkpoint or adapter in a folder, as plain data. Reads no weights."""
-    storage = open_storage(location)
+    storage = open_storage(fspath(location))
     names = storage.names()
     if "adapter_config.json" in names and "config.json" not in names:
         return _adapter(storage)

@@ -12,7 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from streamconv.cells import KeptDelta
-from streamconv.checkpoint.writer import ShardWriter, free_bytes, fsync_folder, publish, write_file
+from streamconv.checkpoint.writer import (
+    ShardWriter,
+    free_bytes,
+    fsync_folder,
+    publish,
+    write_error,
+    write_file,
+)
 from streamconv.errors import OutputError, ResourceError
 from streamconv.journal import WORK_FOLDER, Journal, Watermark
 from streamconv.plan import Plan, ShardPlan
@@ -45,7 +52,7 @@ class ShardSink:
         self._writer = self._resumed.pop(shard.name, None)
         if self._writer is None:
             path = self._journal.partial(shard.name)
-            path.unlink(missing_ok=True)
+            _remove(path)
             self._writer = ShardWriter.create(path, shard.header, shard.size)
         self._marked = self._boundary = self._writer.offset
 
@@ -166,7 +173,7 @@ def publish_output(
     names = {shard.name for shard in plan.shards} | set(generated) | {file.name for file in copied}
     # What makes a folder a model goes first, so that old and new are never taken for one model.
     for stale in (CONFIG, INDEX, *_of_old_model(out, names)):
-        (out / stale).unlink(missing_ok=True)
+        _remove(out / stale)
     fsync_folder(out)
     for shard in plan.shards:
         if journal.finished(shard.name).exists():
@@ -187,10 +194,17 @@ def _of_old_model(out: Path, keep: set[str]) -> list[str]:
     ]
 
 
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:  # a folder of that name, say
+        raise write_error(error, path) from error
+
+
 def _copy(file: SourceFile, target: Path) -> None:
     """Copy a small file; beside the target first, so that the final name is never half a file."""
     temporary = target.with_name(f".{target.name}.partial")
-    temporary.unlink(missing_ok=True)
+    _remove(temporary)
     with os.fdopen(open_file(file), "rb") as source, ShardWriter.create(temporary, b"", file.size) as writer:
         while chunk := source.read(_COPY_BYTES):
             writer.write(chunk)

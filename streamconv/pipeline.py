@@ -44,7 +44,7 @@ from streamconv.storage.base import SourceFile, Storage
 from streamconv.verifier import Verified, read_manifest, verify_exactly, verify_layout, verify_output
 
 OnProgress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
+"""Called with bytes done and bytes in all: first with what an earlier run had done, then as it goes on."""
 
 
 Folder = str | PathLike[str]
@@ -293,7 +293,7 @@ def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopReques
         )
         if resumed:
             _log.info("going on: %s of %s are there already", format_size(there), format_size(plan.size))
-        meter.skip(there)
+        meter.start(there)
         sink = ShardSink(journal, writers)
         try:
             run_plan(plan, sink, starts, meter.add, stop)
@@ -320,8 +320,9 @@ class _Meter:
         self._before = anonymous_bytes()
         self.peak = 0
 
-    def skip(self, nbytes: int) -> None:
-        self._done = nbytes
+    def start(self, done: int) -> None:
+        self._done = done
+        self._on_progress(self._done, self._total)
 
     def add(self, nbytes: int) -> None:
         self._done += nbytes
@@ -404,7 +405,7 @@ def _generated(prepared: Prepared, hashes: Mapping[str, str], kept: Kept | None)
         CONFIG: config,
     }
     if prepared.job.card:
-        contents["README.md"] = model_card(plan, base.index.storage, prepared.adapter_storage, kept)
+        contents["README.md"] = model_card(plan, base.index, prepared.adapter_storage, prepared.copied, kept)
     return {name: contents[name] for name in prepared.generated}
 
 
@@ -459,6 +460,7 @@ def _report(
         quant=plan.quant or "none",
         target=plan.target.name,
         rounding=plan.rounding.name if plan.rounding else None,
+        renamed=plan.renamed,
         kept_delta=kept.total if kept else None,
         kept_by_weight=kept.weights if kept else {},
         base_error_to_delta=kept.base_error_to_delta if kept else None,
@@ -495,6 +497,7 @@ def verify(
     folder = output_folder(out)
     total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     meter = _Meter(total * (2 if full else 1), on_progress)
+    meter.start(0)
     checked = verify_output(fspath(out), MANIFEST, meter.add)
     if base is None:
         return checked

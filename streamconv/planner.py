@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from streamconv.errors import AdapterError, OptionError, UnsupportedError
 from streamconv.fingerprint import fingerprint
 from streamconv.formats import FORMATS, dense_weight
 from streamconv.formats.base import Encoder, Format, Weight
-from streamconv.formats.linear import DEFAULT_IGNORE, matches, module_of, select
+from streamconv.formats.linear import DEFAULT_IGNORE, is_conv1d, matches, module_of, select
 from streamconv.layout import lay_out, split_by_size
 from streamconv.memory import plan_memory
 from streamconv.plan import Choice, Copy, MergeOptions, Plan, Rewrite, Step
@@ -52,9 +52,10 @@ def build_plan(base: Base, adapter: Adapter | None, options: MergeOptions, devic
     """Everything a run will do. Raises InputError, ResourceError where it could not succeed."""
     result = _resolve(base, adapter, options)
     replaces = {replace.parameter: replace for replace in (adapter.replaces if adapter else ())}
+    updates = _updates_by_parameter(adapter)
+    _check_unknown_tie(base, (*replaces, *updates))
     weights = _output_weights(base, adapter, replaces)
     quantized, skipped = _choose_quantized(base, weights, replaces, result, options)
-    updates = _updates_by_parameter(adapter)
     steps = _steps(base, weights, updates, quantized, result)
     shards = lay_out(_split(base, steps, result, options))
     return Plan(
@@ -62,9 +63,9 @@ def build_plan(base: Base, adapter: Adapter | None, options: MergeOptions, devic
         device=device,
         shards=shards,
         memory=plan_memory(steps, options, device),
-        quant=result.quant.name if result.quant and quantized else None,
+        quant=result.quant.name if result.quant else None,
         target=result.target,
-        rounding=result.rounding_choice if quantized else None,
+        rounding=result.rounding_choice,
         quantized=tuple(sorted(quantized)),
         skipped=tuple(skipped),
         adapted=dict(adapter.modules) if adapter else {},
@@ -101,6 +102,11 @@ def _resolve_quant(base: Base, options: MergeOptions) -> tuple[Format | None, Dt
     dtype = None if dtype_name == "auto" else DENSE[dtype_name]
     if name == "keep":
         name = base.quantized or "none"
+        if name != "none" and name not in FORMATS:
+            raise UnsupportedError(
+                f"{base.index.storage.location}: its weights are {name}, which is read but not written; choose "
+                f"--quant none or one of {', '.join(FORMATS)}"
+            )
     if name == "none":
         return None, dtype
     if name not in FORMATS:
@@ -159,13 +165,17 @@ def _resolve_rounding(
         return None, None
     if name != "auto":
         return ROUNDINGS[name], Choice(name, "asked for by name")
-    from_name = merge_base.name if merge_base else base.quantized
-    if adapter is not None and from_name is not None and FORMATS[from_name].grid == quant.grid:
-        return ROUNDINGS["stochastic"], Choice(
-            "stochastic",
-            f"the target is the base's own {from_name} grid plus a small update, which nearest rounding would erase",
+    source = merge_base or (FORMATS.get(base.quantized) if base.quantized else None)
+    if source is None or source.grid != quant.grid:
+        return ROUNDINGS["nearest"], Choice("nearest", f"the target does not lie on the {quant.name} grid")
+    if adapter is None:
+        return ROUNDINGS["nearest"], Choice(
+            "nearest", "the base lies on that grid already, so its codes stay"
         )
-    return ROUNDINGS["nearest"], Choice("nearest", f"the target does not lie on the {quant.name} grid")
+    return ROUNDINGS["stochastic"], Choice(
+        "stochastic",
+        f"the target is the base's own {source.name} grid plus a small update, which nearest rounding would erase",
+    )
 
 
 # -- weights -----------------------------------------------------------------------------------------------------
@@ -230,14 +240,21 @@ def _choose_quantized(
     _check_ignore(options.ignore, weights)
     if result.quant is None:
         return frozenset(), ()
-    ignore = [*options.ignore, *(module_of(name) for name in replaces)]
+    ignore, dense = list(options.ignore), {module_of(name) for name in replaces}
     if base.quantized:  # what it leaves in 16 bit stays so, what it quantizes does too
-        ignore += [
-            module_of(name) for name, weight in base.weights.items() if weight.format != base.quantized
-        ]
+        modules = {name: module_of(name) for name in base.weights}
+        packed = {modules[name] for name, weight in base.weights.items() if weight.format == base.quantized}
+        dense |= set(modules.values()) - packed  # a packed weight's bias is not packed
     else:
         ignore += DEFAULT_IGNORE
+    if dense:  # exactly these: a plain pattern would mean all that lies below them, too
+        ignore.append(f"re:(?:{'|'.join(map(re.escape, sorted(dense)))})$")
     selection = select({name: weight.shape for name, weight in weights.items()}, base.index.config, ignore)
+    if not selection.quantized:
+        raise OptionError(
+            f"--quant {result.quant.name} would quantize nothing: {base.index.storage.location} has no linear "
+            "weights that a loader would quantize, or --ignore names them all; leave --quant out"
+        )
     return frozenset(selection.quantized), selection.skipped
 
 
@@ -292,9 +309,15 @@ def _weight_steps(
     merge_base: Encoder | None,
     result: _Result,
 ) -> list[Step]:
-    if encoder is None or (not updates and merge_base is None and encoder.format == weight.format):
+    changes = bool(updates) or merge_base is not None
+    if encoder is None or (not changes and (encoder.format, encoder.dtype) == (weight.format, weight.dtype)):
         main = weight.parts[weight.decoder.main].name
         return [Copy(name + part.name.removeprefix(main), part) for part in weight.parts.values()]
+    if merge_base is not None and any(update.reduces for update in updates):
+        raise UnsupportedError(
+            f"{name}: this update needs a pass over the whole weight, and so does --merge-base {merge_base.format}; "
+            "merge onto the original base"
+        )
     if not updates and merge_base is not None and merge_base.format == encoder.format:
         # Rounding the original gives just what training saw; rounding that once more would move its scales.
         return [Rewrite(name, weight, (), encoder, ROUNDINGS["nearest"])]
@@ -304,11 +327,6 @@ def _weight_steps(
     base_grid = merge_base.grid if merge_base else weight.decoder.grid
     keeps = base_grid == encoder.grid and (result.rounding.keeps_scales or not updates)
     keeps_parts = keeps and merge_base is None and weight.format == encoder.format
-    if merge_base is not None and any(update.reduces for update in updates):
-        raise UnsupportedError(
-            f"{name}: this update needs a pass over the whole weight, and so does --merge-base {merge_base.format}; "
-            "merge onto the original base"
-        )
     return [Rewrite(name, weight, updates, encoder, result.rounding, merge_base, keeps, keeps_parts)]
 
 
@@ -359,15 +377,47 @@ def _config_dtype(base: Base, result: _Result) -> str | None:
 
 
 def read_base(index: CheckpointIndex, weights: Sequence[Weight]) -> Base:
-    """The base of a plan. Raises UnsupportedError where its quantized weights are of more than one format."""
+    """The base of a plan.
+
+    Raises UnsupportedError where its quantized weights are of more than one format, or transposed.
+    """
     formats = sorted({weight.format for weight in weights if weight.decoder.grid is not None})
     if len(formats) > 1:
         raise UnsupportedError(
             f"{index.storage.location}: its weights are quantized in several formats ({', '.join(formats)}); "
             "only checkpoints with one are read"
         )
+    for weight in weights:
+        if weight.decoder.grid is not None and is_conv1d(module_of(weight.name), index.config):
+            raise UnsupportedError(
+                f"{index.storage.location}: {weight.name} is a Conv1D, which bitsandbytes stores transposed once it is "
+                "quantized; this is not supported yet, give the 16-bit base model instead"
+            )
     by_name = {weight.name: weight for weight in weights}
     return Base(index, by_name, find_tie(by_name, index.config), formats[0] if formats else None)
+
+
+def _check_unknown_tie(base: Base, touched: Iterable[str]) -> None:
+    """Raise UnsupportedError where the adapter changes what may be tied, and what is tied to what is not known."""
+    if find_embedding(base.weights) is not None or True not in _declared_ties(base.index.config):
+        return
+    sizes = {level.get("vocab_size") for level in _levels(base.index.config)}
+    for name in touched:
+        weight = base.weights.get(name)
+        if weight is not None and len(weight.shape) == 2 and weight.shape[0] in sizes:
+            raise UnsupportedError(
+                f"the adapter changes {name}, and the base ties its embeddings, but which tensors it ties is not known "
+                f"for the model type {base.index.config.get('model_type')!r}; merge it with PEFT's merge_and_unload"
+            )
+
+
+def _levels(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    text = config.get("text_config")
+    return [config, text] if isinstance(text, Mapping) else [config]
+
+
+def _declared_ties(config: Mapping[str, Any]) -> list[Any]:
+    return [level.get("tie_word_embeddings") for level in _levels(config)]
 
 
 def find_tie(weights: Mapping[str, Weight], config: Mapping[str, Any]) -> Tie | None:
@@ -378,8 +428,7 @@ def find_tie(weights: Mapping[str, Weight], config: Mapping[str, Any]) -> Tie | 
     """
     embedding = find_embedding(weights)
     head = next((name for name in HEADS if name in weights), None)
-    text = config.get("text_config")
-    declared = [level.get("tie_word_embeddings") for level in (config, text) if isinstance(level, Mapping)]
+    declared = _declared_ties(config)
     if embedding is None or False in declared:
         return None
     architectures = [str(name) for name in config.get("architectures") or ()]

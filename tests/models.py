@@ -16,7 +16,7 @@ SHARD = "model-{:05d}-of-{:05d}.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """`hidden` [hidden, hidden] attention, `inner` [inner, hidden] MLP, an untied vocabulary, all odd if wanted."""
+    """Attention is [hidden, hidden], the MLP [inner, hidden], the head not tied."""
 
     hidden: int = 96
     inner: int = 200
@@ -47,19 +47,22 @@ class Sizes:
 
 
 def write_base(
-    folder: Path, sizes: Sizes, *, shards: int = 3, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    shards: int = 3,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
 ) -> Path:
     """A model of random weights in `shards` files, with a tokenizer's files beside it."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {
-        name: (0.05 * torch.randn(shape, generator=generator)).to(dtype)
-        for name, shape in sizes.shapes.items()
+        name: (0.05 * torch.randn(shape, generator=generator)).to(dtype) for name, shape in shapes.items()
     }
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": sizes.hidden,
-        "vocab_size": sizes.vocabulary,
+        "vocab_size": shapes["model.embed_tokens.weight"][0],
         "tie_word_embeddings": False,
         "dtype": str(dtype).removeprefix("torch."),
     }

@@ -25,7 +25,7 @@ from peft import LoraConfig
 
 import streamconv
 from streamconv.checkpoint.header import read_header
-from streamconv.cli import main
+from streamconv.cli import _progress, main
 from streamconv.errors import OptionError
 from streamconv.formats import FORMATS
 from streamconv.storage import open_storage
@@ -264,6 +264,38 @@ def test_on_a_terminal_progress_is_a_bar(
     os.close(ours)
     assert b"\rconvert: 100%" in seen
     assert b"B/s]" in seen
+
+
+def test_speed_is_that_of_this_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What an earlier run had done counts as done, not as done in no time."""
+    clock = iter([100.0, 100.0, 110.0, 135.0, 150.0])
+    monkeypatch.setattr("streamconv.cli.time.monotonic", lambda: next(clock))
+    with _progress("merge", quiet=False) as tell:
+        for done in (7000, 7100, 7350, 8000):
+            tell(done, 8000)
+    assert capsys.readouterr().err.splitlines() == [
+        "merge: 7.35 kB of 8 kB, 10 B/s, 65 s left",
+        "merge: 8 kB of 8 kB, 20 B/s, 0 s left",
+    ]
+
+
+def test_progress_begins_with_nothing_and_ends_with_all(inputs: Inputs, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    report = streamconv.convert(inputs.base, tmp_path / "out", on_progress=lambda *told: seen.append(told))
+    assert seen == sorted(seen)
+    assert {total for _, total in seen} == {report.bytes_written}
+    # Headers are there before the first tensor.
+    assert 0 < seen[0][0] < 0.5 * report.bytes_written
+    assert seen[-1][0] == report.bytes_written
+    for base in (None, inputs.base):
+        seen.clear()
+        streamconv.verify(
+            tmp_path / "out", full=bool(base), base=base, on_progress=lambda *told: seen.append(told)
+        )
+        assert seen == sorted(seen)
+        assert (seen[0][0], seen[-1][0]) == (0, seen[0][1])
 
 
 def test_verbose_tells_what_is_done(inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

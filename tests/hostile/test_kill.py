@@ -48,7 +48,7 @@ class Inputs:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     folder = tmp_path_factory.mktemp("inputs")
-    return Inputs(write_base(folder / "base", SIZES), write_adapter(folder / "adapter", SIZES.shapes))
+    return Inputs(write_base(folder / "base", SIZES.shapes), write_adapter(folder / "adapter", SIZES.shapes))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_killed_over_and_over(commands: Commands, nf4: Case, tmp_path: Path) -> 
 @pytest.fixture(scope="module")
 def old_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same shapes in as many shards of the same sizes, but other values; more shards; files of its own."""
-    folder = write_base(tmp_path_factory.mktemp("old") / "model", SIZES, seed=7)
+    folder = write_base(tmp_path_factory.mktemp("old") / "model", SIZES.shapes, seed=7)
     (folder / "chat_template.jinja").write_text("of the old model only")
     (folder / "model-00004-of-00004.safetensors").write_bytes(b"left by a still older one")
     (folder / "notes.txt").write_text("the user's own")

@@ -6,10 +6,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from streamconv.formats import find_weights
+from streamconv.formats.linear import module_of
+from tests.checkpoint.files import index_of
+from tests.formats.stored import decoded
 from tests.tiny import Adapter, logits, read_tensors
 
 
@@ -42,3 +48,24 @@ def merged_by_peft(adapter: Adapter) -> torch.nn.Module:
         warnings.filterwarnings("ignore", message="(?s).*tie_word_embeddings", category=UserWarning)
         model: torch.nn.Module = adapter.live.merge_and_unload()
     return model
+
+
+def linear4bit(model: PreTrainedModel) -> dict[str, bnb.nn.Linear4bit]:
+    found = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    for module in found.values():
+        # Where the CPU has bfloat16 instructions, a forward pass would pack codes anew and multiply otherwise.
+        module.support_avx512bf16_for_cpu = False
+    return found
+
+
+def dequantized(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What bitsandbytes makes of every 4-bit module; before any forward pass."""
+    return {
+        name: dequantize_4bit(module.weight.data, module.weight.quant_state)
+        for name, module in linear4bit(model).items()
+    }
+
+
+def decoded_by_us(folder: Path) -> dict[str, Tensor]:
+    weights = find_weights(index_of(folder))
+    return {module_of(weight.name): decoded(weight) for weight in weights if weight.decoder.grid is not None}

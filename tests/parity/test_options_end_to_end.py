@@ -122,6 +122,15 @@ def test_what_float16_cannot_hold_is_refused_by_name(value: float, tmp_path: Pat
     assert float(tensors(tmp_path / "fits")[NORM].abs().max()) == 65504
 
 
+def test_what_bfloat16_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", llama_config(), dtype=torch.float32)
+    norm = tensors(base)[NORM]
+    norm[3] = torch.finfo(torch.float32).max
+    edit_tensors(base / "model.safetensors", put={NORM: norm})
+    with pytest.raises(InputError, match=NORM):
+        streamconv.convert(str(base), str(tmp_path / "out"), dtype="bfloat16")
+
+
 def test_a_merge_that_overflows_float16_is_refused_by_name(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     base = save_base(tmp_path / "base", llama_config(), dtype=torch.float16)

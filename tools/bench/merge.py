@@ -137,7 +137,7 @@ def machine(folder: Path) -> dict[str, str | int]:
         "processor": cpu[0].partition(": ")[2] if cpu else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "file_system": _said("stat", "-f", "-c", "%T", str(folder)),
         "python": platform.python_version(),
         **{name: version(name) for name in VERSIONS},

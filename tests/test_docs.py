@@ -1,0 +1,124 @@
+"""What the documents say is true: commands, names, files and examples in them exist and work as written."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import streamconv
+from streamconv import errors
+from streamconv.adapters import ADAPTERS
+from streamconv.cli import main
+from streamconv.formats import FORMATS
+from streamconv.rounding import ROUNDINGS
+from tools.make_docs import TARGET, page
+
+ROOT = Path(__file__).parents[1]
+PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
+TEXT = "\n".join(path.read_text() for path in PAGES)
+# A command with several lines goes on after a backslash.
+LINES = re.compile(r"^(?:\$ )?(streamconv .*?[^\\])$", re.MULTILINE | re.DOTALL)
+# Placeholders of the help: [OPTIONS], COMMAND.
+PLACEHOLDER = re.compile(r"\b[A-Z]{3,}\b|\[")
+
+
+def blocks(path: Path, *languages: str) -> Iterator[str]:
+    for language, content in re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL):
+        if language in languages:
+            yield content
+
+
+def commands() -> list[str]:
+    found = [
+        line for path in PAGES for block in blocks(path, "", "sh", "console") for line in LINES.findall(block)
+    ]
+    return [line for line in found if not PLACEHOLDER.search(line)]
+
+
+def pythons() -> list[str]:
+    return [block for path in PAGES for block in blocks(path, "python")]
+
+
+def test_there_is_something_to_test() -> None:
+    assert len(commands()) >= 4
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_line_is_accepted(line: str) -> None:
+    program, name, *arguments = shlex.split(line.replace("\\\n", " "), comments=True)
+    assert program == "streamconv"
+    command = main.commands[name]
+    context = command.make_context(name, arguments)  # fails on unknown options and on missing ones
+    # What click leaves for the planner to judge.
+    assert context.params.get("quant", "keep") in ("keep", "none", *FORMATS)
+    assert context.params.get("merge_base", "original") in ("original", *FORMATS)
+    assert context.params.get("rounding", "auto") in ("auto", *ROUNDINGS)
+
+
+@pytest.mark.parametrize("block", pythons())
+def test_a_call_from_python_has_the_keywords_it_gives(block: str) -> None:
+    for call in ast.walk(ast.parse(block)):
+        if isinstance(call, ast.Call) and ast.unparse(call.func).startswith("streamconv."):
+            function = getattr(streamconv, ast.unparse(call.func).removeprefix("streamconv."))
+            inspect.signature(function).bind(*call.args, **{str(keyword.arg): 0 for keyword in call.keywords})
+
+
+def test_every_command_is_documented() -> None:
+    for name in main.commands:
+        assert f"streamconv {name}" in TEXT
+
+
+def test_every_error_is_documented() -> None:
+    for name, error in vars(errors).items():
+        if inspect.isclass(error):
+            assert f"`{name}`" in TEXT, name
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *ROUNDINGS])
+def test_every_format_and_rounding_is_documented(name: str) -> None:
+    assert f"`{name}`" in TEXT
+
+
+def test_every_kind_of_adapter_is_documented() -> None:
+    for name in ADAPTERS:
+        assert name.lower() in TEXT.lower()
+
+
+def test_the_command_line_is_documented_as_it_is() -> None:
+    assert TARGET.read_text() == page(), "run tools/fix"
+
+
+def test_the_check_notices_an_old_page(tmp_path: Path) -> None:
+    script = (
+        "import sys, pathlib, tools.make_docs as docs\n"
+        "docs.TARGET = pathlib.Path(sys.argv[1]); sys.exit(docs.main())"
+    )
+    old = tmp_path / "docs" / "cli.md"
+    old.parent.mkdir()
+    old.write_text(page() + "\n")
+    line = [sys.executable, "-c", script, str(old)]
+    found = subprocess.run([*line, "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (1, "docs/cli.md is not up to date; run tools/fix\n")
+    subprocess.run(line, cwd=ROOT, check=True)
+    assert old.read_text() == page()
+    subprocess.run([*line, "--check"], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_are_named_exist(path: Path) -> None:
+    for name in re.findall(r"`((?:tests|tools|docs|examples)/[\w./-]*)(?: [^`]*)?`", path.read_text()):
+        assert (ROOT / name).exists(), name

@@ -1,0 +1,454 @@
+"""The three threads of a run: what the sink sees, errors, stop requests, bounded memory, and where it may go on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from streamconv import executor
+from streamconv.cells import KeptDelta
+from streamconv.checkpoint.reader import TensorReader
+from streamconv.devices import Device
+from streamconv.errors import CheckpointError, InputError, ResourceError, Stopped
+from streamconv.executor import StopRequest, run_plan
+from streamconv.pipeline import Job, prepare
+from streamconv.plan import BUFFERS, WEIGHTS_HELD, Memory, MergeOptions, Plan, ShardPlan
+from tests.models import Sizes, write_adapter, write_base
+from tests.tiny import edit_tensors
+
+SIZES = Sizes(hidden=128, inner=260, layers=2, vocabulary=400)
+TARGETS = ("q_proj", "k_proj", "up_proj", "down_proj")
+TILE = 64 * 1024
+
+
+@dataclass
+class Recorder:
+    """A sink that keeps everything; `fail` may raise at any of its calls, numbered from 1."""
+
+    fail: Callable[[int, str], None] = lambda number, call: None
+    shards: dict[str, bytearray] = field(default_factory=dict)
+    boundaries: dict[str, list[int]] = field(default_factory=dict)
+    sums: dict[str, KeptDelta] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+    threads: set[str] = field(default_factory=set)
+    shard: str = ""
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        self.threads.add(threading.current_thread().name)
+        self.fail(len(self.calls), call)
+
+    def begin(self, shard: ShardPlan) -> None:
+        self._note("begin")
+        self.shard = shard.name
+        self.shards[shard.name], self.boundaries[shard.name] = bytearray(), []
+
+    def write(self, data: memoryview) -> None:
+        self._note("write")
+        self.shards[self.shard] += data
+
+    def boundary(self, sums: Mapping[str, KeptDelta]) -> None:
+        self._note("boundary")
+        self.boundaries[self.shard].append(len(self.shards[self.shard]))
+        self.sums |= sums
+
+    def end(self) -> None:
+        self._note("end")
+
+    def halt(self) -> None:
+        self._note("halt")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("executor") / "base", SIZES.shapes, shards=2)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_adapter(tmp_path_factory.mktemp("executor") / "adapter", SIZES.shapes, targets=TARGETS)
+
+
+def planned(base: Path, adapter: Path, workers: int = 2, **options: Any) -> Plan:
+    """A plan with tiles of 64 KiB: the embedding is copied in two chunks, an MLP weight has two tiles."""
+    plan = prepare(Job(str(base), str(adapter), MergeOptions(**options), "cpu")).plan
+    return dataclasses.replace(plan, memory=Memory(0, 0, TILE, workers))
+
+
+@pytest.fixture(
+    scope="module", params=[{}, {"quant": "nf4-dq", "merge_base": "nf4-dq"}], ids=["bf16", "nf4-dq"]
+)
+def plan(request: pytest.FixtureRequest, base: Path, adapter: Path) -> Plan:
+    return planned(base, adapter, **request.param)
+
+
+def from_the_start(plan: Plan) -> Mapping[str, int]:
+    return {shard.name: len(shard.header) for shard in plan.shards}
+
+
+def quiet(nbytes: int) -> None:
+    del nbytes
+
+
+def carry_out(
+    plan: Plan,
+    sink: Recorder,
+    starts: Mapping[str, int] | None = None,
+    on_progress: Callable[[int], None] = quiet,
+    stop: StopRequest | None = None,
+) -> Recorder:
+    """Run it, in a time that no deadlock would keep to, and see that no thread is left."""
+    starts = from_the_start(plan) if starts is None else starts
+    began = time.monotonic()
+    try:
+        run_plan(plan, sink, starts, on_progress, stop or StopRequest())
+    finally:
+        assert time.monotonic() - began < 60
+        assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("streamconv")]
+    return sink
+
+
+def bytes_of(sink: Recorder) -> dict[str, bytes]:
+    return {name: bytes(content) for name, content in sink.shards.items()}
+
+
+# -- what the sink sees ------------------------------------------------------------------------------------------
+
+
+def test_every_shard_is_written_in_full_by_one_thread_in_order(plan: Plan) -> None:
+    done: list[int] = []
+    sink = carry_out(plan, Recorder(), on_progress=done.append)
+    assert list(sink.shards) == [shard.name for shard in plan.shards]
+    for shard in plan.shards:
+        assert len(shard.header) + len(sink.shards[shard.name]) == shard.size
+        assert sink.boundaries[shard.name][-1] == len(sink.shards[shard.name])
+    assert sink.threads == {"streamconv-writer"}
+    assert sink.calls.count("begin") == sink.calls.count("end") == len(plan.shards)
+    assert "halt" not in sink.calls
+    assert sum(done) == sum(shard.size - len(shard.header) for shard in plan.shards)
+
+
+def test_it_can_go_on_from_every_boundary(plan: Plan) -> None:
+    whole = carry_out(plan, Recorder())
+    for shard in plan.shards:
+        boundaries = whole.boundaries[shard.name]
+        assert len(boundaries) > 5
+        for boundary in boundaries:
+            rest = carry_out(plan, Recorder(), {shard.name: len(shard.header) + boundary})
+            assert list(rest.shards) == [shard.name]
+            assert rest.shards[shard.name] == whole.shards[shard.name][boundary:]
+            assert rest.sums.items() <= whole.sums.items()
+
+
+def test_a_boundary_carries_the_sums_of_the_weight_before_it(plan: Plan) -> None:
+    """Sums known at a boundary and those of a run that goes on from there are all there are, none twice."""
+    whole = carry_out(plan, Recorder())
+    shard = plan.shards[-1]
+    seen: list[set[str]] = []
+    sink = Recorder()
+    sink.fail = lambda number, call: seen.append(set(sink.sums)) if call in ("boundary", "end") else None
+    carry_out(plan, sink, {shard.name: len(shard.header)})
+    for known, boundary in zip(seen[1:], whole.boundaries[shard.name], strict=True):
+        rest = carry_out(plan, Recorder(), {shard.name: len(shard.header) + boundary})
+        assert set(rest.sums) | known == set(seen[-1])
+        assert not set(rest.sums) & known
+
+
+def test_nothing_to_do_is_done_at_once(plan: Plan) -> None:
+    assert carry_out(plan, Recorder(), {}).calls == []
+
+
+# -- errors ------------------------------------------------------------------------------------------------------
+
+
+class OddError(Exception):
+    """Of no kind that anybody expects."""
+
+
+def failing_at(at: int) -> Callable[[int, str], None]:
+    def fail(number: int, call: str) -> None:
+        if number == at:
+            raise OddError(f"{call}, number {number}")
+
+    return fail
+
+
+def test_an_error_of_the_writer_comes_out_whenever_it_happens(plan: Plan) -> None:
+    calls = len(carry_out(plan, Recorder()).calls)
+    for at in sorted({1, 2, 3, 4, 7, 11, calls // 2, calls - 1, calls}):
+        with pytest.raises(OddError, match=f"number {at}$"):
+            carry_out(plan, Recorder(failing_at(at)))
+
+
+def test_an_error_of_the_reader_comes_out_whenever_it_happens(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_into = TensorReader.read_into
+    reads = 0
+
+    def failing(at: int) -> Callable[..., None]:
+        def read(*given: Any) -> None:
+            nonlocal reads
+            reads += 1
+            if reads == at:
+                raise OddError(f"read {at}")
+            read_into(*given)
+
+        return read
+
+    monkeypatch.setattr(TensorReader, "read_into", failing(0))
+    carry_out(plan, Recorder())
+    for at in sorted({1, 2, 3, 5, 8, reads // 2, reads}):
+        reads = 0
+        monkeypatch.setattr(TensorReader, "read_into", failing(at))
+        with pytest.raises(OddError, match=f"read {at}$"):
+            carry_out(plan, Recorder())
+
+
+def test_an_error_while_computing_comes_out_whenever_it_happens(plan: Plan) -> None:
+    for at in (1, 2, 5, 9):
+        progressed = 0
+
+        def fail(nbytes: int, at: int = at) -> None:
+            nonlocal progressed
+            progressed += 1
+            if progressed == at:
+                raise OddError("of the caller's own function")
+
+        with pytest.raises(OddError):
+            carry_out(plan, Recorder(), on_progress=fail)
+
+
+def test_an_error_comes_out_while_the_others_wait_for_each_other(plan: Plan) -> None:
+    """The writer takes nothing until buffers and queues are full and everybody waits; then it fails."""
+
+    def fail(number: int, call: str) -> None:
+        if call == "write":
+            time.sleep(0.5)
+            raise OddError("the disk is gone")
+
+    began = time.monotonic()
+    with pytest.raises(OddError, match="the disk is gone"):
+        carry_out(plan, Recorder(fail))
+    assert time.monotonic() - began < 5
+
+
+def test_ctrl_c_in_any_place_of_the_calling_thread_ends_all_threads(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While computing, and while it waits for the writer's last work."""
+
+    def interrupt(nbytes: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(plan, Recorder(), on_progress=interrupt)
+
+    join, interrupted = threading.Thread.join, False
+
+    def join_interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
+        nonlocal interrupted
+        if thread.name == "streamconv-writer" and not interrupted:
+            interrupted = True
+            raise KeyboardInterrupt
+        join(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", join_interrupted)
+    slow = Recorder(lambda number, call: time.sleep(0.01))
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(plan, slow)
+    assert interrupted
+
+
+def test_the_first_of_several_errors_comes_out(plan: Plan) -> None:
+    failed: list[str] = []
+
+    def fail(number: int, call: str) -> None:
+        if number == 3:
+            failed.append("writer")
+            raise ResourceError("the disk is full")
+
+    def progress(nbytes: int) -> None:
+        if failed:
+            time.sleep(0.3)
+            raise OddError("later")
+
+    with pytest.raises(ResourceError, match="the disk is full"):
+        carry_out(plan, Recorder(fail), on_progress=progress)
+
+
+def test_a_base_that_changes_while_it_is_read_is_an_error(adapter: Path, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", SIZES.shapes, shards=2)
+    last = sorted(base.glob("*.safetensors"))[-1]
+    plan = planned(base, adapter)
+    sink = Recorder()
+
+    def touch(number: int, call: str) -> None:
+        if call == "begin" and sink.calls.count("begin") == 2:
+            with last.open("rb+") as file:
+                file.write(b"\0")
+
+    sink.fail = touch
+    with pytest.raises(CheckpointError, match=last.name):
+        carry_out(plan, sink)
+
+
+def test_a_base_cut_short_is_an_error_that_names_the_tensor(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
+    plan = planned(base, adapter)
+    file = base / "model.safetensors"
+    half = file.stat().st_size // 2
+    read_into = TensorReader.read_into
+
+    def cutting(*given: Any) -> None:
+        read_into(*given)
+        if file.stat().st_size > half:
+            os.truncate(file, half)
+
+    monkeypatch.setattr(TensorReader, "read_into", cutting)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor model\."):
+        carry_out(plan, Recorder())
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_nan_is_named_whatever_worker_finds_it(adapter: Path, tmp_path: Path, workers: int) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
+    values = load_file(base / "model.safetensors")[name]
+    values[[100, 200, 259], [3, 2, 1]] = float("nan")
+    edit_tensors(base / "model.safetensors", put={name: values})
+    plan = dataclasses.replace(planned(base, adapter), memory=Memory(0, 0, 2**20, workers))
+    with pytest.raises(InputError, match=f"{name}: the value at row 100, column 3 is nan"):
+        carry_out(plan, Recorder())
+
+
+# -- stopping ----------------------------------------------------------------------------------------------------
+
+
+def stopping_at(at: int, stop: StopRequest) -> Callable[[int, str], None]:
+    def ask(number: int, call: str) -> None:
+        if number == at:
+            stop.signal_number = signal.SIGTERM
+
+    return ask
+
+
+def test_a_stop_request_ends_the_run_at_a_boundary(plan: Plan) -> None:
+    undisturbed = carry_out(plan, Recorder())
+    whole, calls, halted = bytes_of(undisturbed), len(undisturbed.calls), 0
+    for at in range(1, calls, 9):
+        stop = StopRequest()
+        sink = Recorder(stopping_at(at, stop))
+        with contextlib.suppress(Stopped):
+            carry_out(plan, sink, stop=stop)
+        if sink.calls[-1] == "halt":
+            # What has been written ends where a run may begin.
+            assert len(sink.shards[sink.shard]) == (sink.boundaries[sink.shard] or [0])[-1]
+            halted += 1
+        else:  # everything was on its way to the writer
+            assert sink.calls[-1] == "end"
+            assert bytes_of(sink) == whole
+    assert halted > 3
+
+
+def test_a_stop_request_before_the_run_ends_it_before_it_writes(plan: Plan) -> None:
+    with pytest.raises(Stopped) as caught:
+        carry_out(plan, sink := Recorder(), stop=StopRequest(signal.SIGINT))
+    assert caught.value.exit_code == 130
+    assert sink.calls == ["halt"]
+
+
+def test_a_weight_that_takes_too_long_is_not_waited_for(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "GRACE_S", 0.0)
+    stop = StopRequest()
+    rewrite = executor._Weight.rewrite
+
+    def ask(weight: Any, raw: Tensor, rows: range, out: Tensor) -> None:
+        rewrite(weight, raw, rows, out)
+        if weight.step.name.endswith("up_proj.weight"):  # which has more tiles than one
+            stop.signal_number = signal.SIGTERM
+
+    monkeypatch.setattr(executor._Weight, "rewrite", ask)
+    with pytest.raises(Stopped):
+        carry_out(plan, sink := Recorder(), stop=stop)
+    assert sink.calls[-1] == "halt"
+    assert len(sink.shards[sink.shard]) > (sink.boundaries[sink.shard] or [0])[-1]
+
+
+def test_an_error_is_told_rather_than_the_stop_it_met(plan: Plan) -> None:
+    def fail(number: int, call: str) -> None:
+        if call == "halt":
+            raise ResourceError("the disk is full")
+
+    with pytest.raises(ResourceError):
+        carry_out(plan, Recorder(fail), stop=StopRequest(signal.SIGTERM))
+
+
+# -- memory ------------------------------------------------------------------------------------------------------
+
+
+def test_buffers_are_allocated_once_and_are_as_many_as_planned(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    host_buffer = Device.host_buffer
+
+    def counted(device: Device, nbytes: int) -> Tensor:
+        sizes.append(nbytes)
+        return host_buffer(device, nbytes)
+
+    monkeypatch.setattr(Device, "host_buffer", counted)
+    carry_out(plan, Recorder())
+    assert sizes == [plan.memory.buffer] * BUFFERS
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> Sequence[int]:
+    """How many weights' adapters were in memory, each time one had been read."""
+    load = TensorReader.load
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    counts: list[int] = []
+
+    def noting(reader: TensorReader, stored: Any) -> Tensor:
+        tensor = load(reader, stored)
+        if stored.name.endswith("lora_B.weight"):
+            alive.add(tensor)
+            counts.append(len(alive))
+        return tensor
+
+    monkeypatch.setattr(TensorReader, "load", noting)
+    return counts
+
+
+def test_the_reader_runs_ahead_by_one_weight_only(base: Path, tmp_path: Path, loaded: Sequence[int]) -> None:
+    """However small the weights: the buffers would let it hold four."""
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    plan = planned(base, write_adapter(tmp_path / "adapter", SIZES.shapes, targets=targets))
+    slow = Recorder(lambda number, call: time.sleep(0.01))
+    carry_out(dataclasses.replace(plan, memory=Memory(0, 0, 2**20, 1)), slow)
+    assert len(loaded) == len(targets) * SIZES.layers
+    assert max(loaded) == WEIGHTS_HELD
+
+
+def test_threads_inside_torch_are_as_before(plan: Plan) -> None:
+    before = torch.get_num_threads()
+    carry_out(plan, Recorder())
+    with pytest.raises(OddError):
+        carry_out(plan, Recorder(failing_at(2)))
+    assert torch.get_num_threads() == before

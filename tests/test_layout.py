@@ -1,0 +1,134 @@
+"""Where tensors go: every step once, aligned for every loader, no shard over the limit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import deserialize
+
+from streamconv.checkpoint.types import TensorSpec
+from streamconv.dtypes import BF16, DENSE, DTYPES, F32, U8
+from streamconv.formats import FORMATS
+from streamconv.layout import DATA_ALIGNMENT, lay_out, nbytes, shard_names, split_by_size
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step as layout sees it: its tensors, in an order that must stay."""
+
+    specs: tuple[TensorSpec, ...]
+
+
+def single(name: str, code: str, *shape: int) -> Step:
+    return Step((TensorSpec(name, DTYPES[code], shape),))
+
+
+def encoded(format_name: str, name: str, shape: tuple[int, int], dtype: str) -> Step:
+    return Step(FORMATS[format_name].encoder(name, shape, DENSE[dtype]).parts)
+
+
+# What a plan holds: copies of any tensor, and what the encoders make of a matrix.
+copies = st.builds(
+    lambda code, shape: lambda name: single(name, code, *shape),
+    st.sampled_from(sorted(DTYPES)),
+    st.lists(st.integers(0, 7), max_size=3),
+)
+rewrites = st.builds(
+    lambda format_name, rows, columns, dtype: lambda name: encoded(format_name, name, (rows, columns), dtype),
+    st.sampled_from(sorted(FORMATS)),
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.sampled_from(sorted(DENSE)),
+)
+step_lists = st.lists(st.one_of(copies, rewrites), max_size=12).map(
+    lambda makers: [make(f"layers.{number}.weight") for number, make in enumerate(makers)]
+)
+
+
+@settings(deadline=None)
+@given(step_lists, st.integers(1, 20_000))
+def test_every_step_is_placed_once_and_no_shard_exceeds_the_limit(steps: list[Step], limit: int) -> None:
+    split = split_by_size(steps, limit)
+    assert [step for shard in split for step in shard] == steps
+    for shard in split:
+        assert len(shard) == 1 or sum(map(nbytes, shard)) <= limit
+    for shard, after in itertools.pairwise(split):
+        assert sum(map(nbytes, shard)) + nbytes(after[0]) > limit, "a shard was closed too early"
+    placed = [placed.step for layout in lay_out(split) for placed in layout.steps]
+    assert sorted(placed, key=steps.index) == steps
+
+
+@settings(deadline=None)
+@given(step_lists.filter(bool))
+def test_tensors_lie_together_and_each_is_aligned_as_the_official_library_reads_it(steps: list[Step]) -> None:
+    (layout,) = lay_out([steps])
+    assert len(layout.header) % DATA_ALIGNMENT == 0
+    offset = len(layout.header)
+    order: list[TensorSpec] = []
+    for placed in layout.steps:
+        assert placed.offset == offset
+        assert placed.nbytes == nbytes(placed.step)
+        for spec in placed.step.specs:
+            assert offset % spec.dtype.itemsize == 0
+            offset += spec.nbytes
+            order.append(spec)
+    assert layout.size == offset
+    found = deserialize(layout.header + bytes(layout.size - len(layout.header)))  # type: ignore[no-untyped-call]
+    assert {(name, tensor["dtype"], tuple(tensor["shape"])) for name, tensor in found} == {
+        (spec.name, spec.dtype.code, spec.shape) for spec in order
+    }
+
+
+def names(steps: Sequence[Step]) -> list[str]:
+    (layout,) = lay_out([steps])
+    return [placed.step.specs[0].name for placed in layout.steps]
+
+
+def test_the_bases_order_stays_but_for_what_would_break_alignment() -> None:
+    steps = [
+        single("a", "BF16", 2, 2),
+        single("odd bytes", "U8", 3),
+        single("b", "F32", 3),
+        single("odd halves", "F16", 3),
+        single("wide", "I64", 1),
+        single("c", "U8", 4),
+        single("wide too", "F64", 2),
+        single("more odd bytes", "BOOL", 5),
+        single("more odd halves", "BF16", 1),
+    ]
+    assert names(steps) == [
+        *("wide", "wide too"),
+        *("a", "b", "c"),
+        *("odd halves", "more odd halves"),
+        *("odd bytes", "more odd bytes"),
+    ]
+
+
+def test_the_parts_of_a_weight_stay_together_in_their_own_order() -> None:
+    weight = encoded("nf4-dq", "w.weight", (7, 9), "bfloat16")
+    (layout,) = lay_out([[single("odd", "U8", 1), weight, single("last", "F32", 1)]])
+    assert layout.steps[0].step is weight
+    assert weight.specs[0].name == "w.weight"
+
+
+def test_names_are_those_every_loader_knows() -> None:
+    assert shard_names(1) == ["model.safetensors"]
+    assert shard_names(2) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert [
+        layout.name for layout in lay_out([[single("a", "U8", 1)], [single("b", "U8", 1)]])
+    ] == shard_names(2)
+
+
+def test_a_step_larger_than_the_limit_has_a_shard_of_its_own() -> None:
+    small, large = single("small", "U8", 10), single("large", "U8", 200)
+    assert split_by_size([small, large, small, small], 30) == [[small], [large], [small, small]]
+    assert split_by_size([], 30) == []
+
+
+def test_bytes_of_a_step_are_those_of_its_tensors() -> None:
+    specs = (TensorSpec("a", BF16, (3, 5)), TensorSpec("b", F32, ()), TensorSpec("c", U8, (0, 4)))
+    assert nbytes(Step(specs)) == 30 + 4

@@ -1,0 +1,260 @@
+"""Tile size, worker count and budget change no byte and no number of a merge."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from streamconv.adapters.base import Update
+from streamconv.adapters.lora import DoraUpdate, LoraUpdate
+from streamconv.cells import KeptDelta, WeightWork, Workers, cells
+from streamconv.checkpoint.reader import TensorReader
+from streamconv.dtypes import DENSE
+from streamconv.executor import StopRequest
+from streamconv.formats import FORMATS
+from streamconv.memory import plan_memory
+from streamconv.pipeline import Job, Prepared, convert, prepare, run
+from streamconv.plan import Access, MergeOptions, Rewrite, tile_rows
+from streamconv.rounding import ROUNDINGS
+from tests.formats.stored import W, encoder_for, normal, only_weight, stored, write
+from tests.models import Sizes, write_adapter, write_base
+
+WIDE = "model.layers.0.mlp.up_proj.weight"
+# WIDE has 60 cells, of 64 KiB in bfloat16, and no other weight has larger ones.
+SHAPES = {
+    name: shape
+    for name, shape in Sizes(hidden=512, inner=3840, layers=1, vocabulary=300).shapes.items()
+    if "down_proj" not in name
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    bf16: Path
+    nf4: Path
+    adapter: Path
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("tiles")
+    bf16 = write_base(folder / "bf16", SHAPES, shards=1)
+    convert(bf16, folder / "nf4", quant="nf4-dq")
+    return Inputs(
+        bf16, folder / "nf4", write_adapter(folder / "adapter", SHAPES, targets=("q_proj", "up_proj"))
+    )
+
+
+def wide(prepared: Prepared) -> Rewrite:
+    steps = [placed.step for shard in prepared.plan.shards for placed in shard.steps]
+    (step,) = (step for step in steps if isinstance(step, Rewrite) and step.name == WIDE)
+    return step
+
+
+def tiles(prepared: Prepared) -> int:
+    step = wide(prepared)
+    return -(-step.rows // tile_rows(step, prepared.plan.memory.buffer))
+
+
+def with_memory(prepared: Prepared, buffer: int, workers: int) -> Prepared:
+    memory = dataclasses.replace(prepared.plan.memory, buffer=buffer, workers=workers)
+    return dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, memory=memory))
+
+
+def hashes(folder: Path) -> Mapping[str, str]:
+    """Of every file, the manifest with its kept-delta numbers included."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        ("bf16", MergeOptions()),
+        ("bf16", MergeOptions(quant="nf4-dq", merge_base="nf4-dq")),
+        ("bf16", MergeOptions(quant="nf4", rounding="nearest")),
+        ("nf4", MergeOptions()),
+    ],
+    ids=["bf16", "nf4-dq stochastic of T", "nf4 nearest of F", "nf4-dq base kept"],
+)
+def test_the_same_bytes_for_any_number_of_tiles_and_workers(
+    inputs: Inputs, tmp_path: Path, base: str, options: MergeOptions
+) -> None:
+    prepared = prepare(Job(str(getattr(inputs, base)), str(inputs.adapter), options, "cpu"))
+    if options.quant != "keep":
+        assert prepared.plan.rounding is not None
+        assert prepared.plan.rounding.name == (
+            "stochastic" if options.merge_base != "original" else "nearest"
+        )
+    cell = max(wide(prepared).weight.decoder.row_offset(64), wide(prepared).encoder.row_offset(64))
+    found = {}
+    for count, workers in ((1, 1), (1, 5), (8, 2), (8, 5), (60, 1), (60, 2)):
+        planned = with_memory(prepared, -(-60 // count) * cell, workers)
+        assert tiles(planned) == count
+        out = tmp_path / f"{count}-{workers}"
+        report = run(planned, out, lambda done, total: None, StopRequest())
+        assert (report.kept_delta is not None) == (options.quant != "keep" or base == "nf4")
+        found[count, workers] = hashes(out)
+    assert len({tuple(sorted(files.items())) for files in found.values()}) == 1, found
+
+
+@pytest.mark.parametrize(("count", "ram_mib"), [(1, 120), (8, 99.8), (60, 97.2)])
+def test_a_smaller_budget_makes_more_tiles(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, count: int, ram_mib: float
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    options = MergeOptions(max_ram_bytes=int(ram_mib * 2**20))
+    prepared = prepare(Job(str(inputs.bf16), str(inputs.adapter), options, "cpu"))
+    assert tiles(prepared) == count
+    assert prepared.plan.memory.ram <= options.max_ram_bytes
+
+
+# -- one weight, any shape ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step, what is stored of its base, and the adapter's tensors."""
+
+    step: Rewrite
+    raw: Tensor
+    side: Mapping[str, Tensor]
+    parts: Sequence[Mapping[str, Tensor]]
+
+    def run(
+        self, splits: Sequence[Sequence[range]], workers: int
+    ) -> tuple[bytes, tuple[bytes, ...], KeptDelta | None]:
+        """Main part, other parts, kept delta; with one way to split the rows into tiles for each pass."""
+        decoder, encoder = self.step.weight.decoder, self.step.encoder
+        out = torch.empty(encoder.row_offset(self.step.rows), dtype=torch.uint8)
+        with Workers(workers) as pool:
+            work = WeightWork(self.step, self.side, self.parts, torch.device("cpu"), 3, pool)
+            if self.step.access is Access.REDUCE_THEN_ROW:
+                for rows in splits[0]:
+                    work.reduce(_part(self.raw, decoder.row_offset, rows), rows)
+                work.end_reduce()
+            for rows in splits[1]:
+                work.rewrite(
+                    _part(self.raw, decoder.row_offset, rows), rows, _part(out, encoder.row_offset, rows)
+                )
+            tail, kept = work.finish()
+        return out.numpy().tobytes(), tail, kept
+
+
+def _part(raw: Tensor, offset: Callable[[int], int], rows: range) -> Tensor:
+    return raw[offset(rows.start) : offset(rows.stop)]
+
+
+def lora(shape: tuple[int, int], rank: int = 3) -> tuple[Update, Mapping[str, Tensor]]:
+    parts = {"lora_A": normal((rank, shape[1]), 1, 0.3), "lora_B": normal((shape[0], rank), 2, 0.3)}
+    return LoraUpdate(W, shape, MappingProxyType({}), 0.5, transposed=False), parts
+
+
+def transposed_dora(shape: tuple[int, int], rank: int = 3) -> tuple[Update, Mapping[str, Tensor]]:
+    """Needs the norms of columns, so the weight is read twice."""
+    parts = {
+        "lora_A": normal((rank, shape[0]), 1, 0.3),
+        "lora_B": normal((shape[1], rank), 2, 0.3),
+        "magnitude": normal((shape[1],), 4, 1.0).abs() + 0.1,
+    }
+    return DoraUpdate(W, shape, MappingProxyType({}), 0.5, transposed=True), parts
+
+
+formats = st.sampled_from(sorted(FORMATS))
+dense = st.sampled_from(sorted(DENSE))
+# Odd numbers of rows and columns; blocks that wrap around rows; last cells of any height.
+shapes = st.tuples(st.integers(1, 300), st.integers(1, 70))
+
+
+@st.composite
+def cases(draw: st.DrawFn, folder: Path) -> Case:
+    shape, base, result = draw(shapes), draw(formats), draw(formats)
+    weight = only_weight(write(folder, stored(encoder_for(base, torch.empty(shape)), normal(shape, 0, 0.05))))
+    encoder = FORMATS[result].encoder(W, shape, DENSE["float32"])
+    rounding = ROUNDINGS[draw(st.sampled_from(sorted(ROUNDINGS)))] if encoder.grid else None
+    quantized = sorted(set(FORMATS) - set(DENSE))
+    merge_base = None
+    if base in DENSE and draw(st.booleans()):
+        merge_base = FORMATS[draw(st.sampled_from(quantized))].encoder(W, shape, DENSE[base])
+    update, parts = (lora if merge_base or draw(st.booleans()) else transposed_dora)(shape)
+    on_grid = merge_base.grid if merge_base else weight.decoder.grid
+    keeps = rounding is not None and rounding.keeps_scales and on_grid == encoder.grid
+    step = Rewrite(
+        W,
+        weight,
+        (update,),
+        encoder,
+        rounding,
+        merge_base,
+        keeps,
+        keeps and merge_base is None and base == result,
+    )
+    with TensorReader() as reader:
+        side = {role: reader.load(part) for role, part in weight.parts.items() if role != weight.decoder.main}
+        raw = reader.load(weight.parts[weight.decoder.main]).view(-1).view(torch.uint8)
+    return Case(step, raw, side, (parts,))
+
+
+@st.composite
+def splits(draw: st.DrawFn, rows: int) -> Sequence[range]:
+    """Consecutive tiles of whole cells."""
+    starts = [cell.start for cell in cells(range(rows))]
+    cuts = sorted({0, *draw(st.lists(st.sampled_from(starts), max_size=4))})
+    return [range(first, last) for first, last in zip(cuts, [*cuts[1:], rows], strict=True)]
+
+
+@settings(deadline=None, max_examples=120)
+@given(data=st.data())
+def test_tiles_split_anywhere_equal_one_whole_tile(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    case = data.draw(cases(tmp_path_factory.getbasetemp() / "weight"))
+    whole = [range(case.step.rows)]
+    split = [data.draw(splits(case.step.rows)), data.draw(splits(case.step.rows))]
+    assert case.run(split, data.draw(st.integers(1, 4))) == case.run([whole, whole], 1)
+
+
+def test_the_cases_above_reach_every_way_through_a_weight(tmp_path: Path) -> None:
+    """Both accesses and every kind of scales; else the property would prove less than it says."""
+    seen = set()
+
+    @settings(deadline=None, max_examples=150, database=None, derandomize=True)
+    @given(data=st.data())
+    def look(data: st.DataObject) -> None:
+        step = data.draw(cases(tmp_path / "weight")).step
+        seen.add(
+            (
+                step.access,
+                step.merge_base is not None,
+                step.keeps_scales,
+                step.keeps_parts,
+                step.encoder.nested,
+            )
+        )
+
+    look()
+    assert {access for access, *_ in seen} == set(Access)
+    for place in range(1, 5):
+        assert {way[place] for way in seen} == {False, True}
+
+
+def test_the_planned_memory_covers_the_planned_tiles(inputs: Inputs) -> None:
+    """`plan_memory` and `tile_rows` agree: no tile is larger than a buffer."""
+    for base in (inputs.bf16, inputs.nf4):
+        prepared = prepare(Job(str(base), str(inputs.adapter), MergeOptions(quant="nf4"), "cpu"))
+        steps = [placed.step for shard in prepared.plan.shards for placed in shard.steps]
+        for ram in (102, 110, 150, 1024):
+            memory = plan_memory(steps, MergeOptions(max_ram_bytes=ram * 2**20), prepared.plan.device)
+            for step in (step for step in steps if isinstance(step, Rewrite)):
+                rows = min(step.rows, tile_rows(step, memory.buffer))
+                assert step.weight.decoder.row_offset(rows) <= memory.buffer
+                assert step.encoder.row_offset(rows) <= memory.buffer
