@@ -242,6 +242,7 @@ def merge_options(
     assert sizes["max_vram"] is not None
     if min_kept is not None and not 0 <= min_kept <= 1:
         raise OptionError(f"--min-kept {min_kept} is not a share between 0 and 1")
+    parse_moe_layout(moe_layout.lower())
     return MergeOptions(
         quant=quant.lower(),
         dtype=dtype.lower(),
@@ -266,7 +267,9 @@ def prepare(job: Job) -> Prepared:
     adapter_storage = open_storage(job.adapter) if job.adapter is not None else None
     adapter = None
     if adapter_storage is not None:
-        parameters = {name: Parameter(name, weight.shape) for name, weight in base.weights.items()}
+        parameters = {
+            name: Parameter(name, weight.shape, weight.dtype) for name, weight in base.weights.items()
+        }
         moe = parse_moe_layout(job.options.moe_layout)
         adapter = read_adapter(adapter_storage, parameters, index.config, base.tie, moe, job.allow_pickle)
         _log.info("read the adapter %s: %d updates", job.adapter, len(adapter.updates))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from streamconv.adapters.base import Adapter, Replace, Tie, Update
+from streamconv.adapters.base import Adapter, Replace, Tie, Update, WholeUpdate
 from streamconv.adapters.embeddings import HEADS, find_embedding
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.devices import Device
@@ -313,6 +313,11 @@ def _weight_steps(
     if encoder is None or (not changes and (encoder.format, encoder.dtype) == (weight.format, weight.dtype)):
         main = weight.parts[weight.decoder.main].name
         return [Copy(name + part.name.removeprefix(main), part) for part in weight.parts.values()]
+    if weight.decoder.grid is not None and any(isinstance(update, WholeUpdate) for update in updates):
+        raise UnsupportedError(
+            f"{name} is {weight.format}, and the adapter was trained on what its initialisation had left of the weight "
+            "before that was quantized; give the 16-bit base model instead"
+        )
     if merge_base is not None and any(update.reduces for update in updates):
         raise UnsupportedError(
             f"{name}: this update needs a pass over the whole weight, and so does --merge-base {merge_base.format}; "

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from streamconv.checkpoint.types import Shape, StoredTensor
+from streamconv.dtypes import F32, Dtype
 
 
 class Update(Protocol):
@@ -30,7 +31,7 @@ class Update(Protocol):
         """Whether `reduce` must have seen every cell of the weight before `apply` may see the first."""
 
     def reduce(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
-        """Fold one cell into `state` (float64), cells in row order; None stands for the start."""
+        """Fold one cell into `state`, cells in row order; sums are float64; None stands for the start."""
 
     def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
         """Return the updated rows `rows` of the weight, float32.
@@ -39,6 +40,18 @@ class Update(Protocol):
         call: it may be updated in place and returned. `parts` are the tensors of `self.parts` in float32 on
         the cell's device and are never written to. `state` is what `reduce` ended with.
         """
+
+
+@runtime_checkable
+class WholeUpdate(Protocol):
+    """An update that needs the whole weight at once: its states end as the weight, kept until the last cell."""
+
+    @property
+    def whole_bytes(self) -> int:
+        """The most it holds at a time, in bytes."""
+
+    def conclude(self, state: Tensor) -> Tensor:
+        """What `apply` is given as its state, from what `reduce` ended with, which may be used up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +95,8 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """What an adapter reader needs to know of a base parameter: its logical shape."""
+    """What an adapter reader needs to know of a base parameter: its logical shape and type."""
 
     name: str
     shape: Shape
+    dtype: Dtype = F32

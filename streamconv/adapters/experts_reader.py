@@ -119,8 +119,11 @@ def _in_order(names: Sequence[str], source: Source) -> Sequence[str]:
 def _updates(
     module: str, name: str, factors: Factors, settings: LoraSettings, source: Source, base: Base
 ) -> list[Update]:
-    if settings.use_dora or settings.lora_bias:
-        raise UnsupportedError(f"{settings.name}: target_parameters go with neither use_dora nor lora_bias")
+    if settings.use_dora or settings.lora_bias or settings.initial:
+        raise UnsupportedError(
+            f"{settings.name}: target_parameters go with neither use_dora nor lora_bias nor init_lora_weights"
+            f" {settings.initial or 'pissa'!r}"
+        )
     stored = _find(module, name, factors.a, base)
     experts = stored.shape[0]
     a, b = factors.a, factors.b

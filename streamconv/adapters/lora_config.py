@@ -17,6 +17,7 @@ from streamconv.adapters.config import (
     Rule,
     check_fields,
 )
+from streamconv.adapters.initial import INITIAL
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import AdapterError
 
@@ -34,6 +35,7 @@ class LoraSettings:
     use_dora: bool
     fan_in_fan_out: bool
     lora_bias: bool = False
+    initial: str | None = None
     target_parameters: tuple[str, ...] = ()
     peft_version: tuple[int, ...] | None = None
 
@@ -73,6 +75,9 @@ def read_settings(config: AdapterConfig) -> LoraSettings:
         use_rslora=config.flag("use_rslora"),
         use_dora=config.flag("use_dora"),
         lora_bias=config.flag("lora_bias"),
+        initial=config.text("init_lora_weights")
+        if config.fields.get("init_lora_weights") in INITIAL
+        else None,
         fan_in_fan_out=config.flag("fan_in_fan_out"),
         target_parameters=config.names("target_parameters"),
         peft_version=_version(config.fields.get("peft_version")),
@@ -96,9 +101,9 @@ def module_pattern(config: AdapterConfig, field: str, text: str) -> re.Pattern[s
 
 
 _CHANGED_BASE = (
-    "such an adapter was trained on base weights that its initialisation had changed (PiSSA, OLoRA, CorDA,"
-    " LoRA-GA, LoftQ), and added to the unchanged base it gives a wrong model; save it with PEFT's"
-    " path_initial_model_for_weight_conversion, which makes it an ordinary LoRA"
+    "such an adapter was trained on base weights that its initialisation had changed, in a way that cannot be repeated"
+    " from the base alone (a randomized decomposition, or training data), and added to the unchanged base it gives a"
+    " wrong model; save it with PEFT's path_initial_model_for_weight_conversion, which makes it an ordinary LoRA"
 )
 
 LORA_FIELDS: Mapping[str, Rule] = MappingProxyType(
@@ -121,7 +126,9 @@ LORA_FIELDS: Mapping[str, Rule] = MappingProxyType(
         "corda_config": NO_EFFECT,
         "lora_ga_config": NO_EFFECT,
         "loftq_config": NO_EFFECT,
-        "init_lora_weights": Neutral(_CHANGED_BASE, (True, "gaussian", "eva", "orthogonal", "mica")),
+        "init_lora_weights": Neutral(
+            _CHANGED_BASE, (True, "gaussian", "eva", "orthogonal", "mica", *INITIAL)
+        ),
         "bias": Neutral("expected none, all or lora_only", ("none", "all", "lora_only")),
         "lora_bias": USED,
         "target_parameters": USED,

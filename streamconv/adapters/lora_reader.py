@@ -9,6 +9,7 @@ from types import MappingProxyType
 from streamconv.adapters.base import Parameter, Update
 from streamconv.adapters.conv import ConvUpdate
 from streamconv.adapters.experts_reader import Factors, read_experts
+from streamconv.adapters.initial import InitialUpdate
 from streamconv.adapters.lora import DoraUpdate, LoraBiasUpdate, LoraUpdate
 from streamconv.adapters.lora_config import LoraSettings, read_settings
 from streamconv.adapters.source import Base, Source, trained_shape
@@ -79,6 +80,7 @@ def _updates(module: str, parts: Parts, settings: LoraSettings, source: Source, 
     parameter = base.get(f"{module}.weight", a.name)
     shape = trained_shape(source, parameter, f"{module}.base_layer.weight")
     if len(shape) > 2:
+        _check_plain(parameter, settings)
         updates: list[Update] = [_conv_update(module, factors, shape, settings, source, parameter)]
     else:
         rank = check_rank(source.trained(module), a, b, settings)
@@ -89,11 +91,42 @@ def _updates(module: str, parts: Parts, settings: LoraSettings, source: Source, 
             _check_magnitude(parameter, parts["magnitude"], (b.shape[0],))
         kind = DoraUpdate if settings.use_dora else LoraUpdate
         scaling = settings.scaling(source.trained(module), rank)
-        updates = [kind(parameter.name, shape, MappingProxyType(factors), scaling, transposed)]
+        updates = _initial(parameter, shape, settings, rank, scaling, transposed, is_embedding)
+        updates += [kind(parameter.name, shape, MappingProxyType(factors), scaling, transposed)]
     if "bias" in parts:
         scaling = settings.scaling(source.trained(module), a.shape[0])
         updates.append(_bias_update(module, parts["bias"], b, scaling, base))
     return updates
+
+
+def _initial(
+    parameter: Parameter,
+    shape: Shape,
+    settings: LoraSettings,
+    rank: int,
+    scaling: float,
+    transposed: bool,
+    is_embedding: bool,
+) -> list[Update]:
+    """What comes before the update: nothing, or what its initialisation did to the base."""
+    if settings.initial is None:
+        return []
+    if is_embedding or (settings.use_dora and transposed):
+        _check_plain(parameter, settings)
+    none: Mapping[str, StoredTensor] = MappingProxyType({})
+    return [
+        InitialUpdate(
+            parameter.name, shape, none, settings.initial, rank, scaling, transposed, parameter.dtype
+        )
+    ]
+
+
+def _check_plain(parameter: Parameter, settings: LoraSettings) -> None:
+    if settings.initial is not None:
+        raise UnsupportedError(
+            f"{settings.name}: init_lora_weights is {settings.initial!r}, which is supported for linear layers only,"
+            f" and with use_dora not for Conv1D; {parameter.name} is another case"
+        )
 
 
 def _check_roles(module: str, parts: Parts, settings: LoraSettings, is_embedding: bool) -> None:

@@ -3,10 +3,10 @@
 Keys of trained modules: `lm_head.weight` as PEFT saves them; `lm_head.modules_to_save.weight` and
 `lm_head.modules_to_save.default.weight` as dumps of a training state dict have them. Of trained biases:
 `q_proj.base_layer.bias` in an adapted module, `norm.bias` elsewhere. Of records: beside a LoRA on the head or the
-embedding `lm_head.base_layer.weight` (and its bias), beside trained rows `embed_tokens.token_adapter.base_layer.weight`, and after
-the vocabulary was resized `embed_tokens.weight` and `lm_head.weight`, though modules_to_save does not list them. Then
-all that lies below a saved embedding is there, too: `lm_head.modules_to_save.weight` again, and the untrained
-`lm_head.original_module.weight`, which nothing uses (`peft/utils/save_and_load.py`).
+embedding `lm_head.base_layer.weight`, and its bias; beside trained rows `embed_tokens.token_adapter.base_layer.weight`;
+and after the vocabulary was resized `embed_tokens.weight` and `lm_head.weight`, though modules_to_save does not list
+them. Then all that lies below a saved embedding is there, too: `lm_head.modules_to_save.weight` again, and the
+untrained `lm_head.original_module.weight`, which nothing uses (`peft/utils/save_and_load.py`).
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ class Kept:
 class Report:
     """What `merge` and `convert` return. Sizes in bytes, times in seconds.
 
-    `renamed` says how names of adapter and base were matched where they differ; `peak_ram_bytes` is anonymous memory above what the process had before planning; `kept_delta` is None
-    where nothing was quantized.
+    `renamed` says how names of adapter and base were matched where they differ; `peak_ram_bytes` is anonymous
+    memory above what the process had before planning; `kept_delta` is None where nothing was quantized.
     """
 
     out: str

@@ -65,9 +65,7 @@ def test_other_methods_are_refused_by_name(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("init_lora_weights", "pissa"),
         ("init_lora_weights", "pissa_niter_16"),
-        ("init_lora_weights", "olora"),
         ("init_lora_weights", "corda"),
         ("init_lora_weights", "lora_ga"),
         ("init_lora_weights", "loftq"),

@@ -70,7 +70,7 @@ def check(base: Path, adapter: Path, expected: Tensor, out: Path, **options: obj
         lambda name: f"module.{name}",
         lambda name: f"_orig_mod.{name}",
         lambda name: name.replace(".layers.0.", ".layers.0._fsdp_wrapped_module."),
-        lambda name: name.replace(".mlp.", "._checkpoint_wrapped_module.mlp.").replace("base_model", "_orig_mod.base_model"),
+        lambda name: f"_orig_mod.{name.replace('.mlp.', '._checkpoint_wrapped_module.mlp.')}",
     ],
 )  # fmt: skip
 def test_names_that_wrappers_left(
