@@ -12,6 +12,7 @@ from streamconv.adapters.config import AdapterConfig, read_config
 from streamconv.adapters.conv import ConvUpdate
 from streamconv.adapters.experts import ExpertsUpdate
 from streamconv.adapters.lora import LoraBiasUpdate, LoraUpdate
+from streamconv.adapters.lora_config import UNUSED
 from streamconv.adapters.lora_reader import read_lora
 from streamconv.adapters.names import read_source
 from streamconv.adapters.saved import Saved, check_saved, read_saved
@@ -53,7 +54,7 @@ def read_adapter(
 
     updates = read_updates(source, base)
     updated = frozenset(update.parameter for update in updates)
-    taken = {tensor.name for update in updates for tensor in update.parts.values()}
+    taken = {tensor.name for update in updates for tensor in update.parts.values()} | _unused(source)
     rest = [key for key, tensor in source.tensors.items() if tensor.name not in taken]
     scan = scan_tensors(config.raw, stored.values())
     saved = read_saved(source, base, rest, updated, scan.digests)
@@ -121,6 +122,16 @@ def find_reader(config: AdapterConfig) -> Reader:
 
 def _module(parameter: str) -> str:
     return parameter.rpartition(".")[0]
+
+
+def _unused(source: Source) -> set[str]:
+    """Names of tensors that a variant in use keeps for training alone."""
+    patterns = [pattern for field, pattern in UNUSED.items() if source.config.fields.get(field) is not None]
+    return {
+        tensor.name
+        for key, tensor in source.tensors.items()
+        if any(pattern.fullmatch(key) for pattern in patterns)
+    }
 
 
 def _check_leftovers(source: Source, base: Base, keys: Iterable[str]) -> None:

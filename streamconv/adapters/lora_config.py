@@ -139,8 +139,9 @@ LORA_FIELDS: Mapping[str, Rule] = MappingProxyType(
         "use_qalora": Neutral("QA-LoRA pools its inputs, which is not supported yet"),
         "use_bdlora": Neutral("block-diagonal LoRA is not supported yet"),
         "kasa_config": Neutral("KaSA cuts singular values off the base weight, which is not supported yet"),
-        "velora_config": Neutral("VeLoRA is not supported yet"),
-        "monteclora_config": Neutral("MonteCLoRA is not supported yet"),
+        # These change training only; their tensors are UNUSED.
+        "velora_config": NO_EFFECT,
+        "monteclora_config": NO_EFFECT,
         "alora_invocation_tokens": Neutral(
             "an activated LoRA works only after its invocation tokens, so no merged weights are equal to it;"
             " serve it unmerged"
@@ -152,5 +153,13 @@ LORA_FIELDS: Mapping[str, Rule] = MappingProxyType(
         # Of PEFT before 0.4, which split fused attention layers: lora_B is then a convolution.
         "enable_lora": Neutral("adapters of MergedLinear (PEFT before 0.3) are not supported"),
         "merge_weights": NO_EFFECT,
+    }
+)
+
+# What variants keep beside their factors for training alone, by the field that switches them on.
+UNUSED: Mapping[str, re.Pattern[str]] = MappingProxyType(
+    {
+        "velora_config": re.compile(r".+\.lora_velora_embed(\..+)?"),
+        "monteclora_config": re.compile(r".+\.lora_monteclora_sampler\..+"),
     }
 )

@@ -76,8 +76,6 @@ def test_other_methods_are_refused_by_name(
         ("use_bdlora", {"nblocks": 2}),
         ("kasa_config", {}),
         ("kasa_config", {"beta": 1e-4}),
-        ("velora_config", {"num_groups": 64}),
-        ("monteclora_config", {"num_samples": 8}),
         ("alora_invocation_tokens", [1, 2]),
         ("alora_invocation_tokens", []),
         ("arrow_config", {"top_k": 3}),

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -190,6 +191,8 @@ FORMS = [
     Form("llama", "olora", targets("q_proj", "up_proj", "down_proj", init_lora_weights="olora", use_rslora=True)),
     Form("gpt2", "pissa", targets("c_attn", "c_proj", init_lora_weights="pissa", fan_in_fan_out=True)),
     Form("llama", "mica", targets(*QV, init_lora_weights="mica")),
+    Form("llama", "velora", targets(*QV, velora_config=VeloraConfig(num_groups=4))),
+    Form("llama", "monteclora", targets(*QV, monteclora_config=MontecloraConfig())),
     Form("llama", "orthogonal", targets(*QV, init_lora_weights="orthogonal")),
     Form("phi3", "fused projections", targets("qkv_proj", "gate_up_proj", use_dora=True)),
     Form("classifier", "head saved", targets(*QV, task_type="SEQ_CLS")),
