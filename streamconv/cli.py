@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from streamconv.errors import StreamconvError
+from streamconv.errors import Stopped, StreamconvError
 from streamconv.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ class _Commands(click.Group):
         except StreamconvError as error:
             if ctx.meta.get(_DEBUG):
                 raise
-            click.echo(f"Error: {_one_line(str(error))}", err=True)
+            prefix = "" if isinstance(error, Stopped) else "Error: "
+            click.echo(f"{prefix}{_one_line(str(error))}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
@@ -589,15 +590,13 @@ def _show_plan(prepared: Prepared, out: str | None, as_json: bool, quiet: bool) 
 
 
 def _show_report(report: Report) -> None:
-    speed = report.bytes_written / report.seconds if report.seconds else 0.0
+    size = format_size(report.bytes_written)
     if report.resumed and not report.seconds:
-        click.echo(f"{report.out}: was complete already, {format_size(report.bytes_written)}")
+        click.echo(f"{report.out}: was complete already, {size}")
     else:
-        resumed = " (resumed)" if report.resumed else ""
-        click.echo(
-            f"{report.out}: {format_size(report.bytes_written)}{resumed} in {report.seconds:.1f} s "
-            f"({format_size(speed)}/s), peak memory {format_size(report.peak_ram_bytes)}"
-        )
+        how = "resumed" if report.resumed else f"{format_size(report.bytes_written / report.seconds)}/s"
+        peak = format_size(report.peak_ram_bytes)
+        click.echo(f"{report.out}: {size} in {report.seconds:.1f} s ({how}), peak memory {peak}")
     if report.kept_delta is not None:
         click.echo(
             f"{report.kept_delta:.1%} of the fine-tune kept by {report.rounding} rounding to {report.quant}"

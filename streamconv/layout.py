@@ -52,16 +52,20 @@ def nbytes(step: HasSpecs) -> int:
     return sum(spec.nbytes for spec in step.specs)
 
 
-def split_by_size(steps: Iterable[S], limit: int) -> list[list[S]]:
-    """Fill shards in order; none exceeds `limit` bytes unless a single step does."""
+def split_by_size(weights: Iterable[Sequence[S]], limit: int) -> list[list[S]]:
+    """Fill shards with the steps of `weights` in order; none exceeds `limit` bytes unless a single weight does.
+
+    Steps of one weight stay together: some loaders look for the scales of a quantized weight only in the shard
+    that holds its codes.
+    """
     shards: list[list[S]] = []
     used = 0
-    for step in steps:
-        size = nbytes(step)
+    for steps in weights:
+        size = sum(map(nbytes, steps))
         if not shards or used + size > limit:
             shards.append([])
             used = 0
-        shards[-1].append(step)
+        shards[-1] += steps
         used += size
     return shards
 

@@ -56,8 +56,9 @@ def build_plan(base: Base, adapter: Adapter | None, options: MergeOptions, devic
     _check_unknown_tie(base, (*replaces, *updates))
     weights = _output_weights(base, adapter, replaces)
     quantized, skipped = _choose_quantized(base, weights, replaces, result, options)
-    steps = _steps(base, weights, updates, quantized, result)
-    shards = lay_out(_split(base, steps, result, options))
+    by_weight = _steps(base, weights, updates, quantized, result)
+    steps = [step for steps in by_weight for step in steps]
+    shards = lay_out(_split(base, by_weight, result, options))
     return Plan(
         options=options,
         device=device,
@@ -279,9 +280,10 @@ def _steps(
     updates: Mapping[str, tuple[Update, ...]],
     quantized: frozenset[str],
     result: _Result,
-) -> list[Step]:
+) -> list[list[Step]]:
+    """What becomes of each weight, in the base's order: one step, or a copy of every part."""
     seen_by_training = _rounded_in_training(base, result)
-    steps: list[Step] = []
+    steps: list[list[Step]] = []
     for name, weight in weights.items():
         encoder = _encoder(name, weight, name in quantized, _own_dtype(base, name, weight), result)
         merge_base = None
@@ -289,7 +291,7 @@ def _steps(
         is_rounded = name in seen_by_training and weight is base.weights[name]
         if is_rounded and result.merge_base is not None:
             merge_base = result.merge_base.encoder(name, weight.shape, weight.dtype)
-        steps += _weight_steps(name, weight, updates.get(name, ()), encoder, merge_base, result)
+        steps.append(_weight_steps(name, weight, updates.get(name, ()), encoder, merge_base, result))
     return steps
 
 
@@ -363,14 +365,16 @@ def _rounded_in_training(base: Base, result: _Result) -> frozenset[str]:
 # -- shards ------------------------------------------------------------------------------------------------------
 
 
-def _split(base: Base, steps: Sequence[Step], result: _Result, options: MergeOptions) -> list[list[Step]]:
+def _split(
+    base: Base, by_weight: Sequence[Sequence[Step]], result: _Result, options: MergeOptions
+) -> list[list[Step]]:
     """Steps by shard: the base's own shards for 16-bit output of a 16-bit base, else filled up to a limit."""
     if options.max_shard_bytes is not None or result.quant is not None or base.quantized is not None:
-        return split_by_size(steps, options.max_shard_bytes or DEFAULT_SHARD_BYTES)
+        return split_by_size(by_weight, options.max_shard_bytes or DEFAULT_SHARD_BYTES)
     shard_of = {name: tensor.file.name for name, tensor in base.index.tensors.items()}
     shards: dict[str, list[Step]] = {shard.file.name: [] for shard in base.index.shards}
     last = base.index.shards[-1].file.name
-    for step in steps:
+    for step in (step for steps in by_weight for step in steps):
         shards[shard_of.get(step.name, last)].append(step)
     return [steps for steps in shards.values() if steps]
 

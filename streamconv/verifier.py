@@ -61,7 +61,7 @@ def verify_layout(out: Path, plan: Plan) -> None:
     }
     stored = {name: tensor.spec for name, tensor in index.tensors.items()}
     if stored != planned:
-        name = sorted(set(stored.items()) ^ set(planned.items()))[0][0]
+        name = min(name for name in {*stored, *planned} if stored.get(name) != planned.get(name))
         raise VerificationError(f"{out}: tensor {name} is not stored as planned; do not use this output")
 
 

@@ -27,7 +27,11 @@ import streamconv
 from streamconv.checkpoint.header import read_header
 from streamconv.cli import _progress, main
 from streamconv.errors import OptionError
+from streamconv.executor import StopRequest
 from streamconv.formats import FORMATS
+from streamconv.pipeline import OnProgress
+from streamconv.pipeline import run as run_job
+from streamconv.report.result import Report
 from streamconv.storage import open_storage
 from tests.tiny import edit_json, edit_tensors, llama_config, read_tensors, save_adapter, save_base
 
@@ -310,6 +314,30 @@ def test_signals_mean_again_what_they_meant_before(inputs: Inputs, tmp_path: Pat
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     succeed("convert", "--base", inputs.base, "-o", tmp_path / "out")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_stop_is_no_error(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal at the first sign of progress; then the same command goes on."""
+
+    def stopped(prepared: Any, out: Path, on_progress: OnProgress, stop: StopRequest) -> Report:
+        def told(done: int, total: int) -> None:
+            on_progress(done, total)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as once:
+            once.setattr("streamconv.cli.os._exit", lambda code: None)
+            return run_job(prepared, out, told, stop)
+
+    command = ["convert", "--base", str(inputs.base), "-o", str(tmp_path / "out")]
+    with monkeypatch.context() as patched:
+        patched.setattr("streamconv.pipeline.run", stopped)
+        result = run(*command)
+    assert result.exit_code == 143
+    assert result.stderr.endswith("stopped by a signal; run the same command again to go on\n")
+    assert "Error" not in result.stderr
+    assert set(os.listdir(tmp_path / "out")) == {".streamconv"}
+    succeed(*command)
+    assert ".streamconv" not in os.listdir(tmp_path / "out")
 
 
 def test_a_finished_run_is_not_done_again(inputs: Inputs, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,9 @@ from streamconv.checkpoint.types import TensorSpec
 from streamconv.dtypes import BF16, DENSE, DTYPES, F32, U8
 from streamconv.formats import FORMATS
 from streamconv.layout import DATA_ALIGNMENT, lay_out, nbytes, shard_names, split_by_size
+from streamconv.pipeline import Job, convert, prepare
+from streamconv.plan import MergeOptions
+from tests.models import Sizes, write_adapter, write_base
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,21 @@ step_lists = st.lists(st.one_of(copies, rewrites), max_size=12).map(
 
 
 @settings(deadline=None)
-@given(step_lists, st.integers(1, 20_000))
-def test_every_step_is_placed_once_and_no_shard_exceeds_the_limit(steps: list[Step], limit: int) -> None:
-    split = split_by_size(steps, limit)
+@given(step_lists, st.integers(1, 20_000), st.data())
+def test_every_step_is_placed_once_and_no_shard_exceeds_the_limit(
+    steps: list[Step], limit: int, data: st.DataObject
+) -> None:
+    cuts = sorted({0, *data.draw(st.lists(st.integers(0, len(steps)), max_size=8)), len(steps)})
+    weights = [steps[first:last] for first, last in itertools.pairwise(cuts)]
+    split = split_by_size(weights, limit)
     assert [step for shard in split for step in shard] == steps
     for shard in split:
-        assert len(shard) == 1 or sum(map(nbytes, shard)) <= limit
-    for shard, after in itertools.pairwise(split):
-        assert sum(map(nbytes, shard)) + nbytes(after[0]) > limit, "a shard was closed too early"
+        assert shard in weights or sum(map(nbytes, shard)) <= limit
+    starts = list(itertools.accumulate(map(len, split), initial=0))
+    assert set(starts) <= set(cuts), "a weight was cut in two"
+    for shard, start in zip(split, starts[1:-1], strict=False):
+        (following,) = (weight for cut, weight in zip(cuts, weights, strict=False) if cut == start)
+        assert sum(map(nbytes, [*shard, *following])) > limit, "a shard was closed too early"
     placed = [placed.step for layout in lay_out(split) for placed in layout.steps]
     assert sorted(placed, key=steps.index) == steps
 
@@ -123,12 +134,27 @@ def test_names_are_those_every_loader_knows() -> None:
     ] == shard_names(2)
 
 
-def test_a_step_larger_than_the_limit_has_a_shard_of_its_own() -> None:
+def test_a_weight_larger_than_the_limit_has_a_shard_of_its_own_whole() -> None:
     small, large = single("small", "U8", 10), single("large", "U8", 200)
-    assert split_by_size([small, large, small, small], 30) == [[small], [large], [small, small]]
+    weights = [[small], [large, small], [small], [small, small]]
+    assert split_by_size(weights, 30) == [[small], [large, small], [small, small, small]]
     assert split_by_size([], 30) == []
 
 
 def test_bytes_of_a_step_are_those_of_its_tensors() -> None:
     specs = (TensorSpec("a", BF16, (3, 5)), TensorSpec("b", F32, ()), TensorSpec("c", U8, (0, 4)))
     assert nbytes(Step(specs)) == 30 + 4
+
+
+def test_a_quantized_weight_that_is_only_copied_stays_in_one_shard(tmp_path: Path) -> None:
+    shapes = Sizes(hidden=96, inner=200, layers=2, vocabulary=60).shapes
+    convert(write_base(tmp_path / "base", shapes), tmp_path / "nf4", quant="nf4-dq")
+    adapter = write_adapter(tmp_path / "adapter", shapes, targets=("q_proj",))
+    plan = prepare(Job(str(tmp_path / "nf4"), str(adapter), MergeOptions(max_shard_bytes=7_000), "cpu")).plan
+    shard_of = {
+        spec.name: shard.name for shard in plan.shards for placed in shard.steps for spec in placed.step.specs
+    }
+    weights = [name.removesuffix(".absmax") for name in shard_of if name.endswith(".absmax")]
+    assert len(weights) == 14
+    for weight in weights:
+        assert len({shard for name, shard in shard_of.items() if name.startswith(weight)}) == 1

@@ -64,7 +64,7 @@ def read_adapter(
     adapted = [_module(update.parameter) for update in updates]
     trained = [_module(replace.parameter) for replace in saved.replaces]
     check_targets(
-        config, [source.trained(name) for name in adapted], [source.trained(name) for name in trained]
+        config, *(_trained(source, names) for names in (map(_module, parameters), adapted, trained))
     )
     check_saved(source, base, saved.replaces)
     _check_effect(source, updates, saved, scan)
@@ -118,6 +118,10 @@ def find_reader(config: AdapterConfig) -> Reader:
     raise UnsupportedError(
         f"{config.name}: the peft_type {name!r} is not known here; supported are {', '.join(ADAPTERS)}"
     )
+
+
+def _trained(source: Source, modules: Iterable[str]) -> frozenset[str]:
+    return frozenset(source.trained(module) for module in modules)
 
 
 def _module(parameter: str) -> str:

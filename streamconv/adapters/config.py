@@ -53,6 +53,7 @@ COMMON_FIELDS: Mapping[str, Rule] = MappingProxyType(
         "target_modules": USED,
         "modules_to_save": USED,
         "ensure_weight_tying": USED,
+        "exclude_modules": USED,
         "task_type": NO_EFFECT,
         "auto_mapping": NO_EFFECT,
         "peft_version": NO_EFFECT,
@@ -60,7 +61,6 @@ COMMON_FIELDS: Mapping[str, Rule] = MappingProxyType(
         "revision": NO_EFFECT,
         "inference_mode": NO_EFFECT,
         # These chose the modules when training began; which were chosen is in the tensors.
-        "exclude_modules": NO_EFFECT,
         "layers_to_transform": NO_EFFECT,
         "layers_pattern": NO_EFFECT,
     }

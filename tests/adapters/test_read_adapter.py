@@ -261,6 +261,25 @@ def test_a_pattern_that_matches_no_module_is_refused(
     refuse(bases, plain, repr(target), "no module in the adapter matches it")
 
 
+@pytest.mark.parametrize("excluded", [["k_proj"], ["self_attn.k_proj", "o_proj"], r".*\.k_proj"])
+def test_excluded_targets_have_no_tensors(
+    bases: dict[str, Path], plain: Path, excluded: list[str] | str
+) -> None:
+    """PEFT lists them all the same where target_modules was `all-linear`."""
+    edit_json(plain / CONFIG_NAME, target_modules=["q_proj", "v_proj", "layers.0.self_attn.k_proj", "k_proj"])
+    refuse(bases, plain, "'layers.0.self_attn.k_proj'")
+    edit_json(plain / CONFIG_NAME, exclude_modules=excluded)
+    read_llama(bases, plain)
+
+
+@pytest.mark.parametrize(
+    "excluded", [["layers.1.self_attn.k_proj"], r".*\.1\..*", "k_proj", "(", 3, ["o_proj"]]
+)
+def test_targets_that_are_not_all_excluded(bases: dict[str, Path], plain: Path, excluded: Any) -> None:
+    edit_json(plain / CONFIG_NAME, target_modules=["q_proj", "v_proj", "k_proj"], exclude_modules=excluded)
+    refuse(bases, plain, repr("k_proj") if excluded not in ("(", 3) else "exclude_modules")
+
+
 def test_a_target_that_is_saved_instead(bases: dict[str, Path], adapter_of: AdapterOf) -> None:
     saved = adapter_of("saved")
     edit_json(saved / CONFIG_NAME, target_modules=["q_proj", "lm_head"])

@@ -44,6 +44,10 @@ def assert_same_logits(base: Path, adapter: Adapter) -> None:
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {"target_modules": ATTENTION + MLP}),
     "all-linear": ("llama", {"target_modules": "all-linear"}),
+    "all-linear but some": (
+        "llama",
+        {"target_modules": "all-linear", "exclude_modules": ["down_proj", "layers.0.self_attn.q_proj"]},
+    ),
     "regex": ("llama", {"target_modules": r".*\.1\.(self_attn|mlp)\.(q|up)_proj"}),
     "some layers": ("llama", {"target_modules": ATTENTION, "layers_to_transform": [1]}),
     "rslora": ("llama", {"target_modules": ATTENTION + MLP, "use_rslora": True}),

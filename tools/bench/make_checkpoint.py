@@ -57,9 +57,12 @@ def total_bytes(tensors: Sequence[TensorSpec]) -> int:
 
 
 def make(out: Path, layers: int, max_shard_bytes: int, rank: int, seed: int) -> None:
-    """Write `base` and `adapter` into the folder `out`."""
-    write_checkpoint(out / "base", layers, max_shard_bytes, seed)
+    """Write `adapter` and `base` into the folder `out`; `base` appears last, and only when complete."""
+    for unfinished in (out / "adapter", out / "base.partial"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     write_adapter(out / "adapter", layers, rank, seed + 1)
+    write_checkpoint(out / "base.partial", layers, max_shard_bytes, seed)
+    (out / "base.partial").rename(out / "base")
 
 
 def write_checkpoint(out: Path, layers: int, max_shard_bytes: int, seed: int) -> None:
@@ -158,7 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     layers = options.layers or layers_for(options.size)
-    needed, free = total_bytes(weights(layers)), shutil.disk_usage(options.out.parent).free
+    options.out.mkdir(parents=True, exist_ok=True)
+    if (options.out / "base").exists():
+        parser.error(f"{options.out / 'base'} is already there; remove it or name another folder")
+    needed, free = total_bytes(weights(layers)), shutil.disk_usage(options.out).free
     if needed > free:
         parser.error(
             f"{options.out} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; choose a --size"
