@@ -24,13 +24,15 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from streamconv.inspection import inspect
-    from streamconv.pipeline import convert, merge, verify
+    from streamconv.pipeline import convert, merge, push, verify
     from streamconv.report.result import Report
+    from streamconv.storage.upload import Pushed
 
 _PUBLIC = {
-    "streamconv.pipeline": ("convert", "merge", "verify"),
+    "streamconv.pipeline": ("convert", "merge", "push", "verify"),
     "streamconv.inspection": ("inspect",),
     "streamconv.report.result": ("Report",),
+    "streamconv.storage.upload": ("Pushed",),
     "streamconv.errors": (
         "AdapterError",
         "CheckpointError",
@@ -54,6 +56,7 @@ __all__ = [  # noqa: PLE0604, RUF100  literal, so that type checkers see it
     "InputError",
     "OptionError",
     "OutputError",
+    "Pushed",
     "Report",
     "ResourceError",
     "Stopped",
@@ -63,6 +66,7 @@ __all__ = [  # noqa: PLE0604, RUF100  literal, so that type checkers see it
     "convert",
     "inspect",
     "merge",
+    "push",
     "verify",
 ]
 

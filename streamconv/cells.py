@@ -70,7 +70,7 @@ def cells(rows: range) -> Iterator[range]:
 
 def _scaled(grid: Grid, codes: Tensor, scales: Tensor) -> Tensor:
     values = grid.decode(codes)
-    return multiply_by_scales(values, scales, grid.block, out=values)
+    return multiply_by_scales(values, scales, grid.block, out=values, peak=grid.peak)
 
 
 def _block_sums(values: Tensor, block: int) -> Tensor:
@@ -198,7 +198,8 @@ class WeightWork:
             return tail, None
         effective = encoder.effective_scales(scales) if self._effective is None else self._effective
         base_inner, delta, error = self._sums.sum(dim=0).tolist()
-        return tail, KeptDelta(_inner_product(effective, self._inner) - base_inner, delta, error)
+        inner = _inner_product(effective, self._inner) / encoder.grid.peak
+        return tail, KeptDelta(inner - base_inner, delta, error)
 
     def _keep(self, scales: Tensor) -> None:
         self._kept_scales = scales
@@ -267,7 +268,7 @@ class WeightWork:
         return _Base(values, anchor.view_as(values), codes, kept)
 
     def _rounded_base(self, raw: Tensor, rows: range, merge_base: Encoder, scratch: Tensor) -> _Base:
-        """The base as QLoRA training saw it: rounded to `merge_base` and cast to the weight's dtype."""
+        """The base as QLoRA training saw it: what a loader makes of it once it is rounded to `merge_base`."""
         grid = merge_base.grid
         assert grid is not None
         out = scratch[: len(rows) * self.step.columns].view(len(rows), self.step.columns)
@@ -277,7 +278,7 @@ class WeightWork:
         scales = absmax if self._base_scales is None else self._blocks(self._base_scales, rows, grid)
         kept = scales if self._effective is None else self._blocks(self._effective, rows, grid)
         anchor = _scaled(grid, codes, scales).view_as(original)
-        values = anchor.to(self.step.weight.dtype.torch).float()
+        values = anchor.to(merge_base.dequantized_dtype.torch).float()
         error = (original - values).square_().sum(dtype=torch.float64)
         return _Base(values, anchor, codes, kept, error)
 

@@ -9,33 +9,37 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from streamconv.errors import Stopped, StreamconvError
+from streamconv.errors import OptionError, Stopped, StreamconvError
 from streamconv.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from streamconv.executor import StopRequest
     from streamconv.pipeline import Job, OnProgress, Prepared
     from streamconv.report.result import Report
+    from streamconv.storage.upload import Pushed, Target
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _DEBUG = "streamconv.debug"
-_INPUTS, _RESULT, _MERGE, _RESOURCES, _PLACE, _MESSAGES = (
+_INPUTS, _RESULT, _MERGE, _RESOURCES, _PLACE, _HUB, _MESSAGES = (
     "Inputs and output",
     "Result",
     "Merge",
     "Resources",
     "Output folder",
+    "Upload",
     "Messages",
 )
 
@@ -148,18 +152,25 @@ def _group(*options: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
-# Only for completion, and for splitting STREAMCONV_ADAPTER as paths are: what is wrong with a folder, we say better.
-_FOLDER = click.Path(readable=False)
+class _Place(click.Path):
+    """A folder or a Hub id: only for completion, since what is wrong with either we say better."""
+
+    def split_envvar_value(self, rv: str) -> Sequence[str]:
+        """STREAMCONV_ADAPTER is split as paths are, but not within hf://."""
+        return re.split(rf"{re.escape(os.pathsep)}(?!//)", rv)
+
+
+_FOLDER = _Place(readable=False)
 
 
 def _base(**attributes: Any) -> Callable[[F], F]:
     names = ("--base", "--base-model", "--model", "base")
-    return _option(_INPUTS, *names, type=_FOLDER, metavar="DIR", **attributes)
+    return _option(_INPUTS, *names, type=_FOLDER, metavar="MODEL", **attributes)
 
 
 def _adapter(**attributes: Any) -> Callable[[F], F]:
     return _option(
-        _INPUTS, "--adapter", type=_FOLDER, metavar="DIR", multiple=True, callback=_only_one, **attributes
+        _INPUTS, "--adapter", type=_FOLDER, metavar="ADAPTER", multiple=True, callback=_only_one, **attributes
     )
 
 
@@ -167,7 +178,24 @@ def _out(**attributes: Any) -> Callable[[F], F]:
     return _option(_INPUTS, "-o", "--out", type=_FOLDER, metavar="DIR", **attributes)
 
 
-_base_required = _base(required=True, help="Folder of the base model.")
+_BASE_HELP = "The base model: a folder, or a Hub id: org/name, org/name@revision."
+_ADAPTER_HELP = "The PEFT adapter: a folder or a Hub id"
+_base_required = _base(required=True, help=_BASE_HELP)
+_base_revision = _option(
+    _INPUTS,
+    "--base-revision",
+    metavar="REV",
+    help="Branch, tag or commit of a base from the Hub. Default: main.",
+)
+_adapter_place = _group(
+    _option(_INPUTS, "--adapter-revision", metavar="REV", help="The same of an adapter from the Hub."),
+    _option(
+        _INPUTS,
+        "--adapter-subfolder",
+        metavar="NAME",
+        help="Folder inside the adapter's, such as checkpoint-1200.",
+    ),
+)
 _out_required = _out(required=True, help="Folder to write the result to.")
 _result = _group(
     _option(
@@ -223,7 +251,8 @@ _target = _group(
         default="original",
         show_default=True,
         metavar="FORMAT",
-        help="What the update is added to: original, or the base rounded to nf4 or nf4-dq as in training.",
+        help="What the update is added to: original, or the base rounded to nf4, nf4-dq, fp4, fp4-dq or int8 "
+        "as in training.",
     ),
     _option(
         _MERGE,
@@ -292,6 +321,30 @@ _place = _group(
         _PLACE, "--card/--no-card", default=True, show_default=True, help="Write a model card (README.md)."
     ),
     _option(_PLACE, "--copy-extra", multiple=True, metavar="GLOB", help="Further files to copy. Repeatable."),
+)
+
+
+def _push_options(revision: str) -> Callable[[F], F]:
+    """How to push; the branch to push to is the option `revision`."""
+    return _group(
+        _option(
+            _HUB,
+            "--private/--public",
+            "private",
+            default=None,
+            help="Who sees a repository that is made. Default: private.",
+        ),
+        _option(_HUB, "--create-pr", is_flag=True, help="Propose the upload as a pull request."),
+        _option(_HUB, "--commit-message", metavar="TEXT", help="First line of the commit."),
+        _option(_HUB, revision, "push_revision", metavar="BRANCH", help="Branch to push to. Default: main."),
+    )
+
+
+_push_to = _group(
+    _option(
+        _HUB, "--push-to", metavar="REPO", help="Upload the verified result to this Hub repository, org/name."
+    ),
+    _push_options("--push-revision"),
 )
 _json = _option(
     _MESSAGES,
@@ -367,12 +420,15 @@ def main() -> None:
 @main.command("merge")
 @_group(
     _base_required,
-    _adapter(required=True, help="Folder of the PEFT adapter."),
+    _base_revision,
+    _adapter(required=True, help=f"{_ADAPTER_HELP}."),
+    _adapter_place,
     _out_required,
     _result,
     _target,
     _resources,
     _place,
+    _push_to,
     _show,
 )
 def merge_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
@@ -381,12 +437,13 @@ def merge_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: 
     \b
     streamconv merge --base ./llama --adapter ./my-lora -o ./merged
     streamconv merge --base ./llama --adapter ./my-qlora --merge-base nf4-dq --quant nf4-dq -o ./merged-4bit
+    streamconv merge --base org/llama --adapter me/my-lora@v2 --push-to me/merged -o ./merged
     """
     _run_job(given, out, dry_run, as_json, quiet)
 
 
 @main.command("convert")
-@_group(_base_required, _out_required, _result, _resources, _place, _show)
+@_group(_base_required, _base_revision, _out_required, _result, _resources, _place, _push_to, _show)
 def convert_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
     """Quantize, dequantize or reshard a model, without an adapter.
 
@@ -400,7 +457,9 @@ def convert_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given
 @main.command("plan")
 @_group(
     _base_required,
-    _adapter(help="Folder of the PEFT adapter; without it: as `convert`."),
+    _base_revision,
+    _adapter(help=f"{_ADAPTER_HELP}; without it: as `convert`."),
+    _adapter_place,
     _out(help="Folder the result would go to: checked, not touched."),
     _result,
     _target,
@@ -418,12 +477,16 @@ def plan_command(out: str | None, dry_run: bool, as_json: bool, quiet: bool, **g
 
 @main.command("inspect")
 @click.argument("path", type=_FOLDER)
-@_group(_json, _debug)
-def inspect_command(path: str, as_json: bool) -> None:
-    """Show what a checkpoint or adapter folder holds."""
+@_group(
+    _option(_INPUTS, "--revision", metavar="REV", help="Branch, tag or commit of a Hub id. Default: main."),
+    _json,
+    _debug,
+)
+def inspect_command(path: str, revision: str | None, as_json: bool) -> None:
+    """Show what a checkpoint or adapter holds: a folder, or a Hub id, of which headers are enough."""
     from streamconv.inspection import inspect
 
-    found = inspect(path)
+    found = inspect(path, revision=revision)
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
@@ -455,7 +518,9 @@ def _fact(key: str, value: Any) -> str:
         help="Compute the result again from --base and --adapter, and compare.",
     ),
     _base(allow_from_autoenv=False, help="The base it was made from; for --full."),
+    _base_revision,
     _adapter(allow_from_autoenv=False, help="The adapter it was made from; for --full."),
+    _adapter_place,
     _allow_pickle,
     _option(
         _RESOURCES,
@@ -466,31 +531,14 @@ def _fact(key: str, value: Any) -> str:
     ),
     _show,
 )
-def verify_command(
-    out: str,
-    full: bool,
-    base: str | None,
-    adapter: str | None,
-    allow_pickle: bool,
-    device: str,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def verify_command(out: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Recheck a finished output against its streamconv.json: sizes, hashes, layout."""
     from dataclasses import asdict
 
     from streamconv.pipeline import verify
 
     with _progress("verify", quiet) as on_progress:
-        checked = verify(
-            out,
-            full=full,
-            base=base,
-            adapter=adapter,
-            allow_pickle=allow_pickle,
-            device=device,
-            on_progress=on_progress,
-        )
+        checked = verify(out, on_progress=on_progress, **given)
     if as_json:
         click.echo(json.dumps(asdict(checked)))
     elif not quiet:
@@ -498,6 +546,34 @@ def verify_command(
         click.echo(
             f"{out}: {checked.tensors} tensors in {_shards(checked.shards)}, {format_size(checked.bytes)}: {how}"
         )
+
+
+@main.command("push")
+@click.argument("out", type=_FOLDER)
+@click.argument("repo")
+@_group(_push_options("--revision"), _show)
+def push_command(out: str, repo: str, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Verify a finished output and upload it to the Hub.
+
+    \b
+    streamconv push ./merged me/merged
+
+    Run again after an interruption, it sends only what the Hub does not have yet.
+    """
+    from dataclasses import asdict
+
+    from streamconv.storage.upload import parse_target
+
+    target = parse_target(
+        repo, given["private"], given["create_pr"], given["commit_message"], given["push_revision"]
+    )
+    if quiet:
+        _hush_hub()
+    pushed = _push(out, target, quiet)
+    if as_json:
+        click.echo(json.dumps(asdict(pushed), indent=1))
+    elif not quiet:
+        _show_pushed(pushed)
 
 
 def _shards(count: int) -> str:
@@ -557,24 +633,85 @@ def _job(given: Mapping[str, Any]) -> Job:
         tokenizer=given.get("tokenizer", "base"),
         copy_extra=given["copy_extra"],
         allow_pickle=given.get("allow_pickle", False),
+        base_revision=given["base_revision"],
+        adapter_revision=given.get("adapter_revision"),
+        adapter_subfolder=given.get("adapter_subfolder"),
     )
 
 
+def _push_target(repo: str | None, given: Mapping[str, Any]) -> Target | None:
+    """Where to push, as the options say; None if there is nothing to push."""
+    from streamconv.storage.upload import parse_target
+
+    extras = (given["private"], given["create_pr"], given["commit_message"], given["push_revision"])
+    if repo is not None:
+        return parse_target(repo, *extras)
+    if any(extra not in (None, False) for extra in extras) or given["private"] is False:
+        raise OptionError(
+            "--private, --public, --create-pr, --commit-message and --push-revision say how to push; add --push-to"
+            " REPO, or leave them out"
+        )
+    return None
+
+
 def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    from dataclasses import asdict
+
     from streamconv.pipeline import output_folder, prepare, run
 
-    with _stop_on_signals() as stop:
-        folder = output_folder(out)
-        prepared = prepare(_job(given))
-        if dry_run:
-            _show_plan(prepared, out, as_json, quiet)
-            return
-        with _progress("merge" if prepared.adapter else "convert", quiet) as on_progress:
-            report = run(prepared, folder, on_progress, stop)
-    if as_json:
-        click.echo(json.dumps(report.as_json(), indent=1))
-    elif not quiet:
+    if quiet:
+        _hush_hub()
+    folder = output_folder(out)
+    target = _push_target(given["push_to"], given)
+    if target is not None:
+        _check_target(target)
+    # Nothing is written yet that a signal could leave half done: it just ends the process.
+    prepared = prepare(_job(given))
+    if dry_run:
+        _show_plan(prepared, out, as_json, quiet)
+        return
+    _fetch(prepared, folder, quiet)
+    title = "merge" if prepared.adapter else "convert"
+    with _stop_on_signals() as stop, _progress(title, quiet) as on_progress:
+        report = run(prepared, folder, on_progress, stop)
+    if not as_json and not quiet:
         _show_report(report)
+    pushed = None if target is None else _push(out, target, quiet)
+    if as_json:
+        found = report.as_json() | ({"pushed": asdict(pushed)} if pushed else {})
+        click.echo(json.dumps(found, indent=1))
+    elif pushed is not None and not quiet:
+        _show_pushed(pushed)
+
+
+def _hush_hub() -> None:
+    """huggingface_hub tells of its retries on stderr, which is good to know, but not where quiet was asked for."""
+    from huggingface_hub.utils import logging as hub_logging
+
+    hub_logging.set_verbosity(hub_logging.ERROR)
+
+
+def _check_target(target: Target) -> None:
+    """Refuse before the work what would be refused after it."""
+    from streamconv.report.result import MANIFEST
+    from streamconv.storage.upload import check_target
+
+    check_target(target, MANIFEST)
+
+
+def _fetch(prepared: Prepared, out: Path, quiet: bool) -> None:
+    from streamconv.pipeline import fetch
+
+    if prepared.downloads():
+        with _progress("download", quiet) as on_progress:
+            fetch(prepared, out, on_progress)
+
+
+def _push(out: str, target: Target, quiet: bool) -> Pushed:
+    from streamconv.pipeline import push_output
+
+    with _on_signals(_leave), _progress("verify", quiet) as on_progress:
+        return push_output(out, target, not quiet and sys.stderr.isatty(), on_progress)
 
 
 def _show_plan(prepared: Prepared, out: str | None, as_json: bool, quiet: bool) -> None:
@@ -587,6 +724,13 @@ def _show_plan(prepared: Prepared, out: str | None, as_json: bool, quiet: bool) 
         click.echo(json.dumps(plan_as_json(prepared), indent=1))
     elif not quiet:
         click.echo(plan_as_text(prepared))
+
+
+def _show_pushed(pushed: Pushed) -> None:
+    seen = "private" if pushed.private else "public"
+    sent = f"{format_size(pushed.bytes)} uploaded" if pushed.bytes else "was complete already"
+    where = pushed.pull_request or pushed.url
+    click.echo(f"{where}: {pushed.files} files as on disk, {sent}, {seen}, commit {pushed.commit}")
 
 
 def _show_report(report: Report) -> None:
@@ -617,12 +761,25 @@ def _stop_on_signals() -> Iterator[StopRequest]:
         stop.signal_number = number
         os.write(2, b"\nstopping; everything finished is kept\n")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _on_signals(ask):
         yield stop
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End an upload at once: huggingface_hub would first wait for all its threads, and there is nothing to save."""
+    del frame
+    os.write(2, b"\nstopped; the same command goes on\n")
+    os._exit(128 + number)
+
+
+@contextmanager
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, found in before.items():
+            signal.signal(number, found)
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from torch import Tensor
 from streamconv.cells import KeptDelta, WeightWork, Workers
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.devices import Device
-from streamconv.errors import Stopped
+from streamconv.errors import ResourceError, Stopped
+from streamconv.formats.base import Constant
 from streamconv.layout import Placed
 from streamconv.plan import BUFFERS, WEIGHTS_HELD, Access, Copy, Plan, Rewrite, ShardPlan, Step, tile_rows
 
@@ -130,7 +131,7 @@ class _EndWeight:
 
 @dataclass(frozen=True, slots=True)
 class _Small:
-    """A weight's parts after the main one."""
+    """Tensors written as they are: a weight's parts after the main one, or one that is constant."""
 
     parts: tuple[bytes, ...]
 
@@ -147,7 +148,7 @@ class _End:
     halted: bool = False
 
 
-_Read = _BeginShard | _EndShard | _Chunk | _BeginWeight | _Tile | _EndWeight | _End
+_Read = _BeginShard | _EndShard | _Chunk | _Small | _BeginWeight | _Tile | _EndWeight | _End
 _Write = _BeginShard | _EndShard | _Chunk | _Small | _Boundary | _End
 
 
@@ -223,7 +224,13 @@ class _Run:
             reader.join()
             writer.join()
         if self.errors:
-            raise self.errors[0]
+            error = self.errors[0]
+            if isinstance(error, torch.OutOfMemoryError):
+                raise ResourceError(
+                    f"{self.device.name} ran out of memory: {str(error).splitlines()[0]} Give it a smaller --max-vram, "
+                    "free some memory, or use --device cpu, and run again"
+                ) from error
+            raise error
         if self.halted:
             assert self.stop.signal_number is not None
             raise Stopped("stopped by a signal; run the same command again to go on", self.stop.signal_number)
@@ -259,6 +266,8 @@ class _Run:
             case Rewrite() as step:
                 assert start <= placed.offset, "a run goes on from a weight's beginning"
                 self._read_weight(reader, step)
+            case Constant() as step:
+                self.to_compute.put(_Small((step.content,)))
             case _:
                 assert_never(placed.step)
 
@@ -315,6 +324,9 @@ class _Run:
                     self.to_writer.put(message)
                     self.to_writer.put(_Boundary({}))
                     self.on_progress(message.nbytes)
+                case _Small(parts):
+                    self._write_small(parts)
+                    self.to_writer.put(_Boundary({}))
                 case _BeginWeight():
                     weight = _Weight(message, self.device, self.plan.options.seed, self.workers)
                 case _Tile():
@@ -350,9 +362,12 @@ class _Run:
     def _end_weight(self, weight: _Weight) -> None:
         parts, kept = weight.work.finish()
         if parts:
-            self.to_writer.put(_Small(parts))
-            self.on_progress(sum(map(len, parts)))
+            self._write_small(parts)
         self.to_writer.put(_Boundary({} if kept is None else {weight.step.name: kept}))
+
+    def _write_small(self, parts: tuple[bytes, ...]) -> None:
+        self.to_writer.put(_Small(parts))
+        self.on_progress(sum(map(len, parts)))
 
     # -- writer thread -------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from streamconv.adapters.base import Adapter
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.devices import Device
 from streamconv.plan import Choice, MergeOptions, ShardPlan
+from streamconv.storage.base import Origin
 
 
 def fingerprint(
@@ -42,6 +43,11 @@ def fingerprint(
         # It says which weights are tied, transposed, or never quantized.
         "config": hashlib.sha256(json.dumps(dict(index.config), sort_keys=True).encode()).hexdigest(),
         "adapter": adapter.sha256 if adapter else None,
+        # They stand in the output's card.
+        "from": {
+            "base": _commit(index.storage.origin),
+            "adapter": _commit(adapter.origin) if adapter else None,
+        },
         "options": {
             "quant": options.quant,
             "dtype": options.dtype,
@@ -55,3 +61,7 @@ def fingerprint(
         # Headers hold every output tensor's name, type, shape and place.
         "output": {shard.name: hashlib.sha256(shard.header).hexdigest() for shard in shards},
     }
+
+
+def _commit(origin: Origin | None) -> str | None:
+    return f"{origin.repo}@{origin.commit}" if origin else None

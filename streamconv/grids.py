@@ -1,43 +1,82 @@
 """Grids: the values a code may stand for, and which code lies nearest a number.
 
-A grid is one-dimensional and fixed: a table of values between -1 and 1, and a block size. Consecutive
-elements of a flattened weight share one float32 scale, `block` at a time; the last block may be short. An
-element's value is `values[code] * scale`.
+A grid is one-dimensional and fixed: the values of its codes, and a block size. Consecutive elements of a
+flattened weight share one float32 scale, `block` at a time; the last block may be short. `peak` is the value that
+stands for the scale itself, so an element is `decode(code) * scale / peak`. A block of ROW elements is a whole row.
 
-Thresholds and the treatment of scales are those of bitsandbytes (`backends/default/ops.py`, quantize_4bit): a
-code changes at the float32 midpoint of neighbouring values, a number exactly on one gets the lower value.
+Roundings and the treatment of scales are those of bitsandbytes (`backends/default/ops.py`, quantize_4bit and
+int8_vectorwise_quant).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 # bitsandbytes' floor for a scale it divides by: an all-zero block then divides 0 by this and not by 0.
 SMALLEST_DIVISOR = 1e-38
+# As a grid's `block`: all of a row. Only the grid of a format has it; that of a weight, whose rows are known, does not.
+ROW = 0
+
+
+class Grid(Protocol):
+    """Codes are uint8; values and `x` float32, in units of `scale / peak`. Plain data: grids compare."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def block(self) -> int:
+        """Elements that share a scale."""
+
+    @property
+    def peak(self) -> float: ...
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The least and the greatest value that is ever chosen."""
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Codes of the values nearest to `x`; beyond the limits, the limit's code."""
+
+    def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of the greatest value ≤ `x` and of the least value ≥ `x`.
+
+        Both are the same code where `x` is a value of the grid, and where it lies beyond the limits.
+        """
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values of `codes`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
-    """`values[code]` for every code, at most 256, in any order; `block` elements share a scale."""
+class TableGrid:
+    """`values[code]` for every code, at most 256, in any order, from -1 to 1.
+
+    A code changes at the float32 midpoint of neighbouring values; a number exactly on one gets the lower value.
+    """
 
     name: str
     values: tuple[float, ...]
     block: int
+    peak: float = 1.0
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        return min(self.values), max(self.values)
 
     def nearest(self, x: Tensor) -> Tensor:
-        """Codes (uint8) of the values nearest to `x` (float32); beyond the ends, the end's code."""
+        """See Grid."""
         tables = _tables(self.values, x.device)
         return tables.by_rank(tables.midpoints.count_below(x))
 
     def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (uint8) of the greatest value ≤ `x` and of the least value ≥ `x` (float32).
-
-        Both are the same code where `x` is a value of the grid, and where it lies beyond the ends.
-        """
+        """See Grid."""
         tables = _tables(self.values, x.device)
         x = x.clamp(tables.least, tables.greatest)
         upper = tables.distinct.count_below(x)
@@ -46,13 +85,45 @@ class Grid:
         return tables.by_rank(lower), tables.by_rank(upper)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Values (float32) of `codes` (uint8)."""
+        """See Grid."""
         return _look_up(_tables(self.values, codes.device).values, codes)
 
     def decode_pairs(self, packed: Tensor) -> Tensor:
         """Values (float32, flat) of 4-bit codes stored two a byte (uint8, flat), the first one high."""
         pairs = _pairs(self.values, packed.device)
         return pairs.index_select(0, packed.to(torch.int32)).view(torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerGrid:
+    """The integers from `-peak` to `peak`, as 8-bit two's complement; halves are rounded to even."""
+
+    name: str
+    peak: float
+    block: int
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        return -self.peak, self.peak
+
+    def of_width(self, columns: int) -> Self:
+        """The grid of a weight with `columns`: its block is known."""
+        return dataclasses.replace(self, block=columns) if self.block == ROW else self
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """See Grid."""
+        return self._codes(x.round())
+
+    def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See Grid."""
+        return self._codes(x.floor()), self._codes(x.ceil())
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """See Grid."""
+        return codes.view(torch.int8).float()
+
+    def _codes(self, integers: Tensor) -> Tensor:
+        return integers.clamp_(*self.limits).to(torch.int8).view(torch.uint8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,33 +227,33 @@ def block_absmax(values: Tensor, block: int) -> Tensor:
     return torch.cat((scales, values[whole:].abs().amax().view(1)))
 
 
-def multiply_by_scales(values: Tensor, scales: Tensor, block: int, out: Tensor) -> Tensor:
-    """Write `values` times the scale of their block to `out` (all float32, flat); return it."""
+def multiply_by_scales(values: Tensor, scales: Tensor, block: int, out: Tensor, peak: float = 1.0) -> Tensor:
+    """Write `values`, in units of their block's `scale / peak`, to `out` (all float32, flat); return it."""
     whole = values.numel() - values.numel() % block
     torch.mul(values[:whole].view(-1, block), scales[: whole // block, None], out=out[:whole].view(-1, block))
     if whole < values.numel():
         torch.mul(values[whole:], scales[-1], out=out[whole:])
-    return out
+    return out if peak == 1 else out.mul_(1 / peak)
 
 
-def divide_by_scales(values: Tensor, scales: Tensor, block: int) -> Tensor:
-    """`values` in units of their block's scale (all float32, flat), rounded as bitsandbytes rounds them.
+def divide_by_scales(values: Tensor, scales: Tensor, block: int, peak: float = 1.0) -> Tensor:
+    """`values` in units of their block's `scale / peak` (all float32, flat), rounded as bitsandbytes rounds them.
 
-    That is: whole blocks times the float32 reciprocal, a short last block by division; scales of magnitude
-    under `SMALLEST_DIVISOR` count as that.
+    That is: whole blocks times the float32 reciprocal, itself times `peak` first; a short last block by division.
+    Scales of magnitude under `SMALLEST_DIVISOR * peak` count as that, so that no reciprocal is infinite.
     """
     whole = values.numel() - values.numel() % block
-    divisors = scales.abs().clamp_(min=SMALLEST_DIVISOR).copysign_(scales)
+    divisors = scales.abs().clamp_(min=SMALLEST_DIVISOR * peak).copysign_(scales)
     out = torch.empty_like(values)
-    reciprocals = divisors[: whole // block, None].reciprocal()
+    reciprocals = divisors[: whole // block, None].reciprocal().mul_(peak)
     torch.mul(values[:whole].view(-1, block), reciprocals, out=out[:whole].view(-1, block))
     if whole < values.numel():
-        torch.div(values[whole:], divisors[-1], out=out[whole:])
+        torch.div(values[whole:], divisors[-1], out=out[whole:]).mul_(peak)
     return out
 
 
 # The 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, arXiv 2305.14314, appendix E), in float32.
-NF4 = Grid(
+NF4 = TableGrid(
     "nf4",
     (
         -1.0,
@@ -204,3 +275,13 @@ NF4 = Grid(
     ),
     block=64,
 )
+
+# The 4-bit float of bitsandbytes (`functional.py`, get_4bit_type), in the order of its bit patterns. It is not E2M1.
+FP4 = TableGrid(
+    "fp4",
+    tuple(value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)),
+    block=64,
+)
+
+# LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339, §2): -128 is a code that is read, but never chosen.
+INT8 = IntegerGrid("int8", peak=127.0, block=ROW)

@@ -15,9 +15,9 @@ from streamconv.storage import open_storage
 from streamconv.storage.base import Storage
 
 
-def inspect(location: str | PathLike[str]) -> dict[str, Any]:
-    """Facts about the checkpoint or adapter in a folder, as plain data. Reads no weights."""
-    storage = open_storage(fspath(location))
+def inspect(location: str | PathLike[str], *, revision: str | None = None) -> dict[str, Any]:
+    """Facts about the checkpoint or adapter at a folder or Hub id, as plain data. Reads no weights."""
+    storage = open_storage(fspath(location), revision)
     names = storage.names()
     if "adapter_config.json" in names and "config.json" not in names:
         return _adapter(storage)

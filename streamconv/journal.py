@@ -314,4 +314,4 @@ def _differences(found: Any, wanted: Any, path: str = "") -> list[str]:
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 120 else text[:117] + "..."  # a Hub id with its commit is shown whole

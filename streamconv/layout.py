@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar
 
 from streamconv.checkpoint.header import build_header
 from streamconv.checkpoint.types import TensorSpec
+from streamconv.errors import UnsupportedError
 
 # Data starts on a page: whole-page copies and direct I/O stay possible, and no offset depends on name lengths.
 DATA_ALIGNMENT = 4096
@@ -88,7 +89,10 @@ def shard_names(count: int) -> list[str]:
 
 
 def lay_out(shards: Sequence[Sequence[S]]) -> tuple[ShardLayout[S], ...]:
-    """Fix order, offsets and headers of all shards."""
+    """Fix order, offsets and headers of all shards.
+
+    Raises UnsupportedError where the parts of one step cannot lie together with all of them aligned.
+    """
     return tuple(
         _lay_out_shard(name, _file_order(steps))
         for name, steps in zip(shard_names(len(shards)), shards, strict=True)
@@ -102,6 +106,10 @@ def _lay_out_shard(name: str, steps: Sequence[S]) -> ShardLayout[S]:
         size = nbytes(step)
         placed.append(Placed(step, offset, size))
         for spec in step.specs:
-            assert offset % spec.dtype.itemsize == 0, f"{spec.name} would start at {offset}"
+            if offset % spec.dtype.itemsize:
+                raise UnsupportedError(
+                    f"{spec.name} would start at byte {offset}, and loaders need a multiple of {spec.dtype.itemsize}: "
+                    "its weight has an odd shape; exclude it with --ignore, or choose another format"
+                )
             offset += spec.nbytes
     return ShardLayout(name, header, offset, tuple(placed))

@@ -78,7 +78,9 @@ def _work_bytes(step: Rewrite) -> int:
 
 def _block_bytes(step: Rewrite) -> int:
     """Bytes kept for every block until the weight is finished."""
-    return step.rows * step.columns * _BYTES_PER_BLOCK // 64 if _quantizes(step) else 0
+    grids = [encoder.grid for encoder in (step.encoder, step.merge_base) if encoder is not None]
+    blocks = (-(-step.rows * step.columns // grid.block) for grid in grids if grid is not None)
+    return _BYTES_PER_BLOCK * max(blocks, default=0)
 
 
 def _held_bytes(step: Rewrite) -> int:

@@ -96,7 +96,7 @@ class ShardSink:
 
 
 def check_place(out: Path, inputs: Mapping[str, Path], overwrite: bool, publishing: bool) -> None:
-    """Raise OutputError if `out` cannot be written to: exists, or lies in, or holds, an input."""
+    """Raise OutputError if `out` cannot be written to: it overlaps an input, or holds what may not be replaced."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is not a folder; choose another --out")
     real = out.resolve()
@@ -105,10 +105,17 @@ def check_place(out: Path, inputs: Mapping[str, Path], overwrite: bool, publishi
             raise OutputError(
                 f"--out {out} and the {role} {path} overlap, and inputs are never written to; choose another --out"
             )
-    if not out.is_dir() or overwrite or publishing:
+    if not out.is_dir() or publishing:
         return
     others = sorted(entry.name for entry in out.iterdir() if entry.name != WORK_FOLDER)
-    if others:
+    weights = [name for name in others if name.endswith(".safetensors")]
+    if overwrite and weights and CONFIG not in others:
+        # Old weights go when the new ones come; a collection of other things must not.
+        raise OutputError(
+            f"{out} holds {weights[0]} but no {CONFIG}, so it is no model that --overwrite could replace; choose "
+            "another --out"
+        )
+    if others and not overwrite:
         raise OutputError(
             f"{out} is not empty ({', '.join(others[:3])}{' ...' if len(others) > 3 else ''}); choose another "
             "--out, or pass --overwrite to replace the model in it once the new one is complete"
@@ -186,12 +193,12 @@ def publish_output(
 
 def _of_old_model(out: Path, keep: set[str]) -> list[str]:
     """Files of the model that was here which a loader would take for the new one's."""
-    weights = (".safetensors", ".safetensors.index.json")
-    return [
-        entry.name
-        for entry in out.iterdir()
-        if (entry.name.endswith(weights) or is_read_by_loaders(entry.name)) and entry.name not in keep
-    ]
+    return [entry.name for entry in out.iterdir() if is_of_model(entry.name) and entry.name not in keep]
+
+
+def is_of_model(name: str) -> bool:
+    """Whether a loader takes a file of this name, wherever it finds it beside others, for a part of their model."""
+    return name.endswith((".safetensors", ".safetensors.index.json")) or is_read_by_loaders(name)
 
 
 def _remove(path: Path) -> None:

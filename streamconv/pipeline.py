@@ -6,7 +6,7 @@ import filecmp
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -17,9 +17,10 @@ from streamconv.adapters.base import Adapter, Parameter
 from streamconv.adapters.source import MoeLayout
 from streamconv.cells import KeptDelta
 from streamconv.checkpoint.index import read_index
+from streamconv.checkpoint.writer import free_bytes
 from streamconv.devices import resolve_device
 from streamconv.dtypes import BF16, DENSE, Dtype
-from streamconv.errors import InputError, OptionError, OutputError, VerificationError
+from streamconv.errors import InputError, OptionError, OutputError, ResourceError, VerificationError
 from streamconv.executor import StopRequest, run_plan
 from streamconv.formats import FORMATS, find_weights
 from streamconv.journal import Journal, is_owned, is_publishing, remove_leftovers
@@ -30,6 +31,7 @@ from streamconv.output import (
     ShardSink,
     check_disk,
     check_place,
+    is_of_model,
     publish_output,
     resume_points,
 )
@@ -41,7 +43,16 @@ from streamconv.sidecars import choose_tokenizer, edit_config, files_to_copy
 from streamconv.sizes import format_size, parse_size
 from streamconv.storage import open_storage
 from streamconv.storage.base import SourceFile, Storage
-from streamconv.verifier import Verified, read_manifest, verify_exactly, verify_layout, verify_output
+from streamconv.storage.local import existing_folder, open_folder
+from streamconv.storage.upload import LocalFile, Pushed, Target, check_target, parse_target, upload
+from streamconv.verifier import (
+    Verified,
+    hash_file,
+    read_manifest,
+    verify_exactly,
+    verify_layout,
+    verify_output,
+)
 
 OnProgress = Callable[[int, int], None]
 """Called with bytes done and bytes in all: first with what an earlier run had done, then as it goes on."""
@@ -71,6 +82,9 @@ class Job:
     tokenizer: str = "auto"
     copy_extra: tuple[str, ...] = ()
     allow_pickle: bool = False
+    base_revision: str | None = None
+    adapter_revision: str | None = None
+    adapter_subfolder: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +104,19 @@ class Prepared:
         index = (INDEX,) if len(self.plan.shards) > 1 else ()
         card = ("README.md",) if self.job.card else ()
         return (*index, *card, MANIFEST, CONFIG)
+
+    def downloads(self) -> tuple[tuple[Storage, tuple[SourceFile, ...]], ...]:
+        """What has to come from the Hub before the run can read it, by storage: of a base, mostly its shards."""
+        base = self.base.index.storage
+        storages = [storage for storage in (base, self.adapter_storage) if storage is not None]
+        files = [*self.small_files(), *(shard.file for shard in self.base.index.shards)]
+        return tuple((storage, missing) for storage in storages if (missing := storage.missing(files)))
+
+    def small_files(self) -> tuple[SourceFile, ...]:
+        """Files beside the weights: those copied, and the base's card, whose licence the new one inherits."""
+        base = self.base.index.storage
+        card = (base.file("README.md"),) if self.job.card and "README.md" in base.names() else ()
+        return (*self.copied, *card)
 
 
 def merge(
@@ -116,9 +143,15 @@ def merge(
     card: bool = True,
     tokenizer: str = "auto",
     copy_extra: Iterable[str] = (),
+    base_revision: str | None = None,
+    adapter_revision: str | None = None,
+    adapter_subfolder: str | None = None,
     on_progress: OnProgress = _quiet,
+    on_download: OnProgress = _quiet,
 ) -> Report:
     """Merge a PEFT adapter into a base checkpoint and write the result to the folder `out`.
+
+    `base` and `adapter` are folders or Hub ids (`org/model`, `org/model@revision`).
 
     Keywords are the options of `streamconv merge`; sizes are bytes or text such as "5GB". Raises a
     StreamconvError, whose `exit_code` is what the command would have ended with. Calling it again with the same
@@ -150,8 +183,13 @@ def merge(
         tokenizer=tokenizer,
         copy_extra=tuple(copy_extra),
         allow_pickle=allow_pickle,
+        base_revision=base_revision,
+        adapter_revision=adapter_revision,
+        adapter_subfolder=adapter_subfolder,
     )
-    return run(prepare(job), folder, on_progress, StopRequest())
+    prepared = prepare(job)
+    fetch(prepared, folder, on_download)
+    return run(prepared, folder, on_progress, StopRequest())
 
 
 def convert(
@@ -172,7 +210,9 @@ def convert(
     verify: bool = True,
     card: bool = True,
     copy_extra: Iterable[str] = (),
+    base_revision: str | None = None,
     on_progress: OnProgress = _quiet,
+    on_download: OnProgress = _quiet,
 ) -> Report:
     """Quantize, dequantize or reshard a checkpoint without an adapter; otherwise as `merge`."""
     options = merge_options(
@@ -190,8 +230,11 @@ def convert(
         card=card,
         tokenizer="base",
         copy_extra=tuple(copy_extra),
+        base_revision=base_revision,
     )
-    return run(prepare(job), folder, on_progress, StopRequest())
+    prepared = prepare(job)
+    fetch(prepared, folder, on_download)
+    return run(prepared, folder, on_progress, StopRequest())
 
 
 def parse_moe_layout(text: str) -> MoeLayout:
@@ -260,11 +303,13 @@ def merge_options(
 
 def prepare(job: Job) -> Prepared:
     """Read headers and configs and plan the run. Raises whatever would make it fail, as far as can be known."""
-    storage = open_storage(job.base)
+    storage = open_storage(job.base, job.base_revision)
     index = read_index(storage)
     base = read_base(index, find_weights(index))
     _log.info("read the base %s: %d weights in %d shards", job.base, len(base.weights), len(index.shards))
-    adapter_storage = open_storage(job.adapter) if job.adapter is not None else None
+    adapter_storage = None
+    if job.adapter is not None:
+        adapter_storage = open_storage(job.adapter, job.adapter_revision, job.adapter_subfolder)
     adapter = None
     if adapter_storage is not None:
         parameters = {
@@ -278,6 +323,41 @@ def prepare(job: Job) -> Prepared:
     _log.info("tokenizer files come from %s", tokenizer.location)
     copied = files_to_copy(storage, tokenizer, index.config, job.copy_extra)
     return Prepared(job, base, adapter_storage, adapter, plan, copied)
+
+
+def fetch(prepared: Prepared, out: Path, on_progress: OnProgress) -> None:
+    """Download what a job still needs from the Hub; nothing if `out` holds its result already.
+
+    What would make the run fail is refused before: a place that cannot be written to, a disk that is too small.
+    An interrupted download goes on with the next call.
+    """
+    small = prepared.small_files()
+    for storage, _ in prepared.downloads():
+        storage.fetch(small, lambda _: None)
+    check_out(prepared, out)
+    if _is_finished(prepared, out):
+        return
+    downloads = prepared.downloads()
+    _check_room(prepared.plan, out, [file for _, files in downloads for file in files])
+    meter = _Meter(sum(file.size for _, files in downloads for file in files), on_progress)
+    for storage, files in downloads:
+        storage.fetch(files, meter.add)
+
+
+def _check_room(plan: Plan, out: Path, downloads: Sequence[SourceFile]) -> None:
+    """Raise ResourceError if the output would not fit beside what is downloaded; of a resumed one, part is there."""
+    if is_owned(out):
+        return
+    place = existing_folder(out)
+    device = place.stat().st_dev
+    on_same_disk = [f for f in downloads if existing_folder(Path(f.path)).stat().st_dev == device]
+    needed = plan.size + sum(file.size for file in on_same_disk)
+    if needed > (free := free_bytes(place)):
+        beside = " with the download, whose cache is on the same disk," if on_same_disk else ""
+        raise ResourceError(
+            f"{out} needs {format_size(needed)}{beside} and its disk has {format_size(free)} free; free some, or choose"
+            " another --out"
+        )
 
 
 def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopRequest) -> Report:
@@ -357,18 +437,19 @@ def _has_same_output(prepared: Prepared, out: Path) -> bool:
     if not isinstance(found, dict) or found.get("digest") != prepared.plan.digest:
         return False
     copies = [(file.path, out / file.name) for file in prepared.copied]
-    return all(copy.is_file() and filecmp.cmp(source, copy, shallow=False) for source, copy in copies)
+    return all(
+        copy.is_file() and Path(source).exists() and filecmp.cmp(source, copy, shallow=False)
+        for source, copy in copies
+    )
 
 
 def _finished_before(prepared: Prepared, out: Path) -> Report | None:
     """The report of a run that had already ended well; a batch job may be started twice."""
-    if prepared.job.overwrite or not prepared.job.resume:
-        return None
-    if is_owned(out) or not _has_same_output(prepared, out):
+    if not _is_finished(prepared, out):
         return None
     verify_layout(out, prepared.plan)
     remove_leftovers(out)
-    found = read_manifest(open_storage(str(out)), MANIFEST)
+    found = read_manifest(open_folder(str(out)), MANIFEST)
     kept = None
     if found["kept_delta"] is not None:
         weights = found["kept_by_weight"]
@@ -376,6 +457,12 @@ def _finished_before(prepared: Prepared, out: Path) -> Report | None:
         _check_share(prepared.plan, kept)
     hashes = {name: shard["sha256"] for name, shard in found["shards"].items()}
     return _report(prepared, out, hashes, kept, 0.0, 0, resumed=True)
+
+
+def _is_finished(prepared: Prepared, out: Path) -> bool:
+    if prepared.job.overwrite or not prepared.job.resume:
+        return False
+    return not is_owned(out) and _has_same_output(prepared, out)
 
 
 def _check_kept(plan: Plan, kept: Kept | None, journal: Journal) -> None:
@@ -439,7 +526,7 @@ def _compute_dtype(prepared: Prepared) -> Dtype:
     quantization = config.get("quantization_config") or {}
     names = (
         prepared.plan.dtype,
-        quantization.get("bnb_4bit_compute_dtype"),
+        quantization.get("bnb_4bit_compute_dtype") if quantization.get("load_in_4bit") else None,
         config.get("dtype"),
         config.get("torch_dtype"),
         text.get("dtype"),
@@ -484,6 +571,9 @@ def verify(
     base: Folder | None = None,
     adapter: Folder | None = None,
     allow_pickle: bool = False,
+    base_revision: str | None = None,
+    adapter_revision: str | None = None,
+    adapter_subfolder: str | None = None,
     device: str = "auto",
     on_progress: OnProgress = _quiet,
 ) -> Verified:
@@ -505,9 +595,19 @@ def verify(
     if base is None:
         return checked
     found = _fingerprint(fspath(out))
-    given = None if adapter is None else fspath(adapter)
-    again = prepare(_job_of(found, fspath(base), given, allow_pickle, device))
+    job = _job_of(found, fspath(base), None if adapter is None else fspath(adapter), device)
+    again = prepare(
+        replace(
+            job,
+            base_revision=base_revision,
+            adapter_revision=adapter_revision,
+            adapter_subfolder=adapter_subfolder,
+            allow_pickle=allow_pickle,
+        )
+    )
     _check_inputs(found, again, folder)
+    for storage, files in again.downloads():
+        storage.fetch(files, lambda _: None)
     meter.add(sum(len(shard.header) for shard in again.plan.shards))
     try:
         verify_exactly(folder, again.plan, meter.add, StopRequest())
@@ -516,16 +616,62 @@ def verify(
     return Verified(checked.shards, checked.tensors, checked.bytes, exact=True)
 
 
+def push(
+    out: Folder,
+    repo: str,
+    *,
+    private: bool | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    show_progress: bool = False,
+    on_progress: OnProgress = _quiet,
+) -> Pushed:
+    """Verify a finished output, upload it to the Hub in one commit, and compare what the Hub then lists.
+
+    A repository that does not exist is made, private unless `private` is False. `on_progress` is told of the
+    verification, `show_progress` lets huggingface_hub draw its upload bars. Called again after an interruption, it
+    does not send again what the Hub has. Raises HubError, OutputError where `repo` holds another model,
+    VerificationError.
+    """
+    return push_output(
+        out, parse_target(repo, private, create_pr, commit_message, revision), show_progress, on_progress
+    )
+
+
+def push_output(out: Folder, target: Target, show_progress: bool, on_progress: OnProgress) -> Pushed:
+    """As `push`, with the target parsed."""
+    folder = output_folder(out)
+    manifest = read_manifest(open_folder(str(folder)), MANIFEST)
+    remote = check_target(target, MANIFEST)
+    verify(folder, on_progress=on_progress)
+    listed = {name: entry["sha256"] for key in ("shards", "files") for name, entry in manifest[key].items()}
+    message = f"Upload {manifest['quant']} model made with streamconv {manifest['streamconv']}"
+    files = _files_to_push(folder, listed)
+    return upload(target, remote, files, is_of_model, message.replace("none ", "16-bit "), show_progress)
+
+
+def _files_to_push(folder: Path, listed: Mapping[str, str]) -> dict[str, LocalFile]:
+    """All files of an output but hidden ones; `listed` are those with a known SHA-256. Folders are none of ours."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        if path.name.endswith(".safetensors") and path.name not in listed:
+            raise InputError(f"{path} is not of this output; move it elsewhere before you push")
+        sha256 = listed.get(path.name) or hash_file(str(path), lambda _: None)
+        files[path.name] = LocalFile(path, path.stat().st_size, sha256)
+    return files
+
+
 def _fingerprint(out: str) -> Mapping[str, Any]:
-    found = read_manifest(open_storage(out), MANIFEST).get("fingerprint")
+    found = read_manifest(open_folder(out), MANIFEST).get("fingerprint")
     if not isinstance(found, dict) or not found.keys() >= _FINGERPRINT:
         raise VerificationError(f"{out}: the fingerprint in {MANIFEST} is damaged; do not use this output")
     return found
 
 
-def _job_of(
-    fingerprint: Mapping[str, Any], base: str, adapter: str | None, allow_pickle: bool, device: str
-) -> Job:
+def _job_of(fingerprint: Mapping[str, Any], base: str, adapter: str | None, device: str) -> Job:
     """The job that an output with this fingerprint came from, with the inputs given."""
     if fingerprint["adapter"] and adapter is None:
         raise OptionError("this output was made with an adapter; give it with --adapter")
@@ -546,7 +692,6 @@ def _job_of(
             max_shard_bytes=options["max_shard_bytes"],
         ),
         device,
-        allow_pickle=allow_pickle,
     )
 
 
@@ -554,13 +699,23 @@ def _check_inputs(found: Mapping[str, Any], again: Prepared, out: Path) -> None:
     """Raise InputError unless base and adapter are those of the fingerprint `found`."""
     now = again.plan.fingerprint
     if found["adapter"] != now["adapter"]:
-        raise InputError(f"--adapter {again.job.adapter} is not the one {out} was made with; give that one")
+        raise InputError(
+            f"--adapter {again.job.adapter} is not the one {out} was made with; give {_recorded(found, 'adapter')}"
+        )
     shards = [
         {name: (shard["size"], shard["header"]) for name, shard in fingerprint["base"].items()}
         for fingerprint in (found, now)
     ]
     if shards[0] != shards[1]:
-        raise InputError(f"--base {again.job.base} is not the model {out} was made from; give that one")
+        raise InputError(
+            f"--base {again.job.base} is not the model {out} was made from; give {_recorded(found, 'base')}"
+        )
+
+
+def _recorded(found: Mapping[str, Any], role: str) -> str:
+    """An input by its Hub id and commit, where the fingerprint has them."""
+    origins = found.get("from")
+    return str((origins.get(role) if isinstance(origins, dict) else None) or "that one")
 
 
 _ENVIRONMENT = ("streamconv", "torch", "machine", "device")

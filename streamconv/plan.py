@@ -10,12 +10,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, assert_never
 
 from streamconv.adapters.base import Update, WholeUpdate
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
 from streamconv.devices import Device
-from streamconv.formats.base import CELL_ROWS, Encoder, Weight, matrix_shape
+from streamconv.formats.base import CELL_ROWS, Constant, Encoder, Weight, matrix_shape
 from streamconv.layout import ShardLayout
 from streamconv.rounding.base import Rounding
 
@@ -109,7 +109,7 @@ class Rewrite:
         return Access.REDUCE_THEN_ROW if reduces else Access.ROW
 
 
-Step = Copy | Rewrite
+Step = Copy | Rewrite | Constant
 ShardPlan = ShardLayout[Step]
 
 
@@ -162,14 +162,7 @@ class Plan:
     @property
     def bytes_read(self) -> int:
         """Of the base, weights read twice counted twice."""
-        steps = [placed.step for shard in self.shards for placed in shard.steps]
-        return sum(
-            step.tensor.nbytes
-            if isinstance(step, Copy)
-            else sum(part.nbytes for part in step.weight.parts.values())
-            + (step.weight.parts[step.weight.decoder.main].nbytes if step.access is not Access.ROW else 0)
-            for step in steps
-        )
+        return sum(_bytes_read(placed.step) for shard in self.shards for placed in shard.steps)
 
     @property
     def digest(self) -> str:
@@ -181,6 +174,20 @@ class Plan:
         if self.options.min_kept is not None:
             return self.options.min_kept
         return DEFAULT_MIN_KEPT if self.options.rounding == "auto" else 0.0
+
+
+def _bytes_read(step: Step) -> int:
+    match step:
+        case Copy():
+            return step.tensor.nbytes
+        case Constant():
+            return 0
+        case Rewrite():
+            parts, main = step.weight.parts, step.weight.decoder.main
+            again = parts[main].nbytes if step.access is not Access.ROW else 0
+            return sum(part.nbytes for part in parts.values()) + again
+        case _:
+            assert_never(step)
 
 
 def tile_rows(step: Rewrite, buffer: int) -> int:

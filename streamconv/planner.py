@@ -291,7 +291,9 @@ def _steps(
         is_rounded = name in seen_by_training and weight is base.weights[name]
         if is_rounded and result.merge_base is not None:
             merge_base = result.merge_base.encoder(name, weight.shape, weight.dtype)
-        steps.append(_weight_steps(name, weight, updates.get(name, ()), encoder, merge_base, result))
+        found = _weight_steps(name, weight, updates.get(name, ()), encoder, merge_base, result)
+        constants = [step.encoder.constants for step in found if isinstance(step, Rewrite)]
+        steps.append([*found, *(constant for each in constants for constant in each)])
     return steps
 
 
@@ -314,7 +316,8 @@ def _weight_steps(
     changes = bool(updates) or merge_base is not None
     if encoder is None or (not changes and (encoder.format, encoder.dtype) == (weight.format, weight.dtype)):
         main = weight.parts[weight.decoder.main].name
-        return [Copy(name + part.name.removeprefix(main), part) for part in weight.parts.values()]
+        # Only a weight of one part is ever stored under another name than the base's.
+        return [Copy(name if part.name == main else part.name, part) for part in weight.parts.values()]
     if weight.decoder.grid is not None and any(isinstance(update, WholeUpdate) for update in updates):
         raise UnsupportedError(
             f"{name} is {weight.format}, and the adapter was trained on what its initialisation had left of the weight "

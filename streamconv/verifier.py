@@ -19,8 +19,8 @@ from streamconv.checkpoint.strict_json import parse_object
 from streamconv.errors import InputError, VerificationError
 from streamconv.executor import StopRequest, run_plan
 from streamconv.plan import Plan, ShardPlan
-from streamconv.storage import open_storage
 from streamconv.storage.base import Storage
+from streamconv.storage.local import open_folder
 
 _MAX_MANIFEST_BYTES = 64 * 2**20
 _CHUNK_BYTES = 8 * 2**20
@@ -48,7 +48,7 @@ def verify_layout(out: Path, plan: Plan) -> None:
 
     Bytes are not reread; they were hashed on their way to the disk.
     """
-    index = read_index(open_storage(str(out)))
+    index = read_index(open_folder(str(out)))
     for shard in plan.shards:
         path = out / shard.name
         found = path.stat().st_size
@@ -71,7 +71,7 @@ def verify_output(location: str, manifest_name: str, on_progress: Callable[[int]
     Other files beside the weights may be edited freely. Raises VerificationError where something differs,
     InputError where there is no manifest.
     """
-    storage = open_storage(location)
+    storage = open_folder(location)
     content = read_manifest(storage, manifest_name)
     shards = _listed(content, "shards", f"{location}: {manifest_name}")
     files = _listed(content, "files", f"{location}: {manifest_name}")
@@ -86,7 +86,7 @@ def verify_output(location: str, manifest_name: str, on_progress: Callable[[int]
             f"{location}: {min(strange)} is in only one of index and {manifest_name}; do not use this output"
         )
     for name, (_, sha256) in files.items():
-        if _hash_file(storage.file(name).path, lambda _: None) != sha256:
+        if hash_file(storage.file(name).path, lambda _: None) != sha256:
             raise VerificationError(
                 f"{location}: the weights are as they were written, but {name} was changed since; "
                 "restore it if that was not meant"
@@ -116,7 +116,7 @@ def _check_file(
         raise VerificationError(
             f"{storage.location}: {name} has {file.size} bytes, expected {size}; do not use this output"
         )
-    digest = _hash_file(file.path, on_progress)
+    digest = hash_file(file.path, on_progress)
     if digest != sha256:
         raise VerificationError(
             f"{storage.location}: {name} hashes to {digest}, expected {sha256}; do not use this output"
@@ -124,7 +124,8 @@ def _check_file(
     return size
 
 
-def _hash_file(path: str, on_progress: Callable[[int], None]) -> str:
+def hash_file(path: str, on_progress: Callable[[int], None]) -> str:
+    """SHA-256 of a file in hexadecimal; `on_progress` is told how many bytes were read."""
     digest = hashlib.sha256()
     buffer = bytearray(_CHUNK_BYTES)
     view = memoryview(buffer)

@@ -35,7 +35,7 @@ from streamconv.report.result import Report
 from streamconv.storage import open_storage
 from tests.tiny import edit_json, edit_tensors, llama_config, read_tensors, save_adapter, save_base
 
-COMMANDS = ("merge", "convert", "plan", "inspect", "verify", "formats")
+COMMANDS = ("merge", "convert", "plan", "inspect", "verify", "push", "formats")
 LORA = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
 INDEX = "model.safetensors.index.json"
 

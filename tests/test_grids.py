@@ -10,14 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamconv.formats.bnb_4bit import DYNAMIC
-from streamconv.grids import NF4, Grid, block_absmax, divide_by_scales, multiply_by_scales
+from streamconv.grids import FP4, NF4, TableGrid, block_absmax, divide_by_scales, multiply_by_scales
 
-# bitsandbytes' fp4: codes in bit order, not in the order of values; 0 and 8 both stand for zero.
-FP4 = Grid(
-    "fp4", tuple(v / 12 for v in (0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3)), 64
-)
-EVEN = Grid("even", (-1.0, 0.0, 1.0), 64)
-CLOSE = Grid("close", (-1.0, 0.0, 1e-4, 2e-4, 1.0), 64)  # thresholds too close for bins
+EVEN = TableGrid("even", (-1.0, 0.0, 1.0), 64)
+CLOSE = TableGrid("close", (-1.0, 0.0, 1e-4, 2e-4, 1.0), 64)  # thresholds too close for bins
 GRIDS = [NF4, FP4, EVEN, CLOSE, DYNAMIC]
 
 
@@ -25,7 +21,7 @@ def float32(value: float) -> Tensor:
     return torch.tensor([value], dtype=torch.float32)
 
 
-def midpoints(grid: Grid) -> Tensor:
+def midpoints(grid: TableGrid) -> Tensor:
     values = torch.tensor(sorted(set(grid.values)), dtype=torch.float32)
     return (values[:-1] + values[1:]) / 2
 
@@ -37,7 +33,7 @@ def around(points: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
-def test_nearest_switches_exactly_at_midpoints(grid: Grid) -> None:
+def test_nearest_switches_exactly_at_midpoints(grid: TableGrid) -> None:
     x = torch.cat((around(midpoints(grid)), torch.rand(5000) * 2 - 1))
     values = torch.tensor(sorted(set(grid.values)), dtype=torch.float32)
     expected = values[torch.bucketize(x, midpoints(grid))]
@@ -45,7 +41,7 @@ def test_nearest_switches_exactly_at_midpoints(grid: Grid) -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
-def test_values_are_their_own_nearest_and_neighbours(grid: Grid) -> None:
+def test_values_are_their_own_nearest_and_neighbours(grid: TableGrid) -> None:
     values = torch.tensor(grid.values, dtype=torch.float32)
     assert torch.equal(grid.decode(grid.nearest(values)), values)
     lower, upper = grid.neighbours(values)
@@ -55,7 +51,7 @@ def test_values_are_their_own_nearest_and_neighbours(grid: Grid) -> None:
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
 @given(x=st.floats(-1, 1, width=32))
-def test_neighbours_enclose_with_nothing_between(grid: Grid, x: float) -> None:
+def test_neighbours_enclose_with_nothing_between(grid: TableGrid, x: float) -> None:
     lower, upper = (float(grid.decode(codes)) for codes in grid.neighbours(float32(x)))
     assert lower <= min(max(x, min(grid.values)), max(grid.values)) <= upper
     values = sorted(set(torch.tensor(grid.values, dtype=torch.float32).tolist()))
@@ -63,7 +59,7 @@ def test_neighbours_enclose_with_nothing_between(grid: Grid, x: float) -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
-def test_beyond_the_ends_there_is_the_end(grid: Grid) -> None:
+def test_beyond_the_ends_there_is_the_end(grid: TableGrid) -> None:
     x = torch.tensor([-3e38, -1.5, 1.5, 3e38, -math.inf, math.inf])
     ends = torch.tensor([min(grid.values), max(grid.values)], dtype=torch.float32)
     expected = ends[[0, 0, 1, 1, 0, 1]]
@@ -73,7 +69,7 @@ def test_beyond_the_ends_there_is_the_end(grid: Grid) -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
-def test_nan_gets_some_code(grid: Grid) -> None:
+def test_nan_gets_some_code(grid: TableGrid) -> None:
     nan = torch.full((3,), math.nan)
     for codes in (grid.nearest(nan), *grid.neighbours(nan)):
         assert int(codes.max()) < len(grid.values)

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize
 
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.dtypes import BF16, DENSE, DTYPES, F32, U8
+from streamconv.errors import UnsupportedError
 from streamconv.formats import FORMATS
 from streamconv.layout import DATA_ALIGNMENT, lay_out, nbytes, shard_names, split_by_size
 from streamconv.pipeline import Job, convert, prepare
@@ -48,8 +50,18 @@ rewrites = st.builds(
     st.integers(1, 90),
     st.sampled_from(sorted(DENSE)),
 )
+
+
+def can_be_aligned(step: Step) -> bool:
+    """Whether tensors that lie together are aligned if the first is."""
+    starts = itertools.accumulate((spec.nbytes for spec in step.specs), initial=0)
+    return all(start % spec.dtype.itemsize == 0 for start, spec in zip(starts, step.specs, strict=False))
+
+
 step_lists = st.lists(st.one_of(copies, rewrites), max_size=12).map(
-    lambda makers: [make(f"layers.{number}.weight") for number, make in enumerate(makers)]
+    lambda makers: [
+        step for number, make in enumerate(makers) if can_be_aligned(step := make(f"layers.{number}.weight"))
+    ]
 )
 
 
@@ -124,6 +136,14 @@ def test_the_parts_of_a_weight_stay_together_in_their_own_order() -> None:
     (layout,) = lay_out([[single("odd", "U8", 1), weight, single("last", "F32", 1)]])
     assert layout.steps[0].step is weight
     assert weight.specs[0].name == "w.weight"
+
+
+def test_parts_that_cannot_lie_together_are_refused_naming_the_one_that_would_be_misplaced() -> None:
+    step = Step((TensorSpec("w.codes", U8, (3,)), TensorSpec("w.scales", F32, (2,))))
+    with pytest.raises(
+        UnsupportedError, match=r"w\.scales would start at byte \d+, .* multiple of 4.*--ignore"
+    ):
+        lay_out([[step]])
 
 
 def test_names_are_those_every_loader_knows() -> None:

@@ -16,7 +16,7 @@ from streamconv.adapters.base import Tie
 from streamconv.errors import OptionError, UnsupportedError
 from streamconv.formats import find_weights
 from streamconv.pipeline import Job, Prepared, merge_options, prepare
-from streamconv.plan import Access, Copy, Plan, Rewrite
+from streamconv.plan import Access, Copy, Plan, Rewrite, Step
 from streamconv.planner import find_tie
 from tests.checkpoint.files import index_of
 from tests.models import Sizes, write_adapter, write_base, write_tensors
@@ -64,7 +64,7 @@ def plan_of(folder: Path, *arguments: str | None, **options: Any) -> Plan:
     return prepared(folder, *arguments, **options).plan  # type: ignore[arg-type]  # the base is never None
 
 
-def steps(plan: Plan) -> dict[str, Copy | Rewrite]:
+def steps(plan: Plan) -> dict[str, Step]:
     return {placed.step.name: placed.step for shard in plan.shards for placed in shard.steps}
 
 

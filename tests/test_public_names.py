@@ -21,8 +21,15 @@ from streamconv.plan import MergeOptions
 from streamconv.sizes import parse_size
 
 # Options that are no keywords: what they do is done otherwise in Python.
-ONLY_ON_THE_COMMAND_LINE = {"dry_run", "as_json", "quiet", "verbose", "debug"}
-ONLY_IN_PYTHON = {"on_progress"}
+PUSHING = {
+    "push_to",
+    "private",
+    "create_pr",
+    "commit_message",
+    "push_revision",
+}  # streamconv.push, afterwards
+ONLY_ON_THE_COMMAND_LINE = {"dry_run", "as_json", "quiet", "verbose", "debug", *PUSHING}
+ONLY_IN_PYTHON = {"on_progress", "on_download"}
 
 
 def test_every_name_resolves_and_is_listed_once() -> None:

@@ -220,7 +220,7 @@ def splits(draw: st.DrawFn, rows: int) -> Sequence[range]:
     return [range(first, last) for first, last in zip(cuts, [*cuts[1:], rows], strict=True)]
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=80)
 @given(data=st.data())
 def test_tiles_split_anywhere_equal_one_whole_tile(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -235,7 +235,7 @@ def test_the_cases_above_reach_every_way_through_a_weight(tmp_path: Path) -> Non
     """Both accesses and every kind of scales; else the property would prove less than it says."""
     seen = set()
 
-    @settings(deadline=None, max_examples=150, database=None, derandomize=True)
+    @settings(deadline=None, max_examples=100, database=None, derandomize=True)
     @given(data=st.data())
     def look(data: st.DataObject) -> None:
         step = data.draw(cases(tmp_path / "weight")).step

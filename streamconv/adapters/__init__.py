@@ -73,6 +73,7 @@ def read_adapter(
     counts = Counter(module.rpartition(".")[2] for module in sorted(set(adapted)))
     return Adapter(
         location=storage.location,
+        origin=storage.origin,
         peft_type=config.peft_type,
         config=config.fields,
         updates=settled.updates,
@@ -90,14 +91,18 @@ def read_stored(storage: Storage, allow_pickle: bool) -> Mapping[str, StoredTens
     if _PICKLE not in names or any(
         name.endswith((".safetensors", ".safetensors.index.json")) for name in names
     ):
-        return read_index(storage, stem="adapter_model", require_config=False).tensors
+        index = read_index(storage, stem="adapter_model", require_config=False)
+        storage.fetch((shard.file for shard in index.shards), lambda _: None)
+        return index.tensors
     if not allow_pickle:
         raise UnsupportedError(
             f"{storage.location}: adapter_model.safetensors is missing; the weights there are a pickle ({_PICKLE}),"
             " which may run code when loaded: allow it with --allow-pickle, which opens it so that it can hold nothing"
             " but tensors, or save the adapter as safetensors"
         )
-    return read_pickled(storage.file(_PICKLE))
+    file = storage.file(_PICKLE)
+    storage.fetch((file,), lambda _: None)
+    return read_pickled(file)
 
 
 def find_reader(config: AdapterConfig) -> Reader:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.dtypes import F32, Dtype
+from streamconv.storage.base import Origin
 
 
 class Update(Protocol):
@@ -83,6 +84,7 @@ class Adapter:
     """
 
     location: str
+    origin: Origin | None
     peft_type: str
     config: Mapping[str, Any]
     updates: tuple[Update, ...]

@@ -12,23 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from streamconv.checkpoint.reader import read_exactly
 from streamconv.checkpoint.strict_json import parse_object, shown
 from streamconv.checkpoint.types import Shape, TensorSpec
 from streamconv.dtypes import DTYPES, Dtype
 from streamconv.errors import CheckpointError, UnsupportedError
 from streamconv.storage.base import SourceFile
-from streamconv.storage.local import open_file
+from streamconv.storage.local import read_start
 
 MAX_HEADER_BYTES = 100_000_000  # MAX_HEADER_SIZE in tensor.rs
 _MAX_BYTES = 2**63 - 1
 _LENGTH_BYTES = 8
+_FIRST_BYTES = 2**16
 _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _UNHANDLED_DTYPES = {
@@ -83,17 +82,16 @@ class Header:
     sha256: str
 
 
-def read_header(file: SourceFile) -> Header:
-    """The checked header of `file`. Raises CheckpointError; UnsupportedError for a dtype not handled."""
-    descriptor = open_file(file)
-    try:
-        start = bytearray(min(file.size, 512))
-        read_exactly(descriptor, 0, memoryview(start), file.name)
-        raw = bytearray(_data_start(start, file.size, file.name))
-        read_exactly(descriptor, 0, memoryview(raw), file.name)
-    finally:
-        os.close(descriptor)
-    return parse_header(bytes(raw), file.size, file.name)
+def read_header(file: SourceFile, read: Callable[[SourceFile, int], bytes] = read_start) -> Header:
+    """The checked header of `file`. Raises CheckpointError; UnsupportedError for a dtype not handled.
+
+    `read` gives the first bytes of a file, from wherever it is. Most headers need one call.
+    """
+    raw = read(file, _FIRST_BYTES)
+    data_start = _data_start(raw, file.size, file.name)
+    if data_start > len(raw) and file.size > len(raw):
+        raw = read(file, data_start)
+    return parse_header(raw, file.size, file.name)
 
 
 def parse_header(raw: bytes, file_size: int, file_name: str) -> Header:

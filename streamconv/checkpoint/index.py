@@ -165,7 +165,7 @@ def _read_shards(
     tensors: dict[str, StoredTensor] = {}
     shards: list[Shard] = []
     for file in files:
-        header = read_header(file)
+        header = read_header(file, storage.read_start)
         for entry in header.tensors:
             if entry.name in tensors:
                 raise CheckpointError(

@@ -6,13 +6,15 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from streamconv.checkpoint.index import CheckpointIndex
-from streamconv.dtypes import BF16, F16, F32, U8
+from streamconv.dtypes import BF16, F16, F32, I8, U8
 from streamconv.errors import CheckpointError
+from streamconv.formats import bnb_4bit, bnb_int8
 from streamconv.formats.base import Format, Weight
-from streamconv.formats.bnb_4bit import SIDE_SUFFIXES, Bnb4bitFormat
+from streamconv.formats.bnb_4bit import Bnb4bitFormat
+from streamconv.formats.bnb_int8 import Int8Format
 from streamconv.formats.dense import DenseFormat, dense_weight
 from streamconv.formats.foreign import refuse_foreign
-from streamconv.grids import NF4
+from streamconv.grids import FP4, NF4
 
 __all__ = ["FORMATS", "dense_weight", "find_weights"]
 
@@ -38,16 +40,22 @@ def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
     return tuple(by_main_part[name] for name in index.tensors if name in by_main_part)
 
 
+# What codes of a quantized weight look like, and what must be beside them.
+_CODES = {U8: ("packed 4-bit codes", "quant_state"), I8: ("8-bit codes", bnb_int8.SCALES)}
+
+
 def _refuse_orphans(weights: Iterable[Weight]) -> None:
     for weight in weights:
-        if weight.name.endswith(SIDE_SUFFIXES) and len(weight.parts) == 1:
+        is_side = weight.name.endswith((*bnb_4bit.SIDE_SUFFIXES, *bnb_int8.SIDE_SUFFIXES))
+        if is_side and len(weight.parts) == 1:
             raise CheckpointError(
-                f"{weight.name} belongs to a quantized weight that is missing, or whose quant_state is;"
+                f"{weight.name} belongs to a quantized weight that is missing, or whose quant_state or SCB is;"
                 " the checkpoint is incomplete, download it again"
             )
-        if weight.dtype == U8 and weight.name.endswith("weight"):
+        if weight.dtype in _CODES and weight.name.endswith("weight"):
+            codes, missing = _CODES[weight.dtype]
             raise CheckpointError(
-                f"{weight.name} is U8, like packed 4-bit codes, but has no quant_state beside it;"
+                f"{weight.name} is {weight.dtype}, like {codes}, but has no {missing} beside it;"
                 " the checkpoint is incomplete, or quantized in a way that is not known"
             )
 
@@ -59,5 +67,8 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "bfloat16": DenseFormat(BF16),
         "nf4": Bnb4bitFormat("nf4", NF4),
         "nf4-dq": Bnb4bitFormat("nf4-dq", NF4, nested=True),
+        "fp4": Bnb4bitFormat("fp4", FP4),
+        "fp4-dq": Bnb4bitFormat("fp4-dq", FP4, nested=True),
+        "int8": Int8Format("int8"),
     }
 )

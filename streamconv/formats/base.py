@@ -67,7 +67,8 @@ class Decoder(Protocol):
 class Weight:
     """One parameter of the model as a checkpoint stores it; `shape` and `dtype` are the decoded ones.
 
-    `format` is the key in FORMATS of the encoder that would store it in the same way; else, in words, how it
+    Some formats decode to float32 and do not store the type the weight had; `dtype` is then that of the weights
+    around it. `format` is the key in FORMATS of the encoder that would store it in the same way; else, in words, how it
     differs (`nf4, blocksize 128`, or `I64`, which can be copied but not decoded).
     """
 
@@ -79,6 +80,22 @@ class Weight:
     parts: Mapping[str, StoredTensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A tensor whose bytes are known before anything is read."""
+
+    spec: TensorSpec
+    content: bytes
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        return (self.spec,)
+
+
 class Encoder(Protocol):
     """How one weight will be stored. Made when planning; knows every part's name, type and shape."""
 
@@ -88,7 +105,11 @@ class Encoder(Protocol):
 
     @property
     def dtype(self) -> Dtype:
-        """What a loader decodes the weight to."""
+        """The type of the weight, where it is stored dense."""
+
+    @property
+    def dequantized_dtype(self) -> Dtype:
+        """The type in which the loader's library hands out what it decodes."""
 
     @property
     def grid(self) -> Grid | None: ...
@@ -99,7 +120,11 @@ class Encoder(Protocol):
 
     @property
     def parts(self) -> tuple[TensorSpec, ...]:
-        """In file order: the main part first, then those that `finish` returns."""
+        """In file order: the main part first, then those that `finish` returns; they lie together in the file."""
+
+    @property
+    def constants(self) -> tuple[Constant, ...]:
+        """Tensors beside the parts that are the same for any values, and may lie anywhere in the file."""
 
     def row_offset(self, row: int) -> int:
         """Bytes of the main part before `row`, as for Decoder."""

@@ -8,7 +8,7 @@ then cast to the weight's own dtype. Byte i holds code 2i in its high half and c
     P                                    uint8 [⌈elements / 2⌉, 1]
     P.absmax                             float32 [blocks]; with double quantization uint8
     P.quant_map                          float32 [16], the table
-    P.quant_state.bitsandbytes__nf4      uint8, JSON
+    P.quant_state.bitsandbytes__nf4      uint8, JSON; of fp4, `__fp4`
     P.nested_absmax, P.nested_quant_map  float32 [⌈blocks / 256⌉] and [256], with double quantization only
 
 Double quantization stores `absmax[i] = nested_quant_map[index[i]] * nested_absmax[i // 256] + nested_offset`.
@@ -29,8 +29,8 @@ from streamconv.checkpoint.strict_json import parse_object, shown
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import BF16, DENSE, F16, F32, U8, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
-from streamconv.formats.base import CELL_ROWS, Json, Weight, matrix_shape
-from streamconv.grids import Grid, block_absmax, divide_by_scales, multiply_by_scales
+from streamconv.formats.base import CELL_ROWS, Constant, Json, Weight, matrix_shape
+from streamconv.grids import TableGrid, block_absmax, divide_by_scales, multiply_by_scales
 
 MAIN = "weight"
 NESTED_BLOCK = 256
@@ -57,7 +57,7 @@ def dynamic_values() -> tuple[float, ...]:
     return tuple(sorted([*magnitudes, *(-value for value in magnitudes), 0.0, 1.0]))
 
 
-DYNAMIC = Grid("dynamic", dynamic_values(), NESTED_BLOCK)
+DYNAMIC = TableGrid("dynamic", dynamic_values(), NESTED_BLOCK)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +106,7 @@ class Bnb4bitDecoder:
     name: str
     dtype: Dtype
     columns: int
-    grid: Grid
+    grid: TableGrid
     nested_offset: float | None
     main: str = MAIN
 
@@ -154,7 +154,7 @@ class _State:
 
 
 def _find_weight(
-    name: str, grid: Grid, format_name: str, free: Mapping[str, StoredTensor], reader: TensorReader
+    name: str, grid: TableGrid, format_name: str, free: Mapping[str, StoredTensor], reader: TensorReader
 ) -> Weight:
     """The weight `name`, whose state is there; CheckpointError unless its parts are whole and agree."""
     parts = _gather(name, grid, free)
@@ -168,7 +168,7 @@ def _find_weight(
             " give the 16-bit base model instead"
         )
     decoder = Bnb4bitDecoder(
-        name, state.dtype, columns, Grid(grid.name, grid.values, state.block), state.nested_offset
+        name, state.dtype, columns, TableGrid(grid.name, grid.values, state.block), state.nested_offset
     )
     if state.block != grid.block:
         format_name = f"{format_name}, blocksize {state.block}"
@@ -177,7 +177,7 @@ def _find_weight(
     return Weight(name, state.shape, state.dtype, format_name, decoder, parts)
 
 
-def _gather(name: str, grid: Grid, free: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _gather(name: str, grid: TableGrid, free: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     roles = [MAIN, "absmax", "quant_map", "quant_state"]
     if _is_nested(name, free):
         roles += ["nested_absmax", "nested_quant_map"]
@@ -195,7 +195,7 @@ def _is_nested(name: str, free: Mapping[str, StoredTensor]) -> bool:
     return f"{name}.nested_absmax" in free or f"{name}.nested_quant_map" in free
 
 
-def _part_name(name: str, role: str, grid: Grid) -> str:
+def _part_name(name: str, role: str, grid: TableGrid) -> str:
     match role:
         case "weight":
             return name
@@ -266,7 +266,7 @@ def _check_parts(name: str, parts: Mapping[str, StoredTensor], state: _State) ->
             raise _wrong(tensor, _described(tensor), f"{dtype} [{count}]")
 
 
-def _check_table(tensor: StoredTensor, grid: Grid, reader: TensorReader) -> None:
+def _check_table(tensor: StoredTensor, grid: TableGrid, reader: TensorReader) -> None:
     """bitsandbytes' kernels have the table built in and ignore the one in the file: the two must agree."""
     table = torch.tensor(grid.values, dtype=torch.float32)
     if not torch.allclose(reader.load(tensor), table, rtol=0, atol=1e-6):
@@ -296,9 +296,14 @@ class Bnb4bitEncoder:
     name: str
     shape: Shape
     dtype: Dtype
-    grid: Grid
+    grid: TableGrid
     nested: bool
     parts: tuple[TensorSpec, ...]
+    constants: tuple[Constant, ...] = ()
+
+    @property
+    def dequantized_dtype(self) -> Dtype:
+        return self.dtype
 
     def row_offset(self, row: int) -> int:
         return (row * self.shape[1] + 1) // 2
@@ -360,7 +365,9 @@ def _roles(nested: bool) -> tuple[str, ...]:
     return (MAIN, "quant_state", "absmax", "quant_map")
 
 
-def _part_specs(name: str, shape: Shape, dtype: Dtype, grid: Grid, nested: bool) -> tuple[TensorSpec, ...]:
+def _part_specs(
+    name: str, shape: Shape, dtype: Dtype, grid: TableGrid, nested: bool
+) -> tuple[TensorSpec, ...]:
     elements = math.prod(shape)
     packed, blocks = (elements + 1) // 2, -(-elements // grid.block)
     state = len(_state_text(grid, dtype, shape, 0.0 if nested else None)) + _LONGEST_FLOAT * nested
@@ -376,7 +383,7 @@ def _part_specs(name: str, shape: Shape, dtype: Dtype, grid: Grid, nested: bool)
     return tuple(TensorSpec(_part_name(name, role, grid), *layout[role]) for role in _roles(nested))
 
 
-def _state_text(grid: Grid, dtype: Dtype, shape: Shape, offset: float | None) -> str:
+def _state_text(grid: TableGrid, dtype: Dtype, shape: Shape, offset: float | None) -> str:
     """The JSON as QuantState.as_dict writes it: these fields, in this order, and no others."""
     state: Json = {
         "quant_type": grid.name,
@@ -401,7 +408,7 @@ class Bnb4bitFormat:
     """One table of values, with or without double quantization."""
 
     name: str
-    grid: Grid
+    grid: TableGrid
     nested: bool = False
     loaders: str = "transformers, vLLM (one GPU a model part), PEFT for training"
 

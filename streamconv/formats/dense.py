@@ -11,7 +11,7 @@ from torch import Tensor
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import DENSE, Dtype
 from streamconv.errors import InputError, UnsupportedError
-from streamconv.formats.base import Json, Weight, matrix_shape
+from streamconv.formats.base import Constant, Json, Weight, matrix_shape
 from streamconv.grids import Grid
 
 MAIN = "weight"
@@ -80,6 +80,7 @@ class DenseEncoder:
     spec: TensorSpec
     nested: bool = False
     grid: Grid | None = None
+    constants: tuple[Constant, ...] = ()
 
     @property
     def format(self) -> str:
@@ -88,6 +89,10 @@ class DenseEncoder:
     @property
     def dtype(self) -> Dtype:
         return self.spec.dtype
+
+    @property
+    def dequantized_dtype(self) -> Dtype:
+        return self.dtype
 
     @property
     def parts(self) -> tuple[TensorSpec, ...]:

@@ -16,8 +16,6 @@ from streamconv.errors import UnsupportedError
 
 _BY_SUFFIX: Mapping[str, str] = MappingProxyType(
     {
-        ".quant_state.bitsandbytes__fp4": "fp4 (bitsandbytes)",
-        ".SCB": "int8 (bitsandbytes)",
         ".qweight": "GPTQ or AWQ",
         ".qzeros": "GPTQ or AWQ",
         ".weight_packed": "compressed-tensors",
@@ -50,8 +48,6 @@ def _refuse_method(index: CheckpointIndex, config: Mapping[str, object]) -> None
     method = config.get("quant_method")
     if method != "bitsandbytes":
         raise _refusal(where, str(method) if method else "quantized in an unnamed way")
-    if config.get("load_in_8bit"):
-        raise _refusal(where, "int8 (bitsandbytes)")
 
 
 def _is_fp8(dtype: Dtype) -> bool:

@@ -6,9 +6,7 @@ is inherited, since that is what readers look for first.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -17,21 +15,12 @@ from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.plan import Plan
 from streamconv.report.result import Kept
 from streamconv.sizes import format_size
-from streamconv.storage.base import SourceFile, Storage
+from streamconv.storage.base import Origin, SourceFile, Storage
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
 _MAX_CARD_BYTES = 2 * 10**6
 _MAX_HEAD_BYTES = 64 * 2**10
 _MAX_NAMES = 1000
-
-
-def hub_id(location: str) -> str | None:
-    """The Hub id of a snapshot in the Hub's cache (`models--org--name/snapshots/…`); None for other folders."""
-    for part in Path(location).resolve().parts:
-        match = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part)
-        if match:
-            return f"{match[1]}/{match[2]}"
-    return None
 
 
 def model_card(
@@ -42,8 +31,8 @@ def model_card(
     kept: Kept | None,
 ) -> bytes:
     """README.md of the output; `copied` are the files that lie beside the weights."""
-    sources = [hub_id(storage.location) for storage in (base.storage, adapter) if storage is not None]
-    base_models = [name for name in sources if name]
+    origins = {"base": base.storage.origin, "adapter": adapter.origin if adapter else None}
+    base_models = [origin.repo for origin in origins.values() if origin is not None]
     tags = ["streamconv", *(["merge", "lora"] if adapter else [])]
     if plan.quant:
         tags += ["4-bit", "bitsandbytes"]
@@ -56,7 +45,7 @@ def model_card(
     )
     has_tokenizer = any(file.name.startswith("tokenizer") for file in copied)
     body = [
-        *_body(plan, adapter is not None, kept),
+        *_body(plan, adapter is not None, origins, kept),
         "## Load it",
         "",
         *_snippet(plan, base.config, has_tokenizer),
@@ -86,7 +75,7 @@ def _is_plain(value: object) -> bool:
     return len(items) <= _MAX_NAMES and all(isinstance(item, str) and item for item in items)
 
 
-def _body(plan: Plan, merged: bool, kept: Kept | None) -> Iterator[str]:
+def _body(plan: Plan, merged: bool, origins: Mapping[str, Origin | None], kept: Kept | None) -> Iterator[str]:
     yield from (f"# {'Merged' if merged else 'Converted'} model", "")
     if merged:
         yield f"A LoRA adapter that {_changes(plan)} was merged into its base model."
@@ -95,6 +84,9 @@ def _body(plan: Plan, merged: bool, kept: Kept | None) -> Iterator[str]:
     )
     yield from ("", "| | |", "|---|---|")
     yield f"| weights | {plan.quant or plan.dtype or 'dtype of the base'}, {format_size(plan.size)} |"
+    for role, origin in origins.items():
+        if origin is not None:
+            yield f"| {role} | {origin.repo} at commit {origin.commit} |"
     if merged:
         yield f"| target | {plan.target.reason} |"
     if plan.rounding:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
+from streamconv.formats.base import Constant
 from streamconv.plan import Copy, Rewrite, ShardPlan, Step, tile_rows
 from streamconv.sizes import format_size
+from streamconv.storage.base import SourceFile, Storage
 
 if TYPE_CHECKING:  # the pipeline shows plans; plans do not know it
     from streamconv.pipeline import Prepared
@@ -20,6 +22,7 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
         "digest": plan.digest,
         "base": prepared.job.base,
         "adapter": prepared.job.adapter,
+        "from": plan.fingerprint["from"],
         "device": plan.device.name,
         "quant": plan.quant or "none",
         "target": {"name": plan.target.name, "reason": plan.target.reason},
@@ -32,6 +35,11 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
         "left_in_16_bit": list(plan.skipped),
         "peak_ram_bytes": plan.memory.ram,
         "peak_vram_bytes": plan.memory.vram,
+        "downloads": [
+            {"from": storage.location, "name": file.name, "bytes": file.size}
+            for storage, files in prepared.downloads()
+            for file in files
+        ],
         "disk_bytes": plan.size,
         "read_bytes": plan.bytes_read,
         "files": {
@@ -61,30 +69,36 @@ def _shard(shard: ShardPlan, buffer: int) -> dict[str, Any]:
 
 
 def _step(step: Step, buffer: int) -> dict[str, Any]:
-    if isinstance(step, Copy):
-        return {"action": "copy"}
-    return {
-        "action": "rewrite",
-        "access": step.access.value,
-        "updates": len(step.updates),
-        "tiles": -(-step.rows // tile_rows(step, buffer)),
-    }
+    match step:
+        case Copy():
+            return {"action": "copy"}
+        case Constant():
+            return {"action": "constant"}
+        case Rewrite():
+            return {
+                "action": "rewrite",
+                "access": step.access.value,
+                "updates": len(step.updates),
+                "tiles": -(-step.rows // tile_rows(step, buffer)),
+            }
+        case _:
+            assert_never(step)
 
 
 def plan_as_text(prepared: Prepared) -> str:
     """One page for people."""
     plan = prepared.plan
     steps = [placed.step for shard in plan.shards for placed in shard.steps]
-    rewritten = sum(isinstance(step, Rewrite) for step in steps)
+    rewritten, copied = (sum(isinstance(step, kind) for step in steps) for kind in (Rewrite, Copy))
     adapted = ", ".join(f"{count} {name}" for name, count in sorted(plan.adapted.items()))
     lines = [
-        ("base", prepared.job.base),
-        ("adapter", prepared.job.adapter or "-"),
+        ("base", plan.fingerprint["from"]["base"] or prepared.job.base),
+        ("adapter", plan.fingerprint["from"]["adapter"] or prepared.job.adapter or "-"),
         ("adapted", adapted or "-"),
         ("replaced", ", ".join(plan.replaced) or "-"),
         ("output", f"{plan.quant or plan.dtype or 'dtype of the base'}, {format_size(plan.size)}"),
         ("target", plan.target.reason),
-        ("weights", f"{rewritten} rewritten, {len(steps) - rewritten} tensors copied"),
+        ("weights", f"{rewritten} rewritten, {copied} tensors copied"),
         (
             "memory",
             f"{format_size(plan.memory.ram)} RAM, {format_size(plan.memory.vram)} on {plan.device.name}",
@@ -93,6 +107,8 @@ def plan_as_text(prepared: Prepared) -> str:
         ("files", _shards(plan.shards)),
         ("", ", ".join([*prepared.generated, *(file.name for file in prepared.copied)])),
     ]
+    if downloads := prepared.downloads():
+        lines.insert(-2, ("download", "; ".join(_download(storage, files) for storage, files in downloads)))
     if plan.rounding:
         lines.insert(6, ("rounding", f"{plan.rounding.name}: {plan.rounding.reason}"))
         lines.insert(7, ("16 bit", ", ".join(plan.skipped) or "-"))
@@ -107,3 +123,8 @@ def _shards(shards: tuple[ShardPlan, ...]) -> str:
     shown = ", ".join(f"{shard.name} ({format_size(shard.size)})" for shard in shards[:_SHOWN])
     rest = len(shards) - _SHOWN
     return shown + (f" and {rest} more" if rest > 0 else "")
+
+
+def _download(storage: Storage, files: tuple[SourceFile, ...]) -> str:
+    count = "1 file" if len(files) == 1 else f"{len(files)} files"
+    return f"{format_size(sum(file.size for file in files))} of {storage.location} in {count}"

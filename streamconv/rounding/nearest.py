@@ -1,6 +1,6 @@
 """Nearest rounding: every entry to the closest value of the grid, byte for byte as bitsandbytes does it.
 
-Source: bitsandbytes `backends/default/ops.py`, quantize_4bit.
+Source: bitsandbytes `backends/default/ops.py`, quantize_4bit and int8_vectorwise_quant.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Nearest:
     def choose(self, target: Tensor, grid: Grid, context: Context) -> tuple[Tensor, Tensor]:
         """Codes and scales for `target`; see Rounding."""
         scales = absmax_scales(target, grid.block) if context.scales is None else context.scales
-        return grid.nearest(divide_by_scales(target, scales, grid.block)), scales
+        return grid.nearest(divide_by_scales(target, scales, grid.block, grid.peak)), scales
 
 
 def absmax_scales(target: Tensor, block: int) -> Tensor:

@@ -35,11 +35,11 @@ class Stochastic:
         assert context.noise is not None, "stochastic rounding was not given its noise"
         if context.scales is None:
             scales = absmax_scales(target, grid.block)
-            x = divide_by_scales(target, scales, grid.block)
+            x = divide_by_scales(target, scales, grid.block, grid.peak)
         else:
             scales = context.scales
             x = _in_units_of_scale(target, scales, grid, context)
-        x.clamp_(min(grid.values), max(grid.values))
+        x.clamp_(*grid.limits)
         lower, upper = grid.neighbours(x)
         low = grid.decode(lower)
         gap = grid.decode(upper).sub_(low)
@@ -50,6 +50,7 @@ class Stochastic:
 
 def _in_units_of_scale(target: Tensor, scales: Tensor, grid: Grid, context: Context) -> Tensor:
     if context.codes is None:
-        return divide_by_scales(target, scales, grid.block)
+        return divide_by_scales(target, scales, grid.block, grid.peak)
     assert context.delta is not None, "the base's codes were given without the delta"
-    return divide_by_scales(context.delta, scales, grid.block).add_(grid.decode(context.codes))
+    x = divide_by_scales(context.delta, scales, grid.block, grid.peak)
+    return x.add_(grid.decode(context.codes))

@@ -6,34 +6,33 @@ import os
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from streamconv.errors import UnsupportedError
+from streamconv.errors import OptionError
 from streamconv.storage.base import Storage
-from streamconv.storage.local import open_folder
+from streamconv.storage.hub import HF, open_hub
+from streamconv.storage.local import LocalFolder, open_subfolder
+
+Opener = Callable[[str, str | None, str | None], Storage]
 
 
-def open_storage(location: str) -> Storage:
-    """The storage at `location`: a folder's path, or a Hub id such as `org/model`.
+def open_storage(location: str, revision: str | None = None, subfolder: str | None = None) -> Storage:
+    """The storage at `location`: a folder's path, or a Hub id such as `org/model`, `org/model@v1`, `hf://org/model`.
 
-    Raises CheckpointError if the folder does not exist, UnsupportedError for a kind that is not in STORAGES.
+    `revision` is a branch, tag or commit of a Hub id, `subfolder` a folder inside. Raises CheckpointError if a
+    folder does not exist, HubError if the Hub does not show the model, OptionError for what is neither.
     """
-    kind = storage_kind(location)
-    if kind not in STORAGES:
-        raise UnsupportedError(
-            f"{location!r} is no folder here, so it would be a Hub id, and those are not read yet;"
-            f" download it first (hf download {location.removeprefix('hf://')} --local-dir DIR)"
-            " and give that folder"
-        )
-    return STORAGES[kind](location)
+    return STORAGES[storage_kind(location)](location, revision, subfolder)
 
 
 def storage_kind(location: str) -> str:
     """`folder` or `hub`. An existing path wins; what looks like a path is never taken for a Hub id."""
-    if location.startswith("hf://"):
+    if location.startswith(HF):
         return "hub"
+    name, _, revision = location.partition("@")
+    is_reference = revision.startswith("refs/")  # the one kind of revision that needs slashes: refs/pr/3
     looks_like_path = (
         not location.strip()
         or location.startswith((".", "/", "~"))
-        or location.count("/") > 1
+        or (name if is_reference else location).count("/") > 1
         or "\\" in location
         or "\0" in location
     )
@@ -41,4 +40,12 @@ def storage_kind(location: str) -> str:
     return "folder" if looks_like_path or os.path.exists(location) else "hub"  # noqa: PTH110
 
 
-STORAGES: Mapping[str, Callable[[str], Storage]] = MappingProxyType({"folder": open_folder})
+def _open_folder(location: str, revision: str | None, subfolder: str | None) -> LocalFolder:
+    if revision is not None:
+        raise OptionError(
+            f"{location} is a folder here and has no revision {revision}; leave the revision out"
+        )
+    return open_subfolder(location, subfolder)
+
+
+STORAGES: Mapping[str, Opener] = MappingProxyType({"folder": _open_folder, "hub": open_hub})

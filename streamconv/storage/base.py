@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,8 +12,8 @@ class SourceFile:
     """One regular file of an input.
 
     `name` is relative to the input's folder and is what messages and plans show; `path` is where the bytes
-    are; `version` changes when the content does (a Hub blob id, else the modification time), and never
-    depends on where the folder lies.
+    are, or will be once they are fetched; `version` changes when the content does (a Hub blob id, else the
+    modification time), and never depends on where the folder lies.
     """
 
     name: str
@@ -21,12 +22,28 @@ class SourceFile:
     version: str
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where on the Hub an input is from: `org/name`, and the commit (40 hex digits)."""
+
+    repo: str
+    commit: str
+
+
+OnBytes = Callable[[int], None]
+"""Called with the number of further bytes done."""
+
+
 class Storage(Protocol):
-    """A folder of files, local or cached from elsewhere."""
+    """A folder of files, local or on the Hub."""
 
     @property
     def location(self) -> str:
         """As the user gave it: for messages."""
+
+    @property
+    def origin(self) -> Origin | None:
+        """The Hub repository and commit the files are from; None for a folder of one's own."""
 
     def names(self) -> tuple[str, ...]:
         """Names of the files directly inside, sorted."""
@@ -36,3 +53,12 @@ class Storage(Protocol):
 
     def read_bytes(self, name: str, limit: int) -> bytes:
         """The whole content of a small file. Raises CheckpointError if it is longer than `limit` bytes."""
+
+    def read_start(self, file: SourceFile, length: int) -> bytes:
+        """The first `length` bytes of `file`, or all of it if it is shorter; does not fetch the rest."""
+
+    def missing(self, files: Iterable[SourceFile]) -> tuple[SourceFile, ...]:
+        """Those of `files` that belong to this storage and are not on this machine yet."""
+
+    def fetch(self, files: Iterable[SourceFile], on_bytes: OnBytes) -> None:
+        """Bring the missing ones of `files` to this machine: their `path` can be opened afterwards."""

@@ -3,21 +3,26 @@
 The cache keeps a model as `models--org--name/snapshots/<commit>/<file>`, every file a link to
 `../../blobs/<id>`, where the id is the content's hash (huggingface_hub docs, "Understand caching"). To ask
 that a file lie in the model's folder would refuse every cached model; so a link may lead anywhere inside the
-folder, or inside the same `models--org--name`.
+folder, or inside the same `models--org--name`, or to the store that all models of a cache share,
+`<cache>/blobs/<2 digits>/<xet hash>`, to which `models--org--name/blobs/<id>` is then itself a link
+(huggingface_hub 2.4, `utils/_shared_blobs.py`).
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.errors import CheckpointError
-from streamconv.storage.base import SourceFile
+from streamconv.errors import CheckpointError, OptionError
+from streamconv.storage.base import OnBytes, Origin, SourceFile
 
 _DRIVE = re.compile(r"[A-Za-z]:")
+_CACHED_MODEL = re.compile(r"models--(?:(.+?)--)?(.+)")  # an organization's name has no two hyphens in a row
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -27,6 +32,15 @@ class LocalFolder:
 
     location: str
     path: Path
+
+    @property
+    def origin(self) -> Origin | None:
+        """Repository and commit of a snapshot in the Hub's cache; None elsewhere."""
+        snapshot = _snapshot(self.path)
+        if snapshot is None:
+            return None
+        repo = _CACHED_MODEL.fullmatch(snapshot.parent.parent.name)
+        return Origin("/".join(filter(None, repo.groups())), snapshot.name) if repo else None
 
     def names(self) -> tuple[str, ...]:
         """Names of all entries that are not folders, sorted; `file` says what is wrong with an odd one."""
@@ -38,17 +52,19 @@ class LocalFolder:
 
     def file(self, name: str) -> SourceFile:
         """The file `name`, which may lie in a subfolder (`shards/a.safetensors`). Opens nothing."""
-        _check_name(name, self.location)
+        check_name(name, self.location)
         real = self._resolve(name)
-        repo = None if real.is_relative_to(self.path) else _cache_repo(self.path)
-        if not real.is_relative_to(repo or self.path):
+        snapshot = None if real.is_relative_to(self.path) else _snapshot(self.path)
+        repo = snapshot.parent.parent if snapshot else None
+        allowed = (repo, repo.parent / "blobs") if repo else (self.path,)
+        if not any(real.is_relative_to(folder) for folder in allowed):
             raise CheckpointError(
                 f"{self.location}: {name} is a link that leads outside the folder, to {real};"
                 " put the file itself there, or give the folder it lies in"
             )
         found = self._stat(real, name)
-        in_blobs = repo is not None and real.parent == repo / "blobs"
-        version = f"blob:{real.name}" if in_blobs else f"mtime:{found.st_mtime_ns}"
+        blob = _blob_id(self.path / name, repo) if repo else None
+        version = f"blob:{blob}" if blob else f"mtime:{found.st_mtime_ns}"
         return SourceFile(name, str(real), found.st_size, version)
 
     def read_bytes(self, name: str, limit: int) -> bytes:
@@ -60,6 +76,19 @@ class LocalFolder:
             )
         with open(open_file(file), "rb") as stream:
             return stream.read(limit)
+
+    def read_start(self, file: SourceFile, length: int) -> bytes:
+        """The first `length` bytes of `file`, or all of it if it is shorter."""
+        return read_start(file, length)
+
+    def missing(self, files: Iterable[SourceFile]) -> tuple[SourceFile, ...]:
+        """Nothing: all is here."""
+        del files
+        return ()
+
+    def fetch(self, files: Iterable[SourceFile], on_bytes: OnBytes) -> None:
+        """Nothing to do."""
+        del files, on_bytes
 
     def _resolve(self, name: str) -> Path:
         path = self.path / name
@@ -106,6 +135,44 @@ def open_folder(location: str) -> LocalFolder:
     raise CheckpointError(f"{location} must be a folder with a checkpoint, found {_kind(mode)}")
 
 
+def open_subfolder(location: str, subfolder: str | None) -> LocalFolder:
+    """The folder `location`, or `subfolder` inside it."""
+    if subfolder is None:
+        return open_folder(location)
+    check_subfolder(subfolder)
+    return open_folder(str(open_folder(location).path / subfolder))
+
+
+def check_subfolder(subfolder: str) -> None:
+    """Raise OptionError unless `subfolder` names a folder inside another."""
+    if not is_inside(subfolder):
+        raise OptionError(
+            f"--adapter-subfolder {subfolder!r} must name a folder inside the adapter's, such as checkpoint-1200"
+        )
+
+
+def existing_folder(path: Path) -> Path:
+    """The folder nearest to `path` that exists: itself, or one it lies in."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def read_start(file: SourceFile, length: int) -> bytes:
+    """The first `length` bytes of `file`, or all of it if it is shorter."""
+    try:
+        with open(open_file(file), "rb", buffering=0) as stream:
+            return _read_all(stream, length)
+    except OSError as error:
+        raise CheckpointError(f"{file.name} cannot be read: {error.strerror}") from error
+
+
+def _read_all(stream: io.FileIO, length: int) -> bytes:
+    parts = []
+    while length > 0 and (part := stream.read(length)):
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
 def open_file(file: SourceFile) -> int:
     """A read-only descriptor of `file`; raises CheckpointError if it is no longer what was planned with."""
     # Should a FIFO have taken the file's place, opening it without O_NONBLOCK would wait for a writer.
@@ -134,19 +201,32 @@ def check_unchanged(file: SourceFile, found: os.stat_result) -> None:
         )
 
 
-def _check_name(name: str, location: str) -> None:
+def check_name(name: str, location: str) -> None:
     """Names come from an index that anyone may have written: decide by the text alone, before any access."""
-    parts = name.split("/")
-    bad = "\\" in name or _DRIVE.match(name) or _UNPRINTABLE.search(name)
-    if bad or any(part in {"", ".", ".."} for part in parts):
+    if not is_inside(name):
         raise CheckpointError(f"{location}: {name!r} is not a file name inside the folder; refused")
 
 
-def _cache_repo(folder: Path) -> Path | None:
-    """The `models--org--name` folder around a snapshot; None outside the Hub's cache."""
+def is_inside(name: str) -> bool:
+    """Whether `name`, by its text, is a path that stays inside the folder it is relative to."""
+    bad = "\\" in name or _DRIVE.match(name) or _UNPRINTABLE.search(name)
+    return not bad and not any(part in {"", ".", ".."} for part in name.split("/"))
+
+
+def _snapshot(folder: Path) -> Path | None:
+    """The `models--org--name/snapshots/<commit>` that `folder` is or lies in; None outside the Hub's cache."""
     for path in (folder, *folder.parents):
         if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
-            return path.parent.parent
+            return path
+    return None
+
+
+def _blob_id(path: Path, repo: Path) -> str | None:
+    """The name in `blobs/` of the cached file that `path` links to, be it a file or itself a link."""
+    while path.is_symlink():
+        path = Path(os.path.normpath(path.parent / path.readlink()))
+        if Path(os.path.realpath(path.parent)) == repo / "blobs":
+            return path.name
     return None
 
 

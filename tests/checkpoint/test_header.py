@@ -19,6 +19,7 @@ from streamconv.checkpoint.header import Header, build_header, parse_header, rea
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.dtypes import BF16, DTYPES, F32, U8
 from streamconv.errors import UnsupportedError
+from streamconv.storage.base import SourceFile
 from streamconv.storage.local import open_folder
 from tests import strategies
 from tests.checkpoint.files import official
@@ -127,3 +128,20 @@ def test_sizes_beyond_32_bits_are_exact() -> None:
     shape = (2**20, 2**20)
     raw = build_header([TensorSpec("big", F32, shape)], {})
     assert parse_header(raw, len(raw) + 4 * math.prod(shape), "x").tensors[0].end == 2**42
+
+
+@pytest.mark.parametrize(("count", "reads"), [(10, 1), (2000, 2)])
+def test_a_header_takes_one_read_or_two(tmp_path: Path, count: int, reads: int) -> None:
+    """From the Hub, each is a request."""
+    planned = [TensorSpec(f"model.layers.{i}.weight", BF16, (1,)) for i in range(count)]
+    raw = build_header(planned, {}) + bytes(2 * count)
+    (tmp_path / "a.safetensors").write_bytes(raw)
+    asked = []
+
+    def read(file: SourceFile, length: int) -> bytes:
+        asked.append(length)
+        return raw[:length]
+
+    header = read_header(open_folder(str(tmp_path)).file("a.safetensors"), read)
+    assert specs(header) == planned
+    assert asked == [2**16, header.data_start][:reads]

@@ -10,7 +10,7 @@ import torch
 from streamconv.dtypes import BF16, DENSE
 from streamconv.formats import FORMATS
 from streamconv.formats.base import matrix_shape
-from streamconv.grids import block_absmax
+from streamconv.grids import IntegerGrid, block_absmax
 from tests.formats.stored import (
     SHAPES,
     W,
@@ -32,7 +32,16 @@ every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 # Greatest error of an element: dense, of its magnitude (or the least normal number); quantized, of its block's
 # greatest magnitude: half the widest step of the grid, a bf16 rounding, and for double quantization half a step of
 # the scale's own grid.
-RELATIVE_ERROR = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8, "nf4": 0.156, "nf4-dq": 0.17}
+RELATIVE_ERROR = {
+    "float32": 0.0,
+    "float16": 2**-11,
+    "bfloat16": 2**-8,
+    "nf4": 0.156,
+    "nf4-dq": 0.17,
+    "fp4": 0.17,
+    "fp4-dq": 0.185,
+    "int8": 0.5 / 127 + 1e-6,
+}
 
 
 def test_names_are_keys() -> None:
@@ -66,7 +75,7 @@ def test_decoding_is_stable_under_encoding_again(tmp_path: Path, name: str, shap
     if encoder.grid is not None:
         again = torch.empty(encoder.row_offset(shape[0]), dtype=torch.uint8)
         encoder.pack(first.decoder.codes(raw_bytes(first), range(shape[0])), again)
-        assert torch.equal(again, codes.view(-1))
+        assert torch.equal(again, codes.view(-1).view(torch.uint8))
     else:
         assert torch.equal(stored(encoder, decoded(first))[W], codes)
 
@@ -81,8 +90,10 @@ def test_parts_foretell_what_is_written(name: str, shape: tuple[int, int]) -> No
     assert encoder.row_offset(0) == 0
     assert encoder.row_offset(shape[0]) == main.nbytes
     assert {part: (t.dtype, tuple(t.shape)) for part, t in stored(encoder, weight).items()} == {
-        spec.name: (spec.dtype.torch, spec.shape) for spec in (main, *tail)
+        spec.name: (spec.dtype.torch, spec.shape)
+        for spec in (main, *tail, *(constant.spec for constant in encoder.constants))
     }
+    assert all(constant.spec.nbytes == len(constant.content) for constant in encoder.constants)
 
 
 @every_format
@@ -105,11 +116,13 @@ def test_cells_equal_the_whole(tmp_path: Path, name: str, shape: tuple[int, int]
         all_codes = decoder.codes(raw, range(rows))
         codes = decoder.codes(raw[start:stop], part)
         assert torch.equal(codes, all_codes[part.start * columns : part.stop * columns])
-        # Codes and effective scales tell the decoded values, up to the cast to the weight's dtype.
+        # Codes and effective scales tell the decoded values, up to a library's cast.
         part_scales = block_slice(read, scales, part)
         assert part_scales is not None
         values = decoder.grid.decode(codes) * part_scales.repeat_interleave(decoder.grid.block)[: len(codes)]
-        assert torch.equal(values.bfloat16().float(), whole[part.start : part.stop].flatten())
+        values *= 1 / decoder.grid.peak
+        cast = values.to(encoder.dequantized_dtype.torch).float()
+        assert torch.equal(cast, whole[part.start : part.stop].flatten())
 
 
 @every_format
@@ -126,8 +139,8 @@ def test_decoders_write_where_they_are_told(tmp_path: Path, name: str) -> None:
 
 @every_format
 def test_bits_per_weight_are_those_of_a_large_weight(name: str) -> None:
-    parts = FORMATS[name].encoder(W, (4096, 4096), BF16).parts
-    bits = 8 * sum(spec.nbytes for spec in parts) / 4096**2
+    encoder = FORMATS[name].encoder(W, (4096, 4096), BF16)
+    bits = 8 * sum(spec.nbytes for spec in encoder.parts) / 4096**2
     assert bits == pytest.approx(FORMATS[name].bits_per_weight, abs=1e-3)
 
 
@@ -136,12 +149,14 @@ def test_grids_of_format_encoder_and_decoder_are_one(tmp_path: Path, name: str) 
     weight = normal((3, 50))
     encoder = encoder_for(name, weight)
     read = only_weight(write(tmp_path, stored(encoder, weight)))
-    assert encoder.grid == FORMATS[name].grid == read.decoder.grid
+    assert encoder.grid == read.decoder.grid
+    grid = FORMATS[name].grid
+    assert encoder.grid == (grid.of_width(50) if isinstance(grid, IntegerGrid) else grid)
     assert encoder.format == name
 
 
 @pytest.mark.parametrize("dtype", DENSE)
-@pytest.mark.parametrize("name", ["nf4", "nf4-dq"])
+@pytest.mark.parametrize("name", ["nf4", "nf4-dq", "fp4", "fp4-dq"])
 def test_a_quantized_weight_remembers_its_dtype(tmp_path: Path, name: str, dtype: str) -> None:
     weight = normal((3, 50))
     read = only_weight(write(tmp_path, stored(encoder_for(name, weight, DENSE[dtype].torch), weight)))

@@ -67,6 +67,8 @@ def stored(encoder: Encoder, weight: Tensor) -> dict[str, Tensor]:
             scales.append(cell_scales)
     contents = encoder.finish(torch.cat(scales) if scales else None, None)
     tensors = {main.name: raw.view(main.dtype.torch).view(main.shape)}
+    contents = (*contents, *(constant.content for constant in encoder.constants))
+    tail += [constant.spec for constant in encoder.constants]
     for spec, content in zip(tail, contents, strict=True):
         tensors[spec.name] = torch.frombuffer(bytearray(content), dtype=spec.dtype.torch).view(spec.shape)
     return tensors

@@ -71,8 +71,6 @@ F8 = torch.float8_e4m3fn
 F32 = torch.float32
 
 TENSORS: dict[str, tuple[dict[str, torch.dtype], str]] = {
-    "fp4": ({"a.weight": U8, "a.weight.quant_state.bitsandbytes__fp4": U8}, "fp4"),
-    "int8": ({"a.weight": U8, "a.SCB": F32}, "int8"),
     "gptq": ({"a.qweight": I32, "a.qzeros": I32}, "GPTQ"),
     "packed": ({"a.weight_packed": I32, "a.weight_scale": F32}, "compressed-tensors"),
     "fp8": ({"a.weight": F8}, "fp8"),
@@ -103,7 +101,6 @@ def test_other_quantizations_are_known_by_their_tensors(
         ({"quant_method": "mxfp4"}, "mxfp4"),
         ({"quant_method": "torchao"}, "torchao"),
         ({"quant_method": "of the future"}, "of the future"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8"),
         ({"bits": 4}, "unnamed"),
     ],
     ids=str,

@@ -213,6 +213,11 @@ def filled(place: Place) -> None:
     (place.out / "thesis.tex").write_text("years of work")
 
 
+def collection(place: Place) -> None:
+    place.out.mkdir()
+    shutil.copy(place.base / SHARD, place.out / "another.safetensors")
+
+
 def locked(place: Place) -> None:
     (place.out / WORK_FOLDER).mkdir(parents=True)
     lock = os.open(place.out / WORK_FOLDER / "lock", os.O_RDWR | os.O_CREAT)
@@ -251,7 +256,7 @@ CASES: dict[str, Case] = {
         OptionError, ("--rounding up", "use auto"), options={"quant": "nf4", "rounding": "up"}
     ),
     "merge base unknown": Case(
-        OptionError, ("--merge-base fp4", "use original"), options={"merge_base": "fp4"}
+        OptionError, ("--merge-base fp8", "use original"), options={"merge_base": "fp8"}
     ),
     "dtype unknown": Case(OptionError, ("--dtype bf16", "use auto, float32"), options={"dtype": "bf16"}),
     "quant against dtype": Case(
@@ -310,10 +315,15 @@ CASES: dict[str, Case] = {
         (f"base/{SHARD}", "give its folder"),
         options={"base": f"base/{SHARD}"},
     ),
-    "base on the hub": Case(
-        UnsupportedError,
-        ("'org/model'", "hf download org/model"),
-        run=lambda place, _: streamconv.merge("org/model", place.adapter, place.out),
+    "base no id of the hub": Case(
+        OptionError,
+        ("'hf://org/model/file'", "expected org/name"),
+        run=lambda place, _: streamconv.merge("hf://org/model/file", place.adapter, place.out),
+    ),
+    "base with two revisions": Case(
+        OptionError,
+        ("org/model@v1 has a revision already", "v2"),
+        run=lambda place, _: streamconv.merge("org/model@v1", place.adapter, place.out, base_revision="v2"),
     ),
     "base is an adapter": Case(
         CheckpointError, ("/adapter is an adapter", "give it with --adapter"), options={"base": "adapter"}
@@ -539,6 +549,12 @@ CASES: dict[str, Case] = {
         OutputError, ("the adapter", "overlap", "choose another --out"), adapter_above
     ),
     "out not empty": Case(OutputError, ("/out is not empty", "thesis.tex", "--overwrite"), filled),
+    "out is a collection": Case(
+        OutputError,
+        ("/out holds another.safetensors but no config.json", "choose another --out"),
+        collection,
+        {"overwrite": True},
+    ),
     "out is a file": Case(OutputError, ("/out is not a folder", "choose another --out"), put("out", b"text")),
     "out in a file": Case(
         OutputError,

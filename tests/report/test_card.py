@@ -19,7 +19,6 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import streamconv
-from streamconv.report.card import hub_id
 from tests.parity.opening import tensors
 from tests.tiny import VOCABULARY, edit_json, llama_config, logits, save_adapter, save_base
 
@@ -86,12 +85,6 @@ def test_inputs_from_the_hub_are_named(folder: Path, tmp_path: Path, quant: str,
     data = ModelCard((tmp_path / "out" / "README.md").read_text()).data.to_dict()  # type: ignore[no-untyped-call]
     assert data["base_model"] == ["org/base.v1", "me/my-lora"]
     assert data["base_model_relation"] == relation
-
-
-def test_hub_ids() -> None:
-    assert hub_id("/cache/models--org--a-b.c_d/snapshots/0123") == "org/a-b.c_d"
-    assert hub_id("/home/me/models/llama") is None
-    assert hub_id("/home/models--x/llama") is None
 
 
 def test_licence_and_language_are_inherited_and_nothing_else(folder: Path, tmp_path: Path) -> None:

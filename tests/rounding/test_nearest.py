@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import torch
 
-from streamconv.grids import NF4, Grid
+from streamconv.grids import NF4, TableGrid
 from streamconv.rounding import ROUNDINGS, Context
 
 NEAREST = ROUNDINGS["nearest"]
 NOTHING = Context(None, None, None, None)
-SMALL = Grid("small", (-1.0, 0.0, 1.0), 4)
+SMALL = TableGrid("small", (-1.0, 0.0, 1.0), 4)
 
 
 def test_scales_are_greatest_magnitudes_and_codes_the_nearest() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from streamconv.grids import NF4, Grid
+from streamconv.grids import NF4, TableGrid
 from streamconv.rounding import ROUNDINGS, Context, uniform
 from tests.formats.stored import normal
 
@@ -88,7 +88,7 @@ def test_codes_never_leave_the_neighbours(size: float, seed: int) -> None:
 
 
 def test_any_order_of_codes_will_do() -> None:
-    shuffled = Grid("shuffled", tuple(NF4.values[code] for code in torch.randperm(16).tolist()), 64)
+    shuffled = TableGrid("shuffled", tuple(NF4.values[code] for code in torch.randperm(16).tolist()), 64)
     target = normal((640,))
     context = Context(None, None, None, noise(640))
     values = [grid.decode(STOCHASTIC.choose(target, grid, context)[0]).tolist() for grid in (NF4, shuffled)]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from streamconv.errors import CheckpointError
+from streamconv.storage.base import Origin
 from streamconv.storage.local import LocalFolder, open_file, open_folder
 
 BAD_NAMES = [
@@ -219,3 +220,35 @@ def test_a_folder_that_vanished_cannot_be_listed(folder: LocalFolder) -> None:
 def test_a_name_that_is_not_utf8_is_listed_and_opened(folder: LocalFolder) -> None:
     Path(os.fsdecode(os.fsencode(folder.path) + b"/\xff")).touch()
     assert folder.file(folder.names()[-1]).size == 0
+
+
+def test_a_cached_file_in_the_store_that_all_models_share(tmp_path: Path) -> None:
+    """`models--org--name/blobs/<id>` is then a link, to `<cache>/blobs/<2 digits>/<xet hash>`."""
+    snapshot = cached_snapshot(tmp_path)
+    store = tmp_path / "blobs" / "ab"
+    store.mkdir(parents=True)
+    (store / "abcd").write_bytes(b"shared")
+    (snapshot.parent.parent / "blobs" / "cafe").symlink_to("../../blobs/ab/abcd")
+    (snapshot / "x.safetensors").symlink_to("../../blobs/cafe")
+    file = open_folder(str(snapshot)).file("x.safetensors")
+    assert (file.version, file.size, file.path) == ("blob:cafe", 6, str(store / "abcd"))
+
+
+@pytest.mark.parametrize(
+    ("name", "repo"),
+    [
+        ("models--org--model", "org/model"),
+        ("models--gpt2", "gpt2"),
+        ("models--org--a-b.c--d", "org/a-b.c--d"),
+    ],
+)
+def test_a_snapshot_knows_where_it_is_from(tmp_path: Path, name: str, repo: str) -> None:
+    sub = tmp_path / name / "snapshots" / "0123abc" / "sub"
+    sub.mkdir(parents=True)
+    for folder in (sub, sub.parent):
+        assert open_folder(str(folder)).origin == Origin(repo, "0123abc")
+
+
+def test_a_folder_of_ones_own_is_from_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "models--x" / "llama").mkdir(parents=True)
+    assert open_folder(str(tmp_path / "models--x" / "llama")).origin is None

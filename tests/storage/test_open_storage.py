@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from streamconv.errors import CheckpointError, UnsupportedError
+from streamconv.errors import CheckpointError, OptionError
 from streamconv.storage import open_storage, storage_kind
 
 
@@ -49,12 +49,36 @@ def test_a_path_that_does_not_exist_is_no_such_folder(
 
 
 @pytest.mark.parametrize(
-    "location", ["org/model", "gpt2", "org/model@main", "hf://org/model", "hf://models/org/a"]
+    "location",
+    [
+        "org/model",
+        "gpt2",
+        "org/model@main",
+        "org/model@refs/pr/3",
+        "hf://org/model",
+        "hf://models/org/a",
+        "hf://",
+        "hf:///etc",
+    ],
 )
-def test_a_hub_id_says_to_download_it_first(location: str) -> None:
-    with pytest.raises(UnsupportedError, match=r"hf download (org/model|gpt2|models)") as caught:
-        open_storage(location)
-    assert location in str(caught.value)
+def test_what_may_be_a_hub_id(location: str) -> None:
+    assert storage_kind(location) == "hub"
+
+
+def test_a_subfolder(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-12" / "a").mkdir(parents=True)
+    assert open_storage(str(tmp_path), None, "checkpoint-12").location == str(tmp_path / "checkpoint-12")
+    assert open_storage(str(tmp_path), None, "checkpoint-12/a").names() == ()
+    with pytest.raises(CheckpointError, match="checkpoint-13: no such folder"):
+        open_storage(str(tmp_path), None, "checkpoint-13")
+    for name in ("..", "/etc", "a/../../b", "", "a//b"):
+        with pytest.raises(OptionError, match="must name a folder inside"):
+            open_storage(str(tmp_path), None, name)
+
+
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="is a folder here and has no revision v1"):
+        open_storage(str(tmp_path), "v1")
 
 
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:

@@ -1,0 +1,322 @@
+"""A model on the Hugging Face Hub, read through huggingface_hub and its cache.
+
+A revision is resolved to a commit once, and that commit is used for every file. Headers are read by ranged
+requests, so that a model can be planned with before it is downloaded; files lie where huggingface_hub's cache has
+them, `<cache>/models--org--name/snapshots/<commit>/<name>`, so other tools find them too, and the other way round.
+Login, cache folder, endpoint and offline mode are the library's business (HF_TOKEN, HF_HOME, HF_ENDPOINT,
+HF_HUB_OFFLINE).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
+    HfUriError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RevisionResolutionError,
+)
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import (
+    build_hf_headers,
+    hf_raise_for_status,
+    http_stream_backoff,
+    parse_hf_uri,
+    validate_repo_id,
+)
+from tqdm import tqdm
+
+from streamconv.errors import CheckpointError, HubError, OptionError, ResourceError
+from streamconv.sizes import format_size
+from streamconv.storage.base import OnBytes, Origin, SourceFile
+from streamconv.storage.hub_errors import hub_errors
+from streamconv.storage.local import (
+    check_name,
+    check_subfolder,
+    existing_folder,
+    is_inside,
+    open_folder,
+    read_start,
+)
+
+HF = "hf://"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SPARE_DISK_BYTES = 64 * 2**20
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a repository: bytes, and what the Hub calls its content (SHA-256 of large files, else git's id)."""
+
+    size: int
+    blob: str
+
+
+@dataclass(frozen=True, slots=True)
+class HubFolder:
+    """One commit of a model repository, or a subfolder of it; `folder` is where the cache keeps its files.
+
+    `revision` is what was asked for; `files` are relative to the subfolder.
+    """
+
+    location: str
+    origin: Origin
+    revision: str
+    subfolder: str | None
+    folder: Path
+    files: Mapping[str, HubFile]
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the files directly inside, sorted."""
+        return tuple(sorted(name for name in self.files if "/" not in name))
+
+    def file(self, name: str) -> SourceFile:
+        """The file `name`, whether it is here already or not."""
+        check_name(name, self.location)
+        if name not in self.files:
+            raise CheckpointError(f"{self.location}: {name} is missing")
+        found = self.files[name]
+        return SourceFile(name, str(self.folder / name), found.size, f"blob:{found.blob}")
+
+    def read_bytes(self, name: str, limit: int) -> bytes:
+        """The whole content of a small file; downloads it if need be."""
+        file = self.file(name)
+        if file.size > limit:
+            raise CheckpointError(
+                f"{self.location}: {name} has {file.size} bytes, more than the {limit} such a file may have"
+            )
+        self.fetch((file,), lambda _: None)
+        return read_start(file, limit)
+
+    def read_start(self, file: SourceFile, length: int) -> bytes:
+        """The first bytes of `file`, by a ranged request where it is not in the cache."""
+        length = min(length, file.size)
+        if not length or not self.missing((file,)):
+            return read_start(file, length) if length else b""
+        url = hf_hub_url(self.origin.repo, self._path(file.name), revision=self.origin.commit)
+        headers = build_hf_headers() | {"Range": f"bytes=0-{length - 1}", "Accept-Encoding": "identity"}
+        with hub_errors(self.origin.repo):
+            return _request_start(url, headers, length)
+
+    def missing(self, files: Iterable[SourceFile]) -> tuple[SourceFile, ...]:
+        """Those of `files` that are of this repository and not in the cache."""
+        own = [file for file in files if file.path == str(self.folder / file.name)]
+        return tuple(file for file in own if not Path(file.path).exists())
+
+    def fetch(self, files: Iterable[SourceFile], on_bytes: OnBytes) -> None:
+        """Download the missing ones, one after another, straight into the cache.
+
+        One at a time: each is already cut into parallel pieces where the Hub's Xet storage serves it, and an
+        interrupt then ends the one download there is. What was begun is continued by the next call.
+        """
+        missing = self.missing(files)
+        _check_space(self.folder, sum(file.size for file in missing))
+        for file in missing:
+            _log.info("downloading %s of %s (%s)", file.name, self.location, format_size(file.size))
+            with hub_errors(self.origin.repo):
+                path = hf_hub_download(
+                    self.origin.repo,
+                    self._path(file.name),
+                    revision=self.origin.commit,
+                    tqdm_class=_counter(on_bytes, file.size),
+                )
+            _check_download(file, Path(path), self.location)
+        if missing:
+            _note_commit(self.folder, self.subfolder, self.revision, self.origin.commit)
+
+    def _path(self, name: str) -> str:
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+
+def open_hub(location: str, revision: str | None, subfolder: str | None) -> HubFolder:
+    """The model `location`: `org/name`, `org/name@revision`, or the same after `hf://`.
+
+    Raises OptionError for what is no id of a model or has two revisions, HubError where the Hub does not show it.
+    """
+    repo, revision = parse_hub_id(location, revision)
+    if subfolder is not None:
+        check_subfolder(subfolder)
+    try:
+        with hub_errors(repo, revision):
+            origin, files, _ = list_commit(repo, revision)
+    except HubError as error:
+        if not isinstance(error.__cause__, OfflineModeIsEnabled):
+            raise
+        origin, files = _cached_listing(repo, revision)
+    prefix = f"{subfolder}/" if subfolder else ""
+    inside = {
+        name.removeprefix(prefix): file
+        for name, file in files.items()
+        if name.startswith(prefix) and is_inside(name)
+    }
+    if subfolder and not inside:
+        raise HubError(f"{repo} has no folder {subfolder} at commit {origin.commit}")
+    _log.info("%s: the Hub's %s at commit %s", location, repo, origin.commit)
+    folder = _cache_folder(repo) / "snapshots" / origin.commit / prefix
+    return HubFolder(location, origin, revision, subfolder, folder, inside)
+
+
+def parse_hub_id(location: str, revision: str | None) -> tuple[str, str]:
+    """Repository and revision (`main` if none is given) that a Hub id names. Raises OptionError."""
+    try:
+        repo, found = _parse_uri(location) if location.startswith(HF) else _parse_id(location)
+    except (HfUriError, HFValidationError) as error:
+        raise OptionError(
+            f"{location!r} is neither a folder here nor the id of a model, expected org/name, org/name@revision or"
+            f" hf://org/name@revision; {error}"
+        ) from error
+    if found is not None and revision is not None:
+        raise OptionError(
+            f"{location} has a revision already, and {revision} was given beside it; leave one of them out"
+        )
+    revision = found if found is not None else revision
+    if revision is not None and not is_inside(revision):
+        raise OptionError(f"{location}: {revision!r} is not a revision; give a branch, a tag or a commit")
+    return repo, revision or constants.DEFAULT_REVISION
+
+
+def _parse_uri(location: str) -> tuple[str, str | None]:
+    if location.startswith(f"{HF}/"):  # the library would read hf:///etc/x as the model etc/x
+        raise HfUriError(location, "It begins with a slash.")
+    found = parse_hf_uri(location)
+    if found.type != "model":
+        raise HfUriError(location, f"It names a {found.type}, not a model.")
+    if found.path_in_repo:
+        raise HfUriError(location, "It goes on with a path; --adapter-subfolder takes that of an adapter.")
+    return found.id, found.revision
+
+
+def _parse_id(location: str) -> tuple[str, str | None]:
+    repo, at, revision = location.partition("@")
+    validate_repo_id(repo)
+    return repo, revision if at else None
+
+
+def list_commit(repo: str, revision: str) -> tuple[Origin, dict[str, HubFile], Any]:
+    """Commit of a revision, its files by path, and all else the Hub tells of the repository, in one request."""
+    found = HfApi().model_info(
+        repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+    )
+    files = {}
+    for file in found.siblings or ():
+        blob = file.lfs.sha256 if file.lfs else file.blob_id
+        if file.size is not None and blob is not None:
+            files[file.rfilename] = HubFile(file.size, blob)
+    return Origin(repo, str(found.sha)), files, found
+
+
+def _cached_listing(repo: str, revision: str) -> tuple[Origin, dict[str, HubFile]]:
+    """The same from the cache alone: all files of the commit where a download noted them, else those there are."""
+    try:
+        commit = HfApi().resolve_revision(repo, revision=revision, local_files_only=True).resolved
+    except RevisionResolutionError as error:
+        raise _not_cached(repo, revision) from error
+    origin = Origin(repo, commit)
+    snapshot = _cache_folder(repo) / "snapshots" / commit
+    if not snapshot.is_dir():
+        raise _not_cached(repo, revision)
+    files: dict[str, HubFile] = {}
+    with contextlib.suppress(CachedRepoTreeNotFoundError):
+        tree = get_cached_repo_tree(repo, revision=commit)
+        files |= {file.path: HubFile(file.size, file.blob_id) for file in tree}
+    cached = open_folder(str(snapshot))
+    for path in snapshot.rglob("*"):
+        if not path.is_dir():
+            file = cached.file(str(path.relative_to(snapshot)))
+            files[file.name] = HubFile(file.size, file.version.partition(":")[2])
+    return origin, files
+
+
+def _not_cached(repo: str, revision: str) -> HubError:
+    return HubError(
+        f"{repo} at {revision} is not in the Hub cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set; unset"
+        " it, or download the model first with `hf download`"
+    )
+
+
+def _cache_folder(repo: str) -> Path:
+    cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
+    return cache / repo_folder_name(repo_id=repo, repo_type="model")
+
+
+def _request_start(url: str, headers: Mapping[str, str], length: int) -> bytes:
+    """The first bytes of `url`; stops reading where a server answers with the whole file all the same."""
+    parts, left = [], length
+    with http_stream_backoff(
+        "GET", url, headers=dict(headers), timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, max_retries=3
+    ) as response:
+        hf_raise_for_status(response)
+        for part in response.iter_bytes():
+            parts.append(part[:left])
+            left -= len(parts[-1])
+            if not left:
+                break
+    return b"".join(parts)
+
+
+def _check_space(folder: Path, nbytes: int) -> None:
+    """Raise ResourceError unless the cache's disk can take `nbytes` more."""
+    if not nbytes:
+        return
+    free = shutil.disk_usage(existing_folder(folder)).free
+    if nbytes + _SPARE_DISK_BYTES > free:
+        raise ResourceError(
+            f"the download needs {format_size(nbytes)} and the disk of the Hub cache ({constants.HF_HUB_CACHE}) has"
+            f" {format_size(free)} free; free some, or set HF_HOME to a folder on another disk"
+        )
+
+
+def _check_download(file: SourceFile, path: Path, location: str) -> None:
+    if path != Path(file.path) or path.stat().st_size != file.size:
+        raise HubError(
+            f"{location}: {file.name} came to {path} with {path.stat().st_size} bytes, expected {file.path} with"
+            f" {file.size}; remove it and run again"
+        )
+
+
+def _note_commit(folder: Path, subfolder: str | None, revision: str, commit: str) -> None:
+    """Note which commit a revision's name stood for, as the library does, so that it is found when offline.
+
+    The library notes it for files it fetches by that name; here they are fetched by commit, lest the name move
+    in between.
+    """
+    if _COMMIT.fullmatch(revision):
+        return
+    depth = len(Path(subfolder).parts) if subfolder else 0
+    note = folder.parents[depth + 1] / "refs" / revision
+    note.parent.mkdir(parents=True, exist_ok=True)
+    temporary = note.with_name(f".{note.name}.streamconv")
+    temporary.write_text(commit)
+    temporary.replace(note)
+
+
+def _counter(on_bytes: Callable[[int], None], size: int) -> type[tqdm]:
+    """A progress bar that draws nothing and passes the bytes on; never more of a file than it has."""
+    left = size
+
+    class Counter(tqdm):  # type: ignore[misc]  # tqdm has no annotations of its own
+        def __init__(self, *args: Any, **options: Any) -> None:
+            # Xet has two bars for one file; the other counts what came over the wire, compressed.
+            self.counts = "downloading bytes" not in str(options.get("desc"))
+            super().__init__(*args, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal left
+            if self.counts and n and n > 0:
+                done = min(int(n), left)
+                left -= done
+                on_bytes(done)
+
+    return Counter

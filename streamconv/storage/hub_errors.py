@@ -1,0 +1,140 @@
+"""What the Hub's refusals mean for a user: every error of huggingface_hub as one sentence with what to do.
+
+The token in use is cut out of whatever is said, should a server ever repeat it.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from streamconv.errors import HubError, ResourceError, StreamconvError
+
+_AGAIN = "check the connection and run the same command again: it continues where it stopped"
+_BAD_TOKEN = (
+    "{repo}: the Hub does not accept the token in use; log in again with `hf auth login`, or correct HF_TOKEN"
+)
+# The first kind that fits holds: a gated repository is also one that was not found.
+_SENTENCES: Sequence[tuple[type[Exception], str]] = (
+    (
+        OfflineModeIsEnabled,
+        (
+            "{repo} is needed, is not complete in the Hub cache ({cache}), and HF_HUB_OFFLINE is set; unset it, or"
+            " download the model first with `hf download`"
+        ),
+    ),
+    (
+        GatedRepoError,
+        (
+            "{repo} is gated: accept its conditions at {page} and log in to that account with `hf auth login` (or set"
+            " HF_TOKEN), then run again"
+        ),
+    ),
+    (DisabledRepoError, "{repo} was disabled on the Hub; use another repository"),
+    (
+        RevisionNotFoundError,
+        "{repo} has no revision {revision}; see {page}/commits/main for those there are",
+    ),
+    (RemoteEntryNotFoundError, "{repo} lost a file that it listed a moment ago; run again"),
+    (
+        RepositoryNotFoundError,
+        (
+            "{repo}: no such model on the Hub (nor a folder of this name here), or a private one; check the name,"
+            " or log in with `hf auth login` to an account that may see it"
+        ),
+    ),
+)
+
+
+@contextmanager
+def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
+    """Raise what goes wrong inside as a HubError about `repo`; a full disk as a ResourceError."""
+    try:
+        yield
+    except StreamconvError:
+        raise
+    # What a request can raise is not one family: HTTP errors, the transport's own, OSError, ValueError for a
+    # refused blob, and RuntimeError around any of them where an upload fails in a thread.
+    except Exception as error:
+        raise _translated(error, repo, revision) from error
+
+
+def _translated(error: Exception, repo: str, revision: str | None) -> StreamconvError:
+    chain = list(_chain(error))
+    if any(isinstance(link, OSError) and link.errno == errno.ENOSPC for link in chain):
+        return ResourceError(
+            f"{repo}: the disk of the Hub cache ({constants.HF_HUB_CACHE}) is full; free some, or set HF_HOME to a"
+            " folder on another disk, then run again"
+        )
+    told = next((text for link in chain if (text := _told(link, repo, revision))), None)
+    return HubError(without_token(told or f"{repo}: the Hub could not do this: {_first_line(error)}"))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it came from, outermost first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _told(error: BaseException, repo: str, revision: str | None) -> str | None:
+    """What `error` says of `repo`; None where one that it came from may say more."""
+    where = {
+        "repo": repo,
+        "page": f"{constants.ENDPOINT}/{repo}",
+        "revision": revision,
+        "cache": constants.HF_HUB_CACHE,
+    }
+    if isinstance(error, HfHubHTTPError) and error.response.status_code == 401 and get_token():
+        return _BAD_TOKEN.format(**where)
+    for kind, sentence in _SENTENCES:
+        if isinstance(error, kind):
+            return sentence.format(**where)
+    if isinstance(error, HfHubHTTPError):
+        return _refused(error, repo)
+    # The transport's classes belong to the HTTP library that huggingface_hub has chosen: known here by name.
+    names = {base.__name__ for base in type(error).__mro__}
+    if "TimeoutException" in names:
+        return f"{repo}: the Hub ({constants.ENDPOINT}) did not answer in time; {_AGAIN}"
+    if "TransportError" in names or type(error) is ConnectionError:
+        return f"{repo}: the Hub ({constants.ENDPOINT}) cannot be reached; {_AGAIN}"
+    return None
+
+
+def _refused(error: HfHubHTTPError, repo: str) -> str:
+    status = error.response.status_code
+    if status == 401:
+        return f"{repo}: the Hub asks for a login; log in with `hf auth login`, or set HF_TOKEN"
+    if status == 403:
+        return (
+            f"{repo}: the token in use may not do this; give it the permission (to push: write) at"
+            f" {constants.ENDPOINT}/settings/tokens, or log in with another"
+        )
+    if status == 429:
+        return f"{repo}: the Hub asks for fewer requests (status 429); wait some minutes and run again"
+    if status >= 500:
+        return (
+            f"{repo}: the Hub has a problem (status {status}); run the same command again later: it continues"
+        )
+    return f"{repo}: the Hub refused with status {status}: {error.server_message or _first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def without_token(text: str) -> str:
+    token = get_token()
+    return text.replace(token, "(token)") if token else text

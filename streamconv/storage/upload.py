@@ -1,0 +1,252 @@
+"""An output folder onto the Hub: checked before, sent in one commit, compared after.
+
+`HfApi.create_commit` first sends the contents of large files, which the Hub keeps and need not be sent again, and
+then makes one commit of them: a revision never shows half a model, and an interrupted upload goes on when it is
+asked for again. `upload_folder` of huggingface_hub 2.4 is not used, because where it runs longer than some
+minutes it commits what it has by then (`_upload_pipeline.py`, MAX_COMMIT_INTERVAL).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    validate_repo_id,
+)
+
+from streamconv.errors import HubError, OptionError, OutputError, VerificationError
+from streamconv.sizes import format_size
+from streamconv.storage.hub import HubFile, list_commit
+from streamconv.storage.hub_errors import hub_errors
+from streamconv.storage.local import is_inside
+
+_CHUNK_BYTES = 8 * 2**20
+_MODEL_FILES = ("config.json", "adapter_config.json")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where an output goes: a repository and how. `private` None: as it is, and private if it is made now."""
+
+    repo: str
+    private: bool | None = None
+    create_pr: bool = False
+    commit_message: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFile:
+    """A file to upload: its bytes and their SHA-256."""
+
+    path: Path
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What is on the Hub now: `commit` holds the output's files, `bytes` of them were not there before.
+
+    `pull_request` is the page of the pull request that proposes the commit, None where it is on the branch.
+    """
+
+    repo: str
+    url: str
+    commit: str
+    private: bool
+    pull_request: str | None
+    files: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """A repository as it is: whether it exists, who sees it, and the files of the revision to push to."""
+
+    exists: bool
+    private: bool
+    has_revision: bool
+    commit: str | None
+    files: Mapping[str, HubFile]
+
+
+def parse_target(
+    repo: str, private: bool | None, create_pr: bool, commit_message: str | None, revision: str | None
+) -> Target:
+    """The target, its parts checked by their text. Raises OptionError."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise OptionError(f"{repo!r} is not the id of a repository, expected org/name; {error}") from error
+    if "/" not in repo:
+        raise OptionError(f"{repo!r} does not say whose repository it is; write YOUR-NAME/{repo}")
+    if revision is not None and not is_inside(revision):
+        raise OptionError(f"{revision!r} is not a revision to push to; give the name of a branch")
+    if create_pr and revision not in (None, constants.DEFAULT_REVISION):
+        raise OptionError(
+            f"--create-pr proposes a change of the main branch, and --revision {revision} names another; leave one out"
+        )
+    return Target(repo, private, create_pr, commit_message, revision)
+
+
+def check_target(target: Target, manifest_name: str) -> Remote:
+    """The target as it is now. Raises HubError or OutputError if a push to it could not succeed.
+
+    Changes nothing, so it is asked before hours of merging, too. Another model's files are not written over unless
+    `manifest_name` shows them to be an output of ours, or a pull request leaves the decision to people.
+    """
+    if get_token() is None:
+        raise HubError(f"{target.repo}: to push, log in with `hf auth login`, or set HF_TOKEN")
+    remote = _look(target)
+    with hub_errors(target.repo, target.revision):
+        role = (HfApi().whoami().get("auth") or {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise HubError(
+            f"{target.repo}: the token in use may only read; make one that may write at"
+            f" {constants.ENDPOINT}/settings/tokens and log in with `hf auth login`"
+        )
+    if remote.exists and target.private is not None and remote.private is not target.private:
+        found, wanted = ("private", "--public") if remote.private else ("public", "--private")
+        raise OutputError(
+            f"{target.repo} exists and is {found}, and {wanted} was given; change it at"
+            f" {constants.ENDPOINT}/{target.repo}/settings, or leave {wanted} out"
+        )
+    others = [name for name in remote.files if name in _MODEL_FILES or name.endswith(".safetensors")]
+    if others and manifest_name not in remote.files and not target.create_pr:
+        raise OutputError(
+            f"{target.repo} holds another model ({', '.join(sorted(others)[:3])}), which would be written over; push"
+            " to a new repository, or add --create-pr to propose the change"
+        )
+    return remote
+
+
+def upload(
+    target: Target,
+    remote: Remote,
+    files: Mapping[str, LocalFile],
+    is_stale: Callable[[str], bool],
+    message: str,
+    show_progress: bool,
+) -> Pushed:
+    """Bring `files` to the target in one commit, and compare what the Hub then lists with them.
+
+    Remote files that `is_stale` are removed in the same commit. Raises HubError, VerificationError.
+    """
+    repo = target.repo
+    changed = {name: file for name, file in files.items() if not _is_same(remote.files.get(name), file)}
+    stale = sorted(name for name in remote.files if name not in files and is_stale(name))
+    with hub_errors(repo, target.revision), _bars(show_progress):
+        commit, pull_request = remote.commit, None
+        if changed or stale or commit is None:
+            _make_place(target, remote)
+            _log.info("uploading %d files to %s", len(changed), repo)
+            info = HfApi().create_commit(
+                repo,
+                [
+                    *(CommitOperationAdd(name, str(file.path)) for name, file in sorted(changed.items())),
+                    *(CommitOperationDelete(name) for name in stale),
+                ],
+                commit_message=target.commit_message or message,
+                revision=target.revision,
+                create_pr=target.create_pr,
+            )
+            commit, pull_request = info.oid, info.pr_url
+        _, listed, found = list_commit(repo, commit)
+    _compare(repo, listed, files)
+    return Pushed(
+        repo=repo,
+        url=f"{constants.ENDPOINT}/{repo}",
+        commit=commit,
+        private=bool(found.private),
+        pull_request=pull_request,
+        files=len(files),
+        bytes=sum(file.size for file in changed.values()),
+    )
+
+
+def _look(target: Target) -> Remote:
+    """The repository and revision, neither of which need exist yet."""
+    try:
+        with hub_errors(target.repo, target.revision):
+            origin, files, found = list_commit(target.repo, target.revision or constants.DEFAULT_REVISION)
+    except HubError as error:
+        if isinstance(error.__cause__, RevisionNotFoundError):
+            return _look_at_main(target)
+        if _is_missing(error.__cause__):
+            return Remote(False, True, False, None, {})
+        raise
+    return Remote(True, bool(found.private), True, origin.commit, files)
+
+
+def _look_at_main(target: Target) -> Remote:
+    """A branch that is still to be made starts with the files of the main branch."""
+    with hub_errors(target.repo):
+        _, files, found = list_commit(target.repo, constants.DEFAULT_REVISION)
+    return Remote(True, bool(found.private), False, None, files)
+
+
+def _is_missing(error: BaseException | None) -> bool:
+    """Whether the Hub said 404 to a user it knows: of a login it does not accept, 401 says as little."""
+    return type(error) is RepositoryNotFoundError and error.response.status_code == 404
+
+
+def _make_place(target: Target, remote: Remote) -> None:
+    if not remote.exists:
+        private = target.private is not False
+        _log.info("creating %s (%s)", target.repo, "private" if private else "public")
+        HfApi().create_repo(target.repo, private=private, exist_ok=True)
+    if target.revision is not None and not remote.has_revision:
+        HfApi().create_branch(target.repo, branch=target.revision, exist_ok=True)
+
+
+def _is_same(remote: HubFile | None, file: LocalFile) -> bool:
+    """Whether the Hub has the file: it names large ones by SHA-256, small ones by git's id of a blob."""
+    if remote is None or remote.size != file.size:
+        return False
+    return remote.blob in (file.sha256, _git_id(file))
+
+
+def _git_id(file: LocalFile) -> str:
+    digest = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+    with file.path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _compare(repo: str, listed: Mapping[str, HubFile], files: Mapping[str, LocalFile]) -> None:
+    """Raise VerificationError unless the Hub lists every file with its size and content."""
+    for name, file in files.items():
+        found = listed.get(name)
+        if not _is_same(found, file):
+            was = f"{format_size(found.size)} named {found.blob}" if found else "no such file"
+            raise VerificationError(
+                f"{repo}: the Hub lists {was} for {name}, expected {file.size} bytes with SHA-256 {file.sha256}; push"
+                " again, and do not use that revision"
+            )
+
+
+@contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """Show the library's own progress bars or not; a user who has switched them off is obeyed."""
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

@@ -1,0 +1,340 @@
+"""Models on the Hub: what an id means, what is asked for, what is said when it is refused."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from streamconv.errors import CheckpointError, HubError, OptionError, ResourceError
+from streamconv.storage import open_storage
+from streamconv.storage.hub import HubFolder, open_hub, parse_hub_id
+from tests.hub_stub import TOKEN, Hub, Repo, Request, git_id, sha256
+from tests.hubs import hub
+
+__all__ = ["hub"]
+
+FILES = {"config.json": b"{}", "model.safetensors": bytes(200_000), "sub/config.json": b"[]"}
+
+
+def add(hub: Hub, *, private: bool = False, gated: bool = False) -> str:
+    hub.repos["org/model"] = Repo(private, gated)
+    return hub.repos["org/model"].commit(FILES)
+
+
+def refusal(kind: type[Exception], location: str = "org/model", revision: str | None = None) -> str:
+    with pytest.raises(kind) as caught:
+        open_hub(location, revision, None).read_bytes("config.json", 100)
+    assert caught.type is kind
+    message = str(caught.value)
+    assert "\n" not in message
+    assert TOKEN not in message
+    return message
+
+
+# -- ids ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("location", "revision", "found"),
+    [
+        ("org/model", None, ("org/model", "main")),
+        ("gpt2", None, ("gpt2", "main")),
+        ("org/model@v1.0", None, ("org/model", "v1.0")),
+        ("org/model", "feature/x", ("org/model", "feature/x")),
+        ("org/model@refs/pr/3", None, ("org/model", "refs/pr/3")),
+        ("hf://org/model", None, ("org/model", "main")),
+        ("hf://models/org/model@v1", None, ("org/model", "v1")),
+        ("hf://org/model@refs/pr/3", None, ("org/model", "refs/pr/3")),
+    ],
+)
+def test_ids(location: str, revision: str | None, found: tuple[str, str]) -> None:
+    assert parse_hub_id(location, revision) == found
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "hf://",
+        "hf:///etc/passwd",
+        "hf://gpt2",
+        "hf://datasets/org/data",
+        "hf://org/model/checkpoint-12",
+        "hf://org/model@",
+        "org/model@",
+        "org/mod el",
+        "org/model@v1@v2/../x",
+        "org/model@../../x",
+        "-org/model",
+        "a" * 200,
+    ],
+)
+def test_a_malformed_id_is_refused_and_not_asked_for(hub: Hub, location: str) -> None:
+    with pytest.raises(OptionError, match=r"id of a model|not a revision") as caught:
+        open_hub(location, None, None)
+    assert location in str(caught.value)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("location", ["org/model@v1", "hf://org/model@v1"])
+def test_a_second_revision_is_refused(hub: Hub, location: str) -> None:
+    with pytest.raises(OptionError, match="has a revision already, and v2 was given beside it"):
+        open_storage(location, "v2")
+    assert not hub.requests
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+def test_names_and_versions_are_those_of_the_cache(hub: Hub) -> None:
+    commit = add(hub)
+    found = open_hub("org/model", None, None)
+    assert found.names() == ("config.json", "model.safetensors")
+    assert found.origin.commit == commit
+    files = [found.file(name) for name in found.names()]
+    assert [file.version for file in files] == [
+        f"blob:{git_id(FILES['config.json'])}",
+        f"blob:{sha256(FILES['model.safetensors'])}",
+    ]
+    found.fetch(files, lambda _: None)
+    cached = open_storage(str(found.folder))
+    assert cached.origin == found.origin
+    assert [cached.file(name).version for name in cached.names()] == [file.version for file in files]
+
+
+def test_a_header_is_read_by_range(hub: Hub, tmp_path: Path) -> None:
+    add(hub)
+    found = open_hub("org/model", None, None)
+    file = found.file("model.safetensors")
+    assert found.read_start(file, 1000) == bytes(1000)
+    assert found.read_start(file, 10**9) == bytes(200_000)
+    assert [request.range for request in hub.asked("*/resolve/*")] == ["bytes=0-999", "bytes=0-199999"]
+    assert not (tmp_path / "cache").exists()
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert found.missing([file, open_storage(str(tmp_path)).file("model.safetensors")]) == (file,)
+
+
+def test_of_a_server_without_ranges_no_more_is_read_than_asked(hub: Hub) -> None:
+    add(hub)
+    found = open_hub("org/model", None, None)
+    hub.ranges = False
+    assert found.read_start(found.file("model.safetensors"), 1000) == bytes(1000)
+
+
+def test_progress_counts_every_byte_once(hub: Hub) -> None:
+    add(hub)
+    found = open_hub("org/model", None, None)
+    counted: list[int] = []
+    found.fetch([found.file("model.safetensors")], counted.append)
+    assert sum(counted) == 200_000
+    found.fetch([found.file("model.safetensors")], counted.append)
+    assert sum(counted) == 200_000
+
+
+def test_what_is_not_there_is_missing(hub: Hub) -> None:
+    add(hub)
+    found = open_hub("org/model", None, None)
+    with pytest.raises(CheckpointError, match=r"org/model: tokenizer\.json is missing"):
+        found.file("tokenizer.json")
+    with pytest.raises(CheckpointError, match="not a file name inside"):
+        found.file("../config.json")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has 200000 bytes, more than the 100"):
+        found.read_bytes("model.safetensors", 100)
+
+
+def test_names_that_lead_outside_are_not_listed(hub: Hub) -> None:
+    hub.repos["org/model"] = Repo()
+    hub.repos["org/model"].commit({"../x.json": b"", "/etc/x": b"", "a": b"1"})
+    assert open_hub("org/model", None, None).names() == ("a",)
+
+
+def test_a_subfolder(hub: Hub) -> None:
+    add(hub)
+    found = open_hub("org/model", None, "sub")
+    assert found.names() == ("config.json",)
+    assert found.read_bytes("config.json", 10) == b"[]"
+    with pytest.raises(HubError, match="org/model has no folder checkpoint-12 at commit"):
+        open_hub("org/model", None, "checkpoint-12")
+
+
+def test_a_full_disk_is_said_before_the_download(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(hub)
+    found = open_hub("org/model", None, None)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(ResourceError, match="needs 200 kB and the disk of the Hub cache"):
+        found.fetch([found.file("model.safetensors")], lambda _: None)
+    assert not hub.asked("*/resolve/*")
+
+
+def test_a_file_that_is_not_what_was_listed(hub: Hub) -> None:
+    commit = add(hub)
+    found = open_hub("org/model", None, None)
+    hub.repos["org/model"].commits[commit] = FILES | {"config.json": b"{  }"}
+    with pytest.raises(HubError, match=r"config\.json came to .* with 4 bytes, expected .* with 2"):
+        found.read_bytes("config.json", 10)
+
+
+# -- offline -------------------------------------------------------------------------------------------------------
+
+
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("revision", [None, "v1", "commit"])
+@pytest.mark.parametrize("subfolder", [None, "sub"])
+def test_what_was_fetched_is_there_when_offline(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, revision: str | None, subfolder: str | None
+) -> None:
+    commit = add(hub)
+    hub.repos["org/model"].refs["v1"] = commit
+    revision = commit if revision == "commit" else revision
+    online = open_hub("org/model", revision, subfolder)
+    online.fetch([online.file(name) for name in online.names()], lambda _: None)
+    hub.requests.clear()
+    offline(monkeypatch)
+    cached = open_hub("org/model", revision, subfolder)
+    assert cached.origin == online.origin
+    assert [cached.file(name) for name in cached.names()] == [online.file(name) for name in online.names()]
+    assert cached.read_bytes("config.json", 10) == online.read_bytes("config.json", 10)
+    assert not hub.requests
+
+
+def test_offline_and_not_cached(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = add(hub)
+    offline(monkeypatch)
+    for revision in (None, commit):
+        message = refusal(HubError, revision=revision)
+        assert message.startswith(f"org/model at {revision or 'main'} is not in the Hub cache")
+        assert "HF_HUB_OFFLINE is set; unset it, or download the model first with `hf download`" in message
+    assert not hub.requests
+
+
+def test_offline_and_half_cached(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub notes all names of a commit that it downloads: one that is not there yet is known to miss."""
+    from huggingface_hub import snapshot_download
+
+    add(hub)
+    snapshot_download("org/model", allow_patterns=["config.json"])
+    offline(monkeypatch)
+    found = open_hub("org/model", None, None)
+    assert found.names() == ("config.json", "model.safetensors")
+    with pytest.raises(HubError, match="org/model is needed, is not complete in the Hub cache"):
+        found.fetch([found.file("model.safetensors")], lambda _: None)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library waits longer and longer between its attempts."""
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+
+
+def test_no_such_model(hub: Hub) -> None:
+    message = refusal(HubError)
+    assert message == (
+        "org/model: no such model on the Hub (nor a folder of this name here), or a private one; check the name, or"
+        " log in with `hf auth login` to an account that may see it"
+    )
+
+
+def test_a_private_model_without_a_login(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(hub, private=True)
+    monkeypatch.delenv("HF_TOKEN")
+    assert "or a private one" in refusal(HubError)
+
+
+def test_a_wrong_token(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(hub, private=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    message = refusal(HubError)
+    assert "does not accept the token in use; log in again with `hf auth login`" in message
+    assert "hf_wrong" not in message
+
+
+def test_a_gated_model(hub: Hub) -> None:
+    add(hub, gated=True)
+    assert refusal(HubError) == (
+        f"org/model is gated: accept its conditions at {hub.url}/org/model and log in to that account with `hf auth"
+        " login` (or set HF_TOKEN), then run again"
+    )
+
+
+def test_no_such_revision(hub: Hub) -> None:
+    add(hub)
+    message = refusal(HubError, "org/model@v9")
+    assert (
+        message == f"org/model has no revision v9; see {hub.url}/org/model/commits/main for those there are"
+    )
+
+
+@pytest.mark.parametrize("path", ["*", "*/resolve/*"])
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (403, "the token in use may not do this"),
+        (429, "asks for fewer requests (status 429); wait some minutes"),
+        (500, "the Hub has a problem (status 500); run the same command again later: it continues"),
+        (503, "the Hub has a problem (status 503)"),
+        (418, "the Hub refused with status 418"),
+    ],
+)
+@pytest.mark.usefixtures("no_wait")
+def test_other_refusals(hub: Hub, status: int, text: str, path: str) -> None:
+    add(hub)
+    found = open_hub("org/model", None, None) if path != "*" else None
+    hub.refuse = lambda _: status
+    if found is None:
+        assert text in refusal(HubError)
+        return
+    for read in (whole, start):
+        with pytest.raises(HubError) as caught:
+            read(found)
+        assert text in str(caught.value)
+        assert TOKEN not in str(caught.value)
+
+
+def whole(found: HubFolder) -> bytes:
+    return found.read_bytes("config.json", 9)
+
+
+def start(found: HubFolder) -> bytes:
+    return found.read_start(found.file("model.safetensors"), 9)
+
+
+def test_no_answer_in_time(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(hub)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
+    hub.delay_s = 0.5
+    assert f"the Hub ({hub.url}) did not answer in time; check the connection" in refusal(HubError)
+
+
+@pytest.mark.usefixtures("no_wait")
+def test_no_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "the Hub (http://127.0.0.1:9) cannot be reached; check the connection" in refusal(HubError)
+
+
+@pytest.mark.usefixtures("no_wait")
+def test_a_download_that_breaks_off_goes_on(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library asks for the rest; should it give up, the next call does."""
+    add(hub)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
+    found = open_hub("org/model", None, None)
+    broken: list[Request] = []
+
+    def break_off(request: Request) -> None:
+        if request.method == "GET" and not broken:
+            broken.append(request)
+            hub.cut_at = 70_000
+
+    hub.before = break_off
+    counted: list[int] = []
+    found.fetch([found.file("model.safetensors")], counted.append)
+    assert Path(found.file("model.safetensors").path).read_bytes() == FILES["model.safetensors"]
+    assert [request.range for request in hub.asked("*/resolve/*", "GET")] == [None, "bytes=70000-"]
+    assert sum(counted) == 200_000
