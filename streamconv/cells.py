@@ -23,6 +23,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from streamconv.adapters.base import WholeUpdate
 from streamconv.errors import InputError
 from streamconv.formats.base import CELL_ROWS, Encoder
 from streamconv.grids import Grid, multiply_by_scales
@@ -169,7 +170,11 @@ class WeightWork:
                     )
 
     def end_reduce(self) -> None:
-        """Between the passes: from here on the rounded base's scales are known."""
+        """Between the passes: from here on the rounded base's scales are known, and what updates had to learn."""
+        for number, update in enumerate(self.step.updates):
+            state = self._states[number]
+            if isinstance(update, WholeUpdate) and state is not None:
+                self._states[number] = update.conclude(state)
         merge_base = self.step.merge_base
         if merge_base is None:
             return

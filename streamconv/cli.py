@@ -238,6 +238,12 @@ _result = _group(
         help="Largest output file, such as 5GB. Default: the base's own shards for 16-bit output, else 5GB.",
     ),
 )
+_allow_pickle = _option(
+    _MERGE,
+    "--allow-pickle",
+    is_flag=True,
+    help="Read adapter_model.bin: a pickle, opened so that it can hold nothing but tensors.",
+)
 _target = _group(
     _option(
         _MERGE,
@@ -264,6 +270,16 @@ _target = _group(
         show_default=True,
         help="Whose tokenizer files to copy.",
     ),
+    _option(
+        _MERGE,
+        "--moe-layout",
+        default="auto",
+        show_default=True,
+        metavar="WORDS",
+        help="How LoRA factors of fused experts are packed where nothing tells: last or middle (the axis lora_A runs "
+        "along), rank-major or expert-major (lora_B), or one of each with a comma between.",
+    ),
+    _allow_pickle,
 )
 _resources = _group(
     _option(_RESOURCES, "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
@@ -505,6 +521,7 @@ def _fact(key: str, value: Any) -> str:
     _base_revision,
     _adapter(allow_from_autoenv=False, help="The adapter it was made from; for --full."),
     _adapter_place,
+    _allow_pickle,
     _option(
         _RESOURCES,
         "--device",
@@ -606,6 +623,7 @@ def _job(given: Mapping[str, Any]) -> Job:
             given["max_ram"],
             given["max_vram"],
             given["max_shard_size"],
+            given.get("moe_layout", "auto"),
         ),
         device=given["device"],
         overwrite=given["overwrite"],
@@ -614,6 +632,7 @@ def _job(given: Mapping[str, Any]) -> Job:
         card=given["card"],
         tokenizer=given.get("tokenizer", "base"),
         copy_extra=given["copy_extra"],
+        allow_pickle=given.get("allow_pickle", False),
         base_revision=given["base_revision"],
         adapter_revision=given.get("adapter_revision"),
         adapter_subfolder=given.get("adapter_subfolder"),

@@ -289,7 +289,7 @@ class _Run:
             for update in step.updates
         )
         self.to_compute.put(_BeginWeight(step, side, updates))
-        passes = (True, False) if step.access is Access.REDUCE_THEN_ROW else (False,)
+        passes = (False,) if step.access is Access.ROW else (True, False)
         main, rows = parts[decoder.main], tile_rows(step, self.plan.memory.buffer)
         for reduces in passes:
             for first in range(0, step.rows, rows):
@@ -409,7 +409,7 @@ class _Weight:
             {role: device.upload(part) for role, part in update.items()} for update in begin.parts
         ]
         self.work = WeightWork(begin.step, side, parts, device.torch, seed, workers)
-        self._reducing = begin.step.access is Access.REDUCE_THEN_ROW
+        self._reducing = begin.step.access is not Access.ROW
 
     def reduce(self, raw: Tensor, rows: range) -> None:
         self.work.reduce(raw, rows)

@@ -55,6 +55,7 @@ def fingerprint(
             "rounding": rounding.name if rounding else None,
             "seed": options.seed,
             "ignore": list(options.ignore),
+            "moe_layout": options.moe_layout,
             "max_shard_bytes": options.max_shard_bytes,
         },
         # Headers hold every output tensor's name, type, shape and place.

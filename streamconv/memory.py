@@ -31,7 +31,7 @@ _BYTES_PER_BLOCK = 44
 def plan_memory(steps: Sequence[Step], options: MergeOptions, device: Device) -> Memory:
     """Tile buffer, workers and peaks for `steps`. Raises ResourceError if the least they need is over a budget."""
     weights = [step for step in steps if isinstance(step, Rewrite)]
-    blocks = max((_block_bytes(step) for step in weights), default=0)
+    blocks = max((_block_bytes(step) + step.whole_bytes for step in weights), default=0)
     cell = max((_work_bytes(step) for step in weights), default=0)
     held = WEIGHTS_HELD * max((_held_bytes(step) for step in weights), default=0)
     least = max([MIN_BUFFER_BYTES, *(_cell_bytes(step) for step in weights)])

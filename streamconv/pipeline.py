@@ -14,6 +14,7 @@ from typing import Any
 
 from streamconv.adapters import read_adapter
 from streamconv.adapters.base import Adapter, Parameter
+from streamconv.adapters.source import MoeLayout
 from streamconv.cells import KeptDelta
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.writer import free_bytes
@@ -80,6 +81,7 @@ class Job:
     card: bool = True
     tokenizer: str = "auto"
     copy_extra: tuple[str, ...] = ()
+    allow_pickle: bool = False
     base_revision: str | None = None
     adapter_revision: str | None = None
     adapter_subfolder: str | None = None
@@ -129,6 +131,8 @@ def merge(
     seed: int = 0,
     min_kept: float | None = None,
     ignore: Iterable[str] = (),
+    moe_layout: str = "auto",
+    allow_pickle: bool = False,
     device: str = "auto",
     max_ram: str | int = "1GiB",
     max_vram: str | int = "2GiB",
@@ -154,7 +158,17 @@ def merge(
     arguments after an interruption goes on where it stopped.
     """
     options = merge_options(
-        quant, dtype, rounding, merge_base, seed, min_kept, ignore, max_ram, max_vram, max_shard_size
+        quant,
+        dtype,
+        rounding,
+        merge_base,
+        seed,
+        min_kept,
+        ignore,
+        max_ram,
+        max_vram,
+        max_shard_size,
+        moe_layout,
     )
     folder = output_folder(out)
     job = Job(
@@ -168,6 +182,7 @@ def merge(
         card=card,
         tokenizer=tokenizer,
         copy_extra=tuple(copy_extra),
+        allow_pickle=allow_pickle,
         base_revision=base_revision,
         adapter_revision=adapter_revision,
         adapter_subfolder=adapter_subfolder,
@@ -222,6 +237,23 @@ def convert(
     return run(prepared, folder, on_progress, StopRequest())
 
 
+def parse_moe_layout(text: str) -> MoeLayout:
+    """`auto`, or words that settle what it would find out: `last`, `middle`, `rank-major`, `expert-major`."""
+    layout = MoeLayout()
+    for word in () if text == "auto" else text.split(","):
+        match word:
+            case "last" | "middle" if layout.axis is None:
+                layout = replace(layout, axis=word)
+            case "rank-major" | "expert-major" if layout.order is None:
+                layout = replace(layout, order=word)
+            case _:
+                raise OptionError(
+                    f"--moe-layout {text} is not known; use auto, or last or middle, rank-major or expert-major, or"
+                    " one of each with a comma between"
+                )
+    return layout
+
+
 def output_folder(out: Folder) -> Path:
     """`out` as a path, `~` expanded. Raises OptionError for an empty name, which would be the current folder."""
     if not fspath(out).strip():
@@ -240,6 +272,7 @@ def merge_options(
     max_ram: str | int,
     max_vram: str | int,
     max_shard_size: str | int | None,
+    moe_layout: str = "auto",
 ) -> MergeOptions:
     """Options as given, sizes parsed. Raises OptionError for what cannot be meant."""
     sizes = {}
@@ -252,6 +285,7 @@ def merge_options(
     assert sizes["max_vram"] is not None
     if min_kept is not None and not 0 <= min_kept <= 1:
         raise OptionError(f"--min-kept {min_kept} is not a share between 0 and 1")
+    parse_moe_layout(moe_layout.lower())
     return MergeOptions(
         quant=quant.lower(),
         dtype=dtype.lower(),
@@ -260,6 +294,7 @@ def merge_options(
         seed=seed,
         min_kept=min_kept,
         ignore=tuple(ignore),
+        moe_layout=moe_layout.lower(),
         max_ram_bytes=sizes["max_ram"],
         max_vram_bytes=sizes["max_vram"],
         max_shard_bytes=sizes["max_shard_size"],
@@ -277,8 +312,11 @@ def prepare(job: Job) -> Prepared:
         adapter_storage = open_storage(job.adapter, job.adapter_revision, job.adapter_subfolder)
     adapter = None
     if adapter_storage is not None:
-        parameters = {name: Parameter(name, weight.shape) for name, weight in base.weights.items()}
-        adapter = read_adapter(adapter_storage, parameters, index.config, base.tie)
+        parameters = {
+            name: Parameter(name, weight.shape, weight.dtype) for name, weight in base.weights.items()
+        }
+        moe = parse_moe_layout(job.options.moe_layout)
+        adapter = read_adapter(adapter_storage, parameters, index.config, base.tie, moe, job.allow_pickle)
         _log.info("read the adapter %s: %d updates", job.adapter, len(adapter.updates))
     plan = build_plan(base, adapter, job.options, resolve_device(job.device))
     tokenizer = choose_tokenizer(job.tokenizer, storage, adapter_storage, plan.vocab_size is not None)
@@ -512,6 +550,7 @@ def _report(
         quant=plan.quant or "none",
         target=plan.target.name,
         rounding=plan.rounding.name if plan.rounding else None,
+        renamed=plan.renamed,
         kept_delta=kept.total if kept else None,
         kept_by_weight=kept.weights if kept else {},
         base_error_to_delta=kept.base_error_to_delta if kept else None,
@@ -531,6 +570,7 @@ def verify(
     full: bool = False,
     base: Folder | None = None,
     adapter: Folder | None = None,
+    allow_pickle: bool = False,
     base_revision: str | None = None,
     adapter_revision: str | None = None,
     adapter_subfolder: str | None = None,
@@ -562,6 +602,7 @@ def verify(
             base_revision=base_revision,
             adapter_revision=adapter_revision,
             adapter_subfolder=adapter_subfolder,
+            allow_pickle=allow_pickle,
         )
     )
     _check_inputs(found, again, folder)
@@ -647,6 +688,7 @@ def _job_of(fingerprint: Mapping[str, Any], base: str, adapter: str | None, devi
             merge_base=options["merge_base"],
             seed=options["seed"],
             ignore=tuple(options["ignore"]),
+            moe_layout=options.get("moe_layout", "auto"),
             max_shard_bytes=options["max_shard_bytes"],
         ),
         device,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, assert_never
 
-from streamconv.adapters.base import Update
+from streamconv.adapters.base import Update, WholeUpdate
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
 from streamconv.devices import Device
 from streamconv.formats.base import CELL_ROWS, Constant, Encoder, Weight, matrix_shape
@@ -27,10 +27,11 @@ WEIGHTS_HELD = 2
 
 
 class Access(StrEnum):
-    """How often a weight is read: by rows, or once to learn something about all of it and again by rows."""
+    """How a weight is read: by rows, or once to learn something about all of it and again by rows."""
 
     ROW = "row"
     REDUCE_THEN_ROW = "reduce-then-row"
+    WHOLE = "whole"  # read twice, too, and held between
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class MergeOptions:
     seed: int = 0
     min_kept: float | None = None
     ignore: tuple[str, ...] = ()
+    moe_layout: str = "auto"
     max_ram_bytes: int = 2**30
     max_vram_bytes: int = 2**31
     max_shard_bytes: int | None = None
@@ -92,10 +94,17 @@ class Rewrite:
         return matrix_shape(self.weight.shape)[1]
 
     @property
+    def whole_bytes(self) -> int:
+        """What updates that need the whole weight hold of it."""
+        return max((u.whole_bytes for u in self.updates if isinstance(u, WholeUpdate)), default=0)
+
+    @property
     def access(self) -> Access:
         needs_scales = self.merge_base is not None and (
             self.merge_base.nested or (self.keeps_scales and self.encoder.nested)
         )
+        if self.whole_bytes:
+            return Access.WHOLE
         reduces = needs_scales or any(update.reduces for update in self.updates)
         return Access.REDUCE_THEN_ROW if reduces else Access.ROW
 
@@ -140,6 +149,7 @@ class Plan:
     skipped: tuple[str, ...]
     adapted: Mapping[str, int]
     replaced: tuple[str, ...]
+    renamed: str | None
     untied: bool
     dtype: str | None
     vocab_size: tuple[int, int] | None
@@ -174,7 +184,7 @@ def _bytes_read(step: Step) -> int:
             return 0
         case Rewrite():
             parts, main = step.weight.parts, step.weight.decoder.main
-            again = parts[main].nbytes if step.access is Access.REDUCE_THEN_ROW else 0
+            again = parts[main].nbytes if step.access is not Access.ROW else 0
             return sum(part.nbytes for part in parts.values()) + again
         case _:
             assert_never(step)

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from streamconv.adapters.base import Adapter, Replace, Tie, Update
+from streamconv.adapters.base import Adapter, Replace, Tie, Update, WholeUpdate
+from streamconv.adapters.embeddings import HEADS, find_embedding
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.devices import Device
 from streamconv.dtypes import DENSE, Dtype
@@ -70,6 +71,7 @@ def build_plan(base: Base, adapter: Adapter | None, options: MergeOptions, devic
         skipped=tuple(skipped),
         adapted=dict(adapter.modules) if adapter else {},
         replaced=tuple(sorted(replaces)),
+        renamed=adapter.renamed if adapter else None,
         untied=bool(adapter and adapter.untie),
         dtype=_config_dtype(base, result),
         vocab_size=_new_vocabulary(base, weights),
@@ -200,7 +202,7 @@ def _new_vocabulary(base: Base, weights: Mapping[str, Weight]) -> tuple[int, int
     Raises AdapterError where a weight changes its shape and the config could not follow.
     """
     embedding = find_embedding(base.weights)
-    heads = [name for name in _HEADS if name in weights] if embedding else []
+    heads = [name for name in HEADS if name in weights] if embedding else []
     for name, weight in weights.items():
         shape = base.weights[name].shape if name in base.weights else weight.shape
         if weight.shape != shape and name not in (embedding, *heads):
@@ -316,6 +318,11 @@ def _weight_steps(
         main = weight.parts[weight.decoder.main].name
         # Only a weight of one part is ever stored under another name than the base's.
         return [Copy(name if part.name == main else part.name, part) for part in weight.parts.values()]
+    if weight.decoder.grid is not None and any(isinstance(update, WholeUpdate) for update in updates):
+        raise UnsupportedError(
+            f"{name} is {weight.format}, and the adapter was trained on what its initialisation had left of the weight "
+            "before that was quantized; give the 16-bit base model instead"
+        )
     if merge_base is not None and any(update.reduces for update in updates):
         raise UnsupportedError(
             f"{name}: this update needs a pass over the whole weight, and so does --merge-base {merge_base.format}; "
@@ -402,16 +409,6 @@ def read_base(index: CheckpointIndex, weights: Sequence[Weight]) -> Base:
     return Base(index, by_name, find_tie(by_name, index.config), formats[0] if formats else None)
 
 
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-_HEADS = ("lm_head.weight", "embed_out.weight")
-
-
-def find_embedding(weights: Iterable[str]) -> str | None:
-    """The one input embedding among the names `weights`; None where there is none, or several."""
-    found = [name for name in weights if name.endswith(_EMBEDDINGS)]
-    return found[0] if len(found) == 1 else None
-
-
 def _check_unknown_tie(base: Base, touched: Iterable[str]) -> None:
     """Raise UnsupportedError where the adapter changes what may be tied, and what is tied to what is not known."""
     if find_embedding(base.weights) is not None or True not in _declared_ties(base.index.config):
@@ -442,7 +439,7 @@ def find_tie(weights: Mapping[str, Weight], config: Mapping[str, Any]) -> Tie | 
     out what loading ties again, and the key is absent where it has the model's default.
     """
     embedding = find_embedding(weights)
-    head = next((name for name in _HEADS if name in weights), None)
+    head = next((name for name in HEADS if name in weights), None)
     declared = _declared_ties(config)
     if embedding is None or False in declared:
         return None

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamconv.adapters.base import Update
+from streamconv.adapters.initial import InitialUpdate
 from streamconv.adapters.lora import DoraUpdate, LoraUpdate
 from streamconv.cells import KeptDelta, WeightWork, Workers, cells
 from streamconv.checkpoint.reader import TensorReader
@@ -138,7 +139,7 @@ class Case:
         out = torch.empty(encoder.row_offset(self.step.rows), dtype=torch.uint8)
         with Workers(workers) as pool:
             work = WeightWork(self.step, self.side, self.parts, torch.device("cpu"), 3, pool)
-            if self.step.access is Access.REDUCE_THEN_ROW:
+            if self.step.access is not Access.ROW:
                 for rows in splits[0]:
                     work.reduce(_part(self.raw, decoder.row_offset, rows), rows)
                 work.end_reduce()
@@ -169,6 +170,12 @@ def transposed_dora(shape: tuple[int, int], rank: int = 3) -> tuple[Update, Mapp
     return DoraUpdate(W, shape, MappingProxyType({}), 0.5, transposed=True), parts
 
 
+def pissa(shape: tuple[int, int], rank: int = 3) -> tuple[Update, Mapping[str, Tensor]]:
+    """Needs all of the weight at once."""
+    rank = min(rank, *shape)
+    return InitialUpdate(W, shape, MappingProxyType({}), "pissa", rank, 0.5, False, DENSE["float32"]), {}
+
+
 formats = st.sampled_from(sorted(FORMATS))
 dense = st.sampled_from(sorted(DENSE))
 # Odd numbers of rows and columns; blocks that wrap around rows; last cells of any height.
@@ -185,7 +192,8 @@ def cases(draw: st.DrawFn, folder: Path) -> Case:
     merge_base = None
     if base in DENSE and draw(st.booleans()):
         merge_base = FORMATS[draw(st.sampled_from(quantized))].encoder(W, shape, DENSE[base])
-    update, parts = (lora if merge_base or draw(st.booleans()) else transposed_dora)(shape)
+    kinds = [lora] if merge_base else [lora, transposed_dora] + ([pissa] if base in DENSE else [])
+    update, parts = draw(st.sampled_from(kinds))(shape)
     on_grid = merge_base.grid if merge_base else weight.decoder.grid
     keeps = rounding is not None and rounding.keeps_scales and on_grid == encoder.grid
     step = Rewrite(

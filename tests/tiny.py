@@ -83,14 +83,24 @@ def save_adapter(
     *,
     seed: int = 1,
     auto_class: Any = AutoModelForCausalLM,
+    resize_to: int | None = None,
 ) -> Adapter:
-    """PEFT's adapter of `base`, every trained tensor moved by random amounts, saved in `folder`."""
+    """PEFT's adapter of `base`, every trained tensor moved by random amounts, saved in `folder`.
+
+    `resize_to`: rows that the vocabulary is given before.
+    """
     model = load_base(base, auto_class)
     torch.manual_seed(seed)
+    if resize_to is not None:
+        model.resize_token_embeddings(resize_to)
     with warnings.catch_warnings():
         # PEFT warns of tied targets and of the orientation of Conv1D, which the tests are about, and uses a
         # name that transformers has deprecated.
         warnings.simplefilter("ignore", UserWarning)
+        # It looks for patterns of parameters among modules only.
+        warnings.filterwarnings(
+            "ignore", message=".*did not match any targeted module", category=RuntimeWarning
+        )
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         live = get_peft_model(model, config).eval()
         with torch.no_grad():

@@ -7,64 +7,102 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from streamconv.adapters.base import Adapter, Parameter, Replace, Tie, Update
+from streamconv.adapters.base import Adapter, Parameter, Tie, Update
 from streamconv.adapters.config import AdapterConfig, read_config
-from streamconv.adapters.lora import LoraUpdate, read_lora
-from streamconv.adapters.saved import check_saved, read_saved, settle_tie
+from streamconv.adapters.conv import ConvUpdate
+from streamconv.adapters.experts import ExpertsUpdate
+from streamconv.adapters.lora import LoraBiasUpdate, LoraUpdate
+from streamconv.adapters.lora_config import UNUSED
+from streamconv.adapters.lora_reader import read_lora
+from streamconv.adapters.names import read_source
+from streamconv.adapters.saved import Saved, check_saved, read_saved
 from streamconv.adapters.scan import Scan, scan_tensors
-from streamconv.adapters.source import Base, Source, by_key
+from streamconv.adapters.source import Base, MoeLayout, Source
 from streamconv.adapters.targets import check_targets
+from streamconv.adapters.ties import settle_tie
 from streamconv.checkpoint.index import read_index
+from streamconv.checkpoint.pickled import read_pickled
+from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import AdapterError, UnsupportedError
 from streamconv.storage.base import Storage
+
+_PICKLE = "adapter_model.bin"
 
 Reader = Callable[[Source, Base], tuple[Update, ...]]
 
 
 def read_adapter(
-    storage: Storage, parameters: Mapping[str, Parameter], base_config: Mapping[str, Any], tie: Tie | None
+    storage: Storage,
+    parameters: Mapping[str, Parameter],
+    base_config: Mapping[str, Any],
+    tie: Tie | None,
+    moe: MoeLayout = MoeLayout(),  # noqa: B008  a frozen value
+    allow_pickle: bool = False,
 ) -> Adapter:
     """The adapter in `storage`, checked against the base it is for; reads its tensors once, in chunks.
 
-    `tie` says what the base's config ties. Raises AdapterError where adapter and base do not fit or something
-    in the file would not be used, UnsupportedError for methods and variants that are not built,
-    CheckpointError where a file is broken.
+    `tie` says what the base's config ties, `moe` what is not left to find out of fused experts; `allow_pickle`
+    lets adapter_model.bin be read. Raises AdapterError where adapter and base do not fit or something in the file
+    would not be used, UnsupportedError for methods and variants that are not built, CheckpointError where a file is
+    broken.
     """
     config = read_config(storage)
     read_updates = find_reader(config)
-    index = read_index(storage, stem="adapter_model", require_config=False)
-    storage.fetch((shard.file for shard in index.shards), lambda _: None)
-    stored = index.tensors
-    source = Source(storage.location, config, by_key(storage.location, stored.values()))
+    stored = read_stored(storage, allow_pickle)
     base = Base(parameters, base_config, tie)
+    source = read_source(storage.location, config, stored.values(), base, moe)
 
     updates = read_updates(source, base)
     updated = frozenset(update.parameter for update in updates)
-    taken = {tensor.name for update in updates for tensor in update.parts.values()}
+    taken = {tensor.name for update in updates for tensor in update.parts.values()} | _unused(source)
     rest = [key for key, tensor in source.tensors.items() if tensor.name not in taken]
     scan = scan_tensors(config.raw, stored.values())
-    replaces, repeated = read_saved(source, base, rest, updated, scan.digests)
-    taken |= {replace.tensor.name for replace in replaces} | {source.tensors[key].name for key in repeated}
+    saved = read_saved(source, base, rest, updated, scan.digests)
+    taken |= {replace.tensor.name for replace in saved.replaces}
+    taken |= {source.tensors[key].name for key in saved.repeated}
     _check_leftovers(source, base, [key for key in rest if source.tensors[key].name not in taken])
-    modules = [_module(update.parameter) for update in updates]
-    saved = [_module(replace.parameter) for replace in replaces]
-    check_targets(config, {_module(name) for name in parameters}, modules, saved)
-    check_saved(config, base, replaces)
+    adapted = [_module(update.parameter) for update in updates]
+    trained = [_module(replace.parameter) for replace in saved.replaces]
+    check_targets(
+        config, *(_trained(source, names) for names in (map(_module, parameters), adapted, trained))
+    )
+    check_saved(source, base, saved.replaces)
+    _check_effect(source, updates, saved, scan)
 
-    _check_effect(source, updates, replaces, scan)
-    replaces, untie = settle_tie(base, config, replaces, updated, scan.digests)
-    counts = Counter(module.rpartition(".")[2] for module in sorted(set(modules)))
+    settled = settle_tie(base, source, updates, saved, scan.digests)
+    counts = Counter(module.rpartition(".")[2] for module in sorted(set(adapted)))
     return Adapter(
         location=storage.location,
         origin=storage.origin,
         peft_type=config.peft_type,
         config=config.fields,
-        updates=updates,
-        replaces=replaces,
-        untie=untie,
+        updates=settled.updates,
+        replaces=settled.replaces,
+        untie=settled.untie,
         modules=MappingProxyType(dict(counts)),
+        renamed=source.renaming.reason if source.renaming else None,
         sha256=scan.sha256,
     )
+
+
+def read_stored(storage: Storage, allow_pickle: bool) -> Mapping[str, StoredTensor]:
+    """The adapter's tensors by name: safetensors where there are any, else a pickle if that is allowed."""
+    names = storage.names()
+    if _PICKLE not in names or any(
+        name.endswith((".safetensors", ".safetensors.index.json")) for name in names
+    ):
+        index = read_index(storage, stem="adapter_model", require_config=False)
+        storage.fetch((shard.file for shard in index.shards), lambda _: None)
+        return index.tensors
+    if not allow_pickle:
+        raise UnsupportedError(
+            f"{storage.location}: adapter_model.safetensors is missing; the weights there are a pickle ({_PICKLE}),"
+            " which may run code when loaded: allow it with --allow-pickle, which opens it so that it can hold nothing"
+            " but tensors, or save the adapter as safetensors"
+        )
+    file = storage.file(_PICKLE)
+    storage.fetch((file,), lambda _: None)
+    return read_pickled(file)
 
 
 def find_reader(config: AdapterConfig) -> Reader:
@@ -87,8 +125,22 @@ def find_reader(config: AdapterConfig) -> Reader:
     )
 
 
+def _trained(source: Source, modules: Iterable[str]) -> frozenset[str]:
+    return frozenset(source.trained(module) for module in modules)
+
+
 def _module(parameter: str) -> str:
     return parameter.rpartition(".")[0]
+
+
+def _unused(source: Source) -> set[str]:
+    """Names of tensors that a variant in use keeps for training alone."""
+    patterns = [pattern for field, pattern in UNUSED.items() if source.config.fields.get(field) is not None]
+    return {
+        tensor.name
+        for key, tensor in source.tensors.items()
+        if any(pattern.fullmatch(key) for pattern in patterns)
+    }
 
 
 def _check_leftovers(source: Source, base: Base, keys: Iterable[str]) -> None:
@@ -100,15 +152,15 @@ def _check_leftovers(source: Source, base: Base, keys: Iterable[str]) -> None:
     reason = "their names are none that PEFT gives to tensors of this adapter"
     if any(base.find(key) is not None for key in keys):
         reason = (
-            "they hold whole parameters, which modules_to_save does not list; PEFT saves embeddings so after"
-            " the vocabulary was resized: add their modules to modules_to_save to replace the base's"
+            "they hold whole parameters, which modules_to_save does not list: add their modules to it to replace the"
+            " base's"
         )
     raise AdapterError(f"{source.location}: {len(names)} tensors would not be used: {shown}; {reason}")
 
 
-def _check_effect(source: Source, updates: Iterable[Update], replaces: Iterable[Replace], scan: Scan) -> None:
+def _check_effect(source: Source, updates: Iterable[Update], saved: Saved, scan: Scan) -> None:
     """Raise AdapterError if the merge would change nothing: the adapter was saved before it was trained."""
-    if any(True for _ in replaces) or not all(_is_zero(update, scan) for update in updates):
+    if len(saved.replaces) > len(saved.records) or not all(_is_zero(update, scan) for update in updates):
         return
     raise AdapterError(
         f"{source.location}: every update is zero (all lora_B, or all lora_A, or alpha), so the merge would"
@@ -117,9 +169,12 @@ def _check_effect(source: Source, updates: Iterable[Update], replaces: Iterable[
 
 
 def _is_zero(update: Update, scan: Scan) -> bool:
-    if not isinstance(update, LoraUpdate):
+    if (
+        not isinstance(update, LoraUpdate | LoraBiasUpdate | ConvUpdate | ExpertsUpdate)
+        or "magnitude" in update.parts
+    ):
         return False
-    factors = (update.parts["lora_A"].name, update.parts["lora_B"].name)
+    factors = {tensor.name for tensor in update.parts.values()}
     return update.scaling == 0 or not scan.zero.isdisjoint(factors)
 
 

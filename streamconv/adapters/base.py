@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from streamconv.checkpoint.types import Shape, StoredTensor
+from streamconv.dtypes import F32, Dtype
 from streamconv.storage.base import Origin
 
 
@@ -31,7 +32,7 @@ class Update(Protocol):
         """Whether `reduce` must have seen every cell of the weight before `apply` may see the first."""
 
     def reduce(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
-        """Fold one cell into `state` (float64), cells in row order; None stands for the start."""
+        """Fold one cell into `state`, cells in row order; sums are float64; None stands for the start."""
 
     def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
         """Return the updated rows `rows` of the weight, float32.
@@ -40,6 +41,18 @@ class Update(Protocol):
         call: it may be updated in place and returned. `parts` are the tensors of `self.parts` in float32 on
         the cell's device and are never written to. `state` is what `reduce` ended with.
         """
+
+
+@runtime_checkable
+class WholeUpdate(Protocol):
+    """An update that needs the whole weight at once: its states end as the weight, kept until the last cell."""
+
+    @property
+    def whole_bytes(self) -> int:
+        """The most it holds at a time, in bytes."""
+
+    def conclude(self, state: Tensor) -> Tensor:
+        """What `apply` is given as its state, from what `reduce` ended with, which may be used up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +79,8 @@ class Adapter:
     """A PEFT adapter, read and checked against a base model.
 
     `untie`: the result's head and embedding differ although the base ties them, so the output stores both.
-    `modules` counts the adapted modules by their last name (`q_proj`: 30), for plans and reports.
+    `modules` counts the adapted modules by their last name (`q_proj`: 30), for plans and reports; `renamed` says
+    how its names were matched with the base's, where they are not the same.
     """
 
     location: str
@@ -78,11 +92,13 @@ class Adapter:
     untie: bool
     modules: Mapping[str, int]
     sha256: str
+    renamed: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """What an adapter reader needs to know of a base parameter: its logical shape."""
+    """What an adapter reader needs to know of a base parameter: its logical shape and type."""
 
     name: str
     shape: Shape
+    dtype: Dtype = F32

@@ -17,6 +17,8 @@ from streamconv.adapters.config import (
     Rule,
     check_fields,
 )
+from streamconv.adapters.initial import INITIAL
+from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import AdapterError
 
 
@@ -32,9 +34,22 @@ class LoraSettings:
     use_rslora: bool
     use_dora: bool
     fan_in_fan_out: bool
+    lora_bias: bool = False
+    initial: str | None = None
+    target_parameters: tuple[str, ...] = ()
+    peft_version: tuple[int, ...] | None = None
 
     def rank(self, module: str) -> int:
         return next((rank for pattern, rank in self.rank_pattern if pattern.match(module)), self.r)
+
+    def check_rank(self, module: str, tensor: StoredTensor, rank: int) -> None:
+        """Raise AdapterError unless `rank`, that of `tensor`, is the one the config gives `module`."""
+        expected = self.rank(module)
+        if rank != expected:
+            raise AdapterError(
+                f"{tensor.name} has rank {rank}, but {self.name} gives {module} the rank {expected} (r and"
+                " rank_pattern); config and tensors are not of one adapter"
+            )
 
     def scaling(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / √r for rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
@@ -59,8 +74,20 @@ def read_settings(config: AdapterConfig) -> LoraSettings:
         ),
         use_rslora=config.flag("use_rslora"),
         use_dora=config.flag("use_dora"),
+        lora_bias=config.flag("lora_bias"),
+        initial=config.text("init_lora_weights")
+        if config.fields.get("init_lora_weights") in INITIAL
+        else None,
         fan_in_fan_out=config.flag("fan_in_fan_out"),
+        target_parameters=config.names("target_parameters"),
+        peft_version=_version(config.fields.get("peft_version")),
     )
+
+
+def _version(text: object) -> tuple[int, ...] | None:
+    """`0.19.1` or `0.19.1.dev0@unknown` as numbers; None for anything else."""
+    found = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", text) if isinstance(text, str) else None
+    return None if found is None else tuple(int(number or 0) for number in found.groups())
 
 
 def module_pattern(config: AdapterConfig, field: str, text: str) -> re.Pattern[str]:
@@ -74,9 +101,9 @@ def module_pattern(config: AdapterConfig, field: str, text: str) -> re.Pattern[s
 
 
 _CHANGED_BASE = (
-    "such an adapter was trained on base weights that its initialisation had changed (PiSSA, OLoRA, CorDA,"
-    " LoRA-GA, LoftQ), and added to the unchanged base it gives a wrong model; save it with PEFT's"
-    " path_initial_model_for_weight_conversion, which makes it an ordinary LoRA"
+    "such an adapter was trained on base weights that its initialisation had changed, in a way that cannot be repeated"
+    " from the base alone (a randomized decomposition, or training data), and added to the unchanged base it gives a"
+    " wrong model; save it with PEFT's path_initial_model_for_weight_conversion, which makes it an ordinary LoRA"
 )
 
 LORA_FIELDS: Mapping[str, Rule] = MappingProxyType(
@@ -99,19 +126,22 @@ LORA_FIELDS: Mapping[str, Rule] = MappingProxyType(
         "corda_config": NO_EFFECT,
         "lora_ga_config": NO_EFFECT,
         "loftq_config": NO_EFFECT,
-        "init_lora_weights": Neutral(_CHANGED_BASE, (True, "gaussian", "eva", "orthogonal", "mica")),
-        "bias": Neutral("trained biases of the base are not supported yet", ("none",)),
-        "lora_bias": Neutral("a bias of lora_B is not supported yet"),
-        "target_parameters": Neutral("LoRA on parameters (fused experts) is not supported yet", ([],)),
-        "trainable_token_indices": Neutral("trained rows of the embedding are not supported yet", ([],)),
+        "init_lora_weights": Neutral(
+            _CHANGED_BASE, (True, "gaussian", "eva", "orthogonal", "mica", *INITIAL)
+        ),
+        "bias": Neutral("expected none, all or lora_only", ("none", "all", "lora_only")),
+        "lora_bias": USED,
+        "target_parameters": USED,
+        "trainable_token_indices": USED,
         "layer_replication": Neutral(
             "replicated layers make a deeper model, which is not supported yet", ([],)
         ),
         "use_qalora": Neutral("QA-LoRA pools its inputs, which is not supported yet"),
         "use_bdlora": Neutral("block-diagonal LoRA is not supported yet"),
         "kasa_config": Neutral("KaSA cuts singular values off the base weight, which is not supported yet"),
-        "velora_config": Neutral("VeLoRA is not supported yet"),
-        "monteclora_config": Neutral("MonteCLoRA is not supported yet"),
+        # These change training only; their tensors are UNUSED.
+        "velora_config": NO_EFFECT,
+        "monteclora_config": NO_EFFECT,
         "alora_invocation_tokens": Neutral(
             "an activated LoRA works only after its invocation tokens, so no merged weights are equal to it;"
             " serve it unmerged"
@@ -123,5 +153,13 @@ LORA_FIELDS: Mapping[str, Rule] = MappingProxyType(
         # Of PEFT before 0.4, which split fused attention layers: lora_B is then a convolution.
         "enable_lora": Neutral("adapters of MergedLinear (PEFT before 0.3) are not supported"),
         "merge_weights": NO_EFFECT,
+    }
+)
+
+# What variants keep beside their factors for training alone, by the field that switches them on.
+UNUSED: Mapping[str, re.Pattern[str]] = MappingProxyType(
+    {
+        "velora_config": re.compile(r".+\.lora_velora_embed(\..+)?"),
+        "monteclora_config": re.compile(r".+\.lora_monteclora_sampler\..+"),
     }
 )

@@ -1,73 +1,92 @@
-"""Whole parameters in an adapter (`modules_to_save`), and what becomes of tied embeddings.
+"""Whole parameters in an adapter: trained ones (`modules_to_save`, `bias`), and records of what was trained on.
 
-Keys: `lm_head.weight` as PEFT saves them; `lm_head.modules_to_save.weight` and
-`lm_head.modules_to_save.default.weight` as dumps of a training state dict have them. Beside a LoRA on the head PEFT
-also saves `lm_head.base_layer.weight`, the weight trained on, and its bias. After the vocabulary was resized it saves
-all that lies below a saved embedding: `lm_head.modules_to_save.weight` again, and the untrained
-`lm_head.original_module.weight`, which nothing uses (`peft/utils/save_and_load.py`).
+Keys of trained modules: `lm_head.weight` as PEFT saves them; `lm_head.modules_to_save.weight` and
+`lm_head.modules_to_save.default.weight` as dumps of a training state dict have them. Of trained biases:
+`q_proj.base_layer.bias` in an adapted module, `norm.bias` elsewhere. Of records: beside a LoRA on the head or the
+embedding `lm_head.base_layer.weight`, and its bias; beside trained rows `embed_tokens.token_adapter.base_layer.weight`;
+and after the vocabulary was resized `embed_tokens.weight` and `lm_head.weight`, though modules_to_save does not list
+them. Then all that lies below a saved embedding is there, too: `lm_head.modules_to_save.weight` again, and the
+untrained `lm_head.original_module.weight`, which nothing uses (`peft/utils/save_and_load.py`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 from streamconv.adapters.base import Parameter, Replace
-from streamconv.adapters.config import AdapterConfig
+from streamconv.adapters.embeddings import HEADS, find_embedding
 from streamconv.adapters.source import Base, Source
 from streamconv.checkpoint.types import StoredTensor
-from streamconv.errors import AdapterError, UnsupportedError
+from streamconv.errors import AdapterError
 
 _SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save(\.default)?\.(?P<rest>.+)")
 _ORIGINAL = re.compile(r"(?P<module>.+?)\.original_module\.(?P<rest>.+)")
-_BASE_LAYER = re.compile(r"(?P<module>.+)\.base_layer\.(?P<rest>weight|bias)")
+_WEIGHTS_UNDER = (".token_adapter.base_layer.weight", ".base_layer.weight")
+_BIAS_UNDER = ".base_layer.bias"
+_UNDER = (*_WEIGHTS_UNDER, _BIAS_UNDER)
 # PEFT lists both for every classification task; a model has one of them (`peft/peft_model.py`).
 _CLASSIFIERS = frozenset({"classifier", "score"})
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """`replaces`: whole parameters; `records`: those among them that are what was trained on, not trained themselves;
+    `repeated`: keys that only say the same again."""
+
+    replaces: tuple[Replace, ...]
+    records: frozenset[str]
+    repeated: frozenset[str]
+
+
 def read_saved(
     source: Source, base: Base, keys: Collection[str], updated: Collection[str], digests: Mapping[str, str]
-) -> tuple[tuple[Replace, ...], frozenset[str]]:
-    """Replacements among `keys`, which no update has taken, and those keys that only repeat them.
+) -> Saved:
+    """Replacements among `keys`, which no update has taken.
 
     `updated` are the parameters with updates, `digests` those of every tensor's bytes. Keys that are neither are
     left for the caller to refuse. Raises AdapterError for a replacement that does not fit the base.
     """
-    names = _saved_names(source.config, base)
+    trained, recorded = _saved_names(source, base), _embeddings(base)
+    biases = source.config.fields.get("bias") in ("all", "lora_only")
     found: dict[str, Replace] = {}
+    records: set[str] = set()
     repeated = set()
     for key in keys:
-        parameter = _parameter(key, names, updated)
+        parameter = _trained(key, source.trained(key), trained) or (_bias(key) if biases else None)
+        is_record = parameter is None
+        parameter = parameter or _recorded(key, recorded, updated)
         if parameter is None:
             continue
         tensor = source.tensors[key]
         if parameter in found:
-            if not _are_equal(found[parameter].tensor, tensor, digests):
+            if not are_equal(found[parameter].tensor, tensor, digests):
                 raise AdapterError(
                     f"{source.location}: {parameter} is saved twice, the second time as {key}, and the two differ;"
                     " remove the one that was not trained"
                 )
             repeated.add(key)
             continue
-        is_base_layer = _BASE_LAYER.fullmatch(key) is not None
-        if parameter in updated and not is_base_layer:
+        if parameter in updated and not is_record and not key.endswith(_UNDER):
             raise AdapterError(f"{source.location}: {key} replaces {parameter}, which also has an update")
-        _check_shape(tensor, base.get(parameter, tensor.name), is_base_layer)
+        _check_shape(tensor, base.get(parameter, tensor.name))
         found[parameter] = Replace(parameter, tensor)
+        records |= {parameter} if is_record else set()
     for key in keys:
         original = _ORIGINAL.fullmatch(key)
         if original is not None and f"{original['module']}.{original['rest']}" in found:
             repeated.add(key)
-    return tuple(found.values()), frozenset(repeated)
+    return Saved(tuple(found.values()), frozenset(records), frozenset(repeated))
 
 
-def check_saved(config: AdapterConfig, base: Base, replaces: Iterable[Replace]) -> None:
+def check_saved(source: Source, base: Base, replaces: Iterable[Replace]) -> None:
     """Raise AdapterError for an entry of modules_to_save that has no tensor in the file."""
-    found = [replace.parameter for replace in replaces]
+    config, found = source.config, [source.trained(replace.parameter) for replace in replaces]
     for name in config.names("modules_to_save"):
         if any(_is_inside(parameter, (name,)) for parameter in found):
             continue
-        in_base = any(_is_inside(parameter, (name,)) for parameter in base.parameters)
+        in_base = any(_is_inside(source.trained(parameter), (name,)) for parameter in base.parameters)
         if name in _CLASSIFIERS and not in_base and found:
             continue
         raise AdapterError(
@@ -76,62 +95,48 @@ def check_saved(config: AdapterConfig, base: Base, replaces: Iterable[Replace]) 
         )
 
 
-def settle_tie(
-    base: Base,
-    config: AdapterConfig,
-    replaces: tuple[Replace, ...],
-    updated: Collection[str],
-    digests: Mapping[str, str],
-) -> tuple[tuple[Replace, ...], bool]:
-    """The replacements to carry out, and whether embedding and head part ways.
-
-    Equal replacements of both are one, of the embedding, and the tie holds; a head that the base stores all the
-    same is replaced too, or loaders would find two that differ. Any other change to either is a
-    change to that one alone: PEFT's live model keeps two tensors then, although its own merge writes both
-    changes into the shared one.
-    """
-    tie = base.tie
-    if tie is None:
-        return replaces, False
-    saved = {replace.parameter: replace.tensor for replace in replaces if replace.parameter not in updated}
-    embedding, head = saved.get(tie.embedding), saved.get(tie.head)
-    if embedding is not None and head is not None and _are_equal(embedding, head, digests):
-        if tie.head in base.parameters:
-            return replaces, False
-        return tuple(replace for replace in replaces if replace.parameter != tie.head), False
-    if (embedding is None) != (head is None) and config.flag("ensure_weight_tying"):
-        there, missing = (tie.head, tie.embedding) if embedding is None else (tie.embedding, tie.head)
-        raise AdapterError(
-            f"{config.name}: ensure_weight_tying is set and {there} is saved, but {missing} is not; the file"
-            " is not complete"
-        )
-    touched = {replace.parameter for replace in replaces} | set(updated)
-    return replaces, not touched.isdisjoint({tie.embedding, tie.head})
-
-
-def _saved_names(config: AdapterConfig, base: Base) -> tuple[str, ...]:
+def _saved_names(source: Source, base: Base) -> tuple[str, ...]:
     """modules_to_save; under ensure_weight_tying PEFT saves the tied partner too and does not list it."""
-    names = config.names("modules_to_save")
-    if base.tie is None or not config.flag("ensure_weight_tying"):
+    names = source.config.names("modules_to_save")
+    if base.tie is None or not source.config.flag("ensure_weight_tying"):
         return names
-    pair = (base.tie.embedding, base.tie.head)
+    pair = (source.trained(base.tie.embedding), source.trained(base.tie.head))
     if any(_is_inside(parameter, names) for parameter in pair):
         names += tuple(parameter.rpartition(".")[0] for parameter in pair)
     return names
 
 
-def _parameter(key: str, names: tuple[str, ...], updated: Collection[str]) -> str | None:
-    """The parameter that `key` replaces; None if it is no replacement."""
+def _embeddings(base: Base) -> frozenset[str]:
+    """The embedding and the head: the two parameters whose rows are the vocabulary."""
+    found = {find_embedding(base.parameters), *(name for name in HEADS if base.find(name) is not None)}
+    return frozenset(name for name in found if name is not None)
+
+
+def _trained(key: str, trained: str, names: tuple[str, ...]) -> str | None:
+    """The parameter that `key`, `trained` in training, holds as modules_to_save has it; None if it is none."""
     if _ORIGINAL.fullmatch(key):
         return None
     spelled = _SAVED.fullmatch(key)
     if spelled:
         return f"{spelled['module']}.{spelled['rest']}"
-    under = _BASE_LAYER.fullmatch(key)
-    if under:
-        is_adapted = f"{under['module']}.weight" in updated
-        return f"{under['module']}.{under['rest']}" if is_adapted else None
-    return key if _is_inside(key, names) else None
+    return key if not key.endswith(_UNDER) and _is_inside(trained, names) else None
+
+
+def _bias(key: str) -> str | None:
+    """The bias of the base that was trained where `bias` is `all` or `lora_only`."""
+    return key.replace(_BIAS_UNDER, ".bias") if key.endswith(".bias") else None
+
+
+def _recorded(key: str, embeddings: Collection[str], updated: Collection[str]) -> str | None:
+    """The parameter that `key` holds as it was when training began."""
+    for under in _WEIGHTS_UNDER:
+        if key.endswith(under):
+            parameter = key.removesuffix(under) + ".weight"
+            return parameter if parameter in updated else None
+    if key.endswith(_BIAS_UNDER):
+        module = key.removesuffix(_BIAS_UNDER)
+        return f"{module}.bias" if f"{module}.weight" in updated else None
+    return key if key in embeddings and key not in updated else None
 
 
 def _is_inside(parameter: str, names: tuple[str, ...]) -> bool:
@@ -140,16 +145,10 @@ def _is_inside(parameter: str, names: tuple[str, ...]) -> bool:
     return any(".".join(parts[:end]).endswith(names) for end in range(1, len(parts)))
 
 
-def _check_shape(tensor: StoredTensor, parameter: Parameter, is_base_layer: bool) -> None:
+def _check_shape(tensor: StoredTensor, parameter: Parameter) -> None:
     """A saved module may have more or fewer rows (a resized vocabulary), nothing else."""
     if tensor.shape == parameter.shape:
         return
-    if is_base_layer:
-        raise UnsupportedError(
-            f"{tensor.name} has shape {list(tensor.shape)} and {parameter.name} of the base"
-            f" {list(parameter.shape)}: the vocabulary was resized in training, which is not supported yet"
-            " beside a LoRA of the same weight; resize the base and save it first"
-        )
     if (
         not parameter.shape
         or len(tensor.shape) != len(parameter.shape)
@@ -161,5 +160,5 @@ def _check_shape(tensor: StoredTensor, parameter: Parameter, is_base_layer: bool
         )
 
 
-def _are_equal(one: StoredTensor, other: StoredTensor, digests: Mapping[str, str]) -> bool:
+def are_equal(one: StoredTensor, other: StoredTensor, digests: Mapping[str, str]) -> bool:
     return (one.dtype, one.shape, digests[one.name]) == (other.dtype, other.shape, digests[other.name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -9,7 +10,7 @@ from typing import Any
 
 from streamconv.adapters.base import Parameter, Tie
 from streamconv.adapters.config import AdapterConfig
-from streamconv.checkpoint.types import StoredTensor
+from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.dtypes import DENSE
 from streamconv.errors import AdapterError
 
@@ -59,19 +60,67 @@ class Base:
 
 
 @dataclass(frozen=True, slots=True)
+class MoeLayout:
+    """How the factors of fused experts are packed; None leaves it to shapes, PEFT's version and the model.
+
+    `axis`: the axis of the parameter that lora_A runs along, `last` or `middle`. `order`: what runs slowest in the
+    columns of lora_B, `rank-major` or `expert-major`.
+    """
+
+    axis: str | None = None
+    order: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Renaming:
+    """Between the names of the model that was trained and those of the base: pairs of prefixes, first match wins."""
+
+    reason: str
+    pairs: tuple[tuple[str, str], ...]
+
+    def to_base(self, name: str) -> str:
+        return self._change(name, 0, 1)
+
+    def to_trained(self, name: str) -> str:
+        return self._change(name, 1, 0)
+
+    def _change(self, name: str, before: int, after: int) -> str:
+        for pair in self.pairs:
+            if name.startswith(pair[before]):
+                return pair[after] + name.removeprefix(pair[before])
+        return name
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
-    """One adapter. `tensors` by their key in the file without `base_model.model.`, sorted."""
+    """One adapter. `tensors` by their key without `base_model.model.`, in the names of the base, sorted."""
 
     location: str
     config: AdapterConfig
     tensors: Mapping[str, StoredTensor]
+    renaming: Renaming | None = None
+    moe: MoeLayout = MoeLayout()
+
+    def trained(self, module: str) -> str:
+        """The path that `module` of the base had in training, for which the config's patterns are meant."""
+        return module if self.renaming is None else self.renaming.to_trained(module)
+
+
+def trained_shape(source: Source, parameter: Parameter, key: str) -> Shape:
+    """The shape of `parameter` in training: that of the weight under the adapter, where it is saved as `key`."""
+    under = source.tensors.get(key)
+    return parameter.shape if under is None else under.shape
 
 
 def by_key(location: str, tensors: Iterable[StoredTensor]) -> Mapping[str, StoredTensor]:
-    """Strip the prefix that PEFT gives every key. Raises AdapterError for other keys and element types."""
-    found = {}
+    """Tensors by the key that PEFT's save_pretrained would have given them, without its prefix.
+
+    Raises AdapterError for other keys and element types.
+    """
+    found: dict[str, StoredTensor] = {}
     for tensor in sorted(tensors, key=lambda tensor: tensor.name):
-        if not tensor.name.startswith(PREFIX):
+        name = plain_key(tensor.name)
+        if not name.startswith(PREFIX):
             raise AdapterError(
                 f"{location}: the tensor {tensor.name} does not belong to a PEFT adapter, whose names start"
                 f" with {PREFIX!r}; save the adapter with PEFT's save_pretrained"
@@ -81,5 +130,24 @@ def by_key(location: str, tensors: Iterable[StoredTensor]) -> Mapping[str, Store
                 f"{location}: {tensor.name} is stored as {tensor.dtype}, expected F32, F16 or BF16; a"
                 " quantized adapter must be saved in floating point first"
             )
-        found[tensor.name.removeprefix(PREFIX)] = tensor
-    return MappingProxyType(found)
+        key = name.removeprefix(PREFIX)
+        if key in found:
+            raise AdapterError(
+                f"{location}: {found[key].name} and {tensor.name} are the same thing twice; keep one of them"
+            )
+        found[key] = tensor
+    return MappingProxyType(dict(sorted(found.items())))
+
+
+# What wrappers put into names when a state dict is saved without unwrapping: torch.compile, FSDP, activation
+# checkpointing anywhere, DataParallel and DeepSpeed before all else.
+_WRAPPERS = re.compile(r"^(module\.)+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# `lora_A.default.weight`: a state dict names the adapter, which save_pretrained leaves out.
+_ADAPTER_NAME = re.compile(
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|trainable_tokens_delta)\.default(?=\.|$)"
+)
+
+
+def plain_key(name: str) -> str:
+    """`name` without what wrappers and the name of the adapter, if it is PEFT's default, put into it."""
+    return _ADAPTER_NAME.sub(r".\1", _WRAPPERS.sub("", name))

@@ -29,6 +29,7 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
         "rounding": {"name": plan.rounding.name, "reason": plan.rounding.reason} if plan.rounding else None,
         "adapted_modules": dict(plan.adapted),
         "replaced": list(plan.replaced),
+        "renamed": plan.renamed,
         "untied": plan.untied,
         "quantized": list(plan.quantized),
         "left_in_16_bit": list(plan.skipped),
@@ -111,6 +112,8 @@ def plan_as_text(prepared: Prepared) -> str:
     if plan.rounding:
         lines.insert(6, ("rounding", f"{plan.rounding.name}: {plan.rounding.reason}"))
         lines.insert(7, ("16 bit", ", ".join(plan.skipped) or "-"))
+    if plan.renamed:
+        lines.insert(4, ("names", f"of adapter and base were matched: {plan.renamed}"))
     if plan.untied:
         lines.insert(4, ("untied", "input and output embeddings will differ and are stored apart"))
     return "\n".join(f"{label:9} {text}".rstrip() for label, text in lines)

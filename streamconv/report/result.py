@@ -33,14 +33,15 @@ class Kept:
 class Report:
     """What `merge` and `convert` return. Sizes in bytes, times in seconds.
 
-    `peak_ram_bytes` is anonymous memory above what the process had before planning; `kept_delta` is None
-    where nothing was quantized.
+    `renamed` says how names of adapter and base were matched where they differ; `peak_ram_bytes` is anonymous
+    memory above what the process had before planning; `kept_delta` is None where nothing was quantized.
     """
 
     out: str
     quant: str
     target: str
     rounding: str | None
+    renamed: str | None
     kept_delta: float | None
     kept_by_weight: Mapping[str, float]
     base_error_to_delta: float | None

@@ -448,10 +448,10 @@ CASES: dict[str, Case] = {
         UnsupportedError, ("PROMPT_TUNING", "serve it unmerged"), config(peft_type="PROMPT_TUNING")
     ),
     "method not built": Case(UnsupportedError, ("LOHA", "merge_and_unload"), config(peft_type="LOHA")),
-    "PiSSA": Case(
+    "randomized PiSSA": Case(
         UnsupportedError,
-        ("init_lora_weights is 'pissa'", "path_initial_model_for_weight_conversion"),
-        config(init_lora_weights="pissa"),
+        ("init_lora_weights is 'pissa_niter_4'", "path_initial_model_for_weight_conversion"),
+        config(init_lora_weights="pissa_niter_4"),
     ),
     "aLoRA": Case(
         UnsupportedError,

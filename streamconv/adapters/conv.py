@@ -1,0 +1,81 @@
+"""LoRA and DoRA of convolutions: W [out, in, *kernel] + s·Σ B[o, r] A[r, i, *kernel], groups = 1
+(`_ConvNd` in `peft/tuners/lora/layer.py`, `_DoraConvNdLayer` in `dora.py`).
+
+Kernels are flattened: an output's weights are one row of [out, in·kernel]. A cell is a run of elements, which begins
+and ends anywhere in such rows, as stored rows are those of the kernel's last axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamconv.adapters.lora import dora_gain
+from streamconv.checkpoint.types import Shape, StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Part of one output's weights: elements `weights` of the output, elements `cell` of the cell."""
+
+    output: int
+    weights: slice
+    cell: slice
+
+
+@dataclass(frozen=True, slots=True)
+class ConvUpdate:
+    """Parts `lora_A` [r, in, *kernel], `lora_B` [out, r, 1, ...], and for DoRA `magnitude`, out numbers."""
+
+    parameter: str
+    shape: Shape
+    parts: Mapping[str, StoredTensor]
+    scaling: float
+    is_dora: bool
+
+    @property
+    def reduces(self) -> bool:
+        """An output may lie in several cells, and its norm needs all of them."""
+        return self.is_dora
+
+    def reduce(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
+        """Sum of squares of each output's weights so far, float64 [out]."""
+        updated = self._add(cell.clone(), rows, parts)
+        zeros = torch.zeros(self.shape[0], dtype=torch.float64, device=cell.device)
+        squares = zeros if state is None else state.clone()
+        for run in self._runs(rows):
+            squares[run.output] += updated[run.cell].double().square().sum()
+        return squares
+
+    def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
+        """`cell` plus its share of the update, for DoRA scaled to the trained norms; in place."""
+        updated = self._add(cell, rows, parts)
+        if self.is_dora:
+            assert state is not None
+            gain = dora_gain(self.parameter, parts["magnitude"].double().flatten(), state.sqrt(), 0)
+            for run in self._runs(rows):
+                updated[run.cell] *= gain[run.output]
+        return cell
+
+    def _add(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor]) -> Tensor:
+        """The elements of `cell`, flat, after s·B A was added to them in place."""
+        a, b = parts["lora_A"].flatten(1), parts["lora_B"].flatten(1)
+        flat = cell.view(-1)
+        for run in self._runs(rows):
+            flat[run.cell].addmv_(a[:, run.weights].T, b[run.output], alpha=self.scaling)
+        return flat
+
+    def _runs(self, rows: range) -> Iterator[_Run]:
+        columns, size = self.shape[-1], math.prod(self.shape[1:])
+        origin, stop = rows.start * columns, rows.stop * columns
+        start = origin
+        while start < stop:
+            output, first = divmod(start, size)
+            count = min(size - first, stop - start)
+            place = start - origin
+            yield _Run(output, slice(first, first + count), slice(place, place + count))
+            start += count

@@ -1,0 +1,270 @@
+"""Which experts' weights a LoRA on parameters is for, and how its factors are packed.
+
+A key does not name the parameter: PEFT wraps a module once for every targeted parameter, in the order in which the
+module registers them, so of k pairs of factors the one with k - 1 times `.base_layer` in its key belongs to the first.
+Hub checkpoints of Mixtral, Qwen-MoE, DeepSeek and others store every expert apart, though transformers 5 fuses them
+(`transformers/conversion_mapping.py`); the update is then split onto those weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from streamconv.adapters.base import Parameter, Update
+from streamconv.adapters.experts import ExpertsUpdate
+from streamconv.adapters.lora_config import LoraSettings
+from streamconv.adapters.source import Base, Source
+from streamconv.checkpoint.types import Shape, StoredTensor
+from streamconv.errors import AdapterError, UnsupportedError
+
+# In the order in which modules of transformers register them.
+_REGISTERED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+# What the parts of a fused parameter are called where every expert is stored apart, in the order of their rows.
+_APART: Mapping[str, Sequence[tuple[str, ...]]] = MappingProxyType(
+    {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+)
+# Modules with `is_transposed`: PEFT since 0.19 takes lora_A for the middle axis of these, and before, of all.
+_TRANSPOSED = frozenset({"aria", "aria_text", "gpt_oss", "openai_privacy_filter"})
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """lora_A and lora_B as they are stored."""
+
+    a: StoredTensor
+    b: StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A fused parameter [E, d1, d2] as the base stores it: whole, or in pieces, expert after expert."""
+
+    shape: Shape
+    pieces: tuple[
+        tuple[Parameter, int, int], ...
+    ]  # the weight, its first expert, its first row in that expert
+
+
+def read_experts(
+    source: Source, base: Base, settings: LoraSettings, factors: Mapping[str, Factors]
+) -> tuple[tuple[Update, ...], frozenset[str]]:
+    """The updates of `target_parameters`, and the keys of `factors` they took.
+
+    Raises AdapterError where a target has no tensors or they do not fit, UnsupportedError where the packing cannot be
+    told.
+    """
+    updates: list[Update] = []
+    taken: set[str] = set()
+    seen: set[str] = set()
+    for module, keys in _by_wrapped_module(factors).items():
+        names = _targets_of(source.trained(module), settings.target_parameters)
+        if not names or names == ["weight"]:
+            seen |= {f"{source.trained(module)}.weight"}
+            continue
+        if len(names) != len(keys):
+            raise AdapterError(
+                f"{factors[keys[-1]].a.name} is one of {len(keys)} pairs of factors of {module}, but"
+                f" target_parameters in {settings.name} names {len(names)} of its parameters: {', '.join(names)};"
+                " the file is not complete"
+            )
+        for name, key in zip(_in_order(names, source), keys, strict=True):
+            updates += _updates(module, name, factors[key], settings, source, base)
+            seen.add(f"{source.trained(module)}.{name}")
+        taken |= set(keys)
+    for target in settings.target_parameters:
+        if not any(name == target or name.endswith(f".{target}") for name in seen):
+            raise AdapterError(
+                f"{settings.name}: target_parameters lists {target!r}, but the adapter holds no tensors of it; the file"
+                " is not complete, or the entry matched nothing in training: then remove it"
+            )
+    return tuple(updates), frozenset(taken)
+
+
+def _by_wrapped_module(factors: Mapping[str, Factors]) -> Mapping[str, list[str]]:
+    """Keys of the factors by the module they wrap, the innermost first."""
+    modules: dict[str, list[str]] = {}
+    for key in factors:
+        module = key
+        while module.endswith(".base_layer"):
+            module = module.removesuffix(".base_layer")
+        modules.setdefault(module, []).append(key)
+    return {module: sorted(keys, key=len, reverse=True) for module, keys in modules.items()}
+
+
+def _targets_of(module: str, targets: Sequence[str]) -> list[str]:
+    """Names of the parameters of `module` among target_parameters, which are ends of paths."""
+    names = []
+    for target in targets:
+        inside, _, name = target.rpartition(".")
+        if inside and (module == inside or module.endswith(f".{inside}")) and name not in names:
+            names.append(name)
+    return names
+
+
+def _in_order(names: Sequence[str], source: Source) -> Sequence[str]:
+    if len(names) > 1 and not set(names) <= set(_REGISTERED):
+        raise UnsupportedError(
+            f"{source.config.name}: target_parameters names several parameters of one module ({', '.join(names)}), and"
+            f" their order in it, which tells their tensors apart, is known only for {', '.join(_REGISTERED)}"
+        )
+    return sorted(names, key=_REGISTERED.index) if len(names) > 1 else names
+
+
+# -- one parameter ---------------------------------------------------------------------------------------------------
+
+
+def _updates(
+    module: str, name: str, factors: Factors, settings: LoraSettings, source: Source, base: Base
+) -> list[Update]:
+    if settings.use_dora or settings.lora_bias or settings.initial:
+        raise UnsupportedError(
+            f"{settings.name}: target_parameters go with neither use_dora nor lora_bias nor init_lora_weights"
+            f" {settings.initial or 'pissa'!r}"
+        )
+    stored = _find(module, name, factors.a, base)
+    experts = stored.shape[0]
+    a, b = factors.a, factors.b
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] % experts:
+        raise AdapterError(
+            f"{a.name} has shape {list(a.shape)} and {b.name} {list(b.shape)}, expected [E·r, ·] and [·, E·r] for the"
+            f" {experts} experts of {module}.{name}"
+        )
+    rank, path = a.shape[0] // experts, f"{source.trained(module)}.{name}"
+    settings.check_rank(path, a, rank)
+    is_middle = _is_middle(module, name, stored.shape, factors, settings, source, base)
+    order = source.moe.order or _usual_order(source, module)
+    scaling = settings.scaling(path, rank)
+    updates: list[Update] = []
+    for parameter, first, offset in stored.pieces:
+        is_whole = len(parameter.shape) == 3
+        parts = {"lora_A": a if is_whole else _rows(a, first * rank, rank), "lora_B": b}
+        height = parameter.shape[-2]
+        updates.append(
+            ExpertsUpdate(
+                parameter.name,
+                parameter.shape,
+                MappingProxyType(parts),
+                scaling,
+                experts,
+                first,
+                height,
+                offset,
+                is_middle,
+                order == "expert-major",
+            )
+        )
+    return updates
+
+
+def _rows(tensor: StoredTensor, first: int, count: int) -> StoredTensor:
+    """Consecutive rows of a stored matrix, which are bytes of their own."""
+    nbytes = tensor.shape[1] * tensor.dtype.itemsize
+    return dataclasses.replace(tensor, shape=(count, tensor.shape[1]), offset=tensor.offset + first * nbytes)
+
+
+def _find(module: str, name: str, key: StoredTensor, base: Base) -> _Stored:
+    """The parameter where the base has it: fused, or every expert apart."""
+    for place in (module, module.replace(".mlp.", ".block_sparse_moe.")):
+        whole = base.find(f"{place}.{name}")
+        if whole is not None:
+            if len(whole.shape) == 2:
+                return _Stored((1, *whole.shape), ((whole, 0, 0),))
+            if len(whole.shape) == 3:
+                return _Stored(whole.shape, ((whole, 0, 0),))
+            raise UnsupportedError(f"{key.name} is for {whole.name}, which has shape {list(whole.shape)}")
+        for names in _APART.get(name, ()):
+            if base.find(f"{place}.0.{names[0]}.weight") is not None:
+                return _apart(place, names, base)
+    raise AdapterError(
+        f"{key.name} is for {module}.{name}, which the base model does not have, neither fused nor expert by expert; is"
+        " this the base the adapter was trained on?"
+    )
+
+
+def _apart(place: str, names: Sequence[str], base: Base) -> _Stored:
+    pieces: list[tuple[Parameter, int, int]] = []
+    expert, height, width = 0, 0, 0
+    while base.find(f"{place}.{expert}.{names[0]}.weight") is not None:
+        offset = 0
+        for name in names:
+            parameter = base.get(f"{place}.{expert}.{name}.weight", f"{place}.{expert}.{names[0]}.weight")
+            if len(parameter.shape) != 2 or (width and parameter.shape[1] != width):
+                raise UnsupportedError(
+                    f"{parameter.name} has shape {list(parameter.shape)}, expected a matrix as wide as in other experts"
+                )
+            pieces.append((parameter, expert, offset))
+            offset, width = offset + parameter.shape[0], parameter.shape[1]
+        if height and offset != height:
+            raise UnsupportedError(
+                f"{place}.{expert} has {offset} rows, other experts {height}; they must be alike"
+            )
+        height = offset
+        expert += 1
+    return _Stored((expert, height, width), tuple(pieces))
+
+
+# -- how the factors are packed ----------------------------------------------------------------------------------
+
+
+def _is_middle(
+    module: str,
+    name: str,
+    shape: Shape,
+    factors: Factors,
+    settings: LoraSettings,
+    source: Source,
+    base: Base,
+) -> bool:
+    """Whether lora_A runs along the middle axis: shapes say, else PEFT's version and the model, else the user."""
+    ends = (factors.a.shape[1], factors.b.shape[0])
+    fits = {"last": ends == (shape[2], shape[1]), "middle": ends == (shape[1], shape[2])}
+    if not any(fits.values()):
+        raise AdapterError(
+            f"{module}.{name} of the base has shape {list(shape)}, which does not fit {factors.a.name}"
+            f" {list(factors.a.shape)} and {factors.b.name} {list(factors.b.shape)}; was the adapter trained on this"
+            " base?"
+        )
+    asked = source.moe.axis
+    if asked is not None and not fits[asked]:
+        raise AdapterError(
+            f"--moe-layout {asked} does not fit {factors.a.name}: its shape {list(factors.a.shape)} is for the"
+            f" {'last' if fits['last'] else 'middle'} axis of {module}.{name} {list(shape)}"
+        )
+    if not all(fits.values()):
+        return fits["middle"]
+    if len(shape) == 3 and shape[0] == 1 and asked is None:
+        return False
+    if asked is not None:
+        return asked == "middle"
+    return _usual_axis(module, name, shape, settings, base) == "middle"
+
+
+def _usual_axis(module: str, name: str, shape: Shape, settings: LoraSettings, base: Base) -> str:
+    """What PEFT of the adapter's version does with a square parameter of such a model."""
+    version = settings.peft_version
+    if version is not None and version < (0, 19):
+        return "middle"
+    # 0.19.0 may do one or the other; a fused parameter of a model that is not known may be stored transposed.
+    if version is not None and version >= (0, 19, 1):
+        if str(base.config.get("model_type")) in _TRANSPOSED:
+            return "middle"
+        if base.find(f"{module}.{name}") is None:
+            return "last"
+    raise UnsupportedError(
+        f"{module}.{name} has square experts, {list(shape)}, so shapes do not tell along which axis lora_A runs, and"
+        f" neither do peft_version in {settings.name} and the model's type; say it with --moe-layout last or middle"
+        " (PEFT before 0.19: middle)"
+    )
+
+
+def _usual_order(source: Source, module: str) -> str:
+    if "unsloth" not in source.config.raw.decode(errors="replace").lower():
+        return "rank-major"
+    raise UnsupportedError(
+        f"{source.config.name} names Unsloth, whose versions before September 2026 trained {module} with lora_B packed"
+        " expert-major, and nothing in the file tells; say it with --moe-layout expert-major, or rank-major for"
+        " adapters of other tools and later versions"
+    )

@@ -1,0 +1,82 @@
+"""What training was added to where it began by taking something off the base: PiSSA (Meng et al. 2024, arXiv
+2404.02948) its r greatest singular components, OLoRA (Büyükakyüz 2024, arXiv 2406.01775) s times the first r factors of
+its QR decomposition (`pissa_init`, `olora_init` in `peft/tuners/lora/layer.py`).
+
+    PiSSA: W - Σ_{k≤r} σ_k u_k v_kᵀ        OLoRA: W - s·Q[:, :r] R[:r]
+
+Both products are the same whatever signs a library gives the vectors; the difference is rounded to the weight's type,
+as in training. An adapter that was converted by PEFT on saving (`path_initial_model_for_weight_conversion`) is an
+ordinary LoRA.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from streamconv.checkpoint.types import Shape, StoredTensor
+from streamconv.dtypes import Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class InitialUpdate:
+    """Turns the base's weight into the one trained on; no parts. `kind` is a key of INITIAL."""
+
+    parameter: str
+    shape: Shape
+    parts: Mapping[str, StoredTensor]
+    kind: str
+    rank: int
+    scaling: float
+    transposed: bool
+    dtype: Dtype
+
+    @property
+    def reduces(self) -> bool:
+        return True
+
+    @property
+    def whole_bytes(self) -> int:
+        """Weight, copy, factors, workspace and product of a decomposition in float32."""
+        return 4 * (4 * math.prod(self.shape) + 6 * min(self.shape) ** 2)
+
+    def reduce(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
+        """The weight so far, float32."""
+        if state is None:
+            state = torch.empty(self.shape, dtype=torch.float32, device=cell.device)
+        state[rows.start : rows.stop] = cell
+        return state
+
+    def conclude(self, state: Tensor) -> Tensor:
+        """The weight trained on, from the whole base weight."""
+        weight = state.T if self.transposed else state
+        return state.sub_(self._taken_off(weight)).to(self.dtype.torch).float()
+
+    def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
+        assert state is not None
+        return cell.copy_(state[rows.start : rows.stop])
+
+    def _taken_off(self, weight: Tensor) -> Tensor:
+        left, right = INITIAL[self.kind](weight, self.rank, self.scaling)
+        return right.T @ left.T if self.transposed else left @ right
+
+
+def _pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    del scaling  # PEFT divides the factors by it
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    return u[:, :rank] * s[:rank], vh[:rank]
+
+
+def _olora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    q, r = torch.linalg.qr(weight)
+    return scaling * q[:, :rank], r[:rank]
+
+
+INITIAL: Mapping[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]] = MappingProxyType(
+    {"pissa": _pissa, "olora": _olora}
+)

@@ -1,0 +1,158 @@
+"""What becomes of an embedding and a head that share one tensor, when an adapter changes one of them or both.
+
+PEFT's live model is the measure: it keeps two tensors as soon as it wraps one side, though its own merge writes all
+changes into the shared one. Two changes are of both sides: trained rows, which PEFT shares over a tie, and a LoRA on
+the embedding with `ensure_weight_tying`, whose factors are saved a second time, transposed, as those of the head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from streamconv.adapters.base import Replace, Update
+from streamconv.adapters.lora import LoraUpdate
+from streamconv.adapters.saved import Saved, are_equal
+from streamconv.adapters.source import Base, Source
+from streamconv.adapters.tokens import RowsUpdate
+from streamconv.checkpoint.reader import TensorReader
+from streamconv.errors import AdapterError
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What is carried out; `untie`: embedding and head part ways."""
+
+    updates: tuple[Update, ...]
+    replaces: tuple[Replace, ...]
+    untie: bool
+
+
+def settle_tie(
+    base: Base, source: Source, updates: tuple[Update, ...], saved: Saved, digests: Mapping[str, str]
+) -> Settled:
+    """Updates and replacements for a base that may tie embedding and head.
+
+    A tied head that the base stores all the same is changed as well, or loaders would find two that differ. Raises
+    AdapterError where ensure_weight_tying is set and the two are not one.
+    """
+    tie = base.tie
+    if tie is None:
+        return Settled(updates, saved.replaces, untie=False)
+    pair = (tie.embedding, tie.head)
+    replaces = {replace.parameter: replace for replace in saved.replaces}
+    records = set(saved.records)
+    stores_head = tie.head in base.parameters
+    if not stores_head:
+        records |= _follow_record(replaces, records, pair)
+    others = tuple(update for update in updates if update.parameter not in pair)
+    own = {side: [update for update in updates if update.parameter == side] for side in pair}
+    head_is_saved = tie.head in replaces.keys() - records
+    shared = _take_shared(own[tie.embedding], own[tie.head], head_is_saved, source, digests)
+    # PEFT wraps rows before LoRA, so a LoRA of the head is added to the new rows, too.
+    both: dict[str, list[Update]] = {
+        side: [*(dataclasses.replace(update, parameter=side) for update in shared.rows), *factors]
+        for side, factors in zip(pair, (shared.embedding, shared.head), strict=True)
+    }
+
+    if own[tie.embedding] or own[tie.head] or _differ(replaces, records, pair, source, digests):
+        kept = tuple(update for side in pair for update in (*both[side], *own[side]))
+        return Settled((*others, *kept), tuple(replaces.values()), untie=True)
+    if stores_head:
+        return Settled(
+            (*others, *both[tie.embedding], *both[tie.head]), tuple(replaces.values()), untie=False
+        )
+    replaces.pop(tie.head, None)
+    return Settled((*others, *both[tie.embedding]), tuple(replaces.values()), untie=False)
+
+
+def _follow_record(
+    replaces: dict[str, Replace], records: Collection[str], pair: tuple[str, str]
+) -> frozenset[str]:
+    """What one side was when training began, the other was too; returns the side that is now known."""
+    for one, other in (pair, pair[::-1]):
+        if one in records and other not in replaces:
+            replaces[other] = Replace(other, replaces[one].tensor)
+            return frozenset({other})
+    return frozenset()
+
+
+def _differ(
+    replaces: Mapping[str, Replace],
+    records: Collection[str],
+    pair: tuple[str, str],
+    source: Source,
+    digests: Mapping[str, str],
+) -> bool:
+    """Whether the replacements make the two sides differ."""
+    embedding, head = (replaces.get(side) for side in pair)
+    if embedding is not None and head is not None:
+        return not are_equal(embedding.tensor, head.tensor, digests)
+    if embedding is None and head is None:
+        return False
+    there = next(side for side in pair if side in replaces)
+    missing = next(side for side in pair if side not in replaces)
+    if source.config.flag("ensure_weight_tying") and there not in records:
+        raise AdapterError(
+            f"{source.config.name}: ensure_weight_tying is set and {there} is saved, but {missing} is not; the file"
+            " is not complete"
+        )
+    return there not in records
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """Changes of both sides: rows, the same for both, and LoRA, one for each, as their shapes are not the same."""
+
+    rows: list[RowsUpdate]
+    embedding: list[Update]
+    head: list[Update]
+
+
+def _take_shared(
+    embedding: list[Update],
+    head: list[Update],
+    head_is_saved: bool,
+    source: Source,
+    digests: Mapping[str, str],
+) -> _Shared:
+    """Move what changes both sides alike out of the two lists."""
+    shared = _Shared([], [], [])
+    rows = {
+        side: [u for u in updates if isinstance(u, RowsUpdate)]
+        for side, updates in (("e", embedding), ("h", head))
+    }
+    if (
+        rows["e"]
+        and not head_is_saved
+        and (not rows["h"] or _are_same_rows(rows["e"][0], rows["h"][0], digests))
+    ):
+        shared.rows.append(rows["e"][0])
+        embedding.remove(rows["e"][0])
+        for update in rows["h"]:
+            head.remove(update)
+    factors = [u for u in (*embedding, *head) if isinstance(u, LoraUpdate)]
+    if source.config.flag("ensure_weight_tying") and len(factors) == 2:
+        _check_transposes(factors[0], factors[1])
+        shared.embedding.append(factors[0])
+        shared.head.append(factors[1])
+        embedding.remove(factors[0])
+        head.remove(factors[1])
+    return shared
+
+
+def _are_same_rows(one: RowsUpdate, other: RowsUpdate, digests: Mapping[str, str]) -> bool:
+    return one.places == other.places and are_equal(one.parts["rows"], other.parts["rows"], digests)
+
+
+def _check_transposes(embedding: LoraUpdate, head: LoraUpdate) -> None:
+    """Raise AdapterError unless the head's factors are the embedding's, transposed."""
+    with TensorReader() as reader:
+        for ours, theirs in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+            left, right = embedding.parts[ours], head.parts[theirs]
+            if not reader.load(left).T.equal(reader.load(right)):
+                raise AdapterError(
+                    f"ensure_weight_tying is set, so {right.name} must be {left.name} transposed, and it is not; if"
+                    " the head was trained by itself, set ensure_weight_tying to false"
+                )

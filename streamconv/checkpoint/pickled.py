@@ -1,0 +1,58 @@
+"""Tensors of a file that `torch.save` wrote, and where their bytes lie in it.
+
+Such a file is a zip archive: a pickle that says what the tensors are, and the bytes of every storage, not compressed.
+The pickle is read under `weights_only`, which makes nothing but tensors and plain containers, and with fake tensors,
+which know their place in the file and hold no memory; bytes are then read as those of any other tensor.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from streamconv.checkpoint.types import StoredTensor
+from streamconv.dtypes import DTYPES
+from streamconv.errors import CheckpointError
+from streamconv.storage.base import SourceFile
+
+_BY_TORCH = {dtype.torch: dtype for dtype in DTYPES.values()}
+
+
+def read_pickled(file: SourceFile) -> Mapping[str, StoredTensor]:
+    """Every tensor of a pickled state dict. Raises CheckpointError for what is not one, or not of this format."""
+    try:
+        with FakeTensorMode():
+            loaded = torch.load(file.path, weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise CheckpointError(
+            f"{file.name} cannot be read as a file of tensors that torch.save wrote ({reason}); save it as safetensors"
+        ) from error
+    if not isinstance(loaded, dict) or not loaded:
+        raise CheckpointError(f"{file.name} must hold tensors by name, found {type(loaded).__name__}")
+    return MappingProxyType({str(name): _stored(str(name), value, file) for name, value in loaded.items()})
+
+
+def _stored(name: str, value: object, file: SourceFile) -> StoredTensor:
+    if not isinstance(value, torch.Tensor) or value.dtype not in _BY_TORCH:
+        kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise CheckpointError(f"{file.name}: {name} must be a tensor of numbers, found {kind}")
+    start = getattr(value.untyped_storage(), "_checkpoint_offset", None)
+    if start is None or not value.is_contiguous():
+        raise CheckpointError(
+            f"{file.name}: the bytes of {name} do not lie together in the file; save it as safetensors"
+        )
+    tensor = StoredTensor(
+        name,
+        _BY_TORCH[value.dtype],
+        tuple(value.shape),
+        file,
+        start + value.storage_offset() * value.dtype.itemsize,
+    )
+    if tensor.offset + tensor.nbytes > file.size:
+        raise CheckpointError(f"{file.name}: {name} ends beyond the file; it was cut short, copy it again")
+    return tensor

@@ -1,0 +1,99 @@
+"""Whatever key is taken from, renamed in or added to a valid adapter: it is refused, and the message names it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig
+from transformers import MixtralConfig
+
+from streamconv.errors import InputError
+from tests.merging import read
+from tests.tiny import (
+    VOCABULARY,
+    edit_tensors,
+    gpt2_config,
+    llama_config,
+    read_tensors,
+    save_adapter,
+    save_base,
+)
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+FORMS = {
+    "plain": ("llama", {"target_modules": ["q_proj", "down_proj"]}),
+    "dora": ("llama", {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}),
+    "biases": ("gpt2", {"target_modules": ["c_attn"], "lora_bias": True, "fan_in_fan_out": True}),
+    "rows": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}),
+    "saved": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
+}
+CONFIGS = {
+    "llama": llama_config(),
+    "gpt2": gpt2_config(),
+    "mixtral": MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=72,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Base and adapter of each form."""
+    folder = tmp_path_factory.mktemp("valid")
+    bases = {name: save_base(folder / name, config) for name, config in CONFIGS.items()}
+    found = {}
+    for form, (base, fields) in FORMS.items():
+        config = LoraConfig(r=4, task_type="CAUSAL_LM", **fields)  # type: ignore[arg-type]
+        found[form] = (bases[base], save_adapter(folder / form, bases[base], config).path)
+        read(*found[form])  # as it is, it is right
+    return found
+
+
+def words_of(key: str) -> str:
+    """What of a key a message must have: PEFT's prefix need not be there, nor which of a module's tensors it is."""
+    module = key.removeprefix(PREFIX).partition(".lora_")[0].partition(".token_adapter")[0]
+    return module.removesuffix(".weight").removesuffix(".base_layer")
+
+
+@settings(max_examples=60, deadline=None)
+@given(form=st.sampled_from(sorted(FORMS)), change=st.sampled_from(["drop", "rename", "add"]), data=st.data())
+def test_a_changed_key_is_refused_by_name(
+    valid: dict[str, tuple[Path, Path]], form: str, change: str, data: st.DataObject
+) -> None:
+    base, original = valid[form]
+    # The weight under an adapter may be missing: then the base's is meant, as for PEFT.
+    keys = sorted(key for key in read_tensors(original / WEIGHTS) if not key.endswith(".base_layer.weight"))
+    key = data.draw(st.sampled_from(keys))
+    place = data.draw(st.integers(len(PREFIX), len(key)))
+    other = key[:place] + data.draw(st.sampled_from(["x", ".x", ".lora_C", "_"])) + key[place:]
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = Path(shutil.copytree(original, Path(folder) / "adapter"))
+        match change:
+            case "drop":
+                edit_tensors(adapter / WEIGHTS, drop=[key])
+            case "rename":
+                edit_tensors(adapter / WEIGHTS, rename={key: other})
+            case "add":
+                edit_tensors(adapter / WEIGHTS, put={other: torch.ones(4, 4)})
+        with pytest.raises(InputError) as caught:
+            read(base, adapter)
+    message = str(caught.value)
+    names = [words_of(key), "trainable_token_indices"] + (
+        [] if change == "drop" else [other, words_of(other)]
+    )
+    assert any(name in message or name.rpartition(".")[2] in message for name in names if name), message

@@ -1,0 +1,78 @@
+"""What PiSSA and OLoRA take off the base: against float64, for any shape and either orientation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from streamconv.adapters.base import WholeUpdate
+from streamconv.adapters.initial import INITIAL, InitialUpdate
+from streamconv.dtypes import BF16, F32, Dtype
+
+SHAPES = [(96, 40), (40, 96), (64, 64), (130, 7)]
+
+
+def concluded(weight: Tensor, kind: str, rank: int, transposed: bool, dtype: Dtype = F32) -> Tensor:
+    """The weight trained on, its cells read in order and returned in another."""
+    shape = (weight.shape[0], weight.shape[1])
+    update = InitialUpdate("w", shape, {}, kind, rank, 0.5, transposed, dtype)
+    assert isinstance(update, WholeUpdate)
+    cells = [range(i, min(i + 64, shape[0])) for i in range(0, shape[0], 64)]
+    state = None
+    for rows in cells:
+        state = update.reduce(weight[rows.start : rows.stop], rows, {}, state)
+    assert state is not None
+    state = update.conclude(state)
+    out = torch.empty_like(weight)
+    for rows in reversed(cells):
+        out[rows.start : rows.stop] = update.apply(weight[rows.start : rows.stop].clone(), rows, {}, state)
+    return out
+
+
+def exact(weight: Tensor, kind: str, rank: int) -> Tensor:
+    full = weight.double()
+    if kind == "pissa":
+        u, s, vh = torch.linalg.svd(full, full_matrices=False)
+        rest: Tensor = full - (u[:, :rank] * s[:rank]) @ vh[:rank]
+        return rest
+    q = torch.linalg.qr(full[:, :rank])[0]  # the projection onto the first columns of W
+    projected: Tensor = full - 0.5 * q @ (q.T @ full)
+    return projected
+
+
+def spread(shape: tuple[int, int]) -> Tensor:
+    """Singular values well apart: where two are close, float32 and float64 share their vectors out otherwise."""
+    u, _, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    found: Tensor = (u * (8 * 0.8 ** torch.arange(min(shape)))) @ vh
+    return found
+
+
+@pytest.mark.parametrize("kind", sorted(INITIAL))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_rest_is_that_of_float64(kind: str, shape: tuple[int, int], transposed: bool) -> None:
+    torch.manual_seed(0)
+    weight = spread(shape).float()
+    stored = weight.T.contiguous() if transposed else weight
+    found = concluded(stored, kind, 5, transposed)
+    expected = exact(weight, kind, 5).float()
+    torch.testing.assert_close(found, expected.T if transposed else expected, rtol=0, atol=2e-5)
+    assert (stored - found).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", sorted(INITIAL))
+def test_it_is_rounded_to_the_type_it_was_trained_in(kind: str) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 32).bfloat16().float()
+    found = concluded(weight, kind, 3, False, BF16)
+    assert torch.equal(found, found.bfloat16().float())
+    assert not torch.equal(found, concluded(weight, kind, 3, False))
+
+
+def test_memory_is_counted_for_the_larger_side() -> None:
+    for shape in SHAPES:
+        update = InitialUpdate("w", shape, {}, "pissa", 3, 1.0, False, F32)
+        assert update.whole_bytes > 4 * 4 * math.prod(shape)
