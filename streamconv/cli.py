@@ -73,6 +73,8 @@ class _Command(click.Command):
         super().__init__(*args, **attributes)
         # Of its own, as click would put the command's name between the two.
         self.context_settings.setdefault("auto_envvar_prefix", "STREAMCONV")
+        # Also of its own: click keeps the option that the first context made, be it one without a parent.
+        self.context_settings.setdefault("help_option_names", ["-h", "--help"])
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for section, records in sections(self, ctx).items():
@@ -768,6 +770,7 @@ def _stop_on_signals() -> Iterator[StopRequest]:
 def _leave(number: int, frame: FrameType | None) -> None:
     """End an upload at once: huggingface_hub would first wait for all its threads, and there is nothing to save."""
     del frame
+    signal.signal(number, signal.SIG_IGN)  # impatience need not be told twice
     os.write(2, b"\nstopped; the same command goes on\n")
     os._exit(128 + number)
 

@@ -47,7 +47,7 @@ def _text(command: click.Command) -> Iterator[str]:
 def _tables(command: click.Command) -> Mapping[str, str]:
     """A table of options for each heading."""
     tables = {}
-    with click.Context(command) as context:
+    with command.make_context(command.name, [], resilient_parsing=True) as context:
         for title, records in sections(command, context).items():
             rows = (
                 f"| `{_cell(option)}` | {_cell(meaning)} |"
