@@ -21,7 +21,7 @@ from streamconv.checkpoint.writer import free_bytes
 from streamconv.devices import resolve_device
 from streamconv.dtypes import BF16, DENSE, Dtype
 from streamconv.errors import InputError, OptionError, OutputError, ResourceError, VerificationError
-from streamconv.executor import StopRequest, run_plan
+from streamconv.executor import Output, StopRequest, run_plans
 from streamconv.formats import FORMATS, find_weights
 from streamconv.journal import Journal, is_owned, is_publishing, remove_leftovers
 from streamconv.memory import anonymous_bytes
@@ -377,11 +377,11 @@ def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopReques
         if resumed:
             _log.info("going on: %s of %s are there already", format_size(there), format_size(plan.size))
         meter.start(there)
-        sink = ShardSink(journal, writers)
         try:
-            run_plan(plan, sink, starts, meter.add, stop)
+            run_plans([Output(plan, starts, lambda: ShardSink(journal, writers))], meter.add, stop)
         finally:
-            sink.close()
+            for writer in writers.values():  # of shards that were not begun
+                writer.close()
         sums = {name: KeptDelta(*values) for name, values in journal.progress.sums.items()}
         kept = kept_delta(sums)
         _check_kept(plan, kept, journal)

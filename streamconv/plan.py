@@ -20,8 +20,9 @@ from streamconv.layout import ShardLayout
 from streamconv.rounding.base import Rounding
 
 DEFAULT_MIN_KEPT = 0.2
-# Tile buffers in flight between reader, compute and writer: half for what is read, half for what is written.
-BUFFERS = 6
+# Tiles in flight in a lane: being read, computed, written and hashed. Each has a buffer for what is read of it, and one
+# for what is written.
+SLOTS = 6
 # Weights whose side parts and adapters are in memory: the one computed, and the next one being read.
 WEIGHTS_HELD = 2
 
@@ -117,13 +118,15 @@ ShardPlan = ShardLayout[Step]
 class Memory:
     """What a run needs at most, in bytes, above the interpreter with torch loaded.
 
-    `buffer` bounds the bytes of a tile, `workers` is how many threads share its cells.
+    `buffer` bounds the bytes of a tile, `workers` is how many threads share its cells, `lanes` how many shards are in
+    work at once.
     """
 
     ram: int
     vram: int
     buffer: int
     workers: int
+    lanes: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ def build_plan(base: Base, adapter: Adapter | None, options: MergeOptions, devic
         options=options,
         device=device,
         shards=shards,
-        memory=plan_memory(steps, options, device),
+        memory=plan_memory(steps, options, device, len(shards)),
         quant=result.quant.name if result.quant else None,
         target=result.target,
         rounding=result.rounding_choice,
