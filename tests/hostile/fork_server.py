@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from streamconv import cli, executor, output, pipeline
+from streamconv import cli, executor, output
 from streamconv.checkpoint import writer
 from streamconv.executor import Sink
+from streamconv.pipeline import runner
 from streamconv.plan import Plan
 from tests.hostile.commands import Request
 
@@ -39,7 +40,7 @@ class Child:
         for name in WATCHED:
             setattr(os, name, self._watched(name, getattr(os, name)))
         writer._fdatasync = self._watched("fdatasync", writer._fdatasync)
-        vars(pipeline)["run_plan"] = self._noting_starts(executor.run_plan)
+        vars(runner)["run_plan"] = self._noting_starts(executor.run_plan)
         output.WATERMARK_BYTES = self.request.watermark_bytes
         executor.GRACE_S = self.request.grace_s
 
