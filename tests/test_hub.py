@@ -125,9 +125,29 @@ def test_a_merge_of_ids_is_the_merge_of_the_folders(stocked: Hub, inputs: Inputs
     streamconv.merge(inputs.base, inputs.adapter, tmp_path / "local")
     found, expected = contents(tmp_path / "out"), contents(tmp_path / "local")
     assert found.keys() == expected.keys()
-    assert {name for name in found if found[name] != expected[name]} == {"README.md", "streamconv.json"}
+    # They name the commits.
+    assert {name for name in found if found[name] != expected[name]} == {
+        "README.md",
+        "streamconv-recipe.json",
+        "streamconv.json",
+    }
     assert stocked.downloaded() == USED | inputs.shards
     assert not stocked.asked("*/api/models/*", "POST")
+
+
+def test_the_stored_recipe_names_inputs_by_commit(stocked: Hub, tmp_path: Path) -> None:
+    """So it needs nothing but an output folder; and a branch that has moved since changes nothing."""
+    succeed("merge", *INPUTS, "-o", tmp_path / "out")
+    commits = {name: stocked.repos[f"org/{name}"].refs["main"] for name in ("base", "adapter")}
+    recipe = tmp_path / "out" / "streamconv-recipe.json"
+    found = json.loads(recipe.read_text())
+    assert {name: found[name] for name in commits} == {
+        name: f"org/{name}@{at}" for name, at in commits.items()
+    }
+    assert found["adapter-subfolder"] == SUBFOLDER
+    stocked.repos["org/base"].commit({"README.md": b"all weights are gone"})
+    succeed("merge", "--recipe", recipe, "-o", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
 
 
 def test_the_commits_are_in_manifest_and_card(stocked: Hub, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ LAYERS = [
     {"grids"},
     {"formats", "rounding", "adapters", "devices", "layout"},
     {"plan"},
-    {"memory", "fingerprint", "sidecars"},
+    {"memory", "fingerprint", "sidecars", "recipe"},
     {"planner", "cells"},
     {"journal", "executor"},
     {"output", "verifier"},

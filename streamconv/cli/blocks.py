@@ -24,6 +24,7 @@ class Section(StrEnum):
     RESOURCES = "Resources"
     PLACE = "Output folder"
     UPLOAD = "Upload"
+    RECIPE = "Recipe"
     MESSAGES = "Messages"
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamconv.cli.blocks import Command, group
+from streamconv.cli.blocks import group
 from streamconv.cli.options import (
     ADAPTER_HELP,
     ADAPTER_PLACE,
@@ -26,6 +26,7 @@ from streamconv.cli.options import (
     out_option,
 )
 from streamconv.cli.progress import progress
+from streamconv.cli.recipes import RECIPE, JobCommand
 from streamconv.cli.signals import stop_on_signals
 from streamconv.cli.uploads import PUSHING, check_before, hush_hub, push_target, push_verified, show_pushed
 from streamconv.sizes import format_size
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from streamconv.report.result import Report
 
 
-@click.command("merge", cls=Command)
+@click.command("merge", cls=JobCommand)
 @group(
     BASE,
     BASE_REVISION,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     RESOURCES,
     PLACE,
     PUSH_TO,
+    RECIPE,
     SHOW,
 )
 def merge_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
@@ -60,8 +62,8 @@ def merge_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: 
     _run_job(given, out, dry_run, as_json, quiet)
 
 
-@click.command("convert", cls=Command)
-@group(BASE, BASE_REVISION, OUT, RESULT, RESOURCES, PLACE, PUSH_TO, SHOW)
+@click.command("convert", cls=JobCommand)
+@group(BASE, BASE_REVISION, OUT, RESULT, RESOURCES, PLACE, PUSH_TO, RECIPE, SHOW)
 def convert_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
     """Quantize, dequantize or reshard a model, without an adapter.
 
@@ -72,7 +74,7 @@ def convert_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given
     _run_job(given, out, dry_run, as_json, quiet)
 
 
-@click.command("plan", cls=Command)
+@click.command("plan", cls=JobCommand)
 @group(
     BASE,
     BASE_REVISION,
@@ -83,6 +85,8 @@ def convert_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given
     TARGET,
     RESOURCES,
     PLACE,
+    PUSH_TO,
+    RECIPE,
     SHOW,
 )
 def plan_command(out: str | None, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
@@ -90,6 +94,7 @@ def plan_command(out: str | None, dry_run: bool, as_json: bool, quiet: bool, **g
     del dry_run
     from streamconv.pipeline import prepare
 
+    push_target(given)
     _show_plan(prepare(_job(given)), out, as_json, quiet)
 
 

@@ -1,4 +1,4 @@
-"""The small files of an output that are made, not copied: index, model card, manifest, config.json."""
+"""The small files of an output that are made, not copied: index, model card, recipe, manifest, config.json."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from streamconv.formats import FORMATS
 from streamconv.output import CONFIG, INDEX
 from streamconv.pipeline.preparation import Prepared
 from streamconv.plan import Plan
+from streamconv.recipe import RECIPE, write_recipe
 from streamconv.report.card import model_card
 from streamconv.report.result import MANIFEST, Kept, manifest
 from streamconv.sidecars import edit_config
+from streamconv.sizes import exact_size
 
 
 def generated_files(prepared: Prepared, hashes: Mapping[str, str], kept: Kept | None) -> Mapping[str, bytes]:
     """The small files of the output, in the order they appear."""
     plan, base = prepared.plan, prepared.base
-    config = _config(prepared)
-    contents = {
-        INDEX: _index(plan),
-        MANIFEST: manifest(plan, hashes, kept, {CONFIG: config}),
-        CONFIG: config,
-    }
+    loaded = {RECIPE: _recipe(prepared), CONFIG: _config(prepared)}
+    contents = {INDEX: _index(plan), MANIFEST: manifest(plan, hashes, kept, loaded), **loaded}
     if prepared.job.card:
         contents["README.md"] = model_card(plan, base.index, prepared.adapter_storage, prepared.copied, kept)
     return {name: contents[name] for name in prepared.generated}
@@ -36,6 +34,37 @@ def _index(plan: Plan) -> bytes:
     total = sum(placed.nbytes for shard in plan.shards for placed in shard.steps)
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _recipe(prepared: Prepared) -> bytes:
+    """The options that shape the output, for `--recipe`. Inputs stand in it by Hub id and commit alone.
+
+    A folder's name would tell of this machine, and make the same model differ from folder to folder. Permission to
+    open pickles is for whoever runs it to give.
+    """
+    job, options = prepared.job, prepared.job.options
+    origins = prepared.plan.fingerprint["from"]
+    of_merge = {
+        "adapter": origins["adapter"],
+        "adapter-subfolder": job.adapter_subfolder if origins["adapter"] else None,
+        "merge-base": options.merge_base,
+        "min-kept": options.min_kept,
+        "tokenizer": job.tokenizer,
+        "moe-layout": options.moe_layout,
+    }
+    values = {
+        "base": origins["base"],
+        **(of_merge if prepared.adapter else {}),
+        "quant": options.quant,
+        "dtype": options.dtype,
+        "rounding": options.rounding,
+        "seed": options.seed,
+        "ignore": list(options.ignore),
+        "max-shard-size": exact_size(options.max_shard_bytes) if options.max_shard_bytes else None,
+        "card": job.card,
+        "copy-extra": list(job.copy_extra),
+    }
+    return (write_recipe({key: value for key, value in values.items() if value is not None}) + "\n").encode()
 
 
 def _config(prepared: Prepared) -> bytes:

@@ -14,6 +14,7 @@ from streamconv.output import CONFIG, INDEX
 from streamconv.pipeline.job import Job, parse_moe_layout
 from streamconv.plan import Plan
 from streamconv.planner import Base, build_plan, read_base
+from streamconv.recipe import RECIPE
 from streamconv.report.result import MANIFEST
 from streamconv.sidecars import choose_tokenizer, files_to_copy
 from streamconv.storage import open_storage
@@ -38,7 +39,7 @@ class Prepared:
         """Names of the small files the run writes beside the weights, in the order they appear."""
         index = (INDEX,) if len(self.plan.shards) > 1 else ()
         card = ("README.md",) if self.job.card else ()
-        return (*index, *card, MANIFEST, CONFIG)
+        return (*index, *card, RECIPE, MANIFEST, CONFIG)
 
     def downloads(self) -> tuple[tuple[Storage, tuple[SourceFile, ...]], ...]:
         """What has to come from the Hub before the run can read it, by storage: of a base, mostly its shards."""

@@ -44,7 +44,10 @@ def test_help_groups_options_and_forgets_none() -> None:
         assert f"{param.opts[-1]} " in text or f"{param.opts[-1]}," in text, param.opts
 
 
-@pytest.mark.parametrize("arguments", ["--help", "merge --help", "--version", "merge --qunat nf4", "mrege"])
+@pytest.mark.parametrize(
+    "arguments",
+    ["--help", "merge --help", "--version", "merge --qunat nf4", "mrege", "merge --recipe nowhere.yaml"],
+)
 def test_it_answers_without_loading_what_takes_seconds(arguments: str) -> None:
     heavy = ("torch", "numpy", "bitsandbytes", "huggingface_hub", "transformers", "safetensors", "tqdm")
     script = (

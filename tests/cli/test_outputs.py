@@ -77,6 +77,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "config.json was changed",
     ),
     "the config missing": (lambda out: (out / "config.json").unlink(), "config.json"),
+    "the recipe edited": (
+        lambda out: edit_json(out / "streamconv-recipe.json", seed=7),
+        "streamconv-recipe.json was changed",
+    ),
+    "the recipe missing": (
+        lambda out: (out / "streamconv-recipe.json").unlink(),
+        "streamconv-recipe.json was removed",
+    ),
     "a manifest of no shards": (lambda out: edit_json(out / "streamconv.json", shards={}), "streamconv.json"),
     "a manifest that is odd": (
         lambda out: edit_json(out / "streamconv.json", shards={"a": 5}),
