@@ -66,7 +66,7 @@ def verify_layout(out: Path, plan: Plan) -> None:
 
 
 def verify_output(location: str, manifest_name: str, on_progress: Callable[[int], None]) -> Verified:
-    """Reread every shard of an output, its index and config.json, and compare with its manifest.
+    """Reread every shard of an output, its index, config.json and recipe, and compare with its manifest.
 
     Other files beside the weights may be edited freely. Raises VerificationError where something differs,
     InputError where there is no manifest.
@@ -85,10 +85,12 @@ def verify_output(location: str, manifest_name: str, on_progress: Callable[[int]
         raise VerificationError(
             f"{location}: {min(strange)} is in only one of index and {manifest_name}; do not use this output"
         )
+    there = storage.names()
     for name, (_, sha256) in files.items():
-        if hash_file(storage.file(name).path, lambda _: None) != sha256:
+        if name not in there or hash_file(storage.file(name).path, lambda _: None) != sha256:
+            done = "changed" if name in there else "removed"
             raise VerificationError(
-                f"{location}: the weights are as they were written, but {name} was changed since; "
+                f"{location}: the weights are as they were written, but {name} was {done} since; "
                 "restore it if that was not meant"
             )
     return Verified(len(shards), len(index.tensors), total, exact=False)

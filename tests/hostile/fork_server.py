@@ -16,9 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamconv import cli, executor, output, pipeline
+from streamconv import cli, executor, output
 from streamconv.checkpoint import writer
 from streamconv.executor import Output
+from streamconv.pipeline import runner
 from tests.hostile.commands import Request
 
 WATCHED = ("pwrite", "write", "fsync", "replace", "unlink", "rmdir", "mkdir", "truncate", "ftruncate")
@@ -39,7 +40,7 @@ class Child:
         for name in WATCHED:
             setattr(os, name, self._watched(name, getattr(os, name)))
         writer._fdatasync = self._watched("fdatasync", writer._fdatasync)
-        vars(pipeline)["run_plans"] = self._noting_starts(executor.run_plans)
+        vars(runner)["run_plans"] = self._noting_starts(executor.run_plans)
         output.WATERMARK_BYTES = self.request.watermark_bytes
         executor.GRACE_S = self.request.grace_s
 
