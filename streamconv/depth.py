@@ -23,7 +23,7 @@ _COUNT = "num_hidden_layers"
 # Lists of the config with an entry for each layer.
 _LISTS = ("layer_types", "no_rope_layers")
 # What such a list says of the layers of a family; where the config leaves it out, the layer's number decides.
-_KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         **dict.fromkeys(
             (
@@ -111,7 +111,7 @@ def _find_layers(base: Base) -> tuple[str, Sequence[Sequence[Weight]]]:
     count = base.index.config.get(_COUNT)
     if count != len(layers) or sorted(layers) != list(range(len(layers))):
         raise CheckpointError(
-            f"{where}: {_COUNT} in config.json is {shown(count)}, and tensors are there for {len(layers)} layers"
+            f"{where}: {_COUNT} in config.json is {_found(count)}, and tensors are there for {len(layers)} layers"
             f" up to {stack}.{max(layers)}; layers can be repeated only where the two agree"
         )
     return stack, [layers[number] for number in range(len(layers))]
@@ -145,10 +145,10 @@ def _edit_config(base: Base, depth: Depth) -> dict[str, Any]:
     """config.json of the deeper model. Raises UnsupportedError where copies could become layers of another kind."""
     config, where = dict(base.index.config), base.index.storage.location
     family = str(config.get("model_type"))
-    if family not in _KINDS:
+    if family not in KINDS:
         raise UnsupportedError(
             f"{where}: the adapter was trained with layer_replication, and whether layers of a {family} model may stand"
-            f" at other places is not known; known are {', '.join(_KINDS)}"
+            f" at other places is not known; known are {', '.join(KINDS)}"
         )
     for field, neutral in _BY_NUMBER.items():
         if config.get(field) not in (None, neutral):
@@ -157,7 +157,7 @@ def _edit_config(base: Base, depth: Depth) -> dict[str, Any]:
                 " layer_replication is not supported for such a model"
             )
     windows = ("layer_types",) if config.get("use_sliding_window") else ()
-    needed = {*_KINDS[family], *windows}
+    needed = {*KINDS[family], *windows}
     for field in _LISTS:
         if field in needed or config.get(field) is not None:
             config[field] = _moved_entries(config.get(field), depth, f"{where}: {field} in config.json")
@@ -168,7 +168,11 @@ def _edit_config(base: Base, depth: Depth) -> dict[str, Any]:
 def _moved_entries(kinds: object, depth: Depth, what: str) -> list[Any]:
     if not isinstance(kinds, list) or len(kinds) != depth.before:
         raise UnsupportedError(
-            f"{what} is {shown(kinds)}, expected a list with an entry for each of the {depth.before} layers, which are"
+            f"{what} is {_found(kinds)}, expected a list with an entry for each of the {depth.before} layers, which are"
             " of several kinds, and copies keep theirs; saving the base with transformers 4.53 or later writes the list"
         )
     return [kinds[source] for source in depth.sources]
+
+
+def _found(value: object) -> str:
+    return "missing" if value is None else shown(value)

@@ -313,6 +313,8 @@ def prepare(job: Job) -> Prepared:
     if job.adapter is not None:
         adapter_storage = open_storage(job.adapter, job.adapter_revision, job.adapter_subfolder)
         base = deepen(base, read_config(adapter_storage))
+        if base.depth is not None:
+            _log.info("the adapter repeats layers of the base: %s", base.depth)
     adapter = None
     if adapter_storage is not None:
         parameters = {

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from itertools import chain
 
-from streamconv.adapters.config import AdapterConfig
+from streamconv.adapters.config import AdapterConfig, is_empty
 from streamconv.adapters.source import Source
+from streamconv.adapters.targets import ALL_LINEAR
 from streamconv.checkpoint.strict_json import shown
 from streamconv.errors import AdapterError
 
@@ -57,21 +59,29 @@ def check_every_layer(source: Source, modules: Iterable[str], covered: Collectio
     """Raise AdapterError where layers are repeated and the adapter does not reach all of them.
 
     An adapter of the base as it is would fit the first layers and leave the rest as they are. `modules` are those of
-    the base, layers repeated; `covered` those that the adapter changes. Nothing is known where the config's targets
-    may mean some layers only.
+    the base, layers repeated; `covered` those that the adapter changes. Nothing is known where the config may mean
+    some layers only.
     """
     config = source.config
-    targets = config.fields.get("target_modules")
-    chosen = ("layers_to_transform", "exclude_modules")
-    if not read_ranges(config) or not isinstance(targets, list) or any(config.fields.get(f) for f in chosen):
+    if not read_ranges(config) or _may_mean_some(config):
         return
     adapted = {match["rest"] for match in map(LAYER.fullmatch, covered) if match}
-    meant = {rest for rest in adapted if any(f".{rest}".endswith(f".{target}") for target in targets)}
     for module in modules:
         match = LAYER.fullmatch(module)
-        if match and match["rest"] in meant and module not in covered:
+        if match and match["rest"] in adapted and module not in covered:
             raise AdapterError(
                 f"{source.location}: layer_replication in {config.name} repeats layers, and the adapter holds no"
                 f" tensors for {module}, though it does for {match['rest']} of others; the file is not complete, or"
                 " was trained without repeated layers: then remove the field"
             )
+
+
+def _may_mean_some(config: AdapterConfig) -> bool:
+    """Whether the config could choose a module in one layer and not in another."""
+    if any(not is_empty(config.fields.get(field)) for field in ("layers_to_transform", "exclude_modules")):
+        return True
+    targets = config.fields.get("target_modules")
+    if isinstance(targets, str):
+        return targets.lower() != ALL_LINEAR
+    names = (config.names(field) for field in ("target_modules", "target_parameters", "modules_to_save"))
+    return any(part.isdigit() for name in chain(*names) for part in name.split("."))
