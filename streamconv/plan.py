@@ -138,8 +138,29 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
+class Depth:
+    """Layers of an output that repeats those of its base: `before` in number, now those in `ranges` [start, end)."""
+
+    before: int
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """By number of an output's layer, the layer of the base it is."""
+        return tuple(layer for start, end in self.ranges for layer in range(start, end))
+
+    def __str__(self) -> str:
+        ranges = ", ".join(f"[{start}, {end})" for start, end in self.ranges[:8])
+        more = ", ..." if len(self.ranges) > 8 else ""
+        return f"{self.before} layers become {len(self.sources)}: {ranges}{more}"
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """All that a run will do. `quant` names the output's format of quantized weights, None if it has none."""
+    """All that a run will do. `quant` names the output's format of quantized weights, None if it has none.
+
+    `depth` is None where the output has the layers of the base.
+    """
 
     options: MergeOptions
     device: Device
@@ -153,6 +174,7 @@ class Plan:
     adapted: Mapping[str, int]
     replaced: tuple[str, ...]
     renamed: str | None
+    depth: Depth | None
     untied: bool
     dtype: str | None
     vocab_size: tuple[int, int] | None
