@@ -63,7 +63,7 @@ class ShardSink:
         if self._writer is None:
             path = self._journal.partial(shard.name)
             _remove(path)
-            self._writer = ShardWriter.create(path, shard.header, shard.size)
+            self._writer = ShardWriter.create(path, shard.header, shard.size, shard.same_as)
         self._marked = self._boundary = self._writer.offset
 
     def write(self, data: memoryview, release: Callable[[], None]) -> None:
