@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
     Qwen3MoeConfig,
+    Qwen3VLMoeConfig,
 )
 
 import streamconv
@@ -105,6 +106,42 @@ MODELS: Mapping[str, Model] = {
             num_experts_per_tok=2,
             layer_types=["full_attention"] * 2,
         )
+    ),
+    "gpt_oss_square": Model(  # of an expert of gpt-oss-20b, too, down_proj is square
+        GptOssConfig(
+            **_SIZES | {"intermediate_size": 32},
+            num_local_experts=3,
+            head_dim=8,
+            num_experts_per_tok=2,
+            layer_types=["full_attention"] * 2,
+        )
+    ),
+    "qwen3_vl_moe": Model(  # trains the transpose of what it stores
+        Qwen3VLMoeConfig(
+            text_config=_SIZES
+            | {
+                "num_experts": 4,
+                "moe_intermediate_size": 24,
+                "num_experts_per_tok": 2,
+                "head_dim": 8,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "mrope_section": [2, 1, 1],
+                },
+            },
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 20,
+                "num_heads": 2,
+                "patch_size": 4,
+                "out_hidden_size": 32,
+                "num_position_embeddings": 4,
+                "deepstack_visual_indexes": [0],
+            },
+        ),
+        AutoModelForImageTextToText,
     ),
     "gemma3": Model(
         Gemma3Config(
@@ -206,6 +243,8 @@ FORMS = [
     Form("qwen3_moe", "router", targets(target_parameters=["mlp.gate.weight"])),
     Form("square_moe", "experts", targets(target_parameters=EXPERTS)),
     Form("gpt_oss", "experts", targets("q_proj", target_parameters=EXPERTS, use_rslora=True)),
+    Form("gpt_oss_square", "experts", targets(target_parameters=EXPERTS)),
+    Form("qwen3_vl_moe", "experts", targets("q_proj", target_parameters=EXPERTS)),
     Form("gemma3", "names of transformers 5", targets(*QV)),
     Form("gemma3", "head", targets("lm_head"), untied=True, peft_is_wrong=True),
     Form("gemma3", "resized, saved", targets("q_proj", modules_to_save=EMBED, ensure_weight_tying=True), resize_to=44),
