@@ -91,7 +91,9 @@ def _updates(module: str, parts: Parts, settings: LoraSettings, source: Source, 
             _check_magnitude(parameter, parts["magnitude"], (b.shape[0],))
         kind = DoraUpdate if settings.use_dora else LoraUpdate
         scaling = settings.scaling(source.trained(module), rank)
-        updates = _initial(parameter, shape, settings, rank, scaling, transposed, is_embedding)
+        updates = _initial(
+            module, parameter, shape, settings, rank, scaling, transposed, is_embedding, source, base
+        )
         updates += [kind(parameter.name, shape, MappingProxyType(factors), scaling, transposed)]
     if "bias" in parts:
         scaling = settings.scaling(source.trained(module), a.shape[0])
@@ -100,6 +102,7 @@ def _updates(module: str, parts: Parts, settings: LoraSettings, source: Source, 
 
 
 def _initial(
+    module: str,
     parameter: Parameter,
     shape: Shape,
     settings: LoraSettings,
@@ -107,10 +110,21 @@ def _initial(
     scaling: float,
     transposed: bool,
     is_embedding: bool,
+    source: Source,
+    base: Base,
 ) -> list[Update]:
-    """What comes before the update: nothing, or what its initialisation did to the base."""
-    if settings.initial is None:
+    """What comes before the update: nothing, or what its initialisation did to the base.
+
+    Where the file holds the weight under the update, that is the weight after its initialisation.
+    """
+    if settings.initial is None or f"{module}.base_layer.weight" in source.tensors:
         return []
+    if base.tie is not None and parameter.name == base.tie.head:
+        raise UnsupportedError(
+            f"{parameter.name} and {base.tie.embedding} are one tensor of the base, which the initialisation of this"
+            f" adapter ({settings.initial}) changed for both, and the adapter does not hold it; save the adapter with"
+            " PEFT's save_embedding_layers=True"
+        )
     if is_embedding or (settings.use_dora and transposed):
         _check_plain(parameter, settings)
     none: Mapping[str, StoredTensor] = MappingProxyType({})

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
+import streamconv
 from streamconv.adapters.base import WholeUpdate
 from streamconv.adapters.initial import INITIAL, InitialUpdate
 from streamconv.dtypes import BF16, F32, Dtype
+from streamconv.errors import UnsupportedError
+from tests.tiny import edit_tensors, llama_config, save_adapter, save_base
 
 SHAPES = [(96, 40), (40, 96), (64, 64), (130, 7)]
 
@@ -76,3 +81,16 @@ def test_memory_is_counted_for_the_larger_side() -> None:
     for shape in SHAPES:
         update = InitialUpdate("w", shape, {}, "pissa", 3, 1.0, False, F32)
         assert update.whole_bytes > 4 * 4 * math.prod(shape)
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+def test_a_tied_head_whose_embedding_changed_unseen_is_refused(tmp_path: Path) -> None:
+    """PEFT saves a head it adapts unless told not to; the embedding it is tied to changed with it."""
+    base = save_base(tmp_path / "base", llama_config(tied=True))
+    lora = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    adapter = save_adapter(tmp_path / "adapter", base, lora).path
+    edit_tensors(adapter / "adapter_model.safetensors", drop=["base_model.model.lm_head.base_layer.weight"])
+    with pytest.raises(
+        UnsupportedError, match=r"lm_head\.weight and model\.embed_tokens\.weight are one tensor"
+    ):
+        streamconv.merge(base, adapter, tmp_path / "out")

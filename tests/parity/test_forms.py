@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
     Qwen3MoeConfig,
+    Qwen3VLMoeConfig,
 )
 
 import streamconv
@@ -105,6 +106,42 @@ MODELS: Mapping[str, Model] = {
             num_experts_per_tok=2,
             layer_types=["full_attention"] * 2,
         )
+    ),
+    "gpt_oss_square": Model(  # of an expert of gpt-oss-20b, too, down_proj is square
+        GptOssConfig(
+            **_SIZES | {"intermediate_size": 32},
+            num_local_experts=3,
+            head_dim=8,
+            num_experts_per_tok=2,
+            layer_types=["full_attention"] * 2,
+        )
+    ),
+    "qwen3_vl_moe": Model(  # trains the transpose of what it stores
+        Qwen3VLMoeConfig(
+            text_config=_SIZES
+            | {
+                "num_experts": 4,
+                "moe_intermediate_size": 24,
+                "num_experts_per_tok": 2,
+                "head_dim": 8,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "mrope_section": [2, 1, 1],
+                },
+            },
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 20,
+                "num_heads": 2,
+                "patch_size": 4,
+                "out_hidden_size": 32,
+                "num_position_embeddings": 4,
+                "deepstack_visual_indexes": [0],
+            },
+        ),
+        AutoModelForImageTextToText,
     ),
     "gemma3": Model(
         Gemma3Config(
@@ -190,6 +227,10 @@ FORMS = [
     Form("llama", "pissa by dora, patterns", targets(*QV, init_lora_weights="pissa", use_dora=True, rank_pattern={"q_proj": 7})),
     Form("llama", "olora", targets("q_proj", "up_proj", "down_proj", init_lora_weights="olora", use_rslora=True)),
     Form("gpt2", "pissa", targets("c_attn", "c_proj", init_lora_weights="pissa", fan_in_fan_out=True)),
+    Form("llama", "head by pissa", targets("lm_head", "q_proj", init_lora_weights="pissa")),
+    Form("tied", "resized, head by pissa", targets("lm_head", "q_proj", init_lora_weights="pissa"), resize_to=44, untied=True, peft_is_wrong=True),
+    Form("tied", "head by pissa", targets("lm_head", "q_proj", init_lora_weights="pissa"), untied=True, peft_is_wrong=True),
+    Form("tied", "head by olora", targets("lm_head", init_lora_weights="olora"), untied=True, peft_is_wrong=True),
     Form("llama", "mica", targets(*QV, init_lora_weights="mica")),
     Form("llama", "velora", targets(*QV, velora_config=VeloraConfig(num_groups=4))),
     Form("llama", "monteclora", targets(*QV, monteclora_config=MontecloraConfig())),
@@ -206,6 +247,8 @@ FORMS = [
     Form("qwen3_moe", "router", targets(target_parameters=["mlp.gate.weight"])),
     Form("square_moe", "experts", targets(target_parameters=EXPERTS)),
     Form("gpt_oss", "experts", targets("q_proj", target_parameters=EXPERTS, use_rslora=True)),
+    Form("gpt_oss_square", "experts", targets(target_parameters=EXPERTS)),
+    Form("qwen3_vl_moe", "experts", targets("q_proj", target_parameters=EXPERTS)),
     Form("gemma3", "names of transformers 5", targets(*QV)),
     Form("gemma3", "head", targets("lm_head"), untied=True, peft_is_wrong=True),
     Form("gemma3", "resized, saved", targets("q_proj", modules_to_save=EMBED, ensure_weight_tying=True), resize_to=44),
