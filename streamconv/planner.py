@@ -19,7 +19,7 @@ from streamconv.formats.base import Encoder, Format, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, is_conv1d, matches, module_of, select
 from streamconv.layout import lay_out, split_by_size
 from streamconv.memory import plan_memory
-from streamconv.plan import Choice, Copy, MergeOptions, Plan, Rewrite, Step
+from streamconv.plan import Choice, Copy, Depth, MergeOptions, Plan, Rewrite, Step
 from streamconv.rounding import ROUNDINGS
 from streamconv.rounding.base import Rounding
 
@@ -28,12 +28,16 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A base checkpoint as the planner sees it. `quantized`: the one format its quantized weights have."""
+    """A base checkpoint as the planner sees it. `quantized`: the one format its quantized weights have.
+
+    `depth`: how its layers were repeated, in `weights` and in the config; `index.tensors` are as they are stored.
+    """
 
     index: CheckpointIndex
     weights: Mapping[str, Weight]
     tie: Tie | None
     quantized: str | None
+    depth: Depth | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,7 @@ def build_plan(base: Base, adapter: Adapter | None, options: MergeOptions, devic
         options=options,
         device=device,
         shards=shards,
-        memory=plan_memory(steps, options, device),
+        memory=plan_memory(steps, options, device, len(shards)),
         quant=result.quant.name if result.quant else None,
         target=result.target,
         rounding=result.rounding_choice,
@@ -72,6 +76,7 @@ def build_plan(base: Base, adapter: Adapter | None, options: MergeOptions, devic
         adapted=dict(adapter.modules) if adapter else {},
         replaced=tuple(sorted(replaces)),
         renamed=adapter.renamed if adapter else None,
+        depth=base.depth,
         untied=bool(adapter and adapter.untie),
         dtype=_config_dtype(base, result),
         vocab_size=_new_vocabulary(base, weights),
@@ -371,8 +376,9 @@ def _rounded_in_training(base: Base, result: _Result) -> frozenset[str]:
 def _split(
     base: Base, by_weight: Sequence[Sequence[Step]], result: _Result, options: MergeOptions
 ) -> list[list[Step]]:
-    """Steps by shard: the base's own shards for 16-bit output of a 16-bit base, else filled up to a limit."""
-    if options.max_shard_bytes is not None or result.quant is not None or base.quantized is not None:
+    """Steps by shard: the base's own shards where the output stores the same tensors, else filled up to a limit."""
+    is_recoded = result.quant is not None or base.quantized is not None
+    if options.max_shard_bytes is not None or is_recoded or base.depth is not None:
         return split_by_size(by_weight, options.max_shard_bytes or DEFAULT_SHARD_BYTES)
     shard_of = {name: tensor.file.name for name, tensor in base.index.tensors.items()}
     shards: dict[str, list[Step]] = {shard.file.name: [] for shard in base.index.shards}

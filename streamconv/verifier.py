@@ -17,7 +17,7 @@ from streamconv.cells import KeptDelta
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.strict_json import parse_object
 from streamconv.errors import InputError, VerificationError
-from streamconv.executor import StopRequest, run_plan
+from streamconv.executor import Output, StopRequest, run_plans
 from streamconv.plan import Plan, ShardPlan
 from streamconv.storage.base import Storage
 from streamconv.storage.local import open_folder
@@ -157,7 +157,7 @@ class ComparingSink:
             )
         self._offset = len(shard.header)
 
-    def write(self, data: memoryview) -> None:
+    def write(self, data: memoryview, release: Callable[[], None]) -> None:
         assert self._descriptor is not None
         for start in range(0, len(data), _CHUNK_BYTES):
             wanted = data[start : start + _CHUNK_BYTES]
@@ -167,6 +167,7 @@ class ComparingSink:
                     "do not use this output"
                 )
             self._offset += len(wanted)
+        release()
 
     def boundary(self, sums: Mapping[str, KeptDelta]) -> None:
         del sums
@@ -176,6 +177,9 @@ class ComparingSink:
 
     def halt(self) -> None:
         self.close()
+
+    def drain(self) -> None:
+        pass
 
     def close(self) -> None:
         if self._descriptor is not None:
@@ -196,8 +200,5 @@ class ComparingSink:
 
 def verify_exactly(out: Path, plan: Plan, on_progress: Callable[[int], None], stop: StopRequest) -> None:
     """Compute the whole plan again and compare with the files. Raises VerificationError at the first difference."""
-    sink = ComparingSink(out)
-    try:
-        run_plan(plan, sink, {shard.name: len(shard.header) for shard in plan.shards}, on_progress, stop)
-    finally:
-        sink.close()
+    starts = {shard.name: len(shard.header) for shard in plan.shards}
+    run_plans([Output(plan, starts, lambda: ComparingSink(out))], on_progress, stop)

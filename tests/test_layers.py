@@ -22,7 +22,7 @@ LAYERS = [
     {"plan"},
     {"memory", "fingerprint", "sidecars", "recipe"},
     {"planner", "cells"},
-    {"journal", "executor"},
+    {"journal", "executor", "depth"},
     {"output", "verifier"},
     {"report"},
     {"pipeline", "inspection"},

@@ -18,8 +18,9 @@ from streamconv.adapters.config import (
     check_fields,
 )
 from streamconv.adapters.initial import INITIAL
+from streamconv.adapters.replication import read_ranges
 from streamconv.checkpoint.types import StoredTensor
-from streamconv.errors import AdapterError
+from streamconv.errors import AdapterError, UnsupportedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,12 @@ class LoraSettings:
 def read_settings(config: AdapterConfig) -> LoraSettings:
     """Raises UnsupportedError for a variant that is not built, AdapterError for a field of a wrong type."""
     check_fields(config, LORA_FIELDS)
+    initial = config.fields.get("init_lora_weights")
+    if initial in INITIAL and read_ranges(config):
+        raise UnsupportedError(
+            f"{config.name}: init_lora_weights is {initial!r}, and layer_replication is set: copies of a layer share"
+            " their weights in training, off which every copy took something, in turn; such an adapter cannot be merged"
+        )
     return LoraSettings(
         name=config.name,
         r=config.rank("r"),
@@ -75,9 +82,7 @@ def read_settings(config: AdapterConfig) -> LoraSettings:
         use_rslora=config.flag("use_rslora"),
         use_dora=config.flag("use_dora"),
         lora_bias=config.flag("lora_bias"),
-        initial=config.text("init_lora_weights")
-        if config.fields.get("init_lora_weights") in INITIAL
-        else None,
+        initial=config.text("init_lora_weights") if initial in INITIAL else None,
         fan_in_fan_out=config.flag("fan_in_fan_out"),
         target_parameters=config.names("target_parameters"),
         peft_version=_version(config.fields.get("peft_version")),
@@ -133,9 +138,7 @@ LORA_FIELDS: Mapping[str, Rule] = MappingProxyType(
         "lora_bias": USED,
         "target_parameters": USED,
         "trainable_token_indices": USED,
-        "layer_replication": Neutral(
-            "replicated layers make a deeper model, which is not supported yet", ([],)
-        ),
+        "layer_replication": USED,
         "use_qalora": Neutral("QA-LoRA pools its inputs, which is not supported yet"),
         "use_bdlora": Neutral("block-diagonal LoRA is not supported yet"),
         "kasa_config": Neutral("KaSA cuts singular values off the base weight, which is not supported yet"),

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from streamconv.adapters import read_adapter
 from streamconv.adapters.base import Adapter, Parameter
+from streamconv.adapters.config import read_config
 from streamconv.checkpoint.index import read_index
+from streamconv.depth import deepen
 from streamconv.devices import resolve_device
 from streamconv.formats import find_weights
 from streamconv.output import CONFIG, INDEX
@@ -64,13 +66,18 @@ def prepare(job: Job) -> Prepared:
     adapter_storage = None
     if job.adapter is not None:
         adapter_storage = open_storage(job.adapter, job.adapter_revision, job.adapter_subfolder)
+        base = deepen(base, read_config(adapter_storage))
+        if base.depth is not None:
+            _log.info("the adapter repeats layers of the base: %s", base.depth)
     adapter = None
     if adapter_storage is not None:
         parameters = {
             name: Parameter(name, weight.shape, weight.dtype) for name, weight in base.weights.items()
         }
         moe = parse_moe_layout(job.options.moe_layout)
-        adapter = read_adapter(adapter_storage, parameters, index.config, base.tie, moe, job.allow_pickle)
+        adapter = read_adapter(
+            adapter_storage, parameters, base.index.config, base.tie, moe, job.allow_pickle
+        )
         _log.info("read the adapter %s: %d updates", job.adapter, len(adapter.updates))
     plan = build_plan(base, adapter, job.options, resolve_device(job.device))
     tokenizer = choose_tokenizer(job.tokenizer, storage, adapter_storage, plan.vocab_size is not None)

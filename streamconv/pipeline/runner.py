@@ -9,7 +9,7 @@ from pathlib import Path
 
 from streamconv.cells import KeptDelta
 from streamconv.errors import VerificationError
-from streamconv.executor import StopRequest, run_plan
+from streamconv.executor import Output, StopRequest, run_plans
 from streamconv.journal import Journal, remove_leftovers
 from streamconv.output import ShardSink, check_disk, publish_output, resume_points
 from streamconv.pipeline.contents import generated_files
@@ -43,11 +43,11 @@ def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopReques
         if resumed:
             _log.info("going on: %s of %s are there already", format_size(there), format_size(plan.size))
         meter.start(there)
-        sink = ShardSink(journal, writers)
         try:
-            run_plan(plan, sink, starts, meter.add, stop)
+            run_plans([Output(plan, starts, lambda: ShardSink(journal, writers))], meter.add, stop)
         finally:
-            sink.close()
+            for writer in writers.values():  # of shards that were not begun
+                writer.close()
         sums = {name: KeptDelta(*values) for name, values in journal.progress.sums.items()}
         kept = kept_delta(sums)
         _check_kept(plan, kept, journal)

@@ -98,6 +98,8 @@ def _body(plan: Plan, merged: bool, origins: Mapping[str, Origin | None], kept: 
         yield f"| left in 16 bit | {_some(plan.skipped)} |"
     if kept:
         yield f"| share of the update kept by quantization | {kept.total:.3f} |"
+    if plan.depth:
+        yield f"| depth | {plan.depth} |"
     if plan.untied:
         yield "| embeddings | input and output embeddings differ and are stored apart |"
     yield ""
