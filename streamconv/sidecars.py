@@ -62,6 +62,7 @@ NEVER = (
     "README.md",
     "adapter_config.json",
     "streamconv.json",
+    "streamconv-recipe.json",
 )
 _MAX_TOKENIZER_CONFIG_BYTES = 32_000_000
 

@@ -18,9 +18,9 @@ from huggingface_hub import ModelCard, constants
 from peft import LoraConfig
 
 import streamconv
-from streamconv import pipeline
 from streamconv.cli import main
 from streamconv.errors import HubError, InputError, OptionError, OutputError, ResourceError, VerificationError
+from streamconv.pipeline import downloads, runner
 from streamconv.sidecars import CHAT_TEMPLATES
 from streamconv.sizes import format_size
 from tests.hub_stub import TOKEN, Hub, Request
@@ -126,9 +126,29 @@ def test_a_merge_of_ids_is_the_merge_of_the_folders(stocked: Hub, inputs: Inputs
     streamconv.merge(inputs.base, inputs.adapter, tmp_path / "local")
     found, expected = contents(tmp_path / "out"), contents(tmp_path / "local")
     assert found.keys() == expected.keys()
-    assert {name for name in found if found[name] != expected[name]} == {"README.md", "streamconv.json"}
+    # They name the commits.
+    assert {name for name in found if found[name] != expected[name]} == {
+        "README.md",
+        "streamconv-recipe.json",
+        "streamconv.json",
+    }
     assert stocked.downloaded() == USED | inputs.shards
     assert not stocked.asked("*/api/models/*", "POST")
+
+
+def test_the_stored_recipe_names_inputs_by_commit(stocked: Hub, tmp_path: Path) -> None:
+    """So it needs nothing but an output folder; and a branch that has moved since changes nothing."""
+    succeed("merge", *INPUTS, "-o", tmp_path / "out")
+    commits = {name: stocked.repos[f"org/{name}"].refs["main"] for name in ("base", "adapter")}
+    recipe = tmp_path / "out" / "streamconv-recipe.json"
+    found = json.loads(recipe.read_text())
+    assert {name: found[name] for name in commits} == {
+        name: f"org/{name}@{at}" for name, at in commits.items()
+    }
+    assert found["adapter-subfolder"] == SUBFOLDER
+    stocked.repos["org/base"].commit({"README.md": b"all weights are gone"})
+    succeed("merge", "--recipe", recipe, "-o", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
 
 
 def test_the_commits_are_in_manifest_and_card(stocked: Hub, tmp_path: Path) -> None:
@@ -249,7 +269,7 @@ def test_an_output_that_cannot_be_is_refused_before_the_download(
 def test_a_disk_too_small_is_said_before_the_download(
     stocked: Hub, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "free_bytes", lambda _: 100_000)
+    monkeypatch.setattr(downloads, "free_bytes", lambda _: 100_000)
     with pytest.raises(ResourceError, match="with the download, whose cache is on the same disk"):
         streamconv.merge("org/base", "org/adapter", tmp_path / "out", adapter_subfolder=SUBFOLDER)
     assert not stocked.downloaded() & inputs.shards
@@ -261,7 +281,7 @@ def test_a_branch_that_moved_since_the_run_was_begun(
     """The message has the id and commit that finish it."""
     old = stocked.repos["org/base"].refs["main"]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "publish_output", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        patch.setattr(runner, "publish_output", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
         with pytest.raises(RuntimeError, match="killed"):
             streamconv.convert("org/base", tmp_path / "out")
     new = stocked.repos["org/base"].commit(stocked.head("org/base") | {"README.md": b"# Better"})
@@ -562,11 +582,11 @@ def test_an_upload_killed_midway_goes_on(hub: Hub, inputs: Inputs, output: Path,
 UPLOAD = """
 import sys
 from pathlib import Path
-from streamconv.cli import _leave, _on_signals
+from streamconv.cli.signals import leave, on_signals
 from streamconv.storage.upload import LocalFile, check_target, parse_target, upload
 target = parse_target("me/merged", None, False, None, None)
 files = {path.name: LocalFile(path, path.stat().st_size, "") for path in Path(sys.argv[1]).glob("*.safetensors")}
-with _on_signals(_leave):
+with on_signals(leave):
     upload(target, check_target(target, "streamconv.json"), files, lambda _: False, "message", False)
 """
 

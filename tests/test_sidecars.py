@@ -208,7 +208,7 @@ def test_files_come_out_byte_for_byte(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "notes.txt"):
         assert (tmp_path / "out" / name).read_bytes() == odd
         found.remove(name)
-    assert found == {"config.json", "model.safetensors", "streamconv.json"}
+    assert found == {"config.json", "model.safetensors", "streamconv-recipe.json", "streamconv.json"}
 
 
 # -- whose tokenizer -----------------------------------------------------------------------------------------------

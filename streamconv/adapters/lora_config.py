@@ -18,6 +18,7 @@ from streamconv.adapters.config import (
     check_fields,
     is_rank,
 )
+from streamconv.adapters.replication import read_ranges
 from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import AdapterError, UnsupportedError
@@ -67,6 +68,13 @@ def read_settings(config: AdapterConfig) -> LoraSettings:
     """Raises UnsupportedError for a variant that is not built, AdapterError for a field of a wrong type."""
     check_fields(config, LORA_FIELDS)
     _check_variants(config)
+    initial = _initial(config)
+    if initial is not None and read_ranges(config):
+        raise UnsupportedError(
+            f"{config.name}: training began by taking something off the weights ({initial}), and layer_replication is"
+            " set: copies of a layer share their weights in training, off which every copy took something, in turn;"
+            " such an adapter cannot be merged"
+        )
     return LoraSettings(
         name=config.name,
         r=config.rank("r"),
@@ -82,7 +90,7 @@ def read_settings(config: AdapterConfig) -> LoraSettings:
         use_rslora=config.flag("use_rslora"),
         use_dora=config.flag("use_dora"),
         lora_bias=config.flag("lora_bias"),
-        initial=_initial(config),
+        initial=initial,
         blocks=_blocks(config),
         group=config.rank("qalora_group_size") if config.flag("use_qalora") else 1,
         fan_in_fan_out=config.flag("fan_in_fan_out"),
@@ -185,9 +193,7 @@ LORA_FIELDS: Mapping[str, Rule] = MappingProxyType(
         "lora_bias": USED,
         "target_parameters": USED,
         "trainable_token_indices": USED,
-        "layer_replication": Neutral(
-            "replicated layers make a deeper model, which is not supported yet", ([],)
-        ),
+        "layer_replication": USED,
         "use_qalora": USED,
         "use_bdlora": USED,
         "kasa_config": USED,

@@ -71,7 +71,6 @@ def test_other_methods_are_refused_by_name(
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", 1),
         ("bias", "some"),
-        ("layer_replication", [[0, 2], [1, 2]]),
         ("alora_invocation_tokens", [1, 2]),
         ("alora_invocation_tokens", []),
         ("arrow_config", {"top_k": 3}),

@@ -88,7 +88,7 @@ def when_publishing_begins() -> None:
         fill()
         publish(*given)  # type: ignore[arg-type]
 
-    patches.setattr("streamconv.pipeline.publish_output", filling)
+    patches.setattr("streamconv.pipeline.runner.publish_output", filling)
 
 
 MOMENTS = {
