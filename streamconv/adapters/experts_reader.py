@@ -123,8 +123,8 @@ def _updates(
 ) -> list[Update]:
     if settings.use_dora or settings.lora_bias or settings.initial:
         raise UnsupportedError(
-            f"{settings.name}: target_parameters go with neither use_dora nor lora_bias nor init_lora_weights"
-            f" {settings.initial or 'pissa'!r}"
+            f"{settings.name}: target_parameters go with neither use_dora nor lora_bias nor an initialisation that"
+            " changes the base"
         )
     stored = _find(module, name, factors.a, base)
     experts = stored.shape[0]

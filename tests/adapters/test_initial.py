@@ -1,4 +1,4 @@
-"""What PiSSA and OLoRA take off the base: against float64, for any shape and either orientation."""
+"""What PiSSA, KaSA and OLoRA take off the base: against float64, for any shape and either orientation."""
 
 from __future__ import annotations
 
@@ -43,6 +43,10 @@ def exact(weight: Tensor, kind: str, rank: int) -> Tensor:
         u, s, vh = torch.linalg.svd(full, full_matrices=False)
         rest: Tensor = full - (u[:, :rank] * s[:rank]) @ vh[:rank]
         return rest
+    if kind == "kasa":
+        u, s, vh = torch.linalg.svd(full, full_matrices=False)
+        kept: Tensor = (u[:, :-rank] * s[:-rank]) @ vh[:-rank]
+        return kept
     q = torch.linalg.qr(full[:, :rank])[0]  # the projection onto the first columns of W
     projected: Tensor = full - 0.5 * q @ (q.T @ full)
     return projected
@@ -51,7 +55,7 @@ def exact(weight: Tensor, kind: str, rank: int) -> Tensor:
 def spread(shape: tuple[int, int]) -> Tensor:
     """Singular values well apart: where two are close, float32 and float64 share their vectors out otherwise."""
     u, _, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
-    found: Tensor = (u * (8 * 0.8 ** torch.arange(min(shape)))) @ vh
+    found: Tensor = (u * (8 * 0.95 ** torch.arange(min(shape)))) @ vh
     return found
 
 
@@ -65,7 +69,7 @@ def test_the_rest_is_that_of_float64(kind: str, shape: tuple[int, int], transpos
     found = concluded(stored, kind, 5, transposed)
     expected = exact(weight, kind, 5).float()
     torch.testing.assert_close(found, expected.T if transposed else expected, rtol=0, atol=2e-5)
-    assert (stored - found).abs().max() > 0.1
+    assert (stored - found).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("kind", sorted(INITIAL))
