@@ -150,4 +150,6 @@ _ADAPTER_NAME = re.compile(
 
 def plain_key(name: str) -> str:
     """`name` without what wrappers and the name of the adapter, if it is PEFT's default, put into it."""
-    return _ADAPTER_NAME.sub(r".\1", _WRAPPERS.sub("", name))
+    if "module" in name or "_orig_mod" in name:
+        name = _WRAPPERS.sub("", name)
+    return _ADAPTER_NAME.sub(r".\1", name) if ".default" in name else name
