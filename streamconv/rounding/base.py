@@ -39,5 +39,5 @@ class Rounding(Protocol):
     def keeps_scales(self) -> bool:
         """Whether the base's own scales stay, where the base lies on the output's grid."""
 
-    def choose(self, target: Tensor, grid: Grid, context: Context) -> tuple[Tensor, Tensor]:
-        """Codes (uint8, one an element) and scales (float32, one a block) for `target` (float32, flat)."""
+    def choose(self, target: Tensor, grid: Grid, context: Context, codes: Tensor) -> Tensor:
+        """Write codes (uint8, one an element) for `target` (float32, flat); return scales (float32, one a block)."""
