@@ -289,10 +289,8 @@ class WeightWork:
         kept = scales if self._effective is None else self._blocks(self._effective, rows, grid)
         self._kernels.decode(codes, grid, scales, F32, anchor.view(-1))
         self._kernels.decode(codes, grid, scales, merge_base.dequantized_dtype, values.view(-1))
-        flat.sub_(values.view(-1))
-        squares = torch.empty_like(scales)
-        self._kernels.dots(flat, flat, grid.block, squares)
-        return _Base(values, anchor, codes, kept, pairwise_sum(squares.double()))
+        error = self._kernels.distance(flat, values.view(-1), grid.block)
+        return _Base(values, anchor, codes, kept, error)
 
     def _target(self, values: Tensor, rows: range) -> Tensor:
         for update, parts, state in zip(self.step.updates, self.parts, self._states, strict=True):
@@ -317,33 +315,23 @@ class WeightWork:
             self._take_scales(base.effective, rows, grid)
             return
         values, count = base.values.view(-1), base.values.numel()
-        target, delta, noise = values, None, None
+        target, noise = values, None
         if step.updates:
-            updated = self._target(self._cell("target", rows, scratch).copy_(base.values), rows)
-            target = updated.flatten()
-            delta = torch.sub(target, values, out=scratch.take("delta", count, self.device))
+            target = self._target(self._cell("target", rows, scratch).copy_(base.values), rows).flatten()
         if rounding.needs_noise:
             drawn = scratch.take("noise", count, self.device)
             noise = uniform(self.seed, step.name, rows, step.columns, drawn)
-        context = Context(base.codes if keeps else None, base.effective if keeps else None, delta, noise)
+        context = Context(base.codes if keeps else None, base.effective if keeps else None, values, noise)
         codes = scratch.take("codes", count, self.device, torch.uint8)
         scales = rounding.choose(target, grid, context, codes)
         self._check_finite(target, rows, scales if context.scales is None else target)
         step.encoder.pack(codes, out)
         self._take_scales(scales, rows, grid)
-        if delta is not None:
-            self._take_sums(base, codes, delta, rows, grid)
-
-    def _take_sums(self, base: _Base, codes: Tensor, delta: Tensor, rows: range, grid: Grid) -> None:
-        """What KeptDelta needs to know of a cell."""
-        inner = self._blocks(self._inner, rows, grid)
-        self._kernels.code_dots(codes, grid, delta, inner)
-        sums = torch.empty(2, inner.numel(), dtype=torch.float32, device=self.device)
-        self._kernels.dots(base.anchor.view(-1), delta, grid.block, sums[0])
-        self._kernels.dots(delta, delta, grid.block, sums[1])
-        place = self._sums[rows.start // CELL_ROWS]
-        place[:2] = pairwise_sum(sums.double())
-        place[2] = base.error
+        if step.updates:
+            inner = self._blocks(self._inner, rows, grid)
+            sums = self._sums[rows.start // CELL_ROWS]
+            sums[:2] = self._kernels.kept(codes, grid, target, values, base.anchor.view(-1), inner)
+            sums[2] = base.error
 
     def _take_scales(self, scales: Tensor, rows: range, grid: Grid) -> None:
         if self._kept_scales is None:

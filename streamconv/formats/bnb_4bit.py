@@ -30,7 +30,7 @@ from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import BF16, DENSE, F16, F32, U8, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats.base import CELL_ROWS, Constant, Json, Weight, matrix_shape
-from streamconv.grids import TableGrid, block_absmax, divide_by_scales, multiply_by_scales
+from streamconv.grids import TableGrid, block_absmax, multiply_by_scales
 from streamconv.kernels import kernels_for
 
 MAIN = "weight"
@@ -85,7 +85,8 @@ def _nest(scales: Tensor) -> _NestedScales:
     offset = _mean(scales)
     centred = scales - torch.tensor(offset, dtype=torch.float32)
     absmax = block_absmax(centred, NESTED_BLOCK)
-    indices = DYNAMIC.nearest(divide_by_scales(centred, absmax, NESTED_BLOCK))
+    indices = torch.empty(scales.numel(), dtype=torch.uint8)
+    kernels_for(scales.device).nearest(centred, DYNAMIC, absmax, indices)
     return _NestedScales(indices, absmax, torch.tensor(DYNAMIC.values, dtype=torch.float32), offset)
 
 

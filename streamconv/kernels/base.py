@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from streamconv.dtypes import Dtype
 from streamconv.grids import Grid, TableGrid
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where an update began: `codes`, and the `values` (float32) that it was added to.
+
+    These differ by a loader's rounding to 16 bit. A target less `values` is the update, which the codes' own values
+    are then moved by.
+    """
+
+    codes: Tensor
+    values: Tensor
 
 
 class Kernels(Protocol):
@@ -32,14 +45,11 @@ class Kernels(Protocol):
         values: Tensor,
         grid: Grid,
         scales: Tensor | None,
-        start: Tensor | None,
+        start: Start | None,
         noise: Tensor,
         codes: Tensor,
     ) -> Tensor:
-        """As `nearest`, but up or down as `noise` in [0, 1) has it.
-
-        What the codes `start` stand for, where they are given, is added to `values`.
-        """
+        """As `nearest`, but up or down as `noise` in [0, 1) has it; from `start` on, if it is given."""
 
     def uniform(self, key: int, first: int, out: Tensor) -> None:
         """Fill `out` with the numbers from place `first` on of the stream `key`; see `rounding/noise.py`."""
@@ -58,11 +68,17 @@ class Kernels(Protocol):
     ) -> None:
         """As `decode`, for packed codes."""
 
-    def dots(self, left: Tensor, right: Tensor, block: int, out: Tensor) -> None:
-        """Write <`left`, `right`> of every block, a `pairwise_sum` in float32, to `out`."""
+    def distance(self, left: Tensor, right: Tensor, block: int) -> Tensor:
+        """||`left` - `right`||², float64, summed as in `kept`."""
 
-    def code_dots(self, codes: Tensor, grid: Grid, right: Tensor, out: Tensor) -> None:
-        """As `dots`, of the values of `codes` in units of `scale / peak`."""
+    def kept(
+        self, codes: Tensor, grid: Grid, target: Tensor, base: Tensor, anchor: Tensor, inner: Tensor
+    ) -> Tensor:
+        """<`anchor`, D> and ||D||², float64 [2], of the update D = `target` - `base`.
+
+        To `inner` goes <values of `codes`, D> of every block, in units of `scale / peak`. A block's products are summed
+        in float32, blocks in float64, all by `pairwise_sum`.
+        """
 
 
 def pairwise_sum(terms: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from streamconv.dtypes import BF16, Dtype
 from streamconv.grids import SMALLEST_DIVISOR, Grid, IntegerGrid, TableGrid, tables_of
-from streamconv.kernels.in_torch import TorchKernels, round_to
+from streamconv.kernels.base import Start
+from streamconv.kernels.in_torch import TorchKernels, block_dots, round_to
 
 # The block of bitsandbytes' 4-bit formats, and the length of every loop over one.
 BLOCK = 64
@@ -85,20 +86,14 @@ def _factor(scale: Any, peak: Any, floor: Any) -> Any:
 
 
 @_compiled
-def _store(ranks: Array, by_rank: Array, in_order: bool, codes: Array, b: int) -> None:
-    if in_order:
-        for j in range(64):
-            codes[b, j] = ranks[j]
-    else:
-        for j in range(64):
-            codes[b, j] = by_rank[ranks[j]]
+def _rename(codes: Array, by_rank: Array) -> None:
+    for i in range(codes.size):
+        codes[i] = by_rank[codes[i]]
 
 
 @_compiled
-def _nearest_table(
-    values: Array, scales: Array, midpoints: Array, by_rank: Array, in_order: bool, codes: Array
-) -> None:
-    ranks = np.empty(64, np.int32)
+def _nearest_table(values: Array, scales: Array, midpoints: Array, ranks: Array) -> None:
+    wide = np.empty(64, np.int32)
     for b in range(values.shape[0]):
         factor = _factor(scales[b], _ONE, _FLOOR)
         for j in range(64):
@@ -106,8 +101,24 @@ def _nearest_table(
             rank = np.int32(0)
             for step in range(15):
                 rank += np.int32(x > midpoints[step])
-            ranks[j] = rank
-        _store(ranks, by_rank, in_order, codes, b)
+            wide[j] = rank
+        for j in range(64):
+            ranks[b, j] = wide[j]
+
+
+@_compiled
+def _nearest_in_any_table(values: Array, scales: Array, midpoints: Array, ranks: Array) -> None:
+    """By binary search among 255 midpoints."""
+    for b in range(values.shape[0]):
+        factor = _factor(scales[b], _ONE, _FLOOR)
+        for j in range(values.shape[1]):
+            x = values[b, j] * factor
+            rank = np.uint32(0)
+            step = np.uint32(128)
+            while step:
+                rank += step * np.uint32(x > midpoints[rank + step - np.uint32(1)])
+                step >>= np.uint32(1)
+            ranks[b, j] = rank
 
 
 @_compiled
@@ -122,38 +133,29 @@ def _nearest_integer(values: Array, scales: Array, peak: Any, floor: Any, codes:
 
 
 @_compiled
-def _from_start(
-    values: Array, b: int, factor: Any, start: Array, by_code: Array, x: Array, low: Array
-) -> None:
-    """Where a block lies: at its old codes, and `values` further. `low` is used up."""
-    for j in range(64):
-        low[j] = by_code[start[b, j]]
-    for j in range(64):
-        x[j] = values[b, j] * factor + low[j]
-
-
-@_compiled
 def _stochastic_table(
     values: Array,
     scales: Array,
     start: Array,
+    base: Array,
     has_start: bool,
     noise: Array,
     rising: Array,
     gaps: Array,
     by_code: Array,
-    by_rank: Array,
-    in_order: bool,
-    codes: Array,
+    ranks: Array,
 ) -> None:
     """`rising` is +inf beyond the greatest value; `gaps` are 0 there and at it."""
     x, low, gap = np.empty(64, np.float32), np.empty(64, np.float32), np.empty(64, np.float32)
-    ranks = np.empty(64, np.uint32)
+    wide = np.empty(64, np.uint32)
     least, greatest = np.float32(by_code.min()), np.float32(by_code.max())
     for b in range(values.shape[0]):
         factor = _factor(scales[b], _ONE, _FLOOR)
         if has_start:
-            _from_start(values, b, factor, start, by_code, x, low)
+            for j in range(64):
+                low[j] = by_code[start[b, j]]
+            for j in range(64):
+                x[j] = (values[b, j] - base[b, j]) * factor + low[j]
         else:
             for j in range(64):
                 x[j] = values[b, j] * factor
@@ -164,13 +166,12 @@ def _stochastic_table(
             rank = np.uint32(0)
             for step in range(1, 16):
                 rank += np.uint32(inside >= rising[step])
-            ranks[j] = rank
+            wide[j] = rank
         for j in range(64):
-            low[j] = rising[ranks[j]]
-            gap[j] = gaps[ranks[j]]
+            low[j] = rising[wide[j]]
+            gap[j] = gaps[wide[j]]
         for j in range(64):
-            ranks[j] += np.uint32(gap[j] * noise[b, j] < x[j] - low[j])
-        _store(ranks, by_rank, in_order, codes, b)
+            ranks[b, j] = wide[j] + np.uint32(gap[j] * noise[b, j] < x[j] - low[j])
 
 
 @_compiled
@@ -178,6 +179,7 @@ def _stochastic_integer(
     values: Array,
     scales: Array,
     start: Array,
+    base: Array,
     has_start: bool,
     noise: Array,
     peak: Any,
@@ -189,7 +191,7 @@ def _stochastic_integer(
         for j in range(values.shape[1]):
             x = values[b, j] * factor
             if has_start:
-                x += np.float32(start[b, j])
+                x = (values[b, j] - base[b, j]) * factor + np.float32(start[b, j])
             x = x if x > -peak else -peak
             x = x if x < peak else peak
             low = np.floor(x)
@@ -264,20 +266,6 @@ def _decode_integer(codes: Array, scales: Array, inverse_peak: Any, values: Arra
 
 
 @_compiled
-def _sum_64(terms: Array) -> Any:
-    """`pairwise_sum`, in place."""
-    for j in range(32):
-        terms[j] += terms[j + 32]
-    for j in range(16):
-        terms[j] += terms[j + 16]
-    for j in range(8):
-        terms[j] += terms[j + 8]
-    for j in range(4):
-        terms[j] += terms[j + 4]
-    return (terms[0] + terms[2]) + (terms[1] + terms[3])
-
-
-@_compiled
 def _sum(terms: Array) -> Any:
     """`pairwise_sum`, in place."""
     count = terms.size
@@ -291,41 +279,54 @@ def _sum(terms: Array) -> Any:
 
 
 @_compiled
-def _dots_64(left: Array, right: Array, out: Array) -> None:
-    terms = np.empty(64, np.float32)
-    for b in range(left.shape[0]):
-        for j in range(64):
-            terms[j] = left[b, j] * right[b, j]
-        out[b] = _sum_64(terms)
-
-
-@_compiled
-def _dots(left: Array, right: Array, out: Array) -> None:
+def _distance(left: Array, right: Array, sums: Array) -> None:
     terms = np.empty(left.shape[1], np.float32)
     for b in range(left.shape[0]):
         for j in range(left.shape[1]):
-            terms[j] = left[b, j] * right[b, j]
-        out[b] = _sum(terms)
+            difference = left[b, j] - right[b, j]
+            terms[j] = difference * difference
+        sums[b] = _sum(terms)
 
 
 @_compiled
-def _code_dots_table(codes: Array, by_code: Array, right: Array, out: Array) -> None:
-    terms = np.empty(64, np.float32)
+def _kept_table(
+    codes: Array, by_code: Array, target: Array, base: Array, anchor: Array, inner: Array, sums: Array
+) -> None:
+    """`pairwise_sum` of three products at once, the first halving while they are made."""
+    values = np.empty(64, np.float32)
+    terms = np.empty((3, 32), np.float32)
     for b in range(codes.shape[0]):
         for j in range(64):
-            terms[j] = by_code[codes[b, j]]
-        for j in range(64):
-            terms[j] *= right[b, j]
-        out[b] = _sum_64(terms)
+            values[j] = by_code[codes[b, j]]
+        for j in range(32):
+            low, high = target[b, j] - base[b, j], target[b, j + 32] - base[b, j + 32]
+            terms[0, j] = values[j] * low + values[j + 32] * high
+            terms[1, j] = anchor[b, j] * low + anchor[b, j + 32] * high
+            terms[2, j] = low * low + high * high
+        for k in range(3):
+            for j in range(16):
+                terms[k, j] += terms[k, j + 16]
+            for j in range(8):
+                terms[k, j] += terms[k, j + 8]
+            for j in range(4):
+                terms[k, j] += terms[k, j + 4]
+        inner[b] = (terms[0, 0] + terms[0, 2]) + (terms[0, 1] + terms[0, 3])
+        sums[0, b] = (terms[1, 0] + terms[1, 2]) + (terms[1, 1] + terms[1, 3])
+        sums[1, b] = (terms[2, 0] + terms[2, 2]) + (terms[2, 1] + terms[2, 3])
 
 
 @_compiled
-def _code_dots_integer(codes: Array, right: Array, out: Array) -> None:
-    terms = np.empty(codes.shape[1], np.float32)
+def _kept_integer(codes: Array, target: Array, base: Array, anchor: Array, inner: Array, sums: Array) -> None:
+    terms = np.empty((3, codes.shape[1]), np.float32)
     for b in range(codes.shape[0]):
         for j in range(codes.shape[1]):
-            terms[j] = np.float32(codes[b, j]) * right[b, j]
-        out[b] = _sum(terms)
+            delta = target[b, j] - base[b, j]
+            terms[0, j] = np.float32(codes[b, j]) * delta
+            terms[1, j] = anchor[b, j] * delta
+            terms[2, j] = delta * delta
+        inner[b] = _sum(terms[0])
+        sums[0, b] = _sum(terms[1])
+        sums[1, b] = _sum(terms[2])
 
 
 # -- from tensors to loops and back ------------------------------------------------------------------------
@@ -363,8 +364,8 @@ def _table(values: tuple[float, ...]) -> _Table:
     )
 
 
-def _padded(entries: Array, filler: float) -> Array:
-    return np.append(entries, np.full(_CODES - len(entries), filler, entries.dtype))
+def _padded(entries: Array, filler: float, length: int = _CODES) -> Array:
+    return np.append(entries, np.full(length - len(entries), filler, entries.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,15 +383,14 @@ class CompiledKernels:
         return out
 
     def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
-        if not _is_compiled(grid):
+        if not isinstance(grid, IntegerGrid) and not (isinstance(grid, TableGrid) and grid.peak == 1):
             return _TORCH.nearest(values, grid, scales, codes)
         scales = self._scales(values, grid) if scales is None else scales
         whole = values.numel() // grid.block
         arrays = (_rows(values, whole, grid.block), scales[:whole].numpy())
         into = _rows(codes, whole, grid.block)
         if isinstance(grid, TableGrid):
-            table = _table(grid.values)
-            _nearest_table(*arrays, table.midpoints, table.by_rank, table.in_order, into)
+            _nearest_in_table(grid, *arrays, into)
         else:
             _nearest_integer(*arrays, *_peak_and_floor(grid), into)
         if whole < scales.numel():
@@ -403,7 +403,7 @@ class CompiledKernels:
         values: Tensor,
         grid: Grid,
         scales: Tensor | None,
-        start: Tensor | None,
+        start: Start | None,
         noise: Tensor,
         codes: Tensor,
     ) -> Tensor:
@@ -412,18 +412,20 @@ class CompiledKernels:
         scales = self._scales(values, grid) if scales is None else scales
         whole = values.numel() // grid.block
         arrays = (_rows(values, whole, grid.block), scales[:whole].numpy())
-        from_codes = _rows(codes if start is None else start, whole, grid.block)
+        old = Start(codes, values) if start is None else start  # not looked at if there is none
+        from_codes, base = _rows(old.codes, whole, grid.block), _rows(old.values, whole, grid.block)
         drawn, into = _rows(noise, whole, grid.block), _rows(codes, whole, grid.block)
         if isinstance(grid, TableGrid):
             table = _table(grid.values)
-            look_up = (table.rising, table.gaps, table.by_code, table.by_rank, table.in_order)
-            _stochastic_table(*arrays, from_codes, start is not None, drawn, *look_up, into)
+            look_up = (table.rising, table.gaps, table.by_code)
+            _stochastic_table(*arrays, from_codes, base, start is not None, drawn, *look_up, into)
+            _from_ranks(table, into)
         else:
             signed = from_codes.view(np.int8)
-            _stochastic_integer(*arrays, signed, start is not None, drawn, *_peak_and_floor(grid), into)
+            _stochastic_integer(*arrays, signed, base, start is not None, drawn, *_peak_and_floor(grid), into)
         if whole < scales.numel():
             rest = slice(whole * grid.block, None)
-            last = None if start is None else start[rest]
+            last = None if start is None else Start(start.codes[rest], start.values[rest])
             _TORCH.stochastic(values[rest], grid, scales[whole:], last, noise[rest], codes[rest])
         return scales
 
@@ -480,27 +482,34 @@ class CompiledKernels:
             first = whole * grid.block
             _TORCH.decode_pairs(packed[first // 2 :], grid, scales[whole:], dtype, out[first:])
 
-    def dots(self, left: Tensor, right: Tensor, block: int, out: Tensor) -> None:
+    def distance(self, left: Tensor, right: Tensor, block: int) -> Tensor:
         whole = left.numel() // block
-        loop = _dots_64 if block == BLOCK else _dots
-        loop(_rows(left, whole, block), _rows(right, whole, block), out[:whole].numpy())
-        if whole < out.numel():
-            _TORCH.dots(left[whole * block :], right[whole * block :], block, out[whole:])
+        sums = np.empty(-(-left.numel() // block), np.float32)
+        _distance(_rows(left, whole, block), _rows(right, whole, block), sums)
+        if whole < sums.size:
+            difference = left[whole * block :] - right[whole * block :]
+            sums[-1] = block_dots(difference, difference, block).item()
+        return torch.tensor(_sum(sums.astype(np.float64)), dtype=torch.float64)
 
-    def code_dots(self, codes: Tensor, grid: Grid, right: Tensor, out: Tensor) -> None:
+    def kept(
+        self, codes: Tensor, grid: Grid, target: Tensor, base: Tensor, anchor: Tensor, inner: Tensor
+    ) -> Tensor:
         if not _is_compiled(grid):
-            _TORCH.code_dots(codes, grid, right, out)
-            return
+            return _TORCH.kept(codes, grid, target, base, anchor, inner)
         whole = codes.numel() // grid.block
-        read, by = _rows(codes, whole, grid.block), _rows(right, whole, grid.block)
-        into = out[:whole].numpy()
+        sums = np.empty((2, inner.numel()), np.float32)
+        arrays = tuple(_rows(each, whole, grid.block) for each in (target, base, anchor))
+        read, into = _rows(codes, whole, grid.block), inner[:whole].numpy()
         if isinstance(grid, TableGrid):
-            _code_dots_table(read, _table(grid.values).by_code, by, into)
+            _kept_table(read, _table(grid.values).by_code, *arrays, into, sums)
         else:
-            _code_dots_integer(read.view(np.int8), by, into)
-        if whole < out.numel():
+            _kept_integer(read.view(np.int8), *arrays, into, sums)
+        if whole < inner.numel():
             rest = slice(whole * grid.block, None)
-            _TORCH.code_dots(codes[rest], grid, right[rest], out[whole:])
+            sums[:, -1] = _TORCH.kept(
+                codes[rest], grid, target[rest], base[rest], anchor[rest], inner[whole:]
+            )
+        return torch.tensor([_sum(blocks) for blocks in sums.astype(np.float64)], dtype=torch.float64)
 
     def _scales(self, values: Tensor, grid: Grid) -> Tensor:
         out = torch.empty(-(-values.numel() // grid.block), dtype=torch.float32)
@@ -512,6 +521,22 @@ def _is_compiled(grid: Grid) -> bool:
     if isinstance(grid, TableGrid):
         return grid.block == BLOCK and len(grid.values) <= _CODES and grid.peak == 1
     return isinstance(grid, IntegerGrid)
+
+
+def _nearest_in_table(grid: TableGrid, values: Array, scales: Array, codes: Array) -> None:
+    known = tables_of(grid.values, torch.device("cpu"))
+    if _is_compiled(grid):
+        _nearest_table(values, scales, _table(grid.values).midpoints, codes)
+    else:
+        midpoints = _padded(known.midpoints.thresholds.numpy(), np.inf, 256)
+        _nearest_in_any_table(values, scales, midpoints, codes)
+    if not known.codes_are_ranks:
+        _rename(codes.reshape(-1), known.codes.numpy())
+
+
+def _from_ranks(table: _Table, codes: Array) -> None:
+    if not table.in_order:
+        _rename(codes.reshape(-1), table.by_rank)
 
 
 def _peak_and_floor(grid: Grid) -> tuple[Any, Any]:

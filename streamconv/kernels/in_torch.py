@@ -19,7 +19,7 @@ from streamconv.grids import (
     divide_by_scales,
     multiply_by_scales,
 )
-from streamconv.kernels.base import pairwise_sum
+from streamconv.kernels.base import Start, pairwise_sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +45,15 @@ class TorchKernels:
         values: Tensor,
         grid: Grid,
         scales: Tensor | None,
-        start: Tensor | None,
+        start: Start | None,
         noise: Tensor,
         codes: Tensor,
     ) -> Tensor:
         scales = self._scales(values, grid) if scales is None else scales
-        x = divide_by_scales(values, scales, grid.block, grid.peak)
+        moved = values if start is None else values - start.values
+        x = divide_by_scales(moved, scales, grid.block, grid.peak)
         if start is not None:
-            x.add_(grid.decode(start))
+            x.add_(grid.decode(start.codes))
         x.clamp_(*grid.limits)
         lower, upper = grid.neighbours(x)
         low = grid.decode(lower)
@@ -93,19 +94,29 @@ class TorchKernels:
         multiply_by_scales(values, scales, grid.block, out, grid.peak)
         round_to(dtype, out)
 
-    def dots(self, left: Tensor, right: Tensor, block: int, out: Tensor) -> None:
-        terms = left * right
-        whole = terms.numel() - terms.numel() % block
-        out[: whole // block] = pairwise_sum(terms[:whole].view(-1, block))
-        if whole < terms.numel():
-            out[-1] = pairwise_sum(terms[whole:])
+    def distance(self, left: Tensor, right: Tensor, block: int) -> Tensor:
+        difference = left - right
+        return pairwise_sum(block_dots(difference, difference, block).double())
 
-    def code_dots(self, codes: Tensor, grid: Grid, right: Tensor, out: Tensor) -> None:
-        self.dots(grid.decode(codes), right, grid.block, out)
+    def kept(
+        self, codes: Tensor, grid: Grid, target: Tensor, base: Tensor, anchor: Tensor, inner: Tensor
+    ) -> Tensor:
+        delta = target - base
+        inner.copy_(block_dots(grid.decode(codes), delta, grid.block))
+        sums = torch.stack([block_dots(factor, delta, grid.block) for factor in (anchor, delta)])
+        return pairwise_sum(sums.double())
 
     def _scales(self, values: Tensor, grid: Grid) -> Tensor:
         out = torch.empty(-(-values.numel() // grid.block), dtype=torch.float32, device=values.device)
         return self.absmax(values, grid.block, out)
+
+
+def block_dots(left: Tensor, right: Tensor, block: int) -> Tensor:
+    """<`left`, `right`> of every block."""
+    terms = left * right
+    whole = terms.numel() - terms.numel() % block
+    sums = pairwise_sum(terms[:whole].view(-1, block))
+    return sums if whole == terms.numel() else torch.cat((sums, pairwise_sum(terms[whole:]).view(1)))
 
 
 def round_to(dtype: Dtype, values: Tensor) -> None:

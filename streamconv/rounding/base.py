@@ -16,13 +16,13 @@ class Context:
 
     `codes`  uint8: the base's own codes, where the base lies on this grid; else None.
     `scales` float32, one a block: the effective scales to use, already fixed; None: choose them.
-    `delta`  float32: target minus what the base decodes to; needed where `codes` are given.
+    `base`   float32: what the base decodes to, which the target is an update of; needed where `codes` are given.
     `noise`  float32 in [0, 1): one number an element, for roundings that ask for it.
     """
 
     codes: Tensor | None
     scales: Tensor | None
-    delta: Tensor | None
+    base: Tensor | None
     noise: Tensor | None
 
 

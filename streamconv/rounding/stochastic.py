@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from streamconv.grids import Grid
-from streamconv.kernels import kernels_for
+from streamconv.kernels import Start, kernels_for
 from streamconv.rounding.base import Context
 
 
@@ -32,9 +32,9 @@ class Stochastic:
     def choose(self, target: Tensor, grid: Grid, context: Context, codes: Tensor) -> Tensor:
         """See Rounding. `context.noise` must be there."""
         assert context.noise is not None, "stochastic rounding was not given its noise"
-        values, start = target, None
+        start = None
         if context.scales is not None and context.codes is not None:
-            assert context.delta is not None, "the base's codes were given without the delta"
-            values, start = context.delta, context.codes
+            assert context.base is not None, "the base's codes were given without the base"
+            start = Start(context.codes, context.base)
         kernels = kernels_for(target.device)
-        return kernels.stochastic(values, grid, context.scales, start, context.noise, codes)
+        return kernels.stochastic(target, grid, context.scales, start, context.noise, codes)

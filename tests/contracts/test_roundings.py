@@ -13,9 +13,10 @@ from tests.formats.stored import choose, normal
 every_rounding = pytest.mark.parametrize("name", ROUNDINGS)
 
 
-def context(count: int, codes: Tensor | None = None, scales: Tensor | None = None) -> Context:
-    delta = None if codes is None else torch.zeros(count)
-    return Context(codes, scales, delta, uniform(0, "w", range(1), count, torch.empty(count)))
+def context(
+    count: int, codes: Tensor | None = None, scales: Tensor | None = None, base: Tensor | None = None
+) -> Context:
+    return Context(codes, scales, base, uniform(0, "w", range(1), count, torch.empty(count)))
 
 
 def test_names_are_keys() -> None:
@@ -39,7 +40,7 @@ def test_what_lies_on_the_grid_stays(name: str) -> None:
     codes = torch.randint(0, 16, (128,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     scales = torch.tensor([0.3, 7e-5])
     target = NF4.decode(codes) * scales.repeat_interleave(64)
-    chosen, kept = choose(ROUNDINGS[name], target, NF4, context(128, codes, scales))
+    chosen, kept = choose(ROUNDINGS[name], target, NF4, context(128, codes, scales, target))
     assert torch.equal(chosen, codes)
     assert torch.equal(kept, scales)
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamconv.dtypes import BF16, F16, F32, Dtype
+from streamconv.formats.bnb_4bit import DYNAMIC
 from streamconv.grids import FP4, INT8, NF4, Grid, IntegerGrid, TableGrid, block_absmax
-from streamconv.kernels import TORCH, Kernels, compiled_kernels, kernels_for
+from streamconv.kernels import TORCH, Kernels, Start, compiled_kernels, kernels_for
 from tests.formats.stored import normal
 
 pytest.importorskip("numba")
@@ -23,7 +24,8 @@ GRIDS: Mapping[str, Grid] = {
     "nf4": NF4,
     "fp4": FP4,
     "int8": INT8,
-    "other": TableGrid("other", (-1.0, 0.25, 1.0), 4),
+    "dynamic": DYNAMIC,
+    "other": TableGrid("other", (0.25, 1.0, -1.0), 4),
 }
 every_grid = pytest.mark.parametrize("name", GRIDS)
 # Whole blocks only; a short last one; nothing but a short one; an odd number.
@@ -48,7 +50,7 @@ def blocks(count: int, grid: Grid) -> int:
 
 def bits(tensor: Tensor) -> list[int]:
     """For comparison: NaN equals itself and -0 is not 0."""
-    return tensor.view(torch.uint8).flatten().tolist()
+    return tensor.contiguous().view(-1).view(torch.uint8).tolist()
 
 
 def both(call: Callable[[Kernels], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -70,7 +72,7 @@ def choose(kernels: Kernels, values: Tensor, grid: Grid, scales: Tensor | None) 
 
 
 def draw(
-    kernels: Kernels, values: Tensor, grid: Grid, scales: Tensor | None, start: Tensor | None
+    kernels: Kernels, values: Tensor, grid: Grid, scales: Tensor | None, start: Start | None
 ) -> tuple[Tensor, ...]:
     noise, codes = empty(values.numel()), empty(values.numel(), torch.uint8)
     kernels.uniform(-5, 0, noise)
@@ -124,7 +126,7 @@ def test_nearest_and_stochastic(name: str, size: tuple[int, int]) -> None:
     count, grid = rows * columns, grid_of(name, columns)
     scales = torch.rand(blocks(count, grid)) - 0.5
     scales[0] = 0.0
-    start = codes_for(grid, count)
+    start = Start(codes_for(grid, count), normal((count,), 4))
     for values in awkward(grid, count).values():
         both(partial(choose, values=values, grid=grid, scales=None))
         both(partial(choose, values=values, grid=grid, scales=scales))
@@ -149,12 +151,8 @@ def test_any_finite_bits(name: str, count: int, words: bytes, size: float) -> No
     grid = grid if name != "int8" or values.numel() >= grid.block else grid_of(name, values.numel())
     both(lambda kernels: choose(kernels, values, grid, None))
     both(lambda kernels: draw(kernels, values, grid, None, None))
-    delta = values * 1e-3
-    both(
-        lambda kernels: draw(
-            kernels, delta, grid, block_absmax(values, grid.block), codes_for(grid, len(values))
-        )
-    )
+    start = Start(codes_for(grid, len(values)), values * 1.001)
+    both(lambda kernels: draw(kernels, values, grid, block_absmax(values, grid.block), start))
 
 
 @every_grid
@@ -207,9 +205,7 @@ def test_decode(name: str, size: tuple[int, int], dtype: Dtype) -> None:
 @pytest.mark.parametrize("name", GRIDS)
 def test_decoding_with_a_scale_that_is_not_a_number_gives_none(name: str) -> None:
     grid = grid_of(name, 64)
-    codes = (
-        torch.full((64,), 15, dtype=torch.uint8) if name != "other" else torch.zeros(64, dtype=torch.uint8)
-    )
+    codes = torch.ones(64, dtype=torch.uint8)
     for word in (0x7FFFFFFF, -1, 0x7FC00000):
         scales = torch.tensor([word], dtype=torch.int32).view(torch.float32).repeat(blocks(64, grid))
         for dtype in (F32, BF16):
@@ -234,20 +230,23 @@ def test_uniform(key: int, first: int, count: int) -> None:
 def test_sums(name: str, size: tuple[int, int]) -> None:
     rows, columns = size
     count, grid = rows * columns, grid_of(name, columns)
-    left, right, codes = normal((count,), 1), normal((count,), 2), codes_for(grid, count)
+    codes, base, anchor = codes_for(grid, count), normal((count,), 1), normal((count,), 2)
+    target = base + normal((count,), 3) / 8
 
-    def dots(kernels: Kernels) -> tuple[Tensor, ...]:
-        plain, coded = empty(blocks(count, grid)), empty(blocks(count, grid))
-        kernels.dots(left, right, grid.block, plain)
-        kernels.code_dots(codes, grid, right, coded)
-        return plain, coded
+    def sums(kernels: Kernels) -> tuple[Tensor, ...]:
+        inner = empty(blocks(count, grid))
+        kept = kernels.kept(codes, grid, target, base, anchor, inner)
+        return inner, kept, kernels.distance(target, base, grid.block)
 
-    plain, coded = both(dots)
-    products = torch.stack((left.double() * right, grid.decode(codes).double() * right))
-    padded = torch.nn.functional.pad(products, (0, blocks(count, grid) * grid.block - count))
-    exact = padded.view(2, -1, grid.block)
-    bound = 8 * 2**-24 * exact.abs().sum(-1)
-    assert bool(((torch.stack((plain, coded)).double() - exact.sum(-1)).abs() <= bound).all())
+    inner, kept, distance = both(sums)
+    delta = (target - base).double()
+    factors = torch.stack((grid.decode(codes).double(), anchor.double(), delta))
+    padded = torch.nn.functional.pad(factors * delta, (0, blocks(count, grid) * grid.block - count))
+    terms = padded.view(3, -1, grid.block)
+    bound = 9 * 2**-24 * terms.abs().sum(-1)  # a rounding for the product, and one for every halving
+    assert bool(((inner.double() - terms[0].sum(-1)).abs() <= bound[0]).all())
+    assert bool(((kept - terms[1:].sum((1, 2))).abs() <= bound[1:].sum(-1)).all())
+    assert torch.equal(distance, kept[1])
 
 
 @every_grid
@@ -259,9 +258,9 @@ def test_inputs_are_not_changed(name: str) -> None:
     for kernels in (TORCH, compiled()):
         out, codes, sums = empty(960), empty(960, torch.uint8), empty(blocks(960, grid))
         kernels.nearest(values, grid, scales, codes)
-        kernels.stochastic(values, grid, scales, start, noise, codes)
+        kernels.stochastic(values, grid, scales, Start(start, noise), noise, codes)
         kernels.decode(start, grid, scales, BF16, out)
-        kernels.dots(values, noise, grid.block, sums)
-        kernels.code_dots(start, grid, values, sums)
+        kernels.distance(values, noise, grid.block)
+        kernels.kept(start, grid, values, noise, out, sums)
         kernels.absmax(values, grid.block, sums)
     assert all(map(torch.equal, inputs, before))

@@ -43,7 +43,7 @@ def test_the_mean_is_base_plus_delta() -> None:
     # Neighbours of the first and last code lie on one side only; a delta beyond the end would be cut.
     delta = torch.where((codes == 0) | (codes == 15), -anchor.sign(), 1.0) * 1e-3
     many = DRAWS
-    context = Context(codes.repeat(many), scales.repeat(many), delta.repeat(many), noise(many * BLOCK))
+    context = Context(codes.repeat(many), scales.repeat(many), anchor.repeat(many), noise(many * BLOCK))
     target = (anchor + delta).repeat(many)
     chosen, kept = choose(STOCHASTIC, target, NF4, context)
     values = (NF4.decode(chosen) * kept.repeat_interleave(BLOCK)).view(many, BLOCK)
@@ -66,7 +66,7 @@ def test_an_entry_without_delta_keeps_its_code_whatever_the_noise(worst: float) 
     codes, scales, anchor = base(200)
     # A loader's cast to 16 bit moves the decoded base; that must not move codes.
     target = anchor.bfloat16().float()
-    context = Context(codes, scales, torch.zeros_like(target), torch.full_like(target, worst))
+    context = Context(codes, scales, target, torch.full_like(target, worst))
     chosen, kept = choose(STOCHASTIC, target, NF4, context)
     assert torch.equal(chosen, codes)
     assert kept is scales
@@ -77,8 +77,8 @@ def test_codes_never_leave_the_neighbours(size: float, seed: int) -> None:
     codes, scales, _ = base(4)
     codes, scales = codes[BLOCK:], scales[1:]
     delta = normal((3 * BLOCK,), seed, size)
-    context = Context(codes, scales, delta, noise(3 * BLOCK, seed))
-    chosen, _ = choose(STOCHASTIC, torch.zeros_like(delta), NF4, context)
+    context = Context(codes, scales, torch.zeros_like(delta), noise(3 * BLOCK, seed))
+    chosen, _ = choose(STOCHASTIC, delta, NF4, context)
     x = NF4.decode(codes) + delta / scales.repeat_interleave(BLOCK)
     lower, upper = (NF4.decode(code) for code in NF4.neighbours(x))
     value = NF4.decode(chosen)
