@@ -377,7 +377,7 @@ class CompiledKernels:
     def absmax(self, values: Tensor, block: int, out: Tensor) -> Tensor:
         whole = values.numel() // block
         loop = _absmax_64 if block == BLOCK else _absmax
-        loop(_bits(_rows(values, whole, block)), _bits(out[:whole].numpy()))
+        loop(_bits(_rows(values, whole, block)), _bits(out.numpy()[:whole]))
         if whole < out.numel():
             _TORCH.absmax(values[whole * block :], block, out[whole:])
         return out
@@ -387,7 +387,7 @@ class CompiledKernels:
             return _TORCH.nearest(values, grid, scales, codes)
         scales = self._scales(values, grid) if scales is None else scales
         whole = values.numel() // grid.block
-        arrays = (_rows(values, whole, grid.block), scales[:whole].numpy())
+        arrays = (_rows(values, whole, grid.block), scales.numpy()[:whole])
         into = _rows(codes, whole, grid.block)
         if isinstance(grid, TableGrid):
             _nearest_in_table(grid, *arrays, into)
@@ -411,7 +411,7 @@ class CompiledKernels:
             return _TORCH.stochastic(values, grid, scales, start, noise, codes)
         scales = self._scales(values, grid) if scales is None else scales
         whole = values.numel() // grid.block
-        arrays = (_rows(values, whole, grid.block), scales[:whole].numpy())
+        arrays = (_rows(values, whole, grid.block), scales.numpy()[:whole])
         old = Start(codes, values) if start is None else start  # not looked at if there is none
         from_codes, base = _rows(old.codes, whole, grid.block), _rows(old.values, whole, grid.block)
         drawn, into = _rows(noise, whole, grid.block), _rows(codes, whole, grid.block)
@@ -456,7 +456,7 @@ class CompiledKernels:
             return
         whole = out.numel() // grid.block
         read, values = _rows(codes, whole, grid.block), _rows(out, whole, grid.block)
-        factors = scales[:whole].numpy()
+        factors = scales.numpy()[:whole]
         if isinstance(grid, TableGrid):
             _decode_table(read, _table(grid.values).by_code, factors, values)
         else:
@@ -476,7 +476,7 @@ class CompiledKernels:
         values = _rows(out, whole, grid.block)
         read = _rows(packed, whole, grid.block // 2)
         table = _table(grid.values)
-        _decode_pairs(read, table.pairs, scales[:whole].numpy(), values.view(np.uint64), values)
+        _decode_pairs(read, table.pairs, scales.numpy()[:whole], values.view(np.uint64), values)
         _round_to(dtype, values)
         if whole < scales.numel():
             first = whole * grid.block
@@ -499,7 +499,7 @@ class CompiledKernels:
         whole = codes.numel() // grid.block
         sums = np.empty((2, inner.numel()), np.float32)
         arrays = tuple(_rows(each, whole, grid.block) for each in (target, base, anchor))
-        read, into = _rows(codes, whole, grid.block), inner[:whole].numpy()
+        read, into = _rows(codes, whole, grid.block), inner.numpy()[:whole]
         if isinstance(grid, TableGrid):
             _kept_table(read, _table(grid.values).by_code, *arrays, into, sums)
         else:
@@ -544,8 +544,8 @@ def _peak_and_floor(grid: Grid) -> tuple[Any, Any]:
 
 
 def _rows(tensor: Tensor, count: int, length: int) -> Array:
-    """The first `count` stretches of `length`, one a row."""
-    return tensor[: count * length].numpy().reshape(count, length)
+    """The first `count` stretches of `length`, one a row (a slice of an array costs less than one of a tensor)."""
+    return tensor.numpy()[: count * length].reshape(count, length)
 
 
 def _round_to(dtype: Dtype, values: Array) -> None:
