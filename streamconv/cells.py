@@ -15,10 +15,12 @@ in the same pass.
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -93,31 +95,63 @@ class Scratch:
         return buffer[:count]
 
 
+class Ticket(Protocol):
+    """A tile in work."""
+
+    def wait(self) -> None:
+        """Return when it is computed; raises what went wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """What workers do of one tile, in row order."""
+
+    futures: Sequence[Future[None]]
+
+    def wait(self) -> None:
+        for future in self.futures:
+            future.result()
+
+
 class Workers:
-    """Threads that share the cells of a tile between them; torch releases the GIL while it computes."""
+    """Threads that share the cells of tiles between them; torch releases the GIL while it computes."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.scratch = tuple(Scratch() for _ in range(count))
-        self._pool = ThreadPoolExecutor(count, "streamconv-cells") if count > 1 else None
+        self._numbers = itertools.count()
+        self._own = threading.local()
+        self._pool = ThreadPoolExecutor(count, "streamconv-cells", self._take_number)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._pool.shutdown(cancel_futures=True)
 
     def map(self, work: Callable[[int, range], None], rows: range) -> None:
-        """Call `work(number, part)` for consecutive parts of `rows`, whole cells each; the first error is raised."""
+        """Have `work` done for all of `rows`; the first error in row order is raised."""
+        self.submit(work, rows).wait()
+
+    def submit(self, work: Callable[[int, range], None], rows: range) -> Shares:
+        """Have `work(number, part)` called for consecutive parts of `rows`, whole cells each.
+
+        `number` is that of the thread, below `count`: no two calls with the same one run at once.
+        """
         count = -(-len(rows) // CELL_ROWS)
         share = -(-count // self.count) * CELL_ROWS
         parts = [range(first, min(first + share, rows.stop)) for first in range(rows.start, rows.stop, share)]
-        if self._pool is None or len(parts) == 1:
-            for part in parts:
-                work(0, part)
-        else:
-            list(self._pool.map(work, range(len(parts)), parts))
+        return Shares([self._pool.submit(self._call, work, part) for part in parts])
+
+    def alone(self, work: Callable[[int], None]) -> None:
+        """Have `work(number)` done by one thread."""
+        self._pool.submit(lambda: work(self._own.number)).result()
+
+    def _take_number(self) -> None:
+        self._own.number = next(self._numbers)
+
+    def _call(self, work: Callable[[int, range], None], part: range) -> None:
+        work(self._own.number, part)
 
 
 class WeightWork:
@@ -162,14 +196,7 @@ class WeightWork:
         if self.step.merge_base is not None:
             self.workers.map(lambda number, part: self._take_absmax(number, raw, rows, part), rows)
             return
-        for cell_rows in cells(rows):
-            cell_raw = self._raw(raw, rows, cell_rows)
-            for number, update in enumerate(self.step.updates):
-                if update.reduces:
-                    base = self._base(cell_raw, cell_rows, self.workers.scratch[0]).values
-                    self._states[number] = update.reduce(
-                        base, cell_rows, self.parts[number], self._states[number]
-                    )
+        self.workers.alone(lambda number: self._take_states(number, raw, rows))
 
     def end_reduce(self) -> None:
         """Between the passes: from here on the rounded base's scales are known, and what updates had to learn."""
@@ -185,9 +212,9 @@ class WeightWork:
             same = merge_base.format == self.step.encoder.format
             self._keep(self._absmax if same else self._base_scales)
 
-    def rewrite(self, raw: Tensor, rows: range, out: Tensor) -> None:
-        """Second pass: `out` (uint8) receives the main part's bytes of `rows`."""
-        self.workers.map(lambda number, part: self._rewrite(number, raw, rows, out, part), rows)
+    def rewrite(self, raw: Tensor, rows: range, out: Tensor) -> Ticket:
+        """Second pass: `out` (uint8) will hold the main part's bytes of `rows` once the ticket has been waited for."""
+        return self.workers.submit(lambda number, part: self._rewrite(number, raw, rows, out, part), rows)
 
     def finish(self) -> tuple[tuple[bytes, ...], KeptDelta | None]:
         """The parts after the main one, and what survived of the update (None if nothing was quantized)."""
@@ -223,6 +250,14 @@ class WeightWork:
             values = self._decode(self._raw(raw, rows, cell), cell, self.workers.scratch[number]).view(-1)
             out = self._blocks(self._absmax, cell, merge_base.grid)
             self._kernels.absmax(values, merge_base.grid.block, out)
+
+    def _take_states(self, number: int, raw: Tensor, rows: range) -> None:
+        for cell in cells(rows):
+            cell_raw = self._raw(raw, rows, cell)
+            for index, update in enumerate(self.step.updates):
+                if update.reduces:
+                    base = self._base(cell_raw, cell, self.workers.scratch[number]).values
+                    self._states[index] = update.reduce(base, cell, self.parts[index], self._states[index])
 
     def _rewrite(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
         encoder = self.step.encoder

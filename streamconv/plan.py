@@ -20,8 +20,9 @@ from streamconv.layout import ShardLayout
 from streamconv.rounding.base import Rounding
 
 DEFAULT_MIN_KEPT = 0.2
-# Tile buffers in flight between reader, compute and writer: half for what is read, half for what is written.
-BUFFERS = 6
+# Tiles in flight in a lane: being read, computed, written and hashed. Each has a buffer for what is read of it, and one
+# for what is written.
+SLOTS = 6
 # Weights whose side parts and adapters are in memory: the one computed, and the next one being read.
 WEIGHTS_HELD = 2
 
@@ -96,7 +97,9 @@ class Rewrite:
     @property
     def whole_bytes(self) -> int:
         """What updates that need the whole weight hold of it."""
-        return max((u.whole_bytes for u in self.updates if isinstance(u, WholeUpdate)), default=0)
+        # Those that reduce nothing need not be asked: a runtime check of a protocol takes microseconds.
+        whole = (u for u in self.updates if u.reduces and isinstance(u, WholeUpdate))
+        return max((update.whole_bytes for update in whole), default=0)
 
     @property
     def access(self) -> Access:
@@ -117,13 +120,15 @@ ShardPlan = ShardLayout[Step]
 class Memory:
     """What a run needs at most, in bytes, above the interpreter with torch loaded.
 
-    `buffer` bounds the bytes of a tile, `workers` is how many threads share its cells.
+    `buffer` bounds the bytes of a tile, `workers` is how many threads share its cells, `lanes` how many shards are in
+    work at once.
     """
 
     ram: int
     vram: int
     buffer: int
     workers: int
+    lanes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +140,29 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
+class Depth:
+    """Layers of an output that repeats those of its base: `before` in number, now those in `ranges` [start, end)."""
+
+    before: int
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """By number of an output's layer, the layer of the base it is."""
+        return tuple(layer for start, end in self.ranges for layer in range(start, end))
+
+    def __str__(self) -> str:
+        ranges = ", ".join(f"[{start}, {end})" for start, end in self.ranges[:8])
+        more = ", ..." if len(self.ranges) > 8 else ""
+        return f"{self.before} layers become {len(self.sources)}: {ranges}{more}"
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """All that a run will do. `quant` names the output's format of quantized weights, None if it has none."""
+    """All that a run will do. `quant` names the output's format of quantized weights, None if it has none.
+
+    `depth` is None where the output has the layers of the base.
+    """
 
     options: MergeOptions
     device: Device
@@ -150,6 +176,7 @@ class Plan:
     adapted: Mapping[str, int]
     replaced: tuple[str, ...]
     renamed: str | None
+    depth: Depth | None
     untied: bool
     dtype: str | None
     vocab_size: tuple[int, int] | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from streamconv.fingerprint import fingerprint
 from streamconv.formats import FORMATS, dense_weight
 from streamconv.formats.base import Encoder, Format, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, is_conv1d, matches, module_of, select
-from streamconv.layout import lay_out, split_by_size
+from streamconv.layout import Placed, lay_out, split_by_size
 from streamconv.memory import plan_memory
-from streamconv.plan import Choice, Copy, MergeOptions, Plan, Rewrite, Step
+from streamconv.plan import Choice, Copy, Depth, MergeOptions, Plan, Rewrite, ShardPlan, Step
 from streamconv.rounding import ROUNDINGS
 from streamconv.rounding.base import Rounding
 
@@ -28,12 +29,16 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A base checkpoint as the planner sees it. `quantized`: the one format its quantized weights have."""
+    """A base checkpoint as the planner sees it. `quantized`: the one format its quantized weights have.
+
+    `depth`: how its layers were repeated, in `weights` and in the config; `index.tensors` are as they are stored.
+    """
 
     index: CheckpointIndex
     weights: Mapping[str, Weight]
     tie: Tie | None
     quantized: str | None
+    depth: Depth | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +63,12 @@ def build_plan(base: Base, adapter: Adapter | None, options: MergeOptions, devic
     quantized, skipped = _choose_quantized(base, weights, replaces, result, options)
     by_weight = _steps(base, weights, updates, quantized, result)
     steps = [step for steps in by_weight for step in steps]
-    shards = lay_out(_split(base, by_weight, result, options))
+    shards = _as_stored(base.index, lay_out(_split(base, by_weight, result, options)))
     return Plan(
         options=options,
         device=device,
         shards=shards,
-        memory=plan_memory(steps, options, device),
+        memory=plan_memory(steps, options, device, len(shards)),
         quant=result.quant.name if result.quant else None,
         target=result.target,
         rounding=result.rounding_choice,
@@ -72,6 +77,7 @@ def build_plan(base: Base, adapter: Adapter | None, options: MergeOptions, devic
         adapted=dict(adapter.modules) if adapter else {},
         replaced=tuple(sorted(replaces)),
         renamed=adapter.renamed if adapter else None,
+        depth=base.depth,
         untied=bool(adapter and adapter.untie),
         dtype=_config_dtype(base, result),
         vocab_size=_new_vocabulary(base, weights),
@@ -241,16 +247,15 @@ def _choose_quantized(
     _check_ignore(options.ignore, weights)
     if result.quant is None:
         return frozenset(), ()
-    ignore, dense = list(options.ignore), {module_of(name) for name in replaces}
+    ignore, dense = list(options.ignore), {module_of(name) for name in replaces}  # exactly these, no pattern
     if base.quantized:  # what it leaves in 16 bit stays so, what it quantizes does too
         modules = {name: module_of(name) for name in base.weights}
         packed = {modules[name] for name, weight in base.weights.items() if weight.format == base.quantized}
         dense |= set(modules.values()) - packed  # a packed weight's bias is not packed
     else:
         ignore += DEFAULT_IGNORE
-    if dense:  # exactly these: a plain pattern would mean all that lies below them, too
-        ignore.append(f"re:(?:{'|'.join(map(re.escape, sorted(dense)))})$")
-    selection = select({name: weight.shape for name, weight in weights.items()}, base.index.config, ignore)
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    selection = select(shapes, base.index.config, ignore, dense)
     if not selection.quantized:
         raise OptionError(
             f"--quant {result.quant.name} would quantize nothing: {base.index.storage.location} has no linear "
@@ -371,8 +376,9 @@ def _rounded_in_training(base: Base, result: _Result) -> frozenset[str]:
 def _split(
     base: Base, by_weight: Sequence[Sequence[Step]], result: _Result, options: MergeOptions
 ) -> list[list[Step]]:
-    """Steps by shard: the base's own shards for 16-bit output of a 16-bit base, else filled up to a limit."""
-    if options.max_shard_bytes is not None or result.quant is not None or base.quantized is not None:
+    """Steps by shard: the base's own shards where the output stores the same tensors, else filled up to a limit."""
+    is_recoded = result.quant is not None or base.quantized is not None
+    if options.max_shard_bytes is not None or is_recoded or base.depth is not None:
         return split_by_size(by_weight, options.max_shard_bytes or DEFAULT_SHARD_BYTES)
     shard_of = {name: tensor.file.name for name, tensor in base.index.tensors.items()}
     shards: dict[str, list[Step]] = {shard.file.name: [] for shard in base.index.shards}
@@ -380,6 +386,36 @@ def _split(
     for step in (step for steps in by_weight for step in steps):
         shards[shard_of.get(step.name, last)].append(step)
     return [steps for steps in shards.values() if steps]
+
+
+def _as_stored(index: CheckpointIndex, shards: Sequence[ShardPlan]) -> tuple[ShardPlan, ...]:
+    """`shards`, those that hold just what a file of the base holds laid out as it is there, header and all.
+
+    Such a shard can share the file's blocks on disk, and on the Hub, which knows files by their hash.
+    """
+    stored = {shard.file: shard for shard in index.shards}
+    names = {file: set[str]() for file in stored}
+    for tensor in index.tensors.values():
+        names[tensor.file].add(tensor.name)
+
+    def as_stored(shard: ShardPlan) -> ShardPlan:
+        copies = [placed.step for placed in shard.steps if isinstance(placed.step, Copy)]
+        files = {copy.tensor.file for copy in copies}
+        is_renamed = any(copy.name != copy.tensor.name for copy in copies)
+        if is_renamed or len(copies) < len(shard.steps) or len(files) != 1:
+            return shard
+        (file,) = files
+        if {copy.name for copy in copies} != names[file]:
+            return shard
+        copies.sort(key=lambda copy: copy.tensor.offset)
+        steps: tuple[Placed[Step], ...] = tuple(
+            Placed(copy, copy.tensor.offset, copy.tensor.nbytes) for copy in copies
+        )
+        return dataclasses.replace(
+            shard, header=stored[file].header, size=file.size, steps=steps, same_as=file
+        )
+
+    return tuple(as_stored(shard) for shard in shards)
 
 
 def _config_dtype(base: Base, result: _Result) -> str | None:

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from streamconv import executor
-from streamconv.cells import KeptDelta
+from streamconv.cells import KeptDelta, Ticket, WeightWork
 from streamconv.checkpoint.reader import TensorReader
-from streamconv.devices import Device
+from streamconv.engine import CpuEngine
 from streamconv.errors import CheckpointError, InputError, ResourceError, Stopped
-from streamconv.executor import StopRequest, run_plan
+from streamconv.executor import Output, StopRequest, run_plans
 from streamconv.pipeline import Job, prepare
-from streamconv.plan import BUFFERS, WEIGHTS_HELD, Memory, MergeOptions, Plan, ShardPlan
+from streamconv.plan import SLOTS, WEIGHTS_HELD, Memory, MergeOptions, Plan, ShardPlan
 from tests.models import Sizes, write_adapter, write_base
 from tests.tiny import edit_tensors
 
@@ -46,6 +46,8 @@ class Recorder:
     calls: list[str] = field(default_factory=list)
     threads: set[str] = field(default_factory=set)
     shard: str = ""
+    drained: bool = False
+    closed: bool = False
 
     def _note(self, call: str) -> None:
         self.calls.append(call)
@@ -57,9 +59,10 @@ class Recorder:
         self.shard = shard.name
         self.shards[shard.name], self.boundaries[shard.name] = bytearray(), []
 
-    def write(self, data: memoryview) -> None:
+    def write(self, data: memoryview, release: Callable[[], None]) -> None:
         self._note("write")
         self.shards[self.shard] += data
+        release()
 
     def boundary(self, sums: Mapping[str, KeptDelta]) -> None:
         self._note("boundary")
@@ -71,6 +74,12 @@ class Recorder:
 
     def halt(self) -> None:
         self._note("halt")
+
+    def drain(self) -> None:
+        self.drained = True
+
+    def close(self) -> None:
+        self.closed = True
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +126,7 @@ def carry_out(
     starts = from_the_start(plan) if starts is None else starts
     began = time.monotonic()
     try:
-        run_plan(plan, sink, starts, on_progress, stop or StopRequest())
+        run_plans([Output(plan, starts, lambda: sink)], on_progress, stop or StopRequest())
     finally:
         assert time.monotonic() - began < 60
         assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("streamconv")]
@@ -379,14 +388,14 @@ def test_a_stop_request_before_the_run_ends_it_before_it_writes(plan: Plan) -> N
 def test_a_weight_that_takes_too_long_is_not_waited_for(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "GRACE_S", 0.0)
     stop = StopRequest()
-    rewrite = executor._Weight.rewrite
+    rewrite = WeightWork.rewrite
 
-    def ask(weight: Any, raw: Tensor, rows: range, out: Tensor) -> None:
-        rewrite(weight, raw, rows, out)
-        if weight.step.name.endswith("up_proj.weight"):  # which has more tiles than one
+    def ask(work: WeightWork, raw: Tensor, rows: range, out: Tensor) -> Ticket:
+        if work.step.name.endswith("up_proj.weight"):  # which has more tiles than one
             stop.signal_number = signal.SIGTERM
+        return rewrite(work, raw, rows, out)
 
-    monkeypatch.setattr(executor._Weight, "rewrite", ask)
+    monkeypatch.setattr(WeightWork, "rewrite", ask)
     with pytest.raises(Stopped):
         carry_out(plan, sink := Recorder(), stop=stop)
     assert sink.calls[-1] == "halt"
@@ -409,15 +418,15 @@ def test_buffers_are_allocated_once_and_are_as_many_as_planned(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    host_buffer = Device.host_buffer
+    host_buffer = CpuEngine.host_buffer
 
-    def counted(device: Device, nbytes: int) -> Tensor:
+    def counted(engine: CpuEngine, nbytes: int) -> Tensor:
         sizes.append(nbytes)
-        return host_buffer(device, nbytes)
+        return host_buffer(engine, nbytes)
 
-    monkeypatch.setattr(Device, "host_buffer", counted)
+    monkeypatch.setattr(CpuEngine, "host_buffer", counted)
     carry_out(plan, Recorder())
-    assert sizes == [plan.memory.buffer] * BUFFERS
+    assert sizes == [plan.memory.buffer] * (2 * SLOTS)
 
 
 @pytest.fixture

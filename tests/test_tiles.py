@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamconv.adapters.base import Update
+from streamconv.adapters.folded import BlockLoraUpdate, PooledLoraUpdate
 from streamconv.adapters.initial import InitialUpdate
 from streamconv.adapters.lora import DoraUpdate, LoraUpdate
 from streamconv.cells import KeptDelta, WeightWork, Workers, cells
@@ -108,7 +109,7 @@ def test_the_same_bytes_for_any_number_of_tiles_and_workers(
     assert len({tuple(sorted(files.items())) for files in found.values()}) == 1, found
 
 
-@pytest.mark.parametrize(("count", "ram_mib"), [(1, 120), (8, 99.8), (60, 97.2)])
+@pytest.mark.parametrize(("count", "ram_mib"), [(1, 144), (8, 103), (60, 97.8)])
 def test_a_smaller_budget_makes_more_tiles(
     inputs: Inputs, monkeypatch: pytest.MonkeyPatch, count: int, ram_mib: float
 ) -> None:
@@ -144,9 +145,8 @@ class Case:
                     work.reduce(_part(self.raw, decoder.row_offset, rows), rows)
                 work.end_reduce()
             for rows in splits[1]:
-                work.rewrite(
-                    _part(self.raw, decoder.row_offset, rows), rows, _part(out, encoder.row_offset, rows)
-                )
+                raw, there = _part(self.raw, decoder.row_offset, rows), _part(out, encoder.row_offset, rows)
+                work.rewrite(raw, rows, there).wait()
             tail, kept = work.finish()
         return out.numpy().tobytes(), tail, kept
 
@@ -176,6 +176,23 @@ def pissa(shape: tuple[int, int], rank: int = 3) -> tuple[Update, Mapping[str, T
     return InitialUpdate(W, shape, MappingProxyType({}), "pissa", rank, 0.5, False, DENSE["float32"]), {}
 
 
+def blocks(shape: tuple[int, int]) -> tuple[Update, Mapping[str, Tensor]]:
+    """Of lora_B, if the rows can be cut in three; else of lora_A, or just one."""
+    rank = 3
+    if shape[0] % rank == 0:
+        parts = {"lora_A": normal((rank, shape[1]), 1, 0.3), "lora_B": normal((shape[0], 1), 2, 0.3)}
+        return BlockLoraUpdate(W, shape, MappingProxyType({}), 0.5, rank), parts
+    count = rank if shape[1] % rank == 0 else 1
+    parts = {"lora_A": normal((rank, shape[1] // count), 1, 0.3), "lora_B": normal((shape[0], rank), 2, 0.3)}
+    return BlockLoraUpdate(W, shape, MappingProxyType({}), 0.5, count), parts
+
+
+def pooled(shape: tuple[int, int], rank: int = 3) -> tuple[Update, Mapping[str, Tensor]]:
+    group = next(size for size in (4, 3, 2, 1) if shape[1] % size == 0)
+    parts = {"lora_A": normal((rank, shape[1] // group), 1, 0.3), "lora_B": normal((shape[0], rank), 2, 0.3)}
+    return PooledLoraUpdate(W, shape, MappingProxyType({}), 0.5, False, group), parts
+
+
 formats = st.sampled_from(sorted(FORMATS))
 dense = st.sampled_from(sorted(DENSE))
 # Odd numbers of rows and columns; blocks that wrap around rows; last cells of any height.
@@ -192,7 +209,9 @@ def cases(draw: st.DrawFn, folder: Path) -> Case:
     merge_base = None
     if base in DENSE and draw(st.booleans()):
         merge_base = FORMATS[draw(st.sampled_from(quantized))].encoder(W, shape, DENSE[base])
-    kinds = [lora] if merge_base else [lora, transposed_dora] + ([pissa] if base in DENSE else [])
+    kinds = [draw(st.sampled_from([lora, blocks, pooled]))]
+    if not merge_base:
+        kinds += [transposed_dora] + ([pissa] if base in DENSE else [])
     update, parts = draw(st.sampled_from(kinds))(shape)
     on_grid = merge_base.grid if merge_base else weight.decoder.grid
     keeps = rounding is not None and rounding.keeps_scales and on_grid == encoder.grid

@@ -30,6 +30,7 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
         "adapted_modules": dict(plan.adapted),
         "replaced": list(plan.replaced),
         "renamed": plan.renamed,
+        "layers": {"before": plan.depth.before, "sources": list(plan.depth.sources)} if plan.depth else None,
         "untied": plan.untied,
         "quantized": list(plan.quantized),
         "left_in_16_bit": list(plan.skipped),
@@ -112,6 +113,8 @@ def plan_as_text(prepared: Prepared) -> str:
     if plan.rounding:
         lines.insert(6, ("rounding", f"{plan.rounding.name}: {plan.rounding.reason}"))
         lines.insert(7, ("16 bit", ", ".join(plan.skipped) or "-"))
+    if plan.depth:
+        lines.insert(4, ("layers", f"{plan.depth}"))
     if plan.renamed:
         lines.insert(4, ("names", f"of adapter and base were matched: {plan.renamed}"))
     if plan.untied:

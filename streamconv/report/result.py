@@ -88,6 +88,7 @@ def manifest(plan: Plan, hashes: Mapping[str, str], kept: Kept | None, files: Ma
         "replaced": plan.replaced,
         "skipped": plan.skipped,
         "untied": plan.untied,
+        "layers": list(plan.depth.sources) if plan.depth else None,
         "files": {
             name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             for name, content in files.items()
