@@ -475,9 +475,7 @@ def _as_stored(index: CheckpointIndex, shards: Sequence[ShardPlan]) -> tuple[Sha
         steps: tuple[Placed[Step], ...] = tuple(
             Placed(copy, copy.tensor.offset, copy.tensor.nbytes) for copy in copies
         )
-        return dataclasses.replace(
-            shard, header=stored[file].header, size=file.size, steps=steps, same_as=file
-        )
+        return replace(shard, header=stored[file].header, size=file.size, steps=steps, same_as=file)
 
     return tuple(as_stored(shard) for shard in shards)
 
