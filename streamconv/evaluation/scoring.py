@@ -1,0 +1,243 @@
+"""Carries an evaluation out: walk the reference, walk the model, and compare what their heads answer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from streamconv.devices import resolve_device
+from streamconv.dtypes import DENSE
+from streamconv.errors import InputError, OptionError
+from streamconv.evaluation.budget import Budget, plan_budget
+from streamconv.evaluation.measures import Divergence, Tally
+from streamconv.evaluation.options import EvaluationOptions
+from streamconv.evaluation.result import Comparison, Evaluation, Greedy
+from streamconv.evaluation.text import load_tokenizer, read_windows
+from streamconv.forward.activations import hold_activations
+from streamconv.forward.skeleton import build_skeleton
+from streamconv.forward.walk import Walk
+from streamconv.forward.weights import WeightSource
+from streamconv.pipeline.job import Job, OnProgress
+from streamconv.pipeline.meter import Meter
+from streamconv.pipeline.preparation import Prepared, prepare
+from streamconv.sidecars import edit_config
+
+# Sequences whose greedy continuations are compared: each token of these may cost a walk.
+GREEDY_SEQUENCES = 16
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """A model ready to be walked."""
+
+    prepared: Prepared
+    walk: Walk
+
+
+def run_evaluation(options: EvaluationOptions, on_progress: OnProgress) -> Evaluation:
+    """See `evaluate`. Raises InputError, ResourceError where a model, text or budget is not fit for it."""
+    started = time.monotonic()
+    jobs = [job for job in (options.subject, options.reference) if job is not None]
+    everything = [_prepare(job) for job in jobs]
+    tokenizer = load_tokenizer(_tokenizer_folder(everything[0]))
+    windows = read_windows(options.data, tokenizer, options.sequences, options.sequence_length)
+    read = [0]
+    meter: list[Meter] = []
+
+    def count(nbytes: int) -> None:
+        read[0] += nbytes
+        for each in meter:
+            each.add(nbytes)
+
+    with ExitStack() as stack:
+        subjects = [stack.enter_context(_open(prepared, count)) for prepared in everything]
+        _check(subjects, options)
+        walks = [subject.walk for subject in subjects]
+        budget = plan_budget(walks, windows, options.subject.options)
+        meter.append(Meter(sum(walk.bytes_of_a_pass for walk in walks), on_progress))
+        meter[0].start(0)
+        tallies = _score(walks, windows, budget)
+        greedy = _greedy(walks, windows, budget, options.greedy_tokens)
+    model = tallies.model if isinstance(tallies, Divergence) else tallies
+    losses = model.losses()
+    return Evaluation(
+        model=options.subject.base,
+        adapter=options.subject.adapter,
+        target=_target(everything[0]),
+        data=str(options.data),
+        dtype=options.subject.options.dtype,
+        sequence_length=options.sequence_length,
+        sequences=options.sequences,
+        predicted_tokens=losses.numel(),
+        perplexity=_perplexity(losses),
+        losses=_by_sequence(losses),
+        comparison=_comparison(everything[-1], tallies, greedy) if isinstance(tallies, Divergence) else None,
+        seconds=time.monotonic() - started,
+        bytes_read=read[0],
+        peak_ram_bytes=meter[0].peak,
+        planned_ram_bytes=budget.ram,
+    )
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+def _prepare(job: Job) -> Prepared:
+    """The job planned and on this machine."""
+    prepared = prepare(job)
+    for storage, files in prepared.downloads():
+        storage.fetch(files, lambda _: None)
+    return prepared
+
+
+@contextmanager
+def _open(prepared: Prepared, on_bytes: Callable[[int], None]) -> Iterator[_Subject]:
+    plan = prepared.plan
+    config = edit_config(
+        prepared.base.index.config,
+        dtype=plan.dtype,
+        quantization=None,
+        untie=plan.untied,
+        vocab_size=plan.vocab_size,
+    )
+    dtype = DENSE[prepared.job.options.dtype].torch
+    skeleton = build_skeleton(config, prepared.base.index.storage.location, dtype)
+    device = resolve_device(prepared.job.device)
+    with WeightSource(plan, device, on_bytes) as source:
+        yield _Subject(prepared, Walk(skeleton, source, device))
+
+
+def _tokenizer_folder(prepared: Prepared) -> Path:
+    """Where the tokenizer that belongs to the result lies."""
+    found = [Path(file.path) for file in prepared.copied if file.name in _TOKENIZER_FILES]
+    if not found:
+        raise InputError(
+            f"{prepared.base.index.storage.location} has no tokenizer beside its weights ({', '.join(_TOKENIZER_FILES)}); "
+            "put its files there"
+        )
+    return found[0].parent
+
+
+def _check(subjects: list[_Subject], options: EvaluationOptions) -> None:
+    for subject in subjects:
+        config = subject.walk.skeleton.model.config.get_text_config(decoder=True)
+        longest = getattr(config, "max_position_embeddings", None)
+        if isinstance(longest, int) and options.sequence_length > longest:
+            raise OptionError(
+                f"--sequence-length {options.sequence_length} is more than the {longest} positions of "
+                f"{subject.walk.skeleton.location}; give that or less"
+            )
+    sizes = [subject.walk.vocabulary for subject in subjects]
+    if len(set(sizes)) > 1:
+        raise InputError(
+            f"{options.subject.base} has a vocabulary of {sizes[0]} and the reference one of {sizes[1]}; only models "
+            "of one vocabulary can be compared"
+        )
+
+
+def _target(prepared: Prepared) -> str:
+    """What the evaluated weights are, in words."""
+    if prepared.adapter is None:
+        return f"{prepared.base.quantized}, dequantized" if prepared.base.quantized else "as stored"
+    return prepared.plan.target.reason
+
+
+# -- scores ----------------------------------------------------------------------------------------------------------
+
+
+def _score(walks: list[Walk], windows: Tensor, budget: Budget) -> Tally | Divergence:
+    """The model's tally; with a reference, which is walked second, that of both."""
+    with ExitStack() as stack:
+        held = [stack.enter_context(_walked(walk, windows, budget)) for walk in walks]
+        answers = [
+            walk.logits(windows, states, budget.batch, budget.height)
+            for walk, states in zip(walks, held, strict=True)
+        ]
+        targets = windows[:, 1:]
+        if len(walks) == 1:
+            tally = Tally(targets)
+            for rows, sequences, logits in answers[0]:
+                tally.add(sequences, rows, _predicting(logits))
+            return tally
+        divergence = Divergence.between(targets)
+        for (rows, sequences, model), (_, _, reference) in zip(*answers, strict=True):
+            divergence.add(sequences, rows, _predicting(reference), _predicting(model))
+        return divergence
+
+
+@contextmanager
+def _walked(walk: Walk, windows: Tensor, budget: Budget) -> Iterator[Tensor]:
+    """What the model's last layer returns for `windows`."""
+    shape = (*windows.shape, walk.hidden)
+    with hold_activations(shape, walk.dtype, budget.states) as states:
+        walk.run(windows, states, budget.batch, lambda number, states: None)
+        yield states
+
+
+def _predicting(logits: Tensor) -> Tensor:
+    """Logits of all tokens but the last, which predicts nothing that is known."""
+    return logits[:, :-1].float().cpu()
+
+
+def _greedy(walks: list[Walk], windows: Tensor, budget: Budget, tokens: int) -> Greedy | None:
+    """Where greedy continuations of the reference and the model part, over `tokens` tokens."""
+    if not tokens:
+        return None
+    model, reference = walks
+    chosen = windows[:GREEDY_SEQUENCES]
+    prompt = chosen.shape[1] // 2
+    prompts, draft = chosen[:, :prompt], chosen[:, prompt : prompt + tokens]
+    passes = 0
+    # What the reference finds most likely after a draft is its own continuation as far as the draft was, and one
+    # token further; so at most as many walks as tokens, and far fewer where drafts are good (Jacobi iteration).
+    for passes in range(1, tokens + 1):
+        found = _continuation(reference, prompts, draft, budget)
+        if torch.equal(found, draft):
+            break
+        draft = found
+    # The model's own continuation is the same until the first token at which it would have chosen another.
+    differs = _continuation(model, prompts, draft, budget) != draft
+    first = [row.nonzero()[0].item() if row.any() else None for row in differs]
+    same = sum(place is None for place in first) / len(first)
+    return Greedy(tokens, same, tuple(None if place is None else int(place) for place in first), passes)
+
+
+def _continuation(walk: Walk, prompts: Tensor, draft: Tensor, budget: Budget) -> Tensor:
+    """The most likely token at each place of `draft` after `prompts` and the draft before it."""
+    tally = _score([walk], torch.cat([prompts, draft], dim=1), budget)
+    assert isinstance(tally, Tally)
+    return tally.best[:, prompts.shape[1] - 1 :]
+
+
+def _comparison(reference: Prepared, found: Divergence, greedy: Greedy | None) -> Comparison:
+    losses, kl, same = found.reference.losses(), found.kl(), found.agreement().double()
+    return Comparison(
+        reference=reference.job.base,
+        reference_adapter=reference.job.adapter,
+        reference_target=_target(reference),
+        reference_perplexity=_perplexity(losses),
+        reference_losses=_by_sequence(losses),
+        kl=float(kl.mean()),
+        kl_by_sequence=_by_sequence(kl),
+        top1_agreement=float(same.mean()),
+        top1_by_sequence=_by_sequence(same),
+        greedy=greedy,
+    )
+
+
+def _perplexity(losses: Tensor) -> float:
+    """Infinite where it is beyond float64."""
+    mean = float(losses.mean())
+    return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan
+
+
+def _by_sequence(values: Tensor) -> tuple[float, ...]:
+    return tuple(values.mean(dim=1).tolist())

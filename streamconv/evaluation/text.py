@@ -1,0 +1,107 @@
+"""Evaluation text: a .txt or .jsonl file as token windows of one length, by the model's own tokenizer.
+
+Documents are put one after the other and cut into windows; what does not fill the last one is left out. Where the
+tokenizer puts a BOS token before a text, every window begins with it. The first token of a window is given, not
+predicted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from streamconv.errors import InputError
+
+# More characters than any run of natural text has in a token: so much is enough, of however long a file.
+_CHARACTERS_A_TOKEN = 64
+
+Document = str | list[Any]
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`. Raises InputError where transformers cannot make one of its files."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise all kinds, even plain Exception
+        raise InputError(
+            f"{folder}: transformers cannot open the tokenizer there: {str(error).splitlines()[0]}; a checkpoint must "
+            "have its tokenizer's files beside it to be evaluated on text"
+        ) from error
+
+
+def read_windows(path: Path, tokenizer: Any, count: int, length: int) -> Tensor:
+    """`count` windows of `length` tokens from the text in `path`: [window, token].
+
+    Raises InputError for a file that is not what its suffix says, and for one that is too short.
+    """
+    begin = _begin(tokenizer)
+    body = length - len(begin)
+    needed = count * body
+    ids: list[int] = []
+    for document in _documents(path, needed * _CHARACTERS_A_TOKEN):
+        ids += _tokens(document, tokenizer, path)
+        if len(ids) >= needed:
+            break
+    if len(ids) < needed:
+        raise InputError(
+            f"{path} has {len(ids)} tokens, and {count} windows of {length} need {needed}; give a longer text, or "
+            f"--tokens {len(ids) // body * length or length} with --sequence-length {length if len(ids) >= body else 64}"
+        )
+    windows = torch.tensor(ids[:needed]).view(count, body)
+    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), windows], dim=1)
+
+
+def _begin(tokenizer: Any) -> list[int]:
+    """The BOS token, if the tokenizer puts one before a text."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+
+
+def _documents(path: Path, characters: int) -> Iterator[Document]:
+    try:
+        if path.suffix == ".txt":
+            with path.open(encoding="utf-8") as file:
+                yield file.read(characters)
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield _document(line, f"{path}, line {number}")
+        else:
+            raise InputError(f"{path}: text is read from .txt and .jsonl files; rename it if it is one of them")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from error
+
+
+def _document(line: str, where: str) -> Document:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON: {error}") from error
+    if isinstance(found, dict) and isinstance(found.get("text"), str):
+        return str(found["text"])
+    if isinstance(found, dict) and isinstance(found.get("messages"), list):
+        return list(found["messages"])
+    raise InputError(f"{where} must be an object with text, a string, or messages, a list")
+
+
+def _tokens(document: Document, tokenizer: Any, path: Path) -> list[int]:
+    if isinstance(document, str):
+        ids: list[int] = tokenizer(document, add_special_tokens=False).input_ids
+        ends = path.suffix == ".jsonl" and tokenizer.eos_token_id is not None
+        return [*ids, tokenizer.eos_token_id] if ends else ids
+    try:
+        chat: list[int] = tokenizer.apply_chat_template(document, tokenize=True, return_dict=False)
+    except Exception as error:  # a template raises what it likes
+        raise InputError(
+            f"{path}: the chat template of the tokenizer does not take its messages: {str(error).splitlines()[0]}"
+        ) from error
+    return chat

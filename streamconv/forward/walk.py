@@ -1,0 +1,457 @@
+"""A walk through a model: every decoder layer in turn, over all sequences, before the next is read.
+
+What surrounds the layers is the model's own code. Its `forward` is run with layers that only take notes: so come the
+hidden states that enter the first layer, and the further arguments (masks, positions) that each layer is given. It is
+run again with layers that hand in the hidden states of the last one: so come norm and head. Three things are checked on
+the way, and a model that breaks one is refused by name: layers run in order, each on what the one before returned, and
+their further arguments do not depend on the text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamconv.devices import Device
+from streamconv.errors import CheckpointError, InputError, UnsupportedError
+from streamconv.forward.names import Sources, find_sources
+from streamconv.forward.skeleton import Skeleton
+from streamconv.forward.weights import WeightSource
+
+Forward = Callable[..., Any]
+
+
+class _Reached(Exception):  # noqa: N818  unwinds a forward pass that has gone far enough
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a layer is called with beside the hidden states."""
+
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+
+
+class Walk:
+    """One model, its weights, and where they are computed."""
+
+    def __init__(self, skeleton: Skeleton, source: WeightSource, device: Device) -> None:
+        self.skeleton, self.source, self.device = skeleton, source, device
+        self._sources = find_sources(skeleton, source.names)
+        self._layers = list(skeleton.layers.values())
+        self._head = self._head_weight()
+        self._check_complete()
+        # Whether the model's layers return hidden states alone, or first in a tuple: known once one has run.
+        self._wrap: Callable[[Tensor], Any] | None = None
+        for module in skeleton.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device.torch)
+
+    # -- what is known beforehand --------------------------------------------------------------------------
+
+    @property
+    def vocabulary(self) -> int:
+        return self.source.shape(self._head)[0]
+
+    @property
+    def hidden(self) -> int:
+        return int(self.skeleton.module(self.skeleton.embedding).weight.shape[1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states."""
+        found: torch.dtype = self.skeleton.module(self.skeleton.embedding).weight.dtype
+        return found
+
+    @property
+    def largest_layer_bytes(self) -> int:
+        """The most that a layer takes while it is put together: its weights, and the parts of one that is made of several."""
+        return max(self._layer_bytes(path) for path in self.skeleton.layers)
+
+    @property
+    def bytes_of_a_pass(self) -> int:
+        """Bytes read from the checkpoint in one pass."""
+        names = {
+            weight
+            for path in self.skeleton.layers
+            for sources in self._under(path)
+            for weight, _ in sources.weights
+        }
+        around = {self._sources[f"{self.skeleton.embedding}.weight"].weights[0][0]}
+        return sum(self.source.stored_bytes(name) for name in names | around) + self.source.stored_bytes(self._head)
+
+    def _layer_bytes(self, path: str) -> int:
+        groups = [
+            (sum(self.source.nbytes(weight) for weight, _ in sources.weights), sources.converter)
+            for sources in self._under(path)
+        ]
+        return sum(size for size, _ in groups) + max((2 * size for size, how in groups if how), default=0)
+
+    def _under(self, path: str) -> list[Sources]:
+        return [sources for name, sources in self._sources.items() if name.startswith(f"{path}.")]
+
+    def _head_weight(self) -> str:
+        """The stored weight of the head: its own, or the embedding's where the two are tied."""
+        name = f"{self.skeleton.head}.weight"
+        config = self.skeleton.model.config
+        if name not in self._sources and any(
+            getattr(level, "tie_word_embeddings", False) for level in (config, config.get_text_config(decoder=True))
+        ):
+            name = f"{self.skeleton.embedding}.weight"
+        return self._one_weight(name)
+
+    def _one_weight(self, parameter: str) -> str:
+        sources = self._sources.get(parameter)
+        if sources is None:
+            raise self._missing(parameter)
+        if sources.converter is not None:
+            raise UnsupportedError(
+                f"{self.skeleton.location}: {self.skeleton.name} cannot be evaluated layer by layer: {parameter} is "
+                "stored in parts"
+            )
+        return sources.weights[0][0]
+
+    def _check_complete(self) -> None:
+        self._one_weight(f"{self.skeleton.embedding}.weight")
+        made_elsewhere = {
+            target
+            for sources in self._sources.values()
+            if sources.converter is not None and len(sources.converter.target_patterns) > 1
+            for target in sources.converter.target_patterns
+        }
+        for path in self.skeleton.layers:
+            for name in self.skeleton.stored:
+                is_made = any(re.search(re.escape(target), name) for target in made_elsewhere)
+                if name.startswith(f"{path}.") and name not in self._sources and not is_made:
+                    raise self._missing(name)
+
+    def _missing(self, parameter: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.skeleton.location}: no weight is stored for {parameter} of {self.skeleton.name}; the checkpoint "
+            "is not complete, or not of this model"
+        )
+
+    # -- the walk --------------------------------------------------------------------------------------------
+
+    def run(self, windows: Tensor, states: Tensor, batch: int, visit: Callable[[int, Tensor], None]) -> None:
+        """Fill `states` [sequence, token, hidden] with what the last layer returns for `windows` [sequence, token].
+
+        `batch` sequences are computed at a time. `visit(number, states)` is called after each layer.
+        """
+        batches = [slice(first, first + batch) for first in range(0, len(windows), batch)]
+        with torch.no_grad(), ExitStack() as stack:
+            stack.enter_context(self._embedding(windows))
+            stack.enter_context(self._loading_others())
+            with self._materialized(0) as layer:
+                self._learn_to_wrap(windows[batches[0]], layer)
+                calls = self._enter(windows, states, batches)
+                self._apply(layer, 0, calls, states, batches)
+            visit(0, states)
+            for number in range(1, len(self._layers)):
+                with self._materialized(number) as layer:
+                    self._apply(layer, number, calls, states, batches)
+                visit(number, states)
+
+    def _apply(
+        self,
+        layer: nn.Module,
+        number: int,
+        calls: Mapping[int, Sequence[Call]],
+        states: Tensor,
+        batches: Sequence[slice],
+    ) -> None:
+        for batch in batches:
+            hidden = states[batch].to(self.device.torch)
+            call = calls[len(hidden)][number]
+            states[batch].copy_(_first(layer(hidden, *call.arguments, **call.keywords)))
+
+    def logits(
+        self, windows: Tensor, states: Tensor, batch: int, height: int
+    ) -> Iterator[tuple[range, slice, Tensor]]:
+        """The head's answers, `height` rows of the vocabulary at a time, and for these a batch at a time.
+
+        Yields rows, sequences, and logits [sequence, token, row]. The head's weight is read once.
+        """
+        head = self.skeleton.module(self.skeleton.head)
+        bias = None
+        if head.bias is not None:
+            bias = self.source.read(self._one_weight(f"{self.skeleton.head}.bias"))
+        with torch.no_grad(), ExitStack() as stack:
+            stack.enter_context(self._loading_others())
+            stack.enter_context(self._restored(head))
+            for rows, tile in self.source.tiles(self._head, height):
+                _assign(head, "weight", tile)
+                if bias is not None:
+                    _assign(head, "bias", bias[rows.start : rows.stop])
+                for first in range(0, len(windows), batch):
+                    chosen = slice(first, first + batch)
+                    yield rows, chosen, self._leave(windows[chosen], states[chosen])
+
+    # -- around the layers -----------------------------------------------------------------------------------
+
+    def _learn_to_wrap(self, windows: Tensor, layer: nn.Module) -> None:
+        """See what a layer returns, on a few tokens: the model's own forward takes it apart."""
+        seen: list[tuple[Tensor, Call]] = []
+
+        def stop(*arguments: Any, **keywords: Any) -> Any:
+            seen.append(self._take_apart(arguments, keywords))
+            raise _Reached
+
+        self._forward(windows[:1, :8], [stop] * len(self._layers))
+        hidden, call = seen[0]
+        returned = layer(hidden, *call.arguments, **call.keywords)
+        self._wrap = _wrapper(returned)
+        if self._wrap is None:
+            raise self._unwalkable("a layer returns more than hidden states")
+
+    def _enter(
+        self, windows: Tensor, states: Tensor, batches: Sequence[slice]
+    ) -> Mapping[int, Sequence[Call]]:
+        """Fill `states` with what enters the first layer; return what each is called with, by length of the batch."""
+        known: dict[int, Sequence[Call]] = {}
+        for batch in batches:
+            entering, calls = self._record(windows[batch])
+            states[batch].copy_(entering)
+            earlier = known.setdefault(len(windows[batch]), calls)
+            if earlier is not calls and not _equal(earlier, calls, set()):
+                raise self._unwalkable("what its layers are given beside hidden states depends on the text")
+        return known
+
+    def _record(self, windows: Tensor) -> tuple[Tensor, Sequence[Call]]:
+        """The hidden states that enter the first layer, and the call of every layer."""
+        calls: list[Call] = []
+        entering: list[Tensor] = []
+
+        def recorder(number: int) -> Forward:
+            def record(*arguments: Any, **keywords: Any) -> Any:
+                hidden, call = self._take_apart(arguments, keywords)
+                if len(calls) != number:
+                    raise self._unwalkable("its layers do not run in order, each once")
+                if entering and not (hidden is entering[0] or torch.equal(hidden, entering[0])):
+                    raise self._unwalkable("it changes hidden states between its layers")
+                entering.append(hidden)
+                calls.append(call)
+                if number + 1 == len(self._layers):
+                    raise _Reached
+                assert self._wrap is not None
+                return self._wrap(hidden)
+
+            return record
+
+        self._forward(windows, [recorder(number) for number in range(len(self._layers))])
+        return entering[0], calls
+
+    def _leave(self, windows: Tensor, states: Tensor) -> Tensor:
+        """What the model makes of the last layer's hidden states."""
+        last = states.to(self.device.torch)
+
+        def skip(*arguments: Any, **keywords: Any) -> Any:
+            assert self._wrap is not None
+            del arguments, keywords
+            return self._wrap(last)
+
+        embedding = self.skeleton.module(self.skeleton.embedding)
+        with _replaced(embedding, lambda ids: last.new_zeros(1).expand(*ids.shape, self.hidden)):
+            found = self._forward(windows, [skip] * len(self._layers))
+        if found is None:
+            raise self._unwalkable("it did not come to its head")
+        logits: Tensor = found.logits
+        return logits
+
+    def _forward(self, windows: Tensor, layers: Sequence[Forward]) -> Any:
+        """The model's forward with other layers; None where one of these had seen enough."""
+        with ExitStack() as stack:
+            for layer, forward in zip(self._layers, layers, strict=True):
+                stack.enter_context(_replaced(layer, forward))
+            try:
+                return self.skeleton.model(input_ids=windows.to(self.device.torch), use_cache=False)
+            except _Reached:
+                return None
+            except (NotImplementedError, RuntimeError) as error:
+                raise self._unwalkable(f"its forward failed: {str(error).splitlines()[0]}") from error
+
+    def _take_apart(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[Tensor, Call]:
+        rest = dict(keywords)
+        hidden = arguments[0] if arguments else rest.pop("hidden_states", None)
+        if not isinstance(hidden, Tensor):
+            raise self._unwalkable("its layers are not given hidden states first")
+        return hidden, Call(arguments[1:], rest)
+
+    def _unwalkable(self, reason: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"{self.skeleton.location}: {self.skeleton.name} cannot be evaluated layer by layer: {reason}"
+        )
+
+    # -- weights in and out ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _materialized(self, number: int) -> Iterator[nn.Module]:
+        path = list(self.skeleton.layers)[number]
+        layer = self._layers[number]
+        with ExitStack() as stack:
+            for module in layer.modules():
+                stack.enter_context(self._restored(module))
+            with _one_thread_each():
+                for sources in self._under(path):
+                    for name, value in sources.make(self.skeleton, self.source.read).items():
+                        self._place(name, value)
+            missing = [name for name, value in layer.state_dict().items() if value.is_meta]
+            if missing:
+                raise self._missing(f"{path}.{missing[0]}")
+            yield layer
+
+    def _place(self, name: str, value: Tensor) -> None:
+        wanted = self.skeleton.stored.get(name)
+        if wanted is None or wanted.shape != value.shape:
+            raise CheckpointError(
+                f"{self.skeleton.location}: {name} has shape {list(value.shape)}, and {self.skeleton.name} expects "
+                f"{None if wanted is None else list(wanted.shape)}; config.json and weights are not of one model"
+            )
+        module, _, parameter = name.rpartition(".")
+        _assign(self.skeleton.module(module), parameter, value.to(wanted.dtype))
+
+    @contextmanager
+    def _embedding(self, windows: Tensor) -> Iterator[None]:
+        """The embedding with just the rows that the text uses, and tokens numbered accordingly."""
+        embedding = self.skeleton.module(self.skeleton.embedding)
+        assert isinstance(embedding, nn.Embedding)
+        name = self._one_weight(f"{self.skeleton.embedding}.weight")
+        tokens = windows.unique()  # sorted
+        if int(tokens[-1]) >= self.source.shape(name)[0]:
+            raise InputError(
+                f"the tokenizer gives token {int(tokens[-1])}, and {self.skeleton.location} has an embedding of "
+                f"{self.source.shape(name)[0]} rows; they are not of one model"
+            )
+        table = torch.empty(len(tokens), self.hidden, dtype=embedding.weight.dtype, device=self.device.torch)
+        for rows, tile in self.source.tiles(name, _TILE_ROWS):
+            places = ((tokens >= rows.start) & (tokens < rows.stop)).nonzero().view(-1)
+            table[places] = tile[tokens[places] - rows.start].to(table.dtype)
+        numbers = tokens.to(self.device.torch)
+
+        def renumber(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (torch.searchsorted(numbers, arguments[0]), *arguments[1:])
+
+        padding, embedding.padding_idx = embedding.padding_idx, None
+        hook = embedding.register_forward_pre_hook(renumber)
+        with self._restored(embedding):
+            _assign(embedding, "weight", table)
+            try:
+                yield
+            finally:
+                hook.remove()
+                embedding.padding_idx = padding
+
+    @contextmanager
+    def _loading_others(self) -> Iterator[None]:
+        """Norms and the like get their weights when they first run, and keep them until this ends."""
+        with ExitStack() as stack:
+            for path, module in self.skeleton.others():
+                stack.enter_context(self._restored(module))
+                hook = module.register_forward_pre_hook(self._loader(path))
+                stack.callback(hook.remove)
+            yield
+
+    def _loader(self, path: str) -> Callable[[nn.Module, Any], None]:
+        def load(module: nn.Module, arguments: Any) -> None:
+            del arguments
+            own = [*module._parameters.items(), *module._buffers.items()]
+            for name, value in own:
+                full = f"{path}.{name}" if path else name
+                if value is not None and full in self.skeleton.stored and full not in loaded:
+                    loaded.add(full)
+                    if full not in self._sources:
+                        raise self._missing(full)
+                    for made, tensor in self._sources[full].make(self.skeleton, self.source.read).items():
+                        self._place(made, tensor)
+
+        loaded: set[str] = set()
+        return load
+
+    @staticmethod
+    @contextmanager
+    def _restored(module: nn.Module) -> Iterator[None]:
+        """What is assigned to the module inside is let go of at the end."""
+        parameters, buffers = dict(module._parameters), dict(module._buffers)
+        try:
+            yield
+        finally:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+
+
+_TILE_ROWS = 4096
+
+
+def _assign(module: nn.Module, name: str, value: Tensor) -> None:
+    if name in module._buffers:
+        module._buffers[name] = value
+    else:
+        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
+    """`module` with another forward, which stands before that of its class."""
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Cells are shared between workers of one thread each, as when merging."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _first(returned: Any) -> Tensor:
+    found: Tensor = returned[0] if isinstance(returned, tuple) else returned
+    return found
+
+
+def _wrapper(returned: Any) -> Callable[[Tensor], Any] | None:
+    """What makes of hidden states the like of `returned`; None where that holds further tensors."""
+    if isinstance(returned, Tensor):
+        return lambda hidden: hidden
+    if isinstance(returned, tuple) and isinstance(returned[0], Tensor):
+        rest = returned[1:]
+        if not any(isinstance(item, Tensor) for item in rest):
+            return lambda hidden: (hidden, *rest)
+    return None
+
+
+def _equal(one: Any, other: Any, seen: set[tuple[int, int]]) -> bool:
+    """Whether two calls are alike in every tensor; those that many layers share are compared once."""
+    if one is other or (id(one), id(other)) in seen:
+        return True
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        seen.add((id(one), id(other)))
+        return one.shape == other.shape and torch.equal(one, other)
+    match one, other:
+        case Call(arguments, keywords), Call(others, other_keywords):
+            return _equal(arguments, others, seen) and _equal(keywords, other_keywords, seen)
+        case dict(), dict():
+            return one.keys() == other.keys() and all(_equal(one[key], other[key], seen) for key in one)
+        case (tuple() | list()), (tuple() | list()):
+            return len(one) == len(other) and all(
+                _equal(left, right, seen) for left, right in zip(one, other, strict=True)
+            )
+        case _:
+            return type(one) is type(other) and (isinstance(one, Tensor) or one == other or not _is_plain(one))
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str)

@@ -1,0 +1,130 @@
+"""Weights of a plan, handed to a model instead of written to a file: decoded and updated by the code that merges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from streamconv.cells import WeightWork, Workers
+from streamconv.checkpoint.reader import TensorReader, tensor_bytes
+from streamconv.checkpoint.types import Shape
+from streamconv.devices import Device
+from streamconv.formats.base import CELL_ROWS, Constant, matrix_shape
+from streamconv.plan import Access, Copy, Plan, Rewrite, tile_rows
+
+_BUFFER_BYTES = 8 * 2**20
+
+
+class WeightSource:
+    """The weights that a plan of dense output would write, by name; use as a context manager."""
+
+    def __init__(self, plan: Plan, device: Device, on_bytes: Callable[[int], None]) -> None:
+        steps = [placed.step for shard in plan.shards for placed in shard.steps]
+        self._steps: Mapping[str, Copy | Rewrite] = {
+            step.name: step for step in steps if not isinstance(step, Constant)
+        }
+        self._device, self._on_bytes = device, on_bytes
+        self._reader = TensorReader()
+        self._workers = Workers(max(1, plan.memory.workers))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._reader.close()
+        self._workers.__exit__(*exc)
+
+    @property
+    def names(self) -> Sequence[str]:
+        return tuple(self._steps)
+
+    def shape(self, name: str) -> Shape:
+        return self._steps[name].specs[0].shape
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the weight as it is handed out."""
+        return self._steps[name].specs[0].nbytes
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that are read for the weight."""
+        step = self._steps[name]
+        if isinstance(step, Copy):
+            return step.tensor.nbytes
+        parts = sum(part.nbytes for part in step.weight.parts.values())
+        again = step.weight.parts[step.weight.decoder.main].nbytes if step.access is not Access.ROW else 0
+        return parts + again
+
+    def read(self, name: str) -> Tensor:
+        """The whole weight, on the device."""
+        shape = self.shape(name)
+        whole = torch.empty(shape, dtype=self._dtype(name), device=self._device.torch)
+        for rows, tile in self.tiles(name, CELL_ROWS * 2**32, whole):
+            assert len(rows) == len(tile)
+        return whole
+
+    def tiles(self, name: str, height: int, into: Tensor | None = None) -> Iterator[tuple[range, Tensor]]:
+        """The weight in tiles of about `height` rows, whole cells, each [rows, columns] on the device.
+
+        They are parts of `into`, if given; else of memory that the next tile overwrites.
+        """
+        count, columns = matrix_shape(self.shape(name))
+        height = min(count, -(-height // CELL_ROWS) * CELL_ROWS)
+        if into is None:
+            into = torch.empty(height, columns, dtype=self._dtype(name), device=self._device.torch)
+        memory = into.view(count if into.numel() == count * columns else height, columns)
+        fill = self._open(self._steps[name])
+        for first in range(0, count, max(1, height)):
+            rows = range(first, min(first + height, count))
+            tile = memory[: len(rows)]
+            fill(rows, tile.view(-1).view(torch.uint8))
+            yield rows, tile
+        self._on_bytes(self.stored_bytes(name))
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self._steps[name].specs[0].dtype.torch
+
+    def _open(self, step: Copy | Rewrite) -> Callable[[range, Tensor], None]:
+        """What fills memory (uint8, flat) with given rows of the weight, in row order."""
+        if isinstance(step, Copy):
+            return lambda rows, out: self._copy(step, rows, out)
+        weight, load = step.weight, self._reader.load
+        device = self._device.torch
+        side = {role: load(part).to(device) for role, part in weight.parts.items() if role != weight.decoder.main}
+        parts = [
+            {role: load(part).float().to(device) for role, part in update.parts.items()} for update in step.updates
+        ]
+        work = WeightWork(step, side, parts, device, 0, self._workers)
+        if step.access is not Access.ROW:
+            for tile, raw in self._read(step, range(step.rows)):
+                work.reduce(raw, tile)
+            work.end_reduce()
+        return lambda rows, out: self._rewrite(step, work, rows, out)
+
+    def _copy(self, step: Copy, rows: range, out: Tensor) -> None:
+        row_bytes = out.numel() // max(1, len(rows))
+        host = out if self._device.is_cpu else torch.empty_like(out, device="cpu")
+        self._reader.read_into(step.tensor, rows.start * row_bytes, tensor_bytes(host))
+        if host is not out:
+            out.copy_(host)
+
+    def _rewrite(self, step: Rewrite, work: WeightWork, rows: range, out: Tensor) -> None:
+        offset = step.encoder.row_offset
+        for tile, raw in self._read(step, rows):
+            start, stop = offset(tile.start) - offset(rows.start), offset(tile.stop) - offset(rows.start)
+            work.rewrite(raw, tile, out[start:stop]).wait()
+
+    def _read(self, step: Rewrite, rows: range) -> Iterator[tuple[range, Tensor]]:
+        """Stored bytes of `rows`, a tile at a time, on the device; the next tile overwrites them."""
+        decoder, main = step.weight.decoder, step.weight.parts[step.weight.decoder.main]
+        height = tile_rows(step, _BUFFER_BYTES)
+        buffer: Tensor | None = None
+        for first in range(rows.start, rows.stop, height):
+            tile = range(first, min(first + height, rows.stop))
+            start, stop = decoder.row_offset(tile.start), decoder.row_offset(tile.stop)
+            buffer = torch.empty(stop - start, dtype=torch.uint8) if buffer is None else buffer
+            raw = buffer[: stop - start]
+            self._reader.read_into(main, start, tensor_bytes(raw))
+            yield tile, raw.to(self._device.torch)
