@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         VerificationError,
     )
+    from streamconv.evaluation import Evaluation, evaluate
     from streamconv.inspection import inspect
     from streamconv.pipeline import convert, merge, push, verify
     from streamconv.report.result import Report
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "streamconv.pipeline": ("convert", "merge", "push", "verify"),
+    "streamconv.evaluation": ("Evaluation", "evaluate"),
     "streamconv.inspection": ("inspect",),
     "streamconv.report.result": ("Report",),
     "streamconv.storage.upload": ("Pushed",),
@@ -52,6 +54,7 @@ _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in name
 __all__ = [  # noqa: PLE0604, RUF100  literal, so that type checkers see it
     "AdapterError",
     "CheckpointError",
+    "Evaluation",
     "HubError",
     "InputError",
     "OptionError",
@@ -64,6 +67,7 @@ __all__ = [  # noqa: PLE0604, RUF100  literal, so that type checkers see it
     "UnsupportedError",
     "VerificationError",
     "convert",
+    "evaluate",
     "inspect",
     "merge",
     "push",

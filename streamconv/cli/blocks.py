@@ -19,6 +19,8 @@ class Section(StrEnum):
     """Headings of help."""
 
     INPUTS = "Inputs and output"
+    TEXT = "Text"
+    REFERENCE = "Reference"
     RESULT = "Result"
     MERGE = "Merge"
     RESOURCES = "Resources"

@@ -126,16 +126,34 @@ ALLOW_PICKLE = option(
     is_flag=True,
     help="Read adapter_model.bin: a pickle, opened so that it can hold nothing but tensors.",
 )
+MERGE_BASE = option(
+    Section.MERGE,
+    "--merge-base",
+    default="original",
+    show_default=True,
+    metavar="FORMAT",
+    help="What the update is added to: original, or the base rounded to nf4, nf4-dq, fp4, fp4-dq or int8 "
+    "as in training.",
+)
+TOKENIZER = option(
+    Section.MERGE,
+    "--tokenizer",
+    type=click.Choice(["auto", "base", "adapter"]),
+    default="auto",
+    show_default=True,
+    help="Whose tokenizer files to copy.",
+)
+MOE_LAYOUT = option(
+    Section.MERGE,
+    "--moe-layout",
+    default="auto",
+    show_default=True,
+    metavar="WORDS",
+    help="How LoRA factors of fused experts are packed where nothing tells: last or middle (the axis lora_A runs "
+    "along), rank-major or expert-major (lora_B), or one of each with a comma between.",
+)
 TARGET = group(
-    option(
-        Section.MERGE,
-        "--merge-base",
-        default="original",
-        show_default=True,
-        metavar="FORMAT",
-        help="What the update is added to: original, or the base rounded to nf4, nf4-dq, fp4, fp4-dq or int8 "
-        "as in training.",
-    ),
+    MERGE_BASE,
     option(
         Section.MERGE,
         "--min-kept",
@@ -144,48 +162,44 @@ TARGET = group(
         help="Refuse a quantized result that keeps less than this share of the fine-tune. "
         "Default: 0.2, and 0 where --rounding names one.",
     ),
-    option(
-        Section.MERGE,
-        "--tokenizer",
-        type=click.Choice(["auto", "base", "adapter"]),
-        default="auto",
-        show_default=True,
-        help="Whose tokenizer files to copy.",
-    ),
-    option(
-        Section.MERGE,
-        "--moe-layout",
-        default="auto",
-        show_default=True,
-        metavar="WORDS",
-        help="How LoRA factors of fused experts are packed where nothing tells: last or middle (the axis lora_A runs "
-        "along), rank-major or expert-major (lora_B), or one of each with a comma between.",
-    ),
+    TOKENIZER,
+    MOE_LAYOUT,
     ALLOW_PICKLE,
 )
-RESOURCES = group(
-    option(
-        Section.RESOURCES, "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
-    ),
-    option(
-        Section.RESOURCES,
-        "--max-ram",
-        type=Size(),
-        default="1GiB",
-        show_default=True,
-        metavar="SIZE",
-        help="Memory above the interpreter with torch loaded.",
-    ),
-    option(
-        Section.RESOURCES,
-        "--max-vram",
-        type=Size(),
-        default="2GiB",
-        show_default=True,
-        metavar="SIZE",
-        help="GPU memory.",
-    ),
-)
+
+
+def resources(max_ram: str) -> Callable[[F], F]:
+    """Where it runs, and with how much memory; `max_ram` unless another is given."""
+    return group(
+        option(
+            Section.RESOURCES,
+            "--device",
+            default="auto",
+            show_default=True,
+            help="auto, cpu, cuda or cuda:N.",
+        ),
+        option(
+            Section.RESOURCES,
+            "--max-ram",
+            type=Size(),
+            default=max_ram,
+            show_default=True,
+            metavar="SIZE",
+            help="Memory above the interpreter with torch loaded.",
+        ),
+        option(
+            Section.RESOURCES,
+            "--max-vram",
+            type=Size(),
+            default="2GiB",
+            show_default=True,
+            metavar="SIZE",
+            help="GPU memory.",
+        ),
+    )
+
+
+RESOURCES = resources("1GiB")
 PLACE = group(
     option(
         Section.PLACE,

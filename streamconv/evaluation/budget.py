@@ -50,8 +50,15 @@ def plan_budget(walks: Sequence[Walk], windows: Tensor, options: MergeOptions) -
     batch = max(1, min(count, _BATCH_TOKENS // length, (limit - fixed - layer) // (2 * sequence)))
     working = layer + batch * sequence
     height = min(_LOGIT_BYTES, working) // (_LOGIT_COPIES * 4 * batch * length)
-    states = max(0, limit - fixed - working) if walks[0].device.is_cpu else options.max_ram_bytes - _FIXED_BYTES
-    return Budget(batch, max(64, height), states // len(walks), fixed + working + min(states, _all_states(walks, windows)))
+    states = (
+        max(0, limit - fixed - working) if walks[0].device.is_cpu else options.max_ram_bytes - _FIXED_BYTES
+    )
+    return Budget(
+        batch,
+        max(64, height),
+        states // len(walks),
+        fixed + working + min(states, _all_states(walks, windows)),
+    )
 
 
 def _all_states(walks: Sequence[Walk], windows: Tensor) -> int:
@@ -65,7 +72,7 @@ def _table_bytes(walk: Walk, windows: Tensor) -> int:
 
 def _sequence_bytes(walk: Walk, length: int) -> int:
     """What a layer needs for one sequence, about: its inner states, attention scores, and masks of both kinds."""
-    config = walk.skeleton.model.config.get_text_config(decoder=True)
+    config = walk.skeleton.text_config
     inner = max(getattr(config, name, None) or 0 for name in ("intermediate_size", "n_inner", "ffn_dim"))
     inner = inner or 4 * walk.hidden
     experts = getattr(config, "num_experts_per_tok", None) or 1

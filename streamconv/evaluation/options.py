@@ -55,7 +55,9 @@ def evaluation_options(
     """Options as given. Raises OptionError for what cannot be meant."""
     place = _subject(model, base, adapter)
     if reference is None and (reference_adapter is not None or greedy_tokens):
-        raise OptionError("--reference-adapter and --greedy-tokens are about a reference; add --reference MODEL")
+        raise OptionError(
+            "--reference-adapter and --greedy-tokens are about a reference; add --reference MODEL"
+        )
     if dtype.lower() == "auto":
         raise OptionError("--dtype says in what the model is computed; use float32, bfloat16 or float16")
     _check_lengths(sequence_length, tokens, greedy_tokens)
@@ -80,7 +82,9 @@ def evaluation_options(
 
     return EvaluationOptions(
         subject=job(place, adapter, merge_base, base_revision),
-        reference=None if reference is None else job(reference, reference_adapter, reference_merge_base, None),
+        reference=None
+        if reference is None
+        else job(reference, reference_adapter, reference_merge_base, None),
         data=Path(fspath(data)).expanduser(),
         sequence_length=sequence_length,
         sequences=tokens // sequence_length,
@@ -107,7 +111,8 @@ def _check_lengths(sequence_length: int, tokens: int, greedy_tokens: int) -> Non
         raise OptionError(f"--sequence-length {sequence_length} is too short; give {LEAST_LENGTH} or more")
     if tokens < sequence_length:
         raise OptionError(
-            f"--tokens {tokens} is less than one sequence of {sequence_length}; give more, or a smaller --sequence-length"
+            f"--tokens {tokens} is less than one sequence of {sequence_length}; give more, or a smaller"
+            " --sequence-length"
         )
     if not 0 <= greedy_tokens <= sequence_length // 2:
         raise OptionError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from streamconv.devices import resolve_device
 from streamconv.dtypes import DENSE
-from streamconv.errors import InputError, OptionError
+from streamconv.errors import InputError, OptionError, ResourceError
 from streamconv.evaluation.budget import Budget, plan_budget
 from streamconv.evaluation.measures import Divergence, Tally
 from streamconv.evaluation.options import EvaluationOptions
@@ -24,14 +24,33 @@ from streamconv.forward.activations import hold_activations
 from streamconv.forward.skeleton import build_skeleton
 from streamconv.forward.walk import Walk
 from streamconv.forward.weights import WeightSource
+from streamconv.memory import anonymous_bytes
 from streamconv.pipeline.job import Job, OnProgress
-from streamconv.pipeline.meter import Meter
 from streamconv.pipeline.preparation import Prepared, prepare
 from streamconv.sidecars import edit_config
 
 # Sequences whose greedy continuations are compared: each token of these may cost a walk.
 GREEDY_SEQUENCES = 16
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+
+
+class _Gauge:
+    """Counts bytes read and samples memory; progress is that of the main pass, without greedy continuations."""
+
+    def __init__(self, on_progress: OnProgress) -> None:
+        self._on_progress, self._total = on_progress, 0
+        self._before = anonymous_bytes()
+        self.read = self.peak = 0
+
+    def start(self, total: int) -> None:
+        self._total = total
+        self._on_progress(0, total)
+
+    def add(self, nbytes: int) -> None:
+        self.read += nbytes
+        self.peak = max(self.peak, anonymous_bytes() - self._before)
+        if self._total:
+            self._on_progress(min(self.read, self._total), self._total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,23 +68,21 @@ def run_evaluation(options: EvaluationOptions, on_progress: OnProgress) -> Evalu
     everything = [_prepare(job) for job in jobs]
     tokenizer = load_tokenizer(_tokenizer_folder(everything[0]))
     windows = read_windows(options.data, tokenizer, options.sequences, options.sequence_length)
-    read = [0]
-    meter: list[Meter] = []
-
-    def count(nbytes: int) -> None:
-        read[0] += nbytes
-        for each in meter:
-            each.add(nbytes)
-
+    gauge = _Gauge(on_progress)
     with ExitStack() as stack:
-        subjects = [stack.enter_context(_open(prepared, count)) for prepared in everything]
+        subjects = [stack.enter_context(_open(prepared, gauge.add)) for prepared in everything]
         _check(subjects, options)
         walks = [subject.walk for subject in subjects]
         budget = plan_budget(walks, windows, options.subject.options)
-        meter.append(Meter(sum(walk.bytes_of_a_pass for walk in walks), on_progress))
-        meter[0].start(0)
-        tallies = _score(walks, windows, budget)
-        greedy = _greedy(walks, windows, budget, options.greedy_tokens)
+        gauge.start(sum(walk.bytes_of_a_pass for walk in walks))
+        try:
+            tallies = _score(walks, windows, budget)
+            greedy = _greedy(walks, windows, budget, options.greedy_tokens)
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"{walks[0].device.name} ran out of memory: {str(error).splitlines()[0]} Give it a smaller --max-vram, "
+                "a shorter --sequence-length, or use --device cpu"
+            ) from error
     model = tallies.model if isinstance(tallies, Divergence) else tallies
     losses = model.losses()
     return Evaluation(
@@ -81,8 +98,8 @@ def run_evaluation(options: EvaluationOptions, on_progress: OnProgress) -> Evalu
         losses=_by_sequence(losses),
         comparison=_comparison(everything[-1], tallies, greedy) if isinstance(tallies, Divergence) else None,
         seconds=time.monotonic() - started,
-        bytes_read=read[0],
-        peak_ram_bytes=meter[0].peak,
+        bytes_read=gauge.read,
+        peak_ram_bytes=gauge.peak,
         planned_ram_bytes=budget.ram,
     )
 
@@ -120,15 +137,15 @@ def _tokenizer_folder(prepared: Prepared) -> Path:
     found = [Path(file.path) for file in prepared.copied if file.name in _TOKENIZER_FILES]
     if not found:
         raise InputError(
-            f"{prepared.base.index.storage.location} has no tokenizer beside its weights ({', '.join(_TOKENIZER_FILES)}); "
-            "put its files there"
+            f"{prepared.base.index.storage.location} has no tokenizer beside its weights "
+            f"({', '.join(_TOKENIZER_FILES)}); put its files there"
         )
     return found[0].parent
 
 
 def _check(subjects: list[_Subject], options: EvaluationOptions) -> None:
     for subject in subjects:
-        config = subject.walk.skeleton.model.config.get_text_config(decoder=True)
+        config = subject.walk.skeleton.text_config
         longest = getattr(config, "max_position_embeddings", None)
         if isinstance(longest, int) and options.sequence_length > longest:
             raise OptionError(
@@ -195,14 +212,12 @@ def _greedy(walks: list[Walk], windows: Tensor, budget: Budget, tokens: int) -> 
     chosen = windows[:GREEDY_SEQUENCES]
     prompt = chosen.shape[1] // 2
     prompts, draft = chosen[:, :prompt], chosen[:, prompt : prompt + tokens]
-    passes = 0
     # What the reference finds most likely after a draft is its own continuation as far as the draft was, and one
     # token further; so at most as many walks as tokens, and far fewer where drafts are good (Jacobi iteration).
-    for passes in range(1, tokens + 1):
+    passes, is_final = 0, False
+    while passes < tokens and not is_final:
         found = _continuation(reference, prompts, draft, budget)
-        if torch.equal(found, draft):
-            break
-        draft = found
+        passes, is_final, draft = passes + 1, torch.equal(found, draft), found
     # The model's own continuation is the same until the first token at which it would have chosen another.
     differs = _continuation(model, prompts, draft, budget) != draft
     first = [row.nonzero()[0].item() if row.any() else None for row in differs]
@@ -234,9 +249,8 @@ def _comparison(reference: Prepared, found: Divergence, greedy: Greedy | None) -
 
 
 def _perplexity(losses: Tensor) -> float:
-    """Infinite where it is beyond float64."""
     mean = float(losses.mean())
-    return math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan
+    return math.exp(mean) if mean < 700 else float(losses.mean().exp())
 
 
 def _by_sequence(values: Tensor) -> tuple[float, ...]:

@@ -50,8 +50,8 @@ def read_windows(path: Path, tokenizer: Any, count: int, length: int) -> Tensor:
             break
     if len(ids) < needed:
         raise InputError(
-            f"{path} has {len(ids)} tokens, and {count} windows of {length} need {needed}; give a longer text, or "
-            f"--tokens {len(ids) // body * length or length} with --sequence-length {length if len(ids) >= body else 64}"
+            f"{path} has {len(ids)} tokens, and {count} sequences of {length} need {needed}; give a longer text, or "
+            + (f"--tokens {len(ids) // body * length}" if len(ids) >= body else "a smaller --sequence-length")
         )
     windows = torch.tensor(ids[:needed]).view(count, body)
     return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), windows], dim=1)
@@ -74,7 +74,9 @@ def _documents(path: Path, characters: int) -> Iterator[Document]:
                     if line.strip():
                         yield _document(line, f"{path}, line {number}")
         else:
-            raise InputError(f"{path}: text is read from .txt and .jsonl files; rename it if it is one of them")
+            raise InputError(
+                f"{path}: text is read from .txt and .jsonl files; rename it if it is one of them"
+            )
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -43,7 +43,7 @@ class Sources:
             made = converter.convert(self.parameter, model=skeleton.model, config=skeleton.model.config)
         except (RuntimeError, ValueError, KeyError, IndexError) as error:
             raise UnsupportedError(
-                f"{skeleton.location}: {self.parameter} cannot be made of {self.weights[0][0]} and those like it: {error}"
+                f"{skeleton.location}: {self.parameter} cannot be made of {self.weights[0][0]} and its like: {error}"
             ) from error
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 

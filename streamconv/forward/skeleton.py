@@ -37,6 +37,11 @@ class Skeleton:
     def name(self) -> str:
         return type(self.model).__name__
 
+    @property
+    def text_config(self) -> Any:
+        """The part of the config that is about text; the config itself, where there is nothing else."""
+        return self.model.config.get_text_config(decoder=True)
+
     def module(self, path: str) -> nn.Module:
         found: nn.Module = self.model.get_submodule(path)
         return found

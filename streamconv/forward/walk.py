@@ -38,6 +38,9 @@ class Call:
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
 
+    def tensors(self) -> list[Tensor]:
+        return [given for given in (*self.arguments, *self.keywords.values()) if isinstance(given, Tensor)]
+
 
 class Walk:
     """One model, its weights, and where they are computed."""
@@ -49,7 +52,8 @@ class Walk:
         self._head = self._head_weight()
         self._check_complete()
         # Whether the model's layers return hidden states alone, or first in a tuple: known once one has run.
-        self._wrap: Callable[[Tensor], Any] | None = None
+        self._wrap: Callable[[Tensor], Any] = lambda hidden: hidden
+        self._beside: Sequence[Tensor] = ()  # what a layer returns beside them, for nobody to use
         for module in skeleton.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device.torch)
@@ -62,17 +66,27 @@ class Walk:
 
     @property
     def hidden(self) -> int:
-        return int(self.skeleton.module(self.skeleton.embedding).weight.shape[1])
+        """Width of the hidden states; the embedding may have another, and a projection after it."""
+        return int(self.skeleton.text_config.hidden_size)
+
+    @property
+    def _embedded(self) -> int:
+        return int(self._embedding_module.embedding_dim)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of hidden states."""
-        found: torch.dtype = self.skeleton.module(self.skeleton.embedding).weight.dtype
+        return self._embedding_module.weight.dtype
+
+    @property
+    def _embedding_module(self) -> nn.Embedding:
+        found = self.skeleton.module(self.skeleton.embedding)
+        assert isinstance(found, nn.Embedding)
         return found
 
     @property
     def largest_layer_bytes(self) -> int:
-        """The most that a layer takes while it is put together: its weights, and the parts of one that is made of several."""
+        """The most that a layer takes while it is put together: its weights, and what one made of several is made of."""
         return max(self._layer_bytes(path) for path in self.skeleton.layers)
 
     @property
@@ -85,7 +99,9 @@ class Walk:
             for weight, _ in sources.weights
         }
         around = {self._sources[f"{self.skeleton.embedding}.weight"].weights[0][0]}
-        return sum(self.source.stored_bytes(name) for name in names | around) + self.source.stored_bytes(self._head)
+        return sum(self.source.stored_bytes(name) for name in names | around) + self.source.stored_bytes(
+            self._head
+        )
 
     def _layer_bytes(self, path: str) -> int:
         groups = [
@@ -100,9 +116,9 @@ class Walk:
     def _head_weight(self) -> str:
         """The stored weight of the head: its own, or the embedding's where the two are tied."""
         name = f"{self.skeleton.head}.weight"
-        config = self.skeleton.model.config
+        levels = (self.skeleton.model.config, self.skeleton.text_config)
         if name not in self._sources and any(
-            getattr(level, "tie_word_embeddings", False) for level in (config, config.get_text_config(decoder=True))
+            getattr(level, "tie_word_embeddings", False) for level in levels
         ):
             name = f"{self.skeleton.embedding}.weight"
         return self._one_weight(name)
@@ -170,7 +186,9 @@ class Walk:
         for batch in batches:
             hidden = states[batch].to(self.device.torch)
             call = calls[len(hidden)][number]
-            states[batch].copy_(_first(layer(hidden, *call.arguments, **call.keywords)))
+            with self._telling():
+                returned = layer(hidden, *call.arguments, **call.keywords)
+            states[batch].copy_(returned[0] if isinstance(returned, tuple) else returned)
 
     def logits(
         self, windows: Tensor, states: Tensor, batch: int, height: int
@@ -206,10 +224,14 @@ class Walk:
 
         self._forward(windows[:1, :8], [stop] * len(self._layers))
         hidden, call = seen[0]
-        returned = layer(hidden, *call.arguments, **call.keywords)
-        self._wrap = _wrapper(returned)
-        if self._wrap is None:
-            raise self._unwalkable("a layer returns more than hidden states")
+        if hidden.shape != (1, min(8, windows.shape[1]), self.hidden):
+            raise self._unwalkable(f"its hidden states have the shape {list(hidden.shape)}")
+        with self._telling():
+            returned = layer(hidden, *call.arguments, **call.keywords)
+        if isinstance(returned, tuple):
+            beside = returned[1:]
+            self._beside = [item for item in beside if isinstance(item, Tensor)]
+            self._wrap = lambda hidden: (hidden, *beside)
 
     def _enter(
         self, windows: Tensor, states: Tensor, batches: Sequence[slice]
@@ -236,11 +258,12 @@ class Walk:
                     raise self._unwalkable("its layers do not run in order, each once")
                 if entering and not (hidden is entering[0] or torch.equal(hidden, entering[0])):
                     raise self._unwalkable("it changes hidden states between its layers")
+                if any(given is one for given in call.tensors() for one in self._beside):
+                    raise self._unwalkable("its layers hand on more than hidden states")
                 entering.append(hidden)
                 calls.append(call)
                 if number + 1 == len(self._layers):
                     raise _Reached
-                assert self._wrap is not None
                 return self._wrap(hidden)
 
             return record
@@ -253,12 +276,11 @@ class Walk:
         last = states.to(self.device.torch)
 
         def skip(*arguments: Any, **keywords: Any) -> Any:
-            assert self._wrap is not None
             del arguments, keywords
             return self._wrap(last)
 
         embedding = self.skeleton.module(self.skeleton.embedding)
-        with _replaced(embedding, lambda ids: last.new_zeros(1).expand(*ids.shape, self.hidden)):
+        with _replaced(embedding, lambda ids: last.new_zeros(1).expand(*ids.shape, self._embedded)):
             found = self._forward(windows, [skip] * len(self._layers))
         if found is None:
             raise self._unwalkable("it did not come to its head")
@@ -271,11 +293,20 @@ class Walk:
             for layer, forward in zip(self._layers, layers, strict=True):
                 stack.enter_context(_replaced(layer, forward))
             try:
-                return self.skeleton.model(input_ids=windows.to(self.device.torch), use_cache=False)
+                with self._telling():
+                    return self.skeleton.model(input_ids=windows.to(self.device.torch), use_cache=False)
             except _Reached:
                 return None
-            except (NotImplementedError, RuntimeError) as error:
-                raise self._unwalkable(f"its forward failed: {str(error).splitlines()[0]}") from error
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """What goes wrong in the model's own code is told as a model that cannot be walked."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            raise self._unwalkable(f"its own code fails: {(str(error).splitlines() or ['?'])[0]}") from error
 
     def _take_apart(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[Tensor, Call]:
         rest = dict(keywords)
@@ -320,16 +351,15 @@ class Walk:
     @contextmanager
     def _embedding(self, windows: Tensor) -> Iterator[None]:
         """The embedding with just the rows that the text uses, and tokens numbered accordingly."""
-        embedding = self.skeleton.module(self.skeleton.embedding)
-        assert isinstance(embedding, nn.Embedding)
+        embedding = self._embedding_module
         name = self._one_weight(f"{self.skeleton.embedding}.weight")
-        tokens = windows.unique()  # sorted
+        tokens = torch.unique(windows)  # sorted
         if int(tokens[-1]) >= self.source.shape(name)[0]:
             raise InputError(
                 f"the tokenizer gives token {int(tokens[-1])}, and {self.skeleton.location} has an embedding of "
                 f"{self.source.shape(name)[0]} rows; they are not of one model"
             )
-        table = torch.empty(len(tokens), self.hidden, dtype=embedding.weight.dtype, device=self.device.torch)
+        table = torch.empty(len(tokens), self._embedded, dtype=self.dtype, device=self.device.torch)
         for rows, tile in self.source.tiles(name, _TILE_ROWS):
             places = ((tokens >= rows.start) & (tokens < rows.stop)).nonzero().view(-1)
             table[places] = tile[tokens[places] - rows.start].to(table.dtype)
@@ -417,22 +447,6 @@ def _one_thread_each() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _first(returned: Any) -> Tensor:
-    found: Tensor = returned[0] if isinstance(returned, tuple) else returned
-    return found
-
-
-def _wrapper(returned: Any) -> Callable[[Tensor], Any] | None:
-    """What makes of hidden states the like of `returned`; None where that holds further tensors."""
-    if isinstance(returned, Tensor):
-        return lambda hidden: hidden
-    if isinstance(returned, tuple) and isinstance(returned[0], Tensor):
-        rest = returned[1:]
-        if not any(isinstance(item, Tensor) for item in rest):
-            return lambda hidden: (hidden, *rest)
-    return None
-
-
 def _equal(one: Any, other: Any, seen: set[tuple[int, int]]) -> bool:
     """Whether two calls are alike in every tensor; those that many layers share are compared once."""
     if one is other or (id(one), id(other)) in seen:
@@ -445,12 +459,14 @@ def _equal(one: Any, other: Any, seen: set[tuple[int, int]]) -> bool:
             return _equal(arguments, others, seen) and _equal(keywords, other_keywords, seen)
         case dict(), dict():
             return one.keys() == other.keys() and all(_equal(one[key], other[key], seen) for key in one)
-        case (tuple() | list()), (tuple() | list()):
+        case ((tuple() | list()), (tuple() | list())):
             return len(one) == len(other) and all(
                 _equal(left, right, seen) for left, right in zip(one, other, strict=True)
             )
         case _:
-            return type(one) is type(other) and (isinstance(one, Tensor) or one == other or not _is_plain(one))
+            return type(one) is type(other) and (
+                isinstance(one, Tensor) or one == other or not _is_plain(one)
+            )
 
 
 def _is_plain(value: Any) -> bool:

@@ -92,9 +92,12 @@ class WeightSource:
             return lambda rows, out: self._copy(step, rows, out)
         weight, load = step.weight, self._reader.load
         device = self._device.torch
-        side = {role: load(part).to(device) for role, part in weight.parts.items() if role != weight.decoder.main}
+        side = {
+            role: load(part).to(device) for role, part in weight.parts.items() if role != weight.decoder.main
+        }
         parts = [
-            {role: load(part).float().to(device) for role, part in update.parts.items()} for update in step.updates
+            {role: load(part).float().to(device) for role, part in update.parts.items()}
+            for update in step.updates
         ]
         work = WeightWork(step, side, parts, device, 0, self._workers)
         if step.access is not Access.ROW:
