@@ -13,7 +13,7 @@ from streamconv.forward.walk import Walk
 from streamconv.plan import MergeOptions
 
 # Libraries loaded late, thread stacks, headers, tile buffers, and what the allocator keeps of freed memory.
-_FIXED_BYTES = 256 * 2**20
+_FIXED_BYTES = 128 * 2**20
 # Tokens computed at a time: with more, matrix products get no faster on a CPU.
 _BATCH_TOKENS = 2048
 # Logits of a tile of the vocabulary, their exponentials, what is gathered of them; as much again for a reference.

@@ -86,7 +86,7 @@ class Walk:
 
     @property
     def largest_layer_bytes(self) -> int:
-        """The most that a layer takes while it is put together: its weights, and what one made of several is made of."""
+        """The most that a layer takes while it is put together: its weights, and the parts of a fused one."""
         return max(self._layer_bytes(path) for path in self.skeleton.layers)
 
     @property
