@@ -92,6 +92,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "merge": streamconv.merge,
     "convert": streamconv.convert,
     "verify": streamconv.verify,
+    "eval": streamconv.evaluate,
 }
 
 
@@ -126,14 +127,16 @@ def test_defaults_agree(command: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_everything_but_the_folders_is_given_by_name(command: str) -> None:
     for name, parameter in keywords(COMMANDS[command]).items():
-        positional = name in ("base", "adapter", "out") and parameter.default is inspect.Parameter.empty
+        positional = name == "model" or (
+            name in ("base", "adapter", "out") and parameter.default is inspect.Parameter.empty
+        )
         assert (parameter.kind is parameter.POSITIONAL_OR_KEYWORD) == positional, name
 
 
 @pytest.mark.parametrize("function", [*COMMANDS.values(), streamconv.inspect])
 def test_folders_may_be_paths(function: Callable[..., Any]) -> None:
     hints = get_type_hints(function)
-    for name in {"base", "adapter", "out", "location"} & hints.keys():
+    for name in {"model", "data", "reference", "base", "adapter", "out", "location"} & hints.keys():
         assert PathLike[str] in hints[name].__args__, name
 
 

@@ -29,7 +29,7 @@ class Tally:
 
     def add(self, sequences: slice, rows: range, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Take the logits [sequence, token, row] of these rows; return (exp(z − m), exp(m before − m))."""
-        before = self.greatest[sequences]
+        before = self.greatest[sequences].clone()  # a slice is a view, and changes with what it is of
         value, index = logits.max(dim=-1)
         greater = value > before
         now = torch.where(greater, value, before)

@@ -66,12 +66,12 @@ def run_evaluation(options: EvaluationOptions, on_progress: OnProgress) -> Evalu
     started = time.monotonic()
     jobs = [job for job in (options.subject, options.reference) if job is not None]
     everything = [_prepare(job) for job in jobs]
-    tokenizer = load_tokenizer(_tokenizer_folder(everything[0]))
-    windows = read_windows(options.data, tokenizer, options.sequences, options.sequence_length)
     gauge = _Gauge(on_progress)
     with ExitStack() as stack:
         subjects = [stack.enter_context(_open(prepared, gauge.add)) for prepared in everything]
         _check(subjects, options)
+        tokenizer = load_tokenizer(_tokenizer_folder(everything[0]))
+        windows = read_windows(options.data, tokenizer, options.sequences, options.sequence_length)
         walks = [subject.walk for subject in subjects]
         budget = plan_budget(walks, windows, options.subject.options)
         gauge.start(sum(walk.bytes_of_a_pass for walk in walks))

@@ -81,14 +81,15 @@ def _build(config: Mapping[str, Any], location: str, dtype: torch.dtype) -> Any:
     try:
         parsed = transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
         if type(parsed) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise UnsupportedError(f"{location}: {model_type} has no causal language model in transformers")
+            raise ValueError(f"{model_type} has no causal language model there")
         with init_empty_weights(include_buffers=False):
             model = transformers.AutoModelForCausalLM.from_config(
                 parsed, dtype=dtype, trust_remote_code=False
             )
-    except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
+    except Exception as error:  # every config class and model raises its own
+        reason = " ".join(str(error).split())
         raise UnsupportedError(
-            f"{location}: transformers {transformers.__version__} cannot build the model of config.json: {error}"
+            f"{location}: transformers {transformers.__version__} cannot build the model of config.json: {reason}"
         ) from error
     return model.eval()
 

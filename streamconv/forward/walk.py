@@ -24,7 +24,7 @@ from streamconv.forward.names import Sources, find_sources
 from streamconv.forward.skeleton import Skeleton
 from streamconv.forward.weights import WeightSource
 
-Forward = Callable[..., Any]
+Forward = Callable[[Tensor, "Call"], Any]
 
 
 class _Reached(Exception):  # noqa: N818  unwinds a forward pass that has gone far enough
@@ -218,8 +218,8 @@ class Walk:
         """See what a layer returns, on a few tokens: the model's own forward takes it apart."""
         seen: list[tuple[Tensor, Call]] = []
 
-        def stop(*arguments: Any, **keywords: Any) -> Any:
-            seen.append(self._take_apart(arguments, keywords))
+        def stop(hidden: Tensor, call: Call) -> Any:
+            seen.append((hidden, call))
             raise _Reached
 
         self._forward(windows[:1, :8], [stop] * len(self._layers))
@@ -252,8 +252,7 @@ class Walk:
         entering: list[Tensor] = []
 
         def recorder(number: int) -> Forward:
-            def record(*arguments: Any, **keywords: Any) -> Any:
-                hidden, call = self._take_apart(arguments, keywords)
+            def record(hidden: Tensor, call: Call) -> Any:
                 if len(calls) != number:
                     raise self._unwalkable("its layers do not run in order, each once")
                 if entering and not (hidden is entering[0] or torch.equal(hidden, entering[0])):
@@ -275,8 +274,8 @@ class Walk:
         """What the model makes of the last layer's hidden states."""
         last = states.to(self.device.torch)
 
-        def skip(*arguments: Any, **keywords: Any) -> Any:
-            del arguments, keywords
+        def skip(hidden: Tensor, call: Call) -> Any:
+            del hidden, call
             return self._wrap(last)
 
         embedding = self.skeleton.module(self.skeleton.embedding)
@@ -292,6 +291,8 @@ class Walk:
         with ExitStack() as stack:
             for layer, forward in zip(self._layers, layers, strict=True):
                 stack.enter_context(_replaced(layer, forward))
+                hook = layer.register_forward_pre_hook(self._take_apart, with_kwargs=True)
+                stack.callback(hook.remove)
             try:
                 with self._telling():
                     return self.skeleton.model(input_ids=windows.to(self.device.torch), use_cache=False)
@@ -308,12 +309,15 @@ class Walk:
         except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             raise self._unwalkable(f"its own code fails: {(str(error).splitlines() or ['?'])[0]}") from error
 
-    def _take_apart(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[Tensor, Call]:
+    def _take_apart(
+        self, _: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]
+    ) -> tuple[tuple[Tensor, Call], dict[str, Any]]:
+        """What a layer is called with, as arguments of the function in its place."""
         rest = dict(keywords)
         hidden = arguments[0] if arguments else rest.pop("hidden_states", None)
         if not isinstance(hidden, Tensor):
             raise self._unwalkable("its layers are not given hidden states first")
-        return hidden, Call(arguments[1:], rest)
+        return (hidden, Call(arguments[1:], rest)), {}
 
     def _unwalkable(self, reason: str) -> UnsupportedError:
         return UnsupportedError(
@@ -427,7 +431,7 @@ def _assign(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 @contextmanager
-def _replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """`module` with another forward, which stands before that of its class."""
     module.__dict__["forward"] = forward
     try:
