@@ -36,8 +36,8 @@ def test_json_of_several_outputs(inputs: Inputs, tmp_path: Path) -> None:
     found = json.loads(succeed("merge", *inputs.options, *ALSO, "-o", out, "--json").stdout)
     assert (found["out"], found["quant"], list(found["also"])) == (str(out), "none", ["nf4", "int8"])
     for name, report in found["also"].items():
-        alone = ["merge", *inputs.options, "--quant", name, "-o", tmp_path / name, "--json"]
-        expected = json.loads(succeed(*alone).stdout)
+        alone = succeed("merge", *inputs.options, "--quant", name, "-o", tmp_path / name, "--json")
+        expected = json.loads(alone.stdout)
         assert report["out"] == str(out / name)
         for key in ("quant", "rounding", "kept_delta", "kept_by_weight", "shards", "bytes_written"):
             assert report[key] == expected[key]
@@ -46,7 +46,7 @@ def test_json_of_several_outputs(inputs: Inputs, tmp_path: Path) -> None:
 
 def test_what_is_said_of_several_outputs(inputs: Inputs, tmp_path: Path) -> None:
     out, size = tmp_path / "out", r"[\d.]+ .?B"
-    command = ["merge", *inputs.options, "--also", "nf4", "-o", out]
+    command: list[str | Path] = ["merge", *inputs.options, "--also", "nf4", "-o", out]
     lines = succeed(*command).stdout.splitlines()
     assert re.fullmatch(f"{out}: {size}", lines[0])
     assert re.fullmatch(f"{out}/nf4: {size}", lines[1])

@@ -306,7 +306,7 @@ def test_an_input_within_an_output_is_refused(inputs: Inputs, tmp_path: Path) ->
     before = tree(tmp_path)
     for options in ({"quant": "nf4"}, {"quant": "nf4", "also": ["none"]}):
         with pytest.raises(OutputError, match="overlap, and inputs are never written to"):
-            streamconv.merge(base, inputs.adapter, tmp_path / "out", overwrite=True, **options)  # type: ignore[arg-type]
+            streamconv.merge(base, inputs.adapter, tmp_path / "out", overwrite=True, **options)
     assert tree(tmp_path) == before
 
 
@@ -317,7 +317,8 @@ def test_interrupted_between_two_it_publishes_the_rest(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base_read: Callable[[], int]
 ) -> None:
     """The main output comes last: where it is, all are."""
-    out, publish, published = tmp_path / "out", runner._publish, []
+    out, publish = tmp_path / "out", runner._publish
+    published: list[Path] = []
 
     def fail(work: Any, kept: Any) -> None:
         if len(published) == 2:
@@ -339,7 +340,7 @@ def test_interrupted_between_two_it_publishes_the_rest(
     assert tree(out) == tree(tmp_path / "again")
 
 
-LOSSY = {"adapter": "light", "merge_base": "nf4", "rounding": "nearest", "min_kept": 0.5}
+LOSSY: Mapping[str, Any] = {"adapter": "light", "merge_base": "nf4", "rounding": "nearest", "min_kept": 0.5}
 
 
 def test_one_that_lost_the_fine_tune_keeps_all_from_being_published(
@@ -360,7 +361,7 @@ def test_one_that_lost_the_fine_tune_keeps_all_from_being_published(
     with pytest.raises(VerificationError, match="rounding to nf4 "):
         inputs.merge(out, also=["nf4", "int8"], **LOSSY)
     # And what was refused makes way for something better.
-    report = inputs.merge(out, also=["nf4"], **LOSSY | {"rounding": "auto"})
+    report = inputs.merge(out, also=["nf4"], **{**LOSSY, "rounding": "auto"})
     assert report.resumed
     assert (report.also["nf4"].kept_delta or 0) > 0.9
 
