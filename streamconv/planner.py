@@ -17,7 +17,7 @@ from streamconv.fingerprint import fingerprint
 from streamconv.formats import FORMATS, dense_weight
 from streamconv.formats.base import Encoder, Format, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, is_conv1d, matches, module_of, select
-from streamconv.layout import lay_out, split_by_size
+from streamconv.layout import Placed, lay_out, split_by_size
 from streamconv.memory import plan_memory
 from streamconv.plan import Choice, Copy, Depth, Memory, MergeOptions, Plan, Rewrite, ShardPlan, Step
 from streamconv.rounding import ROUNDINGS
@@ -109,7 +109,7 @@ def _draft(base: Base, adapter: Adapter | None, options: MergeOptions) -> _Draft
     weights = _output_weights(base, adapter, replaces)
     quantized, skipped = _choose_quantized(base, weights, replaces, result, options)
     by_weight = _steps(base, weights, updates, quantized, result)
-    shards = lay_out(_split(base, by_weight, result, options))
+    shards = _as_stored(base.index, lay_out(_split(base, by_weight, result, options)))
     return _Draft(options, result, quantized, skipped, shards, _new_vocabulary(base, weights))
 
 
@@ -311,16 +311,15 @@ def _choose_quantized(
     _check_ignore(options.ignore, weights)
     if result.quant is None:
         return frozenset(), ()
-    ignore, dense = list(options.ignore), {module_of(name) for name in replaces}
+    ignore, dense = list(options.ignore), {module_of(name) for name in replaces}  # exactly these, no pattern
     if base.quantized:  # what it leaves in 16 bit stays so, what it quantizes does too
         modules = {name: module_of(name) for name in base.weights}
         packed = {modules[name] for name, weight in base.weights.items() if weight.format == base.quantized}
         dense |= set(modules.values()) - packed  # a packed weight's bias is not packed
     else:
         ignore += DEFAULT_IGNORE
-    if dense:  # exactly these: a plain pattern would mean all that lies below them, too
-        ignore.append(f"re:(?:{'|'.join(map(re.escape, sorted(dense)))})$")
-    selection = select({name: weight.shape for name, weight in weights.items()}, base.index.config, ignore)
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    selection = select(shapes, base.index.config, ignore, dense)
     if not selection.quantized:
         raise OptionError(
             f"--quant {result.quant.name} would quantize nothing: {base.index.storage.location} has no linear "
@@ -451,6 +450,34 @@ def _split(
     for step in (step for steps in by_weight for step in steps):
         shards[shard_of.get(step.name, last)].append(step)
     return [steps for steps in shards.values() if steps]
+
+
+def _as_stored(index: CheckpointIndex, shards: Sequence[ShardPlan]) -> tuple[ShardPlan, ...]:
+    """`shards`, those that hold just what a file of the base holds laid out as it is there, header and all.
+
+    Such a shard can share the file's blocks on disk, and on the Hub, which knows files by their hash.
+    """
+    stored = {shard.file: shard for shard in index.shards}
+    names = {file: set[str]() for file in stored}
+    for tensor in index.tensors.values():
+        names[tensor.file].add(tensor.name)
+
+    def as_stored(shard: ShardPlan) -> ShardPlan:
+        copies = [placed.step for placed in shard.steps if isinstance(placed.step, Copy)]
+        files = {copy.tensor.file for copy in copies}
+        is_renamed = any(copy.name != copy.tensor.name for copy in copies)
+        if is_renamed or len(copies) < len(shard.steps) or len(files) != 1:
+            return shard
+        (file,) = files
+        if {copy.name for copy in copies} != names[file]:
+            return shard
+        copies.sort(key=lambda copy: copy.tensor.offset)
+        steps: tuple[Placed[Step], ...] = tuple(
+            Placed(copy, copy.tensor.offset, copy.tensor.nbytes) for copy in copies
+        )
+        return replace(shard, header=stored[file].header, size=file.size, steps=steps, same_as=file)
+
+    return tuple(as_stored(shard) for shard in shards)
 
 
 def _config_dtype(base: Base, result: _Result) -> str | None:

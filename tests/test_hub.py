@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import streamconv
 from streamconv.cli import main
 from streamconv.errors import HubError, InputError, OptionError, OutputError, ResourceError, VerificationError
 from streamconv.pipeline import downloads, runner
+from streamconv.sidecars import CHAT_TEMPLATES
 from streamconv.sizes import format_size
 from tests.hub_stub import TOKEN, Hub, Request
 from tests.hubs import environment, hub
@@ -352,6 +354,34 @@ def test_further_outputs_are_not_pushed_by_the_way(stocked: Hub, tmp_path: Path)
     assert json.loads(stocked.head("me/nf4")["config.json"])["quantization_config"]["load_in_4bit"]
 
 
+def test_an_upload_tells_how_far_it_is(hub: Hub, output: Path) -> None:
+    told: list[tuple[int, int]] = []
+    sent: list[int] = []
+
+    def tell(done: int, total: int) -> None:
+        told.append((done, total))
+        sent.append(sum(map(len, hub.blobs.values())))
+
+    pushed = streamconv.push(output, "me/merged", on_upload=tell)
+    assert told[0] == (0, pushed.bytes)
+    assert told[-1] == (pushed.bytes, pushed.bytes)
+    assert len(told) >= 4
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert sent[0] == 0 < sent[1] < sent[-1]
+    assert all(there <= done for there, (done, _) in zip(sent, told, strict=True))
+    told.clear()
+    streamconv.push(output, "me/merged", on_upload=tell)
+    assert not told
+
+
+def test_off_a_terminal_an_upload_is_told_of_in_lines(hub: Hub, output: Path) -> None:
+    told = succeed("push", output, "me/merged").stderr
+    assert re.search(r"^upload: (\S+ \S+) of \1, .+/s, 0 s left$", told, re.MULTILINE)
+    assert "\r" not in told
+    assert "upload" not in succeed("push", output, "me/merged", "-q").stderr
+    assert "upload" not in succeed("push", output, "me/other", "-q").stderr
+
+
 def test_a_pull_request(hub: Hub, output: Path) -> None:
     streamconv.push(output, "me/merged")
     (output / "notes.txt").write_text("more")
@@ -379,6 +409,28 @@ def test_what_an_older_output_left_is_removed(hub: Hub, inputs: Inputs, output: 
     hub.repos["me/merged"].commit(hub.head("me/merged") | {"kept.txt": b""})
     streamconv.push(tmp_path / "one", "me/merged")
     assert set(hub.head("me/merged")) == {*contents(tmp_path / "one"), ".gitattributes", "kept.txt"}
+
+
+def test_chat_templates_travel_with_the_tokenizer(hub: Hub, inputs: Inputs, tmp_path: Path) -> None:
+    """From a repository into an output, from there into another, and away when the next output has none."""
+    hub.add("org/base", inputs.base)
+    folder = tmp_path / "templates"
+    folder.mkdir()
+    (folder / "rag.jinja").write_text("documents")
+    (folder / "notes.txt").write_text("no template")
+    hub.add("org/base", folder, f"{CHAT_TEMPLATES}/")
+    streamconv.convert("org/base", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / CHAT_TEMPLATES).iterdir()] == ["rag.jinja"]
+    streamconv.push(tmp_path / "out", "me/out")
+    remote = hub.head("me/out")
+    assert remote[f"{CHAT_TEMPLATES}/rag.jinja"] == b"documents"
+    (tmp_path / "out" / CHAT_TEMPLATES / "rag.jinja").rename(tmp_path / "rag.jinja")
+    hub.repos["me/out"].commit(remote | {f"{CHAT_TEMPLATES}/mine.txt": b""})
+    streamconv.push(tmp_path / "out", "me/out")
+    assert set(remote) - set(hub.head("me/out")) == {f"{CHAT_TEMPLATES}/rag.jinja"}
+    (tmp_path / "out" / CHAT_TEMPLATES / "rag.jinja").symlink_to(tmp_path / "rag.jinja")
+    with pytest.raises(InputError, match=r"rag\.jinja is a link that leads outside"):
+        streamconv.push(tmp_path / "out", "me/out")
 
 
 def test_another_model_is_not_written_over(hub: Hub, inputs: Inputs, output: Path) -> None:
@@ -575,7 +627,7 @@ from streamconv.storage.upload import LocalFile, check_target, parse_target, upl
 target = parse_target("me/merged", None, False, None, None)
 files = {path.name: LocalFile(path, path.stat().st_size, "") for path in Path(sys.argv[1]).glob("*.safetensors")}
 with on_signals(leave):
-    upload(target, check_target(target, "streamconv.json"), files, lambda _: False, "message", False)
+    upload(target, check_target(target, "streamconv.json"), files, lambda _: False, "message", False, lambda *_: None)
 """
 
 
