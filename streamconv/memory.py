@@ -32,25 +32,34 @@ _BYTES_PER_BLOCK = 44
 
 
 def plan_memory(
-    steps: Sequence[Step], options: MergeOptions, device: Device, shards: int = 1, outputs: int = 1
+    steps: Sequence[Step],
+    options: MergeOptions,
+    device: Device,
+    shards: int = 1,
+    further: Sequence[Sequence[Step]] = (),
 ) -> Memory:
-    """Tile buffer, workers, lanes and peaks for `steps`, which end in so many shards, of so many outputs.
+    """Tile buffer, workers, lanes and peaks for `steps`, which end in so many shards, and those of `further` outputs.
 
     Raises ResourceError if the least they need is over a budget.
     """
-    weights = [step for step in steps if isinstance(step, Rewrite)]
-    blocks = outputs * max((_block_bytes(step) + step.whole_bytes for step in weights), default=0)
+    outputs = 1 + len(further)
+    each = [[step for step in some if isinstance(step, Rewrite)] for some in (steps, *further)]
+    weights = [step for some in each for step in some]
+    blocks = sum(max((_block_bytes(step) + step.whole_bytes for step in some), default=0) for some in each)
     cell = max((_work_bytes(step) for step in weights), default=0)
+    # A worker has one cell in work, and for each output a place to decode it to.
+    cell += (outputs - 1) * max((_dense_cell_bytes(step) for step in weights), default=0)
     held = WEIGHTS_HELD * max((_held_bytes(step) for step in weights), default=0)
     least = max([MIN_BUFFER_BYTES, *(_cell_bytes(step) for step in weights)])
     buffers = SLOTS * (1 + outputs)
     if not device.is_cpu:
         # On a GPU every tile is there twice (read and written) beside what the weight needs.
-        on_device = held // WEIGHTS_HELD + blocks + cell
+        on_device = outputs * held // WEIGHTS_HELD + blocks + cell
+        tiles = 2 * (1 + outputs)
         by_ram = _fit(options.max_ram_bytes, FIXED_BYTES + held, least, buffers, "--max-ram")
-        by_vram = _fit(options.max_vram_bytes, on_device, least, 4, "--max-vram")
+        by_vram = _fit(options.max_vram_bytes, on_device, least, tiles, "--max-vram")
         buffer = min(by_ram, by_vram)
-        return Memory(FIXED_BYTES + held + buffers * buffer, on_device + 4 * buffer, buffer, 1)
+        return Memory(FIXED_BYTES + held + buffers * buffer, on_device + tiles * buffer, buffer, 1)
     cores = len(os.sched_getaffinity(0))
     lane = held + blocks
     at_full_speed = lane + buffers * max(least, MAX_BUFFER_BYTES)
@@ -86,8 +95,11 @@ def _quantizes(step: Rewrite) -> bool:
 
 def _work_bytes(step: Rewrite) -> int:
     """Bytes of one worker: float32 tensors of one cell."""
-    copies = _GRID_CELL_COPIES if _quantizes(step) else _DENSE_CELL_COPIES
-    return min(CELL_ROWS, step.rows) * step.columns * 4 * copies
+    return _dense_cell_bytes(step) * (_GRID_CELL_COPIES if _quantizes(step) else _DENSE_CELL_COPIES)
+
+
+def _dense_cell_bytes(step: Rewrite) -> int:
+    return min(CELL_ROWS, step.rows) * step.columns * 4
 
 
 def _block_bytes(step: Rewrite) -> int:

@@ -68,8 +68,8 @@ def tiles(prepared: Prepared) -> int:
     return -(-step.rows // tile_rows(step, prepared.plan.memory.buffer))
 
 
-def with_memory(prepared: Prepared, buffer: int, workers: int) -> Prepared:
-    memory = dataclasses.replace(prepared.plan.memory, buffer=buffer, workers=workers)
+def with_memory(prepared: Prepared, buffer: int, workers: int, lanes: int) -> Prepared:
+    memory = dataclasses.replace(prepared.plan.memory, buffer=buffer, workers=workers, lanes=lanes)
     return dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, memory=memory))
 
 
@@ -88,7 +88,7 @@ def hashes(folder: Path) -> Mapping[str, str]:
     ],
     ids=["bf16", "nf4-dq stochastic of T", "nf4 nearest of F", "nf4-dq base kept"],
 )
-def test_the_same_bytes_for_any_number_of_tiles_and_workers(
+def test_the_same_bytes_for_any_number_of_tiles_workers_and_lanes(
     inputs: Inputs, tmp_path: Path, base: str, options: MergeOptions
 ) -> None:
     prepared = prepare(Job(str(getattr(inputs, base)), str(inputs.adapter), options, "cpu"))
@@ -99,10 +99,10 @@ def test_the_same_bytes_for_any_number_of_tiles_and_workers(
         )
     cell = max(wide(prepared).weight.decoder.row_offset(64), wide(prepared).encoder.row_offset(64))
     found = {}
-    for count, workers in ((1, 1), (1, 5), (8, 2), (8, 5), (60, 1), (60, 2)):
-        planned = with_memory(prepared, -(-60 // count) * cell, workers)
+    for count, workers, lanes in ((1, 1, 1), (1, 5, 2), (8, 2, 1), (8, 5, 3), (60, 1, 2), (60, 2, 1)):
+        planned = with_memory(prepared, -(-60 // count) * cell, workers, lanes)
         assert tiles(planned) == count
-        out = tmp_path / f"{count}-{workers}"
+        out = tmp_path / f"{count}-{workers}-{lanes}"
         report = run(planned, out, lambda done, total: None, StopRequest())
         assert (report.kept_delta is not None) == (options.quant != "keep" or base == "nf4")
         found[count, workers] = hashes(out)
