@@ -1,9 +1,11 @@
 """What the benchmark makes and how it sums up."""
 
 import pytest
+import torch
 
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.dtypes import BF16
+from tools.bench import encode
 from tools.bench.make_checkpoint import layers_for, split, total_bytes, weights
 from tools.bench.merge import COPY, STREAMCONV, Run, summarize
 
@@ -33,3 +35,16 @@ def test_the_ratio_is_taken_within_each_round() -> None:
     assert copy.to_copy == 1.0
     assert (merge.wall_s, merge.cpu_s, merge.peak_bytes, merge.gb_per_s) == (2.0, 1.5, 7, 4.0)
     assert merge.to_copy == 1.1  # of 2, 1.1 and 0.5; the ratio of the medians would be 0.5
+
+
+def test_encoders_are_compared_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(65, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = encode.measure(weight, encode.Case("nf4"), threads=1, rounds=1)
+    assert [row.contender for row in found] == [encode.BNB, encode.TORCH, encode.COMPILED]
+    assert found[0].to_bitsandbytes == 1.0
+    assert "| nf4, nearest | 1 | bitsandbytes |" in encode.table(found)
+    monkeypatch.setattr(
+        encode, "quantize_as_bitsandbytes", lambda weight, case: (torch.zeros(1), torch.zeros(1))
+    )
+    with pytest.raises(SystemExit, match="nf4, nearest: the bytes differ"):
+        encode.measure(weight, encode.Case("nf4"), threads=1, rounds=1)
