@@ -18,7 +18,7 @@ from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.dtypes import BF16
 from streamconv.storage import open_storage
-from tools.bench import merge, outofcore, rivals
+from tools.bench import encode, merge, outofcore, rivals
 from tools.bench.limits import holds, memory_limit
 from tools.bench.make_checkpoint import make, split
 from tools.bench.merge import COPY, RAW, STREAMCONV, Run, bound_s, store, summarize, table
@@ -227,3 +227,19 @@ def test_experts_have_layers_of_their_own() -> None:
     model = Model(256, 64, heads=2, key_value_heads=1, vocabulary=512, layers=1, experts=3)
     assert sum("experts" in name for name in model.linears) == 9
     assert "model.layers.0.mlp.gate.weight" in {tensor.name for tensor in model.tensors}
+
+
+# -- encoders ----------------------------------------------------------------------------------------------------
+
+
+def test_encoders_are_compared_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(65, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = encode.measure(weight, encode.Case("nf4"), threads=1, rounds=1)
+    assert [row.contender for row in found] == [encode.BNB, encode.TORCH, encode.COMPILED]
+    assert found[0].to_bitsandbytes == 1.0
+    assert "| nf4, nearest | 1 | bitsandbytes |" in encode.table(found)
+    monkeypatch.setattr(
+        encode, "quantize_as_bitsandbytes", lambda weight, case: (torch.zeros(1), torch.zeros(1))
+    )
+    with pytest.raises(SystemExit, match="nf4, nearest: the bytes differ"):
+        encode.measure(weight, encode.Case("nf4"), threads=1, rounds=1)
