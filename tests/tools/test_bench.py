@@ -108,7 +108,7 @@ def test_the_shard_loop_merges_what_streamconv_merges(folder: Path, tmp_path: Pa
     loop, ours, base = map(all_tensors, (tmp_path / "loop", tmp_path / "ours", folder / "base"))
     assert loop.keys() == ours.keys()
     for name, tensor in ours.items():
-        torch.testing.assert_close(loop[name], tensor, atol=2**-9, rtol=2**-7)  # the loop rounds three times
+        torch.testing.assert_close(loop[name], tensor, atol=2**-9, rtol=2**-7)  # the loop rounds twice
     changed = [name for name in base if not torch.equal(ours[name], base[name])]
     assert len(changed) == 5 * len(TINY.linears)
 
