@@ -1,10 +1,14 @@
-"""Carries a plan out: a reader thread, the computing thread and a writer thread with bounded buffers between.
+"""Carries plans out: reader, compute and writer threads with bounded queues of reused buffers between.
 
-    reader ──tiles──▶ compute (the calling thread) ──bytes──▶ writer ──▶ Sink
+    reader ──tiles──▶ compute ──tickets──▶ writer ──▶ Sink
 
-All buffers are allocated once, before the first read; what bounds memory is their number, not the model. Copied
-tensors go from reader to writer without a copy in between. The sink sees a shard's bytes strictly in file order,
-and learns of every boundary at which a later run could go on.
+A *slot* is a buffer for what is read of a tile and one for what is written in its place. All slots are allocated
+once, before the first read; what bounds memory is their number, not the model. Compute hands tiles to the engine and
+does not wait for them: the writer does, in file order. What is copied goes from reader to writer untouched.
+
+A *lane* is one such row of threads. Of one output, several shards are in work at once where there are cores for it,
+a lane each. Several outputs (`--also`) share one lane: a tile is read once, and written to every output whose turn it
+is for that weight.
 """
 
 from __future__ import annotations
@@ -12,20 +16,21 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar, assert_never
 
 import torch
 from torch import Tensor
 
-from streamconv.cells import KeptDelta, WeightWork, Workers
+from streamconv.cells import KeptDelta, Ticket, WeightWork
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
-from streamconv.devices import Device
+from streamconv.checkpoint.types import StoredTensor
+from streamconv.engine import Engine, open_engine
 from streamconv.errors import ResourceError, Stopped
 from streamconv.formats.base import Constant
-from streamconv.layout import Placed
-from streamconv.plan import BUFFERS, WEIGHTS_HELD, Access, Copy, Plan, Rewrite, ShardPlan, Step, tile_rows
+from streamconv.plan import SLOTS, WEIGHTS_HELD, Access, Copy, Memory, Plan, Rewrite, ShardPlan, tile_rows
+from streamconv.walk import Begin, Cursor, End, Todo, walk
 
 # How long a stop request may wait for the weight in work to end, so that no work is lost.
 GRACE_S = 5.0
@@ -33,12 +38,13 @@ _POLL_S = 0.1
 
 
 class Sink(Protocol):
-    """Where output bytes go; all calls come from one thread, shard by shard, in file order."""
+    """Where an output's bytes go; all calls come from one thread, shard by shard, in file order."""
 
     def begin(self, shard: ShardPlan) -> None:
         """The bytes that follow belong to `shard`, from where its `start` offset said."""
 
-    def write(self, data: memoryview) -> None: ...
+    def write(self, data: memoryview, release: Callable[[], None]) -> None:
+        """Take `data`, which stays as it is until `release` is called, from whatever thread."""
 
     def boundary(self, sums: Mapping[str, KeptDelta]) -> None:
         """All of a weight, or a chunk of a copied one, has been written; a run could go on from here."""
@@ -49,6 +55,21 @@ class Sink(Protocol):
     def halt(self) -> None:
         """Nothing more will come, though the shard is not complete."""
 
+    def drain(self) -> None:
+        """Return when all that was asked for is done; the last call."""
+
+    def close(self) -> None:
+        """Let go of everything, whatever happened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A plan to carry out: every shard named in `starts`, each from the file offset given there."""
+
+    plan: Plan
+    starts: Mapping[str, int]
+    open_sink: Callable[[], Sink]
+
 
 @dataclass(slots=True)
 class StopRequest:
@@ -57,7 +78,7 @@ class StopRequest:
     signal_number: int | None = None
 
 
-class _Aborted(Exception):  # noqa: N818  unwinds the other threads when one has failed
+class _Closed(Exception):  # noqa: N818  unwinds the other threads when one has failed or stopped
     pass
 
 
@@ -65,242 +86,302 @@ T = TypeVar("T")
 
 
 class _Pipe(Generic[T]):
-    """A bounded queue whose ends give up when the run is aborted."""
+    """A bounded queue whose ends give up when the lane is closed."""
 
-    def __init__(self, size: int, aborted: threading.Event) -> None:
+    def __init__(self, size: int, closed: threading.Event) -> None:
         self._queue: queue.Queue[T] = queue.Queue(size)
-        self._aborted = aborted
+        self._closed = closed
 
     def put(self, item: T) -> None:
-        while not self._aborted.is_set():
+        while not self._closed.is_set():
             try:
                 return self._queue.put(item, timeout=_POLL_S)
             except queue.Full:
                 continue
-        raise _Aborted
+        raise _Closed
 
     def get(self) -> T:
-        while not self._aborted.is_set():
+        while not self._closed.is_set():
             try:
                 return self._queue.get(timeout=_POLL_S)
             except queue.Empty:
                 continue
-        raise _Aborted
+        raise _Closed
 
 
-@dataclass(frozen=True, slots=True)
-class _BeginShard:
-    shard: ShardPlan
+class _Slot:
+    """Buffers of one tile: the bytes `read`, and the bytes `written` for each output. Free when all have let go."""
 
+    def __init__(self, read: Tensor, written: Sequence[Tensor], free: Callable[[_Slot], None]) -> None:
+        self.read, self.written = read, written
+        self._free = free
+        self._holders = 0
+        self._lock = threading.Lock()
 
-@dataclass(frozen=True, slots=True)
-class _EndShard:
-    pass
+    def hold(self, holders: int) -> None:
+        self._holders = holders
+
+    def release(self) -> None:
+        with self._lock:
+            self._holders -= 1
+            free = not self._holders
+        if free:
+            self._free(self)
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Bytes in `buffer` that go to the output as they are; then the buffer goes back to `home`."""
+    """The bytes read into `slot` go to `outputs` as they are."""
 
-    buffer: Tensor
+    slot: _Slot
     nbytes: int
-    home: _Pipe[Tensor]
+    outputs: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _BeginWeight:
-    step: Rewrite
+    """`steps` are those of each output that rewrites the weight, with what their updates read."""
+
+    steps: Mapping[int, Rewrite]
     side: Mapping[str, Tensor]
-    parts: tuple[Mapping[str, Tensor], ...]
+    parts: Mapping[int, Sequence[Mapping[str, Tensor]]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """Bytes of `rows` in `buffer`; `reduces` tells the first pass of a weight that is read twice."""
+    """Bytes of `rows` in `slot`; `reduces` tells the first pass of a weight that is read twice.
+
+    `copies` are outputs to which the bytes go as they are.
+    """
 
     rows: range
-    buffer: Tensor
+    slot: _Slot
     nbytes: int
     reduces: bool
+    copies: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _EndWeight:
-    pass
+    """All tiles of the weight have been read; `copies` as in them."""
+
+    copies: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Small:
-    """Tensors written as they are: a weight's parts after the main one, or one that is constant."""
+class _Computed:
+    """A tile handed to the engine: what goes to each output when `ticket` says so."""
 
-    parts: tuple[bytes, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Boundary:
-    sums: Mapping[str, KeptDelta]
+    slot: _Slot
+    ticket: Ticket
+    pieces: Sequence[tuple[int, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class _End:
-    """No more shards; `halted` if the run was asked to stop before."""
+class _WeightDone:
+    """The parts after the main one and the sums, for each output that rewrote or copied the weight."""
 
-    halted: bool = False
-
-
-_Read = _BeginShard | _EndShard | _Chunk | _Small | _BeginWeight | _Tile | _EndWeight | _End
-_Write = _BeginShard | _EndShard | _Chunk | _Small | _Boundary | _End
+    results: Mapping[int, tuple[tuple[bytes, ...], Mapping[str, KeptDelta]]]
 
 
-def run_plan(
-    plan: Plan,
-    sink: Sink,
-    starts: Mapping[str, int],
-    on_progress: Callable[[int], None],
-    stop: StopRequest,
-) -> None:
-    """Produce every shard named in `starts`, each from the file offset given there.
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """A shard of an output begins or ends, or a constant tensor of it is due."""
 
-    `on_progress` is called with the number of output bytes each time some have been handed to the writer.
-    Raises Stopped if `stop` was set; whatever a thread raised is raised here.
+    output: int
+    event: Begin | End | Constant
+
+
+@dataclass(frozen=True, slots=True)
+class _Halt:
+    """No more will come; `early` if the run was asked to stop before its end."""
+
+    early: bool = False
+
+
+_Read = _Shard | _Chunk | _BeginWeight | _Tile | _EndWeight | _Halt
+_Write = _Shard | _Chunk | _Computed | _WeightDone | _Halt
+
+
+def run_plans(outputs: Sequence[Output], on_progress: Callable[[int], None], stop: StopRequest) -> None:
+    """Produce every output in one pass over their base, which is the same.
+
+    `on_progress` is called, from the calling thread, with the number of output bytes each time some have been
+    written. Raises Stopped if `stop` was set; whatever a thread raised is raised here.
     """
     threads = torch.get_num_threads()
     # Cells are shared between workers of one thread each: faster than threads inside every operation on a busy
     # machine, and sums come out the same whatever the number of cores.
     torch.set_num_threads(1)
+    memory = outputs[0].plan.memory
     try:
-        with Workers(plan.memory.workers) as workers:
-            _Run(plan, sink, starts, on_progress, stop, workers).run()
+        with open_engine(outputs[0].plan.device, memory) as engine:
+            _Run(outputs, memory, engine, stop).run(on_progress)
     finally:
         torch.set_num_threads(threads)
 
 
 class _Run:
-    """State of one run: pipes, buffers, and the first error of any thread."""
+    """All lanes of a run, the first error of any thread, and what has been written."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        sink: Sink,
-        starts: Mapping[str, int],
-        on_progress: Callable[[int], None],
-        stop: StopRequest,
-        workers: Workers,
-    ) -> None:
-        self.workers = workers
-        self.plan, self.sink, self.starts = plan, sink, starts
-        self.on_progress, self.stop = on_progress, stop
-        self.device = plan.device
-        self.aborted = threading.Event()
+    def __init__(self, outputs: Sequence[Output], memory: Memory, engine: Engine, stop: StopRequest) -> None:
+        self.device, self.stop = outputs[0].plan.device, stop
         self.errors: list[BaseException] = []
-        self.halted = False
-        # Two pools: a reader that ran ahead must not hold the buffers that computed tiles need.
-        self.inputs, self.outputs = self._pool(), self._pool()
-        # Of small weights, many tiles fit the buffers; their side parts and adapters must not pile up.
-        self.places: _Pipe[None] = _Pipe(0, self.aborted)
-        for _ in range(WEIGHTS_HELD):
-            self.places.put(None)
-        self.to_compute: _Pipe[_Read] = _Pipe(BUFFERS, self.aborted)
-        self.to_writer: _Pipe[_Write] = _Pipe(BUFFERS, self.aborted)
+        self.written: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        cursors = [Cursor(output.plan, output.starts) for output in outputs]
+        lanes = memory.lanes if len(outputs) == 1 else 1
+        self.lanes = [_Lane(self, outputs, cursors, memory, engine, number) for number in range(lanes)]
 
-    def _pool(self) -> _Pipe[Tensor]:
-        pool: _Pipe[Tensor] = _Pipe(0, self.aborted)
-        for _ in range(BUFFERS // 2):
-            pool.put(self.device.host_buffer(self.plan.memory.buffer))
-        return pool
-
-    def run(self) -> None:
-        reader, writer = (
-            threading.Thread(target=self._guarded, args=(work,), name=f"streamconv-{name}", daemon=True)
-            for name, work in (("reader", self.read), ("writer", self.write))
-        )
-        reader.start()
-        writer.start()
+    def run(self, on_progress: Callable[[int], None]) -> None:
+        threads = [thread for lane in self.lanes for thread in lane.threads]
+        for thread in threads:
+            thread.start()
         try:
-            self._guarded(self.compute)
-            writer.join()
-        finally:  # even if Ctrl-C is raised here: no thread may outlive the files it works on
-            self.aborted.set()
-            reader.join()
-            writer.join()
+            self._report(on_progress, len(threads))
+        except BaseException as error:  # of the caller's own function, or Ctrl-C
+            self.fail(error)
+        finally:  # no thread may outlive the files it works on
+            self._join(threads)
         if self.errors:
-            error = self.errors[0]
-            if isinstance(error, torch.OutOfMemoryError):
-                raise ResourceError(
-                    f"{self.device.name} ran out of memory: {str(error).splitlines()[0]} Give it a smaller --max-vram, "
-                    "free some memory, or use --device cpu, and run again"
-                ) from error
-            raise error
-        if self.halted:
+            raise self._told(self.errors[0])
+        if any(lane.halted for lane in self.lanes):
             assert self.stop.signal_number is not None
             raise Stopped("stopped by a signal; run the same command again to go on", self.stop.signal_number)
 
-    def _guarded(self, work: Callable[[], None]) -> None:
+    def fail(self, error: BaseException) -> None:
+        self.errors.append(error)
+        for lane in self.lanes:
+            lane.closed.set()
+
+    def guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except _Aborted:
+        except _Closed:
             pass
         except BaseException as error:  # run() raises it in the calling thread
-            self.errors.append(error)
-            self.aborted.set()
+            self.fail(error)
+        finally:
+            self.written.put(None)
+
+    def _report(self, on_progress: Callable[[int], None], threads: int) -> None:
+        while threads:
+            nbytes = self.written.get()
+            if nbytes is None:
+                threads -= 1
+            elif not self.errors:
+                on_progress(nbytes)
+
+    def _join(self, threads: Sequence[threading.Thread]) -> None:
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException as error:  # Ctrl-C, once more
+            self.fail(error)
+            for thread in threads:
+                thread.join()
+
+    def _told(self, error: BaseException) -> BaseException:
+        if not isinstance(error, torch.OutOfMemoryError):
+            return error
+        told = ResourceError(
+            f"{self.device.name} ran out of memory: {str(error).splitlines()[0]} Give it a smaller --max-vram, "
+            "free some memory, or use --device cpu, and run again"
+        )
+        told.__cause__ = error
+        return told
+
+
+class _Lane:
+    """Three threads, the slots that go round between them, and the sinks they fill."""
+
+    def __init__(
+        self,
+        run: _Run,
+        outputs: Sequence[Output],
+        cursors: Sequence[Cursor],
+        memory: Memory,
+        engine: Engine,
+        number: int,
+    ) -> None:
+        self.run, self.outputs, self.cursors, self.engine = run, outputs, cursors, engine
+        self.memory = memory
+        self.halted = False
+        self.closed = threading.Event()  # nothing more will be done, and who waits for another thread may go
+        self.free: _Pipe[_Slot] = _Pipe(0, self.closed)
+        for _ in range(SLOTS):
+            read = engine.host_buffer(memory.buffer)
+            written = [engine.host_buffer(memory.buffer) for _ in outputs]
+            self.free.put(_Slot(read, written, self.free.put))
+        # Of small weights, many tiles fit the slots; their side parts and adapters must not pile up.
+        self.places: _Pipe[None] = _Pipe(0, self.closed)
+        for _ in range(WEIGHTS_HELD):
+            self.places.put(None)
+        self.to_compute: _Pipe[_Read] = _Pipe(SLOTS, self.closed)
+        self.to_writer: _Pipe[_Write] = _Pipe(SLOTS, self.closed)
+        suffix = f"-{number}" if memory.lanes > 1 else ""
+        self.threads = [
+            threading.Thread(target=run.guarded, args=(work,), name=f"streamconv-{name}{suffix}", daemon=True)
+            for name, work in (("reader", self.read), ("compute", self.compute), ("writer", self.write))
+        ]
 
     # -- reader thread -------------------------------------------------------------------------------------
 
     def read(self) -> None:
         with TensorReader() as reader:
-            for shard in self.plan.shards:
-                if shard.name in self.starts:
-                    self.to_compute.put(_BeginShard(shard))
-                    for placed in shard.steps:
-                        self._read_step(reader, placed, self.starts[shard.name])
-                    self.to_compute.put(_EndShard())
+            for unit in walk(self.cursors):
+                self._read_unit(reader, unit)
             reader.check_unchanged()
-        self.to_compute.put(_End())
+        self.to_compute.put(_Halt())
 
-    def _read_step(self, reader: TensorReader, placed: Placed[Step], start: int) -> None:
-        if start >= placed.offset + placed.nbytes:
-            return
-        match placed.step:
-            case Copy() as step:
-                self._read_copy(reader, step, max(0, start - placed.offset))
-            case Rewrite() as step:
-                assert start <= placed.offset, "a run goes on from a weight's beginning"
-                self._read_weight(reader, step)
-            case Constant() as step:
-                self.to_compute.put(_Small((step.content,)))
-            case _:
-                assert_never(placed.step)
+    def _read_unit(self, reader: TensorReader, unit: Mapping[int, Begin | End | Todo]) -> None:
+        rewrites: dict[int, Rewrite] = {}
+        copies: dict[int, tuple[Copy, int]] = {}
+        for output, event in unit.items():
+            match event:
+                case Begin() | End():
+                    self.to_compute.put(_Shard(output, event))
+                case Todo(Constant() as step):
+                    self.to_compute.put(_Shard(output, step))
+                case Todo(Copy() as step, done):
+                    copies[output] = (step, done)
+                case Todo(Rewrite() as step):
+                    rewrites[output] = step
+        if rewrites:
+            self._read_weight(reader, rewrites, tuple(copies))
+        elif copies:
+            step, done = next(iter(copies.values()))
+            self._read_copy(reader, step.tensor, done, tuple(copies))
 
-    def _read_copy(self, reader: TensorReader, step: Copy, start: int) -> None:
-        chunk = self.plan.memory.buffer
-        for first in range(start, step.tensor.nbytes, chunk):
-            nbytes = min(chunk, step.tensor.nbytes - first)
-            buffer = self.inputs.get()
-            reader.read_into(step.tensor, first, tensor_bytes(buffer[:nbytes]))
-            reader.drop_cache(step.tensor, first, nbytes)
-            self.to_compute.put(_Chunk(buffer, nbytes, self.inputs))
+    def _read_copy(
+        self, reader: TensorReader, tensor: StoredTensor, done: int, outputs: tuple[int, ...]
+    ) -> None:
+        for first in range(done, tensor.nbytes, self.memory.buffer):
+            nbytes = min(self.memory.buffer, tensor.nbytes - first)
+            slot = self.free.get()
+            reader.read_into(tensor, first, tensor_bytes(slot.read[:nbytes]))
+            reader.drop_cache(tensor, first, nbytes)
+            self.to_compute.put(_Chunk(slot, nbytes, outputs))
 
-    def _read_weight(self, reader: TensorReader, step: Rewrite) -> None:
-        decoder, parts = step.weight.decoder, step.weight.parts
+    def _read_weight(
+        self, reader: TensorReader, steps: Mapping[int, Rewrite], copies: tuple[int, ...]
+    ) -> None:
+        weight = next(iter(steps.values())).weight
+        decoder, main = weight.decoder, weight.parts[weight.decoder.main]
         self.places.get()
-        side = {role: reader.load(part) for role, part in parts.items() if role != decoder.main}
-        updates = tuple(
-            {role: reader.load(part).float() for role, part in update.parts.items()}
-            for update in step.updates
-        )
-        self.to_compute.put(_BeginWeight(step, side, updates))
-        passes = (False,) if step.access is Access.ROW else (True, False)
-        main, rows = parts[decoder.main], tile_rows(step, self.plan.memory.buffer)
-        for reduces in passes:
-            for first in range(0, step.rows, rows):
-                tile = range(first, min(first + rows, step.rows))
+        self.to_compute.put(_begin(reader, steps))
+        rows = min(tile_rows(step, self.memory.buffer) for step in steps.values())
+        count = next(iter(steps.values())).rows
+        twice = any(step.access is not Access.ROW for step in steps.values())
+        for reduces in (True, False) if twice else (False,):
+            for first in range(0, count, rows):
+                tile = range(first, min(first + rows, count))
                 start, stop = decoder.row_offset(tile.start), decoder.row_offset(tile.stop)
-                buffer = self.inputs.get()
-                reader.read_into(main, start, tensor_bytes(buffer[: stop - start]))
+                slot = self.free.get()
+                reader.read_into(main, start, tensor_bytes(slot.read[: stop - start]))
                 if not reduces:
                     reader.drop_cache(main, start, stop - start)
-                self.to_compute.put(_Tile(tile, buffer, stop - start, reduces))
-        self.to_compute.put(_EndWeight())
+                self.to_compute.put(_Tile(tile, slot, stop - start, reduces, copies))
+        self.to_compute.put(_EndWeight(copies))
 
     # -- computing thread ----------------------------------------------------------------------------------
 
@@ -309,113 +390,150 @@ class _Run:
         asked_at: float | None = None
         at_boundary = True
         while True:
-            if self.stop.signal_number is not None:
+            if self.run.stop.signal_number is not None:
                 asked_at = asked_at or time.monotonic()
                 if at_boundary or time.monotonic() - asked_at > GRACE_S:
                     self.halted = True
-                    self.to_writer.put(_End(halted=True))
+                    self.to_writer.put(_Halt(early=True))
                     return
             message = self.to_compute.get()
             at_boundary = not isinstance(message, _BeginWeight | _Tile)
             match message:
-                case _BeginShard() | _EndShard():
+                case _Shard() | _Chunk():
                     self.to_writer.put(message)
-                case _Chunk():
-                    self.to_writer.put(message)
-                    self.to_writer.put(_Boundary({}))
-                    self.on_progress(message.nbytes)
-                case _Small(parts):
-                    self._write_small(parts)
-                    self.to_writer.put(_Boundary({}))
                 case _BeginWeight():
-                    weight = _Weight(message, self.device, self.plan.options.seed, self.workers)
+                    weight = _Weight(message, self.engine, self.outputs)
                 case _Tile():
                     assert weight is not None
                     self._compute_tile(weight, message)
-                case _EndWeight():
+                case _EndWeight(copies):
                     assert weight is not None
-                    self._end_weight(weight)
+                    nothing: tuple[tuple[bytes, ...], Mapping[str, KeptDelta]] = ((), {})
+                    self.to_writer.put(_WeightDone({**weight.finish(), **dict.fromkeys(copies, nothing)}))
                     weight = None
-                    self.places.put(None)
-                case _End():
+                case _Halt():
                     self.to_writer.put(message)
                     return
                 case _:
                     assert_never(message)
 
     def _compute_tile(self, weight: _Weight, tile: _Tile) -> None:
-        raw = self.device.upload(tile.buffer[: tile.nbytes])
+        slot, raw = tile.slot, tile.slot.read[: tile.nbytes]
         if tile.reduces:
             weight.reduce(raw, tile.rows)
-            self.inputs.put(tile.buffer)
+            self.free.put(slot)
             return
-        encoder = weight.step.encoder
-        nbytes = encoder.row_offset(tile.rows.stop) - encoder.row_offset(tile.rows.start)
-        host = self.outputs.get()
-        out = self.device.output(host[:nbytes])
-        weight.rewrite(raw, tile.rows, out)
-        self.device.download(out, host[:nbytes])
-        self.inputs.put(tile.buffer)
-        self.to_writer.put(_Chunk(host, nbytes, self.outputs))
-        self.on_progress(nbytes)
-
-    def _end_weight(self, weight: _Weight) -> None:
-        parts, kept = weight.work.finish()
-        if parts:
-            self._write_small(parts)
-        self.to_writer.put(_Boundary({} if kept is None else {weight.step.name: kept}))
-
-    def _write_small(self, parts: tuple[bytes, ...]) -> None:
-        self.to_writer.put(_Small(parts))
-        self.on_progress(sum(map(len, parts)))
+        ticket, pieces = weight.rewrite(raw, tile.rows, slot.written)
+        pieces += [(output, raw) for output in tile.copies]
+        self.to_writer.put(_Computed(slot, ticket, pieces))
 
     # -- writer thread -------------------------------------------------------------------------------------
 
     def write(self) -> None:
-        for message in self._messages():
-            match message:
-                case _BeginShard(shard):
-                    self.sink.begin(shard)
-                case _EndShard():
-                    self.sink.end()
-                case _Chunk(buffer, nbytes, home):
-                    self.sink.write(tensor_bytes(buffer[:nbytes]))
-                    home.put(buffer)
-                case _Small(parts):
-                    for part in parts:
-                        self.sink.write(memoryview(part))
-                case _Boundary(sums):
-                    self.sink.boundary(sums)
-                case _:
-                    assert_never(message)
+        sinks = [output.open_sink() for output in self.outputs]
+        try:
+            while not isinstance(message := self.to_writer.get(), _Halt):
+                self._write(sinks, message)
+            for sink in sinks:
+                if message.early:
+                    sink.halt()
+                sink.drain()
+        finally:
+            self.closed.set()
+            for sink in sinks:
+                sink.close()
 
-    def _messages(self) -> Iterator[_BeginShard | _EndShard | _Chunk | _Small | _Boundary]:
-        while True:
-            message = self.to_writer.get()
-            if isinstance(message, _End):
-                if message.halted:
-                    self.sink.halt()
-                return
-            yield message
+    def _write(self, sinks: Sequence[Sink], message: _Shard | _Chunk | _Computed | _WeightDone) -> None:
+        match message:
+            case _Shard(output, Begin(shard)):
+                sinks[output].begin(shard)
+            case _Shard(output, End()):
+                sinks[output].end()
+            case _Shard(output, Constant(_, content)):
+                self._write_small(sinks[output], (content,))
+                sinks[output].boundary({})
+            case _Chunk(slot, nbytes, outputs):
+                self._write_pieces(sinks, slot, [(output, slot.read[:nbytes]) for output in outputs])
+                for output in outputs:
+                    sinks[output].boundary({})
+            case _Computed(slot, ticket, pieces):
+                ticket.wait()
+                self._write_pieces(sinks, slot, pieces)
+            case _WeightDone(results):
+                for output, (tail, sums) in results.items():
+                    self._write_small(sinks[output], tail)
+                    sinks[output].boundary(sums)
+                self.places.put(None)
+
+    def _write_pieces(self, sinks: Sequence[Sink], slot: _Slot, pieces: Sequence[tuple[int, Tensor]]) -> None:
+        slot.hold(len(pieces))
+        for output, piece in pieces:
+            sinks[output].write(tensor_bytes(piece), slot.release)
+            self.run.written.put(piece.numel())
+
+    def _write_small(self, sink: Sink, parts: Sequence[bytes]) -> None:
+        for part in parts:
+            sink.write(memoryview(part), lambda: None)
+            self.run.written.put(len(part))
+
+
+def _begin(reader: TensorReader, steps: Mapping[int, Rewrite]) -> _BeginWeight:
+    """All that the work on a weight needs beside its tiles, every tensor read once."""
+    weight = next(iter(steps.values())).weight
+    side = {role: reader.load(part) for role, part in weight.parts.items() if role != weight.decoder.main}
+    loaded: dict[StoredTensor, Tensor] = {}
+
+    def load(part: StoredTensor) -> Tensor:
+        if part not in loaded:
+            loaded[part] = reader.load(part).float()
+        return loaded[part]
+
+    parts = {
+        output: [{role: load(part) for role, part in update.parts.items()} for update in step.updates]
+        for output, step in steps.items()
+    }
+    return _BeginWeight(steps, side, parts)
 
 
 class _Weight:
-    """The work on one weight, and which pass it is in."""
+    """The work on one weight, for every output that rewrites it, and which pass it is in."""
 
-    def __init__(self, begin: _BeginWeight, device: Device, seed: int, workers: Workers) -> None:
-        self.step = begin.step
-        side = {role: device.upload(part) for role, part in begin.side.items()}
-        parts: Sequence[Mapping[str, Tensor]] = [
-            {role: device.upload(part) for role, part in update.items()} for update in begin.parts
+    def __init__(self, begin: _BeginWeight, engine: Engine, outputs: Sequence[Output]) -> None:
+        self._engine = engine
+        self._steps = begin.steps
+        self._works: dict[int, WeightWork] = {
+            output: engine.begin(step, begin.side, begin.parts[output], outputs[output].plan.options.seed)
+            for output, step in begin.steps.items()
+        }
+        self._reducing = [
+            self._works[output] for output, step in begin.steps.items() if step.access is not Access.ROW
         ]
-        self.work = WeightWork(begin.step, side, parts, device.torch, seed, workers)
-        self._reducing = begin.step.access is not Access.ROW
+        self._tickets: list[Ticket] = []
 
     def reduce(self, raw: Tensor, rows: range) -> None:
-        self.work.reduce(raw, rows)
+        self._engine.reduce(raw, rows, self._reducing)
 
-    def rewrite(self, raw: Tensor, rows: range, out: Tensor) -> None:
-        if self._reducing:
-            self.work.end_reduce()
-            self._reducing = False
-        self.work.rewrite(raw, rows, out)
+    def rewrite(
+        self, raw: Tensor, rows: range, written: Sequence[Tensor]
+    ) -> tuple[Ticket, list[tuple[int, Tensor]]]:
+        """Hand a tile to the engine: the ticket, and where each output's bytes will be."""
+        while self._reducing:
+            self._reducing.pop().end_reduce()
+        pieces = []
+        for output, step in self._steps.items():
+            offset = step.encoder.row_offset
+            pieces.append((output, written[output][: offset(rows.stop) - offset(rows.start)]))
+        ticket = self._engine.rewrite(raw, rows, [(self._works[output], piece) for output, piece in pieces])
+        self._tickets.append(ticket)
+        return ticket, pieces
+
+    def finish(self) -> Mapping[int, tuple[tuple[bytes, ...], Mapping[str, KeptDelta]]]:
+        """What comes after the tiles. Where scales and sums of all of them are needed, waits until they are there."""
+        results = {}
+        for output, step in self._steps.items():
+            if step.encoder.grid is not None:
+                for ticket in self._tickets:
+                    ticket.wait()
+            tail, kept = self._works[output].finish()
+            results[output] = (tail, {} if kept is None else {step.name: kept})
+        return results

@@ -8,6 +8,7 @@ from os import PathLike, fspath
 from typing import Any
 
 from streamconv.adapters.config import read_config
+from streamconv.adapters.replication import read_ranges
 from streamconv.checkpoint.index import CheckpointIndex, read_index
 from streamconv.formats import find_weights
 from streamconv.planner import read_base
@@ -67,6 +68,7 @@ def _adapter(storage: Storage) -> dict[str, Any]:
         "dora": bool(fields.get("use_dora")),
         "targets": fields.get("target_modules"),
         "modules_to_save": fields.get("modules_to_save"),
+        "layer_replication": [list(layers) for layers in read_ranges(config)] or None,
         "tensors": len(tensors),
         "parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),

@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,7 @@ class Journal:
         self.progress = Progress()
         self._lock: int | None = None
         self._lines: int | None = None
+        self._appending = threading.Lock()  # shards may be written side by side
 
     def __enter__(self) -> Journal:
         self.lock()
@@ -225,11 +227,11 @@ class Journal:
     def _append(self, record: Mapping[str, Any]) -> None:
         assert self._lines is not None
         line = (json.dumps(record) + "\n").encode()
-        with _typed_errors(self.folder / _LINES):
+        with self._appending, _typed_errors(self.folder / _LINES):
             while line:
                 line = line[os.write(self._lines, line) :]
             os.fsync(self._lines)
-        _replay(self.progress, record)
+            _replay(self.progress, record)
 
 
 @contextlib.contextmanager

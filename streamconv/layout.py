@@ -15,6 +15,7 @@ from typing import Generic, Protocol, TypeVar
 from streamconv.checkpoint.header import build_header
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.errors import UnsupportedError
+from streamconv.storage.base import SourceFile
 
 # Data starts on a page: whole-page copies and direct I/O stay possible, and no offset depends on name lengths.
 DATA_ALIGNMENT = 4096
@@ -41,12 +42,16 @@ class Placed(Generic[S]):
 
 @dataclass(frozen=True, slots=True)
 class ShardLayout(Generic[S]):
-    """One output file: its name, header bytes, total size, and its steps in file order."""
+    """One output file: its name, header bytes, total size, and its steps in file order.
+
+    `same_as` is a file of the base that it will be equal to byte for byte.
+    """
 
     name: str
     header: bytes
     size: int
     steps: tuple[Placed[S], ...]
+    same_as: SourceFile | None = None
 
 
 def nbytes(step: HasSpecs) -> int:

@@ -11,15 +11,18 @@ from pathlib import Path
 from streamconv.devices import Device
 from streamconv.errors import ResourceError
 from streamconv.formats.base import CELL_ROWS
-from streamconv.plan import BUFFERS, WEIGHTS_HELD, Memory, MergeOptions, Rewrite, Step
+from streamconv.plan import SLOTS, WEIGHTS_HELD, Memory, MergeOptions, Rewrite, Step
 
 # What the process needs beside the planned buffers: libraries loaded late, thread stacks, headers, messages.
 FIXED_BYTES = 96 * 2**20
-# Larger tiles gain nothing: 16 MiB is read, hashed and written at full speed.
-MAX_BUFFER_BYTES = 16 * 2**20
+# Larger tiles gain nothing: 8 MiB is read, hashed and written at full speed.
+MAX_BUFFER_BYTES = 8 * 2**20
 MIN_BUFFER_BYTES = 64 * 2**10
 # Beyond this, reading, hashing and writing bind.
 MAX_WORKERS = 16
+# A lane reads, hashes and writes in a thread each, and one of these is a core's work at 1 to 2 GB/s.
+CORES_A_LANE = 4
+MAX_LANES = 4
 # float32 tensors of one cell alive at once: decoded and packed; or base, target, delta, noise, indices, codes.
 _DENSE_CELL_COPIES = 3
 _GRID_CELL_COPIES = 16
@@ -28,26 +31,46 @@ _GRID_CELL_COPIES = 16
 _BYTES_PER_BLOCK = 44
 
 
-def plan_memory(steps: Sequence[Step], options: MergeOptions, device: Device) -> Memory:
-    """Tile buffer, workers and peaks for `steps`. Raises ResourceError if the least they need is over a budget."""
-    weights = [step for step in steps if isinstance(step, Rewrite)]
-    blocks = max((_block_bytes(step) + step.whole_bytes for step in weights), default=0)
+def plan_memory(
+    steps: Sequence[Step],
+    options: MergeOptions,
+    device: Device,
+    shards: int = 1,
+    further: Sequence[Sequence[Step]] = (),
+) -> Memory:
+    """Tile buffer, workers, lanes and peaks for `steps`, which end in so many shards, and those of `further` outputs.
+
+    Raises ResourceError if the least they need is over a budget.
+    """
+    outputs = 1 + len(further)
+    each = [[step for step in some if isinstance(step, Rewrite)] for some in (steps, *further)]
+    weights = [step for some in each for step in some]
+    blocks = sum(max((_block_bytes(step) + step.whole_bytes for step in some), default=0) for some in each)
     cell = max((_work_bytes(step) for step in weights), default=0)
+    # A worker has one cell in work, and for each output a place to decode it to.
+    cell += (outputs - 1) * max((_dense_cell_bytes(step) for step in weights), default=0)
     held = WEIGHTS_HELD * max((_held_bytes(step) for step in weights), default=0)
     least = max([MIN_BUFFER_BYTES, *(_cell_bytes(step) for step in weights)])
+    buffers = SLOTS * (1 + outputs)
     if not device.is_cpu:
         # On a GPU every tile is there twice (read and written) beside what the weight needs.
-        on_device = held // WEIGHTS_HELD + blocks + cell
-        by_ram = _fit(options.max_ram_bytes, FIXED_BYTES + held, least, BUFFERS, "--max-ram")
-        by_vram = _fit(options.max_vram_bytes, on_device, least, 4, "--max-vram")
+        on_device = outputs * held // WEIGHTS_HELD + blocks + cell
+        tiles = 2 * (1 + outputs)
+        by_ram = _fit(options.max_ram_bytes, FIXED_BYTES + held, least, buffers, "--max-ram")
+        by_vram = _fit(options.max_vram_bytes, on_device, least, tiles, "--max-vram")
         buffer = min(by_ram, by_vram)
-        return Memory(FIXED_BYTES + held + BUFFERS * buffer, on_device + 4 * buffer, buffer, 1)
-    fixed = FIXED_BYTES + held + blocks
+        return Memory(FIXED_BYTES + held + buffers * buffer, on_device + tiles * buffer, buffer, 1)
+    cores = len(os.sched_getaffinity(0))
+    lane = held + blocks
+    at_full_speed = lane + buffers * max(least, MAX_BUFFER_BYTES)
+    by_ram = options.max_ram_bytes // 2 // at_full_speed
+    lanes = max(1, min(shards, cores // CORES_A_LANE, MAX_LANES, by_ram))
+    fixed = FIXED_BYTES + lanes * lane
     # Half of what is left goes to the workers' cells, as far as there are cores to use it.
-    spare = (options.max_ram_bytes - fixed - BUFFERS * least) // 2
-    workers = max(1, min(len(os.sched_getaffinity(0)), MAX_WORKERS, spare // max(cell, 1)))
-    buffer = _fit(options.max_ram_bytes, fixed + workers * cell, least, BUFFERS, "--max-ram")
-    return Memory(fixed + workers * cell + BUFFERS * buffer, 0, buffer, workers)
+    spare = (options.max_ram_bytes - fixed - lanes * buffers * least) // 2
+    workers = max(1, min(cores, MAX_WORKERS, spare // max(cell, 1)))
+    buffer = _fit(options.max_ram_bytes, fixed + workers * cell, least, lanes * buffers, "--max-ram")
+    return Memory(fixed + workers * cell + lanes * buffers * buffer, 0, buffer, workers, lanes)
 
 
 def _fit(budget: int, fixed: int, least: int, buffers: int, option: str) -> int:
@@ -72,8 +95,11 @@ def _quantizes(step: Rewrite) -> bool:
 
 def _work_bytes(step: Rewrite) -> int:
     """Bytes of one worker: float32 tensors of one cell."""
-    copies = _GRID_CELL_COPIES if _quantizes(step) else _DENSE_CELL_COPIES
-    return min(CELL_ROWS, step.rows) * step.columns * 4 * copies
+    return _dense_cell_bytes(step) * (_GRID_CELL_COPIES if _quantizes(step) else _DENSE_CELL_COPIES)
+
+
+def _dense_cell_bytes(step: Rewrite) -> int:
+    return min(CELL_ROWS, step.rows) * step.columns * 4
 
 
 def _block_bytes(step: Rewrite) -> int:

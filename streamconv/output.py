@@ -7,12 +7,16 @@ without config.json passes for no model.
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from streamconv.cells import KeptDelta
 from streamconv.checkpoint.writer import (
+    Mark,
     ShardWriter,
     free_bytes,
     fsync_folder,
@@ -21,9 +25,10 @@ from streamconv.checkpoint.writer import (
     write_file,
 )
 from streamconv.errors import OutputError, ResourceError
+from streamconv.formats import FORMATS
 from streamconv.journal import WORK_FOLDER, Journal, Watermark
 from streamconv.plan import Plan, ShardPlan
-from streamconv.sidecars import is_read_by_loaders
+from streamconv.sidecars import CHAT_TEMPLATES, is_read_by_loaders
 from streamconv.sizes import format_size
 from streamconv.storage.base import SourceFile
 from streamconv.storage.local import open_file
@@ -33,19 +38,28 @@ _COPY_BYTES = 4 * 2**20
 _SPARE_DISK_BYTES = 64 * 2**20  # index, tokenizer, journal, and what the file system adds
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+OUTPUT_FOLDERS = ("none", *FORMATS)
+"""Names of the folders in an output that are for further ones, each a model of its own."""
 
 
 class ShardSink:
-    """Writes shards into the work folder and journals how far they are."""
+    """Writes shards into the work folder and journals how far they are.
 
-    def __init__(self, journal: Journal, resumed: Mapping[str, ShardWriter]) -> None:
+    Waiting for the disk is left to a thread of its own: a shard is written while the last watermark, or the end of
+    the shard before, is brought to the disk. One at a time, so that no more than a watermark is ever in the air.
+    """
+
+    def __init__(self, journal: Journal, resumed: dict[str, ShardWriter]) -> None:
+        """`resumed` are writers that stand where their shard goes on; those that are begun are taken out."""
         self._journal = journal
-        self._resumed = dict(resumed)
+        self._resumed = resumed
         self._sums: dict[str, list[float]] = {}
         self._shard: ShardPlan | None = None
         self._writer: ShardWriter | None = None
         self._marked = 0
         self._boundary = 0
+        self._syncer = ThreadPoolExecutor(1, "streamconv-sync")
+        self._syncing: Future[None] | None = None
 
     def begin(self, shard: ShardPlan) -> None:
         self._shard = shard
@@ -53,12 +67,12 @@ class ShardSink:
         if self._writer is None:
             path = self._journal.partial(shard.name)
             _remove(path)
-            self._writer = ShardWriter.create(path, shard.header, shard.size)
+            self._writer = ShardWriter.create(path, shard.header, shard.size, shard.same_as)
         self._marked = self._boundary = self._writer.offset
 
-    def write(self, data: memoryview) -> None:
+    def write(self, data: memoryview, release: Callable[[], None]) -> None:
         assert self._writer is not None
-        self._writer.write(data)
+        self._writer.write(data, release)
 
     def boundary(self, sums: Mapping[str, KeptDelta]) -> None:
         assert self._writer is not None
@@ -70,29 +84,43 @@ class ShardSink:
     def end(self) -> None:
         assert self._shard is not None
         assert self._writer is not None
-        digest = self._writer.finish()
-        name = self._shard.name
-        self._journal.finish(name, digest, self._sums)
-        publish(self._journal.partial(name), self._journal.finished(name))
+        self._sync(partial(self._finish, self._shard.name, self._writer, self._sums))
         self._sums, self._writer = {}, None
 
     def halt(self) -> None:
         if self._writer is not None and self._writer.offset == self._boundary > self._marked:
             self._mark()
 
+    def drain(self) -> None:
+        if self._syncing is not None:
+            self._syncing.result()
+
     def close(self) -> None:
-        """Close what is still open, on success and on failure."""
-        for writer in (self._writer, *self._resumed.values()):
-            if writer is not None:
-                writer.close()
+        """Close the shard that is still open, on success and on failure."""
+        self._syncer.shutdown()
+        if self._writer is not None:
+            self._writer.close()
 
     def _mark(self) -> None:
         assert self._shard is not None
         assert self._writer is not None
-        digest = self._writer.sync()
-        self._journal.watermark(self._shard.name, Watermark(self._boundary, digest), self._sums)
+        self._sync(partial(self._watermark, self._shard.name, self._writer, self._writer.mark(), self._sums))
         self._sums = {}
         self._marked = self._boundary
+
+    def _sync(self, work: Callable[[], None]) -> None:
+        """Have `work` done when what was asked for before is done; raises what went wrong with that."""
+        self.drain()
+        self._syncing = self._syncer.submit(work)
+
+    # -- syncing thread ------------------------------------------------------------------------------------
+
+    def _watermark(self, name: str, writer: ShardWriter, mark: Mark, sums: Mapping[str, list[float]]) -> None:
+        self._journal.watermark(name, Watermark(mark.offset, writer.sync(mark)), sums)
+
+    def _finish(self, name: str, writer: ShardWriter, sums: Mapping[str, list[float]]) -> None:
+        self._journal.finish(name, writer.finish(), sums)
+        publish(self._journal.partial(name), self._journal.finished(name))
 
 
 def check_place(out: Path, inputs: Mapping[str, Path], overwrite: bool, publishing: bool) -> None:
@@ -107,7 +135,9 @@ def check_place(out: Path, inputs: Mapping[str, Path], overwrite: bool, publishi
             )
     if not out.is_dir() or publishing:
         return
-    others = sorted(entry.name for entry in out.iterdir() if entry.name != WORK_FOLDER)
+    others = sorted(
+        entry.name for entry in out.iterdir() if entry.name != WORK_FOLDER and not _is_further_output(entry)
+    )
     weights = [name for name in others if name.endswith(".safetensors")]
     if overwrite and weights and CONFIG not in others:
         # Old weights go when the new ones come; a collection of other things must not.
@@ -122,19 +152,45 @@ def check_place(out: Path, inputs: Mapping[str, Path], overwrite: bool, publishi
         )
 
 
-def check_disk(out: Path, shards: Sequence[ShardPlan], journal: Journal) -> None:
-    """Raise ResourceError unless the `shards` still to be written fit the file system."""
+def _is_further_output(entry: Path) -> bool:
+    """Whether it is where `--also` puts a model of its own, which a run for the folder above leaves alone."""
+    return entry.name in OUTPUT_FOLDERS and entry.is_dir()
+
+
+def check_apart(out: Path, further: Sequence[Path]) -> None:
+    """Raise OutputError where links make outputs lie in one another, other than the `further` ones in `out`."""
+    real = {folder: folder.resolve() for folder in (out, *further)}
+    for one, other in itertools.permutations(real, 2):
+        is_meant = one == out and real[other] == real[out] / other.name
+        if real[one] == real[other] or (real[one] in real[other].parents and not is_meant):
+            raise OutputError(
+                f"{other} leads to {real[other]}, and {one} to {real[one]}: outputs must lie apart; remove such a "
+                "link, or choose another --out"
+            )
+
+
+def check_disk(outputs: Sequence[tuple[Path, Sequence[ShardPlan], Journal]]) -> None:
+    """Raise ResourceError unless the shards still to be written fit the file systems that the outputs lie on."""
+    needed: dict[int, int] = {}
+    for out, shards, journal in outputs:
+        disk = out.stat().st_dev
+        needed[disk] = needed.get(disk, 0) + _disk_need(shards, journal)
+        free = free_bytes(out / WORK_FOLDER)
+        if needed[disk] > free:
+            what = f"{out} with the other outputs" if len(outputs) > 1 else f"{out}"
+            raise ResourceError(
+                f"{what} needs {format_size(needed[disk])} and its disk has {format_size(free)} free: "
+                f"{format_size(needed[disk] - free)} are missing; free some, or choose another --out"
+            )
+
+
+def _disk_need(shards: Sequence[ShardPlan], journal: Journal) -> int:
     needed = _SPARE_DISK_BYTES
     for shard in shards:
         partial = journal.partial(shard.name)
         taken = partial.stat().st_blocks * 512 if partial.exists() else 0
         needed += max(0, shard.size - taken)
-    free = free_bytes(out / WORK_FOLDER)
-    if needed > free:
-        raise ResourceError(
-            f"{out} needs {format_size(needed)} and its disk has {format_size(free)} free: "
-            f"{format_size(needed - free)} are missing; free some, or choose another --out"
-        )
+    return needed
 
 
 def resume_points(out: Path, plan: Plan, journal: Journal) -> tuple[dict[str, int], dict[str, ShardWriter]]:
@@ -181,6 +237,7 @@ def publish_output(
     # What makes a folder a model goes first, so that old and new are never taken for one model.
     for stale in (CONFIG, INDEX, *_of_old_model(out, names)):
         _remove(out / stale)
+    _settle_folder(out / CHAT_TEMPLATES, any(name.startswith(f"{CHAT_TEMPLATES}/") for name in names))
     fsync_folder(out)
     for shard in plan.shards:
         if journal.finished(shard.name).exists():
@@ -193,7 +250,27 @@ def publish_output(
 
 def _of_old_model(out: Path, keep: set[str]) -> list[str]:
     """Files of the model that was here which a loader would take for the new one's."""
-    return [entry.name for entry in out.iterdir() if is_of_model(entry.name) and entry.name not in keep]
+    templates = out / CHAT_TEMPLATES
+    if templates.is_symlink():  # what it leads to is not of this folder
+        return [*_not_kept(out, "", keep), CHAT_TEMPLATES]
+    inside = _not_kept(templates, f"{CHAT_TEMPLATES}/", keep) if templates.is_dir() else []
+    return [*_not_kept(out, "", keep), *inside]
+
+
+def _not_kept(folder: Path, prefix: str, keep: set[str]) -> list[str]:
+    names = [prefix + entry.name for entry in folder.iterdir()]
+    return [name for name in names if is_of_model(name) and name not in keep]
+
+
+def _settle_folder(folder: Path, is_used: bool) -> None:
+    """Make the folder if it is used; else remove it, unless something of somebody else is in it."""
+    try:
+        if is_used:
+            folder.mkdir(exist_ok=True)
+        elif folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    except OSError as error:
+        raise write_error(error, folder) from error
 
 
 def is_of_model(name: str) -> bool:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, assert_never
+from typing import Any
 
 from streamconv.adapters.base import Update, WholeUpdate
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
@@ -20,8 +20,9 @@ from streamconv.layout import ShardLayout
 from streamconv.rounding.base import Rounding
 
 DEFAULT_MIN_KEPT = 0.2
-# Tile buffers in flight between reader, compute and writer: half for what is read, half for what is written.
-BUFFERS = 6
+# Tiles in flight in a lane: being read, computed, written and hashed. Each has a buffer for what is read of it, and one
+# for what is written.
+SLOTS = 6
 # Weights whose side parts and adapters are in memory: the one computed, and the next one being read.
 WEIGHTS_HELD = 2
 
@@ -119,13 +120,15 @@ ShardPlan = ShardLayout[Step]
 class Memory:
     """What a run needs at most, in bytes, above the interpreter with torch loaded.
 
-    `buffer` bounds the bytes of a tile, `workers` is how many threads share its cells.
+    `buffer` bounds the bytes of a tile, `workers` is how many threads share its cells, `lanes` how many shards are in
+    work at once.
     """
 
     ram: int
     vram: int
     buffer: int
     workers: int
+    lanes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +140,29 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
+class Depth:
+    """Layers of an output that repeats those of its base: `before` in number, now those in `ranges` [start, end)."""
+
+    before: int
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """By number of an output's layer, the layer of the base it is."""
+        return tuple(layer for start, end in self.ranges for layer in range(start, end))
+
+    def __str__(self) -> str:
+        ranges = ", ".join(f"[{start}, {end})" for start, end in self.ranges[:8])
+        more = ", ..." if len(self.ranges) > 8 else ""
+        return f"{self.before} layers become {len(self.sources)}: {ranges}{more}"
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """All that a run will do. `quant` names the output's format of quantized weights, None if it has none."""
+    """All that a run will do. `quant` names the output's format of quantized weights, None if it has none.
+
+    `depth` is None where the output has the layers of the base.
+    """
 
     options: MergeOptions
     device: Device
@@ -152,6 +176,7 @@ class Plan:
     adapted: Mapping[str, int]
     replaced: tuple[str, ...]
     renamed: str | None
+    depth: Depth | None
     untied: bool
     dtype: str | None
     vocab_size: tuple[int, int] | None
@@ -160,11 +185,6 @@ class Plan:
     @property
     def size(self) -> int:
         return sum(shard.size for shard in self.shards)
-
-    @property
-    def bytes_read(self) -> int:
-        """Of the base, weights read twice counted twice."""
-        return sum(_bytes_read(placed.step) for shard in self.shards for placed in shard.steps)
 
     @property
     def digest(self) -> str:
@@ -176,20 +196,6 @@ class Plan:
         if self.options.min_kept is not None:
             return self.options.min_kept
         return DEFAULT_MIN_KEPT if self.options.rounding == "auto" else 0.0
-
-
-def _bytes_read(step: Step) -> int:
-    match step:
-        case Copy():
-            return step.tensor.nbytes
-        case Constant():
-            return 0
-        case Rewrite():
-            parts, main = step.weight.parts, step.weight.decoder.main
-            again = parts[main].nbytes if step.access is not Access.ROW else 0
-            return sum(part.nbytes for part in parts.values()) + again
-        case _:
-            assert_never(step)
 
 
 def tile_rows(step: Rewrite, buffer: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streamconv.adapters.base import Adapter, Replace, Tie, Update, WholeUpdate
@@ -17,9 +17,9 @@ from streamconv.fingerprint import fingerprint
 from streamconv.formats import FORMATS, dense_weight
 from streamconv.formats.base import Encoder, Format, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, is_conv1d, matches, module_of, select
-from streamconv.layout import lay_out, split_by_size
+from streamconv.layout import Placed, lay_out, split_by_size
 from streamconv.memory import plan_memory
-from streamconv.plan import Choice, Copy, MergeOptions, Plan, Rewrite, Step
+from streamconv.plan import Choice, Copy, Depth, Memory, MergeOptions, Plan, Rewrite, ShardPlan, Step
 from streamconv.rounding import ROUNDINGS
 from streamconv.rounding.base import Rounding
 
@@ -28,12 +28,16 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A base checkpoint as the planner sees it. `quantized`: the one format its quantized weights have."""
+    """A base checkpoint as the planner sees it. `quantized`: the one format its quantized weights have.
+
+    `depth`: how its layers were repeated, in `weights` and in the config; `index.tensors` are as they are stored.
+    """
 
     index: CheckpointIndex
     weights: Mapping[str, Weight]
     tie: Tie | None
     quantized: str | None
+    depth: Depth | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,35 +52,101 @@ class _Result:
     rounding_choice: Choice | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A plan but for what depends on the others of its run."""
+
+    options: MergeOptions
+    result: _Result
+    quantized: frozenset[str]
+    skipped: Sequence[str]
+    shards: tuple[ShardPlan, ...]
+    vocab_size: tuple[int, int] | None
+
+
 def build_plan(base: Base, adapter: Adapter | None, options: MergeOptions, device: Device) -> Plan:
     """Everything a run will do. Raises InputError, ResourceError where it could not succeed."""
+    (plan,) = build_plans(base, adapter, [options], device)
+    return plan
+
+
+def build_plans(
+    base: Base, adapter: Adapter | None, options: Sequence[MergeOptions], device: Device
+) -> tuple[Plan, ...]:
+    """A plan for each of `options`, to be carried out in one pass: as it would be alone, but for the memory, which is
+    that of the whole run in each.
+
+    Raises what `build_plan` does, and OptionError where two outputs would be the same.
+    """
+    drafts = [_draft(base, adapter, each) for each in options]
+    _check_different(drafts)
+    steps, *further = ([placed.step for shard in draft.shards for placed in shard.steps] for draft in drafts)
+    shards = 1 if further else len(drafts[0].shards)  # of several outputs, one shard each is in work at once
+    memory = plan_memory(steps, options[0], device, shards, further)
+    return tuple(_plan(base, adapter, draft, device, memory) for draft in drafts)
+
+
+def options_alone(base: Base, options: MergeOptions, quants: Sequence[str]) -> list[MergeOptions]:
+    """The options with which a run alone makes each output of a run for all `quants`.
+
+    A rounding is for those that are quantized; where none is, all keep it, to be refused.
+    """
+    each = [replace(options, quant=quant) for quant in quants]
+    quantized = [_resolve_quant(base, alone)[0] is not None for alone in each]
+    if not any(quantized):
+        return each
+    return [
+        alone if rounds else replace(alone, rounding="auto")
+        for alone, rounds in zip(each, quantized, strict=True)
+    ]
+
+
+def _draft(base: Base, adapter: Adapter | None, options: MergeOptions) -> _Draft:
     result = _resolve(base, adapter, options)
-    replaces = {replace.parameter: replace for replace in (adapter.replaces if adapter else ())}
+    replaces = {whole.parameter: whole for whole in (adapter.replaces if adapter else ())}
     updates = _updates_by_parameter(adapter)
     _check_unknown_tie(base, (*replaces, *updates))
     weights = _output_weights(base, adapter, replaces)
     quantized, skipped = _choose_quantized(base, weights, replaces, result, options)
     by_weight = _steps(base, weights, updates, quantized, result)
-    steps = [step for steps in by_weight for step in steps]
-    shards = lay_out(_split(base, by_weight, result, options))
+    shards = _as_stored(base.index, lay_out(_split(base, by_weight, result, options)))
+    return _Draft(options, result, quantized, skipped, shards, _new_vocabulary(base, weights))
+
+
+def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, memory: Memory) -> Plan:
+    result, options, shards = draft.result, draft.options, draft.shards
     return Plan(
         options=options,
         device=device,
         shards=shards,
-        memory=plan_memory(steps, options, device),
+        memory=memory,
         quant=result.quant.name if result.quant else None,
         target=result.target,
         rounding=result.rounding_choice,
-        quantized=tuple(sorted(quantized)),
-        skipped=tuple(skipped),
+        quantized=tuple(sorted(draft.quantized)),
+        skipped=tuple(draft.skipped),
         adapted=dict(adapter.modules) if adapter else {},
-        replaced=tuple(sorted(replaces)),
+        replaced=tuple(sorted(each.parameter for each in adapter.replaces)) if adapter else (),
         renamed=adapter.renamed if adapter else None,
+        depth=base.depth,
         untied=bool(adapter and adapter.untie),
         dtype=_config_dtype(base, result),
-        vocab_size=_new_vocabulary(base, weights),
+        vocab_size=draft.vocab_size,
         fingerprint=fingerprint(base.index, adapter, options, result.rounding_choice, device, shards),
     )
+
+
+def _check_different(drafts: Sequence[_Draft]) -> None:
+    """Raise OptionError if two outputs would hold the same tensors in the same files."""
+    seen: dict[tuple[str | None, tuple[bytes, ...]], str] = {}
+    for draft in drafts:
+        format_name = draft.result.quant.name if draft.result.quant else None
+        content = format_name, tuple(shard.header for shard in draft.shards)
+        if content in seen:
+            raise OptionError(
+                f"--also {draft.options.quant} would give the same files as {seen[content]}; leave one of them out"
+            )
+        seen[content] = draft.options.quant
 
 
 # -- options -----------------------------------------------------------------------------------------------------
@@ -191,8 +261,8 @@ def _output_weights(
         assert base.tie is not None
         # A head that is stored though the config ties it counts: transformers 5 uses it where the two differ.
         weights.setdefault(base.tie.head, base.weights[base.tie.embedding])
-    for name, replace in replaces.items():
-        weights[name] = dense_weight(name, replace.tensor)
+    for name, whole in replaces.items():
+        weights[name] = dense_weight(name, whole.tensor)
     return weights
 
 
@@ -370,8 +440,9 @@ def _rounded_in_training(base: Base, result: _Result) -> frozenset[str]:
 def _split(
     base: Base, by_weight: Sequence[Sequence[Step]], result: _Result, options: MergeOptions
 ) -> list[list[Step]]:
-    """Steps by shard: the base's own shards for 16-bit output of a 16-bit base, else filled up to a limit."""
-    if options.max_shard_bytes is not None or result.quant is not None or base.quantized is not None:
+    """Steps by shard: the base's own shards where the output stores the same tensors, else filled up to a limit."""
+    is_recoded = result.quant is not None or base.quantized is not None
+    if options.max_shard_bytes is not None or is_recoded or base.depth is not None:
         return split_by_size(by_weight, options.max_shard_bytes or DEFAULT_SHARD_BYTES)
     shard_of = {name: tensor.file.name for name, tensor in base.index.tensors.items()}
     shards: dict[str, list[Step]] = {shard.file.name: [] for shard in base.index.shards}
@@ -379,6 +450,34 @@ def _split(
     for step in (step for steps in by_weight for step in steps):
         shards[shard_of.get(step.name, last)].append(step)
     return [steps for steps in shards.values() if steps]
+
+
+def _as_stored(index: CheckpointIndex, shards: Sequence[ShardPlan]) -> tuple[ShardPlan, ...]:
+    """`shards`, those that hold just what a file of the base holds laid out as it is there, header and all.
+
+    Such a shard can share the file's blocks on disk, and on the Hub, which knows files by their hash.
+    """
+    stored = {shard.file: shard for shard in index.shards}
+    names = {file: set[str]() for file in stored}
+    for tensor in index.tensors.values():
+        names[tensor.file].add(tensor.name)
+
+    def as_stored(shard: ShardPlan) -> ShardPlan:
+        copies = [placed.step for placed in shard.steps if isinstance(placed.step, Copy)]
+        files = {copy.tensor.file for copy in copies}
+        is_renamed = any(copy.name != copy.tensor.name for copy in copies)
+        if is_renamed or len(copies) < len(shard.steps) or len(files) != 1:
+            return shard
+        (file,) = files
+        if {copy.name for copy in copies} != names[file]:
+            return shard
+        copies.sort(key=lambda copy: copy.tensor.offset)
+        steps: tuple[Placed[Step], ...] = tuple(
+            Placed(copy, copy.tensor.offset, copy.tensor.nbytes) for copy in copies
+        )
+        return replace(shard, header=stored[file].header, size=file.size, steps=steps, same_as=file)
+
+    return tuple(as_stored(shard) for shard in shards)
 
 
 def _config_dtype(base: Base, result: _Result) -> str | None:

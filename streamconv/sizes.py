@@ -41,6 +41,14 @@ def parse_size(text: str | int) -> int:
     return int(size)
 
 
+def exact_size(nbytes: int) -> str:
+    """Text that `parse_size` takes for just this size, in the largest unit that gives a whole number: `5GB`."""
+    unit, factor = max(
+        ((unit, factor) for unit, factor in UNITS.items() if nbytes % factor == 0), key=lambda pair: pair[1]
+    )
+    return f"{nbytes // factor}{unit.replace('I', 'i')}"
+
+
 def format_size(size: float) -> str:
     """`size` bytes in decimal units, three digits: `5.37 GB`."""
     for unit in ("B", "kB", "MB", "GB"):

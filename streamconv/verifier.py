@@ -17,7 +17,7 @@ from streamconv.cells import KeptDelta
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.strict_json import parse_object
 from streamconv.errors import InputError, VerificationError
-from streamconv.executor import StopRequest, run_plan
+from streamconv.executor import Output, StopRequest, run_plans
 from streamconv.plan import Plan, ShardPlan
 from streamconv.storage.base import Storage
 from streamconv.storage.local import open_folder
@@ -66,7 +66,7 @@ def verify_layout(out: Path, plan: Plan) -> None:
 
 
 def verify_output(location: str, manifest_name: str, on_progress: Callable[[int], None]) -> Verified:
-    """Reread every shard of an output, its index and config.json, and compare with its manifest.
+    """Reread every shard of an output, its index, config.json and recipe, and compare with its manifest.
 
     Other files beside the weights may be edited freely. Raises VerificationError where something differs,
     InputError where there is no manifest.
@@ -85,10 +85,12 @@ def verify_output(location: str, manifest_name: str, on_progress: Callable[[int]
         raise VerificationError(
             f"{location}: {min(strange)} is in only one of index and {manifest_name}; do not use this output"
         )
+    there = storage.names()
     for name, (_, sha256) in files.items():
-        if hash_file(storage.file(name).path, lambda _: None) != sha256:
+        if name not in there or hash_file(storage.file(name).path, lambda _: None) != sha256:
+            done = "changed" if name in there else "removed"
             raise VerificationError(
-                f"{location}: the weights are as they were written, but {name} was changed since; "
+                f"{location}: the weights are as they were written, but {name} was {done} since; "
                 "restore it if that was not meant"
             )
     return Verified(len(shards), len(index.tensors), total, exact=False)
@@ -155,7 +157,7 @@ class ComparingSink:
             )
         self._offset = len(shard.header)
 
-    def write(self, data: memoryview) -> None:
+    def write(self, data: memoryview, release: Callable[[], None]) -> None:
         assert self._descriptor is not None
         for start in range(0, len(data), _CHUNK_BYTES):
             wanted = data[start : start + _CHUNK_BYTES]
@@ -165,6 +167,7 @@ class ComparingSink:
                     "do not use this output"
                 )
             self._offset += len(wanted)
+        release()
 
     def boundary(self, sums: Mapping[str, KeptDelta]) -> None:
         del sums
@@ -174,6 +177,9 @@ class ComparingSink:
 
     def halt(self) -> None:
         self.close()
+
+    def drain(self) -> None:
+        pass
 
     def close(self) -> None:
         if self._descriptor is not None:
@@ -194,8 +200,5 @@ class ComparingSink:
 
 def verify_exactly(out: Path, plan: Plan, on_progress: Callable[[int], None], stop: StopRequest) -> None:
     """Compute the whole plan again and compare with the files. Raises VerificationError at the first difference."""
-    sink = ComparingSink(out)
-    try:
-        run_plan(plan, sink, {shard.name: len(shard.header) for shard in plan.shards}, on_progress, stop)
-    finally:
-        sink.close()
+    starts = {shard.name: len(shard.header) for shard in plan.shards}
+    run_plans([Output(plan, starts, lambda: ComparingSink(out))], on_progress, stop)

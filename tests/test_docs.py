@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -12,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
+from peft import LoraConfig
 
 import streamconv
 from streamconv import errors
@@ -19,6 +23,7 @@ from streamconv.adapters import ADAPTERS
 from streamconv.cli import main
 from streamconv.formats import FORMATS
 from streamconv.rounding import ROUNDINGS
+from tests.tiny import llama_config, save_adapter, save_base
 from tools.make_docs import TARGET, page
 
 ROOT = Path(__file__).parents[1]
@@ -51,8 +56,21 @@ def test_there_is_something_to_test() -> None:
     assert len(commands()) >= 4
 
 
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the recipe that the guide shows, where its commands expect it, and one as beside a result."""
+    folder = tmp_path_factory.mktemp("recipes")
+    (example,) = blocks(ROOT / "docs" / "guide-recipes.md", "yaml")
+    (folder / "recipe.yaml").write_text(example)
+    (folder / "merged").mkdir()
+    (folder / "merged" / "streamconv-recipe.json").write_text('{"quant": "nf4-dq"}')
+    return folder
+
+
 @pytest.mark.parametrize("line", commands())
-def test_a_command_line_is_accepted(line: str) -> None:
+def test_a_command_line_is_accepted(line: str, recipes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(recipes)
+    line = line.partition(" > ")[0]  # what is printed goes to a file
     program, name, *arguments = shlex.split(line.replace("\\\n", " "), comments=True)
     assert program == "streamconv"
     command = main.commands[name]
@@ -61,6 +79,25 @@ def test_a_command_line_is_accepted(line: str) -> None:
     assert context.params.get("quant", "keep") in ("keep", "none", *FORMATS)
     assert context.params.get("merge_base", "original") in ("original", *FORMATS)
     assert context.params.get("rounding", "auto") in ("auto", *ROUNDINGS)
+
+
+def test_the_recipe_makes_what_it_says(
+    recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_base(tmp_path / "Llama-3.1-8B", llama_config(), dtype=torch.bfloat16)
+    (base / "notes1.txt").write_text("copied")
+    save_adapter(
+        tmp_path / "my-qlora", base, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    monkeypatch.chdir(tmp_path)
+    arguments = ["merge", "--recipe", str(recipes / "recipe.yaml"), "--json"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    report, out = json.loads(result.stdout), tmp_path / "merged-4bit"
+    assert (report["out"], report["quant"], report["target"]) == ("merged-4bit", "nf4-dq", "T")
+    assert {path.name for path in out.iterdir()} >= {"notes1.txt", "config.json"}
+    assert not (out / "README.md").exists()
+    assert json.loads((out / "streamconv-recipe.json").read_text())["seed"] == 7
 
 
 @pytest.mark.parametrize("block", pythons())

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from streamconv import executor
-from streamconv.cells import KeptDelta
+from streamconv.cells import KeptDelta, Ticket, WeightWork
 from streamconv.checkpoint.reader import TensorReader
-from streamconv.devices import Device
+from streamconv.engine import CpuEngine
 from streamconv.errors import CheckpointError, InputError, ResourceError, Stopped
-from streamconv.executor import StopRequest, run_plan
+from streamconv.executor import Output, StopRequest, run_plans
 from streamconv.pipeline import Job, prepare
-from streamconv.plan import BUFFERS, WEIGHTS_HELD, Memory, MergeOptions, Plan, ShardPlan
+from streamconv.plan import SLOTS, WEIGHTS_HELD, Memory, MergeOptions, Plan, ShardPlan
 from tests.models import Sizes, write_adapter, write_base
 from tests.tiny import edit_tensors
 
@@ -46,6 +46,8 @@ class Recorder:
     calls: list[str] = field(default_factory=list)
     threads: set[str] = field(default_factory=set)
     shard: str = ""
+    drained: bool = False
+    closed: bool = False
 
     def _note(self, call: str) -> None:
         self.calls.append(call)
@@ -57,9 +59,10 @@ class Recorder:
         self.shard = shard.name
         self.shards[shard.name], self.boundaries[shard.name] = bytearray(), []
 
-    def write(self, data: memoryview) -> None:
+    def write(self, data: memoryview, release: Callable[[], None]) -> None:
         self._note("write")
         self.shards[self.shard] += data
+        release()
 
     def boundary(self, sums: Mapping[str, KeptDelta]) -> None:
         self._note("boundary")
@@ -71,6 +74,12 @@ class Recorder:
 
     def halt(self) -> None:
         self._note("halt")
+
+    def drain(self) -> None:
+        self.drained = True
+
+    def close(self) -> None:
+        self.closed = True
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +126,7 @@ def carry_out(
     starts = from_the_start(plan) if starts is None else starts
     began = time.monotonic()
     try:
-        run_plan(plan, sink, starts, on_progress, stop or StopRequest())
+        run_plans([Output(plan, starts, lambda: sink)], on_progress, stop or StopRequest())
     finally:
         assert time.monotonic() - began < 60
         assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("streamconv")]
@@ -139,6 +148,8 @@ def test_every_shard_is_written_in_full_by_one_thread_in_order(plan: Plan) -> No
         assert len(shard.header) + len(sink.shards[shard.name]) == shard.size
         assert sink.boundaries[shard.name][-1] == len(sink.shards[shard.name])
     assert sink.threads == {"streamconv-writer"}
+    assert sink.drained
+    assert sink.closed
     assert sink.calls.count("begin") == sink.calls.count("end") == len(plan.shards)
     assert "halt" not in sink.calls
     assert sum(done) == sum(shard.size - len(shard.header) for shard in plan.shards)
@@ -172,6 +183,62 @@ def test_a_boundary_carries_the_sums_of_the_weight_before_it(plan: Plan) -> None
 
 def test_nothing_to_do_is_done_at_once(plan: Plan) -> None:
     assert carry_out(plan, Recorder(), {}).calls == []
+
+
+# -- lanes -------------------------------------------------------------------------------------------------------
+
+
+def carry_out_in_lanes(plan: Plan, recorders: Sequence[Recorder], stop: StopRequest | None = None) -> None:
+    """As `carry_out`, with as many lanes as recorders."""
+    plan = dataclasses.replace(plan, memory=dataclasses.replace(plan.memory, lanes=len(recorders)))
+    left = list(recorders)
+    try:
+        run_plans([Output(plan, from_the_start(plan), left.pop)], quiet, stop or StopRequest())
+    finally:
+        assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("streamconv")]
+        assert not left
+        assert all(recorder.closed for recorder in recorders)
+
+
+@pytest.fixture(scope="module")
+def many(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """A plan of many shards."""
+    base = write_base(tmp_path_factory.mktemp("many") / "base", SIZES.shapes, shards=9)
+    return planned(base, adapter, quant="nf4", rounding="nearest", max_shard_bytes=40_000)
+
+
+@pytest.mark.parametrize("lanes", [2, 3, 8])
+def test_lanes_share_the_shards(many: Plan, lanes: int) -> None:
+    alone = carry_out(many, Recorder())
+    recorders = [Recorder(lambda number, call: time.sleep(0.001)) for _ in range(lanes)]
+    carry_out_in_lanes(many, recorders)
+    found = [name for recorder in recorders for name in recorder.shards]
+    assert sorted(found) == [shard.name for shard in many.shards]
+    assert sum(bool(recorder.shards) for recorder in recorders) > 1
+    for recorder in recorders:
+        assert len(recorder.threads) <= 1
+        assert bytes_of(recorder).items() <= bytes_of(alone).items()
+        assert recorder.sums.items() <= alone.sums.items()
+        assert recorder.calls.count("begin") == recorder.calls.count("end") == len(recorder.shards)
+
+
+def test_an_error_in_one_lane_ends_all(many: Plan) -> None:
+    recorders = [Recorder(lambda number, call: time.sleep(0.01)), Recorder(failing_at(5)), Recorder()]
+    with pytest.raises(OddError, match=r"number 5$"):
+        carry_out_in_lanes(many, recorders)
+    assert sum(len(recorder.shards) for recorder in recorders) < len(many.shards)
+
+
+def test_a_stop_request_halts_every_lane_at_a_boundary(many: Plan) -> None:
+    stop = StopRequest()
+    recorders = [Recorder(stopping_at(at, stop)) for at in (9, 10_000, 10_000)]
+    with pytest.raises(Stopped):
+        carry_out_in_lanes(many, recorders, stop)
+    for recorder in recorders:
+        assert recorder.drained
+        if recorder.calls[-1:] == ["halt"] and recorder.shard:
+            assert len(recorder.shards[recorder.shard]) == (recorder.boundaries[recorder.shard] or [0])[-1]
+    assert sum(recorder.calls.count("end") for recorder in recorders) < len(many.shards)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------
@@ -379,14 +446,14 @@ def test_a_stop_request_before_the_run_ends_it_before_it_writes(plan: Plan) -> N
 def test_a_weight_that_takes_too_long_is_not_waited_for(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "GRACE_S", 0.0)
     stop = StopRequest()
-    rewrite = executor._Weight.rewrite
+    rewrite = WeightWork.rewrite
 
-    def ask(weight: Any, raw: Tensor, rows: range, out: Tensor) -> None:
-        rewrite(weight, raw, rows, out)
-        if weight.step.name.endswith("up_proj.weight"):  # which has more tiles than one
+    def ask(work: WeightWork, raw: Tensor, rows: range, out: Tensor) -> Ticket:
+        if work.step.name.endswith("up_proj.weight"):  # which has more tiles than one
             stop.signal_number = signal.SIGTERM
+        return rewrite(work, raw, rows, out)
 
-    monkeypatch.setattr(executor._Weight, "rewrite", ask)
+    monkeypatch.setattr(WeightWork, "rewrite", ask)
     with pytest.raises(Stopped):
         carry_out(plan, sink := Recorder(), stop=stop)
     assert sink.calls[-1] == "halt"
@@ -409,15 +476,15 @@ def test_buffers_are_allocated_once_and_are_as_many_as_planned(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    host_buffer = Device.host_buffer
+    host_buffer = CpuEngine.host_buffer
 
-    def counted(device: Device, nbytes: int) -> Tensor:
+    def counted(engine: CpuEngine, nbytes: int) -> Tensor:
         sizes.append(nbytes)
-        return host_buffer(device, nbytes)
+        return host_buffer(engine, nbytes)
 
-    monkeypatch.setattr(Device, "host_buffer", counted)
+    monkeypatch.setattr(CpuEngine, "host_buffer", counted)
     carry_out(plan, Recorder())
-    assert sizes == [plan.memory.buffer] * BUFFERS
+    assert sizes == [plan.memory.buffer] * (2 * SLOTS)
 
 
 @pytest.fixture

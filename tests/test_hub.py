@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -18,9 +19,10 @@ from huggingface_hub import ModelCard, constants
 from peft import LoraConfig
 
 import streamconv
-from streamconv import pipeline
 from streamconv.cli import main
 from streamconv.errors import HubError, InputError, OptionError, OutputError, ResourceError, VerificationError
+from streamconv.pipeline import downloads, runner
+from streamconv.sidecars import CHAT_TEMPLATES
 from streamconv.sizes import format_size
 from tests.hub_stub import TOKEN, Hub, Request
 from tests.hubs import environment, hub
@@ -125,9 +127,29 @@ def test_a_merge_of_ids_is_the_merge_of_the_folders(stocked: Hub, inputs: Inputs
     streamconv.merge(inputs.base, inputs.adapter, tmp_path / "local")
     found, expected = contents(tmp_path / "out"), contents(tmp_path / "local")
     assert found.keys() == expected.keys()
-    assert {name for name in found if found[name] != expected[name]} == {"README.md", "streamconv.json"}
+    # They name the commits.
+    assert {name for name in found if found[name] != expected[name]} == {
+        "README.md",
+        "streamconv-recipe.json",
+        "streamconv.json",
+    }
     assert stocked.downloaded() == USED | inputs.shards
     assert not stocked.asked("*/api/models/*", "POST")
+
+
+def test_the_stored_recipe_names_inputs_by_commit(stocked: Hub, tmp_path: Path) -> None:
+    """So it needs nothing but an output folder; and a branch that has moved since changes nothing."""
+    succeed("merge", *INPUTS, "-o", tmp_path / "out")
+    commits = {name: stocked.repos[f"org/{name}"].refs["main"] for name in ("base", "adapter")}
+    recipe = tmp_path / "out" / "streamconv-recipe.json"
+    found = json.loads(recipe.read_text())
+    assert {name: found[name] for name in commits} == {
+        name: f"org/{name}@{at}" for name, at in commits.items()
+    }
+    assert found["adapter-subfolder"] == SUBFOLDER
+    stocked.repos["org/base"].commit({"README.md": b"all weights are gone"})
+    succeed("merge", "--recipe", recipe, "-o", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
 
 
 def test_the_commits_are_in_manifest_and_card(stocked: Hub, tmp_path: Path) -> None:
@@ -248,7 +270,7 @@ def test_an_output_that_cannot_be_is_refused_before_the_download(
 def test_a_disk_too_small_is_said_before_the_download(
     stocked: Hub, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "free_bytes", lambda _: 100_000)
+    monkeypatch.setattr(downloads, "free_bytes", lambda _: 100_000)
     with pytest.raises(ResourceError, match="with the download, whose cache is on the same disk"):
         streamconv.merge("org/base", "org/adapter", tmp_path / "out", adapter_subfolder=SUBFOLDER)
     assert not stocked.downloaded() & inputs.shards
@@ -260,7 +282,7 @@ def test_a_branch_that_moved_since_the_run_was_begun(
     """The message has the id and commit that finish it."""
     old = stocked.repos["org/base"].refs["main"]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "publish_output", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        patch.setattr(runner, "publish_output", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
         with pytest.raises(RuntimeError, match="killed"):
             streamconv.convert("org/base", tmp_path / "out")
     new = stocked.repos["org/base"].commit(stocked.head("org/base") | {"README.md": b"# Better"})
@@ -321,6 +343,34 @@ def test_merge_and_push_in_one(stocked: Hub, tmp_path: Path) -> None:
     assert not has_canary(tmp_path, text=first.output + again.output)
 
 
+def test_an_upload_tells_how_far_it_is(hub: Hub, output: Path) -> None:
+    told: list[tuple[int, int]] = []
+    sent: list[int] = []
+
+    def tell(done: int, total: int) -> None:
+        told.append((done, total))
+        sent.append(sum(map(len, hub.blobs.values())))
+
+    pushed = streamconv.push(output, "me/merged", on_upload=tell)
+    assert told[0] == (0, pushed.bytes)
+    assert told[-1] == (pushed.bytes, pushed.bytes)
+    assert len(told) >= 4
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert sent[0] == 0 < sent[1] < sent[-1]
+    assert all(there <= done for there, (done, _) in zip(sent, told, strict=True))
+    told.clear()
+    streamconv.push(output, "me/merged", on_upload=tell)
+    assert not told
+
+
+def test_off_a_terminal_an_upload_is_told_of_in_lines(hub: Hub, output: Path) -> None:
+    told = succeed("push", output, "me/merged").stderr
+    assert re.search(r"^upload: (\S+ \S+) of \1, .+/s, 0 s left$", told, re.MULTILINE)
+    assert "\r" not in told
+    assert "upload" not in succeed("push", output, "me/merged", "-q").stderr
+    assert "upload" not in succeed("push", output, "me/other", "-q").stderr
+
+
 def test_a_pull_request(hub: Hub, output: Path) -> None:
     streamconv.push(output, "me/merged")
     (output / "notes.txt").write_text("more")
@@ -348,6 +398,28 @@ def test_what_an_older_output_left_is_removed(hub: Hub, inputs: Inputs, output: 
     hub.repos["me/merged"].commit(hub.head("me/merged") | {"kept.txt": b""})
     streamconv.push(tmp_path / "one", "me/merged")
     assert set(hub.head("me/merged")) == {*contents(tmp_path / "one"), ".gitattributes", "kept.txt"}
+
+
+def test_chat_templates_travel_with_the_tokenizer(hub: Hub, inputs: Inputs, tmp_path: Path) -> None:
+    """From a repository into an output, from there into another, and away when the next output has none."""
+    hub.add("org/base", inputs.base)
+    folder = tmp_path / "templates"
+    folder.mkdir()
+    (folder / "rag.jinja").write_text("documents")
+    (folder / "notes.txt").write_text("no template")
+    hub.add("org/base", folder, f"{CHAT_TEMPLATES}/")
+    streamconv.convert("org/base", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / CHAT_TEMPLATES).iterdir()] == ["rag.jinja"]
+    streamconv.push(tmp_path / "out", "me/out")
+    remote = hub.head("me/out")
+    assert remote[f"{CHAT_TEMPLATES}/rag.jinja"] == b"documents"
+    (tmp_path / "out" / CHAT_TEMPLATES / "rag.jinja").rename(tmp_path / "rag.jinja")
+    hub.repos["me/out"].commit(remote | {f"{CHAT_TEMPLATES}/mine.txt": b""})
+    streamconv.push(tmp_path / "out", "me/out")
+    assert set(remote) - set(hub.head("me/out")) == {f"{CHAT_TEMPLATES}/rag.jinja"}
+    (tmp_path / "out" / CHAT_TEMPLATES / "rag.jinja").symlink_to(tmp_path / "rag.jinja")
+    with pytest.raises(InputError, match=r"rag\.jinja is a link that leads outside"):
+        streamconv.push(tmp_path / "out", "me/out")
 
 
 def test_another_model_is_not_written_over(hub: Hub, inputs: Inputs, output: Path) -> None:
@@ -539,12 +611,12 @@ def test_an_upload_killed_midway_goes_on(hub: Hub, inputs: Inputs, output: Path,
 UPLOAD = """
 import sys
 from pathlib import Path
-from streamconv.cli import _leave, _on_signals
+from streamconv.cli.signals import leave, on_signals
 from streamconv.storage.upload import LocalFile, check_target, parse_target, upload
 target = parse_target("me/merged", None, False, None, None)
 files = {path.name: LocalFile(path, path.stat().st_size, "") for path in Path(sys.argv[1]).glob("*.safetensors")}
-with _on_signals(_leave):
-    upload(target, check_target(target, "streamconv.json"), files, lambda _: False, "message", False)
+with on_signals(leave):
+    upload(target, check_target(target, "streamconv.json"), files, lambda _: False, "message", False, lambda *_: None)
 """
 
 

@@ -92,6 +92,7 @@ def test_an_adapter(base: Path, tmp_path: Path) -> None:
         "rslora": False,
         "dora": True,
         "modules_to_save": ["lm_head"],
+        "layer_replication": None,
         "tensors": len(stored),
         "parameters": sum(tensor.numel() for tensor in stored.values()),
         "bytes": sum(tensor.nbytes for tensor in stored.values()),

@@ -25,7 +25,7 @@ from streamconv.dtypes import BF16
 from streamconv.errors import ResourceError
 from streamconv.memory import FIXED_BYTES, MAX_BUFFER_BYTES, MAX_WORKERS, anonymous_bytes, plan_memory
 from streamconv.pipeline import Job, prepare
-from streamconv.plan import BUFFERS, Memory, MergeOptions, Plan, Rewrite, Step
+from streamconv.plan import SLOTS, Memory, MergeOptions, Plan, Rewrite, Step
 from tests.models import Sizes, write_adapter, write_base
 
 ROOT = Path(__file__).parents[1]
@@ -199,7 +199,7 @@ def test_a_wide_row_a_large_adapter_and_many_blocks_are_all_counted(plans: Mappi
     def ram(**changes: object) -> int:
         with cores(1):
             memory: Memory = plan_memory([dataclasses.replace(step, **changes)], budget(2**40), CPU)  # type: ignore[arg-type]
-        return memory.ram - BUFFERS * memory.buffer
+        return memory.ram - 2 * SLOTS * memory.buffer
 
     def shaped(rows: int, columns: int) -> object:
         return dataclasses.replace(step.weight, shape=(rows, columns))
@@ -214,4 +214,4 @@ def test_a_wide_row_a_large_adapter_and_many_blocks_are_all_counted(plans: Mappi
 
 def test_a_model_that_is_only_copied_needs_buffers_alone() -> None:
     memory = plan_memory([], budget(2**30), CPU)
-    assert memory.ram == FIXED_BYTES + BUFFERS * memory.buffer
+    assert memory.ram == FIXED_BYTES + 2 * SLOTS * memory.buffer

@@ -24,6 +24,7 @@ from streamconv.output import (
 )
 from streamconv.pipeline import Job, prepare
 from streamconv.plan import MergeOptions, Plan, ShardPlan
+from streamconv.sidecars import CHAT_TEMPLATES
 from streamconv.storage import open_storage
 from tests.models import Sizes, write_base
 
@@ -57,13 +58,19 @@ def opened(out: Path, plan: Plan) -> Journal:
     return Journal(out, plan.fingerprint, resume=True)
 
 
+def released() -> None:
+    """The buffers here are not used again."""
+
+
 def write_all(journal: Journal, shards: Sequence[ShardPlan]) -> None:
     sink = ShardSink(journal, {})
     for shard in shards:
         sink.begin(shard)
-        sink.write(memoryview(content(shard))[len(shard.header) :])
+        sink.write(memoryview(content(shard))[len(shard.header) :], released)
         sink.boundary({})
         sink.end()
+    sink.drain()
+    sink.close()
 
 
 # -- who may write -----------------------------------------------------------------------------------------------
@@ -116,13 +123,13 @@ def test_free_space_is_compared_with_what_is_still_to_be_taken(
         ShardWriter.create(journal.partial(plan.shards[0].name), plan.shards[0].header, sizes[0]).close()
         needed = spare + sizes[1] + sizes[2]
         monkeypatch.setattr(output, "free_bytes", lambda path: needed)
-        check_disk(out, plan.shards, journal)
+        check_disk([(out, plan.shards, journal)])
         monkeypatch.setattr(output, "free_bytes", lambda path: needed - 1)
         with pytest.raises(ResourceError, match=rf"{out} needs .* 1 B are missing"):
-            check_disk(out, plan.shards, journal)
-        check_disk(out, plan.shards[:1], journal)
+            check_disk([(out, plan.shards, journal)])
+        check_disk([(out, plan.shards[:1], journal)])
         monkeypatch.setattr(output, "free_bytes", lambda path: spare)
-        check_disk(out, (), journal)
+        check_disk([(out, (), journal)])
 
 
 def test_a_sparse_partial_file_has_taken_nothing(
@@ -134,7 +141,7 @@ def test_a_sparse_partial_file_has_taken_nothing(
         with journal.partial(shard.name).open("wb") as file:
             file.truncate(shard.size)
         with pytest.raises(ResourceError, match="1 B are missing"):
-            check_disk(out, [shard], journal)
+            check_disk([(out, [shard], journal)])
 
 
 def test_the_space_is_that_of_the_outputs_own_disk(
@@ -148,7 +155,7 @@ def test_the_space_is_that_of_the_outputs_own_disk(
 
     with opened(out, plan) as journal:
         monkeypatch.setattr(os, "statvfs", statvfs)
-        check_disk(out, plan.shards, journal)
+        check_disk([(out, plan.shards, journal)])
         assert asked == [out]
 
 
@@ -165,24 +172,27 @@ def test_a_watermark_is_set_at_the_first_boundary_after_enough_bytes(
         sink = ShardSink(journal, {})
         sink.begin(shard)
         start = len(shard.header)
-        sink.write(body[:99])
+        sink.write(body[:99], released)
         sink.boundary({"a": KeptDelta(1.0, 2.0, 3.0)})
         assert journal.progress.watermarks == {}
-        sink.write(body[99:150])
-        sink.write(body[150:160])
+        sink.write(body[99:150], released)
+        sink.write(body[150:160], released)
         assert journal.progress.watermarks == {}  # not in the middle of a weight
         sink.boundary({"b": KeptDelta(4.0, 5.0, 6.0)})
+        sink.drain()
         digest = hashlib.sha256(content(shard)[: start + 160]).hexdigest()
         assert journal.progress.watermarks == {shard.name: Watermark(start + 160, digest)}
         assert journal.progress.sums == {"a": [1.0, 2.0, 3.0], "b": [4.0, 5.0, 6.0]}
-        sink.write(body[160:200])
+        sink.write(body[160:200], released)
         sink.boundary({"c": KeptDelta(7.0, 8.0, 9.0)})
         assert journal.progress.watermarks[shard.name].offset == start + 160
         sink.halt()  # a stop keeps what the last boundary had
+        sink.drain()
         assert journal.progress.watermarks[shard.name].offset == start + 200
         assert "c" in journal.progress.sums
-        sink.write(body[200:210])
+        sink.write(body[200:210], released)
         sink.halt()  # but not a part of a weight
+        sink.drain()
         assert journal.progress.watermarks[shard.name].offset == start + 200
         sink.close()
 
@@ -194,9 +204,10 @@ def test_a_finished_shard_is_journaled_with_hash_and_sums_and_waits_in_the_work_
     with opened(out, plan) as journal:
         sink = ShardSink(journal, {})
         sink.begin(shard)
-        sink.write(memoryview(content(shard))[len(shard.header) :])
+        sink.write(memoryview(content(shard))[len(shard.header) :], released)
         sink.boundary({"a": KeptDelta(1.0, 2.0, 3.0)})
         sink.end()
+        sink.drain()
         assert journal.progress.finished == {shard.name: hashlib.sha256(content(shard)).hexdigest()}
         assert journal.progress.sums == {"a": [1.0, 2.0, 3.0]}
         assert journal.finished(shard.name).read_bytes() == content(shard)
@@ -212,10 +223,11 @@ def half_made(journal: Journal, shard: ShardPlan, extra: int = 300) -> None:
     body = memoryview(content(shard))[len(shard.header) :]
     sink = ShardSink(journal, {})
     sink.begin(shard)
-    sink.write(body[:200])
+    sink.write(body[:200], released)
     sink.boundary({})
     sink.halt()
-    sink.write(body[200 : 200 + extra])
+    sink.drain()
+    sink.write(body[200 : 200 + extra], released)
     sink.close()
 
 
@@ -229,9 +241,10 @@ def test_a_rerun_goes_on_from_finished_shards_and_watermarks(out: Path, plan: Pl
         assert starts == {second.name: len(second.header) + 200, third.name: len(third.header)}
         sink = ShardSink(journal, writers)
         sink.begin(second)
-        sink.write(memoryview(content(second))[starts[second.name] :])
+        sink.write(memoryview(content(second))[starts[second.name] :], released)
         sink.boundary({})
         sink.end()
+        sink.drain()
         assert journal.finished(second.name).read_bytes() == content(second)
         assert journal.progress.finished[second.name] == hashlib.sha256(content(second)).hexdigest()
 
@@ -374,6 +387,44 @@ def test_a_file_to_copy_that_changed_since_is_refused(out: Path, plan: Plan, tmp
         with pytest.raises(CheckpointError, match=r"tokenizer\.json changed"):
             publish_output(out, plan, journal, (file,), GENERATED)
     assert not (out / "config.json").exists()
+
+
+def test_old_chat_templates_make_way(out: Path, plan: Plan, tmp_path: Path) -> None:
+    base, templates = tmp_path / "base" / CHAT_TEMPLATES, out / CHAT_TEMPLATES
+    base.mkdir(parents=True)
+    templates.mkdir()
+    (base / "rag.jinja").write_text("new")
+    for name in ("rag.jinja", "tool_use.jinja", "notes.txt"):
+        (templates / name).write_text("old")
+    file = open_storage(str(tmp_path / "base")).file(f"{CHAT_TEMPLATES}/rag.jinja")
+    with opened(out, plan) as journal:
+        write_all(journal, plan.shards)
+        publish_output(out, plan, journal, (file,), GENERATED)
+        assert {path.name: path.read_text() for path in templates.iterdir()} == {
+            "rag.jinja": "new",
+            "notes.txt": "old",
+        }
+        publish_output(out, plan, journal, (), GENERATED)
+        assert [path.name for path in templates.iterdir()] == ["notes.txt"]
+        (templates / "notes.txt").unlink()
+        publish_output(out, plan, journal, (), GENERATED)
+    assert not templates.exists()
+
+
+def test_chat_templates_are_not_written_through_a_link(out: Path, plan: Plan, tmp_path: Path) -> None:
+    base, elsewhere = tmp_path / "base" / CHAT_TEMPLATES, tmp_path / "elsewhere"
+    base.mkdir(parents=True)
+    elsewhere.mkdir()
+    (base / "rag.jinja").write_text("new")
+    (elsewhere / "tool_use.jinja").write_text("of another model")
+    (out / CHAT_TEMPLATES).symlink_to(elsewhere)
+    file = open_storage(str(tmp_path / "base")).file(f"{CHAT_TEMPLATES}/rag.jinja")
+    with opened(out, plan) as journal:
+        write_all(journal, plan.shards)
+        publish_output(out, plan, journal, (file,), GENERATED)
+    assert os.listdir(elsewhere) == ["tool_use.jinja"]
+    assert not (out / CHAT_TEMPLATES).is_symlink()
+    assert (out / CHAT_TEMPLATES / "rag.jinja").read_text() == "new"
 
 
 def test_a_folder_in_the_place_of_a_file_is_an_error_of_ours(out: Path, plan: Plan) -> None:

@@ -28,7 +28,16 @@ PUSHING = {
     "commit_message",
     "push_revision",
 }  # streamconv.push, afterwards
-ONLY_ON_THE_COMMAND_LINE = {"dry_run", "as_json", "quiet", "verbose", "debug", *PUSHING}
+ONLY_ON_THE_COMMAND_LINE = {
+    "dry_run",
+    "recipe",
+    "print_recipe",
+    "as_json",
+    "quiet",
+    "verbose",
+    "debug",
+    *PUSHING,
+}
 ONLY_IN_PYTHON = {"on_progress", "on_download"}
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamconv.sizes import format_size, parse_size
+from streamconv.sizes import exact_size, format_size, parse_size
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,16 @@ def test_what_is_shown_is_read_back_to_three_digits(size: int) -> None:
     shown = format_size(size)
     assert "e" not in shown
     assert abs(parse_size(shown) - size) <= 0.005 * size + 0.5
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "expected"),
+    [(2**30, "1GiB"), (5 * 10**9, "5GB"), (20_000, "20KB"), (1, "1B"), (1025, "1025B")],
+)
+def test_exact_sizes_are_short(nbytes: int, expected: str) -> None:
+    assert exact_size(nbytes) == expected
+
+
+@given(st.integers(1, 2**53))
+def test_exact_sizes_are_exact(nbytes: int) -> None:
+    assert parse_size(exact_size(nbytes)) == nbytes

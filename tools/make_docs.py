@@ -9,10 +9,10 @@ import click
 
 from streamconv import errors
 from streamconv.cli import main as streamconv
-from streamconv.cli import sections
+from streamconv.cli.blocks import sections
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
-HEAD = "<!-- Made by tools/fix from streamconv/cli.py; edits here are lost. -->"
+HEAD = "<!-- Made by tools/fix from streamconv/cli; edits here are lost. -->"
 
 
 def page() -> str:

@@ -11,10 +11,12 @@ from streamconv.adapters.base import Adapter, Parameter, Tie, Update
 from streamconv.adapters.config import AdapterConfig, read_config
 from streamconv.adapters.conv import ConvUpdate
 from streamconv.adapters.experts import ExpertsUpdate
+from streamconv.adapters.folded import BlockLoraUpdate, PooledLoraUpdate
 from streamconv.adapters.lora import LoraBiasUpdate, LoraUpdate
 from streamconv.adapters.lora_config import UNUSED
 from streamconv.adapters.lora_reader import read_lora
 from streamconv.adapters.names import read_source
+from streamconv.adapters.replication import check_every_layer
 from streamconv.adapters.saved import Saved, check_saved, read_saved
 from streamconv.adapters.scan import Scan, scan_tensors
 from streamconv.adapters.source import Base, MoeLayout, Source
@@ -41,7 +43,8 @@ def read_adapter(
 ) -> Adapter:
     """The adapter in `storage`, checked against the base it is for; reads its tensors once, in chunks.
 
-    `tie` says what the base's config ties, `moe` what is not left to find out of fused experts; `allow_pickle`
+    `parameters` are the base's, its layers repeated as `layer_replication` has it (`depth.deepen`); `tie` says what
+    its config ties, `moe` what is not left to find out of fused experts; `allow_pickle`
     lets adapter_model.bin be read. Raises AdapterError where adapter and base do not fit or something in the file
     would not be used, UnsupportedError for methods and variants that are not built, CheckpointError where a file is
     broken.
@@ -66,6 +69,7 @@ def read_adapter(
     check_targets(
         config, *(_trained(source, names) for names in (map(_module, parameters), adapted, trained))
     )
+    check_every_layer(source, map(_module, parameters), {*adapted, *trained})
     check_saved(source, base, saved.replaces)
     _check_effect(source, updates, saved, scan)
 
@@ -170,7 +174,10 @@ def _check_effect(source: Source, updates: Iterable[Update], saved: Saved, scan:
 
 def _is_zero(update: Update, scan: Scan) -> bool:
     if (
-        not isinstance(update, LoraUpdate | LoraBiasUpdate | ConvUpdate | ExpertsUpdate)
+        not isinstance(
+            update,
+            LoraUpdate | LoraBiasUpdate | ConvUpdate | ExpertsUpdate | BlockLoraUpdate | PooledLoraUpdate,
+        )
         or "magnitude" in update.parts
     ):
         return False

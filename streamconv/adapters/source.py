@@ -144,7 +144,7 @@ def by_key(location: str, tensors: Iterable[StoredTensor]) -> Mapping[str, Store
 _WRAPPERS = re.compile(r"^(module\.)+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # `lora_A.default.weight`: a state dict names the adapter, which save_pretrained leaves out.
 _ADAPTER_NAME = re.compile(
-    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|trainable_tokens_delta)\.default(?=\.|$)"
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_diag|trainable_tokens_delta)\.default(?=\.|$)"
 )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from streamconv.adapters.config import AdapterConfig
 from streamconv.errors import AdapterError
 
-_ALL_LINEAR = "all-linear"
+ALL_LINEAR = "all-linear"
 
 
 def check_targets(
@@ -56,7 +56,7 @@ def _ends(module: str) -> Iterator[str]:
 
 
 def _check_pattern(config: AdapterConfig, pattern: str, adapted: Collection[str]) -> None:
-    if pattern.lower() == _ALL_LINEAR:
+    if pattern.lower() == ALL_LINEAR:
         found = bool(adapted)
     else:
         try:

@@ -73,12 +73,13 @@ class HeaderTensor:
 class Header:
     """A checked header. `tensors` are in file order; `data_start` counts from the start of the file.
 
-    `sha256` covers the file up to `data_start`, as it stands.
+    `raw` is the file up to `data_start`, as it stands, and `sha256` its hash.
     """
 
     tensors: tuple[HeaderTensor, ...]
     metadata: Mapping[str, str]
     data_start: int
+    raw: bytes
     sha256: str
 
 
@@ -110,8 +111,9 @@ def parse_header(raw: bytes, file_size: int, file_name: str) -> Header:
     tensors = [_tensor(name, fields.pop(name), file_name) for name in list(fields)]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
     _check_cover(tensors, file_size - data_start, file_name)
-    digest = hashlib.sha256(raw[:data_start]).hexdigest()
-    return Header(tuple(tensors), MappingProxyType(metadata), data_start, digest)
+    start = raw[:data_start]
+    digest = hashlib.sha256(start).hexdigest()
+    return Header(tuple(tensors), MappingProxyType(metadata), data_start, start, digest)
 
 
 def build_header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str], align: int = 4096) -> bytes:

@@ -174,7 +174,7 @@ def _read_shards(
                 )
             offset = header.data_start + entry.start
             tensors[entry.name] = StoredTensor(entry.name, entry.dtype, entry.shape, file, offset)
-        shards.append(Shard(file, header.sha256, header.metadata))
+        shards.append(Shard(file, header.raw, header.sha256, header.metadata))
     return tensors, tuple(shards)
 
 

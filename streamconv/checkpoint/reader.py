@@ -13,6 +13,7 @@ from typing import Self
 
 import torch
 
+from streamconv.checkpoint.readers import Readers
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import CheckpointError
 from streamconv.storage.base import SourceFile
@@ -27,6 +28,7 @@ class TensorReader:
     def __init__(self, max_open: int = 32) -> None:
         self._max_open = max_open
         self._open: OrderedDict[str, int] = OrderedDict()  # path -> descriptor, least recently used first
+        self._readers = Readers()
         self._used: dict[str, tuple[SourceFile, int]] = {}  # path -> the file, its mtime when first opened
 
     def __enter__(self) -> Self:
@@ -36,6 +38,7 @@ class TensorReader:
         self.close()
 
     def close(self) -> None:
+        self._readers.__exit__()
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -48,7 +51,12 @@ class TensorReader:
         if start < 0 or start + len(view) > tensor.nbytes:
             raise ValueError(f"{tensor.name}: bytes {start} to {start + len(view)} of {tensor.nbytes}")
         where = f"{tensor.file.name}: tensor {tensor.name}"
-        read_exactly(self._descriptor(tensor.file), tensor.offset + start, view, where)
+        descriptor, offset = self._descriptor(tensor.file), tensor.offset + start
+
+        def read(first: int, stop: int) -> None:
+            read_exactly(descriptor, offset + first, view[first:stop], where)
+
+        self._readers.share(len(view), read)
 
     def load(self, tensor: StoredTensor) -> torch.Tensor:
         """The whole tensor in memory of its own: for small ones."""

@@ -46,8 +46,9 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file: `header_sha256` covers the header bytes as they stand in the file."""
+    """One safetensors file; `header` are its bytes before the data, and `header_sha256` their hash."""
 
     file: SourceFile
+    header: bytes
     header_sha256: str
     metadata: Mapping[str, str]

@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from streamconv.checkpoint.reader import advise, flat_bytes
 from streamconv.errors import OutputError, ResourceError, StreamconvError, VerificationError
+from streamconv.storage.base import SourceFile
+from streamconv.storage.local import open_file
 
 # Left alone, the kernel lets dirty pages pile up until a sync has to wait for them all: 1 GiB with a sync
 # every 256 MiB took 2.1 to 3.2 s so, and 1.3 to 1.9 s with write-back every 32 MiB (ext4 on a cloud disk).
 _WINDOW_BYTES = 32 << 20
+_WINDOWS = 4
 _READ_BYTES = 4 << 20
-_ASIDE_BYTES = 1 << 20
 _PAGE = 4096
+_FICLONE = 0x40049409
 _NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
@@ -32,8 +39,19 @@ _fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 Bytes = bytes | bytearray | memoryview
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A place in a file: all before `offset` has been written, and `sha256` will be known once it is hashed."""
+
+    offset: int
+    sha256: Future[str]
+
+
 class ShardWriter:
     """An open output file of planned size, written strictly in order. One writer belongs to one thread.
+
+    Hashing takes longer than copying into the page cache, and asking for write-back may wait for the disk: both trail
+    behind in threads of their own. `sync` and `finish` alone may be called from another thread, while writing goes on.
 
     Every method raises ResourceError when the disk is full, OutputError when it cannot be written to, and
     VerificationError when more or less is written than was planned.
@@ -46,18 +64,27 @@ class ShardWriter:
         self._offset = offset
         self._sha256 = sha256
         self._window = offset
-        self._hasher = ThreadPoolExecutor(1, "streamconv-sha256")  # starts no thread before it is used
+        self._is_clone = False
+        self._trail = ThreadPoolExecutor(1, "streamconv-sha256")  # starts no thread before it is used
+        self._flusher = ThreadPoolExecutor(1, "streamconv-flush")
+        self._flushing: deque[Future[None]] = deque()
 
     @classmethod
-    def create(cls, path: Path, header: Bytes, size: int) -> Self:
+    def create(cls, path: Path, header: Bytes, size: int, same_as: SourceFile | None = None) -> Self:
         """A new file, readable as the umask allows, with `size` bytes reserved and `header` written.
+
+        Where `same_as` is given, all that will be written is known to be that file's content: the new one then
+        shares its blocks if the file system can do so, and what is written is only hashed.
 
         A file that exists is an OutputError. Where not all of the space can be had, no file stays.
         """
         descriptor = _open_new(path)
         try:
-            _reserve(descriptor, path, size)
+            is_clone = same_as is not None and _clone(same_as, descriptor)
+            if not is_clone:
+                _reserve(descriptor, path, size)
             writer = cls(path, descriptor, size, 0, hashlib.sha256())
+            writer._is_clone = is_clone
             writer.write(header)
         except BaseException:
             os.close(descriptor)
@@ -101,50 +128,60 @@ class ShardWriter:
         """Bytes written so far, the header included."""
         return self._offset
 
-    def write(self, buffer: Bytes) -> None:
-        """Append all bytes of `buffer`. After an error nothing of it counts as written."""
+    def write(self, buffer: Bytes, release: Callable[[], None] | None = None) -> None:
+        """Append all bytes of `buffer`. After an error nothing of it counts as written.
+
+        With `release`, hashing may go on when this returns: `buffer` must stay as it is until `release` is called,
+        from another thread.
+        """
         view = flat_bytes(memoryview(buffer))
         if self._offset + len(view) > self._size:
             raise VerificationError(
                 f"{self._path}: {self._offset + len(view)} bytes for a file planned with {self._size}"
             )
-        digest = self._sha256.copy()
-        if len(view) < _ASIDE_BYTES:
-            digest.update(view)
-            self._pwrite(view)
-        else:
-            # Hashing takes about as long as copying into the page cache: on two cores the two go side by side.
-            hashing = self._hasher.submit(digest.update, view)
-            try:
-                self._pwrite(view)
-            finally:
-                hashing.result()
-        self._sha256 = digest
+        self._pwrite(view)
         self._offset += len(view)
-        self._write_back()
+        hashing = self._trail.submit(self._hash, view, self._offset, release)
+        if release is None:
+            hashing.result()
+
+    def _hash(self, view: memoryview, end: int, release: Callable[[], None] | None) -> None:
+        """In the trailing thread: take in what was written up to `end`, and let the kernel write it out."""
+        self._sha256.update(view)
+        if release is not None:
+            release()
+        self._write_back(end)
 
     def _pwrite(self, view: memoryview) -> None:
-        done = 0
+        done = len(view) if self._is_clone else 0
         while done < len(view):
             try:
                 done += os.pwrite(self._open(), view[done:], self._offset + done)
             except OSError as error:
                 raise write_error(error, self._path, self._size - self._offset - done) from error
 
-    def sync(self) -> str:
-        """Bring all written so far to the disk; return its SHA-256. A failed sync closes the file.
+    def mark(self) -> Mark:
+        """Where the file is now, for a `sync` that need not wait for what will be written after."""
+        self._open()
+        return Mark(self._offset, self._trail.submit(self._sha256.hexdigest))
 
-        (After a failure the kernel may have dropped the pages, and the next sync would succeed without them.)
+    def sync(self, mark: Mark | None = None) -> str:
+        """Bring all written so far, or up to `mark`, to the disk; return its SHA-256.
+
+        A failed sync closes the file. (After a failure the kernel may have dropped the pages, and the next sync
+        would succeed without them.)
         """
+        digest = (mark or self.mark()).sha256.result()
         try:
             _fdatasync(self._open())
         except OSError as error:
             self.close()
             raise write_error(error, self._path) from error
-        return self._sha256.hexdigest()
+        return digest
 
     def finish(self) -> str:
         """Check that the file is complete, bring it to the disk and close it; return its SHA-256."""
+        digest = self.mark().sha256.result()
         try:
             os.fsync(self._open())
             found = os.fstat(self._open()).st_size
@@ -157,11 +194,12 @@ class ShardWriter:
                 f"{self._path}: {self._size} bytes were planned, {self._offset} were written,"
                 f" {found} are there"
             )
-        return self._sha256.hexdigest()
+        return digest
 
     def close(self) -> None:
         """Close the file as it is: `resume` can continue it from the last `sync`."""
-        self._hasher.shutdown()
+        self._trail.shutdown()
+        self._flusher.shutdown()
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -171,17 +209,19 @@ class ShardWriter:
             raise ValueError(f"{self._path} is closed")
         return self._descriptor
 
-    def _write_back(self) -> None:
-        """Start writing out the window behind the cursor, and drop the window before it from memory.
+    def _write_back(self, end: int) -> None:
+        """Start writing out the window behind `end`, and drop the window before it from memory.
 
         DONTNEED does either: it starts write-back of dirty pages and drops clean ones (Linux mm/fadvise.c).
         sync_file_range, with or without waiting, measured no better and is not in Python's `os`.
         """
-        end = self._offset - self._offset % _PAGE
+        end -= end % _PAGE
         if end - self._window >= _WINDOW_BYTES:
             start = max(0, self._window - _WINDOW_BYTES)
-            advise(self._open(), start, end - start, "DONTNEED")
+            self._flushing.append(self._flusher.submit(advise, self._open(), start, end - start, "DONTNEED"))
             self._window = end
+        if len(self._flushing) > _WINDOWS:
+            self._flushing.popleft().result()  # the disk is slower: what waits for it must not fill the memory
 
 
 def publish(source: Path, target: Path) -> None:
@@ -225,6 +265,20 @@ def _open_new(path: Path) -> int:
         raise OutputError(f"{path} exists already; another run may be writing it") from error
     except OSError as error:
         raise write_error(error, path) from error
+
+
+def _clone(source: SourceFile, descriptor: int) -> bool:
+    """Whether the empty file `descriptor` could be made to share all blocks of `source` (ioctl_ficlone(2))."""
+    if sys.platform != "linux":
+        return False
+    original = open_file(source)
+    try:
+        fcntl.ioctl(descriptor, _FICLONE, original)
+    except OSError:  # another file system, or one that cannot
+        return False
+    finally:
+        os.close(original)
+    return True
 
 
 def _reserve(descriptor: int, path: Path, size: int) -> None:

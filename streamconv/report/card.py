@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.plan import Plan
+from streamconv.recipe import RECIPE
 from streamconv.report.result import Kept
 from streamconv.sizes import format_size
 from streamconv.storage.base import Origin, SourceFile, Storage
@@ -81,7 +82,8 @@ def _body(plan: Plan, merged: bool, origins: Mapping[str, Origin | None], kept: 
     if merged:
         yield f"A LoRA adapter that {_changes(plan)} was merged into its base model."
     yield (
-        f"Made with streamconv {plan.fingerprint['streamconv']}; `streamconv verify` checks it against its manifest."
+        f"Made with streamconv {plan.fingerprint['streamconv']} by the options in `{RECIPE}`; `streamconv verify` "
+        "checks it against its manifest."
     )
     yield from ("", "| | |", "|---|---|")
     yield f"| weights | {plan.quant or plan.dtype or 'dtype of the base'}, {format_size(plan.size)} |"
@@ -96,6 +98,8 @@ def _body(plan: Plan, merged: bool, origins: Mapping[str, Origin | None], kept: 
         yield f"| left in 16 bit | {_some(plan.skipped)} |"
     if kept:
         yield f"| share of the update kept by quantization | {kept.total:.3f} |"
+    if plan.depth:
+        yield f"| depth | {plan.depth} |"
     if plan.untied:
         yield "| embeddings | input and output embeddings differ and are stored apart |"
     yield ""

@@ -12,14 +12,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamconv import cli, executor, output, pipeline
+from streamconv import cli, executor, output
 from streamconv.checkpoint import writer
-from streamconv.executor import Sink
-from streamconv.plan import Plan
+from streamconv.executor import Output
+from streamconv.pipeline import runner
 from tests.hostile.commands import Request
 
 WATCHED = ("pwrite", "write", "fsync", "replace", "unlink", "rmdir", "mkdir", "truncate", "ftruncate")
@@ -33,13 +33,14 @@ class Child:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.calls: list[str] = []
+        self._counting = threading.Lock()
         self.starts: dict[str, tuple[int, int]] = {}
 
     def install(self) -> None:
         for name in WATCHED:
             setattr(os, name, self._watched(name, getattr(os, name)))
         writer._fdatasync = self._watched("fdatasync", writer._fdatasync)
-        vars(pipeline)["run_plan"] = self._noting_starts(executor.run_plan)
+        vars(runner)["run_plans"] = self._noting_starts(executor.run_plans)
         output.WATERMARK_BYTES = self.request.watermark_bytes
         executor.GRACE_S = self.request.grace_s
 
@@ -57,10 +58,11 @@ class Child:
         def watched(*given: Any, **options: Any) -> Any:
             if writes and given[0] <= 2:
                 return call(*given, **options)
-            self.calls.append(f"{name} {_name_of(given[0])}")
+            with self._counting:  # bytes are written in one thread and brought to the disk in another
+                self.calls.append(f"{name} {_name_of(given[0])}")
+                number = len(self.calls)
             if name == "pwrite":
                 time.sleep(self.request.slow_s)
-            number = len(self.calls)
             if number == self.request.at or (self.request.again and number == (self.request.at or 0) + 1):
                 if writes and self.request.tears:
                     call(given[0], given[1][: len(given[1]) // 2], *given[2:])
@@ -69,11 +71,12 @@ class Child:
 
         return watched
 
-    def _noting_starts(self, run_plan: Callable[..., None]) -> Callable[..., None]:
-        def noting(plan: Plan, sink: Sink, starts: Mapping[str, int], *rest: Any) -> None:
-            headers = {shard.name: len(shard.header) for shard in plan.shards}
-            self.starts = {name: (headers[name], start) for name, start in starts.items()}
-            run_plan(plan, sink, starts, *rest)
+    def _noting_starts(self, run_plans: Callable[..., None]) -> Callable[..., None]:
+        def noting(outputs: Sequence[Output], *rest: Any) -> None:
+            (output,) = outputs
+            headers = {shard.name: len(shard.header) for shard in output.plan.shards}
+            self.starts = {name: (headers[name], start) for name, start in output.starts.items()}
+            run_plans(outputs, *rest)
 
         return noting
 

@@ -73,6 +73,7 @@ def when_the_journal_grows() -> None:
     begin = ShardSink.begin
 
     def filling(sink: ShardSink, shard: ShardPlan) -> None:
+        sink.drain()  # or the second shard might meet the full disk first
         begin(sink, shard)
         fill()
 
@@ -88,7 +89,7 @@ def when_publishing_begins() -> None:
         fill()
         publish(*given)  # type: ignore[arg-type]
 
-    patches.setattr("streamconv.pipeline.publish_output", filling)
+    patches.setattr("streamconv.pipeline.runner.publish_output", filling)
 
 
 MOMENTS = {

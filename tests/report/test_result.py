@@ -56,7 +56,8 @@ def test_the_manifest_lists_what_was_written(folder: Path) -> None:
     files = {path.name: path.read_bytes() for path in (folder / "one").glob("*.safetensors")}
     assert len(files) > 1
     assert found["shards"] == {name: listed(content) for name, content in files.items()}
-    assert found["files"] == {"config.json": listed((folder / "one" / "config.json").read_bytes())}
+    beside = ("config.json", "streamconv-recipe.json")
+    assert found["files"] == {name: listed((folder / "one" / name).read_bytes()) for name in beside}
     assert found["adapted"] == {"q_proj": 2, "o_proj": 2, "up_proj": 2, "down_proj": 2}
     assert (found["quant"], found["target"], found["rounding"]) == ("nf4", "T", "stochastic")
     assert set(found["kept_by_weight"]) == {

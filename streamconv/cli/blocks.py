@@ -1,0 +1,96 @@
+"""What options and commands are made of: headings in help, sizes, places, environment variables."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from typing import Any, TypeVar
+
+import click
+
+from streamconv.sizes import parse_size
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Section(StrEnum):
+    """Headings of help."""
+
+    INPUTS = "Inputs and output"
+    RESULT = "Result"
+    MERGE = "Merge"
+    RESOURCES = "Resources"
+    PLACE = "Output folder"
+    UPLOAD = "Upload"
+    RECIPE = "Recipe"
+    MESSAGES = "Messages"
+
+
+class Size(click.ParamType[int]):
+    """`5GB`, `512MiB`; becomes a number of bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Place(click.Path):
+    """A folder or a Hub id: only for completion, since what is wrong with either we say better."""
+
+    def split_envvar_value(self, rv: str) -> Sequence[str]:
+        """STREAMCONV_ADAPTER is split as paths are, but not within hf://."""
+        return re.split(rf"{re.escape(os.pathsep)}(?!//)", rv)
+
+
+class Option(click.Option):
+    """An option that help lists under the heading `section`."""
+
+    def __init__(self, *args: Any, section: Section, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.section = section
+
+
+class Command(click.Command):
+    """Lists options by section, in the order of their first options; `--max-ram` is STREAMCONV_MAX_RAM, too."""
+
+    def __init__(self, *args: Any, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        # Of its own, as click would put the command's name between the two.
+        self.context_settings.setdefault("auto_envvar_prefix", "STREAMCONV")
+        # Also of its own: click keeps the option that the first context made, be it one without a parent.
+        self.context_settings.setdefault("help_option_names", ["-h", "--help"])
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for section, records in sections(self, ctx).items():
+            with formatter.section(section):
+                formatter.write_dl(records)
+
+
+def sections(command: click.Command, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
+    """What help and docs/cli.md say of each option, by the heading it stands under."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for param in command.get_params(ctx):
+        record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+        if record is not None:
+            section = param.section if isinstance(param, Option) else Section.MESSAGES
+            found.setdefault(section, []).append(record)
+    return found
+
+
+def option(section: Section, *names: str, **attributes: Any) -> Callable[[F], F]:
+    return click.option(*names, cls=Option, section=section, **attributes)
+
+
+def group(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply

@@ -1,0 +1,192 @@
+"""`merge`, `convert` and `plan`: from options to a run, and what is shown of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamconv.cli.blocks import group
+from streamconv.cli.options import (
+    ADAPTER_HELP,
+    ADAPTER_PLACE,
+    BASE,
+    BASE_REVISION,
+    OUT,
+    PLACE,
+    PUSH_TO,
+    RESOURCES,
+    RESULT,
+    SHOW,
+    TARGET,
+    adapter_option,
+    out_option,
+)
+from streamconv.cli.progress import progress
+from streamconv.cli.readahead import read_ahead
+from streamconv.cli.recipes import RECIPE, JobCommand
+from streamconv.cli.signals import stop_on_signals
+from streamconv.cli.uploads import PUSHING, check_before, hush_hub, push_target, push_verified, show_pushed
+from streamconv.sizes import format_size
+
+if TYPE_CHECKING:
+    from streamconv.pipeline import Job, Prepared
+    from streamconv.report.result import Report
+
+
+@click.command("merge", cls=JobCommand)
+@group(
+    BASE,
+    BASE_REVISION,
+    adapter_option(required=True, help=f"{ADAPTER_HELP}."),
+    ADAPTER_PLACE,
+    OUT,
+    RESULT,
+    TARGET,
+    RESOURCES,
+    PLACE,
+    PUSH_TO,
+    RECIPE,
+    SHOW,
+)
+def merge_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Merge an adapter into a base model.
+
+    \b
+    streamconv merge --base ./llama --adapter ./my-lora -o ./merged
+    streamconv merge --base ./llama --adapter ./my-qlora --merge-base nf4-dq --quant nf4-dq -o ./merged-4bit
+    streamconv merge --base org/llama --adapter me/my-lora@v2 --push-to me/merged -o ./merged
+    """
+    _run_job(given, out, dry_run, as_json, quiet)
+
+
+@click.command("convert", cls=JobCommand)
+@group(BASE, BASE_REVISION, OUT, RESULT, RESOURCES, PLACE, PUSH_TO, RECIPE, SHOW)
+def convert_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Quantize, dequantize or reshard a model, without an adapter.
+
+    \b
+    streamconv convert --base ./llama --quant nf4-dq -o ./llama-4bit
+    streamconv convert --base ./llama-4bit --quant none -o ./llama-16bit
+    """
+    _run_job(given, out, dry_run, as_json, quiet)
+
+
+@click.command("plan", cls=JobCommand)
+@group(
+    BASE,
+    BASE_REVISION,
+    adapter_option(help=f"{ADAPTER_HELP}; without it: as `convert`."),
+    ADAPTER_PLACE,
+    out_option(help="Folder the result would go to: checked, not touched."),
+    RESULT,
+    TARGET,
+    RESOURCES,
+    PLACE,
+    PUSH_TO,
+    RECIPE,
+    SHOW,
+)
+def plan_command(out: str | None, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Show what merge or convert would do, without writing: files, sizes, memory, matched modules, choices."""
+    del dry_run
+    from streamconv.pipeline import prepare
+
+    push_target(given)
+    _show_plan(prepare(_job(given)), out, as_json, quiet)
+
+
+def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    from dataclasses import asdict
+
+    if not dry_run:
+        read_ahead(given["base"])
+    from streamconv.pipeline import output_folder, prepare, run
+
+    if quiet:
+        hush_hub()
+    folder = output_folder(out)
+    target = push_target(given)
+    if target is not None:
+        check_before(target)
+    # Nothing is written yet that a signal could leave half done: it just ends the process.
+    prepared = prepare(_job(given))
+    if dry_run:
+        _show_plan(prepared, out, as_json, quiet)
+        return
+    _fetch(prepared, folder, quiet)
+    title = "merge" if prepared.adapter else "convert"
+    with stop_on_signals() as stop, progress(title, quiet) as on_progress:
+        report = run(prepared, folder, on_progress, stop)
+    if not as_json and not quiet:
+        _show_report(report)
+    pushed = None if target is None else push_verified(out, target, quiet)
+    if as_json:
+        found = report.as_json() | ({"pushed": asdict(pushed)} if pushed else {})
+        click.echo(json.dumps(found, indent=1))
+    elif pushed is not None and not quiet:
+        show_pushed(pushed)
+        for further in report.also.values():
+            click.echo(
+                f"{further.out} was not uploaded; `streamconv push` does that, to a repository of its own"
+            )
+
+
+def _job(given: Mapping[str, Any]) -> Job:
+    from streamconv.pipeline import build_job
+
+    others = {*PUSHING, "no_resume"}
+    options = {name: value for name, value in given.items() if name not in others}
+    return build_job(**options, resume=not given["no_resume"])
+
+
+def _fetch(prepared: Prepared, out: Path, quiet: bool) -> None:
+    from streamconv.pipeline import fetch
+
+    if prepared.downloads():
+        with progress("download", quiet) as on_progress:
+            fetch(prepared, out, on_progress)
+
+
+def _show_plan(prepared: Prepared, out: str | None, as_json: bool, quiet: bool) -> None:
+    from streamconv.pipeline import check_out, output_folder
+    from streamconv.report.plan import plan_as_json, plan_as_text
+
+    if out is not None:
+        check_out(prepared, output_folder(out))
+    if as_json:
+        click.echo(json.dumps(plan_as_json(prepared), indent=1))
+    elif not quiet:
+        click.echo(plan_as_text(prepared))
+
+
+def _show_report(report: Report) -> None:
+    """What became of each output; how long it took, for all that were made now."""
+    reports = [report, *report.also.values()]
+    made = [each for each in reports if each.seconds]
+    for each in reports:
+        size = format_size(each.bytes_written)
+        if each not in made:
+            click.echo(f"{each.out}: was complete already, {size}")
+        elif len(made) == 1:
+            click.echo(f"{each.out}: {size} {_pace(made)}")
+        else:
+            click.echo(f"{each.out}: {size}")
+        if each.kept_delta is not None:
+            click.echo(
+                f"{each.kept_delta:.1%} of the fine-tune kept by {each.rounding} rounding to {each.quant}"
+            )
+    if len(made) > 1:
+        click.echo(
+            f"{len(made)} outputs: {format_size(sum(each.bytes_written for each in made))} {_pace(made)}"
+        )
+
+
+def _pace(made: Sequence[Report]) -> str:
+    seconds = made[0].seconds
+    written = sum(each.bytes_written for each in made)
+    how = "resumed" if any(each.resumed for each in made) else f"{format_size(written / seconds)}/s"
+    return f"in {seconds:.1f} s ({how}), peak memory {format_size(made[0].peak_ram_bytes)}"

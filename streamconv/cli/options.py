@@ -1,0 +1,289 @@
+"""The options, in the groups that commands share."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from streamconv.cli.blocks import F, Place, Section, Size, group, option
+from streamconv.cli.exits import set_debug
+
+
+def _set_verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    del ctx, param
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("streamconv").setLevel(logging.INFO if value else logging.WARNING)
+
+
+def _only_one(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> str | None:
+    """The one adapter given. Of an option that is given twice, click alone would drop the first and say nothing."""
+    if len(value) > 1:
+        raise click.BadParameter(
+            "several adapters are not supported yet; merge them one after another", ctx, param
+        )
+    return value[0] if value else None
+
+
+FOLDER = Place(readable=False)
+
+
+def base_option(**attributes: Any) -> Callable[[F], F]:
+    names = ("--base", "--base-model", "--model", "base")
+    return option(Section.INPUTS, *names, type=FOLDER, metavar="MODEL", **attributes)
+
+
+def adapter_option(**attributes: Any) -> Callable[[F], F]:
+    return option(
+        Section.INPUTS,
+        "--adapter",
+        type=FOLDER,
+        metavar="ADAPTER",
+        multiple=True,
+        callback=_only_one,
+        **attributes,
+    )
+
+
+def out_option(**attributes: Any) -> Callable[[F], F]:
+    return option(Section.INPUTS, "-o", "--out", type=FOLDER, metavar="DIR", **attributes)
+
+
+_BASE_HELP = "The base model: a folder, or a Hub id: org/name, org/name@revision."
+ADAPTER_HELP = "The PEFT adapter: a folder or a Hub id"
+BASE = base_option(required=True, help=_BASE_HELP)
+BASE_REVISION = option(
+    Section.INPUTS,
+    "--base-revision",
+    metavar="REV",
+    help="Branch, tag or commit of a base from the Hub. Default: main.",
+)
+ADAPTER_PLACE = group(
+    option(Section.INPUTS, "--adapter-revision", metavar="REV", help="The same of an adapter from the Hub."),
+    option(
+        Section.INPUTS,
+        "--adapter-subfolder",
+        metavar="NAME",
+        help="Folder inside the adapter's, such as checkpoint-1200.",
+    ),
+)
+OUT = out_option(required=True, help="Folder to write the result to.")
+RESULT = group(
+    option(
+        Section.RESULT,
+        "--quant",
+        default="keep",
+        show_default=True,
+        metavar="FORMAT",
+        help="keep: the base's own format; none: 16/32 bit; or a format that `streamconv formats` lists.",
+    ),
+    option(
+        Section.RESULT,
+        "--also",
+        multiple=True,
+        metavar="FORMAT",
+        help="A further output from the same read, in the folder DIR/FORMAT: none, or a format as in --quant. "
+        "Repeatable.",
+    ),
+    option(
+        Section.RESULT,
+        "--dtype",
+        default="auto",
+        show_default=True,
+        metavar="DTYPE",
+        help="float32, float16, bfloat16; auto: what each tensor has in the base.",
+    ),
+    option(
+        Section.RESULT,
+        "--rounding",
+        default="auto",
+        show_default=True,
+        metavar="NAME",
+        help="How 4-bit codes are chosen: nearest, stochastic; auto: what keeps the fine-tune.",
+    ),
+    option(Section.RESULT, "--seed", default=0, show_default=True, help="Seed of stochastic rounding."),
+    option(
+        Section.RESULT,
+        "--ignore",
+        multiple=True,
+        metavar="PATTERN",
+        help="Further modules left in 16 bit: part of a module path, or re:REGEX. Repeatable.",
+    ),
+    option(
+        Section.RESULT,
+        "--max-shard-size",
+        type=Size(),
+        metavar="SIZE",
+        help="Largest output file, such as 5GB. Default: the base's own shards for 16-bit output, else 5GB.",
+    ),
+)
+ALLOW_PICKLE = option(
+    Section.MERGE,
+    "--allow-pickle",
+    is_flag=True,
+    help="Read adapter_model.bin: a pickle, opened so that it can hold nothing but tensors.",
+)
+TARGET = group(
+    option(
+        Section.MERGE,
+        "--merge-base",
+        default="original",
+        show_default=True,
+        metavar="FORMAT",
+        help="What the update is added to: original, or the base rounded to nf4, nf4-dq, fp4, fp4-dq or int8 "
+        "as in training.",
+    ),
+    option(
+        Section.MERGE,
+        "--min-kept",
+        type=click.FloatRange(0, 1),
+        metavar="SHARE",
+        help="Refuse a quantized result that keeps less than this share of the fine-tune. "
+        "Default: 0.2, and 0 where --rounding names one.",
+    ),
+    option(
+        Section.MERGE,
+        "--tokenizer",
+        type=click.Choice(["auto", "base", "adapter"]),
+        default="auto",
+        show_default=True,
+        help="Whose tokenizer files to copy.",
+    ),
+    option(
+        Section.MERGE,
+        "--moe-layout",
+        default="auto",
+        show_default=True,
+        metavar="WORDS",
+        help="How LoRA factors of fused experts are packed where nothing tells: last or middle (the axis lora_A runs "
+        "along), rank-major or expert-major (lora_B), or one of each with a comma between.",
+    ),
+    ALLOW_PICKLE,
+)
+RESOURCES = group(
+    option(
+        Section.RESOURCES, "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+    ),
+    option(
+        Section.RESOURCES,
+        "--max-ram",
+        type=Size(),
+        default="1GiB",
+        show_default=True,
+        metavar="SIZE",
+        help="Memory above the interpreter with torch loaded.",
+    ),
+    option(
+        Section.RESOURCES,
+        "--max-vram",
+        type=Size(),
+        default="2GiB",
+        show_default=True,
+        metavar="SIZE",
+        help="GPU memory.",
+    ),
+)
+PLACE = group(
+    option(
+        Section.PLACE,
+        "--overwrite",
+        is_flag=True,
+        help="Replace the model in --out once the new one is complete.",
+    ),
+    option(
+        Section.PLACE,
+        "--no-resume",
+        is_flag=True,
+        help="Start anew instead of going on with an interrupted run.",
+    ),
+    option(
+        Section.PLACE, "--dry-run", is_flag=True, help="Plan only: read headers, write nothing (as `plan`)."
+    ),
+    option(
+        Section.PLACE,
+        "--verify/--no-verify",
+        default=True,
+        show_default=True,
+        help="Reopen the finished output: names, shapes, sizes.",
+    ),
+    option(
+        Section.PLACE,
+        "--card/--no-card",
+        default=True,
+        show_default=True,
+        help="Write a model card (README.md).",
+    ),
+    option(
+        Section.PLACE,
+        "--copy-extra",
+        multiple=True,
+        metavar="GLOB",
+        help="Further files to copy. Repeatable.",
+    ),
+)
+
+
+def push_options(revision: str) -> Callable[[F], F]:
+    """How to push; the branch to push to is the option `revision`."""
+    return group(
+        option(
+            Section.UPLOAD,
+            "--private/--public",
+            "private",
+            default=None,
+            help="Who sees a repository that is made. Default: private.",
+        ),
+        option(Section.UPLOAD, "--create-pr", is_flag=True, help="Propose the upload as a pull request."),
+        option(Section.UPLOAD, "--commit-message", metavar="TEXT", help="First line of the commit."),
+        option(
+            Section.UPLOAD,
+            revision,
+            "push_revision",
+            metavar="BRANCH",
+            help="Branch to push to. Default: main.",
+        ),
+    )
+
+
+PUSH_TO = group(
+    option(
+        Section.UPLOAD,
+        "--push-to",
+        metavar="REPO",
+        help="Upload the verified result to this Hub repository, org/name; those of --also are not uploaded.",
+    ),
+    push_options("--push-revision"),
+)
+JSON = option(
+    Section.MESSAGES,
+    "--json",
+    "as_json",
+    is_flag=True,
+    envvar="STREAMCONV_JSON",
+    help="Print the result as one JSON document on stdout.",
+)
+DEBUG = option(
+    Section.MESSAGES,
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    callback=set_debug,
+    help="Show the traceback of an error.",
+)
+SHOW = group(
+    JSON,
+    option(Section.MESSAGES, "-q", "--quiet", is_flag=True, help="No progress, no summary."),
+    option(
+        Section.MESSAGES,
+        "-v",
+        "--verbose",
+        is_flag=True,
+        expose_value=False,
+        callback=_set_verbose,
+        help="Tell on stderr what is done.",
+    ),
+    DEBUG,
+)

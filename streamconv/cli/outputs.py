@@ -1,0 +1,97 @@
+"""`verify` and `push`: what is done with a finished output."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from streamconv.cli.blocks import Command, Section, group, option
+from streamconv.cli.options import (
+    ADAPTER_PLACE,
+    ALLOW_PICKLE,
+    BASE_REVISION,
+    FOLDER,
+    SHOW,
+    adapter_option,
+    base_option,
+    push_options,
+)
+from streamconv.cli.progress import progress
+from streamconv.cli.uploads import hush_hub, push_verified, show_pushed
+from streamconv.sizes import format_size
+
+
+@click.command("verify", cls=Command)
+@click.argument("out", type=FOLDER)
+@group(
+    option(
+        Section.INPUTS,
+        "--full",
+        is_flag=True,
+        help="Compute the result again from --base and --adapter, and compare.",
+    ),
+    base_option(allow_from_autoenv=False, help="The base it was made from; for --full."),
+    BASE_REVISION,
+    adapter_option(allow_from_autoenv=False, help="The adapter it was made from; for --full."),
+    ADAPTER_PLACE,
+    ALLOW_PICKLE,
+    option(
+        Section.RESOURCES,
+        "--device",
+        default="auto",
+        show_default=True,
+        help="auto, cpu, cuda or cuda:N; for --full.",
+    ),
+    SHOW,
+)
+def verify_command(out: str, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Recheck a finished output against its streamconv.json: sizes, hashes, layout."""
+    from dataclasses import asdict
+
+    from streamconv.pipeline import further_outputs, output_folder, verify
+
+    with progress("verify", quiet) as on_progress:
+        checked = verify(out, on_progress=on_progress, **given)
+    if as_json:
+        click.echo(json.dumps(asdict(checked)))
+    elif not quiet:
+        how = "computed again, equal byte for byte" if checked.exact else "sizes, hashes and layout are right"
+        click.echo(
+            f"{out}: {checked.tensors} tensors in {_shards(checked.shards)}, {format_size(checked.bytes)}: {how}"
+        )
+        for folder in further_outputs(output_folder(out)):
+            click.echo(f"{folder} is an output of its own and was not looked at")
+
+
+@click.command("push", cls=Command)
+@click.argument("out", type=FOLDER)
+@click.argument("repo")
+@group(push_options("--revision"), SHOW)
+def push_command(out: str, repo: str, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Verify a finished output and upload it to the Hub.
+
+    \b
+    streamconv push ./merged me/merged
+
+    Run again after an interruption, it sends only what the Hub does not have yet.
+    """
+    from dataclasses import asdict
+
+    from streamconv.storage.upload import parse_target
+
+    target = parse_target(
+        repo, given["private"], given["create_pr"], given["commit_message"], given["push_revision"]
+    )
+    if quiet:
+        hush_hub()
+    pushed = push_verified(out, target, quiet)
+    if as_json:
+        click.echo(json.dumps(asdict(pushed), indent=1))
+    elif not quiet:
+        show_pushed(pushed)
+
+
+def _shards(count: int) -> str:
+    return "1 shard" if count == 1 else f"{count} shards"

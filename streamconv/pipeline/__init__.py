@@ -1,0 +1,29 @@
+"""One call from inputs to a published, verified output: job → plan → download → run → publish → verify."""
+
+from streamconv.pipeline.calls import convert, merge
+from streamconv.pipeline.downloads import fetch
+from streamconv.pipeline.job import Job, OnProgress, build_job, merge_options, output_folder
+from streamconv.pipeline.place import check_out, further_outputs
+from streamconv.pipeline.preparation import Prepared, prepare
+from streamconv.pipeline.pushing import push, push_output
+from streamconv.pipeline.runner import run
+from streamconv.pipeline.verification import verify
+
+__all__ = [
+    "Job",
+    "OnProgress",
+    "Prepared",
+    "build_job",
+    "check_out",
+    "convert",
+    "fetch",
+    "further_outputs",
+    "merge",
+    "merge_options",
+    "output_folder",
+    "prepare",
+    "push",
+    "push_output",
+    "run",
+    "verify",
+]

@@ -1,0 +1,94 @@
+"""The small files of an output that are made, not copied: index, model card, recipe, manifest, config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from streamconv.dtypes import BF16, DENSE, Dtype
+from streamconv.formats import FORMATS
+from streamconv.output import CONFIG, INDEX
+from streamconv.pipeline.preparation import Prepared
+from streamconv.plan import Plan
+from streamconv.recipe import RECIPE, write_recipe
+from streamconv.report.card import model_card
+from streamconv.report.result import MANIFEST, Kept, manifest
+from streamconv.sidecars import edit_config
+from streamconv.sizes import exact_size
+
+
+def generated_files(prepared: Prepared, hashes: Mapping[str, str], kept: Kept | None) -> Mapping[str, bytes]:
+    """The small files of the output, in the order they appear."""
+    plan, base = prepared.plan, prepared.base
+    loaded = {RECIPE: _recipe(prepared), CONFIG: _config(prepared)}
+    contents = {INDEX: _index(plan), MANIFEST: manifest(plan, hashes, kept, loaded), **loaded}
+    if prepared.job.card:
+        contents["README.md"] = model_card(plan, base.index, prepared.adapter_storage, prepared.copied, kept)
+    return {name: contents[name] for name in prepared.generated}
+
+
+def _index(plan: Plan) -> bytes:
+    weight_map = {
+        spec.name: shard.name for shard in plan.shards for placed in shard.steps for spec in placed.step.specs
+    }
+    total = sum(placed.nbytes for shard in plan.shards for placed in shard.steps)
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _recipe(prepared: Prepared) -> bytes:
+    """The options that shape the output, for `--recipe`. Inputs stand in it by Hub id and commit alone.
+
+    A folder's name would tell of this machine, and make the same model differ from folder to folder. Permission to
+    open pickles is for whoever runs it to give.
+    """
+    job, options = prepared.job, prepared.job.options
+    origins = prepared.plan.fingerprint["from"]
+    of_merge = {
+        "adapter": origins["adapter"],
+        "adapter-subfolder": job.adapter_subfolder if origins["adapter"] else None,
+        "merge-base": options.merge_base,
+        "min-kept": options.min_kept,
+        "tokenizer": job.tokenizer,
+        "moe-layout": options.moe_layout,
+    }
+    values = {
+        "base": origins["base"],
+        **(of_merge if prepared.adapter else {}),
+        "quant": options.quant,
+        "dtype": options.dtype,
+        "rounding": options.rounding,
+        "seed": options.seed,
+        "ignore": list(options.ignore),
+        "max-shard-size": exact_size(options.max_shard_bytes) if options.max_shard_bytes else None,
+        "card": job.card,
+        "copy-extra": list(job.copy_extra),
+    }
+    return (write_recipe({key: value for key, value in values.items() if value is not None}) + "\n").encode()
+
+
+def _config(prepared: Prepared) -> bytes:
+    plan, config = prepared.plan, prepared.base.index.config
+    quantization = None
+    if plan.quant is not None:
+        quantization = FORMATS[plan.quant].quantization_config(_compute_dtype(prepared), plan.skipped)
+    edited = edit_config(
+        config, dtype=plan.dtype, quantization=quantization, untie=plan.untied, vocab_size=plan.vocab_size
+    )
+    return (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _compute_dtype(prepared: Prepared) -> Dtype:
+    """What a quantized model computes in: as the base's quantization says, else the weights' own dtype."""
+    config = prepared.base.index.config
+    text = config.get("text_config") or {}
+    quantization = config.get("quantization_config") or {}
+    names = (
+        prepared.plan.dtype,
+        quantization.get("bnb_4bit_compute_dtype") if quantization.get("load_in_4bit") else None,
+        config.get("dtype"),
+        config.get("torch_dtype"),
+        text.get("dtype"),
+        text.get("torch_dtype"),
+    )
+    return next((DENSE[name] for name in names if name is not None and name in DENSE), BF16)

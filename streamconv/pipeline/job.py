@@ -1,0 +1,186 @@
+"""What one run is asked to do. Names, meanings and defaults of options are those of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from os import PathLike, fspath
+from pathlib import Path
+
+from streamconv.adapters.source import MoeLayout
+from streamconv.errors import OptionError
+from streamconv.output import OUTPUT_FOLDERS
+from streamconv.plan import MergeOptions
+from streamconv.sizes import parse_size
+
+OnProgress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all: first with what an earlier run had done, then as it goes on."""
+
+Folder = str | PathLike[str]
+
+
+def quiet(done: int, total: int) -> None:
+    """The progress that nobody watches."""
+    del done, total
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All options of one run, checked and parsed as far as they can be without its inputs.
+
+    `also` are formats of further outputs; `options` are those of the main one.
+    """
+
+    base: str
+    adapter: str | None
+    options: MergeOptions
+    device: str = "auto"
+    also: tuple[str, ...] = ()
+    overwrite: bool = False
+    resume: bool = True
+    verify: bool = True
+    card: bool = True
+    tokenizer: str = "auto"
+    copy_extra: tuple[str, ...] = ()
+    allow_pickle: bool = False
+    base_revision: str | None = None
+    adapter_revision: str | None = None
+    adapter_subfolder: str | None = None
+
+
+def build_job(
+    base: Folder,
+    adapter: Folder | None = None,
+    *,
+    quant: str = "keep",
+    also: Iterable[str] = (),
+    dtype: str = "auto",
+    rounding: str = "auto",
+    merge_base: str = "original",
+    seed: int = 0,
+    min_kept: float | None = None,
+    ignore: Iterable[str] = (),
+    moe_layout: str = "auto",
+    allow_pickle: bool = False,
+    device: str = "auto",
+    max_ram: str | int = "1GiB",
+    max_vram: str | int = "2GiB",
+    max_shard_size: str | int | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+    verify: bool = True,
+    card: bool = True,
+    tokenizer: str = "auto",
+    copy_extra: Iterable[str] = (),
+    base_revision: str | None = None,
+    adapter_revision: str | None = None,
+    adapter_subfolder: str | None = None,
+) -> Job:
+    """The job that the options of `streamconv merge`, as they are given, ask for; of `convert`, without an adapter.
+
+    Raises OptionError for what cannot be meant.
+    """
+    return Job(
+        base=fspath(base),
+        adapter=None if adapter is None else fspath(adapter),
+        options=merge_options(
+            quant=quant,
+            dtype=dtype,
+            rounding=rounding,
+            merge_base=merge_base,
+            seed=seed,
+            min_kept=min_kept,
+            ignore=ignore,
+            max_ram=max_ram,
+            max_vram=max_vram,
+            max_shard_size=max_shard_size,
+            moe_layout=moe_layout,
+        ),
+        device=device,
+        also=_further(also),
+        overwrite=overwrite,
+        resume=resume,
+        verify=verify,
+        card=card,
+        tokenizer=tokenizer,
+        copy_extra=tuple(copy_extra),
+        allow_pickle=allow_pickle,
+        base_revision=base_revision,
+        adapter_revision=adapter_revision,
+        adapter_subfolder=adapter_subfolder,
+    )
+
+
+def merge_options(
+    quant: str = "keep",
+    dtype: str = "auto",
+    rounding: str = "auto",
+    merge_base: str = "original",
+    seed: int = 0,
+    min_kept: float | None = None,
+    ignore: Iterable[str] = (),
+    max_ram: str | int = "1GiB",
+    max_vram: str | int = "2GiB",
+    max_shard_size: str | int | None = None,
+    moe_layout: str = "auto",
+) -> MergeOptions:
+    """Options as given, sizes parsed. Raises OptionError for what cannot be meant."""
+    if min_kept is not None and not 0 <= min_kept <= 1:
+        raise OptionError(f"--min-kept {min_kept} is not a share between 0 and 1")
+    parse_moe_layout(moe_layout.lower())
+    return MergeOptions(
+        quant=quant.lower(),
+        dtype=dtype.lower(),
+        rounding=rounding.lower(),
+        merge_base=merge_base.lower(),
+        seed=seed,
+        min_kept=min_kept,
+        ignore=tuple(ignore),
+        moe_layout=moe_layout.lower(),
+        max_ram_bytes=_size("--max-ram", max_ram),
+        max_vram_bytes=_size("--max-vram", max_vram),
+        max_shard_bytes=None if max_shard_size is None else _size("--max-shard-size", max_shard_size),
+    )
+
+
+def _further(formats: Iterable[str]) -> tuple[str, ...]:
+    """Formats of further outputs, each given once and a name that its folder can have."""
+    found: list[str] = []
+    for name in map(str.lower, formats):
+        if name not in OUTPUT_FOLDERS:
+            raise OptionError(f"--also {name} is not known; use one of {', '.join(OUTPUT_FOLDERS)}")
+        if name in found:
+            raise OptionError(f"--also {name} stands twice; leave one of them out")
+        found.append(name)
+    return tuple(found)
+
+
+def _size(option: str, text: str | int) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise OptionError(f"{option}: {error}") from error
+
+
+def parse_moe_layout(text: str) -> MoeLayout:
+    """`auto`, or words that settle what it would find out: `last`, `middle`, `rank-major`, `expert-major`."""
+    layout = MoeLayout()
+    for word in () if text == "auto" else text.split(","):
+        match word:
+            case "last" | "middle" if layout.axis is None:
+                layout = replace(layout, axis=word)
+            case "rank-major" | "expert-major" if layout.order is None:
+                layout = replace(layout, order=word)
+            case _:
+                raise OptionError(
+                    f"--moe-layout {text} is not known; use auto, or last or middle, rank-major or expert-major, or"
+                    " one of each with a comma between"
+                )
+    return layout
+
+
+def output_folder(out: Folder) -> Path:
+    """`out` as a path, `~` expanded. Raises OptionError for an empty name, which would be the current folder."""
+    if not fspath(out).strip():
+        raise OptionError("--out is empty, probably an unset variable; name the folder to write to")
+    return Path(out).expanduser()

@@ -1,0 +1,106 @@
+"""From a job to its plan: everything is read that headers and configs tell, and nothing is written."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from streamconv.adapters import read_adapter
+from streamconv.adapters.base import Adapter, Parameter
+from streamconv.adapters.config import read_config
+from streamconv.checkpoint.index import read_index
+from streamconv.depth import deepen
+from streamconv.devices import resolve_device
+from streamconv.formats import find_weights
+from streamconv.output import CONFIG, INDEX
+from streamconv.pipeline.job import Job, parse_moe_layout
+from streamconv.plan import Plan
+from streamconv.planner import Base, build_plans, options_alone, read_base
+from streamconv.recipe import RECIPE
+from streamconv.report.result import MANIFEST
+from streamconv.sidecars import choose_tokenizer, files_to_copy
+from streamconv.storage import open_storage
+from streamconv.storage.base import SourceFile, Storage
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job read and planned: no weight has been read, nothing written.
+
+    `also` are the further outputs of the same run, each with the job that alone would make it.
+    """
+
+    job: Job
+    base: Base
+    adapter_storage: Storage | None
+    adapter: Adapter | None
+    plan: Plan
+    copied: tuple[SourceFile, ...]
+    also: tuple[Prepared, ...] = ()
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """Of all outputs, the main one first."""
+        return (self.plan, *(other.plan for other in self.also))
+
+    def places(self, out: Path) -> tuple[tuple[Prepared, Path], ...]:
+        """Every output with its folder, the main one, which goes to `out` itself, first."""
+        return ((self, out), *((other, out / other.job.options.quant) for other in self.also))
+
+    @property
+    def generated(self) -> tuple[str, ...]:
+        """Names of the small files the run writes beside the weights, in the order they appear."""
+        index = (INDEX,) if len(self.plan.shards) > 1 else ()
+        card = ("README.md",) if self.job.card else ()
+        return (*index, *card, RECIPE, MANIFEST, CONFIG)
+
+    def downloads(self) -> tuple[tuple[Storage, tuple[SourceFile, ...]], ...]:
+        """What has to come from the Hub before the run can read it, by storage: of a base, mostly its shards."""
+        base = self.base.index.storage
+        storages = [storage for storage in (base, self.adapter_storage) if storage is not None]
+        files = [*self.small_files(), *(shard.file for shard in self.base.index.shards)]
+        return tuple((storage, missing) for storage in storages if (missing := storage.missing(files)))
+
+    def small_files(self) -> tuple[SourceFile, ...]:
+        """Files beside the weights: those copied, and the base's card, whose licence the new one inherits."""
+        base = self.base.index.storage
+        card = (base.file("README.md"),) if self.job.card and "README.md" in base.names() else ()
+        return (*self.copied, *card)
+
+
+def prepare(job: Job) -> Prepared:
+    """Read headers and configs and plan the run. Raises whatever would make it fail, as far as can be known."""
+    storage = open_storage(job.base, job.base_revision)
+    index = read_index(storage)
+    base = read_base(index, find_weights(index))
+    _log.info("read the base %s: %d weights in %d shards", job.base, len(base.weights), len(index.shards))
+    adapter_storage = None
+    if job.adapter is not None:
+        adapter_storage = open_storage(job.adapter, job.adapter_revision, job.adapter_subfolder)
+        base = deepen(base, read_config(adapter_storage))
+        if base.depth is not None:
+            _log.info("the adapter repeats layers of the base: %s", base.depth)
+    adapter = None
+    if adapter_storage is not None:
+        parameters = {
+            name: Parameter(name, weight.shape, weight.dtype) for name, weight in base.weights.items()
+        }
+        moe = parse_moe_layout(job.options.moe_layout)
+        adapter = read_adapter(
+            adapter_storage, parameters, base.index.config, base.tie, moe, job.allow_pickle
+        )
+        _log.info("read the adapter %s: %d updates", job.adapter, len(adapter.updates))
+    options = options_alone(base, job.options, (job.options.quant, *job.also))
+    plans = build_plans(base, adapter, options, resolve_device(job.device))
+    is_resized = plans[0].vocab_size is not None
+    tokenizer = choose_tokenizer(job.tokenizer, storage, adapter_storage, is_resized)
+    _log.info("tokenizer files come from %s", tokenizer.location)
+    copied = files_to_copy(storage, tokenizer, index.config, job.copy_extra)
+    main, *also = (
+        Prepared(replace(job, options=plan.options, also=()), base, adapter_storage, adapter, plan, copied)
+        for plan in plans
+    )
+    return replace(main, also=tuple(also))

@@ -1,0 +1,73 @@
+"""`push()`: a finished output, verified, to the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from streamconv.errors import InputError
+from streamconv.output import is_of_model
+from streamconv.pipeline.job import Folder, OnProgress, output_folder, quiet
+from streamconv.pipeline.verification import verify
+from streamconv.report.result import MANIFEST
+from streamconv.sidecars import CHAT_TEMPLATES
+from streamconv.storage.local import open_folder
+from streamconv.storage.upload import LocalFile, Pushed, Target, check_target, parse_target, upload
+from streamconv.verifier import hash_file, read_manifest
+
+
+def push(
+    out: Folder,
+    repo: str,
+    *,
+    private: bool | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    show_progress: bool = False,
+    on_progress: OnProgress = quiet,
+    on_upload: OnProgress = quiet,
+) -> Pushed:
+    """Verify a finished output, upload it to the Hub in one commit, and compare what the Hub then lists.
+
+    A repository that does not exist is made, private unless `private` is False. `on_progress` is told of the
+    verification, `on_upload` of the upload, `show_progress` lets huggingface_hub draw its bars. Called again after an
+    interruption, it does not send again what the Hub has. Raises HubError, OutputError where `repo` holds another
+    model, VerificationError.
+    """
+    target = parse_target(repo, private, create_pr, commit_message, revision)
+    return push_output(out, target, show_progress, on_progress, on_upload)
+
+
+def push_output(
+    out: Folder, target: Target, show_progress: bool, on_progress: OnProgress, on_upload: OnProgress
+) -> Pushed:
+    """As `push`, with the target parsed."""
+    folder = output_folder(out)
+    manifest = read_manifest(open_folder(str(folder)), MANIFEST)
+    remote = check_target(target, MANIFEST)
+    verify(folder, on_progress=on_progress)
+    listed = {name: entry["sha256"] for key in ("shards", "files") for name, entry in manifest[key].items()}
+    message = f"Upload {manifest['quant']} model made with streamconv {manifest['streamconv']}"
+    files = _files_to_push(folder, listed)
+    message = message.replace("none ", "16-bit ")
+    return upload(target, remote, files, is_of_model, message, show_progress, on_upload)
+
+
+def _files_to_push(folder: Path, listed: Mapping[str, str]) -> dict[str, LocalFile]:
+    """All files of an output but hidden ones; `listed` are those with a known SHA-256.
+
+    Of folders only that of chat templates is ours.
+    """
+    files = {}
+    storage = open_folder(str(folder))
+    templates = [storage.file(name).name for name in storage.names(CHAT_TEMPLATES)]  # no links to elsewhere
+    for path in (*sorted(folder.iterdir()), *(folder / name for name in templates)):
+        name = str(path.relative_to(folder))
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        if name.endswith(".safetensors") and name not in listed:
+            raise InputError(f"{path} is not of this output; move it elsewhere before you push")
+        sha256 = listed.get(name) or hash_file(str(path), lambda _: None)
+        files[name] = LocalFile(path, path.stat().st_size, sha256)
+    return files

@@ -1,0 +1,204 @@
+"""Carries out a prepared job: resume, run the plan, weigh what is left of the fine-tune, publish, verify."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from streamconv.cells import KeptDelta
+from streamconv.checkpoint.writer import ShardWriter
+from streamconv.errors import VerificationError
+from streamconv.executor import Output, StopRequest, run_plans
+from streamconv.journal import Journal, remove_leftovers
+from streamconv.output import ShardSink, check_disk, publish_output, resume_points
+from streamconv.pipeline.contents import generated_files
+from streamconv.pipeline.job import OnProgress
+from streamconv.pipeline.meter import Meter
+from streamconv.pipeline.place import check_out, is_finished
+from streamconv.pipeline.preparation import Prepared
+from streamconv.plan import Plan, ShardPlan
+from streamconv.report.result import MANIFEST, Kept, Report, kept_delta
+from streamconv.sizes import format_size
+from streamconv.storage.local import open_folder
+from streamconv.verifier import read_manifest, verify_layout
+from streamconv.walk import bytes_read
+
+_log = logging.getLogger(__name__)
+
+
+def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopRequest) -> Report:
+    """Carry out a prepared job, or go on with it where an earlier run of it stopped.
+
+    Its outputs are published together: when all are complete and have passed the gate.
+    """
+    check_out(prepared, out)
+    places = prepared.places(out)
+    before = [_finished_before(each, folder) for each, folder in places]
+    todo = [place for place, report in zip(places, before, strict=True) if report is None]
+    now = iter(_produce(todo, on_progress, stop) if todo else ())
+    main, *also = (report or next(now) for report in before)
+    names = [each.job.options.quant for each in prepared.also]
+    return replace(main, also=dict(zip(names, also, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """An output in work: from where each shard that is not finished is produced, and the writers that stand there."""
+
+    prepared: Prepared
+    out: Path
+    journal: Journal
+    starts: Mapping[str, int]
+    writers: dict[str, ShardWriter]
+    resumed: bool
+
+    @property
+    def plan(self) -> Plan:
+        return self.prepared.plan
+
+    @property
+    def unfinished(self) -> list[ShardPlan]:
+        return [shard for shard in self.plan.shards if shard.name in self.starts]
+
+    @property
+    def there(self) -> int:
+        """Bytes that an earlier run has left."""
+        return self.plan.size - sum(shard.size - self.starts[shard.name] for shard in self.unfinished)
+
+    def kept(self) -> Kept | None:
+        return kept_delta({name: KeptDelta(*sums) for name, sums in self.journal.progress.sums.items()})
+
+    def close(self) -> None:
+        for writer in self.writers.values():  # of shards that were not begun
+            writer.close()
+
+
+def _produce(
+    todo: Sequence[tuple[Prepared, Path]], on_progress: OnProgress, stop: StopRequest
+) -> list[Report]:
+    """Make these outputs in one pass, and publish them."""
+    started = time.monotonic()
+    plans = [each.plan for each, _ in todo]
+    meter = Meter(sum(plan.size for plan in plans), on_progress)
+    with ExitStack() as stack:
+        works = [_open(each, folder, stack) for each, folder in todo]
+        check_disk([(work.out, work.unfinished, work.journal) for work in works])
+        meter.start(sum(work.there for work in works))
+        outputs = [
+            Output(work.plan, work.starts, partial(ShardSink, work.journal, work.writers)) for work in works
+        ]
+        run_plans(outputs, meter.add, stop)
+        shares = [work.kept() for work in works]
+        _check_kept(works, shares)
+        hashes = [dict(work.journal.progress.finished) for work in works]
+        # The main output, in whose folder the others lie, comes last.
+        for work, kept in reversed([*zip(works, shares, strict=True)]):
+            _publish(work, kept)
+    seconds, read = time.monotonic() - started, bytes_read(plans)
+    return [
+        _report(work.prepared, work.out, found, kept, seconds, meter.peak, read, work.resumed)
+        for work, found, kept in zip(works, hashes, shares, strict=True)
+    ]
+
+
+def _open(prepared: Prepared, out: Path, stack: ExitStack) -> _Work:
+    """Take the lock of an output and find out how far it is."""
+    plan = prepared.plan
+    journal = stack.enter_context(Journal(out, plan.fingerprint, prepared.job.resume))
+    starts, writers = resume_points(out, plan, journal)
+    work = _Work(prepared, out, journal, starts, writers, bool(journal.progress.finished or writers))
+    stack.callback(work.close)
+    if work.resumed:
+        _log.info(
+            "going on in %s: %s of %s are there already", out, format_size(work.there), format_size(plan.size)
+        )
+    return work
+
+
+def _publish(work: _Work, kept: Kept | None) -> None:
+    prepared, out, journal = work.prepared, work.out, work.journal
+    _log.info("all shards are complete; putting them in place in %s", out)
+    generated = generated_files(prepared, journal.progress.finished, kept)
+    publish_output(out, work.plan, journal, prepared.copied, generated)
+    if prepared.job.verify:
+        verify_layout(out, work.plan)
+    journal.remove()
+
+
+def _finished_before(prepared: Prepared, out: Path) -> Report | None:
+    """The report of a run that had already ended well; a batch job may be started twice."""
+    if not is_finished(prepared, out):
+        return None
+    verify_layout(out, prepared.plan)
+    remove_leftovers(out)
+    found = read_manifest(open_folder(str(out)), MANIFEST)
+    kept = None
+    if found["kept_delta"] is not None:
+        weights = found["kept_by_weight"]
+        kept = Kept(found["kept_delta"], weights, found["base_error_to_delta"])
+        _check_share(prepared.plan, kept)
+    hashes = {name: shard["sha256"] for name, shard in found["shards"].items()}
+    return _report(prepared, out, hashes, kept, 0.0, 0, bytes_read([prepared.plan]), resumed=True)
+
+
+def _check_kept(works: Sequence[_Work], shares: Sequence[Kept | None]) -> None:
+    """Raise VerificationError if an output does not pass the gate; none is published then, and all stay complete."""
+    refusals, passed = [], []
+    for work, kept in zip(works, shares, strict=True):
+        try:
+            _check_share(work.plan, kept)
+            passed.append(f"--quant {work.plan.options.quant} -o {work.out}")
+        except VerificationError as error:
+            work.journal.reject()
+            refusals.append(str(error))
+    if refusals and passed:
+        refusals.append(f"what passed is complete, and a run of its own publishes it: {'; '.join(passed)}")
+    if refusals:
+        raise VerificationError("; ".join(refusals))
+
+
+def _check_share(plan: Plan, kept: Kept | None) -> None:
+    """The gate: refuse a result that lost the fine-tune, unless its rounding was asked for by name."""
+    if kept is None or plan.rounding is None or kept.total >= plan.min_kept:
+        return
+    other = "stochastic" if plan.rounding.name == "nearest" else "nearest"
+    raise VerificationError(
+        f"only {kept.total:.1%} of the fine-tune survives {plan.rounding.name} rounding to {plan.quant} "
+        f"(limit {plan.min_kept:.0%}), so nothing was published; choose --rounding {other} or another --merge-base, "
+        f"or accept it with --rounding {plan.rounding.name} without --min-kept"
+    )
+
+
+def _report(
+    prepared: Prepared,
+    out: Path,
+    hashes: Mapping[str, str],
+    kept: Kept | None,
+    seconds: float,
+    peak: int,
+    read: int,
+    resumed: bool,
+) -> Report:
+    plan = prepared.plan
+    return Report(
+        out=str(out),
+        quant=plan.quant or "none",
+        target=plan.target.name,
+        rounding=plan.rounding.name if plan.rounding else None,
+        renamed=plan.renamed,
+        kept_delta=kept.total if kept else None,
+        kept_by_weight=kept.weights if kept else {},
+        base_error_to_delta=kept.base_error_to_delta if kept else None,
+        shards=dict(sorted(hashes.items())),
+        bytes_read=read,
+        bytes_written=plan.size,
+        seconds=seconds,
+        peak_ram_bytes=peak,
+        planned_ram_bytes=plan.memory.ram,
+        resumed=resumed,
+    )

@@ -1,0 +1,109 @@
+"""`merge`, `convert` and `plan`: what is shown and written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from streamconv.checkpoint.header import read_header
+from streamconv.storage import open_storage
+from tests.cli.calls import Inputs, contents, plan_json, run, sha256, succeed
+
+
+def test_json_of_a_merge(inputs: Inputs, tmp_path: Path) -> None:
+    options = [*inputs.options, "--merge-base", "nf4", "--quant", "nf4"]
+    found = json.loads(succeed("merge", *options, "-o", tmp_path / "out", "--json").stdout)
+    assert found["out"] == str(tmp_path / "out")
+    assert (found["quant"], found["target"], found["rounding"]) == ("nf4", "T", "stochastic")
+    assert 0.9 < found["kept_delta"] < 1.1
+    assert len(found["kept_by_weight"]) == 4
+    assert found["bytes_written"] == sum(
+        file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")
+    )
+    assert found["shards"] == {file.name: sha256(file) for file in (tmp_path / "out").glob("*.safetensors")}
+    assert found["resumed"] is False
+
+
+def test_quiet_says_nothing(inputs: Inputs, tmp_path: Path) -> None:
+    result = succeed("merge", *inputs.options, "-o", tmp_path / "out", "-q")
+    assert (result.stdout, result.stderr) == ("", "")
+    result = succeed("verify", tmp_path / "out", "-q")
+    assert (result.stdout, result.stderr) == ("", "")
+
+
+def test_a_finished_run_is_not_done_again(inputs: Inputs, tmp_path: Path) -> None:
+    command = ["merge", *inputs.options, "-o", str(tmp_path / "out")]
+    succeed(*command)
+    before = contents(tmp_path / "out")
+    assert "was complete already" in succeed(*command).stdout
+    assert contents(tmp_path / "out") == before
+    # Not what that run has left, so not the same run.
+    assert run(*command, "--copy-extra", "notes.txt").exit_code == 4
+    succeed(*command, "--copy-extra", "notes.txt", "--overwrite")
+    assert set(contents(tmp_path / "out")) == {*before, "notes.txt"}
+
+
+JOBS = {
+    "16 bit": [],
+    "one file": ["--max-shard-size", "1GB"],
+    "nf4": ["--quant", "nf4", "--no-card"],
+    "nf4-dq": ["--quant", "nf4-dq", "--merge-base", "nf4-dq", "--max-shard-size", "20KB"],
+    "more files": ["--copy-extra", "notes.*", "--dtype", "float32"],
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_run_writes_what_the_plan_says(inputs: Inputs, tmp_path: Path, job: str) -> None:
+    options, out = [*inputs.options, *JOBS[job]], tmp_path / "out"
+    plan = plan_json(*options)
+    report = json.loads(succeed("merge", *options, "-o", out, "--json").stdout)
+    shards = {shard["name"]: shard["bytes"] for shard in plan["files"]["shards"]}
+    copied = {file["name"]: file["bytes"] for file in plan["files"]["copied"]}
+    sizes = {name: len(content) for name, content in contents(out).items()}
+    assert set(sizes) == {*shards, *copied, *plan["files"]["written"]}
+    assert {name: sizes[name] for name in shards} == shards
+    assert {name: sizes[name] for name in copied} == copied
+    assert plan["disk_bytes"] == sum(shards.values()) == report["bytes_written"]
+    stored = {
+        tensor.name: (tensor.dtype.code, list(tensor.shape), tensor.end - tensor.start)
+        for name in shards
+        for tensor in read_header(open_storage(str(out)).file(name)).tensors
+    }
+    planned = [tensor for shard in plan["files"]["shards"] for tensor in shard["tensors"]]
+    assert {
+        tensor["name"]: (tensor["dtype"], tensor["shape"], tensor["bytes"]) for tensor in planned
+    } == stored
+
+
+@pytest.mark.parametrize("as_json", [True, False], ids=["json", "text"])
+def test_a_dry_run_is_the_plan_and_writes_nothing(inputs: Inputs, tmp_path: Path, as_json: bool) -> None:
+    options = [*inputs.options, "--quant", "nf4", *(["--json"] if as_json else [])]
+    before = contents(inputs.base) | contents(inputs.adapter)
+    out = tmp_path / "deep" / "out"
+    dry = succeed("merge", *options, "-o", out, "--dry-run")
+    assert dry.stdout == succeed("plan", *options, "-o", out).stdout == succeed("plan", *options).stdout
+    assert dry.stderr == ""
+    assert not out.parent.exists()
+    assert contents(inputs.base) | contents(inputs.adapter) == before
+
+
+def test_a_dry_run_refuses_the_folder_that_the_run_would(inputs: Inputs, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for arguments in (["merge", *inputs.options, "--dry-run"], ["plan", *inputs.options]):
+        result = run(*arguments, "-o", tmp_path)
+        assert result.exit_code == 4
+        assert "thesis.tex" in result.stderr
+
+
+def test_a_plan_for_people(inputs: Inputs) -> None:
+    text = succeed("plan", *inputs.options, "--quant", "nf4-dq", "--merge-base", "nf4-dq").stdout
+    for piece in (
+        "2 down_proj, 2 q_proj",
+        "stochastic: the target is",
+        "lm_head",
+        "model.safetensors",
+        "README.md",
+    ):
+        assert piece in text

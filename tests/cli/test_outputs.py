@@ -1,0 +1,163 @@
+"""`verify`: what it finds, and what it lets people change."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import streamconv
+from streamconv.checkpoint.header import read_header
+from streamconv.storage import open_storage
+from tests.cli.calls import Inputs, run, sha256, succeed
+from tests.tiny import edit_json, edit_tensors, read_tensors
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def merged(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("merged") / "out"
+    options = ["--quant", "nf4-dq", "--merge-base", "nf4-dq", "--max-shard-size", "20KB"]
+    succeed("merge", *inputs.options, *options, "-o", out, "-q")
+    return out
+
+
+@pytest.fixture
+def copy(merged: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(merged, tmp_path / "copy"))
+
+
+def first(out: Path) -> Path:
+    return min(out.glob("model-*.safetensors"))
+
+
+def flip(file: Path, offset: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[offset] ^= 1
+    file.write_bytes(content)
+
+
+def forge(out: Path, offset: int) -> None:
+    """Change a byte and make the manifest agree."""
+    flip(first(out), offset)
+    manifest = json.loads((out / "streamconv.json").read_text())
+    manifest["shards"][first(out).name]["sha256"] = sha256(first(out))
+    (out / "streamconv.json").write_text(json.dumps(manifest))
+
+
+def test_a_good_output_is_verified(merged: Path) -> None:
+    text = succeed("verify", merged).stdout
+    assert text.startswith(f"{merged}: ")
+    assert text.endswith("sizes, hashes and layout are right\n")
+    found = json.loads(succeed("verify", merged, "--json").stdout)
+    assert found["exact"] is False
+    assert found["shards"] == len(list(merged.glob("*.safetensors")))
+    assert found["bytes"] == sum(file.stat().st_size for file in merged.glob("*.safetensors"))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a byte of a tensor": (lambda out: flip(first(out), -1), "model-00001-of"),
+    "a byte of a header": (lambda out: flip(first(out), 30), "model-00001-of"),
+    "a byte of padding": (lambda out: flip(first(out), 4095), "model-00001-of"),
+    "a shard cut short": (lambda out: os.truncate(first(out), 5000), "has 5000 bytes"),
+    "a shard that grew": (
+        lambda out: first(out).write_bytes(first(out).read_bytes() + b"\0"),
+        "model-00001-of",
+    ),
+    "a shard missing": (lambda out: first(out).unlink(), "model-00001-of"),
+    "the index missing": (lambda out: (out / INDEX).unlink(), INDEX),
+    "the index of another model": (lambda out: edit_json(out / INDEX, weight_map={"a": "b"}), "index"),
+    "the config edited": (
+        lambda out: edit_json(out / "config.json", rope_theta=7),
+        "config.json was changed",
+    ),
+    "the config missing": (lambda out: (out / "config.json").unlink(), "config.json"),
+    "the recipe edited": (
+        lambda out: edit_json(out / "streamconv-recipe.json", seed=7),
+        "streamconv-recipe.json was changed",
+    ),
+    "the recipe missing": (
+        lambda out: (out / "streamconv-recipe.json").unlink(),
+        "streamconv-recipe.json was removed",
+    ),
+    "a manifest of no shards": (lambda out: edit_json(out / "streamconv.json", shards={}), "streamconv.json"),
+    "a manifest that is odd": (
+        lambda out: edit_json(out / "streamconv.json", shards={"a": 5}),
+        "streamconv.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_verify_notices(copy: Path, damage: str) -> None:
+    spoil, says = DAMAGE[damage]
+    spoil(copy)
+    result = run("verify", copy)
+    assert result.exit_code == 7, result.output
+    assert says in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["README.md", "generation_config.json", "tokenizer.json"])
+def test_verify_lets_people_edit_what_holds_no_weights(copy: Path, name: str) -> None:
+    (copy / name).write_text("edited")
+    succeed("verify", copy)
+
+
+def test_what_is_no_output_cannot_be_verified(inputs: Inputs) -> None:
+    result = run("verify", inputs.base)
+    assert result.exit_code == 3
+    assert "no streamconv.json" in result.stderr
+
+
+def test_full_verification_computes_the_result_again(inputs: Inputs, merged: Path) -> None:
+    found = json.loads(succeed("verify", merged, "--full", *inputs.options, "--json").stdout)
+    assert found["exact"] is True
+    assert succeed("verify", merged, "--full", *inputs.options).stdout.endswith("equal byte for byte\n")
+
+
+def test_only_full_verification_finds_a_consistent_forgery(inputs: Inputs, copy: Path) -> None:
+    forge(copy, -1)
+    succeed("verify", copy)
+    result = run("verify", copy, "--full", *inputs.options)
+    last = read_header(open_storage(str(copy)).file(first(copy).name)).tensors[-1]
+    assert result.exit_code == 7
+    assert f"tensor {last.name} differs" in result.stderr
+    assert "may round differently" not in result.stderr
+
+
+def test_a_difference_is_not_blamed_on_the_output_where_versions_differ(inputs: Inputs, copy: Path) -> None:
+    forge(copy, -1)
+    manifest = json.loads((copy / "streamconv.json").read_text())
+    edit_json(copy / "streamconv.json", fingerprint=manifest["fingerprint"] | {"torch": "1.0"})
+    result = run("verify", copy, "--full", *inputs.options)
+    assert result.exit_code == 7
+    assert "made with torch 1.0, now 2" in result.stderr
+
+
+def test_full_verification_needs_the_inputs_it_was_made_from(
+    inputs: Inputs, merged: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(inputs.adapter, tmp_path / "other"))
+    name, tensor = next(iter(read_tensors(other / "adapter_model.safetensors").items()))
+    edit_tensors(other / "adapter_model.safetensors", put={name: tensor * 2})
+    cases: list[tuple[int, str, list[str | Path]]] = [
+        (2, "add --full", ["--base", inputs.base]),
+        (2, "give the --base", ["--full"]),
+        (2, "give it with --adapter", ["--full", "--base", inputs.base]),
+        (3, "is not the one", ["--full", "--base", inputs.base, "--adapter", other]),
+        (3, "not the model", ["--full", *inputs.options, "--base", merged_base(inputs, tmp_path)]),
+    ]
+    for code, says, options in cases:
+        result = run("verify", merged, *options)
+        assert (result.exit_code, says in result.stderr) == (code, True), result.stderr
+
+
+def merged_base(inputs: Inputs, folder: Path) -> Path:
+    """The same weights in one file."""
+    streamconv.convert(inputs.base, folder / "resharded", max_shard_size="1GB")
+    return folder / "resharded"
