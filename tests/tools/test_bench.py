@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import streamconv
+from streamconv.cells import Ticket, WeightWork
 from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.dtypes import BF16
 from streamconv.storage import open_storage
 from tools.bench import merge, outofcore, rivals
+from tools.bench.encoder_rate import encoder_rate
 from tools.bench.limits import holds, memory_limit
 from tools.bench.make_checkpoint import make, split
 from tools.bench.merge import COPY, RAW, STREAMCONV, Run, bound_s, store, summarize, table
@@ -227,3 +229,20 @@ def test_experts_have_layers_of_their_own() -> None:
     model = Model(256, 64, heads=2, key_value_heads=1, vocabulary=512, layers=1, experts=3)
     assert sum("experts" in name for name in model.linears) == 9
     assert "model.layers.0.mlp.gate.weight" in {tensor.name for tensor in model.tensors}
+
+
+def test_the_rate_of_the_encoder_is_that_of_its_input(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    moved: list[int] = []
+    rewrite = WeightWork.rewrite
+
+    def counted(work: WeightWork, raw: torch.Tensor, rows: range, out: torch.Tensor) -> Ticket:
+        moved.append(raw.numel())
+        return rewrite(work, raw, rows, out)
+
+    monkeypatch.setattr(WeightWork, "rewrite", counted)
+    try:
+        rate = encoder_rate(str(folder / "base"), "nf4", seconds=0.2)
+    finally:
+        torch.set_num_threads(threads)
+    assert 0 < rate <= sum(moved[1:]) / 0.2  # the first tile is not timed

@@ -55,8 +55,8 @@ def plan_block(results: Mapping[str, Any]) -> str:
 
 
 def outofcore_block(results: Mapping[str, Any]) -> str:
-    about = f"{results['layers']} layers of {results['model']}, inside {results['limit_bytes'] / 2**20:.0f} MiB of memory,"
-    how = f"{about} limited by {results['limited_by']}."
+    limit = f"{results['limit_bytes'] / 2**20:.0f} MiB of memory, limited by {results['limited_by']}"
+    how = f"{results['layers']} layers of {results['model']}, inside {limit}."
     return "\n".join(
         [*outofcore.HEADER, *map(outofcore.row, results["proofs"]), "", f"{how}\n{_machine(results)}"]
     )
