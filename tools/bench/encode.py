@@ -33,7 +33,7 @@ from streamconv.formats.dense import DenseDecoder
 from streamconv.kernels import compiled_kernels
 from streamconv.plan import Rewrite
 from streamconv.rounding import ROUNDINGS
-from tools.bench.merge import machine
+from tools.bench.results import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "model.layers.0.mlp.up_proj.weight"
