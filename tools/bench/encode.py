@@ -7,7 +7,6 @@ compared. With two threads, streamconv's workers share the cells between them, a
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -33,9 +32,8 @@ from streamconv.formats.dense import DenseDecoder
 from streamconv.kernels import compiled_kernels
 from streamconv.plan import Rewrite
 from streamconv.rounding import ROUNDINGS
-from tools.bench.results import machine
+from tools.bench.results import RESULTS, machine, save
 
-ROOT = Path(__file__).resolve().parents[2]
 NAME = "model.layers.0.mlp.up_proj.weight"
 BNB, TORCH, COMPILED = "bitsandbytes", "torch kernels", "compiled kernels"
 RANK = 16
@@ -182,9 +180,9 @@ def table(rows: Sequence[Row]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tools/bench/encode", description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, metavar="N")
-    parser.add_argument("--rows", type=int, default=4096, metavar="N", help="of the weight")
-    parser.add_argument("--columns", type=int, default=4096, metavar="N")
-    parser.add_argument("--results", type=Path, default=ROOT / "docs/results/bench-encode.json")
+    parser.add_argument("--rows", type=int, default=1024, metavar="N", help="of the weight")
+    parser.add_argument("--columns", type=int, default=14336, metavar="N", help="as the widest of Llama-3-8B")
+    parser.add_argument("--results", type=Path, default=RESULTS / "bench-encode.json")
     options = parser.parse_args(arguments)
     if compiled_kernels() is None:
         sys.exit("numba is not installed, or is told not to compile: there are no compiled kernels to time")
@@ -196,13 +194,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows += measure(weight, case, threads, options.rounds)
             print(f"{threads} thread(s): {case.label}", file=sys.stderr, flush=True)
     results = {
-        "made_by": "tools/bench/encode",
         "shape": [options.rows, options.columns],
-        "machine": machine(ROOT) | {name: version(name) for name in ("bitsandbytes", "numba", "numpy")},
+        "rounds": options.rounds,
+        "machine": machine(RESULTS) | {name: version(name) for name in ("numba", "numpy")},
         "medians": [asdict(row) for row in rows],
     }
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(results, indent=1) + "\n")
+    save(options.results, "tools/bench/encode", results)
     print(f"\n{options.rows} x {options.columns}, medians of {options.rounds} rounds\n\n{table(rows)}")
 
 
