@@ -31,7 +31,7 @@ from streamconv.dtypes import F32
 from streamconv.errors import InputError
 from streamconv.formats.base import CELL_ROWS, Encoder
 from streamconv.grids import Grid
-from streamconv.kernels import kernels_for, pairwise_sum
+from streamconv.kernels import TORCH, kernels_for, pairwise_sum
 from streamconv.plan import Rewrite
 from streamconv.rounding import uniform
 from streamconv.rounding.base import Context
@@ -173,7 +173,9 @@ class WeightWork:
     ) -> None:
         self.step, self.side, self.parts, self.seed = step, side, parts, seed
         self.device, self.workers = device, workers
-        self._kernels = kernels_for(device)
+        # Loading compiled kernels takes time and memory, which a merge in 16 bit has no use for.
+        is_dense = step.merge_base is None and step.encoder.grid is None and step.weight.decoder.grid is None
+        self._kernels = TORCH if is_dense else kernels_for(device)
         self._states: list[Tensor | None] = [None] * len(step.updates)
         # What cells leave behind is written to its place in tensors allocated at once. As small tensors of their
         # own, they would lie between freed cells on the heap, which could not shrink: up to 5 times the memory.
