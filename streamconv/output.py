@@ -26,7 +26,7 @@ from streamconv.checkpoint.writer import (
 from streamconv.errors import OutputError, ResourceError
 from streamconv.journal import WORK_FOLDER, Journal, Watermark
 from streamconv.plan import Plan, ShardPlan
-from streamconv.sidecars import is_read_by_loaders
+from streamconv.sidecars import CHAT_TEMPLATES, is_read_by_loaders
 from streamconv.sizes import format_size
 from streamconv.storage.base import SourceFile
 from streamconv.storage.local import open_file
@@ -205,6 +205,7 @@ def publish_output(
     # What makes a folder a model goes first, so that old and new are never taken for one model.
     for stale in (CONFIG, INDEX, *_of_old_model(out, names)):
         _remove(out / stale)
+    _settle_folder(out / CHAT_TEMPLATES, any(name.startswith(f"{CHAT_TEMPLATES}/") for name in names))
     fsync_folder(out)
     for shard in plan.shards:
         if journal.finished(shard.name).exists():
@@ -217,7 +218,27 @@ def publish_output(
 
 def _of_old_model(out: Path, keep: set[str]) -> list[str]:
     """Files of the model that was here which a loader would take for the new one's."""
-    return [entry.name for entry in out.iterdir() if is_of_model(entry.name) and entry.name not in keep]
+    templates = out / CHAT_TEMPLATES
+    if templates.is_symlink():  # what it leads to is not of this folder
+        return [*_not_kept(out, "", keep), CHAT_TEMPLATES]
+    inside = _not_kept(templates, f"{CHAT_TEMPLATES}/", keep) if templates.is_dir() else []
+    return [*_not_kept(out, "", keep), *inside]
+
+
+def _not_kept(folder: Path, prefix: str, keep: set[str]) -> list[str]:
+    names = [prefix + entry.name for entry in folder.iterdir()]
+    return [name for name in names if is_of_model(name) and name not in keep]
+
+
+def _settle_folder(folder: Path, is_used: bool) -> None:
+    """Make the folder if it is used; else remove it, unless something of somebody else is in it."""
+    try:
+        if is_used:
+            folder.mkdir(exist_ok=True)
+        elif folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    except OSError as error:
+        raise write_error(error, folder) from error
 
 
 def is_of_model(name: str) -> bool:

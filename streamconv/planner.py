@@ -247,16 +247,15 @@ def _choose_quantized(
     _check_ignore(options.ignore, weights)
     if result.quant is None:
         return frozenset(), ()
-    ignore, dense = list(options.ignore), {module_of(name) for name in replaces}
+    ignore, dense = list(options.ignore), {module_of(name) for name in replaces}  # exactly these, no pattern
     if base.quantized:  # what it leaves in 16 bit stays so, what it quantizes does too
         modules = {name: module_of(name) for name in base.weights}
         packed = {modules[name] for name, weight in base.weights.items() if weight.format == base.quantized}
         dense |= set(modules.values()) - packed  # a packed weight's bias is not packed
     else:
         ignore += DEFAULT_IGNORE
-    if dense:  # exactly these: a plain pattern would mean all that lies below them, too
-        ignore.append(f"re:(?:{'|'.join(map(re.escape, sorted(dense)))})$")
-    selection = select({name: weight.shape for name, weight in weights.items()}, base.index.config, ignore)
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    selection = select(shapes, base.index.config, ignore, dense)
     if not selection.quantized:
         raise OptionError(
             f"--quant {result.quant.name} would quantize nothing: {base.index.storage.location} has no linear "

@@ -16,6 +16,8 @@ from streamconv.checkpoint.strict_json import parse_object
 from streamconv.errors import InputError, OptionError
 from streamconv.storage.base import SourceFile, Storage
 
+# Where transformers saves the chat templates beside the default one (`transformers/utils/hub.py`).
+CHAT_TEMPLATES = "additional_chat_templates"
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
@@ -30,6 +32,7 @@ TOKENIZER = (
     "sentencepiece.bpe.model",
     "chat_template.jinja",
     "chat_template.json",
+    f"{CHAT_TEMPLATES}/*.jinja",
 )
 SETTINGS = (
     "generation_config.json",
@@ -76,6 +79,11 @@ def is_read_by_loaders(name: str) -> bool:
     return _matches(name, (*TOKENIZER, *SETTINGS, "adapter_config.json"))
 
 
+def _tokenizer_names(storage: Storage) -> list[str]:
+    names = (*storage.names(), *storage.names(CHAT_TEMPLATES))
+    return [name for name in names if _matches(name, TOKENIZER)]
+
+
 def _has_code(storage: Storage, config: Mapping[str, Any]) -> bool:
     """Whether model or tokenizer are of classes that the folder itself defines."""
     if config.get("auto_map"):
@@ -95,13 +103,13 @@ def choose_tokenizer(
     if wanted == "adapter":
         if adapter is None:
             raise OptionError("--tokenizer adapter was asked for, but there is no adapter")
-        if not any(_matches(name, TOKENIZER) for name in adapter.names()):
+        if not _tokenizer_names(adapter):
             raise InputError(
                 f"--tokenizer adapter was asked for, but {adapter.location} holds no tokenizer files"
             )
         return adapter
     if wanted == "auto" and vocabulary_changed and adapter is not None:
-        if any(_matches(name, TOKENIZER) for name in adapter.names()):
+        if _tokenizer_names(adapter):
             return adapter
         raise InputError(
             f"the adapter changed the vocabulary but {adapter.location} holds no tokenizer files; "
@@ -118,7 +126,7 @@ def files_to_copy(
     chosen = {name: base for name in names if _matches(name, MODEL) and not _matches(name, NEVER)}
     if _has_code(base, config):  # its files may import each other: all of them or none
         chosen |= {name: base for name in names if name.endswith(".py")}
-    chosen |= {name: tokenizer for name in tokenizer.names() if _matches(name, TOKENIZER)}
+    chosen |= dict.fromkeys(_tokenizer_names(tokenizer), tokenizer)
     for pattern in extra:
         found = [name for name in names if fnmatch.fnmatchcase(name, pattern) and not _matches(name, NEVER)]
         if not found:

@@ -148,6 +148,8 @@ def test_every_shard_is_written_in_full_by_one_thread_in_order(plan: Plan) -> No
         assert len(shard.header) + len(sink.shards[shard.name]) == shard.size
         assert sink.boundaries[shard.name][-1] == len(sink.shards[shard.name])
     assert sink.threads == {"streamconv-writer"}
+    assert sink.drained
+    assert sink.closed
     assert sink.calls.count("begin") == sink.calls.count("end") == len(plan.shards)
     assert "halt" not in sink.calls
     assert sum(done) == sum(shard.size - len(shard.header) for shard in plan.shards)
@@ -181,6 +183,62 @@ def test_a_boundary_carries_the_sums_of_the_weight_before_it(plan: Plan) -> None
 
 def test_nothing_to_do_is_done_at_once(plan: Plan) -> None:
     assert carry_out(plan, Recorder(), {}).calls == []
+
+
+# -- lanes -------------------------------------------------------------------------------------------------------
+
+
+def carry_out_in_lanes(plan: Plan, recorders: Sequence[Recorder], stop: StopRequest | None = None) -> None:
+    """As `carry_out`, with as many lanes as recorders."""
+    plan = dataclasses.replace(plan, memory=dataclasses.replace(plan.memory, lanes=len(recorders)))
+    left = list(recorders)
+    try:
+        run_plans([Output(plan, from_the_start(plan), left.pop)], quiet, stop or StopRequest())
+    finally:
+        assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("streamconv")]
+        assert not left
+        assert all(recorder.closed for recorder in recorders)
+
+
+@pytest.fixture(scope="module")
+def many(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """A plan of many shards."""
+    base = write_base(tmp_path_factory.mktemp("many") / "base", SIZES.shapes, shards=9)
+    return planned(base, adapter, quant="nf4", rounding="nearest", max_shard_bytes=40_000)
+
+
+@pytest.mark.parametrize("lanes", [2, 3, 8])
+def test_lanes_share_the_shards(many: Plan, lanes: int) -> None:
+    alone = carry_out(many, Recorder())
+    recorders = [Recorder(lambda number, call: time.sleep(0.001)) for _ in range(lanes)]
+    carry_out_in_lanes(many, recorders)
+    found = [name for recorder in recorders for name in recorder.shards]
+    assert sorted(found) == [shard.name for shard in many.shards]
+    assert sum(bool(recorder.shards) for recorder in recorders) > 1
+    for recorder in recorders:
+        assert len(recorder.threads) <= 1
+        assert bytes_of(recorder).items() <= bytes_of(alone).items()
+        assert recorder.sums.items() <= alone.sums.items()
+        assert recorder.calls.count("begin") == recorder.calls.count("end") == len(recorder.shards)
+
+
+def test_an_error_in_one_lane_ends_all(many: Plan) -> None:
+    recorders = [Recorder(lambda number, call: time.sleep(0.01)), Recorder(failing_at(5)), Recorder()]
+    with pytest.raises(OddError, match=r"number 5$"):
+        carry_out_in_lanes(many, recorders)
+    assert sum(len(recorder.shards) for recorder in recorders) < len(many.shards)
+
+
+def test_a_stop_request_halts_every_lane_at_a_boundary(many: Plan) -> None:
+    stop = StopRequest()
+    recorders = [Recorder(stopping_at(at, stop)) for at in (9, 10_000, 10_000)]
+    with pytest.raises(Stopped):
+        carry_out_in_lanes(many, recorders, stop)
+    for recorder in recorders:
+        assert recorder.drained
+        if recorder.calls[-1:] == ["halt"] and recorder.shard:
+            assert len(recorder.shards[recorder.shard]) == (recorder.boundaries[recorder.shard] or [0])[-1]
+    assert sum(recorder.calls.count("end") for recorder in recorders) < len(many.shards)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import streamconv
 from streamconv.cli import main
 from streamconv.errors import HubError, InputError, OptionError, OutputError, ResourceError, VerificationError
 from streamconv.pipeline import downloads, runner
+from streamconv.sidecars import CHAT_TEMPLATES
 from streamconv.sizes import format_size
 from tests.hub_stub import TOKEN, Hub, Request
 from tests.hubs import environment, hub
@@ -368,6 +369,28 @@ def test_what_an_older_output_left_is_removed(hub: Hub, inputs: Inputs, output: 
     hub.repos["me/merged"].commit(hub.head("me/merged") | {"kept.txt": b""})
     streamconv.push(tmp_path / "one", "me/merged")
     assert set(hub.head("me/merged")) == {*contents(tmp_path / "one"), ".gitattributes", "kept.txt"}
+
+
+def test_chat_templates_travel_with_the_tokenizer(hub: Hub, inputs: Inputs, tmp_path: Path) -> None:
+    """From a repository into an output, from there into another, and away when the next output has none."""
+    hub.add("org/base", inputs.base)
+    folder = tmp_path / "templates"
+    folder.mkdir()
+    (folder / "rag.jinja").write_text("documents")
+    (folder / "notes.txt").write_text("no template")
+    hub.add("org/base", folder, f"{CHAT_TEMPLATES}/")
+    streamconv.convert("org/base", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / CHAT_TEMPLATES).iterdir()] == ["rag.jinja"]
+    streamconv.push(tmp_path / "out", "me/out")
+    remote = hub.head("me/out")
+    assert remote[f"{CHAT_TEMPLATES}/rag.jinja"] == b"documents"
+    (tmp_path / "out" / CHAT_TEMPLATES / "rag.jinja").rename(tmp_path / "rag.jinja")
+    hub.repos["me/out"].commit(remote | {f"{CHAT_TEMPLATES}/mine.txt": b""})
+    streamconv.push(tmp_path / "out", "me/out")
+    assert set(remote) - set(hub.head("me/out")) == {f"{CHAT_TEMPLATES}/rag.jinja"}
+    (tmp_path / "out" / CHAT_TEMPLATES / "rag.jinja").symlink_to(tmp_path / "rag.jinja")
+    with pytest.raises(InputError, match=r"rag\.jinja is a link that leads outside"):
+        streamconv.push(tmp_path / "out", "me/out")
 
 
 def test_another_model_is_not_written_over(hub: Hub, inputs: Inputs, output: Path) -> None:

@@ -24,6 +24,7 @@ from streamconv.output import (
 )
 from streamconv.pipeline import Job, prepare
 from streamconv.plan import MergeOptions, Plan, ShardPlan
+from streamconv.sidecars import CHAT_TEMPLATES
 from streamconv.storage import open_storage
 from tests.models import Sizes, write_base
 
@@ -386,6 +387,44 @@ def test_a_file_to_copy_that_changed_since_is_refused(out: Path, plan: Plan, tmp
         with pytest.raises(CheckpointError, match=r"tokenizer\.json changed"):
             publish_output(out, plan, journal, (file,), GENERATED)
     assert not (out / "config.json").exists()
+
+
+def test_old_chat_templates_make_way(out: Path, plan: Plan, tmp_path: Path) -> None:
+    base, templates = tmp_path / "base" / CHAT_TEMPLATES, out / CHAT_TEMPLATES
+    base.mkdir(parents=True)
+    templates.mkdir()
+    (base / "rag.jinja").write_text("new")
+    for name in ("rag.jinja", "tool_use.jinja", "notes.txt"):
+        (templates / name).write_text("old")
+    file = open_storage(str(tmp_path / "base")).file(f"{CHAT_TEMPLATES}/rag.jinja")
+    with opened(out, plan) as journal:
+        write_all(journal, plan.shards)
+        publish_output(out, plan, journal, (file,), GENERATED)
+        assert {path.name: path.read_text() for path in templates.iterdir()} == {
+            "rag.jinja": "new",
+            "notes.txt": "old",
+        }
+        publish_output(out, plan, journal, (), GENERATED)
+        assert [path.name for path in templates.iterdir()] == ["notes.txt"]
+        (templates / "notes.txt").unlink()
+        publish_output(out, plan, journal, (), GENERATED)
+    assert not templates.exists()
+
+
+def test_chat_templates_are_not_written_through_a_link(out: Path, plan: Plan, tmp_path: Path) -> None:
+    base, elsewhere = tmp_path / "base" / CHAT_TEMPLATES, tmp_path / "elsewhere"
+    base.mkdir(parents=True)
+    elsewhere.mkdir()
+    (base / "rag.jinja").write_text("new")
+    (elsewhere / "tool_use.jinja").write_text("of another model")
+    (out / CHAT_TEMPLATES).symlink_to(elsewhere)
+    file = open_storage(str(tmp_path / "base")).file(f"{CHAT_TEMPLATES}/rag.jinja")
+    with opened(out, plan) as journal:
+        write_all(journal, plan.shards)
+        publish_output(out, plan, journal, (file,), GENERATED)
+    assert os.listdir(elsewhere) == ["tool_use.jinja"]
+    assert not (out / CHAT_TEMPLATES).is_symlink()
+    assert (out / CHAT_TEMPLATES / "rag.jinja").read_text() == "new"
 
 
 def test_a_folder_in_the_place_of_a_file_is_an_error_of_ours(out: Path, plan: Plan) -> None:

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
 
 import streamconv
 from streamconv.errors import CheckpointError, InputError, OptionError
-from streamconv.sidecars import MODEL, NEVER, TOKENIZER, choose_tokenizer, edit_config, files_to_copy
+from streamconv.sidecars import (
+    CHAT_TEMPLATES,
+    MODEL,
+    NEVER,
+    TOKENIZER,
+    choose_tokenizer,
+    edit_config,
+    files_to_copy,
+)
 from streamconv.storage import open_storage
 from tests.tiny import llama_config, save_base
 
@@ -127,6 +144,58 @@ def test_a_link_within_the_hubs_cache_is_followed(tmp_path: Path) -> None:
     (blobs / "0f").write_text("{}")
     (snapshot / "tokenizer.json").symlink_to("../../blobs/0f")
     assert names(snapshot) == {"tokenizer.json"}
+
+
+@pytest.fixture
+def templates(base: Path) -> Path:
+    folder = base / CHAT_TEMPLATES
+    folder.mkdir()
+    (folder / "rag.jinja").write_text("documents")
+    (folder / "notes.txt").write_text("no template")
+    (folder / "deeper").mkdir()
+    (folder / "deeper" / "x.jinja").write_text("transformers looks at one level")
+    return folder
+
+
+def test_further_chat_templates_go_with_the_tokenizer(base: Path, templates: Path, tmp_path: Path) -> None:
+    assert names(base) == COPIED | {f"{CHAT_TEMPLATES}/rag.jinja"}
+    other = tmp_path / "adapter"
+    (other / CHAT_TEMPLATES).mkdir(parents=True)
+    (other / "tokenizer.json").write_text("{}")
+    (other / CHAT_TEMPLATES / "tool_use.jinja").write_text("tools")
+    found = names(base, tokenizer=other)
+    assert {name for name in found if "/" in name} == {f"{CHAT_TEMPLATES}/tool_use.jinja"}
+
+
+def test_chat_templates_may_not_be_linked_to_from_outside(
+    base: Path, templates: Path, tmp_path: Path
+) -> None:
+    outside = templates.rename(tmp_path / "outside")
+    templates.symlink_to(outside)
+    with pytest.raises(CheckpointError, match=rf"{CHAT_TEMPLATES}/rag\.jinja is a link that leads outside"):
+        names(base)
+    templates.unlink()
+    templates.mkdir()
+    (templates / "rag.jinja").symlink_to(outside / "rag.jinja")
+    with pytest.raises(CheckpointError, match=rf"{CHAT_TEMPLATES}/rag\.jinja is a link that leads outside"):
+        names(base)
+
+
+def test_transformers_finds_all_chat_templates_in_the_output(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", llama_config())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+    tokenizer.chat_template = {"default": "{{ 1 }}\n", "rag": "{{ 2 }}", "tool_use": "{{ 3 }}"}
+    tokenizer.save_pretrained(base)
+    assert (base / CHAT_TEMPLATES / "rag.jinja").is_file()
+    streamconv.convert(base, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+    streamconv.convert(base, tmp_path / "out")  # it is the same output: nothing to do, nothing refused
+    tokenizer.chat_template = {"default": "{{ 4 }}"}
+    shutil.rmtree(base / CHAT_TEMPLATES)
+    tokenizer.save_pretrained(base)
+    streamconv.convert(base, tmp_path / "out", overwrite=True)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ 4 }}"
+    assert not (tmp_path / "out" / CHAT_TEMPLATES).exists()
 
 
 def test_files_come_out_byte_for_byte(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamconv.adapters.base import Update
+from streamconv.adapters.folded import BlockLoraUpdate, PooledLoraUpdate
 from streamconv.adapters.initial import InitialUpdate
 from streamconv.adapters.lora import DoraUpdate, LoraUpdate
 from streamconv.cells import KeptDelta, WeightWork, Workers, cells
@@ -68,8 +69,8 @@ def tiles(prepared: Prepared) -> int:
     return -(-step.rows // tile_rows(step, prepared.plan.memory.buffer, CELL_ROWS))
 
 
-def with_memory(prepared: Prepared, buffer: int, workers: int) -> Prepared:
-    memory = dataclasses.replace(prepared.plan.memory, buffer=buffer, workers=workers)
+def with_memory(prepared: Prepared, buffer: int, workers: int, lanes: int) -> Prepared:
+    memory = dataclasses.replace(prepared.plan.memory, buffer=buffer, workers=workers, lanes=lanes)
     return dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, memory=memory))
 
 
@@ -88,7 +89,7 @@ def hashes(folder: Path) -> Mapping[str, str]:
     ],
     ids=["bf16", "nf4-dq stochastic of T", "nf4 nearest of F", "nf4-dq base kept"],
 )
-def test_the_same_bytes_for_any_number_of_tiles_and_workers(
+def test_the_same_bytes_for_any_number_of_tiles_workers_and_lanes(
     inputs: Inputs, tmp_path: Path, base: str, options: MergeOptions
 ) -> None:
     prepared = prepare(Job(str(getattr(inputs, base)), str(inputs.adapter), options, "cpu"))
@@ -99,10 +100,10 @@ def test_the_same_bytes_for_any_number_of_tiles_and_workers(
         )
     cell = max(wide(prepared).weight.decoder.row_offset(64), wide(prepared).encoder.row_offset(64))
     found = {}
-    for count, workers in ((1, 1), (1, 5), (8, 2), (8, 5), (60, 1), (60, 2)):
-        planned = with_memory(prepared, -(-60 // count) * cell, workers)
+    for count, workers, lanes in ((1, 1, 1), (1, 5, 2), (8, 2, 1), (8, 5, 3), (60, 1, 2), (60, 2, 1)):
+        planned = with_memory(prepared, -(-60 // count) * cell, workers, lanes)
         assert tiles(planned) == count
-        out = tmp_path / f"{count}-{workers}"
+        out = tmp_path / f"{count}-{workers}-{lanes}"
         report = run(planned, out, lambda done, total: None, StopRequest())
         assert (report.kept_delta is not None) == (options.quant != "keep" or base == "nf4")
         found[count, workers] = hashes(out)
@@ -176,6 +177,23 @@ def pissa(shape: tuple[int, int], rank: int = 3) -> tuple[Update, Mapping[str, T
     return InitialUpdate(W, shape, MappingProxyType({}), "pissa", rank, 0.5, False, DENSE["float32"]), {}
 
 
+def blocks(shape: tuple[int, int]) -> tuple[Update, Mapping[str, Tensor]]:
+    """Of lora_B, if the rows can be cut in three; else of lora_A, or just one."""
+    rank = 3
+    if shape[0] % rank == 0:
+        parts = {"lora_A": normal((rank, shape[1]), 1, 0.3), "lora_B": normal((shape[0], 1), 2, 0.3)}
+        return BlockLoraUpdate(W, shape, MappingProxyType({}), 0.5, rank), parts
+    count = rank if shape[1] % rank == 0 else 1
+    parts = {"lora_A": normal((rank, shape[1] // count), 1, 0.3), "lora_B": normal((shape[0], rank), 2, 0.3)}
+    return BlockLoraUpdate(W, shape, MappingProxyType({}), 0.5, count), parts
+
+
+def pooled(shape: tuple[int, int], rank: int = 3) -> tuple[Update, Mapping[str, Tensor]]:
+    group = next(size for size in (4, 3, 2, 1) if shape[1] % size == 0)
+    parts = {"lora_A": normal((rank, shape[1] // group), 1, 0.3), "lora_B": normal((shape[0], rank), 2, 0.3)}
+    return PooledLoraUpdate(W, shape, MappingProxyType({}), 0.5, False, group), parts
+
+
 formats = st.sampled_from(sorted(FORMATS))
 dense = st.sampled_from(sorted(DENSE))
 # Odd numbers of rows and columns; blocks that wrap around rows; last cells of any height.
@@ -192,7 +210,9 @@ def cases(draw: st.DrawFn, folder: Path) -> Case:
     merge_base = None
     if base in DENSE and draw(st.booleans()):
         merge_base = FORMATS[draw(st.sampled_from(quantized))].encoder(W, shape, DENSE[base])
-    kinds = [lora] if merge_base else [lora, transposed_dora] + ([pissa] if base in DENSE else [])
+    kinds = [draw(st.sampled_from([lora, blocks, pooled]))]
+    if not merge_base:
+        kinds += [transposed_dora] + ([pissa] if base in DENSE else [])
     update, parts = draw(st.sampled_from(kinds))(shape)
     on_grid = merge_base.grid if merge_base else weight.decoder.grid
     keeps = rounding is not None and rounding.keeps_scales and on_grid == encoder.grid

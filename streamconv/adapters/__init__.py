@@ -11,6 +11,7 @@ from streamconv.adapters.base import Adapter, Parameter, Tie, Update
 from streamconv.adapters.config import AdapterConfig, read_config
 from streamconv.adapters.conv import ConvUpdate
 from streamconv.adapters.experts import ExpertsUpdate
+from streamconv.adapters.folded import BlockLoraUpdate, PooledLoraUpdate
 from streamconv.adapters.lora import LoraBiasUpdate, LoraUpdate
 from streamconv.adapters.lora_config import UNUSED
 from streamconv.adapters.lora_reader import read_lora
@@ -173,7 +174,10 @@ def _check_effect(source: Source, updates: Iterable[Update], saved: Saved, scan:
 
 def _is_zero(update: Update, scan: Scan) -> bool:
     if (
-        not isinstance(update, LoraUpdate | LoraBiasUpdate | ConvUpdate | ExpertsUpdate)
+        not isinstance(
+            update,
+            LoraUpdate | LoraBiasUpdate | ConvUpdate | ExpertsUpdate | BlockLoraUpdate | PooledLoraUpdate,
+        )
         or "magnitude" in update.parts
     ):
         return False

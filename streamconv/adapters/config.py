@@ -106,6 +106,24 @@ class AdapterConfig:
             self._refuse(field, "a list of names")
         return tuple(value)
 
+    def section(self, field: str, known: frozenset[str]) -> Mapping[str, Any] | None:
+        """An object of fields among `known`, the sub-config of a variant; None where it is null or missing.
+
+        Raises UnsupportedError for a field in it that is not known and says something.
+        """
+        value = self.fields.get(field)
+        if value is None or value is False:
+            return None
+        if not isinstance(value, dict):
+            self._refuse(field, "an object")
+        for name, entry in value.items():
+            if name not in known and not is_empty(entry):
+                raise UnsupportedError(
+                    f"{self.name}: {field} has the field {shown(name)} ({shown(entry)}), which is not known here and"
+                    " may change what a merge must do; if it has no effect on the weights, remove it from the file"
+                )
+        return MappingProxyType(value)
+
     def ranks(self, field: str) -> Mapping[str, int]:
         """Ranks by pattern, in file order."""
         return self._by_pattern(field, is_rank)

@@ -28,6 +28,8 @@ _APART: Mapping[str, Sequence[tuple[str, ...]]] = MappingProxyType(
 )
 # Modules with `is_transposed`: PEFT since 0.19 takes lora_A for the middle axis of these, and before, of all.
 _TRANSPOSED = frozenset({"aria", "aria_text", "gpt_oss", "openai_privacy_filter"})
+# transformers 5 trains the transpose of what it stores of these, transformers 4 what is stored; both run PEFT 0.18.
+_STORED_TRANSPOSED = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +123,8 @@ def _updates(
 ) -> list[Update]:
     if settings.use_dora or settings.lora_bias or settings.initial:
         raise UnsupportedError(
-            f"{settings.name}: target_parameters go with neither use_dora nor lora_bias nor init_lora_weights"
-            f" {settings.initial or 'pissa'!r}"
+            f"{settings.name}: target_parameters go with neither use_dora nor lora_bias nor an initialisation that"
+            " changes the base"
         )
     stored = _find(module, name, factors.a, base)
     experts = stored.shape[0]
@@ -244,12 +246,12 @@ def _is_middle(
 
 def _usual_axis(module: str, name: str, shape: Shape, settings: LoraSettings, base: Base) -> str:
     """What PEFT of the adapter's version does with a square parameter of such a model."""
-    version = settings.peft_version
-    if version is not None and version < (0, 19):
+    version, model_type = settings.peft_version, str(base.config.get("model_type"))
+    if version is not None and version < (0, 19) and model_type not in _STORED_TRANSPOSED:
         return "middle"
     # 0.19.0 may do one or the other; a fused parameter of a model that is not known may be stored transposed.
     if version is not None and version >= (0, 19, 1):
-        if str(base.config.get("model_type")) in _TRANSPOSED:
+        if model_type in _TRANSPOSED:
             return "middle"
         if base.find(f"{module}.{name}") is None:
             return "last"

@@ -1,10 +1,11 @@
 """What training was added to where it began by taking something off the base: PiSSA (Meng et al. 2024, arXiv
-2404.02948) its r greatest singular components, OLoRA (Büyükakyüz 2024, arXiv 2406.01775) s times the first r factors of
-its QR decomposition (`pissa_init`, `olora_init` in `peft/tuners/lora/layer.py`).
+2404.02948) its r greatest singular components, KaSA (Wang et al. 2024, arXiv 2412.06071) the r smallest, OLoRA
+(Büyükakyüz 2024, arXiv 2406.01775) s times the first r factors of its QR decomposition (`pissa_init`, `olora_init` in
+`peft/tuners/lora/layer.py`, `KasaLinearVariant` in `variants.py`).
 
-    PiSSA: W - Σ_{k≤r} σ_k u_k v_kᵀ        OLoRA: W - s·Q[:, :r] R[:r]
+    PiSSA: W - Σ_{k≤r} σ_k u_k v_kᵀ        KaSA: W - Σ_{k>n-r} σ_k u_k v_kᵀ        OLoRA: W - s·Q[:, :r] R[:r]
 
-Both products are the same whatever signs a library gives the vectors; the difference is rounded to the weight's type,
+The products are the same whatever signs a library gives the vectors; the difference is rounded to the weight's type,
 as in training. An adapter that was converted by PEFT on saving (`path_initial_model_for_weight_conversion`) is an
 ordinary LoRA.
 """
@@ -72,11 +73,17 @@ def _pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     return u[:, :rank] * s[:rank], vh[:rank]
 
 
+def _kasa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    del scaling  # what is dropped does not depend on what is trained
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    return u[:, -rank:] * s[-rank:], vh[-rank:]
+
+
 def _olora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     q, r = torch.linalg.qr(weight)
     return scaling * q[:, :rank], r[:rank]
 
 
 INITIAL: Mapping[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]] = MappingProxyType(
-    {"pissa": _pissa, "olora": _olora}
+    {"pissa": _pissa, "olora": _olora, "kasa": _kasa}
 )

@@ -1,5 +1,6 @@
-"""LoRA: W + s·B A (Hu et al. 2021, arXiv 2106.09685, §4.1), and DoRA: m ⊙ V / ‖V‖ with V = W + s·B A
-(Liu et al. 2024, arXiv 2402.09353, eq. 5), as `peft/tuners/lora/layer.py` and `dora.py` have them.
+"""LoRA: W + s·B A (Hu et al. 2021, arXiv 2106.09685, §4.1), KaSA: W + s·B diag(d) A (Wang et al. 2024, arXiv
+2412.06071, eq. 6), and DoRA: m ⊙ V / ‖V‖ with V = W + s·B A (Liu et al. 2024, arXiv 2402.09353, eq. 5), as
+`peft/tuners/lora/layer.py`, `variants.py` and `dora.py` have them.
 
 `nn.Linear` stores W as [out, in]. GPT-2's `Conv1D` stores it as [in, out], and so does an embedding, which takes one
 of V tokens as its input; A [r, in] and B [out, r] are the same for all, so there the update is transposed, and the
@@ -20,7 +21,7 @@ from streamconv.errors import AdapterError
 
 @dataclass(frozen=True, slots=True)
 class LoraUpdate:
-    """Parts `lora_A` [r, in], `lora_B` [out, r]; `transposed`: the weight is stored as [in, out]."""
+    """Parts `lora_A` [r, in], `lora_B` [out, r], of KaSA `diagonal` [r]; `transposed`: the weight is [in, out]."""
 
     parameter: str
     shape: Shape
@@ -117,8 +118,10 @@ def dora_gain(parameter: str, magnitude: Tensor, norms: Tensor, first: int) -> T
 
 
 def _factors(rows: range, parts: Mapping[str, Tensor], transposed: bool) -> tuple[Tensor, Tensor]:
-    """Views of A and B whose product is `rows` of B A, or of its transpose."""
+    """Matrices whose product is `rows` of B A, or of its transpose: views, but for KaSA's A."""
     a, b = parts["lora_A"], parts["lora_B"]
+    if "diagonal" in parts:
+        a = parts["diagonal"].unsqueeze(1) * a
     if transposed:
         return a[:, rows.start : rows.stop].T, b.T
     return b[rows.start : rows.stop], a

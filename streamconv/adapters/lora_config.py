@@ -16,16 +16,20 @@ from streamconv.adapters.config import (
     Neutral,
     Rule,
     check_fields,
+    is_rank,
 )
-from streamconv.adapters.initial import INITIAL
 from streamconv.adapters.replication import read_ranges
+from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import AdapterError, UnsupportedError
 
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """What the merge needs of a LoraConfig; of the patterns the first that matches wins."""
+    """What the merge needs of a LoraConfig; of the patterns the first that matches wins.
+
+    `blocks` are those of BD-LoRA's block-diagonal factors, `group` the inputs that QA-LoRA pools.
+    """
 
     name: str
     r: int
@@ -37,6 +41,8 @@ class LoraSettings:
     fan_in_fan_out: bool
     lora_bias: bool = False
     initial: str | None = None
+    blocks: int = 1
+    group: int = 1
     target_parameters: tuple[str, ...] = ()
     peft_version: tuple[int, ...] | None = None
 
@@ -61,11 +67,13 @@ class LoraSettings:
 def read_settings(config: AdapterConfig) -> LoraSettings:
     """Raises UnsupportedError for a variant that is not built, AdapterError for a field of a wrong type."""
     check_fields(config, LORA_FIELDS)
-    initial = config.fields.get("init_lora_weights")
-    if initial in INITIAL and read_ranges(config):
+    _check_variants(config)
+    initial = _initial(config)
+    if initial is not None and read_ranges(config):
         raise UnsupportedError(
-            f"{config.name}: init_lora_weights is {initial!r}, and layer_replication is set: copies of a layer share"
-            " their weights in training, off which every copy took something, in turn; such an adapter cannot be merged"
+            f"{config.name}: training began by taking something off the weights ({initial}), and layer_replication is"
+            " set: copies of a layer share their weights in training, off which every copy took something, in turn;"
+            " such an adapter cannot be merged"
         )
     return LoraSettings(
         name=config.name,
@@ -82,11 +90,50 @@ def read_settings(config: AdapterConfig) -> LoraSettings:
         use_rslora=config.flag("use_rslora"),
         use_dora=config.flag("use_dora"),
         lora_bias=config.flag("lora_bias"),
-        initial=config.text("init_lora_weights") if initial in INITIAL else None,
+        initial=initial,
+        blocks=_blocks(config),
+        group=config.rank("qalora_group_size") if config.flag("use_qalora") else 1,
         fan_in_fan_out=config.flag("fan_in_fan_out"),
         target_parameters=config.names("target_parameters"),
         peft_version=_version(config.fields.get("peft_version")),
     )
+
+
+def _check_variants(config: AdapterConfig) -> None:
+    """Raise UnsupportedError for variants beside each other: PEFT makes no such adapter of most pairs."""
+    changes_base = config.fields.get("init_lora_weights") in ("pissa", "olora")
+    on = [
+        *(field for field in ("use_dora", "use_qalora") if config.flag(field)),
+        *(
+            field
+            for field in ("use_bdlora", "kasa_config")
+            if config.section(field, _SECTIONS[field]) is not None
+        ),
+    ]
+    if on and changes_base and on != ["use_dora"]:
+        on.append(f"init_lora_weights {shown(config.fields['init_lora_weights'])}")
+    if len(on) > 1:
+        raise UnsupportedError(
+            f"{config.name}: {' and '.join(on)} are set together, and what an adapter of both means is not known here"
+        )
+
+
+def _initial(config: AdapterConfig) -> str | None:
+    """What training took off the base, a key of INITIAL."""
+    if config.section("kasa_config", _SECTIONS["kasa_config"]) is not None:
+        return "kasa"
+    found = config.fields.get("init_lora_weights")
+    return found if found in ("pissa", "olora") else None
+
+
+def _blocks(config: AdapterConfig) -> int:
+    section = config.section("use_bdlora", _SECTIONS["use_bdlora"])
+    found = 1 if section is None else section.get("nblocks", 1)
+    if not is_rank(found):
+        raise AdapterError(
+            f"{config.name}: nblocks in use_bdlora must be a positive whole number, found {shown(found)}"
+        )
+    return found
 
 
 def _version(text: object) -> tuple[int, ...] | None:
@@ -111,6 +158,14 @@ _CHANGED_BASE = (
     " wrong model; save it with PEFT's path_initial_model_for_weight_conversion, which makes it an ordinary LoRA"
 )
 
+# Fields of the objects that switch a variant on; but for nblocks they say what was trained, and how.
+_SECTIONS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "use_bdlora": frozenset({"target_modules_bd_a", "target_modules_bd_b", "nblocks", "match_strict"}),
+        "kasa_config": frozenset({"beta", "gamma"}),
+    }
+)
+
 LORA_FIELDS: Mapping[str, Rule] = MappingProxyType(
     {
         **COMMON_FIELDS,
@@ -125,23 +180,23 @@ LORA_FIELDS: Mapping[str, Rule] = MappingProxyType(
         "megatron_config": NO_EFFECT,
         "megatron_core": NO_EFFECT,
         "runtime_config": NO_EFFECT,
-        "qalora_group_size": NO_EFFECT,  # only beside use_qalora
+        "qalora_group_size": USED,  # only beside use_qalora
         # Each of these belongs to an init_lora_weights of its name.
         "eva_config": NO_EFFECT,
         "corda_config": NO_EFFECT,
         "lora_ga_config": NO_EFFECT,
         "loftq_config": NO_EFFECT,
         "init_lora_weights": Neutral(
-            _CHANGED_BASE, (True, "gaussian", "eva", "orthogonal", "mica", *INITIAL)
+            _CHANGED_BASE, (True, "gaussian", "eva", "orthogonal", "mica", "pissa", "olora")
         ),
         "bias": Neutral("expected none, all or lora_only", ("none", "all", "lora_only")),
         "lora_bias": USED,
         "target_parameters": USED,
         "trainable_token_indices": USED,
         "layer_replication": USED,
-        "use_qalora": Neutral("QA-LoRA pools its inputs, which is not supported yet"),
-        "use_bdlora": Neutral("block-diagonal LoRA is not supported yet"),
-        "kasa_config": Neutral("KaSA cuts singular values off the base weight, which is not supported yet"),
+        "use_qalora": USED,
+        "use_bdlora": USED,
+        "kasa_config": USED,
         # These change training only; their tensors are UNUSED.
         "velora_config": NO_EFFECT,
         "monteclora_config": NO_EFFECT,

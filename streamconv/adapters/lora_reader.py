@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from streamconv.adapters.base import Parameter, Update
 from streamconv.adapters.conv import ConvUpdate
 from streamconv.adapters.experts_reader import Factors, read_experts
+from streamconv.adapters.folded import BlockLoraUpdate, PooledLoraUpdate
 from streamconv.adapters.initial import InitialUpdate
 from streamconv.adapters.lora import DoraUpdate, LoraBiasUpdate, LoraUpdate
 from streamconv.adapters.lora_config import LoraSettings, read_settings
@@ -20,11 +23,16 @@ from streamconv.errors import AdapterError, UnsupportedError
 _KEY = re.compile(
     r"(?P<module>.+)\.(?:"
     r"(?P<factor>lora_[AB])\.weight|lora_embedding_(?P<embedding>[AB])(?:\.weight)?"
-    r"|(?P<magnitude>lora_magnitude_vector(?:\.weight)?)|(?P<bias>lora_B\.bias))"
+    r"|(?P<magnitude>lora_magnitude_vector(?:\.weight)?)|(?P<diagonal>lora_diag)|(?P<bias>lora_B\.bias))"
 )
 # Models of transformers that use Conv1D (`transformers/pytorch_utils.py`), and what they call such layers.
 _CONV1D_MODELS = frozenset({"clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
 _CONV1D_LAYERS = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
+
+# What belongs to a variant alone: its name, and the field that switches it on.
+_SWITCHES: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {"magnitude": ("DoRA", "use_dora"), "diagonal": ("KaSA", "kasa_config")}
+)
 
 Parts = Mapping[str, StoredTensor]
 
@@ -83,40 +91,115 @@ def _updates(module: str, parts: Parts, settings: LoraSettings, source: Source, 
         _check_plain(parameter, settings)
         updates: list[Update] = [_conv_update(module, factors, shape, settings, source, parameter)]
     else:
-        rank = check_rank(source.trained(module), a, b, settings)
-        if is_embedding:
-            _check_embedding(parameter, shape, a, b)
-        transposed = is_embedding or _is_transposed(parameter, shape, a, b, settings, base)
-        if settings.use_dora:
-            _check_magnitude(parameter, parts["magnitude"], (b.shape[0],))
-        kind = DoraUpdate if settings.use_dora else LoraUpdate
-        scaling = settings.scaling(source.trained(module), rank)
-        updates = _initial(parameter, shape, settings, rank, scaling, transposed, is_embedding)
-        updates += [kind(parameter.name, shape, MappingProxyType(factors), scaling, transposed)]
+        layer = _layer(module, parameter, shape, factors, is_embedding, settings, source, base)
+        under = source.tensors.get(f"{module}.base_layer.weight")
+        updates = [*_initial(layer, under, settings, base), _update(layer, settings)]
     if "bias" in parts:
         scaling = settings.scaling(source.trained(module), a.shape[0])
         updates.append(_bias_update(module, parts["bias"], b, scaling, base))
     return updates
 
 
-def _initial(
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A linear layer or an embedding: its weight in training, and the factors for it, which act on `inputs`."""
+
+    parameter: Parameter
+    shape: Shape
+    factors: Parts
+    inputs: int
+    rank: int
+    scaling: float
+    is_embedding: bool
+    transposed: bool
+
+
+def _layer(
+    module: str,
     parameter: Parameter,
     shape: Shape,
-    settings: LoraSettings,
-    rank: int,
-    scaling: float,
-    transposed: bool,
+    factors: Parts,
     is_embedding: bool,
-) -> list[Update]:
-    """What comes before the update: nothing, or what its initialisation did to the base."""
-    if settings.initial is None:
+    settings: LoraSettings,
+    source: Source,
+    base: Base,
+) -> _Layer:
+    a, b = factors["lora_A"], factors["lora_B"]
+    rank = check_rank(source.trained(module), a, b, settings)
+    inputs = a.shape[1] if is_embedding else _inputs(shape, a, b, settings)
+    if is_embedding:
+        _check_embedding(parameter, shape, a, b)
+    transposed = is_embedding or _is_transposed(parameter, shape, inputs, a, b, settings, base)
+    if "magnitude" in factors:
+        _check_numbers(parameter, factors["magnitude"], (b.shape[0],), "output")
+    if "diagonal" in factors:
+        _check_numbers(parameter, factors["diagonal"], (rank,), "rank")
+    scaling = settings.scaling(source.trained(module), rank)
+    return _Layer(
+        parameter, shape, MappingProxyType(dict(factors)), inputs, rank, scaling, is_embedding, transposed
+    )
+
+
+def _inputs(shape: Shape, a: StoredTensor, b: StoredTensor, settings: LoraSettings) -> int:
+    """Inputs that lora_A acts on: its columns, or so many for each as a variant in use folds into one."""
+    columns = a.shape[1]
+    expected = math.prod(shape) // max(b.shape[0], 1)
+    return expected if expected in (columns * settings.blocks, columns * settings.group) else columns
+
+
+def _update(layer: _Layer, settings: LoraSettings) -> Update:
+    """What the factors do to the weight, whatever was done to it before."""
+    a, b = layer.factors["lora_A"], layer.factors["lora_B"]
+    common = (layer.parameter.name, layer.shape, layer.factors, layer.scaling)
+    folds_a, folds_b = layer.inputs > a.shape[1], b.shape[1] < layer.rank
+    if not folds_a and not folds_b:
+        kind = DoraUpdate if settings.use_dora else LoraUpdate
+        return kind(*common, layer.transposed)
+    if settings.group > 1:
+        return PooledLoraUpdate(*common, layer.transposed, settings.group)
+    if (
+        layer.transposed
+        or (folds_a and folds_b)
+        or layer.rank % settings.blocks
+        or (folds_b and b.shape[0] % settings.blocks)
+    ):
+        raise _misfit(layer.parameter, a, b)
+    return BlockLoraUpdate(*common, settings.blocks)
+
+
+def _initial(layer: _Layer, under: StoredTensor | None, settings: LoraSettings, base: Base) -> list[Update]:
+    """What comes before the update: nothing, or what its initialisation did to the base.
+
+    `under` is the weight under the update where the file holds it, as its initialisation had left it.
+    """
+    if settings.initial is None or under is not None:
         return []
-    if is_embedding or (settings.use_dora and transposed):
+    parameter = layer.parameter
+    if base.tie is not None and parameter.name == base.tie.head:
+        raise UnsupportedError(
+            f"{parameter.name} and {base.tie.embedding} are one tensor of the base, which the initialisation of this"
+            f" adapter ({settings.initial}) changed for both, and the adapter does not hold it; save the adapter with"
+            " PEFT's save_embedding_layers=True"
+        )
+    needs_linear = settings.use_dora or settings.initial == "kasa"
+    if layer.is_embedding or (needs_linear and layer.transposed):
         _check_plain(parameter, settings)
+    if settings.initial == "kasa" and layer.rank >= min(layer.shape):
+        raise AdapterError(
+            f"{layer.factors['lora_A'].name} has rank {layer.rank}, and KaSA drops as many singular values of"
+            f" {parameter.name}, which has {min(layer.shape)}; was the adapter trained on this base?"
+        )
     none: Mapping[str, StoredTensor] = MappingProxyType({})
     return [
         InitialUpdate(
-            parameter.name, shape, none, settings.initial, rank, scaling, transposed, parameter.dtype
+            parameter.name,
+            layer.shape,
+            none,
+            settings.initial,
+            layer.rank,
+            layer.scaling,
+            layer.transposed,
+            parameter.dtype,
         )
     ]
 
@@ -124,8 +207,8 @@ def _initial(
 def _check_plain(parameter: Parameter, settings: LoraSettings) -> None:
     if settings.initial is not None:
         raise UnsupportedError(
-            f"{settings.name}: init_lora_weights is {settings.initial!r}, which is supported for linear layers only,"
-            f" and with use_dora not for Conv1D; {parameter.name} is another case"
+            f"{settings.name}: what an adapter's initialisation by {settings.initial} did to the base is supported for"
+            f" linear layers only, and by kasa or with use_dora not for Conv1D; {parameter.name} is another case"
         )
 
 
@@ -136,17 +219,22 @@ def _check_roles(module: str, parts: Parts, settings: LoraSettings, is_embedding
         keys["magnitude"] = "lora_magnitude_vector"
     if settings.lora_bias and not is_embedding:
         keys["bias"] = "lora_B.bias"
+    if settings.initial == "kasa" and not is_embedding:
+        keys["diagonal"] = "lora_diag"
     for role, key in keys.items():
         if role not in parts:
             there = ", ".join(tensor.name for tensor in parts.values())
+            of_quantized = "; PEFT trains quantized layers without KaSA: then set kasa_config to null"
             raise AdapterError(
                 f"{module}.{key} is missing, though {there} is there; the file is not complete"
+                f"{of_quantized if role == 'diagonal' else ''}"
             )
     for role, tensor in parts.items():
-        if role == "magnitude" and role not in keys:
+        if role in _SWITCHES and role not in keys:
+            method, field = _SWITCHES[role]
             raise AdapterError(
-                f"{tensor.name} belongs to DoRA, but use_dora is not set in {settings.name}; set it"
-                " if the adapter was trained with DoRA"
+                f"{tensor.name} belongs to {method}, but {field} is not set in {settings.name}; set it"
+                f" if the adapter was trained with {method}"
             )
         if role not in keys:
             raise AdapterError(
@@ -157,7 +245,8 @@ def _check_roles(module: str, parts: Parts, settings: LoraSettings, is_embedding
 
 def check_rank(module: str, a: StoredTensor, b: StoredTensor, settings: LoraSettings) -> int:
     """The rank the tensors have, which must be the one the config gives this module."""
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+    ranks = {b.shape[-1], b.shape[-1] * settings.blocks} if b.shape else set()
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] not in ranks:
         raise AdapterError(
             f"{a.name} has shape {list(a.shape)} and {b.name} {list(b.shape)}, expected [r, in] and [out, r]"
         )
@@ -165,11 +254,11 @@ def check_rank(module: str, a: StoredTensor, b: StoredTensor, settings: LoraSett
     return a.shape[0]
 
 
-def _check_magnitude(parameter: Parameter, magnitude: StoredTensor, expected: Shape) -> None:
-    if magnitude.shape != expected:
+def _check_numbers(parameter: Parameter, numbers: StoredTensor, expected: Shape, of: str) -> None:
+    if numbers.shape != expected:
         raise AdapterError(
-            f"{magnitude.name} has shape {list(magnitude.shape)}, expected {list(expected)},"
-            f" one number for each output of {parameter.name}"
+            f"{numbers.name} has shape {list(numbers.shape)}, expected {list(expected)},"
+            f" one number for each {of} of {parameter.name}"
         )
 
 
@@ -230,21 +319,27 @@ def _conv_update(
     if any(size != 1 for size in b.shape[2:]):
         raise _misfit(parameter, a, b)
     if settings.use_dora:
-        _check_magnitude(parameter, factors["magnitude"], (1, outputs, *(1 for _ in kernel)))
+        _check_numbers(parameter, factors["magnitude"], (1, outputs, *(1 for _ in kernel)), "output")
     settings.check_rank(source.trained(module), a, a.shape[0])
     scaling = settings.scaling(source.trained(module), a.shape[0])
     return ConvUpdate(parameter.name, shape, MappingProxyType(dict(factors)), scaling, settings.use_dora)
 
 
 def _is_transposed(
-    parameter: Parameter, shape: Shape, a: StoredTensor, b: StoredTensor, settings: LoraSettings, base: Base
+    parameter: Parameter,
+    shape: Shape,
+    inputs: int,
+    a: StoredTensor,
+    b: StoredTensor,
+    settings: LoraSettings,
+    base: Base,
 ) -> bool:
     """Whether the weight is stored as [in, out]: its shape says, or where it is square, the model does.
 
     `fan_in_fan_out` decides last. PEFT sets it to what the last layer it wrapped needed, and the bitsandbytes
     layers leave a wrong value as it is.
     """
-    outputs, inputs = b.shape[0], a.shape[1]
+    outputs = b.shape[0]
     if shape not in {(outputs, inputs), (inputs, outputs)}:
         raise _misfit(parameter, a, b)
     if outputs != inputs:

@@ -144,10 +144,12 @@ def by_key(location: str, tensors: Iterable[StoredTensor]) -> Mapping[str, Store
 _WRAPPERS = re.compile(r"^(module\.)+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # `lora_A.default.weight`: a state dict names the adapter, which save_pretrained leaves out.
 _ADAPTER_NAME = re.compile(
-    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|trainable_tokens_delta)\.default(?=\.|$)"
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_diag|trainable_tokens_delta)\.default(?=\.|$)"
 )
 
 
 def plain_key(name: str) -> str:
     """`name` without what wrappers and the name of the adapter, if it is PEFT's default, put into it."""
-    return _ADAPTER_NAME.sub(r".\1", _WRAPPERS.sub("", name))
+    if "module" in name or "_orig_mod" in name:
+        name = _WRAPPERS.sub("", name)
+    return _ADAPTER_NAME.sub(r".\1", name) if ".default" in name else name

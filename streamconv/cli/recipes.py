@@ -85,7 +85,7 @@ def _unknown(key: str, known: Mapping[str, Option], ctx: click.Context) -> str:
 
 
 def _checked(setting: Option, value: Value, where: str, ctx: click.Context) -> Any:
-    """The value for click, of the type the option has. Raises OptionError, which tells no value, only its type."""
+    """The value for click, of the type the option has. Raises OptionError."""
     if setting.multiple:
         items = value if isinstance(value, list) else [value]
         if not all(isinstance(item, str) for item in items):
@@ -108,15 +108,13 @@ def _type(setting: Option) -> tuple[str, tuple[type, ...]]:
     """What its value must be, in words and as types of Python, of which a bool is no int."""
     if setting.is_flag:
         return "true or false", (bool,)
-    match setting.type:
-        case Size():
-            return "a size, such as 5GB", (str, int)
-        case click.FloatRange():
-            return "a number", (int, float)
-        case _ if setting.type is click.INT:
-            return "a whole number", (int,)
-        case _:
-            return "text", (str,)
+    if isinstance(setting.type, Size):
+        return "a size, such as 5GB", (str, int)
+    if isinstance(setting.type, type(click.INT)):
+        return "a whole number", (int,)
+    if isinstance(setting.type, type(click.FLOAT)):
+        return "a number", (int, float)
+    return "text", (str,)
 
 
 _TYPE_NAMES = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list"}

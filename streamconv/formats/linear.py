@@ -101,12 +101,18 @@ class Selection:
     skipped: tuple[str, ...]
 
 
-def select(shapes: Mapping[str, Shape], config: Mapping[str, Any], ignore: Sequence[str]) -> Selection:
+def select(
+    shapes: Mapping[str, Shape],
+    config: Mapping[str, Any],
+    ignore: Sequence[str],
+    dense: Collection[str] = frozenset(),
+) -> Selection:
     """Decide which of the weights `shapes` are quantized, and what the config must say of the others.
 
-    `shapes` are all weights of the model; `ignore` are patterns of modules, see `matches`. Quantized is what
-    bitsandbytes would have replaced. Mixture-of-experts parameters are not: transformers 5 fuses experts into
-    3-D parameters, and its routers hold their weight themselves. Nor is a head tied to the embedding.
+    `shapes` are all weights of the model; `ignore` are patterns of modules, see `matches`, and `dense` are paths of
+    modules: both stay in 16 bit. Quantized is what bitsandbytes would have replaced. Mixture-of-experts parameters
+    are not: transformers 5 fuses experts into 3-D parameters, and its routers hold their weight themselves. Nor is a
+    head tied to the embedding.
 
     Raises UnsupportedError for a Conv1D weight that would be quantized, for a model that no skip list can describe,
     and where none can tell the two kinds apart; OptionError for a pattern that is no regular expression.
@@ -119,7 +125,7 @@ def select(shapes: Mapping[str, Shape], config: Mapping[str, Any], ignore: Seque
         if not _may_be_linear(name, shape):
             continue
         module = module_of(name)
-        if not _is_replaced(module, shapes, config) or matches(module, ignore):
+        if module in dense or not _is_replaced(module, shapes, config) or matches(module, ignore):
             left.append(module)
         elif is_conv1d(module, config):
             raise UnsupportedError(
@@ -222,9 +228,9 @@ def _skip_list(head: str, quantized: Collection[str], left: Sequence[str]) -> tu
     Short where it can be: a last component (`lm_head`, `gate`) that means no quantized module, else the path.
     """
     entries = {} if head in quantized else {head: None}
-    for module in left:
-        last = module.rpartition(".")[2]
-        entries[module if any(_means(last, other) for other in quantized) else last] = None
+    names = {module: module.rpartition(".")[2] for module in left}
+    unclear = {last for last in set(names.values()) if any(_means(last, other) for other in quantized)}
+    entries |= {module if last in unclear else last: None for module, last in names.items()}
     if "embed_out" in entries:
         entries["lm_head"] = None  # GPT-NeoX: the name in files, and what transformers 5 calls it once loaded
     for entry in entries:

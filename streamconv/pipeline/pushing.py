@@ -10,6 +10,7 @@ from streamconv.output import is_of_model
 from streamconv.pipeline.job import Folder, OnProgress, output_folder, quiet
 from streamconv.pipeline.verification import verify
 from streamconv.report.result import MANIFEST
+from streamconv.sidecars import CHAT_TEMPLATES
 from streamconv.storage.local import open_folder
 from streamconv.storage.upload import LocalFile, Pushed, Target, check_target, parse_target, upload
 from streamconv.verifier import hash_file, read_manifest
@@ -51,13 +52,19 @@ def push_output(out: Folder, target: Target, show_progress: bool, on_progress: O
 
 
 def _files_to_push(folder: Path, listed: Mapping[str, str]) -> dict[str, LocalFile]:
-    """All files of an output but hidden ones; `listed` are those with a known SHA-256. Folders are none of ours."""
+    """All files of an output but hidden ones; `listed` are those with a known SHA-256.
+
+    Of folders only that of chat templates is ours.
+    """
     files = {}
-    for path in sorted(folder.iterdir()):
+    storage = open_folder(str(folder))
+    templates = [storage.file(name).name for name in storage.names(CHAT_TEMPLATES)]  # no links to elsewhere
+    for path in (*sorted(folder.iterdir()), *(folder / name for name in templates)):
+        name = str(path.relative_to(folder))
         if path.name.startswith(".") or not path.is_file():
             continue
-        if path.name.endswith(".safetensors") and path.name not in listed:
+        if name.endswith(".safetensors") and name not in listed:
             raise InputError(f"{path} is not of this output; move it elsewhere before you push")
-        sha256 = listed.get(path.name) or hash_file(str(path), lambda _: None)
-        files[path.name] = LocalFile(path, path.stat().st_size, sha256)
+        sha256 = listed.get(name) or hash_file(str(path), lambda _: None)
+        files[name] = LocalFile(path, path.stat().st_size, sha256)
     return files

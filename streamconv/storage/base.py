@@ -45,8 +45,8 @@ class Storage(Protocol):
     def origin(self) -> Origin | None:
         """The Hub repository and commit the files are from; None for a folder of one's own."""
 
-    def names(self) -> tuple[str, ...]:
-        """Names of the files directly inside, sorted."""
+    def names(self, subfolder: str | None = None) -> tuple[str, ...]:
+        """Names of the files directly inside, sorted; or `subfolder/name` of those in a subfolder, if it is there."""
 
     def file(self, name: str) -> SourceFile:
         """The file `name`. Raises CheckpointError if it is missing, not a regular file, or leads outside."""

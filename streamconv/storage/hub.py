@@ -78,9 +78,9 @@ class HubFolder:
     folder: Path
     files: Mapping[str, HubFile]
 
-    def names(self) -> tuple[str, ...]:
-        """Names of the files directly inside, sorted."""
-        return tuple(sorted(name for name in self.files if "/" not in name))
+    def names(self, subfolder: str | None = None) -> tuple[str, ...]:
+        """Names of the files directly inside, or inside `subfolder`, sorted."""
+        return tuple(sorted(name for name in self.files if name.rpartition("/")[0] == (subfolder or "")))
 
     def file(self, name: str) -> SourceFile:
         """The file `name`, whether it is here already or not."""

@@ -42,13 +42,17 @@ class LocalFolder:
         repo = _CACHED_MODEL.fullmatch(snapshot.parent.parent.name)
         return Origin("/".join(filter(None, repo.groups())), snapshot.name) if repo else None
 
-    def names(self) -> tuple[str, ...]:
+    def names(self, subfolder: str | None = None) -> tuple[str, ...]:
         """Names of all entries that are not folders, sorted; `file` says what is wrong with an odd one."""
+        folder, prefix = (self.path / subfolder, f"{subfolder}/") if subfolder else (self.path, "")
+        if subfolder and not folder.is_dir():
+            return ()
         try:
-            with os.scandir(self.path) as entries:
-                return tuple(sorted(entry.name for entry in entries if not entry.is_dir()))
+            with os.scandir(folder) as entries:
+                return tuple(sorted(prefix + entry.name for entry in entries if not entry.is_dir()))
         except OSError as error:
-            raise CheckpointError(f"{self.location}: cannot be listed: {error.strerror}") from error
+            where = f"{self.location}: {subfolder}" if subfolder else self.location
+            raise CheckpointError(f"{where}: cannot be listed: {error.strerror}") from error
 
     def file(self, name: str) -> SourceFile:
         """The file `name`, which may lie in a subfolder (`shards/a.safetensors`). Opens nothing."""

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
+from peft.tuners.lora.config import KasaConfig
 from transformers import MixtralConfig
 
 from streamconv.errors import InputError
@@ -31,6 +32,7 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 FORMS = {
     "plain": ("llama", {"target_modules": ["q_proj", "down_proj"]}),
     "dora": ("llama", {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}),
+    "kasa": ("llama", {"target_modules": ["q_proj"], "kasa_config": KasaConfig()}),
     "biases": ("gpt2", {"target_modules": ["c_attn"], "lora_bias": True, "fan_in_fan_out": True}),
     "rows": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}),
     "saved": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),

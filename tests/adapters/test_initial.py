@@ -1,16 +1,21 @@
-"""What PiSSA and OLoRA take off the base: against float64, for any shape and either orientation."""
+"""What PiSSA, KaSA and OLoRA take off the base: against float64, for any shape and either orientation."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
+import streamconv
 from streamconv.adapters.base import WholeUpdate
 from streamconv.adapters.initial import INITIAL, InitialUpdate
 from streamconv.dtypes import BF16, F32, Dtype
+from streamconv.errors import UnsupportedError
+from tests.tiny import edit_tensors, llama_config, save_adapter, save_base
 
 SHAPES = [(96, 40), (40, 96), (64, 64), (130, 7)]
 
@@ -38,6 +43,10 @@ def exact(weight: Tensor, kind: str, rank: int) -> Tensor:
         u, s, vh = torch.linalg.svd(full, full_matrices=False)
         rest: Tensor = full - (u[:, :rank] * s[:rank]) @ vh[:rank]
         return rest
+    if kind == "kasa":
+        u, s, vh = torch.linalg.svd(full, full_matrices=False)
+        kept: Tensor = (u[:, :-rank] * s[:-rank]) @ vh[:-rank]
+        return kept
     q = torch.linalg.qr(full[:, :rank])[0]  # the projection onto the first columns of W
     projected: Tensor = full - 0.5 * q @ (q.T @ full)
     return projected
@@ -46,7 +55,7 @@ def exact(weight: Tensor, kind: str, rank: int) -> Tensor:
 def spread(shape: tuple[int, int]) -> Tensor:
     """Singular values well apart: where two are close, float32 and float64 share their vectors out otherwise."""
     u, _, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
-    found: Tensor = (u * (8 * 0.8 ** torch.arange(min(shape)))) @ vh
+    found: Tensor = (u * (8 * 0.95 ** torch.arange(min(shape)))) @ vh
     return found
 
 
@@ -60,7 +69,7 @@ def test_the_rest_is_that_of_float64(kind: str, shape: tuple[int, int], transpos
     found = concluded(stored, kind, 5, transposed)
     expected = exact(weight, kind, 5).float()
     torch.testing.assert_close(found, expected.T if transposed else expected, rtol=0, atol=2e-5)
-    assert (stored - found).abs().max() > 0.1
+    assert (stored - found).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("kind", sorted(INITIAL))
@@ -76,3 +85,16 @@ def test_memory_is_counted_for_the_larger_side() -> None:
     for shape in SHAPES:
         update = InitialUpdate("w", shape, {}, "pissa", 3, 1.0, False, F32)
         assert update.whole_bytes > 4 * 4 * math.prod(shape)
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+def test_a_tied_head_whose_embedding_changed_unseen_is_refused(tmp_path: Path) -> None:
+    """PEFT saves a head it adapts unless told not to; the embedding it is tied to changed with it."""
+    base = save_base(tmp_path / "base", llama_config(tied=True))
+    lora = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    adapter = save_adapter(tmp_path / "adapter", base, lora).path
+    edit_tensors(adapter / "adapter_model.safetensors", drop=["base_model.model.lm_head.base_layer.weight"])
+    with pytest.raises(
+        UnsupportedError, match=r"lm_head\.weight and model\.embed_tokens\.weight are one tensor"
+    ):
+        streamconv.merge(base, adapter, tmp_path / "out")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -130,6 +130,7 @@ def test_a_closed_writer_is_done_with(path: Path) -> None:
             use()
 
 
+@settings(deadline=None)  # it waits for the disk
 @given(st.lists(st.integers(1, 300), max_size=6), st.integers(0, 6), st.binary(max_size=40))
 def test_interrupted_anywhere_and_resumed_the_bytes_are_the_same(
     tmp_path_factory: pytest.TempPathFactory, pieces: Sequence[int], kept: int, lost: bytes

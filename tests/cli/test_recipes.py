@@ -59,8 +59,8 @@ def a_value(option: Option) -> Any:
             return 0.5
         case click.Choice():
             return option.type.choices[-1]
-    if option.type is click.INT:
-        return 7
+        case number if number is click.INT:
+            return 7
     return ["some", "more"] if option.multiple and option.name != "adapter" else "some"
 
 

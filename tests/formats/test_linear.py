@@ -223,3 +223,11 @@ def test_masked_models_whose_head_is_not_known_are_refused() -> None:
         quantized("encoder.dense.weight", config=config)
     assert quantized("encoder.dense.weight", "lm_head.dense.weight", config=config, ignore=DEFAULT_IGNORE)
     assert quantized("encoder.dense.weight", config=config | {"model_type": "bert"})
+
+
+def test_modules_named_dense_stay_in_16_bit_and_mean_themselves_alone() -> None:
+    names = ("1.up", "11.up", "1.upper", "1.down")
+    selection = select(
+        {f"layers.{name}.weight": SQUARE for name in names}, LLAMA, (), {"layers.1.up", "layers.1.down"}
+    )
+    assert selection.quantized == ("layers.11.up.weight", "layers.1.upper.weight")

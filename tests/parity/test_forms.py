@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
-from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
+from peft.tuners.lora import Linear
+from peft.tuners.lora.config import BdLoraConfig, EvaConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.variants import QALoraLinearVariant
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -32,6 +34,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
     Qwen3MoeConfig,
+    Qwen3VLMoeConfig,
 )
 
 import streamconv
@@ -42,6 +45,7 @@ from tests.tiny import (
     Adapter,
     gpt2_config,
     llama_config,
+    read_tensors,
     save_adapter,
     save_base,
 )
@@ -106,6 +110,42 @@ MODELS: Mapping[str, Model] = {
             layer_types=["full_attention"] * 2,
         )
     ),
+    "gpt_oss_square": Model(  # of an expert of gpt-oss-20b, too, down_proj is square
+        GptOssConfig(
+            **_SIZES | {"intermediate_size": 32},
+            num_local_experts=3,
+            head_dim=8,
+            num_experts_per_tok=2,
+            layer_types=["full_attention"] * 2,
+        )
+    ),
+    "qwen3_vl_moe": Model(  # trains the transpose of what it stores
+        Qwen3VLMoeConfig(
+            text_config=_SIZES
+            | {
+                "num_experts": 4,
+                "moe_intermediate_size": 24,
+                "num_experts_per_tok": 2,
+                "head_dim": 8,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "mrope_section": [2, 1, 1],
+                },
+            },
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 20,
+                "num_heads": 2,
+                "patch_size": 4,
+                "out_hidden_size": 32,
+                "num_position_embeddings": 4,
+                "deepstack_visual_indexes": [0],
+            },
+        ),
+        AutoModelForImageTextToText,
+    ),
     "gemma3": Model(
         Gemma3Config(
             text_config=_SIZES | {"head_dim": 8, "sliding_window": 16},
@@ -142,6 +182,12 @@ EMBED, HEAD = ["embed_tokens"], ["lm_head"]
 QV = ["q_proj", "v_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 BOTH_ROWS = {"embed_tokens": [3, 1], "lm_head": [2]}
+
+
+def blocks(number: int, **fields: Any) -> BdLoraConfig:
+    """Block-diagonal as tensor parallelism cuts layers."""
+    row_cut, column_cut = ["o_proj", "down_proj"], ["q_proj", "up_proj"]
+    return BdLoraConfig(target_modules_bd_a=row_cut, target_modules_bd_b=column_cut, nblocks=number, **fields)
 
 
 def targets(*names: str, **fields: Any) -> dict[str, Any]:
@@ -190,9 +236,23 @@ FORMS = [
     Form("llama", "pissa by dora, patterns", targets(*QV, init_lora_weights="pissa", use_dora=True, rank_pattern={"q_proj": 7})),
     Form("llama", "olora", targets("q_proj", "up_proj", "down_proj", init_lora_weights="olora", use_rslora=True)),
     Form("gpt2", "pissa", targets("c_attn", "c_proj", init_lora_weights="pissa", fan_in_fan_out=True)),
+    Form("llama", "embedding and head by pissa", targets("embed_tokens", "lm_head", "q_proj", init_lora_weights="pissa")),
+    Form("llama", "head by pissa", targets("lm_head", "q_proj", init_lora_weights="pissa")),
+    Form("tied", "resized, head by pissa", targets("lm_head", "q_proj", init_lora_weights="pissa"), resize_to=44, untied=True, peft_is_wrong=True),
+    Form("tied", "head by pissa", targets("lm_head", "q_proj", init_lora_weights="pissa"), untied=True, peft_is_wrong=True),
+    Form("tied", "head by olora", targets("lm_head", init_lora_weights="olora"), untied=True, peft_is_wrong=True),
     Form("llama", "mica", targets(*QV, init_lora_weights="mica")),
     Form("llama", "velora", targets(*QV, velora_config=VeloraConfig(num_groups=4))),
     Form("llama", "monteclora", targets(*QV, monteclora_config=MontecloraConfig())),
+    Form("llama", "eva", targets(*QV, init_lora_weights="eva", eva_config=EvaConfig())),
+    Form("llama", "kasa", targets("q_proj", "up_proj", "down_proj", kasa_config=KasaConfig(), use_rslora=True, rank_pattern={"q_proj": 7})),
+    Form("llama", "kasa, head", targets("lm_head", "q_proj", kasa_config=KasaConfig())),
+    Form("tied", "kasa, head", targets("lm_head", "q_proj", kasa_config=KasaConfig()), untied=True, peft_is_wrong=True),
+    Form("qwen2", "kasa, bias of lora_B", targets(*QV, kasa_config=KasaConfig(), lora_bias=True)),
+    Form("llama", "blocks of A and B", targets("q_proj", "o_proj", "up_proj", "down_proj", use_bdlora=blocks(4))),
+    Form("llama", "blocks here and there", targets("q_proj", "v_proj", "o_proj", use_bdlora=blocks(2, match_strict=False))),
+    Form("llama", "blocks, one", targets("q_proj", "o_proj", use_bdlora=blocks(1))),
+    Form("llama", "qa-lora of layers that are not GPTQ, which PEFT does not pool", targets(*QV, use_qalora=True, qalora_group_size=8)),
     Form("llama", "orthogonal", targets(*QV, init_lora_weights="orthogonal")),
     Form("phi3", "fused projections", targets("qkv_proj", "gate_up_proj", use_dora=True)),
     Form("classifier", "head saved", targets(*QV, task_type="SEQ_CLS")),
@@ -206,6 +266,8 @@ FORMS = [
     Form("qwen3_moe", "router", targets(target_parameters=["mlp.gate.weight"])),
     Form("square_moe", "experts", targets(target_parameters=EXPERTS)),
     Form("gpt_oss", "experts", targets("q_proj", target_parameters=EXPERTS, use_rslora=True)),
+    Form("gpt_oss_square", "experts", targets(target_parameters=EXPERTS)),
+    Form("qwen3_vl_moe", "experts", targets("q_proj", target_parameters=EXPERTS)),
     Form("gemma3", "names of transformers 5", targets(*QV)),
     Form("gemma3", "head", targets("lm_head"), untied=True, peft_is_wrong=True),
     Form("gemma3", "resized, saved", targets("q_proj", modules_to_save=EMBED, ensure_weight_tying=True), resize_to=44),
@@ -262,3 +324,26 @@ def test_merged_files_are_the_live_model(form: Form, bases: dict[str, Path], tmp
         ).read_bytes()
     if form.peft_is_wrong:
         assert relative_difference(outputs(merged_by_peft(adapter), model.sees), expected) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        Form("llama", "groups of inputs", targets("q_proj", "up_proj", "down_proj", use_rslora=True)),
+        Form("gpt2", "groups of inputs", targets("c_attn", "attn.c_proj", fan_in_fan_out=True)),
+    ],
+    ids=str,
+)
+def test_pooled_inputs_are_those_of_the_live_model(
+    form: Form, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT pools the inputs of GPTQ layers only, and merges none of them; here its variant runs on plain ones."""
+    monkeypatch.setattr(Linear, "resolve_lora_variant", lambda *_, **__: QALoraLinearVariant())
+    pooled = replace(form, config={**form.config, "use_qalora": True, "qalora_group_size": 8})
+    adapter = adapter_of(pooled, bases, tmp_path / "adapter")
+    factors = read_tensors(adapter.path / WEIGHTS)
+    assert {tensor.shape[1] for name, tensor in factors.items() if "lora_A" in name} <= {4, 9}
+    expected = outputs(adapter.live, sees=False)
+    assert matters(adapter, expected, sees=False)
+    streamconv.merge(bases[form.model], adapter.path, tmp_path / "out")
+    assert relative_difference(outputs(open_model(tmp_path / "out"), sees=False), expected) < TOLERANCE

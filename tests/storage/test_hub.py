@@ -152,6 +152,8 @@ def test_names_that_lead_outside_are_not_listed(hub: Hub) -> None:
 
 def test_a_subfolder(hub: Hub) -> None:
     add(hub)
+    assert open_hub("org/model", None, None).names("sub") == ("sub/config.json",)
+    assert open_hub("org/model", None, None).names("su") == ()
     found = open_hub("org/model", None, "sub")
     assert found.names() == ("config.json",)
     assert found.read_bytes("config.json", 10) == b"[]"

@@ -66,6 +66,8 @@ def test_a_file_in_a_subfolder_can_be_named(folder: LocalFolder) -> None:
     (folder.path / "sub").mkdir()
     (folder.path / "sub" / "b").write_bytes(b"x")
     assert folder.file("sub/b").size == 1
+    assert folder.names("sub") == ("sub/b",)
+    assert folder.names("none") == folder.names("a.bin") == ()
 
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=repr)
