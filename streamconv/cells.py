@@ -27,13 +27,14 @@ import torch
 from torch import Tensor
 
 from streamconv.adapters.base import WholeUpdate
+from streamconv.dtypes import F32
 from streamconv.errors import InputError
 from streamconv.formats.base import CELL_ROWS, Encoder
-from streamconv.grids import Grid, multiply_by_scales
+from streamconv.grids import Grid
+from streamconv.kernels import kernels_for, pairwise_sum
 from streamconv.plan import Rewrite
-from streamconv.rounding import ROUNDINGS, uniform
+from streamconv.rounding import uniform
 from streamconv.rounding.base import Context
-from streamconv.rounding.nearest import absmax_scales
 
 _STRETCH = 1 << 18
 
@@ -71,25 +72,28 @@ def cells(rows: range, height: int = CELL_ROWS) -> Iterator[range]:
         yield range(first, min(first + height, rows.stop))
 
 
-def _scaled(grid: Grid, codes: Tensor, scales: Tensor) -> Tensor:
-    values = grid.decode(codes)
-    return multiply_by_scales(values, scales, grid.block, out=values, peak=grid.peak)
-
-
-def _block_sums(values: Tensor, block: int) -> Tensor:
-    """Sum of every block of `values` (float32, flat), the last one maybe short."""
-    whole = values.numel() - values.numel() % block
-    sums = values[:whole].view(-1, block).sum(dim=1)
-    return sums if whole == values.numel() else torch.cat((sums, values[whole:].sum().view(1)))
-
-
 def _inner_product(left: Tensor, right: Tensor) -> float:
     """<left, right> in float64, a stretch at a time: there may be millions of blocks."""
     total = torch.zeros((), dtype=torch.float64, device=left.device)
     for start in range(0, left.numel(), _STRETCH):
         stretch = slice(start, start + _STRETCH)
-        total += (left[stretch].double() * right[stretch]).sum()
+        total += pairwise_sum(left[stretch].double() * right[stretch])
     return float(total)
+
+
+class Scratch:
+    """Memory of one worker, kept from cell to cell and from weight to weight: a buffer for every role."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, role: str, count: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`count` entries, flat; they hold what the role's last user left there."""
+        key = (role, dtype, device)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < count:
+            buffer = self._buffers[key] = torch.empty(count, dtype=dtype, device=device)
+        return buffer[:count]
 
 
 class Ticket(Protocol):
@@ -115,6 +119,7 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self.scratch = tuple(Scratch() for _ in range(count))
         self._numbers = itertools.count()
         self._own = threading.local()
         self._pool = ThreadPoolExecutor(count, "streamconv-cells", self._take_number)
@@ -155,6 +160,9 @@ class Inline:
 
     count = 1
 
+    def __init__(self) -> None:
+        self.scratch = (Scratch(),)
+
     def map(self, work: Callable[[int, range], None], rows: range) -> None:
         work(0, rows)
 
@@ -190,10 +198,7 @@ class WeightWork:
     ) -> None:
         self.step, self.side, self.parts, self.seed = step, side, parts, seed
         self.device, self.workers, self.height = device, workers, height
-        self._scratch = [
-            torch.empty(min(height, step.rows) * step.columns, dtype=torch.float32, device=device)
-            for _ in range(workers.count)
-        ]
+        self._kernels = kernels_for(device)
         self._states: list[Tensor | None] = [None] * len(step.updates)
         # What cells leave behind is written to its place in tensors allocated at once. As small tensors of their
         # own, they would lie between freed cells on the heap, which could not shrink: up to 5 times the memory.
@@ -254,7 +259,7 @@ class WeightWork:
         if not self.step.updates:
             return tail, None
         effective = encoder.effective_scales(scales) if self._effective is None else self._effective
-        base_inner, delta, error = self._sums.sum(dim=0).tolist()
+        base_inner, delta, error = pairwise_sum(self._sums.T.contiguous()).tolist()
         inner = _inner_product(effective, self._inner) / encoder.grid.peak
         return tail, KeptDelta(inner - base_inner, delta, error)
 
@@ -275,10 +280,9 @@ class WeightWork:
         assert merge_base is not None
         assert merge_base.grid is not None
         for cell in cells(part, self.height):
-            values = self._decode(self._raw(raw, rows, cell), cell, self._scratch[number]).flatten()
-            self._blocks(self._absmax, cell, merge_base.grid).copy_(
-                absmax_scales(values, merge_base.grid.block)
-            )
+            values = self._decode(self._raw(raw, rows, cell), cell, self.workers.scratch[number]).view(-1)
+            out = self._blocks(self._absmax, cell, merge_base.grid)
+            self._kernels.absmax(values, merge_base.grid.block, out)
 
     def _take_states(self, number: int, raw: Tensor, rows: range) -> None:
         states = list(self._states)
@@ -286,20 +290,21 @@ class WeightWork:
             cell_raw = self._raw(raw, rows, cell)
             for index, update in enumerate(self.step.updates):
                 if update.reduces:
-                    base = self._base(cell_raw, cell, self._scratch[number]).values
+                    base = self._base(cell_raw, cell, self.workers.scratch[number]).values
                     states[index] = update.reduce(base, cell, self.parts[index], states[index])
         self._states = states
 
     def _rewrite(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
         encoder = self.step.encoder
         first = encoder.row_offset(rows.start)
+        scratch = self.workers.scratch[number]
         for cell in cells(part, self.height):
             cell_out = out[encoder.row_offset(cell.start) - first : encoder.row_offset(cell.stop) - first]
-            base = self._base(self._raw(raw, rows, cell), cell, self._scratch[number])
+            base = self._base(self._raw(raw, rows, cell), cell, scratch)
             if encoder.grid is None:
                 self._round(self._target(base.values, cell), cell, cell_out)
             else:
-                self._quantize(base, cell, encoder.grid, cell_out)
+                self._quantize(base, cell, encoder.grid, cell_out, scratch)
 
     # -- one cell ------------------------------------------------------------------------------------------
 
@@ -314,15 +319,19 @@ class WeightWork:
         columns = self.step.columns
         return scales[rows.start * columns // grid.block : -(-rows.stop * columns // grid.block)]
 
-    def _decode(self, raw: Tensor, rows: range, scratch: Tensor) -> Tensor:
+    def _decode(self, raw: Tensor, rows: range, scratch: Scratch) -> Tensor:
         decoder = self.step.weight.decoder
         scales = self._base_scales
         if scales is not None and decoder.grid is not None:
             scales = self._blocks(scales, rows, decoder.grid)
-        out = scratch[: len(rows) * self.step.columns].view(len(rows), self.step.columns)
-        return decoder.decode(raw, rows, scales, out)
+        return decoder.decode(raw, rows, scales, self._cell("values", rows, scratch))
 
-    def _base(self, raw: Tensor, rows: range, scratch: Tensor) -> _Base:
+    def _cell(self, role: str, rows: range, scratch: Scratch) -> Tensor:
+        """Memory for a float32 cell [rows, columns]."""
+        shape = (len(rows), self.step.columns)
+        return scratch.take(role, shape[0] * shape[1], self.device).view(shape)
+
+    def _base(self, raw: Tensor, rows: range, scratch: Scratch) -> _Base:
         step, decoder = self.step, self.step.weight.decoder
         if step.merge_base is not None:
             return self._rounded_base(raw, rows, step.merge_base, scratch)
@@ -330,23 +339,27 @@ class WeightWork:
         if decoder.grid is None or step.encoder.grid is None or self._base_scales is None:
             return _Base(values, values)
         codes = decoder.codes(raw, rows)
-        anchor = _scaled(decoder.grid, codes, self._blocks(self._base_scales, rows, decoder.grid))
+        scales = self._blocks(self._base_scales, rows, decoder.grid)
+        anchor = self._cell("anchor", rows, scratch)
+        self._kernels.decode(codes, decoder.grid, scales, F32, anchor.view(-1))
         kept = None if self._effective is None else self._blocks(self._effective, rows, decoder.grid)
-        return _Base(values, anchor.view_as(values), codes, kept)
+        return _Base(values, anchor, codes, kept)
 
-    def _rounded_base(self, raw: Tensor, rows: range, merge_base: Encoder, scratch: Tensor) -> _Base:
+    def _rounded_base(self, raw: Tensor, rows: range, merge_base: Encoder, scratch: Scratch) -> _Base:
         """The base as QLoRA training saw it: what a loader makes of it once it is rounded to `merge_base`."""
         grid = merge_base.grid
         assert grid is not None
-        out = scratch[: len(rows) * self.step.columns].view(len(rows), self.step.columns)
-        original = self.step.weight.decoder.decode(raw, rows, None, out)
-        flat = original.flatten()
-        codes, absmax = ROUNDINGS["nearest"].choose(flat, grid, Context(None, None, flat, None))
+        original, anchor, values = (
+            self._cell(role, rows, scratch) for role in ("original", "anchor", "values")
+        )
+        flat = self.step.weight.decoder.decode(raw, rows, None, original).view(-1)
+        codes = scratch.take("base", flat.numel(), self.device, torch.uint8)
+        absmax = self._kernels.nearest(flat, grid, None, codes)
         scales = absmax if self._base_scales is None else self._blocks(self._base_scales, rows, grid)
         kept = scales if self._effective is None else self._blocks(self._effective, rows, grid)
-        anchor = _scaled(grid, codes, scales).view_as(original)
-        values = anchor.to(merge_base.dequantized_dtype.torch).float()
-        error = (original - values).square_().sum(dtype=torch.float64)
+        self._kernels.decode(codes, grid, scales, F32, anchor.view(-1))
+        self._kernels.decode(codes, grid, scales, merge_base.dequantized_dtype, values.view(-1))
+        error = self._kernels.distance(flat, values.view(-1), grid.block)
         return _Base(values, anchor, codes, kept, error)
 
     def _target(self, values: Tensor, rows: range) -> Tensor:
@@ -365,51 +378,52 @@ class WeightWork:
             low, high = torch.aminmax(rounded)
             if not bool(low.isfinite() & high.isfinite()):
                 # Says where, unless it was the rounding that made it infinite.
-                self._check_finite(target, rows)
+                self._check_finite(target, rows, target)
                 raise InputError(
                     f"{self.step.name}: a value does not fit {encoder.dtype.name}, whose greatest is "
                     f"{torch.finfo(encoder.dtype.torch).max:.6g}; choose a wider type with --dtype"
                 )
 
-    def _quantize(self, base: _Base, rows: range, grid: Grid, out: Tensor) -> None:
+    def _quantize(self, base: _Base, rows: range, grid: Grid, out: Tensor, scratch: Scratch) -> None:
         step, rounding = self.step, self.step.rounding
         assert rounding is not None
-        if not step.updates and step.keeps_scales and base.codes is not None and base.effective is not None:
+        keeps = step.keeps_scales
+        if not step.updates and keeps and base.codes is not None and base.effective is not None:
             step.encoder.pack(base.codes, out)  # already on the output's grid: nothing to round
             self._take_scales(base.effective, rows, grid)
             return
-        target = self._target(base.values.clone(), rows)
-        self._check_finite(target, rows)
-        target = target.flatten()
-        delta = target - base.values.flatten()
-        noise = None
+        values, count = base.values.view(-1), base.values.numel()
+        target, noise = values, None
+        if step.updates:
+            target = self._target(self._cell("target", rows, scratch).copy_(base.values), rows).flatten()
         if rounding.needs_noise:
-            noise = uniform(self.seed, step.name, rows, step.columns, self.device)
-        keeps = step.keeps_scales
-        context = Context(base.codes if keeps else None, base.effective if keeps else None, delta, noise)
-        codes, scales = rounding.choose(target, grid, context)
+            drawn = scratch.take("noise", count, self.device)
+            noise = uniform(self.seed, step.name, rows, step.columns, drawn)
+        context = Context(base.codes if keeps else None, base.effective if keeps else None, values, noise)
+        codes = scratch.take("codes", count, self.device, torch.uint8)
+        scales = rounding.choose(target, grid, context, codes)
+        self._check_finite(target, rows, scales if context.scales is None else target)
         step.encoder.pack(codes, out)
         self._take_scales(scales, rows, grid)
-        if not step.updates:
-            return
-        inner = _block_sums(grid.decode(codes).mul_(delta), grid.block)
-        self._blocks(self._inner, rows, grid).copy_(inner)
-        sums = [base.anchor.flatten() * delta, delta.square()]
-        totals = [total.sum(dtype=torch.float64) for total in sums]
-        cell = self._sums[rows.start // self.height]
-        cell[:2] = torch.stack(totals)
-        cell[2] = base.error
+        if step.updates:
+            inner = self._blocks(self._inner, rows, grid)
+            sums = self._sums[rows.start // self.height]
+            sums[:2] = self._kernels.kept(codes, grid, target, values, base.anchor.view(-1), inner)
+            sums[2] = base.error
 
     def _take_scales(self, scales: Tensor, rows: range, grid: Grid) -> None:
         if self._kept_scales is None:
             self._blocks(self._scales, rows, grid).copy_(scales)
 
-    def _check_finite(self, cell: Tensor, rows: range) -> None:
-        """Raise if a value is NaN or infinite. A sum is one fast pass, and finite only if every value is."""
+    def _check_finite(self, cell: Tensor, rows: range, telling: Tensor) -> None:
+        """Raise if a value of `cell` is NaN or infinite, and with it one of `telling`: the cell, or its greatest.
+
+        A sum is one fast pass, and finite only if every value is.
+        """
         if self._extremes is not None:
-            self._note_extremes(cell, rows)
+            self._note_extremes(telling, rows)
             return
-        if bool(torch.isfinite(cell.sum())):
+        if bool(torch.isfinite(telling.sum())):
             return
         bad = ~torch.isfinite(cell.view(len(rows), -1))
         if bool(bad.any()):  # else finite values overflowed together, which harms nothing

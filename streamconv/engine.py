@@ -120,6 +120,7 @@ class CudaEngine:
         self._gpu, self._device = gpu, device
         self._tile_bytes, self._count = memory.buffer, DEVICE_TILES
         self._copy_in, self._compute, self._copy_out = gpu.stream(), gpu.stream(), gpu.stream()
+        self._inline = Inline()
         self._places: list[_Place] = []
         self._turn = 0
 
@@ -135,7 +136,9 @@ class CudaEngine:
         def begin() -> WeightWork:
             there = [upload(update) for update in parts]
             height = cell_rows(self._device, step.columns)
-            return WeightWork(step, upload(side), there, self._gpu.torch, seed, Inline(), height, defers=True)
+            return WeightWork(
+                step, upload(side), there, self._gpu.torch, seed, self._inline, height, defers=True
+            )
 
         return self._within_memory(lambda: self._compute.ask(begin), [step])
 

@@ -174,7 +174,9 @@ class _Tile:
 
 @dataclass(frozen=True, slots=True)
 class _EndWeight:
-    pass
+    """All tiles of the weight have been read; `copies` as in them."""
+
+    copies: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +198,7 @@ class _Reduced:
 
 @dataclass(frozen=True, slots=True)
 class _WeightDone:
-    """The parts after the main one and the sums, for each output that rewrote the weight."""
+    """The parts after the main one and the sums, for each output that rewrote or copied the weight."""
 
     results: Mapping[int, tuple[tuple[bytes, ...], Mapping[str, KeptDelta]]]
 
@@ -403,7 +405,7 @@ class _Lane:
                 if not reduces:
                     reader.drop_cache(main, start, stop - start)
                 self.to_compute.put(_Tile(tile, slot, stop - start, reduces, copies))
-        self.to_compute.put(_EndWeight())
+        self.to_compute.put(_EndWeight(copies))
 
     # -- computing thread ----------------------------------------------------------------------------------
 
@@ -428,9 +430,10 @@ class _Lane:
                 case _Tile():
                     assert weight is not None
                     self._compute_tile(weight, message)
-                case _EndWeight():
+                case _EndWeight(copies):
                     assert weight is not None
-                    self.to_writer.put(_WeightDone(weight.finish()))
+                    nothing: tuple[tuple[bytes, ...], Mapping[str, KeptDelta]] = ((), {})
+                    self.to_writer.put(_WeightDone({**weight.finish(), **dict.fromkeys(copies, nothing)}))
                     weight = None
                 case _Halt():
                     self.to_writer.put(message)

@@ -72,12 +72,12 @@ class TableGrid:
 
     def nearest(self, x: Tensor) -> Tensor:
         """See Grid."""
-        tables = _tables(self.values, x.device)
+        tables = tables_of(self.values, x.device)
         return tables.by_rank(tables.midpoints.count_below(x))
 
     def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See Grid."""
-        tables = _tables(self.values, x.device)
+        tables = tables_of(self.values, x.device)
         x = x.clamp(tables.least, tables.greatest)
         upper = tables.distinct.count_below(x)
         is_above = _look_up(tables.distinct.thresholds, upper) > x
@@ -86,7 +86,7 @@ class TableGrid:
 
     def decode(self, codes: Tensor) -> Tensor:
         """See Grid."""
-        return _look_up(_tables(self.values, codes.device).values, codes)
+        return _look_up(tables_of(self.values, codes.device).values, codes)
 
     def decode_pairs(self, packed: Tensor) -> Tensor:
         """Values (float32, flat) of 4-bit codes stored two a byte (uint8, flat), the first one high."""
@@ -127,7 +127,7 @@ class IntegerGrid:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Steps:
+class Steps:
     """Sorted thresholds, and a way to count those below a number without searching.
 
     The interval [-1, 1] is cut into bins so narrow that none holds two thresholds. A bin knows how many
@@ -152,14 +152,14 @@ class _Steps:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Tables:
+class Tables:
     """A grid's values on one device; a rank is a place among the distinct values in rising order."""
 
     values: Tensor
     codes: Tensor
     codes_are_ranks: bool
-    midpoints: _Steps
-    distinct: _Steps
+    midpoints: Steps
+    distinct: Steps
     least: float
     greatest: float
 
@@ -177,7 +177,7 @@ def _bin(x: Tensor, bins: int) -> Tensor:
     return x.clamp(-1.0, 1.0).mul_(half).add_(half).to(torch.int32).clamp_(0, bins)
 
 
-def _steps(thresholds: Tensor) -> _Steps:
+def _steps(thresholds: Tensor) -> Steps:
     for bins in (16, 32, 64, 128, 256, 512, 1024):
         index = _bin(thresholds, bins)
         if len(set(index.tolist())) == thresholds.numel():
@@ -185,20 +185,21 @@ def _steps(thresholds: Tensor) -> _Steps:
             lower = torch.bucketize(all_bins, index).to(torch.uint8)
             own = torch.full((bins + 1,), torch.inf, device=thresholds.device)
             own[index] = thresholds
-            return _Steps(thresholds, bins, lower, own)
+            return Steps(thresholds, bins, lower, own)
     nothing = thresholds[:0]
-    return _Steps(thresholds, 0, nothing, nothing)
+    return Steps(thresholds, 0, nothing, nothing)
 
 
 @functools.cache
-def _tables(values: tuple[float, ...], device: torch.device) -> _Tables:
+def tables_of(values: tuple[float, ...], device: torch.device) -> Tables:
+    """The tables of a TableGrid with `values`, made once for every device."""
     table = torch.tensor(values, dtype=torch.float32, device=device)
     rising, codes = torch.sort(table, stable=True)
     # Two codes may share a value (0 and -0 of fp4): the first one stands for both.
     is_new = torch.ones_like(rising, dtype=torch.bool)
     is_new[1:] = rising[1:] > rising[:-1]
     rising, codes = rising[is_new], codes[is_new].to(torch.uint8)
-    return _Tables(
+    return Tables(
         values=table,
         codes=codes,
         codes_are_ranks=codes.tolist() == list(range(len(codes))),

@@ -45,34 +45,48 @@ _BYTES_PER_BLOCK = 44
 
 
 def plan_memory(
-    steps: Sequence[Step], options: MergeOptions, device: Device, shards: int = 1, outputs: int = 1
+    steps: Sequence[Step],
+    options: MergeOptions,
+    device: Device,
+    shards: int = 1,
+    further: Sequence[Sequence[Step]] = (),
 ) -> Memory:
-    """Tile buffer, workers, lanes and peaks for `steps`, which end in so many shards, of so many outputs.
+    """Tile buffer, workers, lanes and peaks for `steps`, which end in so many shards, and those of `further` outputs.
 
     Raises ResourceError if the least they need is over a budget.
     """
-    weights = [step for step in steps if isinstance(step, Rewrite)]
-    blocks = outputs * max((_block_bytes(step) + step.whole_bytes for step in weights), default=0)
-    held = max((_held_bytes(step) for step in weights), default=0)
-    cell = max((_work_bytes(step, device) for step in weights), default=0)
+    outputs = 1 + len(further)
+    each = [[step for step in some if isinstance(step, Rewrite)] for some in (steps, *further)]
+    weights = [step for some in each for step in some]
+    # A worker has one cell in work, and for each output a place to decode it to.
+    decoded = (outputs - 1) * max((_dense_cell_bytes(step, device) for step in weights), default=0)
     least = max([MIN_BUFFER_BYTES, *(_cell_bytes(step, device) for step in weights)])
-    if not device.is_cpu:
-        need = _Need(held, blocks, cell, 1 << (least - 1).bit_length(), 1 + outputs)
-        return _on_gpus(need, options, shards, len(device.names))
-    return _on_cpu(_Need(held, blocks, cell, least, 1 + outputs), options, shards)
+    need = _Need(
+        outputs=outputs,
+        held=max((_held_bytes(step) for step in weights), default=0),
+        blocks=sum(max((_block_bytes(step) + step.whole_bytes for step in some), default=0) for some in each),
+        cell=max((_work_bytes(step, device) for step in weights), default=0) + decoded,
+        least=least if device.is_cpu else 1 << (least - 1).bit_length(),
+    )
+    return _on_cpu(need, options, shards) if device.is_cpu else _on_gpus(need, options, shards, device)
 
 
 @dataclass(frozen=True, slots=True)
 class _Need:
     """What the largest weight of a run needs, in bytes: its side parts and adapter, what is kept for its blocks, one
-    cell in work, and a buffer for one stored cell, the least a tile can be. A tile has `buffers` of those.
+    cell in work, and a buffer for one stored cell, the least that a tile can be.
     """
 
+    outputs: int
     held: int
     blocks: int
     cell: int
     least: int
-    buffers: int
+
+    @property
+    def buffers(self) -> int:
+        """Of a tile: one read, and one written for each output."""
+        return 1 + self.outputs
 
 
 def _on_cpu(need: _Need, options: MergeOptions, shards: int) -> Memory:
@@ -90,13 +104,14 @@ def _on_cpu(need: _Need, options: MergeOptions, shards: int) -> Memory:
     return Memory(fixed + workers * need.cell + lanes * buffers * buffer, 0, buffer, workers, lanes)
 
 
-def _on_gpus(need: _Need, options: MergeOptions, shards: int, gpus: int) -> Memory:
+def _on_gpus(need: _Need, options: MergeOptions, shards: int, device: Device) -> Memory:
     """At least a lane for each GPU where there are shards and memory for it. Buffers are powers of two, because
     pinned memory is allocated in these.
     """
+    gpus = len(device.names)
     lane = WEIGHTS_HELD * need.held
     buffers = SLOTS * need.buffers
-    on_device = FIXED_VRAM_BYTES + need.held + need.blocks + need.cell
+    on_device = FIXED_VRAM_BYTES + need.outputs * need.held + need.blocks + need.cell
     tiles = DEVICE_TILES * need.buffers
     full = max(need.least, MAX_BUFFER_BYTES)
     lanes = _lanes(lane + buffers * full, options, shards, len(os.sched_getaffinity(0)))
@@ -145,8 +160,11 @@ def _quantizes(step: Rewrite) -> bool:
 def _work_bytes(step: Rewrite, device: Device) -> int:
     """Bytes of one worker: float32 tensors of one cell."""
     dense = _DENSE_CELL_COPIES if device.is_cpu else _DENSE_CELL_COPIES + _GPU_NORM_COPIES
-    copies = _GRID_CELL_COPIES if _quantizes(step) else dense
-    return min(cell_rows(device, step.columns), step.rows) * step.columns * 4 * copies
+    return _dense_cell_bytes(step, device) * (_GRID_CELL_COPIES if _quantizes(step) else dense)
+
+
+def _dense_cell_bytes(step: Rewrite, device: Device) -> int:
+    return min(cell_rows(device, step.columns), step.rows) * step.columns * 4
 
 
 def _block_bytes(step: Rewrite) -> int:

@@ -7,6 +7,7 @@ without config.json passes for no model.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from streamconv.checkpoint.writer import (
     write_file,
 )
 from streamconv.errors import OutputError, ResourceError
+from streamconv.formats import FORMATS
 from streamconv.journal import WORK_FOLDER, Journal, Watermark
 from streamconv.plan import Plan, ShardPlan
 from streamconv.sidecars import CHAT_TEMPLATES, is_read_by_loaders
@@ -36,6 +38,8 @@ _COPY_BYTES = 4 * 2**20
 _SPARE_DISK_BYTES = 64 * 2**20  # index, tokenizer, journal, and what the file system adds
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+OUTPUT_FOLDERS = ("none", *FORMATS)
+"""Names of the folders in an output that are for further ones, each a model of its own."""
 
 
 class ShardSink:
@@ -131,7 +135,9 @@ def check_place(out: Path, inputs: Mapping[str, Path], overwrite: bool, publishi
             )
     if not out.is_dir() or publishing:
         return
-    others = sorted(entry.name for entry in out.iterdir() if entry.name != WORK_FOLDER)
+    others = sorted(
+        entry.name for entry in out.iterdir() if entry.name != WORK_FOLDER and not _is_further_output(entry)
+    )
     weights = [name for name in others if name.endswith(".safetensors")]
     if overwrite and weights and CONFIG not in others:
         # Old weights go when the new ones come; a collection of other things must not.
@@ -146,19 +152,45 @@ def check_place(out: Path, inputs: Mapping[str, Path], overwrite: bool, publishi
         )
 
 
-def check_disk(out: Path, shards: Sequence[ShardPlan], journal: Journal) -> None:
-    """Raise ResourceError unless the `shards` still to be written fit the file system."""
+def _is_further_output(entry: Path) -> bool:
+    """Whether it is where `--also` puts a model of its own, which a run for the folder above leaves alone."""
+    return entry.name in OUTPUT_FOLDERS and entry.is_dir()
+
+
+def check_apart(out: Path, further: Sequence[Path]) -> None:
+    """Raise OutputError where links make outputs lie in one another, other than the `further` ones in `out`."""
+    real = {folder: folder.resolve() for folder in (out, *further)}
+    for one, other in itertools.permutations(real, 2):
+        is_meant = one == out and real[other] == real[out] / other.name
+        if real[one] == real[other] or (real[one] in real[other].parents and not is_meant):
+            raise OutputError(
+                f"{other} leads to {real[other]}, and {one} to {real[one]}: outputs must lie apart; remove such a "
+                "link, or choose another --out"
+            )
+
+
+def check_disk(outputs: Sequence[tuple[Path, Sequence[ShardPlan], Journal]]) -> None:
+    """Raise ResourceError unless the shards still to be written fit the file systems that the outputs lie on."""
+    needed: dict[int, int] = {}
+    for out, shards, journal in outputs:
+        disk = out.stat().st_dev
+        needed[disk] = needed.get(disk, 0) + _disk_need(shards, journal)
+        free = free_bytes(out / WORK_FOLDER)
+        if needed[disk] > free:
+            what = f"{out} with the other outputs" if len(outputs) > 1 else f"{out}"
+            raise ResourceError(
+                f"{what} needs {format_size(needed[disk])} and its disk has {format_size(free)} free: "
+                f"{format_size(needed[disk] - free)} are missing; free some, or choose another --out"
+            )
+
+
+def _disk_need(shards: Sequence[ShardPlan], journal: Journal) -> int:
     needed = _SPARE_DISK_BYTES
     for shard in shards:
         partial = journal.partial(shard.name)
         taken = partial.stat().st_blocks * 512 if partial.exists() else 0
         needed += max(0, shard.size - taken)
-    free = free_bytes(out / WORK_FOLDER)
-    if needed > free:
-        raise ResourceError(
-            f"{out} needs {format_size(needed)} and its disk has {format_size(free)} free: "
-            f"{format_size(needed - free)} are missing; free some, or choose another --out"
-        )
+    return needed
 
 
 def resume_points(out: Path, plan: Plan, journal: Journal) -> tuple[dict[str, int], dict[str, ShardWriter]]:

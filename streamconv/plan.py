@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, assert_never
+from typing import Any
 
 from streamconv.adapters.base import Update, WholeUpdate
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
@@ -191,11 +191,6 @@ class Plan:
         return sum(shard.size for shard in self.shards)
 
     @property
-    def bytes_read(self) -> int:
-        """Of the base, weights read twice counted twice."""
-        return sum(_bytes_read(placed.step) for shard in self.shards for placed in shard.steps)
-
-    @property
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
 
@@ -205,20 +200,6 @@ class Plan:
         if self.options.min_kept is not None:
             return self.options.min_kept
         return DEFAULT_MIN_KEPT if self.options.rounding == "auto" else 0.0
-
-
-def _bytes_read(step: Step) -> int:
-    match step:
-        case Copy():
-            return step.tensor.nbytes
-        case Constant():
-            return 0
-        case Rewrite():
-            parts, main = step.weight.parts, step.weight.decoder.main
-            again = parts[main].nbytes if step.access is not Access.ROW else 0
-            return sum(part.nbytes for part in parts.values()) + again
-        case _:
-            assert_never(step)
 
 
 def cell_rows(device: Device, columns: int) -> int:

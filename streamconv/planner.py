@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streamconv.adapters.base import Adapter, Replace, Tie, Update, WholeUpdate
@@ -20,7 +19,7 @@ from streamconv.formats.base import Encoder, Format, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, is_conv1d, matches, module_of, select
 from streamconv.layout import Placed, lay_out, split_by_size
 from streamconv.memory import plan_memory
-from streamconv.plan import Choice, Copy, Depth, MergeOptions, Plan, Rewrite, ShardPlan, Step
+from streamconv.plan import Choice, Copy, Depth, Memory, MergeOptions, Plan, Rewrite, ShardPlan, Step
 from streamconv.rounding import ROUNDINGS
 from streamconv.rounding.base import Rounding
 
@@ -53,36 +52,101 @@ class _Result:
     rounding_choice: Choice | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A plan but for what depends on the others of its run."""
+
+    options: MergeOptions
+    result: _Result
+    quantized: frozenset[str]
+    skipped: Sequence[str]
+    shards: tuple[ShardPlan, ...]
+    vocab_size: tuple[int, int] | None
+
+
 def build_plan(base: Base, adapter: Adapter | None, options: MergeOptions, device: Device) -> Plan:
     """Everything a run will do. Raises InputError, ResourceError where it could not succeed."""
+    (plan,) = build_plans(base, adapter, [options], device)
+    return plan
+
+
+def build_plans(
+    base: Base, adapter: Adapter | None, options: Sequence[MergeOptions], device: Device
+) -> tuple[Plan, ...]:
+    """A plan for each of `options`, to be carried out in one pass: as it would be alone, but for the memory, which is
+    that of the whole run in each.
+
+    Raises what `build_plan` does, and OptionError where two outputs would be the same.
+    """
+    drafts = [_draft(base, adapter, each) for each in options]
+    _check_different(drafts)
+    steps, *further = ([placed.step for shard in draft.shards for placed in shard.steps] for draft in drafts)
+    shards = 1 if further else len(drafts[0].shards)  # of several outputs, one shard each is in work at once
+    memory = plan_memory(steps, options[0], device, shards, further)
+    return tuple(_plan(base, adapter, draft, device, memory) for draft in drafts)
+
+
+def options_alone(base: Base, options: MergeOptions, quants: Sequence[str]) -> list[MergeOptions]:
+    """The options with which a run alone makes each output of a run for all `quants`.
+
+    A rounding is for those that are quantized; where none is, all keep it, to be refused.
+    """
+    each = [replace(options, quant=quant) for quant in quants]
+    quantized = [_resolve_quant(base, alone)[0] is not None for alone in each]
+    if not any(quantized):
+        return each
+    return [
+        alone if rounds else replace(alone, rounding="auto")
+        for alone, rounds in zip(each, quantized, strict=True)
+    ]
+
+
+def _draft(base: Base, adapter: Adapter | None, options: MergeOptions) -> _Draft:
     result = _resolve(base, adapter, options)
-    replaces = {replace.parameter: replace for replace in (adapter.replaces if adapter else ())}
+    replaces = {whole.parameter: whole for whole in (adapter.replaces if adapter else ())}
     updates = _updates_by_parameter(adapter)
     _check_unknown_tie(base, (*replaces, *updates))
     weights = _output_weights(base, adapter, replaces)
     quantized, skipped = _choose_quantized(base, weights, replaces, result, options)
     by_weight = _steps(base, weights, updates, quantized, result)
-    steps = [step for steps in by_weight for step in steps]
     shards = _as_stored(base.index, lay_out(_split(base, by_weight, result, options)))
+    return _Draft(options, result, quantized, skipped, shards, _new_vocabulary(base, weights))
+
+
+def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, memory: Memory) -> Plan:
+    result, options, shards = draft.result, draft.options, draft.shards
     return Plan(
         options=options,
         device=device,
         shards=shards,
-        memory=plan_memory(steps, options, device, len(shards)),
+        memory=memory,
         quant=result.quant.name if result.quant else None,
         target=result.target,
         rounding=result.rounding_choice,
-        quantized=tuple(sorted(quantized)),
-        skipped=tuple(skipped),
+        quantized=tuple(sorted(draft.quantized)),
+        skipped=tuple(draft.skipped),
         adapted=dict(adapter.modules) if adapter else {},
-        replaced=tuple(sorted(replaces)),
+        replaced=tuple(sorted(each.parameter for each in adapter.replaces)) if adapter else (),
         renamed=adapter.renamed if adapter else None,
         depth=base.depth,
         untied=bool(adapter and adapter.untie),
         dtype=_config_dtype(base, result),
-        vocab_size=_new_vocabulary(base, weights),
+        vocab_size=draft.vocab_size,
         fingerprint=fingerprint(base.index, adapter, options, result.rounding_choice, device, shards),
     )
+
+
+def _check_different(drafts: Sequence[_Draft]) -> None:
+    """Raise OptionError if two outputs would hold the same tensors in the same files."""
+    seen: dict[tuple[str | None, tuple[bytes, ...]], str] = {}
+    for draft in drafts:
+        format_name = draft.result.quant.name if draft.result.quant else None
+        content = format_name, tuple(shard.header for shard in draft.shards)
+        if content in seen:
+            raise OptionError(
+                f"--also {draft.options.quant} would give the same files as {seen[content]}; leave one of them out"
+            )
+        seen[content] = draft.options.quant
 
 
 # -- options -----------------------------------------------------------------------------------------------------
@@ -197,8 +261,8 @@ def _output_weights(
         assert base.tie is not None
         # A head that is stored though the config ties it counts: transformers 5 uses it where the two differ.
         weights.setdefault(base.tie.head, base.weights[base.tie.embedding])
-    for name, replace in replaces.items():
-        weights[name] = dense_weight(name, replace.tensor)
+    for name, whole in replaces.items():
+        weights[name] = dense_weight(name, whole.tensor)
     return weights
 
 
@@ -411,9 +475,7 @@ def _as_stored(index: CheckpointIndex, shards: Sequence[ShardPlan]) -> tuple[Sha
         steps: tuple[Placed[Step], ...] = tuple(
             Placed(copy, copy.tensor.offset, copy.tensor.nbytes) for copy in copies
         )
-        return dataclasses.replace(
-            shard, header=stored[file].header, size=file.size, steps=steps, same_as=file
-        )
+        return replace(shard, header=stored[file].header, size=file.size, steps=steps, same_as=file)
 
     return tuple(as_stored(shard) for shard in shards)
 

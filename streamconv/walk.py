@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from streamconv.checkpoint.types import StoredTensor
-from streamconv.plan import Copy, Plan, Rewrite, ShardPlan, Step
+from streamconv.plan import Access, Copy, Plan, Rewrite, ShardPlan, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,26 @@ def walk(cursors: Sequence[Cursor]) -> Iterator[Mapping[int, Begin | Todo | End]
     while waiting := {number: one for number, one in enumerate(ahead) if one.event is not None}:
         turn = _turn(waiting)
         yield {number: ahead[number].take() for number in turn}
+
+
+def bytes_read(plans: Sequence[Plan]) -> int:
+    """Bytes of the base that a pass for all of `plans` reads; a weight that is read twice counts twice."""
+    cursors = [Cursor(plan, {shard.name: len(shard.header) for shard in plan.shards}) for plan in plans]
+    return sum(
+        _bytes_read([event.step for event in unit.values() if isinstance(event, Todo)])
+        for unit in walk(cursors)
+    )
+
+
+def _bytes_read(steps: Sequence[Step]) -> int:
+    """Of one tensor that is read for `steps`, and of the parts beside it that those who rewrite it need."""
+    rewrites = [step for step in steps if isinstance(step, Rewrite)]
+    if not rewrites:
+        return next((step.tensor.nbytes for step in steps if isinstance(step, Copy)), 0)
+    weight = rewrites[0].weight
+    again = any(step.access is not Access.ROW for step in rewrites)
+    main = weight.parts[weight.decoder.main].nbytes
+    return sum(part.nbytes for part in weight.parts.values()) + again * main
 
 
 class _Ahead:

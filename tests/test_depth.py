@@ -21,6 +21,7 @@ from streamconv.plan import Copy, Depth, MergeOptions
 from streamconv.planner import Base, read_base
 from streamconv.report.plan import plan_as_json, plan_as_text
 from streamconv.storage import open_storage
+from streamconv.walk import bytes_read
 from tests.models import Sizes, write_adapter, write_base
 from tests.tiny import edit_json, read_tensors
 
@@ -132,7 +133,7 @@ def test_shards_are_filled_anew(base: Path, adapter: Path) -> None:
     assert sorted(step.name for step in steps) == sorted(deeper(SIZES.shapes, SOURCES))
     copied = [step.tensor for step in steps if isinstance(step, Copy)]
     assert len({(tensor.file.name, tensor.offset) for tensor in copied}) < len(copied)
-    assert plan.bytes_read == plan.size - sum(len(shard.header) for shard in plan.shards)
+    assert bytes_read([plan]) == plan.size - sum(len(shard.header) for shard in plan.shards)
 
 
 # -- refused -----------------------------------------------------------------------------------------------------

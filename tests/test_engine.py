@@ -21,7 +21,7 @@ from streamconv.engine import CpuEngine, CudaEngine, Engine
 from streamconv.errors import InputError, ResourceError
 from streamconv.executor import StopRequest
 from streamconv.pipeline import Job, Prepared, convert, prepare, run
-from streamconv.plan import DEVICE_TILES, Access, Memory, MergeOptions, Rewrite
+from streamconv.plan import DEVICE_TILES, SLOTS, Access, Memory, MergeOptions, Rewrite
 from tests.fake_gpu import COMPUTE, COPY_IN, COPY_OUT, HOST, SCHEDULES, FakeGpu
 from tests.models import Sizes, write_adapter, write_base
 from tests.tiny import edit_tensors
@@ -111,10 +111,14 @@ def on_gpu(step: Rewrite, gpu: FakeGpu, device: Device = CPU, tile: int = 64, bu
 
 
 def goes_wrong(step: Rewrite, gpu: FakeGpu) -> bool:
+    expected = on_cpu(step)
+    torch.use_deterministic_algorithms(True)  # fills new memory, in which the right numbers may be left
     try:
-        return on_gpu(step, gpu) != on_cpu(step)
+        return on_gpu(step, gpu) != expected
     except InputError:  # what is not computed is any number
         return True
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 # -- order -------------------------------------------------------------------------------------------------------
@@ -332,4 +336,21 @@ def test_finite_values_whose_sum_is_not_finite_are_welcome(
     edit_tensors(base / "model.safetensors", put={UP: values})
     ready = prepare(Job(str(base), str(inputs.adapter), MergeOptions(quant="nf4"), "cpu"))
     run_on(GPU, Memory(0, 0, 2**20, 1), ready, tmp_path / "out")
+    assert gpus
+
+
+def test_what_was_read_stays_until_it_has_been_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: Sequence[FakeGpu]
+) -> None:
+    """Of a weight that is read twice, more tiles than there are slots."""
+    monkeypatch.setattr(plans, "GPU_CELL_ELEMENTS", 64 * 64)
+    shapes = {"model.embed_tokens.weight": (90, 64), UP: (64 * 3 * SLOTS, 64)}
+    base = write_base(tmp_path / "base", shapes, shards=1)
+    adapter = write_adapter(tmp_path / "adapter", shapes, targets=("up_proj",))
+    options = MergeOptions(quant="nf4-dq", merge_base="nf4-dq")
+    ready = prepare(Job(str(base), str(adapter), options, "cpu"))
+    step = next(placed.step for placed in ready.plan.shards[0].steps if isinstance(placed.step, Rewrite))
+    small = run_on(GPU, Memory(0, 0, 64 * 128, 1), ready, tmp_path / "small")
+    assert small == run_on(GPU, Memory(0, 0, 2**20, 1), ready, tmp_path / "large")
+    assert step.access is Access.REDUCE_THEN_ROW
     assert gpus

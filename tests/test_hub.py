@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -342,6 +343,34 @@ def test_merge_and_push_in_one(stocked: Hub, tmp_path: Path) -> None:
     assert not has_canary(tmp_path, text=first.output + again.output)
 
 
+def test_an_upload_tells_how_far_it_is(hub: Hub, output: Path) -> None:
+    told: list[tuple[int, int]] = []
+    sent: list[int] = []
+
+    def tell(done: int, total: int) -> None:
+        told.append((done, total))
+        sent.append(sum(map(len, hub.blobs.values())))
+
+    pushed = streamconv.push(output, "me/merged", on_upload=tell)
+    assert told[0] == (0, pushed.bytes)
+    assert told[-1] == (pushed.bytes, pushed.bytes)
+    assert len(told) >= 4
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert sent[0] == 0 < sent[1] < sent[-1]
+    assert all(there <= done for there, (done, _) in zip(sent, told, strict=True))
+    told.clear()
+    streamconv.push(output, "me/merged", on_upload=tell)
+    assert not told
+
+
+def test_off_a_terminal_an_upload_is_told_of_in_lines(hub: Hub, output: Path) -> None:
+    told = succeed("push", output, "me/merged").stderr
+    assert re.search(r"^upload: (\S+ \S+) of \1, .+/s, 0 s left$", told, re.MULTILINE)
+    assert "\r" not in told
+    assert "upload" not in succeed("push", output, "me/merged", "-q").stderr
+    assert "upload" not in succeed("push", output, "me/other", "-q").stderr
+
+
 def test_a_pull_request(hub: Hub, output: Path) -> None:
     streamconv.push(output, "me/merged")
     (output / "notes.txt").write_text("more")
@@ -587,7 +616,7 @@ from streamconv.storage.upload import LocalFile, check_target, parse_target, upl
 target = parse_target("me/merged", None, False, None, None)
 files = {path.name: LocalFile(path, path.stat().st_size, "") for path in Path(sys.argv[1]).glob("*.safetensors")}
 with on_signals(leave):
-    upload(target, check_target(target, "streamconv.json"), files, lambda _: False, "message", False)
+    upload(target, check_target(target, "streamconv.json"), files, lambda _: False, "message", False, lambda *_: None)
 """
 
 

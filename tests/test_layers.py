@@ -18,6 +18,7 @@ LAYERS = [
     {"storage"},
     {"checkpoint"},
     {"grids", "streams"},
+    {"kernels"},
     {"formats", "rounding", "adapters", "devices", "layout"},
     {"plan"},
     {"memory", "fingerprint", "sidecars", "recipe"},

@@ -18,6 +18,7 @@ from streamconv.formats import find_weights
 from streamconv.pipeline import Job, Prepared, merge_options, prepare
 from streamconv.plan import Access, Copy, Plan, Rewrite, Step
 from streamconv.planner import find_tie
+from streamconv.walk import bytes_read
 from tests.checkpoint.files import index_of
 from tests.models import Sizes, write_adapter, write_base, write_tensors
 from tests.tiny import edit_tensors, read_tensors
@@ -172,7 +173,7 @@ def test_double_quantization_of_the_base_takes_a_pass_of_its_own(folder: Path) -
     twice = plan_of(folder, merge_base="nf4-dq", quant="nf4-dq")
     assert steps(once)[Q_PROJ].access is Access.ROW  # type: ignore[union-attr]
     assert steps(twice)[Q_PROJ].access is Access.REDUCE_THEN_ROW  # type: ignore[union-attr]
-    assert twice.bytes_read > once.bytes_read == plan_of(folder).bytes_read
+    assert bytes_read([twice]) > bytes_read([once]) == bytes_read([plan_of(folder)])
 
 
 def test_budgets_and_paths_are_no_part_of_what_a_run_is(folder: Path) -> None:

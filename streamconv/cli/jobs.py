@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from streamconv.cli.options import (
     out_option,
 )
 from streamconv.cli.progress import progress
+from streamconv.cli.readahead import read_ahead
 from streamconv.cli.recipes import RECIPE, JobCommand
 from streamconv.cli.signals import stop_on_signals
 from streamconv.cli.uploads import PUSHING, check_before, hush_hub, push_target, push_verified, show_pushed
@@ -101,6 +102,8 @@ def plan_command(out: str | None, dry_run: bool, as_json: bool, quiet: bool, **g
 def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, quiet: bool) -> None:
     from dataclasses import asdict
 
+    if not dry_run:
+        read_ahead(given["base"])
     from streamconv.pipeline import output_folder, prepare, run
 
     if quiet:
@@ -126,6 +129,10 @@ def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, q
         click.echo(json.dumps(found, indent=1))
     elif pushed is not None and not quiet:
         show_pushed(pushed)
+        for further in report.also.values():
+            click.echo(
+                f"{further.out} was not uploaded; `streamconv push` does that, to a repository of its own"
+            )
 
 
 def _job(given: Mapping[str, Any]) -> Job:
@@ -157,14 +164,29 @@ def _show_plan(prepared: Prepared, out: str | None, as_json: bool, quiet: bool) 
 
 
 def _show_report(report: Report) -> None:
-    size = format_size(report.bytes_written)
-    if report.resumed and not report.seconds:
-        click.echo(f"{report.out}: was complete already, {size}")
-    else:
-        how = "resumed" if report.resumed else f"{format_size(report.bytes_written / report.seconds)}/s"
-        peak = format_size(report.peak_ram_bytes)
-        click.echo(f"{report.out}: {size} in {report.seconds:.1f} s ({how}), peak memory {peak}")
-    if report.kept_delta is not None:
+    """What became of each output; how long it took, for all that were made now."""
+    reports = [report, *report.also.values()]
+    made = [each for each in reports if each.seconds]
+    for each in reports:
+        size = format_size(each.bytes_written)
+        if each not in made:
+            click.echo(f"{each.out}: was complete already, {size}")
+        elif len(made) == 1:
+            click.echo(f"{each.out}: {size} {_pace(made)}")
+        else:
+            click.echo(f"{each.out}: {size}")
+        if each.kept_delta is not None:
+            click.echo(
+                f"{each.kept_delta:.1%} of the fine-tune kept by {each.rounding} rounding to {each.quant}"
+            )
+    if len(made) > 1:
         click.echo(
-            f"{report.kept_delta:.1%} of the fine-tune kept by {report.rounding} rounding to {report.quant}"
+            f"{len(made)} outputs: {format_size(sum(each.bytes_written for each in made))} {_pace(made)}"
         )
+
+
+def _pace(made: Sequence[Report]) -> str:
+    seconds = made[0].seconds
+    written = sum(each.bytes_written for each in made)
+    how = "resumed" if any(each.resumed for each in made) else f"{format_size(written / seconds)}/s"
+    return f"in {seconds:.1f} s ({how}), peak memory {format_size(made[0].peak_ram_bytes)}"

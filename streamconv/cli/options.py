@@ -82,6 +82,14 @@ RESULT = group(
     ),
     option(
         Section.RESULT,
+        "--also",
+        multiple=True,
+        metavar="FORMAT",
+        help="A further output from the same read, in the folder DIR/FORMAT: none, or a format as in --quant. "
+        "Repeatable.",
+    ),
+    option(
+        Section.RESULT,
         "--dtype",
         default="auto",
         show_default=True,
@@ -245,7 +253,7 @@ PUSH_TO = group(
         Section.UPLOAD,
         "--push-to",
         metavar="REPO",
-        help="Upload the verified result to this Hub repository, org/name.",
+        help="Upload the verified result to this Hub repository, org/name; those of --also are not uploaded.",
     ),
     push_options("--push-revision"),
 )

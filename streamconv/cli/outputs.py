@@ -50,7 +50,7 @@ def verify_command(out: str, as_json: bool, quiet: bool, **given: Any) -> None:
     """Recheck a finished output against its streamconv.json: sizes, hashes, layout."""
     from dataclasses import asdict
 
-    from streamconv.pipeline import verify
+    from streamconv.pipeline import further_outputs, output_folder, verify
 
     with progress("verify", quiet) as on_progress:
         checked = verify(out, on_progress=on_progress, **given)
@@ -61,6 +61,8 @@ def verify_command(out: str, as_json: bool, quiet: bool, **given: Any) -> None:
         click.echo(
             f"{out}: {checked.tensors} tensors in {_shards(checked.shards)}, {format_size(checked.bytes)}: {how}"
         )
+        for folder in further_outputs(output_folder(out)):
+            click.echo(f"{folder} is an output of its own and was not looked at")
 
 
 @click.command("push", cls=Command)

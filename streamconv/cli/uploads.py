@@ -53,8 +53,13 @@ def hush_hub() -> None:
 def push_verified(out: str, target: Target, quiet: bool) -> Pushed:
     from streamconv.pipeline import push_output
 
-    with on_signals(leave), progress("verify", quiet) as on_progress:
-        return push_output(out, target, not quiet and sys.stderr.isatty(), on_progress)
+    draws = not quiet and sys.stderr.isatty()  # huggingface_hub's own bars know of every byte
+    with (
+        on_signals(leave),
+        progress("verify", quiet) as on_progress,
+        progress("upload", quiet or draws) as on_upload,
+    ):
+        return push_output(out, target, draws, on_progress, on_upload)
 
 
 def show_pushed(pushed: Pushed) -> None:

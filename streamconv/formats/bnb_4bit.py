@@ -30,7 +30,8 @@ from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import BF16, DENSE, F16, F32, U8, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats.base import CELL_ROWS, Constant, Json, Weight, matrix_shape
-from streamconv.grids import TableGrid, block_absmax, divide_by_scales, multiply_by_scales
+from streamconv.grids import TableGrid, block_absmax, multiply_by_scales
+from streamconv.kernels import kernels_for
 
 MAIN = "weight"
 NESTED_BLOCK = 256
@@ -84,7 +85,8 @@ def _nest(scales: Tensor) -> _NestedScales:
     offset = _mean(scales)
     centred = scales - torch.tensor(offset, dtype=torch.float32)
     absmax = block_absmax(centred, NESTED_BLOCK)
-    indices = DYNAMIC.nearest(divide_by_scales(centred, absmax, NESTED_BLOCK))
+    indices = torch.empty(scales.numel(), dtype=torch.uint8)
+    kernels_for(scales.device).nearest(centred, DYNAMIC, absmax, indices)
     return _NestedScales(indices, absmax, torch.tensor(DYNAMIC.values, dtype=torch.float32), offset)
 
 
@@ -129,17 +131,15 @@ class Bnb4bitDecoder:
         return scales
 
     def codes(self, raw: Tensor, rows: range) -> Tensor:
-        halves = torch.stack((raw >> 4, raw & 0xF), dim=1)
-        return halves.view(-1)[: len(rows) * self.columns]
+        codes = torch.empty(len(rows) * self.columns, dtype=torch.uint8, device=raw.device)
+        kernels_for(raw.device).unpack_pairs(raw, codes)
+        return codes
 
     def decode(self, raw: Tensor, rows: range, scales: Tensor | None, out: Tensor) -> Tensor:
         """See Decoder. Equals dequantize_4bit bit for bit."""
         assert scales is not None, f"{self.name} cannot be decoded without its scales"
-        flat = out.view(-1)
-        values = self.grid.decode_pairs(raw)[: len(rows) * self.columns]
-        multiply_by_scales(values, scales, self.grid.block, out=flat)
-        if self.dtype != F32:
-            flat.copy_(flat.to(self.dtype.torch))
+        assert out.shape == (len(rows), self.columns)
+        kernels_for(raw.device).decode_pairs(raw, self.grid, scales, self.dtype, out.view(-1))
         return out
 
 
@@ -312,7 +312,7 @@ class Bnb4bitEncoder:
         if values.numel() % 2:
             zero = self.grid.nearest(torch.zeros(1, device=values.device))
             values = torch.cat((values, zero))
-        torch.bitwise_or(values[0::2] << 4, values[1::2], out=out)
+        kernels_for(values.device).pack_pairs(values, out)
 
     def effective_scales(self, scales: Tensor) -> Tensor:
         if not self.nested:

@@ -21,7 +21,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from streamconv.checkpoint.reader import TensorReader
@@ -29,7 +28,8 @@ from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import DENSE, F16, F32, I8, U8, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats.base import Constant, Json, Weight, matrix_shape
-from streamconv.grids import INT8, IntegerGrid, multiply_by_scales
+from streamconv.grids import INT8, IntegerGrid
+from streamconv.kernels import kernels_for
 
 MAIN = "weight"
 SCALES = "SCB"
@@ -77,8 +77,7 @@ class Int8Decoder:
         """See Decoder. Equals int8_vectorwise_dequant bit for bit."""
         assert scales is not None, f"{self.name} cannot be decoded without its scales"
         assert out.shape == (len(rows), self.grid.block)
-        flat = out.view(-1).copy_(raw.view(torch.int8))
-        multiply_by_scales(flat, scales, self.grid.block, out=flat, peak=self.grid.peak)
+        kernels_for(raw.device).decode(raw, self.grid, scales, F32, out.view(-1))
         return out
 
 

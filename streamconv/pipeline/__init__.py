@@ -3,7 +3,7 @@
 from streamconv.pipeline.calls import convert, merge
 from streamconv.pipeline.downloads import fetch
 from streamconv.pipeline.job import Job, OnProgress, build_job, merge_options, output_folder
-from streamconv.pipeline.place import check_out
+from streamconv.pipeline.place import check_out, further_outputs
 from streamconv.pipeline.preparation import Prepared, prepare
 from streamconv.pipeline.pushing import push, push_output
 from streamconv.pipeline.runner import run
@@ -17,6 +17,7 @@ __all__ = [
     "check_out",
     "convert",
     "fetch",
+    "further_outputs",
     "merge",
     "merge_options",
     "output_folder",

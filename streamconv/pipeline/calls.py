@@ -18,6 +18,7 @@ def merge(
     out: Folder,
     *,
     quant: str = "keep",
+    also: Iterable[str] = (),
     dtype: str = "auto",
     rounding: str = "auto",
     merge_base: str = "original",
@@ -44,7 +45,8 @@ def merge(
 ) -> Report:
     """Merge a PEFT adapter into a base checkpoint and write the result to the folder `out`.
 
-    `base` and `adapter` are folders or Hub ids (`org/model`, `org/model@revision`).
+    `base` and `adapter` are folders or Hub ids (`org/model`, `org/model@revision`). `also` names formats of further
+    outputs, written to folders of these names in `out` from the same reading; the report has theirs, by format.
 
     Keywords are the options of `streamconv merge`; sizes are bytes or text such as "5GB". Raises a
     StreamconvError, whose `exit_code` is what the command would have ended with. Calling it again with the same
@@ -54,6 +56,7 @@ def merge(
         base,
         adapter,
         quant=quant,
+        also=also,
         dtype=dtype,
         rounding=rounding,
         merge_base=merge_base,
@@ -84,6 +87,7 @@ def convert(
     out: Folder,
     *,
     quant: str = "keep",
+    also: Iterable[str] = (),
     dtype: str = "auto",
     rounding: str = "auto",
     seed: int = 0,
@@ -106,6 +110,7 @@ def convert(
         base,
         None,
         quant=quant,
+        also=also,
         dtype=dtype,
         rounding=rounding,
         seed=seed,

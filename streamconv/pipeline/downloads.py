@@ -10,16 +10,15 @@ from streamconv.errors import ResourceError
 from streamconv.journal import is_owned
 from streamconv.pipeline.job import OnProgress
 from streamconv.pipeline.meter import Meter
-from streamconv.pipeline.place import check_out, is_finished
+from streamconv.pipeline.place import check_out, unfinished
 from streamconv.pipeline.preparation import Prepared
-from streamconv.plan import Plan
 from streamconv.sizes import format_size
 from streamconv.storage.base import SourceFile
 from streamconv.storage.local import existing_folder
 
 
 def fetch(prepared: Prepared, out: Path, on_progress: OnProgress) -> None:
-    """Download what a job still needs from the Hub; nothing if `out` holds its result already.
+    """Download what a job still needs from the Hub; nothing if `out` holds its results already.
 
     What would make the run fail is refused before: a place that cannot be written to, a disk that is too small.
     An interrupted download goes on with the next call.
@@ -28,26 +27,31 @@ def fetch(prepared: Prepared, out: Path, on_progress: OnProgress) -> None:
     for storage, _ in prepared.downloads():
         storage.fetch(small, lambda _: None)
     check_out(prepared, out)
-    if is_finished(prepared, out):
+    if not (todo := unfinished(prepared, out)):
         return
     downloads = prepared.downloads()
-    _check_room(prepared.plan, out, [file for _, files in downloads for file in files])
+    _check_room(todo, out, [file for _, files in downloads for file in files])
     meter = Meter(sum(file.size for _, files in downloads for file in files), on_progress)
     for storage, files in downloads:
         storage.fetch(files, meter.add)
 
 
-def _check_room(plan: Plan, out: Path, downloads: Sequence[SourceFile]) -> None:
-    """Raise ResourceError if the output would not fit beside what is downloaded; of a resumed one, part is there."""
-    if is_owned(out):
-        return
+def _check_room(todo: Sequence[tuple[Prepared, Path]], out: Path, downloads: Sequence[SourceFile]) -> None:
+    """Raise ResourceError if the outputs would not fit beside what is downloaded; of a resumed one, part is there."""
     place = existing_folder(out)
-    device = place.stat().st_dev
-    on_same_disk = [f for f in downloads if existing_folder(Path(f.path)).stat().st_dev == device]
-    needed = plan.size + sum(file.size for file in on_same_disk)
+    disk = place.stat().st_dev
+    sizes = [each.plan.size for each, at in todo if not is_owned(at) and _disk_of(at) == disk]
+    if not sizes:
+        return
+    on_same_disk = [file for file in downloads if _disk_of(Path(file.path)) == disk]
+    needed = sum(sizes) + sum(file.size for file in on_same_disk)
     if needed > (free := free_bytes(place)):
         beside = " with the download, whose cache is on the same disk," if on_same_disk else ""
         raise ResourceError(
             f"{out} needs {format_size(needed)}{beside} and its disk has {format_size(free)} free; free some, or choose"
             " another --out"
         )
+
+
+def _disk_of(path: Path) -> int:
+    return existing_folder(path).stat().st_dev

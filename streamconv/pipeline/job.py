@@ -9,6 +9,7 @@ from pathlib import Path
 
 from streamconv.adapters.source import MoeLayout
 from streamconv.errors import OptionError
+from streamconv.output import OUTPUT_FOLDERS
 from streamconv.plan import MergeOptions
 from streamconv.sizes import parse_size
 
@@ -25,12 +26,16 @@ def quiet(done: int, total: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """All options of one run, checked and parsed as far as they can be without its inputs."""
+    """All options of one run, checked and parsed as far as they can be without its inputs.
+
+    `also` are formats of further outputs; `options` are those of the main one.
+    """
 
     base: str
     adapter: str | None
     options: MergeOptions
     device: str = "auto"
+    also: tuple[str, ...] = ()
     overwrite: bool = False
     resume: bool = True
     verify: bool = True
@@ -48,6 +53,7 @@ def build_job(
     adapter: Folder | None = None,
     *,
     quant: str = "keep",
+    also: Iterable[str] = (),
     dtype: str = "auto",
     rounding: str = "auto",
     merge_base: str = "original",
@@ -91,6 +97,7 @@ def build_job(
             moe_layout=moe_layout,
         ),
         device=device,
+        also=_further(also),
         overwrite=overwrite,
         resume=resume,
         verify=verify,
@@ -134,6 +141,18 @@ def merge_options(
         max_vram_bytes=_size("--max-vram", max_vram),
         max_shard_bytes=None if max_shard_size is None else _size("--max-shard-size", max_shard_size),
     )
+
+
+def _further(formats: Iterable[str]) -> tuple[str, ...]:
+    """Formats of further outputs, each given once and a name that its folder can have."""
+    found: list[str] = []
+    for name in map(str.lower, formats):
+        if name not in OUTPUT_FOLDERS:
+            raise OptionError(f"--also {name} is not known; use one of {', '.join(OUTPUT_FOLDERS)}")
+        if name in found:
+            raise OptionError(f"--also {name} stands twice; leave one of them out")
+        found.append(name)
+    return tuple(found)
 
 
 def _size(option: str, text: str | int) -> int:

@@ -1,4 +1,4 @@
-"""Where a job's result goes: whether it may, and whether it is there already."""
+"""Where a job's results go: whether they may, and whether they are there already."""
 
 from __future__ import annotations
 
@@ -8,24 +8,41 @@ from pathlib import Path
 
 from streamconv.errors import OutputError
 from streamconv.journal import is_owned, is_publishing
-from streamconv.output import check_place
+from streamconv.output import OUTPUT_FOLDERS, check_apart, check_place
 from streamconv.pipeline.preparation import Prepared
 from streamconv.report.result import MANIFEST
 
 
 def check_out(prepared: Prepared, out: Path) -> None:
-    """Raise OutputError if the job may not write to `out`: it overlaps an input, or holds something else."""
+    """Raise OutputError if the job may not write to `out` or to the folder of a further output.
+
+    Such a one overlaps an input or another output, or holds something else.
+    """
     inputs = {"base": Path(prepared.job.base).expanduser().resolve()}
     if prepared.job.adapter is not None:
         inputs["adapter"] = Path(prepared.job.adapter).expanduser().resolve()
+    places = prepared.places(out)
     try:
-        is_ours = is_publishing(out) or _has_same_output(prepared, out)
-        check_place(out, inputs, prepared.job.overwrite, is_ours)
+        for each, folder in places:
+            is_ours = is_publishing(folder) or _has_same_output(each, folder)
+            check_place(folder, inputs, prepared.job.overwrite, is_ours)
+        check_apart(out, [folder for _, folder in places[1:]])
     except OSError as error:  # no permission to look, a name too long
         raise OutputError(f"{out} cannot be used: {error.strerror}; choose another --out") from error
 
 
+def unfinished(prepared: Prepared, out: Path) -> list[tuple[Prepared, Path]]:
+    """The outputs that are not there yet, with their folders."""
+    return [(each, folder) for each, folder in prepared.places(out) if not is_finished(each, folder)]
+
+
+def further_outputs(out: Path) -> list[Path]:
+    """Folders of finished further outputs in `out`."""
+    return [folder for name in OUTPUT_FOLDERS if ((folder := out / name) / MANIFEST).is_file()]
+
+
 def is_finished(prepared: Prepared, out: Path) -> bool:
+    """Whether `out` holds the finished result of `prepared`, whatever is with its further outputs."""
     if prepared.job.overwrite or not prepared.job.resume:
         return False
     return not is_owned(out) and _has_same_output(prepared, out)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from streamconv.adapters import read_adapter
 from streamconv.adapters.base import Adapter, Parameter
@@ -15,7 +16,7 @@ from streamconv.formats import find_weights
 from streamconv.output import CONFIG, INDEX
 from streamconv.pipeline.job import Job, parse_moe_layout
 from streamconv.plan import Plan
-from streamconv.planner import Base, build_plan, read_base
+from streamconv.planner import Base, build_plans, options_alone, read_base
 from streamconv.recipe import RECIPE
 from streamconv.report.result import MANIFEST
 from streamconv.sidecars import choose_tokenizer, files_to_copy
@@ -27,7 +28,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A job read and planned: no weight has been read, nothing written."""
+    """A job read and planned: no weight has been read, nothing written.
+
+    `also` are the further outputs of the same run, each with the job that alone would make it.
+    """
 
     job: Job
     base: Base
@@ -35,6 +39,16 @@ class Prepared:
     adapter: Adapter | None
     plan: Plan
     copied: tuple[SourceFile, ...]
+    also: tuple[Prepared, ...] = ()
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """Of all outputs, the main one first."""
+        return (self.plan, *(other.plan for other in self.also))
+
+    def places(self, out: Path) -> tuple[tuple[Prepared, Path], ...]:
+        """Every output with its folder, the main one, which goes to `out` itself, first."""
+        return ((self, out), *((other, out / other.job.options.quant) for other in self.also))
 
     @property
     def generated(self) -> tuple[str, ...]:
@@ -79,8 +93,14 @@ def prepare(job: Job) -> Prepared:
             adapter_storage, parameters, base.index.config, base.tie, moe, job.allow_pickle
         )
         _log.info("read the adapter %s: %d updates", job.adapter, len(adapter.updates))
-    plan = build_plan(base, adapter, job.options, resolve_device(job.device))
-    tokenizer = choose_tokenizer(job.tokenizer, storage, adapter_storage, plan.vocab_size is not None)
+    options = options_alone(base, job.options, (job.options.quant, *job.also))
+    plans = build_plans(base, adapter, options, resolve_device(job.device))
+    is_resized = plans[0].vocab_size is not None
+    tokenizer = choose_tokenizer(job.tokenizer, storage, adapter_storage, is_resized)
     _log.info("tokenizer files come from %s", tokenizer.location)
     copied = files_to_copy(storage, tokenizer, index.config, job.copy_extra)
-    return Prepared(job, base, adapter_storage, adapter, plan, copied)
+    main, *also = (
+        Prepared(replace(job, options=plan.options, also=()), base, adapter_storage, adapter, plan, copied)
+        for plan in plans
+    )
+    return replace(main, also=tuple(also))

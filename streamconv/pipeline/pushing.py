@@ -26,20 +26,22 @@ def push(
     revision: str | None = None,
     show_progress: bool = False,
     on_progress: OnProgress = quiet,
+    on_upload: OnProgress = quiet,
 ) -> Pushed:
     """Verify a finished output, upload it to the Hub in one commit, and compare what the Hub then lists.
 
     A repository that does not exist is made, private unless `private` is False. `on_progress` is told of the
-    verification, `show_progress` lets huggingface_hub draw its upload bars. Called again after an interruption, it
-    does not send again what the Hub has. Raises HubError, OutputError where `repo` holds another model,
-    VerificationError.
+    verification, `on_upload` of the upload, `show_progress` lets huggingface_hub draw its bars. Called again after an
+    interruption, it does not send again what the Hub has. Raises HubError, OutputError where `repo` holds another
+    model, VerificationError.
     """
-    return push_output(
-        out, parse_target(repo, private, create_pr, commit_message, revision), show_progress, on_progress
-    )
+    target = parse_target(repo, private, create_pr, commit_message, revision)
+    return push_output(out, target, show_progress, on_progress, on_upload)
 
 
-def push_output(out: Folder, target: Target, show_progress: bool, on_progress: OnProgress) -> Pushed:
+def push_output(
+    out: Folder, target: Target, show_progress: bool, on_progress: OnProgress, on_upload: OnProgress
+) -> Pushed:
     """As `push`, with the target parsed."""
     folder = output_folder(out)
     manifest = read_manifest(open_folder(str(folder)), MANIFEST)
@@ -48,7 +50,8 @@ def push_output(out: Folder, target: Target, show_progress: bool, on_progress: O
     listed = {name: entry["sha256"] for key in ("shards", "files") for name, entry in manifest[key].items()}
     message = f"Upload {manifest['quant']} model made with streamconv {manifest['streamconv']}"
     files = _files_to_push(folder, listed)
-    return upload(target, remote, files, is_of_model, message.replace("none ", "16-bit "), show_progress)
+    message = message.replace("none ", "16-bit ")
+    return upload(target, remote, files, is_of_model, message, show_progress, on_upload)
 
 
 def _files_to_push(folder: Path, listed: Mapping[str, str]) -> dict[str, LocalFile]:

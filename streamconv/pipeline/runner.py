@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from streamconv.cells import KeptDelta
+from streamconv.checkpoint.writer import ShardWriter
 from streamconv.errors import VerificationError
 from streamconv.executor import Output, StopRequest, run_plans
 from streamconv.journal import Journal, remove_leftovers
@@ -17,47 +21,113 @@ from streamconv.pipeline.job import OnProgress
 from streamconv.pipeline.meter import Meter
 from streamconv.pipeline.place import check_out, is_finished
 from streamconv.pipeline.preparation import Prepared
-from streamconv.plan import Plan
+from streamconv.plan import Plan, ShardPlan
 from streamconv.report.result import MANIFEST, Kept, Report, kept_delta
 from streamconv.sizes import format_size
 from streamconv.storage.local import open_folder
 from streamconv.verifier import read_manifest, verify_layout
+from streamconv.walk import bytes_read
 
 _log = logging.getLogger(__name__)
 
 
 def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopRequest) -> Report:
-    """Carry out a prepared job, or go on with it where an earlier run of it stopped."""
-    started, meter = time.monotonic(), Meter(prepared.plan.size, on_progress)
-    plan, job = prepared.plan, prepared.job
+    """Carry out a prepared job, or go on with it where an earlier run of it stopped.
+
+    Its outputs are published together: when all are complete and have passed the gate.
+    """
     check_out(prepared, out)
-    if (done := _finished_before(prepared, out)) is not None:
-        return done
-    with Journal(out, plan.fingerprint, job.resume) as journal:
-        starts, writers = resume_points(out, plan, journal)
-        resumed = bool(journal.progress.finished or writers)
-        check_disk(out, [shard for shard in plan.shards if shard.name in starts], journal)
-        there = plan.size - sum(
-            shard.size - starts[shard.name] for shard in plan.shards if shard.name in starts
+    places = prepared.places(out)
+    before = [_finished_before(each, folder) for each, folder in places]
+    todo = [place for place, report in zip(places, before, strict=True) if report is None]
+    now = iter(_produce(todo, on_progress, stop) if todo else ())
+    main, *also = (report or next(now) for report in before)
+    names = [each.job.options.quant for each in prepared.also]
+    return replace(main, also=dict(zip(names, also, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """An output in work: from where each shard that is not finished is produced, and the writers that stand there."""
+
+    prepared: Prepared
+    out: Path
+    journal: Journal
+    starts: Mapping[str, int]
+    writers: dict[str, ShardWriter]
+    resumed: bool
+
+    @property
+    def plan(self) -> Plan:
+        return self.prepared.plan
+
+    @property
+    def unfinished(self) -> list[ShardPlan]:
+        return [shard for shard in self.plan.shards if shard.name in self.starts]
+
+    @property
+    def there(self) -> int:
+        """Bytes that an earlier run has left."""
+        return self.plan.size - sum(shard.size - self.starts[shard.name] for shard in self.unfinished)
+
+    def kept(self) -> Kept | None:
+        return kept_delta({name: KeptDelta(*sums) for name, sums in self.journal.progress.sums.items()})
+
+    def close(self) -> None:
+        for writer in self.writers.values():  # of shards that were not begun
+            writer.close()
+
+
+def _produce(
+    todo: Sequence[tuple[Prepared, Path]], on_progress: OnProgress, stop: StopRequest
+) -> list[Report]:
+    """Make these outputs in one pass, and publish them."""
+    started = time.monotonic()
+    plans = [each.plan for each, _ in todo]
+    meter = Meter(sum(plan.size for plan in plans), on_progress)
+    with ExitStack() as stack:
+        works = [_open(each, folder, stack) for each, folder in todo]
+        check_disk([(work.out, work.unfinished, work.journal) for work in works])
+        meter.start(sum(work.there for work in works))
+        outputs = [
+            Output(work.plan, work.starts, partial(ShardSink, work.journal, work.writers)) for work in works
+        ]
+        run_plans(outputs, meter.add, stop)
+        shares = [work.kept() for work in works]
+        _check_kept(works, shares)
+        hashes = [dict(work.journal.progress.finished) for work in works]
+        # The main output, in whose folder the others lie, comes last.
+        for work, kept in reversed([*zip(works, shares, strict=True)]):
+            _publish(work, kept)
+    seconds, read = time.monotonic() - started, bytes_read(plans)
+    return [
+        _report(work.prepared, work.out, found, kept, seconds, meter.peak, read, work.resumed)
+        for work, found, kept in zip(works, hashes, shares, strict=True)
+    ]
+
+
+def _open(prepared: Prepared, out: Path, stack: ExitStack) -> _Work:
+    """Take the lock of an output and find out how far it is."""
+    plan = prepared.plan
+    journal = stack.enter_context(Journal(out, plan.fingerprint, prepared.job.resume))
+    starts, writers = resume_points(out, plan, journal)
+    work = _Work(prepared, out, journal, starts, writers, bool(journal.progress.finished or writers))
+    stack.callback(work.close)
+    if work.resumed:
+        _log.info(
+            "going on in %s: %s of %s are there already", out, format_size(work.there), format_size(plan.size)
         )
-        if resumed:
-            _log.info("going on: %s of %s are there already", format_size(there), format_size(plan.size))
-        meter.start(there)
-        try:
-            run_plans([Output(plan, starts, lambda: ShardSink(journal, writers))], meter.add, stop)
-        finally:
-            for writer in writers.values():  # of shards that were not begun
-                writer.close()
-        sums = {name: KeptDelta(*values) for name, values in journal.progress.sums.items()}
-        kept = kept_delta(sums)
-        _check_kept(plan, kept, journal)
-        hashes = journal.progress.finished
-        _log.info("all shards are complete; putting them in place in %s", out)
-        publish_output(out, plan, journal, prepared.copied, generated_files(prepared, hashes, kept))
-        if job.verify:
-            verify_layout(out, plan)
-        journal.remove()
-    return _report(prepared, out, hashes, kept, time.monotonic() - started, meter.peak, resumed)
+    return work
+
+
+def _publish(work: _Work, kept: Kept | None) -> None:
+    prepared, out, journal = work.prepared, work.out, work.journal
+    _log.info("all shards are complete; putting them in place in %s", out)
+    generated = generated_files(prepared, journal.progress.finished, kept)
+    publish_output(out, work.plan, journal, prepared.copied, generated)
+    if prepared.job.verify:
+        verify_layout(out, work.plan)
+    journal.remove()
 
 
 def _finished_before(prepared: Prepared, out: Path) -> Report | None:
@@ -73,15 +143,23 @@ def _finished_before(prepared: Prepared, out: Path) -> Report | None:
         kept = Kept(found["kept_delta"], weights, found["base_error_to_delta"])
         _check_share(prepared.plan, kept)
     hashes = {name: shard["sha256"] for name, shard in found["shards"].items()}
-    return _report(prepared, out, hashes, kept, 0.0, 0, resumed=True)
+    return _report(prepared, out, hashes, kept, 0.0, 0, bytes_read([prepared.plan]), resumed=True)
 
 
-def _check_kept(plan: Plan, kept: Kept | None, journal: Journal) -> None:
-    try:
-        _check_share(plan, kept)
-    except VerificationError:
-        journal.reject()
-        raise
+def _check_kept(works: Sequence[_Work], shares: Sequence[Kept | None]) -> None:
+    """Raise VerificationError if an output does not pass the gate; none is published then, and all stay complete."""
+    refusals, passed = [], []
+    for work, kept in zip(works, shares, strict=True):
+        try:
+            _check_share(work.plan, kept)
+            passed.append(f"--quant {work.plan.options.quant} -o {work.out}")
+        except VerificationError as error:
+            work.journal.reject()
+            refusals.append(str(error))
+    if refusals and passed:
+        refusals.append(f"what passed is complete, and a run of its own publishes it: {'; '.join(passed)}")
+    if refusals:
+        raise VerificationError("; ".join(refusals))
 
 
 def _check_share(plan: Plan, kept: Kept | None) -> None:
@@ -103,6 +181,7 @@ def _report(
     kept: Kept | None,
     seconds: float,
     peak: int,
+    read: int,
     resumed: bool,
 ) -> Report:
     plan = prepared.plan
@@ -116,7 +195,7 @@ def _report(
         kept_by_weight=kept.weights if kept else {},
         base_error_to_delta=kept.base_error_to_delta if kept else None,
         shards=dict(sorted(hashes.items())),
-        bytes_read=plan.bytes_read,
+        bytes_read=read,
         bytes_written=plan.size,
         seconds=seconds,
         peak_ram_bytes=peak,

@@ -8,6 +8,7 @@ from streamconv.formats.base import Constant
 from streamconv.plan import Copy, Plan, Rewrite, ShardPlan, Step, cell_rows, tile_rows
 from streamconv.sizes import format_size
 from streamconv.storage.base import SourceFile, Storage
+from streamconv.walk import bytes_read
 
 if TYPE_CHECKING:  # the pipeline shows plans; plans do not know it
     from streamconv.pipeline import Prepared
@@ -16,7 +17,10 @@ _SHOWN = 8
 
 
 def plan_as_json(prepared: Prepared) -> dict[str, Any]:
-    """Plain data: output files with their tensors, memory, disk, matched modules, choices."""
+    """Plain data: output files with their tensors, memory, disk, matched modules, choices.
+
+    Bytes at the top are those of the run; `also` has what further outputs have of their own, by format.
+    """
     plan = prepared.plan
     return {
         "digest": plan.digest,
@@ -26,16 +30,12 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
         "device": plan.device.name,
         "devices": list(plan.device.names),
         "devices_left_out": list(plan.device.left_out),
-        "quant": plan.quant or "none",
-        "target": {"name": plan.target.name, "reason": plan.target.reason},
-        "rounding": {"name": plan.rounding.name, "reason": plan.rounding.reason} if plan.rounding else None,
+        **_output(prepared),
         "adapted_modules": dict(plan.adapted),
         "replaced": list(plan.replaced),
         "renamed": plan.renamed,
         "layers": {"before": plan.depth.before, "sources": list(plan.depth.sources)} if plan.depth else None,
         "untied": plan.untied,
-        "quantized": list(plan.quantized),
-        "left_in_16_bit": list(plan.skipped),
         "peak_ram_bytes": plan.memory.ram,
         "peak_vram_bytes": plan.memory.vram,
         "downloads": [
@@ -43,13 +43,38 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
             for storage, files in prepared.downloads()
             for file in files
         ],
-        "disk_bytes": plan.size,
-        "read_bytes": plan.bytes_read,
-        "files": {
-            "shards": [_shard(plan, shard) for shard in plan.shards],
-            "written": list(prepared.generated),
-            "copied": [{"name": file.name, "bytes": file.size} for file in prepared.copied],
+        "disk_bytes": sum(each.size for each in prepared.plans),
+        "read_bytes": bytes_read(prepared.plans),
+        "also": {
+            other.job.options.quant: {
+                "digest": other.plan.digest,
+                **_output(other),
+                "disk_bytes": other.plan.size,
+                "files": _files(other),
+            }
+            for other in prepared.also
         },
+        "files": _files(prepared),
+    }
+
+
+def _output(prepared: Prepared) -> dict[str, Any]:
+    plan = prepared.plan
+    return {
+        "quant": plan.quant or "none",
+        "target": {"name": plan.target.name, "reason": plan.target.reason},
+        "rounding": {"name": plan.rounding.name, "reason": plan.rounding.reason} if plan.rounding else None,
+        "quantized": list(plan.quantized),
+        "left_in_16_bit": list(plan.skipped),
+    }
+
+
+def _files(prepared: Prepared) -> dict[str, Any]:
+    plan = prepared.plan
+    return {
+        "shards": [_shard(plan, shard) for shard in plan.shards],
+        "written": list(prepared.generated),
+        "copied": [{"name": file.name, "bytes": file.size} for file in prepared.copied],
     }
 
 
@@ -94,25 +119,27 @@ def plan_as_text(prepared: Prepared) -> str:
     plan = prepared.plan
     steps = [placed.step for shard in plan.shards for placed in shard.steps]
     rewritten, copied = (sum(isinstance(step, kind) for step in steps) for kind in (Rewrite, Copy))
+    read, written = bytes_read(prepared.plans), sum(each.size for each in prepared.plans)
     adapted = ", ".join(f"{count} {name}" for name, count in sorted(plan.adapted.items()))
     lines = [
         ("base", plan.fingerprint["from"]["base"] or prepared.job.base),
         ("adapter", plan.fingerprint["from"]["adapter"] or prepared.job.adapter or "-"),
         ("adapted", adapted or "-"),
         ("replaced", ", ".join(plan.replaced) or "-"),
-        ("output", f"{plan.quant or plan.dtype or 'dtype of the base'}, {format_size(plan.size)}"),
+        ("output", _stored(plan)),
         ("target", plan.target.reason),
         ("weights", f"{rewritten} rewritten, {copied} tensors copied"),
         (
             "memory",
             f"{format_size(plan.memory.ram)} RAM, {format_size(plan.memory.vram)} on {plan.device}",
         ),
-        ("disk", f"reads {format_size(plan.bytes_read)}, writes {format_size(plan.size)}"),
+        ("disk", f"reads {format_size(read)}, writes {format_size(written)}"),
         ("files", _shards(plan.shards)),
-        ("", ", ".join([*prepared.generated, *(file.name for file in prepared.copied)])),
+        ("", _small_files(prepared)),
     ]
     if downloads := prepared.downloads():
         lines.insert(-2, ("download", "; ".join(_download(storage, files) for storage, files in downloads)))
+    lines += [line for other in prepared.also for line in _further(other)]
     if plan.rounding:
         lines.insert(6, ("rounding", f"{plan.rounding.name}: {plan.rounding.reason}"))
         lines.insert(7, ("16 bit", ", ".join(plan.skipped) or "-"))
@@ -123,6 +150,24 @@ def plan_as_text(prepared: Prepared) -> str:
     if plan.untied:
         lines.insert(4, ("untied", "input and output embeddings will differ and are stored apart"))
     return "\n".join(f"{label:9} {text}".rstrip() for label, text in lines)
+
+
+def _further(prepared: Prepared) -> list[tuple[str, str]]:
+    plan = prepared.plan
+    rounding = f"; rounding {plan.rounding.name}: {plan.rounding.reason}" if plan.rounding else ""
+    return [
+        ("also", f"{prepared.job.options.quant}/: {_stored(plan)}{rounding}"),
+        ("", _shards(plan.shards)),
+        ("", _small_files(prepared)),
+    ]
+
+
+def _stored(plan: Plan) -> str:
+    return f"{plan.quant or plan.dtype or 'dtype of the base'}, {format_size(plan.size)}"
+
+
+def _small_files(prepared: Prepared) -> str:
+    return ", ".join([*prepared.generated, *(file.name for file in prepared.copied)])
 
 
 def _shards(shards: tuple[ShardPlan, ...]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -34,7 +34,8 @@ class Report:
     """What `merge` and `convert` return. Sizes in bytes, times in seconds.
 
     `renamed` says how names of adapter and base were matched where they differ; `peak_ram_bytes` is anonymous
-    memory above what the process had before planning; `kept_delta` is None where nothing was quantized.
+    memory above what the process had before planning; `kept_delta` is None where nothing was quantized. `also` are the
+    reports of further outputs by format: what they share, `bytes_read`, `seconds` and memory, is that of the run.
     """
 
     out: str
@@ -52,6 +53,7 @@ class Report:
     peak_ram_bytes: int
     planned_ram_bytes: int
     resumed: bool
+    also: Mapping[str, Report] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

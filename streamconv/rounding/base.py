@@ -16,13 +16,13 @@ class Context:
 
     `codes`  uint8: the base's own codes, where the base lies on this grid; else None.
     `scales` float32, one a block: the effective scales to use, already fixed; None: choose them.
-    `delta`  float32: target minus what the base decodes to; needed where `codes` are given.
+    `base`   float32: what the base decodes to, which the target is an update of; needed where `codes` are given.
     `noise`  float32 in [0, 1): one number an element, for roundings that ask for it.
     """
 
     codes: Tensor | None
     scales: Tensor | None
-    delta: Tensor | None
+    base: Tensor | None
     noise: Tensor | None
 
 
@@ -39,5 +39,5 @@ class Rounding(Protocol):
     def keeps_scales(self) -> bool:
         """Whether the base's own scales stay, where the base lies on the output's grid."""
 
-    def choose(self, target: Tensor, grid: Grid, context: Context) -> tuple[Tensor, Tensor]:
-        """Codes (uint8, one an element) and scales (float32, one a block) for `target` (float32, flat)."""
+    def choose(self, target: Tensor, grid: Grid, context: Context, codes: Tensor) -> Tensor:
+        """Write codes (uint8, one an element) for `target` (float32, flat); return scales (float32, one a block)."""

@@ -1,7 +1,4 @@
-"""Nearest rounding: every entry to the closest value of the grid, byte for byte as bitsandbytes does it.
-
-Source: bitsandbytes `backends/default/ops.py`, quantize_4bit and int8_vectorwise_quant.
-"""
+"""Nearest rounding: every entry to the closest value of the grid, byte for byte as bitsandbytes does it."""
 
 from __future__ import annotations
 
@@ -9,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from streamconv.grids import SMALLEST_DIVISOR, Grid, block_absmax, divide_by_scales
+from streamconv.grids import Grid
+from streamconv.kernels import kernels_for
 from streamconv.rounding.base import Context
 
 
@@ -21,16 +19,6 @@ class Nearest:
     needs_noise: bool = False
     keeps_scales: bool = False
 
-    def choose(self, target: Tensor, grid: Grid, context: Context) -> tuple[Tensor, Tensor]:
-        """Codes and scales for `target`; see Rounding."""
-        scales = absmax_scales(target, grid.block) if context.scales is None else context.scales
-        return grid.nearest(divide_by_scales(target, scales, grid.block, grid.peak)), scales
-
-
-def absmax_scales(target: Tensor, block: int) -> Tensor:
-    """The scale (float32) bitsandbytes stores for every block of `target` (float32, flat)."""
-    scales = block_absmax(target, block)
-    if target.numel() % block:
-        # Only here bitsandbytes also stores the floor: an all-zero short block has it, a whole one has 0.
-        scales[-1:].clamp_(min=SMALLEST_DIVISOR)
-    return scales
+    def choose(self, target: Tensor, grid: Grid, context: Context, codes: Tensor) -> Tensor:
+        """See Rounding."""
+        return kernels_for(target.device).nearest(target, grid, context.scales, codes)

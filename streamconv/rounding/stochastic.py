@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from streamconv.grids import Grid, divide_by_scales
+from streamconv.grids import Grid
+from streamconv.kernels import Start, kernels_for
 from streamconv.rounding.base import Context
-from streamconv.rounding.nearest import absmax_scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,27 +29,12 @@ class Stochastic:
     needs_noise: bool = True
     keeps_scales: bool = True
 
-    def choose(self, target: Tensor, grid: Grid, context: Context) -> tuple[Tensor, Tensor]:
-        """Codes and scales for `target`; see Rounding. `context.noise` must be there."""
+    def choose(self, target: Tensor, grid: Grid, context: Context, codes: Tensor) -> Tensor:
+        """See Rounding. `context.noise` must be there."""
         assert context.noise is not None, "stochastic rounding was not given its noise"
-        if context.scales is None:
-            scales = absmax_scales(target, grid.block)
-            x = divide_by_scales(target, scales, grid.block, grid.peak)
-        else:
-            scales = context.scales
-            x = _in_units_of_scale(target, scales, grid, context)
-        x.clamp_(*grid.limits)
-        lower, upper = grid.neighbours(x)
-        low = grid.decode(lower)
-        gap = grid.decode(upper).sub_(low)
-        goes_up = gap.mul_(context.noise) < x.sub_(low)
-        codes = upper.sub_(lower).mul_(goes_up.view(torch.uint8)).add_(lower)
-        return codes, scales
-
-
-def _in_units_of_scale(target: Tensor, scales: Tensor, grid: Grid, context: Context) -> Tensor:
-    if context.codes is None:
-        return divide_by_scales(target, scales, grid.block, grid.peak)
-    assert context.delta is not None, "the base's codes were given without the delta"
-    x = divide_by_scales(context.delta, scales, grid.block, grid.peak)
-    return x.add_(grid.decode(context.codes))
+        start = None
+        if context.scales is not None and context.codes is not None:
+            assert context.base is not None, "the base's codes were given without the base"
+            start = Start(context.codes, context.base)
+        kernels = kernels_for(target.device)
+        return kernels.stochastic(target, grid, context.scales, start, context.noise, codes)

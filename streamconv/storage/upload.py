@@ -1,8 +1,8 @@
 """An output folder onto the Hub: checked before, sent in one commit, compared after.
 
-`HfApi.create_commit` first sends the contents of large files, which the Hub keeps and need not be sent again, and
-then makes one commit of them: a revision never shows half a model, and an interrupted upload goes on when it is
-asked for again. `upload_folder` of huggingface_hub 2.4 is not used, because where it runs longer than some
+The contents of large files are sent first (`HfApi.preupload_lfs_files`), which the Hub keeps and need not be sent
+again, and then one commit is made of them: a revision never shows half a model, and an interrupted upload goes on when
+it is asked for again. `upload_folder` of huggingface_hub 2.4 is not used, because where it runs longer than some
 minutes it commits what it has by then (`_upload_pipeline.py`, MAX_COMMIT_INTERVAL).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from streamconv.storage.hub_errors import hub_errors
 from streamconv.storage.local import is_inside
 
 _CHUNK_BYTES = 8 * 2**20
+_SENT_AT_ONCE = 5  # create_commit's own number
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
 _log = logging.getLogger(__name__)
@@ -140,10 +141,12 @@ def upload(
     is_stale: Callable[[str], bool],
     message: str,
     show_progress: bool,
+    on_progress: Callable[[int, int], None],
 ) -> Pushed:
     """Bring `files` to the target in one commit, and compare what the Hub then lists with them.
 
-    Remote files that `is_stale` are removed in the same commit. Raises HubError, VerificationError.
+    Remote files that `is_stale` are removed in the same commit. `on_progress` is told of bytes sent, and of all that
+    are to be, after every few large files. Raises HubError, VerificationError.
     """
     repo = target.repo
     changed = {name: file for name, file in files.items() if not _is_same(remote.files.get(name), file)}
@@ -153,12 +156,11 @@ def upload(
         if changed or stale or commit is None:
             _make_place(target, remote)
             _log.info("uploading %d files to %s", len(changed), repo)
+            additions = [CommitOperationAdd(name, str(file.path)) for name, file in sorted(changed.items())]
+            _send(target, additions, changed, on_progress)
             info = HfApi().create_commit(
                 repo,
-                [
-                    *(CommitOperationAdd(name, str(file.path)) for name, file in sorted(changed.items())),
-                    *(CommitOperationDelete(name) for name in stale),
-                ],
+                [*additions, *(CommitOperationDelete(name) for name in stale)],
                 commit_message=target.commit_message or message,
                 revision=target.revision,
                 create_pr=target.create_pr,
@@ -175,6 +177,29 @@ def upload(
         files=len(files),
         bytes=sum(file.size for file in changed.values()),
     )
+
+
+def _send(
+    target: Target,
+    additions: Sequence[CommitOperationAdd],
+    files: Mapping[str, LocalFile],
+    on_progress: Callable[[int, int], None],
+) -> None:
+    """Send the contents of large files, so many at a time as the commit would; small ones go with the commit."""
+    done, total = 0, sum(file.size for file in files.values())
+    on_progress(done, total)
+    for first in range(0, len(additions), _SENT_AT_ONCE):
+        some = additions[first : first + _SENT_AT_ONCE]
+        HfApi().preupload_lfs_files(
+            target.repo,
+            some,
+            revision=target.revision,
+            create_pr=target.create_pr,
+            num_threads=_SENT_AT_ONCE,
+            free_memory=False,
+        )
+        done += sum(files[addition.path_in_repo].size for addition in some)
+        on_progress(done, total)
 
 
 def _look(target: Target) -> Remote:

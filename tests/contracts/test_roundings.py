@@ -8,14 +8,15 @@ from torch import Tensor
 
 from streamconv.grids import NF4
 from streamconv.rounding import ROUNDINGS, Context, uniform
-from tests.formats.stored import normal
+from tests.formats.stored import choose, normal
 
 every_rounding = pytest.mark.parametrize("name", ROUNDINGS)
 
 
-def context(count: int, codes: Tensor | None = None, scales: Tensor | None = None) -> Context:
-    delta = None if codes is None else torch.zeros(count)
-    return Context(codes, scales, delta, uniform(0, "w", range(1), count, torch.device("cpu")))
+def context(
+    count: int, codes: Tensor | None = None, scales: Tensor | None = None, base: Tensor | None = None
+) -> Context:
+    return Context(codes, scales, base, uniform(0, "w", range(1), count, torch.empty(count)))
 
 
 def test_names_are_keys() -> None:
@@ -26,7 +27,7 @@ def test_names_are_keys() -> None:
 @pytest.mark.parametrize("count", [1, 64, 65, 200])
 def test_there_is_a_code_for_every_element_and_a_scale_for_every_block(name: str, count: int) -> None:
     target = normal((count,))
-    codes, scales = ROUNDINGS[name].choose(target, NF4, context(count))
+    codes, scales = choose(ROUNDINGS[name], target, NF4, context(count))
     assert (codes.dtype, codes.shape) == (torch.uint8, (count,))
     assert (scales.dtype, scales.shape) == (torch.float32, (-(-count // 64),))
     values = NF4.decode(codes) * scales.repeat_interleave(64)[:count]
@@ -39,7 +40,7 @@ def test_what_lies_on_the_grid_stays(name: str) -> None:
     codes = torch.randint(0, 16, (128,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     scales = torch.tensor([0.3, 7e-5])
     target = NF4.decode(codes) * scales.repeat_interleave(64)
-    chosen, kept = ROUNDINGS[name].choose(target, NF4, context(128, codes, scales))
+    chosen, kept = choose(ROUNDINGS[name], target, NF4, context(128, codes, scales, target))
     assert torch.equal(chosen, codes)
     assert torch.equal(kept, scales)
 
@@ -49,9 +50,9 @@ def test_cells_equal_the_whole(name: str) -> None:
     target = normal((330,))
     whole = context(330)
     assert whole.noise is not None
-    codes, scales = ROUNDINGS[name].choose(target, NF4, whole)
-    first = ROUNDINGS[name].choose(target[:128], NF4, Context(None, None, None, whole.noise[:128]))
-    second = ROUNDINGS[name].choose(target[128:], NF4, Context(None, None, None, whole.noise[128:]))
+    codes, scales = choose(ROUNDINGS[name], target, NF4, whole)
+    first = choose(ROUNDINGS[name], target[:128], NF4, Context(None, None, None, whole.noise[:128]))
+    second = choose(ROUNDINGS[name], target[128:], NF4, Context(None, None, None, whole.noise[128:]))
     assert torch.equal(torch.cat((first[0], second[0])), codes)
     assert torch.equal(torch.cat((first[1], second[1])), scales)
 
@@ -63,7 +64,7 @@ def test_the_gpu_chooses_the_same(name: str) -> None:
     whole = context(3330)
     assert whole.noise is not None
     on_gpu = Context(None, None, None, whole.noise.cuda())
-    expected = ROUNDINGS[name].choose(target, NF4, whole)
-    found = ROUNDINGS[name].choose(target.cuda(), NF4, on_gpu)
+    expected = choose(ROUNDINGS[name], target, NF4, whole)
+    found = choose(ROUNDINGS[name], target.cuda(), NF4, on_gpu)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours.cpu(), theirs)

@@ -14,7 +14,8 @@ from streamconv.checkpoint.reader import TensorReader
 from streamconv.dtypes import DENSE
 from streamconv.formats import FORMATS, find_weights
 from streamconv.formats.base import CELL_ROWS, Encoder, Weight, matrix_shape
-from streamconv.rounding import ROUNDINGS, Context
+from streamconv.grids import Grid
+from streamconv.rounding import ROUNDINGS, Context, Rounding
 from tests.checkpoint.files import index_of, write_checkpoint
 from tests.tiny import edit_json
 
@@ -49,6 +50,12 @@ def encoder_for(name: str, weight: Tensor, dtype: torch.dtype = torch.bfloat16) 
     return FORMATS[name].encoder(W, tuple(weight.shape), DENSE[str(dtype).removeprefix("torch.")])
 
 
+def choose(rounding: Rounding, target: Tensor, grid: Grid, context: Context) -> tuple[Tensor, Tensor]:
+    """Codes and scales."""
+    codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
+    return codes, rounding.choose(target, grid, context, codes)
+
+
 def stored(encoder: Encoder, weight: Tensor) -> dict[str, Tensor]:
     """The tensors of `weight` (float32), its codes the nearest."""
     rows, columns = matrix_shape(tuple(weight.shape))
@@ -62,7 +69,7 @@ def stored(encoder: Encoder, weight: Tensor) -> dict[str, Tensor]:
             encoder.pack(cell, out)
         else:
             context = Context(None, None, None, None)
-            codes, cell_scales = ROUNDINGS["nearest"].choose(cell.flatten(), encoder.grid, context)
+            codes, cell_scales = choose(ROUNDINGS["nearest"], cell.flatten(), encoder.grid, context)
             encoder.pack(codes, out)
             scales.append(cell_scales)
     contents = encoder.finish(torch.cat(scales) if scales else None, None)

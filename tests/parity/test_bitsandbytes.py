@@ -32,6 +32,7 @@ from streamconv.rounding import ROUNDINGS, Context
 from tests.formats.stored import (
     SHAPES,
     W,
+    choose,
     decoded,
     encoder_for,
     normal,
@@ -243,7 +244,7 @@ def test_rounding_what_it_decodes_with_its_scales_gives_its_codes() -> None:
     codes, state = reference(normal((64, 64)), "nf4")
     target = dequantize_4bit(codes, state).flatten()
     context = Context(None, state.absmax, None, None)
-    chosen, _ = ROUNDINGS["nearest"].choose(target, NF4, context)
+    chosen, _ = choose(ROUNDINGS["nearest"], target, NF4, context)
     packed = torch.empty(codes.numel(), dtype=torch.uint8)
     FORMATS["nf4"].encoder(W, (64, 64), BF16).pack(chosen, packed)
     assert torch.equal(packed, codes.view(-1))

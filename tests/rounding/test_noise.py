@@ -11,13 +11,12 @@ from torch import Tensor
 
 from streamconv.rounding import uniform
 
-CPU = torch.device("cpu")
 MASK = (1 << 64) - 1
 GAMMA = 0x9E3779B97F4A7C15
 
 
 def draw(seed: int = 0, name: str = "w", rows: range = range(256), columns: int = 1024) -> Tensor:
-    return uniform(seed, name, rows, columns, CPU)
+    return uniform(seed, name, rows, columns, torch.empty(len(rows) * columns))
 
 
 def splitmix64(state: int) -> tuple[int, int]:
@@ -111,4 +110,6 @@ def test_wide_weights_have_numbers_of_their_own_in_every_row() -> None:
 @pytest.mark.gpu
 def test_the_gpu_has_the_same_numbers() -> None:
     rows = range(3, 200)
-    assert torch.equal(uniform(7, "w", rows, 77, torch.device("cuda")).cpu(), draw(7, "w", rows, 77))
+    assert torch.equal(
+        uniform(7, "w", rows, 77, torch.empty(len(rows) * 77, device="cuda")).cpu(), draw(7, "w", rows, 77)
+    )

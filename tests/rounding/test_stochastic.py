@@ -10,16 +10,15 @@ from torch import Tensor
 
 from streamconv.grids import NF4, TableGrid
 from streamconv.rounding import ROUNDINGS, Context, uniform
-from tests.formats.stored import normal
+from tests.formats.stored import choose, normal
 
 STOCHASTIC = ROUNDINGS["stochastic"]
-CPU = torch.device("cpu")
 DRAWS = 1 << 12
 BLOCK = 64
 
 
 def noise(count: int, seed: int = 0) -> Tensor:
-    return uniform(seed, "w", range(1), count, CPU)
+    return uniform(seed, "w", range(1), count, torch.empty(count))
 
 
 def base(blocks: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,9 +43,9 @@ def test_the_mean_is_base_plus_delta() -> None:
     # Neighbours of the first and last code lie on one side only; a delta beyond the end would be cut.
     delta = torch.where((codes == 0) | (codes == 15), -anchor.sign(), 1.0) * 1e-3
     many = DRAWS
-    context = Context(codes.repeat(many), scales.repeat(many), delta.repeat(many), noise(many * BLOCK))
+    context = Context(codes.repeat(many), scales.repeat(many), anchor.repeat(many), noise(many * BLOCK))
     target = (anchor + delta).repeat(many)
-    chosen, kept = STOCHASTIC.choose(target, NF4, context)
+    chosen, kept = choose(STOCHASTIC, target, NF4, context)
     values = (NF4.decode(chosen) * kept.repeat_interleave(BLOCK)).view(many, BLOCK)
     mean_is((anchor + delta).double(), values)
     assert bool((chosen.view(many, BLOCK) != codes).any(0).all())  # each entry moves now and then
@@ -54,8 +53,8 @@ def test_the_mean_is_base_plus_delta() -> None:
 
 def test_the_mean_is_the_target_without_a_base_on_the_grid() -> None:
     target = normal((BLOCK,))
-    chosen, scales = STOCHASTIC.choose(
-        target.repeat(DRAWS), NF4, Context(None, None, None, noise(DRAWS * BLOCK))
+    chosen, scales = choose(
+        STOCHASTIC, target.repeat(DRAWS), NF4, Context(None, None, None, noise(DRAWS * BLOCK))
     )
     assert torch.equal(scales, target.abs().amax().repeat(DRAWS))
     values = (NF4.decode(chosen) * scales.repeat_interleave(BLOCK)).view(DRAWS, BLOCK)
@@ -67,8 +66,8 @@ def test_an_entry_without_delta_keeps_its_code_whatever_the_noise(worst: float) 
     codes, scales, anchor = base(200)
     # A loader's cast to 16 bit moves the decoded base; that must not move codes.
     target = anchor.bfloat16().float()
-    context = Context(codes, scales, torch.zeros_like(target), torch.full_like(target, worst))
-    chosen, kept = STOCHASTIC.choose(target, NF4, context)
+    context = Context(codes, scales, target, torch.full_like(target, worst))
+    chosen, kept = choose(STOCHASTIC, target, NF4, context)
     assert torch.equal(chosen, codes)
     assert kept is scales
 
@@ -78,8 +77,8 @@ def test_codes_never_leave_the_neighbours(size: float, seed: int) -> None:
     codes, scales, _ = base(4)
     codes, scales = codes[BLOCK:], scales[1:]
     delta = normal((3 * BLOCK,), seed, size)
-    context = Context(codes, scales, delta, noise(3 * BLOCK, seed))
-    chosen, _ = STOCHASTIC.choose(torch.zeros_like(delta), NF4, context)
+    context = Context(codes, scales, torch.zeros_like(delta), noise(3 * BLOCK, seed))
+    chosen, _ = choose(STOCHASTIC, delta, NF4, context)
     x = NF4.decode(codes) + delta / scales.repeat_interleave(BLOCK)
     lower, upper = (NF4.decode(code) for code in NF4.neighbours(x))
     value = NF4.decode(chosen)
@@ -91,7 +90,7 @@ def test_any_order_of_codes_will_do() -> None:
     shuffled = TableGrid("shuffled", tuple(NF4.values[code] for code in torch.randperm(16).tolist()), 64)
     target = normal((640,))
     context = Context(None, None, None, noise(640))
-    values = [grid.decode(STOCHASTIC.choose(target, grid, context)[0]).tolist() for grid in (NF4, shuffled)]
+    values = [grid.decode(choose(STOCHASTIC, target, grid, context)[0]).tolist() for grid in (NF4, shuffled)]
     assert values[0] == values[1]
 
 
@@ -99,5 +98,5 @@ def test_inputs_are_not_changed() -> None:
     codes, scales, anchor = base(2)
     inputs = (codes, scales, torch.full_like(anchor, 1e-3), noise(2 * BLOCK))
     before = [tensor.clone() for tensor in (anchor, *inputs)]
-    STOCHASTIC.choose(anchor, NF4, Context(*inputs))
+    choose(STOCHASTIC, anchor, NF4, Context(*inputs))
     assert all(map(torch.equal, (anchor, *inputs), before))

@@ -1,31 +1,51 @@
-"""How fast a bf16 merge is against copying the files, and against PEFT: same disk, cold cache, synced to disk.
+"""What a merge costs against copying the files and against other ways to merge: same run, disk, cold cache, synced.
 
-Each round runs every contender once, in rotating order, after dropping the input from the page cache. The table
-gives medians over rounds; the ratio to copying is taken within each round first. GB/s counts the checkpoint
-once, though all contenders read and write it. streamconv also hashes what it writes; copying does not.
+Each round runs every contender once, in turns forwards and backwards, after dropping inputs from the page cache.
+Tables give medians over rounds; ratios to copying are taken within each round first. GB/s counts the input once.
+Start-up is counted, and only streamconv hashes what it writes. Rounds of one kind and size are stored together with
+the machine they ran on; a later run of that kind and size replaces them, so that all can be made in pieces.
 """
 
 import argparse
-import json
 import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from streamconv.sizes import parse_size
 from tools.bench import make_checkpoint
-from tools.measure import folder_bytes, measure, torch_anon_bytes
+from tools.bench.models import MODELS
+from tools.bench.results import FOLDER, RESULTS, load, machine, save
+from tools.bench.rivals import RIVALS, Rival, refusal
+from tools.measure import Cost, folder_bytes, measure, torch_anon_bytes
 
-ROOT = Path(__file__).resolve().parents[2]
-COPY, STREAMCONV, PEFT = "cp -r; sync", "streamconv merge", "PEFT merge_and_unload"
-VERSIONS = ("streamconv", "torch", "peft", "transformers", "safetensors")
-PEFT_RAM_FACTOR = 1.5  # the whole model, and room for what it is saved from
+COPY, STREAMCONV, RAW = "cp -r; sync", "streamconv merge", "reading and writing alone"
+MADE_BY = "tools/bench/merge"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """From what the base is stored as, to what `--quant` makes of it; `bound`: compare with disk and encoder."""
+
+    name: str
+    base: str
+    quant: str
+    bound: bool = False
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("bf16-bf16", "base", "keep"),
+        Kind("bf16-nf4", "base", "nf4", bound=True),
+        Kind("nf4-nf4", "base-nf4", "keep"),
+        Kind("bf16-int8", "base", "int8"),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +61,10 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Medians over the rounds of one contender; `to_copy` is wall time over that of copying in the same round."""
+    """Medians over the rounds of one contender; `to_copy` is wall time over that of copying in the same round.
+
+    `peak_bytes` is the highest of all rounds, `fastest` and `slowest` those of `to_copy`.
+    """
 
     contender: str
     wall_s: float
@@ -49,159 +72,287 @@ class Summary:
     peak_bytes: int
     gb_per_s: float
     to_copy: float | None
+    fastest: float | None
+    slowest: float | None
 
 
-def commands(folder: Path, out: Path) -> Mapping[str, Sequence[str]]:
-    base, adapter = str(folder / "base"), str(folder / "adapter")
+def copy_command(base: Path, out: Path) -> Sequence[str]:
     copy = 'cp -r --reflink=never "$1" "$2" && sync "$2"/* "$2"'
-    streamconv = ("merge", "--base", base, "--adapter", adapter, "-o", str(out), "--device", "cpu", "--json")
+    return ("sh", "-c", copy, "sh", str(base), str(out))
+
+
+def streamconv(*arguments: str | Path) -> Sequence[str]:
+    return (sys.executable, "-m", "streamconv", *map(str, arguments), "--device", "cpu", "--quiet")
+
+
+def contenders(
+    kind: Kind, folder: Path, rivals: Sequence[Rival], output_bytes: int
+) -> Mapping[str, Sequence[str]]:
+    """Commands by name. All write to `folder/out`."""
+    base, adapter, out = folder / kind.base, folder / "adapter", folder / "out"
+    merge = ("merge", "--base", base, "--adapter", adapter, "--quant", kind.quant, "-o", out)
+    raw = (sys.executable, "-m", "tools.bench.raw_io", str(base), str(out), str(output_bytes))
     return {
-        COPY: ("sh", "-c", copy, "sh", base, str(out)),
-        STREAMCONV: (sys.executable, "-m", "streamconv", *streamconv),
-        PEFT: (sys.executable, str(ROOT / "tools/bench/peft_merge.py"), base, adapter, str(out)),
+        COPY: copy_command(base, out),
+        STREAMCONV: streamconv(*merge),
+        **({RAW: raw} if kind.bound else {}),
+        **{rival.name: rival.command(base, adapter, out) for rival in rivals},
     }
 
 
-def run_rounds(folder: Path, contenders: Sequence[str], rounds: int) -> list[Run]:
-    """Run `rounds` rounds of `contenders`, each into the same place, emptied in between."""
-    out = folder / "out"
-    torch_bytes = torch_anon_bytes()
+def run_round(
+    commands: Mapping[str, Sequence[str]], folder: Path, number: int, torch_bytes: int
+) -> list[Run]:
+    """Every contender once, each into the same place, emptied before and after.
+
+    What is compared most closely runs one after the other: disks change their mind within minutes.
+    """
+    close = [name for name in commands if name in {COPY, STREAMCONV, RAW}]
+    rest = [name for name in commands if name not in close]
     runs = []
-    for number in range(rounds):
-        turn = number % len(contenders)
-        for contender in (*contenders[turn:], *contenders[:turn]):
-            shutil.rmtree(out, ignore_errors=True)
-            drop_cache(folder)
-            cost = measure(commands(folder, out)[contender])
-            if cost.exit_code:
-                sys.exit(f"{cost.stderr}\n{contender} ended with exit {cost.exit_code}")
-            peak = max(0, cost.peak_anon_bytes - torch_bytes)
-            runs.append(Run(contender, number, cost.wall_s, cost.cpu_s, peak))
-            print(f"round {number + 1}: {contender}: {cost.wall_s:.1f} s", file=sys.stderr, flush=True)
-    shutil.rmtree(out, ignore_errors=True)
+    for contender in (*close, *rest) if number % 2 == 0 else (*reversed(close), *reversed(rest)):
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        drop_cache(folder)
+        cost = checked(measure(commands[contender]), contender)
+        peak = max(0, cost.peak_anon_bytes - torch_bytes)
+        runs.append(Run(contender, number, cost.wall_s, cost.cpu_s, peak))
+        print(f"  {contender}: {cost.wall_s:.1f} s, {peak / 2**20:.0f} MiB", file=sys.stderr, flush=True)
+    shutil.rmtree(folder / "out", ignore_errors=True)
     return runs
 
 
+def checked(cost: Cost, what: str) -> Cost:
+    if cost.exit_code:
+        sys.exit(f"{cost.stderr[-4000:]}\n{what} ended with exit {cost.exit_code}")
+    return cost
+
+
 def drop_cache(folder: Path) -> None:
-    """Write out all that is dirty and drop the files under `folder` from the page cache; all files, if root."""
+    """Write out all that is dirty and drop the files under `folder` from the page cache."""
     os.sync()
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
-    if os.geteuid() == 0:
-        Path("/proc/sys/vm/drop_caches").write_text("1")
+
+
+# -- what is stored ---------------------------------------------------------------------------------------------
 
 
 def summarize(runs: Sequence[Run], checkpoint_bytes: int) -> list[Summary]:
     copies = {run.round: run.wall_s for run in runs if run.contender == COPY}
     summaries = []
-    for contender in dict.fromkeys(run.contender for run in runs):
+    for contender in sorted({run.contender for run in runs}, key=_place):
         own = [run for run in runs if run.contender == contender]
         wall_s = statistics.median(run.wall_s for run in own)
+        ratios = [run.wall_s / copies[run.round] for run in own if run.round in copies]
         summaries.append(
             Summary(
                 contender,
                 wall_s,
                 cpu_s=statistics.median(run.cpu_s for run in own),
-                peak_bytes=int(statistics.median(run.peak_bytes for run in own)),
+                peak_bytes=max(run.peak_bytes for run in own),
                 gb_per_s=checkpoint_bytes / wall_s / 1e9,
-                to_copy=statistics.median(run.wall_s / copies[run.round] for run in own) if copies else None,
+                to_copy=statistics.median(ratios) if ratios else None,
+                fastest=min(ratios, default=None),
+                slowest=max(ratios, default=None),
             )
         )
     return summaries
 
 
-def table(summaries: Sequence[Summary]) -> str:
-    lines = ["| bf16 to bf16 | wall | CPU | peak memory | GB/s | to copying |", "|---|--:|--:|--:|--:|--:|"]
-    for row in summaries:
-        peak = "" if row.contender == COPY else f"{row.peak_bytes / 2**20:.0f} MiB"
-        ratio = "" if row.to_copy is None else f"{row.to_copy:.2f}"
+def _place(contender: str) -> int:
+    return [COPY, RAW, STREAMCONV, *(rival.name for rival in RIVALS.values())].index(contender)
+
+
+def bound_s(raw_s: float, input_bytes: int, encoder_bytes_per_s: float) -> float:
+    """The least a quantizing merge could take: what the disk takes, or the encoder, if both work at once."""
+    return max(raw_s, input_bytes / encoder_bytes_per_s)
+
+
+def group_of(results: Mapping[str, Any], kind: str, size: str) -> Mapping[str, Any] | None:
+    """What is stored of one kind and size."""
+    found = (group for group in results.get("groups", ()) if (group["kind"], group["size"]) == (kind, size))
+    return next(found, None)
+
+
+def store(path: Path, group: Mapping[str, Any]) -> None:
+    """Put `group` in the place of what was stored of its kind and size; the others stay."""
+    results = load(path)
+    others = [
+        old
+        for old in results.get("groups", ())
+        if (old["kind"], old["size"]) != (group["kind"], group["size"])
+    ]
+    order = list(KINDS)
+    groups = sorted([*others, group], key=lambda one: (order.index(one["kind"]), float(one["size"])))
+    save(path, MADE_BY, {"groups": groups})
+
+
+# -- tables -----------------------------------------------------------------------------------------------------
+
+
+def title(group: Mapping[str, Any]) -> str:
+    source, target = group["kind"].split("-")
+    return f"{source} to {target}, {group['checkpoint_bytes'] / 1e9:.2f} GB"
+
+
+def table(group: Mapping[str, Any]) -> str:
+    """A table of what is stored of one kind and size."""
+    lines = [
+        f"| {title(group)} | wall | CPU | peak memory | GB/s | to copying |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in group["medians"]:
+        is_bare = row["contender"] in {COPY, RAW}
         cells = (
-            row.contender,
-            f"{row.wall_s:.1f} s",
-            f"{row.cpu_s:.1f} s",
-            peak,
-            f"{row.gb_per_s:.2f}",
-            ratio,
+            row["contender"],
+            f"{row['wall_s']:.1f} s",
+            f"{row['cpu_s']:.1f} s",
+            "" if is_bare else f"{row['peak_bytes'] / 2**20:.0f} MiB",
+            f"{row['gb_per_s']:.2f}",
+            "" if row["to_copy"] is None else ratio(row),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def machine(folder: Path) -> dict[str, str | int]:
-    """What a number depends on: processor, memory, kernel, file system, versions, commit."""
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "processor": cpu[0].partition(": ")[2] if cpu else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "kernel": platform.release().partition("-")[0],
-        "file_system": _said("stat", "-f", "-c", "%T", str(folder)),
-        "python": platform.python_version(),
-        **{name: version(name) for name in VERSIONS},
-        "commit": _said("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"),
+def ratio(row: Mapping[str, Any]) -> str:
+    """The ratio to copying, and between which it lay."""
+    if row["contender"] == COPY:
+        return "1"
+    return f"{row['to_copy']:.2f} ({row['fastest']:.2f} to {row['slowest']:.2f})"
+
+
+# -- running ----------------------------------------------------------------------------------------------------
+
+
+def ensure_base(kind: Kind, folder: Path) -> None:
+    """Make the 4-bit base of a kind that starts from one, by converting."""
+    if not (folder / kind.base).is_dir():
+        print(f"converting the base to {kind.base}", file=sys.stderr, flush=True)
+        quant = kind.base.removeprefix("base-")
+        command = streamconv("convert", "--base", folder / "base", "--quant", quant, "-o", folder / kind.base)
+        checked(measure(command), "streamconv convert")
+
+
+def output_bytes(kind: Kind, folder: Path) -> int:
+    """What the merge will write, by running it once; this also warms what is compiled or loaded on first use."""
+    merge = contenders(kind, folder, (), 0)[STREAMCONV]
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    checked(measure(merge), STREAMCONV)
+    return folder_bytes(folder / "out")
+
+
+def run_group(kind: Kind, size: str, folder: Path, wanted: Sequence[str], rounds: int, results: Path) -> None:
+    """All rounds of one kind and size, stored after each."""
+    ensure_base(kind, folder)
+    checkpoint = folder_bytes(folder / kind.base)
+    reasons = {
+        RIVALS[name].name: refusal(RIVALS[name], checkpoint) for name in wanted if kind.name == "bf16-bf16"
     }
+    left_out = {name: reason for name, reason in reasons.items() if reason is not None}
+    for name, reason in left_out.items():
+        print(f"{name} is left out: {reason}", file=sys.stderr, flush=True)
+    rivals = [rival for rival in RIVALS.values() if rival.name in reasons.keys() - left_out.keys()]
+    make_checkpoint.check_disk(folder, int(2.1 * checkpoint) if rivals else int(1.1 * checkpoint))
+    written = output_bytes(kind, folder)
+    commands = contenders(kind, folder, rivals, written)
+    group: dict[str, Any] = {
+        "kind": kind.name,
+        "size": size,
+        "machine": machine(folder),
+        "checkpoint_bytes": checkpoint,
+        "output_bytes": written,
+        "left_out": left_out,
+    }
+    if kind.bound:
+        rate = measure((sys.executable, "-m", "tools.bench.encoder_rate", str(folder / "base"), kind.quant))
+        group["encoder_bytes_per_s"] = float(checked(rate, "the encoder alone").stdout)
+    torch_bytes, runs = torch_anon_bytes(), []
+    for number in range(rounds):
+        print(f"{kind.name}, {size}x, round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+        runs += run_round(commands, folder, number, torch_bytes)
+        group |= {
+            "medians": [asdict(row) for row in summarize(runs, checkpoint)],
+            "runs": [asdict(run) for run in runs],
+        }
+        if kind.bound:
+            group |= _to_bound(runs, checkpoint, group["encoder_bytes_per_s"])
+        store(results, group)
+    print(f"\n{table(group)}\n", flush=True)
+    if kind.bound:
+        print(f"{STREAMCONV}: {group['to_bound']:.2f} times the bound of disk and encoder\n", flush=True)
 
 
-def refusal(folder: Path, size: int, contenders: Sequence[str]) -> str | None:
-    """Return why the benchmark cannot run here, or None: disk for what is still to be written, memory for PEFT."""
-    needed = int(size * 1.02) * (1 if (folder / "base").is_dir() else 2)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        return f"{folder} needs {needed / 1e9:.1f} GB more and {free / 1e9:.1f} GB are free; choose a smaller --size"
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") + _cached_bytes()
-    if PEFT in contenders and size * PEFT_RAM_FACTOR > available:
-        return (
-            f"PEFT loads the whole model and would need {size * PEFT_RAM_FACTOR / 1e9:.1f} GB of memory, "
-            f"{available / 1e9:.1f} GB are free; leave it out with --no-peft or choose a smaller --size"
-        )
-    return None
-
-
-def _cached_bytes() -> int:
-    lines = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
-    return next(int(line[1]) * 1024 for line in lines if line[0] == "Cached:")
-
-
-def _said(*command: str) -> str:
-    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip() or "unknown"
+def _to_bound(runs: Sequence[Run], input_bytes: int, rate: float) -> dict[str, float]:
+    """The bound, and how far the merge is from it, each the median of what rounds say."""
+    raw, merge = (
+        {run.round: run.wall_s for run in runs if run.contender == name} for name in (RAW, STREAMCONV)
+    )
+    bounds = {number: bound_s(raw[number], input_bytes, rate) for number in merge}
+    return {
+        "bound_s": statistics.median(bounds.values()),
+        "to_bound": statistics.median(merge[number] / bounds[number] for number in merge),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="tools/bench/merge", description=__doc__)
-    parser.add_argument(
-        "folder", nargs="?", type=Path, default=ROOT / ".bench", help="holds base/ and adapter/"
-    )
-    parser.add_argument(
-        "--size", type=parse_size, default=parse_size("6GB"), help="of the checkpoint, if made now"
-    )
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="rounds")
-    parser.add_argument("--peft", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--results", type=Path, default=ROOT / "docs/results/bench-merge.json")
-    options = parser.parse_args(arguments)
-    folder, contenders = options.folder, (COPY, STREAMCONV, *((PEFT,) if options.peft else ()))
-    folder.mkdir(parents=True, exist_ok=True)
-    layers = make_checkpoint.layers_for(options.size)
-    if reason := refusal(folder, make_checkpoint.total_bytes(make_checkpoint.weights(layers)), contenders):
-        sys.exit(reason)
-    if not (folder / "base").is_dir():
-        print(f"making a checkpoint of {layers} layers in {folder}", file=sys.stderr, flush=True)
-        make_checkpoint.make(folder, layers, parse_size("5GB"), rank=16, seed=0)
-    size = folder_bytes(folder / "base")
-    runs = run_rounds(folder, contenders, options.runs)
-    summaries = summarize(runs, size)
-    results = {
-        "made_by": "tools/bench/merge",
-        "checkpoint_bytes": size,
-        "machine": machine(folder),
-        "medians": [asdict(row) for row in summaries],
-        "runs": [asdict(run) for run in runs],
-    }
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"\n{size / 1e9:.2f} GB, medians of {options.runs} rounds\n\n{table(summaries)}")
+    options = _parse(arguments)
+    for size in options.sizes:
+        folder = options.folder / f"{size}x"
+        model = MODELS[options.model].of_size(int(float(size) * options.unit))
+        if not (folder / "base").is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            make_checkpoint.check_disk(folder, int(2.2 * model.nbytes))
+            print(f"making a checkpoint of {model.layers} layers in {folder}", file=sys.stderr, flush=True)
+            make_checkpoint.make(folder, model, parse_size("5GB"), rank=16, seed=0)
+        rivals = options.rivals if size in options.rival_sizes else ()
+        for kind in options.kinds:
+            run_group(KINDS[kind], size, folder, rivals, options.runs, options.results)
+            if not options.keep and KINDS[kind].base != "base":
+                shutil.rmtree(folder / KINDS[kind].base)
+        if not options.keep:
+            shutil.rmtree(folder)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=MADE_BY, description=__doc__)
+    parser.add_argument("--sizes", type=_numbers, default=("1", "2", "4"), help="in units; default 1,2,4")
+    parser.add_argument("--unit", type=parse_size, default=parse_size("6GB"), help="rounded to whole layers")
+    parser.add_argument("--kinds", type=_kinds, default=tuple(KINDS), help=f"default {','.join(KINDS)}")
+    parser.add_argument("--rivals", type=_rivals, default=tuple(RIVALS), help="in bf16-bf16; or: none")
+    parser.add_argument("--rival-sizes", type=_numbers, default=("1",), help="sizes they run at; default 1")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="rounds of each kind and size")
+    parser.add_argument("--model", choices=MODELS, default="llama-8b", help="whose widths the checkpoint has")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where checkpoints are made and merged")
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoints there for another run")
+    parser.add_argument("--results", type=Path, default=RESULTS / "bench-merge.json")
+    return parser.parse_args(arguments)
+
+
+def _numbers(text: str) -> tuple[str, ...]:
+    """Sizes as they were written."""
+    for size in text.split(","):
+        float(size)
+    return tuple(text.split(","))
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    return _listed(text, KINDS)
+
+
+def _rivals(text: str) -> tuple[str, ...]:
+    return _listed(text, RIVALS)
+
+
+def _listed(text: str, known: Mapping[str, object]) -> tuple[str, ...]:
+    names = () if text == "none" else tuple(text.split(","))
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name} is not known; use {', '.join(known)}")
+    return names
 
 
 if __name__ == "__main__":

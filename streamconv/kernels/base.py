@@ -1,0 +1,95 @@
+"""What kernels do, and the order in which sums are taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from streamconv.dtypes import Dtype
+from streamconv.grids import Grid, TableGrid
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where an update began: `codes`, and the `values` (float32) that it was added to.
+
+    These differ by a loader's rounding to 16 bit. A target less `values` is the update, which the codes' own values
+    are then moved by.
+    """
+
+    codes: Tensor
+    values: Tensor
+
+
+class Kernels(Protocol):
+    """Loops over the elements of a cell. All implementations give the same bits.
+
+    Tensors are flat and contiguous, on one device; codes and packed codes are uint8, everything else float32, with
+    an entry an element or a block. What is written to was allocated by the caller; nothing else is changed.
+    """
+
+    @property
+    def name(self) -> str:
+        """As plans and reports call it."""
+
+    def absmax(self, values: Tensor, block: int, out: Tensor) -> Tensor:
+        """The scale that bitsandbytes stores for every block of `values`, in `out`: its greatest magnitude."""
+
+    def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
+        """Write the codes nearest to `values`; return the scales, those of `absmax` where None are given."""
+
+    def stochastic(
+        self,
+        values: Tensor,
+        grid: Grid,
+        scales: Tensor | None,
+        start: Start | None,
+        noise: Tensor,
+        codes: Tensor,
+    ) -> Tensor:
+        """As `nearest`, but up or down as `noise` in [0, 1) has it; from `start` on, if it is given."""
+
+    def uniform(self, key: int, first: int, out: Tensor) -> None:
+        """Fill `out` with the numbers from place `first` on of the stream `key`; see `rounding/noise.py`."""
+
+    def pack_pairs(self, codes: Tensor, out: Tensor) -> None:
+        """Write 4-bit codes, an even number, two a byte, the first one high."""
+
+    def unpack_pairs(self, packed: Tensor, codes: Tensor) -> None:
+        """Undo `pack_pairs`; of the last byte only as much as `codes` has room for."""
+
+    def decode(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
+        """Write what `codes` stand for, rounded to `dtype`, to `out`."""
+
+    def decode_pairs(
+        self, packed: Tensor, grid: TableGrid, scales: Tensor, dtype: Dtype, out: Tensor
+    ) -> None:
+        """As `decode`, for packed codes."""
+
+    def distance(self, left: Tensor, right: Tensor, block: int) -> Tensor:
+        """||`left` - `right`||², float64, summed as in `kept`."""
+
+    def kept(
+        self, codes: Tensor, grid: Grid, target: Tensor, base: Tensor, anchor: Tensor, inner: Tensor
+    ) -> Tensor:
+        """<`anchor`, D> and ||D||², float64 [2], of the update D = `target` - `base`.
+
+        To `inner` goes <values of `codes`, D> of every block, in units of `scale / peak`. A block's products are summed
+        in float32, blocks in float64, all by `pairwise_sum`.
+        """
+
+
+def pairwise_sum(terms: Tensor) -> Tensor:
+    """Sums over the last axis of `terms`, which are used up: the upper half is added to the lower until one is left.
+
+    With the order fixed, so are the bits, whatever the device and the width of its vectors. The error grows with
+    the logarithm of the count.
+    """
+    count = terms.shape[-1]
+    while count > 1:
+        half = (count + 1) // 2
+        terms[..., : count - half] += terms[..., half:count]
+        count = half
+    return terms[..., 0]

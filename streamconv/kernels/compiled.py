@@ -1,0 +1,564 @@
+"""The kernels compiled by numba: whole blocks, each in one go while it lies in the first-level cache.
+
+They equal the torch ones bit for bit: numba may neither reorder nor fuse floating point operations (`fastmath` is off),
+every operation is rounded to float32 as torch rounds it, and sums have a fixed order. What comes up once a weight or
+never, the short block at its end and grids with other blocks, is left to torch.
+
+LLVM makes vector instructions of a loop if its index cannot be negative, its length is known or the loop is long,
+nothing in it branches, and integers are as wide as the floats they come from: hence arrays of two axes, 64 written
+out, and bytes narrowed in loops of their own. Kernels do not hold the GIL. numba keeps machine code beside Python's own
+`.pyc` files, or in the user's cache folder if the installation cannot be written to; it is made for one processor and
+one state of this file, and is compiled again for another.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from streamconv.dtypes import BF16, Dtype
+from streamconv.grids import SMALLEST_DIVISOR, Grid, IntegerGrid, TableGrid, tables_of
+from streamconv.kernels.base import Start
+from streamconv.kernels.in_torch import TorchKernels, block_dots, round_to
+
+# The block of bitsandbytes' 4-bit formats, and the length of every loop over one.
+BLOCK = 64
+_CODES = 16
+_TORCH = TorchKernels()
+
+Array = NDArray[Any]
+Loop = Callable[..., Any]
+
+
+def _compiled(function: Loop) -> Loop:
+    try:
+        made: Loop = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # there is nowhere to keep it: every process compiles it again
+        made = numba.njit(nogil=True, error_model="numpy")(function)
+    return made
+
+
+# -- loops: `values` and the like are [blocks, block] ------------------------------------------------------
+
+_MAGNITUDE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+_FLOOR = np.float32(SMALLEST_DIVISOR)
+_ONE = np.float32(1)
+_GAMMA, _MIX_1, _MIX_2 = (
+    np.uint64(number) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+
+
+@_compiled
+def _absmax_64(bits: Array, scale_bits: Array) -> None:
+    """Bits of the greatest magnitude: as integers they are ordered as the floats are, NaN above all."""
+    for b in range(bits.shape[0]):
+        greatest = np.uint32(0)
+        for j in range(64):
+            magnitude = np.uint32(bits[b, j] & _MAGNITUDE)
+            greatest = magnitude if magnitude > greatest else greatest
+        scale_bits[b] = greatest
+
+
+@_compiled
+def _absmax(bits: Array, scale_bits: Array) -> None:
+    for b in range(bits.shape[0]):
+        greatest = np.uint32(0)
+        for j in range(bits.shape[1]):
+            magnitude = np.uint32(bits[b, j] & _MAGNITUDE)
+            greatest = magnitude if magnitude > greatest else greatest
+        scale_bits[b] = greatest
+
+
+@_compiled
+def _factor(scale: Any, peak: Any, floor: Any) -> Any:
+    """What `divide_by_scales` multiplies a whole block by."""
+    size = abs(scale)
+    size = size if size > floor else floor
+    return np.float32(np.float32(_ONE / np.float32(np.copysign(size, scale))) * peak)
+
+
+@_compiled
+def _rename(codes: Array, by_rank: Array) -> None:
+    for i in range(codes.size):
+        codes[i] = by_rank[codes[i]]
+
+
+@_compiled
+def _nearest_table(values: Array, scales: Array, midpoints: Array, ranks: Array) -> None:
+    wide = np.empty(64, np.int32)
+    for b in range(values.shape[0]):
+        factor = _factor(scales[b], _ONE, _FLOOR)
+        for j in range(64):
+            x = values[b, j] * factor
+            rank = np.int32(0)
+            for step in range(15):
+                rank += np.int32(x > midpoints[step])
+            wide[j] = rank
+        for j in range(64):
+            ranks[b, j] = wide[j]
+
+
+@_compiled
+def _nearest_in_any_table(values: Array, scales: Array, midpoints: Array, ranks: Array) -> None:
+    """By binary search among 255 midpoints."""
+    for b in range(values.shape[0]):
+        factor = _factor(scales[b], _ONE, _FLOOR)
+        for j in range(values.shape[1]):
+            x = values[b, j] * factor
+            rank = np.uint32(0)
+            step = np.uint32(128)
+            while step:
+                rank += step * np.uint32(x > midpoints[rank + step - np.uint32(1)])
+                step >>= np.uint32(1)
+            ranks[b, j] = rank
+
+
+@_compiled
+def _nearest_integer(values: Array, scales: Array, peak: Any, floor: Any, codes: Array) -> None:
+    for b in range(values.shape[0]):
+        factor = _factor(scales[b], peak, floor)
+        for j in range(values.shape[1]):
+            x = np.rint(values[b, j] * factor)
+            x = x if x < peak else peak
+            x = x if x > -peak else -peak
+            codes[b, j] = np.uint8(np.int32(x))
+
+
+@_compiled
+def _stochastic_table(
+    values: Array,
+    scales: Array,
+    start: Array,
+    base: Array,
+    has_start: bool,
+    noise: Array,
+    rising: Array,
+    gaps: Array,
+    by_code: Array,
+    ranks: Array,
+) -> None:
+    """`rising` is +inf beyond the greatest value; `gaps` are 0 there and at it."""
+    x, low, gap = np.empty(64, np.float32), np.empty(64, np.float32), np.empty(64, np.float32)
+    wide = np.empty(64, np.uint32)
+    least, greatest = np.float32(by_code.min()), np.float32(by_code.max())
+    for b in range(values.shape[0]):
+        factor = _factor(scales[b], _ONE, _FLOOR)
+        if has_start:
+            for j in range(64):
+                low[j] = by_code[start[b, j]]
+            for j in range(64):
+                x[j] = (values[b, j] - base[b, j]) * factor + low[j]
+        else:
+            for j in range(64):
+                x[j] = values[b, j] * factor
+        for j in range(64):
+            inside = x[j] if x[j] > least else least
+            inside = inside if inside < greatest else greatest
+            x[j] = inside
+            rank = np.uint32(0)
+            for step in range(1, 16):
+                rank += np.uint32(inside >= rising[step])
+            wide[j] = rank
+        for j in range(64):
+            low[j] = rising[wide[j]]
+            gap[j] = gaps[wide[j]]
+        for j in range(64):
+            ranks[b, j] = wide[j] + np.uint32(gap[j] * noise[b, j] < x[j] - low[j])
+
+
+@_compiled
+def _stochastic_integer(
+    values: Array,
+    scales: Array,
+    start: Array,
+    base: Array,
+    has_start: bool,
+    noise: Array,
+    peak: Any,
+    floor: Any,
+    codes: Array,
+) -> None:
+    for b in range(values.shape[0]):
+        factor = _factor(scales[b], peak, floor)
+        for j in range(values.shape[1]):
+            x = values[b, j] * factor
+            if has_start:
+                x = (values[b, j] - base[b, j]) * factor + np.float32(start[b, j])
+            x = x if x > -peak else -peak
+            x = x if x < peak else peak
+            low = np.floor(x)
+            gap = np.ceil(x) - low
+            codes[b, j] = np.uint8(np.int32(low) + np.int32(gap * noise[b, j] < x - low))
+
+
+@_compiled
+def _words(key: Any, first: Any, words: Array) -> None:
+    for i in range(words.size):
+        word = key + (first + np.uint64(i)) * _GAMMA
+        word = (word ^ (word >> np.uint64(30))) * _MIX_1
+        word = (word ^ (word >> np.uint64(27))) * _MIX_2
+        words[i] = word ^ (word >> np.uint64(31))
+
+
+@_compiled
+def _fractions(halves: Array, out: Array) -> None:
+    for i in range(out.size):
+        out[i] = np.float32(np.int32(halves[i] >> np.uint32(8))) * np.float32(2.0**-24)
+
+
+@_compiled
+def _pack(codes: Array, out: Array) -> None:
+    for i in range(out.size):
+        out[i] = codes[2 * i] << np.uint8(4) | codes[2 * i + 1]
+
+
+@_compiled
+def _unpack(packed: Array, codes: Array) -> None:
+    for i in range(codes.size // 2):
+        codes[2 * i] = packed[i] >> np.uint8(4)
+        codes[2 * i + 1] = packed[i] & np.uint8(15)
+
+
+@_compiled
+def _to_bfloat16(bits: Array) -> None:
+    """Round to nearest, ties to even, in place; what is not finite stays so."""
+    for b in range(bits.shape[0]):
+        for j in range(bits.shape[1]):
+            word = bits[b, j]
+            odd = np.uint32(word >> np.uint32(16)) & np.uint32(1)
+            rounded = np.uint32(word + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
+            bits[b, j] = word if (word & _INFINITY) == _INFINITY else rounded
+
+
+@_compiled
+def _decode_pairs(packed: Array, pairs: Array, scales: Array, both: Array, values: Array) -> None:
+    """`both` and `values` are the same memory, as two float32 and as one."""
+    for b in range(values.shape[0]):
+        for j in range(packed.shape[1]):
+            both[b, j] = pairs[packed[b, j]]
+        for j in range(values.shape[1]):
+            values[b, j] *= scales[b]
+
+
+@_compiled
+def _decode_table(codes: Array, by_code: Array, scales: Array, values: Array) -> None:
+    for b in range(values.shape[0]):
+        for j in range(values.shape[1]):
+            values[b, j] = by_code[codes[b, j]]
+        for j in range(values.shape[1]):
+            values[b, j] *= scales[b]
+
+
+@_compiled
+def _decode_integer(codes: Array, scales: Array, inverse_peak: Any, values: Array) -> None:
+    for b in range(values.shape[0]):
+        scale = scales[b]
+        for j in range(values.shape[1]):
+            values[b, j] = np.float32(np.float32(codes[b, j]) * scale) * inverse_peak
+
+
+@_compiled
+def _sum(terms: Array) -> Any:
+    """`pairwise_sum`, in place."""
+    count = terms.size
+    while count > 1:
+        half = (count + 1) // 2
+        upper = terms[half:count]
+        for j in range(upper.size):
+            terms[j] += upper[j]
+        count = half
+    return terms[0]
+
+
+@_compiled
+def _distance(left: Array, right: Array, sums: Array) -> None:
+    terms = np.empty(left.shape[1], np.float32)
+    for b in range(left.shape[0]):
+        for j in range(left.shape[1]):
+            difference = left[b, j] - right[b, j]
+            terms[j] = difference * difference
+        sums[b] = _sum(terms)
+
+
+@_compiled
+def _kept_table(
+    codes: Array, by_code: Array, target: Array, base: Array, anchor: Array, inner: Array, sums: Array
+) -> None:
+    """`pairwise_sum` of three products at once, the first halving while they are made."""
+    values = np.empty(64, np.float32)
+    terms = np.empty((3, 32), np.float32)
+    for b in range(codes.shape[0]):
+        for j in range(64):
+            values[j] = by_code[codes[b, j]]
+        for j in range(32):
+            low, high = target[b, j] - base[b, j], target[b, j + 32] - base[b, j + 32]
+            terms[0, j] = values[j] * low + values[j + 32] * high
+            terms[1, j] = anchor[b, j] * low + anchor[b, j + 32] * high
+            terms[2, j] = low * low + high * high
+        for k in range(3):
+            for j in range(16):
+                terms[k, j] += terms[k, j + 16]
+            for j in range(8):
+                terms[k, j] += terms[k, j + 8]
+            for j in range(4):
+                terms[k, j] += terms[k, j + 4]
+        inner[b] = (terms[0, 0] + terms[0, 2]) + (terms[0, 1] + terms[0, 3])
+        sums[0, b] = (terms[1, 0] + terms[1, 2]) + (terms[1, 1] + terms[1, 3])
+        sums[1, b] = (terms[2, 0] + terms[2, 2]) + (terms[2, 1] + terms[2, 3])
+
+
+@_compiled
+def _kept_integer(codes: Array, target: Array, base: Array, anchor: Array, inner: Array, sums: Array) -> None:
+    terms = np.empty((3, codes.shape[1]), np.float32)
+    for b in range(codes.shape[0]):
+        for j in range(codes.shape[1]):
+            delta = target[b, j] - base[b, j]
+            terms[0, j] = np.float32(codes[b, j]) * delta
+            terms[1, j] = anchor[b, j] * delta
+            terms[2, j] = delta * delta
+        inner[b] = _sum(terms[0])
+        sums[0, b] = _sum(terms[1])
+        sums[1, b] = _sum(terms[2])
+
+
+# -- from tensors to loops and back ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Table:
+    """A grid of at most 16 values, padded to 16: what the loops look up. A rank is a place in rising order."""
+
+    midpoints: Array
+    rising: Array
+    gaps: Array
+    by_code: Array
+    by_rank: Array
+    pairs: Array
+    in_order: bool
+
+
+@functools.cache
+def _table(values: tuple[float, ...]) -> _Table:
+    known = tables_of(values, torch.device("cpu"))
+    rising = known.distinct.thresholds.numpy()
+    by_rank = known.codes.numpy()
+    by_code = np.zeros(_CODES, np.float32)
+    by_code[: len(values)] = values
+    halves = np.stack((np.repeat(by_code, _CODES), np.tile(by_code, _CODES)), axis=1)
+    return _Table(
+        midpoints=_padded(known.midpoints.thresholds.numpy(), np.inf),
+        rising=_padded(rising, np.inf),
+        gaps=_padded(np.diff(rising), 0),
+        by_code=by_code,
+        by_rank=_padded(by_rank, 0),
+        pairs=np.ascontiguousarray(halves).view(np.uint64).reshape(-1),
+        in_order=known.codes_are_ranks,
+    )
+
+
+def _padded(entries: Array, filler: float, length: int = _CODES) -> Array:
+    return np.append(entries, np.full(length - len(entries), filler, entries.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledKernels:
+    """See Kernels."""
+
+    name: str = "compiled"
+
+    def absmax(self, values: Tensor, block: int, out: Tensor) -> Tensor:
+        whole = values.numel() // block
+        loop = _absmax_64 if block == BLOCK else _absmax
+        loop(_bits(_rows(values, whole, block)), _bits(out.numpy()[:whole]))
+        if whole < out.numel():
+            _TORCH.absmax(values[whole * block :], block, out[whole:])
+        return out
+
+    def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
+        if not isinstance(grid, IntegerGrid) and not (isinstance(grid, TableGrid) and grid.peak == 1):
+            return _TORCH.nearest(values, grid, scales, codes)
+        scales = self._scales(values, grid) if scales is None else scales
+        whole = values.numel() // grid.block
+        arrays = (_rows(values, whole, grid.block), scales.numpy()[:whole])
+        into = _rows(codes, whole, grid.block)
+        if isinstance(grid, TableGrid):
+            _nearest_in_table(grid, *arrays, into)
+        else:
+            _nearest_integer(*arrays, *_peak_and_floor(grid), into)
+        if whole < scales.numel():
+            rest = slice(whole * grid.block, None)
+            _TORCH.nearest(values[rest], grid, scales[whole:], codes[rest])
+        return scales
+
+    def stochastic(
+        self,
+        values: Tensor,
+        grid: Grid,
+        scales: Tensor | None,
+        start: Start | None,
+        noise: Tensor,
+        codes: Tensor,
+    ) -> Tensor:
+        if not _is_compiled(grid):
+            return _TORCH.stochastic(values, grid, scales, start, noise, codes)
+        scales = self._scales(values, grid) if scales is None else scales
+        whole = values.numel() // grid.block
+        arrays = (_rows(values, whole, grid.block), scales.numpy()[:whole])
+        old = Start(codes, values) if start is None else start  # not looked at if there is none
+        from_codes, base = _rows(old.codes, whole, grid.block), _rows(old.values, whole, grid.block)
+        drawn, into = _rows(noise, whole, grid.block), _rows(codes, whole, grid.block)
+        if isinstance(grid, TableGrid):
+            table = _table(grid.values)
+            look_up = (table.rising, table.gaps, table.by_code)
+            _stochastic_table(*arrays, from_codes, base, start is not None, drawn, *look_up, into)
+            _from_ranks(table, into)
+        else:
+            signed = from_codes.view(np.int8)
+            _stochastic_integer(*arrays, signed, base, start is not None, drawn, *_peak_and_floor(grid), into)
+        if whole < scales.numel():
+            rest = slice(whole * grid.block, None)
+            last = None if start is None else Start(start.codes[rest], start.values[rest])
+            _TORCH.stochastic(values[rest], grid, scales[whole:], last, noise[rest], codes[rest])
+        return scales
+
+    def uniform(self, key: int, first: int, out: Tensor) -> None:
+        even = out.numel() // 2 * 2
+        if first % 2:
+            _TORCH.uniform(key, first, out)
+            return
+        # Words are made where their two numbers will be.
+        numbers = out[:even].numpy()
+        _words(np.uint64(key % (1 << 64)), np.uint64(first // 2), numbers.view(np.uint64))
+        _fractions(_bits(numbers), numbers)
+        if even < out.numel():
+            _TORCH.uniform(key, first + even, out[even:])
+
+    def pack_pairs(self, codes: Tensor, out: Tensor) -> None:
+        _pack(codes.numpy(), out.numpy())
+
+    def unpack_pairs(self, packed: Tensor, codes: Tensor) -> None:
+        even = codes.numel() // 2 * 2
+        _unpack(packed.numpy(), codes[:even].numpy())
+        if even < codes.numel():
+            _TORCH.unpack_pairs(packed[even // 2 :], codes[even:])
+
+    def decode(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
+        if not _is_compiled(grid):
+            _TORCH.decode(codes, grid, scales, dtype, out)
+            return
+        whole = out.numel() // grid.block
+        read, values = _rows(codes, whole, grid.block), _rows(out, whole, grid.block)
+        factors = scales.numpy()[:whole]
+        if isinstance(grid, TableGrid):
+            _decode_table(read, _table(grid.values).by_code, factors, values)
+        else:
+            _decode_integer(read.view(np.int8), factors, np.float32(1 / grid.peak), values)
+        _round_to(dtype, values)
+        if whole < scales.numel():
+            rest = slice(whole * grid.block, None)
+            _TORCH.decode(codes[rest], grid, scales[whole:], dtype, out[rest])
+
+    def decode_pairs(
+        self, packed: Tensor, grid: TableGrid, scales: Tensor, dtype: Dtype, out: Tensor
+    ) -> None:
+        if not _is_compiled(grid):
+            _TORCH.decode_pairs(packed, grid, scales, dtype, out)
+            return
+        whole = out.numel() // grid.block
+        values = _rows(out, whole, grid.block)
+        read = _rows(packed, whole, grid.block // 2)
+        table = _table(grid.values)
+        _decode_pairs(read, table.pairs, scales.numpy()[:whole], values.view(np.uint64), values)
+        _round_to(dtype, values)
+        if whole < scales.numel():
+            first = whole * grid.block
+            _TORCH.decode_pairs(packed[first // 2 :], grid, scales[whole:], dtype, out[first:])
+
+    def distance(self, left: Tensor, right: Tensor, block: int) -> Tensor:
+        whole = left.numel() // block
+        sums = np.empty(-(-left.numel() // block), np.float32)
+        _distance(_rows(left, whole, block), _rows(right, whole, block), sums)
+        if whole < sums.size:
+            difference = left[whole * block :] - right[whole * block :]
+            sums[-1] = block_dots(difference, difference, block).item()
+        return torch.tensor(_sum(sums.astype(np.float64)), dtype=torch.float64)
+
+    def kept(
+        self, codes: Tensor, grid: Grid, target: Tensor, base: Tensor, anchor: Tensor, inner: Tensor
+    ) -> Tensor:
+        if not _is_compiled(grid):
+            return _TORCH.kept(codes, grid, target, base, anchor, inner)
+        whole = codes.numel() // grid.block
+        sums = np.empty((2, inner.numel()), np.float32)
+        arrays = tuple(_rows(each, whole, grid.block) for each in (target, base, anchor))
+        read, into = _rows(codes, whole, grid.block), inner.numpy()[:whole]
+        if isinstance(grid, TableGrid):
+            _kept_table(read, _table(grid.values).by_code, *arrays, into, sums)
+        else:
+            _kept_integer(read.view(np.int8), *arrays, into, sums)
+        if whole < inner.numel():
+            rest = slice(whole * grid.block, None)
+            sums[:, -1] = _TORCH.kept(
+                codes[rest], grid, target[rest], base[rest], anchor[rest], inner[whole:]
+            )
+        return torch.tensor([_sum(blocks) for blocks in sums.astype(np.float64)], dtype=torch.float64)
+
+    def _scales(self, values: Tensor, grid: Grid) -> Tensor:
+        out = torch.empty(-(-values.numel() // grid.block), dtype=torch.float32)
+        return self.absmax(values, grid.block, out)
+
+
+def _is_compiled(grid: Grid) -> bool:
+    """Whether there are loops for this grid: integers, or at most 16 values in blocks of 64."""
+    if isinstance(grid, TableGrid):
+        return grid.block == BLOCK and len(grid.values) <= _CODES and grid.peak == 1
+    return isinstance(grid, IntegerGrid)
+
+
+def _nearest_in_table(grid: TableGrid, values: Array, scales: Array, codes: Array) -> None:
+    known = tables_of(grid.values, torch.device("cpu"))
+    if _is_compiled(grid):
+        _nearest_table(values, scales, _table(grid.values).midpoints, codes)
+    else:
+        midpoints = _padded(known.midpoints.thresholds.numpy(), np.inf, 256)
+        _nearest_in_any_table(values, scales, midpoints, codes)
+    if not known.codes_are_ranks:
+        _rename(codes.reshape(-1), known.codes.numpy())
+
+
+def _from_ranks(table: _Table, codes: Array) -> None:
+    if not table.in_order:
+        _rename(codes.reshape(-1), table.by_rank)
+
+
+def _peak_and_floor(grid: Grid) -> tuple[Any, Any]:
+    return np.float32(grid.peak), np.float32(SMALLEST_DIVISOR * grid.peak)
+
+
+def _rows(tensor: Tensor, count: int, length: int) -> Array:
+    """The first `count` stretches of `length`, one a row (a slice of an array costs less than one of a tensor)."""
+    return tensor.numpy()[: count * length].reshape(count, length)
+
+
+def _round_to(dtype: Dtype, values: Array) -> None:
+    if dtype == BF16:
+        _to_bfloat16(_bits(values))
+    else:
+        round_to(dtype, torch.from_numpy(values))
+
+
+def _bits(values: Array) -> Array:
+    return values.view(np.uint32)
+
+
+def load() -> CompiledKernels | None:
+    """The kernels; None where numba was told not to compile (its switch, NUMBA_DISABLE_JIT)."""
+    return None if numba.config.DISABLE_JIT else CompiledKernels()

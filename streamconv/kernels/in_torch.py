@@ -1,0 +1,134 @@
+"""The kernels as torch operations, for any device and any grid: what the compiled ones must equal bit for bit.
+
+Source: bitsandbytes `backends/default/ops.py`, quantize_4bit, dequantize_4bit and int8_vectorwise_quant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamconv.dtypes import F32, Dtype
+from streamconv.grids import (
+    SMALLEST_DIVISOR,
+    Grid,
+    TableGrid,
+    block_absmax,
+    divide_by_scales,
+    multiply_by_scales,
+)
+from streamconv.kernels.base import Start, pairwise_sum
+
+
+@dataclass(frozen=True, slots=True)
+class TorchKernels:
+    """See Kernels."""
+
+    name: str = "torch"
+
+    def absmax(self, values: Tensor, block: int, out: Tensor) -> Tensor:
+        out.copy_(block_absmax(values, block))
+        if values.numel() % block:
+            # Only here bitsandbytes also stores the floor: an all-zero short block has it, a whole one has 0.
+            out[-1:].clamp_(min=SMALLEST_DIVISOR)
+        return out
+
+    def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
+        scales = self._scales(values, grid) if scales is None else scales
+        codes.copy_(grid.nearest(divide_by_scales(values, scales, grid.block, grid.peak)))
+        return scales
+
+    def stochastic(
+        self,
+        values: Tensor,
+        grid: Grid,
+        scales: Tensor | None,
+        start: Start | None,
+        noise: Tensor,
+        codes: Tensor,
+    ) -> Tensor:
+        scales = self._scales(values, grid) if scales is None else scales
+        moved = values if start is None else values - start.values
+        x = divide_by_scales(moved, scales, grid.block, grid.peak)
+        if start is not None:
+            x.add_(grid.decode(start.codes))
+        x.clamp_(*grid.limits)
+        lower, upper = grid.neighbours(x)
+        low = grid.decode(lower)
+        gap = grid.decode(upper).sub_(low)
+        goes_up = gap.mul_(noise) < x.sub_(low)
+        torch.mul(upper.sub_(lower), goes_up.view(torch.uint8), out=codes).add_(lower)
+        return scales
+
+    def uniform(self, key: int, first: int, out: Tensor) -> None:
+        word = first // 2
+        words = torch.arange(word, (first + out.numel() + 1) // 2, dtype=torch.int64, device=out.device)
+        words.mul_(_GAMMA).add_(key)
+        shifted = torch.empty_like(words)
+        for shift, factor in _MIX:
+            # torch shifts in copies of the sign; the mask makes it the logical shift of the paper.
+            torch.bitwise_right_shift(words, shift, out=shifted).bitwise_and_((1 << (64 - shift)) - 1)
+            words.bitwise_xor_(shifted)
+            if factor != 1:
+                words.mul_(factor)
+        halves = words.view(torch.int32).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
+        out.copy_(halves[first - 2 * word :][: out.numel()]).mul_(2.0**-24)
+
+    def pack_pairs(self, codes: Tensor, out: Tensor) -> None:
+        torch.bitwise_or(codes[0::2] << 4, codes[1::2], out=out)
+
+    def unpack_pairs(self, packed: Tensor, codes: Tensor) -> None:
+        halves = torch.stack((packed >> 4, packed & 0xF), dim=1)
+        codes.copy_(halves.view(-1)[: codes.numel()])
+
+    def decode(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
+        multiply_by_scales(grid.decode(codes), scales, grid.block, out, grid.peak)
+        round_to(dtype, out)
+
+    def decode_pairs(
+        self, packed: Tensor, grid: TableGrid, scales: Tensor, dtype: Dtype, out: Tensor
+    ) -> None:
+        values = grid.decode_pairs(packed)[: out.numel()]
+        multiply_by_scales(values, scales, grid.block, out, grid.peak)
+        round_to(dtype, out)
+
+    def distance(self, left: Tensor, right: Tensor, block: int) -> Tensor:
+        difference = left - right
+        return pairwise_sum(block_dots(difference, difference, block).double())
+
+    def kept(
+        self, codes: Tensor, grid: Grid, target: Tensor, base: Tensor, anchor: Tensor, inner: Tensor
+    ) -> Tensor:
+        delta = target - base
+        inner.copy_(block_dots(grid.decode(codes), delta, grid.block))
+        sums = torch.stack([block_dots(factor, delta, grid.block) for factor in (anchor, delta)])
+        return pairwise_sum(sums.double())
+
+    def _scales(self, values: Tensor, grid: Grid) -> Tensor:
+        out = torch.empty(-(-values.numel() // grid.block), dtype=torch.float32, device=values.device)
+        return self.absmax(values, grid.block, out)
+
+
+def block_dots(left: Tensor, right: Tensor, block: int) -> Tensor:
+    """<`left`, `right`> of every block."""
+    terms = left * right
+    whole = terms.numel() - terms.numel() % block
+    sums = pairwise_sum(terms[:whole].view(-1, block))
+    return sums if whole == terms.numel() else torch.cat((sums, pairwise_sum(terms[whole:]).view(1)))
+
+
+def round_to(dtype: Dtype, values: Tensor) -> None:
+    """Round `values` (float32) to what `dtype` can hold, ties to even."""
+    if dtype != F32:
+        values.copy_(values.to(dtype.torch))
+
+
+def _signed(word: int) -> int:
+    """A 64-bit pattern as torch's int64 has it."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+_GAMMA = _signed(0x9E3779B97F4A7C15)
+_MIX = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)), (31, 1))

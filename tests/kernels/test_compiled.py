@@ -1,0 +1,266 @@
+"""The compiled kernels and the torch ones give the same bits, whatever they are fed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from streamconv.dtypes import BF16, F16, F32, Dtype
+from streamconv.formats.bnb_4bit import DYNAMIC
+from streamconv.grids import FP4, INT8, NF4, Grid, IntegerGrid, TableGrid, block_absmax
+from streamconv.kernels import TORCH, Kernels, Start, compiled_kernels, kernels_for
+from tests.formats.stored import normal
+
+pytest.importorskip("numba")
+
+GRIDS: Mapping[str, Grid] = {
+    "nf4": NF4,
+    "fp4": FP4,
+    "int8": INT8,
+    "dynamic": DYNAMIC,
+    "other": TableGrid("other", (0.25, 1.0, -1.0), 4),
+}
+every_grid = pytest.mark.parametrize("name", GRIDS)
+# Whole blocks only; a short last one; nothing but a short one; an odd number.
+SIZES = [(64, 128), (3, 50), (1, 63), (5, 13), (33, 96)]
+every_size = pytest.mark.parametrize("size", SIZES, ids=str)
+
+
+def compiled() -> Kernels:
+    found = compiled_kernels()
+    assert found is not None
+    return found
+
+
+def grid_of(name: str, columns: int) -> Grid:
+    grid = GRIDS[name]
+    return grid.of_width(columns) if isinstance(grid, IntegerGrid) else grid
+
+
+def blocks(count: int, grid: Grid) -> int:
+    return -(-count // grid.block)
+
+
+def bits(tensor: Tensor) -> list[int]:
+    """For comparison: NaN equals itself and -0 is not 0."""
+    return tensor.contiguous().view(-1).view(torch.uint8).tolist()
+
+
+def both(call: Callable[[Kernels], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What both kernels give, once it has been found to be the same."""
+    ours, theirs = call(compiled()), call(TORCH)
+    for one, other in zip(ours, theirs, strict=True):
+        assert bits(one) == bits(other)
+    return ours
+
+
+def empty(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory that is not clean."""
+    return torch.full((count,), 77, dtype=dtype)
+
+
+def choose(kernels: Kernels, values: Tensor, grid: Grid, scales: Tensor | None) -> tuple[Tensor, ...]:
+    codes = empty(values.numel(), torch.uint8)
+    return codes, kernels.nearest(values, grid, scales, codes)
+
+
+def draw(
+    kernels: Kernels, values: Tensor, grid: Grid, scales: Tensor | None, start: Start | None
+) -> tuple[Tensor, ...]:
+    noise, codes = empty(values.numel()), empty(values.numel(), torch.uint8)
+    kernels.uniform(-5, 0, noise)
+    return codes, kernels.stochastic(values, grid, scales, start, noise, codes), noise
+
+
+def codes_for(grid: Grid, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    if isinstance(grid, IntegerGrid):
+        return torch.randint(-127, 128, (count,), dtype=torch.int8, generator=generator).view(torch.uint8)
+    assert isinstance(grid, TableGrid)
+    return torch.randint(0, len(grid.values), (count,), dtype=torch.uint8, generator=generator)
+
+
+def awkward(grid: Grid, count: int) -> dict[str, Tensor]:
+    """Values at and beside the places where codes change, and those that floats are bad at."""
+    if isinstance(grid, TableGrid):
+        values = torch.tensor(grid.values).sort().values
+        turns = torch.cat((values, (values[:-1] + values[1:]) / 2))
+    else:
+        turns = torch.arange(-127, 127.5, 0.5) / 127
+    beside = torch.cat([turns, *(torch.nextafter(turns, torch.tensor(float(way))) for way in (-2, 2))])
+    ties = beside.repeat(-(-count // len(beside)))[:count].clone()
+    ties[:: grid.block] = 1.0
+    random = normal((count,))
+    tiny = torch.finfo(torch.float32).smallest_normal
+    return {
+        "random": random,
+        "ties": ties,
+        "ties at an awkward scale": ties * 0.0371,
+        "zeros": torch.zeros(count),
+        "negative zeros": -torch.zeros(count),
+        "one block of zeros": torch.where(torch.arange(count) < grid.block, 0.0, random),
+        "denormal": random * tiny,
+        "under the floor": random * 1e-37,
+        "huge": ties * 3e38,
+        "huge beside tiny": torch.where(torch.arange(count) % 2 == 0, ties * 3e38, random * tiny),
+        "a few": torch.where(torch.arange(count) % 7 == 0, random, -0.0),
+    }
+
+
+def test_the_cpu_computes_with_what_is_compiled() -> None:
+    assert kernels_for(torch.device("cpu")) is compiled()
+    assert compiled().name == "compiled"
+
+
+@every_grid
+@every_size
+def test_nearest_and_stochastic(name: str, size: tuple[int, int]) -> None:
+    rows, columns = size
+    count, grid = rows * columns, grid_of(name, columns)
+    scales = torch.rand(blocks(count, grid)) - 0.5
+    scales[0] = 0.0
+    start = Start(codes_for(grid, count), normal((count,), 4))
+    for values in awkward(grid, count).values():
+        both(partial(choose, values=values, grid=grid, scales=None))
+        both(partial(choose, values=values, grid=grid, scales=scales))
+        both(partial(draw, values=values, grid=grid, scales=None, start=None))
+        both(partial(draw, values=values, grid=grid, scales=scales, start=None))
+        both(partial(draw, values=values, grid=grid, scales=scales, start=start))
+
+
+@settings(max_examples=150)
+@given(
+    name=st.sampled_from(sorted(GRIDS)),
+    count=st.integers(1, 300),
+    words=st.binary(min_size=4, max_size=256),
+    size=st.sampled_from([1.0, 1e-30, 1e30]),
+)
+def test_any_finite_bits(name: str, count: int, words: bytes, size: float) -> None:
+    found = np.frombuffer(words[: len(words) // 4 * 4], np.float32)
+    values = torch.from_numpy(np.resize(found, count)).nan_to_num(nan=-0.0, posinf=1.0, neginf=-1.0) * size
+    values = values.clamp(-3e38, 3e38)
+    grid = grid_of(name, 1 + count % 100)
+    values = values[: max(1, count // grid.block) * grid.block] if name == "int8" else values
+    grid = grid if name != "int8" or values.numel() >= grid.block else grid_of(name, values.numel())
+    both(lambda kernels: choose(kernels, values, grid, None))
+    both(lambda kernels: draw(kernels, values, grid, None, None))
+    start = Start(codes_for(grid, len(values)), values * 1.001)
+    both(lambda kernels: draw(kernels, values, grid, block_absmax(values, grid.block), start))
+
+
+@every_grid
+def test_values_that_are_not_finite_show_in_the_scales(name: str) -> None:
+    grid = grid_of(name, 128)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        for word in (0x7FFFFFFF, -1):  # NaN of all bits, either sign
+            values = normal((256,))
+            values[3] = value
+            values[200:201] = torch.tensor([word], dtype=torch.int32).view(torch.float32)
+            for kernels in (TORCH, compiled()):
+                found = kernels.absmax(values, grid.block, empty(blocks(256, grid)))
+                assert not bool(found[[0, 200 // grid.block]].isfinite().any())
+                _, scales = choose(kernels, values, grid, None)
+                assert found.isfinite().tolist() == scales.isfinite().tolist()
+
+
+@every_grid
+@every_size
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_decode(name: str, size: tuple[int, int], dtype: Dtype) -> None:
+    rows, columns = size
+    count, grid = rows * columns, grid_of(name, columns)
+    codes = codes_for(grid, count)
+    for scale in (1.0, 1e-41, 1e-6, 3.4e38):
+        scales = normal((blocks(count, grid),)).clamp(-1, 1) * scale
+
+        def decoded(kernels: Kernels, scales: Tensor = scales) -> tuple[Tensor, ...]:
+            out, packed, unpacked, paired = (
+                empty(count),
+                empty(-(-count // 2), torch.uint8),
+                codes,
+                empty(count),
+            )
+            kernels.decode(codes, grid, scales, dtype, out)
+            if isinstance(grid, TableGrid) and len(grid.values) == 16:
+                even = torch.cat((codes, codes[:1]))[: len(packed) * 2]
+                kernels.pack_pairs(even, packed)
+                unpacked = empty(count, torch.uint8)
+                kernels.unpack_pairs(packed, unpacked)
+                kernels.decode_pairs(packed, grid, scales, dtype, paired)
+                assert bits(paired) == bits(out)
+            assert torch.equal(unpacked, codes)
+            return out, packed, paired
+
+        out, *_ = both(decoded)
+        assert torch.equal(out, out.to(dtype.torch).float())
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_decoding_with_a_scale_that_is_not_a_number_gives_none(name: str) -> None:
+    grid = grid_of(name, 64)
+    codes = torch.ones(64, dtype=torch.uint8)
+    for word in (0x7FFFFFFF, -1, 0x7FC00000):
+        scales = torch.tensor([word], dtype=torch.int32).view(torch.float32).repeat(blocks(64, grid))
+        for dtype in (F32, BF16):
+            out = empty(64)
+            compiled().decode(codes, grid, scales, dtype, out)
+            assert bool(out.isnan().all())
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 64), (0, 1), (0, 333), (2, 64), (7, 20), (1 << 40, 130)])
+@pytest.mark.parametrize("key", [0, -1, 1 << 62, -(1 << 63)])
+def test_uniform(key: int, first: int, count: int) -> None:
+    def drawn(kernels: Kernels) -> tuple[Tensor, ...]:
+        out = empty(count + 1)
+        kernels.uniform(key, first, out[1:])  # not at an address that eight divides
+        return (out,)
+
+    both(drawn)
+
+
+@every_grid
+@every_size
+def test_sums(name: str, size: tuple[int, int]) -> None:
+    rows, columns = size
+    count, grid = rows * columns, grid_of(name, columns)
+    codes, base, anchor = codes_for(grid, count), normal((count,), 1), normal((count,), 2)
+    target = base + normal((count,), 3) / 8
+
+    def sums(kernels: Kernels) -> tuple[Tensor, ...]:
+        inner = empty(blocks(count, grid))
+        kept = kernels.kept(codes, grid, target, base, anchor, inner)
+        return inner, kept, kernels.distance(target, base, grid.block)
+
+    inner, kept, distance = both(sums)
+    delta = (target - base).double()
+    factors = torch.stack((grid.decode(codes).double(), anchor.double(), delta))
+    padded = torch.nn.functional.pad(factors * delta, (0, blocks(count, grid) * grid.block - count))
+    terms = padded.view(3, -1, grid.block)
+    bound = 9 * 2**-24 * terms.abs().sum(-1)  # a rounding for the product, and one for every halving
+    assert bool(((inner.double() - terms[0].sum(-1)).abs() <= bound[0]).all())
+    assert bool(((kept - terms[1:].sum((1, 2))).abs() <= bound[1:].sum(-1)).all())
+    assert torch.equal(distance, kept[1])
+
+
+@every_grid
+def test_inputs_are_not_changed(name: str) -> None:
+    grid = grid_of(name, 96)
+    inputs = (normal((960,)), torch.rand(blocks(960, grid)), codes_for(grid, 960), torch.rand(960))
+    before = [tensor.clone() for tensor in inputs]
+    values, scales, start, noise = inputs
+    for kernels in (TORCH, compiled()):
+        out, codes, sums = empty(960), empty(960, torch.uint8), empty(blocks(960, grid))
+        kernels.nearest(values, grid, scales, codes)
+        kernels.stochastic(values, grid, scales, Start(start, noise), noise, codes)
+        kernels.decode(start, grid, scales, BF16, out)
+        kernels.distance(values, noise, grid.block)
+        kernels.kept(start, grid, values, noise, out, sums)
+        kernels.absmax(values, grid.block, sums)
+    assert all(map(torch.equal, inputs, before))

@@ -1,0 +1,54 @@
+"""Where benchmarks work and keep what they measured, and what a number depends on beside the code."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / ".bench"
+RESULTS = ROOT / "docs/results"
+VERSIONS = ("streamconv", "torch", "bitsandbytes", "peft", "transformers", "safetensors")
+
+
+def machine(folder: Path) -> dict[str, str | int]:
+    """What a number depends on: processor, memory, kernel, file system of `folder`, versions, commit."""
+    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "processor": cpu[0].partition(": ")[2] if cpu else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "kernel": platform.release().partition("-")[0],
+        "file_system": _said("stat", "-f", "-c", "%T", str(folder)),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in VERSIONS},
+        "commit": _said("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"),
+    }
+
+
+def save(path: Path, made_by: str, results: Mapping[str, Any]) -> None:
+    """Write `results` as JSON, whole or not at all: a benchmark saves after every step and may be stopped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps({"made_by": made_by, **results}, indent=1) + "\n")
+    partial.replace(path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What was saved; nothing if nothing was."""
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _said(*command: str) -> str:
+    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip() or "unknown"
