@@ -17,6 +17,7 @@ in the same pass.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -423,7 +424,7 @@ class WeightWork:
         if self._extremes is not None:
             self._note_extremes(telling, rows)
             return
-        if bool(torch.isfinite(telling.sum())):
+        if math.isfinite(telling.sum().item()):
             return
         bad = ~torch.isfinite(cell.view(len(rows), -1))
         if bool(bad.any()):  # else finite values overflowed together, which harms nothing

@@ -28,6 +28,10 @@ class Device:
         return (self.name, *self.others)
 
     @property
+    def torch(self) -> torch.device:
+        return torch.device(self.name)
+
+    @property
     def is_cpu(self) -> bool:
         return self.name == "cpu"
 

@@ -226,7 +226,9 @@ def test_a_value_that_only_the_new_type_cannot_hold_is_an_error(tmp_path: Path) 
     values = load_file(base / "model.safetensors")[weight]
     values[150, 5] = 65536.0
     edit_tensors(base / "model.safetensors", put={weight: values})
-    with pytest.raises(InputError, match=rf"^{weight}: a value does not fit float16, whose greatest is 65504;"):
+    with pytest.raises(
+        InputError, match=rf"^{weight}: a value does not fit float16, whose greatest is 65504;"
+    ):
         convert(base, tmp_path / "out", dtype="float16")
     values[150, 5] = 65280.0
     edit_tensors(base / "model.safetensors", put={weight: values})

@@ -84,24 +84,27 @@ def merge_watched(*arguments: str | Path) -> Measured:
 LARGE = Sizes(hidden=1024, inner=2816, layers=7, vocabulary=32000).shapes
 # Half a million blocks in one weight: what is kept for each of them counts, too.
 WIDE = {"model.layers.0.mlp.up_proj.weight": (65536, 512)}
+DOUBLE = ["--quant", "nf4-dq", "--merge-base", "nf4-dq", "--min-kept", "0"]
 
 
 @pytest.mark.parametrize(
-    ("shapes", "megabytes", "options"),
+    ("shapes", "megabytes", "budget", "options"),
     [
-        (LARGE, 300, ["--max-ram", "160MiB"]),
-        (WIDE, 67, ["--max-ram", "160MiB", "--quant", "nf4-dq", "--merge-base", "nf4-dq", "--min-kept", "0"]),
+        (LARGE, 300, 160, []),
+        (WIDE, 67, 160, DOUBLE),
+        (WIDE, 67, 200, [*DOUBLE, "--also", "none", "--also", "nf4", "--also", "int8"]),
     ],
-    ids=["bf16", "nf4-dq"],
+    ids=["bf16", "nf4-dq", "four at once"],
 )
 def test_a_run_takes_no_more_memory_than_planned(
-    tmp_path: Path, shapes: Mapping[str, Shape], megabytes: int, options: list[str]
+    tmp_path: Path, shapes: Mapping[str, Shape], megabytes: int, budget: int, options: list[str]
 ) -> None:
     base = write_zeros(tmp_path / "base", shapes)
     assert (base / "model.safetensors").stat().st_size >= megabytes * 10**6
     adapter = write_adapter(tmp_path / "adapter", shapes, rank=8, targets=("up_proj",))
-    measured = merge_watched("--base", base, "--adapter", adapter, "-o", tmp_path / "out", *options)
-    assert measured.planned <= 160 * MIB
+    given = ["--max-ram", f"{budget}MiB", *options]
+    measured = merge_watched("--base", base, "--adapter", adapter, "-o", tmp_path / "out", *given)
+    assert measured.planned <= budget * MIB
     assert measured.peak <= measured.planned
     # Most of what is planned beside weights and buffers is a reserve for other systems: it must not hide a leak.
     assert measured.peak <= measured.planned - FIXED_BYTES + 32 * MIB
@@ -251,6 +254,35 @@ def test_a_wide_row_a_large_adapter_and_many_blocks_are_all_counted(plans: Mappi
     assert twice_the_columns > twice_the_rows  # and cells
     adapter_bytes = sum(part.nbytes for update in step.updates for part in update.parts.values())
     assert ram() - ram(updates=()) == 2 * 2 * adapter_bytes  # as stored and in float32, of two weights
+
+
+def test_of_several_outputs_buffers_blocks_and_cells_are_counted_for_each(
+    plans: Mapping[str, Plan],
+) -> None:
+    dense, quantized = steps(plans["bf16"]), steps(plans["nf4"])
+    with cores(1):
+        alone, both, three = (
+            plan_memory(quantized, budget(2**40), CPU, further=further)
+            for further in ([], [dense], [dense, quantized])
+        )
+    assert alone.buffer == both.buffer == three.buffer
+    buffers = SLOTS * alone.buffer
+    widest = max(step.columns for step in quantized if isinstance(step, Rewrite)) * 64 * 4
+    assert both.ram - alone.ram == buffers + widest
+    blocks = max(step.rows * step.columns // 64 * 44 for step in quantized if isinstance(step, Rewrite))
+    assert three.ram - both.ram == buffers + widest + blocks
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
+def test_several_outputs_stay_within_a_budget_together(plans: Mapping[str, Plan], device: Device) -> None:
+    planned, further = steps(plans["nf4"]), [steps(plans["bf16"])] * 2
+    with pytest.raises(ResourceError, match=r"at least \d+MiB; allow that much") as caught:
+        plan_memory(planned, budget(20 * MIB), device, further=further)
+    least = int(re.findall(r"(\d+)MiB", str(caught.value))[0]) * MIB
+    assert plan_memory(planned, budget(least), device, further=further).ram <= least
+    plan_memory(planned, budget(least - MIB), device)
+    with pytest.raises(ResourceError, match="--max-ram"):
+        plan_memory(planned, budget(least - MIB), device, further=further)
 
 
 def test_a_model_that_is_only_copied_needs_buffers_alone() -> None:
