@@ -64,7 +64,8 @@ def plan_memory(
     need = _Need(
         outputs=outputs,
         held=max((_held_bytes(step) for step in weights), default=0),
-        blocks=sum(max((_block_bytes(step) + step.whole_bytes for step in some), default=0) for some in each),
+        blocks=sum(max((_block_bytes(step) for step in some), default=0) for some in each),
+        whole=sum(max((step.whole_bytes for step in some), default=0) for some in each),
         cell=max((_work_bytes(step, device) for step in weights), default=0) + decoded,
         least=least if device.is_cpu else 1 << (least - 1).bit_length(),
     )
@@ -73,13 +74,14 @@ def plan_memory(
 
 @dataclass(frozen=True, slots=True)
 class _Need:
-    """What the largest weight of a run needs, in bytes: its side parts and adapter, what is kept for its blocks, one
-    cell in work, and a buffer for one stored cell, the least that a tile can be.
+    """What the largest weight of a run needs, in bytes: its side parts and adapter, what is kept for its blocks and of
+    the whole of it, one cell in work, and a buffer for one stored cell, the least that a tile can be.
     """
 
     outputs: int
     held: int
     blocks: int
+    whole: int
     cell: int
     least: int
 
@@ -91,7 +93,7 @@ class _Need:
 
 def _on_cpu(need: _Need, options: MergeOptions, shards: int) -> Memory:
     cores = len(os.sched_getaffinity(0))
-    lane = WEIGHTS_HELD * need.held + need.blocks
+    lane = WEIGHTS_HELD * need.held + need.blocks + need.whole
     buffers = SLOTS * need.buffers
     lanes = _lanes(lane + buffers * max(need.least, MAX_BUFFER_BYTES), options, shards, cores)
     fixed = FIXED_BYTES + lanes * lane
@@ -109,9 +111,9 @@ def _on_gpus(need: _Need, options: MergeOptions, shards: int, device: Device) ->
     pinned memory is allocated in these.
     """
     gpus = len(device.names)
-    lane = WEIGHTS_HELD * need.held
+    lane = WEIGHTS_HELD * need.held + need.blocks  # scales are nested and written in host memory
     buffers = SLOTS * need.buffers
-    on_device = FIXED_VRAM_BYTES + need.outputs * need.held + need.blocks + need.cell
+    on_device = FIXED_VRAM_BYTES + need.outputs * need.held + need.blocks + need.whole + need.cell
     tiles = DEVICE_TILES * need.buffers
     full = max(need.least, MAX_BUFFER_BYTES)
     lanes = _lanes(lane + buffers * full, options, shards, len(os.sched_getaffinity(0)))

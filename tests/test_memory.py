@@ -25,6 +25,7 @@ from streamconv.dtypes import BF16
 from streamconv.errors import ResourceError
 from streamconv.memory import (
     FIXED_BYTES,
+    FIXED_VRAM_BYTES,
     MAX_BUFFER_BYTES,
     MAX_LANES,
     MAX_WORKERS,
@@ -32,7 +33,7 @@ from streamconv.memory import (
     plan_memory,
 )
 from streamconv.pipeline import Job, prepare
-from streamconv.plan import SLOTS, Memory, MergeOptions, Plan, Rewrite, Step, cell_rows
+from streamconv.plan import DEVICE_TILES, SLOTS, Memory, MergeOptions, Plan, Rewrite, Step, cell_rows
 from tests.models import Sizes, write_adapter, write_base
 
 ROOT = Path(__file__).parents[1]
@@ -283,6 +284,16 @@ def test_several_outputs_stay_within_a_budget_together(plans: Mapping[str, Plan]
     plan_memory(planned, budget(least - MIB), device)
     with pytest.raises(ResourceError, match="--max-ram"):
         plan_memory(planned, budget(least - MIB), device, further=further)
+
+
+def test_on_a_gpu_everything_is_counted_where_it_lies(plans: Mapping[str, Plan]) -> None:
+    (step,) = (s for s in steps(plans["nf4"]) if isinstance(s, Rewrite) and s.name.endswith("up_proj.weight"))
+    planned = plan_memory([step], budget(2**40, 2**40), GPU)
+    adapter = sum(part.nbytes for update in step.updates for part in update.parts.values())
+    blocks, cell, tile = 4096 * 512 // 64 * 44, 16 * 4 * 4096 * 512, 2 * planned.buffer
+    assert planned.ram == FIXED_BYTES + 2 * 2 * adapter + blocks + SLOTS * tile
+    assert planned.vram == FIXED_VRAM_BYTES + 2 * adapter + blocks + cell + DEVICE_TILES * tile
+    assert planned.buffer.bit_count() == 1  # pinned memory comes in powers of two
 
 
 def test_a_model_that_is_only_copied_needs_buffers_alone() -> None:
