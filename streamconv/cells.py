@@ -16,6 +16,7 @@ in the same pass.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -377,7 +378,7 @@ class WeightWork:
 
         A sum is one fast pass, and finite only if every value is.
         """
-        if bool(torch.isfinite(telling.sum())):
+        if math.isfinite(telling.sum().item()):
             return
         bad = ~torch.isfinite(cell.view(len(rows), -1))
         if bool(bad.any()):  # else finite values overflowed together, which harms nothing

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, assert_never
 
 from streamconv.formats.base import Constant
+from streamconv.kernels import TORCH, kernels_for
 from streamconv.plan import Copy, Plan, Rewrite, ShardPlan, Step, tile_rows
 from streamconv.sizes import format_size
 from streamconv.storage.base import SourceFile, Storage
@@ -14,6 +15,11 @@ if TYPE_CHECKING:  # the pipeline shows plans; plans do not know it
     from streamconv.pipeline import Prepared
 
 _SHOWN = 8
+
+
+def kernels_of(plan: Plan) -> str | None:
+    """What quantizes, `compiled` or `torch`; None where nothing is quantized. It changes the speed and no byte."""
+    return kernels_for(plan.device.torch).name if plan.rounding else None
 
 
 def plan_as_json(prepared: Prepared) -> dict[str, Any]:
@@ -59,6 +65,7 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
 def _output(prepared: Prepared) -> dict[str, Any]:
     plan = prepared.plan
     return {
+        "kernels": kernels_of(plan),
         "quant": plan.quant or "none",
         "target": {"name": plan.target.name, "reason": plan.target.reason},
         "rounding": {"name": plan.rounding.name, "reason": plan.rounding.reason} if plan.rounding else None,
@@ -139,6 +146,9 @@ def plan_as_text(prepared: Prepared) -> str:
     lines += [line for other in prepared.also for line in _further(other)]
     if plan.rounding:
         lines.insert(6, ("rounding", f"{plan.rounding.name}: {plan.rounding.reason}"))
+        if plan.device.is_cpu and kernels_of(plan) == TORCH.name:
+            slow = "torch alone quantizes, at a fraction of the speed: numba is not there, or is told not to compile"
+            lines.insert(7, ("kernels", slow))
         lines.insert(7, ("16 bit", ", ".join(plan.skipped) or "-"))
     if plan.depth:
         lines.insert(4, ("layers", f"{plan.depth}"))
