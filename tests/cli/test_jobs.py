@@ -44,6 +44,19 @@ def test_json_of_several_outputs(inputs: Inputs, tmp_path: Path) -> None:
         assert report["seconds"] == found["seconds"] > 0
 
 
+def test_further_outputs_stand_in_recipes_of_a_run_and_not_of_an_output(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    printed = json.loads(succeed("merge", *inputs.options, *ALSO, "-o", tmp_path, "--print-recipe").stdout)
+    assert printed["also"] == ["nf4", "INT8"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("also: [nf4]\nquant: none\n")
+    succeed("merge", "--recipe", recipe, *inputs.options, "-o", tmp_path / "out")
+    for folder, quant in ((tmp_path / "out", "none"), (tmp_path / "out" / "nf4", "nf4")):
+        stored = json.loads((folder / "streamconv-recipe.json").read_text())
+        assert (stored["quant"], "also" in stored) == (quant, False)
+
+
 def test_what_is_said_of_several_outputs(inputs: Inputs, tmp_path: Path) -> None:
     out, size = tmp_path / "out", r"[\d.]+ .?B"
     command: list[str | Path] = ["merge", *inputs.options, "--also", "nf4", "-o", out]
