@@ -77,6 +77,7 @@ def test_a_command_line_is_accepted(line: str, recipes: Path, monkeypatch: pytes
     context = command.make_context(name, arguments)  # fails on unknown options and on missing ones
     # What click leaves for the planner to judge.
     assert context.params.get("quant", "keep") in ("keep", "none", *FORMATS)
+    assert set(context.params.get("also", ())) <= {"none", *FORMATS}
     assert context.params.get("merge_base", "original") in ("original", *FORMATS)
     assert context.params.get("rounding", "auto") in ("auto", *ROUNDINGS)
 
@@ -98,6 +99,22 @@ def test_the_recipe_makes_what_it_says(
     assert {path.name for path in out.iterdir()} >= {"notes1.txt", "config.json"}
     assert not (out / "README.md").exists()
     assert json.loads((out / "streamconv-recipe.json").read_text())["seed"] == 7
+
+
+def test_the_guide_to_several_outputs_makes_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = next(blocks(ROOT / "docs" / "guide-outputs.md", "sh"))
+    base = save_base(tmp_path / "Llama-3.1-8B", llama_config(), dtype=torch.bfloat16)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    save_adapter(tmp_path / "my-qlora", base, lora)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, shlex.split(line)[1:])
+    assert result.exit_code == 0, result.output
+    for folder, method in {"merged": None, "merged/nf4-dq": "bnb_4bit", "merged/int8": "llm_int8"}.items():
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert config.get("quantization_config", {}).get("quant_method") == (method and "bitsandbytes")
+        assert config.get("quantization_config", {}).get("load_in_4bit", False) == (method == "bnb_4bit")
 
 
 @pytest.mark.parametrize("block", pythons())

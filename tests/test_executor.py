@@ -22,11 +22,13 @@ from torch import Tensor
 from streamconv import executor
 from streamconv.cells import KeptDelta, Ticket, WeightWork
 from streamconv.checkpoint.reader import TensorReader
+from streamconv.checkpoint.types import StoredTensor
 from streamconv.engine import CpuEngine
 from streamconv.errors import CheckpointError, InputError, ResourceError, Stopped
 from streamconv.executor import Output, StopRequest, run_plans
 from streamconv.pipeline import Job, prepare
 from streamconv.plan import SLOTS, WEIGHTS_HELD, Memory, MergeOptions, Plan, ShardPlan
+from streamconv.walk import bytes_read
 from tests.models import Sizes, write_adapter, write_base
 from tests.tiny import edit_tensors
 
@@ -469,6 +471,120 @@ def test_an_error_is_told_rather_than_the_stop_it_met(plan: Plan) -> None:
         carry_out(plan, Recorder(fail), stop=StopRequest(signal.SIGTERM))
 
 
+# -- several outputs ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[{}, {"merge_base": "nf4-dq"}], ids=["F", "T"])
+def plans(request: pytest.FixtureRequest, base: Path, adapter: Path) -> tuple[Plan, ...]:
+    """16 bit, nf4-dq and int8: onto T, weights that are not adapted are rewritten too, and read twice."""
+    job = Job(str(base), str(adapter), MergeOptions(**request.param), "cpu", also=("nf4-dq", "int8"))
+    memory = Memory(0, 0, TILE, 2)
+    return tuple(dataclasses.replace(plan, memory=memory) for plan in prepare(job).plans)
+
+
+@pytest.fixture(scope="module")
+def wholes(plans: Sequence[Plan]) -> list[Recorder]:
+    """What each output is when it is made alone."""
+    return [carry_out(plan, Recorder()) for plan in plans]
+
+
+def carry_out_all(
+    plans: Sequence[Plan],
+    sinks: Sequence[Recorder],
+    starts: Sequence[Mapping[str, int]] | None = None,
+    stop: StopRequest | None = None,
+) -> Sequence[Recorder]:
+    """In one pass; all sinks are let go of, whatever happens."""
+    starts = starts or [from_the_start(plan) for plan in plans]
+    outputs = [
+        Output(plan, each, lambda sink=sink: sink)  # type: ignore[misc]
+        for plan, each, sink in zip(plans, starts, sinks, strict=True)
+    ]
+    began = time.monotonic()
+    try:
+        run_plans(outputs, quiet, stop or StopRequest())
+    finally:
+        assert time.monotonic() - began < 60
+        assert all(sink.closed for sink in sinks)
+        assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("streamconv")]
+    return sinks
+
+
+def test_several_outputs_are_those_of_a_run_each_and_the_base_is_read_once(
+    plans: Sequence[Plan], wholes: Sequence[Recorder], base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = 0
+    read_into = TensorReader.read_into
+
+    def counting(reader: TensorReader, tensor: StoredTensor, start: int, out: memoryview) -> None:
+        nonlocal read
+        read += len(out) if Path(tensor.file.path).parent == base else 0
+        read_into(reader, tensor, start, out)
+
+    monkeypatch.setattr(TensorReader, "read_into", counting)
+    sinks = carry_out_all(plans, [Recorder() for _ in plans])
+    for sink, whole in zip(sinks, wholes, strict=True):
+        assert bytes_of(sink) == bytes_of(whole)
+        assert sink.sums == whole.sums
+        assert sink.drained
+        assert sink.threads == {"streamconv-writer"}
+    alone = [bytes_read([plan]) for plan in plans]
+    assert read == bytes_read(plans) == max(alone) < sum(alone)
+
+
+def test_several_outputs_can_go_on_from_boundaries_of_their_own(
+    plans: Sequence[Plan], wholes: Sequence[Recorder]
+) -> None:
+    together = carry_out_all(plans, [Recorder() for _ in plans])
+    for place in range(6):
+        starts, cuts = [], []
+        for number, plan in enumerate(plans):
+            shard = plan.shards[(place + number) % len(plan.shards)]
+            boundaries = together[number].boundaries[shard.name]
+            cut = boundaries[(7 * place + 5 * number) % len(boundaries)]
+            starts.append({shard.name: len(shard.header) + cut})
+            cuts.append((shard.name, cut))
+        for sink, whole, (name, cut) in zip(
+            carry_out_all(plans, [Recorder() for _ in plans], starts), wholes, cuts, strict=True
+        ):
+            assert bytes_of(sink) == {name: bytes(whole.shards[name][cut:])}
+
+
+def test_one_output_that_is_complete_lets_the_others_be_made(
+    plans: Sequence[Plan], wholes: Sequence[Recorder]
+) -> None:
+    starts = [from_the_start(plans[0]), {}, from_the_start(plans[2])]
+    sinks = carry_out_all(plans, [Recorder() for _ in plans], starts)
+    assert [bytes_of(sink) for sink in sinks] == [bytes_of(wholes[0]), {}, bytes_of(wholes[2])]
+
+
+def test_an_error_of_one_output_ends_all(plans: Sequence[Plan], wholes: Sequence[Recorder]) -> None:
+    for number, whole in enumerate(wholes):
+        calls = len(whole.calls)
+        for at in (1, 6, calls // 2):
+            sinks = [Recorder() for _ in plans]
+            sinks[number] = Recorder(failing_at(at))
+            with pytest.raises(OddError, match=f"number {at}$"):
+                carry_out_all(plans, sinks)
+
+
+def test_a_stop_request_ends_every_output_at_a_boundary_of_its_own(
+    plans: Sequence[Plan], wholes: Sequence[Recorder]
+) -> None:
+    """A shared tensor, rewritten for one output and copied to another, ends with a boundary of both."""
+    halted = 0
+    for at in range(2, len(wholes[1].calls), 25):
+        stop = StopRequest()
+        sinks = [Recorder(), Recorder(stopping_at(at, stop)), Recorder()]
+        with contextlib.suppress(Stopped):
+            carry_out_all(plans, sinks, stop=stop)
+        for sink in sinks:
+            if sink.calls[-1] == "halt" and sink.shard:
+                assert len(sink.shards[sink.shard]) == (sink.boundaries[sink.shard] or [0])[-1]
+                halted += 1
+    assert halted > 6
+
+
 # -- memory ------------------------------------------------------------------------------------------------------
 
 
@@ -485,6 +601,9 @@ def test_buffers_are_allocated_once_and_are_as_many_as_planned(
     monkeypatch.setattr(CpuEngine, "host_buffer", counted)
     carry_out(plan, Recorder())
     assert sizes == [plan.memory.buffer] * (2 * SLOTS)
+    sizes.clear()
+    carry_out_all([plan] * 3, [Recorder() for _ in range(3)])
+    assert sizes == [plan.memory.buffer] * (4 * SLOTS)
 
 
 @pytest.fixture

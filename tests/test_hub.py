@@ -343,6 +343,17 @@ def test_merge_and_push_in_one(stocked: Hub, tmp_path: Path) -> None:
     assert not has_canary(tmp_path, text=first.output + again.output)
 
 
+def test_further_outputs_are_not_pushed_by_the_way(stocked: Hub, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shown = succeed("merge", *INPUTS, "-o", out, "--also", "nf4", "--push-to", "me/merged").stdout
+    assert f"{out / 'nf4'} was not uploaded; `streamconv push` does that" in shown
+    remote = stocked.head("me/merged")
+    assert not [name for name in remote if "/" in name]
+    assert "quantization_config" not in json.loads(remote["config.json"])
+    streamconv.push(out / "nf4", "me/nf4")
+    assert json.loads(stocked.head("me/nf4")["config.json"])["quantization_config"]["load_in_4bit"]
+
+
 def test_an_upload_tells_how_far_it_is(hub: Hub, output: Path) -> None:
     told: list[tuple[int, int]] = []
     sent: list[int] = []

@@ -23,9 +23,17 @@ from streamconv.checkpoint.types import Shape, TensorSpec
 from streamconv.devices import Device
 from streamconv.dtypes import BF16
 from streamconv.errors import ResourceError
-from streamconv.memory import FIXED_BYTES, MAX_BUFFER_BYTES, MAX_WORKERS, anonymous_bytes, plan_memory
+from streamconv.memory import (
+    FIXED_BYTES,
+    FIXED_VRAM_BYTES,
+    MAX_BUFFER_BYTES,
+    MAX_LANES,
+    MAX_WORKERS,
+    anonymous_bytes,
+    plan_memory,
+)
 from streamconv.pipeline import Job, prepare
-from streamconv.plan import SLOTS, Memory, MergeOptions, Plan, Rewrite, Step
+from streamconv.plan import DEVICE_TILES, SLOTS, Memory, MergeOptions, Plan, Rewrite, Step, cell_rows
 from tests.models import Sizes, write_adapter, write_base
 
 ROOT = Path(__file__).parents[1]
@@ -77,24 +85,27 @@ def merge_watched(*arguments: str | Path) -> Measured:
 LARGE = Sizes(hidden=1024, inner=2816, layers=7, vocabulary=32000).shapes
 # Half a million blocks in one weight: what is kept for each of them counts, too.
 WIDE = {"model.layers.0.mlp.up_proj.weight": (65536, 512)}
+DOUBLE = ["--quant", "nf4-dq", "--merge-base", "nf4-dq", "--min-kept", "0"]
 
 
 @pytest.mark.parametrize(
-    ("shapes", "megabytes", "options"),
+    ("shapes", "megabytes", "budget", "options"),
     [
-        (LARGE, 300, ["--max-ram", "160MiB"]),
-        (WIDE, 67, ["--max-ram", "160MiB", "--quant", "nf4-dq", "--merge-base", "nf4-dq", "--min-kept", "0"]),
+        (LARGE, 300, 160, []),
+        (WIDE, 67, 160, DOUBLE),
+        (WIDE, 67, 200, [*DOUBLE, "--also", "none", "--also", "nf4", "--also", "int8"]),
     ],
-    ids=["bf16", "nf4-dq"],
+    ids=["bf16", "nf4-dq", "four at once"],
 )
 def test_a_run_takes_no_more_memory_than_planned(
-    tmp_path: Path, shapes: Mapping[str, Shape], megabytes: int, options: list[str]
+    tmp_path: Path, shapes: Mapping[str, Shape], megabytes: int, budget: int, options: list[str]
 ) -> None:
     base = write_zeros(tmp_path / "base", shapes)
     assert (base / "model.safetensors").stat().st_size >= megabytes * 10**6
     adapter = write_adapter(tmp_path / "adapter", shapes, rank=8, targets=("up_proj",))
-    measured = merge_watched("--base", base, "--adapter", adapter, "-o", tmp_path / "out", *options)
-    assert measured.planned <= 160 * MIB
+    given = ["--max-ram", f"{budget}MiB", *options]
+    measured = merge_watched("--base", base, "--adapter", adapter, "-o", tmp_path / "out", *given)
+    assert measured.planned <= budget * MIB
     assert measured.peak <= measured.planned
     # Most of what is planned beside weights and buffers is a reserve for other systems: it must not hide a leak.
     assert measured.peak <= measured.planned - FIXED_BYTES + 32 * MIB
@@ -170,6 +181,40 @@ def test_video_memory_has_a_budget_of_its_own(plans: Mapping[str, Plan]) -> None
     assert plan_memory(planned, budget(2**30, MIB), CPU).vram == 0
 
 
+def test_every_gpu_has_a_lane_where_there_are_shards_and_memory_for_it(plans: Mapping[str, Plan]) -> None:
+    planned = steps(plans["nf4"])
+    gpus = Device("cuda:0", "GPU", tuple(f"cuda:{number}" for number in range(1, 6)))
+
+    def lanes(device: Device, shards: int, count: int, ram: int = 2**33, vram: int = 2**31) -> int:
+        with cores(count):
+            memory = plan_memory(planned, budget(ram, vram), device, shards)
+        assert memory.ram <= ram
+        assert memory.vram <= vram
+        return memory.lanes
+
+    assert lanes(gpus, shards=30, count=1) == 6
+    assert lanes(gpus, shards=5, count=64) == 5
+    assert lanes(gpus, shards=30, count=64, ram=200 * MIB) == 2
+    assert lanes(GPU, shards=30, count=2) == 1
+    assert lanes(GPU, shards=30, count=64, vram=2**33) == MAX_LANES
+    with cores(64):
+        one = plan_memory(planned, budget(2**33), GPU).vram
+    assert lanes(GPU, shards=30, count=64, vram=2 * one) == 2  # each with a cell of its own
+    assert lanes(GPU, shards=30, count=64, vram=one) == 1
+
+
+def test_on_a_gpu_large_cells_are_counted_and_none_is_larger_for_being_wide() -> None:
+    """Shapes of a 70B model fit the default budgets."""
+    counted = {}
+    for columns in (4096, 8192, 28672, 53248):
+        rows = cell_rows(GPU, columns)
+        assert rows % 64 == 0
+        assert 2**22 < rows * columns <= 2**23
+        assert cell_rows(CPU, columns) == 64
+        counted[columns] = rows
+    assert counted == {4096: 2048, 8192: 1024, 28672: 256, 53248: 128}
+
+
 def test_more_memory_means_larger_tiles_and_more_workers(plans: Mapping[str, Plan]) -> None:
     planned = steps(plans["nf4"])
     with cores(64):
@@ -210,6 +255,45 @@ def test_a_wide_row_a_large_adapter_and_many_blocks_are_all_counted(plans: Mappi
     assert twice_the_columns > twice_the_rows  # and cells
     adapter_bytes = sum(part.nbytes for update in step.updates for part in update.parts.values())
     assert ram() - ram(updates=()) == 2 * 2 * adapter_bytes  # as stored and in float32, of two weights
+
+
+def test_of_several_outputs_buffers_blocks_and_cells_are_counted_for_each(
+    plans: Mapping[str, Plan],
+) -> None:
+    dense, quantized = steps(plans["bf16"]), steps(plans["nf4"])
+    with cores(1):
+        alone, both, three = (
+            plan_memory(quantized, budget(2**40), CPU, further=further)
+            for further in ([], [dense], [dense, quantized])
+        )
+    assert alone.buffer == both.buffer == three.buffer
+    buffers = SLOTS * alone.buffer
+    widest = max(step.columns for step in quantized if isinstance(step, Rewrite)) * 64 * 4
+    assert both.ram - alone.ram == buffers + widest
+    blocks = max(step.rows * step.columns // 64 * 44 for step in quantized if isinstance(step, Rewrite))
+    assert three.ram - both.ram == buffers + widest + blocks
+
+
+@pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
+def test_several_outputs_stay_within_a_budget_together(plans: Mapping[str, Plan], device: Device) -> None:
+    planned, further = steps(plans["nf4"]), [steps(plans["bf16"])] * 2
+    with pytest.raises(ResourceError, match=r"at least \d+MiB; allow that much") as caught:
+        plan_memory(planned, budget(20 * MIB), device, further=further)
+    least = int(re.findall(r"(\d+)MiB", str(caught.value))[0]) * MIB
+    assert plan_memory(planned, budget(least), device, further=further).ram <= least
+    plan_memory(planned, budget(least - MIB), device)
+    with pytest.raises(ResourceError, match="--max-ram"):
+        plan_memory(planned, budget(least - MIB), device, further=further)
+
+
+def test_on_a_gpu_everything_is_counted_where_it_lies(plans: Mapping[str, Plan]) -> None:
+    (step,) = (s for s in steps(plans["nf4"]) if isinstance(s, Rewrite) and s.name.endswith("up_proj.weight"))
+    planned = plan_memory([step], budget(2**40, 2**40), GPU)
+    adapter = sum(part.nbytes for update in step.updates for part in update.parts.values())
+    blocks, cell, tile = 4096 * 512 // 64 * 44, 16 * 4 * 4096 * 512, 2 * planned.buffer
+    assert planned.ram == FIXED_BYTES + 2 * 2 * adapter + blocks + SLOTS * tile
+    assert planned.vram == FIXED_VRAM_BYTES + 2 * adapter + blocks + cell + DEVICE_TILES * tile
+    assert planned.buffer.bit_count() == 1  # pinned memory comes in powers of two
 
 
 def test_a_model_that_is_only_copied_needs_buffers_alone() -> None:

@@ -176,7 +176,7 @@ def resources(max_ram: str) -> Callable[[F], F]:
             "--device",
             default="auto",
             show_default=True,
-            help="auto, cpu, cuda or cuda:N.",
+            help="auto, cpu, cuda (every GPU like the first) or cuda:N.",
         ),
         option(
             Section.RESOURCES,
@@ -194,7 +194,7 @@ def resources(max_ram: str) -> Callable[[F], F]:
             default="2GiB",
             show_default=True,
             metavar="SIZE",
-            help="GPU memory.",
+            help="Memory of each GPU.",
         ),
     )
 

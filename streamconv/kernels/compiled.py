@@ -524,12 +524,14 @@ def _is_compiled(grid: Grid) -> bool:
 
 
 def _nearest_in_table(grid: TableGrid, values: Array, scales: Array, codes: Array) -> None:
-    known = tables_of(grid.values, torch.device("cpu"))
     if _is_compiled(grid):
-        _nearest_table(values, scales, _table(grid.values).midpoints, codes)
-    else:
-        midpoints = _padded(known.midpoints.thresholds.numpy(), np.inf, 256)
-        _nearest_in_any_table(values, scales, midpoints, codes)
+        table = _table(grid.values)
+        _nearest_table(values, scales, table.midpoints, codes)
+        _from_ranks(table, codes)
+        return
+    known = tables_of(grid.values, torch.device("cpu"))
+    midpoints = _padded(known.midpoints.thresholds.numpy(), np.inf, 256)
+    _nearest_in_any_table(values, scales, midpoints, codes)
     if not known.codes_are_ranks:
         _rename(codes.reshape(-1), known.codes.numpy())
 

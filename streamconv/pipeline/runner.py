@@ -22,6 +22,7 @@ from streamconv.pipeline.meter import Meter
 from streamconv.pipeline.place import check_out, is_finished
 from streamconv.pipeline.preparation import Prepared
 from streamconv.plan import Plan, ShardPlan
+from streamconv.report.plan import kernels_of
 from streamconv.report.result import MANIFEST, Kept, Report, kept_delta
 from streamconv.sizes import format_size
 from streamconv.storage.local import open_folder
@@ -190,6 +191,7 @@ def _report(
         quant=plan.quant or "none",
         target=plan.target.name,
         rounding=plan.rounding.name if plan.rounding else None,
+        kernels=kernels_of(plan),
         renamed=plan.renamed,
         kept_delta=kept.total if kept else None,
         kept_by_weight=kept.weights if kept else {},

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, assert_never
 
 from streamconv.formats.base import Constant
-from streamconv.plan import Copy, Plan, Rewrite, ShardPlan, Step, tile_rows
+from streamconv.kernels import TORCH, kernels_for
+from streamconv.plan import Copy, Plan, Rewrite, ShardPlan, Step, cell_rows, tile_rows
 from streamconv.sizes import format_size
 from streamconv.storage.base import SourceFile, Storage
 from streamconv.walk import bytes_read
@@ -14,6 +15,11 @@ if TYPE_CHECKING:  # the pipeline shows plans; plans do not know it
     from streamconv.pipeline import Prepared
 
 _SHOWN = 8
+
+
+def kernels_of(plan: Plan) -> str | None:
+    """What quantizes, `compiled` or `torch`; None where nothing is quantized. It changes the speed and no byte."""
+    return kernels_for(plan.device.torch).name if plan.rounding else None
 
 
 def plan_as_json(prepared: Prepared) -> dict[str, Any]:
@@ -28,6 +34,8 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
         "adapter": prepared.job.adapter,
         "from": plan.fingerprint["from"],
         "device": plan.device.name,
+        "devices": list(plan.device.names),
+        "devices_left_out": list(plan.device.left_out),
         **_output(prepared),
         "adapted_modules": dict(plan.adapted),
         "replaced": list(plan.replaced),
@@ -59,6 +67,7 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
 def _output(prepared: Prepared) -> dict[str, Any]:
     plan = prepared.plan
     return {
+        "kernels": kernels_of(plan),
         "quant": plan.quant or "none",
         "target": {"name": plan.target.name, "reason": plan.target.reason},
         "rounding": {"name": plan.rounding.name, "reason": plan.rounding.reason} if plan.rounding else None,
@@ -68,15 +77,15 @@ def _output(prepared: Prepared) -> dict[str, Any]:
 
 
 def _files(prepared: Prepared) -> dict[str, Any]:
-    buffer = prepared.plan.memory.buffer
+    plan = prepared.plan
     return {
-        "shards": [_shard(shard, buffer) for shard in prepared.plan.shards],
+        "shards": [_shard(plan, shard) for shard in plan.shards],
         "written": list(prepared.generated),
         "copied": [{"name": file.name, "bytes": file.size} for file in prepared.copied],
     }
 
 
-def _shard(shard: ShardPlan, buffer: int) -> dict[str, Any]:
+def _shard(plan: Plan, shard: ShardPlan) -> dict[str, Any]:
     return {
         "name": shard.name,
         "bytes": shard.size,
@@ -86,7 +95,7 @@ def _shard(shard: ShardPlan, buffer: int) -> dict[str, Any]:
                 "dtype": spec.dtype.code,
                 "shape": list(spec.shape),
                 "bytes": spec.nbytes,
-                **_step(placed.step, buffer),
+                **_step(plan, placed.step),
             }
             for placed in shard.steps
             for spec in placed.step.specs
@@ -94,18 +103,19 @@ def _shard(shard: ShardPlan, buffer: int) -> dict[str, Any]:
     }
 
 
-def _step(step: Step, buffer: int) -> dict[str, Any]:
+def _step(plan: Plan, step: Step) -> dict[str, Any]:
     match step:
         case Copy():
             return {"action": "copy"}
         case Constant():
             return {"action": "constant"}
         case Rewrite():
+            rows = tile_rows(step, plan.memory.buffer, cell_rows(plan.device, step.columns))
             return {
                 "action": "rewrite",
                 "access": step.access.value,
                 "updates": len(step.updates),
-                "tiles": -(-step.rows // tile_rows(step, buffer)),
+                "tiles": -(-step.rows // rows),
             }
         case _:
             assert_never(step)
@@ -128,7 +138,7 @@ def plan_as_text(prepared: Prepared) -> str:
         ("weights", f"{rewritten} rewritten, {copied} tensors copied"),
         (
             "memory",
-            f"{format_size(plan.memory.ram)} RAM, {format_size(plan.memory.vram)} on {plan.device.name}",
+            f"{format_size(plan.memory.ram)} RAM, {format_size(plan.memory.vram)} on {plan.device}",
         ),
         ("disk", f"reads {format_size(read)}, writes {format_size(written)}"),
         ("files", _shards(plan.shards)),
@@ -139,6 +149,9 @@ def plan_as_text(prepared: Prepared) -> str:
     lines += [line for other in prepared.also for line in _further(other)]
     if plan.rounding:
         lines.insert(6, ("rounding", f"{plan.rounding.name}: {plan.rounding.reason}"))
+        if plan.device.is_cpu and kernels_of(plan) == TORCH.name:
+            slow = "torch alone quantizes, at a fraction of the speed: numba is not there, or is told not to compile"
+            lines.insert(7, ("kernels", slow))
         lines.insert(7, ("16 bit", ", ".join(plan.skipped) or "-"))
     if plan.depth:
         lines.insert(4, ("layers", f"{plan.depth}"))

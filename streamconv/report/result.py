@@ -33,15 +33,17 @@ class Kept:
 class Report:
     """What `merge` and `convert` return. Sizes in bytes, times in seconds.
 
-    `renamed` says how names of adapter and base were matched where they differ; `peak_ram_bytes` is anonymous
-    memory above what the process had before planning; `kept_delta` is None where nothing was quantized. `also` are the
-    reports of further outputs by format: what they share, `bytes_read`, `seconds` and memory, is that of the run.
+    `kernels` says what quantized (see `kernels_of`), `renamed` how names of adapter and base were matched where they
+    differ; `peak_ram_bytes` is anonymous memory above what the process had before planning; `kept_delta` is None where
+    nothing was quantized. `also` are the reports of further outputs by format: what they share, `bytes_read`, `seconds`
+    and memory, is that of the run.
     """
 
     out: str
     quant: str
     target: str
     rounding: str | None
+    kernels: str | None
     renamed: str | None
     kept_delta: float | None
     kept_by_weight: Mapping[str, float]

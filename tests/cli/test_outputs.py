@@ -114,6 +114,16 @@ def test_what_is_no_output_cannot_be_verified(inputs: Inputs) -> None:
     assert "no streamconv.json" in result.stderr
 
 
+def test_further_outputs_are_verified_by_their_own_names(inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    succeed("merge", *inputs.options, "--also", "nf4", "-o", out, "-q")
+    flip(first(out).parent / "nf4" / "model.safetensors", -1)
+    shown = succeed("verify", out).stdout
+    assert f"{out / 'nf4'} is an output of its own and was not looked at" in shown
+    assert "not looked at" not in succeed("verify", out, "--full", *inputs.options, "-q").stdout
+    assert run("verify", out / "nf4").exit_code == 7
+
+
 def test_full_verification_computes_the_result_again(inputs: Inputs, merged: Path) -> None:
     found = json.loads(succeed("verify", merged, "--full", *inputs.options, "--json").stdout)
     assert found["exact"] is True

@@ -46,7 +46,8 @@ class Outcome:
     """`code` is the exit code, or minus the signal that ended or stopped the process.
 
     Unless it ended at once: `calls` are those that change the disk, such as `replace config.json`, and `starts` tell
-    of each shard that was worked on the length of its header and the offset from which it was made.
+    of each shard that was worked on the length of its header and the offset from which it was made; its format stands
+    before its name if there were several outputs.
     """
 
     code: int

@@ -73,9 +73,10 @@ class Child:
 
     def _noting_starts(self, run_plans: Callable[..., None]) -> Callable[..., None]:
         def noting(outputs: Sequence[Output], *rest: Any) -> None:
-            (output,) = outputs
-            headers = {shard.name: len(shard.header) for shard in output.plan.shards}
-            self.starts = {name: (headers[name], start) for name, start in output.starts.items()}
+            for each in outputs:
+                headers = {shard.name: len(shard.header) for shard in each.plan.shards}
+                label = f"{each.plan.quant} " if len(outputs) > 1 else ""
+                self.starts |= {f"{label}{name}": (headers[name], at) for name, at in each.starts.items()}
             run_plans(outputs, *rest)
 
         return noting

@@ -62,10 +62,10 @@ def nf4(commands: Commands, inputs: Inputs, tmp_path_factory: pytest.TempPathFac
     return undisturbed(commands, inputs.command(*options), tmp_path_factory.mktemp("nf4") / "out")
 
 
-def undisturbed(commands: Commands, arguments: tuple[str, ...], out: Path) -> Case:
+def undisturbed(commands: Commands, arguments: tuple[str, ...], out: Path, shards: int = 3) -> Case:
     done = commands.run(*arguments, "-o", out, watermark_bytes=WATERMARK_BYTES)
     assert done.code == 0, done.text
-    assert sum(name.endswith(".safetensors") for name in tree(out)) == 3
+    assert sum(name.endswith(".safetensors") for name in tree(out)) == shards
     return Case(arguments, done.calls, tree(out))
 
 
@@ -86,7 +86,7 @@ def check_final_names(out: Path, *complete: Tree) -> None:
     found = {
         name: sha256
         for name, sha256 in tree(out).items()
-        if not name.startswith(".streamconv/") and not (name.startswith(".") and name.endswith(".partial"))
+        if ".streamconv/" not in name and not (name.startswith(".") and name.endswith(".partial"))
     }
     if "config.json" in found:
         assert found in complete
@@ -95,9 +95,9 @@ def check_final_names(out: Path, *complete: Tree) -> None:
             assert sha256 in {files.get(name) for files in complete}, f"{name} is not whole"
 
 
-def spread(count: int) -> Iterable[int]:
-    """Numbers of POINTS calls, the first and the last of `count` among them."""
-    return sorted({1 + place * (count - 1) // (POINTS - 1) for place in range(POINTS)})
+def spread(count: int, points: int = POINTS) -> Iterable[int]:
+    """Numbers of so many calls, the first and the last of `count` among them."""
+    return sorted({1 + place * (count - 1) // (points - 1) for place in range(points)})
 
 
 @pytest.mark.parametrize("name", ["bf16", "nf4"])
@@ -137,6 +137,58 @@ def test_killed_over_and_over(commands: Commands, nf4: Case, tmp_path: Path) -> 
         kills += 1
     assert kills > 3
     assert tree(tmp_path / "out") == nf4.complete
+
+
+@pytest.fixture(scope="module")
+def three(commands: Commands, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """In 16 bit, nf4 and int8: of one reading, the more bits, the more watermarks."""
+    out = tmp_path_factory.mktemp("three") / "out"
+    command = inputs.command("--max-ram", "99MiB", "--also", "nf4-dq", "--also", "int8")
+    case = undisturbed(commands, command, out, shards=5)
+    for quant in ("nf4-dq", "int8"):
+        alone = out.parent / quant
+        assert commands.run(*inputs.command("--quant", quant), "-o", alone).code == 0
+        assert below(case.complete, quant) == tree(alone)
+    return case
+
+
+def below(files: Tree, folder: str) -> Tree:
+    return {
+        name.removeprefix(f"{folder}/"): sha256
+        for name, sha256 in files.items()
+        if name.startswith(f"{folder}/") and name != f"{folder}/"
+    }
+
+
+def test_killed_while_several_outputs_are_made(commands: Commands, three: Case, tmp_path: Path) -> None:
+    """Each goes on from where it is, and none is ever half there; the main one is there when all are."""
+    resumed = 0
+    for number, at in enumerate(spread(len(three.calls), 14)):
+        out = tmp_path / str(at)
+        assert three.run(commands, out, at, tears=number % 2 == 0).code == -signal.SIGKILL
+        check_final_names(out, three.complete)
+        for folder in ("nf4-dq", "int8"):
+            check_final_names(out / folder, below(three.complete, folder))
+        again = three.run(commands, out)
+        assert again.code == 0, f"killed at {at}, {three.calls[at - 1]}: {again.text}"
+        assert tree(out) == three.complete, f"killed at {at}, {three.calls[at - 1]}"
+        resumed += again.resumed_inside
+    assert resumed >= 4, "shards were not continued from their middle"
+
+
+def test_several_outputs_stopped_by_a_signal(commands: Commands, three: Case, tmp_path: Path) -> None:
+    stopped = commands.run(
+        *three.arguments, "-o", tmp_path / "out", at=60, signal=signal.SIGTERM, slow_s=0.03
+    )
+    assert stopped.code == 143
+    again = three.run(commands, tmp_path / "out")
+    assert again.code == 0
+    assert {name.split()[0] for name, (header, start) in again.starts.items() if start > header} == {
+        "None",
+        "nf4-dq",
+        "int8",
+    }
+    assert tree(tmp_path / "out") == three.complete
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import streamconv
+from streamconv.cells import Ticket, WeightWork
 from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.dtypes import BF16
 from streamconv.storage import open_storage
-from tools.bench import merge, outofcore, rivals
+from tools.bench import encode, merge, outofcore, rivals
+from tools.bench.encoder_rate import encoder_rate
 from tools.bench.limits import holds, memory_limit
 from tools.bench.make_checkpoint import make, split
 from tools.bench.merge import COPY, RAW, STREAMCONV, Run, bound_s, store, summarize, table
@@ -108,7 +110,7 @@ def test_the_shard_loop_merges_what_streamconv_merges(folder: Path, tmp_path: Pa
     loop, ours, base = map(all_tensors, (tmp_path / "loop", tmp_path / "ours", folder / "base"))
     assert loop.keys() == ours.keys()
     for name, tensor in ours.items():
-        torch.testing.assert_close(loop[name], tensor, atol=2**-9, rtol=2**-7)  # the loop rounds three times
+        torch.testing.assert_close(loop[name], tensor, atol=2**-9, rtol=2**-7)  # the loop rounds twice
     changed = [name for name in base if not torch.equal(ours[name], base[name])]
     assert len(changed) == 5 * len(TINY.linears)
 
@@ -227,3 +229,36 @@ def test_experts_have_layers_of_their_own() -> None:
     model = Model(256, 64, heads=2, key_value_heads=1, vocabulary=512, layers=1, experts=3)
     assert sum("experts" in name for name in model.linears) == 9
     assert "model.layers.0.mlp.gate.weight" in {tensor.name for tensor in model.tensors}
+
+
+# -- encoders ----------------------------------------------------------------------------------------------------
+
+
+def test_encoders_are_compared_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(65, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = encode.measure(weight, encode.Case("nf4"), threads=1, rounds=1)
+    assert [row.contender for row in found] == [encode.BNB, encode.TORCH, encode.COMPILED]
+    assert found[0].to_bitsandbytes == 1.0
+    assert "| nf4, nearest | 1 | bitsandbytes |" in encode.table(found)
+    monkeypatch.setattr(
+        encode, "quantize_as_bitsandbytes", lambda weight, case: (torch.zeros(1), torch.zeros(1))
+    )
+    with pytest.raises(SystemExit, match="nf4, nearest: the bytes differ"):
+        encode.measure(weight, encode.Case("nf4"), threads=1, rounds=1)
+
+
+def test_the_rate_of_the_encoder_is_that_of_its_input(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    moved: list[int] = []
+    rewrite = WeightWork.rewrite
+
+    def counted(work: WeightWork, raw: torch.Tensor, rows: range, out: torch.Tensor) -> Ticket:
+        moved.append(raw.numel())
+        return rewrite(work, raw, rows, out)
+
+    monkeypatch.setattr(WeightWork, "rewrite", counted)
+    try:
+        rate = encoder_rate(str(folder / "base"), "nf4", seconds=0.2)
+    finally:
+        torch.set_num_threads(threads)
+    assert 0 < rate <= sum(moved[1:]) / 0.2  # the first tile is not timed

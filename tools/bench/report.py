@@ -1,0 +1,178 @@
+"""docs/benchmarks.md from what was measured: every number between its marks comes from docs/results/*.json.
+
+A block of the page stands between `<!-- NAME: made by tools/bench/report -->` and `<!-- end -->`; the words around
+blocks are written by hand. `--check` writes nothing and ends with 1 if a block is not what the results say.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.bench import outofcore, plan
+from tools.bench.merge import COPY, RAW, STREAMCONV, table
+from tools.bench.results import RESULTS, ROOT, load
+
+PAGE = ROOT / "docs/benchmarks.md"
+PICTURE = ROOT / "docs/benchmarks.png"
+NOT_MEASURED = "Not measured yet."
+_BLOCK = re.compile(r"(<!-- (\w+): made by tools/bench/report -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def merge_block(results: Mapping[str, Any]) -> str:
+    """A table for each kind and size, and what it says of streamconv."""
+    parts = []
+    for group in results["groups"]:
+        rounds = 1 + max(run["round"] for run in group["runs"])
+        left_out = "".join(f" {name} is left out: {why}." for name, why in group["left_out"].items())
+        parts.append(f"{table(group)}\n\n{rounds} rounds. {_against(group)}{left_out}\n{_machine(group)}")
+    return "\n\n".join(parts)
+
+
+def _against(group: Mapping[str, Any]) -> str:
+    """How the rivals and the bound compare with streamconv, in words."""
+    rows = {row["contender"]: row for row in group["medians"]}
+    ours = rows[STREAMCONV]
+    said = [
+        f"{name} takes {row['wall_s'] / ours['wall_s']:.1f} times as long as streamconv and"
+        f" {row['peak_bytes'] / max(ours['peak_bytes'], 1):.0f} times its memory."
+        for name, row in rows.items()
+        if name not in {COPY, RAW, STREAMCONV}
+    ]
+    if "bound_s" in group:
+        said.append(
+            f"The encoder alone takes in {group['encoder_bytes_per_s'] / 1e9:.2f} GB/s; streamconv takes"
+            f" {group['to_bound']:.2f} times the longer of disk and encoder."
+        )
+    return " ".join(said)
+
+
+def plan_block(results: Mapping[str, Any]) -> str:
+    start = f"Start-up, which `wall` does not count: {results['start_s']:.1f} s."
+    return "\n".join([*plan.HEADER, *map(plan.row, results["rows"]), "", f"{start}\n{_machine(results)}"])
+
+
+def outofcore_block(results: Mapping[str, Any]) -> str:
+    limit = f"{results['limit_bytes'] / 2**20:.0f} MiB of memory, limited by {results['limited_by']}"
+    how = f"{results['layers']} layers of {results['model']}, inside {limit}."
+    return "\n".join(
+        [*outofcore.HEADER, *map(outofcore.row, results["proofs"]), "", f"{how}\n{_machine(results)}"]
+    )
+
+
+def _machine(results: Mapping[str, Any]) -> str:
+    """The machine of a result, in one line."""
+    machine = results["machine"]
+    versions = ", ".join(
+        f"{name} {machine[name]}" for name in ("torch", "peft", "transformers") if name in machine
+    )
+    return (
+        f"({machine['processor']}, {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB, Linux"
+        f" {machine['kernel']}, {machine['file_system']}; Python {machine['python']}, {versions}; commit"
+        f" {machine['commit']})"
+    )
+
+
+BLOCKS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
+    "merge": ("bench-merge.json", merge_block),
+    "outofcore": ("bench-outofcore.json", outofcore_block),
+    "plan": ("bench-plan.json", plan_block),
+}
+
+
+def render(page: str, folder: Path) -> str:
+    """The page with its blocks made anew from the results in `folder`."""
+
+    def block(match: re.Match[str]) -> str:
+        name, make = BLOCKS[match[2]]
+        results = load(folder / name)
+        return f"{match[1]}{make(results) if results else NOT_MEASURED}\n{match[4]}"
+
+    return _BLOCK.sub(block, page)
+
+
+# -- the picture ------------------------------------------------------------------------------------------------
+
+OURS, THEIRS, INK = "#1f6f8b", "#b9bec4", "#30353a"
+
+
+def bars(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """What the picture shows of bf16 to bf16: streamconv at every size, then what ran beside it, fastest first."""
+    groups = [group for group in results["groups"] if group["kind"] == "bf16-bf16"]
+    ours, others = [], {}
+    for group in groups:
+        for row in group["medians"]:
+            if row["contender"] == STREAMCONV:
+                ours.append((f"streamconv, {group['checkpoint_bytes'] / 1e9:.0f} GB", row))
+            elif row["contender"] != COPY:
+                label = f"{row['contender']}, {group['checkpoint_bytes'] / 1e9:.0f} GB"
+                others[label] = row
+    return [*ours, *sorted(others.items(), key=lambda item: float(item[1]["to_copy"]))]
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Two panels of bars: time against copying, with the range over rounds, and peak memory."""
+    from matplotlib.figure import Figure  # an extra that only drawing needs
+
+    shown = bars(results)
+    figure = Figure(figsize=(10, 1.3 + 0.42 * len(shown)), layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = range(len(shown))
+    colors = [OURS if name.startswith("streamconv") else THEIRS for name, _ in shown]
+    ratios = [row["to_copy"] for _, row in shown]
+    ranges = [
+        [row["to_copy"] - row["fastest"] for _, row in shown],
+        [row["slowest"] - row["to_copy"] for _, row in shown],
+    ]
+    left.barh(
+        places, ratios, color=colors, xerr=ranges, error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2}
+    )
+    left.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    left.set_title(
+        "time, as a multiple of copying the files (dashed)", fontsize=10, loc="left", color=INK, pad=8
+    )
+    _label(left, places, [f"{ratio:.2f}" for ratio in ratios], [row["slowest"] for _, row in shown])
+    mebibytes = [row["peak_bytes"] / 2**20 for _, row in shown]
+    right.barh(places, mebibytes, color=colors)
+    right.set_title("peak memory above Python with torch, MiB", fontsize=10, loc="left", color=INK, pad=8)
+    _label(right, places, [f"{size:,.0f}" for size in mebibytes], mebibytes)
+    left.set_yticks(places, [name for name, _ in shown], fontsize=9, color=INK)
+    left.invert_yaxis()
+    figure.suptitle(
+        "Merging LoRA of rank 16 on all linear layers, bf16 to bf16, on the CPU", fontsize=11, color=INK
+    )
+    # No date in the file: the same results give the same picture.
+    figure.savefig(path, dpi=144, metadata={"Software": None})
+
+
+def _label(axes: Any, places: Sequence[int], texts: Sequence[str], ends: Sequence[float]) -> None:
+    """Numbers beside the bars, in place of an axis."""
+    gap = 0.015 * max(ends)
+    for place, text, end in zip(places, texts, ends, strict=True):
+        axes.text(end + gap, place, text, va="center", fontsize=9, color=INK)
+    axes.set_xlim(0, 1.15 * max(ends))
+    axes.xaxis.set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="tools/bench/report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    options = parser.parse_args(arguments)
+    page = options.page.read_text()
+    made = render(page, options.results)
+    if options.check:
+        sys.exit(f"{options.page} is out of date; run tools/bench/report" if made != page else 0)
+    options.page.write_text(made)
+    if merged := load(options.results / BLOCKS["merge"][0]):
+        draw(merged, options.picture)
+
+
+if __name__ == "__main__":
+    main()
