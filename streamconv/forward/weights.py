@@ -122,7 +122,7 @@ class WeightSource:
     def _read(self, step: Rewrite, rows: range) -> Iterator[tuple[range, Tensor]]:
         """Stored bytes of `rows`, a tile at a time, on the device; the next tile overwrites them."""
         decoder, main = step.weight.decoder, step.weight.parts[step.weight.decoder.main]
-        height = tile_rows(step, _BUFFER_BYTES)
+        height = tile_rows(step, _BUFFER_BYTES, CELL_ROWS)
         buffer: Tensor | None = None
         for first in range(rows.start, rows.stop, height):
             tile = range(first, min(first + height, rows.stop))

@@ -40,7 +40,7 @@ def test_a_model(models: Inputs, data: Path) -> None:
 
 
 def test_json_has_every_sequence(models: Inputs, data: Path) -> None:
-    arguments = (
+    arguments: tuple[str | Path, ...] = (
         "eval",
         *models.options,
         "--data",

@@ -61,7 +61,8 @@ def make(folder: Path, config: Any = None, dtype: torch.dtype = torch.bfloat16) 
 def log_likelihoods(model: Any) -> Tensor:
     """[sequence, token, vocabulary], in float64, of every predicted token."""
     with torch.no_grad():
-        return model(WINDOWS, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+        found: Tensor = model(WINDOWS, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+    return found
 
 
 def losses(logs: Tensor) -> Tensor:
