@@ -24,6 +24,7 @@ from streamconv.errors import HubError, InputError, OptionError, OutputError, Re
 from streamconv.pipeline import downloads, runner
 from streamconv.sidecars import CHAT_TEMPLATES
 from streamconv.sizes import format_size
+from tests.evaluation.texts import save_tokenizer, write_text
 from tests.hub_stub import TOKEN, Hub, Request
 from tests.hubs import environment, hub
 from tests.tiny import llama_config, save_adapter, save_base
@@ -671,3 +672,15 @@ def test_offline_by_the_environment(stocked: Hub, tmp_path: Path) -> None:
     assert code == 1
     assert "HubError: org/base at main is not in the Hub cache" in text
     assert not stocked.requests
+
+
+def test_a_model_on_the_hub_is_evaluated_with_its_tokenizer(hub: Hub, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", llama_config())
+    save_tokenizer(base)
+    hub.add("org/evaluated", base)
+    data = write_text(tmp_path / "text.txt")
+    found = [
+        streamconv.evaluate(model, data=data, sequence_length=32, tokens=64)
+        for model in ("org/evaluated", base)
+    ]
+    assert found[0].losses == found[1].losses

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +83,18 @@ def run_evaluation(options: EvaluationOptions, on_progress: OnProgress) -> Evalu
                 f"{walks[0].device.name} ran out of memory: {str(error).splitlines()[0]} Give it a smaller --max-vram, "
                 "a shorter --sequence-length, or use --device cpu"
             ) from error
+    return _evaluation(options, everything, tallies, greedy, gauge, budget, time.monotonic() - started)
+
+
+def _evaluation(
+    options: EvaluationOptions,
+    everything: Sequence[Prepared],
+    tallies: Tally | Divergence,
+    greedy: Greedy | None,
+    gauge: _Gauge,
+    budget: Budget,
+    seconds: float,
+) -> Evaluation:
     model = tallies.model if isinstance(tallies, Divergence) else tallies
     losses = model.losses()
     return Evaluation(
@@ -97,7 +109,7 @@ def run_evaluation(options: EvaluationOptions, on_progress: OnProgress) -> Evalu
         perplexity=_perplexity(losses),
         losses=_by_sequence(losses),
         comparison=_comparison(everything[-1], tallies, greedy) if isinstance(tallies, Divergence) else None,
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         bytes_read=gauge.read,
         peak_ram_bytes=gauge.peak,
         planned_ram_bytes=budget.ram,
@@ -195,7 +207,7 @@ def _walked(walk: Walk, windows: Tensor, budget: Budget) -> Iterator[Tensor]:
     """What the model's last layer returns for `windows`."""
     shape = (*windows.shape, walk.hidden)
     with hold_activations(shape, walk.dtype, budget.states) as states:
-        walk.run(windows, states, budget.batch, lambda number, states: None)
+        walk.run(windows, states, budget.batch)
         yield states
 
 

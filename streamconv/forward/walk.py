@@ -27,6 +27,13 @@ from streamconv.forward.weights import WeightSource
 Forward = Callable[[Tensor, "Call"], Any]
 
 
+Visit = Callable[[int, Tensor], None]
+
+
+def _look_away(number: int, states: Tensor) -> None:
+    del number, states
+
+
 class _Reached(Exception):  # noqa: N818  unwinds a forward pass that has gone far enough
     pass
 
@@ -156,10 +163,10 @@ class Walk:
 
     # -- the walk --------------------------------------------------------------------------------------------
 
-    def run(self, windows: Tensor, states: Tensor, batch: int, visit: Callable[[int, Tensor], None]) -> None:
+    def run(self, windows: Tensor, states: Tensor, batch: int, visit: Visit = _look_away) -> None:
         """Fill `states` [sequence, token, hidden] with what the last layer returns for `windows` [sequence, token].
 
-        `batch` sequences are computed at a time. `visit(number, states)` is called after each layer.
+        `batch` sequences are computed at a time. `visit` is called after each layer with its number and the states.
         """
         batches = [slice(first, first + batch) for first in range(0, len(windows), batch)]
         with torch.no_grad(), ExitStack() as stack:

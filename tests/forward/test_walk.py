@@ -140,7 +140,7 @@ def test_activations_on_disk_are_those_in_memory(base: Path, budget: int, tmp_pa
         opened(base) as walk,
         hold_activations((*WINDOWS.shape, walk.hidden), torch.float32, budget) as states,
     ):
-        walk.run(WINDOWS, states, 2, lambda number, states: None)
+        walk.run(WINDOWS, states, 2)
         found = torch.cat([logits for _, _, logits in walk.logits(WINDOWS, states, 2, 4096)])
     with opened(base) as walk:
         assert torch.equal(found, walked(walk))
@@ -212,7 +212,7 @@ def test_layers_that_see_the_text_are_refused(base: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(walk.skeleton.model.model.rotary_emb, "forward", of_the_text)
         states = torch.empty(*WINDOWS.shape, walk.hidden)
         with pytest.raises(UnsupportedError, match=r"LlamaForCausalLM.*depends on the text"):
-            walk.run(WINDOWS, states, 1, lambda number, states: None)
+            walk.run(WINDOWS, states, 1)
 
 
 @pytest.mark.parametrize("fault", ["between", "order"])
@@ -235,7 +235,7 @@ def test_models_that_do_more_than_run_their_layers_are_refused(
         monkeypatch.setattr(inner, "forward", forward)
         message = "between its layers" if fault == "between" else "in order"
         with pytest.raises(UnsupportedError, match=message):
-            walk.run(WINDOWS, torch.empty(*WINDOWS.shape, walk.hidden), 1, lambda number, states: None)
+            walk.run(WINDOWS, torch.empty(*WINDOWS.shape, walk.hidden), 1)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def opened(folder: Path, read: list[int] | None = None) -> Iterator[Walk]:
 def walked(walk: Walk, windows: Tensor = WINDOWS, height: int = 4096) -> Tensor:
     """Logits of all windows."""
     states = torch.empty(*windows.shape, walk.hidden)
-    walk.run(windows, states, BATCH, lambda number, states: None)
+    walk.run(windows, states, BATCH)
     found = torch.full((*windows.shape, walk.vocabulary), torch.nan)
     for rows, sequences, logits in walk.logits(windows, states, BATCH, height):
         found[sequences, :, rows.start : rows.stop] = logits
