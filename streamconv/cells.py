@@ -1,8 +1,9 @@
 """One weight, cell by cell: decode, apply, choose, pack. The one place where the maths of a merge runs.
 
-A cell is CELL_ROWS rows at full width. Everything here is a function of one cell and of what was known before
-the weight began (its scales, the adapter's parts, the end of the reduce pass), so neither tile size nor memory
-budget nor interruption can change a byte. Arithmetic is float32 with one rounding, where the cell is packed.
+A cell is some rows at full width, 64 on a CPU and more on a GPU (`plan.cell_rows`). Everything here is a function of
+one cell and of what was known before the weight began (its scales, the adapter's parts, the end of the reduce pass), so
+neither tile size nor memory budget nor interruption can change a byte. Arithmetic is float32 with one rounding, where
+the cell is packed.
 
 Kept delta: with D = target - B and Q what is written, the share of the update that survives quantization is
 
@@ -31,7 +32,7 @@ from streamconv.dtypes import F32
 from streamconv.errors import InputError
 from streamconv.formats.base import CELL_ROWS, Encoder
 from streamconv.grids import Grid
-from streamconv.kernels import kernels_for, pairwise_sum
+from streamconv.kernels import TORCH, kernels_for, pairwise_sum
 from streamconv.plan import Rewrite
 from streamconv.rounding import uniform
 from streamconv.rounding.base import Context
@@ -66,10 +67,10 @@ class _Base:
     error: float | Tensor = 0.0
 
 
-def cells(rows: range) -> Iterator[range]:
+def cells(rows: range, height: int = CELL_ROWS) -> Iterator[range]:
     """`rows` in cells; `rows` starts on a cell boundary."""
-    for first in range(rows.start, rows.stop, CELL_ROWS):
-        yield range(first, min(first + CELL_ROWS, rows.stop))
+    for first in range(rows.start, rows.stop, height):
+        yield range(first, min(first + height, rows.stop))
 
 
 def _inner_product(left: Tensor, right: Tensor) -> float:
@@ -155,11 +156,34 @@ class Workers:
         work(self._own.number, part)
 
 
+class Inline:
+    """The calling thread does all of the work, at once: what a GPU is told to do needs no more threads."""
+
+    count = 1
+
+    def __init__(self) -> None:
+        self.scratch = (Scratch(),)
+
+    def map(self, work: Callable[[int, range], None], rows: range) -> None:
+        work(0, rows)
+
+    def submit(self, work: Callable[[int, range], None], rows: range) -> Shares:
+        work(0, rows)
+        return Shares(())
+
+    def alone(self, work: Callable[[int], None]) -> None:
+        work(0)
+
+
 class WeightWork:
     """State of one weight while its tiles pass in row order, first through `reduce` if planned, then `rewrite`.
 
     `side` are the base's parts other than the main one, `parts` the adapter's tensors in float32, one mapping
-    an update; all on the computing device.
+    an update; all on the computing device. Cells have `height` rows, a multiple of 64. `defers`: values are looked at
+    when the weight is finished, all at once, because a device would have to be waited for at every cell.
+
+    A part of the work that failed for want of memory can be repeated: cells write to their places, and states of
+    updates are kept only once a tile has passed.
     """
 
     def __init__(
@@ -169,11 +193,15 @@ class WeightWork:
         parts: Sequence[Mapping[str, Tensor]],
         device: torch.device,
         seed: int,
-        workers: Workers,
+        workers: Workers | Inline,
+        height: int = CELL_ROWS,
+        defers: bool = False,
     ) -> None:
         self.step, self.side, self.parts, self.seed = step, side, parts, seed
-        self.device, self.workers = device, workers
-        self._kernels = kernels_for(device)
+        self.device, self.workers, self.height = device, workers, height
+        # Loading compiled kernels takes time and memory, which a merge in 16 bit has no use for.
+        is_dense = step.merge_base is None and step.encoder.grid is None and step.weight.decoder.grid is None
+        self._kernels = TORCH if is_dense else kernels_for(device)
         self._states: list[Tensor | None] = [None] * len(step.updates)
         # What cells leave behind is written to its place in tensors allocated at once. As small tensors of their
         # own, they would lie between freed cells on the heap, which could not shrink: up to 5 times the memory.
@@ -181,7 +209,10 @@ class WeightWork:
         self._scales = self._one_a_block(step.encoder)  # as the rounding chose them
         self._inner = self._one_a_block(step.encoder)
         # The sums of KeptDelta for every cell, with <B, D> for the first.
-        self._sums = torch.zeros(-(-step.rows // CELL_ROWS), 3, dtype=torch.float64, device=device)
+        count = -(-step.rows // height)
+        self._sums = torch.zeros(count, 3, dtype=torch.float64, device=device)
+        # Least and greatest value of every cell.
+        self._extremes = torch.zeros(count, 2, device=device) if defers else None
         # Effective scales of the base, one a block; those that stay, as the encoder stores them; and what a
         # loader will make of these.
         self._base_scales = step.weight.decoder.scales(side)
@@ -218,7 +249,11 @@ class WeightWork:
         return self.workers.submit(lambda number, part: self._rewrite(number, raw, rows, out, part), rows)
 
     def finish(self) -> tuple[tuple[bytes, ...], KeptDelta | None]:
-        """The parts after the main one, and what survived of the update (None if nothing was quantized)."""
+        """The parts after the main one, and what survived of the update (None if nothing was quantized).
+
+        Raises InputError where a value is not finite, if that was deferred.
+        """
+        self._check_extremes()
         encoder = self.step.encoder
         if encoder.grid is None:
             return encoder.finish(None, None), None
@@ -247,24 +282,26 @@ class WeightWork:
         merge_base = self.step.merge_base
         assert merge_base is not None
         assert merge_base.grid is not None
-        for cell in cells(part):
+        for cell in cells(part, self.height):
             values = self._decode(self._raw(raw, rows, cell), cell, self.workers.scratch[number]).view(-1)
             out = self._blocks(self._absmax, cell, merge_base.grid)
             self._kernels.absmax(values, merge_base.grid.block, out)
 
     def _take_states(self, number: int, raw: Tensor, rows: range) -> None:
-        for cell in cells(rows):
+        states = list(self._states)
+        for cell in cells(rows, self.height):
             cell_raw = self._raw(raw, rows, cell)
             for index, update in enumerate(self.step.updates):
                 if update.reduces:
                     base = self._base(cell_raw, cell, self.workers.scratch[number]).values
-                    self._states[index] = update.reduce(base, cell, self.parts[index], self._states[index])
+                    states[index] = update.reduce(base, cell, self.parts[index], states[index])
+        self._states = states
 
     def _rewrite(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
         encoder = self.step.encoder
         first = encoder.row_offset(rows.start)
         scratch = self.workers.scratch[number]
-        for cell in cells(part):
+        for cell in cells(part, self.height):
             cell_out = out[encoder.row_offset(cell.start) - first : encoder.row_offset(cell.stop) - first]
             base = self._base(self._raw(raw, rows, cell), cell, scratch)
             if encoder.grid is None:
@@ -334,13 +371,21 @@ class WeightWork:
         return values
 
     def _round(self, target: Tensor, rows: range, out: Tensor) -> None:
-        try:
-            self.step.encoder.pack(target, out)
-        except InputError:
-            self._check_finite(
-                target, rows, target
-            )  # says where, unless it was the rounding that made it infinite
-            raise
+        encoder = self.step.encoder
+        encoder.pack(target, out)
+        rounded = out.view(encoder.dtype.torch)
+        if self._extremes is not None:
+            self._note_extremes(rounded, rows)
+        elif rounded.numel():
+            # NaN goes through to both; one pass at memory speed, where isfinite of 16-bit types is 30 times slower.
+            low, high = torch.aminmax(rounded)
+            if not bool(low.isfinite() & high.isfinite()):
+                # Says where, unless it was the rounding that made it infinite.
+                self._check_finite(target, rows, target)
+                raise InputError(
+                    f"{self.step.name}: a value does not fit {encoder.dtype.name}, whose greatest is "
+                    f"{torch.finfo(encoder.dtype.torch).max:.6g}; choose a wider type with --dtype"
+                )
 
     def _quantize(self, base: _Base, rows: range, grid: Grid, out: Tensor, scratch: Scratch) -> None:
         step, rounding = self.step, self.step.rounding
@@ -365,7 +410,7 @@ class WeightWork:
         self._take_scales(scales, rows, grid)
         if step.updates:
             inner = self._blocks(self._inner, rows, grid)
-            sums = self._sums[rows.start // CELL_ROWS]
+            sums = self._sums[rows.start // self.height]
             sums[:2] = self._kernels.kept(codes, grid, target, values, base.anchor.view(-1), inner)
             sums[2] = base.error
 
@@ -378,6 +423,9 @@ class WeightWork:
 
         A sum is one fast pass, and finite only if every value is.
         """
+        if self._extremes is not None:
+            self._note_extremes(telling, rows)
+            return
         if math.isfinite(telling.sum().item()):
             return
         bad = ~torch.isfinite(cell.view(len(rows), -1))
@@ -388,3 +436,19 @@ class WeightWork:
                 f"{cell.view(len(rows), -1)[row, column].item()}, expected a finite number; "
                 "look for NaN or infinity in the base and for an adapter that diverged in training"
             )
+
+    def _note_extremes(self, cell: Tensor, rows: range) -> None:
+        assert self._extremes is not None
+        if cell.numel():
+            self._extremes[rows.start // self.height] = torch.stack(torch.aminmax(cell))
+
+    def _check_extremes(self) -> None:
+        if self._extremes is None or bool(self._extremes.isfinite().all()):
+            return
+        first = int((~self._extremes.isfinite()).nonzero()[0, 0]) * self.height
+        last = min(first + self.height, self.step.rows) - 1
+        name, dtype = self.step.name, self.step.encoder.dtype
+        raise InputError(
+            f"{name}: a value in rows {first} to {last} is NaN, infinite or too large for {dtype.name}, expected a "
+            "finite number; look for NaN or infinity in the base and for an adapter that diverged in training"
+        )

@@ -26,10 +26,21 @@ from torch import Tensor
 from streamconv.cells import KeptDelta, Ticket, WeightWork
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import StoredTensor
-from streamconv.engine import Engine, open_engine
+from streamconv.engine import Engine, open_engines
 from streamconv.errors import ResourceError, Stopped
 from streamconv.formats.base import Constant
-from streamconv.plan import SLOTS, WEIGHTS_HELD, Access, Copy, Memory, Plan, Rewrite, ShardPlan, tile_rows
+from streamconv.plan import (
+    SLOTS,
+    WEIGHTS_HELD,
+    Access,
+    Copy,
+    Memory,
+    Plan,
+    Rewrite,
+    ShardPlan,
+    cell_rows,
+    tile_rows,
+)
 from streamconv.walk import Begin, Cursor, End, Todo, walk
 
 # How long a stop request may wait for the weight in work to end, so that no work is lost.
@@ -178,6 +189,14 @@ class _Computed:
 
 
 @dataclass(frozen=True, slots=True)
+class _Reduced:
+    """Nothing goes anywhere: `slot` is free when `ticket` says so."""
+
+    slot: _Slot
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
 class _WeightDone:
     """The parts after the main one and the sums, for each output that rewrote or copied the weight."""
 
@@ -200,7 +219,7 @@ class _Halt:
 
 
 _Read = _Shard | _Chunk | _BeginWeight | _Tile | _EndWeight | _Halt
-_Write = _Shard | _Chunk | _Computed | _WeightDone | _Halt
+_Write = _Shard | _Chunk | _Computed | _Reduced | _WeightDone | _Halt
 
 
 def run_plans(outputs: Sequence[Output], on_progress: Callable[[int], None], stop: StopRequest) -> None:
@@ -214,9 +233,10 @@ def run_plans(outputs: Sequence[Output], on_progress: Callable[[int], None], sto
     # machine, and sums come out the same whatever the number of cores.
     torch.set_num_threads(1)
     memory = outputs[0].plan.memory
+    lanes = memory.lanes if len(outputs) == 1 else 1
     try:
-        with open_engine(outputs[0].plan.device, memory) as engine:
-            _Run(outputs, memory, engine, stop).run(on_progress)
+        with open_engines(outputs[0].plan.device, memory, lanes) as engines:
+            _Run(outputs, memory, engines, stop).run(on_progress)
     finally:
         torch.set_num_threads(threads)
 
@@ -224,13 +244,16 @@ def run_plans(outputs: Sequence[Output], on_progress: Callable[[int], None], sto
 class _Run:
     """All lanes of a run, the first error of any thread, and what has been written."""
 
-    def __init__(self, outputs: Sequence[Output], memory: Memory, engine: Engine, stop: StopRequest) -> None:
+    def __init__(
+        self, outputs: Sequence[Output], memory: Memory, engines: Sequence[Engine], stop: StopRequest
+    ) -> None:
         self.device, self.stop = outputs[0].plan.device, stop
         self.errors: list[BaseException] = []
         self.written: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         cursors = [Cursor(output.plan, output.starts) for output in outputs]
-        lanes = memory.lanes if len(outputs) == 1 else 1
-        self.lanes = [_Lane(self, outputs, cursors, memory, engine, number) for number in range(lanes)]
+        self.lanes = [
+            _Lane(self, outputs, cursors, memory, engine, number) for number, engine in enumerate(engines)
+        ]
 
     def run(self, on_progress: Callable[[int], None]) -> None:
         threads = [thread for lane in self.lanes for thread in lane.threads]
@@ -369,7 +392,8 @@ class _Lane:
         decoder, main = weight.decoder, weight.parts[weight.decoder.main]
         self.places.get()
         self.to_compute.put(_begin(reader, steps))
-        rows = min(tile_rows(step, self.memory.buffer) for step in steps.values())
+        height = cell_rows(self.run.device, next(iter(steps.values())).columns)
+        rows = min(tile_rows(step, self.memory.buffer, height) for step in steps.values())
         count = next(iter(steps.values())).rows
         twice = any(step.access is not Access.ROW for step in steps.values())
         for reduces in (True, False) if twice else (False,):
@@ -420,8 +444,7 @@ class _Lane:
     def _compute_tile(self, weight: _Weight, tile: _Tile) -> None:
         slot, raw = tile.slot, tile.slot.read[: tile.nbytes]
         if tile.reduces:
-            weight.reduce(raw, tile.rows)
-            self.free.put(slot)
+            self.to_writer.put(_Reduced(slot, weight.reduce(raw, tile.rows)))
             return
         ticket, pieces = weight.rewrite(raw, tile.rows, slot.written)
         pieces += [(output, raw) for output in tile.copies]
@@ -443,7 +466,9 @@ class _Lane:
             for sink in sinks:
                 sink.close()
 
-    def _write(self, sinks: Sequence[Sink], message: _Shard | _Chunk | _Computed | _WeightDone) -> None:
+    def _write(
+        self, sinks: Sequence[Sink], message: _Shard | _Chunk | _Computed | _Reduced | _WeightDone
+    ) -> None:
         match message:
             case _Shard(output, Begin(shard)):
                 sinks[output].begin(shard)
@@ -459,6 +484,9 @@ class _Lane:
             case _Computed(slot, ticket, pieces):
                 ticket.wait()
                 self._write_pieces(sinks, slot, pieces)
+            case _Reduced(slot, ticket):
+                ticket.wait()
+                self.free.put(slot)
             case _WeightDone(results):
                 for output, (tail, sums) in results.items():
                     self._write_small(sinks[output], tail)
@@ -510,15 +538,16 @@ class _Weight:
         ]
         self._tickets: list[Ticket] = []
 
-    def reduce(self, raw: Tensor, rows: range) -> None:
-        self._engine.reduce(raw, rows, self._reducing)
+    def reduce(self, raw: Tensor, rows: range) -> Ticket:
+        return self._engine.reduce(raw, rows, self._reducing)
 
     def rewrite(
         self, raw: Tensor, rows: range, written: Sequence[Tensor]
     ) -> tuple[Ticket, list[tuple[int, Tensor]]]:
         """Hand a tile to the engine: the ticket, and where each output's bytes will be."""
-        while self._reducing:
-            self._reducing.pop().end_reduce()
+        if self._reducing:
+            self._engine.end_reduce(self._reducing)
+            self._reducing = []
         pieces = []
         for output, step in self._steps.items():
             offset = step.encoder.row_offset
@@ -534,6 +563,6 @@ class _Weight:
             if step.encoder.grid is not None:
                 for ticket in self._tickets:
                     ticket.wait()
-            tail, kept = self._works[output].finish()
+            tail, kept = self._engine.finish(self._works[output])
             results[output] = (tail, {} if kept is None else {step.name: kept})
         return results

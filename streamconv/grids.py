@@ -213,10 +213,11 @@ def tables_of(values: tuple[float, ...], device: torch.device) -> Tables:
 @functools.cache
 def _pairs(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Both values of every byte of two 4-bit codes as one 8-byte item, copied and never computed with."""
-    table = torch.tensor(values, dtype=torch.float32, device=device)
+    table = torch.tensor(values, dtype=torch.float32)
     high = table.repeat_interleave(16)
     low = table.repeat(16)
-    return torch.stack((high, low), dim=1).view(torch.int64).view(-1)
+    # Copied when it is complete: whoever finds it in the cache may be in another stream of the device.
+    return torch.stack((high, low), dim=1).view(torch.int64).view(-1).to(device)
 
 
 def block_absmax(values: Tensor, block: int) -> Tensor:

@@ -6,12 +6,21 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.devices import Device
 from streamconv.errors import ResourceError
-from streamconv.formats.base import CELL_ROWS
-from streamconv.plan import SLOTS, WEIGHTS_HELD, Memory, MergeOptions, Rewrite, Step
+from streamconv.plan import (
+    DEVICE_TILES,
+    SLOTS,
+    WEIGHTS_HELD,
+    Memory,
+    MergeOptions,
+    Rewrite,
+    Step,
+    cell_rows,
+)
 
 # What the process needs beside the planned buffers: libraries loaded late, thread stacks, headers, messages.
 FIXED_BYTES = 96 * 2**20
@@ -23,9 +32,13 @@ MAX_WORKERS = 16
 # A lane reads, hashes and writes in a thread each, and one of these is a core's work at 1 to 2 GB/s.
 CORES_A_LANE = 4
 MAX_LANES = 4
+# On a GPU, a lane's libraries want some for themselves: cuBLAS takes up to 32 MiB for every stream it works on.
+FIXED_VRAM_BYTES = 64 * 2**20
 # float32 tensors of one cell alive at once: decoded and packed; or base, target, delta, noise, indices, codes.
 _DENSE_CELL_COPIES = 3
 _GRID_CELL_COPIES = 16
+# What norms in float64 take beside, where cells are so large that it counts.
+_GPU_NORM_COPIES = 2
 # Per block of a quantized weight: scales as read, chosen, effective and written, the kept-delta product, and what
 # nesting scales takes on the way. Measured for nf4-dq onto nf4-dq, which needs most: 42.5.
 _BYTES_PER_BLOCK = 44
@@ -45,36 +58,89 @@ def plan_memory(
     outputs = 1 + len(further)
     each = [[step for step in some if isinstance(step, Rewrite)] for some in (steps, *further)]
     weights = [step for some in each for step in some]
-    blocks = sum(max((_block_bytes(step) + step.whole_bytes for step in some), default=0) for some in each)
-    cell = max((_work_bytes(step) for step in weights), default=0)
     # A worker has one cell in work, and for each output a place to decode it to.
-    cell += (outputs - 1) * max((_dense_cell_bytes(step) for step in weights), default=0)
-    held = WEIGHTS_HELD * max((_held_bytes(step) for step in weights), default=0)
-    least = max([MIN_BUFFER_BYTES, *(_cell_bytes(step) for step in weights)])
-    buffers = SLOTS * (1 + outputs)
-    if not device.is_cpu:
-        # On a GPU every tile is there twice (read and written) beside what the weight needs.
-        on_device = outputs * held // WEIGHTS_HELD + blocks + cell
-        tiles = 2 * (1 + outputs)
-        by_ram = _fit(options.max_ram_bytes, FIXED_BYTES + held, least, buffers, "--max-ram")
-        by_vram = _fit(options.max_vram_bytes, on_device, least, tiles, "--max-vram")
-        buffer = min(by_ram, by_vram)
-        return Memory(FIXED_BYTES + held + buffers * buffer, on_device + tiles * buffer, buffer, 1)
+    decoded = (outputs - 1) * max((_dense_cell_bytes(step, device) for step in weights), default=0)
+    least = max([MIN_BUFFER_BYTES, *(_cell_bytes(step, device) for step in weights)])
+    need = _Need(
+        outputs=outputs,
+        held=max((_held_bytes(step) for step in weights), default=0),
+        blocks=sum(max((_block_bytes(step) for step in some), default=0) for some in each),
+        whole=sum(max((step.whole_bytes for step in some), default=0) for some in each),
+        cell=max((_work_bytes(step, device) for step in weights), default=0) + decoded,
+        least=least if device.is_cpu else 1 << (least - 1).bit_length(),
+    )
+    return _on_cpu(need, options, shards) if device.is_cpu else _on_gpus(need, options, shards, device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """What the largest weight of a run needs, in bytes: its side parts and adapter, what is kept for its blocks and of
+    the whole of it, one cell in work, and a buffer for one stored cell, the least that a tile can be.
+    """
+
+    outputs: int
+    held: int
+    blocks: int
+    whole: int
+    cell: int
+    least: int
+
+    @property
+    def buffers(self) -> int:
+        """Of a tile: one read, and one written for each output."""
+        return 1 + self.outputs
+
+
+def _on_cpu(need: _Need, options: MergeOptions, shards: int) -> Memory:
     cores = len(os.sched_getaffinity(0))
-    lane = held + blocks
-    at_full_speed = lane + buffers * max(least, MAX_BUFFER_BYTES)
-    by_ram = options.max_ram_bytes // 2 // at_full_speed
-    lanes = max(1, min(shards, cores // CORES_A_LANE, MAX_LANES, by_ram))
+    lane = WEIGHTS_HELD * need.held + need.blocks + need.whole
+    buffers = SLOTS * need.buffers
+    lanes = _lanes(lane + buffers * max(need.least, MAX_BUFFER_BYTES), options, shards, cores)
     fixed = FIXED_BYTES + lanes * lane
     # Half of what is left goes to the workers' cells, as far as there are cores to use it.
-    spare = (options.max_ram_bytes - fixed - lanes * buffers * least) // 2
-    workers = max(1, min(cores, MAX_WORKERS, spare // max(cell, 1)))
-    buffer = _fit(options.max_ram_bytes, fixed + workers * cell, least, lanes * buffers, "--max-ram")
-    return Memory(fixed + workers * cell + lanes * buffers * buffer, 0, buffer, workers, lanes)
+    spare = (options.max_ram_bytes - fixed - lanes * buffers * need.least) // 2
+    workers = max(1, min(cores, MAX_WORKERS, spare // max(need.cell, 1)))
+    buffer = _fit(
+        options.max_ram_bytes, fixed + workers * need.cell, need.least, lanes * buffers, "--max-ram"
+    )
+    return Memory(fixed + workers * need.cell + lanes * buffers * buffer, 0, buffer, workers, lanes)
+
+
+def _on_gpus(need: _Need, options: MergeOptions, shards: int, device: Device) -> Memory:
+    """At least a lane for each GPU where there are shards and memory for it. Buffers are powers of two, because
+    pinned memory is allocated in these.
+    """
+    gpus = len(device.names)
+    lane = WEIGHTS_HELD * need.held + need.blocks  # scales are nested and written in host memory
+    buffers = SLOTS * need.buffers
+    on_device = FIXED_VRAM_BYTES + need.outputs * need.held + need.blocks + need.whole + need.cell
+    tiles = DEVICE_TILES * need.buffers
+    full = max(need.least, MAX_BUFFER_BYTES)
+    lanes = _lanes(lane + buffers * full, options, shards, len(os.sched_getaffinity(0)))
+    in_ram = (options.max_ram_bytes - FIXED_BYTES) // (lane + buffers * need.least)
+    in_vram = options.max_vram_bytes // (on_device + tiles * full)
+    lanes = max(1, min(max(lanes, min(gpus, shards, in_ram)), gpus * max(1, in_vram)))
+    each = -(-lanes // gpus)
+    by_ram = _fit(options.max_ram_bytes, FIXED_BYTES + lanes * lane, need.least, lanes * buffers, "--max-ram")
+    by_vram = _fit(options.max_vram_bytes, each * on_device, need.least, each * tiles, "--max-vram")
+    buffer = max(need.least, 1 << (min(by_ram, by_vram).bit_length() - 1))
+    return Memory(
+        ram=FIXED_BYTES + lanes * (lane + buffers * buffer),
+        vram=each * (on_device + tiles * buffer),
+        buffer=buffer,
+        workers=1,
+        lanes=lanes,
+    )
+
+
+def _lanes(lane: int, options: MergeOptions, shards: int, cores: int) -> int:
+    """How many lanes of so many bytes there are shards and cores for, and memory with half of it to spare."""
+    return max(1, min(shards, cores // CORES_A_LANE, MAX_LANES, options.max_ram_bytes // 2 // lane))
 
 
 def _fit(budget: int, fixed: int, least: int, buffers: int, option: str) -> int:
-    buffer = min((budget - fixed) // buffers, MAX_BUFFER_BYTES)
+    """The largest buffer of which so many fit `budget`, or that anything gains from."""
+    buffer = min((budget - fixed) // buffers, max(least, MAX_BUFFER_BYTES))
     if buffer < least:
         raise ResourceError(
             f"{option} is too small for this model: its largest weight needs at least "
@@ -83,9 +149,9 @@ def _fit(budget: int, fixed: int, least: int, buffers: int, option: str) -> int:
     return buffer
 
 
-def _cell_bytes(step: Rewrite) -> int:
+def _cell_bytes(step: Rewrite, device: Device) -> int:
     """Bytes of one cell in storage, read or written, whichever is more."""
-    rows = min(CELL_ROWS, step.rows)
+    rows = min(cell_rows(device, step.columns), step.rows)
     return max(step.weight.decoder.row_offset(rows), step.encoder.row_offset(rows))
 
 
@@ -93,13 +159,14 @@ def _quantizes(step: Rewrite) -> bool:
     return step.encoder.grid is not None or step.merge_base is not None
 
 
-def _work_bytes(step: Rewrite) -> int:
+def _work_bytes(step: Rewrite, device: Device) -> int:
     """Bytes of one worker: float32 tensors of one cell."""
-    return _dense_cell_bytes(step) * (_GRID_CELL_COPIES if _quantizes(step) else _DENSE_CELL_COPIES)
+    dense = _DENSE_CELL_COPIES if device.is_cpu else _DENSE_CELL_COPIES + _GPU_NORM_COPIES
+    return _dense_cell_bytes(step, device) * (_GRID_CELL_COPIES if _quantizes(step) else dense)
 
 
-def _dense_cell_bytes(step: Rewrite) -> int:
-    return min(CELL_ROWS, step.rows) * step.columns * 4
+def _dense_cell_bytes(step: Rewrite, device: Device) -> int:
+    return min(cell_rows(device, step.columns), step.rows) * step.columns * 4
 
 
 def _block_bytes(step: Rewrite) -> int:

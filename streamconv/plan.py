@@ -23,6 +23,10 @@ DEFAULT_MIN_KEPT = 0.2
 # Tiles in flight in a lane: being read, computed, written and hashed. Each has a buffer for what is read of it, and one
 # for what is written.
 SLOTS = 6
+# Tiles of a lane that are on its GPU: being brought there, computed, and brought back.
+DEVICE_TILES = 3
+# Elements of a cell on a GPU. There an operation on few costs its launch, some microseconds, rather than its work.
+GPU_CELL_ELEMENTS = 2**23
 # Weights whose side parts and adapters are in memory: the one computed, and the next one being read.
 WEIGHTS_HELD = 2
 
@@ -121,7 +125,7 @@ class Memory:
     """What a run needs at most, in bytes, above the interpreter with torch loaded.
 
     `buffer` bounds the bytes of a tile, `workers` is how many threads share its cells, `lanes` how many shards are in
-    work at once.
+    work at once, on all GPUs together. `vram` is on each of them, without what CUDA itself takes.
     """
 
     ram: int
@@ -198,8 +202,15 @@ class Plan:
         return DEFAULT_MIN_KEPT if self.options.rounding == "auto" else 0.0
 
 
-def tile_rows(step: Rewrite, buffer: int) -> int:
-    """Rows of a tile: whole cells whose bytes, read or written, fit in `buffer`."""
+def cell_rows(device: Device, columns: int) -> int:
+    """Rows of a cell. Bytes may depend on it, so nothing decides it but the kind of device and the width."""
+    if device.is_cpu:
+        return CELL_ROWS
+    return max(1, GPU_CELL_ELEMENTS // max(columns, 1) // CELL_ROWS) * CELL_ROWS
+
+
+def tile_rows(step: Rewrite, buffer: int, cell: int) -> int:
+    """Rows of a tile: whole cells of `cell` rows whose bytes, read or written, fit in `buffer`."""
     rows = step.rows
     widest = max(step.weight.decoder.row_offset(rows), step.encoder.row_offset(rows))
-    return max(CELL_ROWS, buffer * rows // max(widest, 1) // CELL_ROWS * CELL_ROWS)
+    return max(cell, buffer * rows // max(widest, 1) // cell * cell)

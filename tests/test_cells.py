@@ -220,6 +220,22 @@ def test_a_value_that_is_not_finite_is_named_with_row_and_column(
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
+def test_a_value_that_only_the_new_type_cannot_hold_is_an_error(tmp_path: Path) -> None:
+    weight = "model.layers.0.mlp.up_proj.weight"
+    base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
+    values = load_file(base / "model.safetensors")[weight]
+    values[150, 5] = 65536.0
+    edit_tensors(base / "model.safetensors", put={weight: values})
+    with pytest.raises(
+        InputError, match=rf"^{weight}: a value does not fit float16, whose greatest is 65504;"
+    ):
+        convert(base, tmp_path / "out", dtype="float16")
+    values[150, 5] = 65280.0
+    edit_tensors(base / "model.safetensors", put={weight: values})
+    convert(base, tmp_path / "out", dtype="float16")
+    assert load_file(tmp_path / "out" / "model.safetensors")[weight].isfinite().all()
+
+
 def test_finite_values_whose_sum_is_not_finite_are_welcome(inputs: Inputs, tmp_path: Path) -> None:
     weight = "model.layers.0.mlp.up_proj.weight"
     base = write_base(tmp_path / "base", SIZES.shapes, shards=1)

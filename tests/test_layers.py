@@ -17,7 +17,7 @@ LAYERS = [
     {"dtypes"},
     {"storage"},
     {"checkpoint"},
-    {"grids"},
+    {"grids", "streams"},
     {"kernels"},
     {"formats", "rounding", "adapters", "devices", "layout"},
     {"plan"},

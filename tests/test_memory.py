@@ -23,9 +23,17 @@ from streamconv.checkpoint.types import Shape, TensorSpec
 from streamconv.devices import Device
 from streamconv.dtypes import BF16
 from streamconv.errors import ResourceError
-from streamconv.memory import FIXED_BYTES, MAX_BUFFER_BYTES, MAX_WORKERS, anonymous_bytes, plan_memory
+from streamconv.memory import (
+    FIXED_BYTES,
+    FIXED_VRAM_BYTES,
+    MAX_BUFFER_BYTES,
+    MAX_LANES,
+    MAX_WORKERS,
+    anonymous_bytes,
+    plan_memory,
+)
 from streamconv.pipeline import Job, prepare
-from streamconv.plan import SLOTS, Memory, MergeOptions, Plan, Rewrite, Step
+from streamconv.plan import DEVICE_TILES, SLOTS, Memory, MergeOptions, Plan, Rewrite, Step, cell_rows
 from tests.models import Sizes, write_adapter, write_base
 
 ROOT = Path(__file__).parents[1]
@@ -173,6 +181,40 @@ def test_video_memory_has_a_budget_of_its_own(plans: Mapping[str, Plan]) -> None
     assert plan_memory(planned, budget(2**30, MIB), CPU).vram == 0
 
 
+def test_every_gpu_has_a_lane_where_there_are_shards_and_memory_for_it(plans: Mapping[str, Plan]) -> None:
+    planned = steps(plans["nf4"])
+    gpus = Device("cuda:0", "GPU", tuple(f"cuda:{number}" for number in range(1, 6)))
+
+    def lanes(device: Device, shards: int, count: int, ram: int = 2**33, vram: int = 2**31) -> int:
+        with cores(count):
+            memory = plan_memory(planned, budget(ram, vram), device, shards)
+        assert memory.ram <= ram
+        assert memory.vram <= vram
+        return memory.lanes
+
+    assert lanes(gpus, shards=30, count=1) == 6
+    assert lanes(gpus, shards=5, count=64) == 5
+    assert lanes(gpus, shards=30, count=64, ram=200 * MIB) == 2
+    assert lanes(GPU, shards=30, count=2) == 1
+    assert lanes(GPU, shards=30, count=64, vram=2**33) == MAX_LANES
+    with cores(64):
+        one = plan_memory(planned, budget(2**33), GPU).vram
+    assert lanes(GPU, shards=30, count=64, vram=2 * one) == 2  # each with a cell of its own
+    assert lanes(GPU, shards=30, count=64, vram=one) == 1
+
+
+def test_on_a_gpu_large_cells_are_counted_and_none_is_larger_for_being_wide() -> None:
+    """Shapes of a 70B model fit the default budgets."""
+    counted = {}
+    for columns in (4096, 8192, 28672, 53248):
+        rows = cell_rows(GPU, columns)
+        assert rows % 64 == 0
+        assert 2**22 < rows * columns <= 2**23
+        assert cell_rows(CPU, columns) == 64
+        counted[columns] = rows
+    assert counted == {4096: 2048, 8192: 1024, 28672: 256, 53248: 128}
+
+
 def test_more_memory_means_larger_tiles_and_more_workers(plans: Mapping[str, Plan]) -> None:
     planned = steps(plans["nf4"])
     with cores(64):
@@ -242,6 +284,16 @@ def test_several_outputs_stay_within_a_budget_together(plans: Mapping[str, Plan]
     plan_memory(planned, budget(least - MIB), device)
     with pytest.raises(ResourceError, match="--max-ram"):
         plan_memory(planned, budget(least - MIB), device, further=further)
+
+
+def test_on_a_gpu_everything_is_counted_where_it_lies(plans: Mapping[str, Plan]) -> None:
+    (step,) = (s for s in steps(plans["nf4"]) if isinstance(s, Rewrite) and s.name.endswith("up_proj.weight"))
+    planned = plan_memory([step], budget(2**40, 2**40), GPU)
+    adapter = sum(part.nbytes for update in step.updates for part in update.parts.values())
+    blocks, cell, tile = 4096 * 512 // 64 * 44, 16 * 4 * 4096 * 512, 2 * planned.buffer
+    assert planned.ram == FIXED_BYTES + 2 * 2 * adapter + blocks + SLOTS * tile
+    assert planned.vram == FIXED_VRAM_BYTES + 2 * adapter + blocks + cell + DEVICE_TILES * tile
+    assert planned.buffer.bit_count() == 1  # pinned memory comes in powers of two
 
 
 def test_a_model_that_is_only_copied_needs_buffers_alone() -> None:

@@ -24,6 +24,7 @@ from streamconv.checkpoint.reader import TensorReader
 from streamconv.dtypes import DENSE
 from streamconv.executor import StopRequest
 from streamconv.formats import FORMATS
+from streamconv.formats.base import CELL_ROWS
 from streamconv.memory import plan_memory
 from streamconv.pipeline import Job, Prepared, convert, prepare, run
 from streamconv.plan import Access, MergeOptions, Rewrite, tile_rows
@@ -65,7 +66,7 @@ def wide(prepared: Prepared) -> Rewrite:
 
 def tiles(prepared: Prepared) -> int:
     step = wide(prepared)
-    return -(-step.rows // tile_rows(step, prepared.plan.memory.buffer))
+    return -(-step.rows // tile_rows(step, prepared.plan.memory.buffer, CELL_ROWS))
 
 
 def with_memory(prepared: Prepared, buffer: int, workers: int, lanes: int) -> Prepared:
@@ -282,6 +283,6 @@ def test_the_planned_memory_covers_the_planned_tiles(inputs: Inputs) -> None:
         for ram in (102, 110, 150, 1024):
             memory = plan_memory(steps, MergeOptions(max_ram_bytes=ram * 2**20), prepared.plan.device)
             for step in (step for step in steps if isinstance(step, Rewrite)):
-                rows = min(step.rows, tile_rows(step, memory.buffer))
+                rows = min(step.rows, tile_rows(step, memory.buffer, CELL_ROWS))
                 assert step.weight.decoder.row_offset(rows) <= memory.buffer
                 assert step.encoder.row_offset(rows) <= memory.buffer

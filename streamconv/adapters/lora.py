@@ -103,8 +103,12 @@ class LoraBiasUpdate:
 
 
 def dora_gain(parameter: str, magnitude: Tensor, norms: Tensor, first: int) -> Tensor:
-    """m / ‖V‖ in float32, for the outputs from `first` on."""
-    if not bool(norms.all()):
+    """m / ‖V‖ in float32, for the outputs from `first` on.
+
+    Raises AdapterError where a norm is 0, on a CPU. A GPU would have to be waited for: there the rows become NaN, which
+    no output may hold.
+    """
+    if norms.is_cpu and not bool(norms.all()):
         output = first + int((norms == 0).nonzero()[0])
         raise AdapterError(
             f"{parameter}: the weights of output {output} are all zero after the LoRA update, so"

@@ -165,7 +165,11 @@ TARGET = group(
 )
 RESOURCES = group(
     option(
-        Section.RESOURCES, "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+        Section.RESOURCES,
+        "--device",
+        default="auto",
+        show_default=True,
+        help="auto, cpu, cuda (every GPU like the first) or cuda:N.",
     ),
     option(
         Section.RESOURCES,
@@ -183,7 +187,7 @@ RESOURCES = group(
         default="2GiB",
         show_default=True,
         metavar="SIZE",
-        help="GPU memory.",
+        help="Memory of each GPU.",
     ),
 )
 PLACE = group(

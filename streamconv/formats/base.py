@@ -4,9 +4,9 @@ A *weight* is one parameter of the model, however many *parts* (stored tensors) 
 *main* part, is read and written in row tiles; the others (scales, tables, a JSON state) are at most 1/16 of
 the 16-bit size, and are kept whole while the weight is worked on.
 
-Work is done in *cells* of `CELL_ROWS` consecutive rows at full width. 64 rows of any width are a multiple of
-64 elements, so a bitsandbytes block never straddles two cells, and the maths of a cell never depends on how
-many cells a tile holds.
+Work is done in *cells* of consecutive rows at full width, `CELL_ROWS` or a multiple of them. 64 rows of any width are
+a multiple of 64 elements, so a bitsandbytes block never straddles two cells, and the maths of a cell never depends on
+how many cells a tile holds.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ class Encoder(Protocol):
     def pack(self, values: Tensor, out: Tensor) -> None:
         """Write the main part's bytes of a cell to `out` (uint8, flat).
 
-        `values` are uint8 codes (flat) if there is a grid, else the float32 cell, rounded here once.
+        `values` are uint8 codes (flat) if there is a grid, else the float32 cell, rounded here once; what does not fit
+        becomes infinite, and whoever asked has to look.
         """
 
     def effective_scales(self, scales: Tensor) -> Tensor:

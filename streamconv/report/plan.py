@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 from streamconv.formats.base import Constant
 from streamconv.kernels import TORCH, kernels_for
-from streamconv.plan import Copy, Plan, Rewrite, ShardPlan, Step, tile_rows
+from streamconv.plan import Copy, Plan, Rewrite, ShardPlan, Step, cell_rows, tile_rows
 from streamconv.sizes import format_size
 from streamconv.storage.base import SourceFile, Storage
 from streamconv.walk import bytes_read
@@ -34,6 +34,8 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
         "adapter": prepared.job.adapter,
         "from": plan.fingerprint["from"],
         "device": plan.device.name,
+        "devices": list(plan.device.names),
+        "devices_left_out": list(plan.device.left_out),
         **_output(prepared),
         "adapted_modules": dict(plan.adapted),
         "replaced": list(plan.replaced),
@@ -75,15 +77,15 @@ def _output(prepared: Prepared) -> dict[str, Any]:
 
 
 def _files(prepared: Prepared) -> dict[str, Any]:
-    buffer = prepared.plan.memory.buffer
+    plan = prepared.plan
     return {
-        "shards": [_shard(shard, buffer) for shard in prepared.plan.shards],
+        "shards": [_shard(plan, shard) for shard in plan.shards],
         "written": list(prepared.generated),
         "copied": [{"name": file.name, "bytes": file.size} for file in prepared.copied],
     }
 
 
-def _shard(shard: ShardPlan, buffer: int) -> dict[str, Any]:
+def _shard(plan: Plan, shard: ShardPlan) -> dict[str, Any]:
     return {
         "name": shard.name,
         "bytes": shard.size,
@@ -93,7 +95,7 @@ def _shard(shard: ShardPlan, buffer: int) -> dict[str, Any]:
                 "dtype": spec.dtype.code,
                 "shape": list(spec.shape),
                 "bytes": spec.nbytes,
-                **_step(placed.step, buffer),
+                **_step(plan, placed.step),
             }
             for placed in shard.steps
             for spec in placed.step.specs
@@ -101,18 +103,19 @@ def _shard(shard: ShardPlan, buffer: int) -> dict[str, Any]:
     }
 
 
-def _step(step: Step, buffer: int) -> dict[str, Any]:
+def _step(plan: Plan, step: Step) -> dict[str, Any]:
     match step:
         case Copy():
             return {"action": "copy"}
         case Constant():
             return {"action": "constant"}
         case Rewrite():
+            rows = tile_rows(step, plan.memory.buffer, cell_rows(plan.device, step.columns))
             return {
                 "action": "rewrite",
                 "access": step.access.value,
                 "updates": len(step.updates),
-                "tiles": -(-step.rows // tile_rows(step, buffer)),
+                "tiles": -(-step.rows // rows),
             }
         case _:
             assert_never(step)
@@ -135,7 +138,7 @@ def plan_as_text(prepared: Prepared) -> str:
         ("weights", f"{rewritten} rewritten, {copied} tensors copied"),
         (
             "memory",
-            f"{format_size(plan.memory.ram)} RAM, {format_size(plan.memory.vram)} on {plan.device.name}",
+            f"{format_size(plan.memory.ram)} RAM, {format_size(plan.memory.vram)} on {plan.device}",
         ),
         ("disk", f"reads {format_size(read)}, writes {format_size(written)}"),
         ("files", _shards(plan.shards)),
