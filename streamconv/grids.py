@@ -205,6 +205,7 @@ def tables_of(values: tuple[float, ...], device: torch.device) -> Tables:
         codes_are_ranks=codes.tolist() == list(range(len(codes))),
         midpoints=_steps((rising[:-1] + rising[1:]) / 2),
         distinct=_steps(rising),
+        # These two ask the device, so all is there when the tables are found in the cache, in whatever stream.
         least=float(rising[0]),
         greatest=float(rising[-1]),
     )

@@ -22,7 +22,8 @@ from streamconv.plan import (
     cell_rows,
 )
 
-# What the process needs beside the planned buffers: libraries loaded late, thread stacks, headers, messages.
+# What the process needs beside the planned buffers: libraries loaded late, thread stacks, headers, messages; and once
+# on every machine, to compile the kernels, 70 MiB.
 FIXED_BYTES = 96 * 2**20
 # Larger tiles gain nothing: 8 MiB is read, hashed and written at full speed.
 MAX_BUFFER_BYTES = 8 * 2**20

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,16 +15,21 @@ from torch import Tensor
 
 from streamconv import engine as engines
 from streamconv import plan as plans
-from streamconv.cells import KeptDelta, WeightWork, Workers
+from streamconv.adapters.lora import DoraUpdate
+from streamconv.cells import Inline, KeptDelta, WeightWork, Workers
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.devices import Device
+from streamconv.dtypes import DENSE
 from streamconv.engine import CpuEngine, CudaEngine, Engine
 from streamconv.errors import InputError, ResourceError
 from streamconv.executor import StopRequest
+from streamconv.formats import FORMATS
 from streamconv.pipeline import Job, Prepared, convert, prepare, run
 from streamconv.plan import DEVICE_TILES, SLOTS, Access, Memory, MergeOptions, Rewrite
 from tests.fake_gpu import COMPUTE, COPY_IN, COPY_OUT, HOST, SCHEDULES, FakeGpu
+from tests.formats.stored import W, normal, only_weight, stored, write
 from tests.models import Sizes, write_adapter, write_base
+from tests.test_tiles import transposed_dora
 from tests.tiny import edit_tensors
 
 SIZES = Sizes(hidden=64, inner=700, layers=1, vocabulary=90)
@@ -223,6 +229,37 @@ def test_tiles_halve_where_memory_runs_out_and_the_bytes_are_the_same(
     whole = [128, 128, 128, 128, 128, 60]
     passes = ["rewrite"] if step.access is Access.ROW else ["reduce", "rewrite"]
     assert shortage.seen == [(what, rows) for what in passes for rows in whole]
+
+
+def test_what_an_update_has_learnt_of_a_failed_tile_is_not_counted_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = (300, 40)
+    dense = FORMATS["float32"].encoder(W, shape, DENSE["float32"])
+    weight = only_weight(write(tmp_path, stored(dense, normal(shape))))
+    update, parts = transposed_dora(shape)
+    step = Rewrite(W, weight, (update,), dense)
+    raw = normal(shape).view(torch.uint8).view(-1)
+    undisturbed, disturbed = (
+        WeightWork(step, {}, (parts,), torch.device("cpu"), SEED, Inline(), 64, defers=True) for _ in range(2)
+    )
+    undisturbed.reduce(raw, range(300))
+    reduce, calls = DoraUpdate.reduce, iter(range(99))
+
+    def fail_at_third(self: DoraUpdate, *arguments: Any) -> Tensor:
+        if next(calls) == 2:
+            raise out_of_memory()
+        return reduce(self, *arguments)
+
+    monkeypatch.setattr(DoraUpdate, "reduce", fail_at_third)
+    with pytest.raises(torch.OutOfMemoryError):
+        disturbed.reduce(raw, range(300))
+    disturbed.reduce(raw, range(300))
+    assert next(calls) == 3 + 5
+    (expected,), (found,) = undisturbed._states, disturbed._states
+    assert expected is not None
+    assert found is not None
+    assert torch.equal(found, expected)
 
 
 def test_where_the_adapter_finds_no_room_tiles_make_some(

@@ -104,9 +104,12 @@ def test_a_run_takes_no_more_memory_than_planned(
     assert (base / "model.safetensors").stat().st_size >= megabytes * 10**6
     adapter = write_adapter(tmp_path / "adapter", shapes, rank=8, targets=("up_proj",))
     given = ["--max-ram", f"{budget}MiB", *options]
-    measured = merge_watched("--base", base, "--adapter", adapter, "-o", tmp_path / "out", *given)
-    assert measured.planned <= budget * MIB
+    inputs = ("--base", base, "--adapter", adapter)
+    first = merge_watched(*inputs, "-o", tmp_path / "first", *given)  # it may be the one that compiles kernels
+    measured = merge_watched(*inputs, "-o", tmp_path / "out", *given) if DOUBLE[0] in options else first
+    assert measured.planned == first.planned <= budget * MIB
     assert measured.peak <= measured.planned
+    assert first.peak <= first.planned
     # Most of what is planned beside weights and buffers is a reserve for other systems: it must not hide a leak.
     assert measured.peak <= measured.planned - FIXED_BYTES + 32 * MIB
 

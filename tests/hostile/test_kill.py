@@ -163,7 +163,7 @@ def below(files: Tree, folder: str) -> Tree:
 def test_killed_while_several_outputs_are_made(commands: Commands, three: Case, tmp_path: Path) -> None:
     """Each goes on from where it is, and none is ever half there; the main one is there when all are."""
     resumed = 0
-    for number, at in enumerate(spread(len(three.calls), 14)):
+    for number, at in enumerate(spread(len(three.calls), 9)):
         out = tmp_path / str(at)
         assert three.run(commands, out, at, tears=number % 2 == 0).code == -signal.SIGKILL
         check_final_names(out, three.complete)
@@ -173,7 +173,7 @@ def test_killed_while_several_outputs_are_made(commands: Commands, three: Case, 
         assert again.code == 0, f"killed at {at}, {three.calls[at - 1]}: {again.text}"
         assert tree(out) == three.complete, f"killed at {at}, {three.calls[at - 1]}"
         resumed += again.resumed_inside
-    assert resumed >= 4, "shards were not continued from their middle"
+    assert resumed >= 2, "shards were not continued from their middle"
 
 
 def test_several_outputs_stopped_by_a_signal(commands: Commands, three: Case, tmp_path: Path) -> None:
