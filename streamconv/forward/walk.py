@@ -475,9 +475,7 @@ def _equal(one: Any, other: Any, seen: set[tuple[int, int]]) -> bool:
                 _equal(left, right, seen) for left, right in zip(one, other, strict=True)
             )
         case _:
-            return type(one) is type(other) and (
-                isinstance(one, Tensor) or one == other or not _is_plain(one)
-            )
+            return type(one) is type(other) and (one == other or not _is_plain(one))
 
 
 def _is_plain(value: Any) -> bool:
