@@ -151,6 +151,9 @@ class Workers:
 
     def _take_number(self) -> None:
         self._own.number = next(self._numbers)
+        # A thread's own setting: what the calling thread set holds for that alone. With more, matrix products are
+        # split as the machine's load has it, and their last bits with them.
+        torch.set_num_threads(1)
 
     def _call(self, work: Callable[[int, range], None], part: range) -> None:
         work(self._own.number, part)

@@ -278,6 +278,7 @@ class _Run:
 
     def guarded(self, work: Callable[[], None]) -> None:
         try:
+            torch.set_num_threads(1)  # a thread's own setting, as in `Workers`
             work()
         except _Closed:
             pass

@@ -264,6 +264,21 @@ def test_workers_share_whole_cells_and_each_its_own(count: int) -> None:
             assert all(part.start % 64 == 0 for part in parts)
 
 
+def test_workers_have_one_torch_thread_each_whatever_the_caller_has() -> None:
+    """With two, a matrix product is split or not as the machine's load has it, and its last bits differ."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with Workers(2) as workers:
+            seen: list[int] = []
+            for _ in range(20):
+                workers.map(lambda number, part: seen.append(torch.get_num_threads()), range(256))
+            workers.alone(lambda number: seen.append(torch.get_num_threads()))
+        assert set(seen) == {1}
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_first_error_of_a_worker_in_row_order_comes_out_and_threads_end() -> None:
     def fail(number: int, part: range) -> None:
         if part.start >= 64:

@@ -105,7 +105,9 @@ def test_a_run_takes_no_more_memory_than_planned(
     adapter = write_adapter(tmp_path / "adapter", shapes, rank=8, targets=("up_proj",))
     given = ["--max-ram", f"{budget}MiB", *options]
     inputs = ("--base", base, "--adapter", adapter)
-    first = merge_watched(*inputs, "-o", tmp_path / "first", *given)  # it may be the one that compiles kernels
+    first = merge_watched(
+        *inputs, "-o", tmp_path / "first", *given
+    )  # it may be the one that compiles kernels
     measured = merge_watched(*inputs, "-o", tmp_path / "out", *given) if DOUBLE[0] in options else first
     assert measured.planned == first.planned <= budget * MIB
     assert measured.peak <= measured.planned
