@@ -245,8 +245,16 @@ def output_bytes(kind: Kind, folder: Path) -> int:
     return folder_bytes(folder / "out")
 
 
-def run_group(kind: Kind, size: str, folder: Path, wanted: Sequence[str], rounds: int, results: Path) -> None:
-    """All rounds of one kind and size, stored after each."""
+def run_group(
+    kind: Kind,
+    size: str,
+    folder: Path,
+    wanted: Sequence[str],
+    rounds: int,
+    rival_rounds: int,
+    results: Path,
+) -> None:
+    """All rounds of one kind and size, stored after each; rivals take part in the first of them."""
     ensure_base(kind, folder)
     checkpoint = folder_bytes(folder / kind.base)
     reasons = {
@@ -273,7 +281,9 @@ def run_group(kind: Kind, size: str, folder: Path, wanted: Sequence[str], rounds
     torch_bytes, runs = torch_anon_bytes(), []
     for number in range(rounds):
         print(f"{kind.name}, {size}x, round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-        runs += run_round(commands, folder, number, torch_bytes)
+        names = {rival.name for rival in rivals} if number >= rival_rounds else set()
+        at_once = {name: command for name, command in commands.items() if name not in names}
+        runs += run_round(at_once, folder, number, torch_bytes)
         group |= {
             "medians": [asdict(row) for row in summarize(runs, checkpoint)],
             "runs": [asdict(run) for run in runs],
@@ -310,7 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             make_checkpoint.make(folder, model, parse_size("5GB"), rank=16, seed=0)
         rivals = options.rivals if size in options.rival_sizes else ()
         for kind in options.kinds:
-            run_group(KINDS[kind], size, folder, rivals, options.runs, options.results)
+            rounds = (options.runs, options.rival_runs or options.runs)
+            run_group(KINDS[kind], size, folder, rivals, *rounds, options.results)
             if not options.keep and KINDS[kind].base != "base":
                 shutil.rmtree(folder / KINDS[kind].base)
         if not options.keep:
@@ -325,6 +336,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rivals", type=_rivals, default=tuple(RIVALS), help="in bf16-bf16; or: none")
     parser.add_argument("--rival-sizes", type=_numbers, default=("1",), help="sizes they run at; default 1")
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="rounds of each kind and size")
+    parser.add_argument(
+        "--rival-runs", type=int, metavar="N", help="rounds that rivals take part in; default all"
+    )
     parser.add_argument("--model", choices=MODELS, default="llama-8b", help="whose widths the checkpoint has")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where checkpoints are made and merged")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints there for another run")
