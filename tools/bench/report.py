@@ -27,7 +27,10 @@ def merge_block(results: Mapping[str, Any]) -> str:
     for group in results["groups"]:
         rounds = 1 + max(run["round"] for run in group["runs"])
         left_out = "".join(f" {name} is left out: {why}." for name, why in group["left_out"].items())
-        parts.append(f"{table(group)}\n\n{rounds} rounds. {_against(group)}{left_out}\n{_machine(group)}")
+        said = " ".join(
+            filter(None, (f"{rounds} round{'s' * (rounds > 1)}.", f"{_against(group)}{left_out}"))
+        )
+        parts.append(f"{table(group)}\n\n{said}\n{_machine(group)}")
     return "\n\n".join(parts)
 
 
