@@ -7,6 +7,7 @@ blocks are written by hand. `--check` writes nothing and ends with 1 if a block 
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ def merge_block(results: Mapping[str, Any]) -> str:
     for group in results["groups"]:
         rounds = 1 + max(run["round"] for run in group["runs"])
         left_out = "".join(f" {name} is left out: {why}." for name, why in group["left_out"].items())
-        said = " ".join(
-            filter(None, (f"{rounds} round{'s' * (rounds > 1)}.", f"{_against(group)}{left_out}"))
-        )
+        fewest = min(Counter(run["contender"] for run in group["runs"]).values())
+        some = f"Rivals took part in {fewest} of them." if fewest < rounds else ""
+        counted = f"{rounds} round{'s' * (rounds > 1)}."
+        said = " ".join(filter(None, (counted, some, f"{_against(group)}{left_out}")))
         parts.append(f"{table(group)}\n\n{said}\n{_machine(group)}")
     return "\n\n".join(parts)
 
