@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import pytest
 
 from streamconv import output
 from streamconv.cells import KeptDelta
+from streamconv.checkpoint import writer as writer_module
 from streamconv.checkpoint.writer import ShardWriter
 from streamconv.errors import CheckpointError, OutputError, ResourceError
 from streamconv.journal import Journal, Watermark
@@ -213,6 +215,29 @@ def test_a_finished_shard_is_journaled_with_hash_and_sums_and_waits_in_the_work_
         assert journal.finished(shard.name).read_bytes() == content(shard)
         assert not journal.partial(shard.name).exists()
     assert os.listdir(out) == [".streamconv"]
+
+
+def test_a_disk_that_fails_behind_the_writer_is_what_is_told(
+    out: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sync fails in a thread of its own, while this one goes on writing: it meets the same error, and no other."""
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(output, "WATERMARK_BYTES", 10)
+    monkeypatch.setattr(writer_module, "_fdatasync", fail)
+    shard = plan.shards[0]
+    body = memoryview(content(shard))[len(shard.header) :]
+    with opened(out, plan) as journal:
+        sink = ShardSink(journal, {})
+        sink.begin(shard)
+        with pytest.raises(OutputError, match="partial cannot be written: Input/output error"):
+            for start in range(0, len(body), 10):
+                sink.write(body[start : start + 10], released)
+                sink.boundary({})
+        sink.close()
+        assert journal.progress.watermarks == {}
 
 
 # -- going on ----------------------------------------------------------------------------------------------------

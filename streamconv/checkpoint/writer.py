@@ -65,6 +65,7 @@ class ShardWriter:
         self._sha256 = sha256
         self._window = offset
         self._is_clone = False
+        self._failure: StreamconvError | None = None
         self._trail = ThreadPoolExecutor(1, "streamconv-sha256")  # starts no thread before it is used
         self._flusher = ThreadPoolExecutor(1, "streamconv-flush")
         self._flushing: deque[Future[None]] = deque()
@@ -168,15 +169,15 @@ class ShardWriter:
     def sync(self, mark: Mark | None = None) -> str:
         """Bring all written so far, or up to `mark`, to the disk; return its SHA-256.
 
-        A failed sync closes the file. (After a failure the kernel may have dropped the pages, and the next sync
-        would succeed without them.)
+        After a failed sync, everything that is tried fails in the same way: the kernel may have dropped the pages, and
+        the next sync would succeed without them. The file stays open, as another thread may be writing to it.
         """
         digest = (mark or self.mark()).sha256.result()
         try:
             _fdatasync(self._open())
         except OSError as error:
-            self.close()
-            raise write_error(error, self._path) from error
+            self._failure = write_error(error, self._path)
+            raise self._failure from error
         return digest
 
     def finish(self) -> str:
@@ -207,6 +208,8 @@ class ShardWriter:
     def _open(self) -> int:
         if self._descriptor is None:
             raise ValueError(f"{self._path} is closed")
+        if self._failure is not None:
+            raise self._failure
         return self._descriptor
 
     def _write_back(self, end: int) -> None:

@@ -252,14 +252,18 @@ def test_an_error_of_the_disk_is_ours_and_names_the_file(
         assert writer.sync() == sha256(HEADER + BODY[:100])
 
 
-def test_after_a_failed_sync_the_file_is_closed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = ShardWriter.create(path, HEADER, SIZE)
-    monkeypatch.setattr(writer_module, "_fdatasync", failing(errno.EIO))
-    with pytest.raises(OutputError, match=f"{path} cannot be written: Input/output error"):
-        writer.sync()
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="is closed"):
-        writer.sync()
+def test_after_a_failed_sync_everything_fails_in_the_same_way(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread may be writing meanwhile: it must neither go on nor meet a descriptor that is another file's."""
+    with ShardWriter.create(path, HEADER, SIZE) as writer:
+        monkeypatch.setattr(writer_module, "_fdatasync", failing(errno.EIO))
+        with pytest.raises(OutputError, match=f"{path} cannot be written: Input/output error"):
+            writer.sync()
+        monkeypatch.undo()
+        for use in (writer.sync, writer.finish, lambda: writer.write(b"x")):
+            with pytest.raises(OutputError, match=f"{path} cannot be written: Input/output error"):
+                use()
 
 
 def test_a_failed_last_sync_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
