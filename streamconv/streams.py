@@ -63,7 +63,7 @@ class Gpu(Protocol):
 class CudaStream:
     def __init__(self, device: torch.device) -> None:
         # torch's own streams do not wait for the default one.
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it without types
 
     def submit(self, work: Callable[[], None]) -> None:
         with torch.cuda.stream(self._stream):
@@ -74,7 +74,7 @@ class CudaStream:
             return work()
 
     def record(self) -> Event:
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # who waits, sleeps
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # untyped; who waits, sleeps
         event.record(self._stream)
         return event
 

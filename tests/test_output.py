@@ -232,10 +232,14 @@ def test_a_disk_that_fails_behind_the_writer_is_what_is_told(
     with opened(out, plan) as journal:
         sink = ShardSink(journal, {})
         sink.begin(shard)
-        with pytest.raises(OutputError, match="partial cannot be written: Input/output error"):
+
+        def write() -> None:
             for start in range(0, len(body), 10):
                 sink.write(body[start : start + 10], released)
                 sink.boundary({})
+
+        with pytest.raises(OutputError, match="partial cannot be written: Input/output error"):
+            write()
         sink.close()
         assert journal.progress.watermarks == {}
 
