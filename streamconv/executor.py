@@ -558,10 +558,12 @@ class _Weight:
         return ticket, pieces
 
     def finish(self) -> Mapping[int, tuple[tuple[bytes, ...], Mapping[str, KeptDelta]]]:
-        """What comes after the tiles. Where scales and sums of all of them are needed, waits until they are there."""
+        """What comes after the tiles. Where scales and sums of all of them are needed, waits until they are there; and
+        where an update holds a whole weight, lest the next one's be in memory beside it.
+        """
         results = {}
         for output, step in self._steps.items():
-            if step.encoder.grid is not None:
+            if step.encoder.grid is not None or step.access is Access.WHOLE:
                 for ticket in self._tickets:
                     ticket.wait()
             tail, kept = self._engine.finish(self._works[output])

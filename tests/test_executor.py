@@ -12,7 +12,8 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,11 +24,11 @@ from streamconv import executor
 from streamconv.cells import KeptDelta, Ticket, WeightWork
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
-from streamconv.engine import CpuEngine
+from streamconv.engine import CpuEngine, Engine
 from streamconv.errors import CheckpointError, InputError, ResourceError, Stopped
 from streamconv.executor import Output, StopRequest, run_plans
 from streamconv.pipeline import Job, prepare
-from streamconv.plan import SLOTS, WEIGHTS_HELD, Memory, MergeOptions, Plan, ShardPlan
+from streamconv.plan import SLOTS, WEIGHTS_HELD, Access, Memory, MergeOptions, Plan, ShardPlan
 from streamconv.walk import bytes_read
 from tests.models import Sizes, write_adapter, write_base
 from tests.tiny import edit_tensors
@@ -640,3 +641,22 @@ def test_threads_inside_torch_are_as_before(plan: Plan) -> None:
     with pytest.raises(OddError):
         carry_out(plan, Recorder(failing_at(2)))
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("access", "waits"), [(Access.ROW, False), (Access.WHOLE, True)])
+def test_a_weight_that_is_held_whole_is_let_go_before_the_next(access: Access, waits: bool) -> None:
+    waited: list[bool] = []
+    ticket = SimpleNamespace(wait=lambda: waited.append(True))
+    engine = SimpleNamespace(
+        begin=lambda *given: None,
+        end_reduce=lambda works: None,
+        rewrite=lambda *given: ticket,
+        finish=lambda work: ((), None),
+    )
+    step: Any = SimpleNamespace(access=access, encoder=SimpleNamespace(grid=None, row_offset=int), name="w")
+    outputs: Any = [SimpleNamespace(plan=SimpleNamespace(options=MergeOptions()))]
+    begin = executor._BeginWeight({0: step}, {}, {0: []})
+    weight = executor._Weight(begin, cast("Engine", engine), outputs)
+    weight.rewrite(torch.empty(0), range(64), [torch.empty(64)])
+    weight.finish()
+    assert waited == [True] * waits

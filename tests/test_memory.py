@@ -220,6 +220,22 @@ def test_on_a_gpu_large_cells_are_counted_and_none_is_larger_for_being_wide() ->
     assert counted == {4096: 2048, 8192: 1024, 28672: 256, 53248: 128}
 
 
+def test_several_shards_are_in_work_where_there_are_cores_and_memory_for_it(
+    plans: Mapping[str, Plan],
+) -> None:
+    planned = steps(plans["bf16"])
+
+    def lanes(count: int, shards: int = 30, ram: int = 2**33) -> int:
+        with cores(count):
+            memory = plan_memory(planned, budget(ram), CPU, shards)
+        assert memory.ram <= ram
+        return memory.lanes
+
+    assert [lanes(count) for count in (1, 2, 7, 8, 16, 64)] == [1, 1, 1, 2, 4, MAX_LANES]
+    assert lanes(64, shards=3) == 3
+    assert lanes(64, ram=200 * MIB) == 1
+
+
 def test_more_memory_means_larger_tiles_and_more_workers(plans: Mapping[str, Plan]) -> None:
     planned = steps(plans["nf4"])
     with cores(64):
