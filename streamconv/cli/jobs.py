@@ -26,7 +26,6 @@ from streamconv.cli.options import (
     out_option,
 )
 from streamconv.cli.progress import progress
-from streamconv.cli.readahead import read_ahead
 from streamconv.cli.recipes import RECIPE, JobCommand
 from streamconv.cli.signals import stop_on_signals
 from streamconv.cli.uploads import PUSHING, check_before, hush_hub, push_target, push_verified, show_pushed
@@ -102,8 +101,6 @@ def plan_command(out: str | None, dry_run: bool, as_json: bool, quiet: bool, **g
 def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, quiet: bool) -> None:
     from dataclasses import asdict
 
-    if not dry_run:
-        read_ahead(given["base"])
     from streamconv.pipeline import output_folder, prepare, run
 
     if quiet:
