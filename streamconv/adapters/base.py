@@ -43,6 +43,19 @@ class Update(Protocol):
         """
 
 
+class ByRows:
+    """What every Update shares that need not know anything of a weight before its rows are updated."""
+
+    __slots__ = ()
+
+    @property
+    def reduces(self) -> bool:
+        return False
+
+    def reduce(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
+        raise AssertionError(f"{type(self).__name__} has nothing to learn before rows are updated")
+
+
 @runtime_checkable
 class WholeUpdate(Protocol):
     """An update that needs the whole weight at once: its states end as the weight, kept until the last cell."""

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from streamconv.adapters.base import ByRows
 from streamconv.checkpoint.types import Shape, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertsUpdate:
+class ExpertsUpdate(ByRows):
     """Parts `lora_A`, the rows of experts from `first` on, and `lora_B`, the columns of all `experts`.
 
     The weight holds `height` rows of each expert from `first` on, the rows from `offset` on.
@@ -38,13 +39,6 @@ class ExpertsUpdate:
     offset: int
     transposed: bool
     expert_major: bool
-
-    @property
-    def reduces(self) -> bool:
-        return False
-
-    def reduce(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
-        raise AssertionError("nothing to learn of the weight before its rows are updated")
 
     def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
         """`cell` plus its rows of the update, one expert after the other, in place."""

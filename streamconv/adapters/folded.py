@@ -19,11 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from streamconv.adapters.base import ByRows
 from streamconv.checkpoint.types import Shape, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
-class BlockLoraUpdate:
+class BlockLoraUpdate(ByRows):
     """Parts `lora_A` and `lora_B`, of one of which only the `blocks` on the diagonal are there."""
 
     parameter: str
@@ -31,13 +32,6 @@ class BlockLoraUpdate:
     parts: Mapping[str, StoredTensor]
     scaling: float
     blocks: int
-
-    @property
-    def reduces(self) -> bool:
-        return False
-
-    def reduce(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
-        raise AssertionError("nothing to learn of the weight before its rows are updated")
 
     def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
         """`cell` plus its rows of the update, one block after the other, in place."""
@@ -65,7 +59,7 @@ class BlockLoraUpdate:
 
 
 @dataclass(frozen=True, slots=True)
-class PooledLoraUpdate:
+class PooledLoraUpdate(ByRows):
     """Parts `lora_A` [r, in/group] and `lora_B` [out, r]; `transposed`: the weight is stored as [in, out]."""
 
     parameter: str
@@ -74,13 +68,6 @@ class PooledLoraUpdate:
     scaling: float
     transposed: bool
     group: int
-
-    @property
-    def reduces(self) -> bool:
-        return False
-
-    def reduce(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
-        raise AssertionError("nothing to learn of the weight before its rows are updated")
 
     def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
         """`cell` plus its rows of the update, the same number for all inputs of a group, in place."""

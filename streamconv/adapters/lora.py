@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from streamconv.adapters.base import ByRows
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
 
 
 @dataclass(frozen=True, slots=True)
-class LoraUpdate:
+class LoraUpdate(ByRows):
     """Parts `lora_A` [r, in], `lora_B` [out, r], of KaSA `diagonal` [r]; `transposed`: the weight is [in, out]."""
 
     parameter: str
@@ -28,13 +29,6 @@ class LoraUpdate:
     parts: Mapping[str, StoredTensor]
     scaling: float
     transposed: bool
-
-    @property
-    def reduces(self) -> bool:
-        return False
-
-    def reduce(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
-        raise AssertionError("nothing to learn of the weight before its rows are updated")
 
     def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
         """`cell` plus its rows of s·B A, in place; one rounding to the stored type happens later."""
@@ -82,20 +76,13 @@ class DoraUpdate:
 
 
 @dataclass(frozen=True, slots=True)
-class LoraBiasUpdate:
+class LoraBiasUpdate(ByRows):
     """Part `bias` [out], the bias of lora_B (`lora_bias`): b + s·bias."""
 
     parameter: str
     shape: Shape
     parts: Mapping[str, StoredTensor]
     scaling: float
-
-    @property
-    def reduces(self) -> bool:
-        return False
-
-    def reduce(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
-        raise AssertionError("nothing to learn of a bias before it is updated")
 
     def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
         """`cell` [1, out], the whole bias, plus s·bias, in place."""

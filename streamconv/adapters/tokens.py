@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from streamconv.adapters.base import Update
+from streamconv.adapters.base import ByRows, Update
 from streamconv.adapters.config import AdapterConfig
 from streamconv.adapters.source import Base, Source, trained_shape
 from streamconv.checkpoint.types import Shape, StoredTensor
@@ -26,20 +26,13 @@ _FIELD = "trainable_token_indices"
 
 
 @dataclass(frozen=True, slots=True)
-class RowsUpdate:
+class RowsUpdate(ByRows):
     """Part `rows` [n, columns]; `places` are pairs of a row of the weight and its row in the part, sorted."""
 
     parameter: str
     shape: Shape
     parts: Mapping[str, StoredTensor]
     places: tuple[tuple[int, int], ...]
-
-    @property
-    def reduces(self) -> bool:
-        return False
-
-    def reduce(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
-        raise AssertionError("nothing to learn of the weight before its rows are replaced")
 
     def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
         """`cell` with its trained rows replaced, in place."""
