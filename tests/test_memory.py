@@ -264,7 +264,7 @@ def test_a_wide_row_a_large_adapter_and_many_blocks_are_all_counted(plans: Mappi
 
     def ram(**changes: object) -> int:
         with cores(1):
-            memory: Memory = plan_memory([dataclasses.replace(step, **changes)], budget(2**40), CPU)  # type: ignore[arg-type]
+            memory: Memory = plan_memory([dataclasses.replace(step, **changes)], budget(2**40), CPU)  # type: ignore[arg-type]  # of any field
         return memory.ram - 2 * SLOTS * memory.buffer
 
     def shaped(rows: int, columns: int) -> object:

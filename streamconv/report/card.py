@@ -64,8 +64,8 @@ def _inherited(base: Storage) -> Mapping[str, Any]:
     if not text.startswith("---") or "\n---" not in text[3:_MAX_HEAD_BYTES]:
         return {}
     try:
-        # huggingface_hub leaves to_dict without annotations.
-        found = dict(ModelCard(text, ignore_metadata_errors=True).data.to_dict())  # type: ignore[no-untyped-call]
+        data = ModelCard(text, ignore_metadata_errors=True).data
+        found = dict(data.to_dict())  # type: ignore[no-untyped-call]  # huggingface_hub leaves it without types
     except Exception:  # a stranger's README may hold anything, and the YAML parser has errors of its own
         return {}
     return {key: found[key] for key in _INHERITED if _is_plain(found.get(key))}

@@ -255,7 +255,7 @@ def chat(folder: Path) -> Tensor:
 
 
 def greedy(model: torch.nn.Module, prompt: Tensor) -> Tensor:
-    answer: Tensor = model.generate(  # type: ignore[operator]
+    answer: Tensor = model.generate(  # type: ignore[operator]  # it has what any causal model has
         input_ids=prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0
     )
     return answer

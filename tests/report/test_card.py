@@ -40,6 +40,11 @@ model_name: Secret
 """
 
 
+def metadata(card: str) -> dict[str, Any]:
+    """As the Hub reads it."""
+    return dict(ModelCard(card).data.to_dict())  # type: ignore[no-untyped-call]  # huggingface_hub leaves it without types
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("card")
@@ -73,7 +78,7 @@ def as_hub_snapshot(folder: Path, repo: Path) -> Path:
 
 
 def test_metadata_of_a_local_merge(folder: Path, tmp_path: Path) -> None:
-    data = ModelCard(merged(folder, tmp_path / "out")).data.to_dict()  # type: ignore[no-untyped-call]
+    data = metadata(merged(folder, tmp_path / "out"))
     assert data == {"library_name": "transformers", "tags": ["streamconv", "merge", "lora"]}
 
 
@@ -82,13 +87,13 @@ def test_inputs_from_the_hub_are_named(folder: Path, tmp_path: Path, quant: str,
     base = as_hub_snapshot(folder / "base", tmp_path / "models--org--base.v1")
     adapter = as_hub_snapshot(folder / "adapter", tmp_path / "models--me--my-lora")
     streamconv.merge(base, adapter, tmp_path / "out", quant=quant)
-    data = ModelCard((tmp_path / "out" / "README.md").read_text()).data.to_dict()  # type: ignore[no-untyped-call]
+    data = metadata((tmp_path / "out" / "README.md").read_text())
     assert data["base_model"] == ["org/base.v1", "me/my-lora"]
     assert data["base_model_relation"] == relation
 
 
 def test_licence_and_language_are_inherited_and_nothing_else(folder: Path, tmp_path: Path) -> None:
-    data = ModelCard(merged(with_base_card(folder, tmp_path, BASE_CARD), tmp_path / "out")).data.to_dict()  # type: ignore[no-untyped-call]
+    data = metadata(merged(with_base_card(folder, tmp_path, BASE_CARD), tmp_path / "out"))
     assert data == {
         "license": "other",
         "license_name": "own-license",
@@ -123,7 +128,7 @@ def test_licence_and_language_are_inherited_and_nothing_else(folder: Path, tmp_p
 )
 def test_a_strange_card_of_the_base_does_no_harm(folder: Path, tmp_path: Path, head: str) -> None:
     card = merged(with_base_card(folder, tmp_path, f"---\n{head}\n---\n# Base"), tmp_path / "out")
-    assert ModelCard(card).data.to_dict() == {  # type: ignore[no-untyped-call]
+    assert metadata(card) == {
         "library_name": "transformers",
         "tags": ["streamconv", "merge", "lora"],
     }
@@ -133,7 +138,7 @@ def test_a_strange_card_of_the_base_does_no_harm(folder: Path, tmp_path: Path, h
     "content", [b"", b"# no metadata", b"\xff\xfe\x00", b"---\n", b"---\nlicense: mit\n"]
 )
 def test_a_card_without_metadata_gives_none(folder: Path, tmp_path: Path, content: bytes) -> None:
-    data = ModelCard(merged(with_base_card(folder, tmp_path, content), tmp_path / "out")).data.to_dict()  # type: ignore[no-untyped-call]
+    data = metadata(merged(with_base_card(folder, tmp_path, content), tmp_path / "out"))
     assert "license" not in data
 
 
