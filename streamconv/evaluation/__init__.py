@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
+from os import fspath
+from pathlib import Path
 
 from streamconv.errors import OptionError
-from streamconv.evaluation.options import MAX_RAM, EvaluationOptions, evaluation_options
+from streamconv.evaluation.options import (
+    MAX_RAM,
+    EvaluationOptions,
+    check_dtype,
+    check_lengths,
+    check_reference,
+    subject_of,
+)
 from streamconv.evaluation.result import Comparison, Evaluation, Greedy
-from streamconv.pipeline.job import Folder, OnProgress, quiet
+from streamconv.pipeline.job import Folder, Job, OnProgress, build_job, quiet
 
 __all__ = ["Comparison", "Evaluation", "EvaluationOptions", "Greedy", "evaluate"]
 
@@ -43,36 +52,46 @@ def evaluate(
     Keywords are the options of `streamconv eval`. Needs `streamconv[eval]`: without it, raises OptionError; otherwise
     a StreamconvError, whose `exit_code` is what the command would have ended with.
     """
-    options = evaluation_options(
-        model,
-        data,
-        base=base,
-        adapter=adapter,
-        merge_base=merge_base,
-        reference=reference,
-        reference_adapter=reference_adapter,
-        reference_merge_base=reference_merge_base,
-        sequence_length=sequence_length,
-        tokens=tokens,
-        greedy_tokens=greedy_tokens,
-        dtype=dtype,
-        device=device,
-        max_ram=max_ram,
-        max_vram=max_vram,
-        moe_layout=moe_layout,
-        tokenizer=tokenizer,
-        allow_pickle=allow_pickle,
-        base_revision=base_revision,
-        adapter_revision=adapter_revision,
-        adapter_subfolder=adapter_subfolder,
+    place = subject_of(model, base, adapter)
+    check_reference(reference, reference_adapter, greedy_tokens)
+    check_dtype(dtype)
+    check_lengths(sequence_length, tokens, greedy_tokens)
+
+    def job(place: Folder, adapter: Folder | None, merge_base: str, revision: str | None) -> Job:
+        return build_job(
+            place,
+            adapter,
+            quant="none",
+            dtype=dtype,
+            merge_base=merge_base,
+            moe_layout=moe_layout,
+            allow_pickle=allow_pickle,
+            device=device,
+            max_ram=max_ram,
+            max_vram=max_vram,
+            tokenizer=tokenizer,
+            base_revision=revision,
+            adapter_revision=adapter_revision if adapter is not None else None,
+            adapter_subfolder=adapter_subfolder if adapter is not None else None,
+        )
+
+    other = None if reference is None else job(reference, reference_adapter, reference_merge_base, None)
+    subject = job(place, adapter, merge_base, base_revision)
+    text = Path(fspath(data)).expanduser()
+    options = EvaluationOptions(
+        subject, other, text, sequence_length, tokens // sequence_length, greedy_tokens
     )
+    _check_installed()
+    found: Evaluation = import_module(_SCORING).run_evaluation(options, on_progress)
+    return found
+
+
+def _check_installed() -> None:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise OptionError(
             f"an evaluation needs {' and '.join(missing)}, not installed here; run pip install 'streamconv[eval]'"
         )
-    found: Evaluation = import_module(_SCORING).run_evaluation(options, on_progress)
-    return found
 
 
 # What the extra `eval` brings, and what is imported once it is there.
