@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from streamconv.adapters.folded import BlockLoraUpdate, PooledLoraUpdate
 from streamconv.adapters.initial import InitialUpdate
 from streamconv.adapters.lora import DoraUpdate, LoraUpdate
 from streamconv.cells import KeptDelta, WeightWork, Workers, cells
+from streamconv.checkpoint import reader, readers
 from streamconv.checkpoint.reader import TensorReader
+from streamconv.checkpoint.readers import Readers
 from streamconv.dtypes import DENSE
 from streamconv.executor import StopRequest
 from streamconv.formats import FORMATS
@@ -108,6 +111,32 @@ def test_the_same_bytes_for_any_number_of_tiles_workers_and_lanes(
         assert (report.kept_delta is not None) == (options.quant != "keep" or base == "nf4")
         found[count, workers] = hashes(out)
     assert len({tuple(sorted(files.items())) for files in found.values()}) == 1, found
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_the_same_bytes_for_any_number_of_readers(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    prepared = prepare(Job(str(inputs.bf16), str(inputs.adapter), MergeOptions(quant="nf4"), "cpu"))
+    run(prepared, tmp_path / "one", lambda done, total: None, StopRequest())
+    threads: set[str] = set()
+    read_exactly = reader.read_exactly
+
+    def noting(descriptor: int, offset: int, buffer: memoryview, where: str) -> None:
+        threads.add(threading.current_thread().name)
+        read_exactly(descriptor, offset, buffer, where)
+
+    def several(most: int = count) -> Readers:
+        found = Readers(most)
+        found.count = count
+        return found
+
+    monkeypatch.setattr(readers, "_PIECE_BYTES", 1024)
+    monkeypatch.setattr(reader, "Readers", several)
+    monkeypatch.setattr(reader, "read_exactly", noting)
+    run(prepared, tmp_path / "several", lambda done, total: None, StopRequest())
+    assert len(threads) > 1
+    assert hashes(tmp_path / "several") == hashes(tmp_path / "one")
 
 
 @pytest.mark.parametrize(("count", "ram_mib"), [(1, 144), (8, 103), (60, 97.8)])
