@@ -40,6 +40,19 @@ class Access(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Calibration:
+    """Text that codes are chosen by. `data`: a file, or the id of a data set; `sequence_length` None: up to 2048 tokens.
+
+    `preserve_delta` weighs the adapter's input directions; None: as it suits the target.
+    """
+
+    data: str
+    tokens: int = 65536
+    sequence_length: int | None = None
+    preserve_delta: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class MergeOptions:
     """The options of `merge` and `convert` that planning and execution use; names as on the command line."""
 
@@ -54,6 +67,7 @@ class MergeOptions:
     max_ram_bytes: int = 2**30
     max_vram_bytes: int = 2**31
     max_shard_bytes: int | None = None
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +88,8 @@ class Rewrite:
 
     `merge_base`: how the base is rounded before the update is added; None leaves it as it is.
     `keeps_scales`: the output keeps the scales of the base's own grid; `keeps_parts`: and the very tensors
-    that store them.
+    that store them. `calibrated`: codes are chosen by what goes through the weight's layer; by `rounding` only where
+    it lies in none.
     """
 
     name: str
@@ -85,6 +100,7 @@ class Rewrite:
     merge_base: Encoder | None = None
     keeps_scales: bool = False
     keeps_parts: bool = False
+    calibrated: bool = False
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
