@@ -335,6 +335,11 @@ def _weight_steps(
     if rounding.calibrated and is_on_grid and not updates:
         rounding = ROUNDINGS["nearest"]  # the codes stay
     keeps = is_on_grid and (rounding.keeps_scales or not updates)
+    if rounding.searches_scales and encoder.nested and any(update.reduces for update in updates):
+        raise UnsupportedError(
+            f"{name}: this update needs a pass over the whole weight, and so does --rounding {rounding.name} with "
+            f"double-quantized scales; choose another --rounding, or a --quant other than {encoder.format}"
+        )
     keeps_parts = keeps and merge_base is None and weight.format == encoder.format
     return [
         Rewrite(name, weight, updates, encoder, rounding, merge_base, keeps, keeps_parts, rounding.calibrated)
