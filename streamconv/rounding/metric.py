@@ -17,12 +17,15 @@ class Statistics:
     """What calibration text says of a layer's inputs: means over `tokens`, float32.
 
     `hessian` is ZᵀZ / N [in, in] of the inputs Z that the quantized layers before produce, `cross` XᵀZ / N [in, in]
-    with the inputs X that unquantized ones would; None where these were not kept, or are the same.
+    with the inputs X that unquantized ones would; None where these were not kept, or are the same. `output_hessian` is
+    the mean of dy dyᵀ [out, out] with dy the gradient, by the layer's output, of -log p of a next token drawn from the
+    model's own p; None where that was not computed.
     """
 
     hessian: Tensor
     cross: Tensor | None
     tokens: int
+    output_hessian: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
