@@ -19,7 +19,7 @@ from streamconv.evaluation.budget import Budget, plan_budget
 from streamconv.evaluation.measures import Divergence, Tally
 from streamconv.evaluation.options import EvaluationOptions
 from streamconv.evaluation.result import Comparison, Evaluation, Greedy
-from streamconv.evaluation.text import load_tokenizer, read_windows
+from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.forward.activations import hold_activations
 from streamconv.forward.skeleton import build_skeleton
 from streamconv.forward.walk import Walk
