@@ -429,6 +429,23 @@ class CompiledKernels:
             _TORCH.stochastic(values[rest], grid, scales[whole:], last, noise[rest], codes[rest])
         return scales
 
+    def search(self, values: Tensor, grid: Grid, weights: Tensor | None, scales: Tensor) -> None:
+        _TORCH.search(values, grid, weights, scales)
+
+    def settle(
+        self,
+        target: Tensor,
+        pull: Tensor,
+        coupling: Tensor,
+        grid: Grid,
+        scales: Tensor,
+        dtype: Dtype,
+        codes: Tensor,
+        errors: Tensor,
+        is_first: bool,
+    ) -> None:
+        _TORCH.settle(target, pull, coupling, grid, scales, dtype, codes, errors, is_first)
+
     def uniform(self, key: int, first: int, out: Tensor) -> None:
         even = out.numel() // 2 * 2
         if first % 2:
