@@ -285,6 +285,10 @@ class WeightWork:
         """Write what the output is to come near, float32 [rows, columns], to `out`."""
         self.workers.map(lambda number, part: self._take_targets(number, raw, rows, out, part), rows)
 
+    def bases(self, raw: Tensor, rows: range, out: Tensor) -> None:
+        """Write what targets are an update of, float32 [rows, columns], to `out`."""
+        self.workers.map(lambda number, part: self._take_bases(number, raw, rows, out, part), rows)
+
     def base_codes(self, raw: Tensor, rows: range, out: Tensor) -> None:
         """Write the base's own codes (uint8, flat) to `out`; only where the base lies on a grid."""
         self.workers.map(lambda number, part: self._take_base_codes(number, raw, rows, out, part), rows)
@@ -297,19 +301,26 @@ class WeightWork:
             self._kept_scales = self._effective = None
 
     def _take_targets(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
-        for cell in cells(part, self.height):
-            base = self._base(self._raw(raw, rows, cell), cell, self.workers.scratch[number])
+        for cell, base in self._bases(number, raw, rows, part):
             target = self._target(base.values, cell)
             self._check_finite(target, cell, target)
             out[cell.start - rows.start : cell.stop - rows.start].copy_(target)
 
+    def _take_bases(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
+        for cell, base in self._bases(number, raw, rows, part):
+            out[cell.start - rows.start : cell.stop - rows.start].copy_(base.values)
+
     def _take_base_codes(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
         columns = self.step.columns
-        for cell in cells(part, self.height):
-            base = self._base(self._raw(raw, rows, cell), cell, self.workers.scratch[number])
+        for cell, base in self._bases(number, raw, rows, part):
             assert base.codes is not None, f"{self.step.name}: the base lies on no grid"
             first, last = ((row - rows.start) * columns for row in (cell.start, cell.stop))
             out[first:last].copy_(base.codes)
+
+    def _bases(self, number: int, raw: Tensor, rows: range, part: range) -> Iterator[tuple[range, _Base]]:
+        """Cells of `part` with their base; each is gone when the next one comes."""
+        for cell in cells(part, self.height):
+            yield cell, self._base(self._raw(raw, rows, cell), cell, self.workers.scratch[number])
 
     def _keep(self, scales: Tensor) -> None:
         self._kept_scales = scales

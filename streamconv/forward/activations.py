@@ -1,4 +1,4 @@
-"""Hidden states of all sequences between two layers: in memory while they fit, else in a file; or in a file that stays."""
+"""Hidden states of all sequences between two layers: in memory while they fit, else in a file, which may stay."""
 
 from __future__ import annotations
 

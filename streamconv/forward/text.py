@@ -48,8 +48,8 @@ def read_windows(
 ) -> Tensor:
     """`count` windows of `length` tokens from the text `data`: [window, token].
 
-    Raises InputError for a file that is not what its suffix says, and for one that is too short; `option` asks for fewer
-    tokens. Raises OptionError for a data set where the library that reads it is missing.
+    Raises InputError for a file that is not what its suffix says, and for one that is too short; `option` asks for
+    fewer tokens. Raises OptionError for a data set where the library that reads it is missing.
     """
     begin = _begin(tokenizer)
     body = length - len(begin)

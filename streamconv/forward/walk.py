@@ -118,23 +118,25 @@ class Walk:
     @property
     def largest_layer_bytes(self) -> int:
         """The most that a layer takes while it is put together: its weights, and the parts of a fused one."""
-        return max(self._layer_bytes(path) for path in self.skeleton.layers)
+        return max(self.layer_bytes(number) for number in range(len(self._layers)))
+
+    def layer_weights(self, number: int) -> Sequence[str]:
+        """Stored weights that layer `number` is made of."""
+        path = list(self.skeleton.layers)[number]
+        return sorted({weight for sources in self._under(path) for weight, _ in sources.weights})
 
     @property
     def bytes_of_a_pass(self) -> int:
         """Bytes read from the checkpoint in one pass."""
-        names = {
-            weight
-            for path in self.skeleton.layers
-            for sources in self._under(path)
-            for weight, _ in sources.weights
-        }
+        names = {weight for number in range(len(self._layers)) for weight in self.layer_weights(number)}
         around = {self._sources[f"{self.skeleton.embedding}.weight"].weights[0][0]}
         return sum(self.source.stored_bytes(name) for name in names | around) + self.source.stored_bytes(
             self._head
         )
 
-    def _layer_bytes(self, path: str) -> int:
+    def layer_bytes(self, number: int) -> int:
+        """What a layer takes while it is put together."""
+        path = list(self.skeleton.layers)[number]
         groups = [
             (sum(self.source.nbytes(weight) for weight, _ in sources.weights), sources.converter)
             for sources in self._under(path)
@@ -285,9 +287,7 @@ class Walk:
             self._beside = [item for item in beside if isinstance(item, Tensor)]
             self._wrap = lambda hidden: (hidden, *beside)
 
-    def _enter(
-        self, windows: Tensor, batches: Sequence[slice], keep: Keep
-    ) -> Mapping[int, Sequence[Call]]:
+    def _enter(self, windows: Tensor, batches: Sequence[slice], keep: Keep) -> Mapping[int, Sequence[Call]]:
         """Have what enters the first layer kept; return what each is called with, by length of the batch."""
         known: dict[int, Sequence[Call]] = {}
         for batch in batches:
