@@ -22,6 +22,7 @@ LAYERS = [
     {"formats", "rounding", "adapters", "devices", "layout"},
     {"plan"},
     {"memory", "fingerprint", "sidecars", "recipe"},
+    {"choices"},
     {"planner", "cells", "walk"},
     {"journal", "engine", "depth", "forward"},
     {"executor"},
