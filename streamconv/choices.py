@@ -17,7 +17,7 @@ from streamconv.rounding.feedback import FeedbackOptions
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class Facts:
     """What choices depend on beside the options: the base's one format of quantized weights, and if it is updated.
 
     `location` is the base's place, for messages. `kept_by_nearest` is the share of the update that nearest rounding
@@ -53,30 +53,30 @@ class Choices:
 _WELL_KEPT = 0.9
 
 
-def choose(subject: Subject, options: MergeOptions) -> Choices:
+def choose(facts: Facts, options: MergeOptions) -> Choices:
     """Raises OptionError for options that contradict each other or the base."""
-    quant, dtype = resolve_quant(subject, options)
-    merge_base, target = _resolve_target(subject, options)
+    quant, dtype = resolve_quant(facts, options)
+    merge_base, target = _resolve_target(facts, options)
     _check_calibration(options, quant)
-    source = merge_base or (FORMATS.get(subject.quantized) if subject.quantized else None)
+    source = merge_base or (FORMATS.get(facts.quantized) if facts.quantized else None)
     if quant is None:
         return Choices(None, dtype, merge_base, target, None, None, None, None)
-    rest, rest_choice = _without_text(subject, source, quant)
+    rest, rest_choice = _without_text(facts, source, quant)
     rounding, choice = _resolve_rounding(options, rest, rest_choice)
     if not rounding.calibrated:
         return Choices(quant, dtype, merge_base, target, rounding, rounding, choice, None)
-    feedback = _feedback(subject, source, options)
+    feedback = _feedback(facts, source, options)
     return Choices(quant, dtype, merge_base, target, rounding, rest, choice, feedback)
 
 
-def options_alone(subject: Subject, options: MergeOptions, quants: Sequence[str]) -> list[MergeOptions]:
+def options_alone(facts: Facts, options: MergeOptions, quants: Sequence[str]) -> list[MergeOptions]:
     """The options with which a run alone makes each output of a run for all `quants`.
 
     A rounding is for those that are quantized; where none is, all keep it, to be refused. Calibration text is for one
     of them: the others are rounded as they would be without. Raises OptionError where several were to use it.
     """
     each = [replace(options, quant=quant) for quant in quants]
-    formats = [resolve_quant(subject, alone)[0] for alone in each]
+    formats = [resolve_quant(facts, alone)[0] for alone in each]
     if not any(formats):
         return each
     calibrated = _which_calibrated(options, formats)
@@ -95,22 +95,22 @@ def _which_calibrated(options: MergeOptions, formats: Sequence[Format | None]) -
     if options.rounding != "auto" and len(quantized) > 1:
         names = " and ".join(quant.name for _, quant in quantized)
         raise OptionError(
-            f"--rounding {options.rounding} calibrates one output of a run, and {names} are quantized; make them in runs "
-            "of their own, or leave --rounding out: the first is then calibrated, and the others are not"
+            f"--rounding {options.rounding} calibrates one output of a run, and {names} are quantized; make them in "
+            "runs of their own, or leave --rounding out: the first is then calibrated, and the others are not"
         )
     able = [number for number, quant in quantized if can_calibrate(quant)]
     return able[0] if able else quantized[0][0]
 
 
 def can_calibrate(quant: Format) -> bool:
-    """Whether codes of the format can be chosen by error feedback: it has blocks along the rows, and a table of values."""
+    """Whether error feedback can choose codes of the format: they are of a table, with a scale a block."""
     return isinstance(quant.grid, TableGrid)
 
 
 # -- formats and target ------------------------------------------------------------------------------------------
 
 
-def resolve_quant(subject: Subject, options: MergeOptions) -> tuple[Format | None, Dtype | None]:
+def resolve_quant(facts: Facts, options: MergeOptions) -> tuple[Format | None, Dtype | None]:
     """The format of quantized weights (None: dense), and the dtype asked for (None: each weight's own)."""
     name, dtype_name = options.quant.lower(), options.dtype.lower()
     if name in DENSE:
@@ -123,10 +123,10 @@ def resolve_quant(subject: Subject, options: MergeOptions) -> tuple[Format | Non
         raise OptionError(f"--dtype {options.dtype} is not known; use auto, {', '.join(DENSE)}")
     dtype = None if dtype_name == "auto" else DENSE[dtype_name]
     if name == "keep":
-        name = subject.quantized or "none"
+        name = facts.quantized or "none"
         if name != "none" and name not in FORMATS:
             raise UnsupportedError(
-                f"{subject.location}: its weights are {name}, which is read but not written; choose "
+                f"{facts.location}: its weights are {name}, which is read but not written; choose "
                 f"--quant none or one of {', '.join(FORMATS)}"
             )
     if name == "none":
@@ -138,12 +138,12 @@ def resolve_quant(subject: Subject, options: MergeOptions) -> tuple[Format | Non
     return FORMATS[name], dtype
 
 
-def _resolve_target(subject: Subject, options: MergeOptions) -> tuple[Format | None, Choice]:
+def _resolve_target(facts: Facts, options: MergeOptions) -> tuple[Format | None, Choice]:
     name = options.merge_base.lower()
-    if name in ("original", subject.quantized):
-        if subject.quantized:
+    if name in ("original", facts.quantized):
+        if facts.quantized:
             return None, Choice(
-                "T", f"the base is {subject.quantized}, so the update is added to what it dequantizes to"
+                "T", f"the base is {facts.quantized}, so the update is added to what it dequantizes to"
             )
         return None, Choice("F", "the update is added to the original 16-bit base")
     known = [name for name, fmt in FORMATS.items() if name not in DENSE]
@@ -151,12 +151,12 @@ def _resolve_target(subject: Subject, options: MergeOptions) -> tuple[Format | N
         raise OptionError(
             f"--merge-base {options.merge_base} is not known; use original or one of {', '.join(known)}"
         )
-    if subject.quantized:
+    if facts.quantized:
         raise OptionError(
-            f"--merge-base {name} does not fit: the base is itself {subject.quantized}, and its original weights are "
+            f"--merge-base {name} does not fit: the base is itself {facts.quantized}, and its original weights are "
             "not in it; leave the option out, or give the 16-bit base"
         )
-    if not subject.has_adapter:
+    if not facts.has_adapter:
         raise OptionError(
             f"--merge-base {name} says what an update is added to, but there is no adapter; leave it out"
         )
@@ -202,16 +202,14 @@ def check_text(options: MergeOptions) -> None:
             f"--rounding {name} chooses codes by what the layers do with a text; give one with --calibration FILE, a "
             ".txt or .jsonl such as the model will work on, or leave --rounding out"
         )
-    if options.calibration is not None and name not in ("auto", *needing):
+    if options.calibration is not None and name in ROUNDINGS and name not in needing:
         raise OptionError(
             f"--rounding {name} has no use for calibration text; leave --calibration out, or choose --rounding "
             f"{' or '.join(needing)}"
         )
 
 
-def _resolve_rounding(
-    options: MergeOptions, rest: Rounding, rest_choice: Choice
-) -> tuple[Rounding, Choice]:
+def _resolve_rounding(options: MergeOptions, rest: Rounding, rest_choice: Choice) -> tuple[Rounding, Choice]:
     name = options.rounding.lower()
     if name != "auto":
         return ROUNDINGS[name], Choice(name, "asked for by name")
@@ -220,15 +218,15 @@ def _resolve_rounding(
     return rest, rest_choice
 
 
-def _without_text(subject: Subject, source: Format | None, quant: Format) -> tuple[Rounding, Choice]:
+def _without_text(facts: Facts, source: Format | None, quant: Format) -> tuple[Rounding, Choice]:
     """What is best for an output in `quant` where nothing is known of the layers' inputs."""
     if source is None or source.grid != quant.grid:
         return ROUNDINGS["nearest"], Choice("nearest", f"the target does not lie on the {quant.name} grid")
-    if not subject.has_adapter:
+    if not facts.has_adapter:
         return ROUNDINGS["nearest"], Choice(
             "nearest", "the base lies on that grid already, so its codes stay"
         )
-    kept = subject.kept_by_nearest
+    kept = facts.kept_by_nearest
     if kept is not None and kept >= _WELL_KEPT:
         return ROUNDINGS["nearest"], Choice(
             "nearest", f"the update is so large beside the {quant.name} grid that {kept:.0%} of it survives"
@@ -239,11 +237,11 @@ def _without_text(subject: Subject, source: Format | None, quant: Format) -> tup
     )
 
 
-def _feedback(subject: Subject, source: Format | None, options: MergeOptions) -> FeedbackOptions:
+def _feedback(facts: Facts, source: Format | None, options: MergeOptions) -> FeedbackOptions:
     """Its options: the update needs preserving where nearest rounding would erase it."""
     assert options.calibration is not None
     preserve = options.calibration.preserve_delta
     default = FeedbackOptions()
     if preserve is None:
-        preserve = default.preserve_delta if subject.has_adapter and source is not None else 0.0
+        preserve = default.preserve_delta if facts.has_adapter and source is not None else 0.0
     return replace(default, preserve_delta=preserve)

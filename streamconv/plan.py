@@ -281,6 +281,17 @@ class Plan:
         return tuple(step for step in steps if isinstance(step, Rewrite) and step.calibrated)
 
     @property
+    def disk(self) -> int:
+        """Bytes on disk at most: codes stay until all is in place, activations go with the calibration pass."""
+        need = self.calibration.need if self.calibration else None
+        return max(need.disk if need else 0, self.calibrated_bytes + self.size)
+
+    @property
+    def calibrated_bytes(self) -> int:
+        """Bytes that come from the calibration pass."""
+        return sum(spec.nbytes for step in self.calibrated for spec in step.specs)
+
+    @property
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
 

@@ -12,7 +12,7 @@ from typing import Any
 from streamconv.adapters.base import Adapter, Replace, Tie, Update, WholeUpdate
 from streamconv.adapters.embeddings import HEADS, find_embedding
 from streamconv.checkpoint.index import CheckpointIndex
-from streamconv.choices import Choices, Subject, choose
+from streamconv.choices import Choices, Facts, choose
 from streamconv.devices import Device
 from streamconv.dtypes import DENSE, Dtype
 from streamconv.errors import AdapterError, OptionError, UnsupportedError
@@ -111,14 +111,12 @@ def build_plans(
     return tuple(_plan(base, adapter, draft, device, memory) for draft in drafts)
 
 
-def subject_of(base: Base, adapter: Adapter | None) -> Subject:
-    return Subject(base.index.storage.location, base.quantized, adapter is not None)
+def facts_of(base: Base, adapter: Adapter | None) -> Facts:
+    return Facts(base.index.storage.location, base.quantized, adapter is not None)
 
 
-def _draft(
-    base: Base, adapter: Adapter | None, options: MergeOptions, grounds: Grounds | None
-) -> _Draft:
-    choices = choose(subject_of(base, adapter), options)
+def _draft(base: Base, adapter: Adapter | None, options: MergeOptions, grounds: Grounds | None) -> _Draft:
+    choices = choose(facts_of(base, adapter), options)
     replaces = {whole.parameter: whole for whole in (adapter.replaces if adapter else ())}
     updates = _updates_by_parameter(adapter)
     _check_unknown_tie(base, (*replaces, *updates))
@@ -411,8 +409,8 @@ def _sequence_length(asked: Calibration, grounds: Grounds) -> int:
         return min(MAX_SEQUENCE_LENGTH, positions)
     if grounds.positions is not None and asked.sequence_length > grounds.positions:
         raise OptionError(
-            f"--calibration-sequence-length {asked.sequence_length} is more than the {grounds.positions} positions of the "
-            "model; give that or less"
+            f"--calibration-sequence-length {asked.sequence_length} is more than the {grounds.positions} positions of "
+            "the model; give that or less"
         )
     return asked.sequence_length
 

@@ -26,7 +26,7 @@ LAYERS = [
     {"planner", "cells", "walk"},
     {"journal", "engine", "depth", "forward"},
     {"executor"},
-    {"output", "verifier"},
+    {"output", "verifier", "calibration"},
     {"report"},
     {"pipeline", "inspection"},
     {"evaluation"},

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.calibration.subject import Calibrated
+from streamconv.calibration.types import Calibrated
 from streamconv.cells import KeptDelta
 from streamconv.checkpoint.header import build_header, read_header
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
@@ -40,9 +40,8 @@ class Result:
     name: str
     specs: tuple[TensorSpec, ...]
     parts: tuple[bytes, ...]
-    kept: KeptDelta | None
-    tokens: int
-    error: float
+    kept: KeptDelta
+    notes: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +159,8 @@ def _described(result: Result) -> Mapping[str, object]:
     kept = result.kept
     return {
         "parts": [spec.name for spec in result.specs],
-        "kept": None if kept is None else [kept.kept, kept.delta, kept.base_error],
-        "tokens": result.tokens,
-        "error": result.error,
+        "kept": [kept.kept, kept.delta, kept.base_error],
+        "notes": dict(result.notes),
     }
 
 
@@ -178,9 +176,8 @@ def _read(path: Path) -> Mapping[str, Calibrated]:
     return {
         name: Calibrated(
             parts={part: tensors[part] for part in about["parts"]},
-            kept=None if about["kept"] is None else KeptDelta(*about["kept"]),
-            tokens=about["tokens"],
-            error=about["error"],
+            kept=KeptDelta(*about["kept"]),
+            notes=about["notes"],
         )
         for name, about in json.loads(header.metadata[_WEIGHTS]).items()
     }

@@ -1,4 +1,4 @@
-"""What is calibrated, what comes of it, and the plan that it makes of one with weights still to be rounded."""
+"""What is calibrated, and the plan that it makes of one with weights still to be rounded."""
 
 from __future__ import annotations
 
@@ -7,65 +7,51 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streamconv.adapters.base import Adapter
-from streamconv.cells import KeptDelta
-from streamconv.checkpoint.types import StoredTensor
-from streamconv.formats.base import Constant
+from streamconv.calibration.types import Calibrated
 from streamconv.layout import Placed
-from streamconv.plan import Calibration, Copy, Plan, Rewrite, ShardPlan, Step
+from streamconv.plan import CalibrationPlan, Copy, Plan, Rewrite, Step
 from streamconv.planner import Base
-from streamconv.rounding.feedback import FeedbackOptions
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model to calibrate: `plan` is the output's, with its weights still to be rounded, `tokenizer` a folder.
+    """A model to calibrate as `plan` says, which is the output's; `tokenizer` is a folder.
 
-    Weights whose step says `calibrated` are given codes, as far as they are linear layers of a decoder layer.
+    Weights whose step says `calibrated` are given codes: linear layers of decoder layers.
     """
 
     base: Base
     adapter: Adapter | None
     plan: Plan
     tokenizer: Path
-    feedback: FeedbackOptions
 
     @property
-    def text(self) -> Calibration:
-        text = self.plan.options.calibration
-        assert text is not None, "there is no text to calibrate by"
-        return text
+    def calibration(self) -> CalibrationPlan:
+        found = self.plan.calibration
+        assert found is not None, "the plan calibrates nothing"
+        return found
 
     @property
-    def steps(self) -> Mapping[str, Rewrite]:
-        """Steps of the weights that are to be calibrated, by name."""
-        steps = (placed.step for shard in self.plan.shards for placed in shard.steps)
-        return {step.name: step for step in steps if isinstance(step, Rewrite) and step.calibrated}
-
-
-@dataclass(frozen=True, slots=True)
-class Calibrated:
-    """A weight whose codes have been chosen: `parts` hold the final bytes, by name of the output's tensor.
-
-    `kept` is None where the weight had no update. `tokens` are those whose inputs were seen; `error` is that of the
-    weight's output on them, relative to the output: √(tr(E H Eᵀ) / tr(T H Tᵀ)), E = T - Q.
-    """
-
-    parts: Mapping[str, StoredTensor]
-    kept: KeptDelta | None
-    tokens: int
-    error: float
+    def sequences(self) -> int:
+        return self.calibration.tokens // self.calibration.sequence_length
 
 
 def calibrated_plan(plan: Plan, found: Mapping[str, Calibrated]) -> Plan:
-    """`plan` with the weights in `found` copied from where they lie; bytes, places and fingerprint are the same."""
+    """`plan` with the weights in `found` copied from where they lie; bytes, places and fingerprint are the same.
+
+    What could not be calibrated is rounded as its step says.
+    """
     return replace(plan, shards=tuple(_calibrated_shard(shard, found) for shard in plan.shards))
 
 
 def _calibrated_shard(shard: ShardPlan, found: Mapping[str, Calibrated]) -> ShardPlan:
     steps: list[Placed[Step]] = []
     for placed in shard.steps:
-        if isinstance(placed.step, Constant) or placed.step.name not in found:
+        if not isinstance(placed.step, Rewrite) or not placed.step.calibrated:
             steps.append(placed)
+            continue
+        if placed.step.name not in found:
+            steps.append(replace(placed, step=replace(placed.step, calibrated=False)))
             continue
         start, parts = placed.offset, found[placed.step.name].parts
         for spec in placed.step.specs:

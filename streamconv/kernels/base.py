@@ -10,7 +10,6 @@ from torch import Tensor
 from streamconv.dtypes import Dtype
 from streamconv.grids import Grid, TableGrid
 
-
 # Scales tried in a search, in units of a block's greatest magnitude; and how often the best is then fitted to its codes.
 SEARCH_FACTORS = tuple(step / 40 for step in range(22, 45))
 SEARCH_STEPS = 3

@@ -41,7 +41,7 @@ class Rounding(Protocol):
 
     @property
     def calibrated(self) -> bool:
-        """Whether codes are chosen before, a decoder layer at a time, from what calibration text tells of its inputs."""
+        """Whether codes are chosen before, a decoder layer at a time, by what a text makes of its inputs."""
 
     def choose(self, target: Tensor, grid: Grid, context: Context, codes: Tensor) -> Tensor:
         """Write codes (uint8, one an element) for `target` (float32, flat); return scales (float32, one a block)."""

@@ -33,7 +33,7 @@ from streamconv.rounding.columns import (
     rounded,
     turn,
 )
-from streamconv.rounding.metric import Metric, Statistics, compensated, metric
+from streamconv.rounding.metric import Statistics, compensated, metric
 
 __all__ = ["BaseOnGrid", "Chosen", "FeedbackOptions", "Statistics", "Storage", "feedback"]
 
