@@ -40,8 +40,8 @@ class Moments:
     def statistics(self, inputs: int, device: torch.device) -> Statistics:
         """Means of all that was seen, of so many `inputs`; the sums are used up.
 
-        An expert may see few tokens, or none. Below two an input, the rest of the weight is given to H = I times the mean
-        of what there is: without any token, as if nothing were known of the inputs.
+        An expert may see few tokens, or none. Below two an input, the rest of the weight is given to H = I times the
+        mean of what there is: without any token, as if nothing were known of the inputs.
         """
         if self._hessian is None:
             return Statistics(torch.eye(inputs, device=device), None, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,24 +37,19 @@ class Subject:
 
 
 def calibrated_plan(plan: Plan, found: Mapping[str, Calibrated]) -> Plan:
-    """`plan` with the weights in `found` copied from where they lie; bytes, places and fingerprint are the same.
+    """`plan` with the bytes of `found` copied instead of made; places and fingerprint are the same."""
+    shards = tuple(
+        replace(shard, steps=tuple(each for placed in shard.steps for each in _placed(placed, found)))
+        for shard in plan.shards
+    )
+    return replace(plan, shards=shards)
 
-    What could not be calibrated is rounded as its step says.
-    """
-    return replace(plan, shards=tuple(_calibrated_shard(shard, found) for shard in plan.shards))
 
-
-def _calibrated_shard(shard: ShardPlan, found: Mapping[str, Calibrated]) -> ShardPlan:
-    steps: list[Placed[Step]] = []
-    for placed in shard.steps:
-        if not isinstance(placed.step, Rewrite) or not placed.step.calibrated:
-            steps.append(placed)
-            continue
-        if placed.step.name not in found:
-            steps.append(replace(placed, step=replace(placed.step, calibrated=False)))
-            continue
-        start, parts = placed.offset, found[placed.step.name].parts
-        for spec in placed.step.specs:
-            steps.append(Placed(Copy(spec.name, parts[spec.name]), start, spec.nbytes))
-            start += spec.nbytes
-    return replace(shard, steps=tuple(steps))
+def _placed(placed: Placed[Step], found: Mapping[str, Calibrated]) -> Iterator[Placed[Step]]:
+    step, offset = placed.step, placed.offset
+    if not isinstance(step, Rewrite) or not step.calibrated:
+        yield placed
+        return
+    for spec in step.specs:
+        yield Placed(Copy(spec.name, found[step.name].parts[spec.name]), offset, spec.nbytes)
+        offset += spec.nbytes

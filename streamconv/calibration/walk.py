@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
@@ -262,7 +262,9 @@ def _values(chosen: Chosen, encoder: Encoder) -> Tensor:
     return values
 
 
-def _notes(target: Tensor, values: Tensor, delta: Tensor | None, statistics: Statistics) -> Mapping[str, float]:
+def _notes(
+    target: Tensor, values: Tensor, delta: Tensor | None, statistics: Statistics
+) -> Mapping[str, float]:
     """See Calibrated."""
     errors = target - values
     moved = errors @ statistics.hessian
