@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.calibration.types import Calibrated
+from streamconv.calibration.subject import Calibrated
 from streamconv.cells import KeptDelta
 from streamconv.checkpoint.header import build_header, read_header
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
@@ -40,7 +40,7 @@ class Result:
     name: str
     specs: tuple[TensorSpec, ...]
     parts: tuple[bytes, ...]
-    kept: KeptDelta
+    kept: KeptDelta | None
     notes: Mapping[str, float]
 
 
@@ -159,7 +159,7 @@ def _described(result: Result) -> Mapping[str, object]:
     kept = result.kept
     return {
         "parts": [spec.name for spec in result.specs],
-        "kept": [kept.kept, kept.delta, kept.base_error],
+        "kept": None if kept is None else [kept.kept, kept.delta, kept.base_error],
         "notes": dict(result.notes),
     }
 
@@ -176,7 +176,7 @@ def _read(path: Path) -> Mapping[str, Calibrated]:
     return {
         name: Calibrated(
             parts={part: tensors[part] for part in about["parts"]},
-            kept=KeptDelta(*about["kept"]),
+            kept=None if about["kept"] is None else KeptDelta(*about["kept"]),
             notes=about["notes"],
         )
         for name, about in json.loads(header.metadata[_WEIGHTS]).items()

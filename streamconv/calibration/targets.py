@@ -75,7 +75,7 @@ class Targets:
 
     def __init__(self, plan: Plan, reference: Plan) -> None:
         self.held: dict[str, Held] = {}
-        self.steps: Mapping[str, Rewrite] = {step.name: uncalibrated(step) for step in plan.calibrated}
+        self.steps: Mapping[str, Rewrite] = {step.name: _with_base_scales(step) for step in plan.calibrated}
         self._device: Device = plan.device
         self._seed = plan.options.seed
         self._dense = WeightSource(reference, plan.device, lambda _: None)
@@ -134,6 +134,9 @@ class Targets:
         return Held(work, raw)
 
 
-def uncalibrated(step: Rewrite) -> Rewrite:
-    """`step` as it would be read if nothing were done before."""
-    return replace(step, calibrated=False)
+def _with_base_scales(step: Rewrite) -> Rewrite:
+    """`step` as it is read here: the base's scales may stay, where it lies on the output's grid."""
+    grid = step.merge_base.grid if step.merge_base is not None else step.weight.decoder.grid
+    keeps = grid is not None and grid == step.encoder.grid
+    keeps_parts = keeps and step.merge_base is None and step.weight.format == step.encoder.format
+    return replace(step, keeps_scales=keeps, keeps_parts=keeps_parts, calibrated=False)

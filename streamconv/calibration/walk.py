@@ -28,9 +28,7 @@ from streamconv.calibration.layer_files import LayerFiles, Result, Stream
 from streamconv.calibration.model import Model, opened
 from streamconv.calibration.moments import Moments
 from streamconv.calibration.need import batch_of, need_of
-from streamconv.calibration.subject import Subject
-from streamconv.calibration.types import Calibrated
-from streamconv.cells import KeptDelta
+from streamconv.calibration.subject import Calibrated, Subject
 from streamconv.errors import ResourceError, Stopped
 from streamconv.executor import StopRequest
 from streamconv.formats.base import Encoder
@@ -54,7 +52,7 @@ def calibrate(
     with _threads(calibration.threads), opened(subject) as model:
         tokenizer = load_tokenizer(subject.tokenizer)
         windows = read_windows(
-            calibration.text,
+            calibration.data,
             tokenizer,
             subject.sequences,
             calibration.sequence_length,
@@ -236,7 +234,7 @@ class _Layer:
         if self.crosses:
             self.originals[name] = target
         assign(linear, "weight", values)
-        return Result(name, step.specs, parts, kept or KeptDelta(0.0, 0.0, 0.0), notes)
+        return Result(name, step.specs, parts, kept, notes)
 
 
 @contextmanager

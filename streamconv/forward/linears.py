@@ -16,8 +16,8 @@ from streamconv.forward.skeleton import Skeleton, build_skeleton
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """`weights` of linear layers inside the decoder layers, how many `positions` the model has (None: any number), and
-    the `version` of transformers that says so.
+    """`weights` of linear layers inside the decoder layers, stored as they are used; how many `positions` the model has
+    (None: any number), and the `version` of transformers that says so.
     """
 
     weights: frozenset[str]
@@ -32,11 +32,10 @@ def find_layers(config: Mapping[str, Any], location: str, names: Iterable[str]) 
     """
     skeleton = build_skeleton(config, location, torch.float32)
     inside = tuple(f"{path}." for path in skeleton.layers)
-    sources = find_sources(skeleton, names)
     weights = {
-        found.weights[0][0]
-        for parameter, found in sources.items()
-        if parameter.startswith(inside) and found.converter is None and _is_linear(skeleton, parameter)
+        sources.weights[0][0]
+        for parameter, sources in find_sources(skeleton, names).items()
+        if sources.converter is None and parameter.startswith(inside) and _is_linear(skeleton, parameter)
     }
     positions = getattr(skeleton.text_config, "max_position_embeddings", None)
     return Layers(
@@ -45,5 +44,5 @@ def find_layers(config: Mapping[str, Any], location: str, names: Iterable[str]) 
 
 
 def _is_linear(skeleton: Skeleton, parameter: str) -> bool:
-    path, _, last = parameter.rpartition(".")
-    return last == "weight" and isinstance(skeleton.module(path), nn.Linear)
+    module, _, last = parameter.rpartition(".")
+    return last == "weight" and isinstance(skeleton.module(module), nn.Linear)
