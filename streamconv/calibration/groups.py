@@ -31,6 +31,10 @@ class Recorder:
     groups: list[Group] = field(default_factory=list)
     _of: dict[str, Group] = field(default_factory=dict)
 
+    def missing(self, linears: Linears) -> list[str]:
+        """Those that were not called: experts that no token came to."""
+        return [name for name in linears if name not in self._of]
+
     @contextmanager
     def watching(self, linears: Linears) -> Iterator[None]:
         """For one forward pass."""

@@ -41,8 +41,7 @@ class Result:
     specs: tuple[TensorSpec, ...]
     parts: tuple[bytes, ...]
     kept: KeptDelta | None
-    tokens: int
-    error: float
+    notes: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +160,7 @@ def _described(result: Result) -> Mapping[str, object]:
     return {
         "parts": [spec.name for spec in result.specs],
         "kept": None if kept is None else [kept.kept, kept.delta, kept.base_error],
-        "tokens": result.tokens,
-        "error": result.error,
+        "notes": dict(result.notes),
     }
 
 
@@ -179,8 +177,7 @@ def _read(path: Path) -> Mapping[str, Calibrated]:
         name: Calibrated(
             parts={part: tensors[part] for part in about["parts"]},
             kept=None if about["kept"] is None else KeptDelta(*about["kept"]),
-            tokens=about["tokens"],
-            error=about["error"],
+            notes=about["notes"],
         )
         for name, about in json.loads(header.metadata[_WEIGHTS]).items()
     }

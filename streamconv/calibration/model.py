@@ -12,6 +12,7 @@ from streamconv.calibration.groups import Linears
 from streamconv.calibration.subject import Subject
 from streamconv.calibration.targets import Targets
 from streamconv.dtypes import F32
+from streamconv.errors import UnsupportedError
 from streamconv.forward.skeleton import build_skeleton
 from streamconv.forward.walk import Walk
 from streamconv.plan import Plan, Rewrite
@@ -21,23 +22,26 @@ from streamconv.sidecars import edit_config
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """`steps` are those of weights that are linear layers of decoder layers."""
+    """What is walked, and where its weights come from."""
 
     walk: Walk
     targets: Targets
-    steps: Mapping[str, Rewrite]
+
+    @property
+    def layers(self) -> int:
+        """How many decoder layers there are."""
+        return len(self.walk.skeleton.layers)
+
+    def stored_bytes(self, number: int) -> int:
+        """Bytes that are read for decoder layer `number`."""
+        return sum(map(self.targets.stored_bytes, self.walk.layer_weights(number)))
 
     def linears(self, number: int) -> Linears:
         """Linear layers of decoder layer `number` that are calibrated, by name of the weight."""
         return _linears(self.walk, number, self.targets.steps)
 
     def layer_steps(self, number: int) -> Sequence[Rewrite]:
-        return [self.steps[name] for name in self.linears(number)]
-
-    @property
-    def widest(self) -> Rewrite | None:
-        """The calibrated weight with the most inputs."""
-        return max(self.steps.values(), key=lambda step: step.columns, default=None)
+        return [self.targets.steps[name] for name in self.linears(number)]
 
 
 @contextmanager
@@ -52,11 +56,20 @@ def opened(subject: Subject) -> Iterator[Model]:
         vocab_size=plan.vocab_size,
     )
     skeleton = build_skeleton(config, subject.base.index.storage.location, F32.torch)
-    with Targets(plan, subject.steps, _reference(subject)) as targets:
+    with Targets(plan, _reference(subject)) as targets:
         walk = Walk(skeleton, targets, plan.device)
-        numbers = range(len(skeleton.layers))
-        names = {name for number in numbers for name in _linears(walk, number, targets.steps)}
-        yield Model(walk, targets, {name: step for name, step in targets.steps.items() if name in names})
+        _check_all_found(walk, targets.steps)
+        yield Model(walk, targets)
+
+
+def _check_all_found(walk: Walk, steps: Mapping[str, Rewrite]) -> None:
+    found = {name for number in range(len(walk.skeleton.layers)) for name in _linears(walk, number, steps)}
+    missing = sorted(steps.keys() - found)
+    if missing:
+        raise UnsupportedError(
+            f"{missing[0]} cannot be calibrated: {walk.skeleton.name} has no linear layer in a decoder layer that is "
+            "stored as this weight; leave it in 16 bit with --ignore, or leave --calibration out"
+        )
 
 
 def _reference(subject: Subject) -> Plan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from streamconv.planner import TOKENS_AN_INPUT
 from streamconv.rounding.feedback import Statistics
 
 
@@ -36,8 +37,19 @@ class Moments:
             self._cross = torch.zeros_like(self._hessian)
         self._cross.addmm_(reference.reshape(found.shape).float().T, found)
 
-    def statistics(self) -> Statistics:
-        """Means of all that was seen; the sums are used up."""
-        assert self._hessian is not None, "no input was seen"
+    def statistics(self, inputs: int, device: torch.device) -> Statistics:
+        """Means of all that was seen, of so many `inputs`; the sums are used up.
+
+        An expert may see few tokens, or none. Below two an input, the rest of the weight is given to H = I times the
+        mean of what there is: without any token, as if nothing were known of the inputs.
+        """
+        if self._hessian is None:
+            return Statistics(torch.eye(inputs, device=device), None, 0)
+        hessian = self._hessian.div_(self.tokens)
+        known = self.tokens / (TOKENS_AN_INPUT * inputs)
+        if known < 1:
+            mean = float(hessian.diagonal().mean())
+            hessian.mul_(known).diagonal().add_((1 - known) * mean)
+            return Statistics(hessian, None, self.tokens)
         cross = self._cross.div_(self.tokens) if self._cross is not None else None
-        return Statistics(self._hessian.div_(self.tokens), cross, self.tokens)
+        return Statistics(hessian, cross, self.tokens)

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from streamconv.calibration.model import Model, opened
 from streamconv.calibration.subject import Subject
 from streamconv.forward.memory import BATCH_TOKENS, FIXED_BYTES, sequence_bytes, table_bytes
-from streamconv.forward.walk import Walk
 from streamconv.plan import Need, Rewrite
 
 # Bytes for every entry of H, and for every weight, that `feedback` has at once beside them.
 _METRIC_BYTES = 40
 _CHOICE_BYTES = 48
+# On a GPU, H and its factor in float64 are in host memory.
+_FACTOR_BYTES = 24
 _HEADER_BYTES = 2**20
 
 
 def calibration_need(subject: Subject) -> Need:
     """Raises UnsupportedError for a model that cannot be walked; reads no weight."""
-    text = subject.calibration
     with opened(subject) as model:
-        return need_of(model, (text.tokens // text.sequence_length, text.sequence_length), subject)
+        return need_of(model, subject)
 
 
 def batch_of(length: int) -> int:
@@ -29,38 +28,32 @@ def batch_of(length: int) -> int:
     return max(1, BATCH_TOKENS // length)
 
 
-def need_of(model: Model, shape: Sequence[int], subject: Subject) -> Need:
-    """`shape` is that of the text, [sequences, length]."""
-    walk, crosses = model.walk, subject.calibration.options.asymmetry != 0
-    count, length = shape
-    batch = min(count, batch_of(length))
-    on_host, on_device = 0, 0
-    for number in range(len(walk.skeleton.layers)):
-        steps = model.layer_steps(number)
-        twice = sum(4 * step.rows * step.columns for step in steps) if crosses else 0
-        working = max(
-            batch * sequence_bytes(walk, length)
-            + max((_moment_bytes(step, crosses) for step in steps), default=0),
-            max((_moment_bytes(step, crosses) + _choice_bytes(step) for step in steps), default=0),
-        )
-        on_device = max(on_device, walk.layer_bytes(number) + twice + working)
-        on_host = max(on_host, sum(map(_held_bytes, steps)))
-    on_device += table_bytes(walk, count * length)
-    states = 4 * count * length * walk.hidden
-    packed = sum(spec.nbytes for step in model.steps.values() for spec in step.specs)
-    disk = 4 * states + packed + len(walk.skeleton.layers) * _HEADER_BYTES
-    on_host += FIXED_BYTES + 4 * batch * length * walk.hidden
+def need_of(model: Model, subject: Subject) -> Need:
+    """What `model`, which is the subject's, needs."""
+    walk, crosses = model.walk, subject.calibration.options.needs_cross
+    length, tokens = subject.calibration.sequence_length, subject.calibration.tokens
+    batch = min(subject.sequences, batch_of(length))
+    forward = batch * sequence_bytes(walk, length)
+    on_device = max(_layer_need(model, number, forward, crosses) for number in range(model.layers))
+    on_device += table_bytes(walk, tokens)
+    held = max(sum(map(_held_bytes, model.layer_steps(number))) for number in range(model.layers))
+    on_host = held + FIXED_BYTES + 2 * 4 * batch * length * walk.hidden
+    packed = subject.plan.calibrated_bytes
+    disk = 4 * 4 * tokens * walk.hidden + packed + model.layers * _HEADER_BYTES
+    read = sum(map(model.stored_bytes, range(model.layers)))
     if walk.device.is_cpu:
-        return Need(on_host + on_device, 0, disk, sum(layer_sizes(walk)))
-    return Need(on_host + _factor_bytes(model), on_device, disk, sum(layer_sizes(walk)))
+        return Need(on_host + on_device, 0, disk, read)
+    widest = max(step.columns for step in subject.plan.calibrated)
+    return Need(on_host + _FACTOR_BYTES * widest**2, on_device, disk, read)
 
 
-def layer_sizes(walk: Walk) -> Sequence[int]:
-    """Bytes that are read for the weights of each layer."""
-    return [
-        sum(map(walk.source.stored_bytes, walk.layer_weights(number)))
-        for number in range(len(walk.skeleton.layers))
-    ]
+def _layer_need(model: Model, number: int, forward: int, crosses: bool) -> int:
+    """A layer in float32, both as it was and as it will be, and either a batch or a choice in work."""
+    steps = model.layer_steps(number)
+    twice = sum(4 * step.rows * step.columns for step in steps) if crosses else 0
+    gathering = forward + max((_moment_bytes(step, crosses) for step in steps), default=0)
+    choosing = max((_moment_bytes(step, crosses) + _choice_bytes(step) for step in steps), default=0)
+    return model.walk.layer_bytes(number) + twice + max(gathering, choosing)
 
 
 def _moment_bytes(step: Rewrite, crosses: bool) -> int:
@@ -69,11 +62,6 @@ def _moment_bytes(step: Rewrite, crosses: bool) -> int:
 
 def _choice_bytes(step: Rewrite) -> int:
     return _METRIC_BYTES * step.columns**2 + _CHOICE_BYTES * step.rows * step.columns
-
-
-def _factor_bytes(model: Model) -> int:
-    """H and its factor in float64 in host memory."""
-    return 16 * model.widest.columns**2 if model.widest is not None else 0
 
 
 def _held_bytes(step: Rewrite) -> int:

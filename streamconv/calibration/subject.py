@@ -33,6 +33,10 @@ class Subject:
         return self.plan.calibration
 
     @property
+    def sequences(self) -> int:
+        return self.calibration.tokens // self.calibration.sequence_length
+
+    @property
     def steps(self) -> Mapping[str, Rewrite]:
         """Steps of the weights that are to be calibrated, by name."""
         return {step.name: step for step in self.plan.calibrated}
@@ -42,19 +46,14 @@ class Subject:
 class Calibrated:
     """A weight whose codes have been chosen: `parts` hold the final bytes, by name of the output's tensor.
 
-    `kept` is None where the weight had no update. `tokens` are those whose inputs were seen; `error` is that of the
-    weight's output on them, relative to the output: √(tr(E H Eᵀ) / tr(T H Tᵀ)), E = T - Q.
+    `kept` is None where the weight had no update. `notes` are what a report says beside: `tokens` whose inputs were
+    seen; `relative_error` of the output on them, √(tr(E H Eᵀ) / tr(T H Tᵀ)) with E = T - Q; and of an update `kept_h`,
+    the share that is kept in the metric of H.
     """
 
     parts: Mapping[str, StoredTensor]
     kept: KeptDelta | None
-    tokens: int
-    error: float
-
-    @property
-    def notes(self) -> Mapping[str, float]:
-        """What a report says of the weight beside the share of its update that was kept."""
-        return {"relative_error": self.error}
+    notes: Mapping[str, float]
 
 
 def calibrated_plan(plan: Plan, found: Mapping[str, Calibrated]) -> Plan:

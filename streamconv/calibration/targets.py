@@ -73,9 +73,9 @@ class Targets:
     `reference` is the plan of the same targets as dense float32 weights, from which all others come.
     """
 
-    def __init__(self, plan: Plan, steps: Mapping[str, Rewrite], reference: Plan) -> None:
+    def __init__(self, plan: Plan, reference: Plan) -> None:
         self.held: dict[str, Held] = {}
-        self.steps: Mapping[str, Rewrite] = {name: with_base_scales(step) for name, step in steps.items()}
+        self.steps: Mapping[str, Rewrite] = {step.name: _with_base_scales(step) for step in plan.calibrated}
         self._device: Device = plan.device
         self._seed = plan.options.seed
         self._dense = WeightSource(reference, plan.device, lambda _: None)
@@ -134,9 +134,9 @@ class Targets:
         return Held(work, raw)
 
 
-def with_base_scales(step: Rewrite) -> Rewrite:
-    """`step` such that the base's scales may stay, where it lies on the output's grid."""
+def _with_base_scales(step: Rewrite) -> Rewrite:
+    """`step` as it is read here: the base's scales may stay, where it lies on the output's grid."""
     grid = step.merge_base.grid if step.merge_base is not None else step.weight.decoder.grid
     keeps = grid is not None and grid == step.encoder.grid
     keeps_parts = keeps and step.merge_base is None and step.weight.format == step.encoder.format
-    return replace(step, keeps_scales=keeps, keeps_parts=keeps_parts)
+    return replace(step, keeps_scales=keeps, keeps_parts=keeps_parts, calibrated=False)

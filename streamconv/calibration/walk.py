@@ -27,7 +27,7 @@ from streamconv.calibration.groups import Enough, Group, Linears, Recorder, list
 from streamconv.calibration.layer_files import LayerFiles, Result, Stream
 from streamconv.calibration.model import Model, opened
 from streamconv.calibration.moments import Moments
-from streamconv.calibration.need import batch_of, layer_sizes, need_of
+from streamconv.calibration.need import batch_of, need_of
 from streamconv.calibration.subject import Calibrated, Subject
 from streamconv.errors import ResourceError, Stopped
 from streamconv.executor import StopRequest
@@ -35,8 +35,7 @@ from streamconv.formats.base import Encoder
 from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.forward.walk import Passing, assign, in_batches
 from streamconv.kernels import kernels_for
-from streamconv.planner import TOKENS_AN_INPUT
-from streamconv.rounding.feedback import Chosen, Statistics, feedback
+from streamconv.rounding.feedback import Chosen, FeedbackOptions, Statistics, feedback
 
 OnProgress = Callable[[int, int], None]
 
@@ -44,44 +43,37 @@ OnProgress = Callable[[int, int], None]
 def calibrate(
     subject: Subject, folder: Path, on_progress: OnProgress, stop: StopRequest
 ) -> Mapping[str, Calibrated]:
-    """Choose the codes of all weights in decoder layers that `subject` wants calibrated, or go on with it in `folder`.
+    """Choose the codes of all weights that the plan wants calibrated, or go on with it in `folder`: by name.
 
-    `on_progress` is called with bytes of weights done and in all. Weights that are missing in what is returned are no
-    linear layers of a decoder layer, or saw too few tokens. Raises Stopped if `stop` was set: what was done of the
-    layer in work is lost then, no more.
+    `on_progress` is called with bytes of the base done and in all, as in the plan's need. Raises Stopped if `stop` was
+    set: what was done of the layer in work is lost then, no more.
     """
-    with _set_threads(subject.calibration.threads), opened(subject) as model:
-        windows = _windows(subject)
-        files = LayerFiles(
-            folder,
-            _key(subject, windows),
-            len(model.walk.skeleton.layers),
-            (*windows.shape, model.walk.hidden),
+    calibration = subject.calibration
+    with _threads(calibration.threads), opened(subject) as model:
+        tokenizer = load_tokenizer(subject.tokenizer)
+        windows = read_windows(
+            calibration.data,
+            tokenizer,
+            subject.sequences,
+            calibration.sequence_length,
+            "--calibration-tokens",
         )
-        if files.done < len(model.walk.skeleton.layers):
-            files.check_disk(need_of(model, windows.shape, subject).disk)
-            try:
-                _Calibration(subject, model, windows, files, on_progress, stop).run()
-            except torch.OutOfMemoryError as error:
-                raise ResourceError(
-                    f"{subject.plan.device.name} ran out of memory: {str(error).splitlines()[0]} Give it fewer "
-                    "--calibration-tokens, free some memory, or use --device cpu, and run again"
-                ) from error
+        files = LayerFiles(folder, _key(subject, windows), model.layers, (*windows.shape, model.walk.hidden))
+        work = _Calibration(subject, model, windows, files, on_progress, stop)
+        try:
+            work.run()
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"{subject.plan.device.name} ran out of memory: {str(error).splitlines()[0]} Free some, give a shorter "
+                "--calibration-sequence-length, or use --device cpu, and run again"
+            ) from error
         files.remove_states()
         return files.read()
 
 
-def _windows(subject: Subject) -> Tensor:
-    """The text as tokens [sequence, token]. Raises InputError where it is too short or cannot be read."""
-    text = subject.calibration
-    tokenizer = load_tokenizer(subject.tokenizer)
-    count = text.tokens // text.sequence_length
-    return read_windows(text.data, tokenizer, count, text.sequence_length, "--calibration-tokens")
-
-
 @contextmanager
-def _set_threads(count: int) -> Iterator[None]:
-    """A number of threads that no load and no setting of the caller's changes: last bits may depend on it."""
+def _threads(count: int) -> Iterator[None]:
+    """As many threads for a matrix product, whatever the caller's setting: its last bits may depend on them."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -92,12 +84,9 @@ def _set_threads(count: int) -> Iterator[None]:
 
 def _key(subject: Subject, windows: Tensor) -> str:
     """All that the bytes of a calibration depend on."""
-    tokens = hashlib.sha256(json.dumps(windows.tolist()).encode()).hexdigest()
-    fields = {
-        "plan": subject.plan.digest,
-        "tokens": tokens,
-    }
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(subject.plan.digest.encode())
+    digest.update(json.dumps(windows.tolist()).encode())
+    return digest.hexdigest()
 
 
 class _Calibration:
@@ -113,14 +102,18 @@ class _Calibration:
         stop: StopRequest,
     ) -> None:
         self.model, self.windows, self.files, self.stop = model, windows, files, stop
-        self.options = subject.calibration.options
+        self.options: FeedbackOptions = subject.calibration.options
+        self._disk = need_of(model, subject).disk
         self.batches = in_batches(windows, batch_of(windows.shape[1]))
-        self._sizes = layer_sizes(model.walk)
+        self._sizes = [model.stored_bytes(number) for number in range(model.layers)]
         self._on_progress = on_progress
 
     def run(self) -> None:
         first = self.files.done
         self.report(first)
+        if first == self.model.layers:
+            return
+        self.files.check_disk(self._disk)
         with self.files.streams() as streams:
 
             def keep(chosen: slice, entering: Tensor) -> None:
@@ -168,18 +161,17 @@ class _Layer:
     @property
     def crosses(self) -> bool:
         """Whether inputs of both streams are wanted side by side."""
-        return self.run.options.asymmetry != 0
+        return self.run.options.needs_cross
 
     def calibrate(self) -> Sequence[Result]:
         """Have both streams pass; return what was chosen for the layer's weights."""
         recorder = Recorder()
         self._pass(self.reference, recorder)
+        groups = [*recorder.groups, *(Group([name]) for name in recorder.missing(self.linears))]
         results: list[Result] = []
-        for group in recorder.groups:
-            moments = self._moments(group)
-            if moments.tokens < TOKENS_AN_INPUT * self.linears[group.names[0]].in_features:
-                continue  # an expert that few tokens came to: its weights are left to the ordinary rounding
-            statistics = moments.statistics()
+        for group in groups:
+            inputs = self.linears[group.names[0]]
+            statistics = self._moments(group).statistics(inputs.in_features, inputs.weight.device)
             for name in group.names:
                 self.run.check_stop()
                 results.append(self._choose(name, statistics))
@@ -237,11 +229,12 @@ class _Layer:
         chosen = feedback(target, statistics, step.encoder, self.run.options, directions, held.base())
         parts, kept = held.packed(chosen)
         values = _values(chosen, step.encoder).view(target.shape)
-        error = _relative_error(target, values, statistics.hessian)
+        delta = held.difference(target) if step.updates else None
+        notes = _notes(target, values, delta, statistics)
         if self.crosses:
             self.originals[name] = target
         assign(linear, "weight", values)
-        return Result(name, step.specs, parts, kept, statistics.tokens, error)
+        return Result(name, step.specs, parts, kept, notes)
 
 
 @contextmanager
@@ -267,11 +260,24 @@ def _values(chosen: Chosen, encoder: Encoder) -> Tensor:
     return values
 
 
-def _relative_error(target: Tensor, values: Tensor, hessian: Tensor) -> float:
-    """√(tr(E H Eᵀ) / tr(T H Tᵀ)), E = T - Q."""
+def _notes(
+    target: Tensor, values: Tensor, delta: Tensor | None, statistics: Statistics
+) -> Mapping[str, float]:
+    """See Calibrated."""
+    errors = target - values
+    moved = errors @ statistics.hessian
+    lost = _inner(moved, errors)
+    whole = _inner(torch.mm(target, statistics.hessian, out=moved), target)
+    notes = {"tokens": float(statistics.tokens)}
+    if whole > 0:
+        notes["relative_error"] = math.sqrt(max(0.0, lost) / whole)
+    if delta is not None:
+        torch.mm(delta, statistics.hessian, out=moved)
+        size = _inner(moved, delta)
+        if size > 0:
+            notes["kept_h"] = 1 - _inner(moved, errors) / size
+    return notes
 
-    def size(weight: Tensor) -> float:
-        return float((weight @ hessian).mul_(weight).sum(dtype=torch.float64))
 
-    whole = size(target)
-    return math.sqrt(max(0.0, size(target - values)) / whole) if whole > 0 else 0.0
+def _inner(left: Tensor, right: Tensor) -> float:
+    return float((left * right).sum(dtype=torch.float64))

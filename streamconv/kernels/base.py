@@ -10,8 +10,7 @@ from torch import Tensor
 from streamconv.dtypes import Dtype
 from streamconv.grids import Grid, TableGrid
 
-
-# Scales tried in a search, in units of a block's greatest magnitude; and how often the best is then fitted to its codes.
+# Scales tried in a search, in units of a block's greatest magnitude; and how often the best one is then fitted.
 SEARCH_FACTORS = tuple(step / 40 for step in range(22, 45))
 SEARCH_STEPS = 3
 
@@ -48,8 +47,8 @@ class Kernels(Protocol):
     def search(self, values: Tensor, grid: Grid, weights: Tensor | None, scales: Tensor) -> None:
         """Write the scales with which nearest codes have the least squared error found, weighed by `weights`.
 
-        Tried are SEARCH_FACTORS of a block's greatest magnitude; then, SEARCH_STEPS times, <t, v> / <v, v> with the
-        values v of the best one's codes.
+        Tried are the greatest magnitude of a block, SEARCH_FACTORS of it, then, SEARCH_STEPS times, <t, v> / <v, v>
+        with the values v that the best one's codes stand for.
         """
 
     def settle(
@@ -66,10 +65,10 @@ class Kernels(Protocol):
     ) -> None:
         """Choose codes column by column, each nearest to its target plus the pull of other columns' errors.
 
-        All are [columns, rows], with a scale an element, but for `coupling` [columns, columns]: the change of a column's
-        error times its row there is added to the pull of the columns after it. `errors` are those of what `dtype` can
-        hold. A code stays unless another is strictly nearer, but where `is_first` says that there were none and `errors`
-        are 0. `codes` and `errors` are written, `pull` is used up.
+        All are [columns, rows], with a scale an element, but for `coupling` [columns, columns]: the change of a
+        column's error times its row there is added to the pull of the columns after it. Errors are those of what
+        `dtype` can hold. A code stays unless another is strictly nearer, but where `is_first` says that there were
+        none and `errors` are 0. `codes` and `errors` are written, `pull` is used up.
         """
 
     def stochastic(

@@ -42,11 +42,14 @@ class TorchKernels:
 
     def search(self, values: Tensor, grid: Grid, weights: Tensor | None, scales: Tensor) -> None:
         greatest = self.absmax(values, grid.block, scales).clone()
-        best, moments = self._tried(values, grid, weights, scales)
+        losses = self._losses(values, grid, weights, scales)
         for factor in SEARCH_FACTORS:
-            self._keep_better(values, grid, weights, greatest * factor, (scales, best, moments))
+            self._keep_better(values, grid, weights, greatest * factor, scales, losses)
         for _ in range(SEARCH_STEPS):
-            self._keep_better(values, grid, weights, moments[0] / moments[1], (scales, best, moments))
+            levels = self._levels(values, grid, scales)
+            weighed = levels if weights is None else levels * weights
+            fitted = block_dots(values, weighed, grid.block).div_(block_dots(levels, weighed, grid.block))
+            self._keep_better(values, grid, weights, fitted, scales, losses)
 
     def settle(
         self,
@@ -141,21 +144,17 @@ class TorchKernels:
         sums = torch.stack([block_dots(factor, delta, grid.block) for factor in (anchor, delta)])
         return pairwise_sum(sums.double())
 
-    def _tried(
-        self, values: Tensor, grid: Grid, weights: Tensor | None, scales: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Every block's weighted squared error with `scales`, and <values, v> and <v, v> of its codes' values v."""
+    def _levels(self, values: Tensor, grid: Grid, scales: Tensor) -> Tensor:
+        """What the codes nearest to `values` stand for, in units of their scale."""
         codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
         self.nearest(values, grid, scales, codes)
         levels = grid.decode(codes)
-        if grid.peak != 1:
-            levels.mul_(1 / grid.peak)
-        error = values - multiply_by_scales(levels, scales, grid.block, torch.empty_like(values))
-        weighed = levels if weights is None else levels * weights
-        moments = torch.stack(
-            [block_dots(values, weighed, grid.block), block_dots(levels, weighed, grid.block)]
-        )
-        return block_dots(error, error if weights is None else error * weights, grid.block), moments
+        return levels if grid.peak == 1 else levels.mul_(1 / grid.peak)
+
+    def _losses(self, values: Tensor, grid: Grid, weights: Tensor | None, scales: Tensor) -> Tensor:
+        levels = self._levels(values, grid, scales)
+        error = values - multiply_by_scales(levels, scales, grid.block, levels)
+        return block_dots(error, error if weights is None else error * weights, grid.block)
 
     def _keep_better(
         self,
@@ -163,13 +162,14 @@ class TorchKernels:
         grid: Grid,
         weights: Tensor | None,
         trial: Tensor,
-        best: tuple[Tensor, Tensor, Tensor],
+        scales: Tensor,
+        losses: Tensor,
     ) -> None:
-        """Have `trial` take the place of the scales, losses and moments in `best` where it is better."""
-        loss, moments = self._tried(values, grid, weights, trial)
-        is_better = loss < best[1]
-        for kept, new in zip(best, (trial, loss, moments), strict=True):
-            kept.copy_(torch.where(is_better, new, kept))
+        """Have `trial` take the place of `scales`, and of their `losses`, where it is better."""
+        found = self._losses(values, grid, weights, trial)
+        is_better = found < losses
+        scales.copy_(torch.where(is_better, trial, scales))
+        losses.copy_(torch.where(is_better, found, losses))
 
     def _scales(self, values: Tensor, grid: Grid) -> Tensor:
         out = torch.empty(-(-values.numel() // grid.block), dtype=torch.float32, device=values.device)

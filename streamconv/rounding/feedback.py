@@ -1,11 +1,11 @@
 """Error feedback: codes and scales with which a layer's output changes least on calibration text.
 
-With inputs X of N tokens and H = XᵀX / N the mean squared error of a layer's output is tr(E H Eᵀ), E = T - Q. Codes are
-chosen column by column (`columns.py`), then lowered by descent; scales are searched first (`search.py`) and then fitted to
-the codes. The best of all that was tried is kept, so that more work is never worse in the metric of the calibration text.
+With inputs X of N tokens and H = XᵀX / N the mean squared error of a layer's output is tr(E H Eᵀ), E = T - Q. Codes
+are chosen column by column and improved by descent (`columns.py`); scales are searched first and then fitted to the
+codes. The best of all that was tried is kept, so that more work is never worse in the metric of the calibration text.
 
-The update survives to first order where errors are orthogonal to the adapter's input directions A, E Aᵀ = 0. Preserving
-the delta adds these to the inputs: H' = H + μ tr(H) / ||A||² AᵀA.
+The update survives to first order where errors are orthogonal to the adapter's input directions A, E Aᵀ = 0.
+Preserving the delta adds these to the inputs: H' = H + μ tr(H) / ||A||² AᵀA.
 
 With the inputs Z that the quantized layers before produce and C = XᵀZ / N, the error of the output is ||X Tᵀ - Z Qᵀ||²,
 which is that of the target T + T (C - H) H⁻¹ in the metric of H = ZᵀZ / N: the asymmetric calibration of GPTAQ (Li et
@@ -27,13 +27,15 @@ from streamconv.rounding.columns import (
     Layer,
     Solution,
     better_rows,
+    coded,
     descended,
     fed,
     refitted,
     rounded,
+    searched,
     turn,
 )
-from streamconv.rounding.metric import Metric, Statistics, compensated, metric
+from streamconv.rounding.metric import Statistics, compensated, metric
 
 __all__ = ["BaseOnGrid", "Chosen", "FeedbackOptions", "Statistics", "Storage", "feedback"]
 
@@ -47,11 +49,16 @@ class FeedbackOptions:
     target that makes up for the inputs' errors; 0 stays at T.
     """
 
-    damping: float = 0.01
-    preserve_delta: float = 1.0
+    damping: float = 0.001
+    preserve_delta: float = 0.3
     sweeps: int = 3
     refits: int = 2
-    asymmetry: float = 0.0
+    asymmetry: float = 1.0
+
+    @property
+    def needs_cross(self) -> bool:
+        """Whether anything is done with `Statistics.cross`."""
+        return self.asymmetry != 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,12 +95,18 @@ class Storage(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Candidate:
-    """A solution, and its scales as they were given to the encoder."""
+class _Scales:
+    """Scales as an encoder is given them, and as a loader will have them; `is_base` where the base has these."""
 
-    solution: Solution
     raw: Tensor
-    keeps_base: bool = False
+    effective: Tensor
+    is_base: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Candidate:
+    scales: _Scales
+    solution: Solution
 
     @property
     def loss(self) -> float:
@@ -114,23 +127,22 @@ def feedback(
     weight's own type included. A target that equals the base keeps the base. Raises InputError where `statistics` are
     not finite or have no factor.
     """
-    grid = encoder.grid
+    grid, dtype = encoder.grid, encoder.dequantized_dtype
     assert grid is not None, "feedback chooses codes, and this format has none"
-    if base is not None and _is_base(target, base, grid, encoder.dequantized_dtype):
+    if base is not None and _is_base(target, base, grid, dtype):
         return Chosen(base.codes, base.scales, keeps_base=True)
     found = metric(statistics, options.damping, options.preserve_delta, directions)
-    layer = turn(
-        compensated(target, statistics, found, options.asymmetry), found, grid, encoder.dequantized_dtype
-    )
-    best = _polished(layer, min(_starts(layer, encoder, base), key=lambda each: each.loss), options.sweeps)
+    layer = turn(compensated(target, statistics, found, options.asymmetry), found, grid, dtype)
+    best = min(_starts(layer, encoder, base), key=lambda each: each.loss)
+    best = _polished(layer, best, options.sweeps)
     for _ in range(options.refits if layer.columns % grid.block == 0 else 0):
-        raw = refitted(layer, best.solution)
-        start = _Candidate(fed(layer, encoder.effective_scales(raw)), raw)
-        trial = _polished(layer, start, options.sweeps)
+        raw = refitted(layer, best.scales.effective, best.solution)
+        scales = _Scales(raw, encoder.effective_scales(raw))
+        trial = _polished(layer, _Candidate(scales, fed(layer, scales.effective)), options.sweeps)
         if trial.loss >= best.loss:
             break
         best = trial
-    return Chosen(layer.flat(best.solution.codes), best.raw, best.keeps_base)
+    return Chosen(layer.flat(best.solution.codes), best.scales.raw, best.scales.is_base)
 
 
 def _is_base(target: Tensor, base: BaseOnGrid, grid: Grid, dtype: Dtype) -> bool:
@@ -141,24 +153,23 @@ def _is_base(target: Tensor, base: BaseOnGrid, grid: Grid, dtype: Dtype) -> bool
 
 def _starts(layer: Layer, encoder: Storage, base: BaseOnGrid | None) -> list[_Candidate]:
     """Solutions with greatest magnitudes for scales, with searched ones, and with the base's own."""
-    kernels, target = kernels_for(layer.target.device), layer.flat(layer.target)
-    weights = layer.metric.matrix.diagonal()[layer.metric.places].repeat(layer.rows)
-    absmax = torch.empty(-(-target.numel() // layer.grid.block), dtype=torch.float32, device=target.device)
-    kernels.absmax(target, layer.grid.block, absmax)
-    starts = [_Candidate(rounded(layer, encoder.effective_scales(absmax)), absmax)]
-    searched = torch.empty_like(absmax)
-    kernels.search(target, layer.grid, weights, searched)
-    effective = encoder.effective_scales(searched)
-    starts.append(_Candidate(better_rows(fed(layer, effective), rounded(layer, effective)), searched))
+    absmax = torch.empty(
+        -(-layer.target.numel() // layer.grid.block), dtype=torch.float32, device=layer.target.device
+    )
+    kernels_for(absmax.device).absmax(layer.flat(layer.target), layer.grid.block, absmax)
+    greatest = _Scales(absmax, encoder.effective_scales(absmax))
+    raw = searched(layer)
+    found = _Scales(raw, encoder.effective_scales(raw))
+    starts = [
+        _Candidate(greatest, rounded(layer, greatest.effective)),
+        _Candidate(found, better_rows(fed(layer, found.effective), rounded(layer, found.effective))),
+    ]
     if base is not None:
-        kept = rounded(layer, base.scales, layer.turned(base.codes))
-        solution = better_rows(fed(layer, base.scales), kept)
-        starts.append(_Candidate(solution, base.scales, keeps_base=True))
+        kept = _Scales(base.scales, base.scales, is_base=True)
+        stays = coded(layer, base.scales, base.codes)
+        starts.append(_Candidate(kept, better_rows(fed(layer, base.scales), stays)))
     return starts
 
 
 def _polished(layer: Layer, start: _Candidate, sweeps: int) -> _Candidate:
-    solution = start.solution
-    for _ in range(sweeps):
-        solution = descended(layer, solution)
-    return _Candidate(solution, start.raw, start.keeps_base)
+    return _Candidate(start.scales, descended(layer, start.scales.effective, start.solution, sweeps))
