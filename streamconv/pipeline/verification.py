@@ -124,7 +124,7 @@ def _weigh_again(again: Prepared, content: Mapping[str, Any], out: Path, meter: 
     weights = {weight.name: weight for weight in find_weights(index)}
     steps, there = again.plan.calibrated, index.tensors
     as_written = {
-        step.name: Calibrated({spec.name: there[spec.name] for spec in step.specs}, None, 0, 0.0)
+        step.name: Calibrated({spec.name: there[spec.name] for spec in step.specs}, None, {})
         for step in steps
     }
     verify_exactly(out, calibrated_plan(again.plan, as_written), meter.add, StopRequest())
