@@ -57,10 +57,7 @@ def plan_memory(
     Raises ResourceError if the least they need is over a budget.
     """
     outputs = 1 + len(further)
-    each = [
-        [step for step in some if isinstance(step, Rewrite) and not step.calibrated]
-        for some in (steps, *further)
-    ]
+    each = [[step for step in some if isinstance(step, Rewrite)] for some in (steps, *further)]
     weights = [step for some in each for step in some]
     # A worker has one cell in work, and for each output a place to decode it to.
     decoded = (outputs - 1) * max((_dense_cell_bytes(step, device) for step in weights), default=0)

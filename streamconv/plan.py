@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from streamconv.adapters.base import Update, WholeUpdate
@@ -36,7 +35,7 @@ WEIGHTS_HELD = 2
 class Access(StrEnum):
     """How a weight is read: by rows, or once to learn something about all of it and again by rows.
 
-    What is calibrated is read with its decoder layer, in a pass before: of the plan's own pass it is only copied.
+    What is calibrated is read with its decoder layer, in a pass before: in the plan's own pass it is only copied.
     """
 
     ROW = "row"
@@ -97,7 +96,7 @@ class Rewrite:
     `merge_base`: how the base is rounded before the update is added; None leaves it as it is.
     `keeps_scales`: the output keeps the scales of the base's own grid (where it is calibrated, it may); `keeps_parts`:
     and the very tensors that store them. `calibrated`: its bytes are made before, with those of its decoder layer, and
-    copied.
+    copied; `rounding` is for what that leaves, an expert that hardly any token came to.
     """
 
     name: str
@@ -137,6 +136,7 @@ class Rewrite:
             and self.rounding.searches_scales
             and self.encoder.nested
             and not self.keeps_scales
+            and not self.calibrated
         )
 
     @property
@@ -188,14 +188,16 @@ class Need:
 class CalibrationPlan:
     """How the weights are calibrated whose step says so.
 
-    `text` is a file, known by `sha256`, and `name` its name without the folder. `tokens` are whole sequences. `threads`
+    `data` is a file or a data set, `name` that without the folder; `sha256` is that of the file, or of the data set's
+    commit. `tokens` are whole sequences. `threads`
     is how many threads torch shares a matrix product between, which decides its last bits. `need` is None until it was
     found out.
     """
 
-    text: Path
+    data: str
     name: str
     sha256: str
+    is_data_set: bool
     tokens: int
     sequence_length: int
     options: FeedbackOptions

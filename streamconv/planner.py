@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from streamconv.adapters.base import Adapter, Replace, Tie, Update, WholeUpdate
@@ -61,12 +60,14 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Grounds:
-    """What planning a calibration needs beside headers: the text and its SHA-256, the `weights` inside decoder layers,
-    how many positions the model has (None: any number), and the version of the library that computes it.
+    """What planning a calibration needs beside headers: the text, as in CalibrationPlan, the `weights` that can be
+    calibrated, how many positions the model has (None: any number), and the version of the library that computes it.
     """
 
-    text: Path
+    data: str
+    name: str
     sha256: str
+    is_data_set: bool
     weights: frozenset[str]
     positions: int | None
     transformers: str
@@ -286,8 +287,9 @@ def _steps(
         is_rounded = name in seen_by_training and weight is base.weights[name]
         if is_rounded and choices.merge_base is not None:
             merge_base = choices.merge_base.encoder(name, weight.shape, weight.dtype)
-        rounding = choices.rounding if name in within else choices.rest
-        found = _weight_steps(name, weight, updates.get(name, ()), encoder, merge_base, rounding)
+        found = _weight_steps(
+            name, weight, updates.get(name, ()), encoder, merge_base, choices.rest, name in within
+        )
         constants = [step.encoder.constants for step in found if isinstance(step, Rewrite)]
         steps.append([*found, *(constant for each in constants for constant in each)])
     return steps
@@ -308,6 +310,7 @@ def _weight_steps(
     encoder: Encoder | None,
     merge_base: Encoder | None,
     rounding: Rounding | None,
+    calibrates: bool,
 ) -> list[Step]:
     changes = bool(updates) or merge_base is not None
     if encoder is None or (not changes and (encoder.format, encoder.dtype) == (weight.format, weight.dtype)):
@@ -332,8 +335,6 @@ def _weight_steps(
     assert rounding is not None
     base_grid = merge_base.grid if merge_base else weight.decoder.grid
     is_on_grid = base_grid == encoder.grid
-    if rounding.calibrated and is_on_grid and not updates:
-        rounding = ROUNDINGS["nearest"]  # the codes stay
     keeps = is_on_grid and (rounding.keeps_scales or not updates)
     if rounding.searches_scales and encoder.nested and any(update.reduces for update in updates):
         raise UnsupportedError(
@@ -341,9 +342,8 @@ def _weight_steps(
             f"double-quantized scales; choose another --rounding, or a --quant other than {encoder.format}"
         )
     keeps_parts = keeps and merge_base is None and weight.format == encoder.format
-    return [
-        Rewrite(name, weight, updates, encoder, rounding, merge_base, keeps, keeps_parts, rounding.calibrated)
-    ]
+    calibrates &= bool(updates) or not is_on_grid  # else the codes stay
+    return [Rewrite(name, weight, updates, encoder, rounding, merge_base, keeps, keeps_parts, calibrates)]
 
 
 def _encoder(name: str, weight: Weight, quantize: bool, own_dtype: Dtype, choices: Choices) -> Encoder | None:
@@ -397,9 +397,10 @@ def _plan_calibration(
         )
     threads = asked.threads or len(os.sched_getaffinity(0))
     return CalibrationPlan(
-        text=grounds.text,
-        name=grounds.text.name,
+        data=grounds.data,
+        name=grounds.name,
         sha256=grounds.sha256,
+        is_data_set=grounds.is_data_set,
         tokens=tokens,
         sequence_length=length,
         options=feedback,

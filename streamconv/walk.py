@@ -40,7 +40,7 @@ class Todo:
         match self.step:
             case Copy(_, tensor):
                 return tensor, self.done
-            case Rewrite(_, weight) as step if not step.calibrated:
+            case Rewrite(_, weight):
                 return weight.parts[weight.decoder.main], 0
             case _:
                 return None

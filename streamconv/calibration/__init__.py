@@ -1,1 +1,1 @@
-"""Calibrated rounding, pass 1: codes of a decoder layer at a time, chosen by what a text makes of its inputs."""
+"""Codes chosen by what goes through a model: decoder layer by decoder layer, one of them in memory."""

@@ -18,9 +18,9 @@ from streamconv.evaluation.budget import Budget, plan_budget
 from streamconv.evaluation.measures import Divergence, Tally
 from streamconv.evaluation.options import EvaluationOptions
 from streamconv.evaluation.result import Comparison, Evaluation, Greedy
-from streamconv.evaluation.text import load_tokenizer, read_windows
 from streamconv.forward.activations import hold_activations
 from streamconv.forward.skeleton import build_skeleton
+from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.forward.walk import Walk
 from streamconv.forward.weights import WeightSource
 from streamconv.memory import anonymous_bytes

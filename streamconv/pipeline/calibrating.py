@@ -5,6 +5,7 @@ What computes needs transformers, an extra: it is imported by name, for jobs tha
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,8 +13,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from streamconv.calibration.subject import Subject
-from streamconv.calibration.types import Calibrated
+from streamconv.calibration.subject import Calibrated, Subject
 from streamconv.errors import InputError, OptionError, ResourceError
 from streamconv.executor import StopRequest
 from streamconv.journal import make_folder
@@ -21,17 +21,19 @@ from streamconv.plan import Calibration, Need, Plan
 from streamconv.planner import Base, Grounds
 from streamconv.sidecars import edit_config
 from streamconv.sizes import format_size
+from streamconv.storage.data_sets import data_set_commit
 from streamconv.verifier import hash_file
 
 # What the extra `eval` brings, and what is imported once it is there.
 _NEEDED = ("transformers", "accelerate")
+_TEXT = "streamconv.forward.text"
 _LAYERS = "streamconv.forward.linears"
 _NEED = "streamconv.calibration.need"
 _WALK = "streamconv.calibration.walk"
 
 
-def read_grounds(base: Base, asked: Calibration, sha256: str | None) -> Grounds:
-    """What planning needs. `sha256` is known of a text that is not at hand; else the text is read.
+def read_grounds(base: Base, asked: Calibration) -> Grounds:
+    """What planning a calibration needs, the text's SHA-256 among it.
 
     Raises OptionError without the libraries, InputError without the text, UnsupportedError for a model that is none
     of theirs.
@@ -42,12 +44,27 @@ def read_grounds(base: Base, asked: Calibration, sha256: str | None) -> Grounds:
             f"calibration needs {' and '.join(missing)}, not installed here; run pip install 'streamconv[eval]', or "
             "leave --calibration out"
         )
-    text = Path(asked.data).expanduser()
-    if sha256 is None:
-        sha256 = _hash_text(text)
+    named = import_module(_TEXT).data_set_of(asked.data)
+    sha256 = _hash_text(Path(asked.data).expanduser()) if named is None else _hash_data_set(*named)
     config = edit_config(base.index.config, dtype=None, quantization=None, untie=False, vocab_size=None)
     layers = import_module(_LAYERS).find_layers(config, base.index.storage.location, base.weights)
-    return Grounds(text, sha256, layers.weights, layers.positions, layers.version)
+    name = Path(asked.data).name if named is None else asked.data
+    is_data_set = named is not None
+    return Grounds(asked.data, name, sha256, is_data_set, layers.weights, layers.positions, layers.version)
+
+
+def _hash_data_set(name: str, split: str) -> str:
+    """SHA-256 of the data set's present commit: of what lies elsewhere, and may be larger than any disk.
+
+    Raises OptionError where the library that reads it is missing.
+    """
+    if find_spec("datasets") is None:
+        raise OptionError(
+            f"--calibration {name} is no file, and reading it as a data set of the Hub needs datasets, not installed "
+            "here; run pip install 'streamconv[datasets]', or give a .txt or .jsonl file"
+        )
+    commit = data_set_commit(name)
+    return hashlib.sha256(f"{name}@{commit}:{split}".encode()).hexdigest()
 
 
 def _hash_text(text: Path) -> str:

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from streamconv.calibration.subject import calibrated_plan
-from streamconv.calibration.types import Calibrated
+from streamconv.calibration.subject import Calibrated, calibrated_plan
 from streamconv.cells import KeptDelta
 from streamconv.checkpoint.writer import ShardWriter
 from streamconv.errors import VerificationError
@@ -80,7 +79,8 @@ class _Work:
 
     def kept(self) -> Kept | None:
         sums = {name: KeptDelta(*sums) for name, sums in self.journal.progress.sums.items()}
-        return kept_delta(sums | {name: found.kept for name, found in self.calibrated.items()})
+        made = {name: found.kept for name, found in self.calibrated.items() if found.kept is not None}
+        return kept_delta(sums | made)
 
     def close(self) -> None:
         for writer in self.writers.values():  # of shards that were not begun

@@ -80,14 +80,14 @@ def descended(layer: Layer, scales: Tensor, start: Solution, sweeps: int) -> Sol
 def _descended_together(
     layer: Layer, outputs: Metric, scales: Tensor, start: Solution, sweeps: int
 ) -> Solution:
-    best = start
+    codes, errors = start.codes.clone(), start.errors.clone()
     for _ in range(sweeps):
-        codes, errors = best.codes.clone(), best.errors.clone()
+        before = codes.clone()
         _settle_tiles(layer, outputs, scales, codes, errors, is_first=False)
-        if torch.equal(codes, best.codes):
+        if torch.equal(codes, before):
             break
-        best = better(layer, best, solution(layer, codes, errors))
-    return best
+    # What is left to chance is float32's last bits, which one look at the end settles.
+    return better(layer, start, solution(layer, codes, errors))
 
 
 def _joined(parts: list[Solution]) -> Solution:
@@ -132,7 +132,8 @@ def _settle_tiles(
             (layer.inputs.factor, outputs.factor) if is_first else (layer.inputs.matrix, outputs.matrix)
         )
     )
-    mixed, spread = errors @ by_row, layer.spread(scales, slice(None))
+    mixed = torch.zeros_like(errors) if is_first else errors @ by_row
+    spread = layer.spread(scales, slice(None))
     for panel in panels(layer):
         reach = slice(0, panel.start if is_first else layer.columns)
         pulls, coupling = by_column[reach, panel].T @ mixed[reach], by_column[panel, panel]
@@ -144,7 +145,8 @@ def _settle_tiles(
             tile = (codes[panel, rows], errors[panel, rows])
             given = (layer.target[panel, rows], pull, coupling, by_row[rows, rows], spread[panel, rows])
             changes = _settle_tile(layer, *given, *tile, is_first=is_first)
-            mixed[panel] += changes @ by_row[rows]
+            reached = slice(rows.start if is_first else 0, layer.rows)  # a factor is 0 below its diagonal
+            mixed[panel, reached] += changes @ by_row[rows, reached]
 
 
 def _settle_tile(
