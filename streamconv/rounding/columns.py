@@ -34,7 +34,7 @@ from streamconv.rounding.layer import (
     solution,
     stretches,
 )
-from streamconv.rounding.metric import Metric
+from streamconv.rounding.metric import Metric, unit
 
 
 def fed(layer: Layer, scales: Tensor) -> Solution:
@@ -42,7 +42,8 @@ def fed(layer: Layer, scales: Tensor) -> Solution:
     codes = torch.zeros_like(layer.target, dtype=torch.uint8)
     if layer.outputs is not None:
         errors = torch.zeros_like(layer.target)
-        _settle_tiles(layer, layer.outputs, scales, codes, errors, is_first=True)
+        spread, mixed = layer.spread(scales, slice(None)), torch.zeros_like(errors)
+        _settle_tiles(layer, layer.outputs, spread, mixed, codes, errors, is_first=True)
         return solution(layer, codes, errors)
 
     def feed(rows: slice) -> Solution:
@@ -81,9 +82,10 @@ def _descended_together(
     layer: Layer, outputs: Metric, scales: Tensor, start: Solution, sweeps: int
 ) -> Solution:
     codes, errors = start.codes.clone(), start.errors.clone()
+    spread, mixed = layer.spread(scales, slice(None)), errors @ unit(outputs.matrix)
     for _ in range(sweeps):
         before = codes.clone()
-        _settle_tiles(layer, outputs, scales, codes, errors, is_first=False)
+        _settle_tiles(layer, outputs, spread, mixed, codes, errors, is_first=False)
         if torch.equal(codes, before):
             break
     # What is left to chance is float32's last bits, which one look at the end settles.
@@ -123,17 +125,18 @@ def _settle_rows(
 
 
 def _settle_tiles(
-    layer: Layer, outputs: Metric, scales: Tensor, codes: Tensor, errors: Tensor, *, is_first: bool
+    layer: Layer,
+    outputs: Metric,
+    spread: Tensor,
+    mixed: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    *,
+    is_first: bool,
 ) -> None:
-    """Go through the columns of all rows, a tile of some of both at a time."""
-    by_column, by_row = (
-        matrix / matrix.diagonal()
-        for matrix in (
-            (layer.inputs.factor, outputs.factor) if is_first else (layer.inputs.matrix, outputs.matrix)
-        )
-    )
-    mixed = torch.zeros_like(errors) if is_first else errors @ by_row
-    spread = layer.spread(scales, slice(None))
+    """Go through the columns of all rows, a tile of some of both at a time; `mixed` is N, and stays so."""
+    by_column = unit(layer.inputs.factor if is_first else layer.inputs.matrix)
+    by_row = unit(outputs.factor if is_first else outputs.matrix)
     for panel in panels(layer):
         reach = slice(0, panel.start if is_first else layer.columns)
         pulls, coupling = by_column[reach, panel].T @ mixed[reach], by_column[panel, panel]
