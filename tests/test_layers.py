@@ -29,6 +29,7 @@ LAYERS = [
     {"report"},
     {"pipeline", "inspection"},
     {"evaluation"},
+    {"analysis"},
     {"__init__"},
     {"cli"},
     {"__main__"},
