@@ -31,16 +31,24 @@ from __future__ import annotations
 import functools
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from streamconv.grids import Grid, IntegerGrid, TableGrid
+
+Array = NDArray[
+    np.float64
+]  # numpy computes in the calling thread alone: torch would set others to work for this little
 
 # Greatest magnitudes of a block, in standard deviations: beyond both ends lies nothing that counts.
 _LEAST, _GREATEST, _POINTS = 0.02, 9.0, 128
 # Terms of the sum over k. Beyond s = 2 g it is 1 to ten digits.
 _TERMS = 16
 _ALL_KEPT = 2.0
+# An exponent for which exp is as good as 0. Below it, results would be subnormal, which processors are slow at.
+_SMALLEST = -700.0
 # Places of a standard normal variable and their weights, for means over it.
 _PLACES = [-4 + number / 2 for number in range(17)]
 _WEIGHTS = [math.exp(-(place**2) / 2) for place in _PLACES]
@@ -75,17 +83,18 @@ def predicted_kept(delta_to_step: float, grid: Grid, kurtosis: float = 0.0) -> f
     return 1 / grid.block + (1 - 1 / grid.block) * kept
 
 
-def _kept_at(ratios: Tensor) -> Tensor:
+def _kept_at(ratios: Array) -> Array:
     """K of the module's formula, for `ratios` s / g."""
-    sums = torch.zeros_like(ratios)
+    squares = ratios**2
+    sums = np.zeros_like(ratios)
     for k in range(_TERMS):
-        sums += torch.exp(-0.5 * ((k + 0.5) / ratios).square())
+        sums += np.exp(np.maximum(-0.5 * (k + 0.5) ** 2 / squares, _SMALLEST))
     kept = 2 / (ratios * math.sqrt(2 * math.pi)) * sums
-    return kept.where(ratios <= _ALL_KEPT, 1.0)
+    return np.where(ratios <= _ALL_KEPT, kept, 1.0)
 
 
 @functools.cache
-def _entries(on_grid: tuple[float, ...], block: int) -> tuple[Tensor, Tensor, Tensor]:
+def _entries(on_grid: tuple[float, ...], block: int) -> tuple[Array, Array, Array]:
     """Kinds of entries that a Gaussian weight of standard deviation 1 has, once it is rounded: flat, float64.
 
     The gap to the neighbour on the side to which the update moves it, up as often as down; its step; and its share.
@@ -97,7 +106,7 @@ def _entries(on_grid: tuple[float, ...], block: int) -> tuple[Tensor, Tensor, Te
     shares = _occupancy(greatest, edges, block) / 2
     gaps = torch.stack((greatest * below, greatest * above))
     steps = (greatest * (below + above) / 2).expand_as(gaps)
-    return gaps.flatten(), steps.flatten(), shares.expand_as(gaps).flatten()
+    return gaps.flatten().numpy(), steps.flatten().numpy(), shares.expand_as(gaps).flatten().numpy()
 
 
 def _occupancy(greatest: Tensor, edges: Tensor, block: int) -> Tensor:
