@@ -69,7 +69,7 @@ def _kept(found: Analysis) -> Figure | None:
     axes.set_xscale("log")
     axes.set_xlabel("mean |D| / mean step of the grid")
     axes.set_ylabel("kept share: <Q - B, D> / ||D||²")
-    axes.legend(loc="best", frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -80,8 +80,8 @@ def _curve(axes: Axes, name: str, ratios: Sequence[float], kurtosis: float) -> N
     if grid is None or grid.block == ROW or not positive:  # blocks of every width have a curve of their own
         return
     x = np.geomspace(min(0.01, min(positive) / 1.5), max(1.0, max(positive) * 1.5), 120)
-    for tails, style in ((0.0, ":"), (kurtosis, "-")):
-        label = f"nearest on its own grid, predicted (update's excess kurtosis {tails:.1f})"
+    for tails, style in ((kurtosis, "-"), (0.0, ":")):
+        label = f"nearest of T predicted, excess kurtosis of D {tails:.1f}"
         kept = [predicted_kept(float(ratio), grid, tails) for ratio in x]
         axes.plot(x, kept, style, color="#444444", linewidth=1.2, zorder=1, label=label)
 
@@ -96,7 +96,7 @@ def _kurtosis(found: Analysis) -> Figure:
     axes.axline((0, 0), slope=1, color="#999999", linewidth=1.0, zorder=1)
     axes.set_xlabel("before (base)")
     axes.set_ylabel("after (base + update)")
-    axes.legend(loc="best", frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -117,7 +117,7 @@ def _block_maxima(found: Analysis) -> Figure | None:
     axes.set_yscale("log")
     axes.set_xlabel("||D|| / ||B||")
     axes.set_ylabel("relative change of a block's greatest magnitude")
-    axes.legend(loc="best", frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 

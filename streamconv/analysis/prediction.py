@@ -38,9 +38,8 @@ from torch import Tensor
 
 from streamconv.grids import Grid, IntegerGrid, TableGrid
 
-Array = NDArray[
-    np.float64
-]  # numpy computes in the calling thread alone: torch would set others to work for this little
+# numpy computes in the calling thread alone; torch would set others to work for this little.
+Array = NDArray[np.float64]
 
 # Greatest magnitudes of a block, in standard deviations: beyond both ends lies nothing that counts.
 _LEAST, _GREATEST, _POINTS = 0.02, 9.0, 128

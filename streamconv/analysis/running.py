@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 
@@ -10,7 +11,7 @@ from streamconv.analysis.advice import advise
 from streamconv.analysis.measuring import Measured, bytes_to_read, measure
 from streamconv.analysis.options import USUAL_MERGE_BASE, AnalysisOptions
 from streamconv.analysis.result import Analysis, WeightAnalysis, by_kind, targets_of
-from streamconv.analysis.views import Scheme, Subject, plan_views
+from streamconv.analysis.views import Scheme, Subject, plan_views, without_budget
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.errors import ResourceError
 from streamconv.pipeline.job import OnProgress
@@ -21,7 +22,7 @@ from streamconv.pipeline.preparation import Prepared, prepare
 def run_analysis(options: AnalysisOptions, on_progress: OnProgress) -> Analysis:
     """See `analyze`."""
     started = time.monotonic()
-    prepared = prepare(options.job)
+    prepared = prepare(replace(options.job, options=without_budget(options.job.options)))
     scheme = plan_views(prepared, options)
     for storage, files in prepared.downloads():
         storage.fetch(files, lambda _: None)

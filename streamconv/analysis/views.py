@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -101,7 +102,7 @@ def plan_views(prepared: Prepared, options: AnalysisOptions) -> Scheme:
     auto: dict[tuple[str, str], Choice] = {}
     for merge_base in _merge_bases(prepared, options.merge_base):
         for quant in ("none", *options.formats):
-            asked = replace(options.job.options, quant=quant, merge_base=merge_base)
+            asked = replace(without_budget(options.job.options), quant=quant, merge_base=merge_base)
             plan = build_plan(prepared.base, prepared.adapter, asked, device)
             target = plan.target.name
             targets[target] = plan.target
@@ -116,11 +117,18 @@ def plan_views(prepared: Prepared, options: AnalysisOptions) -> Scheme:
                 for step in _adapted(each, quant):
                     view = View(target, None if rounding is None else quant, rounding, step)
                     views.setdefault(step.name, []).append(view)
+    wanted = _of_layers(views, options.layers)
+    _check_memory([view for of_weight in wanted.values() for view in of_weight], options.job.options, device)
     subjects = tuple(
         Subject(name, tuple(_groups(tuple(of_weight), options.job.options, device)))
-        for name, of_weight in _of_layers(views, options.layers).items()
+        for name, of_weight in wanted.items()
     )
     return Scheme(subjects, targets, auto, device)
+
+
+def without_budget(options: MergeOptions) -> MergeOptions:
+    """`options` of plans that are never carried out: the memory of an analysis is planned by groups of views."""
+    return replace(options, max_ram_bytes=sys.maxsize, max_vram_bytes=sys.maxsize)
 
 
 def layer_of(name: str) -> int | None:
@@ -167,11 +175,14 @@ def _of_layers(
     return found
 
 
-def _groups(views: tuple[View, ...], options: MergeOptions, device: Device) -> Iterator[Group]:
-    """`views` of one weight in as few groups as the memory allows: halved until each fits.
+def _check_memory(views: Sequence[View], options: MergeOptions, device: Device) -> None:
+    """Raise ResourceError, with a size that is enough, unless each of `views` fits the memory alone."""
+    beside = _STRETCH_BYTES + max(view.block_bytes for view in views)
+    plan_memory([view.step for view in views], options, device, beside=beside)
 
-    Raises ResourceError if not even one does.
-    """
+
+def _groups(views: tuple[View, ...], options: MergeOptions, device: Device) -> Iterator[Group]:
+    """`views` of one weight in as few groups as the memory allows: halved until each fits, as each alone does."""
     try:
         yield Group(views, _memory(views, options, device))
         return
