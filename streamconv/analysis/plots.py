@@ -79,7 +79,7 @@ def _curve(axes: Axes, name: str, ratios: Sequence[float], kurtosis: float) -> N
     positive = [ratio for ratio in ratios if ratio > 0]
     if grid is None or grid.block == ROW or not positive:  # blocks of every width have a curve of their own
         return
-    x = np.geomspace(min(0.01, min(positive) / 1.5), max(1.0, max(positive) * 1.5), 120)
+    x = np.geomspace(min(0.01, min(positive) / 1.5), max(1.0, max(positive) * 1.5), 60)
     for tails, style in ((kurtosis, "-"), (0.0, ":")):
         label = f"nearest of T predicted, excess kurtosis of D {tails:.1f}"
         kept = [predicted_kept(float(ratio), grid, tails) for ratio in x]
