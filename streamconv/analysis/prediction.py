@@ -44,7 +44,7 @@ Array = NDArray[np.float64]
 
 # Greatest magnitudes of a block, in standard deviations: beyond both ends lies nothing that counts.
 _GREATEST = np.linspace(0.02, 9.0, 96)
-# Gaps that the grid goes on for beyond each end, and the ratio from which all is kept, to nine digits.
+# Gaps that the grid goes on for beyond each end, and the ratio from which all is kept, but for half a per cent.
 _BEYOND = 24
 _ALL_KEPT = 3.0
 # Places of a standard normal variable and their weights, for means over it.
