@@ -302,7 +302,7 @@ class WeightWork:
 
     def settle(self, chosen: Chosen) -> None:
         """Have `rewrite` write `chosen`, and the base's scales only if it keeps them."""
-        self._chosen = chosen
+        self._chosen, self._searched = chosen, None
         if not chosen.keeps_base:
             self.step = replace(self.step, keeps_scales=False, keeps_parts=False)
             self._kept_scales = self._effective = None
@@ -490,21 +490,20 @@ class WeightWork:
         step, count = self.step, target.numel()
         if self._chosen is not None:
             first = rows.start * step.columns
-            scales = self._blocks(self._chosen.scales, rows, grid)
-            return self._chosen.codes[first : first + count], scales
+            return self._chosen.codes[first : first + count], self._blocks(self._chosen.scales, rows, grid)
         rounding, keeps, noise = step.rounding, step.keeps_scales, None
         assert rounding is not None
         if rounding.needs_noise:
             drawn = scratch.take("noise", count, self.device)
             noise = uniform(self.seed, step.name, rows, step.columns, drawn)
-        given = base.effective if keeps else None
+        scales = base.effective if keeps else None
         if self._searched is not None:
-            given = self._blocks(self._searched, rows, grid)
-        context = Context(base.codes if keeps else None, given, base.values.view(-1), noise)
+            scales = self._blocks(self._searched, rows, grid)
+        context = Context(base.codes if keeps else None, scales, base.values.view(-1), noise)
         codes = scratch.take("codes", count, self.device, torch.uint8)
-        scales = rounding.choose(target, grid, context, codes)
-        self._check_finite(target, rows, scales if context.scales is None else target)
-        return codes, scales
+        found = rounding.choose(target, grid, context, codes)
+        self._check_finite(target, rows, found if context.scales is None else target)
+        return codes, found
 
     def _take_scales(self, scales: Tensor, rows: range, grid: Grid) -> None:
         if self._kept_scales is None and self._searched is None:
