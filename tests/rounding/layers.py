@@ -49,7 +49,7 @@ class Trained:
     def loaded(self, codes: Tensor, scales: Tensor, *, is_base: bool) -> Tensor:
         """What a loader makes of codes and scales."""
         effective = scales if is_base else self.encoder.effective_scales(scales)
-        return decoded(self.encoder, codes, effective).view(self.values.shape)
+        return decoded(self.encoder, codes, effective).view_as(self.values)
 
 
 def rounded(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,9 @@ def decoded(encoder: Encoder, codes: Tensor, scales: Tensor) -> Tensor:
 def inputs(count: int, generator: torch.Generator, tokens: int = TOKENS) -> Tensor:
     """Correlated ones, whose directions' sizes span a factor of 100."""
     mix = torch.randn(count, count, generator=generator) / count**0.5
-    return torch.randn(tokens, count, generator=generator) * torch.logspace(0, -2, count) @ mix
+    sizes = torch.logspace(0, -2, count)
+    drawn: Tensor = torch.randn(tokens, count, generator=generator) * sizes @ mix
+    return drawn
 
 
 def trained(

@@ -191,13 +191,18 @@ def test_the_loss_is_that_of_the_errors(two_sided: bool, shape: tuple[int, int])
         assert each.loss == pytest.approx(loss(layer, written, PLAIN), rel=1e-4)
 
 
-def test_with_outputs_that_count_alike_nothing_changes() -> None:
+def test_with_outputs_that_count_alike_rows_are_on_their_own() -> None:
     layer = trained("nf4", (70, 96))
     alike = replace(layer, statistics=replace(layer.statistics, output_hessian=torch.eye(70)))
-    options = replace(PLAIN, sweeps=2, output_damping=1e-9)
-    ours, theirs = run(alike, options, base=False), run(layer, options, base=False)
-    assert float((ours == theirs).double().mean()) > 0.97
-    assert loss(layer, ours, PLAIN) == pytest.approx(loss(layer, theirs, PLAIN), rel=0.01)
+    options = replace(PLAIN, output_damping=1e-9)
+    found = []
+    for each in (layer, alike):
+        this = turned(each, options)
+        start = fed(this, greatest(this))
+        found += [this.flat(start.codes), this.flat(descended(this, greatest(this), start, 1).codes)]
+    # Sums are taken in another order: a value on the edge goes the other way now and then, and its row with it.
+    assert float((found[0] == found[2]).double().mean()) > 0.99
+    assert float((found[1] == found[3]).double().mean()) > 0.99
 
 
 def test_outputs_that_count_are_rounded_for() -> None:
@@ -281,7 +286,7 @@ def test_the_share_of_a_small_update_that_is_kept(quant: str, seed: int) -> None
 @either_side
 def test_compiled_and_torch_choose_the_same(two_sided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
-    layer = trained("nf4-dq", (24, 128)) if two_sided else trained("nf4-dq", (200, 128))
+    layer = trained("nf4-dq", (12, 64)) if two_sided else trained("nf4-dq", (200, 128))
     layer = with_outputs(layer) if two_sided else layer
     options = FeedbackOptions(sweeps=1, refits=1)
     ours = feedback(layer.target, layer.statistics, layer.encoder, options, layer.directions, layer.base)
