@@ -9,8 +9,8 @@ vocabulary; then every layer is read once more, last first, and differentiated o
 
     gradient-states          hidden states that enter each layer, and those that leave the last
     gradients-N.safetensors  of layer N: `entering`, the gradient of its hidden states, float32 [sequence, token,
-                             hidden]; and dY of its calibrated weights by name, bfloat16 [token, out]. Those of the number after
-                             the last layer hold what comes out of the head.
+                             hidden]; and dY of its calibrated weights by name, bfloat16 [token, out]. Those of the
+                             number after the last layer hold what comes out of the head.
 
 What is done has its file, so that a killed run goes on at the next layer.
 """
