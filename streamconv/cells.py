@@ -496,14 +496,14 @@ class WeightWork:
         if rounding.needs_noise:
             drawn = scratch.take("noise", count, self.device)
             noise = uniform(self.seed, step.name, rows, step.columns, drawn)
-        scales = base.effective if keeps else None
+        given = base.effective if keeps else None
         if self._searched is not None:
-            scales = self._blocks(self._searched, rows, grid)
-        context = Context(base.codes if keeps else None, scales, base.values.view(-1), noise)
+            given = self._blocks(self._searched, rows, grid)
+        context = Context(base.codes if keeps else None, given, base.values.view(-1), noise)
         codes = scratch.take("codes", count, self.device, torch.uint8)
-        found = rounding.choose(target, grid, context, codes)
-        self._check_finite(target, rows, found if context.scales is None else target)
-        return codes, found
+        scales = rounding.choose(target, grid, context, codes)
+        self._check_finite(target, rows, scales if context.scales is None else target)
+        return codes, scales
 
     def _take_scales(self, scales: Tensor, rows: range, grid: Grid) -> None:
         if self._kept_scales is None and self._searched is None:

@@ -57,6 +57,7 @@ class Calibration:
     sequence_length: int | None = None
     preserve_delta: float | None = None
     threads: int | None = None
+    gradient_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +204,7 @@ class CalibrationPlan:
     options: FeedbackOptions
     threads: int
     transformers: str
+    gradient_tokens: int = 0
     need: Need | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -215,6 +217,7 @@ class CalibrationPlan:
             "options": asdict(self.options),
             "threads": self.threads,
             "transformers": self.transformers,
+            "gradient_tokens": self.gradient_tokens,
         }
 
 
