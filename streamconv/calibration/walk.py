@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from streamconv.calibration.directions import directions_of
+from streamconv.calibration.gradients import Gradients, gradients_path
 from streamconv.calibration.groups import Enough, Group, Linears, Recorder, listening
 from streamconv.calibration.layer_files import LayerFiles, Result, Stream
 from streamconv.calibration.model import Model, opened
@@ -58,8 +59,14 @@ def calibrate(
             calibration.sequence_length,
             "--calibration-tokens",
         )
-        files = LayerFiles(folder, _key(subject, windows), model.layers, (*windows.shape, model.walk.hidden))
-        work = _Calibration(subject, model, windows, files, on_progress, stop)
+        files = LayerFiles(
+            folder,
+            _key(subject, windows),
+            model.layers,
+            (*windows.shape, model.walk.hidden),
+            lambda number: not subject.gradient_sequences or gradients_path(folder, number).exists(),
+        )
+        work = _Calibration(subject, model, windows, files, folder, on_progress, stop)
         try:
             work.run()
         except torch.OutOfMemoryError as error:
@@ -98,6 +105,7 @@ class _Calibration:
         model: Model,
         windows: Tensor,
         files: LayerFiles,
+        folder: Path,
         on_progress: OnProgress,
         stop: StopRequest,
     ) -> None:
@@ -107,13 +115,19 @@ class _Calibration:
         self.batches = in_batches(windows, batch_of(windows.shape[1]))
         self._sizes = [model.stored_bytes(number) for number in range(model.layers)]
         self._on_progress = on_progress
+        seed, chosen = subject.plan.options.seed, windows[: subject.gradient_sequences]
+        self.gradients = Gradients(model, folder, chosen, seed, self._advance)
+        self._advanced = 0
 
     def run(self) -> None:
         first = self.files.done
-        self.report(first)
         if first == self.model.layers:
+            self.report(first)
             return
         self.files.check_disk(self._disk)
+        if not first:
+            self.gradients.run()
+        self.report(first)
         with self.files.streams() as streams:
 
             def keep(chosen: slice, entering: Tensor) -> None:
@@ -131,11 +145,21 @@ class _Calibration:
                     for stream in streams:
                         stream.leaving(number).sync()
                     self.files.write(number, results)
+                    self.gradients.remove(number)
                     self.report(number + 1)
 
     def report(self, layers: int, further: int = 0) -> None:
         """Say how far it is: so many layers, and `further` bytes of the one in work."""
-        self._on_progress(sum(self._sizes[:layers]) + further, sum(self._sizes))
+        before = self.gradients.nbytes
+        self._on_progress(before + sum(self._sizes[:layers]) + further, before + sum(self._sizes))
+
+    def _advance(self, nbytes: int) -> None:
+        """So many more bytes have been read to find gradients."""
+        self.check_stop()
+        if nbytes:
+            self._advanced += nbytes
+            before = self.gradients.nbytes
+            self._on_progress(min(self._advanced, before), before + sum(self._sizes))
 
     def check_stop(self) -> None:
         if self.stop.signal_number is not None:
@@ -226,6 +250,7 @@ class _Layer:
         held, linear = self.run.model.targets.held.pop(name), self.linears[name]
         target, step = linear.weight.data, held.step
         directions = directions_of(held, target) if self.run.options.preserve_delta else None
+        statistics = replace(statistics, output_hessian=self.run.gradients.output_hessian(self.number, name))
         chosen = feedback(target, statistics, step.encoder, self.run.options, directions, held.base())
         parts, kept = held.packed(chosen)
         values = _values(chosen, step.encoder).view(target.shape)
