@@ -524,23 +524,17 @@ class WeightWork:
         step, count = self.step, target.numel()
         if self._chosen is not None:
             first = rows.start * step.columns
-            return self._chosen.codes[first : first + count], self._blocks(self._chosen.scales, rows, grid)
+            scales = self._blocks(self._chosen.scales, rows, grid)
+            return self._chosen.codes[first : first + count], scales
         rounding, keeps, noise = step.rounding, step.keeps_scales, None
         assert rounding is not None
         if rounding.needs_noise:
             drawn = scratch.take("noise", count, self.device)
             noise = uniform(self.seed, step.name, rows, step.columns, drawn)
-<<<<<<< HEAD
-        given = base.effective if keeps else None
-        if self._searched is not None:
-            given = self._blocks(self._searched, rows, grid)
-        context = Context(base.codes if keeps else None, given, base.values.view(-1), noise)
-=======
         own, fixed = (base.codes, base.effective) if keeps else (None, None)
         if self._searched is not None:
             fixed = self._blocks(self._searched, rows, grid)
         context = Context(own, fixed, base.values.view(-1), noise)
->>>>>>> main
         codes = scratch.take("codes", count, self.device, torch.uint8)
         scales = rounding.choose(target, grid, context, codes)
         self._check_finite(target, rows, scales if context.scales is None else target)
