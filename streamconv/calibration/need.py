@@ -9,8 +9,8 @@ from streamconv.calibration.subject import Subject
 from streamconv.forward.memory import BATCH_TOKENS, sequence_bytes, table_bytes
 from streamconv.plan import Need, Rewrite
 
-# transformers and what it loads, compiled kernels, thread stacks, what the allocator keeps of freed memory. Measured
-# for a model of a megabyte, whose own need is next to nothing: 212 MiB.
+# transformers and what it loads, compiled kernels, thread stacks, and what the allocator keeps of freed memory.
+# Measured for a model of a megabyte, whose own need is next to nothing: 212 MiB.
 _FIXED_BYTES = 224 * 2**20
 # Bytes for every entry of H, and for every weight, that `feedback` has at once beside them.
 _METRIC_BYTES = 40
@@ -52,6 +52,8 @@ def need_of(model: Model, subject: Subject) -> Need:
     packed = subject.plan.calibrated_bytes
     disk = 4 * 4 * tokens * walk.hidden + packed + model.layers * _HEADER_BYTES
     read = sum(map(model.stored_bytes, range(model.layers)))
+    if crosses and walk.device.is_cpu:
+        disk += 4 * tokens * max(_inputs(model, number) for number in range(model.layers))
     if is_two_sided:
         disk += _gradient_disk(model, subject)
         read = 3 * read + 2 * walk.head_bytes
@@ -77,6 +79,11 @@ def _gradient_disk(model: Model, subject: Subject) -> int:
     tokens, hidden = subject.calibration.gradient_tokens, model.walk.hidden
     outputs = sum(_output_bytes(model, number) for number in range(model.layers))
     return tokens * (8 * (model.layers + 1) * hidden + outputs) + (model.layers + 1) * _HEADER_BYTES
+
+
+def _inputs(model: Model, number: int) -> int:
+    """At most so many inputs have a layer's groups; which weights share theirs is not known yet."""
+    return sum(step.columns for step in model.layer_steps(number))
 
 
 def _output_bytes(model: Model, number: int) -> int:
