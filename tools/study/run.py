@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,14 +22,16 @@ from torch import Tensor
 
 from tools.bench.results import RESULTS, load, machine, save
 from tools.make_demo_base import make_demo_base
+from tools.measure import Cost, measure
 from tools.perplexity import Subject, be_quiet, read_windows
+from tools.study import synthetic
 from tools.study.beds import BEDS, DEMO_BASE, MERGED, OPENED, REFERENCE, Bed, Merged, Opened
 from tools.study.judge import dequantized, judge, states_of
 from tools.study.weights import Layer, compare, describe, layers, read_tensors
 
 WORK = Path(".study")
 MADE_BY = "tools/study/run"
-THREADS = 2
+SYNTHETIC = "synthetic"
 
 
 def study(bed: Bed, wanted: Callable[[str], bool], tell: Callable[[str], None]) -> None:
@@ -94,18 +95,17 @@ def _merged(
             str(bed.calibration_tokens),
         ]
     shutil.rmtree(out, ignore_errors=True)
-    started = time.monotonic()
-    report = _streamconv(
+    cost = _streamconv(
         "merge", "--base", str(bed.base), "--adapter", str(bed.adapter), "-o", str(out), *options
     )
-    wall_s = time.monotonic() - started
     states = states_of(Subject(out), windows)[0]
     found = {
         "label": row.label,
         "target": row.target,
         "options": options,
-        "wall_s": wall_s,
-        "kept_delta": report["kept_delta"],
+        "wall_s": cost.wall_s,
+        "cpu_s": cost.cpu_s,
+        "kept_delta": json.loads(cost.stdout)["kept_delta"],
         "not_exact": not_exact(out),
         **compare(adapted, out, row.target),
         **asdict(judge(states, reference, head, windows)),
@@ -131,13 +131,12 @@ def not_exact(out: Path) -> list[str]:
     return wrong
 
 
-def _streamconv(*arguments: str) -> Mapping[str, Any]:
+def _streamconv(*arguments: str) -> Cost:
     command = [sys.executable, "-m", "streamconv", *arguments, "--json"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{done.stderr}\n`{' '.join(command)}` ended with exit {done.returncode}")
-    report: Mapping[str, Any] = json.loads(done.stdout)
-    return report
+    cost = measure(command)
+    if cost.exit_code:
+        sys.exit(f"{cost.stderr}\n`{' '.join(command)}` ended with exit {cost.exit_code}")
+    return cost
 
 
 def _described(bed: Bed) -> dict[str, Any]:
@@ -159,23 +158,41 @@ def _rounded(value: Any) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tools/study/run", description=__doc__)
-    parser.add_argument("beds", nargs="*", choices=[*BEDS, []], help="all, unless some are named")
+    parser.add_argument(
+        "subjects", nargs="*", help=f"{', '.join((*BEDS, SYNTHETIC))}; all, unless some are named"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=2, help="of the judge; results depend on it in the last bits"
+    )
     parser.add_argument("--only", action="append", default=[], help="a strategy; repeatable")
     parser.add_argument("--anew", action="append", default=[], help="a strategy to measure again; repeatable")
     options = parser.parse_args(arguments)
+    if unknown := set(options.subjects) - {*BEDS, SYNTHETIC}:
+        parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join((*BEDS, SYNTHETIC))}")
     be_quiet()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(options.threads)
     started = time.monotonic()
 
     def tell(what: str) -> None:
         print(f"[{time.monotonic() - started:5.0f} s] {what}", flush=True)
 
-    chosen = [BEDS[name] for name in options.beds or BEDS]
-    if any(bed.base == DEMO_BASE for bed in chosen):
+    chosen = options.subjects or (SYNTHETIC, *BEDS)
+    if any(name in chosen and bed.base == DEMO_BASE for name, bed in BEDS.items()):
         make_demo_base(DEMO_BASE)
-    for bed in chosen:
+    if SYNTHETIC in chosen:
+        _synthetic(options.anew, tell)
+    for bed in (bed for name, bed in BEDS.items() if name in chosen):
         _forget(bed, options.anew)
         study(bed, lambda name: not options.only or name in options.only, tell)
+
+
+def _synthetic(anew: Sequence[str], tell: Callable[[str], None]) -> None:
+    path = RESULTS / f"study-{SYNTHETIC}.json"
+    if path.exists() and SYNTHETIC not in anew:
+        return
+    tell("synthetic layers")
+    found = {"dead_zone": synthetic.dead_zone(), "compensated": synthetic.compensated()}
+    save(path, MADE_BY, {"machine": machine(RESULTS), "seeds": list(synthetic.SEEDS), **_rounded(found)})
 
 
 def _forget(bed: Bed, names: Sequence[str]) -> None:

@@ -79,6 +79,8 @@ def describe(layer: Layer) -> dict[str, Any]:
         "name": layer.name,
         "elements": target.numel(),
         "ratio": grid.ratio(layer.delta, base),
+        "delta_square": _norm(layer.delta) ** 2,
+        "delta_kurtosis": shape(layer.delta)["kurtosis"] - 3,
         "delta_to_weight": _norm(layer.delta) / _norm(base.values),
         "error_to_delta": _norm(layer.weight - base.values) / _norm(layer.delta),
         "kept": grid.kept(nearest.values, base.values, layer.delta),
