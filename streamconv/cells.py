@@ -21,7 +21,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import torch
@@ -36,6 +36,7 @@ from streamconv.kernels import TORCH, kernels_for, pairwise_sum
 from streamconv.plan import Rewrite
 from streamconv.rounding import uniform
 from streamconv.rounding.base import Context
+from streamconv.rounding.feedback import Chosen
 
 _STRETCH = 1 << 18
 
@@ -187,6 +188,9 @@ class WeightWork:
 
     A part of the work that failed for want of memory can be repeated: cells write to their places, and states of
     updates are kept only once a tile has passed.
+
+    Where codes are chosen for the whole weight at once, `targets` and `base_codes` say what from, and `settle` is told
+    what they are; `rewrite` then packs and weighs these.
     """
 
     def __init__(
@@ -223,6 +227,7 @@ class WeightWork:
         self._effective: Tensor | None = None
         if step.keeps_scales and self._base_scales is not None:
             self._keep(self._base_scales)
+        self._chosen: Chosen | None = None
 
     # -- the two passes ----------------------------------------------------------------------------------
 
@@ -268,6 +273,54 @@ class WeightWork:
         base_inner, delta, error = pairwise_sum(self._sums.T.contiguous()).tolist()
         inner = _inner_product(effective, self._inner) / encoder.grid.peak
         return tail, KeptDelta(inner - base_inner, delta, error)
+
+    # -- codes chosen for the whole weight -------------------------------------------------------------------
+
+    @property
+    def kept_scales(self) -> Tensor | None:
+        """Effective scales that the output has if the base's stay, as the step says they may: float32, one a block."""
+        return self._effective
+
+    def targets(self, raw: Tensor, rows: range, out: Tensor) -> None:
+        """Write what the output is to come near, float32 [rows, columns], to `out`."""
+        self.workers.map(lambda number, part: self._take_targets(number, raw, rows, out, part), rows)
+
+    def bases(self, raw: Tensor, rows: range, out: Tensor) -> None:
+        """Write what targets are an update of, float32 [rows, columns], to `out`."""
+        self.workers.map(lambda number, part: self._take_bases(number, raw, rows, out, part), rows)
+
+    def base_codes(self, raw: Tensor, rows: range, out: Tensor) -> None:
+        """Write the base's own codes (uint8, flat) to `out`; only where the base lies on a grid."""
+        self.workers.map(lambda number, part: self._take_base_codes(number, raw, rows, out, part), rows)
+
+    def settle(self, chosen: Chosen) -> None:
+        """Have `rewrite` write `chosen`, and the base's scales only if it keeps them."""
+        self._chosen = chosen
+        if not chosen.keeps_base:
+            self.step = replace(self.step, keeps_scales=False, keeps_parts=False)
+            self._kept_scales = self._effective = None
+
+    def _take_targets(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
+        for cell, base in self._bases(number, raw, rows, part):
+            target = self._target(base.values, cell)
+            self._check_finite(target, cell, target)
+            out[cell.start - rows.start : cell.stop - rows.start].copy_(target)
+
+    def _take_bases(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
+        for cell, base in self._bases(number, raw, rows, part):
+            out[cell.start - rows.start : cell.stop - rows.start].copy_(base.values)
+
+    def _take_base_codes(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
+        columns = self.step.columns
+        for cell, base in self._bases(number, raw, rows, part):
+            assert base.codes is not None, f"{self.step.name}: the base lies on no grid"
+            first, last = ((row - rows.start) * columns for row in (cell.start, cell.stop))
+            out[first:last].copy_(base.codes)
+
+    def _bases(self, number: int, raw: Tensor, rows: range, part: range) -> Iterator[tuple[range, _Base]]:
+        """Cells of `part` with their base; each is gone when the next one comes."""
+        for cell in cells(part, self.height):
+            yield cell, self._base(self._raw(raw, rows, cell), cell, self.workers.scratch[number])
 
     def _keep(self, scales: Tensor) -> None:
         self._kept_scales = scales
@@ -391,24 +444,17 @@ class WeightWork:
                 )
 
     def _quantize(self, base: _Base, rows: range, grid: Grid, out: Tensor, scratch: Scratch) -> None:
-        step, rounding = self.step, self.step.rounding
-        assert rounding is not None
-        keeps = step.keeps_scales
-        if not step.updates and keeps and base.codes is not None and base.effective is not None:
+        step, keeps = self.step, self.step.keeps_scales
+        is_open = step.updates or self._chosen is not None
+        if not is_open and keeps and base.codes is not None and base.effective is not None:
             step.encoder.pack(base.codes, out)  # already on the output's grid: nothing to round
             self._take_scales(base.effective, rows, grid)
             return
-        values, count = base.values.view(-1), base.values.numel()
-        target, noise = values, None
+        values = base.values.view(-1)
+        target = values
         if step.updates:
             target = self._target(self._cell("target", rows, scratch).copy_(base.values), rows).flatten()
-        if rounding.needs_noise:
-            drawn = scratch.take("noise", count, self.device)
-            noise = uniform(self.seed, step.name, rows, step.columns, drawn)
-        context = Context(base.codes if keeps else None, base.effective if keeps else None, values, noise)
-        codes = scratch.take("codes", count, self.device, torch.uint8)
-        scales = rounding.choose(target, grid, context, codes)
-        self._check_finite(target, rows, scales if context.scales is None else target)
+        codes, scales = self._choose(target, base, rows, grid, scratch)
         step.encoder.pack(codes, out)
         self._take_scales(scales, rows, grid)
         if step.updates:
@@ -416,6 +462,27 @@ class WeightWork:
             sums = self._sums[rows.start // self.height]
             sums[:2] = self._kernels.kept(codes, grid, target, values, base.anchor.view(-1), inner)
             sums[2] = base.error
+
+    def _choose(
+        self, target: Tensor, base: _Base, rows: range, grid: Grid, scratch: Scratch
+    ) -> tuple[Tensor, Tensor]:
+        """Codes (uint8, flat) and scales (float32, one a block) for a cell."""
+        step, count = self.step, target.numel()
+        if self._chosen is not None:
+            first = rows.start * step.columns
+            scales = self._blocks(self._chosen.scales, rows, grid)
+            return self._chosen.codes[first : first + count], scales
+        rounding, keeps, noise = step.rounding, step.keeps_scales, None
+        assert rounding is not None
+        if rounding.needs_noise:
+            drawn = scratch.take("noise", count, self.device)
+            noise = uniform(self.seed, step.name, rows, step.columns, drawn)
+        given = (base.codes, base.effective) if keeps else (None, None)
+        context = Context(*given, base.values.view(-1), noise)
+        codes = scratch.take("codes", count, self.device, torch.uint8)
+        scales = rounding.choose(target, grid, context, codes)
+        self._check_finite(target, rows, scales if context.scales is None else target)
+        return codes, scales
 
     def _take_scales(self, scales: Tensor, rows: range, grid: Grid) -> None:
         if self._kept_scales is None:

@@ -17,11 +17,16 @@ from streamconv.sidecars import edit_config
 from streamconv.sizes import exact_size
 
 
-def generated_files(prepared: Prepared, hashes: Mapping[str, str], kept: Kept | None) -> Mapping[str, bytes]:
+def generated_files(
+    prepared: Prepared,
+    hashes: Mapping[str, str],
+    kept: Kept | None,
+    calibrated: Mapping[str, Mapping[str, float]],
+) -> Mapping[str, bytes]:
     """The small files of the output, in the order they appear."""
     plan, base = prepared.plan, prepared.base
     loaded = {RECIPE: _recipe(prepared), CONFIG: _config(prepared)}
-    contents = {INDEX: _index(plan), MANIFEST: manifest(plan, hashes, kept, loaded), **loaded}
+    contents = {INDEX: _index(plan), MANIFEST: manifest(plan, hashes, kept, calibrated, loaded), **loaded}
     if prepared.job.card:
         contents["README.md"] = model_card(plan, base.index, prepared.adapter_storage, prepared.copied, kept)
     return {name: contents[name] for name in prepared.generated}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from streamconv.rounding.base import Context, Rounding
+from streamconv.rounding.calibrated import Feedback
 from streamconv.rounding.nearest import Nearest
 from streamconv.rounding.noise import uniform
 from streamconv.rounding.stochastic import Stochastic
@@ -16,5 +17,6 @@ ROUNDINGS: Mapping[str, Rounding] = MappingProxyType(
     {
         "nearest": Nearest(),
         "stochastic": Stochastic(),
+        "feedback": Feedback(),
     }
 )

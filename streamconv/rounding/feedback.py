@@ -49,11 +49,11 @@ class FeedbackOptions:
     target that makes up for the inputs' errors; 0 stays at T.
     """
 
-    damping: float = 0.01
-    preserve_delta: float = 1.0
+    damping: float = 0.001
+    preserve_delta: float = 0.3
     sweeps: int = 3
     refits: int = 2
-    asymmetry: float = 0.0
+    asymmetry: float = 1.0
 
     @property
     def needs_cross(self) -> bool:
