@@ -186,6 +186,7 @@ class CalibrationPlan:
     data: str
     name: str
     sha256: str
+    is_data_set: bool
     tokens: int
     sequence_length: int
     options: FeedbackOptions

@@ -60,13 +60,14 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Grounds:
-    """What planning a calibration needs beside headers: the text and its SHA-256, the `weights` inside decoder layers,
-    how many positions the model has (None: any number), and the version of the library that computes it.
+    """What planning a calibration needs beside headers: the text, as in CalibrationPlan, the `weights` that can be
+    calibrated, how many positions the model has (None: any number), and the version of the library that computes it.
     """
 
     data: str
     name: str
     sha256: str
+    is_data_set: bool
     weights: frozenset[str]
     positions: int | None
     transformers: str
@@ -394,6 +395,7 @@ def _plan_calibration(
         data=grounds.data,
         name=grounds.name,
         sha256=grounds.sha256,
+        is_data_set=grounds.is_data_set,
         tokens=tokens,
         sequence_length=length,
         options=feedback,

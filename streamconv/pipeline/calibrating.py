@@ -50,7 +50,8 @@ def read_grounds(base: Base, asked: Calibration, sha256: str | None) -> Grounds:
     config = edit_config(base.index.config, dtype=None, quantization=None, untie=False, vocab_size=None)
     layers = import_module(_LAYERS).find_layers(config, base.index.storage.location, base.weights)
     name = Path(asked.data).name if named is None else asked.data
-    return Grounds(asked.data, name, sha256, layers.weights, layers.positions, layers.version)
+    is_data_set = named is not None
+    return Grounds(asked.data, name, sha256, is_data_set, layers.weights, layers.positions, layers.version)
 
 
 def _hash_data_set(name: str, split: str) -> str:
