@@ -32,8 +32,8 @@ _NEED = "streamconv.calibration.need"
 _WALK = "streamconv.calibration.walk"
 
 
-def read_grounds(base: Base, asked: Calibration, sha256: str | None) -> Grounds:
-    """What planning needs. `sha256` is known of a text that is not at hand; else the text is read.
+def read_grounds(base: Base, asked: Calibration) -> Grounds:
+    """What planning a calibration needs, the text's SHA-256 among it.
 
     Raises OptionError without the libraries, InputError without the text, UnsupportedError for a model that is none
     of theirs.
@@ -45,8 +45,7 @@ def read_grounds(base: Base, asked: Calibration, sha256: str | None) -> Grounds:
             "leave --calibration out"
         )
     named = import_module(_TEXT).data_set_of(asked.data)
-    if sha256 is None:
-        sha256 = _hash_text(Path(asked.data).expanduser()) if named is None else _hash_data_set(*named)
+    sha256 = _hash_text(Path(asked.data).expanduser()) if named is None else _hash_data_set(*named)
     config = edit_config(base.index.config, dtype=None, quantization=None, untie=False, vocab_size=None)
     layers = import_module(_LAYERS).find_layers(config, base.index.storage.location, base.weights)
     name = Path(asked.data).name if named is None else asked.data

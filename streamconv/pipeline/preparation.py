@@ -20,7 +20,7 @@ from streamconv.output import CONFIG, INDEX
 from streamconv.pipeline.calibrating import read_grounds, with_need
 from streamconv.pipeline.job import Job, parse_moe_layout
 from streamconv.plan import Plan
-from streamconv.planner import Base, build_plans, facts_of, read_base
+from streamconv.planner import Base, Grounds, build_plans, facts_of, read_base
 from streamconv.recipe import RECIPE
 from streamconv.report.result import MANIFEST
 from streamconv.sidecars import choose_tokenizer, files_to_copy
@@ -92,10 +92,10 @@ class Prepared:
         return (*self.copied, *card)
 
 
-def prepare(job: Job, text_sha256: str | None = None) -> Prepared:
+def prepare(job: Job, grounds: Grounds | None = None) -> Prepared:
     """Read headers and configs and plan the run. Raises whatever would make it fail, as far as can be known.
 
-    `text_sha256` is that of calibration text which is not at hand, for a plan that will not be carried out.
+    `grounds` are those of a calibration whose text is not at hand, for a plan that will not be carried out.
     """
     storage = open_storage(job.base, job.base_revision)
     index = read_index(storage)
@@ -118,22 +118,22 @@ def prepare(job: Job, text_sha256: str | None = None) -> Prepared:
         )
         _log.info("read the adapter %s: %d updates", job.adapter, len(adapter.updates))
     options = options_alone(facts_of(base, adapter), job.options, (job.options.quant, *job.also))
+    is_recorded = grounds is not None
     asked = next((each.calibration for each in options if each.calibration), None)
-    grounds = read_grounds(base, asked, text_sha256) if asked else None
+    if asked is not None and grounds is None:
+        grounds = read_grounds(base, asked)
     plans = build_plans(base, adapter, options, resolve_device(job.device), grounds)
     is_resized = plans[0].vocab_size is not None
     tokenizer = choose_tokenizer(job.tokenizer, storage, adapter_storage, is_resized)
     _log.info("tokenizer files come from %s", tokenizer.location)
     copied = files_to_copy(storage, tokenizer, index.config, job.copy_extra)
     main, *also = (
-        _with_need(
-            Prepared(
-                replace(job, options=plan.options, also=()), base, adapter_storage, adapter, plan, copied
-            )
-        )
+        Prepared(replace(job, options=plan.options, also=()), base, adapter_storage, adapter, plan, copied)
         for plan in plans
     )
-    return replace(main, also=tuple(also))
+    if is_recorded:
+        return main
+    return replace(_with_need(main), also=tuple(map(_with_need, also)))
 
 
 def _with_need(prepared: Prepared) -> Prepared:

@@ -204,13 +204,8 @@ def _calibration_lines(plan: Plan) -> list[tuple[str, str]]:
     if text is None:
         return []
     spares = f", sparing the update by {text.options.preserve_delta:g}" if text.options.preserve_delta else ""
-    lines = [
-        (
-            "text",
-            f"{text.name}: {text.tokens} tokens in sequences of {text.sequence_length}, for {len(plan.calibrated)} "
-            f"weights, a decoder layer at a time{spares}",
-        )
-    ]
+    size = f"{text.tokens} tokens in sequences of {text.sequence_length}"
+    lines = [("text", f"{text.name}: {size}, for {len(plan.calibrated)} weights, a layer at a time{spares}")]
     if need := text.need:
         where = f"{format_size(need.ram)} RAM, {format_size(need.vram)} on {plan.device}"
         lines.append(("", f"its pass needs {where}, and {format_size(need.disk)} of disk until the end"))
