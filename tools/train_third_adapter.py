@@ -32,6 +32,7 @@ SECTION_CHARACTERS = 2500
 HELD_OUT_EVERY = 13
 CALIBRATION_CHARACTERS = 280_000
 
+NAME_OF_BASE = "SmolLM2-135M-Instruct"
 RANK, ALPHA = 16, 32
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
 STEPS, WARM_UP, LEARNING_RATE, SEED = 90, 6, 5e-4, 6
@@ -115,7 +116,9 @@ def train(base: Path, training: str, out: Path, steps: int) -> None:
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         print(f"[{time.monotonic() - started:5.0f} s] step {step + 1}/{steps} loss {loss:.3f}", flush=True)
+    model.peft_config["default"].base_model_name_or_path = NAME_OF_BASE
     model.to(torch.bfloat16).save_pretrained(out)
+    (out / "README.md").unlink()  # an empty form
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -31,6 +31,7 @@ from tools.study.judge import judge
 from tools.study.pictures import PICTURES
 from tools.study.report import _BLOCK, PAGE, read, render
 from tools.study.tables import BLOCKS, NOT_MEASURED
+from tools.study.weights import shape
 from tools.train_third_adapter import paragraphs, split
 
 # -- statistics --------------------------------------------------------------------------------------------
@@ -52,7 +53,6 @@ def test_sequences_are_drawn_in_pairs() -> None:
     assert (gap.low, gap.high) == pytest.approx((0.01, 0.01))
     assert bootstrap.mean(losses).high - bootstrap.mean(losses).low > 0.3
     assert gap.excludes(0)
-    assert not gap.excludes(0.01 * 1.0000001) or gap.low == gap.high
 
 
 def test_perplexities_and_shares_of_them() -> None:
@@ -87,16 +87,14 @@ def test_kept_delta_and_ratio(weight: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("size", [0.01, 0.04, 0.06, 0.1, 0.2])
 def test_the_kept_share_is_as_foretold(size: float) -> None:
+    """On scales that are held; new ones keep a little more (the page says how much)."""
     layer = synthetic.make(size, seed=7)
-    measured = grid.kept(grid.quantize(layer.target).values, layer.base.values, layer.delta)
-    assert predicted_kept(grid.ratio(layer.delta, layer.base), NF4) == pytest.approx(measured, abs=0.1)
-
-
-def test_the_layer_of_the_contract_loses_its_delta_by_nearest_and_not_by_feedback() -> None:
-    found = synthetic._strategies(seed=11)
-    assert found["nearest"]["kept"] < 0.3
-    assert found["feedback"]["kept"] > 0.9
-    assert found["feedback"]["output_error"] < found["stochastic"]["output_error"]
+    codes = grid.nearest_codes(layer.target, layer.base.scales)
+    measured = grid.kept(grid.VALUES[codes.long()] * layer.base.scales, layer.base.values, layer.delta)
+    kurtosis = shape(layer.delta)["kurtosis"] - 3
+    assert predicted_kept(grid.ratio(layer.delta, layer.base), NF4, kurtosis) == pytest.approx(
+        measured, abs=0.025
+    )
 
 
 # -- the judge ---------------------------------------------------------------------------------------------
