@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from streamconv.analysis.prediction import predicted_kept
 from streamconv.grids import NF4
@@ -24,14 +25,19 @@ def dead_zone(beds: Mapping[str, Results], synthetic: Results, path: Path) -> No
     """Kept share of nearest rounding of T against the delta-to-step ratio: formula, synthetic layers, real weights."""
     figure = Figure(figsize=(9, 5), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    for name, results in beds.items():
-        weights = results.get("weights", [])
+    kurtoses = [0.0]
+    for name, weights in _measured(beds):
+        kurtoses += [weight["delta_kurtosis"] for weight in weights]
         places = [weight["ratio"] for weight in weights]
         kept = [weight["kept"] for weight in weights]
         axes.plot(places, kept, ".", color=COLORS[name], alpha=0.55, markersize=6, label=BEDS[name].label)
     ratios = np.geomspace(0.005, 1.2, 200)
     curve = [predicted_kept(float(ratio), NF4) for ratio in ratios]
     axes.plot(ratios, curve, color=INK, linewidth=1.5, label="formula, Gaussian delta")
+    middle = float(np.median(kurtoses))
+    curve = [predicted_kept(float(ratio), NF4, middle) for ratio in ratios]
+    label = f"formula, delta with excess kurtosis {middle:.1f}, the median here"
+    axes.plot(ratios, curve, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=label)
     if synthetic:
         rows = synthetic["dead_zone"]
         axes.errorbar(
@@ -58,6 +64,9 @@ def strategies(beds: Mapping[str, Results], path: Path) -> None:
     figure = Figure(figsize=(10, 7), layout="constrained", facecolor="white")
     panels = figure.subplots(2, 2).flatten()
     for axes, (name, results) in zip(panels, beds.items(), strict=True):
+        if row_of(results, "T") is None:
+            axes.set_visible(False)
+            continue
         found = [
             (label, mean(row.kl))
             for strategy, label in STRATEGIES.items()
@@ -108,8 +117,7 @@ def distributions(beds: Mapping[str, Results], path: Path) -> None:
     )
     for axes, key, title in panels:
         ends: list[float] = []
-        for name, results in beds.items():
-            weights = results.get("weights", [])
+        for name, weights in _measured(beds):
             before = [weight["shape_before"][key] for weight in weights]
             after = [weight["shape_of_target"][key] for weight in weights]
             axes.plot(before, after, ".", color=COLORS[name], alpha=0.5, label=BEDS[name].label)
@@ -117,8 +125,11 @@ def distributions(beds: Mapping[str, Results], path: Path) -> None:
         if ends:
             line = [min(ends) * 0.95, max(ends) * 1.05]
             axes.plot(line, line, color=FAINT, linewidth=1, zorder=0)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+            scale("log")
+            axis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 8)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
         axes.set_title(title, loc="left", fontsize=10, color=INK)
         axes.set_xlabel("base, before merging", color=INK)
         axes.set_ylabel("T, after merging", color=INK)
@@ -127,6 +138,11 @@ def distributions(beds: Mapping[str, Results], path: Path) -> None:
         "Merging does not make outliers: every adapted weight before and after", fontsize=11, color=INK
     )
     _save(figure, path)
+
+
+def _measured(beds: Mapping[str, Results]) -> Iterator[tuple[str, Sequence[Mapping[str, Any]]]]:
+    """Names and weights of the beds that have been measured."""
+    return ((name, results["weights"]) for name, results in beds.items() if results.get("weights"))
 
 
 def _save(figure: Figure, path: Path, spines: Sequence[str] = ("top", "right")) -> None:

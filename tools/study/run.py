@@ -49,13 +49,14 @@ def study(bed: Bed, wanted: Callable[[str], bool], tell: Callable[[str], None]) 
     if not results["weights"]:
         tell(f"{bed.name}: what nearest rounding does to every weight")
         results["weights"] = [_rounded(describe(layer)) for layer in adapted.values()]
+        save(path, MADE_BY, results)
     for row in rows:
         tell(f"{bed.name}: {row.label}")
         found = _opened(bed, row, windows, reference, head) if isinstance(row, Opened) else None
         if isinstance(row, Merged):
             found = _merged(bed, row, windows, reference, head, adapted)
-        results["rows"][row.name] = _rounded(found)
         results["machine"] = machine(work)
+        results["rows"][row.name] = {**_rounded(found), "commit": results["machine"]["commit"]}
         save(path, MADE_BY, results)
 
 
