@@ -225,6 +225,7 @@ class WeightWork:
         self._base_scales = step.weight.decoder.scales(side)
         self._kept_scales: Tensor | None = None
         self._effective: Tensor | None = None
+        self._searched: Tensor | None = None  # what a loader will make of scales that were searched for
         if step.keeps_scales and self._base_scales is not None:
             self._keep(self._base_scales)
         self._chosen: Chosen | None = None
@@ -232,9 +233,12 @@ class WeightWork:
     # -- the two passes ----------------------------------------------------------------------------------
 
     def reduce(self, raw: Tensor, rows: range) -> None:
-        """First pass, for steps whose access says so: scales of the rounded base, or states of the updates."""
+        """First pass, where access says so: scales of the rounded base, or of the output, or states of updates."""
         if self.step.merge_base is not None:
             self.workers.map(lambda number, part: self._take_absmax(number, raw, rows, part), rows)
+        if self.step.searches_first:
+            self.workers.map(lambda number, part: self._take_searched(number, raw, rows, part), rows)
+        if self.step.merge_base is not None or self.step.searches_first:
             return
         self.workers.alone(lambda number: self._take_states(number, raw, rows))
 
@@ -244,6 +248,8 @@ class WeightWork:
             state = self._states[number]
             if isinstance(update, WholeUpdate) and state is not None:
                 self._states[number] = update.conclude(state)
+        if self.step.searches_first:
+            self._searched = self.step.encoder.effective_scales(self._scales)
         merge_base = self.step.merge_base
         if merge_base is None:
             return
@@ -269,7 +275,8 @@ class WeightWork:
         tail = encoder.finish(scales, self.side if self.step.keeps_parts else None)
         if not self.step.updates:
             return tail, None
-        effective = encoder.effective_scales(scales) if self._effective is None else self._effective
+        effective = self._effective if self._searched is None else self._searched
+        effective = encoder.effective_scales(scales) if effective is None else effective
         base_inner, delta, error = pairwise_sum(self._sums.T.contiguous()).tolist()
         inner = _inner_product(effective, self._inner) / encoder.grid.peak
         return tail, KeptDelta(inner - base_inner, delta, error)
@@ -342,6 +349,19 @@ class WeightWork:
             values = self._decode(self._raw(raw, rows, cell), cell, self.workers.scratch[number]).view(-1)
             out = self._blocks(self._absmax, cell, merge_base.grid)
             self._kernels.absmax(values, merge_base.grid.block, out)
+
+    def _take_searched(self, number: int, raw: Tensor, rows: range, part: range) -> None:
+        """A base that is rounded first has its scales here as they were before nesting: near enough for a search."""
+        step, scratch = self.step, self.workers.scratch[number]
+        rounding, grid = step.rounding, step.encoder.grid
+        assert rounding is not None
+        assert grid is not None
+        for cell in cells(part, self.height):
+            base = self._base(self._raw(raw, rows, cell), cell, scratch).values
+            target = self._target(self._cell("target", cell, scratch).copy_(base), cell).flatten()
+            codes = scratch.take("codes", target.numel(), self.device, torch.uint8)
+            scales = rounding.choose(target, grid, Context(None, None, None, None), codes)
+            self._blocks(self._scales, cell, grid).copy_(scales)
 
     def _take_states(self, number: int, raw: Tensor, rows: range) -> None:
         states = list(self._states)
@@ -477,15 +497,17 @@ class WeightWork:
         if rounding.needs_noise:
             drawn = scratch.take("noise", count, self.device)
             noise = uniform(self.seed, step.name, rows, step.columns, drawn)
-        given = (base.codes, base.effective) if keeps else (None, None)
-        context = Context(*given, base.values.view(-1), noise)
+        given = base.effective if keeps else None
+        if self._searched is not None:
+            given = self._blocks(self._searched, rows, grid)
+        context = Context(base.codes if keeps else None, given, base.values.view(-1), noise)
         codes = scratch.take("codes", count, self.device, torch.uint8)
         scales = rounding.choose(target, grid, context, codes)
         self._check_finite(target, rows, scales if context.scales is None else target)
         return codes, scales
 
     def _take_scales(self, scales: Tensor, rows: range, grid: Grid) -> None:
-        if self._kept_scales is None:
+        if self._kept_scales is None and self._searched is None:
             self._blocks(self._scales, rows, grid).copy_(scales)
 
     def _check_finite(self, cell: Tensor, rows: range, telling: Tensor) -> None:

@@ -129,6 +129,16 @@ class Rewrite:
         return max((update.whole_bytes for update in whole), default=0)
 
     @property
+    def searches_first(self) -> bool:
+        """Whether scales are searched for all of the weight, and stored, before codes are chosen."""
+        return (
+            self.rounding is not None
+            and self.rounding.searches_scales
+            and self.encoder.nested
+            and not self.keeps_scales
+        )
+
+    @property
     def access(self) -> Access:
         if self.calibrated:
             return Access.CALIBRATED
@@ -137,7 +147,7 @@ class Rewrite:
         )
         if self.whole_bytes:
             return Access.WHOLE
-        reduces = needs_scales or any(update.reduces for update in self.updates)
+        reduces = needs_scales or self.searches_first or any(update.reduces for update in self.updates)
         return Access.REDUCE_THEN_ROW if reduces else Access.ROW
 
 

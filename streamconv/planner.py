@@ -336,6 +336,11 @@ def _weight_steps(
     base_grid = merge_base.grid if merge_base else weight.decoder.grid
     is_on_grid = base_grid == encoder.grid
     keeps = is_on_grid and (rounding.keeps_scales or not updates)
+    if rounding.searches_scales and encoder.nested and any(update.reduces for update in updates):
+        raise UnsupportedError(
+            f"{name}: this update needs a pass over the whole weight, and so does --rounding {rounding.name} with "
+            f"double-quantized scales; choose another --rounding, or a --quant other than {encoder.format}"
+        )
     keeps_parts = keeps and merge_base is None and weight.format == encoder.format
     calibrates &= bool(updates) or not is_on_grid  # else the codes stay
     return [Rewrite(name, weight, updates, encoder, rounding, merge_base, keeps, keeps_parts, calibrates)]

@@ -13,7 +13,7 @@ from streamconv.calibration.targets import Held
 
 # Of an update that is not a product of factors; LoRA's own default is 8.
 _RANK = 16
-_ITERATIONS = 2
+_ITERATIONS = 4
 
 
 def directions_of(held: Held, target: Tensor) -> Tensor | None:

@@ -56,6 +56,7 @@ class Kernels(Protocol):
         target: Tensor,
         pull: Tensor,
         coupling: Tensor,
+        rows: Tensor | None,
         grid: Grid,
         scales: Tensor,
         dtype: Dtype,
@@ -65,10 +66,13 @@ class Kernels(Protocol):
     ) -> None:
         """Choose codes column by column, each nearest to its target plus the pull of other columns' errors.
 
-        All are [columns, rows], with a scale an element, but for `coupling` [columns, columns]: the change of a
-        column's error times its row there is added to the pull of the columns after it. Errors are those of what
-        `dtype` can hold. A code stays unless another is strictly nearer, but where `is_first` says that there were
-        none and `errors` are 0. `codes` and `errors` are written, `pull` is used up.
+        All are [columns, rows], with a scale an element, but for two: the change of a column's error times its row of
+        `coupling` [columns, columns] is added to the pull of the columns after it. With `rows` [rows, rows], rows are
+        settled one after the other: the change of a row's error times its row there is added to the change of all
+        rows, itself included by the 1 on the diagonal; that is what then counts as the change of the column's error.
+
+        Errors are those of what `dtype` can hold. A code stays unless another is strictly nearer, but where `is_first`
+        says that there were none and `errors` are 0. `codes` and `errors` are written, `pull` is used up.
         """
 
     def stochastic(

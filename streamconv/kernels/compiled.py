@@ -433,6 +433,59 @@ def _settle(
 
 
 @_compiled
+def _nearest_rank(x: Any, midpoints: Array) -> Any:
+    rank = np.int64(0)
+    for step in (8, 4, 2, 1):
+        rank += step * np.int64(x > midpoints[rank + step - 1])
+    return rank
+
+
+@_compiled
+def _settle_in_turn(
+    target: Array,
+    pull: Array,
+    coupling: Array,
+    scales: Array,
+    rows: Array,
+    midpoints: Array,
+    rising: Array,
+    by_code: Array,
+    by_rank: Array,
+    codes: Array,
+    errors: Array,
+    is_first: bool,
+    dropped: int,
+) -> None:
+    """One row after the other, each with the changes of those before."""
+    pair = np.empty(2, np.float32)
+    bits = pair.view(np.uint32)
+    changes = np.empty(target.shape[1], np.float32)
+    for j in range(target.shape[0]):
+        changes[:] = 0
+        for i in range(target.shape[1]):
+            wanted = np.float32(target[j, i] + pull[j, i]) + changes[i]
+            rank = _nearest_rank(wanted * _factor(scales[j, i], _ONE, _FLOOR), midpoints)
+            pair[0] = rising[rank] * scales[j, i]
+            pair[1] = by_code[codes[j, i]] * scales[j, i]
+            if dropped:
+                _round_bits(bits, pair, 2, dropped)
+            if is_first or abs(wanted - pair[0]) < abs(wanted - pair[1]):
+                codes[j, i] = by_rank[rank]
+                pair[1] = pair[0]
+            error = target[j, i] - pair[1]
+            change = error - errors[j, i]
+            errors[j, i] = error
+            if change != 0:
+                weights = rows[i]
+                for k in range(changes.size):
+                    changes[k] += change * weights[k]
+        for k in range(j + 1, target.shape[0]):
+            weight, pulls = coupling[j, k], pull[k]
+            for i in range(changes.size):
+                pulls[i] += changes[i] * weight
+
+
+@_compiled
 def _distance(left: Array, right: Array, sums: Array) -> None:
     terms = np.empty(left.shape[1], np.float32)
     for b in range(left.shape[0]):
@@ -609,6 +662,7 @@ class CompiledKernels:
         target: Tensor,
         pull: Tensor,
         coupling: Tensor,
+        rows: Tensor | None,
         grid: Grid,
         scales: Tensor,
         dtype: Dtype,
@@ -617,12 +671,16 @@ class CompiledKernels:
         is_first: bool,
     ) -> None:
         if not isinstance(grid, TableGrid) or len(grid.values) > _CODES or grid.peak != 1:
-            _TORCH.settle(target, pull, coupling, grid, scales, dtype, codes, errors, is_first)
+            _TORCH.settle(target, pull, coupling, rows, grid, scales, dtype, codes, errors, is_first)
             return
         table = _table(grid.values)
         look_up = (table.midpoints, table.rising, table.by_code, table.by_rank)
         arrays = (target.numpy(), pull.numpy(), coupling.numpy(), scales.numpy())
-        _settle(*arrays, *look_up, codes.numpy(), errors.numpy(), is_first, _DROPPED[dtype])
+        into = (codes.numpy(), errors.numpy(), is_first, _DROPPED[dtype])
+        if rows is None:
+            _settle(*arrays, *look_up, *into)
+        else:
+            _settle_in_turn(*arrays, rows.numpy(), *look_up, *into)
 
     def uniform(self, key: int, first: int, out: Tensor) -> None:
         even = out.numel() // 2 * 2

@@ -56,6 +56,7 @@ class TorchKernels:
         target: Tensor,
         pull: Tensor,
         coupling: Tensor,
+        rows: Tensor | None,
         grid: Grid,
         scales: Tensor,
         dtype: Dtype,
@@ -64,19 +65,24 @@ class TorchKernels:
         is_first: bool,
     ) -> None:
         factors = reciprocals(scales, grid.peak)
+        parts = [slice(None)] if rows is None else [slice(i, i + 1) for i in range(target.shape[1])]
         for j in range(target.shape[0]):
-            wanted = target[j] + pull[j]
-            chosen = grid.nearest(wanted * factors[j])
-            value = _dequantized(chosen, grid, scales[j], dtype)
-            if not is_first:
-                old = _dequantized(codes[j], grid, scales[j], dtype)
-                is_better = (wanted - value).abs_() < (wanted - old).abs_()
-                chosen = torch.where(is_better, chosen, codes[j])
-                value = torch.where(is_better, value, old)
-            error = target[j] - value
-            # Two operations, as compiled loops have them: a fused one rounds once less.
-            pull[j + 1 :].add_(coupling[j, j + 1 :, None] * (error - errors[j]))
-            codes[j], errors[j] = chosen, error
+            change = torch.zeros_like(target[j])
+            for part in parts:
+                wanted = target[j, part] + pull[j, part]
+                wanted = wanted if rows is None else wanted + change[part]
+                chosen = grid.nearest(wanted * factors[j, part])
+                value = _dequantized(chosen, grid, scales[j, part], dtype)
+                if not is_first:
+                    old = _dequantized(codes[j, part], grid, scales[j, part], dtype)
+                    is_better = (wanted - value).abs_() < (wanted - old).abs_()
+                    chosen = torch.where(is_better, chosen, codes[j, part])
+                    value = torch.where(is_better, value, old)
+                error = target[j, part] - value
+                # Two operations, here and below, as compiled loops have them: a fused one rounds once less.
+                change.add_((error - errors[j, part]) * (1 if rows is None else rows[part].view(-1)))
+                codes[j, part], errors[j, part] = chosen, error
+            pull[j + 1 :].add_(coupling[j, j + 1 :, None] * change)
 
     def stochastic(
         self,

@@ -1,147 +1,65 @@
-"""A weight's columns gone through in order, each with the errors of others fed to it: feedback, descent, refit.
+"""A weight's columns gone through in order, each with the errors of others fed to it: feedback and descent.
 
-With H = M Mᵀ, M upper triangular, and E = T - Q:
+With H = M Mᵀ, M upper triangular, and E = T - Q a row's code is the nearest to
 
     feedback  x_j = t_j + Σ_{k<j} e_k M_kj / M_jj    (GPTQ, arXiv 2210.17323, without its inverse)
     descent   x_j = t_j + Σ_{k≠j} e_k H_kj / H_jj
-    both      q_j = nearest(x_j)
 
-so the two differ by a matrix. The loss of a row is ||e M||². Feedback makes Σ_j M_jj² (x_j - q_j)² of it; a step of
-descent never raises it.
+so the two differ by a matrix. Feedback makes the loss Σ_j M_jj² (x_j - q_j)²; a step of descent never raises it.
 
-With their scales held, rows do not know of each other. They are worked on some at a time by as many threads as torch
-has, each with matrix products of its own: how many there are changes no bit.
+With moments G of the outputs, errors of other rows are fed to a row as well (YAQA, Tseng et al. 2025, arXiv
+2505.22988). Both matrices scaled to a diagonal of ones, C_G and C_H, be they factors or moments:
+
+    N = C_Gᵀ E,   x_ij = t_ij - e_ij + (N C_H)_ij
+
+In feedback only errors above and to the left count, so any order does that goes down and to the right: here tiles of
+64 by 64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
-from streamconv.dtypes import Dtype
-from streamconv.grids import Grid
 from streamconv.kernels import kernels_for
+from streamconv.rounding.layer import (
+    PANEL,
+    Layer,
+    Solution,
+    better,
+    better_rows,
+    losses,
+    panels,
+    shared,
+    solution,
+    stretches,
+)
 from streamconv.rounding.metric import Metric
-
-# Columns gone through one by one before a matrix product carries their errors to the others.
-PANEL = 64
-# Rows worked on at once by a thread of a CPU: enough for fast matrix products, few enough to share out; whole cells.
-ROWS = 128
-_DEVICE_ROWS = 4096
-# What is added to the diagonal of a system of scales, in units of its mean: two blocks may have proportional effects.
-_RIDGE = 1e-4
-
-Part = TypeVar("Part")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Layer:
-    """A weight turned on its side: `target` [in, out], its columns in the order of `metric`.
-
-    `dtype` is what a loader rounds dequantized values to.
-    """
-
-    target: Tensor
-    metric: Metric
-    grid: Grid
-    dtype: Dtype
-
-    @property
-    def columns(self) -> int:
-        return self.target.shape[0]
-
-    @property
-    def rows(self) -> int:
-        return self.target.shape[1]
-
-    def flat(self, turned: Tensor) -> Tensor:
-        """`turned` [in, out] as a file has it: flat, row by row."""
-        return turned[self.metric.places].T.reshape(-1)
-
-    def turned(self, flat: Tensor) -> Tensor:
-        """Undo `flat`."""
-        return flat.view(self.rows, self.columns).T[self.metric.order].contiguous()
-
-    def spread(self, scales: Tensor, rows: slice) -> Tensor:
-        """The scale of every element of `rows`, [in, rows]. A block may run on from one row into the next."""
-        first = torch.arange(self.rows, device=scales.device)[rows] * self.columns
-        return scales[(first + self.metric.order[:, None]) // self.grid.block]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Solution:
-    """Codes (uint8) and errors T - Q (float32), [in, out]; every row's loss, float64."""
-
-    codes: Tensor
-    errors: Tensor
-    losses: Tensor
-
-    @property
-    def loss(self) -> float:
-        return float(self.losses.sum())
-
-
-def turn(target: Tensor, metric: Metric, grid: Grid, dtype: Dtype) -> Layer:
-    """The layer of `target` [out, in]."""
-    return Layer(target.T[metric.order].contiguous(), metric, grid, dtype)
-
-
-def searched(layer: Layer) -> Tensor:
-    """Scales with the least squared error found where inputs are taken to be uncorrelated: weighed by H_jj."""
-    weights = layer.metric.matrix.diagonal()[layer.metric.places]
-    block, columns = layer.grid.block, layer.columns
-
-    def search(rows: slice) -> Tensor:
-        values = layer.target[:, rows][layer.metric.places].T.reshape(-1)
-        scales = torch.empty(-(-values.numel() // block), dtype=torch.float32, device=values.device)
-        weighed = weights.repeat(values.numel() // columns)
-        kernels_for(values.device).search(values, layer.grid, weighed, scales)
-        return scales
-
-    return torch.cat(_shared(layer, search))
-
-
-def rounded(layer: Layer, scales: Tensor) -> Solution:
-    """The nearest codes."""
-    flat = layer.flat(layer.target)
-    codes = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
-    kernels_for(flat.device).nearest(flat, layer.grid, scales, codes)
-    return coded(layer, scales, codes)
-
-
-def coded(layer: Layer, scales: Tensor, codes: Tensor) -> Solution:
-    """These `codes` (flat)."""
-    values = torch.empty(codes.numel(), dtype=torch.float32, device=codes.device)
-    kernels_for(codes.device).decode(codes, layer.grid, scales, layer.dtype, values)
-    errors = layer.target - layer.turned(values)
-    losses = _shared(layer, lambda rows: _losses(layer.metric.factor, errors[:, rows].contiguous()))
-    return Solution(layer.turned(codes), errors, torch.cat(losses))
 
 
 def fed(layer: Layer, scales: Tensor) -> Solution:
     """Codes by one pass of feedback."""
-    factor = layer.metric.factor
+    codes = torch.zeros_like(layer.target, dtype=torch.uint8)
+    if layer.outputs is not None:
+        errors = torch.zeros_like(layer.target)
+        _settle_tiles(layer, layer.outputs, scales, codes, errors, is_first=True)
+        return solution(layer, codes, errors)
 
     def feed(rows: slice) -> Solution:
-        target, spread = layer.target[:, rows].contiguous(), layer.spread(scales, rows)
+        target = layer.target[:, rows].contiguous()
         codes, errors = torch.zeros_like(target, dtype=torch.uint8), torch.zeros_like(target)
-        for panel in _panels(layer.columns):
-            pull = factor[: panel.start, panel].T @ errors[: panel.start]
-            _settle(layer, factor, panel, target, pull, spread, codes, errors, is_first=True)
-        return Solution(codes, errors, _losses(factor, errors))
+        _settle_rows(layer, target, layer.spread(scales, rows), codes, errors, is_first=True)
+        return Solution(codes, errors, losses(layer, errors))
 
-    return _joined(_shared(layer, feed))
+    return _joined(shared(layer, feed))
 
 
 def descended(layer: Layer, scales: Tensor, start: Solution, sweeps: int) -> Solution:
-    """`start` after at most `sweeps` of descent over all columns; a row stays where one does not lower its loss."""
-    matrix = layer.metric.matrix
-    diagonal = matrix.diagonal()[:, None]
+    """`start` after at most `sweeps` of descent over all columns; nothing is taken that does not lower the loss."""
+    if not sweeps:
+        return start
+    if layer.outputs is not None:
+        return _descended_together(layer, layer.outputs, scales, start, sweeps)
 
     def descend(rows: slice) -> Solution:
         target, spread = layer.target[:, rows].contiguous(), layer.spread(scales, rows)
@@ -150,68 +68,26 @@ def descended(layer: Layer, scales: Tensor, start: Solution, sweeps: int) -> Sol
         )
         for _ in range(sweeps):
             codes, errors = best.codes.clone(), best.errors.clone()
-            for panel in _panels(layer.columns):
-                pull = (matrix[:, panel].T @ errors).sub_(diagonal[panel] * errors[panel])
-                _settle(layer, matrix, panel, target, pull, spread, codes, errors, is_first=False)
+            _settle_rows(layer, target, spread, codes, errors, is_first=False)
             if torch.equal(codes, best.codes):
                 break
-            best = better_rows(best, Solution(codes, errors, _losses(layer.metric.factor, errors)))
+            best = better_rows(best, Solution(codes, errors, losses(layer, errors)))
         return best
 
-    return _joined(_shared(layer, descend)) if sweeps else start
+    return _joined(shared(layer, descend))
 
 
-def better_rows(left: Solution, right: Solution) -> Solution:
-    """Of two solutions with the same scales the better one, row by row; `left` where they are even."""
-    takes_right = right.losses < left.losses
-    return Solution(
-        torch.where(takes_right, right.codes, left.codes),
-        torch.where(takes_right, right.errors, left.errors),
-        torch.where(takes_right, right.losses, left.losses),
-    )
-
-
-def refitted(layer: Layer, scales: Tensor, solution: Solution) -> Tensor:
-    """The scales with which the codes of `solution` have the least loss; for weights whose blocks end with rows.
-
-    With v_g a row's values in block g and 0 elsewhere they are the old ones plus δ, Σ_h v_gᵀ H v_h δ_h = v_gᵀ H e. A
-    scale that would not stay on its side of 0 is kept.
-    """
-    changes = _shared(
-        layer, lambda rows: _scale_changes(layer, solution.codes[:, rows], solution.errors[:, rows])
-    )
-    fitted = scales + torch.cat(changes)
-    return torch.where(fitted * scales > 0, fitted, scales)
-
-
-def _scale_changes(layer: Layer, codes: Tensor, errors: Tensor) -> Tensor:
-    """δ above of some rows' blocks, flat."""
-    matrix, places, block = layer.metric.matrix, layer.metric.places, layer.grid.block
-    values = layer.grid.decode(codes)[places].div_(layer.grid.peak)
-    count = layer.columns // block
-    wanted = (matrix @ errors)[places].mul_(values).view(count, block, -1).sum(1)
-    system = wanted.new_empty(count, *wanted.shape)
-    for number, columns in enumerate(places.view(count, block)):
-        products = matrix[columns][:, places].T @ values[number * block : (number + 1) * block]
-        system[number] = products.mul_(values).view(count, block, -1).sum(1)
-    systems = system.permute(2, 0, 1).double()
-    diagonal = systems.diagonal(dim1=1, dim2=2)
-    diagonal.add_(_RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny)
-    changes: Tensor = torch.linalg.solve(systems, wanted.T.double())
-    return changes.float().reshape(-1)
-
-
-def _shared(layer: Layer, work: Callable[[slice], Part]) -> list[Part]:
-    """What `work` makes of all rows, some at a time, in order."""
-    is_cpu = layer.target.device.type == "cpu"
-    height = ROWS if is_cpu else _DEVICE_ROWS
-    parts = [slice(first, min(first + height, layer.rows)) for first in range(0, layer.rows, height)]
-    if not is_cpu:
-        return [work(part) for part in parts]
-    threads = min(torch.get_num_threads(), len(parts))
-    # The setting is a thread's own: with more, products would be split as the number of threads has it.
-    with ThreadPoolExecutor(threads, "streamconv-rows", torch.set_num_threads, (1,)) as pool:
-        return list(pool.map(work, parts))
+def _descended_together(
+    layer: Layer, outputs: Metric, scales: Tensor, start: Solution, sweeps: int
+) -> Solution:
+    best = start
+    for _ in range(sweeps):
+        codes, errors = best.codes.clone(), best.errors.clone()
+        _settle_tiles(layer, outputs, scales, codes, errors, is_first=False)
+        if torch.equal(codes, best.codes):
+            break
+        best = better(layer, best, solution(layer, codes, errors))
+    return best
 
 
 def _joined(parts: list[Solution]) -> Solution:
@@ -222,41 +98,78 @@ def _joined(parts: list[Solution]) -> Solution:
     )
 
 
-def _panels(columns: int) -> list[slice]:
-    return [slice(first, min(first + PANEL, columns)) for first in range(0, columns, PANEL)]
+def _settle_rows(
+    layer: Layer, target: Tensor, spread: Tensor, codes: Tensor, errors: Tensor, *, is_first: bool
+) -> None:
+    """Go through the columns of some rows, which are on their own; all are [in, rows]."""
+    matrix = layer.inputs.factor if is_first else layer.inputs.matrix
+    kernels = kernels_for(target.device)
+    for panel in panels(layer):
+        reach = slice(0, panel.start if is_first else layer.columns)
+        diagonal = matrix.diagonal()[panel]
+        pull = (matrix[reach, panel].T @ errors[reach]).div_(diagonal[:, None]).sub_(errors[panel])
+        kernels.settle(
+            target[panel],
+            pull,
+            matrix[panel, panel] / diagonal,
+            None,
+            layer.grid,
+            spread[panel],
+            layer.dtype,
+            codes[panel],
+            errors[panel],
+            is_first,
+        )
 
 
-def _settle(
+def _settle_tiles(
+    layer: Layer, outputs: Metric, scales: Tensor, codes: Tensor, errors: Tensor, *, is_first: bool
+) -> None:
+    """Go through the columns of all rows, a tile of some of both at a time."""
+    by_column, by_row = (
+        matrix / matrix.diagonal()
+        for matrix in (
+            (layer.inputs.factor, outputs.factor) if is_first else (layer.inputs.matrix, outputs.matrix)
+        )
+    )
+    mixed, spread = errors @ by_row, layer.spread(scales, slice(None))
+    for panel in panels(layer):
+        reach = slice(0, panel.start if is_first else layer.columns)
+        pulls, coupling = by_column[reach, panel].T @ mixed[reach], by_column[panel, panel]
+        before = mixed[panel].clone()
+        for rows in stretches(layer.rows, PANEL):
+            # What rows of this panel that were settled already have done to the ones that come now.
+            pull = coupling.T @ (mixed[panel, rows] - before[:, rows])
+            pull.add_(pulls[:, rows]).sub_(errors[panel, rows])
+            tile = (codes[panel, rows], errors[panel, rows])
+            given = (layer.target[panel, rows], pull, coupling, by_row[rows, rows], spread[panel, rows])
+            changes = _settle_tile(layer, *given, *tile, is_first=is_first)
+            mixed[panel] += changes @ by_row[rows]
+
+
+def _settle_tile(
     layer: Layer,
-    matrix: Tensor,
-    panel: slice,
     target: Tensor,
     pull: Tensor,
-    spread: Tensor,
+    coupling: Tensor,
+    by_row: Tensor,
+    scales: Tensor,
     codes: Tensor,
     errors: Tensor,
     *,
     is_first: bool,
-) -> None:
-    """Choose the codes of `panel`; `pull` are the products of `matrix` with the errors of other columns."""
-    diagonal = matrix.diagonal()[panel]
-    kernels_for(target.device).settle(
-        target[panel],
-        pull.div_(diagonal[:, None]),
-        matrix[panel, panel] / diagonal,
-        layer.grid,
-        spread[panel],
-        layer.dtype,
-        codes[panel],
-        errors[panel],
-        is_first,
+) -> Tensor:
+    """The changes of `errors`. Element after element, which is no work for a GPU: a tile comes to the CPU for it."""
+    target, pull, coupling, by_row, scales = (
+        each.cpu().contiguous() for each in (target, pull, coupling, by_row, scales)
     )
-
-
-def _losses(factor: Tensor, errors: Tensor) -> Tensor:
-    """||e M||² of every row: a sum of squares, which no cancellation can spoil."""
-    losses = torch.zeros(errors.shape[1], dtype=torch.float64, device=errors.device)
-    for panel in _panels(errors.shape[0]):
-        seen = factor[: panel.stop, panel].T @ errors[: panel.stop]
-        losses += seen.double().square_().sum(0)
-    return losses
+    settled, remaining = (
+        each.to("cpu", copy=True, memory_format=torch.contiguous_format) for each in (codes, errors)
+    )
+    kernels_for(target.device).settle(
+        target, pull, coupling, by_row, layer.grid, scales, layer.dtype, settled, remaining, is_first
+    )
+    changes = remaining.to(errors.device) - errors
+    codes.copy_(settled)
+    errors.copy_(remaining)
+    return changes

@@ -10,10 +10,14 @@ Preserving the delta adds these to the inputs: H' = H + μ tr(H) / ||A||² AᵀA
 With the inputs Z that the quantized layers before produce and C = XᵀZ / N, the error of the output is ||X Tᵀ - Z Qᵀ||²,
 which is that of the target T + T (C - H) H⁻¹ in the metric of H = ZᵀZ / N: the asymmetric calibration of GPTAQ (Li et
 al. 2025, arXiv 2504.02692), solved exactly.
+
+Where gradients tell what an output counts for the model, G = mean of dy dyᵀ, the error is tr(G E H' Eᵀ): a Kronecker
+factored approximation of the model's own loss (K-FAC, Martens and Grosse 2015, arXiv 1503.05671).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,19 +27,10 @@ from torch import Tensor
 from streamconv.dtypes import Dtype
 from streamconv.grids import Grid
 from streamconv.kernels import kernels_for
-from streamconv.rounding.columns import (
-    Layer,
-    Solution,
-    better_rows,
-    coded,
-    descended,
-    fed,
-    refitted,
-    rounded,
-    searched,
-    turn,
-)
-from streamconv.rounding.metric import Statistics, compensated, metric
+from streamconv.rounding.columns import descended, fed
+from streamconv.rounding.layer import Layer, Solution, better, coded, rounded, turn
+from streamconv.rounding.metric import Statistics, compensated, factored, preserving
+from streamconv.rounding.scales import greatest, refitted, searched
 
 __all__ = ["BaseOnGrid", "Chosen", "FeedbackOptions", "Statistics", "Storage", "feedback"]
 
@@ -46,7 +41,7 @@ class FeedbackOptions:
 
     `damping`: of H', in units of its mean diagonal. `preserve_delta`: μ. `sweeps`: of descent after each feedback.
     `refits`: times that scales are fitted to the codes and codes chosen anew. `asymmetry`: the share of the way to the
-    target that makes up for the inputs' errors; 0 stays at T.
+    target that makes up for the inputs' errors; 0 stays at T. `output_damping`: of G, likewise.
     """
 
     damping: float = 0.001
@@ -54,6 +49,7 @@ class FeedbackOptions:
     sweeps: int = 3
     refits: int = 2
     asymmetry: float = 1.0
+    output_damping: float = 0.1
 
     @property
     def needs_cross(self) -> bool:
@@ -131,18 +127,32 @@ def feedback(
     assert grid is not None, "feedback chooses codes, and this format has none"
     if base is not None and _is_base(target, base, grid, dtype):
         return Chosen(base.codes, base.scales, keeps_base=True)
-    found = metric(statistics, options.damping, options.preserve_delta, directions)
-    layer = turn(compensated(target, statistics, found, options.asymmetry), found, grid, dtype)
+    layer = _layer(target, statistics, encoder, options, directions)
     best = min(_starts(layer, encoder, base), key=lambda each: each.loss)
     best = _polished(layer, best, options.sweeps)
     for _ in range(options.refits if layer.columns % grid.block == 0 else 0):
-        raw = refitted(layer, best.scales.effective, best.solution)
-        scales = _Scales(raw, encoder.effective_scales(raw))
-        trial = _polished(layer, _Candidate(scales, fed(layer, scales.effective)), options.sweeps)
+        trial = _polished(layer, _refitted(layer, encoder, best), options.sweeps)
         if trial.loss >= best.loss:
             break
         best = trial
     return Chosen(layer.flat(best.solution.codes), best.scales.raw, best.scales.is_base)
+
+
+def _layer(
+    target: Tensor,
+    statistics: Statistics,
+    encoder: Storage,
+    options: FeedbackOptions,
+    directions: Tensor | None,
+) -> Layer:
+    grid = encoder.grid
+    assert grid is not None
+    matrix = preserving(statistics.hessian, options.preserve_delta, directions)
+    inputs, outputs = factored(matrix, options.damping), None
+    if statistics.output_hessian is not None:
+        outputs = factored(statistics.output_hessian, options.output_damping)
+    moved = compensated(target, statistics, inputs, options.asymmetry)
+    return turn(moved, inputs, outputs, grid, encoder.dequantized_dtype)
 
 
 def _is_base(target: Tensor, base: BaseOnGrid, grid: Grid, dtype: Dtype) -> bool:
@@ -151,24 +161,28 @@ def _is_base(target: Tensor, base: BaseOnGrid, grid: Grid, dtype: Dtype) -> bool
     return torch.equal(values, target.reshape(-1))
 
 
-def _starts(layer: Layer, encoder: Storage, base: BaseOnGrid | None) -> list[_Candidate]:
+def _starts(layer: Layer, encoder: Storage, base: BaseOnGrid | None) -> Iterator[_Candidate]:
     """Solutions with greatest magnitudes for scales, with searched ones, and with the base's own."""
-    absmax = torch.empty(
-        -(-layer.target.numel() // layer.grid.block), dtype=torch.float32, device=layer.target.device
-    )
-    kernels_for(absmax.device).absmax(layer.flat(layer.target), layer.grid.block, absmax)
-    greatest = _Scales(absmax, encoder.effective_scales(absmax))
-    raw = searched(layer)
-    found = _Scales(raw, encoder.effective_scales(raw))
-    starts = [
-        _Candidate(greatest, rounded(layer, greatest.effective)),
-        _Candidate(found, better_rows(fed(layer, found.effective), rounded(layer, found.effective))),
-    ]
+    scales = _stored(encoder, greatest(layer))
+    yield _Candidate(scales, rounded(layer, scales.effective))
+    scales = _stored(encoder, searched(layer))
+    nearest = rounded(layer, scales.effective)
+    yield _Candidate(scales, better(layer, fed(layer, scales.effective), nearest))
     if base is not None:
-        kept = _Scales(base.scales, base.scales, is_base=True)
+        scales = _Scales(base.scales, base.scales, is_base=True)
         stays = coded(layer, base.scales, base.codes)
-        starts.append(_Candidate(kept, better_rows(fed(layer, base.scales), stays)))
-    return starts
+        yield _Candidate(scales, better(layer, fed(layer, base.scales), stays))
+
+
+def _refitted(layer: Layer, encoder: Storage, best: _Candidate) -> _Candidate:
+    """Scales fitted to the codes of `best`, and either these codes or new ones."""
+    scales = _stored(encoder, refitted(layer, best.scales.effective, best.solution))
+    stay = coded(layer, scales.effective, layer.flat(best.solution.codes))
+    return _Candidate(scales, better(layer, fed(layer, scales.effective), stay))
+
+
+def _stored(encoder: Storage, raw: Tensor) -> _Scales:
+    return _Scales(raw, encoder.effective_scales(raw))
 
 
 def _polished(layer: Layer, start: _Candidate, sweeps: int) -> _Candidate:

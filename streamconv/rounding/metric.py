@@ -1,4 +1,4 @@
-"""The metric in which a layer's rounding errors count: second moments of its inputs, made fit to be factored."""
+"""The metric in which a layer's rounding errors count: second moments, made fit to be factored."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ _DAMPING_TRIES = 4
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
-    """What calibration text says of a layer's inputs: means over `tokens`, float32.
+    """What calibration text says of a layer: means over `tokens`, float32.
 
     `hessian` is ZᵀZ / N [in, in] of the inputs Z that the quantized layers before produce, `cross` XᵀZ / N [in, in]
-    with the inputs X that unquantized ones would; None where these were not kept, or are the same.
+    with the inputs X that unquantized ones would; None where these were not kept, or are the same. `output_hessian` is
+    the mean of dy dyᵀ [out, out] with dy the gradient, by the layer's output, of -log p of a next token drawn from the
+    model's own p; None where that was not computed.
     """
 
     hessian: Tensor
     cross: Tensor | None
     tokens: int
+    output_hessian: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Metric:
-    """H' and its factor M, H' = M Mᵀ with M upper triangular: float32 [in, in], columns as `order` has them.
+    """Second moments and their factor, `matrix` = M Mᵀ with M upper triangular; float32, in the order of `order`.
 
-    `order` holds a column's place in the weight, the greatest H'_jj first; `places` is its inverse.
+    `order` tells where each of its places is in the weight, the greatest moment first; `places` is its inverse.
     """
 
     matrix: Tensor
@@ -38,34 +41,35 @@ class Metric:
     places: Tensor
 
 
-def metric(
-    statistics: Statistics, damping: float, preserve_delta: float, directions: Tensor | None
-) -> Metric:
-    """H' = H + μ tr(H) / ||A||² AᵀA with `damping` times its mean diagonal, ten times as much where that is too little.
+def preserving(hessian: Tensor, share: float, directions: Tensor | None) -> Tensor:
+    """H + μ tr(H) / ||A||² AᵀA with μ = `share` and A = `directions` [r, in]."""
+    size = 0.0 if directions is None else float(directions.square().sum())
+    if directions is None or not size or not share:
+        return hessian
+    return torch.addmm(hessian, directions.T, directions, alpha=share * float(hessian.trace()) / size)
 
-    `directions` are A [r, in], `preserve_delta` is μ. An input that never is anything counts 1. Raises InputError
-    where `statistics` are not finite, or no factor is found.
+
+def factored(moments: Tensor, damping: float) -> Metric:
+    """`moments` with `damping` times their mean on the diagonal, ten times as much where that is too little, and so on.
+
+    What is always 0 counts like the mean. Raises InputError where moments are not finite, or no factor is found.
     """
-    hessian = statistics.hessian
-    if not bool(hessian.sum().isfinite()):
+    if not bool(moments.sum().isfinite()):
         raise InputError(
             "activations on the calibration text are NaN or infinite, expected finite numbers; look for NaN in the "
             "base and for an adapter that diverged in training"
         )
-    matrix = hessian.clone()
-    size = 0.0 if directions is None else float(directions.square().sum())
-    if directions is not None and size:
-        matrix.addmm_(directions.T, directions, alpha=preserve_delta * float(hessian.trace()) / size)
-    diagonal = matrix.diagonal()
-    diagonal[diagonal == 0] = 1
+    diagonal = moments.diagonal().clone()
+    mean = float(diagonal.sum()) / max(int((diagonal > 0).sum()), 1) or 1.0
+    diagonal[diagonal <= 0] = mean
     order = torch.argsort(diagonal, descending=True, stable=True)
-    matrix = matrix[order].index_select(1, order)
-    return Metric(matrix, _damp(matrix, damping), order, torch.argsort(order))
+    matrix = moments[order].index_select(1, order)
+    matrix.diagonal().copy_(diagonal[order])
+    return Metric(matrix, _damp(matrix, damping, mean), order, torch.argsort(order))
 
 
-def _damp(matrix: Tensor, damping: float) -> Tensor:
+def _damp(matrix: Tensor, damping: float, mean: float) -> Tensor:
     """Add to the diagonal of `matrix` what it takes; return its factor, computed in float64 on the CPU."""
-    mean = float(matrix.diagonal().mean())
     for share in (damping * 10**tries for tries in range(_DAMPING_TRIES)):
         factor = _factor(matrix, share * mean)
         if factor is not None:
@@ -86,14 +90,14 @@ def _factor(matrix: Tensor, damping: float) -> Tensor | None:
     return None if int(failed) else lower.to(matrix.device, torch.float32).flip(0, 1)
 
 
-def compensated(target: Tensor, statistics: Statistics, metric: Metric, share: float) -> Tensor:
+def compensated(target: Tensor, statistics: Statistics, inputs: Metric, share: float) -> Tensor:
     """T + `share` T (C - H) H'⁻¹ for the `target` T [out, in]: the weight that best makes up for its inputs' errors."""
     if statistics.cross is None or not share:
         return target
     missing = target @ (statistics.cross - statistics.hessian)
-    factor = metric.factor.cpu().double()
-    change = missing[:, metric.order].T.cpu().double()
+    factor = inputs.factor.cpu().double()
+    change = missing[:, inputs.order].T.cpu().double()
     change = torch.linalg.solve_triangular(factor, change, upper=True)
-    change = torch.linalg.solve_triangular(factor.T, change, upper=False)[metric.places].T
+    change = torch.linalg.solve_triangular(factor.T, change, upper=False)[inputs.places].T
     moved: Tensor = target + share * change.to(target.device, torch.float32)
     return moved

@@ -15,11 +15,12 @@ from streamconv.calibration.subject import Calibrated, Subject
 from streamconv.calibration.walk import calibrate
 from streamconv.executor import StopRequest
 from streamconv.pipeline import build_job, prepare
-from streamconv.plan import Calibration, Plan, Rewrite
 from streamconv.rounding.feedback import FeedbackOptions
 from tests.forward.texts import save_tokenizer, write_text
 from tests.tiny import save_adapter, save_base
 
+# No more than it takes to have a result.
+QUICK = FeedbackOptions(sweeps=0, refits=0)
 LENGTH = 32
 TOKENS = 512
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -46,40 +47,25 @@ def subject_in(
     *,
     base: str = "base",
     adapter: str | None = "adapter",
+    text: str = "text.txt",
     quant: str = "nf4-dq",
     merge_base: str = "original",
     tokens: int = TOKENS,
-    length: int | None = LENGTH,
     feedback: FeedbackOptions | None = None,
 ) -> Subject:
-    """What lies in `folder`, every weight that is to be rounded calibrated."""
-    place = folder / base
-    prepared = prepare(
-        build_job(place, folder / adapter if adapter else None, quant=quant, merge_base=merge_base)
+    """What lies in `folder`, as a merge would calibrate it."""
+    job = build_job(
+        folder / base,
+        folder / adapter if adapter else None,
+        quant=quant,
+        merge_base=merge_base,
+        calibration=folder / text,
+        calibration_tokens=tokens,
+        calibration_sequence_length=LENGTH,
     )
-    text = Calibration(str(folder / "text.txt"), tokens, length)
-    plan = replace(prepared.plan, options=replace(prepared.plan.options, calibration=text))
-    return Subject(
-        prepared.base, prepared.adapter, marked(plan), folder / "base", feedback or FeedbackOptions()
-    )
-
-
-def marked(plan: Plan) -> Plan:
-    """`plan` with all weights calibrated that it rounds to a grid."""
-
-    def mark(step: Any) -> Any:
-        is_rounded = isinstance(step, Rewrite) and step.encoder.grid is not None
-        return replace(step, calibrated=True) if is_rounded else step
-
-    return replace(
-        plan,
-        shards=tuple(
-            replace(
-                shard, steps=tuple(replace(placed, step=mark(placed.step)) for placed in shard.steps)
-            )
-            for shard in plan.shards
-        ),
-    )
+    subject = prepare(job).subject
+    calibration = replace(subject.calibration, options=feedback or QUICK, threads=1)
+    return replace(subject, plan=replace(subject.plan, calibration=calibration))
 
 
 def calibrated(
