@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from streamconv.analysis import Analysis, analyze
     from streamconv.errors import (
         AdapterError,
         CheckpointError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "streamconv.pipeline": ("convert", "merge", "push", "verify"),
+    "streamconv.analysis": ("Analysis", "analyze"),
     "streamconv.evaluation": ("Evaluation", "evaluate"),
     "streamconv.inspection": ("inspect",),
     "streamconv.report.result": ("Report",),
@@ -53,6 +55,7 @@ _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in name
 
 __all__ = [  # noqa: PLE0604, RUF100  literal, so that type checkers see it
     "AdapterError",
+    "Analysis",
     "CheckpointError",
     "Evaluation",
     "HubError",
@@ -66,6 +69,7 @@ __all__ = [  # noqa: PLE0604, RUF100  literal, so that type checkers see it
     "StreamconvError",
     "UnsupportedError",
     "VerificationError",
+    "analyze",
     "convert",
     "evaluate",
     "inspect",

@@ -54,7 +54,7 @@ class KeptDelta:
 
 
 @dataclass(frozen=True, slots=True)
-class _Base:
+class CellBase:
     """A cell of the base: what it decodes to, and where it lies on a grid, the codes and scales of that.
 
     `anchor` is `values` before a loader's cast to the weight's dtype; `effective` are the scales the output
@@ -66,6 +66,22 @@ class _Base:
     codes: Tensor | None = None
     effective: Tensor | None = None
     error: float | Tensor = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A cell that has been rewritten: what it was, what the updates made of that, and what came to be stored.
+
+    `target` is float32 [rows, columns], `written` the cell's bytes of the main part; `codes` (flat) and `scales` are
+    as the rounding chose them, None where a cell is stored dense. All lie in memory that the next cell overwrites.
+    """
+
+    rows: range
+    base: CellBase
+    target: Tensor
+    codes: Tensor | None
+    scales: Tensor | None
+    written: Tensor
 
 
 def cells(rows: range, height: int = CELL_ROWS) -> Iterator[range]:
@@ -185,6 +201,7 @@ class WeightWork:
     `side` are the base's parts other than the main one, `parts` the adapter's tensors in float32, one mapping
     an update; all on the computing device. Cells have `height` rows, a multiple of 64. `defers`: values are looked at
     when the weight is finished, all at once, because a device would have to be waited for at every cell.
+    `watch` is called with each cell of the second pass by the worker that has just done it, in no order among cells.
 
     A part of the work that failed for want of memory can be repeated: cells write to their places, and states of
     updates are kept only once a tile has passed.
@@ -203,8 +220,9 @@ class WeightWork:
         workers: Workers | Inline,
         height: int = CELL_ROWS,
         defers: bool = False,
+        watch: Callable[[Seen], None] | None = None,
     ) -> None:
-        self.step, self.side, self.parts, self.seed = step, side, parts, seed
+        self.step, self.side, self.parts, self.seed, self._watch = step, side, parts, seed, watch
         self.device, self.workers, self.height = device, workers, height
         # Loading compiled kernels takes time and memory, which a merge in 16 bit has no use for.
         is_dense = step.merge_base is None and step.encoder.grid is None and step.weight.decoder.grid is None
@@ -275,11 +293,15 @@ class WeightWork:
         tail = encoder.finish(scales, self.side if self.step.keeps_parts else None)
         if not self.step.updates:
             return tail, None
-        effective = self._effective if self._searched is None else self._searched
-        effective = encoder.effective_scales(scales) if effective is None else effective
+        effective = self.effective_scales()
         base_inner, delta, error = pairwise_sum(self._sums.T.contiguous()).tolist()
         inner = _inner_product(effective, self._inner) / encoder.grid.peak
         return tail, KeptDelta(inner - base_inner, delta, error)
+
+    def effective_scales(self) -> Tensor:
+        """What a loader will multiply codes by, one a block; known when the last cell is done."""
+        known = self._effective if self._searched is None else self._searched
+        return self.step.encoder.effective_scales(self._scales) if known is None else known
 
     # -- codes chosen for the whole weight -------------------------------------------------------------------
 
@@ -324,7 +346,7 @@ class WeightWork:
             first, last = ((row - rows.start) * columns for row in (cell.start, cell.stop))
             out[first:last].copy_(base.codes)
 
-    def _bases(self, number: int, raw: Tensor, rows: range, part: range) -> Iterator[tuple[range, _Base]]:
+    def _bases(self, number: int, raw: Tensor, rows: range, part: range) -> Iterator[tuple[range, CellBase]]:
         """Cells of `part` with their base; each is gone when the next one comes."""
         for cell in cells(part, self.height):
             yield cell, self._base(self._raw(raw, rows, cell), cell, self.workers.scratch[number])
@@ -381,7 +403,11 @@ class WeightWork:
             cell_out = out[encoder.row_offset(cell.start) - first : encoder.row_offset(cell.stop) - first]
             base = self._base(self._raw(raw, rows, cell), cell, scratch)
             if encoder.grid is None:
-                self._round(self._target(base.values, cell), cell, cell_out)
+                # Updates may be made in place, and who watches wants to see both.
+                values = base.values if self._watch is None else self._copy(base.values, cell, scratch)
+                target = self._target(values, cell)
+                self._round(target, cell, cell_out)
+                self._show(Seen(cell, base, target, None, None, cell_out))
             else:
                 self._quantize(base, cell, encoder.grid, cell_out, scratch)
 
@@ -410,21 +436,24 @@ class WeightWork:
         shape = (len(rows), self.step.columns)
         return scratch.take(role, shape[0] * shape[1], self.device).view(shape)
 
-    def _base(self, raw: Tensor, rows: range, scratch: Scratch) -> _Base:
+    def _copy(self, values: Tensor, rows: range, scratch: Scratch) -> Tensor:
+        return self._cell("target", rows, scratch).copy_(values)
+
+    def _base(self, raw: Tensor, rows: range, scratch: Scratch) -> CellBase:
         step, decoder = self.step, self.step.weight.decoder
         if step.merge_base is not None:
             return self._rounded_base(raw, rows, step.merge_base, scratch)
         values = self._decode(raw, rows, scratch)
         if decoder.grid is None or step.encoder.grid is None or self._base_scales is None:
-            return _Base(values, values)
+            return CellBase(values, values)
         codes = decoder.codes(raw, rows)
         scales = self._blocks(self._base_scales, rows, decoder.grid)
         anchor = self._cell("anchor", rows, scratch)
         self._kernels.decode(codes, decoder.grid, scales, F32, anchor.view(-1))
         kept = None if self._effective is None else self._blocks(self._effective, rows, decoder.grid)
-        return _Base(values, anchor, codes, kept)
+        return CellBase(values, anchor, codes, kept)
 
-    def _rounded_base(self, raw: Tensor, rows: range, merge_base: Encoder, scratch: Scratch) -> _Base:
+    def _rounded_base(self, raw: Tensor, rows: range, merge_base: Encoder, scratch: Scratch) -> CellBase:
         """The base as QLoRA training saw it: what a loader makes of it once it is rounded to `merge_base`."""
         grid = merge_base.grid
         assert grid is not None
@@ -439,7 +468,7 @@ class WeightWork:
         self._kernels.decode(codes, grid, scales, F32, anchor.view(-1))
         self._kernels.decode(codes, grid, scales, merge_base.dequantized_dtype, values.view(-1))
         error = self._kernels.distance(flat, values.view(-1), grid.block)
-        return _Base(values, anchor, codes, kept, error)
+        return CellBase(values, anchor, codes, kept, error)
 
     def _target(self, values: Tensor, rows: range) -> Tensor:
         for update, parts, state in zip(self.step.updates, self.parts, self._states, strict=True):
@@ -463,7 +492,7 @@ class WeightWork:
                     f"{torch.finfo(encoder.dtype.torch).max:.6g}; choose a wider type with --dtype"
                 )
 
-    def _quantize(self, base: _Base, rows: range, grid: Grid, out: Tensor, scratch: Scratch) -> None:
+    def _quantize(self, base: CellBase, rows: range, grid: Grid, out: Tensor, scratch: Scratch) -> None:
         step, keeps = self.step, self.step.keeps_scales
         is_open = step.updates or self._chosen is not None
         if not is_open and keeps and base.codes is not None and base.effective is not None:
@@ -473,7 +502,7 @@ class WeightWork:
         values = base.values.view(-1)
         target = values
         if step.updates:
-            target = self._target(self._cell("target", rows, scratch).copy_(base.values), rows).flatten()
+            target = self._target(self._copy(base.values, rows, scratch), rows).flatten()
         codes, scales = self._choose(target, base, rows, grid, scratch)
         step.encoder.pack(codes, out)
         self._take_scales(scales, rows, grid)
@@ -482,9 +511,14 @@ class WeightWork:
             sums = self._sums[rows.start // self.height]
             sums[:2] = self._kernels.kept(codes, grid, target, values, base.anchor.view(-1), inner)
             sums[2] = base.error
+        self._show(Seen(rows, base, target.view(len(rows), -1), codes, scales, out))
+
+    def _show(self, seen: Seen) -> None:
+        if self._watch is not None:
+            self._watch(seen)
 
     def _choose(
-        self, target: Tensor, base: _Base, rows: range, grid: Grid, scratch: Scratch
+        self, target: Tensor, base: CellBase, rows: range, grid: Grid, scratch: Scratch
     ) -> tuple[Tensor, Tensor]:
         """Codes (uint8, flat) and scales (float32, one a block) for a cell."""
         step, count = self.step, target.numel()
@@ -497,10 +531,10 @@ class WeightWork:
         if rounding.needs_noise:
             drawn = scratch.take("noise", count, self.device)
             noise = uniform(self.seed, step.name, rows, step.columns, drawn)
-        given = base.effective if keeps else None
+        own, fixed = (base.codes, base.effective) if keeps else (None, None)
         if self._searched is not None:
-            given = self._blocks(self._searched, rows, grid)
-        context = Context(base.codes if keeps else None, given, base.values.view(-1), noise)
+            fixed = self._blocks(self._searched, rows, grid)
+        context = Context(own, fixed, base.values.view(-1), noise)
         codes = scratch.take("codes", count, self.device, torch.uint8)
         scales = rounding.choose(target, grid, context, codes)
         self._check_finite(target, rows, scales if context.scales is None else target)

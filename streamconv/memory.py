@@ -51,8 +51,11 @@ def plan_memory(
     device: Device,
     shards: int = 1,
     further: Sequence[Sequence[Step]] = (),
+    beside: int = 0,
 ) -> Memory:
     """Tile buffer, workers, lanes and peaks for `steps`, which end in so many shards, and those of `further` outputs.
+
+    `beside`: bytes that the caller holds where cells are computed, once a lane.
 
     Raises ResourceError if the least they need is over a budget.
     """
@@ -69,6 +72,7 @@ def plan_memory(
         whole=sum(max((step.whole_bytes for step in some), default=0) for some in each),
         cell=max((_work_bytes(step, device) for step in weights), default=0) + decoded,
         least=least if device.is_cpu else 1 << (least - 1).bit_length(),
+        beside=beside,
     )
     return _on_cpu(need, options, shards) if device.is_cpu else _on_gpus(need, options, shards, device)
 
@@ -76,7 +80,8 @@ def plan_memory(
 @dataclass(frozen=True, slots=True)
 class _Need:
     """What the largest weight of a run needs, in bytes: its side parts and adapter, what is kept for its blocks and of
-    the whole of it, one cell in work, and a buffer for one stored cell, the least that a tile can be.
+    the whole of it, one cell in work, and a buffer for one stored cell, the least that a tile can be; and what its
+    caller holds beside.
     """
 
     outputs: int
@@ -85,6 +90,7 @@ class _Need:
     whole: int
     cell: int
     least: int
+    beside: int
 
     @property
     def buffers(self) -> int:
@@ -94,7 +100,7 @@ class _Need:
 
 def _on_cpu(need: _Need, options: MergeOptions, shards: int) -> Memory:
     cores = len(os.sched_getaffinity(0))
-    lane = WEIGHTS_HELD * need.held + need.blocks + need.whole
+    lane = WEIGHTS_HELD * need.held + need.blocks + need.whole + need.beside
     buffers = SLOTS * need.buffers
     lanes = _lanes(lane + buffers * max(need.least, MAX_BUFFER_BYTES), options, shards, cores)
     fixed = FIXED_BYTES + lanes * lane
@@ -114,7 +120,9 @@ def _on_gpus(need: _Need, options: MergeOptions, shards: int, device: Device) ->
     gpus = len(device.names)
     lane = WEIGHTS_HELD * need.held + need.blocks  # scales are nested and written in host memory
     buffers = SLOTS * need.buffers
-    on_device = FIXED_VRAM_BYTES + need.outputs * need.held + need.blocks + need.whole + need.cell
+    on_device = (
+        FIXED_VRAM_BYTES + need.outputs * need.held + need.blocks + need.whole + need.cell + need.beside
+    )
     tiles = DEVICE_TILES * need.buffers
     full = max(need.least, MAX_BUFFER_BYTES)
     lanes = _lanes(lane + buffers * full, options, shards, len(os.sched_getaffinity(0)))

@@ -136,6 +136,7 @@ class Rewrite:
             and self.rounding.searches_scales
             and self.encoder.nested
             and not self.keeps_scales
+            and not self.calibrated
         )
 
     @property

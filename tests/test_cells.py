@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from streamconv.cells import Workers, cells
+from streamconv.cells import Seen, WeightWork, Workers, cells
+from streamconv.checkpoint.reader import TensorReader
 from streamconv.errors import InputError
 from streamconv.grids import NF4
-from streamconv.pipeline import convert, merge
+from streamconv.pipeline import build_job, convert, merge, prepare
+from streamconv.plan import Access, Rewrite
 from tests.models import Sizes, write_adapter, write_base
 from tests.tiny import edit_tensors
 
@@ -245,6 +247,57 @@ def test_finite_values_whose_sum_is_not_finite_are_welcome(inputs: Inputs, tmp_p
     merge(base, inputs.adapter, tmp_path / "out")
     merged = load_file(tmp_path / "out" / "model.safetensors")[weight]
     assert torch.equal(merged[130:140], values[130:140])
+
+
+# -- who watches -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"merge_base": "nf4-dq"}, {"quant": "nf4-dq", "merge_base": "nf4-dq"}, {"quant": "int8"}],
+    ids=str,
+)
+def test_who_watches_sees_every_cell_as_it_was_and_became(inputs: Inputs, options: dict[str, Any]) -> None:
+    """And what is written is the same as without."""
+    job = build_job(inputs.bf16, inputs.adapter, **options, device="cpu")
+    (step,) = (
+        placed.step
+        for shard in prepare(job).plan.shards
+        for placed in shard.steps
+        if isinstance(placed.step, Rewrite) and placed.step.name.endswith("up_proj.weight")
+    )
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def watch(cell: Seen) -> None:
+        base, target = cell.base.values, cell.target
+        assert base.shape == target.shape == (len(cell.rows), 96)
+        assert (cell.codes is None) == (cell.scales is None) == (step.encoder.grid is None)
+        seen[cell.rows.start] = base.clone(), target.clone()
+
+    with Workers(2) as workers:
+        watched = written(step, workers, watch)
+        assert torch.equal(watched, written(step, workers, None))
+    base, target = (torch.cat([seen[row][place] for row in sorted(seen)]) for place in (0, 1))
+    torch.testing.assert_close(target, base + added(inputs.adapter, step.name).float(), rtol=0, atol=3e-8)
+    if step.merge_base is None:
+        assert torch.equal(base, load_file(inputs.bf16 / "model.safetensors")[step.name].float())
+
+
+def written(step: Rewrite, workers: Workers, watch: Callable[[Seen], None] | None) -> Tensor:
+    """The main part of a step's weight, as it comes to be stored."""
+    with TensorReader() as reader:
+        raw = reader.load(step.weight.parts["weight"]).view(torch.uint8).view(-1)
+        parts = [
+            {role: reader.load(part).float() for role, part in update.parts.items()}
+            for update in step.updates
+        ]
+    work = WeightWork(step, {}, parts, torch.device("cpu"), 0, workers, watch=watch)
+    if step.access is not Access.ROW:
+        work.reduce(raw, range(step.rows))
+        work.end_reduce()
+    out = torch.empty(step.encoder.row_offset(step.rows), dtype=torch.uint8)
+    work.rewrite(raw, range(step.rows), out).wait()
+    return out
 
 
 # -- workers -----------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def test_a_command_line_is_accepted(line: str, recipes: Path, monkeypatch: pytes
     # What click leaves for the planner to judge.
     assert context.params.get("quant", "keep") in ("keep", "none", *FORMATS)
     assert set(context.params.get("also", ())) <= {"none", *FORMATS}
-    assert context.params.get("merge_base", "original") in ("original", *FORMATS)
+    assert context.params.get("merge_base", "original") in ("auto", "original", *FORMATS)
     assert context.params.get("rounding", "auto") in ("auto", *ROUNDINGS)
 
 

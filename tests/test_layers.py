@@ -30,6 +30,7 @@ LAYERS = [
     {"report"},
     {"pipeline", "inspection"},
     {"evaluation"},
+    {"analysis"},
     {"__init__"},
     {"cli"},
     {"__main__"},

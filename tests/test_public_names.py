@@ -93,6 +93,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "convert": streamconv.convert,
     "verify": streamconv.verify,
     "eval": streamconv.evaluate,
+    "analyze": streamconv.analyze,
 }
 
 
@@ -136,7 +137,7 @@ def test_everything_but_the_folders_is_given_by_name(command: str) -> None:
 @pytest.mark.parametrize("function", [*COMMANDS.values(), streamconv.inspect])
 def test_folders_may_be_paths(function: Callable[..., Any]) -> None:
     hints = get_type_hints(function)
-    for name in {"model", "data", "reference", "base", "adapter", "out", "location"} & hints.keys():
+    for name in {"model", "data", "reference", "base", "adapter", "out", "location", "report"} & hints.keys():
         assert PathLike[str] in hints[name].__args__, name
 
 

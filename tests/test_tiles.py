@@ -226,6 +226,7 @@ def pooled(shape: tuple[int, int], rank: int = 3) -> tuple[Update, Mapping[str, 
 
 formats = st.sampled_from(sorted(FORMATS))
 dense = st.sampled_from(sorted(DENSE))
+BY_CELLS = sorted(name for name, rounding in ROUNDINGS.items() if not rounding.calibrated)
 # Odd numbers of rows and columns; blocks that wrap around rows; last cells of any height.
 shapes = st.tuples(st.integers(1, 300), st.integers(1, 70))
 
@@ -235,8 +236,7 @@ def cases(draw: st.DrawFn, folder: Path) -> Case:
     shape, base, result = draw(shapes), draw(formats), draw(formats)
     weight = only_weight(write(folder, stored(encoder_for(base, torch.empty(shape)), normal(shape, 0, 0.05))))
     encoder = FORMATS[result].encoder(W, shape, DENSE["float32"])
-    by_cells = sorted(name for name, each in ROUNDINGS.items() if not each.calibrated)
-    rounding = ROUNDINGS[draw(st.sampled_from(by_cells))] if encoder.grid else None
+    rounding = ROUNDINGS[draw(st.sampled_from(BY_CELLS))] if encoder.grid else None
     searches_first = rounding is not None and rounding.searches_scales and encoder.nested
     quantized = sorted(set(FORMATS) - set(DENSE))
     merge_base = None

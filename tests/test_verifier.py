@@ -52,6 +52,15 @@ def test_a_good_output_passes_both(done: tuple[Prepared, Path]) -> None:
     assert sum(seen) == sum(shard.size - len(shard.header) for shard in prepared.plan.shards)
 
 
+def test_searched_scales_are_found_again(tmp_path: Path) -> None:
+    """They need a pass of their own before codes are chosen, here as in the run."""
+    base, adapter = write_base(tmp_path / "base", SHAPES), write_adapter(tmp_path / "adapter", SHAPES)
+    options = merge_options("nf4-dq", "auto", "search", "nf4-dq", 0, 0.0, (), "1GiB", "1GiB", "50KB")
+    prepared = prepare(Job(str(base), str(adapter), options, "cpu"))
+    run(prepared, tmp_path / "out", ignore, StopRequest())
+    verify_exactly(tmp_path / "out", prepared.plan, ignore, StopRequest())
+
+
 def test_a_file_of_another_size_is_named(done: tuple[Prepared, Path], copy: Path) -> None:
     """Though its header agrees with it."""
     file = open_storage(str(copy)).file(first(copy).name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import click
 
+from streamconv.cli.analysis import analyze_command
 from streamconv.cli.evaluation import eval_command
 from streamconv.cli.exits import Commands
 from streamconv.cli.jobs import convert_command, merge_command, plan_command
@@ -34,6 +35,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
         plan_command,
         inspect_command,
         verify_command,
+        analyze_command,
         eval_command,
         push_command,
         formats_command,

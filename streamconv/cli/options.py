@@ -102,8 +102,8 @@ RESULT = group(
         default="auto",
         show_default=True,
         metavar="NAME",
-        help="How 4-bit codes are chosen: nearest, stochastic, feedback (needs --calibration); auto: what keeps the "
-        "fine-tune, feedback where there is calibration text.",
+        help="How 4-bit codes are chosen: nearest, stochastic, search, feedback (with --calibration); auto: what keeps "
+        "the fine-tune, feedback where there is calibration text.",
     ),
     option(
         Section.RESULT,

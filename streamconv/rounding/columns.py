@@ -34,7 +34,7 @@ from streamconv.rounding.layer import (
     solution,
     stretches,
 )
-from streamconv.rounding.metric import Metric
+from streamconv.rounding.metric import Metric, unit
 
 
 def fed(layer: Layer, scales: Tensor) -> Solution:
@@ -42,7 +42,8 @@ def fed(layer: Layer, scales: Tensor) -> Solution:
     codes = torch.zeros_like(layer.target, dtype=torch.uint8)
     if layer.outputs is not None:
         errors = torch.zeros_like(layer.target)
-        _settle_tiles(layer, layer.outputs, scales, codes, errors, is_first=True)
+        spread, mixed = layer.spread(scales, slice(None)), torch.zeros_like(errors)
+        _settle_tiles(layer, layer.outputs, spread, mixed, codes, errors, is_first=True)
         return solution(layer, codes, errors)
 
     def feed(rows: slice) -> Solution:
@@ -80,14 +81,15 @@ def descended(layer: Layer, scales: Tensor, start: Solution, sweeps: int) -> Sol
 def _descended_together(
     layer: Layer, outputs: Metric, scales: Tensor, start: Solution, sweeps: int
 ) -> Solution:
-    best = start
+    codes, errors = start.codes.clone(), start.errors.clone()
+    spread, mixed = layer.spread(scales, slice(None)), errors @ unit(outputs.matrix)
     for _ in range(sweeps):
-        codes, errors = best.codes.clone(), best.errors.clone()
-        _settle_tiles(layer, outputs, scales, codes, errors, is_first=False)
-        if torch.equal(codes, best.codes):
+        before = codes.clone()
+        _settle_tiles(layer, outputs, spread, mixed, codes, errors, is_first=False)
+        if torch.equal(codes, before):
             break
-        best = better(layer, best, solution(layer, codes, errors))
-    return best
+    # What is left to chance is float32's last bits, which one look at the end settles.
+    return better(layer, start, solution(layer, codes, errors))
 
 
 def _joined(parts: list[Solution]) -> Solution:
@@ -123,16 +125,18 @@ def _settle_rows(
 
 
 def _settle_tiles(
-    layer: Layer, outputs: Metric, scales: Tensor, codes: Tensor, errors: Tensor, *, is_first: bool
+    layer: Layer,
+    outputs: Metric,
+    spread: Tensor,
+    mixed: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    *,
+    is_first: bool,
 ) -> None:
-    """Go through the columns of all rows, a tile of some of both at a time."""
-    by_column, by_row = (
-        matrix / matrix.diagonal()
-        for matrix in (
-            (layer.inputs.factor, outputs.factor) if is_first else (layer.inputs.matrix, outputs.matrix)
-        )
-    )
-    mixed, spread = errors @ by_row, layer.spread(scales, slice(None))
+    """Go through the columns of all rows, a tile of some of both at a time; `mixed` is N, and stays so."""
+    by_column = unit(layer.inputs.factor if is_first else layer.inputs.matrix)
+    by_row = unit(outputs.factor if is_first else outputs.matrix)
     for panel in panels(layer):
         reach = slice(0, panel.start if is_first else layer.columns)
         pulls, coupling = by_column[reach, panel].T @ mixed[reach], by_column[panel, panel]
@@ -144,7 +148,8 @@ def _settle_tiles(
             tile = (codes[panel, rows], errors[panel, rows])
             given = (layer.target[panel, rows], pull, coupling, by_row[rows, rows], spread[panel, rows])
             changes = _settle_tile(layer, *given, *tile, is_first=is_first)
-            mixed[panel] += changes @ by_row[rows]
+            reached = slice(rows.start if is_first else 0, layer.rows)  # a factor is 0 below its diagonal
+            mixed[panel, reached] += changes @ by_row[rows, reached]
 
 
 def _settle_tile(

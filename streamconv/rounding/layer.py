@@ -24,6 +24,7 @@ PANEL = 64
 # Rows worked on at once by a thread of a CPU: enough for fast matrix products, few enough to share out; whole cells.
 ROWS = 128
 _DEVICE_ROWS = 4096
+_TRIANGLE = 256
 
 Part = TypeVar("Part")
 
@@ -125,9 +126,15 @@ def losses(layer: Layer, errors: Tensor) -> Tensor:
     for panel in panels(layer):
         seen = factor[: panel.stop, panel].T @ errors[: panel.stop]
         if layer.outputs is not None:
-            seen = seen @ layer.outputs.factor
+            seen = _by_triangle(seen, layer.outputs.factor)
         found += seen.double().square_().sum(0)
     return found
+
+
+def _by_triangle(left: Tensor, upper: Tensor) -> Tensor:
+    """`left` times an upper triangle, about half of it left out for being 0."""
+    parts = stretches(upper.shape[0], _TRIANGLE)
+    return torch.cat([left[:, : part.stop] @ upper[: part.stop, part] for part in parts], dim=1)
 
 
 def better(layer: Layer, left: Solution, right: Solution) -> Solution:

@@ -68,6 +68,11 @@ def factored(moments: Tensor, damping: float) -> Metric:
     return Metric(matrix, _damp(matrix, damping, mean), order, torch.argsort(order))
 
 
+def unit(matrix: Tensor) -> Tensor:
+    """`matrix` with its columns scaled so that its diagonal is 1."""
+    return matrix / matrix.diagonal()
+
+
 def _damp(matrix: Tensor, damping: float, mean: float) -> Tensor:
     """Add to the diagonal of `matrix` what it takes; return its factor, computed in float64 on the CPU."""
     for share in (damping * 10**tries for tries in range(_DAMPING_TRIES)):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from streamconv.kernels import kernels_for
 from streamconv.rounding.layer import Layer, Solution, shared
+from streamconv.rounding.metric import unit
 
 # Added to the diagonal of a row's system, in units of its mean: two blocks may have proportional effects.
 _RIDGE = 1e-4
@@ -41,7 +42,7 @@ def refitted(layer: Layer, scales: Tensor, found: Solution) -> Tensor:
     """
     errors, outputs = found.errors, layer.outputs
     if outputs is not None:
-        errors = errors @ (outputs.matrix / outputs.matrix.diagonal())
+        errors = errors @ unit(outputs.matrix)
     changes = torch.cat(shared(layer, lambda rows: _changes(layer, found.codes[:, rows], errors[:, rows])))
     if outputs is not None:
         changes = changes[outputs.places]

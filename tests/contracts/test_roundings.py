@@ -10,8 +10,9 @@ from streamconv.grids import NF4
 from streamconv.rounding import ROUNDINGS, Context, uniform
 from tests.formats.stored import choose, normal
 
+# Those that choose by cells; the others are given whole weights (tests/rounding/test_feedback.py).
 every_rounding = pytest.mark.parametrize(
-    "name", [name for name, each in ROUNDINGS.items() if not each.calibrated]
+    "name", [name for name, row in ROUNDINGS.items() if not row.calibrated]
 )
 
 

@@ -90,8 +90,9 @@ def fork_server(*modules: str) -> Iterator[Commands]:
     """`modules` are imported before the first fork, beside what the command line always needs."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tests.hostile.fork_server", folder, *modules]
-        # Kernels that are compiled write to numba's cache, which would be counted as calls of the run's own.
-        environment = os.environ | {"NUMBA_DISABLE_JIT": "1"}
+        # Kernels that are compiled write to numba's cache, which would be counted as calls of the run's own. Threads
+        # that wait for each other's share of a tiny product must not spin: tests run side by side.
+        environment = os.environ | {"NUMBA_DISABLE_JIT": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         with subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as server:

@@ -67,8 +67,11 @@ def test_killed_in_either_pass_and_run_again_the_folder_is_the_same(case: Case, 
     assert case.complete is not None
     second_pass = max(at for at, call in enumerate(case.calls, 1) if call.startswith("replace layer-"))
     in_first, kept = 0, 0
-    points = {*spread(second_pass, POINTS), *spread(len(case.calls), POINTS)}
-    for number, at in enumerate(sorted(points)):
+    # Most of them while codes are being chosen; the rest while these are copied, and put in place.
+    points = [*spread(second_pass, POINTS - 3), *list(spread(len(case.calls) - second_pass, 4))[1:]]
+    points[-3:] = [second_pass + at for at in points[-3:]]
+    assert len(points) == POINTS
+    for number, at in enumerate(points):
         out = tmp_path / str(at)
         killed = case.run(out, at, tears=number % 2 == 0)
         assert killed.code == -signal.SIGKILL
@@ -81,8 +84,8 @@ def test_killed_in_either_pass_and_run_again_the_folder_is_the_same(case: Case, 
         assert not made & {name.replace(".safetensors", ".partial") for name in before}
         in_first += at <= second_pass
         kept += bool(before)
-    assert in_first >= POINTS
-    assert kept >= 5, "no layer was done when the run was killed"
+    assert in_first == POINTS - 3
+    assert kept >= 5, "too few runs had a layer done when they were killed"
 
 
 def test_a_signal_stops_between_groups_and_keeps_the_layers_that_are_done(case: Case, tmp_path: Path) -> None:
@@ -108,4 +111,3 @@ def test_another_text_does_not_go_on_with_what_was_done(case: Case, tmp_path: Pa
     assert refused.code == 4
     assert "holds an unfinished run with other inputs or options (calibration.name: then" in refused.text
     assert layers(out) == {"layer-00000.safetensors"}
-    assert case.commands.run(*arguments, "-o", out, "--no-resume").code == 0

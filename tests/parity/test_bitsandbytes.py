@@ -29,6 +29,7 @@ from streamconv.formats import FORMATS
 from streamconv.formats.bnb_4bit import DYNAMIC
 from streamconv.grids import FP4, NF4, TableGrid, divide_by_scales
 from streamconv.rounding import ROUNDINGS, Context
+from streamconv.rounding.feedback import FeedbackOptions, feedback
 from tests.formats.stored import (
     SHAPES,
     W,
@@ -42,6 +43,7 @@ from tests.formats.stored import (
     stored,
     write,
 )
+from tests.rounding.layers import trained
 from tests.tiny import read_tensors
 
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -183,6 +185,27 @@ def test_it_dequantizes_our_file_to_our_values(
     theirs = dequantize_4bit(codes, state)
     assert theirs.dtype == dtype
     assert torch.equal(decoded(only_weight(index)), theirs.float())
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (33, 70)], ids=str)
+@every_type
+@every_name
+def test_it_dequantizes_to_the_values_that_feedback_counts_with(
+    shape: tuple[int, int], dtype: torch.dtype, name: str
+) -> None:
+    """Scales that are no greatest magnitudes; the cast to the weight's own type included."""
+    layer = trained(name, shape, dtype=str(dtype).removeprefix("torch."))
+    options = FeedbackOptions(sweeps=1, refits=1)
+    chosen = feedback(layer.target, layer.statistics, layer.encoder, options, layer.directions)
+    packed = torch.empty(layer.encoder.row_offset(shape[0]), dtype=torch.uint8)
+    layer.encoder.pack(chosen.codes, packed)
+    tail = zip(layer.encoder.parts[1:], layer.encoder.finish(chosen.scales, None), strict=True)
+    tensors = {
+        spec.name: torch.frombuffer(bytearray(content), dtype=spec.dtype.torch) for spec, content in tail
+    }
+    theirs = dequantize_4bit(packed.view(-1, 1), QuantState.from_dict(tensors, torch.device("cpu")))
+    assert theirs.dtype == dtype
+    assert torch.equal(layer.written(chosen), theirs.float())
 
 
 @every_shape

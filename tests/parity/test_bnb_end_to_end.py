@@ -141,6 +141,8 @@ def converted(base: Path, out: Path, **options: Any) -> Path:
 WAYS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "nearest of F": ("{base}", {"quant": "{quant}"}),
     "stochastic of F": ("{base}", {"quant": "{quant}", "rounding": "stochastic"}),
+    "search of F": ("{base}", {"quant": "{quant}", "rounding": "search"}),
+    "search of T": ("{base}", {"quant": "{quant}", "merge_base": "{quant}", "rounding": "search"}),
     "nearest of T": ("{base}", {"quant": "{quant}", "merge_base": "{quant}", "rounding": "nearest"}),
     "stochastic of T": ("{base}", {"quant": "{quant}", "merge_base": "{quant}"}),
     "nearest onto a quantized base": ("{base} {quant}", {"rounding": "nearest"}),

@@ -1,0 +1,220 @@
+"""Reads weights tile by tile and has them rewritten in every view, by the code that merges, for watchers to measure.
+
+What is written goes nowhere. Each group of a weight's views is read once, again where a view needs a pass before, and
+again for outliers: these are counted from the base's own mean and deviation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from streamconv.analysis.prediction import predicted_kept
+from streamconv.analysis.rounded import CodesWatch, GridSums, RoundedSums, base_grid
+from streamconv.analysis.sums import Moments, Outliers, UpdateSums, outliers, total, update_sums
+from streamconv.analysis.views import Group, Subject, View
+from streamconv.cells import Inline, Seen, WeightWork, Workers
+from streamconv.checkpoint.reader import TensorReader, tensor_bytes
+from streamconv.checkpoint.types import StoredTensor
+from streamconv.devices import Device
+from streamconv.plan import Access, Rewrite, cell_rows, tile_rows
+
+OnBytes = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class DenseSums:
+    """Of one target of a weight, or of several: the update, and what it does to the distribution."""
+
+    update: UpdateSums
+    outliers: Outliers
+
+    def __add__(self, other: DenseSums) -> DenseSums:
+        return DenseSums(self.update + other.update, self.outliers + other.outliers)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """All that was measured of one weight.
+
+    By target; by target and format; by target, format and rounding.
+    """
+
+    dense: Mapping[str, DenseSums]
+    grids: Mapping[tuple[str, str], GridSums]
+    rounded: Mapping[tuple[str, str, str], RoundedSums]
+
+
+class UpdateWatch:
+    """Watches a weight being rewritten dense, twice: the second time, outliers are counted."""
+
+    def __init__(self, step: Rewrite, height: int) -> None:
+        self._step, self._height = step, height
+        self._cells: dict[int, UpdateSums] = {}
+        self._outliers: dict[int, Outliers] = {}
+        self._base: Moments | None = None
+
+    def __call__(self, seen: Seen) -> None:
+        number = seen.rows.start // self._height
+        if self._base is None:
+            self._cells[number] = update_sums(seen, self._step.encoder)
+        else:
+            self._outliers[number] = outliers(seen, self._base)
+
+    def between(self) -> None:
+        """The first pass is over."""
+        self._base = self._sums().before
+
+    def result(self) -> DenseSums:
+        return DenseSums(self._sums(), total(self._outliers[number] for number in sorted(self._outliers)))
+
+    def _sums(self) -> UpdateSums:
+        return total(self._cells[number] for number in sorted(self._cells))
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A view in work."""
+
+    view: View
+    work: WeightWork
+    watch: UpdateWatch | CodesWatch
+
+
+def bytes_to_read(subject: Subject) -> int:
+    """Of the main parts, for all groups and passes."""
+    main = subject.step.weight.parts[subject.step.weight.decoder.main].nbytes
+    return main * sum(_passes(group) for group in subject.groups)
+
+
+def measure(subject: Subject, reader: TensorReader, device: Device, seed: int, on_bytes: OnBytes) -> Measured:
+    """Every view of a weight. Raises InputError where a value is not finite."""
+    dense: dict[str, DenseSums] = {}
+    grids: dict[tuple[str, str], GridSums] = {}
+    rounded: dict[tuple[str, str, str], RoundedSums] = {}
+    for group in subject.groups:
+        for each in _worked(group, reader, device, seed, on_bytes):
+            view, watch = each.view, each.watch
+            if isinstance(watch, UpdateWatch):
+                dense[view.target] = watch.result()
+                continue
+            assert view.format is not None
+            assert view.rounding is not None
+            _, kept = each.work.finish()
+            assert kept is not None
+            rounded[view.target, view.format, view.rounding] = watch.rounded(
+                kept, each.work.effective_scales()
+            )
+            if view.measures_grid:
+                grids[view.target, view.format] = watch.grid()
+    return Measured(
+        dense, {key: _predicted(subject, key, grids[key], dense[key[0]]) for key in grids}, rounded
+    )
+
+
+def _predicted(subject: Subject, key: tuple[str, str], found: GridSums, dense: DenseSums) -> GridSums:
+    """`found` with what nearest rounding is predicted to keep of the update, where the base is on the grid."""
+    (step,) = (
+        view.step
+        for group in subject.groups
+        for view in group.views
+        if view.measures_grid and (view.target, view.format) == key
+    )
+    grid, update = step.encoder.grid, dense.update
+    if base_grid(step) != grid or grid is None or not found.steps:
+        return found
+    ratio = update.magnitudes / found.steps  # of equal counts
+    return replace(
+        found, predicted=predicted_kept(ratio, grid, update.update.kurtosis) * update.update.squares
+    )
+
+
+def _worked(
+    group: Group, reader: TensorReader, device: Device, seed: int, on_bytes: OnBytes
+) -> Sequence[_Open]:
+    """The views of a group when all has been seen of them."""
+    with ExitStack() as stack:
+        workers: Workers | Inline = Inline()
+        if device.is_cpu:
+            workers = stack.enter_context(Workers(group.memory.workers))
+        tiles = _Tiles(group, reader, device, on_bytes)
+        opened = [_open(view, tiles, workers, seed) for view in group.views]
+        if reducing := [each.work for each in opened if each.view.step.access is not Access.ROW]:
+            for rows, raw in tiles.read():
+                for work in reducing:
+                    work.reduce(raw, rows)
+            for work in reducing:
+                work.end_reduce()
+        if dense := [each for each in opened if isinstance(each.watch, UpdateWatch)]:
+            tiles.rewrite([each.work for each in dense])
+            for each in dense:
+                assert isinstance(each.watch, UpdateWatch)
+                each.watch.between()
+        tiles.rewrite([each.work for each in opened])
+        return opened
+
+
+def _open(view: View, tiles: _Tiles, workers: Workers | Inline, seed: int) -> _Open:
+    step, height, device = view.step, tiles.height, tiles.device
+    watch = (
+        UpdateWatch(step, height)
+        if view.rounding is None
+        else CodesWatch(step, height, device.torch, view.measures_grid)
+    )
+    parts = [{role: tiles.part(part) for role, part in update.parts.items()} for update in step.updates]
+    work = WeightWork(step, tiles.side, parts, device.torch, seed, workers, height, watch=watch)
+    return _Open(view, work, watch)
+
+
+class _Tiles:
+    """The tiles of one weight, and the tensors read whole beside them, each once."""
+
+    def __init__(self, group: Group, reader: TensorReader, device: Device, on_bytes: OnBytes) -> None:
+        steps = [view.step for view in group.views]
+        self.device, self.height = device, cell_rows(device, steps[0].columns)
+        self._step, self._reader, self._on_bytes = steps[0], reader, on_bytes
+        self._rows = min(tile_rows(step, group.memory.buffer, self.height) for step in steps)
+        self._loaded: dict[StoredTensor, Tensor] = {}
+        weight = self._step.weight
+        self._main = weight.parts[weight.decoder.main]
+        self.side = {
+            role: reader.load(part).to(device.torch)
+            for role, part in weight.parts.items()
+            if role != weight.decoder.main
+        }
+
+    def part(self, part: StoredTensor) -> Tensor:
+        """A tensor of the adapter, float32."""
+        if part not in self._loaded:
+            self._loaded[part] = self._reader.load(part).float().to(self.device.torch)
+        return self._loaded[part]
+
+    def read(self) -> Iterator[tuple[range, Tensor]]:
+        """Stored bytes, tile by tile, on the device; the next tile overwrites them."""
+        offset, count = self._step.weight.decoder.row_offset, self._step.rows
+        buffer = torch.empty(offset(min(self._rows, count)), dtype=torch.uint8)
+        for first in range(0, count, self._rows):
+            rows = range(first, min(first + self._rows, count))
+            raw = buffer[: offset(rows.stop) - offset(rows.start)]
+            self._reader.read_into(self._main, offset(rows.start), tensor_bytes(raw))
+            yield rows, raw.to(self.device.torch)
+            self._on_bytes(raw.numel())
+
+    def rewrite(self, works: Sequence[WeightWork]) -> None:
+        """One pass; all write to the same place, which nobody reads."""
+        longest = max(work.step.encoder.row_offset(min(self._rows, work.step.rows)) for work in works)
+        out = torch.empty(longest, dtype=torch.uint8, device=self.device.torch)
+        for rows, raw in self.read():
+            for work in works:
+                offset = work.step.encoder.row_offset
+                work.rewrite(raw, rows, out[: offset(rows.stop) - offset(rows.start)]).wait()
+
+
+def _passes(group: Group) -> int:
+    """How often a weight is read for a group."""
+    reduces = any(view.step.access is not Access.ROW for view in group.views)
+    return 1 + reduces + any(view.rounding is None for view in group.views)
