@@ -14,6 +14,7 @@ import torch
 
 from streamconv.analysis.prediction import predicted_kept
 from streamconv.grids import NF4
+from streamconv.rounding.feedback import FeedbackOptions
 from tools.bench.results import RESULTS
 from tools.study import bootstrap, cost, grid, synthetic
 from tools.study.bars import Bar, bars
@@ -26,6 +27,8 @@ from tools.study.beds import (
     OPENED,
     PLAIN_FEEDBACK_T,
     STOCHASTIC_T,
+    Merged,
+    Opened,
 )
 from tools.study.judge import judge
 from tools.study.pictures import PICTURES
@@ -163,13 +166,16 @@ def test_without_results_the_page_says_so(tmp_path: Path) -> None:
 
 def _results(**kl: float) -> dict[str, Any]:
     """A bed where every strategy has the KL that is given, or 1; T has perplexity e, nearest of T and the base e^3."""
-    names = [row.name for row in (*OPENED, *MERGED)]
+    every: tuple[Opened | Merged, ...] = (*OPENED, *MERGED)
+    names = [row.name for row in every]
     high = {NEAREST_T.name, "base-nf4"}
     return {
         "rows": {
             name: {
                 "losses": [3.0 if name in high else 1.0] * 4,
                 "kl": [kl.get(name.replace("-", "_"), 1.0)] * 4,
+                "kept": 0.9,
+                "changed": 0.1,
                 "wall_s": 1.0,
                 "cpu_s": 1.0,
                 "not_exact": [],
@@ -187,26 +193,26 @@ def _judged(results: dict[str, Any]) -> dict[str, Bar]:
 
 
 def test_checks_pass_on_good_numbers() -> None:
-    found = _judged(_results(feedback_T=0.4))
+    found = _judged(_results(feedback_T=0.4, feedback_T_onesided=0.4))
     assert [bar for bar in found.values() if not bar.passes] == []
 
 
 @pytest.mark.parametrize("name", [NEAREST_F.name, STOCHASTIC_T[0].name, PLAIN_FEEDBACK_T.name])
 def test_checks_fail_where_feedback_is_hardly_closer_than(name: str) -> None:
-    results = _results(feedback_T=0.4)
+    results = _results(feedback_T=0.4, feedback_T_onesided=0.4)
     for each in [row.name for row in STOCHASTIC_T] if name == STOCHASTIC_T[0].name else [name]:
         results["rows"][each]["kl"] = [0.45] * 4
     assert any(bar.passes is False for bar in _judged(results).values())
 
 
 def test_checks_fail_where_nothing_is_recovered() -> None:
-    results = _results(feedback_T=0.4)
+    results = _results(feedback_T=0.4, feedback_T_onesided=0.4)
     results["rows"][FEEDBACK_T.name]["losses"] = [2.9] * 4
     assert any(bar.passes is False and "94%" in bar.claim for bar in _judged(results).values())
 
 
 def test_operations_grow_as_the_formula_says() -> None:
-    options = synthetic.FeedbackOptions()
+    options = FeedbackOptions()
     one, two = (sum(cost.operations(cost.DEMO, tokens, options).values()) for tokens in (1000, 2000))
     parts = cost.operations(cost.DEMO, 1000, options)
     assert two - one == pytest.approx(parts["forward"] + parts["moments"])

@@ -14,7 +14,9 @@ DEMO_BASE = Path(".demo/base")
 
 @dataclass(frozen=True, slots=True)
 class Bed:
-    """Held-out text is cut into `windows` sequences of `tokens`; `calibration_tokens` of the other text calibrate."""
+    """Held-out text is cut into `windows` sequences of `tokens`; `calibration_tokens` of the other text calibrate,
+    in sequences of `calibration_length`.
+    """
 
     name: str
     label: str
@@ -25,6 +27,13 @@ class Bed:
     windows: int
     tokens: int
     calibration_tokens: int
+    calibration_length: int
+
+    @property
+    def calibration_options(self) -> tuple[str, ...]:
+        tokens, length = str(self.calibration_tokens), str(self.calibration_length)
+        text = ("--calibration", str(self.calibration), "--calibration-tokens", tokens)
+        return (*text, "--calibration-sequence-length", length)
 
     @property
     def trained(self) -> Subject:
@@ -34,12 +43,12 @@ class Bed:
 
 def _on_demo_base(name: str, label: str, adapter: str, text: str) -> Bed:
     texts = EXAMPLES / f"{text}.valid.txt", EXAMPLES / f"{text}.calibration.txt"
-    return Bed(name, label, DEMO_BASE, EXAMPLES / adapter, *texts, 34, 512, 16_384)
+    return Bed(name, label, DEMO_BASE, EXAMPLES / adapter, *texts, 34, 512, 16_384, 512)
 
 
 def _on_faq(name: str, label: str) -> Bed:
     texts = EXAMPLES / "kjv.valid.txt", EXAMPLES / "kjv.calibration.txt"
-    return Bed(name, label, EXAMPLES / "faq-9m", EXAMPLES / name, *texts, 80, 256, 65_536)
+    return Bed(name, label, EXAMPLES / "faq-9m", EXAMPLES / name, *texts, 80, 256, 65_536, 512)
 
 
 BEDS: Mapping[str, Bed] = {
@@ -92,10 +101,12 @@ def _merged(
     return Merged(name, label, target, options, calibrated)
 
 
-def _feedback(name: str, label: str, target: str, preserve_delta: str) -> Merged:
-    term = ("--preserve-delta", preserve_delta)
-    return _merged(name, label, target, "feedback", *term, calibrated=True)
+def _feedback(name: str, label: str, target: str, *more: str) -> Merged:
+    return _merged(name, label, target, "feedback", *more, calibrated=True)
 
+
+ONE_SIDED = ("--calibration-gradient-tokens", "0")
+NO_TERM = ("--preserve-delta", "0")
 
 NEAREST_T = _merged("nearest-T", "nearest of T", "T", "nearest")
 NEAREST_F = _merged("nearest-F", "nearest of F", "F", "nearest")
@@ -104,21 +115,12 @@ STOCHASTIC_T = tuple(
     for seed in SEEDS
 )
 SEARCH_T = _merged("search-T", "search of T", "T", "search")
-SEARCH_F = _merged("search-F", "search of F", "F", "search")
-FEEDBACK_T = _merged("feedback-T", "feedback of T", "T", "feedback", calibrated=True)
-PLAIN_FEEDBACK_T = _feedback("feedback-T-0", "feedback of T, no delta term", "T", "0")
-FEEDBACK_F = _merged("feedback-F", "feedback of F", "F", "feedback", calibrated=True)
-OTHER_MU = tuple(
-    _feedback(f"feedback-T-{mu}", f"feedback of T, mu {mu}", "T", mu) for mu in ("0.1", "0.3", "1", "3")
+FEEDBACK_T = _feedback("feedback-T", "feedback of T", "T")
+PLAIN_FEEDBACK_T = _feedback("feedback-T-0", "feedback of T, no delta term", "T", *NO_TERM)
+ONE_SIDED_T = _feedback("feedback-T-onesided", "one-sided feedback of T", "T", *ONE_SIDED)
+PLAIN_ONE_SIDED_T = _feedback(
+    "feedback-T-onesided-0", "one-sided feedback of T, no delta term", "T", *ONE_SIDED, *NO_TERM
 )
-MERGED = (
-    NEAREST_T,
-    NEAREST_F,
-    *STOCHASTIC_T,
-    SEARCH_T,
-    SEARCH_F,
-    FEEDBACK_T,
-    PLAIN_FEEDBACK_T,
-    FEEDBACK_F,
-    *OTHER_MU,
-)
+FEEDBACK_F = _feedback("feedback-F", "feedback of F", "F")
+FEEDBACK = (FEEDBACK_T, PLAIN_FEEDBACK_T, ONE_SIDED_T, PLAIN_ONE_SIDED_T, FEEDBACK_F)
+MERGED = (NEAREST_T, NEAREST_F, *STOCHASTIC_T, SEARCH_T, *FEEDBACK)

@@ -87,14 +87,7 @@ def _merged(
 ) -> dict[str, Any]:
     """Write the output of `row`, judge it and remove it."""
     out = WORK / bed.name / row.name
-    options = [*row.options]
-    if row.calibrated:
-        options += [
-            "--calibration",
-            str(bed.calibration),
-            "--calibration-tokens",
-            str(bed.calibration_tokens),
-        ]
+    options = [*row.options, *(bed.calibration_options if row.calibrated else ())]
     shutil.rmtree(out, ignore_errors=True)
     cost = _streamconv(
         "merge", "--base", str(bed.base), "--adapter", str(bed.adapter), "-o", str(out), *options

@@ -14,14 +14,14 @@ from tools.study import cost
 from tools.study.bars import STOCHASTIC, Results, bars, row_of, shown
 from tools.study.beds import (
     BEDS,
-    FEEDBACK_F,
+    FEEDBACK,
     FEEDBACK_T,
     NEAREST_F,
     NEAREST_T,
+    ONE_SIDED_T,
     OPENED,
-    OTHER_MU,
     PLAIN_FEEDBACK_T,
-    SEARCH_F,
+    PLAIN_ONE_SIDED_T,
     SEARCH_T,
     STOCHASTIC_T,
 )
@@ -33,7 +33,7 @@ STRATEGIES: Mapping[str, str] = {
     **{row.name: row.label for row in OPENED},
     **{row.name: row.label for row in (NEAREST_T, NEAREST_F)},
     STOCHASTIC: f"stochastic of T ({len(STOCHASTIC_T)} seeds)",
-    **{row.name: row.label for row in (SEARCH_T, SEARCH_F, PLAIN_FEEDBACK_T, FEEDBACK_T, FEEDBACK_F)},
+    **{row.name: row.label for row in (SEARCH_T, *FEEDBACK)},
 }
 # Upper ends of the delta-to-step ratio, and what to do below them.
 DECISIONS = (
@@ -221,17 +221,31 @@ def _placed(name: str, results: Results) -> str:
 
 
 def delta_term_block(beds: Mapping[str, Results], _: Results) -> str:
-    """KL by the weight μ of the delta-preserving term."""
-    names = (PLAIN_FEEDBACK_T.name, *(row.name for row in OTHER_MU), FEEDBACK_T.name)
-    columns = ("bed", "μ = 0", *(f"μ = {row.name.rpartition('-')[2]}" for row in OTHER_MU), "the default")
+    """What the delta-preserving term does to KL and to the kept delta, with and without the gradients' side."""
+    columns = ("bed", "feedback", "KL with the term to KL without", "kept delta without", "with")
+    pairs = {"two-sided": (FEEDBACK_T, PLAIN_FEEDBACK_T), "one-sided": (ONE_SIDED_T, PLAIN_ONE_SIDED_T)}
     rows = []
     for name, bed in BEDS.items():
-        found = [row_of(beds[name], each) for each in names]
-        if any(found):
+        for words, pair in pairs.items():
+            term, plain = (row_of(beds[name], each.name) for each in pair)
+            if term and plain:
+                kept = [f"{beds[name]['rows'][each.name]['kept']:.3f}" for each in reversed(pair)]
+                rows.append([bed.label, words, shown(ratio(term.kl, plain.kl), 3), *kept])
+    return _table(columns, rows, words=(0, 1))
+
+
+def two_sides_block(beds: Mapping[str, Results], _: Results) -> str:
+    """What gradients add to calibration."""
+    columns = ("bed", "KL of two-sided to one-sided feedback", "to nearest of F", "to stochastic of T")
+    rows = []
+    for name, bed in BEDS.items():
+        ours = row_of(beds[name], FEEDBACK_T.name)
+        others = [row_of(beds[name], each) for each in (ONE_SIDED_T.name, NEAREST_F.name, STOCHASTIC)]
+        if ours and any(others):
             rows.append(
-                [bed.label, *(shown(mean([1000 * kl for kl in row.kl])) if row else "" for row in found)]
+                [bed.label, *(shown(ratio(ours.kl, other.kl), 3) if other else "" for other in others)]
             )
-    return f"{_table(columns, rows)}\n\nKL to T, 1/1000 nat."
+    return _table(columns, rows)
 
 
 def cost_block(beds: Mapping[str, Results], _: Results) -> str:
@@ -322,6 +336,7 @@ BLOCKS: Mapping[str, Callable[[Mapping[str, Results], Results], str]] = {
     "distributions": distributions_block,
     "decision": decision_block,
     "strategies": strategies_block,
+    "two_sides": two_sides_block,
     "delta_term": delta_term_block,
     "cost": cost_block,
     "bars": bars_block,
