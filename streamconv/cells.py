@@ -324,7 +324,7 @@ class WeightWork:
 
     def settle(self, chosen: Chosen) -> None:
         """Have `rewrite` write `chosen`, and the base's scales only if it keeps them."""
-        self._chosen = chosen
+        self._chosen, self._searched = chosen, None
         if not chosen.keeps_base:
             self.step = replace(self.step, keeps_scales=False, keeps_parts=False)
             self._kept_scales = self._effective = None

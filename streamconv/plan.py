@@ -49,7 +49,7 @@ class Calibration:
     """What is asked of a calibration; names as on the command line, but for `data`, which is `--calibration`.
 
     None stands for what is chosen when planning: `sequence_length` by the model's positions, `preserve_delta` by the
-    target, `threads` by the machine.
+    target, `threads` by the machine. `gradient_tokens` tell what each output counts for the model; with 0, all alike.
     """
 
     data: str
@@ -57,6 +57,7 @@ class Calibration:
     sequence_length: int | None = None
     preserve_delta: float | None = None
     threads: int | None = None
+    gradient_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +190,8 @@ class CalibrationPlan:
     """How the weights are calibrated whose step says so.
 
     `data` is a file or a data set, `name` that without the folder; `sha256` is that of the file, or of the data set's
-    commit. `tokens` are whole sequences. `threads`
-    is how many threads torch shares a matrix product between, which decides its last bits. `need` is None until it was
-    found out.
+    commit. `tokens` and, of these, `gradient_tokens` are whole sequences. `threads` is how many threads torch shares a
+    matrix product between, which decides its last bits. `need` is None until it was found out.
     """
 
     data: str
@@ -203,6 +203,7 @@ class CalibrationPlan:
     options: FeedbackOptions
     threads: int
     transformers: str
+    gradient_tokens: int = 0
     need: Need | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -215,6 +216,7 @@ class CalibrationPlan:
             "options": asdict(self.options),
             "threads": self.threads,
             "transformers": self.transformers,
+            "gradient_tokens": self.gradient_tokens,
         }
 
 

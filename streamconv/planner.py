@@ -406,6 +406,7 @@ def _plan_calibration(
         options=feedback,
         threads=threads,
         transformers=grounds.transformers,
+        gradient_tokens=min(tokens, -(-asked.gradient_tokens // length) * length),
     )
 
 

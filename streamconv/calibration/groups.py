@@ -24,6 +24,9 @@ class Group:
     runs: int = 1
 
 
+Keep = Callable[[Group, Tensor], None]
+
+
 @dataclass(slots=True)
 class Recorder:
     """Notes, while a layer runs, which linear layers are called, in which order, and on which tensor."""
@@ -36,8 +39,8 @@ class Recorder:
         return [name for name in linears if name not in self._of]
 
     @contextmanager
-    def watching(self, linears: Linears) -> Iterator[None]:
-        """For one forward pass."""
+    def watching(self, linears: Linears, keep: Keep) -> Iterator[None]:
+        """For one forward pass. `keep` is called with every group that runs, and its input."""
         # Held, so that no other tensor can come to lie in its place meanwhile.
         inputs: list[tuple[Tensor, Group]] = []
         runs: dict[str, int] = {}
@@ -54,6 +57,8 @@ class Recorder:
                 self._of[name] = group
                 inputs.append((given, group))
             group.runs = max(group.runs, runs[name])
+            if name == group.names[0]:
+                keep(group, given)
 
         with listening(linears, note):
             yield

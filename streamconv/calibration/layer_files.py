@@ -2,6 +2,7 @@
 
     calibration.json         what the files beside it belong to
     layer-N.safetensors      the final parts of all calibrated weights of layer N; its metadata say what became of them
+    gradient*, inputs-*      see `gradients.py`, `kept_inputs.py`
     reference-0, -1          hidden states of the stream in which all weights are the targets, and of the one in which
     quantized-0, -1          they are what was chosen: layer N reads those of N modulo 2 and writes the others
 
@@ -13,20 +14,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.calibration.subject import Calibrated
+from streamconv.calibration.tensor_files import stored_in, write_file
 from streamconv.cells import KeptDelta
-from streamconv.checkpoint.header import build_header, read_header
-from streamconv.checkpoint.types import StoredTensor, TensorSpec
-from streamconv.checkpoint.writer import ShardWriter, free_bytes, publish, write_error, write_file
+from streamconv.checkpoint.types import TensorSpec
+from streamconv.checkpoint.writer import free_bytes, write_error
+from streamconv.checkpoint.writer import write_file as write_small
 from streamconv.errors import ResourceError
 from streamconv.forward.activations import ActivationFile
 from streamconv.sizes import format_size
-from streamconv.storage.local import open_folder
 
 _KEY = "calibration.json"
 _STREAMS = ("reference", "quantized")
@@ -60,14 +61,17 @@ class Stream:
 class LayerFiles:
     """What is done of so many `layers`; `shape` is that of a stream's hidden states [sequence, token, hidden]."""
 
-    def __init__(self, folder: Path, key: str, layers: int, shape: tuple[int, int, int]) -> None:
-        self._folder, self._layers, self._shape = folder, layers, shape
+    def __init__(
+        self, folder: Path, key: str, layers: int, shape: tuple[int, int, int], needed: Callable[[int], bool]
+    ) -> None:
+        """`needed` says whether a layer has what it takes beside the hidden states, once others are done."""
+        self._folder, self._layers, self._shape, self._has_more = folder, layers, shape, needed
         content = (json.dumps({"key": key}) + "\n").encode()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not _holds(folder / _KEY, content) or not self._is_whole():
                 _empty(folder)
-                write_file(folder / _KEY, content)
+                write_small(folder / _KEY, content)
         except OSError as error:
             raise write_error(error, folder) from error
 
@@ -101,18 +105,9 @@ class LayerFiles:
     def write(self, number: int, results: Sequence[Result]) -> None:
         """Have layer `number` done; what left it must be on the disk."""
         specs = [spec for result in results for spec in result.specs]
-        header = build_header(
-            specs, {_WEIGHTS: json.dumps({each.name: _described(each) for each in results})}
-        )
-        path = self._path(number)
-        partial = path.with_suffix(".partial")
-        partial.unlink(missing_ok=True)  # of a run that was killed
-        with ShardWriter.create(partial, header, len(header) + sum(spec.nbytes for spec in specs)) as writer:
-            for result in results:
-                for part in result.parts:
-                    writer.write(part)
-            writer.finish()
-        publish(partial, path)
+        parts = [part for result in results for part in result.parts]
+        about = {_WEIGHTS: json.dumps({each.name: _described(each) for each in results})}
+        write_file(self._path(number), specs, parts, about)
 
     def read(self) -> Mapping[str, Calibrated]:
         """All that was chosen in the layers that are done, by name of the weight."""
@@ -122,7 +117,9 @@ class LayerFiles:
         return found
 
     def remove_states(self) -> None:
-        """Hidden states are of no use once all layers are done."""
+        """Hidden states and gradients are of no use once all layers are done."""
+        for path in self._folder.glob("gradient*"):
+            path.unlink()
         for name in _STREAMS:
             for path in self._states(name):
                 path.unlink(missing_ok=True)
@@ -138,7 +135,8 @@ class LayerFiles:
         nbytes = 4 * self._shape[0] * self._shape[1] * self._shape[2]
         done = self.done
         needed = [self._states(name)[done % 2] for name in _STREAMS] if 0 < done < self._layers else []
-        return all(path.exists() and path.stat().st_size == nbytes for path in needed)
+        has_states = all(path.exists() and path.stat().st_size == nbytes for path in needed)
+        return has_states and (not needed or self._has_more(done))
 
 
 def _holds(path: Path, content: bytes) -> bool:
@@ -165,19 +163,12 @@ def _described(result: Result) -> Mapping[str, object]:
 
 
 def _read(path: Path) -> Mapping[str, Calibrated]:
-    file = open_folder(str(path.parent)).file(path.name)
-    header = read_header(file)
-    tensors = {
-        tensor.name: StoredTensor(
-            tensor.name, tensor.dtype, tensor.shape, file, header.data_start + tensor.start
-        )
-        for tensor in header.tensors
-    }
+    tensors, metadata = stored_in(path)
     return {
         name: Calibrated(
             parts={part: tensors[part] for part in about["parts"]},
             kept=None if about["kept"] is None else KeptDelta(*about["kept"]),
             notes=about["notes"],
         )
-        for name, about in json.loads(header.metadata[_WEIGHTS]).items()
+        for name, about in json.loads(metadata[_WEIGHTS]).items()
     }

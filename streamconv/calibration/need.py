@@ -6,15 +6,23 @@ import math
 
 from streamconv.calibration.model import Model, opened
 from streamconv.calibration.subject import Subject
-from streamconv.forward.memory import BATCH_TOKENS, FIXED_BYTES, sequence_bytes, table_bytes
+from streamconv.forward.memory import BATCH_TOKENS, sequence_bytes, table_bytes
 from streamconv.plan import Need, Rewrite
 
+# transformers and what it loads, compiled kernels, thread stacks, and what the allocator keeps of freed memory.
+# Measured for a model of a megabyte, whose own need is next to nothing: 212 MiB.
+_FIXED_BYTES = 224 * 2**20
 # Bytes for every entry of H, and for every weight, that `feedback` has at once beside them.
 _METRIC_BYTES = 40
 _CHOICE_BYTES = 48
 # On a GPU, H and its factor in float64 are in host memory.
 _FACTOR_BYTES = 24
 _HEADER_BYTES = 2**20
+# Rows of the vocabulary that a token is drawn from at a time. Sums depend on it, so no budget decides it.
+HEAD_ROWS = 8192
+_LOGIT_COPIES = 6
+# What a layer keeps to be differentiated, beside what it has at once when it is only run.
+_BACKWARD = 3
 
 
 def calibration_need(subject: Subject) -> Need:
@@ -34,25 +42,63 @@ def need_of(model: Model, subject: Subject) -> Need:
     length, tokens = subject.calibration.sequence_length, subject.calibration.tokens
     batch = min(subject.sequences, batch_of(length))
     forward = batch * sequence_bytes(walk, length)
-    on_device = max(_layer_need(model, number, forward, crosses) for number in range(model.layers))
+    is_two_sided = subject.gradient_sequences > 0
+    on_device = max(
+        _layer_need(model, number, forward, crosses, is_two_sided) for number in range(model.layers)
+    )
     on_device += table_bytes(walk, tokens)
     held = max(sum(map(_held_bytes, model.layer_steps(number))) for number in range(model.layers))
-    on_host = held + FIXED_BYTES + 2 * 4 * batch * length * walk.hidden
+    on_host = held + _FIXED_BYTES + 2 * 4 * batch * length * walk.hidden
     packed = subject.plan.calibrated_bytes
     disk = 4 * 4 * tokens * walk.hidden + packed + model.layers * _HEADER_BYTES
     read = sum(map(model.stored_bytes, range(model.layers)))
+    if crosses and walk.device.is_cpu:
+        disk += 4 * tokens * max(_inputs(model, number) for number in range(model.layers))
+    if is_two_sided:
+        disk += _gradient_disk(model, subject)
+        read = 3 * read + 2 * walk.head_bytes
+        on_device = max(on_device, _gradient_need(model, subject, batch, forward))
+        on_host += max(_output_bytes(model, number) for number in range(model.layers)) * (
+            subject.calibration.gradient_tokens
+        )
     if walk.device.is_cpu:
         return Need(on_host + on_device, 0, disk, read)
     widest = max(step.columns for step in subject.plan.calibrated)
     return Need(on_host + _FACTOR_BYTES * widest**2, on_device, disk, read)
 
 
-def _layer_need(model: Model, number: int, forward: int, crosses: bool) -> int:
+def _gradient_need(model: Model, subject: Subject, batch: int, forward: int) -> int:
+    """The most of a layer that is differentiated, and of a tile of the head."""
+    walk, length = model.walk, subject.calibration.sequence_length
+    layer = walk.largest_layer_bytes + _BACKWARD * forward
+    head = 4 * HEAD_ROWS * (walk.hidden + _LOGIT_COPIES * batch * length)
+    return max(layer, head) + 4 * 4 * subject.calibration.gradient_tokens * walk.hidden
+
+
+def _gradient_disk(model: Model, subject: Subject) -> int:
+    tokens, hidden = subject.calibration.gradient_tokens, model.walk.hidden
+    outputs = sum(_output_bytes(model, number) for number in range(model.layers))
+    return tokens * (8 * (model.layers + 1) * hidden + outputs) + (model.layers + 1) * _HEADER_BYTES
+
+
+def _inputs(model: Model, number: int) -> int:
+    """At most so many inputs have a layer's groups; which weights share theirs is not known yet."""
+    return sum(step.columns for step in model.layer_steps(number))
+
+
+def _output_bytes(model: Model, number: int) -> int:
+    """Bytes a token of the gradients that are kept of a layer's linear layers."""
+    return sum(2 * step.rows for step in model.layer_steps(number))
+
+
+def _layer_need(model: Model, number: int, forward: int, crosses: bool, is_two_sided: bool) -> int:
     """A layer in float32, both as it was and as it will be, and either a batch or a choice in work."""
     steps = model.layer_steps(number)
     twice = sum(4 * step.rows * step.columns for step in steps) if crosses else 0
     gathering = forward + max((_moment_bytes(step, crosses) for step in steps), default=0)
-    choosing = max((_moment_bytes(step, crosses) + _choice_bytes(step) for step in steps), default=0)
+    choosing = max(
+        (_moment_bytes(step, crosses) + _choice_bytes(step, is_two_sided) for step in steps), default=0
+    )
     return model.walk.layer_bytes(number) + twice + max(gathering, choosing)
 
 
@@ -60,8 +106,9 @@ def _moment_bytes(step: Rewrite, crosses: bool) -> int:
     return 4 * step.columns**2 * (1 + crosses)
 
 
-def _choice_bytes(step: Rewrite) -> int:
-    return _METRIC_BYTES * step.columns**2 + _CHOICE_BYTES * step.rows * step.columns
+def _choice_bytes(step: Rewrite, is_two_sided: bool) -> int:
+    metrics = step.columns**2 + (step.rows**2 if is_two_sided else 0)
+    return _METRIC_BYTES * metrics + _CHOICE_BYTES * step.rows * step.columns
 
 
 def _held_bytes(step: Rewrite) -> int:

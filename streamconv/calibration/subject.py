@@ -37,6 +37,10 @@ class Subject:
         return self.calibration.tokens // self.calibration.sequence_length
 
     @property
+    def gradient_sequences(self) -> int:
+        return self.calibration.gradient_tokens // self.calibration.sequence_length
+
+    @property
     def steps(self) -> Mapping[str, Rewrite]:
         """Steps of the weights that are to be calibrated, by name."""
         return {step.name: step for step in self.plan.calibrated}

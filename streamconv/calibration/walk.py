@@ -14,8 +14,8 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from streamconv.calibration.directions import directions_of
+from streamconv.calibration.gradients import Gradients, gradients_path
 from streamconv.calibration.groups import Enough, Group, Linears, Recorder, listening
+from streamconv.calibration.kept_inputs import KeptInputs
 from streamconv.calibration.layer_files import LayerFiles, Result, Stream
 from streamconv.calibration.model import Model, opened
 from streamconv.calibration.moments import Moments
@@ -58,8 +60,14 @@ def calibrate(
             calibration.sequence_length,
             "--calibration-tokens",
         )
-        files = LayerFiles(folder, _key(subject, windows), model.layers, (*windows.shape, model.walk.hidden))
-        work = _Calibration(subject, model, windows, files, on_progress, stop)
+        files = LayerFiles(
+            folder,
+            _key(subject, windows),
+            model.layers,
+            (*windows.shape, model.walk.hidden),
+            lambda number: not subject.gradient_sequences or gradients_path(folder, number).exists(),
+        )
+        work = _Calibration(subject, model, windows, files, folder, on_progress, stop)
         try:
             work.run()
         except torch.OutOfMemoryError as error:
@@ -98,22 +106,30 @@ class _Calibration:
         model: Model,
         windows: Tensor,
         files: LayerFiles,
+        folder: Path,
         on_progress: OnProgress,
         stop: StopRequest,
     ) -> None:
         self.model, self.windows, self.files, self.stop = model, windows, files, stop
+        self.folder = folder
         self.options: FeedbackOptions = subject.calibration.options
         self._disk = need_of(model, subject).disk
         self.batches = in_batches(windows, batch_of(windows.shape[1]))
         self._sizes = [model.stored_bytes(number) for number in range(model.layers)]
         self._on_progress = on_progress
+        seed, chosen = subject.plan.options.seed, windows[: subject.gradient_sequences]
+        self.gradients = Gradients(model, folder, chosen, seed, self._advance)
+        self._advanced = 0
 
     def run(self) -> None:
         first = self.files.done
-        self.report(first)
         if first == self.model.layers:
+            self.report(first)
             return
         self.files.check_disk(self._disk)
+        if not first:
+            self.gradients.run()
+        self.report(first)
         with self.files.streams() as streams:
 
             def keep(chosen: slice, entering: Tensor) -> None:
@@ -131,11 +147,21 @@ class _Calibration:
                     for stream in streams:
                         stream.leaving(number).sync()
                     self.files.write(number, results)
+                    self.gradients.remove(number)
                     self.report(number + 1)
 
     def report(self, layers: int, further: int = 0) -> None:
         """Say how far it is: so many layers, and `further` bytes of the one in work."""
-        self._on_progress(sum(self._sizes[:layers]) + further, sum(self._sizes))
+        before = self.gradients.nbytes
+        self._on_progress(before + sum(self._sizes[:layers]) + further, before + sum(self._sizes))
+
+    def _advance(self, nbytes: int) -> None:
+        """So many more bytes have been read to find gradients."""
+        self.check_stop()
+        if nbytes:
+            self._advanced += nbytes
+            before = self.gradients.nbytes
+            self._on_progress(min(self._advanced, before), before + sum(self._sizes))
 
     def check_stop(self) -> None:
         if self.stop.signal_number is not None:
@@ -165,40 +191,50 @@ class _Layer:
 
     def calibrate(self) -> Sequence[Result]:
         """Have both streams pass; return what was chosen for the layer's weights."""
+        with self._keeping() as kept:
+            return self._calibrate(kept)
+
+    def _keeping(self) -> KeptInputs:
+        keeps = self.crosses and self.run.model.walk.device.is_cpu
+        sequences, length = self.run.windows.shape
+        return KeptInputs(self.run.folder, sequences, length, keeps)
+
+    def _calibrate(self, kept: KeptInputs) -> Sequence[Result]:
         recorder = Recorder()
-        self._pass(self.reference, recorder)
+        for chosen in self.run.batches:
+            with recorder.watching(self.linears, kept.keeping(chosen)):
+                self._pass(self.reference, chosen)
         groups = [*recorder.groups, *(Group([name]) for name in recorder.missing(self.linears))]
         results: list[Result] = []
         for group in groups:
             inputs = self.linears[group.names[0]]
-            statistics = self._moments(group).statistics(inputs.in_features, inputs.weight.device)
+            statistics = self._moments(group, kept).statistics(inputs.in_features, inputs.weight.device)
             for name in group.names:
                 self.run.check_stop()
                 results.append(self._choose(name, statistics))
             self.run.report(self.number, sum(self._stored_bytes(each.name) for each in results))
-        self._pass(self.quantized, None)
+        for chosen in self.run.batches:
+            self._pass(self.quantized, chosen)
         return results
 
     def _stored_bytes(self, name: str) -> int:
         return self.run.model.targets.stored_bytes(name)
 
-    def _pass(self, stream: Stream, recorder: Recorder | None) -> None:
-        """Take a stream through the whole layer."""
-        entering, leaving = stream.entering(self.number), stream.leaving(self.number)
-        for chosen in self.run.batches:
-            self.run.check_stop()
-            with recorder.watching(self.linears) if recorder else nullcontext():
-                found = self.passing.through(self.module, self.number, entering.read(chosen))
-            leaving.write(chosen, found)
+    def _pass(self, stream: Stream, chosen: slice) -> None:
+        """Take some sequences of a stream through the whole layer."""
+        self.run.check_stop()
+        hidden = stream.entering(self.number).read(chosen)
+        found = self.passing.through(self.module, self.number, hidden)
+        stream.leaving(self.number).write(chosen, found)
 
-    def _moments(self, group: Group) -> Moments:
+    def _moments(self, group: Group, kept: KeptInputs) -> Moments:
         """Second moments of what enters a group, with all that was chosen before it in place."""
         moments = Moments(self.crosses)
         for chosen in self.run.batches:
             self.run.check_stop()
             inputs: Sequence[Tensor | None] = self._inputs(self.quantized, group, chosen)
-            references: Sequence[Tensor | None] = [None] * len(inputs)
-            if self.crosses:
+            references: Sequence[Tensor | None] = [kept.read(group, chosen)]
+            if self.crosses and references[0] is None:
                 with _replaced(self.linears, self.originals):
                     references = self._inputs(self.reference, group, chosen)
             for given, reference in zip_longest(inputs, references):
@@ -226,6 +262,7 @@ class _Layer:
         held, linear = self.run.model.targets.held.pop(name), self.linears[name]
         target, step = linear.weight.data, held.step
         directions = directions_of(held, target) if self.run.options.preserve_delta else None
+        statistics = replace(statistics, output_hessian=self.run.gradients.output_hessian(self.number, name))
         chosen = feedback(target, statistics, step.encoder, self.run.options, directions, held.base())
         parts, kept = held.packed(chosen)
         values = _values(chosen, step.encoder).view(target.shape)

@@ -128,6 +128,15 @@ RESULT = group(
         metavar="N",
         help="Tokens in a sequence of it. Default: 2048, or what the model has positions for.",
     ),
+    option(
+        Section.RESULT,
+        "--calibration-gradient-tokens",
+        default=2048,
+        show_default=True,
+        metavar="N",
+        help="Tokens of it whose gradients tell what each output of a layer counts for the model; 0: all count alike, "
+        "in less time.",
+    ),
     option(Section.RESULT, "--seed", default=0, show_default=True, help="Seed of stochastic rounding."),
     option(
         Section.RESULT,

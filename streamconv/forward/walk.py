@@ -126,13 +126,16 @@ class Walk:
         return sorted({weight for sources in self._under(path) for weight, _ in sources.weights})
 
     @property
+    def head_bytes(self) -> int:
+        """Bytes read for the head."""
+        return self.source.stored_bytes(self._head)
+
+    @property
     def bytes_of_a_pass(self) -> int:
         """Bytes read from the checkpoint in one pass."""
         names = {weight for number in range(len(self._layers)) for weight in self.layer_weights(number)}
         around = {self._sources[f"{self.skeleton.embedding}.weight"].weights[0][0]}
-        return sum(self.source.stored_bytes(name) for name in names | around) + self.source.stored_bytes(
-            self._head
-        )
+        return sum(self.source.stored_bytes(name) for name in names | around) + self.head_bytes
 
     def layer_bytes(self, number: int) -> int:
         """What a layer takes while it is put together."""
@@ -216,7 +219,7 @@ class Walk:
             stack.enter_context(self._embedding(windows))
             stack.enter_context(self._loading_others())
             first = stack.enter_context(ExitStack())
-            layer = first.enter_context(self._materialized(0))
+            layer = first.enter_context(self.materialized(0))
             self._learn_to_wrap(windows[batches[0]], layer)
             yield Passing(self, self._enter(windows, batches, keep), first)
 
@@ -225,7 +228,7 @@ class Walk:
         """Layer `number` with its weights; those of layer 0 are there until `first` is closed."""
         if number:
             first.close()
-        with self._materialized(number) if number else first:
+        with self.materialized(number) if number else first:
             yield self._layers[number]
 
     def compute(self, layer: nn.Module, call: Call, hidden: Tensor) -> Tensor:
@@ -251,20 +254,25 @@ class Walk:
 
         Yields rows, sequences, and logits [sequence, token, row]. The head's weight is read once.
         """
+        with torch.no_grad():
+            for rows in self.head_tiles(height):
+                for chosen in in_batches(windows, batch):
+                    yield rows, chosen, self.leave(windows[chosen], states[chosen])
+
+    def head_tiles(self, height: int) -> Iterator[range]:
+        """Rows of the vocabulary, about `height` at a time, while the head has just these. Its weight is read once."""
         head = self.skeleton.module(self.skeleton.head)
         bias = None
         if head.bias is not None:
             bias = self.source.read(self._one_weight(f"{self.skeleton.head}.bias"))
-        with torch.no_grad(), ExitStack() as stack:
+        with ExitStack() as stack:
             stack.enter_context(self._loading_others())
             stack.enter_context(self._restored(head))
             for rows, tile in self.source.tiles(self._head, height):
                 assign(head, "weight", tile)
                 if bias is not None:
                     assign(head, "bias", bias[rows.start : rows.stop])
-                for first in range(0, len(windows), batch):
-                    chosen = slice(first, first + batch)
-                    yield rows, chosen, self._leave(windows[chosen], states[chosen])
+                yield rows
 
     # -- around the layers -----------------------------------------------------------------------------------
 
@@ -322,7 +330,7 @@ class Walk:
         self._forward(windows, [recorder(number) for number in range(len(self._layers))])
         return entering[0], calls
 
-    def _leave(self, windows: Tensor, states: Tensor) -> Tensor:
+    def leave(self, windows: Tensor, states: Tensor) -> Tensor:
         """What the model makes of the last layer's hidden states."""
         last = states.to(self.device.torch)
 
@@ -379,7 +387,7 @@ class Walk:
     # -- weights in and out ------------------------------------------------------------------------------------
 
     @contextmanager
-    def _materialized(self, number: int) -> Iterator[nn.Module]:
+    def materialized(self, number: int) -> Iterator[nn.Module]:
         path = list(self.skeleton.layers)[number]
         layer = self._layers[number]
         with ExitStack() as stack:

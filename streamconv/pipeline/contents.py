@@ -84,6 +84,7 @@ def _calibration(plan: Plan) -> Mapping[str, Scalar]:
         "calibration": text.data if text.is_data_set else None,
         "calibration-tokens": text.tokens,
         "calibration-sequence-length": text.sequence_length,
+        "calibration-gradient-tokens": text.gradient_tokens,
         **({"preserve-delta": f"{text.options.preserve_delta}"} if plan.adapted else {}),
     }
 

@@ -21,6 +21,7 @@ OnProgress = Callable[[int, int], None]
 Folder = str | PathLike[str]
 
 CALIBRATION_TOKENS = 65536
+GRADIENT_TOKENS = 2048
 LEAST_SEQUENCE_LENGTH = 16
 
 
@@ -64,6 +65,7 @@ def build_job(
     calibration: Folder | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
     calibration_sequence_length: int | None = None,
+    calibration_gradient_tokens: int = GRADIENT_TOKENS,
     preserve_delta: str | float = "auto",
     merge_base: str = "original",
     seed: int = 0,
@@ -105,7 +107,11 @@ def build_job(
             max_shard_size=max_shard_size,
             moe_layout=moe_layout,
             calibration=calibration_options(
-                calibration, calibration_tokens, calibration_sequence_length, preserve_delta
+                calibration,
+                calibration_tokens,
+                calibration_sequence_length,
+                calibration_gradient_tokens,
+                preserve_delta,
             ),
         ),
         device=device,
@@ -160,15 +166,20 @@ def merge_options(
 
 
 def calibration_options(
-    data: Folder | None, tokens: int, sequence_length: int | None, preserve_delta: str | float
+    data: Folder | None,
+    tokens: int,
+    sequence_length: int | None,
+    gradient_tokens: int,
+    preserve_delta: str | float,
 ) -> Calibration | None:
     """A calibration as given; None without text. Raises OptionError for what cannot be meant."""
     preserve = _preserve_delta(preserve_delta)
     if data is None:
-        if (tokens, sequence_length, preserve) != (CALIBRATION_TOKENS, None, None):
+        given = tokens, sequence_length, gradient_tokens, preserve
+        if given != (CALIBRATION_TOKENS, None, GRADIENT_TOKENS, None):
             raise OptionError(
-                "--calibration-tokens, --calibration-sequence-length and --preserve-delta are about calibration text; "
-                "add --calibration FILE"
+                "--preserve-delta and the options that begin with --calibration- are about calibration text; add "
+                "--calibration FILE"
             )
         return None
     if sequence_length is not None and sequence_length < LEAST_SEQUENCE_LENGTH:
@@ -177,7 +188,9 @@ def calibration_options(
         )
     if tokens < max(1, sequence_length or 1):
         raise OptionError(f"--calibration-tokens {tokens} is less than one sequence; give more")
-    return Calibration(fspath(data), tokens, sequence_length, preserve)
+    if gradient_tokens < 0:
+        raise OptionError(f"--calibration-gradient-tokens {gradient_tokens} is negative; give 0 or more")
+    return Calibration(fspath(data), tokens, sequence_length, preserve, gradient_tokens=gradient_tokens)
 
 
 def _preserve_delta(text: str | float) -> float | None:

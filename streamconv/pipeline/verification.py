@@ -209,6 +209,7 @@ def _calibration_of(text: Mapping[str, Any], data: str | None) -> Calibration:
         sequence_length=text["sequence_length"],
         preserve_delta=text["options"]["preserve_delta"],
         threads=text["threads"],
+        gradient_tokens=text["gradient_tokens"],
     )
 
 

@@ -205,6 +205,8 @@ def _calibration_lines(plan: Plan) -> list[tuple[str, str]]:
         return []
     spares = f", sparing the update by {text.options.preserve_delta:g}" if text.options.preserve_delta else ""
     size = f"{text.tokens} tokens in sequences of {text.sequence_length}"
+    if text.gradient_tokens:
+        size += f", gradients of {text.gradient_tokens}"
     lines = [("text", f"{text.name}: {size}, for {len(plan.calibrated)} weights, a layer at a time{spares}")]
     if need := text.need:
         where = f"{format_size(need.ram)} RAM, {format_size(need.vram)} on {plan.device}"

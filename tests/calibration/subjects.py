@@ -52,6 +52,7 @@ def subject_in(
     merge_base: str = "original",
     tokens: int = TOKENS,
     feedback: FeedbackOptions | None = None,
+    gradients: int = 0,
 ) -> Subject:
     """What lies in `folder`, as a merge would calibrate it."""
     job = build_job(
@@ -64,7 +65,9 @@ def subject_in(
         calibration_sequence_length=LENGTH,
     )
     subject = prepare(job).subject
-    calibration = replace(subject.calibration, options=feedback or QUICK, threads=1)
+    calibration = replace(
+        subject.calibration, options=feedback or QUICK, threads=1, gradient_tokens=gradients
+    )
     return replace(subject, plan=replace(subject.plan, calibration=calibration))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from streamconv.calibration import walk
+from streamconv.calibration.kept_inputs import KeptInputs
 from streamconv.calibration.layer_files import LayerFiles
 from streamconv.calibration.need import calibration_need
 from streamconv.errors import ResourceError, Stopped
@@ -143,3 +144,11 @@ def test_hidden_states_in_a_file(tmp_path: Path) -> None:
     with ActivationFile(tmp_path / "a", (5, 3, 4)) as file:
         assert torch.equal(file.read(slice(1, 4)), states[1:4])
         assert torch.equal(file.read(slice(4, 8)), states[4:])
+
+
+def test_inputs_that_were_not_kept_are_computed_again(
+    folder: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KeptInputs, "read", lambda *_: None)
+    calibrated(subject_in(folder), tmp_path)
+    assert layer_bytes(tmp_path) == whole

@@ -344,7 +344,7 @@ def test_experts_are_groups_of_their_own() -> None:
     module, recorder = Routed(), Recorder()
     linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
     for sign in (1, -1):  # the second expert is first called in the second batch
-        with recorder.watching(linears):
+        with recorder.watching(linears, lambda group, given: None):
             module(sign * torch.rand(8, 4))
     assert [group.names for group in recorder.groups] == [["experts.0"], ["out"], ["experts.1"]]
     assert recorder.missing(linears) == ["experts.2"]

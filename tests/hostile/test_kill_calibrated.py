@@ -85,7 +85,7 @@ def test_killed_in_either_pass_and_run_again_the_folder_is_the_same(case: Case, 
         in_first += at <= second_pass
         kept += bool(before)
     assert in_first == POINTS - 3
-    assert kept >= 5, "too few runs had a layer done when they were killed"
+    assert kept >= 4, "too few runs had a layer done when they were killed"
 
 
 def test_a_signal_stops_between_groups_and_keeps_the_layers_that_are_done(case: Case, tmp_path: Path) -> None:

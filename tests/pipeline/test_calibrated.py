@@ -161,6 +161,7 @@ def test_of_several_outputs_the_first_that_can_is_calibrated(inputs: Inputs) -> 
         ({"preserve_delta": "much"}, OptionError, "--preserve-delta much must be auto or a number"),
         ({"preserve_delta": -1}, OptionError, "--preserve-delta -1 must be"),
         ({"calibration_tokens": 128}, OptionError, r"has 72 inputs, .* give 160 or more"),
+        ({"calibration_gradient_tokens": -1}, OptionError, "-1 is negative; give 0 or more"),
         ({"calibration_tokens": 20}, OptionError, "is less than one sequence"),
         ({"calibration_sequence_length": 8}, OptionError, "is too short; give 16 or more"),
         ({"calibration_sequence_length": 65}, OptionError, "more than the 64 positions"),
@@ -211,6 +212,8 @@ def test_all_that_changes_bytes_counts(
         inputs.prepare(**ON_GRID, calibration_tokens=224).plan.digest,
         inputs.prepare(**ON_GRID, calibration_sequence_length=16).plan.digest,
         inputs.prepare(**ON_GRID, preserve_delta=0.5).plan.digest,
+        inputs.prepare(**ON_GRID, calibration_gradient_tokens=0).plan.digest,
+        inputs.prepare(**ON_GRID, calibration_gradient_tokens=64).plan.digest,
     ]
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2, 3, 4})
     digests.append(inputs.prepare(**ON_GRID).plan.digest)
@@ -239,7 +242,7 @@ def test_the_plan_tells_what_the_first_pass_needs(inputs: Inputs) -> None:
     need = prepared.plan.calibration and prepared.plan.calibration.need
     assert need
     text = plan_as_text(prepared)
-    assert "text.txt: 256 tokens in sequences of 32, for 4 weights" in text
+    assert "text.txt: 256 tokens in sequences of 32, gradients of 256, for 4 weights" in text
     assert "its pass needs" in text
     found = plan_as_json(prepared)
     assert found["calibration"]["need"]["ram"] == need.ram
@@ -292,7 +295,7 @@ def test_the_recipe_makes_it_again(made: streamconv.Report, inputs: Inputs, tmp_
     assert (options["rounding"], options["min-kept"]) == ("feedback", 0.2)
     assert "calibration" not in options
     given = ("--recipe", recipe, "--base", inputs.base, "--adapter", inputs.adapter, "-o", tmp_path / "again")
-    assert "add --calibration FILE" in run("merge", *given).stderr
+    assert "--calibration FILE" in run("merge", *given).stderr
     plan = json.loads(
         succeed("plan", *given, "--calibration", inputs.text, "--device", "cpu", "--json").stdout
     )

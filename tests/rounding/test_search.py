@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from streamconv.adapters.initial import InitialUpdate
 from streamconv.cells import WeightWork, Workers
+from streamconv.dtypes import BF16
+from streamconv.errors import UnsupportedError
 from streamconv.formats import FORMATS
 from streamconv.grids import INT8, NF4, Grid
 from streamconv.kernels import SEARCH_FACTORS, kernels_for
 from streamconv.plan import Access, Rewrite
+from streamconv.planner import _weight_steps
 from streamconv.rounding import ROUNDINGS, Context
 from tests.formats.stored import W, choose, encoder_for, normal, only_weight, stored, write
 
@@ -120,3 +125,14 @@ def test_codes_are_the_nearest_with_the_scales_that_a_loader_has(
 def test_one_pass_is_enough_where_scales_are_stored_as_they_are() -> None:
     encoder = encoder_for("nf4", normal((4, 64)))
     assert Rewrite(W, None, (), encoder, SEARCH).access is Access.ROW  # type: ignore[arg-type]
+
+
+def test_an_update_that_needs_the_whole_weight_first_is_refused(tmp_path: Path) -> None:
+    """One pass before the last is all there is, and scales would have to be searched in another."""
+    target = normal((6, 64))
+    weight = only_weight(write(tmp_path, stored(encoder_for("bfloat16", target), target)))
+    update = InitialUpdate(W, (6, 64), {}, "pissa", 2, 0.5, False, BF16)
+    once, twice = (encoder_for(quant, target) for quant in ("nf4", "nf4-dq"))
+    assert _weight_steps(W, weight, (update,), once, None, SEARCH, calibrates=False)
+    with pytest.raises(UnsupportedError, match="so does --rounding search with double-quantized scales"):
+        _weight_steps(W, weight, (update,), twice, None, SEARCH, calibrates=False)

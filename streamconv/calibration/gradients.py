@@ -1,0 +1,239 @@
+"""What each linear layer's outputs count for: gradients of the reference model's own loss, layers in reverse.
+
+For tokens y drawn from what the model predicts, dY = ∂(-log p(y)) / ∂Y of a linear layer's outputs Y; G = dYᵀ dY / N is
+one factor of the Fisher information of its weight, H = XᵀX / N the other (K-FAC, Martens and Grosse 2015, arXiv
+1503.05671; for rounding: YAQA, Tseng et al. 2025, arXiv 2505.22988).
+
+All weights are the targets. A forward pass keeps what enters each layer; the head is gone through in tiles of the
+vocabulary; then every layer is read once more, last first, and differentiated on its own. Files in the work folder:
+
+    gradient-states          hidden states that enter each layer, and those that leave the last
+    gradients-N.safetensors  of layer N: `entering`, the gradient of its hidden states, float32 [sequence, token,
+                             hidden]; and dY of its calibrated weights by name, bfloat16 [token, out]. Those of the
+                             number after the last layer hold what comes out of the head.
+
+What is done has its file, so that a killed run goes on at the next layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from streamconv.calibration.groups import Linears
+from streamconv.calibration.model import Model
+from streamconv.calibration.need import HEAD_ROWS, batch_of
+from streamconv.calibration.tensor_files import read_tensors, write_tensors
+from streamconv.forward.activations import ActivationFile
+from streamconv.forward.walk import Passing, in_batches
+from streamconv.rounding.noise import uniform
+
+ENTERING = "entering"
+# Of numbers that are multiples of 2⁻²⁴, 0 among them.
+_SMALLEST = 2.0**-25
+
+
+def gradients_path(folder: Path, number: int) -> Path:
+    return folder / f"gradients-{number:05}.safetensors"
+
+
+class Gradients:
+    """Gradients of `model` on the tokens `windows` [sequence, token], in `folder`.
+
+    `advance` is called with bytes that have been read, and raises to stop.
+    """
+
+    def __init__(
+        self, model: Model, folder: Path, windows: Tensor, seed: int, advance: Callable[[int], None]
+    ) -> None:
+        self._model, self._folder, self._windows, self._seed = model, folder, windows, seed
+        self._advance = advance
+        self._batches = in_batches(windows, batch_of(windows.shape[1])) if len(windows) else []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the base that `run` reads in all."""
+        layers = sum(map(self._model.stored_bytes, range(self._model.layers)))
+        return 2 * (layers + self._model.walk.head_bytes) if len(self._windows) else 0
+
+    @property
+    def next(self) -> int:
+        """The number whose gradients come next, downwards from that of the head; -1 if all are there."""
+        numbers = range(self._model.layers, -1, -1)
+        return next((number for number in numbers if not self.path(number).exists()), -1)
+
+    def path(self, number: int) -> Path:
+        return gradients_path(self._folder, number)
+
+    def run(self) -> None:
+        """Have the gradients of all layers there."""
+        layers, begin = self._model.layers, self.next
+        if begin < 0 or not len(self._windows):
+            return
+        is_new = begin == layers
+        shape = ((layers + 1) * len(self._windows), self._windows.shape[1], self._model.walk.hidden)
+        with ActivationFile(self._folder / "gradient-states", shape) as states:
+            passing = self._forward(states, is_new)
+            if is_new:
+                states.sync()
+                write_tensors(self.path(layers), {ENTERING: self._leave(states)})
+            for number in reversed(range(min(begin + 1, layers))):
+                self._step_back(passing, states, number)
+        (self._folder / "gradient-states").unlink()
+
+    def output_hessian(self, number: int, name: str) -> Tensor | None:
+        """G [out, out] of a weight, on the device; None where no token came to it."""
+        if not len(self._windows):
+            return None
+        found = read_tensors(self.path(number), [name]).get(name)
+        if found is None or not bool(found.any()):
+            return None
+        gradients = found.to(self._model.walk.device.torch).float()
+        return (gradients.T @ gradients).div_(len(gradients))
+
+    def remove(self, number: int) -> None:
+        self.path(number).unlink(missing_ok=True)
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def _place(self, number: int, chosen: slice) -> slice:
+        """Where the states that enter a layer lie for some sequences."""
+        first, stop, _ = chosen.indices(len(self._windows))
+        return slice(number * len(self._windows) + first, number * len(self._windows) + stop)
+
+    def _forward(self, states: ActivationFile, is_new: bool) -> Passing:
+        """Fill `states`, unless they are there already."""
+
+        def keep(chosen: slice, entering: Tensor) -> None:
+            if is_new:
+                states.write(self._place(0, chosen), entering)
+
+        with self._model.walk.entered(self._windows, self._batches, keep) as passing:
+            for number in range(self._model.layers if is_new else 0):
+                with passing.layer(number) as module:
+                    for chosen in self._batches:
+                        self._advance(0)
+                        hidden = states.read(self._place(number, chosen))
+                        found = passing.through(module, number, hidden)
+                        states.write(self._place(number + 1, chosen), found)
+                self._end_layer(number)
+        return passing
+
+    def _end_layer(self, number: int) -> None:
+        self._model.targets.held.clear()
+        self._advance(self._model.stored_bytes(number))
+
+    # -- the head ------------------------------------------------------------------------------------------------
+
+    def _leave(self, states: ActivationFile) -> Tensor:
+        """The gradient of what leaves the last layer."""
+        walk, last = self._model.walk, self._model.layers
+        hidden = states.read(self._place(last, slice(0, len(self._windows))))
+        normalizer, drawn = self._draw(hidden)
+        gradient = torch.zeros_like(hidden)
+        for rows in walk.head_tiles(HEAD_ROWS):
+            for chosen in self._batches:
+                self._advance(0)
+                leaf = hidden[chosen].to(walk.device.torch).requires_grad_()
+                with torch.enable_grad():
+                    logits = walk.leave(self._windows[chosen], leaf)
+                # ∂(-log p(y)) / ∂logit = p - [it is y's]
+                slope = torch.exp(logits.detach().float() - normalizer[chosen, :, None])
+                places = torch.arange(rows.start, rows.stop, device=slope.device)
+                slope -= (drawn[chosen, :, None] == places).float()
+                (found,) = torch.autograd.grad(logits, leaf, slope.to(logits.dtype))
+                gradient[chosen] += found.cpu()
+        self._advance(walk.head_bytes)
+        return gradient
+
+    def _draw(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """log Σ exp of every token's logits, and a token drawn by them: the greatest logit plus Gumbel noise."""
+        walk, shape = self._model.walk, self._windows.shape
+        device = walk.device.torch
+        normalizer = torch.full(shape, -torch.inf, device=device)
+        best, drawn = (
+            torch.full(shape, -torch.inf, device=device),
+            torch.zeros(shape, dtype=torch.int64, device=device),
+        )
+        with torch.no_grad():
+            for rows in walk.head_tiles(HEAD_ROWS):
+                for number, chosen in enumerate(self._batches):
+                    self._advance(0)
+                    logits = walk.leave(self._windows[chosen], hidden[chosen]).float()
+                    normalizer[chosen] = torch.logaddexp(normalizer[chosen], logits.logsumexp(-1))
+                    value, place = (logits + self._noise(number, rows, logits)).max(-1)
+                    is_better = value > best[chosen]
+                    best[chosen] = torch.where(is_better, value, best[chosen])
+                    drawn[chosen] = torch.where(is_better, place + rows.start, drawn[chosen])
+        self._advance(walk.head_bytes)
+        return normalizer, drawn
+
+    def _noise(self, batch: int, rows: range, logits: Tensor) -> Tensor:
+        """Gumbel noise [sequence, token, row] that depends on nothing but seed and place."""
+        tokens = logits[..., 0].numel()
+        flat = torch.empty(len(rows) * tokens, device=logits.device)
+        drawn = uniform(self._seed, f"labels {batch}", rows, tokens, flat).clamp_(min=_SMALLEST)
+        noise = drawn.log_().neg_().log_().neg_()
+        return noise.view(len(rows), tokens).T.reshape(logits.shape)
+
+    # -- backward ------------------------------------------------------------------------------------------------
+
+    def _step_back(self, passing: Passing, states: ActivationFile, number: int) -> None:
+        """From the gradient of what leaves a layer, those of what enters it and of its linear layers' outputs."""
+        leaving = read_tensors(self.path(number + 1), [ENTERING])[ENTERING]
+        entering, outputs = torch.empty_like(leaving), dict[str, list[Tensor]]()
+        linears = self._model.linears(number)
+        with self._model.walk.materialized(number) as module:
+            for chosen in self._batches:
+                self._advance(0)
+                hidden = states.read(self._place(number, chosen))
+                entering[chosen], found = _differentiate(
+                    passing, module, number, linears, hidden, leaving[chosen]
+                )
+                for name, gradient in found:
+                    outputs.setdefault(name, []).append(gradient)
+        joined = {name: torch.cat(parts) for name, parts in outputs.items()}
+        write_tensors(self.path(number), {ENTERING: entering, **joined})
+        self._end_layer(number)
+
+
+def _differentiate(
+    passing: Passing, module: nn.Module, number: int, linears: Linears, hidden: Tensor, leaving: Tensor
+) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+    """Gradients of `hidden`, and of the outputs of `linears` [token, out], bfloat16, by name; all in host memory."""
+    leaf = hidden.to(passing.walk.device.torch).requires_grad_()
+    seen: list[tuple[str, Tensor]] = []
+    with torch.enable_grad(), _outputs(linears, seen):
+        found = passing.through(module, number, leaf.clone())  # which may be changed in place
+    wanted = [leaf, *(output for _, output in seen)]
+    gradients = torch.autograd.grad(found, wanted, leaving.to(found), allow_unused=True)
+    zeros = [
+        torch.zeros_like(one) if given is None else given
+        for one, given in zip(wanted, gradients, strict=True)
+    ]
+    entering, *of_outputs = zeros
+    flat = [given.reshape(-1, given.shape[-1]).to("cpu", torch.bfloat16) for given in of_outputs]
+    return entering.cpu(), [(name, given) for (name, _), given in zip(seen, flat, strict=True)]
+
+
+@contextmanager
+def _outputs(linears: Mapping[str, nn.Linear], seen: list[tuple[str, Tensor]]) -> Iterator[None]:
+    """What the linear layers return is put in `seen`."""
+    hooks = []
+    for name, linear in linears.items():
+
+        def note(_: nn.Module, given: object, found: Tensor, name: str = name) -> None:
+            del given
+            if found.requires_grad and found.numel():
+                seen.append((name, found))
+
+        hooks.append(linear.register_forward_hook(note))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

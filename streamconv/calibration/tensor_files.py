@@ -1,0 +1,56 @@
+"""A few tensors in a safetensors file of the work folder: whole once it has its name, and read one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from streamconv.checkpoint.header import build_header, read_header
+from streamconv.checkpoint.reader import TensorReader, tensor_bytes
+from streamconv.checkpoint.types import StoredTensor, TensorSpec
+from streamconv.checkpoint.writer import Bytes, ShardWriter, publish
+from streamconv.dtypes import DENSE
+from streamconv.storage.local import open_folder
+
+
+def write_file(
+    path: Path, specs: Sequence[TensorSpec], parts: Sequence[Bytes], metadata: Mapping[str, str]
+) -> None:
+    """Tensors of these `specs`, whose bytes are `parts`; durable when this returns."""
+    header = build_header(specs, metadata)
+    partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)  # of a run that was killed
+    with ShardWriter.create(partial, header, len(header) + sum(spec.nbytes for spec in specs)) as writer:
+        for part in parts:
+            writer.write(part)
+        writer.finish()
+    publish(partial, path)
+
+
+def stored_in(path: Path) -> tuple[Mapping[str, StoredTensor], Mapping[str, str]]:
+    """The tensors of a file, by name, and its metadata."""
+    file = open_folder(str(path.parent)).file(path.name)
+    header = read_header(file)
+    tensors = {
+        tensor.name: StoredTensor(
+            tensor.name, tensor.dtype, tensor.shape, file, header.data_start + tensor.start
+        )
+        for tensor in header.tensors
+    }
+    return tensors, header.metadata
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """`tensors`, in host memory, of float types; durable when this returns."""
+    dtypes = {dtype.torch: dtype for dtype in DENSE.values()}
+    specs = [TensorSpec(name, dtypes[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    write_file(path, specs, [tensor_bytes(tensor.contiguous()) for tensor in tensors.values()], {})
+
+
+def read_tensors(path: Path, names: Sequence[str]) -> Mapping[str, Tensor]:
+    """Those of `names` that are there."""
+    stored, _ = stored_in(path)
+    with TensorReader() as reader:
+        return {name: reader.load(stored[name]).view(stored[name].shape) for name in names if name in stored}

@@ -1,0 +1,174 @@
+"""Gradients found layer by layer, last first, are those of the whole model; and what is made of them."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen2MoeConfig
+
+from streamconv.calibration import walk
+from streamconv.calibration.gradients import Gradients
+from streamconv.calibration.layer_files import LayerFiles
+from streamconv.calibration.need import calibration_need
+from streamconv.errors import Stopped
+from streamconv.executor import StopRequest
+from streamconv.forward.text import load_tokenizer, read_windows
+from streamconv.pipeline import merge
+from streamconv.rounding.feedback import Chosen, Statistics, feedback
+from tests.calibration.subjects import LENGTH, calibrated, layer_bytes, save_subject, subject_in
+from tests.calibration.test_walk import MOE
+from tests.forward.test_walk import SIZES
+from tests.tiny import llama_config
+
+# Two batches would take 4,096 tokens: the sequences of one are enough, and more than one.
+TOKENS = 3 * LENGTH
+FAMILIES: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "llama": (llama_config(), ("q_proj", "down_proj")),
+    "llama, tied": (llama_config(tied=True), ("q_proj", "down_proj")),
+    "gpt_neox": (
+        GPTNeoXConfig(**{key: SIZES[key] for key in SIZES if key != "num_key_value_heads"}),
+        ("query_key_value",),
+    ),
+    "qwen2_moe": (
+        Qwen2MoeConfig(**SIZES, **MOE, num_experts=4, shared_expert_intermediate_size=24),
+        ("q_proj",),
+    ),
+}
+
+
+def whole_gradients(folder: Path, windows: Tensor, drawn: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """Of the outputs of linear layers, by one backward pass through all of the model: [token, out]."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, given, found: outputs.__setitem__(name, found)
+
+    for name in names:
+        model.get_submodule(name.removesuffix(".weight")).register_forward_hook(keep(name))
+    logits = model(windows, use_cache=False).logits
+    loss = -logits.log_softmax(-1).gather(-1, drawn[..., None]).sum()
+    found = torch.autograd.grad(loss, [outputs[name] for name in names])
+    return {name: given.reshape(-1, given.shape[-1]) for name, given in zip(names, found, strict=True)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_the_whole_model(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_subject(tmp_path, *FAMILIES[family])
+    drawn: list[Tensor] = []
+    draw = Gradients._draw
+
+    def watched(self: Gradients, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        found = draw(self, hidden)
+        drawn.append(found[1])
+        return found
+
+    monkeypatch.setattr(Gradients, "_draw", watched)
+    monkeypatch.setattr(Gradients, "remove", lambda *_: None)
+    monkeypatch.setattr(LayerFiles, "remove_states", lambda _: None)
+    monkeypatch.setattr("streamconv.calibration.gradients.HEAD_ROWS", 1)  # tiles of 64 rows: one cell
+    calibrated(subject_in(tmp_path, gradients=TOKENS), tmp_path / "work")
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "targets", quant="none", dtype="float32")
+    windows = read_windows(tmp_path / "text.txt", load_tokenizer(tmp_path / "base"), 3, LENGTH)
+    found = {
+        name: tensor
+        for path in (tmp_path / "work").glob("gradients-*")
+        for name, tensor in load_file(path).items()
+        if name != "entering"
+    }
+    expected = whole_gradients(tmp_path / "targets", windows, drawn[0], sorted(found))
+    assert len(found) >= 4
+    for name, gradient in expected.items():
+        assert found[name].shape == (TOKENS, gradient.shape[1])
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(found[name].float(), gradient, rtol=2**-8, atol=1e-5 * scale)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = llama_config()
+    config.vocab_size = 150
+    return save_subject(tmp_path_factory.mktemp("gradients"), config)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> dict[str, bytes]:
+    calibrated(subject_in(folder, gradients=TOKENS), folder / "whole")
+    return layer_bytes(folder / "whole")
+
+
+def test_feedback_is_given_them(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Tensor] = {}
+
+    def watched(target: Tensor, statistics: Statistics, encoder: Any, *rest: Any) -> Chosen:
+        assert statistics.output_hessian is not None
+        seen[encoder.name] = statistics.output_hessian
+        return feedback(target, statistics, encoder, *rest)
+
+    monkeypatch.setattr(walk, "feedback", watched)
+    monkeypatch.setattr(Gradients, "remove", lambda *_: None)
+    monkeypatch.setattr(LayerFiles, "remove_states", lambda _: None)
+    calibrated(subject_in(folder, gradients=TOKENS), tmp_path)
+    assert len(seen) == 14
+    found = load_file(tmp_path / "gradients-00001.safetensors")
+    for name in ("self_attn.k_proj", "mlp.up_proj"):
+        gradients = found[f"model.layers.1.{name}.weight"].float()
+        expected = gradients.T @ gradients / TOKENS
+        torch.testing.assert_close(seen[f"model.layers.1.{name}.weight"], expected)
+
+
+def test_tokens_are_drawn_as_the_model_predicts(folder: Path) -> None:
+    logits = torch.randn(5).expand(1, 20000, 5)
+    noise = Gradients(None, folder, torch.empty(0, 8), 7, lambda _: None)._noise(0, range(5), logits)  # type: ignore[arg-type]  # of it all, only the seed
+    shares = (logits + noise).argmax(-1).view(-1).bincount(minlength=5) / 20000
+    torch.testing.assert_close(shares, logits[0, 0].softmax(-1), rtol=0, atol=0.015)
+
+
+def test_stopped_at_every_step(folder: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    stops = 0
+    while True:
+        stop, before = StopRequest(), set(tmp_path.iterdir())
+
+        def look(done: int, total: int, stop: StopRequest = stop, before: set[Path] = before) -> None:
+            del done, total
+            if any(path.suffix == ".safetensors" for path in set(tmp_path.iterdir()) - before):
+                stop.signal_number = signal.SIGTERM
+
+        try:
+            calibrated(subject_in(folder, gradients=TOKENS), tmp_path, look, stop)
+            break
+        except Stopped:
+            stops += 1
+    assert stops == 3  # at gradients of layer 1, of layer 0, and codes of layer 0
+    assert layer_bytes(tmp_path) == whole
+    assert not list(tmp_path.glob("gradient*"))
+
+
+def test_progress_and_disk_are_as_planned(folder: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    said: list[tuple[int, int]] = []
+    used: list[int] = []
+
+    def look(done: int, total: int) -> None:
+        said.append((done, total))
+        used.append(sum(path.stat().st_size for path in tmp_path.iterdir()))
+
+    subject = subject_in(folder, gradients=TOKENS)
+    need = calibration_need(subject)
+    calibrated(subject, tmp_path, look)
+    assert [done for done, _ in said] == sorted(done for done, _ in said)
+    assert said[-1] == (need.read, need.read)
+    assert max(used) <= need.disk
+    assert layer_bytes(tmp_path) == whole
+
+
+def test_without_them_codes_are_others(folder: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    calibrated(subject_in(folder), tmp_path)
+    assert layer_bytes(tmp_path) != whole
