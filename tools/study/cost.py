@@ -1,13 +1,16 @@
-"""What calibrated rounding costs: operations counted from shapes, and the time they take at a stated rate.
+"""What calibrated rounding costs: operations counted from shapes, and the time they take at an assumed rate.
 
-For a decoder layer, N tokens of calibration text, linears [out, in] whose inputs are the same in groups:
+For a decoder layer, N tokens of calibration text and M of which gradients are taken; linears [out, in] in groups that
+share their input (q k v, o, gate up, down):
 
-    forward   2 N out in for every linear, four times: what each group sees and what the layer hands on, in both streams
-    moments   2 N in^2 for every group, twice: H of the quantized stream, C of both
-    factors   in^3 for every group: Cholesky factor and solve
-    feedback  out in^2 for every linear and try; descent 2 out in^2 for every sweep
+    forward    2 N out in for every linear, by both streams; the quantized one also before each group, up to it (on a
+               GPU, where the reference's inputs are not kept, both)
+    gradients  6 M out in for every linear: forward, forward again, back; and 2 M out^2 for G
+    moments    2 N in^2 for every group, twice: H of the quantized stream, C of both
+    factors    2 in^3 for every group, 2 out in^2 for the target that makes up for the inputs' errors
+    rounding   out in (in + out) for every try of feedback, twice that for every sweep of descent
 
-Attention and elementwise work are left out; for contexts of a few thousand tokens they are a few per cent.
+Attention and elementwise work are left out; for sequences of a few thousand tokens they are a few per cent.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from streamconv.rounding.feedback import FeedbackOptions
 # Sustained, in float32 with TF32 off, of one data-centre GPU and of one 24 GB card: assumptions, not measured here.
 RATES = (("a GPU at 40 TFLOP/s", 40e12), ("a GPU at 20 TFLOP/s", 20e12))
 STARTS = 2  # feedback on searched scales and on the base's own
+GRADIENT_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +37,13 @@ class Shapes:
     key_value: int
 
     @property
-    def groups(self) -> Sequence[tuple[int, int]]:
-        """(in, sum of out) of linears with one input: q k v, o, gate up, down."""
+    def groups(self) -> Sequence[tuple[int, Sequence[int]]]:
+        """(in, every out) of linears with one input: q k v, o, gate up, down, in the order in which they run."""
         return (
-            (self.hidden, self.hidden + 2 * self.key_value),
-            (self.hidden, self.hidden),
-            (self.hidden, 2 * self.intermediate),
-            (self.intermediate, self.hidden),
+            (self.hidden, (self.hidden, self.key_value, self.key_value)),
+            (self.hidden, (self.hidden,)),
+            (self.hidden, (self.intermediate, self.intermediate)),
+            (self.intermediate, (self.hidden,)),
         )
 
 
@@ -50,17 +54,22 @@ LARGE = (
 )
 
 
-def operations(shapes: Shapes, tokens: int, options: FeedbackOptions) -> dict[str, float]:
+def operations(
+    shapes: Shapes, tokens: int, options: FeedbackOptions, on_gpu: bool = True
+) -> dict[str, float]:
     """Floating point operations of the whole model by part."""
-    linears = sum(columns * rows for columns, rows in shapes.groups)
-    squares = sum(columns**2 for columns, _ in shapes.groups)
-    cubes = sum(columns**3 for columns, _ in shapes.groups)
-    per_try = sum(rows * columns**2 for columns, rows in shapes.groups)
-    tries = STARTS + options.refits
+    groups = shapes.groups
+    linears = [sum(columns * rows for rows in outs) for columns, outs in groups]
+    before = sum(sum(linears[:place]) for place in range(len(groups)))
+    forward = 2 * sum(linears) + before * (2 if on_gpu else 1)
+    outputs = sum(rows**2 for _, outs in groups for rows in outs)
+    tries = STARTS + options.refits + 2 * options.sweeps * (1 + options.refits)
     parts = {
-        "forward": 4 * 2 * tokens * linears,
-        "moments": 2 * 2 * tokens * squares,
-        "factors": cubes,
-        "feedback and descent": per_try * (tries + 2 * options.sweeps * (1 + options.refits)),
+        "forward": 2 * tokens * forward,
+        "gradients": GRADIENT_TOKENS * (6 * sum(linears) + 2 * outputs),
+        "moments": 4 * tokens * sum(columns**2 for columns, _ in groups),
+        "factors": sum(2 * columns**3 + 2 * sum(outs) * columns**2 for columns, outs in groups),
+        "rounding": tries
+        * sum(rows * columns * (rows + columns) for columns, outs in groups for rows in outs),
     }
     return {part: float(shapes.layers * count) for part, count in parts.items()}

@@ -258,7 +258,7 @@ def cost_block(beds: Mapping[str, Results], _: Results) -> str:
     )
     rows = []
     for shapes, tokens in ((cost.DEMO, 16_384), *((large, 65_536) for large in cost.LARGE)):
-        parts = cost.operations(shapes, tokens, options)
+        parts = cost.operations(shapes, tokens, options, on_gpu=shapes is not cost.DEMO)
         total = sum(parts.values())
         times = [_duration(total / rate) for _, rate in cost.RATES]
         rows.append(
@@ -272,7 +272,7 @@ def cost_block(beds: Mapping[str, Results], _: Results) -> str:
     said = f"Options of feedback: {', '.join(f'{key} {value:g}' for key, value in asdict(options).items())}."
     row = beds["demo-kjv"].get("rows", {}).get(FEEDBACK_T.name)
     if row:
-        rate = sum(cost.operations(cost.DEMO, 16_384, options).values()) / row["cpu_s"]
+        rate = sum(cost.operations(cost.DEMO, 16_384, options, on_gpu=False).values()) / row["cpu_s"]
         said += (
             f" Measured: the demo model at 16,384 tokens took {row['wall_s'] / 60:.1f} minutes and"
             f" {row['cpu_s'] / 60:.1f} minutes of processor time on 2 busy cores; the operations counted here over"
