@@ -9,8 +9,8 @@ from streamconv.calibration.subject import Subject
 from streamconv.forward.memory import BATCH_TOKENS, sequence_bytes, table_bytes
 from streamconv.plan import Need, Rewrite
 
-# transformers and what it loads, compiled kernels, thread stacks, and what the allocator keeps of freed memory.
-# Measured for a model of a megabyte, whose own need is next to nothing: 212 MiB.
+# transformers and what it loads, compiled kernels, thread stacks, and what the allocator keeps of freed memory;
+# measured for a model of a megabyte, whose own need is next to nothing: 212 MiB.
 _FIXED_BYTES = 224 * 2**20
 # Bytes for every entry of H, and for every weight, that `feedback` has at once beside them.
 _METRIC_BYTES = 40

@@ -47,12 +47,13 @@ def case(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("calibrated")
     base = save_base(folder / "base", llama_config(), dtype=torch.bfloat16)
     save_tokenizer(base)
-    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     save_adapter(folder / "adapter", base, lora)
-    text = write_text(folder / "text.txt", 300)
+    text = write_text(folder / "text.txt", 70)
     paths = ("--base", base, "--adapter", folder / "adapter", "--calibration", text)
     options = ("--quant", "nf4-dq", "--merge-base", "nf4-dq", "--device", "cpu")
-    sizes = ("--calibration-tokens", "256", "--calibration-sequence-length", "32")
+    tokens = ("--calibration-tokens", "64", "--calibration-gradient-tokens", "32")
+    sizes = (*tokens, "--calibration-sequence-length", "32")
     case = Case(commands, tuple(map(str, ("merge", *paths, *options, *sizes))))
     done = case.run(folder / "out")
     assert done.code == 0, done.text
@@ -104,7 +105,7 @@ def test_another_text_does_not_go_on_with_what_was_done(case: Case, tmp_path: Pa
     out = tmp_path / "out"
     at = 1 + next(at for at, call in enumerate(case.calls, 1) if call.startswith("replace layer-"))
     assert case.run(out, at).code == -signal.SIGKILL
-    other = write_text(tmp_path / "other.txt", 301)
+    other = write_text(tmp_path / "other.txt", 71)
     place = case.arguments.index("--calibration")
     arguments = (*case.arguments[: place + 1], str(other), *case.arguments[place + 2 :])
     refused = case.commands.run(*arguments, "-o", out)

@@ -8,7 +8,8 @@ share their input (q k v, o, gate up, down):
     gradients  6 M out in for every linear: forward, forward again, back; and 2 M out^2 for G
     moments    2 N in^2 for every group, twice: H of the quantized stream, C of both
     factors    2 in^3 for every group, 2 out in^2 for the target that makes up for the inputs' errors
-    rounding   out in (in + out) for every try of feedback, twice that for every sweep of descent
+    rounding   out in (in + out) for every try of feedback, twice that for every sweep of descent; without gradients
+               out in^2
 
 Attention and elementwise work are left out; for sequences of a few thousand tokens they are a few per cent.
 """
@@ -55,21 +56,26 @@ LARGE = (
 
 
 def operations(
-    shapes: Shapes, tokens: int, options: FeedbackOptions, on_gpu: bool = True
+    shapes: Shapes,
+    tokens: int,
+    options: FeedbackOptions,
+    on_gpu: bool = True,
+    gradients: int = GRADIENT_TOKENS,
 ) -> dict[str, float]:
-    """Floating point operations of the whole model by part."""
+    """Floating point operations of the whole model by part; no tokens of `gradients`: one-sided."""
     groups = shapes.groups
     linears = [sum(columns * rows for rows in outs) for columns, outs in groups]
     before = sum(sum(linears[:place]) for place in range(len(groups)))
     forward = 2 * sum(linears) + before * (2 if on_gpu else 1)
     outputs = sum(rows**2 for _, outs in groups for rows in outs)
     tries = STARTS + options.refits + 2 * options.sweeps * (1 + options.refits)
+    each = [(columns, rows) for columns, outs in groups for rows in outs]
     parts = {
         "forward": 2 * tokens * forward,
-        "gradients": GRADIENT_TOKENS * (6 * sum(linears) + 2 * outputs),
+        "gradients": gradients * (6 * sum(linears) + 2 * outputs),
         "moments": 4 * tokens * sum(columns**2 for columns, _ in groups),
         "factors": sum(2 * columns**3 + 2 * sum(outs) * columns**2 for columns, outs in groups),
         "rounding": tries
-        * sum(rows * columns * (rows + columns) for columns, outs in groups for rows in outs),
+        * sum(rows * columns * (columns + rows * bool(gradients)) for columns, rows in each),
     }
     return {part: float(shapes.layers * count) for part, count in parts.items()}
