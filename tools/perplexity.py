@@ -83,7 +83,7 @@ def load(subject: Subject) -> Any:
     On processors with AVX512-BF16 the first forward pass makes bitsandbytes repack 4-bit weights in place;
     what is then read from them is garbage.
     """
-    quantized = {"quantization_config": _nf4_dq()} if subject.load_in_nf4_dq else {}
+    quantized = load_in_nf4_dq() if subject.load_in_nf4_dq else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(subject.model, dtype=torch.float32, **quantized)
     if subject.adapter:
         model = PeftModel.from_pretrained(model, subject.adapter)
@@ -93,6 +93,17 @@ def load(subject: Subject) -> Any:
     return model.eval()
 
 
+def load_in_nf4_dq() -> dict[str, Any]:
+    """Arguments of `from_pretrained` that quantize on loading as QLoRA does; what is multiplied is float32."""
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return {"quantization_config": config}
+
+
 def be_quiet() -> None:
     """Silence progress bars and notices of the libraries; errors still show."""
     transformers.utils.logging.disable_progress_bar()
@@ -100,15 +111,6 @@ def be_quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings(
         "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
-    )
-
-
-def _nf4_dq() -> Any:
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
     )
 
 

@@ -1,0 +1,221 @@
+"""The study's statistics, its judge and its page."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import numpy as np
+import pytest
+import torch
+
+from streamconv.analysis.prediction import predicted_kept
+from streamconv.grids import NF4
+from streamconv.rounding.feedback import FeedbackOptions
+from tools.bench.results import RESULTS
+from tools.study import bootstrap, cost, grid, synthetic
+from tools.study.bars import Bar, bars
+from tools.study.beds import (
+    BEDS,
+    FEEDBACK_T,
+    MERGED,
+    NEAREST_F,
+    NEAREST_T,
+    OPENED,
+    PLAIN_FEEDBACK_T,
+    STOCHASTIC_T,
+    Merged,
+    Opened,
+)
+from tools.study.judge import judge
+from tools.study.pictures import PICTURES
+from tools.study.report import _BLOCK, PAGE, read, render
+from tools.study.tables import BLOCKS, NOT_MEASURED
+from tools.study.weights import shape
+from tools.train_third_adapter import paragraphs, split
+
+# -- statistics --------------------------------------------------------------------------------------------
+
+
+def test_an_interval_is_that_of_the_normal_theory_where_that_holds() -> None:
+    values = np.random.default_rng(0).normal(5.0, 2.0, size=400).tolist()
+    found = bootstrap.mean(values)
+    half = 1.96 * np.std(values, ddof=1) / math.sqrt(len(values))
+    assert found.value == pytest.approx(np.mean(values))
+    assert found.low == pytest.approx(found.value - half, abs=0.1 * half)
+    assert found.high == pytest.approx(found.value + half, abs=0.1 * half)
+
+
+def test_sequences_are_drawn_in_pairs() -> None:
+    shared = np.random.default_rng(0).normal(3.0, 1.0, size=40)
+    losses, others = (shared + 0.01).tolist(), shared.tolist()
+    gap = bootstrap.difference(losses, others)
+    assert (gap.low, gap.high) == pytest.approx((0.01, 0.01))
+    assert bootstrap.mean(losses).high - bootstrap.mean(losses).low > 0.3
+    assert gap.excludes(0)
+
+
+def test_perplexities_and_shares_of_them() -> None:
+    worst, middle, best = ([math.log(number)] * 3 for number in (40.0, 30.0, 20.0))
+    assert bootstrap.perplexity(worst).value == pytest.approx(40)
+    assert bootstrap.perplexity_difference(worst, best).value == pytest.approx(20)
+    assert bootstrap.loss_removed(middle, worst, best).value == pytest.approx(0.5)
+    assert bootstrap.ratio([1.0, 3.0], [4.0, 4.0]).value == pytest.approx(0.5)
+
+
+# -- weights -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weight() -> torch.Tensor:
+    return 0.02 * torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
+
+
+def test_what_bitsandbytes_packed_is_read_back(weight: torch.Tensor) -> None:
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    found = grid.unpack(packed, state)
+    assert torch.equal(found.values, bitsandbytes.functional.dequantize_4bit(packed, state))
+    assert torch.equal(grid.nearest_codes(found.values, found.scales), found.codes)
+
+
+def test_kept_delta_and_ratio(weight: torch.Tensor) -> None:
+    base = grid.quantize(weight)
+    delta = torch.randn_like(weight)
+    assert grid.kept(base.values + 0.25 * delta, base.values, delta) == pytest.approx(0.25)
+    assert grid.ratio(0.1 * base.steps, base) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("size", [0.01, 0.04, 0.06, 0.1, 0.2])
+def test_the_kept_share_is_as_foretold(size: float) -> None:
+    """On scales that are held; new ones keep a little more (the page says how much)."""
+    layer = synthetic.make(size, seed=7)
+    codes = grid.nearest_codes(layer.target, layer.base.scales)
+    measured = grid.kept(grid.VALUES[codes.long()] * layer.base.scales, layer.base.values, layer.delta)
+    kurtosis = shape(layer.delta)["kurtosis"] - 3
+    assert predicted_kept(grid.ratio(layer.delta, layer.base), NF4, kurtosis) == pytest.approx(
+        measured, abs=0.025
+    )
+
+
+# -- the judge ---------------------------------------------------------------------------------------------
+
+
+def test_the_judge_knows_a_divergence_that_can_be_worked_out() -> None:
+    head = torch.eye(2)
+    p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    windows = torch.tensor([[0, 1, 1]])
+    reference, ours = p.log().expand(1, 3, 2), q.log().expand(1, 3, 2)
+    found = judge(ours, reference, head, windows)
+    assert found.losses == pytest.approx([-math.log(0.1)])
+    assert found.kl == pytest.approx([0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)])
+    same = judge(reference, reference, head, windows)
+    assert (same.kl, same.agreement) == ([0.0], 1.0)
+
+
+# -- the third adapter's text ------------------------------------------------------------------------------
+
+
+def test_lists_of_headwords_and_drawings_are_left_out_of_the_text() -> None:
+    entry = (
+        ":hack: /hak/, n.\n\n   1. Originally, a quick job that produces what is needed,\n   but not well."
+    )
+    lexicon = f"\n  A\n\n   abbrev\n\n   ABEND\n\n   hack\n\n{entry}\n\n   ____  |    |\n"
+    found = list(paragraphs(f"before{lexicon}\nAppendix\xa0A. Hacker Folklore\nafter"))
+    assert found[-1] == "1. Originally, a quick job that produces what is needed, but not well."
+    assert "abbrev" not in found
+    assert ":hack: /hak/, n." in found
+
+
+def test_what_is_held_out_is_not_trained_on() -> None:
+    entries = "".join(
+        f"\n   Entry {number} has words\n   that no other entry has.\n" for number in range(3000)
+    )
+    training, held_out = split(f"\n  A\n{entries}\nAppendix A. Hacker Folklore\n")
+    train, held = set(training.split("\n\n")), set(held_out.split("\n\n"))
+    assert not {line.strip() for line in train} & {line.strip() for line in held}
+    assert 0.06 < len(held) / (len(train) + len(held)) < 0.09
+
+
+# -- the page ----------------------------------------------------------------------------------------------
+
+
+def test_the_page_says_what_was_measured() -> None:
+    page = PAGE.read_text()
+    assert render(page, RESULTS) == page, "run tools/study/report"
+    assert sorted(found[1] for found in _BLOCK.findall(page)) == sorted(BLOCKS)
+    for name in PICTURES:
+        assert f"({name})" in page
+
+
+def test_the_words_around_the_blocks_hold_no_measured_number() -> None:
+    """Percentages, perplexities and divergences come from results; sizes of models and of the set-up may be named."""
+    words = _BLOCK.sub("", PAGE.read_text())
+    assert re.findall(r"\d+\.\d+", words) == []
+
+
+def test_without_results_the_page_says_so(tmp_path: Path) -> None:
+    beds, nothing = read(tmp_path)
+    assert all(not results for results in (*beds.values(), nothing))
+    for name, block in BLOCKS.items():
+        assert NOT_MEASURED in block(beds, nothing) or name in ("beds", "bars", "decision", "cost"), name
+    assert {bar.passes for bar in bars(beds, nothing)} == {None}
+
+
+def _results(**kl: float) -> dict[str, Any]:
+    """A bed where every strategy has the KL that is given, or 1; T has perplexity e, nearest of T and the base e^3."""
+    every: tuple[Opened | Merged, ...] = (*OPENED, *MERGED)
+    names = [row.name for row in every]
+    high = {NEAREST_T.name, "base-nf4"}
+    return {
+        "rows": {
+            name: {
+                "losses": [3.0 if name in high else 1.0] * 4,
+                "kl": [kl.get(name.replace("-", "_"), 1.0)] * 4,
+                "kept": 0.9,
+                "changed": 0.1,
+                "wall_s": 1.0,
+                "cpu_s": 1.0,
+                "not_exact": [],
+            }
+            for name in names
+        },
+        "weights": [{"ratio": 0.02, "delta_square": 1.0, "delta_kurtosis": 0.0}],
+    }
+
+
+def _judged(results: dict[str, Any]) -> dict[str, Bar]:
+    kept = {"nearest": 0.1, "feedback": 0.95}
+    layers = {"compensated": {name: {"kept": {"mean": mean, "sd": 0.0}} for name, mean in kept.items()}}
+    return {bar.claim: bar for bar in bars(dict.fromkeys(BEDS, results), layers)}
+
+
+def test_checks_pass_on_good_numbers() -> None:
+    found = _judged(_results(feedback_T=0.4, feedback_T_onesided=0.4))
+    assert [bar for bar in found.values() if not bar.passes] == []
+
+
+@pytest.mark.parametrize("name", [NEAREST_F.name, STOCHASTIC_T[0].name, PLAIN_FEEDBACK_T.name])
+def test_checks_fail_where_feedback_is_hardly_closer_than(name: str) -> None:
+    results = _results(feedback_T=0.4, feedback_T_onesided=0.4)
+    for each in [row.name for row in STOCHASTIC_T] if name == STOCHASTIC_T[0].name else [name]:
+        results["rows"][each]["kl"] = [0.45] * 4
+    assert any(bar.passes is False for bar in _judged(results).values())
+
+
+def test_checks_fail_where_nothing_is_recovered() -> None:
+    results = _results(feedback_T=0.4, feedback_T_onesided=0.4)
+    results["rows"][FEEDBACK_T.name]["losses"] = [2.9] * 4
+    assert any(bar.passes is False and "94%" in bar.claim for bar in _judged(results).values())
+
+
+def test_operations_grow_as_the_formula_says() -> None:
+    options = FeedbackOptions()
+    one, two = (sum(cost.operations(cost.DEMO, tokens, options).values()) for tokens in (1000, 2000))
+    parts = cost.operations(cost.DEMO, 1000, options, on_gpu=False)
+    qkv, o, gate_up, down = 576 * (576 + 192 + 192), 576 * 576, 2 * 576 * 1536, 576 * 1536
+    passes = 2 * (qkv + o + gate_up + down) + qkv + (qkv + o) + (qkv + o + gate_up)
+    assert parts["forward"] == pytest.approx(30 * 2 * 1000 * passes)
+    assert two - one > parts["forward"] + parts["moments"]

@@ -1,0 +1,126 @@
+"""What the study compares: test beds (a base, an adapter, texts) and strategies (ways to write 4 bits)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.perplexity import Subject
+
+EXAMPLES = Path("examples")
+DEMO_BASE = Path(".demo/base")
+
+
+@dataclass(frozen=True, slots=True)
+class Bed:
+    """Held-out text is cut into `windows` sequences of `tokens`; `calibration_tokens` of the other text calibrate,
+    in sequences of `calibration_length`.
+    """
+
+    name: str
+    label: str
+    base: Path
+    adapter: Path
+    held_out: Path
+    calibration: Path
+    windows: int
+    tokens: int
+    calibration_tokens: int
+    calibration_length: int
+
+    @property
+    def calibration_options(self) -> tuple[str, ...]:
+        tokens, length = str(self.calibration_tokens), str(self.calibration_length)
+        text = ("--calibration", str(self.calibration), "--calibration-tokens", tokens)
+        return (*text, "--calibration-sequence-length", length)
+
+    @property
+    def trained(self) -> Subject:
+        """T: the adapter on the base as training saw it."""
+        return Subject(self.base, self.adapter, load_in_nf4_dq=True)
+
+
+def _on_demo_base(name: str, label: str, adapter: str, text: str) -> Bed:
+    texts = EXAMPLES / f"{text}.valid.txt", EXAMPLES / f"{text}.calibration.txt"
+    return Bed(name, label, DEMO_BASE, EXAMPLES / adapter, *texts, 34, 512, 16_384, 512)
+
+
+def _on_faq(name: str, label: str) -> Bed:
+    texts = EXAMPLES / "kjv.valid.txt", EXAMPLES / "kjv.calibration.txt"
+    return Bed(name, label, EXAMPLES / "faq-9m", EXAMPLES / name, *texts, 80, 256, 65_536, 512)
+
+
+BEDS: Mapping[str, Bed] = {
+    bed.name: bed
+    for bed in (
+        _on_demo_base("demo-kjv", "SmolLM2-135M, r 8", "kjv-qlora", "kjv"),
+        _on_demo_base("demo-jargon", "SmolLM2-135M, r 16", "jargon-qlora", "jargon"),
+        _on_faq("faq-kjv-light", "faq-9m, light"),
+        _on_faq("faq-kjv-heavy", "faq-9m, heavy"),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model made of its parts on opening: nothing is merged."""
+
+    name: str
+    label: str
+    adapter: bool
+    load_in_nf4_dq: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """An nf4-dq file that `streamconv merge` writes with `options`; `calibrated`: it is given the calibration text."""
+
+    name: str
+    label: str
+    target: str
+    options: tuple[str, ...]
+    calibrated: bool = False
+
+
+REFERENCE = Opened("T", "T, unmerged", adapter=True, load_in_nf4_dq=True)
+OPENED = (
+    REFERENCE,
+    Opened("F", "F, unmerged", adapter=True, load_in_nf4_dq=False),
+    Opened("base", "base, 16 bit", adapter=False, load_in_nf4_dq=False),
+    Opened("base-nf4", "base, nf4-dq", adapter=False, load_in_nf4_dq=True),
+)
+TARGETS = {"T": ("--merge-base", "nf4-dq"), "F": ("--merge-base", "original")}
+SEEDS = (0, 1, 2)
+
+
+def _merged(
+    name: str, label: str, target: str, rounding: str, *more: str, calibrated: bool = False
+) -> Merged:
+    options = ("--quant", "nf4-dq", *TARGETS[target], "--rounding", rounding, *more)
+    return Merged(name, label, target, options, calibrated)
+
+
+def _feedback(name: str, label: str, target: str, *more: str) -> Merged:
+    return _merged(name, label, target, "feedback", *more, calibrated=True)
+
+
+ONE_SIDED = ("--calibration-gradient-tokens", "0")
+NO_TERM = ("--preserve-delta", "0")
+
+NEAREST_T = _merged("nearest-T", "nearest of T", "T", "nearest")
+NEAREST_F = _merged("nearest-F", "nearest of F", "F", "nearest")
+STOCHASTIC_T = tuple(
+    _merged(f"stochastic-T-{seed}", f"stochastic of T, seed {seed}", "T", "stochastic", "--seed", str(seed))
+    for seed in SEEDS
+)
+SEARCH_T = _merged("search-T", "search of T", "T", "search")
+FEEDBACK_T = _feedback("feedback-T", "feedback of T", "T")
+PLAIN_FEEDBACK_T = _feedback("feedback-T-0", "feedback of T, no delta term", "T", *NO_TERM)
+ONE_SIDED_T = _feedback("feedback-T-onesided", "one-sided feedback of T", "T", *ONE_SIDED)
+PLAIN_ONE_SIDED_T = _feedback(
+    "feedback-T-onesided-0", "one-sided feedback of T, no delta term", "T", *ONE_SIDED, *NO_TERM
+)
+FEEDBACK_F = _feedback("feedback-F", "feedback of F", "F")
+FEEDBACK = (FEEDBACK_T, PLAIN_FEEDBACK_T, ONE_SIDED_T, PLAIN_ONE_SIDED_T, FEEDBACK_F)
+MERGED = (NEAREST_T, NEAREST_F, *STOCHASTIC_T, SEARCH_T, *FEEDBACK)

@@ -1,0 +1,346 @@
+"""The tables and sentences of docs/why-merging-loses-quality.md, from the results of the study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from streamconv.analysis.prediction import predicted_kept
+from streamconv.grids import NF4
+from streamconv.rounding.feedback import FeedbackOptions
+from tools.study import cost
+from tools.study.bars import STOCHASTIC, Results, bars, row_of, shown
+from tools.study.beds import (
+    BEDS,
+    FEEDBACK,
+    FEEDBACK_T,
+    NEAREST_F,
+    NEAREST_T,
+    ONE_SIDED_T,
+    OPENED,
+    PLAIN_FEEDBACK_T,
+    PLAIN_ONE_SIDED_T,
+    SEARCH_T,
+    STOCHASTIC_T,
+)
+from tools.study.bootstrap import mean, perplexity, perplexity_difference, ratio
+from tools.study.prediction import predicted_share
+
+NOT_MEASURED = "Not measured yet."
+STRATEGIES: Mapping[str, str] = {
+    **{row.name: row.label for row in OPENED},
+    **{row.name: row.label for row in (NEAREST_T, NEAREST_F)},
+    STOCHASTIC: "stochastic of T",
+    **{row.name: row.label for row in (SEARCH_T, *FEEDBACK)},
+}
+# Upper ends of the delta-to-step ratio, and what to do below them.
+DECISIONS = (
+    (
+        0.05,
+        "erased",
+        "feedback of T with calibration text; without, nearest of F (16-bit base) or stochastic of T",
+    ),
+    (0.1, "erased", "the same"),
+    (0.2, "damaged", "the same"),
+    (0.4, "mostly kept", "feedback of T with calibration text; without, nearest of T"),
+    (1.0, "kept", "the same"),
+)
+
+
+def beds_block(beds: Mapping[str, Results], _: Results) -> str:
+    columns = ("bed", "delta-to-step ratio", "‖D‖ / ‖Wq‖", "‖W - Wq‖ / ‖D‖", "evaluated on", "calibrated on")
+    rows = []
+    for name, bed in BEDS.items():
+        weights = beds[name].get("weights")
+        sizes = ["", "", ""]
+        if weights:
+            sizes = [
+                _spread([weight["ratio"] for weight in weights]),
+                _spread([100 * weight["delta_to_weight"] for weight in weights], "{:.1f} %"),
+                _spread([weight["error_to_delta"] for weight in weights], "{:.1f}"),
+            ]
+        held_out = f"{bed.windows} of {bed.tokens} tokens, `{bed.held_out}`"
+        calibration = f"{bed.calibration_tokens:,} tokens, `{bed.calibration}`"
+        rows.append([bed.label, *sizes, held_out, calibration])
+    return _table(columns, rows, words=(0, 4, 5))
+
+
+def strategies_block(beds: Mapping[str, Results], _: Results) -> str:
+    return "\n\n".join(_strategies(BEDS[name].label, results) for name, results in beds.items())
+
+
+def _strategies(label: str, results: Results) -> str:
+    trained = row_of(results, "T")
+    if trained is None:
+        return f"**{label}**: {NOT_MEASURED}"
+    columns = (
+        "weights",
+        "perplexity",
+        "above T",
+        "KL to T, 1/1000 nat",
+        "same top token",
+        "kept delta",
+        "codes changed",
+    )
+    rows = []
+    for name, words in STRATEGIES.items():
+        if (row := row_of(results, name)) is None:
+            continue
+        first = results["rows"][STOCHASTIC_T[0].name if name == STOCHASTIC else name]
+        cells = [
+            words,
+            f"{perplexity(row.losses).value:.2f}",
+            "" if name == "T" else shown(perplexity_difference(row.losses, trained.losses)),
+            "0" if name == "T" else shown(mean([1000 * value for value in row.kl])),
+            f"{first['agreement']:.1%}",
+            f"{first['kept']:.3f}" if "kept" in first else "",
+            f"{100 * first['changed']:.2g} %" if "changed" in first else "",
+        ]
+        rows.append(cells)
+    return f"**{label}**\n\n{_table(columns, rows)}"
+
+
+def dead_zone_block(beds: Mapping[str, Results], _: Results) -> str:
+    columns = (
+        "bed",
+        "predicted kept share",
+        "kept by nearest of T",
+        "codes changed",
+        "perplexity: T, nearest of T, nf4 base",
+    )
+    rows = []
+    for name, bed in BEDS.items():
+        weights, measured = beds[name].get("weights"), beds[name].get("rows", {})
+        levels = [row_of(beds[name], row) for row in ("T", NEAREST_T.name, "base-nf4")]
+        if not weights or None in levels:
+            continue
+        nearest = measured[NEAREST_T.name]
+        said = ", ".join(f"{perplexity(level.losses).value:.1f}" for level in levels if level)
+        predicted = f"{predicted_share(weights):.1%}"
+        rows.append(
+            [bed.label, predicted, f"{nearest['kept']:.1%}", f"{100 * nearest['changed']:.2g} %", said]
+        )
+    return _table(columns, rows)
+
+
+def coupling_block(beds: Mapping[str, Results], synthetic: Results) -> str:
+    columns = (
+        "delta-to-step ratio",
+        "kept, scales chosen anew",
+        "kept, scales held",
+        "codes changed",
+        "of these, dragged by the scale",
+    )
+    rows = []
+    for row in synthetic.get("dead_zone", []):
+        changed, dragged = row["changed"]["mean"], row["dragged"]["mean"]
+        share = f"{dragged / changed:.0%}" if changed > 1e-4 else ""
+        kept = _with_sd(row["nearest_T"]), _with_sd(row["nearest_T_on_fixed_scales"])
+        rows.append([f"{row['ratio']['mean']:.3f}", *kept, f"{changed:.2%}", share])
+    moved = [
+        f"{BEDS[name].label} {_spread([100 * weight['scale_moved'] for weight in results['weights']], '{:.2f} %')}"
+        for name, results in beds.items()
+        if results.get("weights")
+    ]
+    said = f"Mean change of a block's scale, over adapted weights: {'; '.join(moved)}."
+    return f"{_table(columns, rows)}\n\n{said}"
+
+
+def objective_block(_: Mapping[str, Results], synthetic: Results) -> str:
+    columns = ("rounding of T", "error of the output", "kept delta", "kept in the output")
+    rows = []
+    for name, row in synthetic.get("compensated", {}).items():
+        error = {key: 100 * value for key, value in row["output_error"].items()}
+        kept = _with_sd(row["kept"]), _with_sd(row["kept_in_outputs"])
+        rows.append([name, f"{_with_sd(error, '{:.2f}')} %", *kept])
+    return _table(columns, rows)
+
+
+def distributions_block(beds: Mapping[str, Results], _: Results) -> str:
+    columns = (
+        "bed",
+        "kurtosis: base, T, nearest of T",
+        "largest entry in rms: base, T, nearest of T",
+        "largest change of a kurtosis by merging",
+    )
+    rows = []
+    for name, bed in BEDS.items():
+        if weights := beds[name].get("weights"):
+            medians = [
+                ", ".join(f"{np.median([weight[state][key] for weight in weights]):.2f}" for state in STATES)
+                for key in ("kurtosis", "largest")
+            ]
+            before, after = (
+                np.array([weight[state]["kurtosis"] for weight in weights]) for state in STATES[:2]
+            )
+            changes = after / before - 1
+            rows.append([bed.label, *medians, f"{changes[np.abs(changes).argmax()]:+.1%}"])
+    return f"{_table(columns, rows)}\n\nMedians over the adapted weights."
+
+
+STATES = ("shape_before", "shape_of_target", "shape_after")
+
+
+def decision_block(beds: Mapping[str, Results], synthetic: Results) -> str:
+    """Bins of the delta-to-step ratio with what the formula foretells, what was measured, and what to choose."""
+    columns = (
+        "delta-to-step ratio",
+        "nearest of T keeps: formula",
+        "synthetic layers",
+        "beds here: kept; KL of nearest of T to that of feedback",
+        "the fine-tune is",
+        "choose",
+    )
+    rows, below = [], 0.0
+    for limit, state, choice in DECISIONS:
+        formula = " to ".join(f"{predicted_kept(end, NF4):.2f}" for end in (below, limit))
+        inside = [
+            row["nearest_T"]["mean"]
+            for row in synthetic.get("dead_zone", [])
+            if below <= row["ratio"]["mean"] < limit
+        ]
+        measured = f"{min(inside):.2f} to {max(inside):.2f}" if inside else ""
+        named = [_placed(name, beds[name]) for name in BEDS if below <= _typical(beds[name]) < limit]
+        rows.append([f"{below:g} to {limit:g}", formula, measured, "; ".join(named), state, choice])
+        below = limit
+    return _table(columns, rows, words=(0, 3, 4, 5))
+
+
+def _typical(results: Results) -> float:
+    """A bed's delta-to-step ratio: the median over its adapted weights."""
+    weights = results.get("weights")
+    return float(np.median([weight["ratio"] for weight in weights])) if weights else float("inf")
+
+
+def _placed(name: str, results: Results) -> str:
+    nearest, ours = row_of(results, NEAREST_T.name), row_of(results, FEEDBACK_T.name)
+    if nearest is None:
+        return BEDS[name].label
+    said = f"{BEDS[name].label}: {results['rows'][NEAREST_T.name]['kept']:.2f}"
+    return said + (f", {ratio(nearest.kl, ours.kl).value:.0f} times" if ours else "")
+
+
+def delta_term_block(beds: Mapping[str, Results], _: Results) -> str:
+    """What the delta-preserving term does to KL and to the kept delta, with and without the gradients' side."""
+    columns = ("bed", "feedback", "KL with the term to KL without", "kept delta without", "with")
+    pairs = {"two-sided": (FEEDBACK_T, PLAIN_FEEDBACK_T), "one-sided": (ONE_SIDED_T, PLAIN_ONE_SIDED_T)}
+    rows = []
+    for name, bed in BEDS.items():
+        for words, pair in pairs.items():
+            term, plain = (row_of(beds[name], each.name) for each in pair)
+            if term and plain:
+                kept = [f"{beds[name]['rows'][each.name]['kept']:.3f}" for each in reversed(pair)]
+                rows.append([bed.label, words, shown(ratio(term.kl, plain.kl), 3), *kept])
+    return _table(columns, rows, words=(0, 1))
+
+
+def two_sides_block(beds: Mapping[str, Results], _: Results) -> str:
+    """What gradients add to calibration."""
+    columns = ("bed", "KL of two-sided to one-sided feedback", "to nearest of F", "to stochastic of T")
+    rows = []
+    for name, bed in BEDS.items():
+        ours = row_of(beds[name], FEEDBACK_T.name)
+        others = [row_of(beds[name], each) for each in (ONE_SIDED_T.name, NEAREST_F.name, STOCHASTIC)]
+        if ours and any(others):
+            rows.append(
+                [bed.label, *(shown(ratio(ours.kl, other.kl), 3) if other else "" for other in others)]
+            )
+    return _table(columns, rows)
+
+
+def cost_block(beds: Mapping[str, Results], _: Results) -> str:
+    options = FeedbackOptions()
+    columns = (
+        "model, tokens",
+        *cost.operations(cost.DEMO, 1, options),
+        "in all",
+        *(name for name, _ in cost.RATES),
+    )
+    rows = []
+    for shapes, tokens in ((cost.DEMO, 16_384), *((large, 65_536) for large in cost.LARGE)):
+        parts = cost.operations(shapes, tokens, options, on_gpu=shapes is not cost.DEMO)
+        total = sum(parts.values())
+        times = [_duration(total / rate) for _, rate in cost.RATES]
+        rows.append(
+            [
+                f"{shapes.name}, {tokens:,}",
+                *(_flops(count) for count in parts.values()),
+                _flops(total),
+                *times,
+            ]
+        )
+    said = f"Options of feedback: {', '.join(f'{key} {value:g}' for key, value in asdict(options).items())}."
+    row = beds["demo-kjv"].get("rows", {}).get(ONE_SIDED_T.name)
+    if row:
+        parts = cost.operations(cost.DEMO, 16_384, options, on_gpu=False, gradients=0)
+        said += (
+            f" Measured: one-sided feedback of the demo model at 16,384 tokens took {row['wall_s'] / 60:.1f} minutes"
+            f" and {row['cpu_s'] / 60:.1f} minutes of processor time, on 2 cores that had other work as well. The"
+            f" operations counted here over that time are {sum(parts.values()) / row['cpu_s'] / 1e9:.0f} GFLOP/s."
+        )
+    return f"{_table(columns, rows)}\n\n{said}"
+
+
+def bars_block(beds: Mapping[str, Results], synthetic: Results) -> str:
+    words = {True: "yes", False: "**no**", None: "not measured"}
+    rows = [[bar.claim, words[bar.passes], bar.found] for bar in bars(beds, synthetic)]
+    return _table(("claim", "holds", "found"), rows, words=(0, 1, 2))
+
+
+def machine_block(beds: Mapping[str, Results], _: Results) -> str:
+    return "\n".join(_machines(beds)) or NOT_MEASURED
+
+
+def _machines(beds: Mapping[str, Results]) -> Iterator[str]:
+    for name, results in beds.items():
+        if machine := results.get("machine"):
+            versions = ", ".join(
+                f"{each} {machine[each]}" for each in ("torch", "bitsandbytes", "peft", "transformers")
+            )
+            yield f"- {name}: {machine['processor']}, {machine['cores']} cores; {versions}; commit {machine['commit']}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> str:
+    """Markdown; columns of `words` stand left, numbers right."""
+    if not rows:
+        return NOT_MEASURED
+    rule = ["---" if place in words else "--:" for place in range(len(columns))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, rule, *rows))
+
+
+def _spread(values: Sequence[float], form: str = "{:.3f}") -> str:
+    """The median, and the least and the greatest of `values`."""
+    low, middle, high = (form.format(value) for value in np.percentile(values, (0, 50, 100)))
+    return f"{middle} ({low} to {high})"
+
+
+def _with_sd(found: Mapping[str, float], form: str = "{:.3f}") -> str:
+    return f"{form.format(found['mean'])} ± {form.format(found['sd'])}"
+
+
+def _flops(count: float) -> str:
+    return f"{count / 1e12:,.1f} T" if count < 1e15 else f"{count / 1e15:,.1f} P"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+BLOCKS: Mapping[str, Callable[[Mapping[str, Results], Results], str]] = {
+    "beds": beds_block,
+    "dead_zone": dead_zone_block,
+    "coupling": coupling_block,
+    "objective": objective_block,
+    "distributions": distributions_block,
+    "decision": decision_block,
+    "strategies": strategies_block,
+    "two_sides": two_sides_block,
+    "delta_term": delta_term_block,
+    "cost": cost_block,
+    "bars": bars_block,
+    "machine": machine_block,
+}
