@@ -21,7 +21,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import torch
@@ -36,6 +36,7 @@ from streamconv.kernels import TORCH, kernels_for, pairwise_sum
 from streamconv.plan import Rewrite
 from streamconv.rounding import uniform
 from streamconv.rounding.base import Context
+from streamconv.rounding.feedback import Chosen
 
 _STRETCH = 1 << 18
 
@@ -204,6 +205,9 @@ class WeightWork:
 
     A part of the work that failed for want of memory can be repeated: cells write to their places, and states of
     updates are kept only once a tile has passed.
+
+    Where codes are chosen for the whole weight at once, `targets` and `base_codes` say what from, and `settle` is told
+    what they are; `rewrite` then packs and weighs these.
     """
 
     def __init__(
@@ -239,15 +243,20 @@ class WeightWork:
         self._base_scales = step.weight.decoder.scales(side)
         self._kept_scales: Tensor | None = None
         self._effective: Tensor | None = None
+        self._searched: Tensor | None = None  # what a loader will make of scales that were searched for
         if step.keeps_scales and self._base_scales is not None:
             self._keep(self._base_scales)
+        self._chosen: Chosen | None = None
 
     # -- the two passes ----------------------------------------------------------------------------------
 
     def reduce(self, raw: Tensor, rows: range) -> None:
-        """First pass, for steps whose access says so: scales of the rounded base, or states of the updates."""
+        """First pass, where access says so: scales of the rounded base, or of the output, or states of updates."""
         if self.step.merge_base is not None:
             self.workers.map(lambda number, part: self._take_absmax(number, raw, rows, part), rows)
+        if self.step.searches_first:
+            self.workers.map(lambda number, part: self._take_searched(number, raw, rows, part), rows)
+        if self.step.merge_base is not None or self.step.searches_first:
             return
         self.workers.alone(lambda number: self._take_states(number, raw, rows))
 
@@ -257,6 +266,8 @@ class WeightWork:
             state = self._states[number]
             if isinstance(update, WholeUpdate) and state is not None:
                 self._states[number] = update.conclude(state)
+        if self.step.searches_first:
+            self._searched = self.step.encoder.effective_scales(self._scales)
         merge_base = self.step.merge_base
         if merge_base is None:
             return
@@ -289,9 +300,56 @@ class WeightWork:
 
     def effective_scales(self) -> Tensor:
         """What a loader will multiply codes by, one a block; known when the last cell is done."""
-        if self._effective is not None:
-            return self._effective
-        return self.step.encoder.effective_scales(self._scales)
+        known = self._effective if self._searched is None else self._searched
+        return self.step.encoder.effective_scales(self._scales) if known is None else known
+
+    # -- codes chosen for the whole weight -------------------------------------------------------------------
+
+    @property
+    def kept_scales(self) -> Tensor | None:
+        """Effective scales that the output has if the base's stay, as the step says they may: float32, one a block."""
+        return self._effective
+
+    def targets(self, raw: Tensor, rows: range, out: Tensor) -> None:
+        """Write what the output is to come near, float32 [rows, columns], to `out`."""
+        self.workers.map(lambda number, part: self._take_targets(number, raw, rows, out, part), rows)
+
+    def bases(self, raw: Tensor, rows: range, out: Tensor) -> None:
+        """Write what targets are an update of, float32 [rows, columns], to `out`."""
+        self.workers.map(lambda number, part: self._take_bases(number, raw, rows, out, part), rows)
+
+    def base_codes(self, raw: Tensor, rows: range, out: Tensor) -> None:
+        """Write the base's own codes (uint8, flat) to `out`; only where the base lies on a grid."""
+        self.workers.map(lambda number, part: self._take_base_codes(number, raw, rows, out, part), rows)
+
+    def settle(self, chosen: Chosen) -> None:
+        """Have `rewrite` write `chosen`, and the base's scales only if it keeps them."""
+        self._chosen = chosen
+        if not chosen.keeps_base:
+            self.step = replace(self.step, keeps_scales=False, keeps_parts=False)
+            self._kept_scales = self._effective = None
+
+    def _take_targets(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
+        for cell, base in self._bases(number, raw, rows, part):
+            target = self._target(base.values, cell)
+            self._check_finite(target, cell, target)
+            out[cell.start - rows.start : cell.stop - rows.start].copy_(target)
+
+    def _take_bases(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
+        for cell, base in self._bases(number, raw, rows, part):
+            out[cell.start - rows.start : cell.stop - rows.start].copy_(base.values)
+
+    def _take_base_codes(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
+        columns = self.step.columns
+        for cell, base in self._bases(number, raw, rows, part):
+            assert base.codes is not None, f"{self.step.name}: the base lies on no grid"
+            first, last = ((row - rows.start) * columns for row in (cell.start, cell.stop))
+            out[first:last].copy_(base.codes)
+
+    def _bases(self, number: int, raw: Tensor, rows: range, part: range) -> Iterator[tuple[range, CellBase]]:
+        """Cells of `part` with their base; each is gone when the next one comes."""
+        for cell in cells(part, self.height):
+            yield cell, self._base(self._raw(raw, rows, cell), cell, self.workers.scratch[number])
 
     def _keep(self, scales: Tensor) -> None:
         self._kept_scales = scales
@@ -313,6 +371,19 @@ class WeightWork:
             values = self._decode(self._raw(raw, rows, cell), cell, self.workers.scratch[number]).view(-1)
             out = self._blocks(self._absmax, cell, merge_base.grid)
             self._kernels.absmax(values, merge_base.grid.block, out)
+
+    def _take_searched(self, number: int, raw: Tensor, rows: range, part: range) -> None:
+        """A base that is rounded first has its scales here as they were before nesting: near enough for a search."""
+        step, scratch = self.step, self.workers.scratch[number]
+        rounding, grid = step.rounding, step.encoder.grid
+        assert rounding is not None
+        assert grid is not None
+        for cell in cells(part, self.height):
+            base = self._base(self._raw(raw, rows, cell), cell, scratch).values
+            target = self._target(self._copy(base, cell, scratch), cell).flatten()
+            codes = scratch.take("codes", target.numel(), self.device, torch.uint8)
+            scales = rounding.choose(target, grid, Context(None, None, None, None), codes)
+            self._blocks(self._scales, cell, grid).copy_(scales)
 
     def _take_states(self, number: int, raw: Tensor, rows: range) -> None:
         states = list(self._states)
@@ -422,24 +493,17 @@ class WeightWork:
                 )
 
     def _quantize(self, base: CellBase, rows: range, grid: Grid, out: Tensor, scratch: Scratch) -> None:
-        step, rounding = self.step, self.step.rounding
-        assert rounding is not None
-        keeps = step.keeps_scales
-        if not step.updates and keeps and base.codes is not None and base.effective is not None:
+        step, keeps = self.step, self.step.keeps_scales
+        is_open = step.updates or self._chosen is not None
+        if not is_open and keeps and base.codes is not None and base.effective is not None:
             step.encoder.pack(base.codes, out)  # already on the output's grid: nothing to round
             self._take_scales(base.effective, rows, grid)
             return
-        values, count = base.values.view(-1), base.values.numel()
-        target, noise = values, None
+        values = base.values.view(-1)
+        target = values
         if step.updates:
             target = self._target(self._copy(base.values, rows, scratch), rows).flatten()
-        if rounding.needs_noise:
-            drawn = scratch.take("noise", count, self.device)
-            noise = uniform(self.seed, step.name, rows, step.columns, drawn)
-        context = Context(base.codes if keeps else None, base.effective if keeps else None, values, noise)
-        codes = scratch.take("codes", count, self.device, torch.uint8)
-        scales = rounding.choose(target, grid, context, codes)
-        self._check_finite(target, rows, scales if context.scales is None else target)
+        codes, scales = self._choose(target, base, rows, grid, scratch)
         step.encoder.pack(codes, out)
         self._take_scales(scales, rows, grid)
         if step.updates:
@@ -453,8 +517,31 @@ class WeightWork:
         if self._watch is not None:
             self._watch(seen)
 
+    def _choose(
+        self, target: Tensor, base: CellBase, rows: range, grid: Grid, scratch: Scratch
+    ) -> tuple[Tensor, Tensor]:
+        """Codes (uint8, flat) and scales (float32, one a block) for a cell."""
+        step, count = self.step, target.numel()
+        if self._chosen is not None:
+            first = rows.start * step.columns
+            scales = self._blocks(self._chosen.scales, rows, grid)
+            return self._chosen.codes[first : first + count], scales
+        rounding, keeps, noise = step.rounding, step.keeps_scales, None
+        assert rounding is not None
+        if rounding.needs_noise:
+            drawn = scratch.take("noise", count, self.device)
+            noise = uniform(self.seed, step.name, rows, step.columns, drawn)
+        given = base.effective if keeps else None
+        if self._searched is not None:
+            given = self._blocks(self._searched, rows, grid)
+        context = Context(base.codes if keeps else None, given, base.values.view(-1), noise)
+        codes = scratch.take("codes", count, self.device, torch.uint8)
+        scales = rounding.choose(target, grid, context, codes)
+        self._check_finite(target, rows, scales if context.scales is None else target)
+        return codes, scales
+
     def _take_scales(self, scales: Tensor, rows: range, grid: Grid) -> None:
-        if self._kept_scales is None:
+        if self._kept_scales is None and self._searched is None:
             self._blocks(self._scales, rows, grid).copy_(scales)
 
     def _check_finite(self, cell: Tensor, rows: range, telling: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 from streamconv.adapters.base import Adapter
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.devices import Device
-from streamconv.plan import Choice, MergeOptions, ShardPlan
+from streamconv.plan import CalibrationPlan, Choice, MergeOptions, ShardPlan
 from streamconv.storage.base import Origin
 
 
@@ -23,6 +23,7 @@ def fingerprint(
     adapter: Adapter | None,
     options: MergeOptions,
     rounding: Choice | None,
+    calibration: CalibrationPlan | None,
     device: Device,
     shards: Sequence[ShardPlan],
 ) -> Mapping[str, Any]:
@@ -58,6 +59,7 @@ def fingerprint(
             "moe_layout": options.moe_layout,
             "max_shard_bytes": options.max_shard_bytes,
         },
+        "calibration": calibration.as_json() if calibration else None,
         # Headers hold every output tensor's name, type, shape and place.
         "output": {shard.name: hashlib.sha256(shard.header).hexdigest() for shard in shards},
     }

@@ -4,6 +4,7 @@
     plan.json      the fingerprint of the run that owns the folder
     journal.jsonl  append-only; every line is on disk before the next is written
     *.partial      shards being written; a finished one loses the suffix, still inside this folder
+    calibration/   codes that a calibration pass has made, a file a decoder layer, each whole once it is there
 
 Two kinds of line matter. A *watermark* says: the first `offset` bytes of this shard are on disk and hash to
 `sha256`; a rerun goes on from there. *finished* says the same of a whole shard. Both carry the kept-delta sums of
@@ -32,6 +33,7 @@ from streamconv.checkpoint.writer import fsync_folder, write_error, write_file
 from streamconv.errors import OutputError
 
 WORK_FOLDER = ".streamconv"
+CALIBRATION = "calibration"
 _PLAN, _LINES, _LOCK = "plan.json", "journal.jsonl", "lock"
 
 
@@ -117,6 +119,16 @@ class Journal:
             os.close(self._lines)
             self._lines = None
 
+    @property
+    def calibration(self) -> Path:
+        """Where a calibration pass leaves its layers."""
+        return self.folder / CALIBRATION
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether a calibration pass has finished any."""
+        return any(self.calibration.glob("*.safetensors"))
+
     def partial(self, shard: str) -> Path:
         """Where a shard is written before it is whole."""
         return self.folder / f"{shard}.partial"
@@ -159,7 +171,7 @@ class Journal:
         """Make the folder and take its lock. Raises OutputError if another run has it."""
         path = self.folder / _LOCK
         while self._lock is None:
-            _make_folder(self.folder)
+            make_folder(self.folder)
             try:
                 self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except FileNotFoundError:
@@ -209,7 +221,8 @@ class Journal:
         except ValueError:
             found = {}
         differing = _differences(found, self.fingerprint)
-        if differing and _read_progress(lines).is_worth_keeping:
+        progress = _read_progress(lines)
+        if differing and (progress.is_worth_keeping or (self.has_layers and not progress.rejected)):
             raise OutputError(
                 f"{self.folder.parent} holds an unfinished run with other inputs or options "
                 f"({'; '.join(differing[:3])}); repeat that command to finish it, pass --no-resume to discard it, "
@@ -249,7 +262,7 @@ def _is_still_at(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

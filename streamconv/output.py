@@ -169,12 +169,14 @@ def check_apart(out: Path, further: Sequence[Path]) -> None:
             )
 
 
-def check_disk(outputs: Sequence[tuple[Path, Sequence[ShardPlan], Journal]]) -> None:
-    """Raise ResourceError unless the shards still to be written fit the file systems that the outputs lie on."""
+def check_disk(outputs: Sequence[tuple[Path, Plan, Sequence[ShardPlan], Journal]]) -> None:
+    """Raise ResourceError unless what is still to be written of each plan fits the file systems that outputs lie on:
+    these shards, and what a calibration leaves.
+    """
     needed: dict[int, int] = {}
-    for out, shards, journal in outputs:
+    for out, plan, shards, journal in outputs:
         disk = out.stat().st_dev
-        needed[disk] = needed.get(disk, 0) + _disk_need(shards, journal)
+        needed[disk] = needed.get(disk, 0) + _disk_need(plan, shards, journal)
         free = free_bytes(out / WORK_FOLDER)
         if needed[disk] > free:
             what = f"{out} with the other outputs" if len(outputs) > 1 else f"{out}"
@@ -184,13 +186,19 @@ def check_disk(outputs: Sequence[tuple[Path, Sequence[ShardPlan], Journal]]) -> 
             )
 
 
-def _disk_need(shards: Sequence[ShardPlan], journal: Journal) -> int:
-    needed = _SPARE_DISK_BYTES
-    for shard in shards:
-        partial = journal.partial(shard.name)
-        taken = partial.stat().st_blocks * 512 if partial.exists() else 0
-        needed += max(0, shard.size - taken)
-    return needed
+def _disk_need(plan: Plan, shards: Sequence[ShardPlan], journal: Journal) -> int:
+    missing = sum(max(0, shard.size - _taken(journal.partial(shard.name))) for shard in shards)
+    need = plan.calibration.need if plan.calibration else None
+    if need is None:
+        return _SPARE_DISK_BYTES + missing
+    made = sum(map(_taken, journal.calibration.iterdir())) if journal.calibration.exists() else 0
+    # Activations are gone when the shards are written.
+    codes = max(0, plan.calibrated_bytes - made)
+    return _SPARE_DISK_BYTES + max(need.disk - made if codes else 0, codes + missing)
+
+
+def _taken(path: Path) -> int:
+    return path.stat().st_blocks * 512 if path.exists() else 0
 
 
 def resume_points(out: Path, plan: Plan, journal: Journal) -> tuple[dict[str, int], dict[str, ShardWriter]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -18,6 +18,7 @@ from streamconv.devices import Device
 from streamconv.formats.base import CELL_ROWS, Constant, Encoder, Weight, matrix_shape
 from streamconv.layout import ShardLayout
 from streamconv.rounding.base import Rounding
+from streamconv.rounding.feedback import FeedbackOptions
 
 DEFAULT_MIN_KEPT = 0.2
 # Tiles in flight in a lane: being read, computed, written and hashed. Each has a buffer for what is read of it, and one
@@ -32,11 +33,30 @@ WEIGHTS_HELD = 2
 
 
 class Access(StrEnum):
-    """How a weight is read: by rows, or once to learn something about all of it and again by rows."""
+    """How a weight is read: by rows, or once to learn something about all of it and again by rows.
+
+    What is calibrated is read with its decoder layer, in a pass before: in the plan's own pass it is only copied.
+    """
 
     ROW = "row"
     REDUCE_THEN_ROW = "reduce-then-row"
     WHOLE = "whole"  # read twice, too, and held between
+    CALIBRATED = "calibrated"
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What is asked of a calibration; names as on the command line, but for `data`, which is `--calibration`.
+
+    None stands for what is chosen when planning: `sequence_length` by the model's positions, `preserve_delta` by the
+    target, `threads` by the machine.
+    """
+
+    data: str
+    tokens: int = 65536
+    sequence_length: int | None = None
+    preserve_delta: float | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +71,7 @@ class MergeOptions:
     min_kept: float | None = None
     ignore: tuple[str, ...] = ()
     moe_layout: str = "auto"
+    calibration: Calibration | None = None
     max_ram_bytes: int = 2**30
     max_vram_bytes: int = 2**31
     max_shard_bytes: int | None = None
@@ -73,8 +94,9 @@ class Rewrite:
     """One weight read, updated, and written anew.
 
     `merge_base`: how the base is rounded before the update is added; None leaves it as it is.
-    `keeps_scales`: the output keeps the scales of the base's own grid; `keeps_parts`: and the very tensors
-    that store them.
+    `keeps_scales`: the output keeps the scales of the base's own grid (where it is calibrated, it may); `keeps_parts`:
+    and the very tensors that store them. `calibrated`: its bytes are made before, with those of its decoder layer, and
+    copied; `rounding` is for what that leaves, an expert that hardly any token came to.
     """
 
     name: str
@@ -85,6 +107,7 @@ class Rewrite:
     merge_base: Encoder | None = None
     keeps_scales: bool = False
     keeps_parts: bool = False
+    calibrated: bool = False
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -106,13 +129,25 @@ class Rewrite:
         return max((update.whole_bytes for update in whole), default=0)
 
     @property
+    def searches_first(self) -> bool:
+        """Whether scales are searched for all of the weight, and stored, before codes are chosen."""
+        return (
+            self.rounding is not None
+            and self.rounding.searches_scales
+            and self.encoder.nested
+            and not self.keeps_scales
+        )
+
+    @property
     def access(self) -> Access:
+        if self.calibrated:
+            return Access.CALIBRATED
         needs_scales = self.merge_base is not None and (
             self.merge_base.nested or (self.keeps_scales and self.encoder.nested)
         )
         if self.whole_bytes:
             return Access.WHOLE
-        reduces = needs_scales or any(update.reduces for update in self.updates)
+        reduces = needs_scales or self.searches_first or any(update.reduces for update in self.updates)
         return Access.REDUCE_THEN_ROW if reduces else Access.ROW
 
 
@@ -133,6 +168,53 @@ class Memory:
     buffer: int
     workers: int
     lanes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What the calibration pass needs at most, in bytes: memory as in Memory, and disk for codes and activations.
+
+    `read` is what it reads of the base.
+    """
+
+    ram: int
+    vram: int
+    disk: int
+    read: int
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationPlan:
+    """How the weights are calibrated whose step says so.
+
+    `data` is a file or a data set, `name` that without the folder; `sha256` is that of the file, or of the data set's
+    commit. `tokens` are whole sequences. `threads`
+    is how many threads torch shares a matrix product between, which decides its last bits. `need` is None until it was
+    found out.
+    """
+
+    data: str
+    name: str
+    sha256: str
+    is_data_set: bool
+    tokens: int
+    sequence_length: int
+    options: FeedbackOptions
+    threads: int
+    transformers: str
+    need: Need | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data: all of it that decides bytes."""
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "tokens": self.tokens,
+            "sequence_length": self.sequence_length,
+            "options": asdict(self.options),
+            "threads": self.threads,
+            "transformers": self.transformers,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +247,8 @@ class Depth:
 class Plan:
     """All that a run will do. `quant` names the output's format of quantized weights, None if it has none.
 
-    `depth` is None where the output has the layers of the base.
+    `memory` is what its own pass needs, `calibration` tells of the one before, None where there is none. `depth` is
+    None where the output has the layers of the base.
     """
 
     options: MergeOptions
@@ -175,6 +258,7 @@ class Plan:
     quant: str | None
     target: Choice
     rounding: Choice | None
+    calibration: CalibrationPlan | None
     quantized: tuple[str, ...]
     skipped: tuple[str, ...]
     adapted: Mapping[str, int]
@@ -189,6 +273,34 @@ class Plan:
     @property
     def size(self) -> int:
         return sum(shard.size for shard in self.shards)
+
+    @property
+    def peak_ram(self) -> int:
+        """Bytes of memory at most, in either pass."""
+        need = self.calibration.need if self.calibration else None
+        return max(self.memory.ram, need.ram if need else 0)
+
+    @property
+    def peak_vram(self) -> int:
+        need = self.calibration.need if self.calibration else None
+        return max(self.memory.vram, need.vram if need else 0)
+
+    @property
+    def calibrated(self) -> tuple[Rewrite, ...]:
+        """The steps whose bytes come from the calibration pass."""
+        steps = (placed.step for shard in self.shards for placed in shard.steps)
+        return tuple(step for step in steps if isinstance(step, Rewrite) and step.calibrated)
+
+    @property
+    def disk(self) -> int:
+        """Bytes on disk at most: codes stay until all is in place, activations go with the calibration pass."""
+        need = self.calibration.need if self.calibration else None
+        return max(need.disk if need else 0, self.calibrated_bytes + self.size)
+
+    @property
+    def calibrated_bytes(self) -> int:
+        """Bytes that come from the calibration pass."""
+        return sum(spec.nbytes for step in self.calibrated for spec in step.specs)
 
     @property
     def digest(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,20 +11,37 @@ from typing import Any
 from streamconv.adapters.base import Adapter, Replace, Tie, Update, WholeUpdate
 from streamconv.adapters.embeddings import HEADS, find_embedding
 from streamconv.checkpoint.index import CheckpointIndex
+from streamconv.choices import Choices, Facts, choose
 from streamconv.devices import Device
 from streamconv.dtypes import DENSE, Dtype
 from streamconv.errors import AdapterError, OptionError, UnsupportedError
 from streamconv.fingerprint import fingerprint
 from streamconv.formats import FORMATS, dense_weight
-from streamconv.formats.base import Encoder, Format, Weight
+from streamconv.formats.base import Encoder, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, is_conv1d, matches, module_of, select
 from streamconv.layout import Placed, lay_out, split_by_size
 from streamconv.memory import plan_memory
-from streamconv.plan import Choice, Copy, Depth, Memory, MergeOptions, Plan, Rewrite, ShardPlan, Step
+from streamconv.plan import (
+    Calibration,
+    CalibrationPlan,
+    Copy,
+    Depth,
+    Memory,
+    MergeOptions,
+    Plan,
+    Rewrite,
+    ShardPlan,
+    Step,
+)
 from streamconv.rounding import ROUNDINGS
 from streamconv.rounding.base import Rounding
+from streamconv.rounding.feedback import FeedbackOptions
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+MAX_SEQUENCE_LENGTH = 2048
+# H of a layer has no use with fewer tokens than inputs: feedback then fits the text. Published trials found it to do
+# worse than nearest rounding near one token an input.
+TOKENS_AN_INPUT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +59,18 @@ class Base:
 
 
 @dataclass(frozen=True, slots=True)
-class _Result:
-    """What the options came to: the output's formats, and where targets and codes come from."""
+class Grounds:
+    """What planning a calibration needs beside headers: the text, as in CalibrationPlan, the `weights` that can be
+    calibrated, how many positions the model has (None: any number), and the version of the library that computes it.
+    """
 
-    quant: Format | None
-    dtype: Dtype | None
-    merge_base: Format | None
-    target: Choice
-    rounding: Rounding | None
-    rounding_choice: Choice | None
+    data: str
+    name: str
+    sha256: str
+    is_data_set: bool
+    weights: frozenset[str]
+    positions: int | None
+    transformers: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +78,8 @@ class _Draft:
     """A plan but for what depends on the others of its run."""
 
     options: MergeOptions
-    result: _Result
+    choices: Choices
+    calibration: CalibrationPlan | None
     quantized: frozenset[str]
     skipped: Sequence[str]
     shards: tuple[ShardPlan, ...]
@@ -71,14 +93,18 @@ def build_plan(base: Base, adapter: Adapter | None, options: MergeOptions, devic
 
 
 def build_plans(
-    base: Base, adapter: Adapter | None, options: Sequence[MergeOptions], device: Device
+    base: Base,
+    adapter: Adapter | None,
+    options: Sequence[MergeOptions],
+    device: Device,
+    grounds: Grounds | None = None,
 ) -> tuple[Plan, ...]:
     """A plan for each of `options`, to be carried out in one pass: as it would be alone, but for the memory, which is
-    that of the whole run in each.
+    that of the whole run in each. `grounds` are there if one of `options` has a calibration.
 
     Raises what `build_plan` does, and OptionError where two outputs would be the same.
     """
-    drafts = [_draft(base, adapter, each) for each in options]
+    drafts = [_draft(base, adapter, each, grounds) for each in options]
     _check_different(drafts)
     steps, *further = ([placed.step for shard in draft.shards for placed in shard.steps] for draft in drafts)
     shards = 1 if further else len(drafts[0].shards)  # of several outputs, one shard each is in work at once
@@ -86,43 +112,38 @@ def build_plans(
     return tuple(_plan(base, adapter, draft, device, memory) for draft in drafts)
 
 
-def options_alone(base: Base, options: MergeOptions, quants: Sequence[str]) -> list[MergeOptions]:
-    """The options with which a run alone makes each output of a run for all `quants`.
-
-    A rounding is for those that are quantized; where none is, all keep it, to be refused.
-    """
-    each = [replace(options, quant=quant) for quant in quants]
-    quantized = [_resolve_quant(base, alone)[0] is not None for alone in each]
-    if not any(quantized):
-        return each
-    return [
-        alone if rounds else replace(alone, rounding="auto")
-        for alone, rounds in zip(each, quantized, strict=True)
-    ]
+def facts_of(base: Base, adapter: Adapter | None) -> Facts:
+    return Facts(base.index.storage.location, base.quantized, adapter is not None)
 
 
-def _draft(base: Base, adapter: Adapter | None, options: MergeOptions) -> _Draft:
-    result = _resolve(base, adapter, options)
+def _draft(base: Base, adapter: Adapter | None, options: MergeOptions, grounds: Grounds | None) -> _Draft:
+    choices = choose(facts_of(base, adapter), options)
     replaces = {whole.parameter: whole for whole in (adapter.replaces if adapter else ())}
     updates = _updates_by_parameter(adapter)
     _check_unknown_tie(base, (*replaces, *updates))
     weights = _output_weights(base, adapter, replaces)
-    quantized, skipped = _choose_quantized(base, weights, replaces, result, options)
-    by_weight = _steps(base, weights, updates, quantized, result)
-    shards = _as_stored(base.index, lay_out(_split(base, by_weight, result, options)))
-    return _Draft(options, result, quantized, skipped, shards, _new_vocabulary(base, weights))
+    quantized, skipped = _choose_quantized(base, weights, replaces, choices, options)
+    within = grounds.weights if grounds is not None and choices.feedback is not None else frozenset()
+    by_weight = _steps(base, weights, updates, quantized, choices, within)
+    calibration = None
+    if choices.feedback is not None:
+        assert grounds is not None
+        calibration = _plan_calibration(by_weight, options, choices.feedback, grounds)
+    shards = _as_stored(base.index, lay_out(_split(base, by_weight, choices, options)))
+    return _Draft(options, choices, calibration, quantized, skipped, shards, _new_vocabulary(base, weights))
 
 
 def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, memory: Memory) -> Plan:
-    result, options, shards = draft.result, draft.options, draft.shards
+    choices, options, shards = draft.choices, draft.options, draft.shards
     return Plan(
         options=options,
         device=device,
         shards=shards,
         memory=memory,
-        quant=result.quant.name if result.quant else None,
-        target=result.target,
-        rounding=result.rounding_choice,
+        quant=choices.quant.name if choices.quant else None,
+        target=choices.target,
+        rounding=choices.rounding_choice,
+        calibration=draft.calibration,
         quantized=tuple(sorted(draft.quantized)),
         skipped=tuple(draft.skipped),
         adapted=dict(adapter.modules) if adapter else {},
@@ -130,9 +151,11 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
         renamed=adapter.renamed if adapter else None,
         depth=base.depth,
         untied=bool(adapter and adapter.untie),
-        dtype=_config_dtype(base, result),
+        dtype=_config_dtype(base, choices),
         vocab_size=draft.vocab_size,
-        fingerprint=fingerprint(base.index, adapter, options, result.rounding_choice, device, shards),
+        fingerprint=fingerprint(
+            base.index, adapter, options, choices.rounding_choice, draft.calibration, device, shards
+        ),
     )
 
 
@@ -140,113 +163,13 @@ def _check_different(drafts: Sequence[_Draft]) -> None:
     """Raise OptionError if two outputs would hold the same tensors in the same files."""
     seen: dict[tuple[str | None, tuple[bytes, ...]], str] = {}
     for draft in drafts:
-        format_name = draft.result.quant.name if draft.result.quant else None
+        format_name = draft.choices.quant.name if draft.choices.quant else None
         content = format_name, tuple(shard.header for shard in draft.shards)
         if content in seen:
             raise OptionError(
                 f"--also {draft.options.quant} would give the same files as {seen[content]}; leave one of them out"
             )
         seen[content] = draft.options.quant
-
-
-# -- options -----------------------------------------------------------------------------------------------------
-
-
-def _resolve(base: Base, adapter: Adapter | None, options: MergeOptions) -> _Result:
-    quant, dtype = _resolve_quant(base, options)
-    merge_base, target = _resolve_target(base, adapter, options)
-    rounding, choice = _resolve_rounding(base, adapter, options, quant, merge_base)
-    return _Result(quant, dtype, merge_base, target, rounding, choice)
-
-
-def _resolve_quant(base: Base, options: MergeOptions) -> tuple[Format | None, Dtype | None]:
-    """The format of quantized weights (None: dense), and the dtype asked for (None: each weight's own)."""
-    name, dtype_name = options.quant.lower(), options.dtype.lower()
-    if name in DENSE:
-        if dtype_name not in ("auto", name):
-            raise OptionError(
-                f"--quant {name} and --dtype {dtype_name} contradict each other; give one of them"
-            )
-        name, dtype_name = "none", name
-    if dtype_name != "auto" and dtype_name not in DENSE:
-        raise OptionError(f"--dtype {options.dtype} is not known; use auto, {', '.join(DENSE)}")
-    dtype = None if dtype_name == "auto" else DENSE[dtype_name]
-    if name == "keep":
-        name = base.quantized or "none"
-        if name != "none" and name not in FORMATS:
-            raise UnsupportedError(
-                f"{base.index.storage.location}: its weights are {name}, which is read but not written; choose "
-                f"--quant none or one of {', '.join(FORMATS)}"
-            )
-    if name == "none":
-        return None, dtype
-    if name not in FORMATS:
-        raise OptionError(
-            f"--quant {options.quant} is not known; use keep, none, or one of {', '.join(FORMATS)}"
-        )
-    return FORMATS[name], dtype
-
-
-def _resolve_target(
-    base: Base, adapter: Adapter | None, options: MergeOptions
-) -> tuple[Format | None, Choice]:
-    name = options.merge_base.lower()
-    if name in ("original", base.quantized):
-        if base.quantized:
-            return None, Choice(
-                "T", f"the base is {base.quantized}, so the update is added to what it dequantizes to"
-            )
-        return None, Choice("F", "the update is added to the original 16-bit base")
-    known = [name for name, fmt in FORMATS.items() if name not in DENSE]
-    if name not in known:
-        raise OptionError(
-            f"--merge-base {options.merge_base} is not known; use original or one of {', '.join(known)}"
-        )
-    if base.quantized:
-        raise OptionError(
-            f"--merge-base {name} does not fit: the base is itself {base.quantized}, and its original weights are "
-            "not in it; leave the option out, or give the 16-bit base"
-        )
-    if adapter is None:
-        raise OptionError(
-            f"--merge-base {name} says what an update is added to, but there is no adapter; leave it out"
-        )
-    return FORMATS[name], Choice(
-        "T", f"the base is first rounded to {name}, as QLoRA training saw it, and the update is added to that"
-    )
-
-
-def _resolve_rounding(
-    base: Base,
-    adapter: Adapter | None,
-    options: MergeOptions,
-    quant: Format | None,
-    merge_base: Format | None,
-) -> tuple[Rounding | None, Choice | None]:
-    name = options.rounding.lower()
-    if name != "auto" and name not in ROUNDINGS:
-        raise OptionError(
-            f"--rounding {options.rounding} is not known; use auto or one of {', '.join(ROUNDINGS)}"
-        )
-    if quant is None:
-        if name != "auto":
-            raise OptionError(
-                f"--rounding {name} chooses codes, but the output is not quantized; add --quant FORMAT"
-            )
-        return None, None
-    if name != "auto":
-        return ROUNDINGS[name], Choice(name, "asked for by name")
-    source = merge_base or (FORMATS.get(base.quantized) if base.quantized else None)
-    if source is None or source.grid != quant.grid:
-        return ROUNDINGS["nearest"], Choice("nearest", f"the target does not lie on the {quant.name} grid")
-    if adapter is None:
-        return ROUNDINGS["nearest"], Choice(
-            "nearest", "the base lies on that grid already, so its codes stay"
-        )
-    return ROUNDINGS["stochastic"], Choice(
-        "stochastic",
-        f"the target is the base's own {source.name} grid plus a small update, which nearest rounding would erase",
-    )
 
 
 # -- weights -----------------------------------------------------------------------------------------------------
@@ -304,12 +227,12 @@ def _choose_quantized(
     base: Base,
     weights: Mapping[str, Weight],
     replaces: Mapping[str, Replace],
-    result: _Result,
+    choices: Choices,
     options: MergeOptions,
 ) -> tuple[frozenset[str], Sequence[str]]:
     """Weights the output stores quantized, and the linear modules it leaves in 16 bit: one decision."""
     _check_ignore(options.ignore, weights)
-    if result.quant is None:
+    if choices.quant is None:
         return frozenset(), ()
     ignore, dense = list(options.ignore), {module_of(name) for name in replaces}  # exactly these, no pattern
     if base.quantized:  # what it leaves in 16 bit stays so, what it quantizes does too
@@ -322,7 +245,7 @@ def _choose_quantized(
     selection = select(shapes, base.index.config, ignore, dense)
     if not selection.quantized:
         raise OptionError(
-            f"--quant {result.quant.name} would quantize nothing: {base.index.storage.location} has no linear "
+            f"--quant {choices.quant.name} would quantize nothing: {base.index.storage.location} has no linear "
             "weights that a loader would quantize, or --ignore names them all; leave --quant out"
         )
     return frozenset(selection.quantized), selection.skipped
@@ -348,19 +271,25 @@ def _steps(
     weights: Mapping[str, Weight],
     updates: Mapping[str, tuple[Update, ...]],
     quantized: frozenset[str],
-    result: _Result,
+    choices: Choices,
+    within: frozenset[str],
 ) -> list[list[Step]]:
-    """What becomes of each weight, in the base's order: one step, or a copy of every part."""
-    seen_by_training = _rounded_in_training(base, result)
+    """What becomes of each weight, in the base's order: one step, or a copy of every part.
+
+    `within` are weights that can be calibrated.
+    """
+    seen_by_training = _rounded_in_training(base, choices)
     steps: list[list[Step]] = []
     for name, weight in weights.items():
-        encoder = _encoder(name, weight, name in quantized, _own_dtype(base, name, weight), result)
+        encoder = _encoder(name, weight, name in quantized, _own_dtype(base, name, weight), choices)
         merge_base = None
         # What the adapter holds whole was trained in full precision.
         is_rounded = name in seen_by_training and weight is base.weights[name]
-        if is_rounded and result.merge_base is not None:
-            merge_base = result.merge_base.encoder(name, weight.shape, weight.dtype)
-        found = _weight_steps(name, weight, updates.get(name, ()), encoder, merge_base, result)
+        if is_rounded and choices.merge_base is not None:
+            merge_base = choices.merge_base.encoder(name, weight.shape, weight.dtype)
+        found = _weight_steps(
+            name, weight, updates.get(name, ()), encoder, merge_base, choices.rest, name in within
+        )
         constants = [step.encoder.constants for step in found if isinstance(step, Rewrite)]
         steps.append([*found, *(constant for each in constants for constant in each)])
     return steps
@@ -380,7 +309,8 @@ def _weight_steps(
     updates: tuple[Update, ...],
     encoder: Encoder | None,
     merge_base: Encoder | None,
-    result: _Result,
+    rounding: Rounding | None,
+    calibrates: bool,
 ) -> list[Step]:
     changes = bool(updates) or merge_base is not None
     if encoder is None or (not changes and (encoder.format, encoder.dtype) == (weight.format, weight.dtype)):
@@ -402,46 +332,103 @@ def _weight_steps(
         return [Rewrite(name, weight, (), encoder, ROUNDINGS["nearest"])]
     if encoder.grid is None:
         return [Rewrite(name, weight, updates, encoder, merge_base=merge_base)]
-    assert result.rounding is not None
+    assert rounding is not None
     base_grid = merge_base.grid if merge_base else weight.decoder.grid
-    keeps = base_grid == encoder.grid and (result.rounding.keeps_scales or not updates)
+    is_on_grid = base_grid == encoder.grid
+    keeps = is_on_grid and (rounding.keeps_scales or not updates)
+    if rounding.searches_scales and encoder.nested and any(update.reduces for update in updates):
+        raise UnsupportedError(
+            f"{name}: this update needs a pass over the whole weight, and so does --rounding {rounding.name} with "
+            f"double-quantized scales; choose another --rounding, or a --quant other than {encoder.format}"
+        )
     keeps_parts = keeps and merge_base is None and weight.format == encoder.format
-    return [Rewrite(name, weight, updates, encoder, result.rounding, merge_base, keeps, keeps_parts)]
+    calibrates &= bool(updates) or not is_on_grid  # else the codes stay
+    return [Rewrite(name, weight, updates, encoder, rounding, merge_base, keeps, keeps_parts, calibrates)]
 
 
-def _encoder(name: str, weight: Weight, quantize: bool, own_dtype: Dtype, result: _Result) -> Encoder | None:
+def _encoder(name: str, weight: Weight, quantize: bool, own_dtype: Dtype, choices: Choices) -> Encoder | None:
     """How the output stores a weight; None for what can only be copied."""
     if not weight.dtype.is_float:
         return None
-    dtype = result.dtype or own_dtype
+    dtype = choices.dtype or own_dtype
     if quantize:
-        assert result.quant is not None
-        return result.quant.encoder(name, weight.shape, dtype)
+        assert choices.quant is not None
+        return choices.quant.encoder(name, weight.shape, dtype)
     if weight.dtype.name not in DENSE:
-        if result.dtype is not None:
+        if choices.dtype is not None:
             raise UnsupportedError(
-                f"{name} is {weight.dtype}, which --dtype {result.dtype.name} cannot convert"
+                f"{name} is {weight.dtype}, which --dtype {choices.dtype.name} cannot convert"
             )
         return None
     return FORMATS[dtype.name].encoder(name, weight.shape, dtype)
 
 
-def _rounded_in_training(base: Base, result: _Result) -> frozenset[str]:
+def _rounded_in_training(base: Base, choices: Choices) -> frozenset[str]:
     """Weights that bitsandbytes would have replaced when the model was loaded for QLoRA."""
-    if result.merge_base is None:
+    if choices.merge_base is None:
         return frozenset()
     shapes = {name: weight.shape for name, weight in base.weights.items()}
     return frozenset(select(shapes, base.index.config, DEFAULT_IGNORE).quantized)
+
+
+# -- calibration -------------------------------------------------------------------------------------------------
+
+
+def _plan_calibration(
+    by_weight: Sequence[Sequence[Step]], options: MergeOptions, feedback: FeedbackOptions, grounds: Grounds
+) -> CalibrationPlan:
+    """Raises OptionError for a text or sequences of a length that would not do, and where nothing is calibrated."""
+    asked = options.calibration
+    assert asked is not None
+    steps = [step for each in by_weight for step in each if isinstance(step, Rewrite) and step.calibrated]
+    if not steps:
+        raise OptionError(
+            "calibration text would change nothing: every weight in the decoder layers keeps its codes; leave "
+            "--calibration out"
+        )
+    length = _sequence_length(asked, grounds)
+    tokens = asked.tokens // length * length
+    widest = max(steps, key=lambda step: step.columns)
+    least = -(-TOKENS_AN_INPUT * widest.columns // length) * length
+    if tokens < least:
+        raise OptionError(
+            f"--calibration-tokens {asked.tokens} is too few: {widest.name} has {widest.columns} inputs, and with less "
+            f"than {TOKENS_AN_INPUT} tokens for each, feedback does worse than nearest rounding; give {least} or more"
+        )
+    threads = asked.threads or len(os.sched_getaffinity(0))
+    return CalibrationPlan(
+        data=grounds.data,
+        name=grounds.name,
+        sha256=grounds.sha256,
+        is_data_set=grounds.is_data_set,
+        tokens=tokens,
+        sequence_length=length,
+        options=feedback,
+        threads=threads,
+        transformers=grounds.transformers,
+    )
+
+
+def _sequence_length(asked: Calibration, grounds: Grounds) -> int:
+    positions = grounds.positions or MAX_SEQUENCE_LENGTH
+    if asked.sequence_length is None:
+        return min(MAX_SEQUENCE_LENGTH, positions)
+    if grounds.positions is not None and asked.sequence_length > grounds.positions:
+        raise OptionError(
+            f"--calibration-sequence-length {asked.sequence_length} is more than the {grounds.positions} positions of "
+            "the model; give that or less"
+        )
+    return asked.sequence_length
 
 
 # -- shards ------------------------------------------------------------------------------------------------------
 
 
 def _split(
-    base: Base, by_weight: Sequence[Sequence[Step]], result: _Result, options: MergeOptions
+    base: Base, by_weight: Sequence[Sequence[Step]], choices: Choices, options: MergeOptions
 ) -> list[list[Step]]:
     """Steps by shard: the base's own shards where the output stores the same tensors, else filled up to a limit."""
-    is_recoded = result.quant is not None or base.quantized is not None
+    is_recoded = choices.quant is not None or base.quantized is not None
     if options.max_shard_bytes is not None or is_recoded or base.depth is not None:
         return split_by_size(by_weight, options.max_shard_bytes or DEFAULT_SHARD_BYTES)
     shard_of = {name: tensor.file.name for name, tensor in base.index.tensors.items()}
@@ -480,10 +467,10 @@ def _as_stored(index: CheckpointIndex, shards: Sequence[ShardPlan]) -> tuple[Sha
     return tuple(as_stored(shard) for shard in shards)
 
 
-def _config_dtype(base: Base, result: _Result) -> str | None:
+def _config_dtype(base: Base, choices: Choices) -> str | None:
     """What config.json should call the dtype; None leaves it as it is."""
     del base
-    return result.dtype.name if result.dtype else None
+    return choices.dtype.name if choices.dtype else None
 
 
 def read_base(index: CheckpointIndex, weights: Sequence[Weight]) -> Base:

@@ -86,7 +86,10 @@ def walk(cursors: Sequence[Cursor]) -> Iterator[Mapping[int, Begin | Todo | End]
 
 
 def bytes_read(plans: Sequence[Plan]) -> int:
-    """Bytes of the base that a pass for all of `plans` reads; a weight that is read twice counts twice."""
+    """Bytes of the base that a pass for all of `plans` reads; a weight that is read twice counts twice.
+
+    What the calibration pass reads is not among them.
+    """
     cursors = [Cursor(plan, {shard.name: len(shard.header) for shard in plan.shards}) for plan in plans]
     return sum(
         _bytes_read([event.step for event in unit.values() if isinstance(event, Todo)])
@@ -96,7 +99,7 @@ def bytes_read(plans: Sequence[Plan]) -> int:
 
 def _bytes_read(steps: Sequence[Step]) -> int:
     """Of one tensor that is read for `steps`, and of the parts beside it that those who rewrite it need."""
-    rewrites = [step for step in steps if isinstance(step, Rewrite)]
+    rewrites = [step for step in steps if isinstance(step, Rewrite) and not step.calibrated]
     if not rewrites:
         return next((step.tensor.nbytes for step in steps if isinstance(step, Copy)), 0)
     weight = rewrites[0].weight

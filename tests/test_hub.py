@@ -24,7 +24,7 @@ from streamconv.errors import HubError, InputError, OptionError, OutputError, Re
 from streamconv.pipeline import downloads, runner
 from streamconv.sidecars import CHAT_TEMPLATES
 from streamconv.sizes import format_size
-from tests.evaluation.texts import save_tokenizer, write_text
+from tests.forward.texts import save_tokenizer, write_text
 from tests.hub_stub import TOKEN, Hub, Request
 from tests.hubs import environment, hub
 from tests.tiny import llama_config, save_adapter, save_base

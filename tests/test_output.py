@@ -125,13 +125,13 @@ def test_free_space_is_compared_with_what_is_still_to_be_taken(
         ShardWriter.create(journal.partial(plan.shards[0].name), plan.shards[0].header, sizes[0]).close()
         needed = spare + sizes[1] + sizes[2]
         monkeypatch.setattr(output, "free_bytes", lambda path: needed)
-        check_disk([(out, plan.shards, journal)])
+        check_disk([(out, plan, plan.shards, journal)])
         monkeypatch.setattr(output, "free_bytes", lambda path: needed - 1)
         with pytest.raises(ResourceError, match=rf"{out} needs .* 1 B are missing"):
-            check_disk([(out, plan.shards, journal)])
-        check_disk([(out, plan.shards[:1], journal)])
+            check_disk([(out, plan, plan.shards, journal)])
+        check_disk([(out, plan, plan.shards[:1], journal)])
         monkeypatch.setattr(output, "free_bytes", lambda path: spare)
-        check_disk([(out, (), journal)])
+        check_disk([(out, plan, (), journal)])
 
 
 def test_a_sparse_partial_file_has_taken_nothing(
@@ -143,7 +143,7 @@ def test_a_sparse_partial_file_has_taken_nothing(
         with journal.partial(shard.name).open("wb") as file:
             file.truncate(shard.size)
         with pytest.raises(ResourceError, match="1 B are missing"):
-            check_disk([(out, [shard], journal)])
+            check_disk([(out, plan, [shard], journal)])
 
 
 def test_the_space_is_that_of_the_outputs_own_disk(
@@ -157,7 +157,7 @@ def test_the_space_is_that_of_the_outputs_own_disk(
 
     with opened(out, plan) as journal:
         monkeypatch.setattr(os, "statvfs", statvfs)
-        check_disk([(out, plan.shards, journal)])
+        check_disk([(out, plan, plan.shards, journal)])
         assert asked == [out]
 
 

@@ -88,9 +88,10 @@ def hashes(folder: Path) -> Mapping[str, str]:
         ("bf16", MergeOptions()),
         ("bf16", MergeOptions(quant="nf4-dq", merge_base="nf4-dq")),
         ("bf16", MergeOptions(quant="nf4", rounding="nearest")),
+        ("bf16", MergeOptions(quant="nf4-dq", rounding="search")),
         ("nf4", MergeOptions()),
     ],
-    ids=["bf16", "nf4-dq stochastic of T", "nf4 nearest of F", "nf4-dq base kept"],
+    ids=["bf16", "nf4-dq stochastic of T", "nf4 nearest of F", "nf4-dq search of F", "nf4-dq base kept"],
 )
 def test_the_same_bytes_for_any_number_of_tiles_workers_and_lanes(
     inputs: Inputs, tmp_path: Path, base: str, options: MergeOptions
@@ -98,9 +99,9 @@ def test_the_same_bytes_for_any_number_of_tiles_workers_and_lanes(
     prepared = prepare(Job(str(getattr(inputs, base)), str(inputs.adapter), options, "cpu"))
     if options.quant != "keep":
         assert prepared.plan.rounding is not None
-        assert prepared.plan.rounding.name == (
-            "stochastic" if options.merge_base != "original" else "nearest"
-        )
+        found_by_auto = "stochastic" if options.merge_base != "original" else "nearest"
+        asked = options.rounding
+        assert prepared.plan.rounding.name == (found_by_auto if asked == "auto" else asked)
     cell = max(wide(prepared).weight.decoder.row_offset(64), wide(prepared).encoder.row_offset(64))
     found = {}
     for count, workers, lanes in ((1, 1, 1), (1, 5, 2), (8, 2, 1), (8, 5, 3), (60, 1, 2), (60, 2, 1)):
@@ -234,13 +235,15 @@ def cases(draw: st.DrawFn, folder: Path) -> Case:
     shape, base, result = draw(shapes), draw(formats), draw(formats)
     weight = only_weight(write(folder, stored(encoder_for(base, torch.empty(shape)), normal(shape, 0, 0.05))))
     encoder = FORMATS[result].encoder(W, shape, DENSE["float32"])
-    rounding = ROUNDINGS[draw(st.sampled_from(sorted(ROUNDINGS)))] if encoder.grid else None
+    by_cells = sorted(name for name, each in ROUNDINGS.items() if not each.calibrated)
+    rounding = ROUNDINGS[draw(st.sampled_from(by_cells))] if encoder.grid else None
+    searches_first = rounding is not None and rounding.searches_scales and encoder.nested
     quantized = sorted(set(FORMATS) - set(DENSE))
     merge_base = None
     if base in DENSE and draw(st.booleans()):
         merge_base = FORMATS[draw(st.sampled_from(quantized))].encoder(W, shape, DENSE[base])
     kinds = [draw(st.sampled_from([lora, blocks, pooled]))]
-    if not merge_base:
+    if not merge_base and not searches_first:
         kinds += [transposed_dora] + ([pissa] if base in DENSE else [])
     update, parts = draw(st.sampled_from(kinds))(shape)
     on_grid = merge_base.grid if merge_base else weight.decoder.grid
@@ -295,12 +298,13 @@ def test_the_cases_above_reach_every_way_through_a_weight(tmp_path: Path) -> Non
                 step.keeps_scales,
                 step.keeps_parts,
                 step.encoder.nested,
+                step.searches_first,
             )
         )
 
     look()
-    assert {access for access, *_ in seen} == set(Access)
-    for place in range(1, 5):
+    assert {access for access, *_ in seen} == set(Access) - {Access.CALIBRATED}
+    for place in range(1, 6):
         assert {way[place] for way in seen} == {False, True}
 
 

@@ -50,7 +50,8 @@ def _fact(key: str, value: Any) -> str:
 @click.command("formats", cls=Command)
 @JSON
 def formats_command(as_json: bool) -> None:
-    """List the formats that can be read and written."""
+    """List the formats that can be read and written, and which calibration text can be used for."""
+    from streamconv.choices import can_calibrate
     from streamconv.formats import FORMATS
 
     rows = [
@@ -58,6 +59,7 @@ def formats_command(as_json: bool) -> None:
             "name": fmt.name,
             "bits_per_weight": fmt.bits_per_weight,
             "calibration": False,
+            "takes_calibration": can_calibrate(fmt),
             "loaders": fmt.loaders,
         }
         for fmt in FORMATS.values()
@@ -67,4 +69,5 @@ def formats_command(as_json: bool) -> None:
         return
     click.echo(f"{'name':10} {'bits/weight':>11}  {'calibration':11}  opened by")
     for row in rows:
-        click.echo(f"{row['name']:10} {row['bits_per_weight']:11.3f}  {'not needed':11}  {row['loaders']}")
+        use = "if given" if row["takes_calibration"] else "not used"
+        click.echo(f"{row['name']:10} {row['bits_per_weight']:11.3f}  {use:11}  {row['loaders']}")

@@ -102,7 +102,31 @@ RESULT = group(
         default="auto",
         show_default=True,
         metavar="NAME",
-        help="How 4-bit codes are chosen: nearest, stochastic; auto: what keeps the fine-tune.",
+        help="How 4-bit codes are chosen: nearest, stochastic, feedback (needs --calibration); auto: what keeps the "
+        "fine-tune, feedback where there is calibration text.",
+    ),
+    option(
+        Section.RESULT,
+        "--calibration",
+        type=FOLDER,
+        metavar="FILE|DATASET",
+        help="Choose codes by what the layers do with this text: a .txt, a .jsonl with text or messages, or a data set "
+        "of the Hub, org/name:split. Needs streamconv[eval].",
+    ),
+    option(
+        Section.RESULT,
+        "--calibration-tokens",
+        default=65536,
+        show_default=True,
+        metavar="N",
+        help="Tokens to take from the beginning of that text.",
+    ),
+    option(
+        Section.RESULT,
+        "--calibration-sequence-length",
+        type=int,
+        metavar="N",
+        help="Tokens in a sequence of it. Default: 2048, or what the model has positions for.",
     ),
     option(Section.RESULT, "--seed", default=0, show_default=True, help="Seed of stochastic rounding."),
     option(
@@ -154,6 +178,15 @@ MOE_LAYOUT = option(
 )
 TARGET = group(
     MERGE_BASE,
+    option(
+        Section.MERGE,
+        "--preserve-delta",
+        default="auto",
+        show_default=True,
+        metavar="MU",
+        help="How much calibration spares the directions that the adapter works in: 0 not at all; auto: as suits the "
+        "target.",
+    ),
     option(
         Section.MERGE,
         "--min-kept",

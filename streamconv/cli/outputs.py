@@ -36,6 +36,14 @@ from streamconv.sizes import format_size
     BASE_REVISION,
     adapter_option(allow_from_autoenv=False, help="The adapter it was made from; for --full."),
     ADAPTER_PLACE,
+    option(
+        Section.INPUTS,
+        "--calibration",
+        type=FOLDER,
+        metavar="FILE|DATASET",
+        help="The text it was calibrated with; for --full. Without it, what the text decided is decoded and compared "
+        "with base and adapter.",
+    ),
     ALLOW_PICKLE,
     option(
         Section.RESOURCES,
@@ -58,6 +66,11 @@ def verify_command(out: str, as_json: bool, quiet: bool, **given: Any) -> None:
         click.echo(json.dumps(asdict(checked)))
     elif not quiet:
         how = "computed again, equal byte for byte" if checked.exact else "sizes, hashes and layout are right"
+        if checked.calibrated:
+            how = (
+                f"computed again, equal byte for byte, but for {checked.calibrated} calibrated weights: they come near "
+                "their targets and keep as much of the update as is stated (--calibration compares their bytes)"
+            )
         click.echo(
             f"{out}: {checked.tensors} tensors in {_shards(checked.shards)}, {format_size(checked.bytes)}: {how}"
         )

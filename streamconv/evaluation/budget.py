@@ -9,18 +9,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from streamconv.errors import ResourceError
+from streamconv.forward.memory import BATCH_TOKENS, FIXED_BYTES, sequence_bytes, table_bytes
 from streamconv.forward.walk import Walk
 from streamconv.plan import MergeOptions
 
-# Libraries loaded late, thread stacks, headers, tile buffers, and what the allocator keeps of freed memory.
-_FIXED_BYTES = 128 * 2**20
-# Tokens computed at a time: with more, matrix products get no faster on a CPU.
-_BATCH_TOKENS = 2048
 # Logits of a tile of the vocabulary, their exponentials, what is gathered of them; as much again for a reference.
 _LOGIT_COPIES = 8
 _LOGIT_BYTES = 256 * 2**20
-# Float32 numbers a token that a layer has at once, in multiples of its widths.
-_WIDTHS_ALIVE = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +31,22 @@ class Budget:
 def plan_budget(walks: Sequence[Walk], windows: Tensor, options: MergeOptions) -> Budget:
     """Raises ResourceError if not even one sequence at a time fits."""
     count, length = windows.shape
-    fixed = _FIXED_BYTES if walks[0].device.is_cpu else 0
+    fixed = FIXED_BYTES if walks[0].device.is_cpu else 0
     limit = options.max_ram_bytes if walks[0].device.is_cpu else options.max_vram_bytes
     option = "--max-ram" if walks[0].device.is_cpu else "--max-vram"
-    layer = max(walk.largest_layer_bytes + _table_bytes(walk, windows) for walk in walks)
-    sequence = max(_sequence_bytes(walk, length) for walk in walks)
+    layer = max(walk.largest_layer_bytes + table_bytes(walk, windows.numel()) for walk in walks)
+    sequence = max(sequence_bytes(walk, length) for walk in walks)
     least = fixed + layer + sequence
     if least > limit:
         raise ResourceError(
             f"{option} is too small to evaluate this model: a layer and one sequence of {length} tokens need "
             f"{math.ceil(least / 2**20)}MiB; allow that much, or give a shorter --sequence-length or --dtype bfloat16"
         )
-    batch = max(1, min(count, _BATCH_TOKENS // length, (limit - fixed - layer) // (2 * sequence)))
+    batch = max(1, min(count, BATCH_TOKENS // length, (limit - fixed - layer) // (2 * sequence)))
     working = layer + batch * sequence
     height = min(_LOGIT_BYTES, working) // (_LOGIT_COPIES * 4 * batch * length)
     states = (
-        max(0, limit - fixed - working) if walks[0].device.is_cpu else options.max_ram_bytes - _FIXED_BYTES
+        max(0, limit - fixed - working) if walks[0].device.is_cpu else options.max_ram_bytes - FIXED_BYTES
     )
     return Budget(
         batch,
@@ -63,19 +58,3 @@ def plan_budget(walks: Sequence[Walk], windows: Tensor, options: MergeOptions) -
 
 def _all_states(walks: Sequence[Walk], windows: Tensor) -> int:
     return sum(windows.numel() * walk.hidden * walk.dtype.itemsize for walk in walks)
-
-
-def _table_bytes(walk: Walk, windows: Tensor) -> int:
-    """Rows of the embedding that the text can use."""
-    return min(windows.numel(), walk.vocabulary) * walk.hidden * walk.dtype.itemsize
-
-
-def _sequence_bytes(walk: Walk, length: int) -> int:
-    """What a layer needs for one sequence, about: its inner states, attention scores, and masks of both kinds."""
-    config = walk.skeleton.text_config
-    inner = max(getattr(config, name, None) or 0 for name in ("intermediate_size", "n_inner", "ffn_dim"))
-    inner = inner or 4 * walk.hidden
-    experts = getattr(config, "num_experts_per_tok", None) or 1
-    heads = getattr(config, "num_attention_heads", 1)
-    widths = _WIDTHS_ALIVE * (walk.hidden + experts * inner)
-    return 4 * length * (widths + 2 * heads * length)

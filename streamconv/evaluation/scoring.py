@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,9 +18,9 @@ from streamconv.evaluation.budget import Budget, plan_budget
 from streamconv.evaluation.measures import Divergence, Tally
 from streamconv.evaluation.options import EvaluationOptions
 from streamconv.evaluation.result import Comparison, Evaluation, Greedy
-from streamconv.evaluation.text import load_tokenizer, read_windows
 from streamconv.forward.activations import hold_activations
 from streamconv.forward.skeleton import build_skeleton
+from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.forward.walk import Walk
 from streamconv.forward.weights import WeightSource
 from streamconv.memory import anonymous_bytes
@@ -31,7 +30,6 @@ from streamconv.sidecars import edit_config
 
 # Sequences whose greedy continuations are compared: each token of these may cost a walk.
 GREEDY_SEQUENCES = 16
-_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
 class _Gauge:
@@ -70,7 +68,7 @@ def run_evaluation(options: EvaluationOptions, on_progress: OnProgress) -> Evalu
     with ExitStack() as stack:
         subjects = [stack.enter_context(_open(prepared, gauge.add)) for prepared in everything]
         _check(subjects, options)
-        tokenizer = load_tokenizer(_tokenizer_folder(everything[0]))
+        tokenizer = load_tokenizer(everything[0].tokenizer_folder)
         windows = read_windows(options.data, tokenizer, options.sequences, options.sequence_length)
         walks = [subject.walk for subject in subjects]
         budget = plan_budget(walks, windows, options.subject.options)
@@ -142,17 +140,6 @@ def _open(prepared: Prepared, on_bytes: Callable[[int], None]) -> Iterator[_Subj
     device = resolve_device(prepared.job.device)
     with WeightSource(plan, device, on_bytes) as source:
         yield _Subject(prepared, Walk(skeleton, source, device))
-
-
-def _tokenizer_folder(prepared: Prepared) -> Path:
-    """Where the tokenizer that belongs to the result lies."""
-    found = [Path(file.path) for file in prepared.copied if file.name in _TOKENIZER_FILES]
-    if not found:
-        raise InputError(
-            f"{prepared.base.index.storage.location} has no tokenizer beside its weights "
-            f"({', '.join(_TOKENIZER_FILES)}); put its files there"
-        )
-    return found[0].parent
 
 
 def _check(subjects: list[_Subject], options: EvaluationOptions) -> None:

@@ -64,7 +64,7 @@ def build_skeleton(config: Mapping[str, Any], location: str, dtype: torch.dtype)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear:
         raise UnsupportedError(
-            f"{location}: {type(model).__name__} cannot be evaluated layer by layer: its embedding is a "
+            f"{location}: {type(model).__name__} cannot be run layer by layer: its embedding is a "
             f"{type(embedding).__name__} and its output head a {type(head).__name__}, expected Embedding and Linear"
         )
     layers = {paths[id(layer)]: layer for layer in _layers(model, location)}
@@ -107,7 +107,7 @@ def _layers(model: Any, location: str) -> Sequence[nn.Module]:
     ]
     if len(found) != 1:
         raise UnsupportedError(
-            f"{location}: {type(model).__name__} cannot be evaluated layer by layer: it has {len(found)} lists of "
+            f"{location}: {type(model).__name__} cannot be run layer by layer: it has {len(found)} lists of "
             f"{count} decoder layers, expected one"
         )
     return list(found[0])

@@ -22,12 +22,16 @@ from streamconv.devices import Device
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.forward.names import Sources, find_sources
 from streamconv.forward.skeleton import Skeleton
-from streamconv.forward.weights import WeightSource
+from streamconv.forward.weights import Weights
 
 Forward = Callable[[Tensor, "Call"], Any]
-
-
 Visit = Callable[[int, Tensor], None]
+Keep = Callable[[slice, Tensor], None]
+
+
+def in_batches(windows: Tensor, batch: int) -> Sequence[slice]:
+    """Sequences, `batch` at a time."""
+    return [slice(first, first + batch) for first in range(0, len(windows), batch)]
 
 
 def _look_away(number: int, states: Tensor) -> None:
@@ -49,10 +53,30 @@ class Call:
         return [given for given in (*self.arguments, *self.keywords.values()) if isinstance(given, Tensor)]
 
 
+@dataclass(frozen=True, slots=True)
+class Passing:
+    """Windows on their way through a model: what its layers are called with, by length of the batch."""
+
+    walk: Walk
+    calls: Mapping[int, Sequence[Call]]
+    first: ExitStack
+
+    @contextmanager
+    def layer(self, number: int) -> Iterator[nn.Module]:
+        """Layer `number` with its weights, which go at the end. Layers are asked for in order, each once."""
+        with self.walk.opened_layer(number, self.first) as layer:
+            yield layer
+
+    def through(self, layer: nn.Module, number: int, hidden: Tensor) -> Tensor:
+        """What `layer`, whose number it is, returns for `hidden` [sequence, token, hidden], on the device."""
+        device = self.walk.device.torch
+        return self.walk.compute(layer, self.calls[len(hidden)][number], hidden.to(device))
+
+
 class Walk:
     """One model, its weights, and where they are computed."""
 
-    def __init__(self, skeleton: Skeleton, source: WeightSource, device: Device) -> None:
+    def __init__(self, skeleton: Skeleton, source: Weights, device: Device) -> None:
         self.skeleton, self.source, self.device = skeleton, source, device
         self._sources = find_sources(skeleton, source.names)
         self._layers = list(skeleton.layers.values())
@@ -94,23 +118,25 @@ class Walk:
     @property
     def largest_layer_bytes(self) -> int:
         """The most that a layer takes while it is put together: its weights, and the parts of a fused one."""
-        return max(self._layer_bytes(path) for path in self.skeleton.layers)
+        return max(self.layer_bytes(number) for number in range(len(self._layers)))
+
+    def layer_weights(self, number: int) -> Sequence[str]:
+        """Stored weights that layer `number` is made of."""
+        path = list(self.skeleton.layers)[number]
+        return sorted({weight for sources in self._under(path) for weight, _ in sources.weights})
 
     @property
     def bytes_of_a_pass(self) -> int:
         """Bytes read from the checkpoint in one pass."""
-        names = {
-            weight
-            for path in self.skeleton.layers
-            for sources in self._under(path)
-            for weight, _ in sources.weights
-        }
+        names = {weight for number in range(len(self._layers)) for weight in self.layer_weights(number)}
         around = {self._sources[f"{self.skeleton.embedding}.weight"].weights[0][0]}
         return sum(self.source.stored_bytes(name) for name in names | around) + self.source.stored_bytes(
             self._head
         )
 
-    def _layer_bytes(self, path: str) -> int:
+    def layer_bytes(self, number: int) -> int:
+        """What a layer takes while it is put together."""
+        path = list(self.skeleton.layers)[number]
         groups = [
             (sum(self.source.nbytes(weight) for weight, _ in sources.weights), sources.converter)
             for sources in self._under(path)
@@ -136,7 +162,7 @@ class Walk:
             raise self._missing(parameter)
         if sources.converter is not None:
             raise UnsupportedError(
-                f"{self.skeleton.location}: {self.skeleton.name} cannot be evaluated layer by layer: {parameter} is "
+                f"{self.skeleton.location}: {self.skeleton.name} cannot be run layer by layer: {parameter} is "
                 "stored in parts"
             )
         return sources.weights[0][0]
@@ -168,34 +194,55 @@ class Walk:
 
         `batch` sequences are computed at a time. `visit` is called after each layer with its number and the states.
         """
-        batches = [slice(first, first + batch) for first in range(0, len(windows), batch)]
+        batches = in_batches(windows, batch)
+
+        def keep(chosen: slice, entering: Tensor) -> None:
+            states[chosen].copy_(entering)
+
+        with self.entered(windows, batches, keep) as passing:
+            for number in range(len(self._layers)):
+                with passing.layer(number) as layer:
+                    for chosen in batches:
+                        states[chosen].copy_(passing.through(layer, number, states[chosen]))
+                visit(number, states)
+
+    @contextmanager
+    def entered(self, windows: Tensor, batches: Sequence[slice], keep: Keep) -> Iterator[Passing]:
+        """The passage of `windows` [sequence, token] through the layers, a batch at a time.
+
+        `keep` is called with each batch and the hidden states [sequence, token, hidden] that enter the first layer.
+        """
         with torch.no_grad(), ExitStack() as stack:
             stack.enter_context(self._embedding(windows))
             stack.enter_context(self._loading_others())
-            with self._materialized(0) as layer:
-                self._learn_to_wrap(windows[batches[0]], layer)
-                calls = self._enter(windows, states, batches)
-                self._apply(layer, 0, calls, states, batches)
-            visit(0, states)
-            for number in range(1, len(self._layers)):
-                with self._materialized(number) as layer:
-                    self._apply(layer, number, calls, states, batches)
-                visit(number, states)
+            first = stack.enter_context(ExitStack())
+            layer = first.enter_context(self._materialized(0))
+            self._learn_to_wrap(windows[batches[0]], layer)
+            yield Passing(self, self._enter(windows, batches, keep), first)
 
-    def _apply(
-        self,
-        layer: nn.Module,
-        number: int,
-        calls: Mapping[int, Sequence[Call]],
-        states: Tensor,
-        batches: Sequence[slice],
-    ) -> None:
-        for batch in batches:
-            hidden = states[batch].to(self.device.torch)
-            call = calls[len(hidden)][number]
-            with self._telling():
-                returned = layer(hidden, *call.arguments, **call.keywords)
-            states[batch].copy_(returned[0] if isinstance(returned, tuple) else returned)
+    @contextmanager
+    def opened_layer(self, number: int, first: ExitStack) -> Iterator[nn.Module]:
+        """Layer `number` with its weights; those of layer 0 are there until `first` is closed."""
+        if number:
+            first.close()
+        with self._materialized(number) if number else first:
+            yield self._layers[number]
+
+    def compute(self, layer: nn.Module, call: Call, hidden: Tensor) -> Tensor:
+        """What `layer` returns for hidden states on the device."""
+        with self._telling():
+            returned = layer(hidden, *call.arguments, **call.keywords)
+        found: Tensor = returned[0] if isinstance(returned, tuple) else returned
+        return found
+
+    def plain_weights(self, number: int) -> Mapping[str, str]:
+        """Parameters of a layer that are stored just as they are, with the weight that each is; both by full name."""
+        path = list(self.skeleton.layers)[number]
+        return {
+            sources.parameter: sources.weights[0][0]
+            for sources in self._under(path)
+            if sources.converter is None
+        }
 
     def logits(
         self, windows: Tensor, states: Tensor, batch: int, height: int
@@ -212,9 +259,9 @@ class Walk:
             stack.enter_context(self._loading_others())
             stack.enter_context(self._restored(head))
             for rows, tile in self.source.tiles(self._head, height):
-                _assign(head, "weight", tile)
+                assign(head, "weight", tile)
                 if bias is not None:
-                    _assign(head, "bias", bias[rows.start : rows.stop])
+                    assign(head, "bias", bias[rows.start : rows.stop])
                 for first in range(0, len(windows), batch):
                     chosen = slice(first, first + batch)
                     yield rows, chosen, self._leave(windows[chosen], states[chosen])
@@ -240,14 +287,12 @@ class Walk:
             self._beside = [item for item in beside if isinstance(item, Tensor)]
             self._wrap = lambda hidden: (hidden, *beside)
 
-    def _enter(
-        self, windows: Tensor, states: Tensor, batches: Sequence[slice]
-    ) -> Mapping[int, Sequence[Call]]:
-        """Fill `states` with what enters the first layer; return what each is called with, by length of the batch."""
+    def _enter(self, windows: Tensor, batches: Sequence[slice], keep: Keep) -> Mapping[int, Sequence[Call]]:
+        """Have what enters the first layer kept; return what each is called with, by length of the batch."""
         known: dict[int, Sequence[Call]] = {}
         for batch in batches:
             entering, calls = self._record(windows[batch])
-            states[batch].copy_(entering)
+            keep(batch, entering)
             earlier = known.setdefault(len(windows[batch]), calls)
             if earlier is not calls and not _equal(earlier, calls, set()):
                 raise self._unwalkable("what its layers are given beside hidden states depends on the text")
@@ -328,7 +373,7 @@ class Walk:
 
     def _unwalkable(self, reason: str) -> UnsupportedError:
         return UnsupportedError(
-            f"{self.skeleton.location}: {self.skeleton.name} cannot be evaluated layer by layer: {reason}"
+            f"{self.skeleton.location}: {self.skeleton.name} cannot be run layer by layer: {reason}"
         )
 
     # -- weights in and out ------------------------------------------------------------------------------------
@@ -357,7 +402,7 @@ class Walk:
                 f"{None if wanted is None else list(wanted.shape)}; config.json and weights are not of one model"
             )
         module, _, parameter = name.rpartition(".")
-        _assign(self.skeleton.module(module), parameter, value.to(wanted.dtype))
+        assign(self.skeleton.module(module), parameter, value.to(wanted.dtype))
 
     @contextmanager
     def _embedding(self, windows: Tensor) -> Iterator[None]:
@@ -382,7 +427,7 @@ class Walk:
         padding, embedding.padding_idx = embedding.padding_idx, None
         hook = embedding.register_forward_pre_hook(renumber)
         with self._restored(embedding):
-            _assign(embedding, "weight", table)
+            assign(embedding, "weight", table)
             try:
                 yield
             finally:
@@ -430,7 +475,8 @@ class Walk:
 _TILE_ROWS = 4096
 
 
-def _assign(module: nn.Module, name: str, value: Tensor) -> None:
+def assign(module: nn.Module, name: str, value: Tensor) -> None:
+    """Have `value` be the parameter or buffer `name` of `module`."""
     if name in module._buffers:
         module._buffers[name] = value
     else:

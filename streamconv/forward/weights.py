@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +16,27 @@ from streamconv.formats.base import CELL_ROWS, Constant, matrix_shape
 from streamconv.plan import Access, Copy, Plan, Rewrite, tile_rows
 
 _BUFFER_BYTES = 8 * 2**20
+
+
+class Weights(Protocol):
+    """Weights as a model is to have them, by name."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    def shape(self, name: str) -> Shape: ...
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the weight as it is handed out."""
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that are read for the weight."""
+
+    def read(self, name: str) -> Tensor:
+        """The whole weight, on the device."""
+
+    def tiles(self, name: str, height: int) -> Iterator[tuple[range, Tensor]]:
+        """The weight in tiles of about `height` rows, [rows, columns] on the device; the next overwrites the last."""
 
 
 class WeightSource:

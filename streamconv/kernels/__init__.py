@@ -10,10 +10,10 @@ import importlib
 
 import torch
 
-from streamconv.kernels.base import Kernels, Start, pairwise_sum
+from streamconv.kernels.base import SEARCH_FACTORS, Kernels, Start, pairwise_sum
 from streamconv.kernels.in_torch import TorchKernels
 
-__all__ = ["TORCH", "Kernels", "Start", "compiled_kernels", "kernels_for", "pairwise_sum"]
+__all__ = ["SEARCH_FACTORS", "TORCH", "Kernels", "Start", "compiled_kernels", "kernels_for", "pairwise_sum"]
 
 TORCH = TorchKernels()
 

@@ -10,6 +10,10 @@ from torch import Tensor
 from streamconv.dtypes import Dtype
 from streamconv.grids import Grid, TableGrid
 
+# Scales tried in a search, in units of a block's greatest magnitude; and how often the best one is then fitted.
+SEARCH_FACTORS = tuple(step / 40 for step in range(22, 45))
+SEARCH_STEPS = 3
+
 
 @dataclass(frozen=True, slots=True)
 class Start:
@@ -39,6 +43,37 @@ class Kernels(Protocol):
 
     def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
         """Write the codes nearest to `values`; return the scales, those of `absmax` where None are given."""
+
+    def search(self, values: Tensor, grid: Grid, weights: Tensor | None, scales: Tensor) -> None:
+        """Write the scales with which nearest codes have the least squared error found, weighed by `weights`.
+
+        Tried are the greatest magnitude of a block, SEARCH_FACTORS of it, then, SEARCH_STEPS times, <t, v> / <v, v>
+        with the values v that the best one's codes stand for.
+        """
+
+    def settle(
+        self,
+        target: Tensor,
+        pull: Tensor,
+        coupling: Tensor,
+        rows: Tensor | None,
+        grid: Grid,
+        scales: Tensor,
+        dtype: Dtype,
+        codes: Tensor,
+        errors: Tensor,
+        is_first: bool,
+    ) -> None:
+        """Choose codes column by column, each nearest to its target plus the pull of other columns' errors.
+
+        All are [columns, rows], with a scale an element, but for two: the change of a column's error times its row of
+        `coupling` [columns, columns] is added to the pull of the columns after it. With `rows` [rows, rows], rows are
+        settled one after the other: the change of a row's error times its row there is added to the change of all
+        rows, itself included by the 1 on the diagonal; that is what then counts as the change of the column's error.
+
+        Errors are those of what `dtype` can hold. A code stays unless another is strictly nearer, but where `is_first`
+        says that there were none and `errors` are 0. `codes` and `errors` are written, `pull` is used up.
+        """
 
     def stochastic(
         self,

@@ -24,9 +24,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from streamconv.dtypes import BF16, Dtype
+from streamconv.dtypes import BF16, F16, F32, Dtype
 from streamconv.grids import SMALLEST_DIVISOR, Grid, IntegerGrid, TableGrid, tables_of
-from streamconv.kernels.base import Start
+from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start
 from streamconv.kernels.in_torch import TorchKernels, block_dots, round_to
 
 # The block of bitsandbytes' 4-bit formats, and the length of every loop over one.
@@ -51,6 +51,8 @@ def _compiled(function: Loop) -> Loop:
 _MAGNITUDE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 _FLOOR = np.float32(SMALLEST_DIVISOR)
 _ONE = np.float32(1)
+_THREE_QUARTERS = np.float32(0.75)
+_LEAST_NORMAL, _OVERFLOW = np.float32(2.0**-14), np.float32(65520)  # of float16
 _GAMMA, _MIX_1, _MIX_2 = (
     np.uint64(number) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
@@ -279,6 +281,211 @@ def _sum(terms: Array) -> Any:
 
 
 @_compiled
+def _sum_64(terms: Array) -> Any:
+    """`_sum` of 64."""
+    for j in range(32):
+        terms[j] += terms[j + 32]
+    for j in range(16):
+        terms[j] += terms[j + 16]
+    for j in range(8):
+        terms[j] += terms[j + 8]
+    for j in range(4):
+        terms[j] += terms[j + 4]
+    return (terms[0] + terms[2]) + (terms[1] + terms[3])
+
+
+@_compiled
+def _levels(values: Array, scale: Any, midpoints: Array, rising: Array, wide: Array, levels: Array) -> None:
+    """What the codes nearest to a block's `values` stand for."""
+    factor = _factor(scale, _ONE, _FLOOR)
+    for j in range(64):
+        x = values[j] * factor
+        rank = np.int32(0)
+        for step in range(15):
+            rank += np.int32(x > midpoints[step])
+        wide[j] = rank
+    for j in range(64):
+        levels[j] = rising[wide[j]]
+
+
+@_compiled
+def _search(
+    values: Array, weights: Array, factors: Array, steps: int, midpoints: Array, rising: Array, scales: Array
+) -> None:
+    """`weights` has a row for every block, or one for all. The first of `factors` is 1."""
+    wide, levels = np.empty(64, np.int32), np.empty(64, np.float32)
+    terms, weighed = np.empty(64, np.float32), np.empty(64, np.float32)
+    for b in range(values.shape[0]):
+        block, weight = values[b], weights[b if weights.shape[0] > 1 else 0]
+        best, least = scales[b], np.float32(np.inf)
+        for number in range(factors.size + steps):
+            if number < factors.size:
+                trial = np.float32(scales[b] * factors[number])
+            else:
+                _levels(block, best, midpoints, rising, wide, levels)
+                for j in range(64):
+                    weighed[j] = levels[j] * weight[j]
+                    terms[j] = block[j] * weighed[j]
+                inner = _sum_64(terms)
+                for j in range(64):
+                    terms[j] = levels[j] * weighed[j]
+                trial = np.float32(inner / _sum_64(terms))
+            _levels(block, trial, midpoints, rising, wide, levels)
+            for j in range(64):
+                error = block[j] - levels[j] * trial
+                terms[j] = error * (error * weight[j])
+            loss = _sum_64(terms)
+            if loss < least:
+                best, least = trial, loss
+        scales[b] = best
+
+
+@_compiled
+def _round_bits(bits: Array, values: Array, width: int, dropped: int) -> None:
+    """Round `values`, the same memory as `bits`, to bfloat16 (16 bits dropped) or float16 (13), ties to even."""
+    shift, odd = np.uint32(dropped), np.uint32(1)
+    half = np.uint32((np.uint32(1) << np.uint32(dropped - 1)) - np.uint32(1))
+    mask = np.uint32(0xFFFFFFFF) << np.uint32(dropped)
+    if dropped == 13:
+        for i in range(width):
+            x = values[i]
+            # Below its normal numbers float16 has the multiples of 2⁻²⁴, float32's own steps from 0.5 to 1.
+            small = np.float32(np.float32(x + _THREE_QUARTERS) - _THREE_QUARTERS)
+            values[i] = small if abs(x) < _LEAST_NORMAL else x
+        for i in range(width):
+            x = values[i]
+            values[i] = x if abs(x) < _OVERFLOW else np.float32(np.copysign(np.float32(np.inf), x))
+    for i in range(width):
+        word = bits[i]
+        bits[i] = np.uint32(word + half + ((word >> shift) & odd)) & mask
+
+
+@_compiled
+def _ranks(goal: Array, pulled: Array, scales: Array, midpoints: Array, wanted: Array, ranks: Array) -> None:
+    for i in range(goal.size):
+        wanted[i] = goal[i] + pulled[i]
+        x = wanted[i] * _factor(scales[i], _ONE, _FLOOR)
+        rank = np.int32(0)
+        for step in range(15):
+            rank += np.int32(x > midpoints[step])
+        ranks[i] = rank
+
+
+@_compiled
+def _loaded(table: Array, index: Array, scales: Array, dropped: int, bits: Array, values: Array) -> None:
+    for i in range(scales.size):
+        values[i] = table[index[i]] * scales[i]
+    if dropped:
+        _round_bits(bits, values, scales.size, dropped)
+
+
+@_compiled
+def _change(goal: Array, values: Array, errors: Array, changes: Array) -> bool:
+    """The new errors, and how they differ from the old ones; whether any does."""
+    moved = False
+    for i in range(goal.size):
+        error = goal[i] - values[i]
+        changes[i] = error - errors[i]
+        errors[i] = error
+        moved |= changes[i] != 0
+    return moved
+
+
+@_compiled
+def _settle(
+    target: Array,
+    pull: Array,
+    coupling: Array,
+    scales: Array,
+    midpoints: Array,
+    rising: Array,
+    by_code: Array,
+    by_rank: Array,
+    codes: Array,
+    errors: Array,
+    is_first: bool,
+    dropped: int,
+) -> None:
+    """64 rows at a time, so that their part of `pull` stays in the first-level cache."""
+    ranks, wanted, changes = np.empty(64, np.int32), np.empty(64, np.float32), np.empty(64, np.float32)
+    values, old = np.empty(64, np.float32), np.empty(64, np.float32)
+    bits, old_bits = values.view(np.uint32), old.view(np.uint32)
+    for first in range(0, target.shape[1], 64):
+        last = min(first + 64, target.shape[1])
+        for j in range(target.shape[0]):
+            goal, scale, code = target[j, first:last], scales[j, first:last], codes[j, first:last]
+            _ranks(goal, pull[j, first:last], scale, midpoints, wanted, ranks)
+            _loaded(rising, ranks, scale, dropped, bits, values)
+            if is_first:
+                for i in range(goal.size):
+                    code[i] = by_rank[ranks[i]]
+            else:
+                _loaded(by_code, code, scale, dropped, old_bits, old)
+                for i in range(goal.size):
+                    is_better = abs(wanted[i] - values[i]) < abs(wanted[i] - old[i])
+                    values[i] = values[i] if is_better else old[i]
+                    code[i] = by_rank[ranks[i]] if is_better else code[i]
+            if _change(goal, values, errors[j, first:last], changes):
+                for k in range(j + 1, target.shape[0]):
+                    weight, pulls = coupling[j, k], pull[k, first:last]
+                    for i in range(pulls.size):
+                        pulls[i] += changes[i] * weight
+
+
+@_compiled
+def _nearest_rank(x: Any, midpoints: Array) -> Any:
+    rank = np.int64(0)
+    for step in (8, 4, 2, 1):
+        rank += step * np.int64(x > midpoints[rank + step - 1])
+    return rank
+
+
+@_compiled
+def _settle_in_turn(
+    target: Array,
+    pull: Array,
+    coupling: Array,
+    scales: Array,
+    rows: Array,
+    midpoints: Array,
+    rising: Array,
+    by_code: Array,
+    by_rank: Array,
+    codes: Array,
+    errors: Array,
+    is_first: bool,
+    dropped: int,
+) -> None:
+    """One row after the other, each with the changes of those before."""
+    pair = np.empty(2, np.float32)
+    bits = pair.view(np.uint32)
+    changes = np.empty(target.shape[1], np.float32)
+    for j in range(target.shape[0]):
+        changes[:] = 0
+        for i in range(target.shape[1]):
+            wanted = np.float32(target[j, i] + pull[j, i]) + changes[i]
+            rank = _nearest_rank(wanted * _factor(scales[j, i], _ONE, _FLOOR), midpoints)
+            pair[0] = rising[rank] * scales[j, i]
+            pair[1] = by_code[codes[j, i]] * scales[j, i]
+            if dropped:
+                _round_bits(bits, pair, 2, dropped)
+            if is_first or abs(wanted - pair[0]) < abs(wanted - pair[1]):
+                codes[j, i] = by_rank[rank]
+                pair[1] = pair[0]
+            error = target[j, i] - pair[1]
+            change = error - errors[j, i]
+            errors[j, i] = error
+            if change != 0:
+                weights = rows[i]
+                for k in range(changes.size):
+                    changes[k] += change * weights[k]
+        for k in range(j + 1, target.shape[0]):
+            weight, pulls = coupling[j, k], pull[k]
+            for i in range(changes.size):
+                pulls[i] += changes[i] * weight
+
+
+@_compiled
 def _distance(left: Array, right: Array, sums: Array) -> None:
     terms = np.empty(left.shape[1], np.float32)
     for b in range(left.shape[0]):
@@ -327,6 +534,13 @@ def _kept_integer(codes: Array, target: Array, base: Array, anchor: Array, inner
         inner[b] = _sum(terms[0])
         sums[0, b] = _sum(terms[1])
         sums[1, b] = _sum(terms[2])
+
+
+# As loops have them: 1 first, the scale that torch starts from.
+_FACTORS = np.array((1, *SEARCH_FACTORS), np.float32)
+_ONES = np.ones((1, 64), np.float32)
+# Bits of a float32 that a type has no room for.
+_DROPPED = {F32: 0, BF16: 16, F16: 13}
 
 
 # -- from tensors to loops and back ------------------------------------------------------------------------
@@ -428,6 +642,45 @@ class CompiledKernels:
             last = None if start is None else Start(start.codes[rest], start.values[rest])
             _TORCH.stochastic(values[rest], grid, scales[whole:], last, noise[rest], codes[rest])
         return scales
+
+    def search(self, values: Tensor, grid: Grid, weights: Tensor | None, scales: Tensor) -> None:
+        if not isinstance(grid, TableGrid) or not _is_compiled(grid):
+            _TORCH.search(values, grid, weights, scales)
+            return
+        whole, table = values.numel() // grid.block, _table(grid.values)
+        self.absmax(values, grid.block, scales)
+        rows = _ONES if weights is None else _rows(weights, whole, grid.block)
+        look_up = (table.midpoints, table.rising)
+        found = scales.numpy()[:whole]
+        _search(_rows(values, whole, grid.block), rows, _FACTORS, SEARCH_STEPS, *look_up, found)
+        if whole < scales.numel():
+            rest = slice(whole * grid.block, None)
+            _TORCH.search(values[rest], grid, weights if weights is None else weights[rest], scales[whole:])
+
+    def settle(
+        self,
+        target: Tensor,
+        pull: Tensor,
+        coupling: Tensor,
+        rows: Tensor | None,
+        grid: Grid,
+        scales: Tensor,
+        dtype: Dtype,
+        codes: Tensor,
+        errors: Tensor,
+        is_first: bool,
+    ) -> None:
+        if not isinstance(grid, TableGrid) or len(grid.values) > _CODES or grid.peak != 1:
+            _TORCH.settle(target, pull, coupling, rows, grid, scales, dtype, codes, errors, is_first)
+            return
+        table = _table(grid.values)
+        look_up = (table.midpoints, table.rising, table.by_code, table.by_rank)
+        arrays = (target.numpy(), pull.numpy(), coupling.numpy(), scales.numpy())
+        into = (codes.numpy(), errors.numpy(), is_first, _DROPPED[dtype])
+        if rows is None:
+            _settle(*arrays, *look_up, *into)
+        else:
+            _settle_in_turn(*arrays, rows.numpy(), *look_up, *into)
 
     def uniform(self, key: int, first: int, out: Tensor) -> None:
         even = out.numel() // 2 * 2

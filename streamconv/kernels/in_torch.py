@@ -19,7 +19,7 @@ from streamconv.grids import (
     divide_by_scales,
     multiply_by_scales,
 )
-from streamconv.kernels.base import Start, pairwise_sum
+from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start, pairwise_sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,50 @@ class TorchKernels:
         scales = self._scales(values, grid) if scales is None else scales
         codes.copy_(grid.nearest(divide_by_scales(values, scales, grid.block, grid.peak)))
         return scales
+
+    def search(self, values: Tensor, grid: Grid, weights: Tensor | None, scales: Tensor) -> None:
+        greatest = self.absmax(values, grid.block, scales).clone()
+        losses = self._losses(values, grid, weights, scales)
+        for factor in SEARCH_FACTORS:
+            self._keep_better(values, grid, weights, greatest * factor, scales, losses)
+        for _ in range(SEARCH_STEPS):
+            levels = self._levels(values, grid, scales)
+            weighed = levels if weights is None else levels * weights
+            fitted = block_dots(values, weighed, grid.block).div_(block_dots(levels, weighed, grid.block))
+            self._keep_better(values, grid, weights, fitted, scales, losses)
+
+    def settle(
+        self,
+        target: Tensor,
+        pull: Tensor,
+        coupling: Tensor,
+        rows: Tensor | None,
+        grid: Grid,
+        scales: Tensor,
+        dtype: Dtype,
+        codes: Tensor,
+        errors: Tensor,
+        is_first: bool,
+    ) -> None:
+        factors = reciprocals(scales, grid.peak)
+        parts = [slice(None)] if rows is None else [slice(i, i + 1) for i in range(target.shape[1])]
+        for j in range(target.shape[0]):
+            change = torch.zeros_like(target[j])
+            for part in parts:
+                wanted = target[j, part] + pull[j, part]
+                wanted = wanted if rows is None else wanted + change[part]
+                chosen = grid.nearest(wanted * factors[j, part])
+                value = _dequantized(chosen, grid, scales[j, part], dtype)
+                if not is_first:
+                    old = _dequantized(codes[j, part], grid, scales[j, part], dtype)
+                    is_better = (wanted - value).abs_() < (wanted - old).abs_()
+                    chosen = torch.where(is_better, chosen, codes[j, part])
+                    value = torch.where(is_better, value, old)
+                error = target[j, part] - value
+                # Two operations, here and below, as compiled loops have them: a fused one rounds once less.
+                change.add_((error - errors[j, part]) * (1 if rows is None else rows[part].view(-1)))
+                codes[j, part], errors[j, part] = chosen, error
+            pull[j + 1 :].add_(coupling[j, j + 1 :, None] * change)
 
     def stochastic(
         self,
@@ -106,6 +150,33 @@ class TorchKernels:
         sums = torch.stack([block_dots(factor, delta, grid.block) for factor in (anchor, delta)])
         return pairwise_sum(sums.double())
 
+    def _levels(self, values: Tensor, grid: Grid, scales: Tensor) -> Tensor:
+        """What the codes nearest to `values` stand for, in units of their scale."""
+        codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+        self.nearest(values, grid, scales, codes)
+        levels = grid.decode(codes)
+        return levels if grid.peak == 1 else levels.mul_(1 / grid.peak)
+
+    def _losses(self, values: Tensor, grid: Grid, weights: Tensor | None, scales: Tensor) -> Tensor:
+        levels = self._levels(values, grid, scales)
+        error = values - multiply_by_scales(levels, scales, grid.block, levels)
+        return block_dots(error, error if weights is None else error * weights, grid.block)
+
+    def _keep_better(
+        self,
+        values: Tensor,
+        grid: Grid,
+        weights: Tensor | None,
+        trial: Tensor,
+        scales: Tensor,
+        losses: Tensor,
+    ) -> None:
+        """Have `trial` take the place of `scales`, and of their `losses`, where it is better."""
+        found = self._losses(values, grid, weights, trial)
+        is_better = found < losses
+        scales.copy_(torch.where(is_better, trial, scales))
+        losses.copy_(torch.where(is_better, found, losses))
+
     def _scales(self, values: Tensor, grid: Grid) -> Tensor:
         out = torch.empty(-(-values.numel() // grid.block), dtype=torch.float32, device=values.device)
         return self.absmax(values, grid.block, out)
@@ -117,6 +188,20 @@ def block_dots(left: Tensor, right: Tensor, block: int) -> Tensor:
     whole = terms.numel() - terms.numel() % block
     sums = pairwise_sum(terms[:whole].view(-1, block))
     return sums if whole == terms.numel() else torch.cat((sums, pairwise_sum(terms[whole:]).view(1)))
+
+
+def reciprocals(scales: Tensor, peak: float) -> Tensor:
+    """What a value is multiplied by to be in units of its scale; see `divide_by_scales`."""
+    return scales.abs().clamp_(min=SMALLEST_DIVISOR * peak).copysign_(scales).reciprocal_().mul_(peak)
+
+
+def _dequantized(codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype) -> Tensor:
+    """What a loader makes of `codes` with a scale each."""
+    values = grid.decode(codes).mul_(scales)
+    if grid.peak != 1:
+        values.mul_(1 / grid.peak)
+    round_to(dtype, values)
+    return values
 
 
 def round_to(dtype: Dtype, values: Tensor) -> None:

@@ -6,7 +6,15 @@ from collections.abc import Iterable
 
 from streamconv.executor import StopRequest
 from streamconv.pipeline.downloads import fetch
-from streamconv.pipeline.job import Folder, Job, OnProgress, build_job, output_folder, quiet
+from streamconv.pipeline.job import (
+    CALIBRATION_TOKENS,
+    Folder,
+    Job,
+    OnProgress,
+    build_job,
+    output_folder,
+    quiet,
+)
 from streamconv.pipeline.preparation import prepare
 from streamconv.pipeline.runner import run
 from streamconv.report.result import Report
@@ -21,6 +29,10 @@ def merge(
     also: Iterable[str] = (),
     dtype: str = "auto",
     rounding: str = "auto",
+    calibration: Folder | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    calibration_sequence_length: int | None = None,
+    preserve_delta: str | float = "auto",
     merge_base: str = "original",
     seed: int = 0,
     min_kept: float | None = None,
@@ -59,6 +71,10 @@ def merge(
         also=also,
         dtype=dtype,
         rounding=rounding,
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        calibration_sequence_length=calibration_sequence_length,
+        preserve_delta=preserve_delta,
         merge_base=merge_base,
         seed=seed,
         min_kept=min_kept,
@@ -90,6 +106,9 @@ def convert(
     also: Iterable[str] = (),
     dtype: str = "auto",
     rounding: str = "auto",
+    calibration: Folder | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    calibration_sequence_length: int | None = None,
     seed: int = 0,
     ignore: Iterable[str] = (),
     device: str = "auto",
@@ -113,6 +132,9 @@ def convert(
         also=also,
         dtype=dtype,
         rounding=rounding,
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        calibration_sequence_length=calibration_sequence_length,
         seed=seed,
         ignore=ignore,
         device=device,

@@ -10,18 +10,23 @@ from streamconv.formats import FORMATS
 from streamconv.output import CONFIG, INDEX
 from streamconv.pipeline.preparation import Prepared
 from streamconv.plan import Plan
-from streamconv.recipe import RECIPE, write_recipe
+from streamconv.recipe import RECIPE, Scalar, write_recipe
 from streamconv.report.card import model_card
 from streamconv.report.result import MANIFEST, Kept, manifest
 from streamconv.sidecars import edit_config
 from streamconv.sizes import exact_size
 
 
-def generated_files(prepared: Prepared, hashes: Mapping[str, str], kept: Kept | None) -> Mapping[str, bytes]:
+def generated_files(
+    prepared: Prepared,
+    hashes: Mapping[str, str],
+    kept: Kept | None,
+    calibrated: Mapping[str, Mapping[str, float]],
+) -> Mapping[str, bytes]:
     """The small files of the output, in the order they appear."""
     plan, base = prepared.plan, prepared.base
     loaded = {RECIPE: _recipe(prepared), CONFIG: _config(prepared)}
-    contents = {INDEX: _index(plan), MANIFEST: manifest(plan, hashes, kept, loaded), **loaded}
+    contents = {INDEX: _index(plan), MANIFEST: manifest(plan, hashes, kept, calibrated, loaded), **loaded}
     if prepared.job.card:
         contents["README.md"] = model_card(plan, base.index, prepared.adapter_storage, prepared.copied, kept)
     return {name: contents[name] for name in prepared.generated}
@@ -44,11 +49,12 @@ def _recipe(prepared: Prepared) -> bytes:
     """
     job, options = prepared.job, prepared.job.options
     origins = prepared.plan.fingerprint["from"]
+    is_calibrated = prepared.plan.calibration is not None
     of_merge = {
         "adapter": origins["adapter"],
         "adapter-subfolder": job.adapter_subfolder if origins["adapter"] else None,
         "merge-base": options.merge_base,
-        "min-kept": options.min_kept,
+        "min-kept": prepared.plan.min_kept if is_calibrated else options.min_kept,
         "tokenizer": job.tokenizer,
         "moe-layout": options.moe_layout,
     }
@@ -57,7 +63,9 @@ def _recipe(prepared: Prepared) -> bytes:
         **(of_merge if prepared.adapter else {}),
         "quant": options.quant,
         "dtype": options.dtype,
-        "rounding": options.rounding,
+        # By name: without the text, auto would come to another, and say nothing.
+        "rounding": "feedback" if is_calibrated else options.rounding,
+        **_calibration(prepared.plan),
         "seed": options.seed,
         "ignore": list(options.ignore),
         "max-shard-size": exact_size(options.max_shard_bytes) if options.max_shard_bytes else None,
@@ -65,6 +73,19 @@ def _recipe(prepared: Prepared) -> bytes:
         "copy-extra": list(job.copy_extra),
     }
     return (write_recipe({key: value for key, value in values.items() if value is not None}) + "\n").encode()
+
+
+def _calibration(plan: Plan) -> Mapping[str, Scalar]:
+    """The options of a calibration but its text, if that is a file: the card and the manifest tell its SHA-256."""
+    text = plan.calibration
+    if text is None:
+        return {}
+    return {
+        "calibration": text.data if text.is_data_set else None,
+        "calibration-tokens": text.tokens,
+        "calibration-sequence-length": text.sequence_length,
+        **({"preserve-delta": f"{text.options.preserve_delta}"} if plan.adapted else {}),
+    }
 
 
 def _config(prepared: Prepared) -> bytes:

@@ -40,7 +40,7 @@ def _check_room(todo: Sequence[tuple[Prepared, Path]], out: Path, downloads: Seq
     """Raise ResourceError if the outputs would not fit beside what is downloaded; of a resumed one, part is there."""
     place = existing_folder(out)
     disk = place.stat().st_dev
-    sizes = [each.plan.size for each, at in todo if not is_owned(at) and _disk_of(at) == disk]
+    sizes = [each.plan.disk for each, at in todo if not is_owned(at) and _disk_of(at) == disk]
     if not sizes:
         return
     on_same_disk = [file for file in downloads if _disk_of(Path(file.path)) == disk]

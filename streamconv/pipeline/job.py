@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
 
 from streamconv.adapters.source import MoeLayout
+from streamconv.choices import check_text
 from streamconv.errors import OptionError
 from streamconv.output import OUTPUT_FOLDERS
-from streamconv.plan import MergeOptions
+from streamconv.plan import Calibration, MergeOptions
 from streamconv.sizes import parse_size
 
 OnProgress = Callable[[int, int], None]
 """Called with bytes done and bytes in all: first with what an earlier run had done, then as it goes on."""
 
 Folder = str | PathLike[str]
+
+CALIBRATION_TOKENS = 65536
+LEAST_SEQUENCE_LENGTH = 16
 
 
 def quiet(done: int, total: int) -> None:
@@ -56,6 +61,10 @@ def build_job(
     also: Iterable[str] = (),
     dtype: str = "auto",
     rounding: str = "auto",
+    calibration: Folder | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    calibration_sequence_length: int | None = None,
+    preserve_delta: str | float = "auto",
     merge_base: str = "original",
     seed: int = 0,
     min_kept: float | None = None,
@@ -95,6 +104,9 @@ def build_job(
             max_vram=max_vram,
             max_shard_size=max_shard_size,
             moe_layout=moe_layout,
+            calibration=calibration_options(
+                calibration, calibration_tokens, calibration_sequence_length, preserve_delta
+            ),
         ),
         device=device,
         also=_further(also),
@@ -123,12 +135,13 @@ def merge_options(
     max_vram: str | int = "2GiB",
     max_shard_size: str | int | None = None,
     moe_layout: str = "auto",
+    calibration: Calibration | None = None,
 ) -> MergeOptions:
     """Options as given, sizes parsed. Raises OptionError for what cannot be meant."""
     if min_kept is not None and not 0 <= min_kept <= 1:
         raise OptionError(f"--min-kept {min_kept} is not a share between 0 and 1")
     parse_moe_layout(moe_layout.lower())
-    return MergeOptions(
+    options = MergeOptions(
         quant=quant.lower(),
         dtype=dtype.lower(),
         rounding=rounding.lower(),
@@ -137,10 +150,48 @@ def merge_options(
         min_kept=min_kept,
         ignore=tuple(ignore),
         moe_layout=moe_layout.lower(),
+        calibration=calibration,
         max_ram_bytes=_size("--max-ram", max_ram),
         max_vram_bytes=_size("--max-vram", max_vram),
         max_shard_bytes=None if max_shard_size is None else _size("--max-shard-size", max_shard_size),
     )
+    check_text(options)
+    return options
+
+
+def calibration_options(
+    data: Folder | None, tokens: int, sequence_length: int | None, preserve_delta: str | float
+) -> Calibration | None:
+    """A calibration as given; None without text. Raises OptionError for what cannot be meant."""
+    preserve = _preserve_delta(preserve_delta)
+    if data is None:
+        if (tokens, sequence_length, preserve) != (CALIBRATION_TOKENS, None, None):
+            raise OptionError(
+                "--calibration-tokens, --calibration-sequence-length and --preserve-delta are about calibration text; "
+                "add --calibration FILE"
+            )
+        return None
+    if sequence_length is not None and sequence_length < LEAST_SEQUENCE_LENGTH:
+        raise OptionError(
+            f"--calibration-sequence-length {sequence_length} is too short; give {LEAST_SEQUENCE_LENGTH} or more"
+        )
+    if tokens < max(1, sequence_length or 1):
+        raise OptionError(f"--calibration-tokens {tokens} is less than one sequence; give more")
+    return Calibration(fspath(data), tokens, sequence_length, preserve)
+
+
+def _preserve_delta(text: str | float) -> float | None:
+    if isinstance(text, str) and text.lower() == "auto":
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise OptionError(
+            f"--preserve-delta {text} must be auto or a number that is not negative, such as 0.3"
+        )
+    return number
 
 
 def _further(formats: Iterable[str]) -> tuple[str, ...]:

@@ -9,20 +9,25 @@ from pathlib import Path
 from streamconv.adapters import read_adapter
 from streamconv.adapters.base import Adapter, Parameter
 from streamconv.adapters.config import read_config
+from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.index import read_index
+from streamconv.choices import options_alone
 from streamconv.depth import deepen
 from streamconv.devices import resolve_device
+from streamconv.errors import InputError
 from streamconv.formats import find_weights
 from streamconv.output import CONFIG, INDEX
+from streamconv.pipeline.calibrating import read_grounds, with_need
 from streamconv.pipeline.job import Job, parse_moe_layout
 from streamconv.plan import Plan
-from streamconv.planner import Base, build_plans, options_alone, read_base
+from streamconv.planner import Base, Grounds, build_plans, facts_of, read_base
 from streamconv.recipe import RECIPE
 from streamconv.report.result import MANIFEST
 from streamconv.sidecars import choose_tokenizer, files_to_copy
 from streamconv.storage import open_storage
 from streamconv.storage.base import SourceFile, Storage
 
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 _log = logging.getLogger(__name__)
 
 
@@ -64,6 +69,22 @@ class Prepared:
         files = [*self.small_files(), *(shard.file for shard in self.base.index.shards)]
         return tuple((storage, missing) for storage in storages if (missing := storage.missing(files)))
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the result's tokenizer lies. Raises InputError where there is none."""
+        found = [Path(file.path) for file in self.copied if file.name in _TOKENIZER_FILES]
+        if not found:
+            raise InputError(
+                f"{self.base.index.storage.location} has no tokenizer beside its weights "
+                f"({', '.join(_TOKENIZER_FILES)}); put its files there"
+            )
+        return found[0].parent
+
+    @property
+    def subject(self) -> Subject:
+        """The job as the calibration pass sees it."""
+        return Subject(self.base, self.adapter, self.plan, self.tokenizer_folder)
+
     def small_files(self) -> tuple[SourceFile, ...]:
         """Files beside the weights: those copied, and the base's card, whose licence the new one inherits."""
         base = self.base.index.storage
@@ -71,8 +92,11 @@ class Prepared:
         return (*self.copied, *card)
 
 
-def prepare(job: Job) -> Prepared:
-    """Read headers and configs and plan the run. Raises whatever would make it fail, as far as can be known."""
+def prepare(job: Job, grounds: Grounds | None = None) -> Prepared:
+    """Read headers and configs and plan the run. Raises whatever would make it fail, as far as can be known.
+
+    `grounds` are those of a calibration whose text is not at hand, for a plan that will not be carried out.
+    """
     storage = open_storage(job.base, job.base_revision)
     index = read_index(storage)
     base = read_base(index, find_weights(index))
@@ -93,8 +117,12 @@ def prepare(job: Job) -> Prepared:
             adapter_storage, parameters, base.index.config, base.tie, moe, job.allow_pickle
         )
         _log.info("read the adapter %s: %d updates", job.adapter, len(adapter.updates))
-    options = options_alone(base, job.options, (job.options.quant, *job.also))
-    plans = build_plans(base, adapter, options, resolve_device(job.device))
+    options = options_alone(facts_of(base, adapter), job.options, (job.options.quant, *job.also))
+    is_recorded = grounds is not None
+    asked = next((each.calibration for each in options if each.calibration), None)
+    if asked is not None and grounds is None:
+        grounds = read_grounds(base, asked)
+    plans = build_plans(base, adapter, options, resolve_device(job.device), grounds)
     is_resized = plans[0].vocab_size is not None
     tokenizer = choose_tokenizer(job.tokenizer, storage, adapter_storage, is_resized)
     _log.info("tokenizer files come from %s", tokenizer.location)
@@ -103,4 +131,13 @@ def prepare(job: Job) -> Prepared:
         Prepared(replace(job, options=plan.options, also=()), base, adapter_storage, adapter, plan, copied)
         for plan in plans
     )
-    return replace(main, also=tuple(also))
+    if is_recorded:
+        return main
+    return replace(_with_need(main), also=tuple(map(_with_need, also)))
+
+
+def _with_need(prepared: Prepared) -> Prepared:
+    """With what a calibration needs in the plan. Raises ResourceError where a budget cannot hold that."""
+    if prepared.plan.calibration is None:
+        return prepared
+    return replace(prepared, plan=with_need(prepared.subject))

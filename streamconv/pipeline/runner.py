@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from streamconv.calibration.subject import Calibrated, calibrated_plan
 from streamconv.cells import KeptDelta
 from streamconv.checkpoint.writer import ShardWriter
 from streamconv.errors import VerificationError
 from streamconv.executor import Output, StopRequest, run_plans
 from streamconv.journal import Journal, remove_leftovers
 from streamconv.output import ShardSink, check_disk, publish_output, resume_points
+from streamconv.pipeline.calibrating import calibrate, described
 from streamconv.pipeline.contents import generated_files
 from streamconv.pipeline.job import OnProgress
 from streamconv.pipeline.meter import Meter
@@ -49,7 +51,10 @@ def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopReques
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """An output in work: from where each shard that is not finished is produced, and the writers that stand there."""
+    """An output in work: from where each shard that is not finished is produced, and the writers that stand there.
+
+    `calibrated` is what the calibration pass made, by weight.
+    """
 
     prepared: Prepared
     out: Path
@@ -57,6 +62,7 @@ class _Work:
     starts: Mapping[str, int]
     writers: dict[str, ShardWriter]
     resumed: bool
+    calibrated: Mapping[str, Calibrated]
 
     @property
     def plan(self) -> Plan:
@@ -72,7 +78,9 @@ class _Work:
         return self.plan.size - sum(shard.size - self.starts[shard.name] for shard in self.unfinished)
 
     def kept(self) -> Kept | None:
-        return kept_delta({name: KeptDelta(*sums) for name, sums in self.journal.progress.sums.items()})
+        sums = {name: KeptDelta(*sums) for name, sums in self.journal.progress.sums.items()}
+        made = {name: found.kept for name, found in self.calibrated.items() if found.kept is not None}
+        return kept_delta(sums | made)
 
     def close(self) -> None:
         for writer in self.writers.values():  # of shards that were not begun
@@ -85,13 +93,21 @@ def _produce(
     """Make these outputs in one pass, and publish them."""
     started = time.monotonic()
     plans = [each.plan for each, _ in todo]
-    meter = Meter(sum(plan.size for plan in plans), on_progress)
+    needs = [plan.calibration.need for plan in plans if plan.calibration]
+    reads = sum(need.read for need in needs if need)
+    meter = Meter(reads + sum(plan.size for plan in plans), on_progress)
     with ExitStack() as stack:
         works = [_open(each, folder, stack) for each, folder in todo]
-        check_disk([(work.out, work.unfinished, work.journal) for work in works])
+        check_disk([(work.out, work.plan, work.unfinished, work.journal) for work in works])
         meter.start(sum(work.there for work in works))
+        works = [_calibrated(work, meter.add, stop) for work in works]
         outputs = [
-            Output(work.plan, work.starts, partial(ShardSink, work.journal, work.writers)) for work in works
+            Output(
+                calibrated_plan(work.plan, work.calibrated),
+                work.starts,
+                partial(ShardSink, work.journal, work.writers),
+            )
+            for work in works
         ]
         run_plans(outputs, meter.add, stop)
         shares = [work.kept() for work in works]
@@ -100,11 +116,30 @@ def _produce(
         # The main output, in whose folder the others lie, comes last.
         for work, kept in reversed([*zip(works, shares, strict=True)]):
             _publish(work, kept)
-    seconds, read = time.monotonic() - started, bytes_read(plans)
+    seconds, read = time.monotonic() - started, reads + bytes_read(plans)
     return [
-        _report(work.prepared, work.out, found, kept, seconds, meter.peak, read, work.resumed)
+        _report(
+            work.prepared,
+            work.out,
+            found,
+            kept,
+            described(work.calibrated),
+            seconds,
+            meter.peak,
+            read,
+            work.resumed,
+        )
         for work, found, kept in zip(works, hashes, shares, strict=True)
     ]
+
+
+def _calibrated(work: _Work, on_bytes: Callable[[int], None], stop: StopRequest) -> _Work:
+    """The work with what the calibration pass makes, or has made before."""
+    if work.plan.calibration is None:
+        return work
+    _log.info("calibrating %d weights", len(work.plan.calibrated))
+    found = calibrate(work.prepared.subject, work.journal.calibration, on_bytes, stop)
+    return replace(work, calibrated=found)
 
 
 def _open(prepared: Prepared, out: Path, stack: ExitStack) -> _Work:
@@ -112,7 +147,8 @@ def _open(prepared: Prepared, out: Path, stack: ExitStack) -> _Work:
     plan = prepared.plan
     journal = stack.enter_context(Journal(out, plan.fingerprint, prepared.job.resume))
     starts, writers = resume_points(out, plan, journal)
-    work = _Work(prepared, out, journal, starts, writers, bool(journal.progress.finished or writers))
+    resumed = bool(journal.progress.finished or writers or journal.has_layers)
+    work = _Work(prepared, out, journal, starts, writers, resumed, {})
     stack.callback(work.close)
     if work.resumed:
         _log.info(
@@ -124,7 +160,7 @@ def _open(prepared: Prepared, out: Path, stack: ExitStack) -> _Work:
 def _publish(work: _Work, kept: Kept | None) -> None:
     prepared, out, journal = work.prepared, work.out, work.journal
     _log.info("all shards are complete; putting them in place in %s", out)
-    generated = generated_files(prepared, journal.progress.finished, kept)
+    generated = generated_files(prepared, journal.progress.finished, kept, described(work.calibrated))
     publish_output(out, work.plan, journal, prepared.copied, generated)
     if prepared.job.verify:
         verify_layout(out, work.plan)
@@ -139,12 +175,13 @@ def _finished_before(prepared: Prepared, out: Path) -> Report | None:
     remove_leftovers(out)
     found = read_manifest(open_folder(str(out)), MANIFEST)
     kept = None
+    calibrated = found.get("calibrated", {})
     if found["kept_delta"] is not None:
         weights = found["kept_by_weight"]
         kept = Kept(found["kept_delta"], weights, found["base_error_to_delta"])
         _check_share(prepared.plan, kept)
     hashes = {name: shard["sha256"] for name, shard in found["shards"].items()}
-    return _report(prepared, out, hashes, kept, 0.0, 0, bytes_read([prepared.plan]), resumed=True)
+    return _report(prepared, out, hashes, kept, calibrated, 0.0, 0, bytes_read([prepared.plan]), resumed=True)
 
 
 def _check_kept(works: Sequence[_Work], shares: Sequence[Kept | None]) -> None:
@@ -180,6 +217,7 @@ def _report(
     out: Path,
     hashes: Mapping[str, str],
     kept: Kept | None,
+    calibrated: Mapping[str, Mapping[str, float]],
     seconds: float,
     peak: int,
     read: int,
@@ -196,11 +234,13 @@ def _report(
         kept_delta=kept.total if kept else None,
         kept_by_weight=kept.weights if kept else {},
         base_error_to_delta=kept.base_error_to_delta if kept else None,
+        calibration=plan.calibration.as_json() if plan.calibration else None,
+        calibrated=calibrated,
         shards=dict(sorted(hashes.items())),
         bytes_read=read,
         bytes_written=plan.size,
         seconds=seconds,
         peak_ram_bytes=peak,
-        planned_ram_bytes=plan.memory.ram,
+        planned_ram_bytes=plan.peak_ram,
         resumed=resumed,
     )

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from os import fspath
 from pathlib import Path
 from typing import Any
 
+from streamconv.calibration.subject import Calibrated, calibrated_plan
+from streamconv.calibration.weighing import Weighed, weigh
+from streamconv.cells import Workers
+from streamconv.checkpoint.index import read_index
+from streamconv.checkpoint.reader import TensorReader
 from streamconv.errors import InputError, OptionError, VerificationError
 from streamconv.executor import StopRequest
+from streamconv.formats import find_weights
+from streamconv.pipeline.calibrating import calibrate
 from streamconv.pipeline.job import Folder, Job, OnProgress, output_folder, quiet
 from streamconv.pipeline.meter import Meter
 from streamconv.pipeline.preparation import Prepared, prepare
-from streamconv.plan import MergeOptions
+from streamconv.plan import Calibration, MergeOptions
+from streamconv.planner import Grounds
 from streamconv.report.result import MANIFEST
 from streamconv.storage.local import open_folder
 from streamconv.verifier import Verified, read_manifest, verify_exactly, verify_output
 
 _ENVIRONMENT = ("streamconv", "torch", "machine", "device")
+_NO_LIMIT = 2**60
+# ||T - Q|| / ||T|| of nearest rounding is about 0.1; error feedback goes further from the target, to be nearer in
+# what comes of it.
+_FAR = 0.5
 _FINGERPRINT = {"base", "adapter", "options", *_ENVIRONMENT}
 
 
@@ -28,6 +42,7 @@ def verify(
     full: bool = False,
     base: Folder | None = None,
     adapter: Folder | None = None,
+    calibration: Folder | None = None,
     allow_pickle: bool = False,
     base_revision: str | None = None,
     adapter_revision: str | None = None,
@@ -37,10 +52,12 @@ def verify(
 ) -> Verified:
     """Recheck a finished output: sizes, hashes, headers, index; with `full`, compute it anew and compare.
 
-    `full` needs the inputs the output was made from. Raises VerificationError where something differs.
+    `full` needs the inputs the output was made from. Of one that was calibrated, the text may be left out: what it
+    decided is then decoded, and compared with what base and adapter give. Raises VerificationError where something
+    differs.
     """
-    if not full and (base is not None or adapter is not None):
-        raise OptionError("--base and --adapter are for a full verification; add --full")
+    if not full and any(given is not None for given in (base, adapter, calibration)):
+        raise OptionError("--base, --adapter and --calibration are for a full verification; add --full")
     if full and base is None:
         raise OptionError(
             "a full verification computes the result again: give the --base (and --adapter) it was made from"
@@ -54,27 +71,99 @@ def verify(
         return checked
     found = _fingerprint(fspath(out))
     job = replace(
-        _job_of(found, fspath(base), None if adapter is None else fspath(adapter), device),
+        _job_of(found, fspath(base), _path(adapter), _path(calibration), device),
         base_revision=base_revision,
         adapter_revision=adapter_revision,
         adapter_subfolder=adapter_subfolder,
         allow_pickle=allow_pickle,
     )
-    _compute_again(job, found, folder, meter)
-    return replace(checked, exact=True)
+    weighed = _compute_again(job, found, folder, meter, with_text=calibration is not None)
+    return replace(checked, exact=not weighed, calibrated=weighed)
 
 
-def _compute_again(job: Job, found: Mapping[str, Any], out: Path, meter: Meter) -> None:
-    """Raise VerificationError unless the job, done again, gives the output with the fingerprint `found`."""
-    again = prepare(job)
+def _path(folder: Folder | None) -> str | None:
+    return None if folder is None else fspath(folder)
+
+
+def _compute_again(job: Job, found: Mapping[str, Any], out: Path, meter: Meter, with_text: bool) -> int:
+    """Raise VerificationError unless the job, done again, gives the output with the fingerprint `found`.
+
+    Returns how many weights were weighed instead of made again, for want of the text.
+    """
+    content = read_manifest(open_folder(fspath(out)), MANIFEST)
+    is_calibrated = found.get("calibration") is not None
+    if is_calibrated:  # what was enough when it was made is not known; no more is taken than is needed
+        options = replace(job.options, max_ram_bytes=_NO_LIMIT, max_vram_bytes=_NO_LIMIT)
+        job = replace(job, options=options)
+    again = prepare(job, _recorded_grounds(content) if is_calibrated and not with_text else None)
     _check_inputs(found, again, out)
     for storage, files in again.downloads():
         storage.fetch(files, lambda _: None)
     meter.add(sum(len(shard.header) for shard in again.plan.shards))
     try:
-        verify_exactly(out, again.plan, meter.add, StopRequest())
+        if not is_calibrated:
+            verify_exactly(out, again.plan, meter.add, StopRequest())
+            return 0
+        if with_text:
+            _calibrate_again(again, out, meter)
+            return 0
+        return _weigh_again(again, content, out, meter)
     except VerificationError as error:
         raise VerificationError(f"{error}{_environment_note(found, again.plan.fingerprint)}") from error
+
+
+def _calibrate_again(again: Prepared, out: Path, meter: Meter) -> None:
+    with tempfile.TemporaryDirectory(prefix="streamconv-") as folder:
+        made = calibrate(again.subject, Path(folder) / "calibration", lambda _: None, StopRequest())
+        verify_exactly(out, calibrated_plan(again.plan, made), meter.add, StopRequest())
+
+
+def _weigh_again(again: Prepared, content: Mapping[str, Any], out: Path, meter: Meter) -> int:
+    """What was calibrated against its targets, all else byte by byte."""
+    index = read_index(open_folder(fspath(out)))
+    weights = {weight.name: weight for weight in find_weights(index)}
+    steps, there = again.plan.calibrated, index.tensors
+    as_written = {
+        step.name: Calibrated({spec.name: there[spec.name] for spec in step.specs}, None, {})
+        for step in steps
+    }
+    verify_exactly(out, calibrated_plan(again.plan, as_written), meter.add, StopRequest())
+    with TensorReader() as reader, Workers(max(1, again.plan.memory.workers)) as workers:
+        for step in steps:
+            found = weigh(step, weights[step.name], again.plan.device, reader, workers)
+            _check_weighed(out, step.name, found, content["kept_by_weight"].get(step.name))
+    return len(steps)
+
+
+def _check_weighed(out: Path, name: str, found: Weighed, kept: float | None) -> None:
+    """Raise VerificationError unless a weight comes near its target and keeps of its update what the manifest says."""
+    share = found.kept.kept / found.kept.delta if found.kept is not None and found.kept.delta else None
+    if found.error > _FAR:
+        raise VerificationError(
+            f"{out}: {name} is off what base and adapter give by {found.error:.0%} of its size, expected "
+            f"{_FAR:.0%} at most; do not use this output"
+        )
+    if (share is None) != (kept is None) or (
+        share is not None and kept is not None and not math.isclose(share, kept, rel_tol=1e-4, abs_tol=1e-4)
+    ):
+        raise VerificationError(
+            f"{out}: {name} keeps {share} of the update that the adapter gives, and {MANIFEST} says {kept}; do not use "
+            "this output"
+        )
+
+
+def _recorded_grounds(content: Mapping[str, Any]) -> Grounds:
+    """What the output says of its calibration, where the text is not at hand."""
+    text = content["fingerprint"]["calibration"]
+    return Grounds(
+        data=text["name"],
+        name=text["name"],
+        sha256=text["sha256"],
+        is_data_set=False,
+        weights=frozenset(content["calibrated"]),
+        positions=None,
+        transformers=text["transformers"],
+    )
 
 
 def _fingerprint(out: str) -> Mapping[str, Any]:
@@ -84,13 +173,17 @@ def _fingerprint(out: str) -> Mapping[str, Any]:
     return found
 
 
-def _job_of(fingerprint: Mapping[str, Any], base: str, adapter: str | None, device: str) -> Job:
+def _job_of(
+    fingerprint: Mapping[str, Any], base: str, adapter: str | None, calibration: str | None, device: str
+) -> Job:
     """The job that an output with this fingerprint came from, with the inputs given."""
     if fingerprint["adapter"] and adapter is None:
         raise OptionError("this output was made with an adapter; give it with --adapter")
     if adapter is not None and not fingerprint["adapter"]:
         raise OptionError("this output was made without an adapter; leave --adapter out")
-    options = fingerprint["options"]
+    options, text = fingerprint["options"], fingerprint.get("calibration")
+    if calibration is not None and text is None:
+        raise OptionError("this output was made without calibration text; leave --calibration out")
     return Job(
         base,
         adapter,
@@ -103,8 +196,19 @@ def _job_of(fingerprint: Mapping[str, Any], base: str, adapter: str | None, devi
             ignore=tuple(options["ignore"]),
             moe_layout=options.get("moe_layout", "auto"),
             max_shard_bytes=options["max_shard_bytes"],
+            calibration=None if text is None else _calibration_of(text, calibration),
         ),
         device,
+    )
+
+
+def _calibration_of(text: Mapping[str, Any], data: str | None) -> Calibration:
+    return Calibration(
+        data=data or text["name"],
+        tokens=text["tokens"],
+        sequence_length=text["sequence_length"],
+        preserve_delta=text["options"]["preserve_delta"],
+        threads=text["threads"],
     )
 
 
@@ -114,6 +218,12 @@ def _check_inputs(found: Mapping[str, Any], again: Prepared, out: Path) -> None:
     if found["adapter"] != now["adapter"]:
         raise InputError(
             f"--adapter {again.job.adapter} is not the one {out} was made with; give {_recorded(found, 'adapter')}"
+        )
+    text, given = found.get("calibration"), again.plan.calibration
+    if text is not None and given is not None and text["sha256"] != given.sha256:
+        raise InputError(
+            f"--calibration {given.data} is not the text {out} was made with: SHA-256 {given.sha256}, expected "
+            f"{text['sha256']}; give that one, or leave it out"
         )
     shards = [
         {name: (shard["size"], shard["header"]) for name, shard in fingerprint["base"].items()}

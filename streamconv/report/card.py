@@ -94,6 +94,11 @@ def _body(plan: Plan, merged: bool, origins: Mapping[str, Origin | None], kept: 
         yield f"| target | {plan.target.reason} |"
     if plan.rounding:
         yield f"| rounding | {plan.rounding.name}: {plan.rounding.reason} |"
+    if text := plan.calibration:
+        yield (
+            f"| calibration text | {text.name} (SHA-256 {text.sha256}), {text.tokens} tokens in sequences of "
+            f"{text.sequence_length}; {len(plan.calibrated)} weights |"
+        )
     if plan.skipped:
         yield f"| left in 16 bit | {_some(plan.skipped)} |"
     if kept:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, assert_never
 
 from streamconv.formats.base import Constant
@@ -42,20 +43,20 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
         "renamed": plan.renamed,
         "layers": {"before": plan.depth.before, "sources": list(plan.depth.sources)} if plan.depth else None,
         "untied": plan.untied,
-        "peak_ram_bytes": plan.memory.ram,
-        "peak_vram_bytes": plan.memory.vram,
+        "peak_ram_bytes": max(each.peak_ram for each in prepared.plans),
+        "peak_vram_bytes": max(each.peak_vram for each in prepared.plans),
         "downloads": [
             {"from": storage.location, "name": file.name, "bytes": file.size}
             for storage, files in prepared.downloads()
             for file in files
         ],
-        "disk_bytes": sum(each.size for each in prepared.plans),
-        "read_bytes": bytes_read(prepared.plans),
+        "disk_bytes": sum(each.disk for each in prepared.plans),
+        "read_bytes": _read(prepared),
         "also": {
             other.job.options.quant: {
                 "digest": other.plan.digest,
                 **_output(other),
-                "disk_bytes": other.plan.size,
+                "disk_bytes": other.plan.disk,
                 "files": _files(other),
             }
             for other in prepared.also
@@ -71,9 +72,27 @@ def _output(prepared: Prepared) -> dict[str, Any]:
         "quant": plan.quant or "none",
         "target": {"name": plan.target.name, "reason": plan.target.reason},
         "rounding": {"name": plan.rounding.name, "reason": plan.rounding.reason} if plan.rounding else None,
+        "calibration": _calibration(plan),
         "quantized": list(plan.quantized),
         "left_in_16_bit": list(plan.skipped),
     }
+
+
+def _calibration(plan: Plan) -> dict[str, Any] | None:
+    if plan.calibration is None:
+        return None
+    need = plan.calibration.need
+    return {
+        **plan.calibration.as_json(),
+        "weights": [step.name for step in plan.calibrated],
+        "need": asdict(need) if need else None,
+    }
+
+
+def _read(prepared: Prepared) -> int:
+    """Bytes of the base that are read in both passes."""
+    needs = [plan.calibration.need for plan in prepared.plans if plan.calibration]
+    return bytes_read(prepared.plans) + sum(need.read for need in needs if need)
 
 
 def _files(prepared: Prepared) -> dict[str, Any]:
@@ -110,6 +129,8 @@ def _step(plan: Plan, step: Step) -> dict[str, Any]:
         case Constant():
             return {"action": "constant"}
         case Rewrite():
+            if step.calibrated:
+                return {"action": "calibrate", "access": step.access.value, "updates": len(step.updates)}
             rows = tile_rows(step, plan.memory.buffer, cell_rows(plan.device, step.columns))
             return {
                 "action": "rewrite",
@@ -126,7 +147,10 @@ def plan_as_text(prepared: Prepared) -> str:
     plan = prepared.plan
     steps = [placed.step for shard in plan.shards for placed in shard.steps]
     rewritten, copied = (sum(isinstance(step, kind) for step in steps) for kind in (Rewrite, Copy))
-    read, written = bytes_read(prepared.plans), sum(each.size for each in prepared.plans)
+    read, written = _read(prepared), sum(each.size for each in prepared.plans)
+    calibrated = f" ({len(plan.calibrated)} calibrated)" if plan.calibrated else ""
+    ram = max(each.peak_ram for each in prepared.plans)
+    vram = max(each.peak_vram for each in prepared.plans)
     adapted = ", ".join(f"{count} {name}" for name, count in sorted(plan.adapted.items()))
     lines = [
         ("base", plan.fingerprint["from"]["base"] or prepared.job.base),
@@ -135,10 +159,10 @@ def plan_as_text(prepared: Prepared) -> str:
         ("replaced", ", ".join(plan.replaced) or "-"),
         ("output", _stored(plan)),
         ("target", plan.target.reason),
-        ("weights", f"{rewritten} rewritten, {copied} tensors copied"),
+        ("weights", f"{rewritten} rewritten{calibrated}, {copied} tensors copied"),
         (
             "memory",
-            f"{format_size(plan.memory.ram)} RAM, {format_size(plan.memory.vram)} on {plan.device}",
+            f"{format_size(ram)} RAM, {format_size(vram)} on {plan.device}",
         ),
         ("disk", f"reads {format_size(read)}, writes {format_size(written)}"),
         ("files", _shards(plan.shards)),
@@ -153,6 +177,7 @@ def plan_as_text(prepared: Prepared) -> str:
             slow = "torch alone quantizes, at a fraction of the speed: numba is not there, or is told not to compile"
             lines.insert(7, ("kernels", slow))
         lines.insert(7, ("16 bit", ", ".join(plan.skipped) or "-"))
+        lines[7:7] = _calibration_lines(plan)
     if plan.depth:
         lines.insert(4, ("layers", f"{plan.depth}"))
     if plan.renamed:
@@ -167,9 +192,24 @@ def _further(prepared: Prepared) -> list[tuple[str, str]]:
     rounding = f"; rounding {plan.rounding.name}: {plan.rounding.reason}" if plan.rounding else ""
     return [
         ("also", f"{prepared.job.options.quant}/: {_stored(plan)}{rounding}"),
+        *_calibration_lines(plan),
         ("", _shards(plan.shards)),
         ("", _small_files(prepared)),
     ]
+
+
+def _calibration_lines(plan: Plan) -> list[tuple[str, str]]:
+    """By what text the output is calibrated, and what that needs."""
+    text = plan.calibration
+    if text is None:
+        return []
+    spares = f", sparing the update by {text.options.preserve_delta:g}" if text.options.preserve_delta else ""
+    size = f"{text.tokens} tokens in sequences of {text.sequence_length}"
+    lines = [("text", f"{text.name}: {size}, for {len(plan.calibrated)} weights, a layer at a time{spares}")]
+    if need := text.need:
+        where = f"{format_size(need.ram)} RAM, {format_size(need.vram)} on {plan.device}"
+        lines.append(("", f"its pass needs {where}, and {format_size(need.disk)} of disk until the end"))
+    return lines
 
 
 def _stored(plan: Plan) -> str:

@@ -35,8 +35,9 @@ class Report:
 
     `kernels` says what quantized (see `kernels_of`), `renamed` how names of adapter and base were matched where they
     differ; `peak_ram_bytes` is anonymous memory above what the process had before planning; `kept_delta` is None where
-    nothing was quantized. `also` are the reports of further outputs by format: what they share, `bytes_read`, `seconds`
-    and memory, is that of the run.
+    nothing was quantized. `calibration` says by which text and how, None where there was none; `calibrated` has of each
+    weight the share of its update kept in its outputs (`kept_h`) and their relative error. `also` are the reports of
+    further outputs by format: what they share, `bytes_read`, `seconds` and memory, is that of the run.
     """
 
     out: str
@@ -48,6 +49,8 @@ class Report:
     kept_delta: float | None
     kept_by_weight: Mapping[str, float]
     base_error_to_delta: float | None
+    calibration: Mapping[str, Any] | None
+    calibrated: Mapping[str, Mapping[str, float]]
     shards: Mapping[str, str]
     bytes_read: int
     bytes_written: int
@@ -75,7 +78,13 @@ def kept_delta(sums: Mapping[str, KeptDelta]) -> Kept | None:
     )
 
 
-def manifest(plan: Plan, hashes: Mapping[str, str], kept: Kept | None, files: Mapping[str, bytes]) -> bytes:
+def manifest(
+    plan: Plan,
+    hashes: Mapping[str, str],
+    kept: Kept | None,
+    calibrated: Mapping[str, Mapping[str, float]],
+    files: Mapping[str, bytes],
+) -> bytes:
     """Content of `streamconv.json`. `files` are those beside the shards that decide how weights are loaded."""
     content = {
         "manifest_version": MANIFEST_VERSION,
@@ -88,6 +97,8 @@ def manifest(plan: Plan, hashes: Mapping[str, str], kept: Kept | None, files: Ma
         "kept_delta": kept.total if kept else None,
         "kept_by_weight": kept.weights if kept else {},
         "base_error_to_delta": kept.base_error_to_delta if kept else None,
+        "calibration": plan.calibration.as_json() if plan.calibration else None,
+        "calibrated": calibrated,
         "adapted": plan.adapted,
         "replaced": plan.replaced,
         "skipped": plan.skipped,

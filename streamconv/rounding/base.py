@@ -39,5 +39,13 @@ class Rounding(Protocol):
     def keeps_scales(self) -> bool:
         """Whether the base's own scales stay, where the base lies on the output's grid."""
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether codes are chosen before, a decoder layer at a time, by what a text makes of its inputs."""
+
+    @property
+    def searches_scales(self) -> bool:
+        """Whether scales are chosen with codes in view. Where storing moves them, codes are then chosen anew."""
+
     def choose(self, target: Tensor, grid: Grid, context: Context, codes: Tensor) -> Tensor:
         """Write codes (uint8, one an element) for `target` (float32, flat); return scales (float32, one a block)."""

@@ -18,6 +18,8 @@ class Nearest:
     name: str = "nearest"
     needs_noise: bool = False
     keeps_scales: bool = False
+    calibrated: bool = False
+    searches_scales: bool = False
 
     def choose(self, target: Tensor, grid: Grid, context: Context, codes: Tensor) -> Tensor:
         """See Rounding."""

@@ -28,6 +28,8 @@ class Stochastic:
     name: str = "stochastic"
     needs_noise: bool = True
     keeps_scales: bool = True
+    calibrated: bool = False
+    searches_scales: bool = False
 
     def choose(self, target: Tensor, grid: Grid, context: Context, codes: Tensor) -> Tensor:
         """See Rounding. `context.noise` must be there."""

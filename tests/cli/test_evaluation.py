@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 
 from tests.cli.calls import Inputs, run, succeed
-from tests.evaluation.texts import save_tokenizer, write_text
+from tests.forward.texts import save_tokenizer, write_text
 from tests.tiny import llama_config, save_adapter, save_base
 
 SHORT = ("--sequence-length", "32", "--tokens", "96")

@@ -31,6 +31,7 @@ def test_json_of_the_formats() -> None:
     assert [row["name"] for row in found] == list(FORMATS)
     assert {row["name"]: row["bits_per_weight"] for row in found}["nf4"] == 4.5
     assert all(row["loaders"] for row in found)
+    assert [row["name"] for row in found if row["takes_calibration"]] == ["nf4", "nf4-dq", "fp4", "fp4-dq"]
 
 
 def test_formats_for_people() -> None:

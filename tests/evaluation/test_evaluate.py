@@ -27,8 +27,8 @@ import streamconv
 from streamconv import evaluation
 from streamconv.errors import InputError, OptionError, ResourceError
 from streamconv.memory import anonymous_bytes
-from tests.evaluation.texts import numbers, save_tokenizer, write_text
 from tests.forward.test_walk import SIZES, SLIDING
+from tests.forward.texts import numbers, save_tokenizer, write_text
 from tests.models import Sizes, write_base
 from tests.tiny import (
     edit_json,

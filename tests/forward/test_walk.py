@@ -173,7 +173,7 @@ def test_hidden_states_of_another_kind_are_refused(tmp_path: Path) -> None:
         layer_types=SLIDING["layer_types"],
     )
     message = refused(save_base(tmp_path / "base", config))
-    assert "Gemma3nForCausalLM cannot be evaluated layer by layer" in message
+    assert "Gemma3nForCausalLM cannot be run layer by layer" in message
 
 
 def copied(base: Path, folder: Path) -> Path:

@@ -86,9 +86,10 @@ class Commands:
 
 
 @contextmanager
-def fork_server() -> Iterator[Commands]:
+def fork_server(*modules: str) -> Iterator[Commands]:
+    """`modules` are imported before the first fork, beside what the command line always needs."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "tests.hostile.fork_server", folder]
+        command = [sys.executable, "-m", "tests.hostile.fork_server", folder, *modules]
         # Kernels that are compiled write to numba's cache, which would be counted as calls of the run's own.
         environment = os.environ | {"NUMBA_DISABLE_JIT": "1"}
         with subprocess.Popen(

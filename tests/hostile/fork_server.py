@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,18 @@ from streamconv.executor import Output
 from streamconv.pipeline import runner
 from tests.hostile.commands import Request
 
-WATCHED = ("pwrite", "write", "fsync", "replace", "unlink", "rmdir", "mkdir", "truncate", "ftruncate")
+WATCHED = (
+    "pwrite",
+    "pwritev",
+    "write",
+    "fsync",
+    "replace",
+    "unlink",
+    "rmdir",
+    "mkdir",
+    "truncate",
+    "ftruncate",
+)
 # A killed process loses nothing that it had written, so these are counted and not done, which is a lot faster.
 SYNCS = ("fsync", "fdatasync")
 
@@ -143,7 +155,9 @@ def serve(request: Request, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, modules = Path(sys.argv[1]), sys.argv[2:]
+    for module in modules:
+        import_module(module)
     for line in sys.stdin:
         fields = json.loads(line)
         request = Request(**{**fields, "arguments": tuple(fields["arguments"])})

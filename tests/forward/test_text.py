@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from streamconv.errors import InputError
-from streamconv.evaluation.text import load_tokenizer, read_windows
-from tests.evaluation.texts import BOS, EOS, numbers, save_tokenizer, words, write_lines, write_text
+from streamconv.errors import InputError, OptionError
+from streamconv.forward.text import load_tokenizer, read_windows
+from tests.forward.texts import BOS, EOS, numbers, save_tokenizer, words, write_lines, write_text
 
 
 def tokenizer(folder: Path, *, begins: bool = False) -> Any:
@@ -68,3 +71,45 @@ def test_a_broken_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="cannot open the tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def put_library(monkeypatch: pytest.MonkeyPatch, rows: list[Any]) -> list[tuple[Any, ...]]:
+    """A stand-in for the library `datasets` that answers with `rows`, and what it is asked for."""
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(name: str, *, split: str, streaming: bool) -> list[Any]:
+        asked.append((name, split, streaming))
+        if name == "org/missing":
+            raise FileNotFoundError("no such data set")
+        return rows
+
+    library = ModuleType("datasets")
+    library.__spec__ = ModuleSpec("datasets", None)
+    library.load_dataset = load_dataset  # type: ignore[attr-defined]  # a module is given its function
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    return asked
+
+
+def test_rows_of_a_data_set_are_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = {"messages": [{"role": "user", "content": "w5"}], "id": 1}
+    asked = put_library(monkeypatch, [{"text": "w8 w9"}, chat, {"text": words(numbers(30))}])
+    found = read_windows("org/texts", tokenizer(tmp_path), 1, 20)
+    assert found[0].tolist() == [8, 9, EOS, BOS, 3, 5, *numbers(14)]
+    read_windows("org/texts:test", tokenizer(tmp_path), 1, 20)
+    assert asked == [("org/texts", "train", True), ("org/texts", "test", True)]
+
+
+def test_a_data_set_that_is_not_there_or_holds_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_library(monkeypatch, [{"prompt": "w1"}])
+    with pytest.raises(InputError, match=r"org/texts:train, row 1 must be an object"):
+        read_windows("org/texts", tokenizer(tmp_path), 1, 20)
+    with pytest.raises(InputError, match=r"org/missing:train cannot be read: no such data set"):
+        read_windows("org/missing", tokenizer(tmp_path), 1, 20)
+
+
+def test_a_data_set_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamconv.forward.text.find_spec", lambda _: None)
+    with pytest.raises(OptionError, match=r"pip install 'streamconv\[datasets\]'"):
+        read_windows("org/texts", tokenizer(tmp_path), 1, 20)

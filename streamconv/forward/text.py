@@ -1,4 +1,7 @@
-"""Evaluation text: a .txt or .jsonl file as token windows of one length, by the model's own tokenizer.
+"""Text as token windows of one length, by the model's own tokenizer: a .txt or .jsonl file, or a data set of the Hub.
+
+A data set is named `org/name`, or `org/name:split`; the library `datasets` streams it. Its rows are as the lines of a
+.jsonl file: `text`, or `messages` that the chat template puts into words.
 
 Documents are put one after the other and cut into windows; what does not fill the last one is left out. Where the
 tokenizer puts a BOS token before a text, every window begins with it. The first token of a window is given, not
@@ -8,7 +11,10 @@ predicted.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +22,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from streamconv.errors import InputError
+from streamconv.errors import InputError, OptionError
 
 # More characters than any run of natural text has in a token: so much is enough, of however long a file.
 _CHARACTERS_A_TOKEN = 64
+_DATA_SET = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?::([\w.\[\]%:+-]+))?")
+_SUFFIXES = (".txt", ".jsonl")
 
 Document = str | list[Any]
 
@@ -35,26 +43,37 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def read_windows(path: Path, tokenizer: Any, count: int, length: int) -> Tensor:
-    """`count` windows of `length` tokens from the text in `path`: [window, token].
+def read_windows(
+    data: str | Path, tokenizer: Any, count: int, length: int, option: str = "--tokens"
+) -> Tensor:
+    """`count` windows of `length` tokens from the text `data`: [window, token].
 
-    Raises InputError for a file that is not what its suffix says, and for one that is too short.
+    Raises InputError for a file that is not what its suffix says, and for one that is too short; `option` asks for
+    fewer tokens. Raises OptionError for a data set where the library that reads it is missing.
     """
     begin = _begin(tokenizer)
     body = length - len(begin)
     needed = count * body
     ids: list[int] = []
-    for document in _documents(path, needed * _CHARACTERS_A_TOKEN):
-        ids += _tokens(document, tokenizer, path)
+    for document in _documents(data, needed * _CHARACTERS_A_TOKEN):
+        ids += _tokens(document, tokenizer, data)
         if len(ids) >= needed:
             break
     if len(ids) < needed:
         raise InputError(
-            f"{path} has {len(ids)} tokens, and {count} sequences of {length} need {needed}; give a longer text, or "
-            + (f"--tokens {len(ids) // body * length}" if len(ids) >= body else "a smaller --sequence-length")
+            f"{data} has {len(ids)} tokens, and {count} sequences of {length} need {needed}; give a longer text, or "
+            + (f"{option} {len(ids) // body * length}" if len(ids) >= body else "a smaller --sequence-length")
         )
     windows = torch.tensor(ids[:needed]).view(count, body)
     return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), windows], dim=1)
+
+
+def data_set_of(data: str | Path) -> tuple[str, str] | None:
+    """Name and split, where `data` names a data set; None for a file, one that is not there included."""
+    found = _DATA_SET.fullmatch(str(data))
+    if found is None or Path(data).suffix in _SUFFIXES or Path(data).expanduser().exists():
+        return None
+    return found[1], found[2] or "train"
 
 
 def _begin(tokenizer: Any) -> list[int]:
@@ -63,7 +82,29 @@ def _begin(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
 
 
-def _documents(path: Path, characters: int) -> Iterator[Document]:
+def _documents(data: str | Path, characters: int) -> Iterator[Document]:
+    named = data_set_of(data)
+    return _rows(*named) if named else _pieces(Path(data).expanduser(), characters)
+
+
+def _rows(name: str, split: str) -> Iterator[Document]:
+    if find_spec("datasets") is None:
+        raise OptionError(
+            f"{name} is not a file, and to read it as a data set of the Hub needs the library datasets, not installed "
+            "here; run pip install 'streamconv[datasets]', or give a .txt or .jsonl file"
+        )
+    try:
+        rows = import_module("datasets").load_dataset(name, split=split, streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield _document(row, f"{name}:{split}, row {number}")
+    except InputError:
+        raise
+    except Exception as error:  # the library and the network raise all kinds
+        reason = (str(error).splitlines() or ["?"])[0]
+        raise InputError(f"the data set {name}:{split} cannot be read: {reason}") from error
+
+
+def _pieces(path: Path, characters: int) -> Iterator[Document]:
     try:
         if path.suffix == ".txt":
             with path.open(encoding="utf-8") as file:
@@ -72,7 +113,7 @@ def _documents(path: Path, characters: int) -> Iterator[Document]:
             with path.open(encoding="utf-8") as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
-                        yield _document(line, f"{path}, line {number}")
+                        yield _document(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
         else:
             raise InputError(
                 f"{path}: text is read from .txt and .jsonl files; rename it if it is one of them"
@@ -83,11 +124,14 @@ def _documents(path: Path, characters: int) -> Iterator[Document]:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from error
 
 
-def _document(line: str, where: str) -> Document:
+def _parsed(line: str, where: str) -> object:
     try:
-        found = json.loads(line)
+        return json.loads(line)
     except ValueError as error:
         raise InputError(f"{where} is not JSON: {error}") from error
+
+
+def _document(found: object, where: str) -> Document:
     if isinstance(found, dict) and isinstance(found.get("text"), str):
         return str(found["text"])
     if isinstance(found, dict) and isinstance(found.get("messages"), list):
@@ -95,15 +139,15 @@ def _document(line: str, where: str) -> Document:
     raise InputError(f"{where} must be an object with text, a string, or messages, a list")
 
 
-def _tokens(document: Document, tokenizer: Any, path: Path) -> list[int]:
+def _tokens(document: Document, tokenizer: Any, data: str | Path) -> list[int]:
     if isinstance(document, str):
         ids: list[int] = tokenizer(document, add_special_tokens=False).input_ids
-        ends = path.suffix == ".jsonl" and tokenizer.eos_token_id is not None
+        ends = Path(data).suffix != ".txt" and tokenizer.eos_token_id is not None
         return [*ids, tokenizer.eos_token_id] if ends else ids
     try:
         chat: list[int] = tokenizer.apply_chat_template(document, tokenize=True, return_dict=False)
     except Exception as error:  # a template raises what it likes
         raise InputError(
-            f"{path}: the chat template of the tokenizer does not take its messages: {str(error).splitlines()[0]}"
+            f"{data}: the chat template of the tokenizer does not take its messages: {str(error).splitlines()[0]}"
         ) from error
     return chat

@@ -1,0 +1,46 @@
+"""The input directions in which an adapter changes a weight: what a rounding should not disturb."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from streamconv.adapters.base import Update
+from streamconv.adapters.lora import LoraUpdate
+from streamconv.calibration.targets import Held
+
+# Of an update that is not a product of factors; LoRA's own default is 8.
+_RANK = 16
+_ITERATIONS = 4
+
+
+def directions_of(held: Held, target: Tensor) -> Tensor | None:
+    """Rows [r, in] that span the inputs which the update of a weight acts on; None where it has none.
+
+    They are A of LoRA; of several, one below the other. Of other updates, which have no such factor or scale its
+    product, the first right singular vectors of D = `target` - B.
+    """
+    updates: Sequence[Update] = held.step.updates
+    if not updates:
+        return None
+    if all(isinstance(update, LoraUpdate) and not update.transposed for update in updates):
+        return torch.cat([parts["lora_A"] for parts in held.work.parts])
+    ranks = [len(part) for parts in held.work.parts for role, part in parts.items() if role == "lora_A"]
+    return singular_directions(held.difference(target), max(ranks, default=_RANK))
+
+
+def singular_directions(delta: Tensor, count: int) -> Tensor:
+    """About the first `count` right singular vectors [count, in] of `delta` [out, in], by subspace iteration.
+
+    Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithm 4.4; always from the same start.
+    """
+    count = min(count, *delta.shape)
+    start = torch.randn(delta.shape[0], count, generator=torch.Generator().manual_seed(0))
+    basis, _ = torch.linalg.qr(delta.T @ start.to(delta.device))
+    for _ in range(_ITERATIONS):
+        left, _ = torch.linalg.qr(delta @ basis)
+        basis, _ = torch.linalg.qr(delta.T @ left)
+    found: Tensor = basis.T.contiguous()
+    return found

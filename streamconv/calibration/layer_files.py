@@ -1,0 +1,183 @@
+"""The folder a calibration works in: a file for every decoder layer that is done, and hidden states between two.
+
+    calibration.json         what the files beside it belong to
+    layer-N.safetensors      the final parts of all calibrated weights of layer N; its metadata say what became of them
+    reference-0, -1          hidden states of the stream in which all weights are the targets, and of the one in which
+    quantized-0, -1          they are what was chosen: layer N reads those of N modulo 2 and writes the others
+
+A layer is done when its file has its name: the hidden states that it wrote are on the disk by then, and what is read by
+the next one is not written before that is done in turn. Files of another subject, text or machine are removed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamconv.calibration.subject import Calibrated
+from streamconv.cells import KeptDelta
+from streamconv.checkpoint.header import build_header, read_header
+from streamconv.checkpoint.types import StoredTensor, TensorSpec
+from streamconv.checkpoint.writer import ShardWriter, free_bytes, publish, write_error, write_file
+from streamconv.errors import ResourceError
+from streamconv.forward.activations import ActivationFile
+from streamconv.sizes import format_size
+from streamconv.storage.local import open_folder
+
+_KEY = "calibration.json"
+_STREAMS = ("reference", "quantized")
+_WEIGHTS = "weights"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A weight whose codes have been chosen: the bytes of `specs`, in their order; the rest as in Calibrated."""
+
+    name: str
+    specs: tuple[TensorSpec, ...]
+    parts: tuple[bytes, ...]
+    kept: KeptDelta | None
+    notes: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The hidden states of one stream before and after a layer."""
+
+    files: tuple[ActivationFile, ActivationFile]
+
+    def entering(self, number: int) -> ActivationFile:
+        return self.files[number % 2]
+
+    def leaving(self, number: int) -> ActivationFile:
+        return self.files[(number + 1) % 2]
+
+
+class LayerFiles:
+    """What is done of so many `layers`; `shape` is that of a stream's hidden states [sequence, token, hidden]."""
+
+    def __init__(self, folder: Path, key: str, layers: int, shape: tuple[int, int, int]) -> None:
+        self._folder, self._layers, self._shape = folder, layers, shape
+        content = (json.dumps({"key": key}) + "\n").encode()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not _holds(folder / _KEY, content) or not self._is_whole():
+                _empty(folder)
+                write_file(folder / _KEY, content)
+        except OSError as error:
+            raise write_error(error, folder) from error
+
+    @property
+    def done(self) -> int:
+        """How many layers are done, from the first on."""
+        return next(
+            (number for number in range(self._layers) if not self._path(number).exists()), self._layers
+        )
+
+    def check_disk(self, needed: int) -> None:
+        """Raise ResourceError where there is no room for all that is still to be written, of `needed` bytes in all."""
+        there = sum(path.stat().st_blocks * 512 for path in self._folder.iterdir())
+        missing, free = needed - there, free_bytes(self._folder / _KEY)
+        if missing > free:
+            raise ResourceError(
+                f"{self._folder}: hidden states and codes of the calibration need {format_size(missing)} more, and "
+                f"{format_size(free)} are free; free some, or give fewer --calibration-tokens"
+            )
+
+    @contextmanager
+    def streams(self) -> Iterator[tuple[Stream, Stream]]:
+        """The reference and the quantized stream."""
+        with ExitStack() as stack:
+            reference, quantized = (
+                [stack.enter_context(ActivationFile(path, self._shape)) for path in self._states(name)]
+                for name in _STREAMS
+            )
+            yield Stream((reference[0], reference[1])), Stream((quantized[0], quantized[1]))
+
+    def write(self, number: int, results: Sequence[Result]) -> None:
+        """Have layer `number` done; what left it must be on the disk."""
+        specs = [spec for result in results for spec in result.specs]
+        header = build_header(
+            specs, {_WEIGHTS: json.dumps({each.name: _described(each) for each in results})}
+        )
+        path = self._path(number)
+        partial = path.with_suffix(".partial")
+        partial.unlink(missing_ok=True)  # of a run that was killed
+        with ShardWriter.create(partial, header, len(header) + sum(spec.nbytes for spec in specs)) as writer:
+            for result in results:
+                for part in result.parts:
+                    writer.write(part)
+            writer.finish()
+        publish(partial, path)
+
+    def read(self) -> Mapping[str, Calibrated]:
+        """All that was chosen in the layers that are done, by name of the weight."""
+        found: dict[str, Calibrated] = {}
+        for number in range(self.done):
+            found |= _read(self._path(number))
+        return found
+
+    def remove_states(self) -> None:
+        """Hidden states are of no use once all layers are done."""
+        for name in _STREAMS:
+            for path in self._states(name):
+                path.unlink(missing_ok=True)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"layer-{number:05}.safetensors"
+
+    def _states(self, stream: str) -> tuple[Path, Path]:
+        return self._folder / f"{stream}-0", self._folder / f"{stream}-1"
+
+    def _is_whole(self) -> bool:
+        """Whether the hidden states are there that the next layer reads."""
+        nbytes = 4 * self._shape[0] * self._shape[1] * self._shape[2]
+        done = self.done
+        needed = [self._states(name)[done % 2] for name in _STREAMS] if 0 < done < self._layers else []
+        return all(path.exists() and path.stat().st_size == nbytes for path in needed)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.exists() and path.read_bytes() == content
+
+
+def _empty(folder: Path) -> None:
+    """Remove all that lies in `folder`, what says whose it is first."""
+    (folder / _KEY).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _described(result: Result) -> Mapping[str, object]:
+    kept = result.kept
+    return {
+        "parts": [spec.name for spec in result.specs],
+        "kept": None if kept is None else [kept.kept, kept.delta, kept.base_error],
+        "notes": dict(result.notes),
+    }
+
+
+def _read(path: Path) -> Mapping[str, Calibrated]:
+    file = open_folder(str(path.parent)).file(path.name)
+    header = read_header(file)
+    tensors = {
+        tensor.name: StoredTensor(
+            tensor.name, tensor.dtype, tensor.shape, file, header.data_start + tensor.start
+        )
+        for tensor in header.tensors
+    }
+    return {
+        name: Calibrated(
+            parts={part: tensors[part] for part in about["parts"]},
+            kept=None if about["kept"] is None else KeptDelta(*about["kept"]),
+            notes=about["notes"],
+        )
+        for name, about in json.loads(header.metadata[_WEIGHTS]).items()
+    }

@@ -1,0 +1,96 @@
+"""A subject opened to be walked: its float32 targets, its layers, and which weights of them are calibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from streamconv.calibration.groups import Linears
+from streamconv.calibration.subject import Subject
+from streamconv.calibration.targets import Targets
+from streamconv.dtypes import F32
+from streamconv.errors import UnsupportedError
+from streamconv.forward.skeleton import build_skeleton
+from streamconv.forward.walk import Walk
+from streamconv.plan import Plan, Rewrite
+from streamconv.planner import build_plan
+from streamconv.sidecars import edit_config
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is walked, and where its weights come from."""
+
+    walk: Walk
+    targets: Targets
+
+    @property
+    def layers(self) -> int:
+        """How many decoder layers there are."""
+        return len(self.walk.skeleton.layers)
+
+    def stored_bytes(self, number: int) -> int:
+        """Bytes that are read for decoder layer `number`."""
+        return sum(map(self.targets.stored_bytes, self.walk.layer_weights(number)))
+
+    def linears(self, number: int) -> Linears:
+        """Linear layers of decoder layer `number` that are calibrated, by name of the weight."""
+        return _linears(self.walk, number, self.targets.steps)
+
+    def layer_steps(self, number: int) -> Sequence[Rewrite]:
+        return [self.targets.steps[name] for name in self.linears(number)]
+
+
+@contextmanager
+def opened(subject: Subject) -> Iterator[Model]:
+    """Raises UnsupportedError, which names it, for a model that cannot be run layer by layer."""
+    plan = subject.plan
+    config = edit_config(
+        subject.base.index.config,
+        dtype=F32.name,
+        quantization=None,
+        untie=plan.untied,
+        vocab_size=plan.vocab_size,
+    )
+    skeleton = build_skeleton(config, subject.base.index.storage.location, F32.torch)
+    with Targets(plan, _reference(subject)) as targets:
+        walk = Walk(skeleton, targets, plan.device)
+        _check_all_found(walk, targets.steps)
+        yield Model(walk, targets)
+
+
+def _check_all_found(walk: Walk, steps: Mapping[str, Rewrite]) -> None:
+    found = {name for number in range(len(walk.skeleton.layers)) for name in _linears(walk, number, steps)}
+    missing = sorted(steps.keys() - found)
+    if missing:
+        raise UnsupportedError(
+            f"{missing[0]} cannot be calibrated: {walk.skeleton.name} has no linear layer in a decoder layer that is "
+            "stored as this weight; leave it in 16 bit with --ignore, or leave --calibration out"
+        )
+
+
+def _reference(subject: Subject) -> Plan:
+    """The plan of an output that holds the targets themselves, in float32."""
+    options = replace(
+        subject.plan.options,
+        quant="none",
+        dtype=F32.name,
+        rounding="auto",
+        ignore=(),
+        max_shard_bytes=None,
+        calibration=None,
+    )
+    return build_plan(subject.base, subject.adapter, options, subject.plan.device)
+
+
+def _linears(walk: Walk, number: int, wanted: Mapping[str, Rewrite]) -> Linears:
+    found = {}
+    for parameter, name in walk.plain_weights(number).items():
+        path, _, last = parameter.rpartition(".")
+        module = walk.skeleton.module(path)
+        if name in wanted and last == "weight" and isinstance(module, nn.Linear):
+            found[name] = module
+    return found

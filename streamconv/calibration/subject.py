@@ -1,0 +1,80 @@
+"""What is calibrated, what comes of it, and the plan that it makes of one with weights still to be rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from streamconv.adapters.base import Adapter
+from streamconv.cells import KeptDelta
+from streamconv.checkpoint.types import StoredTensor
+from streamconv.layout import Placed
+from streamconv.plan import CalibrationPlan, Copy, Plan, Rewrite, ShardPlan, Step
+from streamconv.planner import Base
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model to calibrate: `plan` is the output's, with its weights still to be rounded, `tokenizer` a folder.
+
+    Weights whose step says `calibrated` are given codes, as far as they are linear layers of a decoder layer.
+    """
+
+    base: Base
+    adapter: Adapter | None
+    plan: Plan
+    tokenizer: Path
+
+    @property
+    def calibration(self) -> CalibrationPlan:
+        """By which text, and how."""
+        assert self.plan.calibration is not None, "there is no text to calibrate by"
+        return self.plan.calibration
+
+    @property
+    def sequences(self) -> int:
+        return self.calibration.tokens // self.calibration.sequence_length
+
+    @property
+    def steps(self) -> Mapping[str, Rewrite]:
+        """Steps of the weights that are to be calibrated, by name."""
+        return {step.name: step for step in self.plan.calibrated}
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A weight whose codes have been chosen: `parts` hold the final bytes, by name of the output's tensor.
+
+    `kept` is None where the weight had no update. `notes` are what a report says beside: `tokens` whose inputs were
+    seen; `relative_error` of the output on them, √(tr(E H Eᵀ) / tr(T H Tᵀ)) with E = T - Q; and of an update `kept_h`,
+    the share that is kept in the metric of H.
+    """
+
+    parts: Mapping[str, StoredTensor]
+    kept: KeptDelta | None
+    notes: Mapping[str, float]
+
+
+def calibrated_plan(plan: Plan, found: Mapping[str, Calibrated]) -> Plan:
+    """`plan` with the weights in `found` copied from where they lie; bytes, places and fingerprint are the same.
+
+    What could not be calibrated is rounded as its step says.
+    """
+    return replace(plan, shards=tuple(_calibrated_shard(shard, found) for shard in plan.shards))
+
+
+def _calibrated_shard(shard: ShardPlan, found: Mapping[str, Calibrated]) -> ShardPlan:
+    steps: list[Placed[Step]] = []
+    for placed in shard.steps:
+        if not isinstance(placed.step, Rewrite) or not placed.step.calibrated:
+            steps.append(placed)
+            continue
+        if placed.step.name not in found:
+            steps.append(replace(placed, step=replace(placed.step, calibrated=False)))
+            continue
+        start, parts = placed.offset, found[placed.step.name].parts
+        for spec in placed.step.specs:
+            steps.append(Placed(Copy(spec.name, parts[spec.name]), start, spec.nbytes))
+            start += spec.nbytes
+    return replace(shard, steps=tuple(steps))

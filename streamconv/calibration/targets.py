@@ -1,0 +1,142 @@
+"""Float32 targets of a plan's weights, and of those that are calibrated, what they are made of, until it is let go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from streamconv.cells import KeptDelta, WeightWork, Workers
+from streamconv.checkpoint.reader import TensorReader, tensor_bytes
+from streamconv.checkpoint.types import Shape
+from streamconv.devices import Device
+from streamconv.forward.weights import WeightSource
+from streamconv.plan import Access, Plan, Rewrite, cell_rows
+from streamconv.rounding.feedback import BaseOnGrid, Chosen
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """A weight that has been read: its bytes as stored (uint8, flat, in host memory), and the work on it."""
+
+    work: WeightWork
+    raw: Tensor
+
+    @property
+    def step(self) -> Rewrite:
+        return self.work.step
+
+    @property
+    def _rows(self) -> range:
+        return range(self.step.rows)
+
+    def target(self) -> Tensor:
+        """Float32 [out, in], on the device."""
+        out = torch.empty(self.step.rows, self.step.columns, device=self.work.device)
+        self.work.targets(self._on_device(), self._rows, out)
+        return out
+
+    def base(self) -> BaseOnGrid | None:
+        """Codes and scales of the base where it lies on the output's grid."""
+        scales = self.work.kept_scales
+        if not self.step.keeps_scales or scales is None:
+            return None
+        codes = torch.empty(self.step.rows * self.step.columns, dtype=torch.uint8, device=self.work.device)
+        self.work.base_codes(self._on_device(), self._rows, codes)
+        return BaseOnGrid(codes, scales)
+
+    def difference(self, target: Tensor) -> Tensor:
+        """What the update adds, `target` less the base, float32 [out, in]."""
+        out = torch.empty_like(target)
+        self.work.bases(self._on_device(), self._rows, out)
+        return torch.sub(target, out, out=out)
+
+    def packed(self, chosen: Chosen) -> tuple[tuple[bytes, ...], KeptDelta | None]:
+        """Bytes of all parts with these codes, in the encoder's order, and what survives of the update."""
+        self.work.settle(chosen)
+        size = self.step.encoder.row_offset(self.step.rows)
+        out = torch.empty(size, dtype=torch.uint8, device=self.work.device)
+        self.work.rewrite(self._on_device(), self._rows, out).wait()
+        tail, kept = self.work.finish()
+        return (bytes(tensor_bytes(out.cpu())), *tail), kept
+
+    def _on_device(self) -> Tensor:
+        return self.raw.to(self.work.device)
+
+
+class Targets:
+    """See Weights; use as a context manager. Weights that `plan` calibrates are held once they have been read.
+
+    `reference` is the plan of the same targets as dense float32 weights, from which all others come.
+    """
+
+    def __init__(self, plan: Plan, reference: Plan) -> None:
+        self.held: dict[str, Held] = {}
+        self.steps: Mapping[str, Rewrite] = {step.name: _with_base_scales(step) for step in plan.calibrated}
+        self._device: Device = plan.device
+        self._seed = plan.options.seed
+        self._dense = WeightSource(reference, plan.device, lambda _: None)
+        self._reader = TensorReader()
+        self._workers = Workers(max(1, reference.memory.workers))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.held.clear()
+        self._reader.close()
+        self._workers.__exit__(*exc)
+        self._dense.__exit__(*exc)
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self._dense.names
+
+    def shape(self, name: str) -> Shape:
+        return self._dense.shape(name)
+
+    def nbytes(self, name: str) -> int:
+        return self._dense.nbytes(name)
+
+    def stored_bytes(self, name: str) -> int:
+        return self._dense.stored_bytes(name)
+
+    def tiles(self, name: str, height: int) -> Iterator[tuple[range, Tensor]]:
+        return self._dense.tiles(name, height)
+
+    def read(self, name: str) -> Tensor:
+        step = self.steps.get(name)
+        if step is None:
+            return self._dense.read(name)
+        held = self.held[name] = self._hold(step)
+        return held.target()
+
+    def _hold(self, step: Rewrite) -> Held:
+        weight, device, load = step.weight, self._device.torch, self._reader.load
+        main = weight.parts[weight.decoder.main]
+        raw = torch.empty(main.nbytes, dtype=torch.uint8)
+        self._reader.read_into(main, 0, tensor_bytes(raw))
+        side = {
+            role: load(part).to(device) for role, part in weight.parts.items() if role != weight.decoder.main
+        }
+        parts = [
+            {role: load(part).float().to(device) for role, part in update.parts.items()}
+            for update in step.updates
+        ]
+        height = cell_rows(self._device, step.columns)
+        work = WeightWork(step, side, parts, device, self._seed, self._workers, height)
+        if step.access is not Access.ROW:
+            work.reduce(raw.to(device), range(step.rows))
+            work.end_reduce()
+        return Held(work, raw)
+
+
+def _with_base_scales(step: Rewrite) -> Rewrite:
+    """`step` as it is read here: the base's scales may stay, where it lies on the output's grid."""
+    grid = step.merge_base.grid if step.merge_base is not None else step.weight.decoder.grid
+    keeps = grid is not None and grid == step.encoder.grid
+    keeps_parts = keeps and step.merge_base is None and step.weight.format == step.encoder.format
+    return replace(step, keeps_scales=keeps, keeps_parts=keeps_parts, calibrated=False)

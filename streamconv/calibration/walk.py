@@ -1,0 +1,283 @@
+"""Calibration: every decoder layer in turn is run on text, and the codes of its weights are chosen by their inputs.
+
+Two streams of hidden states go from layer to layer. In the reference all weights are their float32 targets; in the
+quantized stream they are what was chosen, so that inputs are those that the finished model will have. Within a layer,
+weights that share an input are a group; groups are chosen in the order in which they run, each with all before it
+already replaced (GPTQ, Frantar et al. 2022, arXiv 2210.17323, "true sequential").
+
+A layer's weights are read once. What was chosen is written as the output's final bytes (`layer_files.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from streamconv.calibration.directions import directions_of
+from streamconv.calibration.groups import Enough, Group, Linears, Recorder, listening
+from streamconv.calibration.layer_files import LayerFiles, Result, Stream
+from streamconv.calibration.model import Model, opened
+from streamconv.calibration.moments import Moments
+from streamconv.calibration.need import batch_of, need_of
+from streamconv.calibration.subject import Calibrated, Subject
+from streamconv.errors import ResourceError, Stopped
+from streamconv.executor import StopRequest
+from streamconv.formats.base import Encoder
+from streamconv.forward.text import load_tokenizer, read_windows
+from streamconv.forward.walk import Passing, assign, in_batches
+from streamconv.kernels import kernels_for
+from streamconv.rounding.feedback import Chosen, FeedbackOptions, Statistics, feedback
+
+OnProgress = Callable[[int, int], None]
+
+
+def calibrate(
+    subject: Subject, folder: Path, on_progress: OnProgress, stop: StopRequest
+) -> Mapping[str, Calibrated]:
+    """Choose the codes of all weights that the plan wants calibrated, or go on with it in `folder`: by name.
+
+    `on_progress` is called with bytes of the base done and in all, as in the plan's need. Raises Stopped if `stop` was
+    set: what was done of the layer in work is lost then, no more.
+    """
+    calibration = subject.calibration
+    with _threads(calibration.threads), opened(subject) as model:
+        tokenizer = load_tokenizer(subject.tokenizer)
+        windows = read_windows(
+            calibration.data,
+            tokenizer,
+            subject.sequences,
+            calibration.sequence_length,
+            "--calibration-tokens",
+        )
+        files = LayerFiles(folder, _key(subject, windows), model.layers, (*windows.shape, model.walk.hidden))
+        work = _Calibration(subject, model, windows, files, on_progress, stop)
+        try:
+            work.run()
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"{subject.plan.device.name} ran out of memory: {str(error).splitlines()[0]} Free some, give a shorter "
+                "--calibration-sequence-length, or use --device cpu, and run again"
+            ) from error
+        files.remove_states()
+        return files.read()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """As many threads for a matrix product, whatever the caller's setting: its last bits may depend on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _key(subject: Subject, windows: Tensor) -> str:
+    """All that the bytes of a calibration depend on."""
+    digest = hashlib.sha256(subject.plan.digest.encode())
+    digest.update(json.dumps(windows.tolist()).encode())
+    return digest.hexdigest()
+
+
+class _Calibration:
+    """A walk in work: the layer that is next, and how many bytes of weights are done."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        model: Model,
+        windows: Tensor,
+        files: LayerFiles,
+        on_progress: OnProgress,
+        stop: StopRequest,
+    ) -> None:
+        self.model, self.windows, self.files, self.stop = model, windows, files, stop
+        self.options: FeedbackOptions = subject.calibration.options
+        self._disk = need_of(model, subject).disk
+        self.batches = in_batches(windows, batch_of(windows.shape[1]))
+        self._sizes = [model.stored_bytes(number) for number in range(model.layers)]
+        self._on_progress = on_progress
+
+    def run(self) -> None:
+        first = self.files.done
+        self.report(first)
+        if first == self.model.layers:
+            return
+        self.files.check_disk(self._disk)
+        with self.files.streams() as streams:
+
+            def keep(chosen: slice, entering: Tensor) -> None:
+                if not first:
+                    for stream in streams:
+                        stream.entering(0).write(chosen, entering)
+
+            with self.model.walk.entered(self.windows, self.batches, keep) as passing:
+                for number in range(first, len(self._sizes)):
+                    with passing.layer(number) as module:
+                        results = _Layer(
+                            self, passing, number, module, self.model.linears(number), *streams
+                        ).calibrate()
+                        self.model.targets.held.clear()
+                    for stream in streams:
+                        stream.leaving(number).sync()
+                    self.files.write(number, results)
+                    self.report(number + 1)
+
+    def report(self, layers: int, further: int = 0) -> None:
+        """Say how far it is: so many layers, and `further` bytes of the one in work."""
+        self._on_progress(sum(self._sizes[:layers]) + further, sum(self._sizes))
+
+    def check_stop(self) -> None:
+        if self.stop.signal_number is not None:
+            raise Stopped("stopped by a signal; run the same command again to go on", self.stop.signal_number)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One decoder layer with its weights, and both streams before and after it.
+
+    `originals` are targets of weights that have been replaced, kept only where the reference stream has to run again.
+    """
+
+    run: _Calibration
+    passing: Passing
+    number: int
+    module: nn.Module
+    linears: Linears
+    reference: Stream
+    quantized: Stream
+    originals: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def crosses(self) -> bool:
+        """Whether inputs of both streams are wanted side by side."""
+        return self.run.options.needs_cross
+
+    def calibrate(self) -> Sequence[Result]:
+        """Have both streams pass; return what was chosen for the layer's weights."""
+        recorder = Recorder()
+        self._pass(self.reference, recorder)
+        groups = [*recorder.groups, *(Group([name]) for name in recorder.missing(self.linears))]
+        results: list[Result] = []
+        for group in groups:
+            inputs = self.linears[group.names[0]]
+            statistics = self._moments(group).statistics(inputs.in_features, inputs.weight.device)
+            for name in group.names:
+                self.run.check_stop()
+                results.append(self._choose(name, statistics))
+            self.run.report(self.number, sum(self._stored_bytes(each.name) for each in results))
+        self._pass(self.quantized, None)
+        return results
+
+    def _stored_bytes(self, name: str) -> int:
+        return self.run.model.targets.stored_bytes(name)
+
+    def _pass(self, stream: Stream, recorder: Recorder | None) -> None:
+        """Take a stream through the whole layer."""
+        entering, leaving = stream.entering(self.number), stream.leaving(self.number)
+        for chosen in self.run.batches:
+            self.run.check_stop()
+            with recorder.watching(self.linears) if recorder else nullcontext():
+                found = self.passing.through(self.module, self.number, entering.read(chosen))
+            leaving.write(chosen, found)
+
+    def _moments(self, group: Group) -> Moments:
+        """Second moments of what enters a group, with all that was chosen before it in place."""
+        moments = Moments(self.crosses)
+        for chosen in self.run.batches:
+            self.run.check_stop()
+            inputs: Sequence[Tensor | None] = self._inputs(self.quantized, group, chosen)
+            references: Sequence[Tensor | None] = [None] * len(inputs)
+            if self.crosses:
+                with _replaced(self.linears, self.originals):
+                    references = self._inputs(self.reference, group, chosen)
+            for given, reference in zip_longest(inputs, references):
+                if given is not None:
+                    moments.add(given, reference)
+        return moments
+
+    def _inputs(self, stream: Stream, group: Group, chosen: slice) -> list[Tensor]:
+        """What enters a group for a batch of sequences: a tensor [..., in] for every time that it runs."""
+        seen: list[Tensor] = []
+        name = group.names[0]
+
+        def note(_: str, given: Tensor) -> None:
+            seen.append(given)
+            if len(seen) == group.runs:
+                raise Enough
+
+        hidden = stream.entering(self.number).read(chosen)
+        with suppress(Enough), listening({name: self.linears[name]}, note):
+            self.passing.through(self.module, self.number, hidden)
+        return seen
+
+    def _choose(self, name: str, statistics: Statistics) -> Result:
+        """Choose a weight's codes, and let it be what they stand for from here on."""
+        held, linear = self.run.model.targets.held.pop(name), self.linears[name]
+        target, step = linear.weight.data, held.step
+        directions = directions_of(held, target) if self.run.options.preserve_delta else None
+        chosen = feedback(target, statistics, step.encoder, self.run.options, directions, held.base())
+        parts, kept = held.packed(chosen)
+        values = _values(chosen, step.encoder).view(target.shape)
+        delta = held.difference(target) if step.updates else None
+        notes = _notes(target, values, delta, statistics)
+        if self.crosses:
+            self.originals[name] = target
+        assign(linear, "weight", values)
+        return Result(name, step.specs, parts, kept, notes)
+
+
+@contextmanager
+def _replaced(linears: Linears, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Linear layers with other weights."""
+    before = {name: linears[name].weight.data for name in weights}
+    for name, weight in weights.items():
+        assign(linears[name], "weight", weight)
+    try:
+        yield
+    finally:
+        for name, weight in before.items():
+            assign(linears[name], "weight", weight)
+
+
+def _values(chosen: Chosen, encoder: Encoder) -> Tensor:
+    """What a loader makes of chosen codes, float32, flat."""
+    assert encoder.grid is not None
+    scales = chosen.scales if chosen.keeps_base else encoder.effective_scales(chosen.scales)
+    values = torch.empty(chosen.codes.numel(), device=chosen.codes.device)
+    kernels = kernels_for(values.device)
+    kernels.decode(chosen.codes, encoder.grid, scales, encoder.dequantized_dtype, values)
+    return values
+
+
+def _notes(
+    target: Tensor, values: Tensor, delta: Tensor | None, statistics: Statistics
+) -> Mapping[str, float]:
+    """See Calibrated."""
+    errors = target - values
+    moved = errors @ statistics.hessian
+    lost = _inner(moved, errors)
+    whole = _inner(torch.mm(target, statistics.hessian, out=moved), target)
+    notes = {"tokens": float(statistics.tokens)}
+    if whole > 0:
+        notes["relative_error"] = math.sqrt(max(0.0, lost) / whole)
+    if delta is not None:
+        torch.mm(delta, statistics.hessian, out=moved)
+        size = _inner(moved, delta)
+        if size > 0:
+            notes["kept_h"] = 1 - _inner(moved, errors) / size
+    return notes
+
+
+def _inner(left: Tensor, right: Tensor) -> float:
+    return float((left * right).sum(dtype=torch.float64))

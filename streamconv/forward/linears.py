@@ -1,0 +1,48 @@
+"""Which stored weights are linear layers inside a model's decoder layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from streamconv.forward.names import find_sources
+from streamconv.forward.skeleton import Skeleton, build_skeleton
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """`weights` of linear layers inside the decoder layers, stored as they are used; how many `positions` the model has
+    (None: any number), and the `version` of transformers that says so.
+    """
+
+    weights: frozenset[str]
+    positions: int | None
+    version: str
+
+
+def find_layers(config: Mapping[str, Any], location: str, names: Iterable[str]) -> Layers:
+    """Of a model with this config and stored weights of these `names`.
+
+    Raises UnsupportedError for a model that cannot be walked layer by layer.
+    """
+    skeleton = build_skeleton(config, location, torch.float32)
+    inside = tuple(f"{path}." for path in skeleton.layers)
+    weights = {
+        sources.weights[0][0]
+        for parameter, sources in find_sources(skeleton, names).items()
+        if sources.converter is None and parameter.startswith(inside) and _is_linear(skeleton, parameter)
+    }
+    positions = getattr(skeleton.text_config, "max_position_embeddings", None)
+    return Layers(
+        frozenset(weights), positions if isinstance(positions, int) else None, transformers.__version__
+    )
+
+
+def _is_linear(skeleton: Skeleton, parameter: str) -> bool:
+    module, _, last = parameter.rpartition(".")
+    return last == "weight" and isinstance(skeleton.module(module), nn.Linear)

@@ -1,0 +1,175 @@
+"""A weight's columns gone through in order, each with the errors of others fed to it: feedback and descent.
+
+With H = M Mᵀ, M upper triangular, and E = T - Q a row's code is the nearest to
+
+    feedback  x_j = t_j + Σ_{k<j} e_k M_kj / M_jj    (GPTQ, arXiv 2210.17323, without its inverse)
+    descent   x_j = t_j + Σ_{k≠j} e_k H_kj / H_jj
+
+so the two differ by a matrix. Feedback makes the loss Σ_j M_jj² (x_j - q_j)²; a step of descent never raises it.
+
+With moments G of the outputs, errors of other rows are fed to a row as well (YAQA, Tseng et al. 2025, arXiv
+2505.22988). Both matrices scaled to a diagonal of ones, C_G and C_H, be they factors or moments:
+
+    N = C_Gᵀ E,   x_ij = t_ij - e_ij + (N C_H)_ij
+
+In feedback only errors above and to the left count, so any order does that goes down and to the right: here tiles of
+64 by 64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from streamconv.kernels import kernels_for
+from streamconv.rounding.layer import (
+    PANEL,
+    Layer,
+    Solution,
+    better,
+    better_rows,
+    losses,
+    panels,
+    shared,
+    solution,
+    stretches,
+)
+from streamconv.rounding.metric import Metric
+
+
+def fed(layer: Layer, scales: Tensor) -> Solution:
+    """Codes by one pass of feedback."""
+    codes = torch.zeros_like(layer.target, dtype=torch.uint8)
+    if layer.outputs is not None:
+        errors = torch.zeros_like(layer.target)
+        _settle_tiles(layer, layer.outputs, scales, codes, errors, is_first=True)
+        return solution(layer, codes, errors)
+
+    def feed(rows: slice) -> Solution:
+        target = layer.target[:, rows].contiguous()
+        codes, errors = torch.zeros_like(target, dtype=torch.uint8), torch.zeros_like(target)
+        _settle_rows(layer, target, layer.spread(scales, rows), codes, errors, is_first=True)
+        return Solution(codes, errors, losses(layer, errors))
+
+    return _joined(shared(layer, feed))
+
+
+def descended(layer: Layer, scales: Tensor, start: Solution, sweeps: int) -> Solution:
+    """`start` after at most `sweeps` of descent over all columns; nothing is taken that does not lower the loss."""
+    if not sweeps:
+        return start
+    if layer.outputs is not None:
+        return _descended_together(layer, layer.outputs, scales, start, sweeps)
+
+    def descend(rows: slice) -> Solution:
+        target, spread = layer.target[:, rows].contiguous(), layer.spread(scales, rows)
+        best = Solution(
+            start.codes[:, rows].contiguous(), start.errors[:, rows].contiguous(), start.losses[rows]
+        )
+        for _ in range(sweeps):
+            codes, errors = best.codes.clone(), best.errors.clone()
+            _settle_rows(layer, target, spread, codes, errors, is_first=False)
+            if torch.equal(codes, best.codes):
+                break
+            best = better_rows(best, Solution(codes, errors, losses(layer, errors)))
+        return best
+
+    return _joined(shared(layer, descend))
+
+
+def _descended_together(
+    layer: Layer, outputs: Metric, scales: Tensor, start: Solution, sweeps: int
+) -> Solution:
+    best = start
+    for _ in range(sweeps):
+        codes, errors = best.codes.clone(), best.errors.clone()
+        _settle_tiles(layer, outputs, scales, codes, errors, is_first=False)
+        if torch.equal(codes, best.codes):
+            break
+        best = better(layer, best, solution(layer, codes, errors))
+    return best
+
+
+def _joined(parts: list[Solution]) -> Solution:
+    return Solution(
+        torch.cat([part.codes for part in parts], dim=1),
+        torch.cat([part.errors for part in parts], dim=1),
+        torch.cat([part.losses for part in parts]),
+    )
+
+
+def _settle_rows(
+    layer: Layer, target: Tensor, spread: Tensor, codes: Tensor, errors: Tensor, *, is_first: bool
+) -> None:
+    """Go through the columns of some rows, which are on their own; all are [in, rows]."""
+    matrix = layer.inputs.factor if is_first else layer.inputs.matrix
+    kernels = kernels_for(target.device)
+    for panel in panels(layer):
+        reach = slice(0, panel.start if is_first else layer.columns)
+        diagonal = matrix.diagonal()[panel]
+        pull = (matrix[reach, panel].T @ errors[reach]).div_(diagonal[:, None]).sub_(errors[panel])
+        kernels.settle(
+            target[panel],
+            pull,
+            matrix[panel, panel] / diagonal,
+            None,
+            layer.grid,
+            spread[panel],
+            layer.dtype,
+            codes[panel],
+            errors[panel],
+            is_first,
+        )
+
+
+def _settle_tiles(
+    layer: Layer, outputs: Metric, scales: Tensor, codes: Tensor, errors: Tensor, *, is_first: bool
+) -> None:
+    """Go through the columns of all rows, a tile of some of both at a time."""
+    by_column, by_row = (
+        matrix / matrix.diagonal()
+        for matrix in (
+            (layer.inputs.factor, outputs.factor) if is_first else (layer.inputs.matrix, outputs.matrix)
+        )
+    )
+    mixed, spread = errors @ by_row, layer.spread(scales, slice(None))
+    for panel in panels(layer):
+        reach = slice(0, panel.start if is_first else layer.columns)
+        pulls, coupling = by_column[reach, panel].T @ mixed[reach], by_column[panel, panel]
+        before = mixed[panel].clone()
+        for rows in stretches(layer.rows, PANEL):
+            # What rows of this panel that were settled already have done to the ones that come now.
+            pull = coupling.T @ (mixed[panel, rows] - before[:, rows])
+            pull.add_(pulls[:, rows]).sub_(errors[panel, rows])
+            tile = (codes[panel, rows], errors[panel, rows])
+            given = (layer.target[panel, rows], pull, coupling, by_row[rows, rows], spread[panel, rows])
+            changes = _settle_tile(layer, *given, *tile, is_first=is_first)
+            mixed[panel] += changes @ by_row[rows]
+
+
+def _settle_tile(
+    layer: Layer,
+    target: Tensor,
+    pull: Tensor,
+    coupling: Tensor,
+    by_row: Tensor,
+    scales: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    *,
+    is_first: bool,
+) -> Tensor:
+    """The changes of `errors`. Element after element, which is no work for a GPU: a tile comes to the CPU for it."""
+    target, pull, coupling, by_row, scales = (
+        each.cpu().contiguous() for each in (target, pull, coupling, by_row, scales)
+    )
+    settled, remaining = (
+        each.to("cpu", copy=True, memory_format=torch.contiguous_format) for each in (codes, errors)
+    )
+    kernels_for(target.device).settle(
+        target, pull, coupling, by_row, layer.grid, scales, layer.dtype, settled, remaining, is_first
+    )
+    changes = remaining.to(errors.device) - errors
+    codes.copy_(settled)
+    errors.copy_(remaining)
+    return changes

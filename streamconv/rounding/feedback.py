@@ -1,0 +1,189 @@
+"""Error feedback: codes and scales with which a layer's output changes least on calibration text.
+
+With inputs X of N tokens and H = XᵀX / N the mean squared error of a layer's output is tr(E H Eᵀ), E = T - Q. Codes
+are chosen column by column and improved by descent (`columns.py`); scales are searched first and then fitted to the
+codes. The best of all that was tried is kept, so that more work is never worse in the metric of the calibration text.
+
+The update survives to first order where errors are orthogonal to the adapter's input directions A, E Aᵀ = 0.
+Preserving the delta adds these to the inputs: H' = H + μ tr(H) / ||A||² AᵀA.
+
+With the inputs Z that the quantized layers before produce and C = XᵀZ / N, the error of the output is ||X Tᵀ - Z Qᵀ||²,
+which is that of the target T + T (C - H) H⁻¹ in the metric of H = ZᵀZ / N: the asymmetric calibration of GPTAQ (Li et
+al. 2025, arXiv 2504.02692), solved exactly.
+
+Where gradients tell what an output counts for the model, G = mean of dy dyᵀ, the error is tr(G E H' Eᵀ): a Kronecker
+factored approximation of the model's own loss (K-FAC, Martens and Grosse 2015, arXiv 1503.05671).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from streamconv.dtypes import Dtype
+from streamconv.grids import Grid
+from streamconv.kernels import kernels_for
+from streamconv.rounding.columns import descended, fed
+from streamconv.rounding.layer import Layer, Solution, better, coded, rounded, turn
+from streamconv.rounding.metric import Statistics, compensated, factored, preserving
+from streamconv.rounding.scales import greatest, refitted, searched
+
+__all__ = ["BaseOnGrid", "Chosen", "FeedbackOptions", "Statistics", "Storage", "feedback"]
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackOptions:
+    """How much is done, and for what.
+
+    `damping`: of H', in units of its mean diagonal. `preserve_delta`: μ. `sweeps`: of descent after each feedback.
+    `refits`: times that scales are fitted to the codes and codes chosen anew. `asymmetry`: the share of the way to the
+    target that makes up for the inputs' errors; 0 stays at T. `output_damping`: of G, likewise.
+    """
+
+    damping: float = 0.001
+    preserve_delta: float = 0.3
+    sweeps: int = 3
+    refits: int = 2
+    asymmetry: float = 1.0
+    output_damping: float = 0.1
+
+    @property
+    def needs_cross(self) -> bool:
+        """Whether anything is done with `Statistics.cross`."""
+        return self.asymmetry != 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BaseOnGrid:
+    """Where the base lies on the output's grid: codes (uint8, flat) and effective scales (float32, one a block)."""
+
+    codes: Tensor
+    scales: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chosen:
+    """Codes (uint8, flat) and scales (float32, one a block), for an encoder's `pack` and `finish`.
+
+    `keeps_base`: the scales are the effective ones of the base and its side parts stay, to be given to `finish` as
+    `kept`; where all codes stay too, so does the weight.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    keeps_base: bool
+
+
+class Storage(Protocol):
+    """What has to be known of an encoder; see `formats/base.py`."""
+
+    @property
+    def grid(self) -> Grid | None: ...
+
+    @property
+    def dequantized_dtype(self) -> Dtype: ...
+
+    def effective_scales(self, scales: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Scales:
+    """Scales as an encoder is given them, and as a loader will have them; `is_base` where the base has these."""
+
+    raw: Tensor
+    effective: Tensor
+    is_base: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Candidate:
+    scales: _Scales
+    solution: Solution
+
+    @property
+    def loss(self) -> float:
+        return self.solution.loss
+
+
+def feedback(
+    target: Tensor,
+    statistics: Statistics,
+    encoder: Storage,
+    options: FeedbackOptions,
+    directions: Tensor | None = None,
+    base: BaseOnGrid | None = None,
+) -> Chosen:
+    """Codes and scales for `target` [out, in] (float32), the best found in the metric of H'.
+
+    `directions` are the adapter's A [r, in]. Errors are those of what a loader will multiply by, its cast to the
+    weight's own type included. A target that equals the base keeps the base. Raises InputError where `statistics` are
+    not finite or have no factor.
+    """
+    grid, dtype = encoder.grid, encoder.dequantized_dtype
+    assert grid is not None, "feedback chooses codes, and this format has none"
+    if base is not None and _is_base(target, base, grid, dtype):
+        return Chosen(base.codes, base.scales, keeps_base=True)
+    layer = _layer(target, statistics, encoder, options, directions)
+    best = min(_starts(layer, encoder, base), key=lambda each: each.loss)
+    best = _polished(layer, best, options.sweeps)
+    for _ in range(options.refits if layer.columns % grid.block == 0 else 0):
+        trial = _polished(layer, _refitted(layer, encoder, best), options.sweeps)
+        if trial.loss >= best.loss:
+            break
+        best = trial
+    return Chosen(layer.flat(best.solution.codes), best.scales.raw, best.scales.is_base)
+
+
+def _layer(
+    target: Tensor,
+    statistics: Statistics,
+    encoder: Storage,
+    options: FeedbackOptions,
+    directions: Tensor | None,
+) -> Layer:
+    grid = encoder.grid
+    assert grid is not None
+    matrix = preserving(statistics.hessian, options.preserve_delta, directions)
+    inputs, outputs = factored(matrix, options.damping), None
+    if statistics.output_hessian is not None:
+        outputs = factored(statistics.output_hessian, options.output_damping)
+    moved = compensated(target, statistics, inputs, options.asymmetry)
+    return turn(moved, inputs, outputs, grid, encoder.dequantized_dtype)
+
+
+def _is_base(target: Tensor, base: BaseOnGrid, grid: Grid, dtype: Dtype) -> bool:
+    values = torch.empty(target.numel(), dtype=torch.float32, device=target.device)
+    kernels_for(target.device).decode(base.codes, grid, base.scales, dtype, values)
+    return torch.equal(values, target.reshape(-1))
+
+
+def _starts(layer: Layer, encoder: Storage, base: BaseOnGrid | None) -> Iterator[_Candidate]:
+    """Solutions with greatest magnitudes for scales, with searched ones, and with the base's own."""
+    scales = _stored(encoder, greatest(layer))
+    yield _Candidate(scales, rounded(layer, scales.effective))
+    scales = _stored(encoder, searched(layer))
+    nearest = rounded(layer, scales.effective)
+    yield _Candidate(scales, better(layer, fed(layer, scales.effective), nearest))
+    if base is not None:
+        scales = _Scales(base.scales, base.scales, is_base=True)
+        stays = coded(layer, base.scales, base.codes)
+        yield _Candidate(scales, better(layer, fed(layer, base.scales), stays))
+
+
+def _refitted(layer: Layer, encoder: Storage, best: _Candidate) -> _Candidate:
+    """Scales fitted to the codes of `best`, and either these codes or new ones."""
+    scales = _stored(encoder, refitted(layer, best.scales.effective, best.solution))
+    stay = coded(layer, scales.effective, layer.flat(best.solution.codes))
+    return _Candidate(scales, better(layer, fed(layer, scales.effective), stay))
+
+
+def _stored(encoder: Storage, raw: Tensor) -> _Scales:
+    return _Scales(raw, encoder.effective_scales(raw))
+
+
+def _polished(layer: Layer, start: _Candidate, sweeps: int) -> _Candidate:
+    return _Candidate(start.scales, descended(layer, start.scales.effective, start.solution, sweeps))

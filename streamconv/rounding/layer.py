@@ -1,0 +1,169 @@
+"""A layer's weight as it is rounded: turned on its side, in the order of its metric; and solutions, with their loss.
+
+With E = T - Q, H = M_H M_Hᵀ of the inputs and G = M_G M_Gᵀ of the outputs, both M upper triangular, the loss is
+tr(G E H Eᵀ) = ||M_Gᵀ E M_H||². Without G rows count alike and do not know of each other: the loss is a sum of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from streamconv.dtypes import Dtype
+from streamconv.grids import Grid
+from streamconv.kernels import kernels_for
+from streamconv.rounding.metric import Metric
+
+# Columns gone through one by one before a matrix product carries their errors to the others.
+PANEL = 64
+# Rows worked on at once by a thread of a CPU: enough for fast matrix products, few enough to share out; whole cells.
+ROWS = 128
+_DEVICE_ROWS = 4096
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """`target` is [in, out], its columns in the order of `inputs`, its rows in that of `outputs`, if there are these.
+
+    `dtype` is what a loader rounds dequantized values to.
+    """
+
+    target: Tensor
+    inputs: Metric
+    outputs: Metric | None
+    grid: Grid
+    dtype: Dtype
+
+    @property
+    def columns(self) -> int:
+        return self.target.shape[0]
+
+    @property
+    def rows(self) -> int:
+        return self.target.shape[1]
+
+    def flat(self, turned: Tensor) -> Tensor:
+        """`turned` [in, out] as a file has it: flat, row by row."""
+        upright = turned[self.inputs.places].T
+        return (upright if self.outputs is None else upright[self.outputs.places]).reshape(-1)
+
+    def turned(self, flat: Tensor) -> Tensor:
+        """Undo `flat`."""
+        return _turned(flat.view(self.rows, self.columns), self.inputs, self.outputs)
+
+    def spread(self, scales: Tensor, rows: slice) -> Tensor:
+        """The scale of every element of `rows`, [in, rows]. A block may run on from one row into the next."""
+        if self.outputs is None:
+            first = torch.arange(self.rows, device=scales.device)[rows]
+        else:
+            first = self.outputs.order[rows]
+        return scales[(first * self.columns + self.inputs.order[:, None]) // self.grid.block]
+
+
+def turn(target: Tensor, inputs: Metric, outputs: Metric | None, grid: Grid, dtype: Dtype) -> Layer:
+    """The layer of `target` [out, in]."""
+    return Layer(_turned(target, inputs, outputs), inputs, outputs, grid, dtype)
+
+
+def _turned(upright: Tensor, inputs: Metric, outputs: Metric | None) -> Tensor:
+    upright = upright if outputs is None else upright[outputs.order]
+    return upright.T[inputs.order].contiguous()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Solution:
+    """Codes (uint8) and errors T - Q (float32), [in, out]; and what each row adds to the loss, float64."""
+
+    codes: Tensor
+    errors: Tensor
+    losses: Tensor
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.sum())
+
+
+def rounded(layer: Layer, scales: Tensor) -> Solution:
+    """The nearest codes."""
+    flat = layer.flat(layer.target)
+    codes = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
+    kernels_for(flat.device).nearest(flat, layer.grid, scales, codes)
+    return coded(layer, scales, codes)
+
+
+def coded(layer: Layer, scales: Tensor, codes: Tensor) -> Solution:
+    """These `codes` (flat)."""
+    values = torch.empty(codes.numel(), dtype=torch.float32, device=codes.device)
+    kernels_for(codes.device).decode(codes, layer.grid, scales, layer.dtype, values)
+    return solution(layer, layer.turned(codes), layer.target - layer.turned(values))
+
+
+def solution(layer: Layer, codes: Tensor, errors: Tensor) -> Solution:
+    """With its loss: a sum of squares, which no cancellation can spoil."""
+    if layer.outputs is not None:
+        return Solution(codes, errors, losses(layer, errors))
+    parts = shared(layer, lambda rows: losses(layer, errors[:, rows].contiguous()))
+    return Solution(codes, errors, torch.cat(parts))
+
+
+def losses(layer: Layer, errors: Tensor) -> Tensor:
+    """What each row adds to the loss, float64.
+
+    `errors` are [in, rows], of all rows, or of any of them where rows are on their own.
+    """
+    factor, found = (
+        layer.inputs.factor,
+        torch.zeros(errors.shape[1], dtype=torch.float64, device=errors.device),
+    )
+    for panel in panels(layer):
+        seen = factor[: panel.stop, panel].T @ errors[: panel.stop]
+        if layer.outputs is not None:
+            seen = seen @ layer.outputs.factor
+        found += seen.double().square_().sum(0)
+    return found
+
+
+def better(layer: Layer, left: Solution, right: Solution) -> Solution:
+    """Of two solutions with the same scales the better one, row by row where rows are on their own; else `left`."""
+    if layer.outputs is not None:
+        return right if right.loss < left.loss else left
+    return better_rows(left, right)
+
+
+def better_rows(left: Solution, right: Solution) -> Solution:
+    takes_right = right.losses < left.losses
+    return Solution(
+        torch.where(takes_right, right.codes, left.codes),
+        torch.where(takes_right, right.errors, left.errors),
+        torch.where(takes_right, right.losses, left.losses),
+    )
+
+
+def panels(layer: Layer) -> list[slice]:
+    """The columns, some at a time."""
+    return stretches(layer.columns, PANEL)
+
+
+def stretches(count: int, length: int) -> list[slice]:
+    return [slice(first, min(first + length, count)) for first in range(0, count, length)]
+
+
+def shared(layer: Layer, work: Callable[[slice], Part]) -> list[Part]:
+    """What `work` makes of all rows, some at a time, in order.
+
+    On a CPU by as many threads as torch has, each with matrix products of its own: how many there are changes no bit.
+    """
+    if layer.target.device.type != "cpu":
+        return [work(rows) for rows in stretches(layer.rows, _DEVICE_ROWS)]
+    parts = stretches(layer.rows, ROWS)
+    # The setting is a thread's own: with more, products would be split as the number of threads has it.
+    threads = min(torch.get_num_threads(), len(parts))
+    with ThreadPoolExecutor(threads, "streamconv-rows", torch.set_num_threads, (1,)) as pool:
+        return list(pool.map(work, parts))

@@ -1,0 +1,103 @@
+"""The metric in which a layer's rounding errors count: second moments, made fit to be factored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamconv.errors import InputError
+
+_DAMPING_TRIES = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Statistics:
+    """What calibration text says of a layer: means over `tokens`, float32.
+
+    `hessian` is ZᵀZ / N [in, in] of the inputs Z that the quantized layers before produce, `cross` XᵀZ / N [in, in]
+    with the inputs X that unquantized ones would; None where these were not kept, or are the same. `output_hessian` is
+    the mean of dy dyᵀ [out, out] with dy the gradient, by the layer's output, of -log p of a next token drawn from the
+    model's own p; None where that was not computed.
+    """
+
+    hessian: Tensor
+    cross: Tensor | None
+    tokens: int
+    output_hessian: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Metric:
+    """Second moments and their factor, `matrix` = M Mᵀ with M upper triangular; float32, in the order of `order`.
+
+    `order` tells where each of its places is in the weight, the greatest moment first; `places` is its inverse.
+    """
+
+    matrix: Tensor
+    factor: Tensor
+    order: Tensor
+    places: Tensor
+
+
+def preserving(hessian: Tensor, share: float, directions: Tensor | None) -> Tensor:
+    """H + μ tr(H) / ||A||² AᵀA with μ = `share` and A = `directions` [r, in]."""
+    size = 0.0 if directions is None else float(directions.square().sum())
+    if directions is None or not size or not share:
+        return hessian
+    return torch.addmm(hessian, directions.T, directions, alpha=share * float(hessian.trace()) / size)
+
+
+def factored(moments: Tensor, damping: float) -> Metric:
+    """`moments` with `damping` times their mean on the diagonal, ten times as much where that is too little, and so on.
+
+    What is always 0 counts like the mean. Raises InputError where moments are not finite, or no factor is found.
+    """
+    if not bool(moments.sum().isfinite()):
+        raise InputError(
+            "activations on the calibration text are NaN or infinite, expected finite numbers; look for NaN in the "
+            "base and for an adapter that diverged in training"
+        )
+    diagonal = moments.diagonal().clone()
+    mean = float(diagonal.sum()) / max(int((diagonal > 0).sum()), 1) or 1.0
+    diagonal[diagonal <= 0] = mean
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    matrix = moments[order].index_select(1, order)
+    matrix.diagonal().copy_(diagonal[order])
+    return Metric(matrix, _damp(matrix, damping, mean), order, torch.argsort(order))
+
+
+def _damp(matrix: Tensor, damping: float, mean: float) -> Tensor:
+    """Add to the diagonal of `matrix` what it takes; return its factor, computed in float64 on the CPU."""
+    for share in (damping * 10**tries for tries in range(_DAMPING_TRIES)):
+        factor = _factor(matrix, share * mean)
+        if factor is not None:
+            matrix.diagonal().add_(share * mean)
+            return factor
+    raise InputError(
+        f"the second moments of a layer's inputs have no Cholesky factor with {share:g} of their mean added to the "
+        "diagonal, expected positive definite ones; give more calibration text"
+    )
+
+
+def _factor(matrix: Tensor, damping: float) -> Tensor | None:
+    """M for `matrix` + `damping` I, from the lower factor of the matrix turned about; None where it has none."""
+    turned = matrix.flip(0, 1).cpu().double()
+    turned.diagonal().add_(damping)
+    lower, failed = torch.linalg.cholesky_ex(turned)
+    del turned
+    return None if int(failed) else lower.to(matrix.device, torch.float32).flip(0, 1)
+
+
+def compensated(target: Tensor, statistics: Statistics, inputs: Metric, share: float) -> Tensor:
+    """T + `share` T (C - H) H'⁻¹ for the `target` T [out, in]: the weight that best makes up for its inputs' errors."""
+    if statistics.cross is None or not share:
+        return target
+    missing = target @ (statistics.cross - statistics.hessian)
+    factor = inputs.factor.cpu().double()
+    change = missing[:, inputs.order].T.cpu().double()
+    change = torch.linalg.solve_triangular(factor, change, upper=True)
+    change = torch.linalg.solve_triangular(factor.T, change, upper=False)[inputs.places].T
+    moved: Tensor = target + share * change.to(target.device, torch.float32)
+    return moved

@@ -1,0 +1,66 @@
+"""Scales of a layer's blocks: searched for a target, and fitted to codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from streamconv.kernels import kernels_for
+from streamconv.rounding.layer import Layer, Solution, shared
+
+# Added to the diagonal of a row's system, in units of its mean: two blocks may have proportional effects.
+_RIDGE = 1e-4
+
+
+def greatest(layer: Layer) -> Tensor:
+    """The blocks' greatest magnitudes."""
+    target, block = layer.flat(layer.target), layer.grid.block
+    scales = torch.empty(-(-target.numel() // block), dtype=torch.float32, device=target.device)
+    return kernels_for(target.device).absmax(target, block, scales)
+
+
+def searched(layer: Layer) -> Tensor:
+    """Scales with the least squared error found. (Weighed by H_jj they did a little worse on text.)"""
+    target, columns, block = layer.flat(layer.target), layer.columns, layer.grid.block
+
+    def search(rows: slice) -> Tensor:
+        values = target[rows.start * columns : rows.stop * columns]
+        scales = torch.empty(-(-values.numel() // block), dtype=torch.float32, device=values.device)
+        kernels_for(values.device).search(values, layer.grid, None, scales)
+        return scales
+
+    return torch.cat(shared(layer, search))
+
+
+def refitted(layer: Layer, scales: Tensor, found: Solution) -> Tensor:
+    """The scales with which the codes of `found` have the least loss; for weights whose blocks end with rows.
+
+    With v_g a row's values in block g and 0 elsewhere they are the old ones plus δ, Σ_h v_gᵀ H v_h δ_h = v_gᵀ H e. With
+    outputs' moments e is what the errors of all rows come to for this one, Σ_k G_ik e_k / G_ii. A scale that would not
+    stay on its side of 0 is kept.
+    """
+    errors, outputs = found.errors, layer.outputs
+    if outputs is not None:
+        errors = errors @ (outputs.matrix / outputs.matrix.diagonal())
+    changes = torch.cat(shared(layer, lambda rows: _changes(layer, found.codes[:, rows], errors[:, rows])))
+    if outputs is not None:
+        changes = changes[outputs.places]
+    fitted = scales + changes.reshape(-1)
+    return torch.where(fitted * scales > 0, fitted, scales)
+
+
+def _changes(layer: Layer, codes: Tensor, errors: Tensor) -> Tensor:
+    """δ above of some rows, [rows, blocks of a row]."""
+    matrix, places, block = layer.inputs.matrix, layer.inputs.places, layer.grid.block
+    values = layer.grid.decode(codes)[places].div_(layer.grid.peak)
+    count = layer.columns // block
+    wanted = (matrix @ errors)[places].mul_(values).view(count, block, -1).sum(1)
+    system = wanted.new_empty(count, *wanted.shape)
+    for number, columns in enumerate(places.view(count, block)):
+        products = matrix[columns][:, places].T @ values[number * block : (number + 1) * block]
+        system[number] = products.mul_(values).view(count, block, -1).sum(1)
+    systems = system.permute(2, 0, 1).double()
+    diagonal = systems.diagonal(dim1=1, dim2=2)
+    diagonal.add_(_RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny)
+    changes: Tensor = torch.linalg.solve(systems, wanted.T.double())
+    return changes.float()

@@ -1,0 +1,37 @@
+"""Search: nearest rounding with scales that make the squared error small.
+
+A loader multiplies codes by a float a block, which need not be the block's greatest magnitude. Tried are, for the least
+error Σ (t_j - a c_j)² of a block, fractions a of that magnitude, and then a = <c, t> / <c, c>, which is best for the
+codes c of the best one so far (Lloyd 1982, "Least squares quantization in PCM"). No calibration text is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamconv.grids import Grid
+from streamconv.kernels import kernels_for
+from streamconv.rounding.base import Context
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Codes are the nearest with what a loader makes of the scales: where these are stored rounded, they come first."""
+
+    name: str = "search"
+    needs_noise: bool = False
+    keeps_scales: bool = False
+    calibrated: bool = False
+    searches_scales: bool = True
+
+    def choose(self, target: Tensor, grid: Grid, context: Context, codes: Tensor) -> Tensor:
+        """See Rounding."""
+        kernels, scales = kernels_for(target.device), context.scales
+        if scales is None:
+            blocks = -(-target.numel() // grid.block)
+            scales = torch.empty(blocks, dtype=torch.float32, device=target.device)
+            kernels.search(target, grid, None, scales)
+        return kernels.nearest(target, grid, scales, codes)

@@ -1,0 +1,145 @@
+"""A calibration that was stopped goes on to the same bytes, and takes nothing that is not its own."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamconv.calibration import walk
+from streamconv.calibration.layer_files import LayerFiles
+from streamconv.calibration.need import calibration_need
+from streamconv.errors import ResourceError, Stopped
+from streamconv.executor import StopRequest
+from streamconv.forward.activations import ActivationFile
+from tests.calibration.subjects import (
+    TOKENS,
+    calibrated,
+    layer_bytes,
+    save_subject,
+    subject_in,
+)
+from tests.forward.texts import numbers, words
+from tests.tiny import llama_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = llama_config()
+    config.num_hidden_layers = 3
+    folder = save_subject(tmp_path_factory.mktemp("resumed"), config)
+    (folder / "other.txt").write_text(words(numbers(3000)[1000:]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> dict[str, bytes]:
+    calibrated(subject_in(folder), folder / "whole")
+    return layer_bytes(folder / "whole")
+
+
+def stopped_after(folder: Path, work: Path, least: int) -> None:
+    """Have a run stop when at least so many bytes are done."""
+    stop = StopRequest()
+
+    def look(done: int, total: int) -> None:
+        del total
+        if done >= least:
+            stop.signal_number = signal.SIGTERM
+
+    with pytest.raises(Stopped):
+        calibrated(subject_in(folder), work, look, stop)
+
+
+def test_stopped_in_every_layer(folder: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    size = calibration_need(subject_in(folder)).read // 3
+    for layer in range(3):
+        stopped_after(folder, tmp_path, layer * size + 1)
+        assert len(layer_bytes(tmp_path)) == layer
+    seen: list[int] = []
+    calibrated(subject_in(folder), tmp_path, lambda done, total: seen.append(done))
+    assert seen[0] == 2 * size
+    assert layer_bytes(tmp_path) == whole
+
+
+def test_killed_between_any_two_files(
+    folder: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states have been synced, and the layer's file is not there yet; or half of it is."""
+    write = LayerFiles.write
+
+    def killed(self: LayerFiles, number: int, results: object) -> None:
+        if number == 1:
+            (tmp_path / "layer-00001.partial").write_bytes(b"half")
+            raise KeyboardInterrupt
+        write(self, number, results)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LayerFiles, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            calibrated(subject_in(folder), tmp_path)
+    calibrated(subject_in(folder), tmp_path)
+    assert layer_bytes(tmp_path) == whole
+
+
+def test_a_finished_one_is_read(
+    folder: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = calibrated(subject_in(folder), folder / "whole")
+    monkeypatch.setattr(walk, "_Layer", None)
+    assert calibrated(subject_in(folder), folder / "whole") == before
+    assert not [path for path in (folder / "whole").iterdir() if path.suffix not in (".json", ".safetensors")]
+
+
+@pytest.mark.parametrize("other", ["text", "states", "torn states"])
+def test_leftovers_of_another_run(folder: Path, whole: dict[str, bytes], tmp_path: Path, other: str) -> None:
+    size = calibration_need(subject_in(folder)).read // 3
+    if other == "text":
+        calibrated(subject_in(folder, text="other.txt"), tmp_path)
+        assert layer_bytes(tmp_path) != whole
+    else:
+        stopped_after(folder, tmp_path, size)
+        for path in tmp_path.glob("reference-*"):
+            path.unlink() if other == "states" else path.write_bytes(b"torn")
+    calibrated(subject_in(folder), tmp_path)
+    assert layer_bytes(tmp_path) == whole
+
+
+def test_the_callers_threads_change_nothing(folder: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        calibrated(subject_in(folder), tmp_path)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+    assert layer_bytes(tmp_path) == whole
+
+
+def test_disk_is_what_was_planned(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+
+    def look(done: int, total: int) -> None:
+        del done, total
+        used.append(sum(path.stat().st_size for path in tmp_path.iterdir()))
+
+    need = calibration_need(subject_in(folder))
+    calibrated(subject_in(folder), tmp_path, look)
+    states = 4 * TOKENS * 32 * 4
+    assert states < max(used) <= need.disk
+    monkeypatch.setattr("streamconv.calibration.layer_files.free_bytes", lambda _: need.disk // 2)
+    with pytest.raises(ResourceError, match=r"of the calibration need .* more"):
+        calibrated(subject_in(folder, text="other.txt"), tmp_path)
+
+
+def test_hidden_states_in_a_file(tmp_path: Path) -> None:
+    states = torch.randn(5, 3, 4)
+    with ActivationFile(tmp_path / "a", (5, 3, 4)) as file:
+        file.write(slice(0, 2), states[:2])
+        file.write(slice(2, 9), states[2:])
+        file.sync()
+    with ActivationFile(tmp_path / "a", (5, 3, 4)) as file:
+        assert torch.equal(file.read(slice(1, 4)), states[1:4])
+        assert torch.equal(file.read(slice(4, 8)), states[4:])

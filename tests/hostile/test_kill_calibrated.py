@@ -1,0 +1,111 @@
+"""A calibrated merge that is killed in either pass and run again gives the same bytes; finished layers stay."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from tests.forward.texts import save_tokenizer, write_text
+from tests.hostile.commands import Commands, Outcome, fork_server
+from tests.hostile.test_kill import Tree, check_final_names, spread, tree
+from tests.tiny import llama_config, save_adapter, save_base
+
+POINTS = 10
+LAYERS = "calibration/layer-*.safetensors"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command without its --out, and what it does and gives when nobody disturbs it."""
+
+    commands: Commands
+    arguments: tuple[str, ...]
+    calls: tuple[str, ...] = ()
+    complete: Tree | None = None
+
+    def run(self, out: Path, at: int | None = None, **settings: object) -> Outcome:
+        return self.commands.run(*self.arguments, "-o", out, at=at, watermark_bytes=5000, **settings)
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    """Of a process that has what calibrates imported, too."""
+    with fork_server(
+        "streamconv.calibration.walk", "streamconv.calibration.need", "streamconv.forward.linears"
+    ) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def case(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("calibrated")
+    base = save_base(folder / "base", llama_config(), dtype=torch.bfloat16)
+    save_tokenizer(base)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    save_adapter(folder / "adapter", base, lora)
+    text = write_text(folder / "text.txt", 300)
+    paths = ("--base", base, "--adapter", folder / "adapter", "--calibration", text)
+    options = ("--quant", "nf4-dq", "--merge-base", "nf4-dq", "--device", "cpu")
+    sizes = ("--calibration-tokens", "256", "--calibration-sequence-length", "32")
+    case = Case(commands, tuple(map(str, ("merge", *paths, *options, *sizes))))
+    done = case.run(folder / "out")
+    assert done.code == 0, done.text
+    return Case(commands, case.arguments, done.calls, tree(folder / "out"))
+
+
+def layers(out: Path) -> set[str]:
+    return {path.name for path in (out / ".streamconv").glob(LAYERS)}
+
+
+def test_killed_in_either_pass_and_run_again_the_folder_is_the_same(case: Case, tmp_path: Path) -> None:
+    assert case.complete is not None
+    second_pass = max(at for at, call in enumerate(case.calls, 1) if call.startswith("replace layer-"))
+    in_first, kept = 0, 0
+    points = {*spread(second_pass, POINTS), *spread(len(case.calls), POINTS)}
+    for number, at in enumerate(sorted(points)):
+        out = tmp_path / str(at)
+        killed = case.run(out, at, tears=number % 2 == 0)
+        assert killed.code == -signal.SIGKILL
+        check_final_names(out, case.complete)
+        before = layers(out)
+        again = case.run(out)
+        assert again.code == 0, f"killed at {at}, {case.calls[at - 1]}: {again.text}"
+        assert tree(out) == case.complete, f"killed at {at}, {case.calls[at - 1]}"
+        made = {call.removeprefix("replace ") for call in again.calls if call.startswith("replace layer-")}
+        assert not made & {name.replace(".safetensors", ".partial") for name in before}
+        in_first += at <= second_pass
+        kept += bool(before)
+    assert in_first >= POINTS
+    assert kept >= 5, "no layer was done when the run was killed"
+
+
+def test_a_signal_stops_between_groups_and_keeps_the_layers_that_are_done(case: Case, tmp_path: Path) -> None:
+    assert case.complete is not None
+    out = tmp_path / "out"
+    at = 1 + next(at for at, call in enumerate(case.calls, 1) if call.startswith("replace layer-"))
+    stopped = case.run(out, at, signal=signal.SIGTERM)
+    assert stopped.code == 143
+    assert "run the same command again to go on" in stopped.text
+    assert len(layers(out)) == 1
+    assert case.run(out).code == 0
+    assert tree(out) == case.complete
+
+
+def test_another_text_does_not_go_on_with_what_was_done(case: Case, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    at = 1 + next(at for at, call in enumerate(case.calls, 1) if call.startswith("replace layer-"))
+    assert case.run(out, at).code == -signal.SIGKILL
+    other = write_text(tmp_path / "other.txt", 301)
+    place = case.arguments.index("--calibration")
+    arguments = (*case.arguments[: place + 1], str(other), *case.arguments[place + 2 :])
+    refused = case.commands.run(*arguments, "-o", out)
+    assert refused.code == 4
+    assert "holds an unfinished run with other inputs or options (calibration.name: then" in refused.text
+    assert layers(out) == {"layer-00000.safetensors"}
+    assert case.commands.run(*arguments, "-o", out, "--no-resume").code == 0

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from streamconv.cells import WeightWork, Workers
+from streamconv.formats import FORMATS
+from streamconv.grids import INT8, NF4, Grid
+from streamconv.kernels import SEARCH_FACTORS, kernels_for
+from streamconv.plan import Access, Rewrite
+from streamconv.rounding import ROUNDINGS, Context
+from tests.formats.stored import W, choose, encoder_for, normal, only_weight, stored, write
+
+SEARCH, NEAREST = ROUNDINGS["search"], ROUNDINGS["nearest"]
+NOTHING = Context(None, None, None, None)
+
+
+def errors(
+    target: Tensor, grid: Grid, codes: Tensor, scales: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Squared error of every block, float64."""
+    values = grid.decode(codes).double() * scales.double().repeat_interleave(grid.block)[: target.numel()]
+    squares = (target.double() - values / grid.peak).square()
+    squares = squares if weights is None else squares * weights
+    padded = torch.nn.functional.pad(squares, (0, scales.numel() * grid.block - target.numel()))
+    return padded.view(-1, grid.block).sum(1)
+
+
+@pytest.mark.parametrize("grid", [NF4, FORMATS["fp4"].grid, INT8.of_width(64)], ids=["nf4", "fp4", "int8"])
+def test_no_block_is_worse_than_with_its_greatest_magnitude(grid: Grid) -> None:
+    target = normal((64 * 200 + 7,))
+    searched, greatest = (
+        errors(target, grid, *choose(each, target, grid, NOTHING)) for each in (SEARCH, NEAREST)
+    )
+    # Errors are compared in float32, the winner's scale divides with one rounding more.
+    assert bool((searched <= greatest * (1 + 1e-5)).all())
+    assert float(searched.sum()) < 0.97 * float(greatest.sum())
+
+
+def test_weights_count() -> None:
+    target, weights = normal((64 * 50,)), torch.logspace(-2, 2, 64).repeat(50)
+    scales = torch.empty(50)
+    found = []
+    for given in (None, weights):
+        kernels_for(target.device).search(target, NF4, given, scales)
+        codes, _ = choose(NEAREST, target, NF4, Context(None, scales, None, None))
+        found.append(float(errors(target, NF4, codes, scales, weights).sum()))
+    assert found[1] < 0.9 * found[0]
+
+
+def test_one_entry_that_moved_does_not_move_the_others() -> None:
+    """In nearest rounding the greatest entry sets the scale, and with it the values of all others of its block."""
+    codes = torch.arange(64, dtype=torch.uint8) % 16
+    target = NF4.decode(codes) * 0.3
+    target[15] *= 1.06
+    found, scales = choose(SEARCH, target, NF4, NOTHING)
+    assert torch.equal(found, codes)
+    values = NF4.decode(codes)
+    torch.testing.assert_close(scales, (values @ target / (values @ values)).view(1))
+
+
+def test_the_greatest_magnitude_itself_is_tried() -> None:
+    assert 1.0 in SEARCH_FACTORS
+
+
+def test_zeros_and_nan() -> None:
+    codes, scales = choose(SEARCH, torch.zeros(64), NF4, NOTHING)
+    assert scales.tolist() == [0.0]
+    assert set(codes.tolist()) == {7}
+    target = normal((128,))
+    target[70] = torch.nan
+    assert choose(SEARCH, target, NF4, NOTHING)[1].isfinite().tolist() == [True, False]
+
+
+# -- with nested scales, which storing moves -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a merge wrote of a weight, and what a loader multiplies its codes by."""
+
+    codes: Tensor
+    effective: Tensor
+
+
+def rewritten(step: Rewrite, raw: Tensor) -> Written:
+    out = torch.empty(step.encoder.row_offset(step.rows), dtype=torch.uint8)
+    with Workers(1) as pool:
+        work = WeightWork(step, {}, (), torch.device("cpu"), 0, pool)
+        if step.access is Access.REDUCE_THEN_ROW:
+            work.reduce(raw, range(step.rows))
+            work.end_reduce()
+        work.rewrite(raw, range(step.rows), out).wait()
+        work.finish()
+    codes = torch.empty(step.rows * step.columns, dtype=torch.uint8)
+    kernels_for(codes.device).unpack_pairs(out, codes)
+    return Written(codes, step.encoder.effective_scales(work._scales))
+
+
+def test_codes_are_the_nearest_with_the_scales_that_a_loader_has(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder, target = tmp_path_factory.mktemp("nested"), normal((130, 96)).bfloat16().float()
+    weight = only_weight(write(folder, stored(encoder_for("bfloat16", target), target)))
+    encoder = encoder_for("nf4-dq", target)
+    step = Rewrite(W, weight, (), encoder, SEARCH)
+    assert step.access is Access.REDUCE_THEN_ROW
+    written = rewritten(step, target.bfloat16().view(-1).view(torch.uint8))
+    flat = target.flatten()
+    codes, _ = choose(NEAREST, flat, NF4, Context(None, written.effective, None, None))
+    assert torch.equal(written.codes, codes)
+    plain = rewritten(replace(step, rounding=NEAREST), target.bfloat16().view(-1).view(torch.uint8))
+    ours, theirs = (float(errors(flat, NF4, each.codes, each.effective).sum()) for each in (written, plain))
+    assert ours < 0.97 * theirs
+
+
+def test_one_pass_is_enough_where_scales_are_stored_as_they_are() -> None:
+    encoder = encoder_for("nf4", normal((4, 64)))
+    assert Rewrite(W, None, (), encoder, SEARCH).access is Access.ROW  # type: ignore[arg-type]
