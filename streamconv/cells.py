@@ -380,7 +380,7 @@ class WeightWork:
         assert grid is not None
         for cell in cells(part, self.height):
             base = self._base(self._raw(raw, rows, cell), cell, scratch).values
-            target = self._target(self._cell("target", cell, scratch).copy_(base), cell).flatten()
+            target = self._target(self._copy(base, cell, scratch), cell).flatten()
             codes = scratch.take("codes", target.numel(), self.device, torch.uint8)
             scales = rounding.choose(target, grid, Context(None, None, None, None), codes)
             self._blocks(self._scales, cell, grid).copy_(scales)

@@ -17,7 +17,7 @@ from streamconv.plan import Choice, Memory, MergeOptions, Plan, Rewrite
 from streamconv.planner import build_plan
 
 # The ways to choose codes that need nothing but the weights.
-DATA_FREE = ("nearest", "stochastic")
+DATA_FREE = ("nearest", "stochastic", "search")
 # What the sums of all workers take, stretch by stretch.
 _STRETCH_BYTES = 64 * 2**20
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")

@@ -42,7 +42,7 @@ def test_json_has_every_weight(models: Inputs) -> None:
     found = json.loads(succeed(*arguments, "--json").stdout)
     assert [weight["layer"] for weight in found["weights"]] == [1, 1]
     assert list(found["total"]) == list(found["kinds"]["q_proj"]) == ["F"]
-    assert list(found["total"]["F"]["formats"]["int8"]["roundings"]) == ["nearest", "stochastic"]
+    assert list(found["total"]["F"]["formats"]["int8"]["roundings"]) == ["nearest", "stochastic", "search"]
 
 
 def test_quiet_says_nothing(models: Inputs) -> None:
