@@ -37,6 +37,7 @@ from streamconv.plan import Rewrite
 from streamconv.rounding import uniform
 from streamconv.rounding.base import Context
 from streamconv.rounding.feedback import Chosen
+from streamconv.rounding.search import searched_scales
 
 _STRETCH = 1 << 18
 
@@ -374,16 +375,11 @@ class WeightWork:
 
     def _take_searched(self, number: int, raw: Tensor, rows: range, part: range) -> None:
         """A base that is rounded first has its scales here as they were before nesting: near enough for a search."""
-        step, scratch = self.step, self.workers.scratch[number]
-        rounding, grid = step.rounding, step.encoder.grid
-        assert rounding is not None
+        grid = self.step.encoder.grid
         assert grid is not None
-        for cell in cells(part, self.height):
-            base = self._base(self._raw(raw, rows, cell), cell, scratch).values
-            target = self._target(self._copy(base, cell, scratch), cell).flatten()
-            codes = scratch.take("codes", target.numel(), self.device, torch.uint8)
-            scales = rounding.choose(target, grid, Context(None, None, None, None), codes)
-            self._blocks(self._scales, cell, grid).copy_(scales)
+        for cell, base in self._bases(number, raw, rows, part):
+            target = self._target(base.values, cell).flatten()
+            self._blocks(self._scales, cell, grid).copy_(searched_scales(target, grid))
 
     def _take_states(self, number: int, raw: Tensor, rows: range) -> None:
         states = list(self._states)

@@ -44,8 +44,8 @@ class Kernels(Protocol):
     def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
         """Write the codes nearest to `values`; return the scales, those of `absmax` where None are given."""
 
-    def search(self, values: Tensor, grid: Grid, weights: Tensor | None, scales: Tensor) -> None:
-        """Write the scales with which nearest codes have the least squared error found, weighed by `weights`.
+    def search(self, values: Tensor, grid: Grid, scales: Tensor) -> None:
+        """Write the scales with which nearest codes have the least squared error found.
 
         Tried are the greatest magnitude of a block, SEARCH_FACTORS of it, then, SEARCH_STEPS times, <t, v> / <v, v>
         with the values v that the best one's codes stand for.

@@ -310,30 +310,27 @@ def _levels(values: Array, scale: Any, midpoints: Array, rising: Array, wide: Ar
 
 @_compiled
 def _search(
-    values: Array, weights: Array, factors: Array, steps: int, midpoints: Array, rising: Array, scales: Array
+    values: Array, factors: Array, steps: int, midpoints: Array, rising: Array, scales: Array
 ) -> None:
-    """`weights` has a row for every block, or one for all. The first of `factors` is 1."""
-    wide, levels = np.empty(64, np.int32), np.empty(64, np.float32)
-    terms, weighed = np.empty(64, np.float32), np.empty(64, np.float32)
+    """The first of `factors` is 1."""
+    wide, levels, terms = np.empty(64, np.int32), np.empty(64, np.float32), np.empty(64, np.float32)
     for b in range(values.shape[0]):
-        block, weight = values[b], weights[b if weights.shape[0] > 1 else 0]
-        best, least = scales[b], np.float32(np.inf)
+        block, best, least = values[b], scales[b], np.float32(np.inf)
         for number in range(factors.size + steps):
             if number < factors.size:
                 trial = np.float32(scales[b] * factors[number])
             else:
                 _levels(block, best, midpoints, rising, wide, levels)
                 for j in range(64):
-                    weighed[j] = levels[j] * weight[j]
-                    terms[j] = block[j] * weighed[j]
+                    terms[j] = block[j] * levels[j]
                 inner = _sum_64(terms)
                 for j in range(64):
-                    terms[j] = levels[j] * weighed[j]
+                    terms[j] = levels[j] * levels[j]
                 trial = np.float32(inner / _sum_64(terms))
             _levels(block, trial, midpoints, rising, wide, levels)
             for j in range(64):
                 error = block[j] - levels[j] * trial
-                terms[j] = error * (error * weight[j])
+                terms[j] = error * error
             loss = _sum_64(terms)
             if loss < least:
                 best, least = trial, loss
@@ -538,7 +535,6 @@ def _kept_integer(codes: Array, target: Array, base: Array, anchor: Array, inner
 
 # As loops have them: 1 first, the scale that torch starts from.
 _FACTORS = np.array((1, *SEARCH_FACTORS), np.float32)
-_ONES = np.ones((1, 64), np.float32)
 # Bits of a float32 that a type has no room for.
 _DROPPED = {F32: 0, BF16: 16, F16: 13}
 
@@ -643,19 +639,17 @@ class CompiledKernels:
             _TORCH.stochastic(values[rest], grid, scales[whole:], last, noise[rest], codes[rest])
         return scales
 
-    def search(self, values: Tensor, grid: Grid, weights: Tensor | None, scales: Tensor) -> None:
+    def search(self, values: Tensor, grid: Grid, scales: Tensor) -> None:
         if not isinstance(grid, TableGrid) or not _is_compiled(grid):
-            _TORCH.search(values, grid, weights, scales)
+            _TORCH.search(values, grid, scales)
             return
         whole, table = values.numel() // grid.block, _table(grid.values)
         self.absmax(values, grid.block, scales)
-        rows = _ONES if weights is None else _rows(weights, whole, grid.block)
         look_up = (table.midpoints, table.rising)
         found = scales.numpy()[:whole]
-        _search(_rows(values, whole, grid.block), rows, _FACTORS, SEARCH_STEPS, *look_up, found)
+        _search(_rows(values, whole, grid.block), _FACTORS, SEARCH_STEPS, *look_up, found)
         if whole < scales.numel():
-            rest = slice(whole * grid.block, None)
-            _TORCH.search(values[rest], grid, weights if weights is None else weights[rest], scales[whole:])
+            _TORCH.search(values[whole * grid.block :], grid, scales[whole:])
 
     def settle(
         self,

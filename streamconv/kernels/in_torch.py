@@ -40,16 +40,15 @@ class TorchKernels:
         codes.copy_(grid.nearest(divide_by_scales(values, scales, grid.block, grid.peak)))
         return scales
 
-    def search(self, values: Tensor, grid: Grid, weights: Tensor | None, scales: Tensor) -> None:
+    def search(self, values: Tensor, grid: Grid, scales: Tensor) -> None:
         greatest = self.absmax(values, grid.block, scales).clone()
-        losses = self._losses(values, grid, weights, scales)
+        losses = self._losses(values, grid, scales)
         for factor in SEARCH_FACTORS:
-            self._keep_better(values, grid, weights, greatest * factor, scales, losses)
+            self._keep_better(values, grid, greatest * factor, scales, losses)
         for _ in range(SEARCH_STEPS):
             levels = self._levels(values, grid, scales)
-            weighed = levels if weights is None else levels * weights
-            fitted = block_dots(values, weighed, grid.block).div_(block_dots(levels, weighed, grid.block))
-            self._keep_better(values, grid, weights, fitted, scales, losses)
+            fitted = block_dots(values, levels, grid.block).div_(block_dots(levels, levels, grid.block))
+            self._keep_better(values, grid, fitted, scales, losses)
 
     def settle(
         self,
@@ -157,22 +156,14 @@ class TorchKernels:
         levels = grid.decode(codes)
         return levels if grid.peak == 1 else levels.mul_(1 / grid.peak)
 
-    def _losses(self, values: Tensor, grid: Grid, weights: Tensor | None, scales: Tensor) -> Tensor:
+    def _losses(self, values: Tensor, grid: Grid, scales: Tensor) -> Tensor:
         levels = self._levels(values, grid, scales)
         error = values - multiply_by_scales(levels, scales, grid.block, levels)
-        return block_dots(error, error if weights is None else error * weights, grid.block)
+        return block_dots(error, error, grid.block)
 
-    def _keep_better(
-        self,
-        values: Tensor,
-        grid: Grid,
-        weights: Tensor | None,
-        trial: Tensor,
-        scales: Tensor,
-        losses: Tensor,
-    ) -> None:
+    def _keep_better(self, values: Tensor, grid: Grid, trial: Tensor, scales: Tensor, losses: Tensor) -> None:
         """Have `trial` take the place of `scales`, and of their `losses`, where it is better."""
-        found = self._losses(values, grid, weights, trial)
+        found = self._losses(values, grid, trial)
         is_better = found < losses
         scales.copy_(torch.where(is_better, trial, scales))
         losses.copy_(torch.where(is_better, found, losses))

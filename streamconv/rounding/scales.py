@@ -8,6 +8,7 @@ from torch import Tensor
 from streamconv.kernels import kernels_for
 from streamconv.rounding.layer import Layer, Solution, shared
 from streamconv.rounding.metric import unit
+from streamconv.rounding.search import searched_scales
 
 # Added to the diagonal of a row's system, in units of its mean: two blocks may have proportional effects.
 _RIDGE = 1e-4
@@ -22,13 +23,10 @@ def greatest(layer: Layer) -> Tensor:
 
 def searched(layer: Layer) -> Tensor:
     """Scales with the least squared error found. (Weighed by H_jj they did a little worse on text.)"""
-    target, columns, block = layer.flat(layer.target), layer.columns, layer.grid.block
+    target, columns = layer.flat(layer.target), layer.columns
 
     def search(rows: slice) -> Tensor:
-        values = target[rows.start * columns : rows.stop * columns]
-        scales = torch.empty(-(-values.numel() // block), dtype=torch.float32, device=values.device)
-        kernels_for(values.device).search(values, layer.grid, None, scales)
-        return scales
+        return searched_scales(target[rows.start * columns : rows.stop * columns], layer.grid)
 
     return torch.cat(shared(layer, search))
 

@@ -31,7 +31,12 @@ class Search:
         """See Rounding."""
         kernels, scales = kernels_for(target.device), context.scales
         if scales is None:
-            blocks = -(-target.numel() // grid.block)
-            scales = torch.empty(blocks, dtype=torch.float32, device=target.device)
-            kernels.search(target, grid, None, scales)
+            scales = searched_scales(target, grid)
         return kernels.nearest(target, grid, scales, codes)
+
+
+def searched_scales(target: Tensor, grid: Grid) -> Tensor:
+    """The scales (float32, one a block) that were found for `target` (float32, flat)."""
+    scales = torch.empty(-(-target.numel() // grid.block), dtype=torch.float32, device=target.device)
+    kernels_for(target.device).search(target, grid, scales)
+    return scales

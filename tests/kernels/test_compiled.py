@@ -135,9 +135,9 @@ def test_nearest_and_stochastic(name: str, size: tuple[int, int]) -> None:
         both(partial(draw, values=values, grid=grid, scales=scales, start=start))
 
 
-def search(kernels: Kernels, values: Tensor, grid: Grid, weights: Tensor | None) -> tuple[Tensor, ...]:
+def search(kernels: Kernels, values: Tensor, grid: Grid) -> tuple[Tensor, ...]:
     scales = empty(blocks(values.numel(), grid))
-    kernels.search(values, grid, weights, scales)
+    kernels.search(values, grid, scales)
     return (scales,)
 
 
@@ -146,10 +146,8 @@ def search(kernels: Kernels, values: Tensor, grid: Grid, weights: Tensor | None)
 def test_search(name: str, size: tuple[int, int]) -> None:
     rows, columns = size
     count, grid = rows * columns, grid_of(name, columns)
-    weights = torch.rand(count, generator=torch.Generator().manual_seed(1))
     for values in awkward(grid, count).values():
-        both(partial(search, values=values, grid=grid, weights=None))
-        both(partial(search, values=values, grid=grid, weights=weights))
+        both(partial(search, values=values, grid=grid))
 
 
 @settings(max_examples=150)
