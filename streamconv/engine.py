@@ -12,10 +12,11 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from streamconv.cells import Inline, KeptDelta, Ticket, WeightWork, Workers
+from streamconv.cells import KeptDelta, WeightWork
 from streamconv.devices import Device
 from streamconv.plan import DEVICE_TILES, Memory, Rewrite, cell_rows, tile_rows
 from streamconv.streams import CudaGpu, Event, Gpu
+from streamconv.workers import Inline, Ticket, Workers
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from typing import Generic, Protocol, TypeVar, assert_never
 import torch
 from torch import Tensor
 
-from streamconv.cells import KeptDelta, Ticket, WeightWork
+from streamconv.cells import KeptDelta, WeightWork
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.engine import Engine, open_engines
@@ -42,6 +42,7 @@ from streamconv.plan import (
     tile_rows,
 )
 from streamconv.walk import Begin, Cursor, End, Todo, walk
+from streamconv.workers import Ticket
 
 # How long a stop request may wait for the weight in work to end, so that no work is lost.
 GRACE_S = 5.0

@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from streamconv.cells import Seen, WeightWork, Workers, cells
+from streamconv.cells import Seen, WeightWork, cells
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.errors import InputError
 from streamconv.grids import NF4
 from streamconv.pipeline import build_job, convert, merge, prepare
 from streamconv.plan import Access, Rewrite
+from streamconv.workers import Workers
 from tests.models import Sizes, write_adapter, write_base
 from tests.tiny import edit_tensors
 

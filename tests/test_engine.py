@@ -16,7 +16,7 @@ from torch import Tensor
 from streamconv import engine as engines
 from streamconv import plan as plans
 from streamconv.adapters.lora import DoraUpdate
-from streamconv.cells import Inline, KeptDelta, WeightWork, Workers
+from streamconv.cells import KeptDelta, WeightWork
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.devices import Device
 from streamconv.dtypes import DENSE
@@ -26,6 +26,7 @@ from streamconv.executor import StopRequest
 from streamconv.formats import FORMATS
 from streamconv.pipeline import Job, Prepared, convert, prepare, run
 from streamconv.plan import DEVICE_TILES, SLOTS, Access, Memory, MergeOptions, Rewrite
+from streamconv.workers import Inline, Workers
 from tests.fake_gpu import COMPUTE, COPY_IN, COPY_OUT, HOST, SCHEDULES, FakeGpu
 from tests.formats.stored import W, normal, only_weight, stored, write
 from tests.models import Sizes, write_adapter, write_base

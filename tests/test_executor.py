@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from streamconv import executor
-from streamconv.cells import KeptDelta, Ticket, WeightWork
+from streamconv.cells import KeptDelta, WeightWork
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.engine import CpuEngine, Engine
@@ -30,6 +30,7 @@ from streamconv.executor import Output, StopRequest, run_plans
 from streamconv.pipeline import Job, prepare
 from streamconv.plan import SLOTS, WEIGHTS_HELD, Access, Memory, MergeOptions, Plan, ShardPlan
 from streamconv.walk import bytes_read
+from streamconv.workers import Ticket
 from tests.models import Sizes, write_adapter, write_base
 from tests.tiny import edit_tensors
 

@@ -20,6 +20,7 @@ LAYERS = [
     {"grids", "streams"},
     {"kernels"},
     {"formats", "rounding", "adapters", "devices", "layout"},
+    {"workers"},
     {"plan"},
     {"memory", "fingerprint", "sidecars", "recipe"},
     {"choices"},

@@ -20,7 +20,7 @@ from streamconv.adapters.base import Update
 from streamconv.adapters.folded import BlockLoraUpdate, PooledLoraUpdate
 from streamconv.adapters.initial import InitialUpdate
 from streamconv.adapters.lora import DoraUpdate, LoraUpdate
-from streamconv.cells import KeptDelta, WeightWork, Workers, cells
+from streamconv.cells import KeptDelta, WeightWork, cells
 from streamconv.checkpoint import reader, readers
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.readers import Readers
@@ -32,6 +32,7 @@ from streamconv.memory import plan_memory
 from streamconv.pipeline import Job, Prepared, convert, prepare, run
 from streamconv.plan import Access, MergeOptions, Rewrite, tile_rows
 from streamconv.rounding import ROUNDINGS
+from streamconv.workers import Workers
 from tests.formats.stored import W, encoder_for, normal, only_weight, stored, write
 from tests.models import Sizes, write_adapter, write_base
 

@@ -17,11 +17,12 @@ from streamconv.analysis.prediction import predicted_kept
 from streamconv.analysis.rounded import CodesWatch, GridSums, RoundedSums, base_grid
 from streamconv.analysis.sums import Moments, Outliers, UpdateSums, outliers, total, update_sums
 from streamconv.analysis.views import Group, Subject, View
-from streamconv.cells import Inline, Seen, WeightWork, Workers
+from streamconv.cells import Seen, WeightWork
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.devices import Device
 from streamconv.plan import Access, Rewrite, cell_rows, tile_rows
+from streamconv.workers import Inline, Workers
 
 OnBytes = Callable[[int], None]
 

@@ -9,13 +9,14 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from streamconv.cells import KeptDelta, WeightWork, Workers
+from streamconv.cells import KeptDelta, WeightWork
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import Shape
 from streamconv.devices import Device
 from streamconv.forward.weights import WeightSource
 from streamconv.plan import Access, Plan, Rewrite, cell_rows
 from streamconv.rounding.feedback import BaseOnGrid, Chosen
+from streamconv.workers import Workers
 
 
 @dataclass(frozen=True, slots=True, eq=False)

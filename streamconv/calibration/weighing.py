@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from streamconv.cells import KeptDelta, WeightWork, Workers
+from streamconv.cells import KeptDelta, WeightWork
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
 from streamconv.devices import Device
@@ -21,6 +21,7 @@ from streamconv.formats.base import Constant, Encoder, Weight
 from streamconv.grids import Grid
 from streamconv.plan import Access, Rewrite, cell_rows, tile_rows
 from streamconv.rounding.feedback import Chosen
+from streamconv.workers import Workers
 
 _TILE_BYTES = 8 * 2**20
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from streamconv.calibration.subject import Calibrated, calibrated_plan
 from streamconv.calibration.weighing import Weighed, weigh
-from streamconv.cells import Workers
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.errors import InputError, OptionError, VerificationError
@@ -27,6 +26,7 @@ from streamconv.planner import Grounds
 from streamconv.report.result import MANIFEST
 from streamconv.storage.local import open_folder
 from streamconv.verifier import Verified, read_manifest, verify_exactly, verify_output
+from streamconv.workers import Workers
 
 _ENVIRONMENT = ("streamconv", "torch", "machine", "device")
 _NO_LIMIT = 2**60

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from streamconv.adapters.initial import InitialUpdate
-from streamconv.cells import WeightWork, Workers
+from streamconv.cells import WeightWork
 from streamconv.dtypes import BF16
 from streamconv.errors import UnsupportedError
 from streamconv.formats import FORMATS
@@ -17,6 +17,7 @@ from streamconv.kernels import SEARCH_FACTORS, kernels_for
 from streamconv.plan import Access, Rewrite
 from streamconv.planner import _weight_steps
 from streamconv.rounding import ROUNDINGS, Context
+from streamconv.workers import Workers
 from tests.formats.stored import W, choose, encoder_for, normal, only_weight, stored, write
 
 SEARCH, NEAREST = ROUNDINGS["search"], ROUNDINGS["nearest"]
