@@ -224,12 +224,15 @@ class WeightWork:
         """Write the base's own codes (uint8, flat) to `out`; only where the base lies on a grid."""
         self.workers.map(lambda number, part: self._take_base_codes(number, raw, rows, out, part), rows)
 
-    def settle(self, chosen: Chosen) -> None:
-        """Have `rewrite` write `chosen`, and the base's scales only if it keeps them."""
+    def settle(self, chosen: Chosen, effective: Tensor | None = None) -> None:
+        """Have `rewrite` write `chosen`, and the base's scales only if it keeps them.
+
+        `effective` is what a loader makes of its scales, where that is known and not to be asked of the encoder.
+        """
         self._chosen, self._searched = chosen, None
         if not chosen.keeps_base:
             self.step = replace(self.step, keeps_scales=False, keeps_parts=False)
-            self._kept_scales = self._effective = None
+            self._kept_scales, self._effective = None, effective
 
     def _take_targets(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
         for cell, base in self._bases(number, raw, rows, part):

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from streamconv.cells import KeptDelta, WeightWork
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
-from streamconv.checkpoint.types import StoredTensor, TensorSpec
+from streamconv.checkpoint.types import StoredTensor
 from streamconv.devices import Device
-from streamconv.dtypes import Dtype
-from streamconv.formats.base import Constant, Encoder, Weight
-from streamconv.grids import Grid
+from streamconv.formats.base import Weight
 from streamconv.plan import Access, Rewrite, cell_rows, tile_rows
 from streamconv.rounding.feedback import Chosen
 from streamconv.workers import Workers
@@ -34,56 +32,6 @@ class Weighed:
     error: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _AsStored:
-    """The encoder of a weight that is stored already, with its effective `scales`."""
-
-    encoder: Encoder
-    scales: Tensor
-
-    @property
-    def format(self) -> str:
-        return self.encoder.format
-
-    @property
-    def dtype(self) -> Dtype:
-        return self.encoder.dtype
-
-    @property
-    def dequantized_dtype(self) -> Dtype:
-        return self.encoder.dequantized_dtype
-
-    @property
-    def grid(self) -> Grid | None:
-        return self.encoder.grid
-
-    @property
-    def nested(self) -> bool:
-        return False
-
-    @property
-    def parts(self) -> tuple[TensorSpec, ...]:
-        return self.encoder.parts
-
-    @property
-    def constants(self) -> tuple[Constant, ...]:
-        return ()
-
-    def row_offset(self, row: int) -> int:
-        return self.encoder.row_offset(row)
-
-    def pack(self, values: Tensor, out: Tensor) -> None:
-        self.encoder.pack(values, out)
-
-    def effective_scales(self, scales: Tensor) -> Tensor:
-        del scales
-        return self.scales
-
-    def finish(self, scales: Tensor | None, kept: Mapping[str, Tensor] | None) -> tuple[bytes, ...]:
-        del scales, kept
-        return ()
-
-
 def weigh(step: Rewrite, written: Weight, device: Device, reader: TensorReader, workers: Workers) -> Weighed:
     """`written` against the target that `step` makes of base and adapter. Holds a byte for each of its entries.
 
@@ -92,8 +40,7 @@ def weigh(step: Rewrite, written: Weight, device: Device, reader: TensorReader, 
     on = device.torch
     scales = written.decoder.scales(_side(written, reader, device))
     assert scales is not None, f"{written.name} is stored dense"
-    encoder = _AsStored(step.encoder, scales)
-    step = replace(step, encoder=encoder, keeps_scales=False, keeps_parts=False, calibrated=False)
+    step = replace(step, keeps_scales=False, keeps_parts=False, calibrated=False)
     parts = [
         {role: reader.load(part).float().to(on) for role, part in update.parts.items()}
         for update in step.updates
@@ -107,7 +54,7 @@ def weigh(step: Rewrite, written: Weight, device: Device, reader: TensorReader, 
     codes = torch.cat(
         [written.decoder.codes(raw, rows) for rows, raw in _tiles(written, step, height, device, reader)]
     )
-    work.settle(Chosen(codes, scales, keeps_base=False))
+    work.settle(Chosen(codes, scales, keeps_base=False), scales)
     error = _error(step, work, written, scales, height, device, reader)
     return Weighed(work.finish()[1], error)
 
