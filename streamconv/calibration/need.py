@@ -8,13 +8,11 @@ from streamconv.calibration.model import Model, opened
 from streamconv.calibration.subject import Subject
 from streamconv.forward.memory import BATCH_TOKENS, sequence_bytes, table_bytes
 from streamconv.plan import Need, Rewrite
+from streamconv.rounding.feedback import working_bytes
 
 # transformers and what it loads, compiled kernels, thread stacks, and what the allocator keeps of freed memory;
 # measured for a model of a megabyte, whose own need is next to nothing: 212 MiB.
 _FIXED_BYTES = 224 * 2**20
-# Bytes for every entry of H, and for every weight, that `feedback` has at once beside them.
-_METRIC_BYTES = 40
-_CHOICE_BYTES = 48
 # On a GPU, H and its factor in float64 are in host memory.
 _FACTOR_BYTES = 24
 _HEADER_BYTES = 2**20
@@ -97,18 +95,17 @@ def _layer_need(model: Model, number: int, forward: int, crosses: bool, is_two_s
     twice = sum(4 * step.rows * step.columns for step in steps) if crosses else 0
     gathering = forward + max((_moment_bytes(step, crosses) for step in steps), default=0)
     choosing = max(
-        (_moment_bytes(step, crosses) + _choice_bytes(step, is_two_sided) for step in steps), default=0
+        (
+            _moment_bytes(step, crosses) + working_bytes(step.rows, step.columns, is_two_sided)
+            for step in steps
+        ),
+        default=0,
     )
     return model.walk.layer_bytes(number) + twice + max(gathering, choosing)
 
 
 def _moment_bytes(step: Rewrite, crosses: bool) -> int:
     return 4 * step.columns**2 * (1 + crosses)
-
-
-def _choice_bytes(step: Rewrite, is_two_sided: bool) -> int:
-    metrics = step.columns**2 + (step.rows**2 if is_two_sided else 0)
-    return _METRIC_BYTES * metrics + _CHOICE_BYTES * step.rows * step.columns
 
 
 def _held_bytes(step: Rewrite) -> int:

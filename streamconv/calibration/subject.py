@@ -40,11 +40,6 @@ class Subject:
     def gradient_sequences(self) -> int:
         return self.calibration.gradient_tokens // self.calibration.sequence_length
 
-    @property
-    def steps(self) -> Mapping[str, Rewrite]:
-        """Steps of the weights that are to be calibrated, by name."""
-        return {step.name: step for step in self.plan.calibrated}
-
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
