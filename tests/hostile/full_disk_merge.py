@@ -59,6 +59,7 @@ def when_a_shard_begins(number: int) -> Callable[[], None]:
         def filling(sink: ShardSink, shard: ShardPlan) -> None:
             begun.append(shard.name)
             if len(begun) == number:
+                sink.drain()  # or the end of the shard before takes space while that is being counted
                 fill()
             begin(sink, shard)
 
