@@ -111,7 +111,7 @@ RESULT = group(
         type=FOLDER,
         metavar="FILE|DATASET",
         help="Choose codes by what the layers do with this text: a .txt, a .jsonl with text or messages, or a data set "
-        "of the Hub, org/name:split. Needs streamconv[eval].",
+        "of the Hub, org/name[@revision][:split]. Needs streamconv[eval].",
     ),
     option(
         Section.RESULT,

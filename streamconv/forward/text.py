@@ -1,7 +1,7 @@
 """Text as token windows of one length, by the model's own tokenizer: a .txt or .jsonl file, or a data set of the Hub.
 
-A data set is named `org/name`, or `org/name:split`; the library `datasets` streams it. Its rows are as the lines of a
-.jsonl file: `text`, or `messages` that the chat template puts into words.
+The library `datasets` streams a data set (`storage/data_sets.py` says how they are named). Its rows are as the lines of
+a .jsonl file: `text`, or `messages` that the chat template puts into words.
 
 Documents are put one after the other and cut into windows; what does not fill the last one is left out. Where the
 tokenizer puts a BOS token before a text, every window begins with it. The first token of a window is given, not
@@ -11,7 +11,6 @@ predicted.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -23,11 +22,10 @@ import transformers
 from torch import Tensor
 
 from streamconv.errors import InputError, OptionError
+from streamconv.storage.data_sets import DataSet, data_set_of
 
 # More characters than any run of natural text has in a token: so much is enough, of however long a file.
 _CHARACTERS_A_TOKEN = 64
-_DATA_SET = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?::([\w.\[\]%:+-]+))?")
-_SUFFIXES = (".txt", ".jsonl")
 
 Document = str | list[Any]
 
@@ -68,14 +66,6 @@ def read_windows(
     return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), windows], dim=1)
 
 
-def data_set_of(data: str | Path) -> tuple[str, str] | None:
-    """Name and split, where `data` names a data set; None for a file, one that is not there included."""
-    found = _DATA_SET.fullmatch(str(data))
-    if found is None or Path(data).suffix in _SUFFIXES or Path(data).expanduser().exists():
-        return None
-    return found[1], found[2] or "train"
-
-
 def _begin(tokenizer: Any) -> list[int]:
     """The BOS token, if the tokenizer puts one before a text."""
     bos = tokenizer.bos_token_id
@@ -84,24 +74,25 @@ def _begin(tokenizer: Any) -> list[int]:
 
 def _documents(data: str | Path, characters: int) -> Iterator[Document]:
     named = data_set_of(data)
-    return _rows(*named) if named else _pieces(Path(data).expanduser(), characters)
+    return _rows(named) if named else _pieces(Path(data).expanduser(), characters)
 
 
-def _rows(name: str, split: str) -> Iterator[Document]:
+def _rows(data_set: DataSet) -> Iterator[Document]:
     if find_spec("datasets") is None:
         raise OptionError(
-            f"{name} is not a file, and to read it as a data set of the Hub needs the library datasets, not installed "
-            "here; run pip install 'streamconv[datasets]', or give a .txt or .jsonl file"
+            f"{data_set.name} is not a file, and to read it as a data set of the Hub needs the library datasets, not "
+            "installed here; run pip install 'streamconv[datasets]', or give a .txt or .jsonl file"
         )
     try:
-        rows = import_module("datasets").load_dataset(name, split=split, streaming=True)
+        load = import_module("datasets").load_dataset
+        rows = load(data_set.name, split=data_set.split, revision=data_set.revision, streaming=True)
         for number, row in enumerate(rows, 1):
-            yield _document(row, f"{name}:{split}, row {number}")
+            yield _document(row, f"{data_set}, row {number}")
     except InputError:
         raise
     except Exception as error:  # the library and the network raise all kinds
         reason = (str(error).splitlines() or ["?"])[0]
-        raise InputError(f"the data set {name}:{split} cannot be read: {reason}") from error
+        raise InputError(f"the data set {data_set} cannot be read: {reason}") from error
 
 
 def _pieces(path: Path, characters: int) -> Iterator[Document]:

@@ -21,12 +21,11 @@ from streamconv.plan import Calibration, Need, Plan
 from streamconv.planner import Base, Grounds
 from streamconv.sidecars import edit_config
 from streamconv.sizes import format_size
-from streamconv.storage.data_sets import data_set_commit
+from streamconv.storage.data_sets import DataSet, data_set_of, pinned
 from streamconv.verifier import hash_file
 
 # What the extra `eval` brings, and what is imported once it is there.
 _NEEDED = ("transformers", "accelerate")
-_TEXT = "streamconv.forward.text"
 _LAYERS = "streamconv.forward.linears"
 _NEED = "streamconv.calibration.need"
 _WALK = "streamconv.calibration.walk"
@@ -44,27 +43,29 @@ def read_grounds(base: Base, asked: Calibration) -> Grounds:
             f"calibration needs {' and '.join(missing)}, not installed here; run pip install 'streamconv[eval]', or "
             "leave --calibration out"
         )
-    named = import_module(_TEXT).data_set_of(asked.data)
-    sha256 = _hash_text(Path(asked.data).expanduser()) if named is None else _hash_data_set(*named)
+    data_set = data_set_of(asked.data)
+    if data_set is None:
+        data, name = asked.data, Path(asked.data).name
+        sha256 = _hash_text(Path(data).expanduser())
+    else:
+        data = name = str(_pinned(data_set))
+        sha256 = hashlib.sha256(data.encode()).hexdigest()
     config = edit_config(base.index.config, dtype=None, quantization=None, untie=False, vocab_size=None)
     layers = import_module(_LAYERS).find_layers(config, base.index.storage.location, base.weights)
-    name = Path(asked.data).name if named is None else asked.data
-    is_data_set = named is not None
-    return Grounds(asked.data, name, sha256, is_data_set, layers.weights, layers.positions, layers.version)
+    return Grounds(data, name, sha256, data_set is not None, layers.weights, layers.positions, layers.version)
 
 
-def _hash_data_set(name: str, split: str) -> str:
-    """SHA-256 of the data set's present commit: of what lies elsewhere, and may be larger than any disk.
+def _pinned(data_set: DataSet) -> DataSet:
+    """At its present commit, whose name stands for content that may be larger than any disk.
 
     Raises OptionError where the library that reads it is missing.
     """
     if find_spec("datasets") is None:
         raise OptionError(
-            f"--calibration {name} is no file, and reading it as a data set of the Hub needs datasets, not installed "
-            "here; run pip install 'streamconv[datasets]', or give a .txt or .jsonl file"
+            f"--calibration {data_set.name} is no file, and reading it as a data set of the Hub needs datasets, not "
+            "installed here; run pip install 'streamconv[datasets]', or give a .txt or .jsonl file"
         )
-    commit = data_set_commit(name)
-    return hashlib.sha256(f"{name}@{commit}:{split}".encode()).hexdigest()
+    return pinned(data_set)
 
 
 def _hash_text(text: Path) -> str:

@@ -77,8 +77,8 @@ def put_library(monkeypatch: pytest.MonkeyPatch, rows: list[Any]) -> list[tuple[
     """A stand-in for the library `datasets` that answers with `rows`, and what it is asked for."""
     asked: list[tuple[Any, ...]] = []
 
-    def load_dataset(name: str, *, split: str, streaming: bool) -> list[Any]:
-        asked.append((name, split, streaming))
+    def load_dataset(name: str, *, split: str, revision: str | None, streaming: bool) -> list[Any]:
+        asked.append((name, split, revision, streaming))
         if name == "org/missing":
             raise FileNotFoundError("no such data set")
         return rows
@@ -96,7 +96,12 @@ def test_rows_of_a_data_set_are_documents(tmp_path: Path, monkeypatch: pytest.Mo
     found = read_windows("org/texts", tokenizer(tmp_path), 1, 20)
     assert found[0].tolist() == [8, 9, EOS, BOS, 3, 5, *numbers(14)]
     read_windows("org/texts:test", tokenizer(tmp_path), 1, 20)
-    assert asked == [("org/texts", "train", True), ("org/texts", "test", True)]
+    read_windows("org/texts@v2:test", tokenizer(tmp_path), 1, 20)
+    assert asked == [
+        ("org/texts", "train", None, True),
+        ("org/texts", "test", None, True),
+        ("org/texts", "test", "v2", True),
+    ]
 
 
 def test_a_data_set_that_is_not_there_or_holds_no_text(

@@ -29,6 +29,7 @@ from streamconv.journal import WORK_FOLDER
 from streamconv.pipeline import Prepared, build_job, prepare
 from streamconv.plan import Access
 from streamconv.report.plan import plan_as_json, plan_as_text
+from streamconv.storage.data_sets import data_set_of
 from streamconv.storage.local import open_folder
 from streamconv.verifier import Verified
 from tests.cli.calls import run, succeed
@@ -405,3 +406,14 @@ def test_the_gate_is_that_of_auto(inputs: Inputs, tmp_path: Path) -> None:
             **ON_GRID,
         )
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_data_set_is_read_at_the_commit_it_was_planned_with(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned = f"org/texts@{'0123456789' * 4}:test"
+    monkeypatch.setattr("streamconv.pipeline.calibrating.find_spec", lambda _: object())
+    monkeypatch.setattr("streamconv.pipeline.calibrating.pinned", lambda _: data_set_of(pinned))
+    text = inputs.prepare(calibration="org/texts:test", **ON_GRID).plan.calibration
+    assert text is not None
+    assert (text.data, text.name, text.is_data_set) == (pinned, pinned, True)
