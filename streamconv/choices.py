@@ -20,14 +20,12 @@ from streamconv.rounding.feedback import FeedbackOptions
 class Facts:
     """What choices depend on beside the options: the base's one format of quantized weights, and if it is updated.
 
-    `location` is the base's place, for messages. `kept_by_nearest` is the share of the update that nearest rounding
-    onto the base's own grid would keep, where that has been measured.
+    `location` is the base's place, for messages.
     """
 
     location: str
     quantized: str | None
     has_adapter: bool
-    kept_by_nearest: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +46,6 @@ class Choices:
     feedback: FeedbackOptions | None
 
 
-# Of the share of an update that nearest rounding must keep to be chosen for a target on its own grid. It adds no noise,
-# so a large update is better off with it than with chance.
-_WELL_KEPT = 0.9
-
-
 def choose(facts: Facts, options: MergeOptions) -> Choices:
     """Raises OptionError for options that contradict each other or the base."""
     quant, dtype = resolve_quant(facts, options)
@@ -65,8 +58,7 @@ def choose(facts: Facts, options: MergeOptions) -> Choices:
     rounding, choice = _resolve_rounding(options, rest, rest_choice)
     if not rounding.calibrated:
         return Choices(quant, dtype, merge_base, target, rounding, rounding, choice, None)
-    feedback = _feedback(facts, source, options)
-    return Choices(quant, dtype, merge_base, target, rounding, rest, choice, feedback)
+    return Choices(quant, dtype, merge_base, target, rounding, rest, choice, _feedback(options))
 
 
 def options_alone(facts: Facts, options: MergeOptions, quants: Sequence[str]) -> list[MergeOptions]:
@@ -226,22 +218,13 @@ def _without_text(facts: Facts, source: Format | None, quant: Format) -> tuple[R
         return ROUNDINGS["nearest"], Choice(
             "nearest", "the base lies on that grid already, so its codes stay"
         )
-    kept = facts.kept_by_nearest
-    if kept is not None and kept >= _WELL_KEPT:
-        return ROUNDINGS["nearest"], Choice(
-            "nearest", f"the update is so large beside the {quant.name} grid that {kept:.0%} of it survives"
-        )
     return ROUNDINGS["stochastic"], Choice(
         "stochastic",
         f"the target is the base's own {source.name} grid plus a small update, which nearest rounding would erase",
     )
 
 
-def _feedback(facts: Facts, source: Format | None, options: MergeOptions) -> FeedbackOptions:
-    """Its options: the update needs preserving where nearest rounding would erase it."""
+def _feedback(options: MergeOptions) -> FeedbackOptions:
     assert options.calibration is not None
     preserve = options.calibration.preserve_delta
-    default = FeedbackOptions()
-    if preserve is None:
-        preserve = default.preserve_delta if facts.has_adapter and source is not None else 0.0
-    return replace(default, preserve_delta=preserve)
+    return FeedbackOptions() if preserve is None else FeedbackOptions(preserve_delta=preserve)

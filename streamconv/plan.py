@@ -48,8 +48,9 @@ class Access(StrEnum):
 class Calibration:
     """What is asked of a calibration; names as on the command line, but for `data`, which is `--calibration`.
 
-    None stands for what is chosen when planning: `sequence_length` by the model's positions, `preserve_delta` by the
-    target, `threads` by the machine. `gradient_tokens` tell what each output counts for the model; with 0, all alike.
+    None stands for what is chosen when planning: `sequence_length` by the model's positions, `preserve_delta` as
+    feedback's default is, `threads` by the machine. `gradient_tokens` tell what each output counts for the model; with
+    0, all alike.
     """
 
     data: str

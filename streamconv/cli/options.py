@@ -193,8 +193,8 @@ TARGET = group(
         default="auto",
         show_default=True,
         metavar="MU",
-        help="How much calibration spares the directions that the adapter works in: 0 not at all; auto: as suits the "
-        "target.",
+        help="How much calibration spares the directions that the adapter works in, such as 0.3, so that more of the "
+        "update is kept weight by weight; auto: not at all, which keeps predictions nearer.",
     ),
     option(
         Section.MERGE,

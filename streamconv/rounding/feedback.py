@@ -39,13 +39,14 @@ __all__ = ["BaseOnGrid", "Chosen", "FeedbackOptions", "Statistics", "Storage", "
 class FeedbackOptions:
     """How much is done, and for what.
 
-    `damping`: of H', in units of its mean diagonal. `preserve_delta`: μ. `sweeps`: of descent after each feedback.
-    `refits`: times that scales are fitted to the codes and codes chosen anew. `asymmetry`: the share of the way to the
-    target that makes up for the inputs' errors; 0 stays at T. `output_damping`: of G, likewise.
+    `damping`: of H', in units of its mean diagonal. `preserve_delta`: μ, which keeps more of the update weight by
+    weight; where inputs' errors are made up for, the model's predictions are nearer without it. `sweeps`: of descent
+    after each feedback. `refits`: times that scales are fitted to the codes and codes chosen anew. `asymmetry`: the
+    share of the way to the target that makes up for the inputs' errors; 0 stays at T. `output_damping`: of G, likewise.
     """
 
     damping: float = 0.001
-    preserve_delta: float = 0.3
+    preserve_delta: float = 0.0
     sweeps: int = 3
     refits: int = 2
     asymmetry: float = 1.0

@@ -9,7 +9,6 @@ from huggingface_hub import HfApi
 from streamconv.errors import HubError
 from streamconv.storage.data_sets import DataSet, data_set_of, pinned
 from tests.hub_stub import Hub
-from tests.hubs import hub
 
 COMMIT = "0123456789" * 4
 

@@ -25,7 +25,6 @@ from tools.study.beds import (
     NEAREST_F,
     NEAREST_T,
     OPENED,
-    PLAIN_FEEDBACK_T,
     STOCHASTIC_T,
     Merged,
     Opened,
@@ -187,26 +186,36 @@ def _results(**kl: float) -> dict[str, Any]:
 
 
 def _judged(results: dict[str, Any]) -> dict[str, Bar]:
-    kept = {"nearest": 0.1, "feedback": 0.95}
+    kept = {"nearest": 0.1, "feedback, delta term": 0.95}
     layers = {"compensated": {name: {"kept": {"mean": mean, "sd": 0.0}} for name, mean in kept.items()}}
     return {bar.claim: bar for bar in bars(dict.fromkeys(BEDS, results), layers)}
 
 
+GOOD = {
+    "feedback_T": 0.4,
+    "feedback_T_delta": 0.2,
+    "feedback_T_onesided": 0.4,
+    "feedback_T_onesided_delta": 0.2,
+}
+
+
 def test_checks_pass_on_good_numbers() -> None:
-    found = _judged(_results(feedback_T=0.4, feedback_T_onesided=0.4))
+    found = _judged(_results(**GOOD))
     assert [bar for bar in found.values() if not bar.passes] == []
 
 
-@pytest.mark.parametrize("name", [NEAREST_F.name, STOCHASTIC_T[0].name, PLAIN_FEEDBACK_T.name])
-def test_checks_fail_where_feedback_is_hardly_closer_than(name: str) -> None:
-    results = _results(feedback_T=0.4, feedback_T_onesided=0.4)
+@pytest.mark.parametrize(
+    ("name", "kl"), [(NEAREST_F.name, 0.45), (STOCHASTIC_T[0].name, 0.45), (FEEDBACK_T.name, 0.21)]
+)
+def test_checks_fail_where_feedback_is_hardly_closer_than(name: str, kl: float) -> None:
+    results = _results(**GOOD)
     for each in [row.name for row in STOCHASTIC_T] if name == STOCHASTIC_T[0].name else [name]:
-        results["rows"][each]["kl"] = [0.45] * 4
+        results["rows"][each]["kl"] = [kl] * 4
     assert any(bar.passes is False for bar in _judged(results).values())
 
 
 def test_checks_fail_where_nothing_is_recovered() -> None:
-    results = _results(feedback_T=0.4, feedback_T_onesided=0.4)
+    results = _results(**GOOD)
     results["rows"][FEEDBACK_T.name]["losses"] = [2.9] * 4
     assert any(bar.passes is False and "94%" in bar.claim for bar in _judged(results).values())
 

@@ -106,7 +106,7 @@ def _feedback(name: str, label: str, target: str, *more: str) -> Merged:
 
 
 ONE_SIDED = ("--calibration-gradient-tokens", "0")
-NO_TERM = ("--preserve-delta", "0")
+DELTA_TERM = ("--preserve-delta", "0.3")
 
 NEAREST_T = _merged("nearest-T", "nearest of T", "T", "nearest")
 NEAREST_F = _merged("nearest-F", "nearest of F", "F", "nearest")
@@ -116,11 +116,11 @@ STOCHASTIC_T = tuple(
 )
 SEARCH_T = _merged("search-T", "search of T", "T", "search")
 FEEDBACK_T = _feedback("feedback-T", "feedback of T", "T")
-PLAIN_FEEDBACK_T = _feedback("feedback-T-0", "feedback of T, no delta term", "T", *NO_TERM)
+TERM_FEEDBACK_T = _feedback("feedback-T-delta", "feedback of T, delta term", "T", *DELTA_TERM)
 ONE_SIDED_T = _feedback("feedback-T-onesided", "one-sided feedback of T", "T", *ONE_SIDED)
-PLAIN_ONE_SIDED_T = _feedback(
-    "feedback-T-onesided-0", "one-sided feedback of T, no delta term", "T", *ONE_SIDED, *NO_TERM
+TERM_ONE_SIDED_T = _feedback(
+    "feedback-T-onesided-delta", "one-sided feedback of T, delta term", "T", *ONE_SIDED, *DELTA_TERM
 )
 FEEDBACK_F = _feedback("feedback-F", "feedback of F", "F")
-FEEDBACK = (FEEDBACK_T, PLAIN_FEEDBACK_T, ONE_SIDED_T, PLAIN_ONE_SIDED_T, FEEDBACK_F)
+FEEDBACK = (FEEDBACK_T, TERM_FEEDBACK_T, ONE_SIDED_T, TERM_ONE_SIDED_T, FEEDBACK_F)
 MERGED = (NEAREST_T, NEAREST_F, *STOCHASTIC_T, SEARCH_T, *FEEDBACK)

@@ -104,8 +104,8 @@ def _strategies(seed: int) -> dict[str, dict[str, float]]:
     results = {
         "nearest": grid.quantize(layer.target).values,
         "stochastic": _values(_stochastic(layer, seed), layer.base.scales),
-        "feedback, no delta term": _feedback(layer, calibration, FeedbackOptions(preserve_delta=0)),
         "feedback": _feedback(layer, calibration, FeedbackOptions()),
+        "feedback, delta term": _feedback(layer, calibration, FeedbackOptions(preserve_delta=0.3)),
     }
     return {name: _scores(layer, values, held_out) for name, values in results.items()}
 

@@ -20,10 +20,10 @@ from tools.study.beds import (
     NEAREST_T,
     ONE_SIDED_T,
     OPENED,
-    PLAIN_FEEDBACK_T,
-    PLAIN_ONE_SIDED_T,
     SEARCH_T,
     STOCHASTIC_T,
+    TERM_FEEDBACK_T,
+    TERM_ONE_SIDED_T,
 )
 from tools.study.bootstrap import mean, perplexity, perplexity_difference, ratio
 from tools.study.prediction import predicted_share
@@ -44,7 +44,7 @@ DECISIONS = (
     ),
     (0.1, "erased", "the same"),
     (0.2, "damaged", "the same"),
-    (0.4, "mostly kept", "feedback of T with calibration text; without, nearest of T"),
+    (0.4, "mostly kept", "feedback of T with calibration text; without, `--rounding nearest` of T by name"),
     (1.0, "kept", "the same"),
 )
 
@@ -225,7 +225,7 @@ def _placed(name: str, results: Results) -> str:
 def delta_term_block(beds: Mapping[str, Results], _: Results) -> str:
     """What the delta-preserving term does to KL and to the kept delta, with and without the gradients' side."""
     columns = ("bed", "feedback", "KL with the term to KL without", "kept delta without", "with")
-    pairs = {"two-sided": (FEEDBACK_T, PLAIN_FEEDBACK_T), "one-sided": (ONE_SIDED_T, PLAIN_ONE_SIDED_T)}
+    pairs = {"two-sided": (TERM_FEEDBACK_T, FEEDBACK_T), "one-sided": (TERM_ONE_SIDED_T, ONE_SIDED_T)}
     rows = []
     for name, bed in BEDS.items():
         for words, pair in pairs.items():
