@@ -13,11 +13,10 @@ from streamconv.calibration.subject import Subject
 from streamconv.calibration.targets import Targets
 from streamconv.dtypes import F32
 from streamconv.errors import UnsupportedError
-from streamconv.forward.skeleton import build_skeleton
+from streamconv.forward.skeleton import build_planned
 from streamconv.forward.walk import Walk
 from streamconv.plan import Plan, Rewrite
 from streamconv.planner import build_plan
-from streamconv.sidecars import edit_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +47,7 @@ class Model:
 def opened(subject: Subject) -> Iterator[Model]:
     """Raises UnsupportedError, which names it, for a model that cannot be run layer by layer."""
     plan = subject.plan
-    config = edit_config(
-        subject.base.index.config,
-        dtype=F32.name,
-        quantization=None,
-        untie=plan.untied,
-        vocab_size=plan.vocab_size,
-    )
-    skeleton = build_skeleton(config, subject.base.index.storage.location, F32.torch)
+    skeleton = build_planned(plan, subject.base.index, F32.torch)
     with Targets(plan, _reference(subject)) as targets:
         walk = Walk(skeleton, targets, plan.device)
         _check_all_found(walk, targets.steps)

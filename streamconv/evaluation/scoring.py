@@ -19,14 +19,13 @@ from streamconv.evaluation.measures import Divergence, Tally
 from streamconv.evaluation.options import EvaluationOptions
 from streamconv.evaluation.result import Comparison, Evaluation, Greedy
 from streamconv.forward.activations import hold_activations
-from streamconv.forward.skeleton import build_skeleton
+from streamconv.forward.skeleton import build_planned
 from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.forward.walk import Walk
 from streamconv.forward.weights import WeightSource
 from streamconv.memory import anonymous_bytes
 from streamconv.pipeline.job import Job, OnProgress
 from streamconv.pipeline.preparation import Prepared, prepare
-from streamconv.sidecars import edit_config
 
 # Sequences whose greedy continuations are compared: each token of these may cost a walk.
 GREEDY_SEQUENCES = 16
@@ -127,16 +126,8 @@ def _prepare(job: Job) -> Prepared:
 
 @contextmanager
 def _open(prepared: Prepared, on_bytes: Callable[[int], None]) -> Iterator[_Subject]:
-    plan = prepared.plan
-    config = edit_config(
-        prepared.base.index.config,
-        dtype=plan.dtype,
-        quantization=None,
-        untie=plan.untied,
-        vocab_size=plan.vocab_size,
-    )
-    dtype = DENSE[prepared.job.options.dtype].torch
-    skeleton = build_skeleton(config, prepared.base.index.storage.location, dtype)
+    plan, dtype = prepared.plan, DENSE[prepared.job.options.dtype].torch
+    skeleton = build_planned(plan, prepared.base.index, dtype)
     device = resolve_device(prepared.job.device)
     with WeightSource(plan, device, on_bytes) as source:
         yield _Subject(prepared, Walk(skeleton, source, device))

@@ -15,7 +15,10 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.errors import UnsupportedError
+from streamconv.plan import Plan
+from streamconv.sidecars import edit_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,14 @@ def build_skeleton(config: Mapping[str, Any], location: str, dtype: torch.dtype)
         )
     layers = {paths[id(layer)]: layer for layer in _layers(model, location)}
     return Skeleton(model, location, layers, paths[id(embedding)], paths[id(head)], model.state_dict())
+
+
+def build_planned(plan: Plan, index: CheckpointIndex, dtype: torch.dtype) -> Skeleton:
+    """The model that `plan` makes of the base in `index`, unquantized. Raises what `build_skeleton` does."""
+    config = edit_config(
+        index.config, dtype=None, quantization=None, untie=plan.untied, vocab_size=plan.vocab_size
+    )
+    return build_skeleton(config, index.storage.location, dtype)
 
 
 def _build(config: Mapping[str, Any], location: str, dtype: torch.dtype) -> Any:
