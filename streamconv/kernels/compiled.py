@@ -1,545 +1,35 @@
-"""The kernels compiled by numba: whole blocks, each in one go while it lies in the first-level cache.
+"""The kernels compiled by numba: tensors in, `loops.py` over their whole blocks, the same bits as the torch ones.
 
-They equal the torch ones bit for bit: numba may neither reorder nor fuse floating point operations (`fastmath` is off),
-every operation is rounded to float32 as torch rounds it, and sums have a fixed order. What comes up once a weight or
-never, the short block at its end and grids with other blocks, is left to torch.
-
-LLVM makes vector instructions of a loop if its index cannot be negative, its length is known or the loop is long,
-nothing in it branches, and integers are as wide as the floats they come from: hence arrays of two axes, 64 written
-out, and bytes narrowed in loops of their own. Kernels do not hold the GIL. numba keeps machine code beside Python's own
-`.pyc` files, or in the user's cache folder if the installation cannot be written to; it is made for one processor and
-one state of this file, and is compiled again for another.
+What comes up once a weight or never, the short block at its end and grids with other blocks, is left to torch.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from streamconv.dtypes import BF16, F16, F32, Dtype
 from streamconv.grids import SMALLEST_DIVISOR, Grid, IntegerGrid, TableGrid, tables_of
+from streamconv.kernels import loops
 from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start
 from streamconv.kernels.in_torch import TorchKernels, block_dots, round_to
+from streamconv.kernels.loops import Array
 
 # The block of bitsandbytes' 4-bit formats, and the length of every loop over one.
 BLOCK = 64
 _CODES = 16
 _TORCH = TorchKernels()
 
-Array = NDArray[Any]
-Loop = Callable[..., Any]
-
-
-def _compiled(function: Loop) -> Loop:
-    try:
-        made: Loop = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # there is nowhere to keep it: every process compiles it again
-        made = numba.njit(nogil=True, error_model="numpy")(function)
-    return made
-
-
-# -- loops: `values` and the like are [blocks, block] ------------------------------------------------------
-
-_MAGNITUDE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
-_FLOOR = np.float32(SMALLEST_DIVISOR)
-_ONE = np.float32(1)
-_THREE_QUARTERS = np.float32(0.75)
-_LEAST_NORMAL, _OVERFLOW = np.float32(2.0**-14), np.float32(65520)  # of float16
-_GAMMA, _MIX_1, _MIX_2 = (
-    np.uint64(number) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
-
-
-@_compiled
-def _absmax_64(bits: Array, scale_bits: Array) -> None:
-    """Bits of the greatest magnitude: as integers they are ordered as the floats are, NaN above all."""
-    for b in range(bits.shape[0]):
-        greatest = np.uint32(0)
-        for j in range(64):
-            magnitude = np.uint32(bits[b, j] & _MAGNITUDE)
-            greatest = magnitude if magnitude > greatest else greatest
-        scale_bits[b] = greatest
-
-
-@_compiled
-def _absmax(bits: Array, scale_bits: Array) -> None:
-    for b in range(bits.shape[0]):
-        greatest = np.uint32(0)
-        for j in range(bits.shape[1]):
-            magnitude = np.uint32(bits[b, j] & _MAGNITUDE)
-            greatest = magnitude if magnitude > greatest else greatest
-        scale_bits[b] = greatest
-
-
-@_compiled
-def _factor(scale: Any, peak: Any, floor: Any) -> Any:
-    """What `divide_by_scales` multiplies a whole block by."""
-    size = abs(scale)
-    size = size if size > floor else floor
-    return np.float32(np.float32(_ONE / np.float32(np.copysign(size, scale))) * peak)
-
-
-@_compiled
-def _rename(codes: Array, by_rank: Array) -> None:
-    for i in range(codes.size):
-        codes[i] = by_rank[codes[i]]
-
-
-@_compiled
-def _nearest_table(values: Array, scales: Array, midpoints: Array, ranks: Array) -> None:
-    wide = np.empty(64, np.int32)
-    for b in range(values.shape[0]):
-        factor = _factor(scales[b], _ONE, _FLOOR)
-        for j in range(64):
-            x = values[b, j] * factor
-            rank = np.int32(0)
-            for step in range(15):
-                rank += np.int32(x > midpoints[step])
-            wide[j] = rank
-        for j in range(64):
-            ranks[b, j] = wide[j]
-
-
-@_compiled
-def _nearest_in_any_table(values: Array, scales: Array, midpoints: Array, ranks: Array) -> None:
-    """By binary search among 255 midpoints."""
-    for b in range(values.shape[0]):
-        factor = _factor(scales[b], _ONE, _FLOOR)
-        for j in range(values.shape[1]):
-            x = values[b, j] * factor
-            rank = np.uint32(0)
-            step = np.uint32(128)
-            while step:
-                rank += step * np.uint32(x > midpoints[rank + step - np.uint32(1)])
-                step >>= np.uint32(1)
-            ranks[b, j] = rank
-
-
-@_compiled
-def _nearest_integer(values: Array, scales: Array, peak: Any, floor: Any, codes: Array) -> None:
-    for b in range(values.shape[0]):
-        factor = _factor(scales[b], peak, floor)
-        for j in range(values.shape[1]):
-            x = np.rint(values[b, j] * factor)
-            x = x if x < peak else peak
-            x = x if x > -peak else -peak
-            codes[b, j] = np.uint8(np.int32(x))
-
-
-@_compiled
-def _stochastic_table(
-    values: Array,
-    scales: Array,
-    start: Array,
-    base: Array,
-    has_start: bool,
-    noise: Array,
-    rising: Array,
-    gaps: Array,
-    by_code: Array,
-    ranks: Array,
-) -> None:
-    """`rising` is +inf beyond the greatest value; `gaps` are 0 there and at it."""
-    x, low, gap = np.empty(64, np.float32), np.empty(64, np.float32), np.empty(64, np.float32)
-    wide = np.empty(64, np.uint32)
-    least, greatest = np.float32(by_code.min()), np.float32(by_code.max())
-    for b in range(values.shape[0]):
-        factor = _factor(scales[b], _ONE, _FLOOR)
-        if has_start:
-            for j in range(64):
-                low[j] = by_code[start[b, j]]
-            for j in range(64):
-                x[j] = (values[b, j] - base[b, j]) * factor + low[j]
-        else:
-            for j in range(64):
-                x[j] = values[b, j] * factor
-        for j in range(64):
-            inside = x[j] if x[j] > least else least
-            inside = inside if inside < greatest else greatest
-            x[j] = inside
-            rank = np.uint32(0)
-            for step in range(1, 16):
-                rank += np.uint32(inside >= rising[step])
-            wide[j] = rank
-        for j in range(64):
-            low[j] = rising[wide[j]]
-            gap[j] = gaps[wide[j]]
-        for j in range(64):
-            ranks[b, j] = wide[j] + np.uint32(gap[j] * noise[b, j] < x[j] - low[j])
-
-
-@_compiled
-def _stochastic_integer(
-    values: Array,
-    scales: Array,
-    start: Array,
-    base: Array,
-    has_start: bool,
-    noise: Array,
-    peak: Any,
-    floor: Any,
-    codes: Array,
-) -> None:
-    for b in range(values.shape[0]):
-        factor = _factor(scales[b], peak, floor)
-        for j in range(values.shape[1]):
-            x = values[b, j] * factor
-            if has_start:
-                x = (values[b, j] - base[b, j]) * factor + np.float32(start[b, j])
-            x = x if x > -peak else -peak
-            x = x if x < peak else peak
-            low = np.floor(x)
-            gap = np.ceil(x) - low
-            codes[b, j] = np.uint8(np.int32(low) + np.int32(gap * noise[b, j] < x - low))
-
-
-@_compiled
-def _words(key: Any, first: Any, words: Array) -> None:
-    for i in range(words.size):
-        word = key + (first + np.uint64(i)) * _GAMMA
-        word = (word ^ (word >> np.uint64(30))) * _MIX_1
-        word = (word ^ (word >> np.uint64(27))) * _MIX_2
-        words[i] = word ^ (word >> np.uint64(31))
-
-
-@_compiled
-def _fractions(halves: Array, out: Array) -> None:
-    for i in range(out.size):
-        out[i] = np.float32(np.int32(halves[i] >> np.uint32(8))) * np.float32(2.0**-24)
-
-
-@_compiled
-def _pack(codes: Array, out: Array) -> None:
-    for i in range(out.size):
-        out[i] = codes[2 * i] << np.uint8(4) | codes[2 * i + 1]
-
-
-@_compiled
-def _unpack(packed: Array, codes: Array) -> None:
-    for i in range(codes.size // 2):
-        codes[2 * i] = packed[i] >> np.uint8(4)
-        codes[2 * i + 1] = packed[i] & np.uint8(15)
-
-
-@_compiled
-def _to_bfloat16(bits: Array) -> None:
-    """Round to nearest, ties to even, in place; what is not finite stays so."""
-    for b in range(bits.shape[0]):
-        for j in range(bits.shape[1]):
-            word = bits[b, j]
-            odd = np.uint32(word >> np.uint32(16)) & np.uint32(1)
-            rounded = np.uint32(word + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
-            bits[b, j] = word if (word & _INFINITY) == _INFINITY else rounded
-
-
-@_compiled
-def _decode_pairs(packed: Array, pairs: Array, scales: Array, both: Array, values: Array) -> None:
-    """`both` and `values` are the same memory, as two float32 and as one."""
-    for b in range(values.shape[0]):
-        for j in range(packed.shape[1]):
-            both[b, j] = pairs[packed[b, j]]
-        for j in range(values.shape[1]):
-            values[b, j] *= scales[b]
-
-
-@_compiled
-def _decode_table(codes: Array, by_code: Array, scales: Array, values: Array) -> None:
-    for b in range(values.shape[0]):
-        for j in range(values.shape[1]):
-            values[b, j] = by_code[codes[b, j]]
-        for j in range(values.shape[1]):
-            values[b, j] *= scales[b]
-
-
-@_compiled
-def _decode_integer(codes: Array, scales: Array, inverse_peak: Any, values: Array) -> None:
-    for b in range(values.shape[0]):
-        scale = scales[b]
-        for j in range(values.shape[1]):
-            values[b, j] = np.float32(np.float32(codes[b, j]) * scale) * inverse_peak
-
-
-@_compiled
-def _sum(terms: Array) -> Any:
-    """`pairwise_sum`, in place."""
-    count = terms.size
-    while count > 1:
-        half = (count + 1) // 2
-        upper = terms[half:count]
-        for j in range(upper.size):
-            terms[j] += upper[j]
-        count = half
-    return terms[0]
-
-
-@_compiled
-def _sum_64(terms: Array) -> Any:
-    """`_sum` of 64."""
-    for j in range(32):
-        terms[j] += terms[j + 32]
-    for j in range(16):
-        terms[j] += terms[j + 16]
-    for j in range(8):
-        terms[j] += terms[j + 8]
-    for j in range(4):
-        terms[j] += terms[j + 4]
-    return (terms[0] + terms[2]) + (terms[1] + terms[3])
-
-
-@_compiled
-def _levels(values: Array, scale: Any, midpoints: Array, rising: Array, wide: Array, levels: Array) -> None:
-    """What the codes nearest to a block's `values` stand for."""
-    factor = _factor(scale, _ONE, _FLOOR)
-    for j in range(64):
-        x = values[j] * factor
-        rank = np.int32(0)
-        for step in range(15):
-            rank += np.int32(x > midpoints[step])
-        wide[j] = rank
-    for j in range(64):
-        levels[j] = rising[wide[j]]
-
-
-@_compiled
-def _search(
-    values: Array, factors: Array, steps: int, midpoints: Array, rising: Array, scales: Array
-) -> None:
-    """The first of `factors` is 1."""
-    wide, levels, terms = np.empty(64, np.int32), np.empty(64, np.float32), np.empty(64, np.float32)
-    for b in range(values.shape[0]):
-        block, best, least = values[b], scales[b], np.float32(np.inf)
-        for number in range(factors.size + steps):
-            if number < factors.size:
-                trial = np.float32(scales[b] * factors[number])
-            else:
-                _levels(block, best, midpoints, rising, wide, levels)
-                for j in range(64):
-                    terms[j] = block[j] * levels[j]
-                inner = _sum_64(terms)
-                for j in range(64):
-                    terms[j] = levels[j] * levels[j]
-                trial = np.float32(inner / _sum_64(terms))
-            _levels(block, trial, midpoints, rising, wide, levels)
-            for j in range(64):
-                error = block[j] - levels[j] * trial
-                terms[j] = error * error
-            loss = _sum_64(terms)
-            if loss < least:
-                best, least = trial, loss
-        scales[b] = best
-
-
-@_compiled
-def _round_bits(bits: Array, values: Array, width: int, dropped: int) -> None:
-    """Round `values`, the same memory as `bits`, to bfloat16 (16 bits dropped) or float16 (13), ties to even."""
-    shift, odd = np.uint32(dropped), np.uint32(1)
-    half = np.uint32((np.uint32(1) << np.uint32(dropped - 1)) - np.uint32(1))
-    mask = np.uint32(0xFFFFFFFF) << np.uint32(dropped)
-    if dropped == 13:
-        for i in range(width):
-            x = values[i]
-            # Below its normal numbers float16 has the multiples of 2⁻²⁴, float32's own steps from 0.5 to 1.
-            small = np.float32(np.float32(x + _THREE_QUARTERS) - _THREE_QUARTERS)
-            values[i] = small if abs(x) < _LEAST_NORMAL else x
-        for i in range(width):
-            x = values[i]
-            values[i] = x if abs(x) < _OVERFLOW else np.float32(np.copysign(np.float32(np.inf), x))
-    for i in range(width):
-        word = bits[i]
-        bits[i] = np.uint32(word + half + ((word >> shift) & odd)) & mask
-
-
-@_compiled
-def _ranks(goal: Array, pulled: Array, scales: Array, midpoints: Array, wanted: Array, ranks: Array) -> None:
-    for i in range(goal.size):
-        wanted[i] = goal[i] + pulled[i]
-        x = wanted[i] * _factor(scales[i], _ONE, _FLOOR)
-        rank = np.int32(0)
-        for step in range(15):
-            rank += np.int32(x > midpoints[step])
-        ranks[i] = rank
-
-
-@_compiled
-def _loaded(table: Array, index: Array, scales: Array, dropped: int, bits: Array, values: Array) -> None:
-    for i in range(scales.size):
-        values[i] = table[index[i]] * scales[i]
-    if dropped:
-        _round_bits(bits, values, scales.size, dropped)
-
-
-@_compiled
-def _change(goal: Array, values: Array, errors: Array, changes: Array) -> bool:
-    """The new errors, and how they differ from the old ones; whether any does."""
-    moved = False
-    for i in range(goal.size):
-        error = goal[i] - values[i]
-        changes[i] = error - errors[i]
-        errors[i] = error
-        moved |= changes[i] != 0
-    return moved
-
-
-@_compiled
-def _settle(
-    target: Array,
-    pull: Array,
-    coupling: Array,
-    scales: Array,
-    midpoints: Array,
-    rising: Array,
-    by_code: Array,
-    by_rank: Array,
-    codes: Array,
-    errors: Array,
-    is_first: bool,
-    dropped: int,
-) -> None:
-    """64 rows at a time, so that their part of `pull` stays in the first-level cache."""
-    ranks, wanted, changes = np.empty(64, np.int32), np.empty(64, np.float32), np.empty(64, np.float32)
-    values, old = np.empty(64, np.float32), np.empty(64, np.float32)
-    bits, old_bits = values.view(np.uint32), old.view(np.uint32)
-    for first in range(0, target.shape[1], 64):
-        last = min(first + 64, target.shape[1])
-        for j in range(target.shape[0]):
-            goal, scale, code = target[j, first:last], scales[j, first:last], codes[j, first:last]
-            _ranks(goal, pull[j, first:last], scale, midpoints, wanted, ranks)
-            _loaded(rising, ranks, scale, dropped, bits, values)
-            if is_first:
-                for i in range(goal.size):
-                    code[i] = by_rank[ranks[i]]
-            else:
-                _loaded(by_code, code, scale, dropped, old_bits, old)
-                for i in range(goal.size):
-                    is_better = abs(wanted[i] - values[i]) < abs(wanted[i] - old[i])
-                    values[i] = values[i] if is_better else old[i]
-                    code[i] = by_rank[ranks[i]] if is_better else code[i]
-            if _change(goal, values, errors[j, first:last], changes):
-                for k in range(j + 1, target.shape[0]):
-                    weight, pulls = coupling[j, k], pull[k, first:last]
-                    for i in range(pulls.size):
-                        pulls[i] += changes[i] * weight
-
-
-@_compiled
-def _nearest_rank(x: Any, midpoints: Array) -> Any:
-    rank = np.int64(0)
-    for step in (8, 4, 2, 1):
-        rank += step * np.int64(x > midpoints[rank + step - 1])
-    return rank
-
-
-@_compiled
-def _settle_in_turn(
-    target: Array,
-    pull: Array,
-    coupling: Array,
-    scales: Array,
-    rows: Array,
-    midpoints: Array,
-    rising: Array,
-    by_code: Array,
-    by_rank: Array,
-    codes: Array,
-    errors: Array,
-    is_first: bool,
-    dropped: int,
-) -> None:
-    """One row after the other, each with the changes of those before."""
-    pair = np.empty(2, np.float32)
-    bits = pair.view(np.uint32)
-    changes = np.empty(target.shape[1], np.float32)
-    for j in range(target.shape[0]):
-        changes[:] = 0
-        for i in range(target.shape[1]):
-            wanted = np.float32(target[j, i] + pull[j, i]) + changes[i]
-            rank = _nearest_rank(wanted * _factor(scales[j, i], _ONE, _FLOOR), midpoints)
-            pair[0] = rising[rank] * scales[j, i]
-            pair[1] = by_code[codes[j, i]] * scales[j, i]
-            if dropped:
-                _round_bits(bits, pair, 2, dropped)
-            if is_first or abs(wanted - pair[0]) < abs(wanted - pair[1]):
-                codes[j, i] = by_rank[rank]
-                pair[1] = pair[0]
-            error = target[j, i] - pair[1]
-            change = error - errors[j, i]
-            errors[j, i] = error
-            if change != 0:
-                weights = rows[i]
-                for k in range(changes.size):
-                    changes[k] += change * weights[k]
-        for k in range(j + 1, target.shape[0]):
-            weight, pulls = coupling[j, k], pull[k]
-            for i in range(changes.size):
-                pulls[i] += changes[i] * weight
-
-
-@_compiled
-def _distance(left: Array, right: Array, sums: Array) -> None:
-    terms = np.empty(left.shape[1], np.float32)
-    for b in range(left.shape[0]):
-        for j in range(left.shape[1]):
-            difference = left[b, j] - right[b, j]
-            terms[j] = difference * difference
-        sums[b] = _sum(terms)
-
-
-@_compiled
-def _kept_table(
-    codes: Array, by_code: Array, target: Array, base: Array, anchor: Array, inner: Array, sums: Array
-) -> None:
-    """`pairwise_sum` of three products at once, the first halving while they are made."""
-    values = np.empty(64, np.float32)
-    terms = np.empty((3, 32), np.float32)
-    for b in range(codes.shape[0]):
-        for j in range(64):
-            values[j] = by_code[codes[b, j]]
-        for j in range(32):
-            low, high = target[b, j] - base[b, j], target[b, j + 32] - base[b, j + 32]
-            terms[0, j] = values[j] * low + values[j + 32] * high
-            terms[1, j] = anchor[b, j] * low + anchor[b, j + 32] * high
-            terms[2, j] = low * low + high * high
-        for k in range(3):
-            for j in range(16):
-                terms[k, j] += terms[k, j + 16]
-            for j in range(8):
-                terms[k, j] += terms[k, j + 8]
-            for j in range(4):
-                terms[k, j] += terms[k, j + 4]
-        inner[b] = (terms[0, 0] + terms[0, 2]) + (terms[0, 1] + terms[0, 3])
-        sums[0, b] = (terms[1, 0] + terms[1, 2]) + (terms[1, 1] + terms[1, 3])
-        sums[1, b] = (terms[2, 0] + terms[2, 2]) + (terms[2, 1] + terms[2, 3])
-
-
-@_compiled
-def _kept_integer(codes: Array, target: Array, base: Array, anchor: Array, inner: Array, sums: Array) -> None:
-    terms = np.empty((3, codes.shape[1]), np.float32)
-    for b in range(codes.shape[0]):
-        for j in range(codes.shape[1]):
-            delta = target[b, j] - base[b, j]
-            terms[0, j] = np.float32(codes[b, j]) * delta
-            terms[1, j] = anchor[b, j] * delta
-            terms[2, j] = delta * delta
-        inner[b] = _sum(terms[0])
-        sums[0, b] = _sum(terms[1])
-        sums[1, b] = _sum(terms[2])
-
-
 # As loops have them: 1 first, the scale that torch starts from.
 _FACTORS = np.array((1, *SEARCH_FACTORS), np.float32)
 # Bits of a float32 that a type has no room for.
 _DROPPED = {F32: 0, BF16: 16, F16: 13}
-
-
-# -- from tensors to loops and back ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -586,7 +76,7 @@ class CompiledKernels:
 
     def absmax(self, values: Tensor, block: int, out: Tensor) -> Tensor:
         whole = values.numel() // block
-        loop = _absmax_64 if block == BLOCK else _absmax
+        loop = loops.absmax_64 if block == BLOCK else loops.absmax
         loop(_bits(_rows(values, whole, block)), _bits(out.numpy()[:whole]))
         if whole < out.numel():
             _TORCH.absmax(values[whole * block :], block, out[whole:])
@@ -602,7 +92,7 @@ class CompiledKernels:
         if isinstance(grid, TableGrid):
             _nearest_in_table(grid, *arrays, into)
         else:
-            _nearest_integer(*arrays, *_peak_and_floor(grid), into)
+            loops.nearest_integer(*arrays, *_peak_and_floor(grid), into)
         if whole < scales.numel():
             rest = slice(whole * grid.block, None)
             _TORCH.nearest(values[rest], grid, scales[whole:], codes[rest])
@@ -628,11 +118,13 @@ class CompiledKernels:
         if isinstance(grid, TableGrid):
             table = _table(grid.values)
             look_up = (table.rising, table.gaps, table.by_code)
-            _stochastic_table(*arrays, from_codes, base, start is not None, drawn, *look_up, into)
+            loops.stochastic_table(*arrays, from_codes, base, start is not None, drawn, *look_up, into)
             _from_ranks(table, into)
         else:
             signed = from_codes.view(np.int8)
-            _stochastic_integer(*arrays, signed, base, start is not None, drawn, *_peak_and_floor(grid), into)
+            loops.stochastic_integer(
+                *arrays, signed, base, start is not None, drawn, *_peak_and_floor(grid), into
+            )
         if whole < scales.numel():
             rest = slice(whole * grid.block, None)
             last = None if start is None else Start(start.codes[rest], start.values[rest])
@@ -647,7 +139,7 @@ class CompiledKernels:
         self.absmax(values, grid.block, scales)
         look_up = (table.midpoints, table.rising)
         found = scales.numpy()[:whole]
-        _search(_rows(values, whole, grid.block), _FACTORS, SEARCH_STEPS, *look_up, found)
+        loops.search(_rows(values, whole, grid.block), _FACTORS, SEARCH_STEPS, *look_up, found)
         if whole < scales.numel():
             _TORCH.search(values[whole * grid.block :], grid, scales[whole:])
 
@@ -672,9 +164,9 @@ class CompiledKernels:
         arrays = (target.numpy(), pull.numpy(), coupling.numpy(), scales.numpy())
         into = (codes.numpy(), errors.numpy(), is_first, _DROPPED[dtype])
         if rows is None:
-            _settle(*arrays, *look_up, *into)
+            loops.settle(*arrays, *look_up, *into)
         else:
-            _settle_in_turn(*arrays, rows.numpy(), *look_up, *into)
+            loops.settle_in_turn(*arrays, rows.numpy(), *look_up, *into)
 
     def uniform(self, key: int, first: int, out: Tensor) -> None:
         even = out.numel() // 2 * 2
@@ -683,17 +175,17 @@ class CompiledKernels:
             return
         # Words are made where their two numbers will be.
         numbers = out[:even].numpy()
-        _words(np.uint64(key % (1 << 64)), np.uint64(first // 2), numbers.view(np.uint64))
-        _fractions(_bits(numbers), numbers)
+        loops.words(np.uint64(key % (1 << 64)), np.uint64(first // 2), numbers.view(np.uint64))
+        loops.fractions(_bits(numbers), numbers)
         if even < out.numel():
             _TORCH.uniform(key, first + even, out[even:])
 
     def pack_pairs(self, codes: Tensor, out: Tensor) -> None:
-        _pack(codes.numpy(), out.numpy())
+        loops.pack(codes.numpy(), out.numpy())
 
     def unpack_pairs(self, packed: Tensor, codes: Tensor) -> None:
         even = codes.numel() // 2 * 2
-        _unpack(packed.numpy(), codes[:even].numpy())
+        loops.unpack(packed.numpy(), codes[:even].numpy())
         if even < codes.numel():
             _TORCH.unpack_pairs(packed[even // 2 :], codes[even:])
 
@@ -705,9 +197,9 @@ class CompiledKernels:
         read, values = _rows(codes, whole, grid.block), _rows(out, whole, grid.block)
         factors = scales.numpy()[:whole]
         if isinstance(grid, TableGrid):
-            _decode_table(read, _table(grid.values).by_code, factors, values)
+            loops.decode_table(read, _table(grid.values).by_code, factors, values)
         else:
-            _decode_integer(read.view(np.int8), factors, np.float32(1 / grid.peak), values)
+            loops.decode_integer(read.view(np.int8), factors, np.float32(1 / grid.peak), values)
         _round_to(dtype, values)
         if whole < scales.numel():
             rest = slice(whole * grid.block, None)
@@ -723,7 +215,7 @@ class CompiledKernels:
         values = _rows(out, whole, grid.block)
         read = _rows(packed, whole, grid.block // 2)
         table = _table(grid.values)
-        _decode_pairs(read, table.pairs, scales.numpy()[:whole], values.view(np.uint64), values)
+        loops.decode_pairs(read, table.pairs, scales.numpy()[:whole], values.view(np.uint64), values)
         _round_to(dtype, values)
         if whole < scales.numel():
             first = whole * grid.block
@@ -732,11 +224,11 @@ class CompiledKernels:
     def distance(self, left: Tensor, right: Tensor, block: int) -> Tensor:
         whole = left.numel() // block
         sums = np.empty(-(-left.numel() // block), np.float32)
-        _distance(_rows(left, whole, block), _rows(right, whole, block), sums)
+        loops.distance(_rows(left, whole, block), _rows(right, whole, block), sums)
         if whole < sums.size:
             difference = left[whole * block :] - right[whole * block :]
             sums[-1] = block_dots(difference, difference, block).item()
-        return torch.tensor(_sum(sums.astype(np.float64)), dtype=torch.float64)
+        return torch.tensor(loops.tree_sum(sums.astype(np.float64)), dtype=torch.float64)
 
     def kept(
         self, codes: Tensor, grid: Grid, target: Tensor, base: Tensor, anchor: Tensor, inner: Tensor
@@ -748,15 +240,17 @@ class CompiledKernels:
         arrays = tuple(_rows(each, whole, grid.block) for each in (target, base, anchor))
         read, into = _rows(codes, whole, grid.block), inner.numpy()[:whole]
         if isinstance(grid, TableGrid):
-            _kept_table(read, _table(grid.values).by_code, *arrays, into, sums)
+            loops.kept_table(read, _table(grid.values).by_code, *arrays, into, sums)
         else:
-            _kept_integer(read.view(np.int8), *arrays, into, sums)
+            loops.kept_integer(read.view(np.int8), *arrays, into, sums)
         if whole < inner.numel():
             rest = slice(whole * grid.block, None)
             sums[:, -1] = _TORCH.kept(
                 codes[rest], grid, target[rest], base[rest], anchor[rest], inner[whole:]
             )
-        return torch.tensor([_sum(blocks) for blocks in sums.astype(np.float64)], dtype=torch.float64)
+        return torch.tensor(
+            [loops.tree_sum(blocks) for blocks in sums.astype(np.float64)], dtype=torch.float64
+        )
 
     def _scales(self, values: Tensor, grid: Grid) -> Tensor:
         out = torch.empty(-(-values.numel() // grid.block), dtype=torch.float32)
@@ -773,19 +267,19 @@ def _is_compiled(grid: Grid) -> bool:
 def _nearest_in_table(grid: TableGrid, values: Array, scales: Array, codes: Array) -> None:
     if _is_compiled(grid):
         table = _table(grid.values)
-        _nearest_table(values, scales, table.midpoints, codes)
+        loops.nearest_table(values, scales, table.midpoints, codes)
         _from_ranks(table, codes)
         return
     known = tables_of(grid.values, torch.device("cpu"))
     midpoints = _padded(known.midpoints.thresholds.numpy(), np.inf, 256)
-    _nearest_in_any_table(values, scales, midpoints, codes)
+    loops.nearest_in_any_table(values, scales, midpoints, codes)
     if not known.codes_are_ranks:
-        _rename(codes.reshape(-1), known.codes.numpy())
+        loops.rename(codes.reshape(-1), known.codes.numpy())
 
 
 def _from_ranks(table: _Table, codes: Array) -> None:
     if not table.in_order:
-        _rename(codes.reshape(-1), table.by_rank)
+        loops.rename(codes.reshape(-1), table.by_rank)
 
 
 def _peak_and_floor(grid: Grid) -> tuple[Any, Any]:
@@ -799,7 +293,7 @@ def _rows(tensor: Tensor, count: int, length: int) -> Array:
 
 def _round_to(dtype: Dtype, values: Array) -> None:
     if dtype == BF16:
-        _to_bfloat16(_bits(values))
+        loops.to_bfloat16(_bits(values))
     else:
         round_to(dtype, torch.from_numpy(values))
 
