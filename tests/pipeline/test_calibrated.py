@@ -415,3 +415,17 @@ def test_a_data_set_is_read_at_the_commit_it_was_planned_with(
     text = inputs.prepare(calibration="org/texts:test", **ON_GRID).plan.calibration
     assert text is not None
     assert (text.data, text.name, text.is_data_set) == (pinned, pinned, True)
+
+
+@pytest.mark.parametrize(
+    ("base", "quant"), [("nf4", "nf4-dq"), ("fp4-dq", "fp4"), ("int8", "nf4"), ("nf4-dq", "fp4-dq")]
+)
+def test_every_base_that_can_be_read(inputs: Inputs, tmp_path: Path, base: str, quant: str) -> None:
+    place = Path(streamconv.convert(inputs.base, tmp_path / "base", quant=base, device="cpu").out)
+    given: dict[str, Any] = {"calibration": inputs.text, "device": "cpu"}
+    made = streamconv.merge(place, inputs.adapter, tmp_path / "out", quant=quant, **given, **TEXT)
+    assert made.rounding == "feedback"
+    assert set(made.calibrated) >= ADAPTED
+    assert all(0 < made.calibrated[name]["relative_error"] < 0.3 for name in ADAPTED)
+    checked = streamconv.verify(made.out, full=True, base=place, adapter=inputs.adapter, **given)
+    assert checked.exact
