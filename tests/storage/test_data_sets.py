@@ -9,6 +9,9 @@ from huggingface_hub import HfApi
 from streamconv.errors import HubError
 from streamconv.storage.data_sets import DataSet, data_set_of, pinned
 from tests.hub_stub import Hub
+from tests.hubs import hub
+
+__all__ = ["hub"]
 
 COMMIT = "0123456789" * 4
 
