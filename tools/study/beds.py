@@ -135,7 +135,7 @@ BY_SIZE = (NEAREST_T, *STOCHASTIC_T, ADAPTIVE_T)
 
 def scaled(factor: int, folder: Path) -> Bed:
     """The bed SCALED with its update so many times as large; the adapter is written to `folder`."""
-    adapter = folder / f"{SCALED.adapter.name}-x{factor}"
+    adapter = folder / "adapters" / f"{SCALED.adapter.name}-x{factor}"
     shutil.rmtree(adapter, ignore_errors=True)
     shutil.copytree(SCALED.adapter, adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
