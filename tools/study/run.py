@@ -23,7 +23,7 @@ from torch import Tensor
 from tools.bench.results import RESULTS, load, machine, save
 from tools.make_demo_base import make_demo_base
 from tools.measure import Cost, measure
-from tools.perplexity import Subject, be_quiet, read_windows
+from tools.perplexity import Subject, be_quiet, dequantized, read_windows
 from tools.study import synthetic
 from tools.study.beds import (
     BEDS,
@@ -39,7 +39,7 @@ from tools.study.beds import (
     Opened,
     scaled,
 )
-from tools.study.judge import dequantized, judge, states_of
+from tools.study.judge import judge, states_of
 from tools.study.weights import Layer, compare, describe, layers, read_tensors
 
 WORK = Path(".study")
