@@ -410,6 +410,8 @@ class Bnb4bitFormat:
     grid: TableGrid
     nested: bool = False
     loaders: str = "transformers, vLLM (one GPU a model part), PEFT for training"
+    rounds_on_load: bool = True
+    skips_by_path: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -426,6 +428,9 @@ class Bnb4bitFormat:
                 for name in names
                 if _is_nested(name, free) == self.nested
             ]
+
+    def fits(self, shape: Shape) -> bool:
+        return len(shape) == 2
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Bnb4bitEncoder:
         """See Format."""

@@ -184,6 +184,8 @@ class Int8Format:
     name: str
     grid: IntegerGrid = INT8
     loaders: str = "transformers, vLLM (one GPU a model part), PEFT for training"
+    rounds_on_load: bool = True
+    skips_by_path: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -198,6 +200,9 @@ class Int8Format:
         dtype = _dense_dtype(free)
         with TensorReader() as reader:
             return [_find_weight(name, self.name, dtype, free, reader) for name in names]
+
+    def fits(self, shape: Shape) -> bool:
+        return len(shape) == 2
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Int8Encoder:
         """See Format."""
