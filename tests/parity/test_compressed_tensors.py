@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,19 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized import pack_to_int32
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationStrategy
-from compressed_tensors.quantization.utils import calculate_qparams
 from peft import LoraConfig
 from torch import Tensor
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, PreTrainedModel
+from transformers import CompressedTensorsConfig, LlamaConfig, PreTrainedModel
 
 import streamconv
-from streamconv.formats import FORMATS, find_weights
-from streamconv.formats.linear import module_of
+from streamconv.formats import find_weights
 from tests.checkpoint.files import index_of
 from tests.formats.stored import decoded
-from tests.parity.opening import logits_differ_by, open_model, tensors
+from tests.parity.opening import logits_differ_by, open_model
 from tests.tiny import VOCABULARY, logits, save_adapter, save_base
 
 # Rows of 160 are whole groups of 32 and not of 64: with these, down_proj stays in 16 bit.
