@@ -120,7 +120,7 @@ OWN_GRID = "grid plus an update: rounded at random where that is small"
             ("F", ORIGINAL),
             ("nearest", "the w4a16 grid"),
         ),
-        ("w8a16", {}, "w8a16", ("T", "the base is w8a16, group size 32"), ("stochastic", "own w8a16 grid")),
+        ("w8a16", {}, "w8a16", ("T", "the base is w8a16, group size 32"), ("adaptive", "own w8a16 grid")),
         ("w8a16", {"group_size": 64}, "w8a16", ("T", "the base is"), ("nearest", "the w8a16 grid")),
         ("w8a16", {"quant": "w4a16", "group_size": 32}, "w4a16", ("T", "the base is"), ("nearest", "w4a16")),
     ],
