@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen2MoeConfig
 
 from streamconv.calibration import walk
-from streamconv.calibration.gradients import Gradients
+from streamconv.calibration.gradients import Gradients, shrunk_moments
 from streamconv.calibration.layer_files import LayerFiles
 from streamconv.calibration.need import calibration_need
 from streamconv.errors import Stopped
@@ -121,8 +124,52 @@ def test_feedback_is_given_them(folder: Path, tmp_path: Path, monkeypatch: pytes
     found = load_file(tmp_path / "gradients-00001.safetensors")
     for name in ("self_attn.k_proj", "mlp.up_proj"):
         gradients = found[f"model.layers.1.{name}.weight"].float()
-        expected = gradients.T @ gradients / TOKENS
-        torch.testing.assert_close(seen[f"model.layers.1.{name}.weight"], expected)
+        torch.testing.assert_close(seen[f"model.layers.1.{name}.weight"], shrunk_moments(gradients))
+
+
+# -- their second moments --------------------------------------------------------------------------------------
+
+
+def mean_distance(samples: Tensor, truth: Tensor, estimate: Callable[[Tensor], Tensor]) -> float:
+    found = [(estimate(each) - truth).square().sum().item() for each in samples]
+    return sum(found) / len(found)
+
+
+def raw_moments(samples: Tensor) -> Tensor:
+    return samples.T @ samples / len(samples)
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_shrunk_moments_are_nearer_to_the_true_ones(heavy: bool) -> None:
+    """48 samples in 32 dimensions, of equal sizes or with a few that outweigh the rest."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(32, 32, generator=generator)
+    samples = torch.randn(200, 48, 32, generator=generator) @ mixing.T
+    if heavy:
+        sizes = torch.randn(200, 48, 1, generator=generator).mul(1.5).exp()
+        samples *= sizes / math.exp(1.5**2)  # E[size²] = 1
+    truth = mixing @ mixing.T
+    shrunk = mean_distance(samples, truth, shrunk_moments)
+    assert shrunk < (0.2 if heavy else 0.7) * mean_distance(samples, truth, raw_moments)
+
+
+def test_shrinking_is_that_of_the_formula() -> None:
+    samples = torch.randn(20, 6, generator=torch.Generator().manual_seed(1))
+    wide = samples.double().numpy()
+    moments = wide.T @ wide / len(wide)
+    target = np.trace(moments) / 6 * np.eye(6)
+    noise = sum(((np.outer(each, each) - moments) ** 2).sum() for each in wide) / 20**2
+    share = noise / ((moments - target) ** 2).sum()
+    assert 0.05 < share < 0.95
+    expected = (1 - share) * moments + share * target
+    np.testing.assert_allclose(shrunk_moments(samples).numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_sample_and_equal_ones() -> None:
+    one = torch.tensor([[3.0, 0.0, 0.0]])
+    assert torch.equal(shrunk_moments(one.repeat(7, 1)), raw_moments(one))  # nothing varies
+    alike = torch.eye(3).repeat(5, 1)
+    torch.testing.assert_close(shrunk_moments(alike), torch.eye(3) / 3)
 
 
 def test_tokens_are_drawn_as_the_model_predicts(folder: Path) -> None:
