@@ -29,7 +29,7 @@ from streamconv.checkpoint.strict_json import parse_object, shown
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import BF16, DENSE, F16, F32, U8, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
-from streamconv.formats.base import CELL_ROWS, Constant, Json, Weight, matrix_shape
+from streamconv.formats.base import CELL_ROWS, Constant, Json, Order, Weight, matrix_shape
 from streamconv.grids import TableGrid, block_absmax, multiply_by_scales
 from streamconv.kernels import kernels_for
 
@@ -111,6 +111,7 @@ class Bnb4bitDecoder:
     grid: TableGrid
     nested_offset: float | None
     main: str = MAIN
+    order: Order | None = None
 
     def row_offset(self, row: int) -> int:
         return (row * self.columns + 1) // 2
@@ -300,6 +301,7 @@ class Bnb4bitEncoder:
     nested: bool
     parts: tuple[TensorSpec, ...]
     constants: tuple[Constant, ...] = ()
+    order: Order | None = None
 
     @property
     def dequantized_dtype(self) -> Dtype:

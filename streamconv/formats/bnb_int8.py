@@ -27,7 +27,7 @@ from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import DENSE, F16, F32, I8, U8, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
-from streamconv.formats.base import Constant, Json, Weight, matrix_shape
+from streamconv.formats.base import Constant, Json, Order, Weight, matrix_shape
 from streamconv.grids import INT8, IntegerGrid
 from streamconv.kernels import kernels_for
 
@@ -55,6 +55,7 @@ class Int8Decoder:
     name: str
     grid: IntegerGrid
     main: str = MAIN
+    order: Order | None = None
 
     def row_offset(self, row: int) -> int:
         return row * self.grid.block
@@ -143,6 +144,7 @@ class Int8Encoder:
     grid: IntegerGrid
     nested: bool = False
     dequantized_dtype: Dtype = F32
+    order: Order | None = None
 
     @property
     def parts(self) -> tuple[TensorSpec, ...]:

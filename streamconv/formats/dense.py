@@ -10,7 +10,7 @@ from torch import Tensor
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import DENSE, Dtype
 from streamconv.errors import UnsupportedError
-from streamconv.formats.base import Constant, Json, Weight, matrix_shape
+from streamconv.formats.base import Constant, Json, Order, Weight, matrix_shape
 from streamconv.grids import Grid
 
 MAIN = "weight"
@@ -24,6 +24,7 @@ class DenseDecoder:
     columns: int
     main: str = MAIN
     grid: Grid | None = None
+    order: Order | None = None
 
     def row_offset(self, row: int) -> int:
         return row * self.columns * self.dtype.itemsize
@@ -49,6 +50,7 @@ class VerbatimDecoder:
     columns: int
     main: str = MAIN
     grid: Grid | None = None
+    order: Order | None = None
 
     def row_offset(self, row: int) -> int:
         return row * self.columns * self.dtype.itemsize
@@ -80,6 +82,7 @@ class DenseEncoder:
     nested: bool = False
     grid: Grid | None = None
     constants: tuple[Constant, ...] = ()
+    order: Order | None = None
 
     @property
     def format(self) -> str:
