@@ -275,7 +275,7 @@ class WeightWork:
         for cell in cells(part, self.height):
             values = self._decode(self._raw(raw, rows, cell), cell, self.workers.scratch[number]).view(-1)
             out = self._blocks(self._absmax, cell, merge_base.grid)
-            self._kernels.absmax(values, merge_base.grid.block, out)
+            self._kernels.starting_scales(values, merge_base.grid, out)
 
     def _take_searched(self, number: int, raw: Tensor, rows: range, part: range) -> None:
         """A base that is rounded first has its scales here as they were before nesting: near enough for a search."""
@@ -434,7 +434,8 @@ class WeightWork:
         own, fixed = (base.codes, base.effective) if keeps else (None, None)
         if self._searched is not None:
             fixed = self._blocks(self._searched, rows, grid)
-        context = Context(own, fixed, base.values.view(-1), noise)
+        stored = step.encoder.effective_scales if step.encoder.rounds_scales else None
+        context = Context(own, fixed, base.values.view(-1), noise, stored)
         codes = scratch.take("codes", count, self.device, torch.uint8)
         scales = rounding.choose(target, grid, context, codes)
         self._check_finite(target, rows, scales if context.scales is None else target)

@@ -145,6 +145,13 @@ class Encoder(Protocol):
         """Whether scales are themselves quantized, so that their effective values need all of them first."""
 
     @property
+    def rounds_scales(self) -> bool:
+        """Whether storing rounds each scale on its own, so that codes are to be chosen with what becomes of it.
+
+        Effective scales are then known cell by cell, and those of effective scales are the same again.
+        """
+
+    @property
     def parts(self) -> tuple[TensorSpec, ...]:
         """In file order: the main part first, then those that `finish` returns; they lie together in the file."""
 

@@ -168,9 +168,7 @@ def _find_weight(
             f"{name}: blocks of {state.block} elements that run across rows of {columns} are not supported;"
             " give the 16-bit base model instead"
         )
-    decoder = Bnb4bitDecoder(
-        name, state.dtype, columns, TableGrid(grid.name, grid.values, state.block), state.nested_offset
-    )
+    decoder = Bnb4bitDecoder(name, state.dtype, columns, grid.of_block(state.block), state.nested_offset)
     if state.block != grid.block:
         format_name = f"{format_name}, blocksize {state.block}"
     if parts[MAIN].dtype != U8:
@@ -302,6 +300,7 @@ class Bnb4bitEncoder:
     parts: tuple[TensorSpec, ...]
     constants: tuple[Constant, ...] = ()
     order: Order | None = None
+    rounds_scales: bool = False
 
     @property
     def dequantized_dtype(self) -> Dtype:

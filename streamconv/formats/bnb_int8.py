@@ -143,6 +143,7 @@ class Int8Encoder:
     dtype: Dtype
     grid: IntegerGrid
     nested: bool = False
+    rounds_scales: bool = False
     dequantized_dtype: Dtype = F32
     order: Order | None = None
 

@@ -80,6 +80,7 @@ class DenseEncoder:
 
     spec: TensorSpec
     nested: bool = False
+    rounds_scales: bool = False
     grid: Grid | None = None
     constants: tuple[Constant, ...] = ()
     order: Order | None = None
