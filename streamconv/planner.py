@@ -242,6 +242,7 @@ def _choose_quantized(
     else:
         ignore += DEFAULT_IGNORE
     shapes = {name: weight.shape for name, weight in weights.items()}
+    dense |= {module_of(name) for name, shape in shapes.items() if choices.quant.why_not(name, shape)}
     selection = select(shapes, base.index.config, ignore, dense)
     if not selection.quantized:
         raise OptionError(
@@ -314,9 +315,9 @@ def _weight_steps(
 ) -> list[Step]:
     changes = bool(updates) or merge_base is not None
     if encoder is None or (not changes and (encoder.format, encoder.dtype) == (weight.format, weight.dtype)):
-        main = weight.parts[weight.decoder.main].name
         # Only a weight of one part is ever stored under another name than the base's.
-        return [Copy(name if part.name == main else part.name, part) for part in weight.parts.values()]
+        is_one = len(weight.parts) == 1
+        return [Copy(name if is_one else part.name, part) for part in weight.parts.values()]
     if weight.decoder.grid is not None and any(isinstance(update, WholeUpdate) for update in updates):
         raise UnsupportedError(
             f"{name} is {weight.format}, and the adapter was trained on what its initialisation had left of the weight "

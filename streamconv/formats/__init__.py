@@ -27,10 +27,12 @@ def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
     """
     refuse_foreign(index)
     free = dict(index.tensors)
+    quantization = index.config.get("quantization_config")
+    quantization = quantization if isinstance(quantization, Mapping) else {}
     found: list[Weight] = []
     # The dense formats stand first in the table, but take what the others leave.
     for storage_format in reversed(tuple(FORMATS.values())):
-        for weight in storage_format.find(MappingProxyType(free)):
+        for weight in storage_format.find(MappingProxyType(free), quantization):
             found.append(weight)
             for part in weight.parts.values():
                 del free[part.name]

@@ -74,7 +74,8 @@ class Decoder(Protocol):
     def scales(self, side: Mapping[str, Tensor]) -> Tensor | None:
         """Effective float32 scale of every block, from the other parts; None for dense storage.
 
-        On the device of `side`. Raises CheckpointError where a scale is not finite.
+        On a grid with zero points, [blocks, 2]: the scale, and the code that stands for 0. On the device of `side`.
+        Raises CheckpointError where a scale is not finite.
         """
 
     def codes(self, raw: Tensor, rows: range) -> Tensor:
@@ -204,15 +205,24 @@ class Format(Protocol):
     def loaders(self) -> str:
         """Which programs open it, in a few words."""
 
-    def find(self, free: Mapping[str, StoredTensor]) -> Sequence[Weight]:
+    def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """Weights of this format among the tensors no other format has claimed yet.
 
-        From headers and small state tensors only. Raises CheckpointError where the parts of a weight are
-        incomplete or disagree.
+        From headers, the config's `quantization_config` (empty where it has none) and small tensors only. Raises
+        CheckpointError where the parts of a weight are incomplete or disagree.
         """
+
+    def why_not(self, name: str, shape: Shape) -> str | None:
+        """Why a weight of a linear module has to stay in 16 bit; None where it can be stored and loaders expect it."""
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Encoder:
         """How to store a weight; raises UnsupportedError where this format cannot hold such a shape."""
 
-    def quantization_config(self, dtype: Dtype, skipped: Sequence[str]) -> Json | None:
-        """The `quantization_config` a loader needs; None if dense. `skipped` names modules left in 16 bit."""
+    def quantization_config(
+        self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]
+    ) -> Json | None:
+        """The `quantization_config` a loader needs; None if dense.
+
+        `quantized` are names of weights, `skipped` is the skip list that goes with them (`formats.linear`). Raises
+        UnsupportedError where a config of this format cannot tell the ones from the others.
+        """

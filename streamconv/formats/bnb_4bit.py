@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -418,8 +419,9 @@ class Bnb4bitFormat:
         scale = 8 + 32 / NESTED_BLOCK if self.nested else 32
         return 4 + scale / self.grid.block
 
-    def find(self, free: Mapping[str, StoredTensor]) -> Sequence[Weight]:
+    def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """See Format."""
+        del quantization  # each weight has a state of its own
         suffix = _STATE + self.grid.name
         names = (name.removesuffix(suffix) for name in free if name.endswith(suffix))
         with TensorReader() as reader:
@@ -428,6 +430,10 @@ class Bnb4bitFormat:
                 for name in names
                 if _is_nested(name, free) == self.nested
             ]
+
+    def why_not(self, name: str, shape: Shape) -> str | None:
+        del name, shape  # blocks run across rows
+        return None
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Bnb4bitEncoder:
         """See Format."""
@@ -442,11 +448,12 @@ class Bnb4bitFormat:
         parts = _part_specs(name, shape, dtype, self.grid, self.nested)
         return Bnb4bitEncoder(self.name, name, shape, dtype, self.grid, self.nested, parts)
 
-    def quantization_config(self, dtype: Dtype, skipped: Sequence[str]) -> Json:
-        """The keys that transformers 5.23 writes, all of them.
+    def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
+        """See Format. The keys that transformers 5.23 writes, all of them.
 
         `llm_int8_skip_modules` is never null: null would make a loader add modules of its own choice.
         """
+        del quantized  # all that the list does not name
         return {
             "_load_in_4bit": True,
             "_load_in_8bit": False,

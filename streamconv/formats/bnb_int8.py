@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -191,8 +192,9 @@ class Int8Format:
     def bits_per_weight(self) -> float:
         return 8 + 32 / _USUAL_COLUMNS
 
-    def find(self, free: Mapping[str, StoredTensor]) -> Sequence[Weight]:
+    def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """See Format."""
+        del quantization  # tensors tell all of it
         suffix = f".{SCALES}"
         names = [name.removesuffix(SCALES) + MAIN for name in free if name.endswith(suffix)]
         if not names:
@@ -200,6 +202,10 @@ class Int8Format:
         dtype = _dense_dtype(free)
         with TensorReader() as reader:
             return [_find_weight(name, self.name, dtype, free, reader) for name in names]
+
+    def why_not(self, name: str, shape: Shape) -> str | None:
+        del name, shape
+        return None
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Int8Encoder:
         """See Format."""
@@ -214,9 +220,12 @@ class Int8Format:
             )
         return Int8Encoder(self.name, name, shape, dtype, self.grid.of_width(matrix_shape(shape)[1]))
 
-    def quantization_config(self, dtype: Dtype, skipped: Sequence[str]) -> Json:
+    def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
         """The keys that transformers 5.23 writes, all of them; those of 4 bit have their defaults."""
-        del dtype  # activations are multiplied in int8
+        del (
+            dtype,
+            quantized,
+        )  # activations are multiplied in int8; quantized is all that the list does not name
         return {
             "_load_in_4bit": False,
             "_load_in_8bit": True,

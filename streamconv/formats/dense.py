@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -132,16 +133,23 @@ class DenseFormat:
     def bits_per_weight(self) -> float:
         return 8.0 * self.dtype.itemsize
 
-    def find(self, free: Mapping[str, StoredTensor]) -> Sequence[Weight]:
+    def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """Every tensor of this type: a dense weight has no other mark."""
+        del quantization
         return [dense_weight(name, tensor) for name, tensor in free.items() if tensor.dtype == self.dtype]
+
+    def why_not(self, name: str, shape: Shape) -> str | None:
+        del name, shape
+        return None
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> DenseEncoder:
         del dtype  # the format is the type
         return DenseEncoder(TensorSpec(name, self.dtype, shape))
 
-    def quantization_config(self, dtype: Dtype, skipped: Sequence[str]) -> Json | None:
-        del dtype, skipped
+    def quantization_config(
+        self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]
+    ) -> Json | None:
+        del dtype, quantized, skipped
         return None
 
 

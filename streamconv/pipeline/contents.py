@@ -93,7 +93,9 @@ def _config(prepared: Prepared) -> bytes:
     plan, config = prepared.plan, prepared.base.index.config
     quantization = None
     if plan.quant is not None:
-        quantization = FORMATS[plan.quant].quantization_config(_compute_dtype(prepared), plan.skipped)
+        quantization = FORMATS[plan.quant].quantization_config(
+            _compute_dtype(prepared), plan.quantized, plan.skipped
+        )
     edited = edit_config(
         config, dtype=plan.dtype, quantization=quantization, untie=plan.untied, vocab_size=plan.vocab_size
     )
