@@ -17,7 +17,7 @@ from streamconv.dtypes import DENSE, Dtype
 from streamconv.errors import AdapterError, OptionError, UnsupportedError
 from streamconv.fingerprint import fingerprint
 from streamconv.formats import FORMATS, dense_weight
-from streamconv.formats.base import Encoder, Weight
+from streamconv.formats.base import Encoder, Grouped, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, is_conv1d, matches, module_of, select
 from streamconv.layout import Placed, lay_out, split_by_size
 from streamconv.memory import plan_memory
@@ -32,6 +32,7 @@ from streamconv.plan import (
     Rewrite,
     ShardPlan,
     Step,
+    stores_the_same,
 )
 from streamconv.rounding import ROUNDINGS
 from streamconv.rounding.base import Rounding
@@ -146,6 +147,7 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
         calibration=draft.calibration,
         quantized=tuple(sorted(draft.quantized)),
         skipped=tuple(draft.skipped),
+        group_size=choices.quant.group_size if isinstance(choices.quant, Grouped) else None,
         adapted=dict(adapter.modules) if adapter else {},
         replaced=tuple(sorted(each.parameter for each in adapter.replaces)) if adapter else (),
         renamed=adapter.renamed if adapter else None,
@@ -242,8 +244,11 @@ def _choose_quantized(
     else:
         ignore += DEFAULT_IGNORE
     shapes = {name: weight.shape for name, weight in weights.items()}
-    dense |= {module_of(name) for name, shape in shapes.items() if choices.quant.why_not(name, shape)}
-    selection = select(shapes, base.index.config, ignore, dense)
+    weights_of_modules = {name: shape for name, shape in shapes.items() if name.endswith(".weight")}
+    dense |= {
+        module_of(name) for name, shape in weights_of_modules.items() if not choices.quant.fits(name, shape)
+    }
+    selection = select(shapes, base.index.config, ignore, dense, by_path=choices.quant.skips_by_path)
     if not selection.quantized:
         raise OptionError(
             f"--quant {choices.quant.name} would quantize nothing: {base.index.storage.location} has no linear "
@@ -316,8 +321,8 @@ def _weight_steps(
     changes = bool(updates) or merge_base is not None
     if encoder is None or (not changes and (encoder.format, encoder.dtype) == (weight.format, weight.dtype)):
         # Only a weight of one part is ever stored under another name than the base's.
-        is_one = len(weight.parts) == 1
-        return [Copy(name if is_one else part.name, part) for part in weight.parts.values()]
+        is_dense = len(weight.parts) == 1
+        return [Copy(name if is_dense else part.name, part) for part in weight.parts.values()]
     if weight.decoder.grid is not None and any(isinstance(update, WholeUpdate) for update in updates):
         raise UnsupportedError(
             f"{name} is {weight.format}, and the adapter was trained on what its initialisation had left of the weight "
@@ -342,7 +347,7 @@ def _weight_steps(
             f"{name}: this update needs a pass over the whole weight, and so does --rounding {rounding.name} with "
             f"double-quantized scales; choose another --rounding, or a --quant other than {encoder.format}"
         )
-    keeps_parts = keeps and merge_base is None and weight.format == encoder.format
+    keeps_parts = keeps and merge_base is None and stores_the_same(weight, encoder)
     calibrates &= bool(updates) or not is_on_grid  # else the codes stay
     return [Rewrite(name, weight, updates, encoder, rounding, merge_base, keeps, keeps_parts, calibrates)]
 

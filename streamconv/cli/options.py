@@ -90,6 +90,14 @@ RESULT = group(
     ),
     option(
         Section.RESULT,
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="Elements of a row that share a scale, in formats with groups: 32, 64 or 128. Default: 128, or that of a "
+        "base that keeps its format.",
+    ),
+    option(
+        Section.RESULT,
         "--dtype",
         default="auto",
         show_default=True,

@@ -7,16 +7,16 @@ from types import MappingProxyType
 
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.dtypes import BF16, F16, F32, I8, U8
-from streamconv.errors import CheckpointError
+from streamconv.errors import CheckpointError, OptionError
 from streamconv.formats import bnb_4bit, bnb_int8
-from streamconv.formats.base import Format, Weight
+from streamconv.formats.base import Format, Grouped, Weight, group_of
 from streamconv.formats.bnb_4bit import Bnb4bitFormat
 from streamconv.formats.bnb_int8 import Int8Format
 from streamconv.formats.dense import DenseFormat, dense_weight
 from streamconv.formats.foreign import refuse_foreign
 from streamconv.grids import FP4, NF4
 
-__all__ = ["FORMATS", "dense_weight", "find_weights"]
+__all__ = ["FORMATS", "dense_weight", "find_weights", "format_of", "with_groups"]
 
 
 def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
@@ -40,6 +40,31 @@ def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
     _refuse_orphans(found)
     by_main_part = {weight.parts[weight.decoder.main].name: weight for weight in found}
     return tuple(by_main_part[name] for name in index.tensors if name in by_main_part)
+
+
+def format_of(name: str) -> Format | None:
+    """The format that stores weights in the way that a Weight calls `name`; None where it is only read."""
+    plain, size = group_of(name)
+    found = FORMATS.get(plain)
+    if size is None:
+        return found
+    return found.of_group_size(size) if isinstance(found, Grouped) and size in found.group_sizes else None
+
+
+def with_groups(storage_format: Format, size: int | None) -> Format:
+    """The format with groups of `size`; None leaves it as it is. Raises OptionError where it cannot have them."""
+    if size is None:
+        return storage_format
+    if not isinstance(storage_format, Grouped):
+        able = ", ".join(name for name, each in FORMATS.items() if isinstance(each, Grouped))
+        raise OptionError(
+            f"--group-size {size} does not fit {storage_format.name}, whose scales are not of groups that could be "
+            f"chosen; leave it out, or choose --quant {able}"
+        )
+    if size not in storage_format.group_sizes:
+        known = ", ".join(map(str, storage_format.group_sizes))
+        raise OptionError(f"--group-size {size} is not one that {storage_format.name} can have; use {known}")
+    return storage_format.of_group_size(size)
 
 
 # What codes of a quantized weight look like, and what must be beside them.

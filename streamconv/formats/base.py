@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -205,15 +205,23 @@ class Format(Protocol):
     def loaders(self) -> str:
         """Which programs open it, in a few words."""
 
+    @property
+    def rounds_on_load(self) -> bool:
+        """Whether QLoRA training rounds a 16-bit base to it while loading: what `--merge-base` may be."""
+
+    @property
+    def skips_by_path(self) -> bool:
+        """Whether its config names modules left in 16 bit by whole paths; else as `formats/linear.py` has it."""
+
+    def fits(self, name: str, shape: Shape) -> bool:
+        """Whether it can store the weight [out, in] of a Linear, and loaders expect it; else it stays in 16 bit."""
+
     def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """Weights of this format among the tensors no other format has claimed yet.
 
         From headers, the config's `quantization_config` (empty where it has none) and small tensors only. Raises
         CheckpointError where the parts of a weight are incomplete or disagree.
         """
-
-    def why_not(self, name: str, shape: Shape) -> str | None:
-        """Why a weight of a linear module has to stay in 16 bit; None where it can be stored and loaders expect it."""
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Encoder:
         """How to store a weight; raises UnsupportedError where this format cannot hold such a shape."""
@@ -226,3 +234,34 @@ class Format(Protocol):
         `quantized` are names of weights, `skipped` is the skip list that goes with them (`formats.linear`). Raises
         UnsupportedError where a config of this format cannot tell the ones from the others.
         """
+
+
+@runtime_checkable
+class Grouped(Format, Protocol):
+    """A Format whose scales are each of a group of a row's elements, a number that can be chosen."""
+
+    @property
+    def group_size(self) -> int: ...
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Those that it can have."""
+
+    def of_group_size(self, size: int) -> Format:
+        """The same with groups of `size`, one of `group_sizes`."""
+
+
+GROUP_SIZES = (32, 64, 128)
+USUAL_GROUP_SIZE = 128
+_GROUP_SIZE = ", group size "
+
+
+def grouped_name(name: str, size: int) -> str:
+    """What encoders and weights call the format `name` with groups of `size`."""
+    return name if size == USUAL_GROUP_SIZE else f"{name}{_GROUP_SIZE}{size}"
+
+
+def group_of(name: str) -> tuple[str, int | None]:
+    """Undo `grouped_name`, where it names groups of another size than the usual one."""
+    plain, _, size = name.partition(_GROUP_SIZE)
+    return (plain, int(size)) if size.isdecimal() else (name, None)

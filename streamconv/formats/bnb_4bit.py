@@ -413,6 +413,8 @@ class Bnb4bitFormat:
     grid: TableGrid
     nested: bool = False
     loaders: str = "transformers, vLLM (one GPU a model part), PEFT for training"
+    rounds_on_load: bool = True
+    skips_by_path: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -431,9 +433,9 @@ class Bnb4bitFormat:
                 if _is_nested(name, free) == self.nested
             ]
 
-    def why_not(self, name: str, shape: Shape) -> str | None:
-        del name, shape  # blocks run across rows
-        return None
+    def fits(self, name: str, shape: Shape) -> bool:
+        del name
+        return len(shape) == 2
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Bnb4bitEncoder:
         """See Format."""

@@ -187,6 +187,8 @@ class Int8Format:
     name: str
     grid: IntegerGrid = INT8
     loaders: str = "transformers, vLLM (one GPU a model part), PEFT for training"
+    rounds_on_load: bool = True
+    skips_by_path: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -203,9 +205,9 @@ class Int8Format:
         with TensorReader() as reader:
             return [_find_weight(name, self.name, dtype, free, reader) for name in names]
 
-    def why_not(self, name: str, shape: Shape) -> str | None:
-        del name, shape
-        return None
+    def fits(self, name: str, shape: Shape) -> bool:
+        del name
+        return len(shape) == 2
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Int8Encoder:
         """See Format."""

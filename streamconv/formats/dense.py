@@ -124,6 +124,8 @@ class DenseFormat:
     dtype: Dtype
     loaders: str = "any"
     grid: Grid | None = None
+    rounds_on_load: bool = False
+    skips_by_path: bool = False
 
     @property
     def name(self) -> str:
@@ -138,9 +140,9 @@ class DenseFormat:
         del quantization
         return [dense_weight(name, tensor) for name, tensor in free.items() if tensor.dtype == self.dtype]
 
-    def why_not(self, name: str, shape: Shape) -> str | None:
+    def fits(self, name: str, shape: Shape) -> bool:
         del name, shape
-        return None
+        return True
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> DenseEncoder:
         del dtype  # the format is the type

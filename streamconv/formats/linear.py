@@ -106,13 +106,15 @@ def select(
     config: Mapping[str, Any],
     ignore: Sequence[str],
     dense: Collection[str] = frozenset(),
+    *,
+    by_path: bool = False,
 ) -> Selection:
     """Decide which of the weights `shapes` are quantized, and what the config must say of the others.
 
     `shapes` are all weights of the model; `ignore` are patterns of modules, see `matches`, and `dense` are paths of
-    modules: both stay in 16 bit. Quantized is what bitsandbytes would have replaced. Mixture-of-experts parameters
-    are not: transformers 5 fuses experts into 3-D parameters, and its routers hold their weight themselves. Nor is a
-    head tied to the embedding.
+    modules: both stay in 16 bit. `by_path`: the config names them by whole paths, see `_skip_paths`. Quantized is what
+    bitsandbytes would have replaced. Mixture-of-experts parameters are not: transformers 5 fuses experts into 3-D
+    parameters, and its routers hold their weight themselves. Nor is a head tied to the embedding.
 
     Raises UnsupportedError for a Conv1D weight that would be quantized, for a model that no skip list can describe,
     and where none can tell the two kinds apart; OptionError for a pattern that is no regular expression.
@@ -135,7 +137,10 @@ def select(
         else:
             quantized.append(name)
     head = next((head for family, head in _HEAD_BY_FAMILY.items() if family in _families(config)), "lm_head")
-    return Selection(tuple(quantized), _skip_list(head, [module_of(name) for name in quantized], left))
+    modules = [module_of(name) for name in quantized]
+    if by_path:
+        return Selection(tuple(quantized), _skip_paths(head, modules, left, shapes, config))
+    return Selection(tuple(quantized), _skip_list(head, modules, left))
 
 
 def module_of(name: str) -> str:
@@ -240,6 +245,33 @@ def _skip_list(head: str, quantized: Collection[str], left: Sequence[str]) -> tu
                     f"{entry} must stay in 16 bit, but loaders would take that name for {module} too;"
                     f" quantize both or neither: --ignore {module}"
                 )
+    return tuple(entries)
+
+
+def _skip_paths(
+    head: str,
+    quantized: Collection[str],
+    left: Sequence[str],
+    shapes: Mapping[str, Shape],
+    config: Mapping[str, Any],
+) -> tuple[str, ...]:
+    """Entries that compressed-tensors and vLLM read as naming `head`, unless it is quantized, and all of `left`.
+
+    A plain entry is a whole path, one after `re:` a regular expression from the start (`utils/match.py`). A model of
+    more than text is loaded under other paths than its file has, with the same ends: there an end that means no
+    quantized module stands for the path. Experts, which transformers has as parameters and vLLM as modules, by one.
+    """
+    entries = {} if head in quantized else {head: None}
+    ends = {module: module.rpartition(".")[2] for module in left}
+    unclear = {end for end in ends.values() if any(other.rpartition(".")[2] == end for other in quantized)}
+    is_renamed = any("model_type" in level for level in _levels(config)[1:])
+    for module, end in ends.items():
+        is_whole = not is_renamed or end in unclear
+        entries[module if is_whole else rf"re:(?:.*\.)?{re.escape(end)}$"] = None
+    if any("experts" in module_of(name).split(".") for name in shapes):
+        entries[r"re:.*\.experts\..*"] = None
+    if "embed_out" in entries:
+        entries["lm_head"] = None
     return tuple(entries)
 
 

@@ -70,6 +70,7 @@ def _output(prepared: Prepared) -> dict[str, Any]:
     return {
         "kernels": kernels_of(plan),
         "quant": plan.quant or "none",
+        "group_size": plan.group_size,
         "target": {"name": plan.target.name, "reason": plan.target.reason},
         "rounding": {"name": plan.rounding.name, "reason": plan.rounding.reason} if plan.rounding else None,
         "calibration": _calibration(plan),
@@ -215,7 +216,8 @@ def _calibration_lines(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _stored(plan: Plan) -> str:
-    return f"{plan.quant or plan.dtype or 'dtype of the base'}, {format_size(plan.size)}"
+    groups = f" in groups of {plan.group_size}" if plan.group_size else ""
+    return f"{plan.quant or plan.dtype or 'dtype of the base'}{groups}, {format_size(plan.size)}"
 
 
 def _small_files(prepared: Prepared) -> str:

@@ -307,4 +307,4 @@ def test_settle(name: str, is_first: bool, in_turn: bool, dtype: Dtype) -> None:
         return codes, errors
 
     codes, errors = both(settled)
-    assert torch.equal(target - errors, (grid.decode(codes) * scales).to(dtype.torch).float())
+    assert torch.equal(errors, target - (grid.decode(codes) * scales).to(dtype.torch).float())
