@@ -8,12 +8,14 @@ from types import MappingProxyType
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.dtypes import BF16, F16, F32, I8, U8
 from streamconv.errors import CheckpointError, OptionError
-from streamconv.formats import bnb_4bit, bnb_int8
+from streamconv.formats import bnb_4bit, bnb_int8, int4_words
+from streamconv.formats.awq import AwqFormat
 from streamconv.formats.base import Format, Grouped, Weight, group_of
 from streamconv.formats.bnb_4bit import Bnb4bitFormat
 from streamconv.formats.bnb_int8 import Int8Format
 from streamconv.formats.dense import DenseFormat, dense_weight
 from streamconv.formats.foreign import refuse_foreign
+from streamconv.formats.gptq import GptqFormat
 from streamconv.grids import FP4, NF4
 
 __all__ = ["FORMATS", "dense_weight", "find_weights", "format_of", "with_groups"]
@@ -71,13 +73,16 @@ def with_groups(storage_format: Format, size: int | None) -> Format:
 _CODES = {U8: ("packed 4-bit codes", "quant_state"), I8: ("8-bit codes", bnb_int8.SCALES)}
 
 
+_SIDE_SUFFIXES = (*bnb_4bit.SIDE_SUFFIXES, *bnb_int8.SIDE_SUFFIXES, *int4_words.SIDE_SUFFIXES)
+
+
 def _refuse_orphans(weights: Iterable[Weight]) -> None:
     for weight in weights:
-        is_side = weight.name.endswith((*bnb_4bit.SIDE_SUFFIXES, *bnb_int8.SIDE_SUFFIXES))
+        is_side = weight.name.endswith(_SIDE_SUFFIXES)
         if is_side and len(weight.parts) == 1:
             raise CheckpointError(
-                f"{weight.name} belongs to a quantized weight that is missing, or whose quant_state or SCB is;"
-                " the checkpoint is incomplete, download it again"
+                f"{weight.name} belongs to a quantized weight that is missing, or whose quant_state, SCB or other codes"
+                " are; the checkpoint is incomplete, download it again"
             )
         if weight.dtype in _CODES and weight.name.endswith("weight"):
             codes, missing = _CODES[weight.dtype]
@@ -97,5 +102,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "fp4": Bnb4bitFormat("fp4", FP4),
         "fp4-dq": Bnb4bitFormat("fp4-dq", FP4, nested=True),
         "int8": Int8Format("int8"),
+        "gptq": GptqFormat("gptq"),
+        "awq": AwqFormat("awq"),
     }
 )

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
-from streamconv.dtypes import DENSE, F16, F32, I8, U8, Dtype
+from streamconv.dtypes import DENSE, F32, I8, U8, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats.base import Constant, Json, Order, Weight, matrix_shape
+from streamconv.formats.dense import largest_dtype
 from streamconv.grids import INT8, IntegerGrid
 from streamconv.kernels import kernels_for
 
@@ -121,16 +122,6 @@ def _wrong(tensor: StoredTensor, expected: str) -> CheckpointError:
     return CheckpointError(f"{tensor.file.name}: {tensor.name}: found {found}, expected {expected}")
 
 
-def _dense_dtype(free: Mapping[str, StoredTensor]) -> Dtype:
-    """The type of the largest dense tensor; bitsandbytes' own where there is none."""
-    dense = [
-        tensor
-        for name, tensor in free.items()
-        if tensor.dtype.name in DENSE and not name.endswith(f".{SCALES}")
-    ]
-    return max(dense, key=lambda tensor: math.prod(tensor.shape)).dtype if dense else F16
-
-
 # -- writing -----------------------------------------------------------------------------------------------
 
 
@@ -201,7 +192,7 @@ class Int8Format:
         names = [name.removesuffix(SCALES) + MAIN for name in free if name.endswith(suffix)]
         if not names:
             return ()
-        dtype = _dense_dtype(free)
+        dtype = largest_dtype(free, but=suffix)
         with TensorReader() as reader:
             return [_find_weight(name, self.name, dtype, free, reader) for name in names]
 

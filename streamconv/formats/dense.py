@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
-from streamconv.dtypes import DENSE, Dtype
+from streamconv.dtypes import DENSE, F16, Dtype
 from streamconv.errors import UnsupportedError
 from streamconv.formats.base import Constant, Json, Order, Weight, matrix_shape
 from streamconv.grids import Grid
@@ -153,6 +154,17 @@ class DenseFormat:
     ) -> Json | None:
         del dtype, quantized, skipped
         return None
+
+
+def largest_dtype(tensors: Mapping[str, StoredTensor], but: str) -> Dtype:
+    """The type of the largest dense tensor whose name does not end in `but`; float16 where there is none.
+
+    It stands for that of weights beside, where a file does not tell what they were before they were quantized.
+    """
+    dense = [
+        tensor for name, tensor in tensors.items() if tensor.dtype.name in DENSE and not name.endswith(but)
+    ]
+    return max(dense, key=lambda tensor: math.prod(tensor.shape)).dtype if dense else F16
 
 
 def dense_weight(name: str, tensor: StoredTensor) -> Weight:
