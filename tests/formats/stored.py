@@ -14,6 +14,7 @@ from streamconv.checkpoint.reader import TensorReader
 from streamconv.dtypes import DENSE
 from streamconv.formats import FORMATS, find_weights
 from streamconv.formats.base import CELL_ROWS, Encoder, Weight, matrix_shape
+from streamconv.formats.rows import StoredRows, in_file_order
 from streamconv.grids import Grid
 from streamconv.rounding import ROUNDINGS, Context, Rounding
 from tests.checkpoint.files import index_of, write_checkpoint
@@ -68,12 +69,13 @@ def stored(encoder: Encoder, weight: Tensor) -> dict[str, Tensor]:
         if encoder.grid is None:
             encoder.pack(cell, out)
         else:
-            context = Context(None, None, None, None)
+            stores = encoder.effective_scales if encoder.rounds_scales else None
+            context = Context(None, None, None, None, stores)
             codes, cell_scales = choose(ROUNDINGS["nearest"], cell.flatten(), encoder.grid, context)
             encoder.pack(codes, out)
             scales.append(cell_scales)
     contents = encoder.finish(torch.cat(scales) if scales else None, None)
-    tensors = {main.name: raw.view(main.dtype.torch).view(main.shape)}
+    tensors = {main.name: in_file_order(encoder.order, raw).view(main.dtype.torch).view(main.shape)}
     contents = (*contents, *(constant.content for constant in encoder.constants))
     tail += [constant.spec for constant in encoder.constants]
     for spec, content in zip(tail, contents, strict=True):
@@ -87,8 +89,11 @@ def side_parts(weight: Weight) -> dict[str, Tensor]:
 
 
 def raw_bytes(weight: Weight) -> Tensor:
+    """The main part in row form."""
     with TensorReader() as reader:
-        return reader.load(weight.parts[weight.decoder.main]).reshape(-1).view(torch.uint8)
+        raw = torch.empty(weight.parts[weight.decoder.main].nbytes, dtype=torch.uint8)
+        StoredRows(reader, weight).read_into(range(matrix_shape(weight.shape)[0]), raw)
+        return raw
 
 
 def block_slice(weight: Weight, scales: Tensor | None, rows: range) -> Tensor | None:
