@@ -206,6 +206,10 @@ class Format(Protocol):
         """Which programs open it, in a few words."""
 
     @property
+    def library(self) -> str | None:
+        """The package that transformers needs to open it."""
+
+    @property
     def rounds_on_load(self) -> bool:
         """Whether QLoRA training rounds a 16-bit base to it while loading: what `--merge-base` may be."""
 

@@ -413,6 +413,7 @@ class Bnb4bitFormat:
     grid: TableGrid
     nested: bool = False
     loaders: str = "transformers, vLLM (one GPU a model part), PEFT for training"
+    library: str = "bitsandbytes"
     rounds_on_load: bool = True
     skips_by_path: bool = False
 

@@ -178,6 +178,7 @@ class Int8Format:
     name: str
     grid: IntegerGrid = INT8
     loaders: str = "transformers, vLLM (one GPU a model part), PEFT for training"
+    library: str = "bitsandbytes"
     rounds_on_load: bool = True
     skips_by_path: bool = False
 

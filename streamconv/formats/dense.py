@@ -125,6 +125,7 @@ class DenseFormat:
     dtype: Dtype
     loaders: str = "any"
     grid: Grid | None = None
+    library: str | None = None
     rounds_on_load: bool = False
     skips_by_path: bool = False
 

@@ -186,6 +186,7 @@ class GptqFormat:
     name: str
     grid: TableGrid = INT4
     loaders: str = "transformers with optimum and GPTQModel, vLLM, SGLang"
+    library: str = "gptqmodel"
     rounds_on_load: bool = False
     skips_by_path: bool = False
     group_sizes: tuple[int, ...] = GROUP_SIZES

@@ -1,6 +1,6 @@
 """Make tests/golden/gptqmodel-VERSION: weights as GPTQModel packs them, and what it unpacks; see README.md.
 
-    python tests/golden/make_packed_weights.py tests/golden
+python tests/golden/make_packed_weights.py tests/golden
 """
 
 from __future__ import annotations
@@ -71,7 +71,13 @@ def main(out: Path) -> None:
 
 def quantization(case: Case) -> Mapping[str, Any]:
     if case.method == "awq":
-        return {"quant_method": "awq", "bits": 4, "group_size": case.group, "zero_point": True, "version": "gemm"}
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": case.group,
+            "zero_point": True,
+            "version": "gemm",
+        }
     return {
         "quant_method": "gptq",
         "bits": 4,
