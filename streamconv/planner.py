@@ -13,7 +13,7 @@ from streamconv.adapters.embeddings import HEADS, find_embedding
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.choices import Choices, Facts, choose
 from streamconv.devices import Device
-from streamconv.dtypes import DENSE, Dtype
+from streamconv.dtypes import BF16, DENSE, Dtype
 from streamconv.errors import AdapterError, OptionError, UnsupportedError
 from streamconv.fingerprint import fingerprint
 from streamconv.formats import FORMATS, dense_weight
@@ -254,6 +254,8 @@ def _choose_quantized(
             f"--quant {choices.quant.name} would quantize nothing: {base.index.storage.location} has no linear "
             "weights that a loader would quantize, or --ignore names them all; leave --quant out"
         )
+    # Written when all is done; what it cannot say is refused now.
+    choices.quant.quantization_config(choices.dtype or BF16, selection.quantized, selection.skipped)
     return frozenset(selection.quantized), selection.skipped
 
 
