@@ -23,7 +23,7 @@ from tests.models import Sizes, write_adapter, write_base
 from tests.test_executor import Recorder, bytes_of, carry_out, carry_out_all, from_the_start, quiet
 
 # No cell of 16 bits is larger than a tile; the codes of an MLP weight are, so that its lines are turned in two runs.
-SIZES = Sizes(hidden=384, inner=640, layers=2, vocabulary=64)
+SIZES = Sizes(hidden=384, inner=640, layers=1, vocabulary=64)
 TILE = 80 * 1024
 
 

@@ -38,40 +38,42 @@ from streamconv.formats.int4_words import (
     first_zeros,
     group_size_in,
     is_whole,
-    pack_words,
     part_name,
-    unpack_words,
     word_of,
     zeros_and_scales,
 )
 from streamconv.formats.linear import HEAD_NAMES, module_of
 from streamconv.grids import INT4, TableGrid, ZeroPointGrid
+from streamconv.kernels import kernels_for
 
 PLACES = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclass(frozen=True, slots=True)
 class OutputsAcross:
-    """A line is two rows of a file: the inputs whose codes share the bytes of a row form."""
+    """A line is eight rows of a file: the inputs that are a word of the row form."""
 
     rows: int
     lines: int
 
     @property
     def line_bytes(self) -> int:
-        return self.rows
+        return 4 * self.rows
 
     def to_file(self, form: Tensor, lines: range, out: Tensor) -> None:
         """See Order."""
-        pairs = form.view(self.rows, self.lines)[:, lines.start : lines.stop].T.contiguous()
-        codes = torch.stack((pairs & 0xF, pairs >> 4), dim=1).view(2 * len(lines), self.rows)
-        out.copy_(pack_words(codes, PLACES).view(torch.uint8).view(-1))
+        kernels_for(form.device).turn_codes(self._words(form, lines), PLACES, _inputs(out, lines))
 
     def from_file(self, raw: Tensor, lines: range, form: Tensor) -> None:
         """See Order."""
-        codes = unpack_words(raw.view(torch.int32).view(2 * len(lines), -1), PLACES)
-        pairs = codes[0::2] | codes[1::2] << 4
-        form.view(self.rows, self.lines)[:, lines.start : lines.stop].copy_(pairs.T)
+        kernels_for(form.device).turn_codes_back(_inputs(raw, lines), PLACES, self._words(form, lines))
+
+    def _words(self, form: Tensor, lines: range) -> Tensor:
+        return form.view(torch.int32).view(self.rows, self.lines)[:, lines.start : lines.stop]
+
+
+def _inputs(raw: Tensor, lines: range) -> Tensor:
+    return raw.view(torch.int32).view(A_WORD * len(lines), -1)
 
 
 def _find_weight(
@@ -88,7 +90,7 @@ def _find_weight(
     parts = {role: free[part] for role, part in names.items()}
     columns, rows = parts[MAIN].shape[0], parts[MAIN].shape[1] * A_WORD
     group = group_size_in(parts, rows, columns)
-    product, order = parts[SCALES].dtype, OutputsAcross(rows, columns // 2)
+    product, order = parts[SCALES].dtype, OutputsAcross(rows, columns // A_WORD)
     is_symmetric = bool((first_zeros(parts[ZEROS], reader) == word_of(MIDDLE)).all())
     remarks = {"with zero points": not is_symmetric, f"scales in {product.name}": product != F16}
     decoder: Decoder
@@ -144,7 +146,7 @@ class AwqFormat:
         """See Format."""
         check_encodes(name, shape, dtype, self.name, A_WORD, self.group_size)
         rows, columns = shape
-        order = OutputsAcross(rows, columns // 2)
+        order = OutputsAcross(rows, columns // A_WORD)
         parts = (
             TensorSpec(part_name(name, MAIN), I32, (columns, rows // A_WORD)),
             *zeros_and_scales(name, shape, self.grid),

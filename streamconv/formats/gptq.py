@@ -49,6 +49,7 @@ from streamconv.formats.int4_words import (
 )
 from streamconv.formats.linear import HEAD_NAMES, module_of
 from streamconv.grids import INT4, TableGrid, ZeroPointGrid
+from streamconv.kernels import kernels_for
 
 GROUPS = "g_idx"
 _V1, _V2 = "gptq", "gptq_v2"
@@ -87,13 +88,18 @@ class WordsAcross:
 
     def to_file(self, form: Tensor, lines: range, out: Tensor) -> None:
         """See Order."""
-        words = form.view(torch.int32).view(self.rows, self.lines)
-        out.view(torch.int32).view(len(lines), self.rows).copy_(words[:, lines.start : lines.stop].T)
+        kernels_for(form.device).turn_words(self._words(form, lines), _lines(out, lines))
 
     def from_file(self, raw: Tensor, lines: range, form: Tensor) -> None:
         """See Order."""
-        words = form.view(torch.int32).view(self.rows, self.lines)
-        words[:, lines.start : lines.stop].copy_(raw.view(torch.int32).view(len(lines), self.rows).T)
+        kernels_for(form.device).turn_words(_lines(raw, lines), self._words(form, lines))
+
+    def _words(self, form: Tensor, lines: range) -> Tensor:
+        return form.view(torch.int32).view(self.rows, self.lines)[:, lines.start : lines.stop]
+
+
+def _lines(raw: Tensor, lines: range) -> Tensor:
+    return raw.view(torch.int32).view(len(lines), -1)
 
 
 # -- reading -----------------------------------------------------------------------------------------------

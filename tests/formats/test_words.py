@@ -269,7 +269,7 @@ def test_any_run_of_lines_is_turned_both_ways(
         0, 16, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
     form = (codes[:, 0::2] | codes[:, 1::2] << 4).reshape(-1)
-    order: Order = WordsAcross(rows, columns // 8) if kind == "gptq" else OutputsAcross(rows, columns // 2)
+    order: Order = WordsAcross(rows, columns // 8) if kind == "gptq" else OutputsAcross(rows, columns // 8)
     assert order.lines * order.line_bytes == form.numel()
     file, back = torch.zeros_like(form), torch.zeros_like(form)
     for run in runs(order, lines * order.line_bytes):
