@@ -18,6 +18,7 @@ from streamconv.formats import find_weights
 from streamconv.pipeline import Job, Prepared, merge_options, prepare
 from streamconv.plan import Access, Copy, MergeOptions, Plan, Rewrite, Step
 from streamconv.planner import find_tie
+from streamconv.report.plan import plan_as_text
 from streamconv.walk import bytes_read
 from tests.checkpoint.files import index_of
 from tests.models import Sizes, write_adapter, write_base, write_tensors
@@ -180,7 +181,24 @@ def test_what_is_not_whole_groups_stays_in_16_bit_and_is_named(folder: Path) -> 
     assert set(plan.skipped) == {"lm_head", "model.layers.0.mlp.up_proj", *down}
     assert not [name for name in plan.quantized if "down_proj" in name]
     assert plan.group_size == 64
-    assert plan_of(folder, quant="nf4").group_size is None
+    assert plan.unfit == tuple(sorted(down))
+    assert "2 do not fit" not in plan_as_text(prepared(folder, quant="w4a16", group_size=32))
+    text = plan_as_text(prepared(folder, quant="w4a16", group_size=64))
+    assert "down_proj do not fit w4a16, as rows are no whole groups of 64" in text
+    other = plan_of(folder, quant="nf4")
+    assert (other.group_size, other.unfit) == (None, ())
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8", "w4a16"])
+def test_a_bias_keeps_no_weight_in_16_bit(tmp_path: Path, quant: str) -> None:
+    biases = {
+        name.replace("weight", "bias"): shape[:1] for name, shape in SIZES.shapes.items() if "_proj" in name
+    }
+    write_base(tmp_path / "16 bit", SIZES.shapes | biases)
+    options: dict[str, Any] = {"group_size": 32} if quant == "w4a16" else {}
+    plan = plan_of(tmp_path, adapter=None, quant=quant, **options)
+    assert set(plan.quantized) == {name.replace("bias", "weight") for name in biases}
+    assert plan.skipped == ("lm_head",)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +216,11 @@ def test_what_is_not_whole_groups_stays_in_16_bit_and_is_named(folder: Path) -> 
         ),
         ("16 bit", {"group_size": 64}, "--group-size 64 is for formats with groups, but the output is not"),
         ("nf4", {"group_size": 64}, "--group-size 64 does not fit nf4"),
-        ("16 bit", {"quant": "w4a16"}, "--quant w4a16 would quantize nothing"),
+        (
+            "16 bit",
+            {"quant": "w4a16"},
+            r"would quantize nothing: .* has shape \[.*\] and .* smaller --group-size",
+        ),
         (
             "16 bit",
             {"merge_base": "w4a16"},

@@ -300,7 +300,9 @@ def test_rows_too_short_to_tell_the_bits_are_refused(tmp_path: Path) -> None:
     }
     with pytest.raises(UnsupportedError, match="too short to tell 4 bits from 8"):
         find_weights(
-            write(tmp_path, tensors, {"quantization_config": FORMATS["w4a16"].quantization_config(BF16, (), ())})
+            write(
+                tmp_path, tensors, {"quantization_config": FORMATS["w4a16"].quantization_config(BF16, (), ())}
+            )
         )
 
 
