@@ -125,12 +125,14 @@ def test_a_base_keeps_its_codes_and_scales_where_nothing_changes_them(tmp_path: 
     base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
     streamconv.convert(base, tmp_path / "packed", quant=name)
     adapter = write_adapter(tmp_path / "adapter", SIZES.shapes, targets=("q_proj",))
-    streamconv.merge(base=tmp_path / "packed", adapter=adapter, out=tmp_path / "merged")
+    streamconv.merge(
+        base=tmp_path / "packed", adapter=adapter, out=tmp_path / "merged", rounding="stochastic"
+    )
     before = read_tensors(tmp_path / "packed" / "model.safetensors")
     after = read_tensors(tmp_path / "merged" / "model.safetensors")
     assert before.keys() == after.keys()
     changed = {part for part in before if not torch.equal(before[part], after[part])}
-    # Stochastic rounding keeps scales, too.
+    # Of what is rounded this way, scales stay, too.
     assert changed == {f"model.layers.{layer}.self_attn.q_proj.qweight" for layer in range(SIZES.layers)}
 
 
@@ -310,6 +312,17 @@ def test_what_a_config_of_gptq_cannot_say_is_refused(tmp_path: Path) -> None:
     streamconv.convert(base, tmp_path / "awq", quant="awq", ignore=("layers.0.mlp.up_proj",))
     config = json.loads((tmp_path / "awq" / "config.json").read_text())["quantization_config"]
     assert config["modules_to_not_convert"] == ["lm_head", "model.layers.0.mlp.up_proj"]
+
+
+def test_older_loaders_find_the_config_of_gptq_in_a_file_of_its_own(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
+    streamconv.convert(base, tmp_path / "out", quant="gptq", group_size=64)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert json.loads((tmp_path / "out" / "quantize_config.json").read_text()) == config
+    assert config["group_size"] == 64
+    streamconv.verify(tmp_path / "out")
+    streamconv.convert(tmp_path / "out", tmp_path / "nf4", quant="nf4", copy_extra=("*.json",))
+    assert not (tmp_path / "nf4" / "quantize_config.json").exists()
 
 
 def test_modules_whose_shape_does_not_fit_stay_in_16_bit_and_are_named(tmp_path: Path) -> None:
