@@ -46,7 +46,12 @@ def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
 
 
 def format_of(name: str) -> Format | None:
-    """The format that stores weights in the way that a Weight calls `name`; None where it is only read."""
+    """The format that stores weights in the way that a Weight calls `name`; None where it is only read.
+
+    Of files that differ in how they store the same codes and scales, it is the one that is written.
+    """
+    for remark in int4_words.STORED_OTHERWISE:
+        name = name.replace(f", {remark}", "")
     plain, size = group_of(name)
     found = FORMATS.get(plain)
     if size is None:

@@ -32,7 +32,9 @@ from streamconv.formats.int4_words import (
     IN_ORDER,
     MAIN,
     MIDDLE,
+    NO_GROUPS,
     SCALES,
+    V2,
     ZEROS,
     SymmetricDecoder,
     SymmetricEncoder,
@@ -151,9 +153,9 @@ def _find_weight(
     remarks = {
         "in activation order": bool(groups),
         "with zero points": stored is None,
-        "v2": stored == MIDDLE,
+        V2: stored == MIDDLE,
         f"scales in {product.name}": product != F16,
-        "no g_idx": GROUPS not in parts,
+        NO_GROUPS: GROUPS not in parts,
     }
     decoder: Decoder
     if stored is not None and not groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from streamconv.formats.gptq import WordsAcross
 from streamconv.formats.int4_words import IN_ORDER, pack_words, unpack_words
 from streamconv.formats.rows import runs
 from streamconv.grids import INT4
+from streamconv.pipeline import Job, prepare
+from streamconv.plan import MergeOptions
 from tests.checkpoint.files import index_of
 from tests.formats import words
 from tests.formats.stored import W, decoded, encoder_for, normal, only_weight, stored, write
@@ -232,6 +235,34 @@ def test_a_base_in_activation_order_is_merged_from_what_it_decodes_to(tmp_path: 
     with pytest.raises(UnsupportedError, match="in activation order, which is read but not written"):
         streamconv.convert(tmp_path / "packed", tmp_path / "kept", quant="keep")
     streamconv.convert(tmp_path / "packed", tmp_path / "nf4", quant="nf4")
+
+
+@pytest.mark.parametrize("kind", ["v2", "no g_idx"])
+def test_what_is_only_stored_otherwise_is_kept_and_written_as_usual(tmp_path: Path, kind: str) -> None:
+    base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
+    streamconv.convert(base, tmp_path / "usual", quant="gptq", group_size=32)
+    usual = read_tensors(tmp_path / "usual" / "model.safetensors")
+    shutil.copytree(tmp_path / "usual", tmp_path / "other")
+    file, config = (
+        tmp_path / "other" / "model.safetensors",
+        json.loads((tmp_path / "other" / "config.json").read_text()),
+    )
+    if kind == "v2":
+        edit_tensors(file, put={name: usual[name] + 0x11111111 for name in usual if name.endswith("qzeros")})
+        config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+        edit_json(tmp_path / "other" / "config.json", **config)
+    else:
+        edit_tensors(file, drop=[name for name in usual if name.endswith("g_idx")])
+    assert streamconv.inspect(tmp_path / "other")["quantization"] == f"gptq, group size 32, {kind}"
+    streamconv.convert(tmp_path / "other", tmp_path / "again")
+    again = read_tensors(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == usual.keys()
+    assert all(torch.equal(again[name], usual[name]) for name in usual)
+    adapter = write_adapter(tmp_path / "adapter", SIZES.shapes, targets=("q_proj",))
+    job = Job(str(tmp_path / "other"), str(adapter), MergeOptions(), "cpu")
+    rounding = prepare(job).plan.rounding
+    assert rounding is not None
+    assert rounding.name != "nearest"  # it would erase the update, as on any grid of the base's own
 
 
 # -- words and orders --------------------------------------------------------------------------------------------
