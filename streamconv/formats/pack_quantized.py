@@ -357,10 +357,14 @@ class PackQuantizedFormat:
         return dataclasses.replace(self, grid=self.grid.of_block(size))
 
     def fits(self, name: str, shape: Shape) -> bool:
-        """Whole groups; and an even number of them, or 16-bit scales would end between two int32."""
+        """Whole groups; and an even number of them, or 16-bit scales would end between two int32.
+
+        A single row is a gate, which vLLM expects in 16 bit.
+        """
         del name
         return (
             len(shape) == 2
+            and shape[0] > 1
             and math.prod(shape) > 0
             and shape[1] % self.grid.block == 0
             and math.prod(shape) // self.grid.block % 2 == 0

@@ -231,7 +231,7 @@ def test_a_model_of_more_than_text_names_ends_of_paths_and_experts_are_named_tog
     config = {**LLAMA, "vision_config": {"model_type": "clip"}}
     shapes: dict[str, Shape] = {
         "language_model.layers.0.mlp.gate.weight": SQUARE,
-        "language_model.layers.0.mlp.experts.0.up_proj.weight": SQUARE,
+        "language_model.layers.0.mlp.experts.gate_up_proj": (4, 8, 8),
         "language_model.layers.0.q_proj.weight": SQUARE,
         "visual.proj.weight": SQUARE,
         "visual.q_proj.weight": SQUARE,
@@ -248,6 +248,19 @@ def test_a_model_of_more_than_text_names_ends_of_paths_and_experts_are_named_tog
         "visual.q_proj",
     }
     assert any(re.match(entry[3:], loaded) for entry in selection.skipped if entry.startswith("re:"))
+
+
+def test_experts_that_are_stored_apart_are_packed_all_or_none() -> None:
+    shapes: dict[str, Shape] = {
+        "model.layers.0.mlp.gate.weight": (4, 8),
+        **{f"model.layers.0.mlp.experts.{number}.up_proj.weight": SQUARE for number in range(4)},
+    }
+    selection = select(shapes, LLAMA, (), by_path=True)
+    assert set(selection.quantized) == {name for name in shapes if "experts" in name}
+    assert selection.skipped == ("lm_head", "model.layers.0.mlp.gate")
+    assert not select(shapes, LLAMA, ()).quantized
+    with pytest.raises(UnsupportedError, match=r"experts\.2\.up_proj would stay in 16 bit, and loaders open"):
+        select(shapes, LLAMA, ["experts.2"], by_path=True)
 
 
 OMNI = "audio_tower.audio_bos_eos_token.weight"

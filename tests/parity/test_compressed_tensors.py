@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from torch import Tensor
-from transformers import CompressedTensorsConfig, LlamaConfig, PreTrainedModel
+from transformers import CompressedTensorsConfig, LlamaConfig, PreTrainedModel, Qwen3MoeConfig
 
 import streamconv
 from streamconv.dtypes import DENSE
@@ -220,3 +220,24 @@ def test_several_outputs_are_those_of_runs_alone(
     assert report.also["nf4"].kept_delta is not None
     checked = streamconv.verify(tmp_path / "out", full=True, base=base, adapter=adapter)
     assert checked.exact
+
+
+def test_experts_are_packed_one_by_one_and_loaded_fused(tmp_path: Path) -> None:
+    config = Qwen3MoeConfig(
+        **SIZES, tie_word_embeddings=False, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    )
+    base = save_base(tmp_path / "base", config, dtype=torch.bfloat16)
+    streamconv.convert(base, tmp_path / "out", quant="w4a16", group_size=32, device="cpu")
+    weights = {weight.name: weight for weight in find_weights(index_of(tmp_path / "out"))}
+    model = dequantized(tmp_path / "out")
+    for number, layer in enumerate(model.model.layers):
+        experts = f"model.layers.{number}.mlp.experts"
+        for place in range(4):
+            gate, up, down = (
+                decoded(weights[f"{experts}.{place}.{name}_proj.weight"]) for name in ("gate", "up", "down")
+            )
+            assert torch.equal(layer.mlp.experts.gate_up_proj[place].float(), torch.cat((gate, up)))
+            assert torch.equal(layer.mlp.experts.down_proj[place].float(), down)
+    assert torch.equal(logits(open_model(tmp_path / "out", dtype="auto")), logits(model))
+    with pytest.raises(streamconv.UnsupportedError, match=r"experts\.0\.down_proj would stay in 16 bit"):
+        streamconv.convert(base, tmp_path / "other", quant="w4a16", group_size=64, device="cpu")
