@@ -27,7 +27,7 @@ from streamconv.adapters.base import WholeUpdate
 from streamconv.dtypes import F32
 from streamconv.errors import InputError
 from streamconv.formats.base import CELL_ROWS, Encoder
-from streamconv.grids import Grid
+from streamconv.grids import Grid, ZeroPointGrid
 from streamconv.kernels import TORCH, kernels_for, pairwise_sum
 from streamconv.plan import Rewrite
 from streamconv.rounding import uniform
@@ -364,6 +364,8 @@ class WeightWork:
             return self._rounded_base(raw, rows, step.merge_base, scratch)
         values = self._decode(raw, rows, scratch)
         if decoder.grid is None or step.encoder.grid is None or self._base_scales is None:
+            return CellBase(values, values)
+        if isinstance(decoder.grid, ZeroPointGrid):  # no output has it
             return CellBase(values, values)
         codes = decoder.codes(raw, rows)
         scales = self._blocks(self._base_scales, rows, decoder.grid)

@@ -9,6 +9,9 @@ does not wait for them: the writer does, in file order. What is copied goes from
 A *lane* is one such row of threads. Of one output, several shards are in work at once where there are cores for it,
 a lane each. Several outputs (`--also`) share one lane: a tile is read once, and written to every output whose turn it
 is for that weight.
+
+What a file holds in another order than by rows (`formats.base.Order`) is computed by rows all the same, into memory for
+all of a weight. When that is complete, the file's lines are made of it, in slots of their own.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.engine import Engine, open_engines
 from streamconv.errors import ResourceError, Stopped
-from streamconv.formats.base import Constant
+from streamconv.formats.base import Constant, Weight
+from streamconv.formats.rows import StoredRows, runs
 from streamconv.plan import (
     SLOTS,
     WEIGHTS_HELD,
@@ -42,7 +46,7 @@ from streamconv.plan import (
     tile_rows,
 )
 from streamconv.walk import Begin, Cursor, End, Todo, walk
-from streamconv.workers import Ticket
+from streamconv.workers import DONE, Ticket
 
 # How long a stop request may wait for the weight in work to end, so that no work is lost.
 GRACE_S = 5.0
@@ -174,6 +178,15 @@ class _Tile:
 
 
 @dataclass(frozen=True, slots=True)
+class _Lines:
+    """All tiles of the weight have been read, and there is a `slot` for these lines of what an output's file holds."""
+
+    slot: _Slot
+    output: int
+    lines: range
+
+
+@dataclass(frozen=True, slots=True)
 class _EndWeight:
     """All tiles of the weight have been read; `copies` as in them."""
 
@@ -219,7 +232,7 @@ class _Halt:
     early: bool = False
 
 
-_Read = _Shard | _Chunk | _BeginWeight | _Tile | _EndWeight | _Halt
+_Read = _Shard | _Chunk | _BeginWeight | _Tile | _Lines | _EndWeight | _Halt
 _Write = _Shard | _Chunk | _Computed | _Reduced | _WeightDone | _Halt
 
 
@@ -372,8 +385,12 @@ class _Lane:
                 case Todo(Rewrite() as step):
                     rewrites[output] = step
         if rewrites:
-            self._read_weight(reader, rewrites, tuple(copies))
-        elif copies:
+            # Tiles of a weight that the file has in another order than by rows are not the file's bytes.
+            is_by_rows = next(iter(rewrites.values())).weight.decoder.order is None
+            self._read_weight(reader, rewrites, tuple(copies) if is_by_rows else ())
+            if is_by_rows:
+                return
+        if copies:
             step, done = next(iter(copies.values()))
             self._read_copy(reader, step.tensor, done, tuple(copies))
 
@@ -391,23 +408,34 @@ class _Lane:
         self, reader: TensorReader, steps: Mapping[int, Rewrite], copies: tuple[int, ...]
     ) -> None:
         weight = next(iter(steps.values())).weight
-        decoder, main = weight.decoder, weight.parts[weight.decoder.main]
         self.places.get()
         self.to_compute.put(_begin(reader, steps))
         height = cell_rows(self.run.device, next(iter(steps.values())).columns)
         rows = min(tile_rows(step, self.memory.buffer, height) for step in steps.values())
         count = next(iter(steps.values())).rows
         twice = any(step.access is not Access.ROW for step in steps.values())
+        stored = self._stored_rows(reader, weight)
         for reduces in (True, False) if twice else (False,):
             for first in range(0, count, rows):
                 tile = range(first, min(first + rows, count))
-                start, stop = decoder.row_offset(tile.start), decoder.row_offset(tile.stop)
-                slot = self.free.get()
-                reader.read_into(main, start, tensor_bytes(slot.read[: stop - start]))
+                slot, nbytes = self.free.get(), stored.nbytes(tile)
+                stored.read_into(tile, slot.read[:nbytes])
                 if not reduces:
-                    reader.drop_cache(main, start, stop - start)
-                self.to_compute.put(_Tile(tile, slot, stop - start, reduces, copies))
+                    stored.drop_cache(tile)
+                self.to_compute.put(_Tile(tile, slot, nbytes, reduces, copies))
+        for output, step in steps.items():
+            if step.encoder.order is not None:
+                for lines in runs(step.encoder.order, self.memory.buffer):
+                    self.to_compute.put(_Lines(self.free.get(), output, lines))
         self.to_compute.put(_EndWeight(copies))
+
+    def _stored_rows(self, reader: TensorReader, weight: Weight) -> StoredRows:
+        if weight.decoder.order is None:
+            return StoredRows(reader, weight)
+        slot = self.free.get()
+        stored = StoredRows(reader, weight, slot.read)
+        self.free.put(slot)
+        return stored
 
     # -- computing thread ----------------------------------------------------------------------------------
 
@@ -423,7 +451,7 @@ class _Lane:
                     self.to_writer.put(_Halt(early=True))
                     return
             message = self.to_compute.get()
-            at_boundary = not isinstance(message, _BeginWeight | _Tile)
+            at_boundary = not isinstance(message, _BeginWeight | _Tile | _Lines)
             match message:
                 case _Shard() | _Chunk():
                     self.to_writer.put(message)
@@ -432,6 +460,10 @@ class _Lane:
                 case _Tile():
                     assert weight is not None
                     self._compute_tile(weight, message)
+                case _Lines(slot, output, lines):
+                    assert weight is not None
+                    piece = weight.turn(output, lines, slot.written[output])
+                    self.to_writer.put(_Computed(slot, DONE, [(output, piece)]))
                 case _EndWeight(copies):
                     assert weight is not None
                     nothing: tuple[tuple[bytes, ...], Mapping[str, KeptDelta]] = ((), {})
@@ -450,7 +482,7 @@ class _Lane:
             return
         ticket, pieces = weight.rewrite(raw, tile.rows, slot.written)
         pieces += [(output, raw) for output in tile.copies]
-        self.to_writer.put(_Computed(slot, ticket, pieces))
+        self.to_writer.put(_Computed(slot, ticket, pieces) if pieces else _Reduced(slot, ticket))
 
     # -- writer thread -------------------------------------------------------------------------------------
 
@@ -535,6 +567,12 @@ class _Weight:
             output: engine.begin(step, begin.side, begin.parts[output], outputs[output].plan.options.seed)
             for output, step in begin.steps.items()
         }
+        # What files hold in another order than by rows is turned when all of it is there.
+        self._forms = {
+            output: engine.host_buffer(step.encoder.row_offset(step.rows))
+            for output, step in begin.steps.items()
+            if step.encoder.order is not None
+        }
         self._reducing = [
             self._works[output] for output, step in begin.steps.items() if step.access is not Access.ROW
         ]
@@ -546,17 +584,32 @@ class _Weight:
     def rewrite(
         self, raw: Tensor, rows: range, written: Sequence[Tensor]
     ) -> tuple[Ticket, list[tuple[int, Tensor]]]:
-        """Hand a tile to the engine: the ticket, and where each output's bytes will be."""
+        """Hand a tile to the engine: the ticket, and where the bytes will be that outputs can have at once."""
         if self._reducing:
             self._engine.end_reduce(self._reducing)
             self._reducing = []
-        pieces = []
+        pieces, targets = [], []
         for output, step in self._steps.items():
-            offset = step.encoder.row_offset
-            pieces.append((output, written[output][: offset(rows.stop) - offset(rows.start)]))
-        ticket = self._engine.rewrite(raw, rows, [(self._works[output], piece) for output, piece in pieces])
+            start, stop = step.encoder.row_offset(rows.start), step.encoder.row_offset(rows.stop)
+            if output in self._forms:
+                piece = self._forms[output][start:stop]
+            else:
+                piece = written[output][: stop - start]
+                pieces.append((output, piece))
+            targets.append((self._works[output], piece))
+        ticket = self._engine.rewrite(raw, rows, targets)
         self._tickets.append(ticket)
         return ticket, pieces
+
+    def turn(self, output: int, lines: range, written: Tensor) -> Tensor:
+        """The part of `written` to which these lines of an output's file have gone; all tiles are there by then."""
+        for ticket in self._tickets:
+            ticket.wait()
+        order = self._steps[output].encoder.order
+        assert order is not None
+        piece = written[: len(lines) * order.line_bytes]
+        order.to_file(self._forms[output], lines, piece)
+        return piece
 
     def finish(self) -> Mapping[int, tuple[tuple[bytes, ...], Mapping[str, KeptDelta]]]:
         """What comes after the tiles. Where scales and sums of all of them are needed, waits until they are there; and

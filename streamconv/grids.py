@@ -133,6 +133,36 @@ class IntegerGrid:
         return integers.clamp_(*self.limits).to(torch.int8).view(torch.uint8)
 
 
+@dataclass(frozen=True, slots=True)
+class ZeroPointGrid:
+    """The integers from 0 to 15 less a zero point that each block has of its own, or columns in no order of blocks.
+
+    Where weights lie that were quantized elsewhere. They are decoded; nothing is rounded to such a grid.
+    """
+
+    name: str
+    block: int
+    peak: float = 1.0
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        return -15.0, 15.0
+
+    def nearest(self, x: Tensor) -> Tensor:
+        raise self._refusal(x)
+
+    def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raise self._refusal(x)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        raise self._refusal(codes)
+
+    def _refusal(self, given: Tensor) -> AssertionError:
+        return AssertionError(
+            f"{self.name}: a code means something in its block only ({given.numel()} given)"
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Steps:
     """Sorted thresholds, and a way to count those below a number without searching.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from streamconv.devices import Device
 from streamconv.errors import ResourceError
+from streamconv.formats.base import Order
 from streamconv.plan import (
     DEVICE_TILES,
     SLOTS,
@@ -64,12 +65,13 @@ def plan_memory(
     weights = [step for some in each for step in some]
     # A worker has one cell in work, and for each output a place to decode it to.
     decoded = (outputs - 1) * max((_dense_cell_bytes(step, device) for step in weights), default=0)
-    least = max([MIN_BUFFER_BYTES, *(_cell_bytes(step, device) for step in weights)])
+    least = max([MIN_BUFFER_BYTES, *(max(_cell_bytes(step, device), _line_bytes(step)) for step in weights)])
     need = _Need(
         outputs=outputs,
         held=max((_held_bytes(step) for step in weights), default=0),
         blocks=sum(max((_block_bytes(step) for step in some), default=0) for some in each),
         whole=sum(max((step.whole_bytes for step in some), default=0) for some in each),
+        forms=_form_bytes(each, device),
         cell=max((_work_bytes(step, device) for step in weights), default=0) + decoded,
         least=least if device.is_cpu else 1 << (least - 1).bit_length(),
         beside=beside,
@@ -80,14 +82,15 @@ def plan_memory(
 @dataclass(frozen=True, slots=True)
 class _Need:
     """What the largest weight of a run needs, in bytes: its side parts and adapter, what is kept for its blocks and of
-    the whole of it, one cell in work, and a buffer for one stored cell, the least that a tile can be; and what its
-    caller holds beside.
+    the whole of it, main parts that files hold in another order than by rows, one cell in work, and a buffer for one
+    stored cell, the least that a tile can be; and what its caller holds beside.
     """
 
     outputs: int
     held: int
     blocks: int
     whole: int
+    forms: int
     cell: int
     least: int
     beside: int
@@ -100,7 +103,7 @@ class _Need:
 
 def _on_cpu(need: _Need, options: MergeOptions, shards: int) -> Memory:
     cores = len(os.sched_getaffinity(0))
-    lane = WEIGHTS_HELD * need.held + need.blocks + need.whole + need.beside
+    lane = WEIGHTS_HELD * need.held + need.blocks + need.whole + need.forms + need.beside
     buffers = SLOTS * need.buffers
     lanes = _lanes(lane + buffers * max(need.least, MAX_BUFFER_BYTES), options, shards, cores)
     fixed = FIXED_BYTES + lanes * lane
@@ -118,7 +121,7 @@ def _on_gpus(need: _Need, options: MergeOptions, shards: int, device: Device) ->
     pinned memory is allocated in these.
     """
     gpus = len(device.names)
-    lane = WEIGHTS_HELD * need.held + need.blocks  # scales are nested and written in host memory
+    lane = WEIGHTS_HELD * need.held + need.blocks + need.forms  # scales are nested and written in host memory
     buffers = SLOTS * need.buffers
     on_device = (
         FIXED_VRAM_BYTES + need.outputs * need.held + need.blocks + need.whole + need.cell + need.beside
@@ -162,6 +165,25 @@ def _cell_bytes(step: Rewrite, device: Device) -> int:
     """Bytes of one cell in storage, read or written, whichever is more."""
     rows = min(cell_rows(device, step.columns), step.rows)
     return max(step.weight.decoder.row_offset(rows), step.encoder.row_offset(rows))
+
+
+def _line_bytes(step: Rewrite) -> int:
+    """Bytes of the longest line, where a file holds a main part in these."""
+    orders = (step.weight.decoder.order, step.encoder.order)
+    return max((order.line_bytes for order in orders if order is not None), default=0)
+
+
+def _form_bytes(outputs: Sequence[Sequence[Rewrite]], device: Device) -> int:
+    """Bytes of row forms that are held whole: of one weight as it is read, and one as it is written to each output."""
+
+    def size(order: Order | None) -> int:
+        nbytes = order.lines * order.line_bytes if order is not None else 0
+        # Memory that a GPU copies to is allocated in powers of two.
+        return nbytes if device.is_cpu or not nbytes else 1 << (nbytes - 1).bit_length()
+
+    read = max((size(step.weight.decoder.order) for steps in outputs for step in steps), default=0)
+    written = (max((size(step.encoder.order) for step in steps), default=0) for steps in outputs)
+    return read + sum(written)
 
 
 def _quantizes(step: Rewrite) -> bool:

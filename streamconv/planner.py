@@ -13,7 +13,7 @@ from streamconv.adapters.embeddings import HEADS, find_embedding
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.choices import Choices, Facts, choose
 from streamconv.devices import Device
-from streamconv.dtypes import DENSE, Dtype
+from streamconv.dtypes import BF16, DENSE, Dtype
 from streamconv.errors import AdapterError, OptionError, UnsupportedError
 from streamconv.fingerprint import fingerprint
 from streamconv.formats import FORMATS, dense_weight
@@ -255,7 +255,7 @@ def _choose_quantized(
     shapes = {name: weight.shape for name, weight in weights.items()}
     # A bias beside a weight says nothing of it.
     matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and name.endswith(".weight")}
-    unfit = {name for name, shape in matrices.items() if not choices.quant.fits(shape)}
+    unfit = {name for name, shape in matrices.items() if not choices.quant.fits(name, shape)}
     by_path, config = choices.quant.skips_by_path, base.index.config
     wanted = select(shapes, config, ignore, dense, by_path=by_path)
     selection = select(shapes, config, ignore, dense | {module_of(name) for name in unfit}, by_path=by_path)
@@ -270,6 +270,8 @@ def _choose_quantized(
             f"{list(shapes[wanted.quantized[0]])} and no other weight fits either; choose a smaller --group-size, or "
             "another --quant"
         )
+    # Written when all is done; what it cannot say is refused now.
+    choices.quant.quantization_config(choices.dtype or BF16, selection.quantized, selection.skipped)
     left = tuple(module_of(name) for name in wanted.quantized if name in unfit)
     return _Quantized(frozenset(selection.quantized), selection.skipped, left)
 

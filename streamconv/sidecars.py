@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from streamconv.checkpoint.strict_json import parse_object
@@ -46,6 +47,8 @@ MODEL = (
     "NOTICE*",
     "USE_POLICY*",
 )
+# Where older loaders of a format look for what config.json has as quantization_config (AutoGPTQ).
+QUANTIZATION_COPIES: Mapping[str | None, str] = MappingProxyType({"gptq": "quantize_config.json"})
 # Never copied, even when --copy-extra matches: weights of another format, pickles, and what is written anew.
 NEVER = (
     "*.safetensors",
@@ -59,6 +62,7 @@ NEVER = (
     "*.bin.index.json",
     "optimizer*",
     "config.json",
+    *QUANTIZATION_COPIES.values(),
     "README.md",
     "adapter_config.json",
     "streamconv.json",
@@ -76,7 +80,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def is_read_by_loaders(name: str) -> bool:
     """Whether a loader opens a file of this name wherever it finds one beside the weights."""
-    return _matches(name, (*TOKENIZER, *SETTINGS, "adapter_config.json"))
+    return _matches(name, (*TOKENIZER, *SETTINGS, *QUANTIZATION_COPIES.values(), "adapter_config.json"))
 
 
 def _tokenizer_names(storage: Storage) -> list[str]:

@@ -103,7 +103,8 @@ def _bytes_read(steps: Sequence[Step]) -> int:
     if not rewrites:
         return next((step.tensor.nbytes for step in steps if isinstance(step, Copy)), 0)
     weight = rewrites[0].weight
-    again = any(step.access is not Access.ROW for step in rewrites)
+    # A row form is held from one pass to the next.
+    again = weight.decoder.order is None and any(step.access is not Access.ROW for step in rewrites)
     main = weight.parts[weight.decoder.main].nbytes
     return sum(part.nbytes for part in weight.parts.values()) + again * main
 

@@ -48,6 +48,10 @@ class Shares:
             future.result()
 
 
+DONE: Ticket = Shares(())
+"""A ticket of what needs no waiting for."""
+
+
 class Workers:
     """Threads that share the cells of tiles between them; torch releases the GIL while it computes."""
 

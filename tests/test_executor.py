@@ -659,7 +659,9 @@ def test_a_weight_that_is_held_whole_is_let_go_before_the_next(access: Access, w
         rewrite=lambda *given: ticket,
         finish=lambda work: ((), None),
     )
-    step: Any = SimpleNamespace(access=access, encoder=SimpleNamespace(grid=None, row_offset=int), name="w")
+    step: Any = SimpleNamespace(
+        access=access, encoder=SimpleNamespace(grid=None, order=None, row_offset=int), name="w"
+    )
     outputs: Any = [SimpleNamespace(plan=SimpleNamespace(options=MergeOptions()))]
     begin = executor._BeginWeight({0: step}, {}, {0: []})
     weight = executor._Weight(begin, cast("Engine", engine), outputs)

@@ -110,8 +110,8 @@ def test_inspection_refuses_what_cannot_be_read(base: Path, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         streamconv.inspect(tmp_path / "nowhere")
     streamconv.convert(base, tmp_path / "out")
-    edit_json(tmp_path / "out" / "config.json", quantization_config={"quant_method": "awq"})
-    with pytest.raises(UnsupportedError, match="checkpoint is awq"):
+    edit_json(tmp_path / "out" / "config.json", quantization_config={"quant_method": "hqq"})
+    with pytest.raises(UnsupportedError, match="checkpoint is hqq"):
         streamconv.inspect(tmp_path / "out")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("[]")

@@ -37,7 +37,7 @@ def single(name: str, code: str, *shape: int) -> Step:
 def encoded(format_name: str, name: str, shape: tuple[int, int], dtype: str) -> Step:
     storage_format = FORMATS[format_name]
     if isinstance(storage_format, Grouped):
-        shape = (2 * shape[0], shape[1] * storage_format.group_size)
+        shape = (32 * shape[0], shape[1] * storage_format.group_size)
     return Step(storage_format.encoder(name, shape, DENSE[dtype]).parts)
 
 

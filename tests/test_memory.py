@@ -85,6 +85,7 @@ def merge_watched(*arguments: str | Path) -> Measured:
 LARGE = Sizes(hidden=1024, inner=2816, layers=7, vocabulary=32000).shapes
 # Half a million blocks in one weight: what is kept for each of them counts, too.
 WIDE = {"model.layers.0.mlp.up_proj.weight": (65536, 512)}
+HALF = {"model.layers.0.mlp.up_proj.weight": (32768, 512)}
 DOUBLE = ["--quant", "nf4-dq", "--merge-base", "nf4-dq", "--min-kept", "0"]
 
 
@@ -94,8 +95,9 @@ DOUBLE = ["--quant", "nf4-dq", "--merge-base", "nf4-dq", "--min-kept", "0"]
         (LARGE, 300, 160, []),
         (WIDE, 67, 160, DOUBLE),
         (WIDE, 67, 200, [*DOUBLE, "--also", "none", "--also", "nf4", "--also", "int8"]),
+        (HALF, 33, 160, ["--quant", "gptq", "--also", "awq"]),
     ],
-    ids=["bf16", "nf4-dq", "four at once"],
+    ids=["bf16", "nf4-dq", "four at once", "codes held whole"],
 )
 def test_a_run_takes_no_more_memory_than_planned(
     tmp_path: Path, shapes: Mapping[str, Shape], megabytes: int, budget: int, options: list[str]

@@ -18,9 +18,10 @@ from streamconv.analysis.rounded import CodesWatch, GridSums, RoundedSums, base_
 from streamconv.analysis.sums import Moments, Outliers, UpdateSums, outliers, total, update_sums
 from streamconv.analysis.views import Group, Subject, View
 from streamconv.cells import Seen, WeightWork
-from streamconv.checkpoint.reader import TensorReader, tensor_bytes
+from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.devices import Device
+from streamconv.formats.rows import StoredRows
 from streamconv.plan import Access, Rewrite, cell_rows, tile_rows
 from streamconv.workers import Inline, Workers
 
@@ -181,7 +182,7 @@ class _Tiles:
         self._rows = min(tile_rows(step, group.memory.buffer, self.height) for step in steps)
         self._loaded: dict[StoredTensor, Tensor] = {}
         weight = self._step.weight
-        self._main = weight.parts[weight.decoder.main]
+        self._stored = StoredRows(reader, weight)
         self.side = {
             role: reader.load(part).to(device.torch)
             for role, part in weight.parts.items()
@@ -196,12 +197,12 @@ class _Tiles:
 
     def read(self) -> Iterator[tuple[range, Tensor]]:
         """Stored bytes, tile by tile, on the device; the next tile overwrites them."""
-        offset, count = self._step.weight.decoder.row_offset, self._step.rows
-        buffer = torch.empty(offset(min(self._rows, count)), dtype=torch.uint8)
+        count = self._step.rows
+        buffer = torch.empty(self._stored.nbytes(range(min(self._rows, count))), dtype=torch.uint8)
         for first in range(0, count, self._rows):
             rows = range(first, min(first + self._rows, count))
-            raw = buffer[: offset(rows.stop) - offset(rows.start)]
-            self._reader.read_into(self._main, offset(rows.start), tensor_bytes(raw))
+            raw = buffer[: self._stored.nbytes(rows)]
+            self._stored.read_into(rows, raw)
             yield rows, raw.to(self.device.torch)
             self._on_bytes(raw.numel())
 

@@ -13,6 +13,7 @@ from streamconv.cells import KeptDelta, WeightWork
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import Shape
 from streamconv.devices import Device
+from streamconv.formats.rows import StoredRows, in_file_order
 from streamconv.forward.weights import WeightSource
 from streamconv.plan import Access, Plan, Rewrite, cell_rows, stores_the_same
 from streamconv.rounding.feedback import BaseOnGrid, Chosen
@@ -21,7 +22,7 @@ from streamconv.workers import Workers
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
-    """A weight that has been read: its bytes as stored (uint8, flat, in host memory), and the work on it."""
+    """A weight that has been read: its bytes in row form (uint8, flat, in host memory), and the work on it."""
 
     work: WeightWork
     raw: Tensor
@@ -62,7 +63,8 @@ class Held:
         out = torch.empty(size, dtype=torch.uint8, device=self.work.device)
         self.work.rewrite(self._on_device(), self._rows, out).wait()
         tail, kept = self.work.finish()
-        return (bytes(tensor_bytes(out.cpu())), *tail), kept
+        stored = in_file_order(self.step.encoder.order, out.cpu())
+        return (bytes(tensor_bytes(stored)), *tail), kept
 
     def _on_device(self) -> Tensor:
         return self.raw.to(self.work.device)
@@ -117,9 +119,8 @@ class Targets:
 
     def _hold(self, step: Rewrite) -> Held:
         weight, device, load = step.weight, self._device.torch, self._reader.load
-        main = weight.parts[weight.decoder.main]
-        raw = torch.empty(main.nbytes, dtype=torch.uint8)
-        self._reader.read_into(main, 0, tensor_bytes(raw))
+        raw = torch.empty(weight.parts[weight.decoder.main].nbytes, dtype=torch.uint8)
+        StoredRows(self._reader, weight).read_into(range(step.rows), raw)
         side = {
             role: load(part).to(device) for role, part in weight.parts.items() if role != weight.decoder.main
         }

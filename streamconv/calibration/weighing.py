@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from streamconv.cells import KeptDelta, WeightWork
-from streamconv.checkpoint.reader import TensorReader, tensor_bytes
-from streamconv.checkpoint.types import StoredTensor
+from streamconv.checkpoint.reader import TensorReader
 from streamconv.devices import Device
 from streamconv.formats.base import Weight
+from streamconv.formats.rows import StoredRows
 from streamconv.plan import Access, Rewrite, cell_rows, tile_rows
 from streamconv.rounding.feedback import Chosen
 from streamconv.workers import Workers
@@ -95,11 +95,9 @@ def _tiles(
     weight: Weight, step: Rewrite, height: int, device: Device, reader: TensorReader
 ) -> Iterator[tuple[range, Tensor]]:
     """Bytes of a weight's main part, as many rows at a time as those of `step` may be."""
-    main: StoredTensor = weight.parts[weight.decoder.main]
-    count = tile_rows(step, _TILE_BYTES, height)
+    stored, count = StoredRows(reader, weight), tile_rows(step, _TILE_BYTES, height)
     for first in range(0, step.rows, count):
         rows = range(first, min(first + count, step.rows))
-        start, stop = weight.decoder.row_offset(rows.start), weight.decoder.row_offset(rows.stop)
-        raw = torch.empty(stop - start, dtype=torch.uint8)
-        reader.read_into(main, start, tensor_bytes(raw))
+        raw = torch.empty(stored.nbytes(rows), dtype=torch.uint8)
+        stored.read_into(rows, raw)
         yield rows, raw.to(device.torch)

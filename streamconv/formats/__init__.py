@@ -8,12 +8,14 @@ from types import MappingProxyType
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.dtypes import BF16, F16, F32, I8, U8
 from streamconv.errors import CheckpointError, OptionError
-from streamconv.formats import bnb_4bit, bnb_int8, pack_quantized
+from streamconv.formats import bnb_4bit, bnb_int8, int4_words, pack_quantized
+from streamconv.formats.awq import AwqFormat
 from streamconv.formats.base import Format, Grouped, Weight, group_of
 from streamconv.formats.bnb_4bit import Bnb4bitFormat
 from streamconv.formats.bnb_int8 import Int8Format
 from streamconv.formats.dense import DenseFormat, dense_weight
 from streamconv.formats.foreign import quantization_of, refuse_foreign
+from streamconv.formats.gptq import GptqFormat
 from streamconv.formats.pack_quantized import PackQuantizedFormat
 from streamconv.grids import FP4, INT4, INT8_GROUPS, NF4
 
@@ -28,10 +30,11 @@ def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
     """
     refuse_foreign(index)
     free = dict(index.tensors)
+    quantization = quantization_of(index)
     found: list[Weight] = []
     # The dense formats stand first in the table, but take what the others leave.
     for storage_format in reversed(tuple(FORMATS.values())):
-        for weight in storage_format.find(MappingProxyType(free)):
+        for weight in storage_format.find(MappingProxyType(free), quantization):
             found.append(weight)
             for part in weight.parts.values():
                 del free[part.name]
@@ -43,7 +46,12 @@ def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
 
 
 def format_of(name: str) -> Format | None:
-    """The format that stores weights in the way that a Weight calls `name`; None where it is only read."""
+    """The format that stores weights in the way that a Weight calls `name`; None where it is only read.
+
+    Of files that differ in how they store the same codes and scales, it is the one that is written.
+    """
+    for remark in int4_words.STORED_OTHERWISE:
+        name = name.replace(f", {remark}", "")
     plain, size = group_of(name)
     found = FORMATS.get(plain)
     if size is None:
@@ -71,7 +79,12 @@ def with_groups(storage_format: Format, size: int | None) -> Format:
 _CODES = {U8: ("packed 4-bit codes", "quant_state"), I8: ("8-bit codes", bnb_int8.SCALES)}
 
 
-_SIDE_SUFFIXES = (*bnb_4bit.SIDE_SUFFIXES, *bnb_int8.SIDE_SUFFIXES, *pack_quantized.SIDE_SUFFIXES)
+_SIDE_SUFFIXES = (
+    *bnb_4bit.SIDE_SUFFIXES,
+    *bnb_int8.SIDE_SUFFIXES,
+    *pack_quantized.SIDE_SUFFIXES,
+    *int4_words.SIDE_SUFFIXES,
+)
 
 
 def _check_config(index: CheckpointIndex, weights: Iterable[Weight]) -> None:
@@ -87,7 +100,7 @@ def _refuse_orphans(weights: Iterable[Weight]) -> None:
         if weight.name.endswith(_SIDE_SUFFIXES) and len(weight.parts) == 1:
             raise CheckpointError(
                 f"{weight.name} belongs to a quantized weight that is missing, or whose quant_state, SCB or "
-                "weight_packed is; the checkpoint is incomplete, download it again"
+                "other codes are; the checkpoint is incomplete, download it again"
             )
         if weight.dtype in _CODES and weight.name.endswith("weight"):
             codes, missing = _CODES[weight.dtype]
@@ -109,5 +122,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "int8": Int8Format("int8"),
         "w4a16": PackQuantizedFormat("w4a16", 4, INT4),
         "w8a16": PackQuantizedFormat("w8a16", 8, INT8_GROUPS),
+        "gptq": GptqFormat("gptq"),
+        "awq": AwqFormat("awq"),
     }
 )

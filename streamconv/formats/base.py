@@ -2,7 +2,8 @@
 
 A *weight* is one parameter of the model, however many *parts* (stored tensors) hold it. One part, the
 *main* part, is read and written in row tiles; the others (scales, tables, a JSON state) are at most 1/16 of
-the 16-bit size, and are kept whole while the weight is worked on.
+the 16-bit size, and are kept whole while the weight is worked on. So is a main part that a file holds in another order
+than by rows.
 
 Work is done in *cells* of consecutive rows at full width, `CELL_ROWS` or a multiple of them. 64 rows of any width are
 a multiple of 64 elements, so a bitsandbytes block never straddles two cells, and the maths of a cell never depends on
@@ -32,11 +33,36 @@ def matrix_shape(shape: Shape) -> tuple[int, int]:
     return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
 
 
+class Order(Protocol):
+    """How the bytes of a main part lie in a file where those of a row do not follow each other.
+
+    Wherever they are worked with, they are in *row form*: row after row, `row_offset` bytes before each. A file holds
+    as many bytes, in `lines` of `line_bytes` each, and a line has something of every row. Any run of lines can be
+    turned on its own, so that beside the row form, which is held whole, no more than such a run is in memory.
+    """
+
+    @property
+    def lines(self) -> int: ...
+
+    @property
+    def line_bytes(self) -> int: ...
+
+    def to_file(self, form: Tensor, lines: range, out: Tensor) -> None:
+        """Write `lines` of the file to `out`, from the row form of the whole part (both uint8, flat)."""
+
+    def from_file(self, raw: Tensor, lines: range, form: Tensor) -> None:
+        """Put `lines`, whose bytes are `raw`, to their places in the row form."""
+
+
 class Decoder(Protocol):
     """How a stored weight is read. Plain data found in headers; `main` names the part read in row tiles."""
 
     @property
     def main(self) -> str: ...
+
+    @property
+    def order(self) -> Order | None:
+        """How the main part lies in the file; None where that is its row form."""
 
     @property
     def grid(self) -> Grid | None:
@@ -48,11 +74,12 @@ class Decoder(Protocol):
     def scales(self, side: Mapping[str, Tensor]) -> Tensor | None:
         """Effective float32 scale of every block, from the other parts; None for dense storage.
 
-        On the device of `side`. Raises CheckpointError where a scale is not finite.
+        On a grid with zero points, [blocks, 2]: the scale, and the code that stands for 0. On the device of `side`.
+        Raises CheckpointError where a scale is not finite.
         """
 
     def codes(self, raw: Tensor, rows: range) -> Tensor:
-        """Codes (uint8, one an element, flat) of `rows` from their bytes in the main part."""
+        """Codes (uint8, one an element, flat) of `rows` from their bytes in the main part's row form."""
 
     def decode(self, raw: Tensor, rows: range, scales: Tensor | None, out: Tensor) -> Tensor:
         """Write what a loader would see of `rows` to `out` (float32 [rows, columns]); return it.
@@ -130,6 +157,10 @@ class Encoder(Protocol):
         """In file order: the main part first, then those that `finish` returns; they lie together in the file."""
 
     @property
+    def order(self) -> Order | None:
+        """How the main part lies in the file, as for Decoder."""
+
+    @property
     def constants(self) -> tuple[Constant, ...]:
         """Tensors beside the parts that are the same for any values, and may lie anywhere in the file."""
 
@@ -137,7 +168,7 @@ class Encoder(Protocol):
         """Bytes of the main part before `row`, as for Decoder."""
 
     def pack(self, values: Tensor, out: Tensor) -> None:
-        """Write the main part's bytes of a cell to `out` (uint8, flat).
+        """Write the main part's bytes of a cell, in row form, to `out` (uint8, flat).
 
         `values` are uint8 codes (flat) if there is a grid, else the float32 cell, rounded here once; what does not fit
         becomes infinite, and whoever asked has to look.
@@ -186,21 +217,27 @@ class Format(Protocol):
     def skips_by_path(self) -> bool:
         """Whether its config names modules left in 16 bit by whole paths; else as `formats/linear.py` has it."""
 
-    def fits(self, shape: Shape) -> bool:
-        """Whether it can store the weight [out, in] of a Linear; one that it cannot stays in 16 bit."""
+    def fits(self, name: str, shape: Shape) -> bool:
+        """Whether it can store the weight [out, in] of a Linear, and loaders expect it; else it stays in 16 bit."""
 
-    def find(self, free: Mapping[str, StoredTensor]) -> Sequence[Weight]:
+    def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """Weights of this format among the tensors no other format has claimed yet.
 
-        From headers and small state tensors only. Raises CheckpointError where the parts of a weight are
-        incomplete or disagree.
+        From headers, the config's `quantization_config` (empty where it has none) and small tensors only. Raises
+        CheckpointError where the parts of a weight are incomplete or disagree.
         """
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Encoder:
         """How to store a weight; raises UnsupportedError where this format cannot hold such a shape."""
 
-    def quantization_config(self, dtype: Dtype, skipped: Sequence[str]) -> Json | None:
-        """The `quantization_config` a loader needs; None if dense. `skipped` names modules left in 16 bit."""
+    def quantization_config(
+        self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]
+    ) -> Json | None:
+        """The `quantization_config` a loader needs; None if dense.
+
+        `quantized` are names of weights, `skipped` is the skip list that goes with them (`formats.linear`). Raises
+        UnsupportedError where a config of this format cannot tell the ones from the others.
+        """
 
 
 @runtime_checkable

@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from streamconv.checkpoint.strict_json import parse_object, shown
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import BF16, DENSE, F16, F32, U8, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
-from streamconv.formats.base import CELL_ROWS, Constant, Json, Weight, matrix_shape
+from streamconv.formats.base import CELL_ROWS, Constant, Json, Order, Weight, matrix_shape
 from streamconv.grids import TableGrid, block_absmax, multiply_by_scales
 from streamconv.kernels import kernels_for
 
@@ -111,6 +112,7 @@ class Bnb4bitDecoder:
     grid: TableGrid
     nested_offset: float | None
     main: str = MAIN
+    order: Order | None = None
 
     def row_offset(self, row: int) -> int:
         return (row * self.columns + 1) // 2
@@ -298,6 +300,7 @@ class Bnb4bitEncoder:
     nested: bool
     parts: tuple[TensorSpec, ...]
     constants: tuple[Constant, ...] = ()
+    order: Order | None = None
     rounds_scales: bool = False
 
     @property
@@ -419,8 +422,9 @@ class Bnb4bitFormat:
         scale = 8 + 32 / NESTED_BLOCK if self.nested else 32
         return 4 + scale / self.grid.block
 
-    def find(self, free: Mapping[str, StoredTensor]) -> Sequence[Weight]:
+    def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """See Format."""
+        del quantization  # each weight has a state of its own
         suffix = _STATE + self.grid.name
         names = (name.removesuffix(suffix) for name in free if name.endswith(suffix))
         with TensorReader() as reader:
@@ -430,7 +434,8 @@ class Bnb4bitFormat:
                 if _is_nested(name, free) == self.nested
             ]
 
-    def fits(self, shape: Shape) -> bool:
+    def fits(self, name: str, shape: Shape) -> bool:
+        del name
         return len(shape) == 2
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Bnb4bitEncoder:
@@ -446,11 +451,12 @@ class Bnb4bitFormat:
         parts = _part_specs(name, shape, dtype, self.grid, self.nested)
         return Bnb4bitEncoder(self.name, name, shape, dtype, self.grid, self.nested, parts)
 
-    def quantization_config(self, dtype: Dtype, skipped: Sequence[str]) -> Json:
-        """The keys that transformers 5.23 writes, all of them.
+    def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
+        """See Format. The keys that transformers 5.23 writes, all of them.
 
         `llm_int8_skip_modules` is never null: null would make a loader add modules of its own choice.
         """
+        del quantized  # all that the list does not name
         return {
             "_load_in_4bit": True,
             "_load_in_8bit": False,

@@ -20,14 +20,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
-from streamconv.dtypes import DENSE, F16, F32, I8, U8, Dtype
+from streamconv.dtypes import DENSE, F32, I8, U8, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
-from streamconv.formats.base import Constant, Json, Weight, matrix_shape
+from streamconv.formats.base import Constant, Json, Order, Weight, matrix_shape
+from streamconv.formats.dense import largest_dtype
 from streamconv.grids import INT8, IntegerGrid
 from streamconv.kernels import kernels_for
 
@@ -55,6 +57,7 @@ class Int8Decoder:
     name: str
     grid: IntegerGrid
     main: str = MAIN
+    order: Order | None = None
 
     def row_offset(self, row: int) -> int:
         return row * self.grid.block
@@ -119,16 +122,6 @@ def _wrong(tensor: StoredTensor, expected: str) -> CheckpointError:
     return CheckpointError(f"{tensor.file.name}: {tensor.name}: found {found}, expected {expected}")
 
 
-def _dense_dtype(free: Mapping[str, StoredTensor]) -> Dtype:
-    """The type of the largest dense tensor; bitsandbytes' own where there is none."""
-    dense = [
-        tensor
-        for name, tensor in free.items()
-        if tensor.dtype.name in DENSE and not name.endswith(f".{SCALES}")
-    ]
-    return max(dense, key=lambda tensor: math.prod(tensor.shape)).dtype if dense else F16
-
-
 # -- writing -----------------------------------------------------------------------------------------------
 
 
@@ -144,6 +137,7 @@ class Int8Encoder:
     nested: bool = False
     rounds_scales: bool = False
     dequantized_dtype: Dtype = F32
+    order: Order | None = None
 
     @property
     def parts(self) -> tuple[TensorSpec, ...]:
@@ -192,17 +186,19 @@ class Int8Format:
     def bits_per_weight(self) -> float:
         return 8 + 32 / _USUAL_COLUMNS
 
-    def find(self, free: Mapping[str, StoredTensor]) -> Sequence[Weight]:
+    def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """See Format."""
+        del quantization  # tensors tell all of it
         suffix = f".{SCALES}"
         names = [name.removesuffix(SCALES) + MAIN for name in free if name.endswith(suffix)]
         if not names:
             return ()
-        dtype = _dense_dtype(free)
+        dtype = largest_dtype(free, but=suffix)
         with TensorReader() as reader:
             return [_find_weight(name, self.name, dtype, free, reader) for name in names]
 
-    def fits(self, shape: Shape) -> bool:
+    def fits(self, name: str, shape: Shape) -> bool:
+        del name
         return len(shape) == 2
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Int8Encoder:
@@ -218,9 +214,12 @@ class Int8Format:
             )
         return Int8Encoder(self.name, name, shape, dtype, self.grid.of_width(matrix_shape(shape)[1]))
 
-    def quantization_config(self, dtype: Dtype, skipped: Sequence[str]) -> Json:
+    def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
         """The keys that transformers 5.23 writes, all of them; those of 4 bit have their defaults."""
-        del dtype  # activations are multiplied in int8
+        del (
+            dtype,
+            quantized,
+        )  # activations are multiplied in int8; quantized is all that the list does not name
         return {
             "_load_in_4bit": False,
             "_load_in_8bit": True,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
-from streamconv.dtypes import DENSE, Dtype
+from streamconv.dtypes import DENSE, F16, Dtype
 from streamconv.errors import UnsupportedError
-from streamconv.formats.base import Constant, Json, Weight, matrix_shape
+from streamconv.formats.base import Constant, Json, Order, Weight, matrix_shape
 from streamconv.grids import Grid
 
 MAIN = "weight"
@@ -24,6 +26,7 @@ class DenseDecoder:
     columns: int
     main: str = MAIN
     grid: Grid | None = None
+    order: Order | None = None
 
     def row_offset(self, row: int) -> int:
         return row * self.columns * self.dtype.itemsize
@@ -49,6 +52,7 @@ class VerbatimDecoder:
     columns: int
     main: str = MAIN
     grid: Grid | None = None
+    order: Order | None = None
 
     def row_offset(self, row: int) -> int:
         return row * self.columns * self.dtype.itemsize
@@ -81,6 +85,7 @@ class DenseEncoder:
     rounds_scales: bool = False
     grid: Grid | None = None
     constants: tuple[Constant, ...] = ()
+    order: Order | None = None
 
     @property
     def format(self) -> str:
@@ -132,21 +137,35 @@ class DenseFormat:
     def bits_per_weight(self) -> float:
         return 8.0 * self.dtype.itemsize
 
-    def find(self, free: Mapping[str, StoredTensor]) -> Sequence[Weight]:
+    def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """Every tensor of this type: a dense weight has no other mark."""
+        del quantization
         return [dense_weight(name, tensor) for name, tensor in free.items() if tensor.dtype == self.dtype]
 
-    def fits(self, shape: Shape) -> bool:
-        del shape
+    def fits(self, name: str, shape: Shape) -> bool:
+        del name, shape
         return True
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> DenseEncoder:
         del dtype  # the format is the type
         return DenseEncoder(TensorSpec(name, self.dtype, shape))
 
-    def quantization_config(self, dtype: Dtype, skipped: Sequence[str]) -> Json | None:
-        del dtype, skipped
+    def quantization_config(
+        self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]
+    ) -> Json | None:
+        del dtype, quantized, skipped
         return None
+
+
+def largest_dtype(tensors: Mapping[str, StoredTensor], but: str) -> Dtype:
+    """The type of the largest dense tensor whose name does not end in `but`; float16 where there is none.
+
+    It stands for that of weights beside, where a file does not tell what they were before they were quantized.
+    """
+    dense = [
+        tensor for name, tensor in tensors.items() if tensor.dtype.name in DENSE and not name.endswith(but)
+    ]
+    return max(dense, key=lambda tensor: math.prod(tensor.shape)).dtype if dense else F16
 
 
 def dense_weight(name: str, tensor: StoredTensor) -> Weight:

@@ -18,8 +18,6 @@ from streamconv.formats import pack_quantized
 
 _BY_SUFFIX: Mapping[str, str] = MappingProxyType(
     {
-        ".qweight": "GPTQ or AWQ",
-        ".qzeros": "GPTQ or AWQ",
         ".weight_packed": "compressed-tensors",
         ".weight_scale_inv": "block-wise fp8",
         ".weight_scale": "fp8 or int8 (compressed-tensors, FBGEMM)",
@@ -28,6 +26,16 @@ _BY_SUFFIX: Mapping[str, str] = MappingProxyType(
         ".W_q": "HQQ",
         "._weight_qdata": "torchao",
         ":_weight_qdata": "torchao",
+    }
+)
+# Methods whose tensors are those of GPTQ or AWQ, and the names of their layouts that are read.
+_LAYOUTS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "gptq": frozenset({"gptq", "gptq_v2"}),
+        "awq": frozenset({"gemm"}),
+        "auto-round": frozenset(
+            {"auto_round:auto_gptq", "auto_round:gptq", "auto_round:auto_awq", "auto_round:awq"}
+        ),
     }
 )
 
@@ -67,8 +75,20 @@ def _refuse_method(index: CheckpointIndex, config: Mapping[str, Any]) -> None:
     method = config.get("quant_method")
     if method == pack_quantized.METHOD:
         pack_quantized.read_schemes(config, where)
+    elif method in _LAYOUTS:
+        _refuse_layout(where, str(method), config)
     elif method != "bitsandbytes":
         raise _refusal(where, str(method) if method else "quantized in an unnamed way")
+
+
+def _refuse_layout(where: str, method: str, config: Mapping[str, Any]) -> None:
+    bits = config.get("bits", config.get("w_bit", 4))
+    if bits != 4:
+        raise _refusal(where, f"{method} of {bits} bits")
+    keys = ("packing_format", "checkpoint_format", "version", "format")
+    layout = next((found for key in keys if isinstance(found := config.get(key), str)), None)
+    if layout is not None and layout.lower() not in _LAYOUTS[method]:
+        raise _refusal(where, f"{method} in the layout {layout}")
 
 
 def _is_fp8(dtype: Dtype) -> bool:

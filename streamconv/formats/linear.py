@@ -20,6 +20,8 @@ from streamconv.errors import OptionError, UnsupportedError
 # Output heads stay in 16 bit, as in bitsandbytes' own default. (`output` only at the root: BERT has others.)
 DEFAULT_IGNORE = ("lm_head", "embed_out", "score", "re:output$")
 
+# Last components of output heads.
+HEAD_NAMES = frozenset({"lm_head", "embed_out", "output"})
 _HEADS = re.compile(r"(?:.*\.)?(?:lm_head|embed_out)|output")
 # The last component of nn.Embedding modules. (`embed_out` of GPT-NeoX is a Linear; so is a matrix over patches.)
 _EMBEDDING = re.compile(

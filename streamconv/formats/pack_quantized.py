@@ -30,7 +30,7 @@ from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import DENSE, I32, I64, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
-from streamconv.formats.base import GROUP_SIZES, Constant, Json, Weight, grouped_name
+from streamconv.formats.base import GROUP_SIZES, Constant, Json, Order, Weight, grouped_name
 from streamconv.grids import TableGrid
 from streamconv.kernels import kernels_for
 
@@ -72,6 +72,7 @@ class PackQuantizedDecoder:
     bits: int
     grid: TableGrid
     main: str = MAIN
+    order: Order | None = None
 
     def row_offset(self, row: int) -> int:
         return row * _words(self.columns, self.bits) * I32.itemsize
@@ -278,6 +279,7 @@ class PackQuantizedEncoder:
     grid: TableGrid
     nested: bool = False
     rounds_scales: bool = True
+    order: Order | None = None
 
     @property
     def dequantized_dtype(self) -> Dtype:
@@ -354,11 +356,12 @@ class PackQuantizedFormat:
     def of_group_size(self, size: int) -> PackQuantizedFormat:
         return dataclasses.replace(self, grid=self.grid.of_block(size))
 
-    def fits(self, shape: Shape) -> bool:
+    def fits(self, name: str, shape: Shape) -> bool:
         """Whole groups; and an even number of them, or 16-bit scales would end between two int32.
 
         A single row is a gate, which vLLM expects in 16 bit.
         """
+        del name
         return (
             len(shape) == 2
             and shape[0] > 1
@@ -367,8 +370,9 @@ class PackQuantizedFormat:
             and math.prod(shape) // self.grid.block % 2 == 0
         )
 
-    def find(self, free: Mapping[str, StoredTensor]) -> Sequence[Weight]:
+    def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """See Format."""
+        del quantization  # tensors tell; whether it agrees is checked afterwards
         names = [name for name in free if name.endswith(f".{MAIN}")]
         with TensorReader() as reader:
             found = [_find_weight(name, self.name, self.grid, free, reader) for name in names]
@@ -383,7 +387,7 @@ class PackQuantizedFormat:
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> PackQuantizedEncoder:
         """See Format."""
-        if not self.fits(shape) or not name.endswith(".weight"):
+        if not self.fits(name, shape) or not name.endswith(".weight"):
             raise UnsupportedError(
                 f"{name} has shape {list(shape)}; {self.name} stores matrices of modules only, rows in groups of "
                 f"{self.grid.block}: exclude it with --ignore"
@@ -395,9 +399,9 @@ class PackQuantizedFormat:
         stored_as = grouped_name(self.name, self.grid.block)
         return PackQuantizedEncoder(stored_as, name, shape, dtype, self.bits, self.grid)
 
-    def quantization_config(self, dtype: Dtype, skipped: Sequence[str]) -> Json:
+    def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
         """The keys that every release of compressed-tensors knows: it refuses others within a group."""
-        del dtype  # that of the model, as the scales have it
+        del dtype, quantized  # that of the model, as the scales have it; all that the list does not name
         weights: Json = {
             "actorder": None,
             "block_structure": None,

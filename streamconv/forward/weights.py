@@ -13,6 +13,7 @@ from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import Shape
 from streamconv.devices import Device
 from streamconv.formats.base import CELL_ROWS, Constant, matrix_shape
+from streamconv.formats.rows import StoredRows
 from streamconv.plan import Access, Copy, Plan, Rewrite, tile_rows
 from streamconv.workers import Workers
 
@@ -75,9 +76,12 @@ class WeightSource:
         step = self._steps[name]
         if isinstance(step, Copy):
             return step.tensor.nbytes
-        parts = sum(part.nbytes for part in step.weight.parts.values())
-        again = step.weight.parts[step.weight.decoder.main].nbytes if step.access is not Access.ROW else 0
-        return parts + again
+        weight = step.weight
+        again = step.access is not Access.ROW and weight.decoder.order is None
+        return (
+            sum(part.nbytes for part in weight.parts.values())
+            + again * weight.parts[weight.decoder.main].nbytes
+        )
 
     def read(self, name: str) -> Tensor:
         """The whole weight, on the device."""
@@ -122,11 +126,12 @@ class WeightSource:
             for update in step.updates
         ]
         work = WeightWork(step, side, parts, device, 0, self._workers)
+        stored = StoredRows(self._reader, weight)
         if step.access is not Access.ROW:
-            for tile, raw in self._read(step, range(step.rows)):
+            for tile, raw in self._read(step, stored, range(step.rows)):
                 work.reduce(raw, tile)
             work.end_reduce()
-        return lambda rows, out: self._rewrite(step, work, rows, out)
+        return lambda rows, out: self._rewrite(work, stored, rows, out)
 
     def _copy(self, step: Copy, rows: range, out: Tensor) -> None:
         row_bytes = out.numel() // max(1, len(rows))
@@ -135,21 +140,20 @@ class WeightSource:
         if host is not out:
             out.copy_(host)
 
-    def _rewrite(self, step: Rewrite, work: WeightWork, rows: range, out: Tensor) -> None:
-        offset = step.encoder.row_offset
-        for tile, raw in self._read(step, rows):
+    def _rewrite(self, work: WeightWork, stored: StoredRows, rows: range, out: Tensor) -> None:
+        offset = work.step.encoder.row_offset
+        for tile, raw in self._read(work.step, stored, rows):
             start, stop = offset(tile.start) - offset(rows.start), offset(tile.stop) - offset(rows.start)
             work.rewrite(raw, tile, out[start:stop]).wait()
 
-    def _read(self, step: Rewrite, rows: range) -> Iterator[tuple[range, Tensor]]:
+    def _read(self, step: Rewrite, stored: StoredRows, rows: range) -> Iterator[tuple[range, Tensor]]:
         """Stored bytes of `rows`, a tile at a time, on the device; the next tile overwrites them."""
-        decoder, main = step.weight.decoder, step.weight.parts[step.weight.decoder.main]
         height = tile_rows(step, _BUFFER_BYTES, CELL_ROWS)
         buffer: Tensor | None = None
         for first in range(rows.start, rows.stop, height):
             tile = range(first, min(first + height, rows.stop))
-            start, stop = decoder.row_offset(tile.start), decoder.row_offset(tile.stop)
-            buffer = torch.empty(stop - start, dtype=torch.uint8) if buffer is None else buffer
-            raw = buffer[: stop - start]
-            self._reader.read_into(main, start, tensor_bytes(raw))
+            nbytes = stored.nbytes(tile)
+            buffer = torch.empty(nbytes, dtype=torch.uint8) if buffer is None else buffer
+            raw = buffer[:nbytes]
+            stored.read_into(tile, raw)
             yield tile, raw.to(self._device.torch)

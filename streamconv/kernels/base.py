@@ -98,6 +98,19 @@ class Kernels(Protocol):
     def unpack_pairs(self, packed: Tensor, codes: Tensor, *, low_first: bool = False) -> None:
         """Undo `pack_pairs`; of the last byte only as much as `codes` has room for."""
 
+    def turn_words(self, words: Tensor, out: Tensor) -> None:
+        """Write the transpose of `words` to `out`: int32 [n, m] and [m, n], of any strides."""
+
+    def turn_codes(self, words: Tensor, places: tuple[int, ...], out: Tensor) -> None:
+        """From words of eight columns to words of eight rows: int32 [8 n, m] to [8 m, n], of any strides.
+
+        Four bits are a code. Code i of word [r, c] is that of row r and column 8 c + i; it goes to row 8 c + i of
+        `out`, word r // 8, as code p where `places[p]` is r % 8.
+        """
+
+    def turn_codes_back(self, words: Tensor, places: tuple[int, ...], out: Tensor) -> None:
+        """Undo `turn_codes`: int32 [8 m, n] to [8 n, m]."""
+
     def decode(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
         """Write what `codes` stand for, rounded to `dtype`, to `out`."""
 

@@ -209,6 +209,15 @@ class CompiledKernels:
         if 2 * count < codes.numel():
             _TORCH.unpack_pairs(packed[count:], codes[2 * count :], low_first=low_first)
 
+    def turn_words(self, words: Tensor, out: Tensor) -> None:
+        loops.turn_words(words.numpy(), out.numpy())
+
+    def turn_codes(self, words: Tensor, places: tuple[int, ...], out: Tensor) -> None:
+        loops.turn_codes(_unsigned(words), np.array(places), _unsigned(out))
+
+    def turn_codes_back(self, words: Tensor, places: tuple[int, ...], out: Tensor) -> None:
+        loops.turn_codes_back(_unsigned(words), np.array(places), _unsigned(out))
+
     def decode(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
         if not isinstance(grid, IntegerGrid) and not _is_table(grid):
             _TORCH.decode(codes, grid, scales, dtype, out)
@@ -351,6 +360,10 @@ def _round_to(dtype: Dtype, values: Array) -> None:
         loops.to_bfloat16(_bits(values))
     else:
         round_to(dtype, torch.from_numpy(values))
+
+
+def _unsigned(words: Tensor) -> Array:
+    return words.numpy().view(np.uint32)
 
 
 def _bits(values: Array) -> Array:

@@ -128,6 +128,18 @@ class TorchKernels:
         halves = torch.stack((low, high) if low_first else (high, low), dim=1)
         codes.copy_(halves.view(-1)[: codes.numel()])
 
+    def turn_words(self, words: Tensor, out: Tensor) -> None:
+        out.copy_(words.T)
+
+    def turn_codes(self, words: Tensor, places: tuple[int, ...], out: Tensor) -> None:
+        codes = _eights(words).T.reshape(out.shape[0], -1, 8)[..., list(places)]
+        out.copy_(_words(codes.contiguous()))
+
+    def turn_codes_back(self, words: Tensor, places: tuple[int, ...], out: Tensor) -> None:
+        inverse = [places.index(place) for place in range(8)]
+        codes = _eights(words).view(*words.shape, 8)[..., inverse].reshape(words.shape[0], -1)
+        out.copy_(_words(codes.T.reshape(out.shape[0], -1, 8).contiguous()))
+
     def decode(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
         multiply_by_scales(grid.decode(codes), scales, grid.block, out, grid.peak)
         round_to(dtype, out)
@@ -185,6 +197,17 @@ class TorchKernels:
 def over_reach(scales: Tensor, grid: Grid) -> Tensor:
     """Greatest magnitudes as starting scales, in place."""
     return scales.div_(grid.reach) if isinstance(grid, TableGrid) and grid.reach != 1 else scales
+
+
+def _eights(words: Tensor) -> Tensor:
+    """The codes (uint8 [n, 8 m]) of `words` (int32 [n, m]), the lowest four bits first."""
+    halves = words.contiguous().view(torch.uint8)
+    return torch.stack((halves & 0xF, halves >> 4), dim=-1).view(words.shape[0], -1)
+
+
+def _words(codes: Tensor) -> Tensor:
+    """Undo `_eights`: int32 [n, m] of uint8 [n, m, 8]."""
+    return (codes[..., 0::2] | codes[..., 1::2] << 4).view(torch.int32).view(codes.shape[:-1])
 
 
 def block_dots(left: Tensor, right: Tensor, block: int) -> Tensor:

@@ -262,6 +262,45 @@ def unpack(packed: Array, high: Array, low: Array) -> None:
 
 
 @_compiled
+def turn_words(words: Array, out: Array) -> None:
+    """By squares that lie in the first-level cache on both sides."""
+    for first in range(0, words.shape[0], 16):
+        last = min(first + 16, words.shape[0])
+        for left in range(0, words.shape[1], 16):
+            for c in range(left, min(left + 16, words.shape[1])):
+                for r in range(first, last):
+                    out[c, r] = words[r, c]
+
+
+@_compiled
+def turn_codes(words: Array, places: Array, out: Array) -> None:
+    """Words [8 n, m], out [8 m, n]; some columns at a time, of all rows."""
+    for left in range(0, words.shape[1], 16):
+        for n in range(out.shape[1]):
+            for m in range(left, min(left + 16, words.shape[1])):
+                for i in range(8):
+                    word, shift = np.uint32(0), np.uint32(4 * i)
+                    for p in range(8):
+                        code = words[8 * n + places[p], m] >> shift & np.uint32(15)
+                        word |= code << np.uint32(4 * p)
+                    out[8 * m + i, n] = word
+
+
+@_compiled
+def turn_codes_back(words: Array, places: Array, out: Array) -> None:
+    """Words [8 m, n], out [8 n, m]."""
+    for left in range(0, out.shape[1], 16):
+        for n in range(words.shape[1]):
+            for m in range(left, min(left + 16, out.shape[1])):
+                for p in range(8):
+                    word, shift = np.uint32(0), np.uint32(4 * p)
+                    for i in range(8):
+                        code = words[8 * m + i, n] >> shift & np.uint32(15)
+                        word |= code << np.uint32(4 * i)
+                    out[8 * n + places[p], m] = word
+
+
+@_compiled
 def to_bfloat16(bits: Array) -> None:
     """Round to nearest, ties to even, in place; what is not finite stays so."""
     for b in range(bits.shape[0]):

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 
 from streamconv.dtypes import BF16, DENSE, Dtype
 from streamconv.formats import FORMATS, with_groups
+from streamconv.formats.base import Json
 from streamconv.output import CONFIG, INDEX
 from streamconv.pipeline.preparation import Prepared
 from streamconv.plan import Plan
 from streamconv.recipe import RECIPE, Scalar, write_recipe
 from streamconv.report.card import model_card
 from streamconv.report.result import MANIFEST, Kept, manifest
-from streamconv.sidecars import edit_config
+from streamconv.sidecars import QUANTIZATION_COPIES, edit_config
 from streamconv.sizes import exact_size
 
 
@@ -25,7 +26,10 @@ def generated_files(
 ) -> Mapping[str, bytes]:
     """The small files of the output, in the order they appear."""
     plan, base = prepared.plan, prepared.base
-    loaded = {RECIPE: _recipe(prepared), CONFIG: _config(prepared)}
+    quantization = _quantization(prepared)
+    loaded = {RECIPE: _recipe(prepared), CONFIG: _config(prepared, quantization)}
+    if plan.quant in QUANTIZATION_COPIES:
+        loaded[QUANTIZATION_COPIES[plan.quant]] = _as_json(quantization)
     contents = {INDEX: _index(plan), MANIFEST: manifest(plan, hashes, kept, calibrated, loaded), **loaded}
     if prepared.job.card:
         contents["README.md"] = model_card(plan, base.index, prepared.adapter_storage, prepared.copied, kept)
@@ -90,16 +94,30 @@ def _calibration(plan: Plan) -> Mapping[str, Scalar]:
     }
 
 
-def _config(prepared: Prepared) -> bytes:
-    plan, config = prepared.plan, prepared.base.index.config
-    quantization = None
-    if plan.quant is not None:
-        storage_format = with_groups(FORMATS[plan.quant], plan.group_size)
-        quantization = storage_format.quantization_config(_compute_dtype(prepared), plan.skipped)
-    edited = edit_config(
-        config, dtype=plan.dtype, quantization=quantization, untie=plan.untied, vocab_size=plan.vocab_size
+def _config(prepared: Prepared, quantization: Json | None) -> bytes:
+    plan = prepared.plan
+    return _as_json(
+        edit_config(
+            prepared.base.index.config,
+            dtype=plan.dtype,
+            quantization=quantization,
+            untie=plan.untied,
+            vocab_size=plan.vocab_size,
+        )
     )
-    return (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _quantization(prepared: Prepared) -> Json | None:
+    """The output's `quantization_config`; None where it is dense."""
+    plan = prepared.plan
+    if plan.quant is None:
+        return None
+    storage_format = with_groups(FORMATS[plan.quant], plan.group_size)
+    return storage_format.quantization_config(_compute_dtype(prepared), plan.quantized, plan.skipped)
+
+
+def _as_json(content: Json | None) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _compute_dtype(prepared: Prepared) -> Dtype:

@@ -10,6 +10,8 @@ import torch
 from streamconv.dtypes import BF16, DENSE
 from streamconv.formats import FORMATS
 from streamconv.formats.base import matrix_shape
+from streamconv.formats.linear import module_of
+from streamconv.formats.rows import in_file_order
 from streamconv.grids import IntegerGrid, block_absmax
 from tests.formats.stored import (
     W,
@@ -46,6 +48,8 @@ RELATIVE_ERROR = {
     # Half a step; for the greatest of a block, which may lie beyond the positive end, with the scale's rounding.
     "w4a16": 0.5 / 7.5 + 2**-7,
     "w8a16": 0.5 / 127.5 + 2**-7,
+    "gptq": 0.5 / 7.5 + 2**-10,
+    "awq": 0.5 / 7.5 + 2**-10,
 }
 
 
@@ -78,7 +82,7 @@ def test_decoding_is_stable_under_encoding_again(tmp_path: Path, name: str, shap
     if encoder.grid is not None:
         again = torch.empty(encoder.row_offset(shape[0]), dtype=torch.uint8)
         encoder.pack(first.decoder.codes(raw_bytes(first), range(shape[0])), again)
-        assert torch.equal(again, codes.view(-1).view(torch.uint8))
+        assert torch.equal(in_file_order(encoder.order, again), codes.view(-1).view(torch.uint8))
     else:
         assert torch.equal(stored(encoder, decoded(first))[W], codes)
 
@@ -88,7 +92,7 @@ def test_parts_foretell_what_is_written(name: str, shape: tuple[int, int]) -> No
     weight = normal(shape)
     encoder = encoder_for(name, weight)
     main, *tail = encoder.parts
-    assert main.name.startswith(W)
+    assert module_of(main.name) == module_of(W) or main.name.startswith(W)
     assert encoder.row_offset(0) == 0
     assert encoder.row_offset(shape[0]) == main.nbytes
     assert {part: (t.dtype, tuple(t.shape)) for part, t in stored(encoder, weight).items()} == {

@@ -16,6 +16,7 @@ from streamconv.dtypes import BF16, DENSE
 from streamconv.formats import FORMATS, find_weights
 from streamconv.formats.base import CELL_ROWS, Encoder, Grouped, Weight, matrix_shape
 from streamconv.formats.pack_quantized import PackQuantizedFormat
+from streamconv.formats.rows import StoredRows, in_file_order
 from streamconv.grids import Grid
 from streamconv.rounding import ROUNDINGS, Context, Rounding
 from tests.checkpoint.files import index_of, write_checkpoint
@@ -29,7 +30,13 @@ SHAPES = [(128, 128), (3, 50), (5, 13), (70, 96), (129, 7)]
 SHAPES_IN_GROUPS = [(128, 128), (2, 384), (70, 256), (132, 640)]
 
 
+# And of those with words across rows.
+SHAPES_IN_WORDS = [(128, 128), (32, 384), (96, 256), (160, 640)]
+
+
 def shapes_of(name: str) -> list[tuple[int, int]]:
+    if name in ("gptq", "awq"):
+        return SHAPES_IN_WORDS
     return SHAPES_IN_GROUPS if isinstance(FORMATS[name], Grouped) else SHAPES
 
 
@@ -54,7 +61,7 @@ def _described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             storage_format = FORMATS["w4a16" if packed.shape[1] * 8 == columns else "w8a16"]
             assert isinstance(storage_format, PackQuantizedFormat)
             found = replace(storage_format, grid=storage_format.grid.of_block(group))
-            return {"quantization_config": found.quantization_config(BF16, ())}
+            return {"quantization_config": found.quantization_config(BF16, (), ())}
     return {}
 
 
@@ -95,7 +102,7 @@ def stored(encoder: Encoder, weight: Tensor) -> dict[str, Tensor]:
             encoder.pack(codes, out)
             scales.append(cell_scales)
     contents = encoder.finish(torch.cat(scales) if scales else None, None)
-    tensors = {main.name: raw.view(main.dtype.torch).view(main.shape)}
+    tensors = {main.name: in_file_order(encoder.order, raw).view(main.dtype.torch).view(main.shape)}
     contents = (*contents, *(constant.content for constant in encoder.constants))
     tail += [constant.spec for constant in encoder.constants]
     for spec, content in zip(tail, contents, strict=True):
@@ -109,8 +116,11 @@ def side_parts(weight: Weight) -> dict[str, Tensor]:
 
 
 def raw_bytes(weight: Weight) -> Tensor:
+    """The main part in row form."""
     with TensorReader() as reader:
-        return reader.load(weight.parts[weight.decoder.main]).reshape(-1).view(torch.uint8)
+        raw = torch.empty(weight.parts[weight.decoder.main].nbytes, dtype=torch.uint8)
+        StoredRows(reader, weight).read_into(range(matrix_shape(weight.shape)[0]), raw)
+        return raw
 
 
 def block_slice(weight: Weight, scales: Tensor | None, rows: range) -> Tensor | None:

@@ -54,7 +54,7 @@ def test_other_types_can_be_copied_and_no_more(tmp_path: Path, tensor: Tensor) -
 
 
 def test_a_dense_format_needs_no_config_and_has_its_own_type() -> None:
-    assert FORMATS["float16"].quantization_config(F16, ["lm_head"]) is None
+    assert FORMATS["float16"].quantization_config(F16, (), ["lm_head"]) is None
     encoder = FORMATS["float16"].encoder(W, (2, 3), BF16)
     assert encoder.dtype == F16
     assert [spec.name for spec in encoder.parts] == [W]

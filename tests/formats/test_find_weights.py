@@ -71,7 +71,6 @@ F8 = torch.float8_e4m3fn
 F32 = torch.float32
 
 TENSORS: dict[str, tuple[dict[str, torch.dtype], str]] = {
-    "gptq": ({"a.qweight": I32, "a.qzeros": I32}, "GPTQ"),
     "packed": ({"a.weight_packed": I32, "a.weight_scale": F32}, "compressed-tensors"),
     "fp8": ({"a.weight": F8}, "fp8"),
     "fp8 blocks": ({"a.weight": F8, "a.weight_scale_inv": F32}, "fp8"),
@@ -96,8 +95,13 @@ def test_other_quantizations_are_known_by_their_tensors(
 @pytest.mark.parametrize(
     ("config", "kind"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "awq"}, "awq"),
+        ({"quant_method": "gptq", "bits": 8}, "gptq of 8 bits"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "layout marlin"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "layout gemv"),
+        (
+            {"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"},
+            "auto-round in the layout",
+        ),
         ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
         ({"quant_method": "fp8"}, "fp8"),
         ({"quant_method": "mxfp4"}, "mxfp4"),

@@ -122,7 +122,7 @@ def test_a_scale_that_does_not_fit_float16_is_refused() -> None:
 
 @pytest.mark.parametrize("shape", [(64, 100), (1, 128), (3, 384), (2, 128, 3), (128,)], ids=str)
 def test_what_is_not_whole_groups_does_not_fit(shape: tuple[int, ...]) -> None:
-    assert not FORMATS["w4a16"].fits(shape)
+    assert not FORMATS["w4a16"].fits(W, shape)
     with pytest.raises(UnsupportedError, match=r"rows in groups of 128: exclude it"):
         FORMATS["w4a16"].encoder(W, shape, BF16)
 
@@ -284,7 +284,7 @@ def test_parts_that_do_not_agree_are_refused(
     tmp_path: Path, name: str, tensor: Tensor | None, error: type[StreamconvError], message: str
 ) -> None:
     tensors = stored(encoder_of("w4a16", (64, 128)), normal((64, 128)))
-    config = with_groups(FORMATS["w4a16"], 32).quantization_config(BF16, ())
+    config = with_groups(FORMATS["w4a16"], 32).quantization_config(BF16, (), ())
     tensors = (
         {**tensors, name: tensor} if tensor is not None else {k: v for k, v in tensors.items() if k != name}
     )
@@ -300,7 +300,9 @@ def test_rows_too_short_to_tell_the_bits_are_refused(tmp_path: Path) -> None:
     }
     with pytest.raises(UnsupportedError, match="too short to tell 4 bits from 8"):
         find_weights(
-            write(tmp_path, tensors, {"quantization_config": FORMATS["w4a16"].quantization_config(BF16, ())})
+            write(
+                tmp_path, tensors, {"quantization_config": FORMATS["w4a16"].quantization_config(BF16, (), ())}
+            )
         )
 
 

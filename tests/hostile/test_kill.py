@@ -118,6 +118,21 @@ def test_killed_anywhere_and_run_again_the_folder_is_the_same(
     assert resumed >= 5, "shards were not continued from their middle"
 
 
+def test_killed_while_codes_are_held_whole(commands: Commands, inputs: Inputs, tmp_path: Path) -> None:
+    command = inputs.command("--quant", "gptq", "--group-size", "32", "--max-shard-size", "400kB")
+    case = undisturbed(commands, command, tmp_path / "whole", shards=2)
+    resumed = 0
+    for number, at in enumerate(spread(len(case.calls), 4)):
+        out = tmp_path / str(at)
+        assert case.run(commands, out, at, tears=number % 2 == 0).code == -signal.SIGKILL
+        check_final_names(out, case.complete)
+        again = case.run(commands, out)
+        assert again.code == 0, f"killed at {at}, {case.calls[at - 1]}: {again.text}"
+        assert tree(out) == case.complete, f"killed at {at}, {case.calls[at - 1]}"
+        resumed += again.resumed_inside
+    assert resumed >= 1, "no shard was continued from its middle"
+
+
 def test_killed_by_the_clock(commands: Commands, bf16: Case, tmp_path: Path) -> None:
     for moment in (0.03, 0.08, 0.13, 0.2):
         out = tmp_path / str(moment)

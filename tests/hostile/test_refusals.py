@@ -393,9 +393,9 @@ CASES: dict[str, Case] = {
         ("config.json says", "exl3", "give the 16-bit base"),
         base_config(quantization_config={"quant_method": "exl3"}),
     ),
-    "GPTQ tensors": Case(
-        UnsupportedError,
-        ("q_proj.qweight", "GPTQ or AWQ", "give the 16-bit base"),
+    "GPTQ codes alone": Case(
+        CheckpointError,
+        ("q_proj.qweight", "incomplete", "download it again"),
         tensors(f"base/{SHARD}", rename={Q_PROJ: Q_PROJ.replace("weight", "qweight")}),
     ),
     "packed without a state": Case(

@@ -308,3 +308,35 @@ def test_settle(name: str, is_first: bool, in_turn: bool, dtype: Dtype) -> None:
 
     codes, errors = both(settled)
     assert torch.equal(errors, target - (grid.decode(codes) * scales).to(dtype.torch).float())
+
+
+@settings(deadline=None)
+@given(
+    eights=st.integers(1, 5),
+    columns=st.integers(1, 40),
+    left=st.integers(0, 7),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_codes_and_words_are_turned_the_same_way(eights: int, columns: int, left: int, seed: int) -> None:
+    """From and to parts of rows, as they are."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.randint(
+        -(2**31), 2**31, (8 * eights, columns + left), dtype=torch.int32, generator=generator
+    )
+    words, places = wide[:, left:], tuple(torch.randperm(8, generator=generator).tolist())
+
+    def turned(kernels: Kernels) -> tuple[Tensor, ...]:
+        plain = empty(columns * 8 * eights, torch.int32).view(columns, -1)
+        coded = empty(8 * columns * eights, torch.int32).view(-1, eights)
+        back, coded_back = torch.zeros_like(wide), torch.zeros_like(wide)
+        kernels.turn_words(words, plain)
+        kernels.turn_words(plain, back[:, left:])
+        kernels.turn_codes(words, places, coded)
+        kernels.turn_codes_back(coded, places, coded_back[:, left:])
+        assert torch.equal(back[:, left:], words)
+        assert torch.equal(coded_back[:, left:], words)
+        assert not back[:, :left].any()
+        return plain, coded
+
+    plain, _ = both(turned)
+    assert torch.equal(plain, words.T)

@@ -283,11 +283,11 @@ def test_the_config_is_what_transformers_writes(name: str, dtype: str) -> None:
         bnb_4bit_compute_dtype=getattr(torch, dtype),
         llm_int8_skip_modules=["lm_head"],
     )
-    assert FORMATS[name].quantization_config(DENSE[dtype], ["lm_head"]) == theirs.to_dict()
+    assert FORMATS[name].quantization_config(DENSE[dtype], (), ["lm_head"]) == theirs.to_dict()
 
 
 def test_an_empty_skip_list_is_not_null() -> None:
-    config = FORMATS["nf4"].quantization_config(F16, ())
+    config = FORMATS["nf4"].quantization_config(F16, (), ())
     assert config is not None
     assert config["llm_int8_skip_modules"] == []
 

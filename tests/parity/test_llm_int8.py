@@ -127,4 +127,4 @@ def test_every_code_a_file_may_hold_is_decoded_as_it_does(tmp_path: Path) -> Non
 
 def test_the_config_is_what_transformers_writes() -> None:
     theirs = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
-    assert FORMATS["int8"].quantization_config(BF16, ["lm_head"]) == theirs.to_dict()
+    assert FORMATS["int8"].quantization_config(BF16, (), ["lm_head"]) == theirs.to_dict()

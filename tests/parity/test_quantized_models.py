@@ -127,7 +127,7 @@ def quantize(folder: Path, name: str, ignore: tuple[str, ...]) -> dict[str, Tens
     edit_tensors(path, put=put)
     edit_json(
         folder / "config.json",
-        quantization_config=FORMATS[name].quantization_config(F32, selection.skipped),
+        quantization_config=FORMATS[name].quantization_config(F32, selection.quantized, selection.skipped),
     )
     found = find_weights(index_of(folder))
     return {module_of(weight.name): decoded(weight) for weight in found if weight.format == name}

@@ -1,0 +1,292 @@
+"""GPTQ storage: 4-bit integers in groups along the inputs, eight inputs a word.
+
+Source: GPTQModel `nn_modules/qlinear/__init__.py` (buffers, pack, dequantize_weight), `utils/model.py` (v1 and v2); the
+config: transformers' GPTQConfig, optimum `gptq/quantizer.py` (convert_model). Beside what `int4_words` tells:
+
+    P.qweight  int32 [in / 8, out]; bits 4 j of word r hold input 8 r + j
+    P.qzeros   the zero point less 1 (v1, checkpoint_format "gptq"), or as it is (v2, "gptq_v2")
+    P.g_idx    int32 [in], the group of each input: input // group, but in activation order
+
+Written is v1, symmetric, not in activation order: what every loader reads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamconv.checkpoint.reader import TensorReader, tensor_bytes
+from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
+from streamconv.dtypes import F16, I32, Dtype
+from streamconv.errors import CheckpointError, UnsupportedError
+from streamconv.formats.base import GROUP_SIZES, Decoder, Format, Json, Weight, grouped_name
+from streamconv.formats.dense import largest_dtype
+from streamconv.formats.int4_words import (
+    A_WORD,
+    IN_ORDER,
+    MAIN,
+    MIDDLE,
+    NO_GROUPS,
+    SCALES,
+    V2,
+    ZEROS,
+    SymmetricDecoder,
+    SymmetricEncoder,
+    ZeroPointDecoder,
+    check_encodes,
+    described,
+    first_zeros,
+    group_size_in,
+    is_whole,
+    part_name,
+    word_of,
+    wrong,
+    zeros_and_scales,
+)
+from streamconv.formats.linear import HEAD_NAMES, module_of
+from streamconv.grids import INT4, TableGrid, ZeroPointGrid
+from streamconv.kernels import kernels_for
+
+GROUPS = "g_idx"
+_V1, _V2 = "gptq", "gptq_v2"
+# What older kernels take: whole blocks of so many outputs.
+_ROWS = 32
+# Only to say what `g_idx` and scales amount to.
+_USUAL_ROWS = 4096
+# Where optimum looks for decoder layers (`gptq/constants.py`, BLOCK_PATTERNS), and names of them in files that
+# transformers renames to one of these.
+_LAYERS = frozenset(
+    {
+        "transformer.h",
+        "model.decoder.layers",
+        "gpt_neox.layers",
+        "model.layers",
+        "model.language_model.layers",
+        "language_model.model.layers",
+        "h",
+        "decoder.layers",
+        "layers",
+    }
+)
+_NUMBERED = re.compile(r"(.+?)\.\d+\.(.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class WordsAcross:
+    """Line r of a file holds word r of every row."""
+
+    rows: int
+    lines: int
+
+    @property
+    def line_bytes(self) -> int:
+        return 4 * self.rows
+
+    def to_file(self, form: Tensor, lines: range, out: Tensor) -> None:
+        """See Order."""
+        kernels_for(form.device).turn_words(self._words(form, lines), _lines(out, lines))
+
+    def from_file(self, raw: Tensor, lines: range, form: Tensor) -> None:
+        """See Order."""
+        kernels_for(form.device).turn_words(_lines(raw, lines), self._words(form, lines))
+
+    def _words(self, form: Tensor, lines: range) -> Tensor:
+        return form.view(torch.int32).view(self.rows, self.lines)[:, lines.start : lines.stop]
+
+
+def _lines(raw: Tensor, lines: range) -> Tensor:
+    return raw.view(torch.int32).view(len(lines), -1)
+
+
+# -- reading -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Labels:
+    """What a config says of zero points: their version, and whether all are 8."""
+
+    is_v2: bool
+    is_symmetric: bool
+
+    def stored_zero(self, words: Tensor) -> int | None:
+        """What is stored for the zero point 8, if these first `words` of `qzeros` say that all are; else None.
+
+        The file counts for more than its label: there are symmetric v2 files that say v1.
+        """
+        for stored, is_v2 in ((MIDDLE - 1, False), (MIDDLE, True)):
+            if bool((words == word_of(stored)).all()) and (self.is_symmetric or self.is_v2 == is_v2):
+                return stored
+        return None
+
+
+def _find_weight(
+    name: str,
+    fmt: GptqFormat,
+    labels: _Labels,
+    dtype: Dtype,
+    free: Mapping[str, StoredTensor],
+    reader: TensorReader,
+) -> Weight:
+    """The weight `name`; CheckpointError unless its parts are whole and agree."""
+    roles = (MAIN, ZEROS, SCALES, GROUPS)
+    parts = {role: free[part] for role in roles if (part := part_name(name, role)) in free}
+    for role in roles[:3]:
+        if role not in parts:
+            raise CheckpointError(
+                f"{part_name(name, role)} is missing, without which {name} cannot be decoded; the checkpoint is "
+                "incomplete, download it again"
+            )
+    main = parts[MAIN]
+    rows, columns = main.shape[1], main.shape[0] * A_WORD
+    if GROUPS in parts and (parts[GROUPS].dtype != I32 or parts[GROUPS].shape != (columns,)):
+        raise wrong(parts[GROUPS], f"I32 [{columns}], if the weight has 4 bits, which is all that is read")
+    group = group_size_in(parts, rows, columns)
+    groups = _groups(parts.get(GROUPS), group, reader)
+    product, order = parts[SCALES].dtype, WordsAcross(rows, main.shape[0])
+    stored = labels.stored_zero(first_zeros(parts[ZEROS], reader))
+    remarks = {
+        "in activation order": bool(groups),
+        "with zero points": stored is None,
+        V2: stored == MIDDLE,
+        f"scales in {product.name}": product != F16,
+        NO_GROUPS: GROUPS not in parts,
+    }
+    decoder: Decoder
+    if stored is not None and not groups:
+        decoder = SymmetricDecoder(name, columns, fmt.grid.of_block(group), product, order, stored)
+    else:
+        subtracted = 1 if stored == MIDDLE - 1 or (stored is None and not labels.is_v2) else 0
+        grid = ZeroPointGrid(f"{fmt.grid.name} with zero points", group)
+        decoder = ZeroPointDecoder(name, columns, grid, product, order, IN_ORDER, subtracted, groups)
+    return Weight(name, (rows, columns), dtype, described(fmt.name, group, remarks), decoder, parts)
+
+
+def _groups(tensor: StoredTensor | None, group: int, reader: TensorReader) -> bytes:
+    """The group of every column, where it is not what it is without activation order; else nothing."""
+    if tensor is None:
+        return b""
+    found = reader.load(tensor)
+    count = tensor.shape[0] // group
+    if bool((found < 0).any()) or bool((found >= count).any()):
+        raise wrong(tensor, f"groups from 0 to {count - 1}")
+    if torch.equal(found, _plain_groups(tensor.shape[0], group)):
+        return b""
+    return bytes(tensor_bytes(found))
+
+
+def _plain_groups(columns: int, group: int) -> Tensor:
+    return torch.arange(columns, dtype=torch.int32) // group
+
+
+# -- the format --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GptqFormat:
+    """GPTQ, 4 bit."""
+
+    name: str
+    grid: TableGrid = INT4
+    loaders: str = "transformers with optimum and GPTQModel, vLLM, SGLang"
+    library: str = "gptqmodel"
+    rounds_on_load: bool = False
+    skips_by_path: bool = False
+    group_sizes: tuple[int, ...] = GROUP_SIZES
+
+    @property
+    def group_size(self) -> int:
+        return self.grid.block
+
+    def of_group_size(self, size: int) -> Format:
+        return replace(self, grid=self.grid.of_block(size))
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 4 + (16 + 4) / self.grid.block + 32 / _USUAL_ROWS
+
+    def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
+        """See Format."""
+        mains = [
+            tensor for name, tensor in free.items() if name.endswith(f".{MAIN}") and _is_gptq(free, name)
+        ]
+        if not mains:
+            return ()
+        checkpoint_format = quantization.get("checkpoint_format") or quantization.get("format") or _V1
+        labels = _Labels(checkpoint_format == _V2, bool(quantization.get("sym", True)))
+        dtype = largest_dtype(free, but=f".{SCALES}")
+        with TensorReader() as reader:
+            return [
+                _find_weight(module_of(main.name) + ".weight", self, labels, dtype, free, reader)
+                for main in mains
+            ]
+
+    def fits(self, name: str, shape: Shape) -> bool:
+        """See Format. Loaders look for it in a language model's layers only."""
+        layers = _NUMBERED.fullmatch(module_of(name))
+        return layers is not None and layers[1] in _LAYERS and is_whole(shape, _ROWS, self.group_size)
+
+    def encoder(self, name: str, shape: Shape, dtype: Dtype) -> SymmetricEncoder:
+        """See Format."""
+        check_encodes(name, shape, dtype, self.name, _ROWS, self.group_size)
+        rows, columns = shape
+        order = WordsAcross(rows, columns // A_WORD)
+        parts = (
+            TensorSpec(part_name(name, MAIN), I32, (columns // A_WORD, rows)),
+            *zeros_and_scales(name, shape, self.grid),
+            TensorSpec(part_name(name, GROUPS), I32, (columns,)),
+        )
+        tail = (bytes(tensor_bytes(_plain_groups(columns, self.grid.block))),)
+        stored_as = grouped_name(self.name, self.group_size)
+        return SymmetricEncoder(stored_as, name, shape, dtype, self.grid, order, MIDDLE - 1, parts, tail)
+
+    def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
+        """See Format. What transformers, vLLM and GPTQModel read of it, and who wrote it."""
+        del dtype  # loaders take that of the model
+        config: Json = {
+            "bits": 4,
+            "checkpoint_format": _V1,
+            "desc_act": False,
+            "group_size": self.grid.block,
+            "lm_head": False,
+            "meta": {"quantizer": [f"streamconv:{version('streamconv')}"]},
+            "pack_dtype": "int32",
+            "quant_method": "gptq",
+            "sym": True,
+        }
+        return config | _exceptions(quantized, [entry for entry in skipped if entry not in HEAD_NAMES])
+
+
+def _is_gptq(free: Mapping[str, StoredTensor], main: str) -> bool:
+    """Whether codes are packed along inputs: AWQ's names are the same, and its words hold eight outputs."""
+    scales = free.get(f"{module_of(main)}.{SCALES}")
+    is_matrix = free[main].dtype == I32 and len(free[main].shape) == 2
+    return is_matrix and (scales is None or free[main].shape[1] == scales.shape[-1])
+
+
+def _exceptions(quantized: Iterable[str], left: Sequence[str]) -> Json:
+    """What a config says where modules of the layers are `left` in 16 bit.
+
+    transformers (optimum) and vLLM quantize modules with the endings in `modules_in_block_to_quantize`, GPTQModel
+    leaves out those that `dynamic` names with a minus. Endings are the same for all layers.
+    """
+    if not left:
+        return {}
+    found = (_NUMBERED.fullmatch(module_of(name)) for name in quantized)
+    endings = sorted({match[2] for match in found if match is not None})
+    for entry in left:
+        for ending in endings:
+            if f".{entry}".endswith(f".{ending}"):
+                raise UnsupportedError(
+                    f"{entry} would stay in 16 bit and {ending} of other layers would not, which transformers cannot "
+                    f"be told of a GPTQ model; leave it in 16 bit in every layer: --ignore {ending}"
+                )
+    return {
+        "dynamic": {rf"-:(?:.*\.)?{re.escape(entry)}$": {} for entry in left},
+        "modules_in_block_to_quantize": [[ending] for ending in endings],
+    }

@@ -1,0 +1,372 @@
+"""GPTQ and AWQ: against the library's own files, the published formula, and their own words bit by bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import streamconv
+from streamconv.dtypes import BF16, F16
+from streamconv.errors import CheckpointError, InputError, UnsupportedError
+from streamconv.formats import FORMATS, find_weights, int4_words
+from streamconv.formats.awq import PLACES, OutputsAcross
+from streamconv.formats.base import Order
+from streamconv.formats.gptq import WordsAcross
+from streamconv.formats.int4_words import IN_ORDER, pack_words, unpack_words
+from streamconv.formats.rows import runs
+from streamconv.grids import INT4
+from streamconv.pipeline import Job, prepare
+from streamconv.plan import MergeOptions
+from tests.checkpoint.files import index_of
+from tests.formats import words
+from tests.formats.stored import W, decoded, encoder_for, normal, only_weight, stored, write
+from tests.models import Sizes, write_adapter, write_base
+from tests.tiny import edit_json, edit_tensors, read_tensors
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "gptqmodel-7.7.0"
+MODULE = W.removesuffix(".weight")
+CODES: Mapping[str, Callable[[Mapping[str, Tensor], str], tuple[Any, Any]]] = {
+    "gptq": words.gptq_codes,
+    "awq": words.awq_codes,
+}
+each = pytest.mark.parametrize("name", CODES)
+SIZES = Sizes(hidden=128, inner=256, layers=2, vocabulary=300)
+
+
+def by_formula(tensors: Mapping[str, Tensor], name: str, module: str = MODULE) -> Tensor:
+    codes, zeros = CODES[name](tensors, module)
+    scales = tensors[f"{module}.scales"]
+    groups = np.arange(codes.shape[0]) // (codes.shape[0] // scales.shape[0])
+    return words.dequantized(codes, zeros, scales, groups)
+
+
+# -- files of the library ----------------------------------------------------------------------------------------
+
+KINDS = {
+    "gptq": "gptq, group size 64",
+    "gptq_zeros": "gptq, group size 32, with zero points",
+    "gptq_zero_of_0": "gptq, group size 32, with zero points",
+    "gptq_v2": "gptq, group size 64, v2",
+    "gptq_v2_act_order": "gptq, group size 32, in activation order, with zero points",
+    "gptq_act_order": "gptq, group size 64, in activation order",
+    "awq": "awq, group size 32, with zero points",
+    "awq_symmetric": "awq, group size 64",
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
+def test_files_of_gptqmodel_are_decoded_as_it_decodes_them(name: str, kind: str) -> None:
+    weight = only_weight(index_of(GOLDEN / name))
+    assert (weight.name, weight.format) == (W, kind)
+    expected = read_tensors(GOLDEN / name / "expected.safetensors")["expected"]
+    assert torch.equal(decoded(weight), expected.float())
+
+
+def test_all_golden_files_are_looked_at() -> None:
+    assert {folder.name for folder in GOLDEN.iterdir()} == set(KINDS)
+
+
+def test_symmetric_v2_zeros_under_the_label_v1_are_what_they_are(tmp_path: Path) -> None:
+    tensors = read_tensors(GOLDEN / "gptq_v2" / "model.safetensors")
+    config = json.loads((GOLDEN / "gptq_v2" / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = "gptq"
+    expected = read_tensors(GOLDEN / "gptq_v2" / "expected.safetensors")["expected"]
+    assert torch.equal(decoded(only_weight(write(tmp_path / "a", tensors, config))), expected.float())
+    # Not so where the file does not say that it is symmetric: then all zero points are 9.
+    config["quantization_config"]["sym"] = False
+    asymmetric = decoded(only_weight(write(tmp_path / "b", tensors, config)))
+    scales = tensors[f"{MODULE}.scales"].float().T.repeat_interleave(64, dim=1)
+    assert torch.equal(asymmetric, (expected.float() / scales - 1).round().mul(scales).half().float())
+
+
+# -- what is written ---------------------------------------------------------------------------------------------
+
+
+@each
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_what_is_written_has_the_scales_and_codes_of_the_formula(name: str, group: int) -> None:
+    weight = normal((64, 256)).bfloat16().float()
+    fmt = FORMATS[name].of_group_size(group)  # type: ignore[attr-defined]
+    tensors = stored(fmt.encoder(W, (64, 256), BF16), weight)
+    codes, zeros = CODES[name](tensors, MODULE)
+    assert (zeros == 8).all()
+    grouped = weight.view(64, -1, group).double()
+    scales = (grouped.abs().amax(-1) / 7.5).half()
+    assert torch.equal(tensors[f"{MODULE}.scales"].T, scales)
+    exact = (grouped / scales.double()[..., None]).view(64, 256).numpy()
+    assert (np.abs(np.clip(exact, -8, 7) - (codes.T - 8)) <= 0.5 + 1e-6).all()
+    if name == "gptq":
+        assert tensors[f"{MODULE}.g_idx"].tolist() == [column // group for column in range(256)]
+
+
+@each
+def test_a_model_dequantizes_by_the_formula(tmp_path: Path, name: str) -> None:
+    base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
+    streamconv.convert(base, tmp_path / "packed", quant=name, group_size=32)
+    streamconv.convert(tmp_path / "packed", tmp_path / "dense", quant="none", dtype="float16")
+    packed = read_tensors(tmp_path / "packed" / "model.safetensors")
+    dense = read_tensors(tmp_path / "dense" / "model.safetensors")
+    modules = [part.removesuffix(".qweight") for part in packed if part.endswith(".qweight")]
+    assert len(modules) == 7 * SIZES.layers
+    for module in modules:
+        assert torch.equal(by_formula(packed, name, module), dense[f"{module}.weight"])
+    assert torch.equal(packed["lm_head.weight"].half(), dense["lm_head.weight"])
+
+
+@each
+def test_a_base_keeps_its_codes_and_scales_where_nothing_changes_them(tmp_path: Path, name: str) -> None:
+    base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
+    streamconv.convert(base, tmp_path / "packed", quant=name)
+    adapter = write_adapter(tmp_path / "adapter", SIZES.shapes, targets=("q_proj",))
+    streamconv.merge(
+        base=tmp_path / "packed", adapter=adapter, out=tmp_path / "merged", rounding="stochastic"
+    )
+    before = read_tensors(tmp_path / "packed" / "model.safetensors")
+    after = read_tensors(tmp_path / "merged" / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {part for part in before if not torch.equal(before[part], after[part])}
+    # Of what is rounded this way, scales stay, too.
+    assert changed == {f"model.layers.{layer}.self_attn.q_proj.qweight" for layer in range(SIZES.layers)}
+
+
+def test_values_whose_scale_does_not_fit_float16_are_refused() -> None:
+    encoder = encoder_for("gptq", torch.zeros(32, 128))
+    with pytest.raises(InputError, match=r"up_proj\.weight holds .* does not fit float16"):
+        encoder.finish(torch.full((32,), 8 * 70000.0), None)
+
+
+@pytest.mark.parametrize("shape", [(32, 96), (40, 128), (128,)], ids=str)
+def test_shapes_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+    assert not FORMATS["gptq"].fits(W, shape)
+    with pytest.raises(UnsupportedError, match=r"up_proj\.weight has shape"):
+        FORMATS["gptq"].encoder(W, shape, F16)
+
+
+# -- damaged and unusual files -----------------------------------------------------------------------------------
+
+
+def damage(tensors: dict[str, Tensor], name: str, value: Tensor | None) -> dict[str, Tensor]:
+    rest = {part: tensor for part, tensor in tensors.items() if not part.endswith(f".{name}")}
+    return rest if value is None else rest | {f"{MODULE}.{name}": value}
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "value", "message"),
+    [
+        ("gptq", "qzeros", None, "qzeros is missing"),
+        ("gptq", "scales", None, "scales is missing"),
+        ("gptq", "qweight", None, "belongs to a quantized weight that is missing"),
+        (
+            "gptq",
+            "qzeros",
+            torch.zeros(1, 5, dtype=torch.int32),
+            r"found I32 \[1, 5\], expected I32 \[1, 4\]",
+        ),
+        ("gptq", "g_idx", torch.zeros(96, dtype=torch.int32), "4 bits"),
+        ("gptq", "g_idx", torch.full((128,), 7, dtype=torch.int32), "groups from 0 to 0"),
+        ("awq", "qzeros", torch.zeros(2, 4, dtype=torch.int32), r"expected I32 \[1, 4\]"),
+        ("awq", "qweight", None, "belongs to a quantized weight that is missing"),
+    ],
+)
+def test_parts_that_are_missing_or_disagree_are_named(
+    tmp_path: Path, name: str, part: str, value: Tensor | None, message: str
+) -> None:
+    tensors = damage(stored(encoder_for(name, normal((32, 128))), normal((32, 128))), part, value)
+    with pytest.raises(CheckpointError, match=message):
+        find_weights(write(tmp_path, tensors, {}))
+
+
+def test_zero_points_that_stop_being_symmetric_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When planning, only the first ones of a large weight are looked at."""
+    monkeypatch.setattr(int4_words, "_LOOKED_AT_BYTES", 32)
+    tensors = stored(encoder_for("awq", normal((128, 256))), normal((128, 256)))
+    tensors[f"{MODULE}.qzeros"][-1, -1] = 0
+    weight = only_weight(write(tmp_path, tensors, {}))
+    with pytest.raises(CheckpointError, match=r"up_proj\.qzeros: the first zero points"):
+        weight.decoder.scales({role: tensors[f"{MODULE}.{role}"] for role in ("qzeros", "scales")})
+
+
+@each
+def test_a_scale_that_is_infinite_is_refused(tmp_path: Path, name: str) -> None:
+    base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
+    streamconv.convert(base, tmp_path / "packed", quant=name)
+    part = "model.layers.0.mlp.up_proj.scales"
+    scales = read_tensors(tmp_path / "packed" / "model.safetensors")[part]
+    scales[0, 5] = torch.inf
+    edit_tensors(tmp_path / "packed" / "model.safetensors", put={part: scales})
+    with pytest.raises(InputError, match=r"up_proj\.scales: a stored scale is NaN or infinite"):
+        streamconv.convert(tmp_path / "packed", tmp_path / "out", quant="none")
+
+
+def test_a_base_in_activation_order_is_merged_from_what_it_decodes_to(tmp_path: Path) -> None:
+    """It lies on no grid that could be kept, so `keep` is refused and another format is rounded to."""
+    base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
+    streamconv.convert(base, tmp_path / "packed", quant="gptq", group_size=32)
+    file = tmp_path / "packed" / "model.safetensors"
+    tensors = read_tensors(file)
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(3))
+    down = torch.randperm(256, generator=torch.Generator().manual_seed(4))
+    put = {
+        part: tensor[order if len(tensor) == 128 else down]
+        for part, tensor in tensors.items()
+        if part.endswith("g_idx")
+    }
+    edit_tensors(file, put=put)
+    edit_json(tmp_path / "packed" / "config.json")
+    streamconv.convert(tmp_path / "packed", tmp_path / "dense", quant="none", dtype="float16")
+    found = read_tensors(tmp_path / "dense" / "model.safetensors")
+    for module in ("model.layers.1.self_attn.k_proj", "model.layers.0.mlp.down_proj"):
+        codes, zeros = words.gptq_codes(tensors, module)
+        groups = put[f"{module}.g_idx"].numpy()
+        expected = words.dequantized(codes, zeros, tensors[f"{module}.scales"], groups)
+        assert torch.equal(found[f"{module}.weight"], expected)
+    with pytest.raises(UnsupportedError, match="in activation order, which is read but not written"):
+        streamconv.convert(tmp_path / "packed", tmp_path / "kept", quant="keep")
+    streamconv.convert(tmp_path / "packed", tmp_path / "nf4", quant="nf4")
+
+
+@pytest.mark.parametrize("kind", ["v2", "no g_idx"])
+def test_what_is_only_stored_otherwise_is_kept_and_written_as_usual(tmp_path: Path, kind: str) -> None:
+    base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
+    streamconv.convert(base, tmp_path / "usual", quant="gptq", group_size=32)
+    usual = read_tensors(tmp_path / "usual" / "model.safetensors")
+    shutil.copytree(tmp_path / "usual", tmp_path / "other")
+    file, config = (
+        tmp_path / "other" / "model.safetensors",
+        json.loads((tmp_path / "other" / "config.json").read_text()),
+    )
+    if kind == "v2":
+        edit_tensors(file, put={name: usual[name] + 0x11111111 for name in usual if name.endswith("qzeros")})
+        config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+        edit_json(tmp_path / "other" / "config.json", **config)
+    else:
+        edit_tensors(file, drop=[name for name in usual if name.endswith("g_idx")])
+    assert streamconv.inspect(tmp_path / "other")["quantization"] == f"gptq, group size 32, {kind}"
+    streamconv.convert(tmp_path / "other", tmp_path / "again")
+    again = read_tensors(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == usual.keys()
+    assert all(torch.equal(again[name], usual[name]) for name in usual)
+    adapter = write_adapter(tmp_path / "adapter", SIZES.shapes, targets=("q_proj",))
+    job = Job(str(tmp_path / "other"), str(adapter), MergeOptions(), "cpu")
+    rounding = prepare(job).plan.rounding
+    assert rounding is not None
+    assert rounding.name != "nearest"  # it would erase the update, as on any grid of the base's own
+
+
+# -- words and orders --------------------------------------------------------------------------------------------
+
+codes_in_words = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(0, 2**32 - 1)).map(
+    lambda given: torch.randint(
+        0, 16, (given[0], 8 * given[1]), dtype=torch.uint8, generator=torch.Generator().manual_seed(given[2])
+    )
+)
+
+
+@given(codes=codes_in_words, places=st.sampled_from([IN_ORDER, PLACES]))
+def test_words_hold_each_code_in_its_place(codes: Tensor, places: tuple[int, ...]) -> None:
+    packed = pack_words(codes, places)
+    expected = [
+        [
+            sum(int(row[8 * word + output]) << 4 * bit for bit, output in enumerate(places))
+            for word in range(len(row) // 8)
+        ]
+        for row in codes
+    ]
+    assert (packed.long() & 0xFFFFFFFF).tolist() == expected
+    assert torch.equal(unpack_words(packed, places), codes)
+
+
+@given(
+    rows=st.integers(1, 6).map(lambda n: 8 * n),
+    columns=st.integers(1, 6).map(lambda n: 8 * n),
+    kind=st.sampled_from(["gptq", "awq"]),
+    lines=st.integers(1, 5),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_run_of_lines_is_turned_both_ways(
+    rows: int, columns: int, kind: str, lines: int, seed: int
+) -> None:
+    codes = torch.randint(
+        0, 16, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+    form = (codes[:, 0::2] | codes[:, 1::2] << 4).reshape(-1)
+    order: Order = WordsAcross(rows, columns // 8) if kind == "gptq" else OutputsAcross(rows, columns // 8)
+    assert order.lines * order.line_bytes == form.numel()
+    file, back = torch.zeros_like(form), torch.zeros_like(form)
+    for run in runs(order, lines * order.line_bytes):
+        part = file[run.start * order.line_bytes : run.stop * order.line_bytes]
+        order.to_file(form, run, part)
+        order.from_file(part, run, back)
+    assert torch.equal(back, form)
+    stored_words = file.view(torch.int32)
+    if kind == "gptq":
+        found = words.fields(stored_words.view(columns // 8, rows).T.contiguous(), IN_ORDER)
+    else:
+        found = words.fields(stored_words.view(columns, rows // 8), words.AWQ_OUTPUTS).T
+    assert (found == codes.numpy()).all()
+
+
+# -- the config --------------------------------------------------------------------------------------------------
+
+
+def test_a_config_of_gptq_tells_every_loader_what_stays_in_16_bit() -> None:
+    quantized = [
+        f"model.layers.{layer}.{name}.weight" for layer in (0, 1) for name in ("mlp.up_proj", "attn.o")
+    ]
+    plain = FORMATS["gptq"].quantization_config(BF16, quantized, ["lm_head"])
+    assert plain is not None
+    assert "modules_in_block_to_quantize" not in plain
+    assert (plain["bits"], plain["group_size"], plain["sym"], plain["desc_act"]) == (4, 128, True, False)
+    left = FORMATS["gptq"].quantization_config(BF16, quantized, ["lm_head", "down_proj"])
+    assert left is not None
+    assert left["modules_in_block_to_quantize"] == [["attn.o"], ["mlp.up_proj"]]
+    assert left["dynamic"] == {r"-:(?:.*\.)?down_proj$": {}}
+
+
+def test_what_a_config_of_gptq_cannot_say_is_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
+    with pytest.raises(UnsupportedError, match=r"layers\.0\.mlp\.up_proj would stay in 16 bit"):
+        streamconv.convert(base, tmp_path / "out", quant="gptq", ignore=("layers.0.mlp.up_proj",))
+    assert not (tmp_path / "out").exists()
+    streamconv.convert(base, tmp_path / "awq", quant="awq", ignore=("layers.0.mlp.up_proj",))
+    config = json.loads((tmp_path / "awq" / "config.json").read_text())["quantization_config"]
+    assert config["modules_to_not_convert"] == ["lm_head", "model.layers.0.mlp.up_proj"]
+
+
+def test_older_loaders_find_the_config_of_gptq_in_a_file_of_its_own(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
+    streamconv.convert(base, tmp_path / "out", quant="gptq", group_size=64)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert json.loads((tmp_path / "out" / "quantize_config.json").read_text()) == config
+    assert config["group_size"] == 64
+    streamconv.verify(tmp_path / "out")
+    streamconv.convert(tmp_path / "out", tmp_path / "nf4", quant="nf4", copy_extra=("*.json",))
+    assert not (tmp_path / "nf4" / "quantize_config.json").exists()
+
+
+def test_modules_whose_shape_does_not_fit_stay_in_16_bit_and_are_named(tmp_path: Path) -> None:
+    base = write_base(
+        tmp_path / "base", Sizes(hidden=128, inner=200, layers=1, vocabulary=64).shapes, shards=1
+    )
+    streamconv.convert(base, tmp_path / "out", quant="gptq")
+    tensors = read_tensors(tmp_path / "out" / "model.safetensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "model.layers.0.mlp.down_proj.weight" in tensors
+    assert "model.layers.0.self_attn.q_proj.qweight" in tensors
+    assert config["modules_in_block_to_quantize"] == [[f"self_attn.{name}_proj"] for name in "koqv"]
+
+
+def test_the_grid_is_that_of_other_formats_with_4_bit_integers() -> None:
+    assert FORMATS["gptq"].grid == FORMATS["awq"].grid == INT4
