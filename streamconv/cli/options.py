@@ -137,6 +137,15 @@ RESULT = group(
         help="Tokens of it whose gradients tell what each output of a layer counts for the model; 0: all count alike, "
         "in less time.",
     ),
+    option(
+        Section.RESULT,
+        "--residual-rank",
+        default=0,
+        show_default=True,
+        metavar="R",
+        help="With --calibration: write a PEFT adapter of this rank, such as 16, to DIR/residual, which repairs part "
+        "of what rounding changed in the outputs of the layers; 0: none.",
+    ),
     option(Section.RESULT, "--seed", default=0, show_default=True, help="Seed of stochastic rounding."),
     option(
         Section.RESULT,

@@ -320,11 +320,11 @@ def test_interrupted_between_two_it_publishes_the_rest(
     out, publish = tmp_path / "out", runner._publish
     published: list[Path] = []
 
-    def fail(work: Any, kept: Any) -> None:
+    def fail(work: Any, kept: Any, residual: Any) -> None:
         if len(published) == 2:
             raise KeyboardInterrupt
         published.append(work.out)
-        publish(work, kept)
+        publish(work, kept, residual)
 
     monkeypatch.setattr(runner, "_publish", fail)
     with pytest.raises(KeyboardInterrupt):
