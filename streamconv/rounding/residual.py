@@ -21,7 +21,7 @@ from streamconv.rounding.layer import Layer, losses
 from streamconv.rounding.metric import Metric, factored
 
 FACTOR_DTYPE: Dtype = BF16
-"""What factors are stored as. PEFT computes with them in float32; rounding them costs up to 1e-4 of what they repair."""
+"""What factors are stored as. PEFT computes in float32; rounding them costs up to 1e-4 of what they repair."""
 
 _FLOOR = 0.3
 # Metrics are damped already; it is for what float32 has lost.
