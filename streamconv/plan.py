@@ -321,6 +321,17 @@ class Plan:
         return sum(rank * each * (step.rows + step.columns) for step in self.calibrated) if rank else 0
 
     @property
+    def is_lossless_unmerged(self) -> bool:
+        """Whether the base's own codes with the adapter as it is are the target: the output's grid is that of the base,
+        or of the base as training saw it.
+        """
+        steps = [step for step in self.calibrated if step.updates]
+        origins = [step.merge_base.format if step.merge_base else step.weight.format for step in steps]
+        return bool(steps) and all(
+            origin == step.encoder.format for origin, step in zip(origins, steps, strict=True)
+        )
+
+    @property
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
 

@@ -13,15 +13,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import streamconv
 from streamconv import output
 from streamconv.calibration.residual_adapter import removed_share
-from streamconv.errors import OptionError, VerificationError
-from streamconv.journal import WORK_FOLDER
-from streamconv.pipeline import build_job, prepare
+from streamconv.errors import OptionError, ResourceError, VerificationError
+from streamconv.pipeline import build_job, prepare, verification
+from streamconv.pipeline.residual import ResidualAdapter, make_residual
 from streamconv.report.plan import plan_as_json, plan_as_text
 from streamconv.sidecars import RESIDUAL, RESIDUAL_CONFIG, RESIDUAL_TENSORS
 from streamconv.verifier import Verified
@@ -113,7 +112,7 @@ def test_without_it_the_model_is_as_ever(made: streamconv.Report) -> None:
     assert not getattr(model, "_hf_peft_config_loaded", False)
 
 
-# -- what is told --------------------------------------------------------------------------------------------------------
+# -- what is told ------------------------------------------------------------------------------------------------------
 
 
 def test_report_manifest_and_card_tell_of_it(made: streamconv.Report) -> None:
@@ -138,8 +137,9 @@ def test_report_manifest_and_card_tell_of_it(made: streamconv.Report) -> None:
     assert json.loads((Path(made.out) / "streamconv-recipe.json").read_text())["residual-rank"] == RANK
 
 
-def test_the_plan_tells_of_it_and_counts_it(folder: Path) -> None:
+def test_the_plan_tells_of_it_and_counts_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {"calibration": folder / "text.txt", **TEXT, **ASKED}
+    given["calibration_gradient_tokens"] = 0
     plans = [
         prepare(build_job(folder / "base", folder / "adapter", **{**given, "residual_rank": rank}))
         for rank in (0, RANK)
@@ -153,19 +153,31 @@ def test_the_plan_tells_of_it_and_counts_it(folder: Path) -> None:
     assert with_it.calibration.need is not None
     assert without.calibration.need is not None
     assert with_it.calibration.need.disk - without.calibration.need.disk == factors
-    assert with_it.calibration.need.ram > without.calibration.need.ram + factors
+    assert with_it.calibration.need.ram - without.calibration.need.ram == factors // 2  # those of a layer
+    monkeypatch.setattr("streamconv.rounding.residual.working_bytes", lambda *_: 2**29)
+    with pytest.raises(ResourceError, match="--max-ram 537 MB is too small"):
+        prepare(build_job(folder / "base", folder / "adapter", **given, max_ram="512MiB"))
     assert f"residual  adapter of rank {RANK} for 4 weights" in plan_as_text(plans[1])
-    assert plan_as_json(plans[1])["residual"] == {"rank": RANK, "bytes": factors, "lossless_unmerged": False}
+    assert plan_as_json(plans[0])["residual"] is None
+    assert plan_as_json(plans[1])["residual"] == {"rank": RANK, "bytes": factors, "lossless_unmerged": True}
 
 
-def test_it_says_where_not_to_merge_would_lose_nothing(folder: Path) -> None:
-    """T is the base's own codes and the adapter, of rank 8."""
-    given: dict[str, Any] = {"calibration": folder / "text.txt", **TEXT, **ASKED, "residual_rank": 8}
+@pytest.mark.parametrize(
+    ("options", "loses"),
+    [
+        ({}, False),
+        ({"merge_base": "original"}, True),
+        ({"merge_base": "nf4"}, True),
+        ({"quant": "nf4"}, True),
+    ],
+)
+def test_it_says_where_not_to_merge_would_lose_nothing(
+    folder: Path, options: Mapping[str, Any], loses: bool
+) -> None:
+    """T is the base's own codes and the adapter."""
+    given: dict[str, Any] = {"calibration": folder / "text.txt", **TEXT, **ASKED, **options}
     prepared = prepare(build_job(folder / "base", folder / "adapter", **given))
-    assert "loses nothing" in plan_as_text(prepared)
-    assert plan_as_json(prepared)["residual"]["lossless_unmerged"]
-    of_original = prepare(build_job(folder / "base", folder / "adapter", **{**given, "merge_base": "original"}))
-    assert "loses nothing" not in plan_as_text(of_original)
+    assert ("not to merge loses nothing" in plan_as_text(prepared)) is not loses
 
 
 def test_a_finished_run_reports_the_same_again(made: streamconv.Report, folder: Path) -> None:
@@ -173,14 +185,20 @@ def test_a_finished_run_reports_the_same_again(made: streamconv.Report, folder: 
     assert (again.residual, again.seconds) == (made.residual, 0)
 
 
-def test_the_command_makes_the_same(made: streamconv.Report, folder: Path, tmp_path: Path) -> None:
-    given = ("--base", folder / "base", "--adapter", folder / "adapter", "--calibration", folder / "text.txt")
-    options = ("--calibration-tokens", 256, "--calibration-sequence-length", 32, "--merge-base", "nf4-dq")
-    out = tmp_path / "out"
-    command = ("merge", *given, *options, "--quant", "nf4-dq", "--residual-rank", RANK, "--device", "cpu")
-    shown = succeed(*command, "-o", out).stdout
-    assert contents(out) == contents(Path(made.out))
-    assert f"{out}/residual: an adapter of rank 4" in shown
+def test_the_command_asks_for_the_same(made: streamconv.Report, folder: Path) -> None:
+    inputs = (
+        "--base",
+        folder / "base",
+        "--adapter",
+        folder / "adapter",
+        "--calibration",
+        folder / "text.txt",
+    )
+    text = ("--calibration-tokens", "256", "--calibration-sequence-length", "32", "--merge-base", "nf4-dq")
+    result = ("--quant", "nf4-dq", "--residual-rank", f"{RANK}", "--device", "cpu", "-o", made.out)
+    shown = succeed("merge", *inputs, *text, *result).stdout
+    assert "was complete already" in shown
+    assert f"{made.out}/residual: an adapter of rank 4, " in shown
 
 
 @pytest.mark.parametrize(
@@ -189,7 +207,7 @@ def test_the_command_makes_the_same(made: streamconv.Report, folder: Path, tmp_p
         ({"quant": "none", "merge_base": "original"}, "the output is not quantized, so it has none"),
         ({"quant": "int8"}, "calibration text cannot be used for int8"),
         ({"residual_rank": -1}, "--residual-rank -1 is negative"),
-        ({"residual_rank": 32}, r"--residual-rank 32 is too high: model\.layers\.0\.\S+ is 32 x 32"),
+        ({"residual_rank": 32}, r"--residual-rank 32 is too high: model\.layers\.0\.\S+ is 32 x 72"),
     ],
 )
 def test_refusals(folder: Path, options: Mapping[str, Any], message: str) -> None:
@@ -199,7 +217,7 @@ def test_refusals(folder: Path, options: Mapping[str, Any], message: str) -> Non
 
 
 def test_without_text_it_says_what_to_do(folder: Path) -> None:
-    with pytest.raises(OptionError, match="--residual-rank 4 repairs .* give one with --calibration FILE"):
+    with pytest.raises(OptionError, match=r"--residual-rank 4 repairs .* give one with --calibration FILE"):
         build_job(folder / "base", folder / "adapter", **ASKED)
 
 
@@ -211,25 +229,25 @@ def test_nothing_to_repair_is_no_share() -> None:
 # -- what interrupts and replaces it ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before", [RESIDUAL_TENSORS, RESIDUAL_CONFIG, "config.json"])
 def test_interrupted_while_it_is_published(
-    made: streamconv.Report, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+    made: streamconv.Report, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
+    out, left = tmp_path / "out", [RESIDUAL_TENSORS, RESIDUAL_CONFIG, "config.json"]
 
     def interrupted(given: Any) -> Any:
         def act(*arguments: Any) -> None:
-            if out / before in arguments:
+            if left and out / left[0] in arguments:
                 raise KeyboardInterrupt
             given(*arguments)
 
         return act
 
-    with monkeypatch.context() as patched:
-        for name in ("publish", "write_file"):
-            patched.setattr(output, name, interrupted(getattr(output, name)))
+    for name in ("publish", "write_file"):
+        monkeypatch.setattr(output, name, interrupted(getattr(output, name)))
+    while left:
         with pytest.raises(KeyboardInterrupt):
             merged(folder, out)
+        assert not (out / left.pop(0)).exists()
     assert merged(folder, out).resumed
     assert contents(out) == contents(Path(made.out))
 
@@ -237,12 +255,21 @@ def test_interrupted_while_it_is_published(
 def test_another_model_takes_it_away(made: streamconv.Report, folder: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(made.out, tmp_path / "out"))
     (out / RESIDUAL / "notes.txt").write_text("mine")
-    merged(folder, out, residual_rank=0, overwrite=True)
-    assert [path.name for path in (out / RESIDUAL).iterdir()] == ["notes.txt"]
-    (out / RESIDUAL / "notes.txt").unlink()
-    merged(folder, out, residual_rank=0, overwrite=True)
+    for _ in range(2):
+        streamconv.merge(folder / "base", folder / "adapter", out, overwrite=True)
+        assert [path.name for path in out.glob(f"{RESIDUAL}/*")] in (["notes.txt"], [])
+        (out / RESIDUAL / "notes.txt").unlink(missing_ok=True)
     assert not (out / RESIDUAL).exists()
-    assert not (out / WORK_FOLDER).exists()
+
+
+def test_a_link_in_its_place_is_not_followed(made: streamconv.Report, folder: Path, tmp_path: Path) -> None:
+    out, elsewhere = Path(shutil.copytree(made.out, tmp_path / "out")), tmp_path / "elsewhere"
+    (out / RESIDUAL).rename(elsewhere)
+    (out / RESIDUAL).symlink_to(elsewhere)
+    streamconv.merge(folder / "base", folder / "adapter", out, overwrite=True)
+    assert not (out / RESIDUAL).is_symlink()
+    assert not (out / RESIDUAL).exists()
+    assert len([*elsewhere.iterdir()]) == 2
 
 
 # -- what verify finds -------------------------------------------------------------------------------------------------
@@ -262,27 +289,25 @@ def test_what_was_done_to_it_is_noticed(made: streamconv.Report, tmp_path: Path,
 def test_with_the_text_it_is_made_again(
     made: streamconv.Report, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: dict[str, Any] = {
-        "full": True,
-        "base": folder / "base",
-        "adapter": folder / "adapter",
-        "calibration": folder / "text.txt",
-        "device": "cpu",
-    }
-    assert streamconv.verify(made.out, **given).exact
+    """To the bytes that are stated, and of others it says so."""
     out = Path(shutil.copytree(made.out, tmp_path / "out"))
     raw = bytearray((out / RESIDUAL_TENSORS).read_bytes())
     raw[-2] ^= 1
     (out / RESIDUAL_TENSORS).write_bytes(raw)
-    monkeypatch.setattr(
-        "streamconv.pipeline.verification.verify_output", lambda *_: Verified(1, 1, 1, exact=False)
-    )
+    again: list[ResidualAdapter | None] = []
+
+    def watched(*given: Any) -> ResidualAdapter | None:
+        again.append(make_residual(*given))
+        return again[0]
+
+    monkeypatch.setattr(verification, "make_residual", watched)
+    monkeypatch.setattr(verification, "verify_output", lambda *_: Verified(1, 1, 1, exact=False))
+    given: dict[str, Any] = {name: folder / name for name in ("base", "adapter")}
     with pytest.raises(VerificationError, match=r"adapter_model\.safetensors differs from what base"):
-        streamconv.verify(out, **given)
-
-
-def values(out: str) -> Mapping[str, Tensor]:
-    return load_file(Path(out) / RESIDUAL_TENSORS)
+        streamconv.verify(out, full=True, **given, calibration=folder / "text.txt", device="cpu")
+    manifest = json.loads((out / "streamconv.json").read_text())
+    assert again[0] is not None
+    assert manifest["files"][RESIDUAL_TENSORS] == again[0].entry
 
 
 def test_a_base_alone_can_have_one(folder: Path, tmp_path: Path) -> None:
@@ -297,4 +322,4 @@ def test_a_base_alone_can_have_one(folder: Path, tmp_path: Path) -> None:
     )
     assert found.residual is not None
     assert found.residual["weights"] == 14
-    assert len(values(found.out)) == 28
+    assert len(load_file(Path(found.out) / RESIDUAL_TENSORS)) == 28

@@ -127,7 +127,9 @@ TERM_ONE_SIDED_T = _feedback(
 )
 FEEDBACK_F = _feedback("feedback-F", "feedback of F", "F")
 RESIDUAL_T = replace(
-    _feedback("feedback-T-residual", "feedback of T, residual adapter r 16 on top", "T", "--residual-rank", "16"),
+    _feedback(
+        "feedback-T-residual", "feedback of T, residual adapter r 16 on top", "T", "--residual-rank", "16"
+    ),
     residual=True,
 )
 FEEDBACK = (FEEDBACK_T, TERM_FEEDBACK_T, ONE_SIDED_T, TERM_ONE_SIDED_T, FEEDBACK_F, RESIDUAL_T)
