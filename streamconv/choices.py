@@ -223,9 +223,10 @@ def _without_text(facts: Facts, source: Format | None, quant: Format) -> tuple[R
         return ROUNDINGS["nearest"], Choice(
             "nearest", "the base lies on that grid already, so its codes stay"
         )
-    return ROUNDINGS["stochastic"], Choice(
-        "stochastic",
-        f"the target is the base's own {source.name} grid plus a small update, which nearest rounding would erase",
+    return ROUNDINGS["adaptive"], Choice(
+        "adaptive",
+        f"the target is the base's own {source.name} grid plus an update: rounded at random where that is small "
+        "against the grid's step and nearest rounding would erase it, to the nearest where it is not",
     )
 
 

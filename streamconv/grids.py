@@ -255,6 +255,17 @@ def divide_by_scales(values: Tensor, scales: Tensor, block: int, peak: float = 1
     return out
 
 
+def code_steps(grid: Grid) -> Tensor:
+    """By code, the mean of the gaps beside its value, at an end the one gap: float32, in units of `scale / peak`."""
+    if not isinstance(grid, TableGrid):
+        return torch.ones(256)  # integers
+    values = torch.tensor(grid.values, dtype=torch.float64)
+    rising = torch.tensor(sorted(set(grid.values)), dtype=torch.float64)
+    gaps = rising.diff()
+    steps = (torch.cat((gaps[:1], gaps)) + torch.cat((gaps, gaps[-1:]))) / 2
+    return steps[torch.searchsorted(rising, values)].float()
+
+
 # The 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, arXiv 2305.14314, appendix E), in float32.
 NF4 = TableGrid(
     "nf4",

@@ -72,7 +72,7 @@ def steps(plan: Plan) -> dict[str, Step]:
 # -- what is chosen, and why ---------------------------------------------------------------------------------------
 
 ORIGINAL = "the update is added to the original 16-bit base"
-OWN_GRID = "grid plus a small update, which nearest rounding would erase"
+OWN_GRID = "grid plus an update: rounded at random where that is small"
 
 
 @pytest.mark.parametrize(
@@ -86,19 +86,19 @@ OWN_GRID = "grid plus a small update, which nearest rounding would erase"
             {"merge_base": "nf4-dq", "quant": "nf4-dq"},
             "nf4-dq",
             ("T", "first rounded to nf4-dq"),
-            ("stochastic", f"own nf4-dq {OWN_GRID}"),
+            ("adaptive", f"own nf4-dq {OWN_GRID}"),
         ),
         (
             "16 bit",
             {"merge_base": "nf4", "quant": "nf4-dq"},
             "nf4-dq",
             ("T", "first rounded to nf4,"),
-            ("stochastic", f"own nf4 {OWN_GRID}"),
+            ("adaptive", f"own nf4 {OWN_GRID}"),
         ),
-        ("nf4", {}, "nf4", ("T", "the base is nf4, so"), ("stochastic", f"own nf4 {OWN_GRID}")),
-        ("nf4", {"merge_base": "nf4"}, "nf4", ("T", "the base is nf4"), ("stochastic", OWN_GRID)),
+        ("nf4", {}, "nf4", ("T", "the base is nf4, so"), ("adaptive", f"own nf4 {OWN_GRID}")),
+        ("nf4", {"merge_base": "nf4"}, "nf4", ("T", "the base is nf4"), ("adaptive", OWN_GRID)),
         ("nf4", {"quant": "none"}, None, ("T", "the base is nf4, so"), None),
-        ("nf4-dq", {"quant": "nf4"}, "nf4", ("T", "the base is nf4-dq"), ("stochastic", "own nf4-dq grid")),
+        ("nf4-dq", {"quant": "nf4"}, "nf4", ("T", "the base is nf4-dq"), ("adaptive", "own nf4-dq grid")),
         ("nf4", {"rounding": "nearest"}, "nf4", ("T", "nf4"), ("nearest", "asked for by name")),
         ("16 bit", {"quant": "float16"}, None, ("F", ORIGINAL), None),
     ],

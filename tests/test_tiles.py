@@ -100,7 +100,7 @@ def test_the_same_bytes_for_any_number_of_tiles_workers_and_lanes(
     prepared = prepare(Job(str(getattr(inputs, base)), str(inputs.adapter), options, "cpu"))
     if options.quant != "keep":
         assert prepared.plan.rounding is not None
-        found_by_auto = "stochastic" if options.merge_base != "original" else "nearest"
+        found_by_auto = "adaptive" if options.merge_base != "original" else "nearest"
         asked = options.rounding
         assert prepared.plan.rounding.name == (found_by_auto if asked == "auto" else asked)
     cell = max(wide(prepared).weight.decoder.row_offset(64), wide(prepared).encoder.row_offset(64))

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamconv.analysis.prediction import code_steps
 from streamconv.analysis.sums import BlockSums, Sums, block_sums, stretches, total
 from streamconv.cells import KeptDelta, Seen
-from streamconv.grids import Grid, block_absmax
+from streamconv.grids import Grid, block_absmax, code_steps
 from streamconv.kernels import kernels_for
 from streamconv.kernels.in_torch import block_dots
 from streamconv.plan import Rewrite

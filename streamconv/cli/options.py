@@ -102,8 +102,8 @@ RESULT = group(
         default="auto",
         show_default=True,
         metavar="NAME",
-        help="How 4-bit codes are chosen: nearest, stochastic, search, feedback (with --calibration); auto: what keeps "
-        "the fine-tune, feedback where there is calibration text.",
+        help="How 4-bit codes are chosen: nearest, stochastic, adaptive (either, by the size of the update), search, "
+        "feedback (with --calibration); auto: what keeps the fine-tune, feedback where there is calibration text.",
     ),
     option(
         Section.RESULT,
@@ -146,7 +146,13 @@ RESULT = group(
         help="With --calibration: write a PEFT adapter of this rank, such as 16, to DIR/residual, which repairs part "
         "of what rounding changed in the outputs of the layers; 0: none.",
     ),
-    option(Section.RESULT, "--seed", default=0, show_default=True, help="Seed of stochastic rounding."),
+    option(
+        Section.RESULT,
+        "--seed",
+        default=0,
+        show_default=True,
+        help="Seed of stochastic and adaptive rounding.",
+    ),
     option(
         Section.RESULT,
         "--ignore",

@@ -145,7 +145,8 @@ def repairs(out: Path, name: str) -> Tensor:
         factors[f"base_model.model.{name.removesuffix('.weight')}.lora_{part}.weight"].float()
         for part in "AB"
     )
-    return up @ down
+    product: Tensor = up @ down
+    return product
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def test_on_its_own_grid_only_what_is_updated_is_calibrated(inputs: Inputs) -> N
     assert prepared.plan.rounding is not None
     assert prepared.plan.rounding.name == "feedback"
     assert all(step.access is Access.CALIBRATED for step in prepared.plan.calibrated)
-    assert {step.rounding.name for step in prepared.plan.calibrated if step.rounding} == {"stochastic"}
+    assert {step.rounding.name for step in prepared.plan.calibrated if step.rounding} == {"adaptive"}
 
 
 def test_off_the_grid_all_linear_layers_of_decoder_layers_are(inputs: Inputs) -> None:
@@ -313,13 +314,16 @@ def test_transformers_opens_it_and_bitsandbytes_decodes_what_we_do(made: streamc
     tensors = read_tensors(Path(made.out) / "model.safetensors")
     for name in ADAPTED:
         parameter = model.get_submodule(name.removesuffix(".weight")).weight
-        theirs = bnb.dequantize_4bit(parameter.data, parameter.quant_state)
+        state = parameter.quant_state
+        # As one row: with AVX-512, bitsandbytes 0.50.2 is wrong where blocks run across row ends.
+        state.shape = torch.Size([1, math.prod(state.shape)])
+        theirs = bnb.dequantize_4bit(parameter.data, state)
         weight = weights[name]
         side = {role: tensors[part.name] for role, part in weight.parts.items() if role != "weight"}
         raw = tensors[name].view(torch.uint8).flatten()
         ours = torch.empty(weight.shape)
         weight.decoder.decode(raw, range(weight.shape[0]), weight.decoder.scales(side), ours)
-        assert torch.equal(ours, theirs.float())
+        assert torch.equal(ours, theirs.float().view(ours.shape))
 
 
 # -- what verify finds -------------------------------------------------------------------------------------------------
