@@ -378,7 +378,7 @@ def test_an_unfinished_run_of_others_is_not_discarded(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the folder of a further output as in any."""
-    monkeypatch.setattr(runner, "_publish", lambda work, kept: None)
+    monkeypatch.setattr(runner, "_publish", lambda work, kept, residual: None)
     inputs.merge(tmp_path / "out", also=["nf4"], seed=1)
     monkeypatch.undo()
     with pytest.raises(OutputError, match="out holds an unfinished run with other inputs or options"):
