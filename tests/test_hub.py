@@ -689,7 +689,7 @@ def test_a_model_on_the_hub_is_evaluated_with_its_tokenizer(hub: Hub, tmp_path: 
 
 def test_a_residual_adapter_travels_with_its_model(hub: Hub, output: Path, tmp_path: Path) -> None:
     """And goes when the next output has none; a file in its folder that is not of the output stays here."""
-    out = Path(shutil.copytree(output, tmp_path / "out"))
+    out = Path(shutil.copytree(output, tmp_path / "with-residual"))
     path = out / "streamconv.json"
     manifest = json.loads(path.read_text())
     for name in (RESIDUAL_CONFIG, RESIDUAL_TENSORS):
