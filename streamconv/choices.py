@@ -192,6 +192,11 @@ def _check_calibration(options: MergeOptions, quant: Format | None) -> None:
     check_text(options)
     if options.calibration is None:
         return
+    if quant is None and options.calibration.residual_rank:
+        raise OptionError(
+            "--residual-rank repairs rounding errors, and the output is not quantized, so it has none; add --quant "
+            "FORMAT or leave it out"
+        )
     if quant is None:
         raise OptionError(
             "--calibration is for choosing codes, but the output is not quantized; add --quant FORMAT or leave it out"
@@ -245,5 +250,8 @@ def _without_text(facts: Facts, source: Format | None, quant: Format) -> tuple[R
 
 def _feedback(options: MergeOptions) -> FeedbackOptions:
     assert options.calibration is not None
-    preserve = options.calibration.preserve_delta
-    return FeedbackOptions() if preserve is None else FeedbackOptions(preserve_delta=preserve)
+    asked = options.calibration
+    feedback = FeedbackOptions(residual_rank=asked.residual_rank)
+    return (
+        feedback if asked.preserve_delta is None else replace(feedback, preserve_delta=asked.preserve_delta)
+    )

@@ -28,7 +28,13 @@ from streamconv.errors import OutputError, ResourceError
 from streamconv.formats import FORMATS
 from streamconv.journal import WORK_FOLDER, Journal, Watermark
 from streamconv.plan import Plan, ShardPlan
-from streamconv.sidecars import CHAT_TEMPLATES, is_read_by_loaders
+from streamconv.sidecars import (
+    CHAT_TEMPLATES,
+    RESIDUAL,
+    RESIDUAL_CONFIG,
+    RESIDUAL_TENSORS,
+    is_read_by_loaders,
+)
 from streamconv.sizes import format_size
 from streamconv.storage.base import SourceFile
 from streamconv.storage.local import open_file
@@ -194,7 +200,7 @@ def _disk_need(plan: Plan, shards: Sequence[ShardPlan], journal: Journal) -> int
     made = sum(map(_taken, journal.calibration.iterdir())) if journal.calibration.exists() else 0
     # Activations are gone when the shards are written.
     codes = max(0, plan.calibrated_bytes - made)
-    return _SPARE_DISK_BYTES + max(need.disk - made if codes else 0, codes + missing)
+    return _SPARE_DISK_BYTES + max(need.disk - made if codes else 0, codes + missing + plan.residual_bytes)
 
 
 def _taken(path: Path) -> int:
@@ -234,22 +240,32 @@ def _is_whole(path: Path, shard: ShardPlan) -> bool:
 
 
 def publish_output(
-    out: Path, plan: Plan, journal: Journal, copied: tuple[SourceFile, ...], generated: Mapping[str, bytes]
+    out: Path,
+    plan: Plan,
+    journal: Journal,
+    copied: tuple[SourceFile, ...],
+    generated: Mapping[str, bytes],
+    residual: Path | None = None,
 ) -> None:
     """Put the finished output under its final names; can be repeated after an interruption.
 
-    `generated` are small files by name: written in the order given, index and config after all shards.
+    `generated` are small files by name: written in the order given, index and config after all shards. `residual` is
+    where the tensors of a residual adapter wait.
     """
     journal.publish()
     names = {shard.name for shard in plan.shards} | set(generated) | {file.name for file in copied}
+    names |= {RESIDUAL_TENSORS} if residual else set()
     # What makes a folder a model goes first, so that old and new are never taken for one model.
     for stale in (CONFIG, INDEX, *_of_old_model(out, names)):
         _remove(out / stale)
     _settle_folder(out / CHAT_TEMPLATES, any(name.startswith(f"{CHAT_TEMPLATES}/") for name in names))
+    _settle_folder(out / RESIDUAL, residual is not None)
     fsync_folder(out)
     for shard in plan.shards:
         if journal.finished(shard.name).exists():
             publish(journal.finished(shard.name), out / shard.name)
+    if residual is not None:
+        publish(residual, out / RESIDUAL_TENSORS)
     for file in copied:
         _copy(file, out / file.name)
     for name, content in generated.items():
@@ -258,11 +274,14 @@ def publish_output(
 
 def _of_old_model(out: Path, keep: set[str]) -> list[str]:
     """Files of the model that was here which a loader would take for the new one's."""
-    templates = out / CHAT_TEMPLATES
-    if templates.is_symlink():  # what it leads to is not of this folder
-        return [*_not_kept(out, "", keep), CHAT_TEMPLATES]
-    inside = _not_kept(templates, f"{CHAT_TEMPLATES}/", keep) if templates.is_dir() else []
-    return [*_not_kept(out, "", keep), *inside]
+    found = _not_kept(out, "", keep)
+    for name in (CHAT_TEMPLATES, RESIDUAL):
+        folder = out / name
+        if folder.is_symlink():  # what it leads to is not of this folder
+            found.append(name)
+        elif folder.is_dir():
+            found += _not_kept(folder, f"{name}/", keep)
+    return found
 
 
 def _not_kept(folder: Path, prefix: str, keep: set[str]) -> list[str]:
@@ -283,6 +302,8 @@ def _settle_folder(folder: Path, is_used: bool) -> None:
 
 def is_of_model(name: str) -> bool:
     """Whether a loader takes a file of this name, wherever it finds it beside others, for a part of their model."""
+    if name.startswith(f"{RESIDUAL}/"):
+        return name in (RESIDUAL_CONFIG, RESIDUAL_TENSORS)
     return name.endswith((".safetensors", ".safetensors.index.json")) or is_read_by_loaders(name)
 
 

@@ -19,6 +19,7 @@ from streamconv.formats.base import CELL_ROWS, Constant, Encoder, Weight, matrix
 from streamconv.layout import ShardLayout
 from streamconv.rounding.base import Rounding
 from streamconv.rounding.feedback import FeedbackOptions
+from streamconv.rounding.residual import FACTOR_DTYPE
 
 DEFAULT_MIN_KEPT = 0.2
 # Tiles in flight in a lane: being read, computed, written and hashed. Each has a buffer for what is read of it, and one
@@ -50,7 +51,7 @@ class Calibration:
 
     None stands for what is chosen when planning: `sequence_length` by the model's positions, `preserve_delta` as
     feedback's default is, `threads` by the machine. `gradient_tokens` tell what each output counts for the model; with
-    0, all alike.
+    0, all alike. `residual_rank`: of the adapter that repairs what errors are left; 0 for none.
     """
 
     data: str
@@ -59,6 +60,7 @@ class Calibration:
     preserve_delta: float | None = None
     threads: int | None = None
     gradient_tokens: int = 0
+    residual_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,12 +314,35 @@ class Plan:
     def disk(self) -> int:
         """Bytes on disk at most: codes stay until all is in place, activations go with the calibration pass."""
         need = self.calibration.need if self.calibration else None
-        return max(need.disk if need else 0, self.calibrated_bytes + self.size)
+        return max(need.disk if need else 0, self.calibrated_bytes + self.size + self.residual_bytes)
 
     @property
     def calibrated_bytes(self) -> int:
         """Bytes that come from the calibration pass."""
-        return sum(spec.nbytes for step in self.calibrated for spec in step.specs)
+        codes = sum(spec.nbytes for step in self.calibrated for spec in step.specs)
+        return codes + self.residual_bytes
+
+    @property
+    def residual_rank(self) -> int:
+        """Of the adapter that is written beside the weights; 0 where there is none."""
+        return self.calibration.options.residual_rank if self.calibration else 0
+
+    @property
+    def residual_bytes(self) -> int:
+        """Of that adapter's tensors."""
+        rank, each = self.residual_rank, FACTOR_DTYPE.itemsize
+        return sum(rank * each * (step.rows + step.columns) for step in self.calibrated) if rank else 0
+
+    @property
+    def is_lossless_unmerged(self) -> bool:
+        """Whether the base's own codes with the adapter as it is are the target: the output's grid is that of the base,
+        or of the base as training saw it.
+        """
+        steps = [step for step in self.calibrated if step.updates]
+        origins = [step.merge_base.format if step.merge_base else step.weight.format for step in steps]
+        return bool(steps) and all(
+            origin == step.encoder.format for origin, step in zip(origins, steps, strict=True)
+        )
 
     @property
     def digest(self) -> str:

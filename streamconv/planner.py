@@ -420,6 +420,7 @@ def _plan_calibration(
             f"--calibration-tokens {asked.tokens} is too few: {widest.name} has {widest.columns} inputs, and with less "
             f"than {TOKENS_AN_INPUT} tokens for each, feedback does worse than nearest rounding; give {least} or more"
         )
+    _check_rank(steps, asked.residual_rank)
     threads = asked.threads or len(os.sched_getaffinity(0))
     return CalibrationPlan(
         data=grounds.data,
@@ -433,6 +434,17 @@ def _plan_calibration(
         transformers=grounds.transformers,
         gradient_tokens=min(tokens, -(-asked.gradient_tokens // length) * length),
     )
+
+
+def _check_rank(steps: Sequence[Rewrite], rank: int) -> None:
+    """Raise OptionError for a residual adapter with more to it than the weights it repairs."""
+    narrowest = min(steps, key=lambda step: min(step.rows, step.columns))
+    most = min(narrowest.rows, narrowest.columns)
+    if rank >= most:
+        raise OptionError(
+            f"--residual-rank {rank} is too high: {narrowest.name} is {narrowest.rows} x {narrowest.columns}, and "
+            f"a rank of {most} repairs all of it; give less, such as 16"
+        )
 
 
 def _sequence_length(asked: Calibration, grounds: Grounds) -> int:

@@ -19,6 +19,10 @@ from streamconv.storage.base import SourceFile, Storage
 
 # Where transformers saves the chat templates beside the default one (`transformers/utils/hub.py`).
 CHAT_TEMPLATES = "additional_chat_templates"
+# Where a residual adapter lies: beside config.json, transformers would load one unasked.
+RESIDUAL = "residual"
+RESIDUAL_CONFIG = f"{RESIDUAL}/adapter_config.json"
+RESIDUAL_TENSORS = f"{RESIDUAL}/adapter_model.safetensors"
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",

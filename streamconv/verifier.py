@@ -19,6 +19,7 @@ from streamconv.checkpoint.strict_json import parse_object
 from streamconv.errors import InputError, VerificationError
 from streamconv.executor import Output, StopRequest, run_plans
 from streamconv.plan import Plan, ShardPlan
+from streamconv.sidecars import RESIDUAL
 from streamconv.storage.base import Storage
 from streamconv.storage.local import open_folder
 
@@ -89,7 +90,7 @@ def verify_output(location: str, manifest_name: str, on_progress: Callable[[int]
         raise VerificationError(
             f"{location}: {min(strange)} is in only one of index and {manifest_name}; do not use this output"
         )
-    there = storage.names()
+    there = (*storage.names(), *storage.names(RESIDUAL))
     for name, (_, sha256) in files.items():
         if name not in there or hash_file(storage.file(name).path, lambda _: None) != sha256:
             done = "changed" if name in there else "removed"

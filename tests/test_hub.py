@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -22,7 +23,7 @@ import streamconv
 from streamconv.cli import main
 from streamconv.errors import HubError, InputError, OptionError, OutputError, ResourceError, VerificationError
 from streamconv.pipeline import downloads, runner
-from streamconv.sidecars import CHAT_TEMPLATES
+from streamconv.sidecars import CHAT_TEMPLATES, RESIDUAL_CONFIG, RESIDUAL_TENSORS
 from streamconv.sizes import format_size
 from tests.forward.texts import save_tokenizer, write_text
 from tests.hub_stub import TOKEN, Hub, Request
@@ -684,3 +685,20 @@ def test_a_model_on_the_hub_is_evaluated_with_its_tokenizer(hub: Hub, tmp_path: 
         for model in ("org/evaluated", base)
     ]
     assert found[0].losses == found[1].losses
+
+
+def test_a_residual_adapter_travels_with_its_model(hub: Hub, output: Path, tmp_path: Path) -> None:
+    """And goes when the next output has none; a file in its folder that is not of the output stays here."""
+    out = Path(shutil.copytree(output, tmp_path / "with-residual"))
+    path = out / "streamconv.json"
+    manifest = json.loads(path.read_text())
+    for name in (RESIDUAL_CONFIG, RESIDUAL_TENSORS):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(b"{}")
+        manifest["files"][name] = {"size": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
+    path.write_text(json.dumps(manifest))
+    (out / RESIDUAL_TENSORS).with_name("notes.txt").write_text("mine")
+    streamconv.push(out, "me/out")
+    assert set(hub.head("me/out")) == {*contents(output), ".gitattributes", RESIDUAL_CONFIG, RESIDUAL_TENSORS}
+    streamconv.push(output, "me/out")
+    assert set(hub.head("me/out")) == {*contents(output), ".gitattributes"}

@@ -1,7 +1,8 @@
 """The folder a calibration works in: a file for every decoder layer that is done, and hidden states between two.
 
     calibration.json         what the files beside it belong to
-    layer-N.safetensors      the final parts of all calibrated weights of layer N; its metadata say what became of them
+    layer-N.safetensors      the final parts of all calibrated weights of layer N, and what repairs their errors; its
+                             metadata say what became of them
     gradient*, inputs-*      see `gradients.py`, `kept_inputs.py`
     reference-0, -1          hidden states of the stream in which all weights are the targets, and of the one in which
     quantized-0, -1          they are what was chosen: layer N reads those of N modulo 2 and writes the others
@@ -16,17 +17,21 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch import Tensor
 
 from streamconv.calibration.subject import Calibrated
 from streamconv.calibration.tensor_files import stored_in, write_file
 from streamconv.cells import KeptDelta
+from streamconv.checkpoint.reader import tensor_bytes
 from streamconv.checkpoint.types import TensorSpec
-from streamconv.checkpoint.writer import free_bytes, write_error
+from streamconv.checkpoint.writer import Bytes, free_bytes, write_error
 from streamconv.checkpoint.writer import write_file as write_small
 from streamconv.errors import ResourceError
 from streamconv.forward.activations import ActivationFile
+from streamconv.rounding.residual import FACTOR_DTYPE
 from streamconv.sizes import format_size
 
 _KEY = "calibration.json"
@@ -36,13 +41,17 @@ _WEIGHTS = "weights"
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A weight whose codes have been chosen: the bytes of `specs`, in their order; the rest as in Calibrated."""
+    """A weight whose codes have been chosen: the bytes of `specs`, in their order; the rest as in Calibrated.
+
+    `residual` are tensors in host memory, of FACTOR_DTYPE.
+    """
 
     name: str
     specs: tuple[TensorSpec, ...]
     parts: tuple[bytes, ...]
     kept: KeptDelta | None
     notes: Mapping[str, float]
+    residual: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +114,10 @@ class LayerFiles:
     def write(self, number: int, results: Sequence[Result]) -> None:
         """Have layer `number` done; what left it must be on the disk."""
         specs = [spec for result in results for spec in result.specs]
-        parts = [part for result in results for part in result.parts]
+        parts: list[Bytes] = [part for result in results for part in result.parts]
+        for name, factor in (item for result in results for item in result.residual.items()):
+            specs.append(TensorSpec(name, FACTOR_DTYPE, tuple(factor.shape)))
+            parts.append(tensor_bytes(factor))
         about = {_WEIGHTS: json.dumps({each.name: _described(each) for each in results})}
         write_file(self._path(number), specs, parts, about)
 
@@ -159,6 +171,7 @@ def _described(result: Result) -> Mapping[str, object]:
         "parts": [spec.name for spec in result.specs],
         "kept": None if kept is None else [kept.kept, kept.delta, kept.base_error],
         "notes": dict(result.notes),
+        "residual": list(result.residual),
     }
 
 
@@ -169,6 +182,7 @@ def _read(path: Path) -> Mapping[str, Calibrated]:
             parts={part: tensors[part] for part in about["parts"]},
             kept=None if about["kept"] is None else KeptDelta(*about["kept"]),
             notes=about["notes"],
+            residual={part: tensors[part] for part in about["residual"]},
         )
         for name, about in json.loads(metadata[_WEIGHTS]).items()
     }

@@ -39,6 +39,13 @@ class Model:
         """Linear layers of decoder layer `number` that are calibrated, by name of the weight."""
         return _linears(self.walk, number, self.targets.steps)
 
+    def modules(self, number: int) -> Mapping[str, str]:
+        """Paths of the modules that `linears` gives, by name of the weight."""
+        return {
+            name: parameter.removesuffix(".weight")
+            for parameter, name in self.walk.plain_weights(number).items()
+        }
+
     def layer_steps(self, number: int) -> Sequence[Rewrite]:
         return [self.targets.steps[name] for name in self.linears(number)]
 

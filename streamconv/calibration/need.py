@@ -8,6 +8,7 @@ from streamconv.calibration.model import Model, opened
 from streamconv.calibration.subject import Subject
 from streamconv.forward.memory import BATCH_TOKENS, sequence_bytes, table_bytes
 from streamconv.plan import Need, Rewrite
+from streamconv.rounding import residual
 from streamconv.rounding.feedback import working_bytes
 
 # transformers and what it loads, compiled kernels, thread stacks, and what the allocator keeps of freed memory;
@@ -41,11 +42,14 @@ def need_of(model: Model, subject: Subject) -> Need:
     batch = min(subject.sequences, batch_of(length))
     forward = batch * sequence_bytes(walk, length)
     is_two_sided = subject.gradient_sequences > 0
+    rank = subject.plan.residual_rank
     on_device = max(
-        _layer_need(model, number, forward, crosses, is_two_sided) for number in range(model.layers)
+        _layer_need(model, number, forward, crosses, is_two_sided, rank) for number in range(model.layers)
     )
     on_device += table_bytes(walk, tokens)
-    held = max(sum(map(_held_bytes, model.layer_steps(number))) for number in range(model.layers))
+    held = max(
+        sum(_held_bytes(step, rank) for step in model.layer_steps(number)) for number in range(model.layers)
+    )
     on_host = held + _FIXED_BYTES + 2 * 4 * batch * length * walk.hidden
     packed = subject.plan.calibrated_bytes
     disk = 4 * 4 * tokens * walk.hidden + packed + model.layers * _HEADER_BYTES
@@ -89,14 +93,16 @@ def _output_bytes(model: Model, number: int) -> int:
     return sum(2 * step.rows for step in model.layer_steps(number))
 
 
-def _layer_need(model: Model, number: int, forward: int, crosses: bool, is_two_sided: bool) -> int:
+def _layer_need(model: Model, number: int, forward: int, crosses: bool, is_two_sided: bool, rank: int) -> int:
     """A layer in float32, both as it was and as it will be, and either a batch or a choice in work."""
     steps = model.layer_steps(number)
     twice = sum(4 * step.rows * step.columns for step in steps) if crosses else 0
     gathering = forward + max((_moment_bytes(step, crosses) for step in steps), default=0)
     choosing = max(
         (
-            _moment_bytes(step, crosses) + working_bytes(step.rows, step.columns, is_two_sided)
+            _moment_bytes(step, crosses)
+            + working_bytes(step.rows, step.columns, is_two_sided)
+            + (residual.working_bytes(step.rows, step.columns, rank, is_two_sided) if rank else 0)
             for step in steps
         ),
         default=0,
@@ -108,8 +114,9 @@ def _moment_bytes(step: Rewrite, crosses: bool) -> int:
     return 4 * step.columns**2 * (1 + crosses)
 
 
-def _held_bytes(step: Rewrite) -> int:
+def _held_bytes(step: Rewrite, rank: int) -> int:
     """A weight as stored, with its adapter, and what becomes of it."""
     stored = sum(part.nbytes for part in step.weight.parts.values())
     adapter = sum(4 * math.prod(part.shape) for update in step.updates for part in update.parts.values())
-    return stored + adapter + sum(spec.nbytes for spec in step.specs)
+    factors = rank * residual.FACTOR_DTYPE.itemsize * (step.rows + step.columns)
+    return stored + adapter + sum(spec.nbytes for spec in step.specs) + factors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from streamconv.adapters.base import Adapter
@@ -47,12 +47,14 @@ class Calibrated:
 
     `kept` is None where the weight had no update. `notes` are what a report says beside: `tokens` whose inputs were
     seen; `relative_error` of the output on them, √(tr(E H Eᵀ) / tr(T H Tᵀ)) with E = T - Q; and of an update `kept_h`,
-    the share that is kept in the metric of H.
+    the share that is kept in the metric of H. With a residual adapter, `loss` is the error in the metric that codes are
+    chosen by, and `repaired_loss` what it is with the adapter beside. `residual` are that adapter's tensors, by name.
     """
 
     parts: Mapping[str, StoredTensor]
     kept: KeptDelta | None
     notes: Mapping[str, float]
+    residual: Mapping[str, StoredTensor] = field(default_factory=dict)
 
 
 def calibrated_plan(plan: Plan, found: Mapping[str, Calibrated]) -> Plan:

@@ -1,7 +1,8 @@
 """Calibration: every decoder layer in turn is run on text, and the codes of its weights are chosen by their inputs.
 
 Two streams of hidden states go from layer to layer. In the reference all weights are their float32 targets; in the
-quantized stream they are what was chosen, so that inputs are those that the finished model will have. Within a layer,
+quantized stream they are what was chosen, so that inputs are those that the finished model will have. Where there is to
+be a residual adapter, that is the model with it. Within a layer,
 weights that share an input are a group; groups are chosen in the order in which they run, each with all before it
 already replaced (GPTQ, Frantar et al. 2022, arXiv 2210.17323, "true sequential").
 
@@ -30,6 +31,7 @@ from streamconv.calibration.layer_files import LayerFiles, Result, Stream
 from streamconv.calibration.model import Model, opened
 from streamconv.calibration.moments import Moments
 from streamconv.calibration.need import batch_of, need_of
+from streamconv.calibration.residual_adapter import factor_tensors
 from streamconv.calibration.subject import Calibrated, Subject
 from streamconv.errors import ResourceError, Stopped
 from streamconv.executor import StopRequest
@@ -268,10 +270,15 @@ class _Layer:
         values = _values(chosen, step.encoder).view(target.shape)
         delta = held.difference(target) if step.updates else None
         notes = _notes(target, values, delta, statistics)
+        factors: Mapping[str, Tensor] = {}
+        if (beside := chosen.residual) is not None:
+            notes |= {"loss": beside.before, "repaired_loss": beside.after}
+            factors = factor_tensors(self.run.model.modules(self.number)[name], beside)
+            values += beside.values()
         if self.crosses:
             self.originals[name] = target
         assign(linear, "weight", values)
-        return Result(name, step.specs, parts, kept, notes)
+        return Result(name, step.specs, parts, kept, notes, factors)
 
 
 @contextmanager
@@ -297,9 +304,7 @@ def _values(chosen: Chosen, encoder: Encoder) -> Tensor:
     return values
 
 
-def _notes(
-    target: Tensor, values: Tensor, delta: Tensor | None, statistics: Statistics
-) -> Mapping[str, float]:
+def _notes(target: Tensor, values: Tensor, delta: Tensor | None, statistics: Statistics) -> dict[str, float]:
     """See Calibrated."""
     errors = target - values
     moved = errors @ statistics.hessian

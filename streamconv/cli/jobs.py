@@ -176,10 +176,17 @@ def _show_report(report: Report) -> None:
             click.echo(
                 f"{each.kept_delta:.1%} of the fine-tune kept by {each.rounding} rounding to {each.quant}"
             )
+        if each.residual is not None:
+            click.echo(_residual(each.out, each.residual))
     if len(made) > 1:
         click.echo(
             f"{len(made)} outputs: {format_size(sum(each.bytes_written for each in made))} {_pace(made)}"
         )
+
+
+def _residual(out: str, residual: Mapping[str, Any]) -> str:
+    share = f"takes away {residual['removed'] or 0:.1%} of the error of these codes, by the calibration text"
+    return f"{out}/residual: an adapter of rank {residual['rank']}, {format_size(residual['bytes'])}: {share}"
 
 
 def _pace(made: Sequence[Report]) -> str:

@@ -147,6 +147,15 @@ RESULT = group(
     ),
     option(
         Section.RESULT,
+        "--residual-rank",
+        default=0,
+        show_default=True,
+        metavar="R",
+        help="With --calibration: write a PEFT adapter of this rank, such as 16, to DIR/residual, which repairs part "
+        "of what rounding changed in the outputs of the layers; 0: none.",
+    ),
+    option(
+        Section.RESULT,
         "--seed",
         default=0,
         show_default=True,

@@ -10,11 +10,12 @@ from streamconv.formats import FORMATS, with_groups
 from streamconv.formats.base import Json
 from streamconv.output import CONFIG, INDEX
 from streamconv.pipeline.preparation import Prepared
+from streamconv.pipeline.residual import ResidualAdapter
 from streamconv.plan import Plan
 from streamconv.recipe import RECIPE, Scalar, write_recipe
 from streamconv.report.card import model_card
 from streamconv.report.result import MANIFEST, Kept, manifest
-from streamconv.sidecars import QUANTIZATION_COPIES, edit_config
+from streamconv.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, RESIDUAL_TENSORS, edit_config
 from streamconv.sizes import exact_size
 
 
@@ -23,6 +24,7 @@ def generated_files(
     hashes: Mapping[str, str],
     kept: Kept | None,
     calibrated: Mapping[str, Mapping[str, float]],
+    residual: ResidualAdapter | None,
 ) -> Mapping[str, bytes]:
     """The small files of the output, in the order they appear."""
     plan, base = prepared.plan, prepared.base
@@ -30,9 +32,17 @@ def generated_files(
     loaded = {RECIPE: _recipe(prepared), CONFIG: _config(prepared, quantization)}
     if plan.quant in QUANTIZATION_COPIES:
         loaded[QUANTIZATION_COPIES[plan.quant]] = _as_json(quantization)
-    contents = {INDEX: _index(plan), MANIFEST: manifest(plan, hashes, kept, calibrated, loaded), **loaded}
+    told = None
+    if residual is not None:
+        loaded[RESIDUAL_CONFIG] = residual.config
+        told = residual.as_json()
+    large = {RESIDUAL_TENSORS: residual.entry} if residual else {}
+    written = manifest(plan, hashes, kept, calibrated, told, loaded, large)
+    contents = {INDEX: _index(plan), MANIFEST: written, **loaded}
     if prepared.job.card:
-        contents["README.md"] = model_card(plan, base.index, prepared.adapter_storage, prepared.copied, kept)
+        contents["README.md"] = model_card(
+            plan, base.index, prepared.adapter_storage, prepared.copied, kept, told
+        )
     return {name: contents[name] for name in prepared.generated}
 
 
@@ -91,6 +101,7 @@ def _calibration(plan: Plan) -> Mapping[str, Scalar]:
         "calibration-sequence-length": text.sequence_length,
         "calibration-gradient-tokens": text.gradient_tokens,
         **({"preserve-delta": f"{text.options.preserve_delta}"} if plan.adapted else {}),
+        "residual-rank": plan.residual_rank or None,
     }
 
 

@@ -68,6 +68,7 @@ def build_job(
     calibration_sequence_length: int | None = None,
     calibration_gradient_tokens: int = GRADIENT_TOKENS,
     preserve_delta: str | float = "auto",
+    residual_rank: int = 0,
     merge_base: str = "original",
     seed: int = 0,
     min_kept: float | None = None,
@@ -114,6 +115,7 @@ def build_job(
                 calibration_sequence_length,
                 calibration_gradient_tokens,
                 preserve_delta,
+                residual_rank,
             ),
         ),
         device=device,
@@ -175,9 +177,19 @@ def calibration_options(
     sequence_length: int | None,
     gradient_tokens: int,
     preserve_delta: str | float,
+    residual_rank: int = 0,
 ) -> Calibration | None:
     """A calibration as given; None without text. Raises OptionError for what cannot be meant."""
     preserve = _preserve_delta(preserve_delta)
+    if residual_rank < 0:
+        raise OptionError(
+            f"--residual-rank {residual_rank} is negative; give 0 for no adapter, or more, such as 16"
+        )
+    if data is None and residual_rank:
+        raise OptionError(
+            f"--residual-rank {residual_rank} repairs what rounding does to the outputs of layers on a text; give one "
+            "with --calibration FILE, a .txt or .jsonl such as the model will work on, or leave it out"
+        )
     if data is None:
         given = tokens, sequence_length, gradient_tokens, preserve
         if given != (CALIBRATION_TOKENS, None, GRADIENT_TOKENS, None):
@@ -194,7 +206,14 @@ def calibration_options(
         raise OptionError(f"--calibration-tokens {tokens} is less than one sequence; give more")
     if gradient_tokens < 0:
         raise OptionError(f"--calibration-gradient-tokens {gradient_tokens} is negative; give 0 or more")
-    return Calibration(fspath(data), tokens, sequence_length, preserve, gradient_tokens=gradient_tokens)
+    return Calibration(
+        fspath(data),
+        tokens,
+        sequence_length,
+        preserve,
+        gradient_tokens=gradient_tokens,
+        residual_rank=residual_rank,
+    )
 
 
 def _preserve_delta(text: str | float) -> float | None:

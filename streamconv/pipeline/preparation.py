@@ -23,7 +23,7 @@ from streamconv.plan import Plan
 from streamconv.planner import Base, Grounds, build_plans, facts_of, read_base
 from streamconv.recipe import RECIPE
 from streamconv.report.result import MANIFEST
-from streamconv.sidecars import QUANTIZATION_COPIES, choose_tokenizer, files_to_copy
+from streamconv.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, choose_tokenizer, files_to_copy
 from streamconv.storage import open_storage
 from streamconv.storage.base import SourceFile, Storage
 
@@ -61,7 +61,8 @@ class Prepared:
         index = (INDEX,) if len(self.plan.shards) > 1 else ()
         card = ("README.md",) if self.job.card else ()
         copies = (QUANTIZATION_COPIES[self.plan.quant],) if self.plan.quant in QUANTIZATION_COPIES else ()
-        return (*index, *card, RECIPE, MANIFEST, *copies, CONFIG)
+        residual = (RESIDUAL_CONFIG,) if self.plan.residual_rank else ()
+        return (*residual, *index, *card, RECIPE, MANIFEST, *copies, CONFIG)
 
     def downloads(self) -> tuple[tuple[Storage, tuple[SourceFile, ...]], ...]:
         """What has to come from the Hub before the run can read it, by storage: of a base, mostly its shards."""

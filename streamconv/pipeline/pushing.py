@@ -10,7 +10,7 @@ from streamconv.output import is_of_model
 from streamconv.pipeline.job import Folder, OnProgress, output_folder, quiet
 from streamconv.pipeline.verification import verify
 from streamconv.report.result import MANIFEST
-from streamconv.sidecars import CHAT_TEMPLATES
+from streamconv.sidecars import CHAT_TEMPLATES, RESIDUAL
 from streamconv.storage.local import open_folder
 from streamconv.storage.upload import LocalFile, Pushed, Target, check_target, parse_target, upload
 from streamconv.verifier import hash_file, read_manifest
@@ -57,12 +57,14 @@ def push_output(
 def _files_to_push(folder: Path, listed: Mapping[str, str]) -> dict[str, LocalFile]:
     """All files of an output but hidden ones; `listed` are those with a known SHA-256.
 
-    Of folders only that of chat templates is ours.
+    Of folders only those of chat templates and of a residual adapter are ours.
     """
     files = {}
     storage = open_folder(str(folder))
-    templates = [storage.file(name).name for name in storage.names(CHAT_TEMPLATES)]  # no links to elsewhere
-    for path in (*sorted(folder.iterdir()), *(folder / name for name in templates)):
+    inside = [name for name in storage.names(RESIDUAL) if name in listed]
+    inside += storage.names(CHAT_TEMPLATES)
+    ours = [storage.file(name).name for name in inside]  # no links to elsewhere
+    for path in (*sorted(folder.iterdir()), *(folder / name for name in ours)):
         name = str(path.relative_to(folder))
         if path.name.startswith(".") or not path.is_file():
             continue

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from streamconv.calibration.subject import Calibrated, calibrated_plan
 from streamconv.cells import KeptDelta
@@ -23,6 +24,7 @@ from streamconv.pipeline.job import OnProgress
 from streamconv.pipeline.meter import Meter
 from streamconv.pipeline.place import check_out, is_finished
 from streamconv.pipeline.preparation import Prepared
+from streamconv.pipeline.residual import ResidualAdapter, make_residual
 from streamconv.plan import Plan, ShardPlan
 from streamconv.report.plan import kernels_of
 from streamconv.report.result import MANIFEST, Kept, Report, kept_delta
@@ -113,9 +115,10 @@ def _produce(
         shares = [work.kept() for work in works]
         _check_kept(works, shares)
         hashes = [dict(work.journal.progress.finished) for work in works]
+        residuals = [make_residual(work.plan, work.calibrated, work.journal.calibration) for work in works]
         # The main output, in whose folder the others lie, comes last.
-        for work, kept in reversed([*zip(works, shares, strict=True)]):
-            _publish(work, kept)
+        for work, kept, residual in reversed([*zip(works, shares, residuals, strict=True)]):
+            _publish(work, kept, residual)
     seconds, read = time.monotonic() - started, reads + bytes_read(plans)
     return [
         _report(
@@ -124,12 +127,13 @@ def _produce(
             found,
             kept,
             described(work.calibrated),
+            residual.as_json() if residual else None,
             seconds,
             meter.peak,
             read,
             work.resumed,
         )
-        for work, found, kept in zip(works, hashes, shares, strict=True)
+        for work, found, kept, residual in zip(works, hashes, shares, residuals, strict=True)
     ]
 
 
@@ -157,11 +161,13 @@ def _open(prepared: Prepared, out: Path, stack: ExitStack) -> _Work:
     return work
 
 
-def _publish(work: _Work, kept: Kept | None) -> None:
+def _publish(work: _Work, kept: Kept | None, residual: ResidualAdapter | None) -> None:
     prepared, out, journal = work.prepared, work.out, work.journal
     _log.info("all shards are complete; putting them in place in %s", out)
-    generated = generated_files(prepared, journal.progress.finished, kept, described(work.calibrated))
-    publish_output(out, work.plan, journal, prepared.copied, generated)
+    told = described(work.calibrated)
+    generated = generated_files(prepared, journal.progress.finished, kept, told, residual)
+    waiting = residual.path if residual else None
+    publish_output(out, work.plan, journal, prepared.copied, generated, waiting)
     if prepared.job.verify:
         verify_layout(out, work.plan)
     journal.remove()
@@ -181,7 +187,9 @@ def _finished_before(prepared: Prepared, out: Path) -> Report | None:
         kept = Kept(found["kept_delta"], weights, found["base_error_to_delta"])
         _check_share(prepared.plan, kept)
     hashes = {name: shard["sha256"] for name, shard in found["shards"].items()}
-    return _report(prepared, out, hashes, kept, calibrated, 0.0, 0, bytes_read([prepared.plan]), resumed=True)
+    residual = found.get("residual")
+    read = bytes_read([prepared.plan])
+    return _report(prepared, out, hashes, kept, calibrated, residual, 0.0, 0, read, resumed=True)
 
 
 def _check_kept(works: Sequence[_Work], shares: Sequence[Kept | None]) -> None:
@@ -218,6 +226,7 @@ def _report(
     hashes: Mapping[str, str],
     kept: Kept | None,
     calibrated: Mapping[str, Mapping[str, float]],
+    residual: Mapping[str, Any] | None,
     seconds: float,
     peak: int,
     read: int,
@@ -236,6 +245,7 @@ def _report(
         base_error_to_delta=kept.base_error_to_delta if kept else None,
         calibration=plan.calibration.as_json() if plan.calibration else None,
         calibrated=calibrated,
+        residual=residual,
         shards=dict(sorted(hashes.items())),
         bytes_read=read,
         bytes_written=plan.size,

@@ -21,11 +21,13 @@ from streamconv.pipeline.calibrating import calibrate
 from streamconv.pipeline.job import Folder, Job, OnProgress, output_folder, quiet
 from streamconv.pipeline.meter import Meter
 from streamconv.pipeline.preparation import Prepared, prepare
+from streamconv.pipeline.residual import make_residual
 from streamconv.plan import Calibration, MergeOptions
 from streamconv.planner import Grounds
 from streamconv.report.result import MANIFEST
+from streamconv.sidecars import RESIDUAL_TENSORS
 from streamconv.storage.local import open_folder
-from streamconv.verifier import Verified, read_manifest, verify_exactly, verify_output
+from streamconv.verifier import Verified, hash_file, read_manifest, verify_exactly, verify_output
 from streamconv.workers import Workers
 
 _ENVIRONMENT = ("streamconv", "torch", "machine", "device")
@@ -116,6 +118,11 @@ def _calibrate_again(again: Prepared, out: Path, meter: Meter) -> None:
     with tempfile.TemporaryDirectory(prefix="streamconv-") as folder:
         made = calibrate(again.subject, Path(folder) / "calibration", lambda _: None, StopRequest())
         verify_exactly(out, calibrated_plan(again.plan, made), meter.add, StopRequest())
+        residual = make_residual(again.plan, made, Path(folder))
+        if residual is not None and residual.sha256 != hash_file(str(out / RESIDUAL_TENSORS), lambda _: None):
+            raise VerificationError(
+                f"{out / RESIDUAL_TENSORS} differs from what base, adapter, text and options give; do not use it"
+            )
 
 
 def _weigh_again(again: Prepared, content: Mapping[str, Any], out: Path, meter: Meter) -> int:
@@ -211,6 +218,7 @@ def _calibration_of(text: Mapping[str, Any], data: str | None) -> Calibration:
         preserve_delta=text["options"]["preserve_delta"],
         threads=text["threads"],
         gradient_tokens=text["gradient_tokens"],
+        residual_rank=text["options"].get("residual_rank", 0),
     )
 
 

@@ -16,6 +16,7 @@ from streamconv.formats import FORMATS
 from streamconv.plan import Plan
 from streamconv.recipe import RECIPE
 from streamconv.report.result import Kept
+from streamconv.sidecars import RESIDUAL
 from streamconv.sizes import format_size
 from streamconv.storage.base import Origin, SourceFile, Storage
 
@@ -31,8 +32,9 @@ def model_card(
     adapter: Storage | None,
     copied: Sequence[SourceFile],
     kept: Kept | None,
+    residual: Mapping[str, Any] | None,
 ) -> bytes:
-    """README.md of the output; `copied` are the files that lie beside the weights."""
+    """README.md of the output; `copied` are the files that lie beside the weights, `residual` as in Report."""
     origins = {"base": base.storage.origin, "adapter": adapter.origin if adapter else None}
     base_models = [origin.repo for origin in origins.values() if origin is not None]
     tags = ["streamconv", *(["merge", "lora"] if adapter else [])]
@@ -48,11 +50,12 @@ def model_card(
     )
     has_tokenizer = any(file.name.startswith("tokenizer") for file in copied)
     body = [
-        *_body(plan, adapter is not None, origins, kept),
+        *_body(plan, adapter is not None, origins, kept, residual),
         "## Load it",
         "",
         *_snippet(plan, base.config, has_tokenizer),
         "",
+        *(_residual_snippet() if residual else ()),
     ]
     text = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body)
     return str(ModelCard(text, ignore_metadata_errors=True)).encode()
@@ -79,7 +82,13 @@ def _is_plain(value: object) -> bool:
     return len(items) <= _MAX_NAMES and all(isinstance(item, str) and item for item in items)
 
 
-def _body(plan: Plan, merged: bool, origins: Mapping[str, Origin | None], kept: Kept | None) -> Iterator[str]:
+def _body(
+    plan: Plan,
+    merged: bool,
+    origins: Mapping[str, Origin | None],
+    kept: Kept | None,
+    residual: Mapping[str, Any] | None,
+) -> Iterator[str]:
     yield from (f"# {'Merged' if merged else 'Converted'} model", "")
     if merged:
         yield f"A LoRA adapter that {_changes(plan)} was merged into its base model."
@@ -107,6 +116,11 @@ def _body(plan: Plan, merged: bool, origins: Mapping[str, Origin | None], kept: 
         yield f"| left in 16 bit | {_some(plan.skipped)} |"
     if kept:
         yield f"| share of the update kept by quantization | {kept.total:.3f} |"
+    if residual:
+        yield (
+            f"| residual adapter | rank {residual['rank']}, {format_size(residual['bytes'])} in `{RESIDUAL}`; it takes "
+            f"away {residual['removed'] or 0:.1%} of the error of these codes, by the calibration text |"
+        )
     if plan.depth:
         yield f"| depth | {plan.depth} |"
     if plan.untied:
@@ -136,6 +150,14 @@ def _snippet(plan: Plan, config: Mapping[str, Any], has_tokenizer: bool) -> Iter
     if has_tokenizer:
         yield f'tokenizer = AutoTokenizer.from_pretrained("."{trust})'
     yield "```"
+
+
+def _residual_snippet() -> Iterator[str]:
+    """Lines that put the residual adapter on top."""
+    yield "With the residual adapter, which repairs part of what rounding changed; needs peft, too:"
+    yield from ("", "```python", "from peft import PeftModel", "")
+    yield f'model = PeftModel.from_pretrained(model, "{RESIDUAL}")'
+    yield from ("```", "")
 
 
 def _loader(config: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 from streamconv.formats.base import Constant
 from streamconv.kernels import TORCH, kernels_for
 from streamconv.plan import Copy, Plan, Rewrite, ShardPlan, Step, cell_rows, tile_rows
+from streamconv.sidecars import RESIDUAL
 from streamconv.sizes import format_size
 from streamconv.storage.base import SourceFile, Storage
 from streamconv.walk import bytes_read
@@ -76,6 +77,7 @@ def _output(prepared: Prepared) -> dict[str, Any]:
         "target": {"name": plan.target.name, "reason": plan.target.reason},
         "rounding": {"name": plan.rounding.name, "reason": plan.rounding.reason} if plan.rounding else None,
         "calibration": _calibration(plan),
+        "residual": _residual(plan),
         "quantized": list(plan.quantized),
         "left_in_16_bit": list(plan.skipped),
         "do_not_fit": list(plan.unfit),
@@ -90,6 +92,16 @@ def _calibration(plan: Plan) -> dict[str, Any] | None:
         **plan.calibration.as_json(),
         "weights": [step.name for step in plan.calibrated],
         "need": asdict(need) if need else None,
+    }
+
+
+def _residual(plan: Plan) -> dict[str, Any] | None:
+    if not plan.residual_rank:
+        return None
+    return {
+        "rank": plan.residual_rank,
+        "bytes": plan.residual_bytes,
+        "lossless_unmerged": plan.is_lossless_unmerged,
     }
 
 
@@ -215,6 +227,14 @@ def _calibration_lines(plan: Plan) -> list[tuple[str, str]]:
     if need := text.need:
         where = f"{format_size(need.ram)} RAM, {format_size(need.vram)} on {plan.device}"
         lines.append(("", f"its pass needs {where}, and {format_size(need.disk)} of disk until the end"))
+    if plan.residual_rank:
+        size = f"{format_size(plan.residual_bytes)}, in {RESIDUAL}/"
+        lines.append(
+            ("residual", f"adapter of rank {plan.residual_rank} for {len(plan.calibrated)} weights, {size}")
+        )
+    if plan.residual_rank and plan.is_lossless_unmerged:
+        unmerged = f"the base's own {plan.quant} codes with the adapter as it is are the target"
+        lines.append(("", f"not to merge loses nothing: {unmerged}"))
     return lines
 
 

@@ -36,7 +36,9 @@ class Report:
     `kernels` says what quantized (see `kernels_of`), `renamed` how names of adapter and base were matched where they
     differ; `peak_ram_bytes` is anonymous memory above what the process had before planning; `kept_delta` is None where
     nothing was quantized. `calibration` says by which text and how, None where there was none; `calibrated` has of each
-    weight the share of its update kept in its outputs (`kept_h`) and their relative error. `also` are the reports of
+    weight the share of its update kept in its outputs (`kept_h`) and their relative error. `residual` tells of the
+    residual adapter its rank, its bytes, for how many weights it is, and which share of the calibration's loss it takes
+    away (`removed`); None where there is none. `also` are the reports of
     further outputs by format: what they share, `bytes_read`, `seconds` and memory, is that of the run.
     """
 
@@ -51,6 +53,7 @@ class Report:
     base_error_to_delta: float | None
     calibration: Mapping[str, Any] | None
     calibrated: Mapping[str, Mapping[str, float]]
+    residual: Mapping[str, Any] | None
     shards: Mapping[str, str]
     bytes_read: int
     bytes_written: int
@@ -83,9 +86,14 @@ def manifest(
     hashes: Mapping[str, str],
     kept: Kept | None,
     calibrated: Mapping[str, Mapping[str, float]],
+    residual: Mapping[str, Any] | None,
     files: Mapping[str, bytes],
+    large: Mapping[str, Mapping[str, Any]],
 ) -> bytes:
-    """Content of `streamconv.json`. `files` are those beside the shards that decide how weights are loaded."""
+    """Content of `streamconv.json`. `files` are those beside the shards that decide how weights are loaded.
+
+    `large` are more of these, already described by size and SHA-256.
+    """
     content = {
         "manifest_version": MANIFEST_VERSION,
         "streamconv": version("streamconv"),
@@ -100,6 +108,7 @@ def manifest(
         "base_error_to_delta": kept.base_error_to_delta if kept else None,
         "calibration": plan.calibration.as_json() if plan.calibration else None,
         "calibrated": calibrated,
+        "residual": residual,
         "adapted": plan.adapted,
         "replaced": plan.replaced,
         "skipped": plan.skipped,
@@ -108,7 +117,8 @@ def manifest(
         "files": {
             name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             for name, content in files.items()
-        },
+        }
+        | dict(large),
         "shards": {shard.name: {"size": shard.size, "sha256": hashes[shard.name]} for shard in plan.shards},
     }
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()

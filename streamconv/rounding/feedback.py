@@ -30,6 +30,7 @@ from streamconv.kernels import kernels_for
 from streamconv.rounding.columns import descended, fed
 from streamconv.rounding.layer import Layer, Solution, better, coded, rounded, turn
 from streamconv.rounding.metric import Statistics, compensated, factored, preserving
+from streamconv.rounding.residual import Residual, eased, nothing, residual
 from streamconv.rounding.scales import greatest, refitted, searched
 
 __all__ = ["BaseOnGrid", "Chosen", "FeedbackOptions", "Statistics", "Storage", "feedback"]
@@ -43,6 +44,7 @@ class FeedbackOptions:
     weight; where inputs' errors are made up for, the model's predictions are nearer without it. `sweeps`: of descent
     after each feedback. `refits`: times that scales are fitted to the codes and codes chosen anew. `asymmetry`: the
     share of the way to the target that makes up for the inputs' errors; 0 stays at T. `output_damping`: of G, likewise.
+    `residual_rank`: of a weight beside the codes that repairs what errors are left; 0 for none.
     """
 
     damping: float = 0.001
@@ -51,6 +53,7 @@ class FeedbackOptions:
     refits: int = 2
     asymmetry: float = 1.0
     output_damping: float = 0.1
+    residual_rank: int = 0
 
     @property
     def needs_cross(self) -> bool:
@@ -71,12 +74,13 @@ class Chosen:
     """Codes (uint8, flat) and scales (float32, one a block), for an encoder's `pack` and `finish`.
 
     `keeps_base`: the scales are the effective ones of the base and its side parts stay, to be given to `finish` as
-    `kept`; where all codes stay too, so does the weight.
+    `kept`; where all codes stay too, so does the weight. `residual` is None where none was asked for.
     """
 
     codes: Tensor
     scales: Tensor
     keeps_base: bool
+    residual: Residual | None = None
 
 
 class Storage(Protocol):
@@ -127,16 +131,23 @@ def feedback(
     grid, dtype = encoder.grid, encoder.dequantized_dtype
     assert grid is not None, "feedback chooses codes, and this format has none"
     if base is not None and _is_base(target, base, grid, dtype):
-        return Chosen(base.codes, base.scales, keeps_base=True)
-    layer = _layer(target, statistics, encoder, options, directions)
-    best = min(_starts(layer, encoder, base), key=lambda each: each.loss)
-    best = _polished(layer, best, options.sweeps)
-    for _ in range(options.refits if layer.columns % grid.block == 0 else 0):
-        trial = _polished(layer, _refitted(layer, encoder, best), options.sweeps)
-        if trial.loss >= best.loss:
-            break
-        best = trial
-    return Chosen(layer.flat(best.solution.codes), best.scales.raw, best.scales.is_base)
+        beside = nothing(target, options.residual_rank) if options.residual_rank else None
+        return Chosen(base.codes, base.scales, True, beside)
+    matrix = preserving(statistics.hessian, options.preserve_delta, directions)
+    inputs, outputs = factored(matrix, options.damping), None
+    if statistics.output_hessian is not None:
+        outputs = factored(statistics.output_hessian, options.output_damping)
+    moved = compensated(target, statistics, inputs, options.asymmetry)
+    layer = turn(moved, inputs, outputs, grid, dtype)
+    if not options.residual_rank:
+        best = _found(layer, encoder, options, base)
+        return Chosen(layer.flat(best.solution.codes), best.scales.raw, best.scales.is_base)
+    easy = turn(moved, *eased(inputs, outputs, options.residual_rank), grid, dtype)
+    best = _found(easy, encoder, options, base)
+    codes = easy.flat(best.solution.codes)
+    errors = coded(layer, best.scales.effective, codes).errors
+    beside = residual(layer, errors, options.residual_rank)
+    return Chosen(codes, best.scales.raw, best.scales.is_base, beside)
 
 
 def working_bytes(rows: int, columns: int, two_sided: bool) -> int:
@@ -144,21 +155,16 @@ def working_bytes(rows: int, columns: int, two_sided: bool) -> int:
     return 56 * rows * columns + 20 * (columns**2 + two_sided * rows**2)
 
 
-def _layer(
-    target: Tensor,
-    statistics: Statistics,
-    encoder: Storage,
-    options: FeedbackOptions,
-    directions: Tensor | None,
-) -> Layer:
-    grid = encoder.grid
-    assert grid is not None
-    matrix = preserving(statistics.hessian, options.preserve_delta, directions)
-    inputs, outputs = factored(matrix, options.damping), None
-    if statistics.output_hessian is not None:
-        outputs = factored(statistics.output_hessian, options.output_damping)
-    moved = compensated(target, statistics, inputs, options.asymmetry)
-    return turn(moved, inputs, outputs, grid, encoder.dequantized_dtype)
+def _found(layer: Layer, encoder: Storage, options: FeedbackOptions, base: BaseOnGrid | None) -> _Candidate:
+    """The best of all that is tried."""
+    best = min(_starts(layer, encoder, base), key=lambda each: each.loss)
+    best = _polished(layer, best, options.sweeps)
+    for _ in range(options.refits if layer.columns % layer.grid.block == 0 else 0):
+        trial = _polished(layer, _refitted(layer, encoder, best), options.sweeps)
+        if trial.loss >= best.loss:
+            break
+        best = trial
+    return best
 
 
 def _is_base(target: Tensor, base: BaseOnGrid, grid: Grid, dtype: Dtype) -> bool:

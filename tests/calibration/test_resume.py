@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,18 +13,19 @@ from streamconv.calibration import walk
 from streamconv.calibration.kept_inputs import KeptInputs
 from streamconv.calibration.layer_files import LayerFiles
 from streamconv.calibration.need import calibration_need
+from streamconv.calibration.subject import Subject
 from streamconv.errors import ResourceError, Stopped
 from streamconv.executor import StopRequest
 from streamconv.forward.activations import ActivationFile
-from tests.calibration.subjects import (
-    TOKENS,
-    calibrated,
-    layer_bytes,
-    save_subject,
-    subject_in,
-)
+from tests.calibration import subjects
+from tests.calibration.subjects import QUICK, TOKENS, calibrated, layer_bytes, save_subject
 from tests.forward.texts import numbers, words
 from tests.tiny import llama_config
+
+
+def subject_in(folder: Path, text: str = "text.txt") -> Subject:
+    """With a residual adapter, whose factors are made and kept with each layer."""
+    return subjects.subject_in(folder, text=text, feedback=replace(QUICK, residual_rank=2))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> dict[str, bytes]:
-    calibrated(subject_in(folder), folder / "whole")
+    made = calibrated(subject_in(folder), folder / "whole")
+    assert all(len(each.residual) == 2 for each in made.values())
     return layer_bytes(folder / "whole")
 
 

@@ -29,6 +29,7 @@ from streamconv.forward.weights import WeightSource
 from streamconv.pipeline import build_job, convert, merge, prepare
 from streamconv.pipeline.runner import run
 from streamconv.rounding.feedback import Chosen, FeedbackOptions, Statistics, feedback
+from streamconv.sidecars import RESIDUAL_TENSORS
 from tests.calibration.subjects import (
     LENGTH,
     QUICK,
@@ -122,7 +123,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return found
 
 
-def merged(folder: Path) -> Path:
+def merged(folder: Path, residual_rank: int = 0) -> Path:
     """The output of a merge that calibrates what lies in `folder`."""
     merge(
         folder / "base",
@@ -132,8 +133,20 @@ def merged(folder: Path) -> Path:
         calibration=folder / "text.txt",
         calibration_tokens=TOKENS,
         calibration_sequence_length=LENGTH,
+        residual_rank=residual_rank,
     )
     return folder / "out"
+
+
+def repairs(out: Path, name: str) -> Tensor:
+    """B A of the residual adapter for the weight `name`."""
+    factors = load_file(out / RESIDUAL_TENSORS)
+    down, up = (
+        factors[f"base_model.model.{name.removesuffix('.weight')}.lora_{part}.weight"].float()
+        for part in "AB"
+    )
+    product: Tensor = up @ down
+    return product
 
 
 @contextmanager
@@ -169,14 +182,19 @@ def plain_statistics(
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_statistics_are_those_of_a_plain_loop(family: str, seen: Seen, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "rank"), [*((family, 0) for family in FAMILIES), ("llama", 3)])
+def test_statistics_are_those_of_a_plain_loop(family: str, rank: int, seen: Seen, tmp_path: Path) -> None:
+    """What was chosen has the residual adapter with it, where there is one."""
     config, groups = FAMILIES[family].config, FAMILIES[family].groups
     names = {name.rpartition(".")[2] for group in groups for name in group}
     adapted = tuple(sorted(names - {"shared_expert_gate"}))[:3]
     save_subject(tmp_path, config, adapted)
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "targets", quant="none", dtype="float32")
-    chosen = {f"{name}.weight": value for name, value in dequantized(open_model(merged(tmp_path))).items()}
+    chosen = {
+        f"{name}.weight": value for name, value in dequantized(open_model(merged(tmp_path, rank))).items()
+    }
+    if rank:
+        chosen = {name: value.float() + repairs(tmp_path / "out", name) for name, value in chosen.items()}
     windows = read_windows(tmp_path / "text.txt", load_tokenizer(tmp_path / "base"), TOKENS // LENGTH, LENGTH)
     layers = "gpt_neox.layers" if "neox" in family else "model.layers"
     expected = plain_statistics(tmp_path / "targets", chosen, layers, groups, windows)

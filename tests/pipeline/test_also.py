@@ -320,11 +320,11 @@ def test_interrupted_between_two_it_publishes_the_rest(
     out, publish = tmp_path / "out", runner._publish
     published: list[Path] = []
 
-    def fail(work: Any, kept: Any) -> None:
+    def fail(work: Any, kept: Any, residual: Any) -> None:
         if len(published) == 2:
             raise KeyboardInterrupt
         published.append(work.out)
-        publish(work, kept)
+        publish(work, kept, residual)
 
     monkeypatch.setattr(runner, "_publish", fail)
     with pytest.raises(KeyboardInterrupt):
@@ -378,7 +378,7 @@ def test_an_unfinished_run_of_others_is_not_discarded(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the folder of a further output as in any."""
-    monkeypatch.setattr(runner, "_publish", lambda work, kept: None)
+    monkeypatch.setattr(runner, "_publish", lambda work, kept, residual: None)
     inputs.merge(tmp_path / "out", also=["nf4"], seed=1)
     monkeypatch.undo()
     with pytest.raises(OutputError, match="out holds an unfinished run with other inputs or options"):

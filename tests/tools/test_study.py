@@ -31,7 +31,7 @@ from tools.study.beds import (
 )
 from tools.study.judge import judge
 from tools.study.pictures import PICTURES
-from tools.study.report import _BLOCK, PAGE, read, render
+from tools.study.report import _BLOCK, GUIDE, PAGE, read, render
 from tools.study.tables import BLOCKS, NOT_MEASURED
 from tools.study.weights import shape
 from tools.train_third_adapter import paragraphs, split
@@ -142,9 +142,10 @@ def test_what_is_held_out_is_not_trained_on() -> None:
 
 
 def test_the_page_says_what_was_measured() -> None:
-    page = PAGE.read_text()
+    page, guide = (each.read_text() for each in (PAGE, GUIDE))
     assert render(page, RESULTS) == page, "run tools/study/report"
-    assert sorted(found[1] for found in _BLOCK.findall(page)) == sorted(BLOCKS)
+    assert render(guide, RESULTS) == guide, "run tools/study/report"
+    assert sorted(found[1] for found in _BLOCK.findall(page + guide)) == sorted(BLOCKS)
     for name in PICTURES:
         assert f"({name})" in page
 
@@ -178,6 +179,7 @@ def _results(**kl: float) -> dict[str, Any]:
                 "wall_s": 1.0,
                 "cpu_s": 1.0,
                 "not_exact": [],
+                "alone": {"losses": [1.0] * 4, "kl": [1.0] * 4},
             }
             for name in names
         },
@@ -196,6 +198,7 @@ GOOD = {
     "feedback_T_delta": 0.2,
     "feedback_T_onesided": 0.4,
     "feedback_T_onesided_delta": 0.2,
+    "feedback_T_residual": 0.1,
 }
 
 
@@ -211,6 +214,14 @@ def test_checks_fail_where_feedback_is_hardly_closer_than(name: str, kl: float) 
     results = _results(**GOOD)
     for each in [row.name for row in STOCHASTIC_T] if name == STOCHASTIC_T[0].name else [name]:
         results["rows"][each]["kl"] = [kl] * 4
+    assert any(bar.passes is False for bar in _judged(results).values())
+
+
+@pytest.mark.parametrize(("name", "kl"), [("alone", 0.15), ("feedback_T", 0.15)])
+def test_checks_fail_where_the_residual_adapter_repairs_less_than_half(name: str, kl: float) -> None:
+    results = _results(**GOOD | ({} if name == "alone" else {name: kl}))
+    if name == "alone":
+        results["rows"]["feedback-T-residual"]["alone"]["kl"] = [kl] * 4
     assert any(bar.passes is False for bar in _judged(results).values())
 
 

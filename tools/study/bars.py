@@ -15,6 +15,7 @@ from tools.study.beds import (
     NEAREST_F,
     NEAREST_T,
     ONE_SIDED_T,
+    RESIDUAL_T,
     STOCHASTIC_T,
     TERM_FEEDBACK_T,
     TERM_ONE_SIDED_T,
@@ -24,6 +25,7 @@ from tools.study.bootstrap import Estimate, difference, loss_removed, perplexity
 from tools.study.prediction import ERASED, predicted_share
 
 STOCHASTIC = "stochastic-T"
+ALONE = f"{RESIDUAL_T.name}-alone"
 MOST_MINUTES = 10
 
 Results = Mapping[str, Any]
@@ -47,9 +49,14 @@ class Row:
 
 
 def row_of(results: Results, name: str) -> Row | None:
-    """The measured row `name` of a bed's results; None if it is not there. Of seeds, those that are there."""
+    """The measured row `name` of a bed's results; None if it is not there. Of seeds, those that are there.
+
+    ALONE is the file of the row with a residual adapter, without that.
+    """
     names = [each.name for each in STOCHASTIC_T] if name == STOCHASTIC else [name]
-    found = [results["rows"][each] for each in names if each in results.get("rows", {})]
+    rows = results.get("rows", {})
+    rows = rows | {ALONE: rows[RESIDUAL_T.name]["alone"]} if RESIDUAL_T.name in rows else rows
+    found = [rows[each] for each in names if each in rows]
     if not found:
         return None
     means = (np.mean([each[key] for each in found], axis=0).tolist() for key in ("losses", "kl"))
@@ -71,6 +78,9 @@ def bars(beds: Mapping[str, Results], synthetic: Results) -> Iterator[Bar]:
             for feedback in (FEEDBACK_T, TERM_FEEDBACK_T):
                 yield _half_the_kl(bed.label, beds[name], feedback, NEAREST_F.name, "nearest of F")
                 yield _half_the_kl(bed.label, beds[name], feedback, STOCHASTIC, "stochastic of T")
+        if name.startswith("faq"):
+            yield _half_the_kl(bed.label, beds[name], RESIDUAL_T, ALONE, "the same file alone")
+            yield _half_the_kl(bed.label, beds[name], RESIDUAL_T, FEEDBACK_T.name, "feedback of T alone")
     yield from _synthetic(synthetic)
     yield _exact(beds)
     yield from _cost(demo)

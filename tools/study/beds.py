@@ -76,13 +76,17 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """An nf4-dq file that `streamconv merge` writes with `options`; `calibrated`: it is given the calibration text."""
+    """An nf4-dq file that `streamconv merge` writes with `options`; `calibrated`: it is given the calibration text.
+
+    `residual`: a residual adapter comes with it, and is judged on top of it.
+    """
 
     name: str
     label: str
     target: str
     options: tuple[str, ...]
     calibrated: bool = False
+    residual: bool = False
 
 
 REFERENCE = Opened("T", "T, unmerged", adapter=True, load_in_nf4_dq=True)
@@ -125,7 +129,13 @@ TERM_ONE_SIDED_T = _feedback(
     "feedback-T-onesided-delta", "one-sided feedback of T, delta term", "T", *ONE_SIDED, *DELTA_TERM
 )
 FEEDBACK_F = _feedback("feedback-F", "feedback of F", "F")
-FEEDBACK = (FEEDBACK_T, TERM_FEEDBACK_T, ONE_SIDED_T, TERM_ONE_SIDED_T, FEEDBACK_F)
+RESIDUAL_T = replace(
+    _feedback(
+        "feedback-T-residual", "feedback of T, residual adapter r 16 on top", "T", "--residual-rank", "16"
+    ),
+    residual=True,
+)
+FEEDBACK = (FEEDBACK_T, TERM_FEEDBACK_T, ONE_SIDED_T, TERM_ONE_SIDED_T, FEEDBACK_F, RESIDUAL_T)
 MERGED = (NEAREST_T, NEAREST_F, *STOCHASTIC_T, ADAPTIVE_T, SEARCH_T, *FEEDBACK)
 
 # One update in several sizes, for where nearest rounding of T begins to do better than stochastic.

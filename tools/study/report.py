@@ -1,4 +1,4 @@
-"""docs/why-merging-loses-quality.md from what was measured: numbers, tables and pictures come from docs/results.
+"""docs/why-merging-loses-quality.md and guide-residual.md: numbers, tables and pictures come from docs/results.
 
 A block of the page stands between `<!-- NAME: made by tools/study/report -->` and `<!-- end -->`; the words around
 blocks are written by hand and hold no measured number. `--check` writes nothing and ends with 1 if a block is not
@@ -20,6 +20,7 @@ from tools.study.pictures import PICTURES
 from tools.study.tables import BLOCKS
 
 PAGE = ROOT / "docs/why-merging-loses-quality.md"
+GUIDE = ROOT / "docs/guide-residual.md"
 _BLOCK = re.compile(r"(<!-- (\w+): made by tools/study/report -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -40,7 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tools/study/report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
     parser.add_argument("--bars", action="store_true", help="only print the checks")
-    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     options = parser.parse_args(arguments)
     beds, synthetic = read(options.results)
@@ -48,13 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for bar in bars(beds, synthetic):
             print({True: "pass", False: "FAIL", None: "    "}[bar.passes], f"{bar.claim}: {bar.found}")
         return
-    page = options.page.read_text()
-    made = render(page, options.results)
-    if options.check:
-        sys.exit(f"{options.page} is out of date; run tools/study/report" if made != page else 0)
-    options.page.write_text(made)
-    for name, draw in PICTURES.items():
-        draw(beds, synthetic, options.page.with_name(name))
+    for page in (PAGE, GUIDE):
+        before = page.read_text()
+        made = render(before, options.results)
+        if not options.check:
+            page.write_text(made)
+        elif made != before:
+            sys.exit(f"{page} is out of date; run tools/study/report")
+    for name, draw in () if options.check else PICTURES.items():
+        draw(beds, synthetic, PAGE.with_name(name))
 
 
 if __name__ == "__main__":

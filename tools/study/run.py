@@ -106,18 +106,24 @@ def _merged(
     cost = _streamconv(
         "merge", "--base", str(bed.base), "--adapter", str(bed.adapter), "-o", str(out), *options
     )
-    states = states_of(Subject(out), windows)[0]
+    report = json.loads(cost.stdout)
     found = {
         "label": row.label,
         "target": row.target,
         "options": options,
         "wall_s": cost.wall_s,
         "cpu_s": cost.cpu_s,
-        "kept_delta": json.loads(cost.stdout)["kept_delta"],
+        "kept_delta": report["kept_delta"],
         "not_exact": not_exact(out),
         **compare(adapted, out, row.target),
-        **asdict(judge(states, reference, head, windows)),
+        **asdict(judge(states_of(Subject(out), windows)[0], reference, head, windows)),
     }
+    if row.residual:
+        # Of the file alone; the row's own verdict is that with the adapter.
+        found["alone"] = {key: found[key] for key in ("losses", "kl", "agreement")}
+        found["residual"] = report["residual"]
+        states = states_of(Subject(out, out / "residual"), windows)[0]
+        found |= asdict(judge(states, reference, head, windows))
     shutil.rmtree(out)
     return found
 

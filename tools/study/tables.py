@@ -12,7 +12,7 @@ from streamconv.grids import NF4
 from streamconv.rounding.adaptive import NEAREST_FROM
 from streamconv.rounding.feedback import FeedbackOptions
 from tools.study import cost
-from tools.study.bars import STOCHASTIC, Results, bars, row_of, shown
+from tools.study.bars import ALONE, STOCHASTIC, Results, bars, row_of, shown
 from tools.study.beds import (
     ADAPTIVE_T,
     BEDS,
@@ -22,6 +22,7 @@ from tools.study.beds import (
     NEAREST_T,
     ONE_SIDED_T,
     OPENED,
+    RESIDUAL_T,
     SEARCH_T,
     STOCHASTIC_T,
     TERM_FEEDBACK_T,
@@ -327,6 +328,33 @@ def _machines(beds: Mapping[str, Results]) -> Iterator[str]:
             yield f"- {name}: {machine['processor']}, {machine['cores']} cores; {versions}; commit {machine['commit']}"
 
 
+def residual_block(beds: Mapping[str, Results], _: Results) -> str:
+    columns = (
+        "bed",
+        "feedback of T",
+        "codes chosen for the adapter, alone",
+        "with the adapter",
+        "ratio to feedback of T",
+        "ratio to its file alone",
+        "adapter",
+    )
+    rows = []
+    for name, results in beds.items():
+        names = (FEEDBACK_T.name, ALONE, RESIDUAL_T.name)
+        plain, alone, repaired = (row_of(results, each) for each in names)
+        if plain is None or alone is None or repaired is None:
+            continue
+        size = results["rows"][RESIDUAL_T.name]["residual"]["bytes"]
+        means = [shown(mean([1000 * value for value in row.kl]), 3) for row in (plain, alone, repaired)]
+        ratios = [shown(ratio(repaired.kl, row.kl)) for row in (plain, alone)]
+        rows.append([BEDS[name].label, *means, *ratios, f"{size / 1e3:.0f} kB"])
+    return (
+        f"KL to T, 1/1000 nat a token, on held-out text, rank 16:\n\n{_table(columns, rows)}"
+        if rows
+        else NOT_MEASURED
+    )
+
+
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> str:
     """Markdown; columns of `words` stand left, numbers right."""
     if not rows:
@@ -367,6 +395,7 @@ BLOCKS: Mapping[str, Callable[[Mapping[str, Results], Results], str]] = {
     "two_sides": two_sides_block,
     "delta_term": delta_term_block,
     "cost": cost_block,
+    "residual": residual_block,
     "bars": bars_block,
     "machine": machine_block,
 }

@@ -1,0 +1,81 @@
+"""The residual adapter as PEFT reads it: two files in a folder of their own beside the weights.
+
+In the folder of the weights themselves, transformers would load it unasked. Names of tensors and keys of the config
+are those of PEFT (`peft/utils/save_and_load.py`, `peft/tuners/lora/config.py`); lora_alpha is r, so that B A counts as
+it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from streamconv.calibration.subject import Calibrated
+from streamconv.checkpoint.header import build_header
+from streamconv.checkpoint.reader import TensorReader, tensor_bytes
+from streamconv.checkpoint.types import StoredTensor, TensorSpec
+from streamconv.checkpoint.writer import ShardWriter
+from streamconv.rounding.residual import Residual
+
+_PREFIX = "base_model.model."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+def factor_tensors(module: str, found: Residual) -> Mapping[str, Tensor]:
+    """The factors for the linear layer at the path `module`, in host memory, under PEFT's names."""
+    return {
+        f"{_PREFIX}{module}{_A}": found.down.cpu(),
+        f"{_PREFIX}{module}{_B}": found.up.cpu(),
+    }
+
+
+def removed_share(notes: Iterable[Mapping[str, float]]) -> float | None:
+    """By which share the adapter makes the loss of all calibrated weights smaller; None where there is none."""
+    pairs = [(each["loss"], each["repaired_loss"]) for each in notes if "loss" in each]
+    before = sum(loss for loss, _ in pairs)
+    return 1 - sum(loss for _, loss in pairs) / before if before else None
+
+
+def adapter_config(rank: int, calibrated: Mapping[str, Calibrated]) -> bytes:
+    """Content of adapter_config.json; of weights that were not calibrated it says nothing."""
+    tensors = [name for each in calibrated.values() for name in each.residual]
+    modules = sorted(name.removeprefix(_PREFIX).removesuffix(_A) for name in tensors if name.endswith(_A))
+    content = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        # Whole paths: what was not calibrated has no factors, and may end in the same name.
+        "target_modules": modules,
+    }
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def write_adapter(path: Path, calibrated: Mapping[str, Calibrated]) -> str:
+    """Write adapter_model.safetensors to `path`, anew, a tensor at a time; its SHA-256. Durable when this returns."""
+    stored = _stored(calibrated)
+    specs = [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in stored]
+    header = build_header(specs, {"format": "pt"})
+    path.unlink(missing_ok=True)
+    size = len(header) + sum(spec.nbytes for spec in specs)
+    with TensorReader() as reader, ShardWriter.create(path, header, size) as writer:
+        for tensor in stored:
+            writer.write(tensor_bytes(reader.load(tensor)))
+        return writer.finish()
+
+
+def _stored(calibrated: Mapping[str, Calibrated]) -> Sequence[StoredTensor]:
+    found = [tensor for each in calibrated.values() for tensor in each.residual.values()]
+    return sorted(found, key=lambda tensor: tensor.name)
