@@ -167,7 +167,10 @@ _PLACE = group(
         help="Keep the models, in DIR/models/NAME, instead of removing each once it is judged.",
     ),
     option(
-        Section.PLACE, "--overwrite", is_flag=True, help="Replace the comparison of another base or adapter."
+        Section.PLACE,
+        "--overwrite",
+        is_flag=True,
+        help="Start anew, whatever comparison the folder holds.",
     ),
 )
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamconv.comparison.strategies import F, Strategy, T
 from streamconv.errors import OptionError
-from streamconv.formats import FORMATS
 from streamconv.pipeline.job import Job, build_job
 
 GREEDY_TOKENS = 16
 SPEED_TOKENS = 32
+_4BIT = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
+LOAD_IN: Mapping[str, Mapping[str, str | bool]] = {
+    "nf4": {**_4BIT, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False},
+    "nf4-dq": {**_4BIT, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {**_4BIT, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+    "fp4-dq": {**_4BIT, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+"""What training may have rounded the base to, with the settings of transformers' BitsAndBytesConfig that do so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +135,9 @@ class CompareOptions:
 
 def check_merge_base(name: str) -> str:
     """Raises OptionError for what is no format that training could have rounded the base to."""
-    known = [key for key, fmt in FORMATS.items() if fmt.grid is not None]
-    if name.lower() not in known:
+    if name.lower() not in LOAD_IN:
         raise OptionError(
-            f"--merge-base {name} is not known; give the format that training had the base in, {', '.join(known)}"
+            f"--merge-base {name} is not known; give the format that training had the base in, {', '.join(LOAD_IN)}"
         )
     return name.lower()
 

@@ -22,7 +22,7 @@ from streamconv.checkpoint.writer import free_bytes
 from streamconv.comparison.bootstrap import mean, perplexity_difference
 from streamconv.comparison.files import write_files
 from streamconv.comparison.machine import machine
-from streamconv.comparison.options import CompareOptions
+from streamconv.comparison.options import LOAD_IN, CompareOptions
 from streamconv.comparison.recommendation import recommend
 from streamconv.comparison.result import (
     DONE,
@@ -41,11 +41,9 @@ from streamconv.comparison.store import Made, Store, open_store
 from streamconv.comparison.strategies import BASE, F, Ground, LeftOut, Strategy, T, settle
 from streamconv.comparison.wording import merge_command
 from streamconv.devices import resolve_device
-from streamconv.dtypes import BF16
 from streamconv.errors import InputError, OptionError, ResourceError, Stopped, StreamconvError
 from streamconv.evaluation import Evaluation, EvaluationOptions
 from streamconv.executor import StopRequest
-from streamconv.formats import FORMATS
 from streamconv.pipeline import Job, OnProgress, Prepared, fetch, prepare, run
 from streamconv.pipeline.place import is_finished
 from streamconv.sizes import format_size
@@ -486,5 +484,4 @@ def _load_in(work: Work, case: Case) -> Mapping[str, object] | None:
     ground = work.survey.ground
     if case.strategy.target != T or ground.quantized:
         return None
-    settings = FORMATS[ground.merge_base].quantization_config(BF16, ()) or {}
-    return {key: value for key, value in settings.items() if key.startswith(("load_in_", "bnb_4bit_"))}
+    return LOAD_IN[ground.merge_base]

@@ -52,6 +52,7 @@ def measure_speed(
             if child.poll() is None:
                 child.kill()
                 child.wait()
+    check_stop()  # Ctrl-C ends the child, too: then it has found nothing out
     if code or not answered.exists():
         last = (said.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
         return _speed({"problem": f"the process that opened it ended with {code}: {last}"}, tokens, device)

@@ -99,8 +99,8 @@ class Store:
 def open_store(out: Path, inputs: Mapping[str, Path], subject: str, overwrite: bool) -> Iterator[Store]:
     """The store in `out`, locked. `subject` stands for base and adapter, whose folders are `inputs`.
 
-    Raises OutputError where `out` is in use or holds something else, be it a comparison of another subject, which
-    `overwrite` replaces.
+    With `overwrite` it begins empty. Raises OutputError where `out` is in use or holds something else, be it a
+    comparison of another subject that is not to be overwritten.
     """
     store, known = Store(out), out / WORK_FOLDER / "subject.json"
     is_ours = (out / WORK_FOLDER).is_dir()
@@ -111,11 +111,11 @@ def open_store(out: Path, inputs: Mapping[str, Path], subject: str, overwrite: b
     lock = Journal(store.folder, {}, resume=True)
     lock.lock()
     try:
-        if known.exists() and known.read_text() != subject:
-            if not overwrite:
-                raise OutputError(
-                    f"{out} holds the comparison of another base or adapter; choose another --out, or --overwrite"
-                )
+        if not overwrite and known.exists() and known.read_text() != subject:
+            raise OutputError(
+                f"{out} holds the comparison of another base or adapter; choose another --out, or --overwrite"
+            )
+        if overwrite:
             for name in ("rows", "made", "reference"):
                 _remove(store.folder / name)
             _remove(out / MODELS)

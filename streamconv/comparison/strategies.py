@@ -256,7 +256,8 @@ def _settled(strategy: Strategy, ground: Ground) -> Strategy:
         **strategy.options,
     }
     if options["quant"] == OWN:
-        options["quant"] = ground.own
+        # A base may be stored in a way that has no name among the formats, such as other groups.
+        options["quant"] = ground.own if ground.own in FORMATS else "keep"
     return replace(strategy, target=target, options=options)
 
 

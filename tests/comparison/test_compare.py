@@ -371,8 +371,10 @@ def test_places_that_are_not_its_own(models: Models, tmp_path: Path) -> None:
     )
     with pytest.raises(OutputError, match="the comparison of another base or adapter"):
         replace(models, adapter=adapter.path).compare(tmp_path / "out", "base")
+    (tmp_path / "out" / "models" / "old").mkdir(parents=True)
     found = replace(models, adapter=adapter.path).compare(tmp_path / "out", "base", overwrite=True)
     assert found.row("base").status == "done"
+    assert not (tmp_path / "out" / "models").exists()
 
 
 def test_two_at_a_time(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

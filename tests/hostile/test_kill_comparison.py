@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,12 @@ import torch
 from peft import LoraConfig
 
 from tests.forward.texts import save_tokenizer, write_text
-from tests.hostile.commands import Commands, fork_server
+from tests.hostile.commands import Commands
 from tests.hostile.test_kill import spread
 from tests.tiny import llama_config, save_adapter, save_base
 
 POINTS = 3
 TIMES = {"merge_seconds", "merge_resumed", "merge_peak_ram_bytes", "evaluate_seconds"}
-
-
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Commands]:
-    """Of a process that has what evaluates imported, too."""
-    with fork_server("streamconv.comparison.running", "streamconv.evaluation.scoring") as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +36,11 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def whole(
-    commands: Commands, arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+    model_commands: Commands, arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, tuple[str, ...]]:
     """What a run leaves that nobody disturbs, and its calls."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    done = commands.run(*arguments, "-o", out)
+    done = model_commands.run(*arguments, "-o", out)
     assert done.code == 0, done.text
     return out, done.calls
 
@@ -65,16 +57,16 @@ def rows(out: Path) -> dict[str, bytes]:
 
 
 def test_killed_anywhere_and_run_again_the_numbers_are_the_same(
-    commands: Commands, arguments: tuple[str, ...], whole: tuple[Path, tuple[str, ...]], tmp_path: Path
+    model_commands: Commands, arguments: tuple[str, ...], whole: tuple[Path, tuple[str, ...]], tmp_path: Path
 ) -> None:
     expected, calls = numbers(whole[0]), whole[1]
     kept = 0
     for at in spread(len(calls), POINTS):
         out = tmp_path / str(at)
-        killed = commands.run(*arguments, "-o", out, at=at, tears=True)
+        killed = model_commands.run(*arguments, "-o", out, at=at, tears=True)
         assert killed.code == -signal.SIGKILL
         before = rows(out)
-        again = commands.run(*arguments, "-o", out)
+        again = model_commands.run(*arguments, "-o", out)
         assert again.code == 0, f"killed at {at}, {calls[at - 1]}: {again.text}"
         assert numbers(out) == expected, f"killed at {at}, {calls[at - 1]}"
         assert before.items() <= rows(out).items()
@@ -84,15 +76,15 @@ def test_killed_anywhere_and_run_again_the_numbers_are_the_same(
 
 
 def test_ctrl_c_ends_it_with_what_is_done(
-    commands: Commands, arguments: tuple[str, ...], whole: tuple[Path, tuple[str, ...]], tmp_path: Path
+    model_commands: Commands, arguments: tuple[str, ...], whole: tuple[Path, tuple[str, ...]], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     at = 1 + next(at for at, call in enumerate(whole[1], 1) if call.startswith("replace .nearest-T.json"))
-    stopped = commands.run(*arguments, "-o", out, at=at, signal=signal.SIGINT)
+    stopped = model_commands.run(*arguments, "-o", out, at=at, signal=signal.SIGINT)
     assert stopped.code == 130, stopped.text
     assert "run the same command again to go on" in stopped.text
     assert "Traceback" not in stopped.text
     before = rows(out)
     assert before
-    assert commands.run(*arguments, "-o", out).code == 0
+    assert model_commands.run(*arguments, "-o", out).code == 0
     assert before.items() <= rows(out).items()
