@@ -56,18 +56,22 @@ section {
 .advice p { font-size: 14px; }
 .none { border-left-color: var(--rule); }
 pre {
-  overflow-x: auto; background: var(--tint); border-radius: 6px; padding: 9px 12px; margin: 8px 0 0; font-size: 12.5px;
+  background: var(--tint); border-radius: 6px; padding: 9px 12px; margin: 8px 0 0; font-size: 12.5px;
+  white-space: pre-wrap; overflow-wrap: anywhere;
 }
+pre span { display: inline-block; }
 .wide { padding-left: 0; padding-right: 0; } .wide h2 { padding: 0 22px; } .notes { padding: 8px 22px 0; }
 .table { overflow-x: auto; padding: 8px 0 0; }
-table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 11px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
+table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { padding: 6px 8px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
 th { font-weight: 600; color: var(--soft); font-size: 12.5px; vertical-align: bottom; }
 th:first-child, td:first-child {
   text-align: left; padding-left: 22px; position: sticky; left: 0; background: var(--card);
 }
 th:last-child, td:last-child { padding-right: 22px; }
-.what { color: var(--soft); font-size: 12px; line-height: 1.3; margin-left: 17px; }
+.what {
+  white-space: normal; max-width: 200px; color: var(--soft); font-size: 12px; line-height: 1.3; margin-left: 17px;
+}
 td.words { text-align: left; white-space: normal; }
 tr:last-child td { border-bottom: 0; }
 tr.taken td { background: var(--tint); }
@@ -150,8 +154,14 @@ def _card(found: Compared, advice: Advice) -> str:
     return (
         f'<section class="advice">{need}<p class="taken">{escape(advice.name)}</p>'
         f"<p>{escape(described(row))}. {escape(advice.reason[:1].upper() + advice.reason[1:])}.</p>{also}"
-        f"<pre><code>{escape(row.command or '')}</code></pre></section>"
+        f"<pre><code>{_command(row.command or '')}</code></pre></section>"
     )
+
+
+def _command(command: str) -> str:
+    """Lines break between options, not at their hyphens."""
+    program, *options = command.split(" -")
+    return " ".join([escape(program), *(f"<span>-{escape(option)}</span>" for option in options)])
 
 
 def _code(text: str) -> str:

@@ -73,7 +73,7 @@ def _load_bytes(found: Numbers) -> float:
 
 
 def _reason(chosen: Numbers, best: Numbers, fitting: int, good: int, small: int) -> str:
-    kl = f"KL {chosen.kl.value:.4f}, perplexity {chosen.perplexity:.2f}"
+    kl = f"KL {chosen.kl.value:.2g}, perplexity {chosen.perplexity:.2f}"
     if fitting == 1:
         return f"the only one of that size; {kl}"
     if good == 1:
