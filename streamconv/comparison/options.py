@@ -13,7 +13,7 @@ from streamconv.pipeline.job import Job, build_job
 
 GREEDY_TOKENS = 16
 SPEED_TOKENS = 32
-_4BIT = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
+_4BIT: Mapping[str, str | bool] = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
 LOAD_IN: Mapping[str, Mapping[str, str | bool]] = {
     "nf4": {**_4BIT, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False},
     "nf4-dq": {**_4BIT, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
