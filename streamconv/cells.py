@@ -31,6 +31,7 @@ from streamconv.grids import Grid
 from streamconv.kernels import TORCH, kernels_for, pairwise_sum
 from streamconv.plan import Rewrite
 from streamconv.rounding import uniform
+from streamconv.rounding.adaptive import Adaptive, delta_to_step
 from streamconv.rounding.base import Context
 from streamconv.rounding.feedback import Chosen
 from streamconv.rounding.search import searched_scales
@@ -180,6 +181,9 @@ class WeightWork:
 
     def rewrite(self, raw: Tensor, rows: range, out: Tensor) -> Ticket:
         """Second pass: `out` (uint8) will hold the main part's bytes of `rows` once the ticket has been waited for."""
+        if isinstance(self.step.rounding, Adaptive) and self._chosen is None:
+            adaptive = self.step.rounding
+            self.workers.alone(lambda number: self._settle_rounding(number, raw, rows, adaptive))
         return self.workers.submit(lambda number, part: self._rewrite(number, raw, rows, out, part), rows)
 
     def finish(self) -> tuple[tuple[bytes, ...], KeptDelta | None]:
@@ -275,7 +279,7 @@ class WeightWork:
         for cell in cells(part, self.height):
             values = self._decode(self._raw(raw, rows, cell), cell, self.workers.scratch[number]).view(-1)
             out = self._blocks(self._absmax, cell, merge_base.grid)
-            self._kernels.absmax(values, merge_base.grid.block, out)
+            self._kernels.starting_scales(values, merge_base.grid, out)
 
     def _take_searched(self, number: int, raw: Tensor, rows: range, part: range) -> None:
         """A base that is rounded first has its scales here as they were before nesting: near enough for a search."""
@@ -294,6 +298,21 @@ class WeightWork:
                     base = self._base(cell_raw, cell, self.workers.scratch[number]).values
                     states[index] = update.reduce(base, cell, self.parts[index], states[index])
         self._states = states
+
+    def _settle_rounding(self, number: int, raw: Tensor, rows: range, adaptive: Adaptive) -> None:
+        """Decide by the first rows, which are in the first tile of any size, how all of the weight is rounded."""
+        assert rows.start == 0, f"{self.step.name}: rounding is settled by the first tile"
+        cell, grid, ratio = range(min(CELL_ROWS, rows.stop)), self.step.encoder.grid, None
+        base = self._base(self._raw(raw, rows, cell), cell, self.workers.scratch[number])
+        if grid is not None and base.codes is not None and base.effective is not None:
+            target = self._target(base.values.clone(), cell)
+            ratio = delta_to_step(target.view(-1), base.values.view(-1), base.codes, base.effective, grid)
+        rounding = adaptive.settled(ratio)
+        if rounding.keeps_scales:
+            self.step = replace(self.step, rounding=rounding)
+        else:
+            self.step = replace(self.step, rounding=rounding, keeps_scales=False, keeps_parts=False)
+            self._kept_scales, self._effective = None, None
 
     def _rewrite(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
         encoder = self.step.encoder
@@ -434,7 +453,8 @@ class WeightWork:
         own, fixed = (base.codes, base.effective) if keeps else (None, None)
         if self._searched is not None:
             fixed = self._blocks(self._searched, rows, grid)
-        context = Context(own, fixed, base.values.view(-1), noise)
+        stored = step.encoder.effective_scales if step.encoder.rounds_scales else None
+        context = Context(own, fixed, base.values.view(-1), noise, stored)
         codes = scratch.take("codes", count, self.device, torch.uint8)
         scales = rounding.choose(target, grid, context, codes)
         self._check_finite(target, rows, scales if context.scales is None else target)

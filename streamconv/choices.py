@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from streamconv.dtypes import DENSE, Dtype
 from streamconv.errors import OptionError, UnsupportedError
-from streamconv.formats import FORMATS
-from streamconv.formats.base import Format
+from streamconv.formats import FORMATS, format_of, with_groups
+from streamconv.formats.base import Format, Grouped
 from streamconv.grids import TableGrid
 from streamconv.plan import Choice, MergeOptions
 from streamconv.rounding import ROUNDINGS
@@ -51,7 +51,7 @@ def choose(facts: Facts, options: MergeOptions) -> Choices:
     quant, dtype = resolve_quant(facts, options)
     merge_base, target = _resolve_target(facts, options)
     _check_calibration(options, quant)
-    source = merge_base or (FORMATS.get(facts.quantized) if facts.quantized else None)
+    source = merge_base or (format_of(facts.quantized) if facts.quantized else None)
     if quant is None:
         return Choices(None, dtype, merge_base, target, None, None, None, None)
     rest, rest_choice = _without_text(facts, source, quant)
@@ -64,13 +64,20 @@ def choose(facts: Facts, options: MergeOptions) -> Choices:
 def options_alone(facts: Facts, options: MergeOptions, quants: Sequence[str]) -> list[MergeOptions]:
     """The options with which a run alone makes each output of a run for all `quants`.
 
-    A rounding is for those that are quantized; where none is, all keep it, to be refused. Calibration text is for one
-    of them: the others are rounded as they would be without. Raises OptionError where several were to use it.
+    A rounding is for those that are quantized, a group size for those that have groups; where there are none, all keep
+    it, to be refused. Calibration text is for one of them: the others are rounded as they would be without. Raises
+    OptionError where several were to use it.
     """
     each = [replace(options, quant=quant) for quant in quants]
-    formats = [resolve_quant(facts, alone)[0] for alone in each]
+    formats = [resolve_quant(facts, replace(alone, group_size=None))[0] for alone in each]
     if not any(formats):
         return each
+    has_groups = [isinstance(quant, Grouped) for quant in formats]
+    if any(has_groups):
+        each = [
+            own if grouped else replace(own, group_size=None)
+            for own, grouped in zip(each, has_groups, strict=True)
+        ]
     calibrated = _which_calibrated(options, formats)
     alone = []
     for number, (own, quant) in enumerate(zip(each, formats, strict=True)):
@@ -114,20 +121,26 @@ def resolve_quant(facts: Facts, options: MergeOptions) -> tuple[Format | None, D
     if dtype_name != "auto" and dtype_name not in DENSE:
         raise OptionError(f"--dtype {options.dtype} is not known; use auto, {', '.join(DENSE)}")
     dtype = None if dtype_name == "auto" else DENSE[dtype_name]
-    if name == "keep":
-        name = facts.quantized or "none"
-        if name != "none" and name not in FORMATS:
-            raise UnsupportedError(
-                f"{facts.location}: its weights are {name}, which is read but not written; choose "
-                f"--quant none or one of {', '.join(FORMATS)}"
+    if name == "keep" and facts.quantized:
+        kept = format_of(facts.quantized)
+        if kept is not None:
+            return with_groups(kept, options.group_size), dtype
+        raise UnsupportedError(
+            f"{facts.location}: its weights are {facts.quantized}, which is read but not written; choose "
+            f"--quant none or one of {', '.join(FORMATS)}"
+        )
+    if name in ("keep", "none"):
+        if options.group_size is not None:
+            raise OptionError(
+                f"--group-size {options.group_size} is for formats with groups, but the output is not quantized; add "
+                "--quant FORMAT or leave it out"
             )
-    if name == "none":
         return None, dtype
     if name not in FORMATS:
         raise OptionError(
             f"--quant {options.quant} is not known; use keep, none, or one of {', '.join(FORMATS)}"
         )
-    return FORMATS[name], dtype
+    return with_groups(FORMATS[name], options.group_size), dtype
 
 
 def _resolve_target(facts: Facts, options: MergeOptions) -> tuple[Format | None, Choice]:
@@ -138,7 +151,12 @@ def _resolve_target(facts: Facts, options: MergeOptions) -> tuple[Format | None,
                 "T", f"the base is {facts.quantized}, so the update is added to what it dequantizes to"
             )
         return None, Choice("F", "the update is added to the original 16-bit base")
-    known = [name for name, fmt in FORMATS.items() if name not in DENSE]
+    known = [name for name, fmt in FORMATS.items() if fmt.rounds_on_load]
+    if name in FORMATS and name not in DENSE and name not in known:
+        raise OptionError(
+            f"--merge-base {name} does not fit: training rounds no 16-bit base to it while loading; give the {name} "
+            f"checkpoint that was trained on as --base, or use original or one of {', '.join(known)}"
+        )
     if name not in known:
         raise OptionError(
             f"--merge-base {options.merge_base} is not known; use original or one of {', '.join(known)}"
@@ -218,9 +236,10 @@ def _without_text(facts: Facts, source: Format | None, quant: Format) -> tuple[R
         return ROUNDINGS["nearest"], Choice(
             "nearest", "the base lies on that grid already, so its codes stay"
         )
-    return ROUNDINGS["stochastic"], Choice(
-        "stochastic",
-        f"the target is the base's own {source.name} grid plus a small update, which nearest rounding would erase",
+    return ROUNDINGS["adaptive"], Choice(
+        "adaptive",
+        f"the target is the base's own {source.name} grid plus an update: rounded at random where that is small "
+        "against the grid's step and nearest rounding would erase it, to the nearest where it is not",
     )
 
 

@@ -54,6 +54,7 @@ def fingerprint(
             "dtype": options.dtype,
             "merge_base": options.merge_base,
             "rounding": rounding.name if rounding else None,
+            "group_size": options.group_size,
             "seed": options.seed,
             "ignore": list(options.ignore),
             "moe_layout": options.moe_layout,

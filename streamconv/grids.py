@@ -59,12 +59,19 @@ class TableGrid:
     """`values[code]` for every code, at most 256, in any order, from -1 to 1.
 
     A code changes at the float32 midpoint of neighbouring values; a number exactly on one gets the lower value.
+    `reach` is where the scale of nearest rounding puts a block's greatest magnitude: at 1, an end of the grid, or
+    beyond an end that is nearer to 0 than the other one.
     """
 
     name: str
     values: tuple[float, ...]
     block: int
     peak: float = 1.0
+    reach: float = 1.0
+
+    def of_block(self, block: int) -> Self:
+        """The same values, with another number of elements to a scale."""
+        return dataclasses.replace(self, block=block)
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -88,9 +95,9 @@ class TableGrid:
         """See Grid."""
         return _look_up(tables_of(self.values, codes.device).values, codes)
 
-    def decode_pairs(self, packed: Tensor) -> Tensor:
-        """Values (float32, flat) of 4-bit codes stored two a byte (uint8, flat), the first one high."""
-        pairs = _pairs(self.values, packed.device)
+    def decode_pairs(self, packed: Tensor, *, low_first: bool = False) -> Tensor:
+        """Values (float32, flat) of 4-bit codes stored two a byte (uint8, flat), the first one high or low."""
+        pairs = _pairs(self.values, packed.device, low_first)
         return pairs.index_select(0, packed.to(torch.int32)).view(torch.float32)
 
 
@@ -212,13 +219,13 @@ def tables_of(values: tuple[float, ...], device: torch.device) -> Tables:
 
 
 @functools.cache
-def _pairs(values: tuple[float, ...], device: torch.device) -> Tensor:
+def _pairs(values: tuple[float, ...], device: torch.device, low_first: bool) -> Tensor:
     """Both values of every byte of two 4-bit codes as one 8-byte item, copied and never computed with."""
     table = torch.tensor(values, dtype=torch.float32)
     high = table.repeat_interleave(16)
     low = table.repeat(16)
     # Copied when it is complete: whoever finds it in the cache may be in another stream of the device.
-    return torch.stack((high, low), dim=1).view(torch.int64).view(-1).to(device)
+    return torch.stack((low, high) if low_first else (high, low), dim=1).view(torch.int64).view(-1).to(device)
 
 
 def block_absmax(values: Tensor, block: int) -> Tensor:
@@ -255,6 +262,17 @@ def divide_by_scales(values: Tensor, scales: Tensor, block: int, peak: float = 1
     return out
 
 
+def code_steps(grid: Grid) -> Tensor:
+    """By code, the mean of the gaps beside its value, at an end the one gap: float32, in units of `scale / peak`."""
+    if not isinstance(grid, TableGrid):
+        return torch.ones(256)  # integers
+    values = torch.tensor(grid.values, dtype=torch.float64)
+    rising = torch.tensor(sorted(set(grid.values)), dtype=torch.float64)
+    gaps = rising.diff()
+    steps = (torch.cat((gaps[:1], gaps)) + torch.cat((gaps, gaps[-1:]))) / 2
+    return steps[torch.searchsorted(rising, values)].float()
+
+
 # The 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, arXiv 2305.14314, appendix E), in float32.
 NF4 = TableGrid(
     "nf4",
@@ -285,6 +303,24 @@ FP4 = TableGrid(
     tuple(value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)),
     block=64,
 )
+
+
+def _integers(name: str, bits: int, block: int) -> TableGrid:
+    """The integers of so many bits, two's complement, as files of groups store them: code c is c - 2^(bits - 1).
+
+    In units of 2^(bits - 1), a power of two, so that nothing is rounded where the scale is a multiple of the stored
+    one. The scale of nearest rounding is compressed-tensors' (`quantization/utils/helpers.py`, calculate_qparams): the
+    greatest magnitude lies in the middle between the two ends' magnitudes.
+    """
+    half = 2 ** (bits - 1)
+    return TableGrid(
+        name, tuple((code - half) / half for code in range(2 * half)), block, reach=(half - 0.5) / half
+    )
+
+
+# Signed integers with a scale for every group of a row, as GPTQ and compressed-tensors have them.
+INT4 = _integers("int4", bits=4, block=128)
+INT8_GROUPS = _integers("int8 in groups", bits=8, block=128)
 
 # LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339, §2): -128 is a code that is read, but never chosen.
 INT8 = IntegerGrid("int8", peak=127.0, block=ROW)

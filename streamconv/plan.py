@@ -63,12 +63,16 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class MergeOptions:
-    """The options of `merge` and `convert` that planning and execution use; names as on the command line."""
+    """The options of `merge` and `convert` that planning and execution use; names as on the command line.
+
+    `group_size`: None stands for that of the format, 128, or of a base that keeps its format.
+    """
 
     quant: str = "keep"
     dtype: str = "auto"
     rounding: str = "auto"
     merge_base: str = "original"
+    group_size: int | None = None
     seed: int = 0
     min_kept: float | None = None
     ignore: tuple[str, ...] = ()
@@ -152,6 +156,11 @@ class Rewrite:
             return Access.WHOLE
         reduces = needs_scales or self.searches_first or any(update.reduces for update in self.updates)
         return Access.REDUCE_THEN_ROW if reduces else Access.ROW
+
+
+def stores_the_same(weight: Weight, encoder: Encoder) -> bool:
+    """Whether `encoder` would store the scales of `weight` in the tensors that hold them now."""
+    return weight.format == encoder.format and (weight.dtype == encoder.dtype or not encoder.rounds_scales)
 
 
 Step = Copy | Rewrite | Constant
@@ -249,7 +258,9 @@ class Depth:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that a run will do. `quant` names the output's format of quantized weights, None if it has none.
+    """All that a run will do. `quant` names the output's format of quantized weights, None if it has none; `group_size`
+    is how many elements share a scale, where that can be chosen. `skipped` is what the config says of modules left in
+    16 bit; `unfit` are the paths of those that are only because the format cannot store their shape.
 
     `memory` is what its own pass needs, `calibration` tells of the one before, None where there is none. `depth` is
     None where the output has the layers of the base.
@@ -265,6 +276,8 @@ class Plan:
     calibration: CalibrationPlan | None
     quantized: tuple[str, ...]
     skipped: tuple[str, ...]
+    unfit: tuple[str, ...]
+    group_size: int | None
     adapted: Mapping[str, int]
     replaced: tuple[str, ...]
     renamed: str | None

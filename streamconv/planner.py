@@ -17,7 +17,7 @@ from streamconv.dtypes import DENSE, Dtype
 from streamconv.errors import AdapterError, OptionError, UnsupportedError
 from streamconv.fingerprint import fingerprint
 from streamconv.formats import FORMATS, dense_weight
-from streamconv.formats.base import Encoder, Weight
+from streamconv.formats.base import Encoder, Grouped, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, is_conv1d, matches, module_of, select
 from streamconv.layout import Placed, lay_out, split_by_size
 from streamconv.memory import plan_memory
@@ -32,6 +32,7 @@ from streamconv.plan import (
     Rewrite,
     ShardPlan,
     Step,
+    stores_the_same,
 )
 from streamconv.rounding import ROUNDINGS
 from streamconv.rounding.base import Rounding
@@ -74,14 +75,22 @@ class Grounds:
 
 
 @dataclass(frozen=True, slots=True)
+class _Quantized:
+    """Names of weights; what the config says of other modules; and the paths of those whose shape does not fit."""
+
+    weights: frozenset[str]
+    skipped: Sequence[str]
+    unfit: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class _Draft:
     """A plan but for what depends on the others of its run."""
 
     options: MergeOptions
     choices: Choices
     calibration: CalibrationPlan | None
-    quantized: frozenset[str]
-    skipped: Sequence[str]
+    quantized: _Quantized
     shards: tuple[ShardPlan, ...]
     vocab_size: tuple[int, int] | None
 
@@ -122,15 +131,15 @@ def _draft(base: Base, adapter: Adapter | None, options: MergeOptions, grounds: 
     updates = _updates_by_parameter(adapter)
     _check_unknown_tie(base, (*replaces, *updates))
     weights = _output_weights(base, adapter, replaces)
-    quantized, skipped = _choose_quantized(base, weights, replaces, choices, options)
+    chosen = _choose_quantized(base, weights, replaces, choices, options)
     within = grounds.weights if grounds is not None and choices.feedback is not None else frozenset()
-    by_weight = _steps(base, weights, updates, quantized, choices, within)
+    by_weight = _steps(base, weights, updates, chosen.weights, choices, within)
     calibration = None
     if choices.feedback is not None:
         assert grounds is not None
         calibration = _plan_calibration(by_weight, options, choices.feedback, grounds)
     shards = _as_stored(base.index, lay_out(_split(base, by_weight, choices, options)))
-    return _Draft(options, choices, calibration, quantized, skipped, shards, _new_vocabulary(base, weights))
+    return _Draft(options, choices, calibration, chosen, shards, _new_vocabulary(base, weights))
 
 
 def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, memory: Memory) -> Plan:
@@ -144,8 +153,10 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
         target=choices.target,
         rounding=choices.rounding_choice,
         calibration=draft.calibration,
-        quantized=tuple(sorted(draft.quantized)),
-        skipped=tuple(draft.skipped),
+        quantized=tuple(sorted(draft.quantized.weights)),
+        skipped=tuple(draft.quantized.skipped),
+        unfit=draft.quantized.unfit,
+        group_size=choices.quant.group_size if isinstance(choices.quant, Grouped) else None,
         adapted=dict(adapter.modules) if adapter else {},
         replaced=tuple(sorted(each.parameter for each in adapter.replaces)) if adapter else (),
         renamed=adapter.renamed if adapter else None,
@@ -229,11 +240,11 @@ def _choose_quantized(
     replaces: Mapping[str, Replace],
     choices: Choices,
     options: MergeOptions,
-) -> tuple[frozenset[str], Sequence[str]]:
+) -> _Quantized:
     """Weights the output stores quantized, and the linear modules it leaves in 16 bit: one decision."""
     _check_ignore(options.ignore, weights)
     if choices.quant is None:
-        return frozenset(), ()
+        return _Quantized(frozenset(), (), ())
     ignore, dense = list(options.ignore), {module_of(name) for name in replaces}  # exactly these, no pattern
     if base.quantized:  # what it leaves in 16 bit stays so, what it quantizes does too
         modules = {name: module_of(name) for name in base.weights}
@@ -242,13 +253,25 @@ def _choose_quantized(
     else:
         ignore += DEFAULT_IGNORE
     shapes = {name: weight.shape for name, weight in weights.items()}
-    selection = select(shapes, base.index.config, ignore, dense)
-    if not selection.quantized:
+    # A bias beside a weight says nothing of it.
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and name.endswith(".weight")}
+    unfit = {name for name, shape in matrices.items() if not choices.quant.fits(shape)}
+    by_path, config = choices.quant.skips_by_path, base.index.config
+    wanted = select(shapes, config, ignore, dense, by_path=by_path)
+    selection = select(shapes, config, ignore, dense | {module_of(name) for name in unfit}, by_path=by_path)
+    if not wanted.quantized:
         raise OptionError(
             f"--quant {choices.quant.name} would quantize nothing: {base.index.storage.location} has no linear "
             "weights that a loader would quantize, or --ignore names them all; leave --quant out"
         )
-    return frozenset(selection.quantized), selection.skipped
+    if not selection.quantized:
+        raise OptionError(
+            f"--quant {choices.quant.name} would quantize nothing: {wanted.quantized[0]} has shape "
+            f"{list(shapes[wanted.quantized[0]])} and no other weight fits either; choose a smaller --group-size, or "
+            "another --quant"
+        )
+    left = tuple(module_of(name) for name in wanted.quantized if name in unfit)
+    return _Quantized(frozenset(selection.quantized), selection.skipped, left)
 
 
 def _check_ignore(patterns: Sequence[str], weights: Mapping[str, Weight]) -> None:
@@ -314,9 +337,9 @@ def _weight_steps(
 ) -> list[Step]:
     changes = bool(updates) or merge_base is not None
     if encoder is None or (not changes and (encoder.format, encoder.dtype) == (weight.format, weight.dtype)):
-        main = weight.parts[weight.decoder.main].name
         # Only a weight of one part is ever stored under another name than the base's.
-        return [Copy(name if part.name == main else part.name, part) for part in weight.parts.values()]
+        is_dense = len(weight.parts) == 1
+        return [Copy(name if is_dense else part.name, part) for part in weight.parts.values()]
     if weight.decoder.grid is not None and any(isinstance(update, WholeUpdate) for update in updates):
         raise UnsupportedError(
             f"{name} is {weight.format}, and the adapter was trained on what its initialisation had left of the weight "
@@ -341,7 +364,7 @@ def _weight_steps(
             f"{name}: this update needs a pass over the whole weight, and so does --rounding {rounding.name} with "
             f"double-quantized scales; choose another --rounding, or a --quant other than {encoder.format}"
         )
-    keeps_parts = keeps and merge_base is None and weight.format == encoder.format
+    keeps_parts = keeps and merge_base is None and stores_the_same(weight, encoder)
     calibrates &= bool(updates) or not is_on_grid  # else the codes stay
     return [Rewrite(name, weight, updates, encoder, rounding, merge_base, keeps, keeps_parts, calibrates)]
 

@@ -182,6 +182,42 @@ def test_nearest_rounding_onto_the_bases_own_grid_loses_a_small_update(
     assert stochastic.kept_delta > 0.8
 
 
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        ("16 bit", {"quant": "nf4-dq", "merge_base": "nf4-dq"}),
+        ("nf4-dq", {"quant": "nf4-dq"}),
+        ("16 bit", {"quant": "int8", "merge_base": "int8"}),
+        ("16 bit", {"quant": "nf4"}),
+    ],
+    ids=str,
+)
+def test_adaptive_is_weight_by_weight_one_of_the_two(
+    inputs: Inputs, tmp_path: Path, base: str, options: dict[str, Any]
+) -> None:
+    """`up_proj`'s update is large against the step and `q_proj`'s small; the last base lies on no grid."""
+    is_off_grid = "merge_base" not in options and base == "16 bit"
+    source = inputs.bf16 if base == "16 bit" else inputs.quantized(tmp_path / "base", base)
+    sizes = {"up_proj": 0.4, "q_proj": 0.0001}
+    adapter = write_adapter(tmp_path / "adapter", SIZES.shapes, targets=TARGETS, size=1.0)
+    parts = load_file(adapter / "adapter_model.safetensors")
+    sized = {
+        name: part * next((size for key, size in sizes.items() if key in name and "lora_B" in name), 1.0)
+        for name, part in parts.items()
+    }
+    edit_tensors(adapter / "adapter_model.safetensors", put=sized)
+    found = {}
+    for rounding in ("adaptive", "nearest", "stochastic"):
+        merge(source, adapter, tmp_path / rounding, rounding=rounding, seed=3, **options)
+        found[rounding] = load_file(tmp_path / rounding / "model.safetensors")
+    for name, tensor in found["adaptive"].items():
+        takes_nearest = "up_proj" in name or is_off_grid
+        assert torch.equal(tensor, found["nearest" if takes_nearest else "stochastic"][name]), name
+    for key in ("up_proj", "q_proj"):  # or the above says nothing
+        codes = f"{next(name for name in ADAPTED if key in name)}"
+        assert not torch.equal(found["nearest"][codes], found["stochastic"][codes])
+
+
 def test_equal_cells_are_rounded_with_noise_of_their_own(inputs: Inputs, tmp_path: Path) -> None:
     weight = "model.layers.0.mlp.up_proj.weight"
     base = write_base(tmp_path / "base", SIZES.shapes, shards=1)

@@ -104,8 +104,13 @@ def planned(base: Path, adapter: Path, workers: int = 2, **options: Any) -> Plan
 
 @pytest.fixture(
     scope="module",
-    params=[{}, {"quant": "nf4-dq", "merge_base": "nf4-dq"}, {"quant": "int8"}],
-    ids=["bf16", "nf4-dq", "int8"],
+    params=[
+        {},
+        {"quant": "nf4-dq", "merge_base": "nf4-dq"},
+        {"quant": "int8"},
+        {"quant": "w4a16", "group_size": 32},
+    ],
+    ids=["bf16", "nf4-dq", "int8", "w4a16"],
 )
 def plan(request: pytest.FixtureRequest, base: Path, adapter: Path) -> Plan:
     return planned(base, adapter, **request.param)

@@ -61,6 +61,7 @@ def test_every_option_that_changes_bytes_counts(base: Path, adapter: Path) -> No
         digest(base, adapter, quant="nf4", rounding="stochastic", seed=1),
         digest(base, adapter, quant="nf4", merge_base="nf4"),
         digest(base, adapter, quant="nf4-dq"),
+        digest(base, adapter, quant="w4a16", group_size=32),
     ]
     assert len(set(digests)) == len(digests)
 

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamconv.formats.bnb_4bit import DYNAMIC
-from streamconv.grids import FP4, NF4, TableGrid, block_absmax, divide_by_scales, multiply_by_scales
+from streamconv.grids import (
+    FP4,
+    INT4,
+    INT8_GROUPS,
+    NF4,
+    TableGrid,
+    block_absmax,
+    divide_by_scales,
+    multiply_by_scales,
+)
 
 EVEN = TableGrid("even", (-1.0, 0.0, 1.0), 64)
 CLOSE = TableGrid("close", (-1.0, 0.0, 1e-4, 2e-4, 1.0), 64)  # thresholds too close for bins
@@ -124,3 +133,17 @@ def test_scales_of_zero_and_below_divide_like_their_floor() -> None:
 def test_nan_shows_in_its_blocks_scale() -> None:
     values = torch.tensor([1.0, math.nan, 2.0, 1.0, math.nan])
     assert block_absmax(values, 2).isnan().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(("grid", "bits"), [(INT4, 4), (INT8_GROUPS, 8)])
+def test_integers_in_groups_are_all_those_of_their_bits(grid: TableGrid, bits: int) -> None:
+    codes = torch.arange(2**bits, dtype=torch.uint8)
+    half = 2 ** (bits - 1)
+    assert torch.equal(grid.decode(codes) * half, torch.arange(-half, half, dtype=torch.float32))
+    # The scale of calculate_qparams, times a power of two: absmax / ((2^b - 1) / 2).
+    assert grid.reach * half == (2**bits - 1) / 2
+
+
+def test_a_block_of_another_length_has_the_same_values() -> None:
+    assert INT4.of_block(32).values == INT4.values
+    assert INT4.of_block(32) != INT4

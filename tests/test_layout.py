@@ -16,6 +16,7 @@ from streamconv.checkpoint.types import TensorSpec
 from streamconv.dtypes import BF16, DENSE, DTYPES, F32, U8
 from streamconv.errors import UnsupportedError
 from streamconv.formats import FORMATS
+from streamconv.formats.base import Grouped
 from streamconv.layout import DATA_ALIGNMENT, lay_out, nbytes, shard_names, split_by_size
 from streamconv.pipeline import Job, convert, prepare
 from streamconv.plan import MergeOptions
@@ -34,7 +35,10 @@ def single(name: str, code: str, *shape: int) -> Step:
 
 
 def encoded(format_name: str, name: str, shape: tuple[int, int], dtype: str) -> Step:
-    return Step(FORMATS[format_name].encoder(name, shape, DENSE[dtype]).parts)
+    storage_format = FORMATS[format_name]
+    if isinstance(storage_format, Grouped):
+        shape = (2 * shape[0], shape[1] * storage_format.group_size)
+    return Step(storage_format.encoder(name, shape, DENSE[dtype]).parts)
 
 
 # What a plan holds: copies of any tensor, and what the encoders make of a matrix.

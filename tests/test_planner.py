@@ -16,8 +16,9 @@ from streamconv.adapters.base import Tie
 from streamconv.errors import OptionError, UnsupportedError
 from streamconv.formats import find_weights
 from streamconv.pipeline import Job, Prepared, merge_options, prepare
-from streamconv.plan import Access, Copy, Plan, Rewrite, Step
+from streamconv.plan import Access, Copy, MergeOptions, Plan, Rewrite, Step
 from streamconv.planner import find_tie
+from streamconv.report.plan import plan_as_text
 from streamconv.walk import bytes_read
 from tests.checkpoint.files import index_of
 from tests.models import Sizes, write_adapter, write_base, write_tensors
@@ -34,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = write_base(folder / "16 bit", SIZES.shapes)
     for quant in ("nf4", "nf4-dq"):
         streamconv.convert(base, folder / quant, quant=quant, max_shard_size="50KB")
+    streamconv.convert(base, folder / "w8a16", quant="w8a16", group_size=32)
     write_adapter(folder / "adapter", SIZES.shapes)
     return folder
 
@@ -52,9 +54,20 @@ def prepared(
     ignore: tuple[str, ...] = (),
     max_ram: str = "1GiB",
     max_shard_size: str | None = None,
+    group_size: int | None = None,
 ) -> Prepared:
     options = merge_options(
-        quant, dtype, rounding, merge_base, seed, min_kept, ignore, max_ram, "1GiB", max_shard_size
+        quant,
+        dtype,
+        rounding,
+        merge_base,
+        seed,
+        min_kept,
+        ignore,
+        max_ram,
+        "1GiB",
+        max_shard_size,
+        group_size=group_size,
     )
     return prepare(
         Job(str(folder / base), None if adapter is None else str(folder / adapter), options, "cpu")
@@ -72,7 +85,7 @@ def steps(plan: Plan) -> dict[str, Step]:
 # -- what is chosen, and why ---------------------------------------------------------------------------------------
 
 ORIGINAL = "the update is added to the original 16-bit base"
-OWN_GRID = "grid plus a small update, which nearest rounding would erase"
+OWN_GRID = "grid plus an update: rounded at random where that is small"
 
 
 @pytest.mark.parametrize(
@@ -86,28 +99,38 @@ OWN_GRID = "grid plus a small update, which nearest rounding would erase"
             {"merge_base": "nf4-dq", "quant": "nf4-dq"},
             "nf4-dq",
             ("T", "first rounded to nf4-dq"),
-            ("stochastic", f"own nf4-dq {OWN_GRID}"),
+            ("adaptive", f"own nf4-dq {OWN_GRID}"),
         ),
         (
             "16 bit",
             {"merge_base": "nf4", "quant": "nf4-dq"},
             "nf4-dq",
             ("T", "first rounded to nf4,"),
-            ("stochastic", f"own nf4 {OWN_GRID}"),
+            ("adaptive", f"own nf4 {OWN_GRID}"),
         ),
-        ("nf4", {}, "nf4", ("T", "the base is nf4, so"), ("stochastic", f"own nf4 {OWN_GRID}")),
-        ("nf4", {"merge_base": "nf4"}, "nf4", ("T", "the base is nf4"), ("stochastic", OWN_GRID)),
+        ("nf4", {}, "nf4", ("T", "the base is nf4, so"), ("adaptive", f"own nf4 {OWN_GRID}")),
+        ("nf4", {"merge_base": "nf4"}, "nf4", ("T", "the base is nf4"), ("adaptive", OWN_GRID)),
         ("nf4", {"quant": "none"}, None, ("T", "the base is nf4, so"), None),
-        ("nf4-dq", {"quant": "nf4"}, "nf4", ("T", "the base is nf4-dq"), ("stochastic", "own nf4-dq grid")),
+        ("nf4-dq", {"quant": "nf4"}, "nf4", ("T", "the base is nf4-dq"), ("adaptive", "own nf4-dq grid")),
         ("nf4", {"rounding": "nearest"}, "nf4", ("T", "nf4"), ("nearest", "asked for by name")),
         ("16 bit", {"quant": "float16"}, None, ("F", ORIGINAL), None),
+        (
+            "16 bit",
+            {"quant": "w4a16", "group_size": 32},
+            "w4a16",
+            ("F", ORIGINAL),
+            ("nearest", "the w4a16 grid"),
+        ),
+        ("w8a16", {}, "w8a16", ("T", "the base is w8a16, group size 32"), ("adaptive", "own w8a16 grid")),
+        ("w8a16", {"group_size": 64}, "w8a16", ("T", "the base is"), ("nearest", "the w8a16 grid")),
+        ("w8a16", {"quant": "w4a16", "group_size": 32}, "w4a16", ("T", "the base is"), ("nearest", "w4a16")),
     ],
     ids=str,
 )
 def test_choices_and_their_reasons(
     folder: Path,
     base: str,
-    options: Mapping[str, str],
+    options: Mapping[str, Any],
     quant: str | None,
     target: tuple[str, str],
     rounding: tuple[str, str] | None,
@@ -149,6 +172,74 @@ def test_what_is_quantized_and_what_is_left(folder: Path) -> None:
     left = {name for name in linear if "up_proj" in name or ("layers.1" in name and "q_proj" in name)}
     assert set(plan.quantized) == linear - left
     assert set(plan.skipped) == {"lm_head", "up_proj", "model.layers.1.self_attn.q_proj"}
+
+
+def test_what_is_not_whole_groups_stays_in_16_bit_and_is_named(folder: Path) -> None:
+    """down_proj has rows of 96."""
+    plan = plan_of(folder, quant="w4a16", group_size=64, ignore=("layers.0.mlp.up_proj",))
+    down = {f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)}
+    assert set(plan.skipped) == {"lm_head", "model.layers.0.mlp.up_proj", *down}
+    assert not [name for name in plan.quantized if "down_proj" in name]
+    assert plan.group_size == 64
+    assert plan.unfit == tuple(sorted(down))
+    assert "2 do not fit" not in plan_as_text(prepared(folder, quant="w4a16", group_size=32))
+    text = plan_as_text(prepared(folder, quant="w4a16", group_size=64))
+    assert "down_proj do not fit w4a16, as rows are no whole groups of 64" in text
+    other = plan_of(folder, quant="nf4")
+    assert (other.group_size, other.unfit) == (None, ())
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8", "w4a16"])
+def test_a_bias_keeps_no_weight_in_16_bit(tmp_path: Path, quant: str) -> None:
+    biases = {
+        name.replace("weight", "bias"): shape[:1] for name, shape in SIZES.shapes.items() if "_proj" in name
+    }
+    write_base(tmp_path / "16 bit", SIZES.shapes | biases)
+    options: dict[str, Any] = {"group_size": 32} if quant == "w4a16" else {}
+    plan = plan_of(tmp_path, adapter=None, quant=quant, **options)
+    assert set(plan.quantized) == {name.replace("bias", "weight") for name in biases}
+    assert plan.skipped == ("lm_head",)
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "message"),
+    [
+        (
+            "16 bit",
+            {"quant": "nf4", "group_size": 64},
+            r"--group-size 64 does not fit nf4, .* --quant .*w4a16",
+        ),
+        (
+            "16 bit",
+            {"quant": "w4a16", "group_size": 48},
+            "48 is not one that w4a16 can have; use 32, 64, 128",
+        ),
+        ("16 bit", {"group_size": 64}, "--group-size 64 is for formats with groups, but the output is not"),
+        ("nf4", {"group_size": 64}, "--group-size 64 does not fit nf4"),
+        (
+            "16 bit",
+            {"quant": "w4a16"},
+            r"would quantize nothing: .* has shape \[.*\] and .* smaller --group-size",
+        ),
+        (
+            "16 bit",
+            {"merge_base": "w4a16"},
+            r"--merge-base w4a16 does not fit: .* as --base, or use original",
+        ),
+        ("w8a16", {"merge_base": "w8a16"}, r"--merge-base w8a16 does not fit"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(
+    folder: Path, base: str, options: Mapping[str, Any], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        plan_of(folder, base, **options)
+
+
+def test_of_several_outputs_a_group_size_is_for_those_with_groups(folder: Path) -> None:
+    options = MergeOptions(quant="nf4", group_size=32)
+    job = Job(str(folder / "16 bit"), str(folder / "adapter"), options, "cpu", also=("w4a16", "none"))
+    assert [plan.group_size for plan in prepare(job).plans] == [None, 32, None]
 
 
 def test_a_quantized_base_keeps_what_it_left_in_16_bit(folder: Path, tmp_path: Path) -> None:

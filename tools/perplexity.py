@@ -3,8 +3,8 @@
     perplexity = exp(mean over predicted tokens of -log p(token | those before it in its window))
 
 The text is cut into windows of equal length from its start; the first token of a window is given, not
-predicted. Compute is in float32: on most processors it is several times faster than bfloat16, and it
-leaves the stored values as the only rounding.
+predicted. All is float32: on most processors that is several times faster than bfloat16, and it leaves the stored
+values as the only rounding.
 """
 
 import argparse
@@ -78,19 +78,41 @@ def score(subject: Subject, windows: Tensor) -> Score:
 
 
 def load(subject: Subject) -> Any:
-    """Open `subject` for inference in float32. It must not be merged or saved afterwards.
+    """Open `subject` for inference, all of it in float32; an adapter runs beside its base.
 
-    On processors with AVX512-BF16 the first forward pass makes bitsandbytes repack 4-bit weights in place;
-    what is then read from them is garbage.
+    A 4-bit checkpoint is opened as any user opens it; its packed weights are then replaced by what bitsandbytes makes
+    of them. (Its own layers multiply by other numbers on one processor than on another: with AVX512-BF16 they repack
+    their weights at the first forward pass and cut scales to bfloat16.)
     """
     quantized = load_in_nf4_dq() if subject.load_in_nf4_dq else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(subject.model, dtype=torch.float32, **quantized)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            model.set_submodule(name, _dense(module))
     if subject.adapter:
         model = PeftModel.from_pretrained(model, subject.adapter)
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.compute_dtype = torch.float32
-    return model.eval()
+    # A quantized checkpoint keeps the dtype of its other tensors, whatever is asked for; and its own `float` refuses.
+    return torch.nn.Module.float(model).eval()
+
+
+def _dense(module: Any) -> torch.nn.Linear:
+    """`module` with the values of its codes; those of a weight that was bf16 are not rounded to bf16 again."""
+    weight = dequantized(module, torch.float32)
+    dense = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
+    dense.weight = torch.nn.Parameter(weight, requires_grad=False)
+    if module.bias is not None:
+        dense.bias = torch.nn.Parameter(module.bias.detach().float(), requires_grad=False)
+    return dense
+
+
+def dequantized(module: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight [out, in] of a Linear4bit as bitsandbytes decodes it, in `dtype` or the weight's own."""
+    state = module.weight.quant_state
+    own = state.dtype
+    state.dtype = dtype or own
+    weight: Tensor = bitsandbytes.functional.dequantize_4bit(module.weight.data, state)
+    state.dtype = own
+    return weight
 
 
 def load_in_nf4_dq() -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from streamconv.analysis.result import OnGrid, TargetAnalysis
 from streamconv.plan import Choice
+from streamconv.rounding import ROUNDINGS
+from streamconv.rounding.adaptive import Adaptive
 
 # A result that keeps less than this has lost the update; one that keeps more than the other has it.
 _LOST, _KEPT = 0.2, 0.8
@@ -66,8 +68,8 @@ def _choice(
     merge_base: str | None,
 ) -> str:
     target = "F" if "F" in total else "T"
-    chosen = auto[target, name]
-    found = total[target].formats[name].roundings.get(chosen.name)
+    way, words = _way(auto[target, name], total[target].formats[name])
+    found = total[target].formats[name].roundings.get(way)
     kept = (
         f", which keeps {found.kept:.0%} of the update with an error of {found.error:.1f} times it"
         if found
@@ -75,8 +77,17 @@ def _choice(
     )
     other = ""
     if target == "F" and "T" in total and merge_base is not None:
-        way = auto["T", name].name
+        way, of_trained = _way(auto["T", name], total["T"].formats[name])
         stored = total["T"].formats[name].roundings.get(way)
         share = f" and keeps {stored.kept:.0%}" if stored else ""
-        other = f"; --merge-base {merge_base} starts from what training saw, takes {way}{share}"
-    return f"--quant {name} takes {chosen.name} rounding of {target}{kept}{other}"
+        other = f"; --merge-base {merge_base} starts from what training saw, takes {of_trained}{share}"
+    return f"--quant {name} takes {words} rounding of {target}{kept}{other}"
+
+
+def _way(chosen: Choice, found: OnGrid) -> tuple[str, str]:
+    """The rounding that weights of this ratio get, and what is chosen in words."""
+    rounding = ROUNDINGS[chosen.name]
+    if not isinstance(rounding, Adaptive):
+        return chosen.name, chosen.name
+    way = rounding.settled(found.delta_to_step).name
+    return way, f"{chosen.name} (here {way})"

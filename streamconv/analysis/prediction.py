@@ -33,9 +33,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from streamconv.grids import Grid, TableGrid
 
@@ -53,15 +51,6 @@ _WEIGHTS = [math.exp(-(place**2) / 2) for place in _PLACES]
 _NORMAL = tuple((place, weight / sum(_WEIGHTS)) for place, weight in zip(_PLACES, _WEIGHTS, strict=True))
 # An exponent for which exp is as good as 0. Below it, results would be subnormal, which processors are slow at.
 _SMALLEST = -700.0
-
-
-def code_steps(grid: Grid) -> Tensor:
-    """By code, the mean of the gaps beside its value, in units of `scale / peak`: float32."""
-    if not isinstance(grid, TableGrid):
-        return torch.ones(256)  # integers
-    values = np.array(grid.values)
-    rising = np.unique(values)
-    return torch.from_numpy(_steps(rising)[np.searchsorted(rising, values)]).float()
 
 
 def predicted_kept(delta_to_step: float, grid: Grid, kurtosis: float = 0.0) -> float:

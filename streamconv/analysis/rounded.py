@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamconv.analysis.prediction import code_steps
 from streamconv.analysis.sums import BlockSums, Sums, block_sums, stretches, total
 from streamconv.cells import KeptDelta, Seen
-from streamconv.grids import Grid, block_absmax
+from streamconv.grids import Grid, block_absmax, code_steps
 from streamconv.kernels import kernels_for
 from streamconv.kernels.in_torch import block_dots
 from streamconv.plan import Rewrite
+from streamconv.rounding.base import starting_scales
 
 # What is held for every block of a weight, in bytes.
 BYTES_PER_BLOCK = 16
@@ -110,7 +110,10 @@ class CodesWatch:
             return base.codes, block_absmax(anchor, self._grid.block) if scales is None else scales
         values = base.values.reshape(-1)
         codes = torch.empty(values.numel(), dtype=torch.uint8, device=values.device)
-        return codes, kernels_for(values.device).nearest(values, self._grid, None, codes)
+        scales = starting_scales(values, self._grid)
+        if self._step.encoder.rounds_scales:
+            scales = self._step.encoder.effective_scales(scales)
+        return codes, kernels_for(values.device).nearest(values, self._grid, scales, codes)
 
     def _codes(self, codes: Tensor, own: Tensor, target: Tensor, first: int) -> _Cell:
         """A stretch of a cell, which begins with block `first` of the weight."""

@@ -11,6 +11,7 @@ from streamconv.analysis.options import USUAL_MERGE_BASE, AnalysisOptions
 from streamconv.analysis.rounded import BYTES_PER_BLOCK
 from streamconv.devices import Device
 from streamconv.errors import InputError, OptionError, ResourceError
+from streamconv.formats.base import group_of
 from streamconv.memory import plan_memory
 from streamconv.pipeline import Prepared
 from streamconv.plan import Choice, Memory, MergeOptions, Plan, Rewrite
@@ -102,7 +103,8 @@ def plan_views(prepared: Prepared, options: AnalysisOptions) -> Scheme:
     auto: dict[tuple[str, str], Choice] = {}
     for merge_base in _merge_bases(prepared, options.merge_base):
         for quant in ("none", *options.formats):
-            asked = replace(without_budget(options.job.options), quant=quant, merge_base=merge_base)
+            own = replace(without_budget(options.job.options), quant=quant, merge_base=merge_base)
+            asked = replace(own, group_size=_own_group_size(prepared, quant))
             plan = build_plan(prepared.base, prepared.adapter, asked, device)
             target = plan.target.name
             targets[target] = plan.target
@@ -124,6 +126,12 @@ def plan_views(prepared: Prepared, options: AnalysisOptions) -> Scheme:
         for name, of_weight in wanted.items()
     )
     return Scheme(subjects, targets, auto, device)
+
+
+def _own_group_size(prepared: Prepared, quant: str) -> int | None:
+    """That of a base in the very format, so that its grid is the same."""
+    name, size = group_of(prepared.base.quantized or "")
+    return size if name == quant else None
 
 
 def without_budget(options: MergeOptions) -> MergeOptions:

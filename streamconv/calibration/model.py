@@ -69,6 +69,7 @@ def _reference(subject: Subject) -> Plan:
     options = replace(
         subject.plan.options,
         quant="none",
+        group_size=None,
         dtype=F32.name,
         rounding="auto",
         ignore=(),

@@ -14,7 +14,7 @@ from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import Shape
 from streamconv.devices import Device
 from streamconv.forward.weights import WeightSource
-from streamconv.plan import Access, Plan, Rewrite, cell_rows
+from streamconv.plan import Access, Plan, Rewrite, cell_rows, stores_the_same
 from streamconv.rounding.feedback import BaseOnGrid, Chosen
 from streamconv.workers import Workers
 
@@ -139,5 +139,5 @@ def _with_base_scales(step: Rewrite) -> Rewrite:
     """`step` as it is read here: the base's scales may stay, where it lies on the output's grid."""
     grid = step.merge_base.grid if step.merge_base is not None else step.weight.decoder.grid
     keeps = grid is not None and grid == step.encoder.grid
-    keeps_parts = keeps and step.merge_base is None and step.weight.format == step.encoder.format
+    keeps_parts = keeps and step.merge_base is None and stores_the_same(step.weight, step.encoder)
     return replace(step, keeps_scales=keeps, keeps_parts=keeps_parts, calibrated=False)

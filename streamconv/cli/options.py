@@ -90,6 +90,14 @@ RESULT = group(
     ),
     option(
         Section.RESULT,
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="Elements of a row that share a scale, in formats with groups: 32, 64 or 128. Default: 128, or that of a "
+        "base that keeps its format.",
+    ),
+    option(
+        Section.RESULT,
         "--dtype",
         default="auto",
         show_default=True,
@@ -102,8 +110,8 @@ RESULT = group(
         default="auto",
         show_default=True,
         metavar="NAME",
-        help="How 4-bit codes are chosen: nearest, stochastic, search, feedback (with --calibration); auto: what keeps "
-        "the fine-tune, feedback where there is calibration text.",
+        help="How 4-bit codes are chosen: nearest, stochastic, adaptive (either, by the size of the update), search, "
+        "feedback (with --calibration); auto: what keeps the fine-tune, feedback where there is calibration text.",
     ),
     option(
         Section.RESULT,
@@ -137,7 +145,13 @@ RESULT = group(
         help="Tokens of it whose gradients tell what each output of a layer counts for the model; 0: all count alike, "
         "in less time.",
     ),
-    option(Section.RESULT, "--seed", default=0, show_default=True, help="Seed of stochastic rounding."),
+    option(
+        Section.RESULT,
+        "--seed",
+        default=0,
+        show_default=True,
+        help="Seed of stochastic and adaptive rounding.",
+    ),
     option(
         Section.RESULT,
         "--ignore",

@@ -7,16 +7,17 @@ from types import MappingProxyType
 
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.dtypes import BF16, F16, F32, I8, U8
-from streamconv.errors import CheckpointError
-from streamconv.formats import bnb_4bit, bnb_int8
-from streamconv.formats.base import Format, Weight
+from streamconv.errors import CheckpointError, OptionError
+from streamconv.formats import bnb_4bit, bnb_int8, pack_quantized
+from streamconv.formats.base import Format, Grouped, Weight, group_of
 from streamconv.formats.bnb_4bit import Bnb4bitFormat
 from streamconv.formats.bnb_int8 import Int8Format
 from streamconv.formats.dense import DenseFormat, dense_weight
-from streamconv.formats.foreign import refuse_foreign
-from streamconv.grids import FP4, NF4
+from streamconv.formats.foreign import quantization_of, refuse_foreign
+from streamconv.formats.pack_quantized import PackQuantizedFormat
+from streamconv.grids import FP4, INT4, INT8_GROUPS, NF4
 
-__all__ = ["FORMATS", "dense_weight", "find_weights"]
+__all__ = ["FORMATS", "dense_weight", "find_weights", "format_of", "with_groups"]
 
 
 def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
@@ -36,21 +37,57 @@ def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
                 del free[part.name]
     found += [dense_weight(name, tensor) for name, tensor in free.items()]
     _refuse_orphans(found)
+    _check_config(index, found)
     by_main_part = {weight.parts[weight.decoder.main].name: weight for weight in found}
     return tuple(by_main_part[name] for name in index.tensors if name in by_main_part)
+
+
+def format_of(name: str) -> Format | None:
+    """The format that stores weights in the way that a Weight calls `name`; None where it is only read."""
+    plain, size = group_of(name)
+    found = FORMATS.get(plain)
+    if size is None:
+        return found
+    return found.of_group_size(size) if isinstance(found, Grouped) and size in found.group_sizes else None
+
+
+def with_groups(storage_format: Format, size: int | None) -> Format:
+    """The format with groups of `size`; None leaves it as it is. Raises OptionError where it cannot have them."""
+    if size is None:
+        return storage_format
+    if not isinstance(storage_format, Grouped):
+        able = ", ".join(name for name, each in FORMATS.items() if isinstance(each, Grouped))
+        raise OptionError(
+            f"--group-size {size} does not fit {storage_format.name}, whose scales are not of groups that could be "
+            f"chosen; leave it out, or choose --quant {able}"
+        )
+    if size not in storage_format.group_sizes:
+        known = ", ".join(map(str, storage_format.group_sizes))
+        raise OptionError(f"--group-size {size} is not one that {storage_format.name} can have; use {known}")
+    return storage_format.of_group_size(size)
 
 
 # What codes of a quantized weight look like, and what must be beside them.
 _CODES = {U8: ("packed 4-bit codes", "quant_state"), I8: ("8-bit codes", bnb_int8.SCALES)}
 
 
+_SIDE_SUFFIXES = (*bnb_4bit.SIDE_SUFFIXES, *bnb_int8.SIDE_SUFFIXES, *pack_quantized.SIDE_SUFFIXES)
+
+
+def _check_config(index: CheckpointIndex, weights: Iterable[Weight]) -> None:
+    """Raise CheckpointError where weights are stored otherwise than the config says, by which loaders go."""
+    config, where = quantization_of(index), index.storage.location
+    if config.get("quant_method") == pack_quantized.METHOD:
+        schemes = pack_quantized.read_schemes(config, where)
+        pack_quantized.check_described(weights, schemes, where)
+
+
 def _refuse_orphans(weights: Iterable[Weight]) -> None:
     for weight in weights:
-        is_side = weight.name.endswith((*bnb_4bit.SIDE_SUFFIXES, *bnb_int8.SIDE_SUFFIXES))
-        if is_side and len(weight.parts) == 1:
+        if weight.name.endswith(_SIDE_SUFFIXES) and len(weight.parts) == 1:
             raise CheckpointError(
-                f"{weight.name} belongs to a quantized weight that is missing, or whose quant_state or SCB is;"
-                " the checkpoint is incomplete, download it again"
+                f"{weight.name} belongs to a quantized weight that is missing, or whose quant_state, SCB or "
+                "weight_packed is; the checkpoint is incomplete, download it again"
             )
         if weight.dtype in _CODES and weight.name.endswith("weight"):
             codes, missing = _CODES[weight.dtype]
@@ -70,5 +107,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "fp4": Bnb4bitFormat("fp4", FP4),
         "fp4-dq": Bnb4bitFormat("fp4-dq", FP4, nested=True),
         "int8": Int8Format("int8"),
+        "w4a16": PackQuantizedFormat("w4a16", 4, INT4),
+        "w8a16": PackQuantizedFormat("w8a16", 8, INT8_GROUPS),
     }
 )

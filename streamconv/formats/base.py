@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -119,6 +119,13 @@ class Encoder(Protocol):
         """Whether scales are themselves quantized, so that their effective values need all of them first."""
 
     @property
+    def rounds_scales(self) -> bool:
+        """Whether storing rounds each scale on its own, so that codes are to be chosen with what becomes of it.
+
+        Effective scales are then known cell by cell, and those of effective scales are the same again.
+        """
+
+    @property
     def parts(self) -> tuple[TensorSpec, ...]:
         """In file order: the main part first, then those that `finish` returns; they lie together in the file."""
 
@@ -167,6 +174,21 @@ class Format(Protocol):
     def loaders(self) -> str:
         """Which programs open it, in a few words."""
 
+    @property
+    def library(self) -> str | None:
+        """The package that transformers needs to open it."""
+
+    @property
+    def rounds_on_load(self) -> bool:
+        """Whether QLoRA training rounds a 16-bit base to it while loading: what `--merge-base` may be."""
+
+    @property
+    def skips_by_path(self) -> bool:
+        """Whether its config names modules left in 16 bit by whole paths; else as `formats/linear.py` has it."""
+
+    def fits(self, shape: Shape) -> bool:
+        """Whether it can store the weight [out, in] of a Linear; one that it cannot stays in 16 bit."""
+
     def find(self, free: Mapping[str, StoredTensor]) -> Sequence[Weight]:
         """Weights of this format among the tensors no other format has claimed yet.
 
@@ -179,3 +201,34 @@ class Format(Protocol):
 
     def quantization_config(self, dtype: Dtype, skipped: Sequence[str]) -> Json | None:
         """The `quantization_config` a loader needs; None if dense. `skipped` names modules left in 16 bit."""
+
+
+@runtime_checkable
+class Grouped(Format, Protocol):
+    """A Format whose scales are each of a group of a row's elements, a number that can be chosen."""
+
+    @property
+    def group_size(self) -> int: ...
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Those that it can have."""
+
+    def of_group_size(self, size: int) -> Format:
+        """The same with groups of `size`, one of `group_sizes`."""
+
+
+GROUP_SIZES = (32, 64, 128)
+USUAL_GROUP_SIZE = 128
+_GROUP_SIZE = ", group size "
+
+
+def grouped_name(name: str, size: int) -> str:
+    """What encoders and weights call the format `name` with groups of `size`."""
+    return name if size == USUAL_GROUP_SIZE else f"{name}{_GROUP_SIZE}{size}"
+
+
+def group_of(name: str) -> tuple[str, int | None]:
+    """Undo `grouped_name`, where it names groups of another size than the usual one."""
+    plain, _, size = name.partition(_GROUP_SIZE)
+    return (plain, int(size)) if size.isdecimal() else (name, None)

@@ -167,9 +167,7 @@ def _find_weight(
             f"{name}: blocks of {state.block} elements that run across rows of {columns} are not supported;"
             " give the 16-bit base model instead"
         )
-    decoder = Bnb4bitDecoder(
-        name, state.dtype, columns, TableGrid(grid.name, grid.values, state.block), state.nested_offset
-    )
+    decoder = Bnb4bitDecoder(name, state.dtype, columns, grid.of_block(state.block), state.nested_offset)
     if state.block != grid.block:
         format_name = f"{format_name}, blocksize {state.block}"
     if parts[MAIN].dtype != U8:
@@ -300,6 +298,7 @@ class Bnb4bitEncoder:
     nested: bool
     parts: tuple[TensorSpec, ...]
     constants: tuple[Constant, ...] = ()
+    rounds_scales: bool = False
 
     @property
     def dequantized_dtype(self) -> Dtype:
@@ -411,6 +410,9 @@ class Bnb4bitFormat:
     grid: TableGrid
     nested: bool = False
     loaders: str = "transformers, vLLM (one GPU a model part), PEFT for training"
+    library: str = "bitsandbytes"
+    rounds_on_load: bool = True
+    skips_by_path: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -427,6 +429,9 @@ class Bnb4bitFormat:
                 for name in names
                 if _is_nested(name, free) == self.nested
             ]
+
+    def fits(self, shape: Shape) -> bool:
+        return len(shape) == 2
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Bnb4bitEncoder:
         """See Format."""

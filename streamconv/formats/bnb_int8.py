@@ -142,6 +142,7 @@ class Int8Encoder:
     dtype: Dtype
     grid: IntegerGrid
     nested: bool = False
+    rounds_scales: bool = False
     dequantized_dtype: Dtype = F32
 
     @property
@@ -183,6 +184,9 @@ class Int8Format:
     name: str
     grid: IntegerGrid = INT8
     loaders: str = "transformers, vLLM (one GPU a model part), PEFT for training"
+    library: str = "bitsandbytes"
+    rounds_on_load: bool = True
+    skips_by_path: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -197,6 +201,9 @@ class Int8Format:
         dtype = _dense_dtype(free)
         with TensorReader() as reader:
             return [_find_weight(name, self.name, dtype, free, reader) for name in names]
+
+    def fits(self, shape: Shape) -> bool:
+        return len(shape) == 2
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Int8Encoder:
         """See Format."""

@@ -78,6 +78,7 @@ class DenseEncoder:
 
     spec: TensorSpec
     nested: bool = False
+    rounds_scales: bool = False
     grid: Grid | None = None
     constants: tuple[Constant, ...] = ()
 
@@ -119,6 +120,9 @@ class DenseFormat:
     dtype: Dtype
     loaders: str = "any"
     grid: Grid | None = None
+    library: str | None = None
+    rounds_on_load: bool = False
+    skips_by_path: bool = False
 
     @property
     def name(self) -> str:
@@ -131,6 +135,10 @@ class DenseFormat:
     def find(self, free: Mapping[str, StoredTensor]) -> Sequence[Weight]:
         """Every tensor of this type: a dense weight has no other mark."""
         return [dense_weight(name, tensor) for name, tensor in free.items() if tensor.dtype == self.dtype]
+
+    def fits(self, shape: Shape) -> bool:
+        del shape
+        return True
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> DenseEncoder:
         del dtype  # the format is the type

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.dtypes import Dtype
 from streamconv.errors import UnsupportedError
+from streamconv.formats import pack_quantized
 
 _BY_SUFFIX: Mapping[str, str] = MappingProxyType(
     {
@@ -32,10 +34,13 @@ _BY_SUFFIX: Mapping[str, str] = MappingProxyType(
 
 def refuse_foreign(index: CheckpointIndex) -> None:
     """Raise UnsupportedError if the checkpoint is quantized in a way that no format here reads."""
-    config = index.config.get("quantization_config") or index.config.get("compression_config")
-    if isinstance(config, Mapping):
+    config = quantization_of(index)
+    if config:
         _refuse_method(index, config)
+    reads_packed = config.get("quant_method") == pack_quantized.METHOD
     for name, tensor in index.tensors.items():
+        if reads_packed and _is_packed(name, index):
+            continue
         kind = next((kind for suffix, kind in _BY_SUFFIX.items() if name.endswith(suffix)), None)
         if kind is None and _is_fp8(tensor.dtype):
             kind = f"{tensor.dtype} (fp8)"
@@ -43,10 +48,26 @@ def refuse_foreign(index: CheckpointIndex) -> None:
             raise _refusal(f"{index.storage.location}: {name} shows that the checkpoint is", kind)
 
 
-def _refuse_method(index: CheckpointIndex, config: Mapping[str, object]) -> None:
+def quantization_of(index: CheckpointIndex) -> Mapping[str, Any]:
+    """What config.json says of the quantization; empty if nothing."""
+    config = index.config.get("quantization_config") or index.config.get("compression_config")
+    return config if isinstance(config, Mapping) else {}
+
+
+def _is_packed(name: str, index: CheckpointIndex) -> bool:
+    """Whether a tensor is a part of a weight that `pack_quantized` finds, and judges."""
+    module, _, role = name.rpartition(".")
+    return role in (pack_quantized.MAIN, pack_quantized.SCALES) and (
+        f"{module}.{pack_quantized.MAIN}" in index.tensors
+    )
+
+
+def _refuse_method(index: CheckpointIndex, config: Mapping[str, Any]) -> None:
     where = f"{index.storage.location}: config.json says that the checkpoint is"
     method = config.get("quant_method")
-    if method != "bitsandbytes":
+    if method == pack_quantized.METHOD:
+        pack_quantized.read_schemes(config, where)
+    elif method != "bitsandbytes":
         raise _refusal(where, str(method) if method else "quantized in an unnamed way")
 
 

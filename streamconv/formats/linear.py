@@ -106,13 +106,16 @@ def select(
     config: Mapping[str, Any],
     ignore: Sequence[str],
     dense: Collection[str] = frozenset(),
+    *,
+    by_path: bool = False,
 ) -> Selection:
     """Decide which of the weights `shapes` are quantized, and what the config must say of the others.
 
     `shapes` are all weights of the model; `ignore` are patterns of modules, see `matches`, and `dense` are paths of
-    modules: both stay in 16 bit. Quantized is what bitsandbytes would have replaced. Mixture-of-experts parameters
-    are not: transformers 5 fuses experts into 3-D parameters, and its routers hold their weight themselves. Nor is a
-    head tied to the embedding.
+    modules: both stay in 16 bit. `by_path`: the config names them by whole paths, see `_skip_paths`. Quantized is what
+    bitsandbytes would have replaced. Mixture-of-experts parameters are not: transformers 5 fuses experts into 3-D
+    parameters, and its routers hold their weight themselves; but `by_path` experts that are stored apart are, all or
+    none. Nor is a head tied to the embedding.
 
     Raises UnsupportedError for a Conv1D weight that would be quantized, for a model that no skip list can describe,
     and where none can tell the two kinds apart; OptionError for a pattern that is no regular expression.
@@ -122,7 +125,7 @@ def select(
     quantized = []
     left = []
     for name, shape in shapes.items():
-        if not _may_be_linear(name, shape):
+        if not _may_be_linear(name, shape, has_experts=by_path):
             continue
         module = module_of(name)
         if module in dense or not _is_replaced(module, shapes, config) or matches(module, ignore):
@@ -135,7 +138,11 @@ def select(
         else:
             quantized.append(name)
     head = next((head for family, head in _HEAD_BY_FAMILY.items() if family in _families(config)), "lm_head")
-    return Selection(tuple(quantized), _skip_list(head, [module_of(name) for name in quantized], left))
+    modules = [module_of(name) for name in quantized]
+    if by_path:
+        _check_experts(left)
+        return Selection(tuple(quantized), _skip_paths(head, modules, left, shapes, config))
+    return Selection(tuple(quantized), _skip_list(head, modules, left))
 
 
 def module_of(name: str) -> str:
@@ -157,13 +164,17 @@ def matches(module: str, patterns: Sequence[str]) -> bool:
     )
 
 
-def _may_be_linear(name: str, shape: Shape) -> bool:
-    """Whether a weight may be an nn.Linear's: if it stays in 16 bit, the skip list had better name it."""
+def _may_be_linear(name: str, shape: Shape, *, has_experts: bool) -> bool:
+    """Whether a weight may be an nn.Linear's: if it stays in 16 bit, the skip list had better name it.
+
+    `has_experts`: those of experts that a file stores apart are such weights, too.
+    """
     if len(shape) != 2 or not name.endswith(".weight"):
         return False
     components = module_of(name).split(".")
     last = components[-1]
-    return "experts" not in components and "norm" not in last and not _EMBEDDING.fullmatch(last)
+    is_expert = "experts" in components and not has_experts
+    return not is_expert and "norm" not in last and not _EMBEDDING.fullmatch(last)
 
 
 def _is_replaced(module: str, shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> bool:
@@ -240,6 +251,47 @@ def _skip_list(head: str, quantized: Collection[str], left: Sequence[str]) -> tu
                     f"{entry} must stay in 16 bit, but loaders would take that name for {module} too;"
                     f" quantize both or neither: --ignore {module}"
                 )
+    return tuple(entries)
+
+
+def _check_experts(left: Sequence[str]) -> None:
+    """Raise UnsupportedError if an expert that is stored apart stays in 16 bit.
+
+    transformers fuses experts as it loads them, and of packed checkpoints it takes packed ones only
+    (`integrations/compressed_tensors.py`, CompressedTensorsDequantize).
+    """
+    expert = next((module for module in left if "experts" in module.split(".")), None)
+    if expert is not None:
+        raise UnsupportedError(
+            f"{expert} would stay in 16 bit, and loaders open such a checkpoint only if all experts are packed; choose "
+            "a smaller --group-size if its rows are no whole groups, leave it out of --ignore, or choose another format"
+        )
+
+
+def _skip_paths(
+    head: str,
+    quantized: Collection[str],
+    left: Sequence[str],
+    shapes: Mapping[str, Shape],
+    config: Mapping[str, Any],
+) -> tuple[str, ...]:
+    """Entries that compressed-tensors and vLLM read as naming `head`, unless it is quantized, and all of `left`.
+
+    A plain entry is a whole path, one after `re:` a regular expression from the start (`utils/match.py`). A model of
+    more than text is loaded under other paths than its file has, with the same ends: there an end that means no
+    quantized module stands for the path. Experts that the file has fused, which vLLM takes for modules, by one.
+    """
+    entries = {} if head in quantized else {head: None}
+    ends = {module: module.rpartition(".")[2] for module in left}
+    unclear = {end for end in ends.values() if any(other.rpartition(".")[2] == end for other in quantized)}
+    is_renamed = any("model_type" in level for level in _levels(config)[1:])
+    for module, end in ends.items():
+        is_whole = not is_renamed or end in unclear
+        entries[module if is_whole else rf"re:(?:.*\.)?{re.escape(end)}$"] = None
+    if any("experts" in name.split(".") and module_of(name) not in quantized for name in shapes):
+        entries[r"re:.*\.experts\..*"] = None
+    if "embed_out" in entries:
+        entries["lm_head"] = None
     return tuple(entries)
 
 

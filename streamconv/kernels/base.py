@@ -10,7 +10,7 @@ from torch import Tensor
 from streamconv.dtypes import Dtype
 from streamconv.grids import Grid, TableGrid
 
-# Scales tried in a search, in units of a block's greatest magnitude; and how often the best one is then fitted.
+# Scales tried in a search, in units of a block's starting scale; and how often the best one is then fitted.
 SEARCH_FACTORS = tuple(step / 40 for step in range(22, 45))
 SEARCH_STEPS = 3
 
@@ -38,16 +38,19 @@ class Kernels(Protocol):
     def name(self) -> str:
         """As plans and reports call it."""
 
-    def absmax(self, values: Tensor, block: int, out: Tensor) -> Tensor:
-        """The scale that bitsandbytes stores for every block of `values`, in `out`: its greatest magnitude."""
+    def starting_scales(self, values: Tensor, grid: Grid, out: Tensor) -> Tensor:
+        """The scale of nearest rounding for every block of `values`, in `out`: its greatest magnitude, over the reach.
+
+        It is what bitsandbytes stores, whose grids reach 1.
+        """
 
     def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
-        """Write the codes nearest to `values`; return the scales, those of `absmax` where None are given."""
+        """Write the codes nearest to `values`; return the scales, the starting ones where None are given."""
 
     def search(self, values: Tensor, grid: Grid, scales: Tensor) -> None:
         """Write the scales with which nearest codes have the least squared error found.
 
-        Tried are the greatest magnitude of a block, SEARCH_FACTORS of it, then, SEARCH_STEPS times, <t, v> / <v, v>
+        Tried are the starting scale of a block, SEARCH_FACTORS of it, then, SEARCH_STEPS times, <t, v> / <v, v>
         with the values v that the best one's codes stand for.
         """
 
@@ -89,17 +92,24 @@ class Kernels(Protocol):
     def uniform(self, key: int, first: int, out: Tensor) -> None:
         """Fill `out` with the numbers from place `first` on of the stream `key`; see `rounding/noise.py`."""
 
-    def pack_pairs(self, codes: Tensor, out: Tensor) -> None:
-        """Write 4-bit codes, an even number, two a byte, the first one high."""
+    def pack_pairs(self, codes: Tensor, out: Tensor, *, low_first: bool = False) -> None:
+        """Write 4-bit codes, an even number, two a byte, the first one in its high or its low half."""
 
-    def unpack_pairs(self, packed: Tensor, codes: Tensor) -> None:
+    def unpack_pairs(self, packed: Tensor, codes: Tensor, *, low_first: bool = False) -> None:
         """Undo `pack_pairs`; of the last byte only as much as `codes` has room for."""
 
     def decode(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
         """Write what `codes` stand for, rounded to `dtype`, to `out`."""
 
     def decode_pairs(
-        self, packed: Tensor, grid: TableGrid, scales: Tensor, dtype: Dtype, out: Tensor
+        self,
+        packed: Tensor,
+        grid: TableGrid,
+        scales: Tensor,
+        dtype: Dtype,
+        out: Tensor,
+        *,
+        low_first: bool = False,
     ) -> None:
         """As `decode`, for packed codes."""
 

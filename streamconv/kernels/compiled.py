@@ -18,7 +18,7 @@ from streamconv.dtypes import BF16, F16, F32, Dtype
 from streamconv.grids import SMALLEST_DIVISOR, Grid, IntegerGrid, TableGrid, tables_of
 from streamconv.kernels import loops
 from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start
-from streamconv.kernels.in_torch import TorchKernels, block_dots, round_to
+from streamconv.kernels.in_torch import TorchKernels, block_dots, over_reach, round_to
 from streamconv.kernels.loops import Array
 
 # The block of bitsandbytes' 4-bit formats, and the length of every loop over one.
@@ -34,14 +34,19 @@ _DROPPED = {F32: 0, BF16: 16, F16: 13}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Table:
-    """A grid of at most 16 values, padded to 16: what the loops look up. A rank is a place in rising order."""
+    """A grid's values padded to 16, or to 256: what the loops look up. A rank is a place in rising order.
+
+    `half`: code c stands for c / half - 1, if it is not 0. `pairs` of a byte's two codes, that in its high half first,
+    and that in its low half first; of grids of at most 16.
+    """
 
     midpoints: Array
     rising: Array
     gaps: Array
     by_code: Array
     by_rank: Array
-    pairs: Array
+    pairs: tuple[Array, Array]
+    half: Any
     in_order: bool
 
 
@@ -50,21 +55,34 @@ def _table(values: tuple[float, ...]) -> _Table:
     known = tables_of(values, torch.device("cpu"))
     rising = known.distinct.thresholds.numpy()
     by_rank = known.codes.numpy()
-    by_code = np.zeros(_CODES, np.float32)
+    length = _CODES if len(values) <= _CODES else 256
+    by_code = np.zeros(length, np.float32)
     by_code[: len(values)] = values
-    halves = np.stack((np.repeat(by_code, _CODES), np.tile(by_code, _CODES)), axis=1)
+    high, low = np.repeat(by_code[:_CODES], _CODES), np.tile(by_code[:_CODES], _CODES)
     return _Table(
-        midpoints=_padded(known.midpoints.thresholds.numpy(), np.inf),
-        rising=_padded(rising, np.inf),
-        gaps=_padded(np.diff(rising), 0),
+        midpoints=_padded(known.midpoints.thresholds.numpy(), np.inf, length),
+        rising=_padded(rising, np.inf, length),
+        gaps=_padded(np.diff(rising), 0, length),
         by_code=by_code,
-        by_rank=_padded(by_rank, 0),
-        pairs=np.ascontiguousarray(halves).view(np.uint64).reshape(-1),
+        by_rank=_padded(by_rank, 0, length),
+        pairs=(_in_one(high, low), _in_one(low, high)),
+        half=np.float32(_half(values)),
         in_order=known.codes_are_ranks,
     )
 
 
-def _padded(entries: Array, filler: float, length: int = _CODES) -> Array:
+def _half(values: tuple[float, ...]) -> int:
+    half = len(values) // 2
+    is_power = half & (half - 1) == 0
+    return half if is_power and values == tuple(code / half - 1 for code in range(2 * half)) else 0
+
+
+def _in_one(first: Array, second: Array) -> Array:
+    """Two float32 as one 8-byte item."""
+    return np.stack((first, second), axis=1).view(np.uint64).reshape(-1)
+
+
+def _padded(entries: Array, filler: float, length: int) -> Array:
     return np.append(entries, np.full(length - len(entries), filler, entries.dtype))
 
 
@@ -74,16 +92,17 @@ class CompiledKernels:
 
     name: str = "compiled"
 
-    def absmax(self, values: Tensor, block: int, out: Tensor) -> Tensor:
-        whole = values.numel() // block
-        loop = loops.absmax_64 if block == BLOCK else loops.absmax
-        loop(_bits(_rows(values, whole, block)), _bits(out.numpy()[:whole]))
+    def starting_scales(self, values: Tensor, grid: Grid, out: Tensor) -> Tensor:
+        whole = values.numel() // grid.block
+        loop = loops.absmax_64 if grid.block == BLOCK else loops.absmax
+        loop(_bits(_rows(values, whole, grid.block)), _bits(out.numpy()[:whole]))
+        over_reach(out[:whole], grid)
         if whole < out.numel():
-            _TORCH.absmax(values[whole * block :], block, out[whole:])
+            _TORCH.starting_scales(values[whole * grid.block :], grid, out[whole:])
         return out
 
     def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
-        if not isinstance(grid, IntegerGrid) and not (isinstance(grid, TableGrid) and grid.peak == 1):
+        if not isinstance(grid, IntegerGrid) and not _is_table(grid):
             return _TORCH.nearest(values, grid, scales, codes)
         scales = self._scales(values, grid) if scales is None else scales
         whole = values.numel() // grid.block
@@ -116,10 +135,9 @@ class CompiledKernels:
         from_codes, base = _rows(old.codes, whole, grid.block), _rows(old.values, whole, grid.block)
         drawn, into = _rows(noise, whole, grid.block), _rows(codes, whole, grid.block)
         if isinstance(grid, TableGrid):
-            table = _table(grid.values)
-            look_up = (table.rising, table.gaps, table.by_code)
-            loops.stochastic_table(*arrays, from_codes, base, start is not None, drawn, *look_up, into)
-            _from_ranks(table, into)
+            _stochastic_in_table(
+                _table(grid.values), arrays, (from_codes, base, start is not None), drawn, into
+            )
         else:
             signed = from_codes.view(np.int8)
             loops.stochastic_integer(
@@ -136,10 +154,12 @@ class CompiledKernels:
             _TORCH.search(values, grid, scales)
             return
         whole, table = values.numel() // grid.block, _table(grid.values)
-        self.absmax(values, grid.block, scales)
-        look_up = (table.midpoints, table.rising)
-        found = scales.numpy()[:whole]
-        loops.search(_rows(values, whole, grid.block), _FACTORS, SEARCH_STEPS, *look_up, found)
+        self.starting_scales(values, grid, scales)
+        given, found = (_rows(values, whole, grid.block), _FACTORS, SEARCH_STEPS), scales.numpy()[:whole]
+        if table.half:
+            loops.search_uniform(*given, table.half, found)
+        else:
+            loops.search(*given, table.midpoints, table.rising, found)
         if whole < scales.numel():
             _TORCH.search(values[whole * grid.block :], grid, scales[whole:])
 
@@ -156,11 +176,11 @@ class CompiledKernels:
         errors: Tensor,
         is_first: bool,
     ) -> None:
-        if not isinstance(grid, TableGrid) or len(grid.values) > _CODES or grid.peak != 1:
+        table = _table(grid.values) if isinstance(grid, TableGrid) and grid.peak == 1 else None
+        if table is None or (len(table.by_code) > _CODES and not table.half):
             _TORCH.settle(target, pull, coupling, rows, grid, scales, dtype, codes, errors, is_first)
             return
-        table = _table(grid.values)
-        look_up = (table.midpoints, table.rising, table.by_code, table.by_rank)
+        look_up = (table.midpoints, table.half, table.rising, table.by_code, table.by_rank)
         arrays = (target.numpy(), pull.numpy(), coupling.numpy(), scales.numpy())
         into = (codes.numpy(), errors.numpy(), is_first, _DROPPED[dtype])
         if rows is None:
@@ -180,17 +200,17 @@ class CompiledKernels:
         if even < out.numel():
             _TORCH.uniform(key, first + even, out[even:])
 
-    def pack_pairs(self, codes: Tensor, out: Tensor) -> None:
-        loops.pack(codes.numpy(), out.numpy())
+    def pack_pairs(self, codes: Tensor, out: Tensor, *, low_first: bool = False) -> None:
+        loops.pack(*_high_and_low(codes.numpy(), low_first), out.numpy())
 
-    def unpack_pairs(self, packed: Tensor, codes: Tensor) -> None:
-        even = codes.numel() // 2 * 2
-        loops.unpack(packed.numpy(), codes[:even].numpy())
-        if even < codes.numel():
-            _TORCH.unpack_pairs(packed[even // 2 :], codes[even:])
+    def unpack_pairs(self, packed: Tensor, codes: Tensor, *, low_first: bool = False) -> None:
+        count = codes.numel() // 2
+        loops.unpack(packed.numpy()[:count], *_high_and_low(codes.numpy()[: 2 * count], low_first))
+        if 2 * count < codes.numel():
+            _TORCH.unpack_pairs(packed[count:], codes[2 * count :], low_first=low_first)
 
     def decode(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
-        if not _is_compiled(grid):
+        if not isinstance(grid, IntegerGrid) and not _is_table(grid):
             _TORCH.decode(codes, grid, scales, dtype, out)
             return
         whole = out.numel() // grid.block
@@ -206,20 +226,28 @@ class CompiledKernels:
             _TORCH.decode(codes[rest], grid, scales[whole:], dtype, out[rest])
 
     def decode_pairs(
-        self, packed: Tensor, grid: TableGrid, scales: Tensor, dtype: Dtype, out: Tensor
+        self,
+        packed: Tensor,
+        grid: TableGrid,
+        scales: Tensor,
+        dtype: Dtype,
+        out: Tensor,
+        *,
+        low_first: bool = False,
     ) -> None:
-        if not _is_compiled(grid):
-            _TORCH.decode_pairs(packed, grid, scales, dtype, out)
+        if not _is_table(grid) or grid.block % 2:
+            _TORCH.decode_pairs(packed, grid, scales, dtype, out, low_first=low_first)
             return
         whole = out.numel() // grid.block
         values = _rows(out, whole, grid.block)
         read = _rows(packed, whole, grid.block // 2)
-        table = _table(grid.values)
-        loops.decode_pairs(read, table.pairs, scales.numpy()[:whole], values.view(np.uint64), values)
+        pairs = _table(grid.values).pairs[low_first]
+        loops.decode_pairs(read, pairs, scales.numpy()[:whole], values.view(np.uint64), values)
         _round_to(dtype, values)
         if whole < scales.numel():
             first = whole * grid.block
-            _TORCH.decode_pairs(packed[first // 2 :], grid, scales[whole:], dtype, out[first:])
+            rest = (packed[first // 2 :], grid, scales[whole:], dtype, out[first:])
+            _TORCH.decode_pairs(*rest, low_first=low_first)
 
     def distance(self, left: Tensor, right: Tensor, block: int) -> Tensor:
         whole = left.numel() // block
@@ -233,14 +261,15 @@ class CompiledKernels:
     def kept(
         self, codes: Tensor, grid: Grid, target: Tensor, base: Tensor, anchor: Tensor, inner: Tensor
     ) -> Tensor:
-        if not _is_compiled(grid):
+        if not isinstance(grid, IntegerGrid) and not _is_table(grid):
             return _TORCH.kept(codes, grid, target, base, anchor, inner)
         whole = codes.numel() // grid.block
         sums = np.empty((2, inner.numel()), np.float32)
         arrays = tuple(_rows(each, whole, grid.block) for each in (target, base, anchor))
         read, into = _rows(codes, whole, grid.block), inner.numpy()[:whole]
         if isinstance(grid, TableGrid):
-            loops.kept_table(read, _table(grid.values).by_code, *arrays, into, sums)
+            loop = loops.kept_table if _is_short(grid) else loops.kept_in_any_table
+            loop(read, _table(grid.values).by_code, *arrays, into, sums)
         else:
             loops.kept_integer(read.view(np.int8), *arrays, into, sums)
         if whole < inner.numel():
@@ -254,19 +283,31 @@ class CompiledKernels:
 
     def _scales(self, values: Tensor, grid: Grid) -> Tensor:
         out = torch.empty(-(-values.numel() // grid.block), dtype=torch.float32)
-        return self.absmax(values, grid.block, out)
+        return self.starting_scales(values, grid, out)
 
 
 def _is_compiled(grid: Grid) -> bool:
-    """Whether there are loops for this grid: integers, or at most 16 values in blocks of 64."""
+    """Whether all loops are there for this grid: integers, even steps, or at most 16 values in blocks of 64."""
     if isinstance(grid, TableGrid):
-        return grid.block == BLOCK and len(grid.values) <= _CODES and grid.peak == 1
+        return _is_table(grid) and (_is_short(grid) or bool(_table(grid.values).half))
     return isinstance(grid, IntegerGrid)
 
 
+def _is_table(grid: Grid) -> bool:
+    return isinstance(grid, TableGrid) and grid.peak == 1
+
+
+def _is_short(grid: TableGrid) -> bool:
+    """Whether the loops fit that have 16 and 64 written out."""
+    return grid.block == BLOCK and len(grid.values) <= _CODES
+
+
 def _nearest_in_table(grid: TableGrid, values: Array, scales: Array, codes: Array) -> None:
-    if _is_compiled(grid):
-        table = _table(grid.values)
+    table = _table(grid.values)
+    if table.half:
+        loops.nearest_uniform(values, scales, table.half, codes)
+        return
+    if _is_short(grid):
         loops.nearest_table(values, scales, table.midpoints, codes)
         _from_ranks(table, codes)
         return
@@ -275,6 +316,20 @@ def _nearest_in_table(grid: TableGrid, values: Array, scales: Array, codes: Arra
     loops.nearest_in_any_table(values, scales, midpoints, codes)
     if not known.codes_are_ranks:
         loops.rename(codes.reshape(-1), known.codes.numpy())
+
+
+def _stochastic_in_table(
+    table: _Table, given: tuple[Array, Array], start: tuple[Array, Array, bool], noise: Array, codes: Array
+) -> None:
+    if table.half:
+        loops.stochastic_uniform(*given, *start, noise, table.half, codes)
+        return
+    loops.stochastic_table(*given, *start, noise, table.rising, table.gaps, table.by_code, codes)
+    _from_ranks(table, codes)
+
+
+def _high_and_low(codes: Array, low_first: bool) -> tuple[Array, Array]:
+    return (codes[1::2], codes[::2]) if low_first else (codes[::2], codes[1::2])
 
 
 def _from_ranks(table: _Table, codes: Array) -> None:

@@ -28,12 +28,12 @@ class TorchKernels:
 
     name: str = "torch"
 
-    def absmax(self, values: Tensor, block: int, out: Tensor) -> Tensor:
-        out.copy_(block_absmax(values, block))
-        if values.numel() % block:
+    def starting_scales(self, values: Tensor, grid: Grid, out: Tensor) -> Tensor:
+        out.copy_(block_absmax(values, grid.block))
+        if values.numel() % grid.block:
             # Only here bitsandbytes also stores the floor: an all-zero short block has it, a whole one has 0.
             out[-1:].clamp_(min=SMALLEST_DIVISOR)
-        return out
+        return over_reach(out, grid)
 
     def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
         scales = self._scales(values, grid) if scales is None else scales
@@ -41,10 +41,10 @@ class TorchKernels:
         return scales
 
     def search(self, values: Tensor, grid: Grid, scales: Tensor) -> None:
-        greatest = self.absmax(values, grid.block, scales).clone()
+        start = self.starting_scales(values, grid, scales).clone()
         losses = self._losses(values, grid, scales)
         for factor in SEARCH_FACTORS:
-            self._keep_better(values, grid, greatest * factor, scales, losses)
+            self._keep_better(values, grid, start * factor, scales, losses)
         for _ in range(SEARCH_STEPS):
             levels = self._levels(values, grid, scales)
             fitted = block_dots(values, levels, grid.block).div_(block_dots(levels, levels, grid.block))
@@ -119,11 +119,13 @@ class TorchKernels:
         halves = words.view(torch.int32).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
         out.copy_(halves[first - 2 * word :][: out.numel()]).mul_(2.0**-24)
 
-    def pack_pairs(self, codes: Tensor, out: Tensor) -> None:
-        torch.bitwise_or(codes[0::2] << 4, codes[1::2], out=out)
+    def pack_pairs(self, codes: Tensor, out: Tensor, *, low_first: bool = False) -> None:
+        high, low = (codes[1::2], codes[0::2]) if low_first else (codes[0::2], codes[1::2])
+        torch.bitwise_or(high << 4, low, out=out)
 
-    def unpack_pairs(self, packed: Tensor, codes: Tensor) -> None:
-        halves = torch.stack((packed >> 4, packed & 0xF), dim=1)
+    def unpack_pairs(self, packed: Tensor, codes: Tensor, *, low_first: bool = False) -> None:
+        high, low = packed >> 4, packed & 0xF
+        halves = torch.stack((low, high) if low_first else (high, low), dim=1)
         codes.copy_(halves.view(-1)[: codes.numel()])
 
     def decode(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
@@ -131,9 +133,16 @@ class TorchKernels:
         round_to(dtype, out)
 
     def decode_pairs(
-        self, packed: Tensor, grid: TableGrid, scales: Tensor, dtype: Dtype, out: Tensor
+        self,
+        packed: Tensor,
+        grid: TableGrid,
+        scales: Tensor,
+        dtype: Dtype,
+        out: Tensor,
+        *,
+        low_first: bool = False,
     ) -> None:
-        values = grid.decode_pairs(packed)[: out.numel()]
+        values = grid.decode_pairs(packed, low_first=low_first)[: out.numel()]
         multiply_by_scales(values, scales, grid.block, out, grid.peak)
         round_to(dtype, out)
 
@@ -170,7 +179,12 @@ class TorchKernels:
 
     def _scales(self, values: Tensor, grid: Grid) -> Tensor:
         out = torch.empty(-(-values.numel() // grid.block), dtype=torch.float32, device=values.device)
-        return self.absmax(values, grid.block, out)
+        return self.starting_scales(values, grid, out)
+
+
+def over_reach(scales: Tensor, grid: Grid) -> Tensor:
+    """Greatest magnitudes as starting scales, in place."""
+    return scales.div_(grid.reach) if isinstance(grid, TableGrid) and grid.reach != 1 else scales
 
 
 def block_dots(left: Tensor, right: Tensor, block: int) -> Tensor:

@@ -37,7 +37,7 @@ def _compiled(function: _Loop) -> _Loop:
 
 _MAGNITUDE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 _FLOOR = np.float32(SMALLEST_DIVISOR)
-_ONE = np.float32(1)
+_ONE, _ONE_HALF = np.float32(1), np.float32(0.5)
 _THREE_QUARTERS = np.float32(0.75)
 _LEAST_NORMAL, _OVERFLOW = np.float32(2.0**-14), np.float32(65520)  # of float16
 _GAMMA, _MIX_1, _MIX_2 = (
@@ -122,6 +122,25 @@ def nearest_integer(values: Array, scales: Array, peak: Any, floor: Any, codes: 
 
 
 @_compiled
+def _uniform_level(x: Any, half: Any) -> Any:
+    """The nearest integer to `x` * `half`, a product with a power of two: exact, as is a comparison with a tie."""
+    x = x * half
+    level = np.rint(x)
+    level -= np.float32(level - x == _ONE_HALF)
+    level = level if level > -half else -half
+    return level if level < half - _ONE else half - _ONE
+
+
+@_compiled
+def nearest_uniform(values: Array, scales: Array, half: Any, codes: Array) -> None:
+    """Code c stands for c / `half` - 1; a tie gets the lower value."""
+    for b in range(values.shape[0]):
+        factor = _factor(scales[b], _ONE, _FLOOR)
+        for j in range(values.shape[1]):
+            codes[b, j] = np.uint8(np.int32(_uniform_level(values[b, j] * factor, half) + half))
+
+
+@_compiled
 def stochastic_table(
     values: Array,
     scales: Array,
@@ -161,6 +180,32 @@ def stochastic_table(
             gap[j] = gaps[wide[j]]
         for j in range(64):
             ranks[b, j] = wide[j] + np.uint32(gap[j] * noise[b, j] < x[j] - low[j])
+
+
+@_compiled
+def stochastic_uniform(
+    values: Array,
+    scales: Array,
+    start: Array,
+    base: Array,
+    has_start: bool,
+    noise: Array,
+    half: Any,
+    codes: Array,
+) -> None:
+    least, greatest = -half, half - _ONE
+    for b in range(values.shape[0]):
+        factor = _factor(scales[b], _ONE, _FLOOR)
+        for j in range(values.shape[1]):
+            x = np.float32(values[b, j] * factor) * half
+            if has_start:
+                moved = np.float32((values[b, j] - base[b, j]) * factor) * half
+                x = moved + (np.float32(start[b, j]) - half)
+            x = x if x > least else least
+            x = x if x < greatest else greatest
+            low = np.floor(x)
+            gap = np.ceil(x) - low
+            codes[b, j] = np.uint8(np.int32(low + half) + np.int32(gap * noise[b, j] < x - low))
 
 
 @_compiled
@@ -204,16 +249,16 @@ def fractions(halves: Array, out: Array) -> None:
 
 
 @_compiled
-def pack(codes: Array, out: Array) -> None:
+def pack(high: Array, low: Array, out: Array) -> None:
     for i in range(out.size):
-        out[i] = codes[2 * i] << np.uint8(4) | codes[2 * i + 1]
+        out[i] = high[i] << np.uint8(4) | low[i]
 
 
 @_compiled
-def unpack(packed: Array, codes: Array) -> None:
-    for i in range(codes.size // 2):
-        codes[2 * i] = packed[i] >> np.uint8(4)
-        codes[2 * i + 1] = packed[i] & np.uint8(15)
+def unpack(packed: Array, high: Array, low: Array) -> None:
+    for i in range(packed.size):
+        high[i] = packed[i] >> np.uint8(4)
+        low[i] = packed[i] & np.uint8(15)
 
 
 @_compiled
@@ -323,6 +368,40 @@ def search(values: Array, factors: Array, steps: int, midpoints: Array, rising: 
 
 
 @_compiled
+def _uniform_levels(values: Array, scale: Any, half: Any, levels: Array) -> None:
+    factor = _factor(scale, _ONE, _FLOOR)
+    for j in range(values.size):
+        levels[j] = _uniform_level(values[j] * factor, half) / half
+
+
+@_compiled
+def search_uniform(values: Array, factors: Array, steps: int, half: Any, scales: Array) -> None:
+    """`search` on the grid of `nearest_uniform`, in blocks of any length."""
+    levels, terms = np.empty(values.shape[1], np.float32), np.empty(values.shape[1], np.float32)
+    for b in range(values.shape[0]):
+        block, best, least = values[b], scales[b], np.float32(np.inf)
+        for number in range(factors.size + steps):
+            if number < factors.size:
+                trial = np.float32(scales[b] * factors[number])
+            else:
+                _uniform_levels(block, best, half, levels)
+                for j in range(block.size):
+                    terms[j] = block[j] * levels[j]
+                inner = tree_sum(terms)
+                for j in range(block.size):
+                    terms[j] = levels[j] * levels[j]
+                trial = np.float32(inner / tree_sum(terms))
+            _uniform_levels(block, trial, half, levels)
+            for j in range(block.size):
+                error = block[j] - levels[j] * trial
+                terms[j] = error * error
+            loss = tree_sum(terms)
+            if loss < least:
+                best, least = trial, loss
+        scales[b] = best
+
+
+@_compiled
 def _round_bits(bits: Array, values: Array, width: int, dropped: int) -> None:
     """Round `values`, the same memory as `bits`, to bfloat16 (16 bits dropped) or float16 (13), ties to even."""
     shift, odd = np.uint32(dropped), np.uint32(1)
@@ -343,9 +422,18 @@ def _round_bits(bits: Array, values: Array, width: int, dropped: int) -> None:
 
 
 @_compiled
-def _ranks(goal: Array, pulled: Array, scales: Array, midpoints: Array, wanted: Array, ranks: Array) -> None:
+def _ranks(
+    goal: Array, pulled: Array, scales: Array, midpoints: Array, half: Any, wanted: Array, ranks: Array
+) -> None:
+    """`half` of a grid as `nearest_uniform` has it, else 0."""
     for i in range(goal.size):
         wanted[i] = goal[i] + pulled[i]
+    if half:
+        for i in range(goal.size):
+            x = wanted[i] * _factor(scales[i], _ONE, _FLOOR)
+            ranks[i] = np.int32(_uniform_level(x, half) + half)
+        return
+    for i in range(goal.size):
         x = wanted[i] * _factor(scales[i], _ONE, _FLOOR)
         rank = np.int32(0)
         for step in range(15):
@@ -380,6 +468,7 @@ def settle(
     coupling: Array,
     scales: Array,
     midpoints: Array,
+    half: Any,
     rising: Array,
     by_code: Array,
     by_rank: Array,
@@ -396,7 +485,7 @@ def settle(
         last = min(first + 64, target.shape[1])
         for j in range(target.shape[0]):
             goal, scale, code = target[j, first:last], scales[j, first:last], codes[j, first:last]
-            _ranks(goal, pull[j, first:last], scale, midpoints, wanted, ranks)
+            _ranks(goal, pull[j, first:last], scale, midpoints, half, wanted, ranks)
             _loaded(rising, ranks, scale, dropped, bits, values)
             if is_first:
                 for i in range(goal.size):
@@ -430,6 +519,7 @@ def settle_in_turn(
     scales: Array,
     rows: Array,
     midpoints: Array,
+    half: Any,
     rising: Array,
     by_code: Array,
     by_rank: Array,
@@ -446,7 +536,8 @@ def settle_in_turn(
         changes[:] = 0
         for i in range(target.shape[1]):
             wanted = np.float32(target[j, i] + pull[j, i]) + changes[i]
-            rank = _nearest_rank(wanted * _factor(scales[j, i], _ONE, _FLOOR), midpoints)
+            x = wanted * _factor(scales[j, i], _ONE, _FLOOR)
+            rank = np.int64(_uniform_level(x, half) + half) if half else _nearest_rank(x, midpoints)
             pair[0] = rising[rank] * scales[j, i]
             pair[1] = by_code[codes[j, i]] * scales[j, i]
             if dropped:
@@ -502,6 +593,22 @@ def kept_table(
         inner[b] = (terms[0, 0] + terms[0, 2]) + (terms[0, 1] + terms[0, 3])
         sums[0, b] = (terms[1, 0] + terms[1, 2]) + (terms[1, 1] + terms[1, 3])
         sums[1, b] = (terms[2, 0] + terms[2, 2]) + (terms[2, 1] + terms[2, 3])
+
+
+@_compiled
+def kept_in_any_table(
+    codes: Array, by_code: Array, target: Array, base: Array, anchor: Array, inner: Array, sums: Array
+) -> None:
+    terms = np.empty((3, codes.shape[1]), np.float32)
+    for b in range(codes.shape[0]):
+        for j in range(codes.shape[1]):
+            delta = target[b, j] - base[b, j]
+            terms[0, j] = by_code[codes[b, j]] * delta
+            terms[1, j] = anchor[b, j] * delta
+            terms[2, j] = delta * delta
+        inner[b] = tree_sum(terms[0])
+        sums[0, b] = tree_sum(terms[1])
+        sums[1, b] = tree_sum(terms[2])
 
 
 @_compiled

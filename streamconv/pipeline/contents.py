@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 
 from streamconv.dtypes import BF16, DENSE, Dtype
-from streamconv.formats import FORMATS
+from streamconv.formats import FORMATS, with_groups
 from streamconv.output import CONFIG, INDEX
 from streamconv.pipeline.preparation import Prepared
 from streamconv.plan import Plan
@@ -62,6 +62,7 @@ def _recipe(prepared: Prepared) -> bytes:
         "base": origins["base"],
         **(of_merge if prepared.adapter else {}),
         "quant": options.quant,
+        "group-size": options.group_size,
         "dtype": options.dtype,
         # By name: without the text, auto would come to another, and say nothing.
         "rounding": "feedback" if is_calibrated else options.rounding,
@@ -93,7 +94,8 @@ def _config(prepared: Prepared) -> bytes:
     plan, config = prepared.plan, prepared.base.index.config
     quantization = None
     if plan.quant is not None:
-        quantization = FORMATS[plan.quant].quantization_config(_compute_dtype(prepared), plan.skipped)
+        storage_format = with_groups(FORMATS[plan.quant], plan.group_size)
+        quantization = storage_format.quantization_config(_compute_dtype(prepared), plan.skipped)
     edited = edit_config(
         config, dtype=plan.dtype, quantization=quantization, untie=plan.untied, vocab_size=plan.vocab_size
     )

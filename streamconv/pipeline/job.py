@@ -60,6 +60,7 @@ def build_job(
     *,
     quant: str = "keep",
     also: Iterable[str] = (),
+    group_size: int | None = None,
     dtype: str = "auto",
     rounding: str = "auto",
     calibration: Folder | None = None,
@@ -96,6 +97,7 @@ def build_job(
         adapter=None if adapter is None else fspath(adapter),
         options=merge_options(
             quant=quant,
+            group_size=group_size,
             dtype=dtype,
             rounding=rounding,
             merge_base=merge_base,
@@ -142,6 +144,7 @@ def merge_options(
     max_shard_size: str | int | None = None,
     moe_layout: str = "auto",
     calibration: Calibration | None = None,
+    group_size: int | None = None,
 ) -> MergeOptions:
     """Options as given, sizes parsed. Raises OptionError for what cannot be meant."""
     if min_kept is not None and not 0 <= min_kept <= 1:
@@ -149,6 +152,7 @@ def merge_options(
     parse_moe_layout(moe_layout.lower())
     options = MergeOptions(
         quant=quant.lower(),
+        group_size=group_size,
         dtype=dtype.lower(),
         rounding=rounding.lower(),
         merge_base=merge_base.lower(),

@@ -192,6 +192,7 @@ def _job_of(
             dtype=options["dtype"],
             rounding=options["rounding"] or "auto",
             merge_base=options["merge_base"],
+            group_size=options.get("group_size"),
             seed=options["seed"],
             ignore=tuple(options["ignore"]),
             moe_layout=options.get("moe_layout", "auto"),

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from streamconv.checkpoint.index import CheckpointIndex
+from streamconv.formats import FORMATS
 from streamconv.plan import Plan
 from streamconv.recipe import RECIPE
 from streamconv.report.result import Kept
@@ -35,8 +36,9 @@ def model_card(
     origins = {"base": base.storage.origin, "adapter": adapter.origin if adapter else None}
     base_models = [origin.repo for origin in origins.values() if origin is not None]
     tags = ["streamconv", *(["merge", "lora"] if adapter else [])]
-    if plan.quant:
-        tags += ["4-bit", "bitsandbytes"]
+    quant = FORMATS[plan.quant] if plan.quant else None
+    if quant is not None and quant.library is not None:
+        tags += ["4-bit" if quant.bits_per_weight < 8 else "8-bit", quant.library]
     data = ModelCardData(
         base_model=base_models or None,
         library_name="transformers",
@@ -86,7 +88,9 @@ def _body(plan: Plan, merged: bool, origins: Mapping[str, Origin | None], kept: 
         "checks it against its manifest."
     )
     yield from ("", "| | |", "|---|---|")
-    yield f"| weights | {plan.quant or plan.dtype or 'dtype of the base'}, {format_size(plan.size)} |"
+    groups = f" in groups of {plan.group_size}" if plan.group_size else ""
+    stored_as = plan.quant or plan.dtype or "dtype of the base"
+    yield f"| weights | {stored_as}{groups}, {format_size(plan.size)} |"
     for role, origin in origins.items():
         if origin is not None:
             yield f"| {role} | {origin.repo} at commit {origin.commit} |"
@@ -124,7 +128,8 @@ def _snippet(plan: Plan, config: Mapping[str, Any], has_tokenizer: bool) -> Iter
     loader = _loader(config)
     names = [loader, *(["AutoTokenizer"] if has_tokenizer else [])]
     trust = ", trust_remote_code=True" if config.get("auto_map") else ""
-    needs = "transformers, accelerate and bitsandbytes" if plan.quant else "transformers"
+    library = FORMATS[plan.quant].library if plan.quant else None
+    needs = f"transformers, accelerate and {library}" if library else "transformers"
     yield f"Needs {needs}. With this folder as the working directory:"
     yield from ("", "```python", f"from transformers import {', '.join(sorted(names))}", "")
     yield f'model = {loader}.from_pretrained(".", dtype="auto"{trust})'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, assert_never
 
@@ -70,11 +72,13 @@ def _output(prepared: Prepared) -> dict[str, Any]:
     return {
         "kernels": kernels_of(plan),
         "quant": plan.quant or "none",
+        "group_size": plan.group_size,
         "target": {"name": plan.target.name, "reason": plan.target.reason},
         "rounding": {"name": plan.rounding.name, "reason": plan.rounding.reason} if plan.rounding else None,
         "calibration": _calibration(plan),
         "quantized": list(plan.quantized),
         "left_in_16_bit": list(plan.skipped),
+        "do_not_fit": list(plan.unfit),
     }
 
 
@@ -176,7 +180,7 @@ def plan_as_text(prepared: Prepared) -> str:
         if plan.device.is_cpu and kernels_of(plan) == TORCH.name:
             slow = "torch alone quantizes, at a fraction of the speed: numba is not there, or is told not to compile"
             lines.insert(7, ("kernels", slow))
-        lines.insert(7, ("16 bit", ", ".join(plan.skipped) or "-"))
+        lines[7:7] = _left(plan)
         lines[7:7] = _calibration_lines(plan)
     if plan.depth:
         lines.insert(4, ("layers", f"{plan.depth}"))
@@ -214,8 +218,26 @@ def _calibration_lines(plan: Plan) -> list[tuple[str, str]]:
     return lines
 
 
+def _left(plan: Plan) -> list[tuple[str, str]]:
+    """The linear modules that stay in 16 bit, and those of them that do not fit the format."""
+    lines = [("16 bit", _counted(plan.skipped) or "-")]
+    if plan.unfit:
+        why = f"rows are no whole groups of {plan.group_size}" if plan.group_size else "of such a shape"
+        lines.append(("", f"{_counted(plan.unfit)} do not fit {plan.quant}, as {why}"))
+    return lines
+
+
+def _counted(modules: Sequence[str]) -> str:
+    """By name, or where these are many, by last component."""
+    if len(modules) <= _SHOWN:
+        return ", ".join(modules)
+    counts = Counter(name if name.startswith("re:") else name.rpartition(".")[2] for name in modules)
+    return ", ".join(f"{count} {name}" if count > 1 else name for name, count in counts.items())
+
+
 def _stored(plan: Plan) -> str:
-    return f"{plan.quant or plan.dtype or 'dtype of the base'}, {format_size(plan.size)}"
+    groups = f" in groups of {plan.group_size}" if plan.group_size else ""
+    return f"{plan.quant or plan.dtype or 'dtype of the base'}{groups}, {format_size(plan.size)}"
 
 
 def _small_files(prepared: Prepared) -> str:

@@ -92,6 +92,7 @@ def manifest(
         "fingerprint": plan.fingerprint,
         "digest": plan.digest,
         "quant": plan.quant or "none",
+        "group_size": plan.group_size,
         "target": plan.target.name,
         "rounding": plan.rounding.name if plan.rounding else None,
         "kept_delta": kept.total if kept else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from streamconv.rounding.adaptive import Adaptive
 from streamconv.rounding.base import Context, Rounding
 from streamconv.rounding.calibrated import Feedback
 from streamconv.rounding.nearest import Nearest
@@ -19,6 +20,7 @@ ROUNDINGS: Mapping[str, Rounding] = MappingProxyType(
         "nearest": Nearest(),
         "stochastic": Stochastic(),
         "search": Search(),
+        "adaptive": Adaptive(),
         "feedback": Feedback(),
     }
 )

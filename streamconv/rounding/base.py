@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from streamconv.grids import Grid
+from streamconv.kernels import kernels_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +21,24 @@ class Context:
     `scales` float32, one a block: the effective scales to use, already fixed; None: choose them.
     `base`   float32: what the base decodes to, which the target is an update of; needed where `codes` are given.
     `noise`  float32 in [0, 1): one number an element, for roundings that ask for it.
+    `stored` what a loader will make of scales that are chosen, where storing rounds each on its own: codes are then
+             chosen with that. None: what is chosen is what is stored, or that is known too late.
     """
 
     codes: Tensor | None
     scales: Tensor | None
     base: Tensor | None
     noise: Tensor | None
+    stored: Callable[[Tensor], Tensor] | None = None
+
+    def as_stored(self, scales: Tensor) -> Tensor:
+        return scales if self.stored is None else self.stored(scales)
+
+
+def starting_scales(target: Tensor, grid: Grid) -> Tensor:
+    """The scales of nearest rounding (float32, one a block) for `target` (float32, flat)."""
+    scales = torch.empty(-(-target.numel() // grid.block), dtype=torch.float32, device=target.device)
+    return kernels_for(target.device).starting_scales(target, grid, scales)
 
 
 class Rounding(Protocol):

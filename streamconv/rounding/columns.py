@@ -135,11 +135,12 @@ def _settle_tiles(
     is_first: bool,
 ) -> None:
     """Go through the columns of all rows, a tile of some of both at a time; `mixed` is N, and stays so."""
-    by_column = unit(layer.inputs.factor if is_first else layer.inputs.matrix)
+    matrix = layer.inputs.factor if is_first else layer.inputs.matrix
     by_row = unit(outputs.factor if is_first else outputs.matrix)
     for panel in panels(layer):
         reach = slice(0, panel.start if is_first else layer.columns)
-        pulls, coupling = by_column[reach, panel].T @ mixed[reach], by_column[panel, panel]
+        by_column = matrix[: panel.stop if is_first else layer.columns, panel] / matrix.diagonal()[panel]
+        pulls, coupling = by_column[reach].T @ mixed[reach], by_column[panel]
         before = mixed[panel].clone()
         for rows in stretches(layer.rows, PANEL):
             # What rows of this panel that were settled already have done to the ones that come now.

@@ -65,7 +65,10 @@ class Layer:
             first = torch.arange(self.rows, device=scales.device)[rows]
         else:
             first = self.outputs.order[rows]
-        return scales[(first * self.columns + self.inputs.order[:, None]) // self.grid.block]
+        block = self.grid.block
+        if self.columns % block == 0:  # without an index for every element, which would be twice as large
+            return scales.view(self.rows, -1)[first].T[self.inputs.order // block]
+        return scales[(first * self.columns + self.inputs.order[:, None]) // block]
 
 
 def turn(target: Tensor, inputs: Metric, outputs: Metric | None, grid: Grid, dtype: Dtype) -> Layer:

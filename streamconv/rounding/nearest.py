@@ -8,12 +8,12 @@ from torch import Tensor
 
 from streamconv.grids import Grid
 from streamconv.kernels import kernels_for
-from streamconv.rounding.base import Context
+from streamconv.rounding.base import Context, starting_scales
 
 
 @dataclass(frozen=True, slots=True)
 class Nearest:
-    """Scales are the blocks' greatest magnitudes, unless the context has fixed them."""
+    """Scales are the blocks' greatest magnitudes over the grid's reach, unless the context has fixed them."""
 
     name: str = "nearest"
     needs_noise: bool = False
@@ -23,4 +23,7 @@ class Nearest:
 
     def choose(self, target: Tensor, grid: Grid, context: Context, codes: Tensor) -> Tensor:
         """See Rounding."""
-        return kernels_for(target.device).nearest(target, grid, context.scales, codes)
+        scales = context.scales
+        if scales is None:
+            scales = context.as_stored(starting_scales(target, grid))
+        return kernels_for(target.device).nearest(target, grid, scales, codes)

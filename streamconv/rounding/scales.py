@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from streamconv.kernels import kernels_for
+from streamconv.rounding.base import starting_scales
 from streamconv.rounding.layer import Layer, Solution, shared
 from streamconv.rounding.metric import unit
 from streamconv.rounding.search import searched_scales
@@ -15,10 +15,8 @@ _RIDGE = 1e-4
 
 
 def greatest(layer: Layer) -> Tensor:
-    """The blocks' greatest magnitudes."""
-    target, block = layer.flat(layer.target), layer.grid.block
-    scales = torch.empty(-(-target.numel() // block), dtype=torch.float32, device=target.device)
-    return kernels_for(target.device).absmax(target, block, scales)
+    """Those of nearest rounding: the blocks' greatest magnitudes, over the grid's reach."""
+    return starting_scales(layer.flat(layer.target), layer.grid)
 
 
 def searched(layer: Layer) -> Tensor:

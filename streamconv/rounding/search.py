@@ -31,7 +31,7 @@ class Search:
         """See Rounding."""
         kernels, scales = kernels_for(target.device), context.scales
         if scales is None:
-            scales = searched_scales(target, grid)
+            scales = context.as_stored(searched_scales(target, grid))
         return kernels.nearest(target, grid, scales, codes)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from streamconv.grids import Grid
 from streamconv.kernels import Start, kernels_for
-from streamconv.rounding.base import Context
+from streamconv.rounding.base import Context, starting_scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,5 +38,7 @@ class Stochastic:
         if context.scales is not None and context.codes is not None:
             assert context.base is not None, "the base's codes were given without the base"
             start = Start(context.codes, context.base)
-        kernels = kernels_for(target.device)
-        return kernels.stochastic(target, grid, context.scales, start, context.noise, codes)
+        scales = context.scales
+        if scales is None:
+            scales = context.as_stored(starting_scales(target, grid))
+        return kernels_for(target.device).stochastic(target, grid, scales, start, context.noise, codes)

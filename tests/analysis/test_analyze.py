@@ -17,9 +17,9 @@ from torch import Tensor
 import streamconv
 from streamconv import analysis
 from streamconv.analysis import Analysis, Stored, TargetAnalysis
-from streamconv.analysis.prediction import code_steps, predicted_kept
+from streamconv.analysis.prediction import predicted_kept
 from streamconv.errors import InputError, OptionError, OutputError, ResourceError
-from streamconv.grids import INT8, NF4, Grid
+from streamconv.grids import INT8, NF4, Grid, code_steps
 from tests.models import Sizes, write_adapter, write_base
 from tests.test_cells import added, on_the_grid
 from tests.tiny import edit_json, edit_tensors
@@ -338,12 +338,12 @@ def test_advice_says_what_happens_and_what_auto_takes(
     erased = streamconv.analyze(inputs.base, small).advice
     assert "it erases the update" in erased[0]
     assert erased[-1].startswith("--quant nf4-dq takes nearest rounding of F, which keeps ")
-    assert "--merge-base nf4-dq starts from what training saw, takes stochastic" in erased[-1]
+    assert "--merge-base nf4-dq starts from what training saw, takes adaptive (here stochastic)" in erased[-1]
     large = write_adapter(tmp_path / "large", SIZES.shapes, targets=TARGETS, size=0.04)
     assert "it keeps the update" in streamconv.analyze(inputs.base, large).advice[0]
     assert found.auto == {
         "F": dict.fromkeys(FORMATS, "nearest"),
-        "T": {"nf4-dq": "stochastic", "nf4": "stochastic", "int8": "nearest"},
+        "T": {"nf4-dq": "adaptive", "nf4": "adaptive", "int8": "nearest"},
     }
     only_f = streamconv.analyze(inputs.base, small, merge_base="original", formats=["int8"])
     assert list(only_f.targets) == ["F"]

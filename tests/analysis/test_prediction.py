@@ -8,8 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamconv.analysis.prediction import code_steps, predicted_kept
-from streamconv.grids import FP4, INT8, NF4, Grid, block_absmax, divide_by_scales, multiply_by_scales
+from streamconv.analysis.prediction import predicted_kept
+from streamconv.grids import (
+    FP4,
+    INT8,
+    NF4,
+    Grid,
+    block_absmax,
+    code_steps,
+    divide_by_scales,
+    multiply_by_scales,
+)
 
 GRIDS: dict[str, Grid] = {"nf4": NF4, "fp4": FP4, "int8": INT8.of_width(512)}
 

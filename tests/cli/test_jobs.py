@@ -18,7 +18,7 @@ def test_json_of_a_merge(inputs: Inputs, tmp_path: Path) -> None:
     options = [*inputs.options, "--merge-base", "nf4", "--quant", "nf4"]
     found = json.loads(succeed("merge", *options, "-o", tmp_path / "out", "--json").stdout)
     assert found["out"] == str(tmp_path / "out")
-    assert (found["quant"], found["target"], found["rounding"]) == ("nf4", "T", "stochastic")
+    assert (found["quant"], found["target"], found["rounding"]) == ("nf4", "T", "adaptive")
     assert 0.9 < found["kept_delta"] < 1.1
     assert len(found["kept_by_weight"]) == 4
     assert found["bytes_written"] == sum(
@@ -185,7 +185,7 @@ def test_a_plan_for_people(inputs: Inputs) -> None:
     text = succeed("plan", *inputs.options, "--quant", "nf4-dq", "--merge-base", "nf4-dq").stdout
     for piece in (
         "2 down_proj, 2 q_proj",
-        "stochastic: the target is",
+        "adaptive: the target is",
         "lm_head",
         "model.safetensors",
         "README.md",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.checkpoint.reader import TensorReader
-from streamconv.dtypes import DENSE
+from streamconv.dtypes import BF16, DENSE
 from streamconv.formats import FORMATS, find_weights
-from streamconv.formats.base import CELL_ROWS, Encoder, Weight, matrix_shape
+from streamconv.formats.base import CELL_ROWS, Encoder, Grouped, Weight, matrix_shape
+from streamconv.formats.pack_quantized import PackQuantizedFormat
 from streamconv.grids import Grid
 from streamconv.rounding import ROUNDINGS, Context, Rounding
 from tests.checkpoint.files import index_of, write_checkpoint
@@ -23,6 +25,12 @@ W = "model.layers.0.mlp.up_proj.weight"
 
 # Whole blocks; rows that wrap blocks; an odd number of elements; two cells with a row-wrapping block size.
 SHAPES = [(128, 128), (3, 50), (5, 13), (70, 96), (129, 7)]
+# The same of formats whose rows are whole groups.
+SHAPES_IN_GROUPS = [(128, 128), (2, 384), (70, 256), (132, 640)]
+
+
+def shapes_of(name: str) -> list[tuple[int, int]]:
+    return SHAPES_IN_GROUPS if isinstance(FORMATS[name], Grouped) else SHAPES
 
 
 def normal(shape: tuple[int, ...], seed: int = 0, size: float = 0.02) -> Tensor:
@@ -33,8 +41,21 @@ def write(
     folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
 ) -> CheckpointIndex:
     write_checkpoint(folder, {"model.safetensors": tensors})
-    edit_json(folder / "config.json", **(config or {}))
+    edit_json(folder / "config.json", **(_described(tensors) if config is None else config))
     return index_of(folder)
+
+
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A config for tensors of compressed-tensors, which are read by what it says."""
+    for name, packed in tensors.items():
+        if name.endswith(".weight_packed"):
+            columns = int(tensors[name.replace("packed", "shape")][1])
+            group = columns // tensors[name.replace("packed", "scale")].shape[1]
+            storage_format = FORMATS["w4a16" if packed.shape[1] * 8 == columns else "w8a16"]
+            assert isinstance(storage_format, PackQuantizedFormat)
+            found = replace(storage_format, grid=storage_format.grid.of_block(group))
+            return {"quantization_config": found.quantization_config(BF16, ())}
+    return {}
 
 
 def only_weight(index: CheckpointIndex) -> Weight:
@@ -68,7 +89,8 @@ def stored(encoder: Encoder, weight: Tensor) -> dict[str, Tensor]:
         if encoder.grid is None:
             encoder.pack(cell, out)
         else:
-            context = Context(None, None, None, None)
+            effective = encoder.effective_scales if encoder.rounds_scales else None
+            context = Context(None, None, None, None, effective)
             codes, cell_scales = choose(ROUNDINGS["nearest"], cell.flatten(), encoder.grid, context)
             encoder.pack(codes, out)
             scales.append(cell_scales)

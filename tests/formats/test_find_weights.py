@@ -86,7 +86,9 @@ def test_other_quantizations_are_known_by_their_tensors(
     tmp_path: Path, tensors: dict[str, torch.dtype], kind: str
 ) -> None:
     with pytest.raises(UnsupportedError, match=kind) as caught:
-        find_weights(write(tmp_path, {name: torch.ones(2, 2).to(dtype) for name, dtype in tensors.items()}))
+        find_weights(
+            write(tmp_path, {name: torch.ones(2, 2).to(dtype) for name, dtype in tensors.items()}, {})
+        )
     assert "16-bit base" in str(caught.value)
     assert any(name in str(caught.value) for name in tensors)
 

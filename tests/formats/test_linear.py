@@ -203,6 +203,66 @@ def test_loaders_read_the_skip_list_as_meant(modules: list[str], ignore: list[st
         assert by_transformers == by_vllm == (module not in chosen)
 
 
+@given(
+    modules=st.lists(
+        st.lists(st.sampled_from(["a", "b", "ab", "gate", "0", "1"]), min_size=1, max_size=4).map(".".join),
+        unique=True,
+        max_size=8,
+    ),
+    ignore=st.lists(st.sampled_from(["a", "b", "a.b", "re:.*b$"]), max_size=3),
+    has_text=st.booleans(),
+)
+def test_a_list_of_paths_names_just_what_is_left(
+    modules: list[str], ignore: list[str], has_text: bool
+) -> None:
+    config = {**LLAMA, "text_config": {**LLAMA, "model_type": "llama_text"}} if has_text else LLAMA
+    selection = select({f"{module}.weight": SQUARE for module in modules}, config, ignore, by_path=True)
+    chosen = {module_of(name) for name in selection.quantized}
+    for module in modules:
+        # compressed-tensors' rule (`utils/match.py`, match_name).
+        is_named = any(
+            re.match(entry[3:], module) if entry.startswith("re:") else entry == module
+            for entry in selection.skipped
+        )
+        assert bool(is_named) == (module not in chosen)
+
+
+def test_a_model_of_more_than_text_names_ends_of_paths_and_experts_are_named_together() -> None:
+    config = {**LLAMA, "vision_config": {"model_type": "clip"}}
+    shapes: dict[str, Shape] = {
+        "language_model.layers.0.mlp.gate.weight": SQUARE,
+        "language_model.layers.0.mlp.experts.gate_up_proj": (4, 8, 8),
+        "language_model.layers.0.q_proj.weight": SQUARE,
+        "visual.proj.weight": SQUARE,
+        "visual.q_proj.weight": SQUARE,
+    }
+    selection = select(shapes, config, ["visual"], by_path=True)
+    assert selection.quantized == ("language_model.layers.0.q_proj.weight",)
+    # The same module once it is loaded: under another path.
+    loaded = "model.language_model.layers.0.mlp.gate"
+    assert set(selection.skipped) == {
+        "lm_head",
+        r"re:(?:.*\.)?gate$",
+        r"re:.*\.experts\..*",
+        r"re:(?:.*\.)?proj$",
+        "visual.q_proj",
+    }
+    assert any(re.match(entry[3:], loaded) for entry in selection.skipped if entry.startswith("re:"))
+
+
+def test_experts_that_are_stored_apart_are_packed_all_or_none() -> None:
+    shapes: dict[str, Shape] = {
+        "model.layers.0.mlp.gate.weight": (4, 8),
+        **{f"model.layers.0.mlp.experts.{number}.up_proj.weight": SQUARE for number in range(4)},
+    }
+    selection = select(shapes, LLAMA, (), by_path=True)
+    assert set(selection.quantized) == {name for name in shapes if "experts" in name}
+    assert selection.skipped == ("lm_head", "model.layers.0.mlp.gate")
+    assert not select(shapes, LLAMA, ()).quantized
+    with pytest.raises(UnsupportedError, match=r"experts\.2\.up_proj would stay in 16 bit, and loaders open"):
+        select(shapes, LLAMA, ["experts.2"], by_path=True)
+
+
 OMNI = "audio_tower.audio_bos_eos_token.weight"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from streamconv.dtypes import BF16, F16, F32, Dtype
 from streamconv.formats.bnb_4bit import DYNAMIC
-from streamconv.grids import FP4, INT8, NF4, Grid, IntegerGrid, TableGrid, block_absmax
+from streamconv.grids import FP4, INT4, INT8, INT8_GROUPS, NF4, Grid, IntegerGrid, TableGrid, block_absmax
 from streamconv.kernels import TORCH, Kernels, Start, compiled_kernels, kernels_for
 from tests.formats.stored import normal
 
@@ -25,6 +25,9 @@ GRIDS: Mapping[str, Grid] = {
     "fp4": FP4,
     "int8": INT8,
     "dynamic": DYNAMIC,
+    "int4": INT4.of_block(32),
+    "int4 of rows": INT4.of_block(96),
+    "int8 in groups": INT8_GROUPS,
     "other": TableGrid("other", (0.25, 1.0, -1.0), 4),
 }
 every_grid = pytest.mark.parametrize("name", GRIDS)
@@ -179,7 +182,7 @@ def test_values_that_are_not_finite_show_in_the_scales(name: str) -> None:
             values[3] = value
             values[200:201] = torch.tensor([word], dtype=torch.int32).view(torch.float32)
             for kernels in (TORCH, compiled()):
-                found = kernels.absmax(values, grid.block, empty(blocks(256, grid)))
+                found = kernels.starting_scales(values, grid, empty(blocks(256, grid)))
                 assert not bool(found[[0, 200 // grid.block]].isfinite().any())
                 _, scales = choose(kernels, values, grid, None)
                 assert found.isfinite().tolist() == scales.isfinite().tolist()
@@ -189,6 +192,7 @@ def test_values_that_are_not_finite_show_in_the_scales(name: str) -> None:
 @every_size
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_decode(name: str, size: tuple[int, int], dtype: Dtype) -> None:
+    low_first = name.startswith("int4")
     rows, columns = size
     count, grid = rows * columns, grid_of(name, columns)
     codes = codes_for(grid, count)
@@ -205,10 +209,10 @@ def test_decode(name: str, size: tuple[int, int], dtype: Dtype) -> None:
             kernels.decode(codes, grid, scales, dtype, out)
             if isinstance(grid, TableGrid) and len(grid.values) == 16:
                 even = torch.cat((codes, codes[:1]))[: len(packed) * 2]
-                kernels.pack_pairs(even, packed)
+                kernels.pack_pairs(even, packed, low_first=low_first)
                 unpacked = empty(count, torch.uint8)
-                kernels.unpack_pairs(packed, unpacked)
-                kernels.decode_pairs(packed, grid, scales, dtype, paired)
+                kernels.unpack_pairs(packed, unpacked, low_first=low_first)
+                kernels.decode_pairs(packed, grid, scales, dtype, paired, low_first=low_first)
                 assert bits(paired) == bits(out)
             assert torch.equal(unpacked, codes)
             return out, packed, paired
@@ -277,5 +281,30 @@ def test_inputs_are_not_changed(name: str) -> None:
         kernels.decode(start, grid, scales, BF16, out)
         kernels.distance(values, noise, grid.block)
         kernels.kept(start, grid, values, noise, out, sums)
-        kernels.absmax(values, grid.block, sums)
+        kernels.starting_scales(values, grid, sums)
     assert all(map(torch.equal, inputs, before))
+
+
+@pytest.mark.parametrize("name", ["nf4", "int4", "int8 in groups"])
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("in_turn", [True, False])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_settle(name: str, is_first: bool, in_turn: bool, dtype: Dtype) -> None:
+    columns, rows = 9, 70
+    grid = grid_of(name, rows)
+    target, pull = normal((columns, rows), 1), normal((columns, rows), 2) / 9
+    scales = target.abs().amax(0).expand(columns, rows).contiguous() + 1e-3
+    coupling = normal((columns, columns), 3) / 9
+    turns = (normal((rows, rows), 4) / 9).fill_diagonal_(1.0) if in_turn else None
+    begun = codes_for(grid, columns * rows).view(columns, rows)
+    left = torch.zeros_like(target) if is_first else normal((columns, rows), 5) / 99
+
+    def settled(kernels: Kernels) -> tuple[Tensor, ...]:
+        codes, errors = begun.clone(), left.clone()
+        kernels.settle(
+            target, pull.clone(), coupling, turns, grid, scales, dtype, codes, errors, is_first=is_first
+        )
+        return codes, errors
+
+    codes, errors = both(settled)
+    assert torch.equal(errors, target - (grid.decode(codes) * scales).to(dtype.torch).float())

@@ -9,6 +9,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from compressed_tensors.utils.match import match_named_modules
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -86,6 +87,17 @@ def test_just_the_quantized_modules_are_replaced(
     selection = select(shapes_of(model), config.to_dict(), [*DEFAULT_IGNORE, *ignore])
     assert replaced(model, selection.skipped) == modules(selection)
     assert bool(selection.quantized) == (config.model_type != "falcon")
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("ignore", [(), ("down_proj",), ("re:.*layers.0.*v_proj$",)], ids=str)
+def test_just_the_quantized_modules_are_targeted_where_others_are_named_by_path(
+    config: PreTrainedConfig, ignore: tuple[str, ...]
+) -> None:
+    model = empty_model(config)
+    found = select(shapes_of(model), config.to_dict(), [*DEFAULT_IGNORE, *ignore], by_path=True)
+    targeted = {name for name, _ in match_named_modules(model, ["Linear"], found.skipped)}
+    assert targeted == modules(found)
 
 
 def test_heads_are_quantized_only_when_asked_for_and_not_tied() -> None:

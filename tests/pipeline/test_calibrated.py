@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def test_on_its_own_grid_only_what_is_updated_is_calibrated(inputs: Inputs) -> N
     assert prepared.plan.rounding is not None
     assert prepared.plan.rounding.name == "feedback"
     assert all(step.access is Access.CALIBRATED for step in prepared.plan.calibrated)
-    assert {step.rounding.name for step in prepared.plan.calibrated if step.rounding} == {"stochastic"}
+    assert {step.rounding.name for step in prepared.plan.calibrated if step.rounding} == {"adaptive"}
 
 
 def test_off_the_grid_all_linear_layers_of_decoder_layers_are(inputs: Inputs) -> None:
@@ -154,7 +155,7 @@ def test_of_several_outputs_the_first_that_can_is_calibrated(inputs: Inputs) -> 
         (
             {"quant": "int8"},
             OptionError,
-            "cannot be used for int8, .* choose --quant nf4, nf4-dq, fp4, fp4-dq",
+            "cannot be used for int8, .* choose --quant nf4, nf4-dq, fp4, fp4-dq, w4a16",
         ),
         ({"calibration": None, "calibration_tokens": 99}, OptionError, "are about calibration text; add"),
         ({"preserve_delta": "much"}, OptionError, "--preserve-delta much must be auto or a number"),
@@ -313,13 +314,16 @@ def test_transformers_opens_it_and_bitsandbytes_decodes_what_we_do(made: streamc
     tensors = read_tensors(Path(made.out) / "model.safetensors")
     for name in ADAPTED:
         parameter = model.get_submodule(name.removesuffix(".weight")).weight
-        theirs = bnb.dequantize_4bit(parameter.data, parameter.quant_state)
+        state = parameter.quant_state
+        # As one row: with AVX-512, bitsandbytes 0.50.2 is wrong where blocks run across row ends.
+        state.shape = torch.Size([1, math.prod(state.shape)])
+        theirs = bnb.dequantize_4bit(parameter.data, state)
         weight = weights[name]
         side = {role: tensors[part.name] for role, part in weight.parts.items() if role != "weight"}
         raw = tensors[name].view(torch.uint8).flatten()
         ours = torch.empty(weight.shape)
         weight.decoder.decode(raw, range(weight.shape[0]), weight.decoder.scales(side), ours)
-        assert torch.equal(ours, theirs.float())
+        assert torch.equal(ours, theirs.float().view(ours.shape))
 
 
 # -- what verify finds -------------------------------------------------------------------------------------------------
@@ -428,4 +432,23 @@ def test_every_base_that_can_be_read(inputs: Inputs, tmp_path: Path, base: str, 
     assert set(made.calibrated) >= ADAPTED
     assert all(0 < made.calibrated[name]["relative_error"] < 0.3 for name in ADAPTED)
     checked = streamconv.verify(made.out, full=True, base=place, adapter=inputs.adapter, **given)
+    assert checked.exact
+
+
+def test_integers_in_groups(inputs: Inputs, tmp_path: Path) -> None:
+    """Off their grid and on it. down_proj has rows of 72, no whole groups, and stays in 16 bit."""
+    given: dict[str, Any] = {"calibration": inputs.text, "calibration_gradient_tokens": 0, "device": "cpu"}
+    options: dict[str, Any] = {"quant": "w8a16", "group_size": 32}
+    eight = streamconv.merge(inputs.base, inputs.adapter, tmp_path / "8", **options, **given, **TEXT)
+    options = {"quant": "w4a16", "group_size": 32}
+    base = streamconv.convert(inputs.base, tmp_path / "base", **options, device="cpu").out
+    four = streamconv.merge(base, inputs.adapter, tmp_path / "4", **given, **TEXT)
+    expected = {name for name in ADAPTED if "q_proj" in name}
+    for made, limit in ((eight, 0.02), (four, 0.3)):
+        assert made.rounding == "feedback"
+        assert set(made.calibrated) & ADAPTED == expected
+        assert all(0 < made.calibrated[name]["relative_error"] < limit for name in expected)
+    checked = streamconv.verify(
+        four.out, full=True, base=base, adapter=inputs.adapter, calibration=inputs.text, device="cpu"
+    )
     assert checked.exact

@@ -151,7 +151,7 @@ def test_the_card_says_what_was_done(folder: Path, tmp_path: Path) -> None:
         "A LoRA adapter that updates 4 modules (down_proj, q_proj) was merged",
         "| weights | nf4-dq, ",
         "as QLoRA training saw it",
-        "| rounding | stochastic: ",
+        "| rounding | adaptive: ",
         "| left in 16 bit | lm_head |",
         "| share of the update kept by quantization | ",
     ):

@@ -59,7 +59,7 @@ def test_the_manifest_lists_what_was_written(folder: Path) -> None:
     beside = ("config.json", "streamconv-recipe.json")
     assert found["files"] == {name: listed((folder / "one" / name).read_bytes()) for name in beside}
     assert found["adapted"] == {"q_proj": 2, "o_proj": 2, "up_proj": 2, "down_proj": 2}
-    assert (found["quant"], found["target"], found["rounding"]) == ("nf4", "T", "stochastic")
+    assert (found["quant"], found["target"], found["rounding"]) == ("nf4", "T", "adaptive")
     assert set(found["kept_by_weight"]) == {
         name for name in SHAPES if name.split(".")[-2] in found["adapted"]
     }

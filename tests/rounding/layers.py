@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from streamconv.dtypes import DENSE
-from streamconv.formats import FORMATS
+from streamconv.formats import format_of
 from streamconv.formats.base import Encoder
 from streamconv.grids import Grid
 from streamconv.kernels import kernels_for
@@ -41,7 +41,7 @@ class Trained:
         return float((moved * weighed).sum() / (delta * weighed).sum())
 
     def nearest(self) -> Tensor:
-        return self.loaded(*rounded(self.target, self.grid), is_base=False)
+        return self.loaded(*rounded(self.target, self.encoder), is_base=False)
 
     def written(self, chosen: Chosen) -> Tensor:
         return self.loaded(chosen.codes, chosen.scales, is_base=chosen.keeps_base)
@@ -52,9 +52,12 @@ class Trained:
         return decoded(self.encoder, codes, effective).view_as(self.values)
 
 
-def rounded(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def rounded(values: Tensor, encoder: Encoder) -> tuple[Tensor, Tensor]:
+    assert encoder.grid is not None
     codes = torch.empty(values.numel(), dtype=torch.uint8)
-    return codes, ROUNDINGS["nearest"].choose(values.flatten(), grid, Context(None, None, None, None), codes)
+    stored = encoder.effective_scales if encoder.rounds_scales else None
+    context = Context(None, None, None, None, stored)
+    return codes, ROUNDINGS["nearest"].choose(values.flatten(), encoder.grid, context, codes)
 
 
 def decoded(encoder: Encoder, codes: Tensor, scales: Tensor) -> Tensor:
@@ -79,11 +82,13 @@ def trained(
     seed: int = 0,
     dtype: str = "bfloat16",
 ) -> Trained:
-    """A layer whose update is `size` times as large as it is."""
+    """A layer whose update is `size` times as large as it is. `name` is a format as a Weight calls it."""
     generator = torch.Generator().manual_seed(seed)
-    encoder = FORMATS[name].encoder("w.weight", shape, DENSE[dtype])
+    storage_format = format_of(name)
+    assert storage_format is not None
+    encoder = storage_format.encoder("w.weight", shape, DENSE[dtype])
     assert encoder.grid is not None
-    codes, scales = rounded(torch.randn(shape, generator=generator) * 0.02, encoder.grid)
+    codes, scales = rounded(torch.randn(shape, generator=generator) * 0.02, encoder)
     base = BaseOnGrid(codes, encoder.effective_scales(scales))
     values = decoded(encoder, codes, base.scales).view(shape)
     directions = torch.randn(16, shape[1], generator=generator)

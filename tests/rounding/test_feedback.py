@@ -27,7 +27,9 @@ PLAIN = FeedbackOptions(preserve_delta=0.0, sweeps=0, refits=0)
 QUANTS = ["nf4", "nf4-dq", "fp4", "fp4-dq"]
 # Blocks that end with rows, that run on into the next row, and a short last one.
 SHAPES = [(96, 128), (70, 96), (33, 70)]
-every_quant = pytest.mark.parametrize("quant", QUANTS)
+IN_GROUPS = [("w4a16, group size 32", (96, 128)), ("w8a16, group size 64", (70, 64))]
+CASES = [*((quant, shape) for quant in QUANTS for shape in SHAPES), *IN_GROUPS]
+every_case = pytest.mark.parametrize(("quant", "shape"), CASES, ids=str)
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 either_side = pytest.mark.parametrize("two_sided", [False, True], ids=["inputs", "inputs and outputs"])
 
@@ -81,8 +83,7 @@ def turned(layer: Trained, options: FeedbackOptions = PLAIN, shuffled: bool = Fa
 # -- what must hold always ---------------------------------------------------------------------------------------
 
 
-@every_quant
-@every_shape
+@every_case
 @either_side
 def test_more_work_is_never_worse(quant: str, shape: tuple[int, int], two_sided: bool) -> None:
     layer = trained(quant, shape)
@@ -99,8 +100,7 @@ def test_more_work_is_never_worse(quant: str, shape: tuple[int, int], two_sided:
     assert swept[0] < once
 
 
-@every_quant
-@every_shape
+@every_case
 def test_without_an_update_the_base_stays(quant: str, shape: tuple[int, int]) -> None:
     layer = trained(quant, shape)
     cross = layer.statistics.hessian * 0.9  # quantized inputs differ, and yet
@@ -270,7 +270,7 @@ def test_quantized_inputs_are_made_up_for() -> None:
 # -- the update --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quant", ["nf4", "nf4-dq"])
+@pytest.mark.parametrize("quant", ["nf4", "nf4-dq", "w4a16"])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_share_of_a_small_update_that_is_kept(quant: str, seed: int) -> None:
     layer = trained(quant, (256, 256), size=0.05, seed=seed)
@@ -285,9 +285,12 @@ def test_the_share_of_a_small_update_that_is_kept(quant: str, seed: int) -> None
 
 
 @either_side
-def test_compiled_and_torch_choose_the_same(two_sided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("quant", ["nf4-dq", "w4a16, group size 32", "w8a16, group size 64"])
+def test_compiled_and_torch_choose_the_same(
+    quant: str, two_sided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("numba")
-    layer = trained("nf4-dq", (12, 64)) if two_sided else trained("nf4-dq", (200, 128))
+    layer = trained(quant, (12, 64)) if two_sided else trained(quant, (200, 128))
     layer = with_outputs(layer) if two_sided else layer
     options = FeedbackOptions(sweeps=1, refits=1)
     ours = feedback(layer.target, layer.statistics, layer.encoder, options, layer.directions, layer.base)

@@ -26,8 +26,16 @@ def machine(folder: Path) -> dict[str, str | int]:
         "file_system": _said("stat", "-f", "-c", "%T", str(folder)),
         "python": platform.python_version(),
         **{name: _version(name) for name in VERSIONS},
-        "commit": _said("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"),
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """The commit, marked where anything but results differs from it."""
+    git = ("git", "-C", str(ROOT))
+    changed = _said(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs/results")
+    commit = _said(*git, "rev-parse", "--short=12", "HEAD")
+    return f"{commit}-dirty" if commit and changed else commit
 
 
 def save(path: Path, made_by: str, results: Mapping[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tools.perplexity import Subject
@@ -114,6 +116,7 @@ STOCHASTIC_T = tuple(
     _merged(f"stochastic-T-{seed}", f"stochastic of T, seed {seed}", "T", "stochastic", "--seed", str(seed))
     for seed in SEEDS
 )
+ADAPTIVE_T = _merged("adaptive-T", "adaptive of T", "T", "adaptive")
 SEARCH_T = _merged("search-T", "search of T", "T", "search")
 FEEDBACK_T = _feedback("feedback-T", "feedback of T", "T")
 TERM_FEEDBACK_T = _feedback("feedback-T-delta", "feedback of T, delta term", "T", *DELTA_TERM)
@@ -123,4 +126,20 @@ TERM_ONE_SIDED_T = _feedback(
 )
 FEEDBACK_F = _feedback("feedback-F", "feedback of F", "F")
 FEEDBACK = (FEEDBACK_T, TERM_FEEDBACK_T, ONE_SIDED_T, TERM_ONE_SIDED_T, FEEDBACK_F)
-MERGED = (NEAREST_T, NEAREST_F, *STOCHASTIC_T, SEARCH_T, *FEEDBACK)
+MERGED = (NEAREST_T, NEAREST_F, *STOCHASTIC_T, ADAPTIVE_T, SEARCH_T, *FEEDBACK)
+
+# One update in several sizes, for where nearest rounding of T begins to do better than stochastic.
+SCALED, FACTORS = BEDS["faq-kjv-light"], (1, 2, 3, 4, 5, 6, 8)
+BY_SIZE = (NEAREST_T, *STOCHASTIC_T, ADAPTIVE_T)
+
+
+def scaled(factor: int, folder: Path) -> Bed:
+    """The bed SCALED with its update so many times as large; the adapter is written to `folder`."""
+    adapter = folder / "adapters" / f"{SCALED.adapter.name}-x{factor}"
+    shutil.rmtree(adapter, ignore_errors=True)
+    shutil.copytree(SCALED.adapter, adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config | {"lora_alpha": factor * config["lora_alpha"]})
+    )
+    return replace(SCALED, name=adapter.name, adapter=adapter)

@@ -1,7 +1,6 @@
 """The neutral judge of the study: transformers and bitsandbytes open a model, nothing of streamconv has part in it.
 
-A 4-bit checkpoint is opened as any user opens it; its packed weights are then replaced by what bitsandbytes makes of
-them in float32, and the forward pass is that of transformers in float32. So the stored values are the only rounding.
+Models are opened by `tools.perplexity.load`: the stored values are the only rounding.
 With p the reference's distribution of the next token and q the model's, KL = sum p (log p - log q), in nats a token.
 """
 
@@ -12,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import torch
-import transformers
 from peft import PeftModel
 from torch import Tensor
 
-from tools.perplexity import Subject, load_in_nf4_dq
+from tools.perplexity import Subject, load
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,39 +25,6 @@ class Verdict:
     losses: list[float]
     kl: list[float]
     agreement: float
-
-
-def open_dense(subject: Subject) -> Any:
-    """The model in float32 without a packed weight; the adapter, if there is one, runs beside its base."""
-    quantized = load_in_nf4_dq() if subject.load_in_nf4_dq else {}
-    model = transformers.AutoModelForCausalLM.from_pretrained(subject.model, dtype=torch.float32, **quantized)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            model.set_submodule(name, _dense(module))
-    if subject.adapter:
-        model = PeftModel.from_pretrained(model, subject.adapter)
-    # A quantized checkpoint keeps the dtype of its other tensors, whatever is asked for; and its own `float` refuses.
-    return torch.nn.Module.float(model).eval()
-
-
-def _dense(module: Any) -> torch.nn.Linear:
-    """`module` with the values of its codes; those of a weight that was bf16 are not rounded to bf16 again."""
-    weight = dequantized(module, torch.float32)
-    dense = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
-    dense.weight = torch.nn.Parameter(weight, requires_grad=False)
-    if module.bias is not None:
-        dense.bias = torch.nn.Parameter(module.bias.detach().float(), requires_grad=False)
-    return dense
-
-
-def dequantized(module: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight [out, in] of a Linear4bit as bitsandbytes decodes it, in `dtype` or the weight's own."""
-    state = module.weight.quant_state
-    own = state.dtype
-    state.dtype = dtype or own
-    weight: Tensor = bitsandbytes.functional.dequantize_4bit(module.weight.data, state)
-    state.dtype = own
-    return weight
 
 
 @torch.inference_mode()
@@ -99,7 +63,7 @@ def states_of(subject: Subject, windows: Tensor, cache: Path | None = None) -> t
     if cache and cache.exists():
         kept: tuple[Tensor, Tensor] = torch.load(cache, weights_only=True)
         return kept
-    model = open_dense(subject)
+    model = load(subject)
     found = hidden_states(model, windows), output_head(model)
     del model
     gc.collect()

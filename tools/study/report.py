@@ -24,9 +24,10 @@ _BLOCK = re.compile(r"(<!-- (\w+): made by tools/study/report -->\n)(.*?)(<!-- e
 
 
 def read(folder: Path) -> tuple[Mapping[str, Results], Results]:
-    """Results of the beds by name, and of the synthetic layers; empty where nothing was measured."""
+    """Results of the beds by name, and of synthetic layers with those by size; empty where nothing was measured."""
     beds = {name: load(folder / f"study-{name}.json") for name in BEDS}
-    return beds, load(folder / "study-synthetic.json")
+    synthetic = load(folder / "study-synthetic.json")
+    return beds, synthetic and {**synthetic, "sizes": load(folder / "study-sizes.json").get("sizes", {})}
 
 
 def render(page: str, folder: Path) -> str:

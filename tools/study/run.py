@@ -23,15 +23,29 @@ from torch import Tensor
 from tools.bench.results import RESULTS, load, machine, save
 from tools.make_demo_base import make_demo_base
 from tools.measure import Cost, measure
-from tools.perplexity import Subject, be_quiet, read_windows
+from tools.perplexity import Subject, be_quiet, dequantized, read_windows
 from tools.study import synthetic
-from tools.study.beds import BEDS, DEMO_BASE, MERGED, OPENED, REFERENCE, Bed, Merged, Opened
-from tools.study.judge import dequantized, judge, states_of
+from tools.study.beds import (
+    BEDS,
+    BY_SIZE,
+    DEMO_BASE,
+    FACTORS,
+    MERGED,
+    OPENED,
+    REFERENCE,
+    SCALED,
+    Bed,
+    Merged,
+    Opened,
+    scaled,
+)
+from tools.study.judge import judge, states_of
 from tools.study.weights import Layer, compare, describe, layers, read_tensors
 
 WORK = Path(".study")
 MADE_BY = "tools/study/run"
-SYNTHETIC = "synthetic"
+SYNTHETIC, SIZES = "synthetic", "sizes"
+NAMES = (SYNTHETIC, SIZES, *BEDS)
 
 
 def study(bed: Bed, wanted: Callable[[str], bool], tell: Callable[[str], None]) -> None:
@@ -152,17 +166,15 @@ def _rounded(value: Any) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tools/study/run", description=__doc__)
-    parser.add_argument(
-        "subjects", nargs="*", help=f"{', '.join((*BEDS, SYNTHETIC))}; all, unless some are named"
-    )
+    parser.add_argument("subjects", nargs="*", help=f"{', '.join(NAMES)}; all, unless some are named")
     parser.add_argument(
         "--threads", type=int, default=2, help="of the judge; results depend on it in the last bits"
     )
     parser.add_argument("--only", action="append", default=[], help="a strategy; repeatable")
     parser.add_argument("--anew", action="append", default=[], help="a strategy to measure again; repeatable")
     options = parser.parse_args(arguments)
-    if unknown := set(options.subjects) - {*BEDS, SYNTHETIC}:
-        parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join((*BEDS, SYNTHETIC))}")
+    if unknown := set(options.subjects) - set(NAMES):
+        parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(NAMES)}")
     be_quiet()
     torch.set_num_threads(options.threads)
     started = time.monotonic()
@@ -170,11 +182,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def tell(what: str) -> None:
         print(f"[{time.monotonic() - started:5.0f} s] {what}", flush=True)
 
-    chosen = options.subjects or (SYNTHETIC, *BEDS)
+    chosen = options.subjects or NAMES
     if any(name in chosen and bed.base == DEMO_BASE for name, bed in BEDS.items()):
         make_demo_base(DEMO_BASE)
     if SYNTHETIC in chosen:
         _synthetic(options.anew, tell)
+    if SIZES in chosen:
+        _sizes(tell)
     for bed in (bed for name, bed in BEDS.items() if name in chosen):
         _forget(bed, options.anew)
         study(bed, lambda name: not options.only or name in options.only, tell)
@@ -187,6 +201,27 @@ def _synthetic(anew: Sequence[str], tell: Callable[[str], None]) -> None:
     tell("synthetic layers")
     found = {"dead_zone": synthetic.dead_zone(), "compensated": synthetic.compensated()}
     save(path, MADE_BY, {"machine": machine(RESULTS), "seeds": list(synthetic.SEEDS), **_rounded(found)})
+
+
+def _sizes(tell: Callable[[str], None]) -> None:
+    """KL of what is rounded without text, for one update in several sizes."""
+    path = RESULTS / f"study-{SIZES}.json"
+    results = load(path) or {"machine": {}, "sizes": {}}
+    for factor in FACTORS:
+        if str(factor) in results["sizes"]:
+            continue
+        tell(f"{SCALED.name}: {factor} times the update")
+        bed = scaled(factor, WORK)
+        work = WORK / f"{bed.name}-work"
+        windows = read_windows(bed.base, bed.held_out, bed.windows, bed.tokens)
+        reference, head = states_of(bed.trained, windows, work / "T.pt")
+        adapted = _adapted(bed, work)
+        found: dict[str, Any] = {"ratios": [describe(layer)["ratio"] for layer in adapted.values()]}
+        for row in BY_SIZE:
+            measured = _merged(bed, row, windows, reference, head, adapted)
+            found[row.name] = {"kept": measured["kept"], "kl": measured["kl"]}
+        results["sizes"][str(factor)] = _rounded(found)
+        save(path, MADE_BY, results | {"machine": machine(work)})
 
 
 def _forget(bed: Bed, names: Sequence[str]) -> None:

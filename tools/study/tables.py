@@ -10,10 +10,12 @@ import numpy as np
 from streamconv.analysis.prediction import predicted_kept
 from streamconv.comparison.bootstrap import mean, perplexity, perplexity_difference, ratio
 from streamconv.grids import NF4
+from streamconv.rounding.adaptive import NEAREST_FROM
 from streamconv.rounding.feedback import FeedbackOptions
 from tools.study import cost
 from tools.study.bars import STOCHASTIC, Results, bars, row_of, shown
 from tools.study.beds import (
+    ADAPTIVE_T,
     BEDS,
     FEEDBACK,
     FEEDBACK_T,
@@ -33,7 +35,7 @@ STRATEGIES: Mapping[str, str] = {
     **{row.name: row.label for row in OPENED},
     **{row.name: row.label for row in (NEAREST_T, NEAREST_F)},
     STOCHASTIC: "stochastic of T",
-    **{row.name: row.label for row in (SEARCH_T, *FEEDBACK)},
+    **{row.name: row.label for row in (ADAPTIVE_T, SEARCH_T, *FEEDBACK)},
 }
 # Upper ends of the delta-to-step ratio, and what to do below them.
 DECISIONS = (
@@ -44,8 +46,8 @@ DECISIONS = (
     ),
     (0.1, "erased", "the same"),
     (0.2, "damaged", "the same"),
-    (0.4, "mostly kept", "feedback of T with calibration text; without, `--rounding nearest` of T by name"),
-    (1.0, "kept", "the same"),
+    (NEAREST_FROM, "mostly kept, and still worse than at random", "the same"),
+    (1.0, "kept", "feedback of T with calibration text; without, nearest of T"),
 )
 
 
@@ -93,7 +95,7 @@ def _strategies(label: str, results: Results) -> str:
             words,
             f"{perplexity(row.losses).value:.2f}",
             "" if name == "T" else shown(perplexity_difference(row.losses, trained.losses)),
-            "0" if name == "T" else shown(mean([1000 * value for value in row.kl])),
+            "0" if name == "T" else _thousandths(row.kl),
             f"{first['agreement']:.1%}",
             f"{first['kept']:.3f}" if "kept" in first else "",
             f"{100 * first['changed']:.2g} %" if "changed" in first else "",
@@ -222,6 +224,29 @@ def _placed(name: str, results: Results) -> str:
     return said + (f", {ratio(nearest.kl, ours.kl).value:.0f} times" if ours else "")
 
 
+def sizes_block(_: Mapping[str, Results], synthetic: Results) -> str:
+    """One update in several sizes, rounded without text: KL to T, which is another model at every size."""
+    columns = (
+        "times the update",
+        "delta-to-step ratio",
+        "nearest of T keeps",
+        "KL, 1/1000 nat: nearest of T",
+        "stochastic of T",
+        "adaptive of T",
+    )
+    rows = []
+    for factor, found in synthetic.get("sizes", {}).items():
+        seeds = np.mean([found[row.name]["kl"] for row in STOCHASTIC_T], axis=0).tolist()
+        kl = (found[NEAREST_T.name]["kl"], seeds, found[ADAPTIVE_T.name]["kl"])
+        said = [_thousandths(each) for each in kl]
+        rows.append([factor, _spread(found["ratios"]), f"{found[NEAREST_T.name]['kept']:.1%}", *said])
+    return _table(columns, rows)
+
+
+def _thousandths(kl: Sequence[float]) -> str:
+    return shown(mean([1000 * value for value in kl]))
+
+
 def delta_term_block(beds: Mapping[str, Results], _: Results) -> str:
     """What the delta-preserving term does to KL and to the kept delta, with and without the gradients' side."""
     columns = ("bed", "feedback", "KL with the term to KL without", "kept delta without", "with")
@@ -337,6 +362,7 @@ BLOCKS: Mapping[str, Callable[[Mapping[str, Results], Results], str]] = {
     "objective": objective_block,
     "distributions": distributions_block,
     "decision": decision_block,
+    "sizes": sizes_block,
     "strategies": strategies_block,
     "two_sides": two_sides_block,
     "delta_term": delta_term_block,

@@ -1,0 +1,54 @@
+"""Adaptive rounding, of a base on the output's own grid: at random where the update is small, to the nearest where not.
+
+Nearest rounding erases an update that is small against the grid's step, and stochastic rounding keeps it; of one that
+is no longer small nearest rounding keeps what matters, with half the error. It is decided weight by weight, by
+
+    mean |D| / mean step of the weight's first 64 rows,
+
+the step of an entry being the mean of the gaps beside its code's value, times its block's scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamconv.grids import Grid, code_steps
+from streamconv.rounding.base import Context, Rounding
+from streamconv.rounding.nearest import Nearest
+from streamconv.rounding.stochastic import Stochastic
+
+# From this ratio on to the nearest. Predictions of the model are about equally far from the target's on either side of
+# it: measured by `tools/study/run sizes`, docs/why-merging-loses-quality.md.
+NEAREST_FROM = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class Adaptive:
+    """Which rounding it is for a weight, `settled` says once its first rows are there."""
+
+    name: str = "adaptive"
+    needs_noise: bool = True
+    keeps_scales: bool = True
+    calibrated: bool = False
+    searches_scales: bool = False
+
+    def choose(self, target: Tensor, grid: Grid, context: Context, codes: Tensor) -> Tensor:
+        """Never called: by then it is one of the two."""
+        del target, grid, context, codes
+        raise AssertionError(f"{self.name} rounding was not settled before a weight's first cell")
+
+    def settled(self, ratio: float | None) -> Rounding:
+        """For an update of that ratio; None where the base does not lie on the grid."""
+        return Nearest() if ratio is None or ratio >= NEAREST_FROM else Stochastic()
+
+
+def delta_to_step(target: Tensor, base: Tensor, codes: Tensor, scales: Tensor, grid: Grid) -> float:
+    """The ratio above: `target` and `base` float32, `codes` uint8, all flat; `scales` float32, one a block."""
+    steps = code_steps(grid).to(codes.device).index_select(0, codes.to(torch.int32))
+    places = torch.arange(codes.numel(), device=codes.device) // grid.block
+    mean = (steps * scales.abs()[places]).mean(dtype=torch.float64) / grid.peak
+    moved = (target - base).abs().mean(dtype=torch.float64)
+    return float(moved / mean) if float(mean) else float("inf")
