@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from streamconv.analysis import Analysis, analyze
+    from streamconv.comparison import Compared, compare
     from streamconv.errors import (
         AdapterError,
         CheckpointError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "streamconv.pipeline": ("convert", "merge", "push", "verify"),
     "streamconv.analysis": ("Analysis", "analyze"),
+    "streamconv.comparison": ("Compared", "compare"),
     "streamconv.evaluation": ("Evaluation", "evaluate"),
     "streamconv.inspection": ("inspect",),
     "streamconv.report.result": ("Report",),
@@ -57,6 +59,7 @@ __all__ = [  # noqa: PLE0604, RUF100  literal, so that type checkers see it
     "AdapterError",
     "Analysis",
     "CheckpointError",
+    "Compared",
     "Evaluation",
     "HubError",
     "InputError",
@@ -70,6 +73,7 @@ __all__ = [  # noqa: PLE0604, RUF100  literal, so that type checkers see it
     "UnsupportedError",
     "VerificationError",
     "analyze",
+    "compare",
     "convert",
     "evaluate",
     "inspect",

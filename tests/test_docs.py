@@ -23,6 +23,7 @@ from streamconv.adapters import ADAPTERS
 from streamconv.cli import main
 from streamconv.formats import FORMATS
 from streamconv.rounding import ROUNDINGS
+from tests.forward.texts import save_tokenizer, write_text
 from tests.tiny import llama_config, save_adapter, save_base
 from tools.make_docs import TARGET, page
 
@@ -74,6 +75,9 @@ def test_a_command_line_is_accepted(line: str, recipes: Path, monkeypatch: pytes
     program, name, *arguments = shlex.split(line.replace("\\\n", " "), comments=True)
     assert program == "streamconv"
     command = main.commands[name]
+    if "--list" in arguments:  # it shows something and no more
+        assert CliRunner().invoke(main, [name, *arguments]).exit_code == 0
+        return
     context = command.make_context(name, arguments)  # fails on unknown options and on missing ones
     # What click leaves for the planner to judge.
     assert context.params.get("quant", "keep") in ("keep", "none", *FORMATS)
@@ -115,6 +119,28 @@ def test_the_guide_to_several_outputs_makes_what_it_says(
         config = json.loads((tmp_path / folder / "config.json").read_text())
         assert config.get("quantization_config", {}).get("quant_method") == (method and "bitsandbytes")
         assert config.get("quantization_config", {}).get("load_in_4bit", False) == (method == "bnb_4bit")
+
+
+def test_the_guide_to_comparing_makes_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first command, on fewer tokens and with its own strategies."""
+    guide = ROOT / "docs" / "guide-compare.md"
+    base = save_base(tmp_path / "llama", llama_config(), dtype=torch.bfloat16)
+    save_tokenizer(base)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    save_adapter(tmp_path / "my-qlora", base, lora)
+    write_text(tmp_path / "valid.txt")
+    (tmp_path / "mine.yaml").write_text(next(blocks(guide, "yaml")))
+    monkeypatch.chdir(tmp_path)
+    few = ["--tokens", "64", "--sequence-length", "32", "--greedy-tokens", "0", "--no-speed"]
+    line = shlex.split(next(blocks(guide, "sh")))[1:]
+    result = CliRunner().invoke(main, [*line, *few, "--strategies", "base,mine.yaml"])
+    assert result.exit_code == 0, result.output
+    assert [text.split()[0] for text in result.stdout.splitlines()[1:4]] == ["base", "other-seed", "fp4"]
+    assert {path.name for path in (tmp_path / "compared").iterdir()} >= {
+        "comparison.json",
+        "comparison.md",
+        "comparison.html",
+    }
 
 
 @pytest.mark.parametrize("block", pythons())

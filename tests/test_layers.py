@@ -31,7 +31,7 @@ LAYERS = [
     {"report"},
     {"pipeline", "inspection"},
     {"evaluation"},
-    {"analysis"},
+    {"analysis", "comparison"},
     {"__init__"},
     {"cli"},
     {"__main__"},

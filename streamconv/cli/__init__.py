@@ -9,6 +9,7 @@ from __future__ import annotations
 import click
 
 from streamconv.cli.analysis import analyze_command
+from streamconv.cli.comparison import compare_command
 from streamconv.cli.evaluation import eval_command
 from streamconv.cli.exits import Commands
 from streamconv.cli.jobs import convert_command, merge_command, plan_command
@@ -37,6 +38,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
         verify_command,
         analyze_command,
         eval_command,
+        compare_command,
         push_command,
         formats_command,
     ],

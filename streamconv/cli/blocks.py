@@ -20,6 +20,7 @@ class Section(StrEnum):
 
     INPUTS = "Inputs and output"
     TEXT = "Text"
+    STRATEGIES = "Strategies"
     REFERENCE = "Reference"
     RESULT = "Result"
     MERGE = "Merge"

@@ -52,6 +52,13 @@ _REFERENCE = group(
     ),
     option(
         Section.REFERENCE,
+        "--reference-cache",
+        type=click.Path(),
+        metavar="DIR",
+        help="Keep what the reference answers in this folder: the next model is compared without running it again.",
+    ),
+    option(
+        Section.REFERENCE,
         "--greedy-tokens",
         default=0,
         show_default=True,
@@ -59,7 +66,7 @@ _REFERENCE = group(
         help="Also compare greedy continuations of so many tokens; reads the reference up to N more times.",
     ),
 )
-_TEXT = group(
+TEXT = group(
     option(
         Section.TEXT,
         "--data",
@@ -96,7 +103,7 @@ _TEXT = group(
     BASE_REVISION,
     adapter_option(allow_from_autoenv=False, help="The PEFT adapter on --base."),
     ADAPTER_PLACE,
-    _TEXT,
+    TEXT,
     _REFERENCE,
     MERGE_BASE,
     TOKENIZER,

@@ -41,14 +41,15 @@ def progress(title: str, quiet: bool) -> Iterator[OnProgress]:
 def _plain_lines(title: str) -> OnProgress:
     started = last = time.monotonic()
     first: int | None = None
+    is_told = False  # that all is done, which some go on to say
 
     def tell(done: int, total: int) -> None:
-        nonlocal first, last
+        nonlocal first, last, is_told
         now = time.monotonic()
         if first is None:
             first = done
-        elif now - last >= _LINE_EVERY_S or done >= total:
-            last = now
+        elif not is_told and (now - last >= _LINE_EVERY_S or done >= total):
+            last, is_told = now, done >= total
             speed = (done - first) / max(now - started, 1e-9)
             left = (total - done) / max(speed, 1.0)
             click.echo(

@@ -32,6 +32,7 @@ def evaluate(
     reference: Folder | None = None,
     reference_adapter: Folder | None = None,
     reference_merge_base: str = "original",
+    reference_cache: Folder | None = None,
     sequence_length: int = 512,
     tokens: int = 16384,
     greedy_tokens: int = 0,
@@ -53,7 +54,7 @@ def evaluate(
     a StreamconvError, whose `exit_code` is what the command would have ended with.
     """
     place = subject_of(model, base, adapter)
-    check_reference(reference, reference_adapter, greedy_tokens)
+    check_reference(reference, reference_adapter, greedy_tokens, reference_cache)
     check_dtype(dtype)
     check_lengths(sequence_length, tokens, greedy_tokens)
 
@@ -78,8 +79,9 @@ def evaluate(
     other = None if reference is None else job(reference, reference_adapter, reference_merge_base, None)
     subject = job(place, adapter, merge_base, base_revision)
     text = Path(fspath(data)).expanduser()
+    cache = None if reference_cache is None else Path(fspath(reference_cache)).expanduser()
     options = EvaluationOptions(
-        subject, other, text, sequence_length, tokens // sequence_length, greedy_tokens
+        subject, other, text, sequence_length, tokens // sequence_length, greedy_tokens, cache
     )
     _check_installed()
     found: Evaluation = import_module(_SCORING).run_evaluation(options, on_progress)

@@ -16,7 +16,8 @@ LEAST_LENGTH = 16
 class EvaluationOptions:
     """Options checked and parsed as far as they can be without inputs.
 
-    `subject` and `reference` are jobs whose output would be the dense weights that are evaluated.
+    `subject` and `reference` are jobs whose output would be the dense weights that are evaluated. `reference_cache` is
+    the folder that keeps what the reference answers, None where nothing is kept.
     """
 
     subject: Job
@@ -25,6 +26,7 @@ class EvaluationOptions:
     sequence_length: int
     sequences: int
     greedy_tokens: int
+    reference_cache: Path | None = None
 
 
 def subject_of(model: Folder | None, base: Folder | None, adapter: Folder | None) -> Folder:
@@ -41,11 +43,13 @@ def subject_of(model: Folder | None, base: Folder | None, adapter: Folder | None
     return place
 
 
-def check_reference(reference: Folder | None, adapter: Folder | None, greedy_tokens: int) -> None:
+def check_reference(
+    reference: Folder | None, adapter: Folder | None, greedy_tokens: int, cache: Folder | None
+) -> None:
     """Raise OptionError for what is said of a reference where there is none."""
-    if reference is None and (adapter is not None or greedy_tokens):
+    if reference is None and (adapter is not None or greedy_tokens or cache is not None):
         raise OptionError(
-            "--reference-adapter and --greedy-tokens are about a reference; add --reference MODEL"
+            "--reference-adapter, --reference-cache and --greedy-tokens are about a reference; add --reference MODEL"
         )
 
 

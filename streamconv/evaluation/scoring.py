@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from streamconv.devices import resolve_device
 from streamconv.dtypes import DENSE
 from streamconv.errors import InputError, OptionError, ResourceError
 from streamconv.evaluation.budget import Budget, plan_budget
+from streamconv.evaluation.kept_reference import Draft, KeptReference, kept_reference
 from streamconv.evaluation.measures import Divergence, Tally
 from streamconv.evaluation.options import EvaluationOptions
 from streamconv.evaluation.result import Comparison, Evaluation, Greedy
@@ -71,10 +72,11 @@ def run_evaluation(options: EvaluationOptions, on_progress: OnProgress) -> Evalu
         windows = read_windows(options.data, tokenizer, options.sequences, options.sequence_length)
         walks = [subject.walk for subject in subjects]
         budget = plan_budget(walks, windows, options.subject.options)
-        gauge.start(sum(walk.bytes_of_a_pass for walk in walks))
+        kept = _kept(options, everything, walks, windows)
+        gauge.start(_bytes_to_read(walks, kept))
         try:
-            tallies = _score(walks, windows, budget)
-            greedy = _greedy(walks, windows, budget, options.greedy_tokens)
+            tallies = _score(walks, windows, budget, kept)
+            greedy = _greedy(walks, windows, budget, options.greedy_tokens, kept)
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"{walks[0].device.name} ran out of memory: {str(error).splitlines()[0]} Give it a smaller --max-vram, "
@@ -157,13 +159,53 @@ def _target(prepared: Prepared) -> str:
     return prepared.plan.target.reason
 
 
+# -- a reference whose answers are kept ------------------------------------------------------------------------------
+
+
+def _kept(
+    options: EvaluationOptions, everything: Sequence[Prepared], walks: Sequence[Walk], windows: Tensor
+) -> KeptReference | None:
+    """Where the reference's answers are kept, if there is one and they are to be."""
+    if options.reference_cache is None or options.reference is None:
+        return None
+    walk = walks[-1]
+    subject, reference = (prepared.plan for prepared in everything)
+    found = kept_reference(options.reference_cache, reference, windows, walk.hidden, walk.dtype)
+    return replace(found, is_of_subject=subject.fingerprint == reference.fingerprint)
+
+
+def _bytes_to_read(walks: Sequence[Walk], kept: KeptReference | None) -> int:
+    """In the main pass; of a reference whose states are kept, the head."""
+    if kept is None or kept.states() is None:
+        return sum(walk.bytes_of_a_pass for walk in walks)
+    return walks[0].bytes_of_a_pass + walks[1].head_bytes
+
+
+@contextmanager
+def _answered(walk: Walk, windows: Tensor, budget: Budget, kept: KeptReference | None) -> Iterator[Tensor]:
+    """What the reference's last layer returns for `windows`, from where it is kept."""
+    found = None if kept is None else kept.states()
+    if found is not None:
+        yield found
+        return
+    with _walked(walk, windows, budget) as states:
+        if kept is not None:
+            kept.keep_states(states)
+        yield states
+
+
 # -- scores ----------------------------------------------------------------------------------------------------------
 
 
-def _score(walks: list[Walk], windows: Tensor, budget: Budget) -> Tally | Divergence:
+def _score(
+    walks: list[Walk], windows: Tensor, budget: Budget, kept: KeptReference | None = None
+) -> Tally | Divergence:
     """The model's tally; with a reference, which is walked second, that of both."""
     with ExitStack() as stack:
-        held = [stack.enter_context(_walked(walk, windows, budget)) for walk in walks]
+        held = [stack.enter_context(_walked(walks[0], windows, budget))]
+        if kept is not None and kept.is_of_subject and kept.states() is None:
+            kept.keep_states(held[0])
+        held += [stack.enter_context(_answered(walk, windows, budget, kept)) for walk in walks[1:]]
         answers = [
             walk.logits(windows, states, budget.batch, budget.height)
             for walk, states in zip(walks, held, strict=True)
@@ -194,25 +236,39 @@ def _predicting(logits: Tensor) -> Tensor:
     return logits[:, :-1].float().cpu()
 
 
-def _greedy(walks: list[Walk], windows: Tensor, budget: Budget, tokens: int) -> Greedy | None:
+def _greedy(
+    walks: list[Walk], windows: Tensor, budget: Budget, tokens: int, kept: KeptReference | None
+) -> Greedy | None:
     """Where greedy continuations of the reference and the model part, over `tokens` tokens."""
     if not tokens:
         return None
     model, reference = walks
     chosen = windows[:GREEDY_SEQUENCES]
     prompt = chosen.shape[1] // 2
-    prompts, draft = chosen[:, :prompt], chosen[:, prompt : prompt + tokens]
-    # What the reference finds most likely after a draft is its own continuation as far as the draft was, and one
-    # token further; so at most as many walks as tokens, and far fewer where drafts are good (Jacobi iteration).
-    passes, is_final = 0, False
-    while passes < tokens and not is_final:
-        found = _continuation(reference, prompts, draft, budget)
-        passes, is_final, draft = passes + 1, torch.equal(found, draft), found
+    prompts = chosen[:, :prompt]
+    draft = None if kept is None else kept.draft(tokens)
+    if draft is None:
+        draft = _draft(reference, prompts, chosen[:, prompt : prompt + tokens], budget)
+        if kept is not None:
+            kept.keep_draft(draft)
     # The model's own continuation is the same until the first token at which it would have chosen another.
-    differs = _continuation(model, prompts, draft, budget) != draft
+    differs = _continuation(model, prompts, draft.tokens, budget) != draft.tokens
     first = [row.nonzero()[0].item() if row.any() else None for row in differs]
     same = sum(place is None for place in first) / len(first)
-    return Greedy(tokens, same, tuple(None if place is None else int(place) for place in first), passes)
+    return Greedy(tokens, same, tuple(None if place is None else int(place) for place in first), draft.passes)
+
+
+def _draft(reference: Walk, prompts: Tensor, guess: Tensor, budget: Budget) -> Draft:
+    """The reference's own greedy continuations, as long as `guess`.
+
+    What it finds most likely after a draft is its own continuation as far as the draft was, and one token further; so
+    at most as many walks as tokens, and far fewer where drafts are good (Jacobi iteration).
+    """
+    passes, is_final = 0, False
+    while passes < guess.shape[1] and not is_final:
+        found = _continuation(reference, prompts, guess, budget)
+        passes, is_final, guess = passes + 1, torch.equal(found, guess), found
+    return Draft(guess, passes)
 
 
 def _continuation(walk: Walk, prompts: Tensor, draft: Tensor, budget: Budget) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 from streamconv.cli import main
 from tests.cli.calls import succeed
 
-COMMANDS = ("merge", "convert", "plan", "inspect", "verify", "analyze", "eval", "push", "formats")
+COMMANDS = ("merge", "convert", "plan", "inspect", "verify", "analyze", "eval", "compare", "push", "formats")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)

@@ -73,3 +73,11 @@ def test_progress_begins_with_nothing_and_ends_with_all(inputs: Inputs, tmp_path
         )
         assert seen == sorted(seen)
         assert (seen[0][0], seen[-1][0]) == (0, seen[0][1])
+
+
+def test_that_all_is_done_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Some go on to say so: an evaluation, while it makes greedy continuations."""
+    with progress("eval", quiet=False) as tell:
+        for done in (0, 8000, 8000, 8000):
+            tell(done, 8000)
+    assert len(capsys.readouterr().err.splitlines()) == 1

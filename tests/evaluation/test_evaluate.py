@@ -216,6 +216,30 @@ def test_a_model_is_like_itself(base: Path, text: Path) -> None:
     assert found.comparison.greedy.identical == 1
 
 
+def test_a_reference_that_is_kept_answers_the_same(base: Path, tmp_path: Path, text: Path) -> None:
+    """To the last bit, and without being walked again, whichever model is compared with it."""
+    streamconv.convert(base, tmp_path / "4bit", quant="nf4")
+    cache = tmp_path / "kept"
+    asked: dict[str, Any] = {"data": text, "reference": base, "greedy_tokens": 4, **LENGTHS}
+    plain = streamconv.evaluate(tmp_path / "4bit", **asked)
+    first = streamconv.evaluate(tmp_path / "4bit", reference_cache=cache, **asked)
+    again = streamconv.evaluate(tmp_path / "4bit", reference_cache=cache, **asked)
+    assert plain.comparison == first.comparison == again.comparison
+    assert plain.losses == first.losses == again.losses
+    layers = sum(path.stat().st_size for path in base.glob("*.safetensors")) // 2
+    assert first.bytes_read - again.bytes_read > 2 * layers
+    other = streamconv.evaluate(base, reference_cache=cache, **asked)
+    assert other.comparison is not None
+    assert abs(other.comparison.kl) < 1e-9
+    (states,) = cache.glob("*.states")
+    states.write_bytes(states.read_bytes()[:-1])
+    cut = streamconv.evaluate(tmp_path / "4bit", reference_cache=cache, **asked)
+    assert (cut.comparison, len([*cache.glob("*.states")])) == (plain.comparison, 1)
+    shorter = asked | {"tokens": LENGTH * 3}
+    assert streamconv.evaluate(base, reference_cache=cache, **shorter).sequences == 3
+    assert len([*cache.glob("*.states")]) == 2
+
+
 def test_vocabularies_of_two_sizes(base: Path, tmp_path: Path, text: Path) -> None:
     other = make(tmp_path / "other", Qwen2Config(**SIZES | {"vocab_size": 50}))
     with pytest.raises(InputError, match="vocabulary of 40 and the reference one of 50"):
@@ -275,6 +299,7 @@ def test_a_model_larger_than_the_memory(tmp_path: Path, text: Path, base: Path) 
         ({"adapter": "a"}, "--adapter needs --base"),
         ({"greedy_tokens": 3}, "add --reference"),
         ({"reference_adapter": "a"}, "add --reference"),
+        ({"reference_cache": "c"}, "add --reference"),
         ({"greedy_tokens": 300, "reference": "r"}, "--greedy-tokens 300 must be between 0 and 256"),
         ({"sequence_length": 4}, "--sequence-length 4 is too short"),
         ({"tokens": 100}, "--tokens 100 is less than one sequence of 512"),

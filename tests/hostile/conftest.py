@@ -1,4 +1,4 @@
-"""One fork server for all tests here."""
+"""Fork servers for all tests here."""
 
 from __future__ import annotations
 
@@ -12,4 +12,17 @@ from tests.hostile.commands import Commands, fork_server
 @pytest.fixture(scope="session")
 def commands() -> Iterator[Commands]:
     with fork_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def model_commands() -> Iterator[Commands]:
+    """Of a process that has what runs models imported, too."""
+    with fork_server(
+        "streamconv.calibration.walk",
+        "streamconv.calibration.need",
+        "streamconv.forward.linears",
+        "streamconv.evaluation.scoring",
+        "streamconv.comparison.running",
+    ) as server:
         yield server

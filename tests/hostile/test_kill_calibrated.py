@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from peft import LoraConfig
 
 from tests.forward.texts import save_tokenizer, write_text
-from tests.hostile.commands import Commands, Outcome, fork_server
+from tests.hostile.commands import Commands, Outcome
 from tests.hostile.test_kill import Tree, check_final_names, spread, tree
 from tests.tiny import llama_config, save_adapter, save_base
 
@@ -34,16 +33,7 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def commands() -> Iterator[Commands]:
-    """Of a process that has what calibrates imported, too."""
-    with fork_server(
-        "streamconv.calibration.walk", "streamconv.calibration.need", "streamconv.forward.linears"
-    ) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def case(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(model_commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("calibrated")
     base = save_base(folder / "base", llama_config(), dtype=torch.bfloat16)
     save_tokenizer(base)
@@ -54,10 +44,10 @@ def case(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Case:
     options = ("--quant", "nf4-dq", "--merge-base", "nf4-dq", "--device", "cpu")
     tokens = ("--calibration-tokens", "64", "--calibration-gradient-tokens", "32")
     sizes = (*tokens, "--calibration-sequence-length", "32")
-    case = Case(commands, tuple(map(str, ("merge", *paths, *options, *sizes))))
+    case = Case(model_commands, tuple(map(str, ("merge", *paths, *options, *sizes))))
     done = case.run(folder / "out")
     assert done.code == 0, done.text
-    return Case(commands, case.arguments, done.calls, tree(folder / "out"))
+    return Case(model_commands, case.arguments, done.calls, tree(folder / "out"))
 
 
 def layers(out: Path) -> set[str]:

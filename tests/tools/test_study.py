@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes
-import numpy as np
 import pytest
 import torch
 
@@ -16,7 +15,7 @@ from streamconv.analysis.prediction import predicted_kept
 from streamconv.grids import NF4
 from streamconv.rounding.feedback import FeedbackOptions
 from tools.bench.results import RESULTS
-from tools.study import bootstrap, cost, grid, synthetic
+from tools.study import cost, grid, synthetic
 from tools.study.bars import Bar, bars
 from tools.study.beds import (
     BEDS,
@@ -35,35 +34,6 @@ from tools.study.report import _BLOCK, GUIDE, PAGE, read, render
 from tools.study.tables import BLOCKS, NOT_MEASURED
 from tools.study.weights import shape
 from tools.train_third_adapter import paragraphs, split
-
-# -- statistics --------------------------------------------------------------------------------------------
-
-
-def test_an_interval_is_that_of_the_normal_theory_where_that_holds() -> None:
-    values = np.random.default_rng(0).normal(5.0, 2.0, size=400).tolist()
-    found = bootstrap.mean(values)
-    half = 1.96 * np.std(values, ddof=1) / math.sqrt(len(values))
-    assert found.value == pytest.approx(np.mean(values))
-    assert found.low == pytest.approx(found.value - half, abs=0.1 * half)
-    assert found.high == pytest.approx(found.value + half, abs=0.1 * half)
-
-
-def test_sequences_are_drawn_in_pairs() -> None:
-    shared = np.random.default_rng(0).normal(3.0, 1.0, size=40)
-    losses, others = (shared + 0.01).tolist(), shared.tolist()
-    gap = bootstrap.difference(losses, others)
-    assert (gap.low, gap.high) == pytest.approx((0.01, 0.01))
-    assert bootstrap.mean(losses).high - bootstrap.mean(losses).low > 0.3
-    assert gap.excludes(0)
-
-
-def test_perplexities_and_shares_of_them() -> None:
-    worst, middle, best = ([math.log(number)] * 3 for number in (40.0, 30.0, 20.0))
-    assert bootstrap.perplexity(worst).value == pytest.approx(40)
-    assert bootstrap.perplexity_difference(worst, best).value == pytest.approx(20)
-    assert bootstrap.loss_removed(middle, worst, best).value == pytest.approx(0.5)
-    assert bootstrap.ratio([1.0, 3.0], [4.0, 4.0]).value == pytest.approx(0.5)
-
 
 # -- weights -----------------------------------------------------------------------------------------------
 

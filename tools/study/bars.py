@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from streamconv.comparison.bootstrap import Estimate, difference, loss_removed, perplexity_difference, ratio
 from tools.study.beds import (
     BEDS,
     FEEDBACK_F,
@@ -21,7 +22,6 @@ from tools.study.beds import (
     TERM_ONE_SIDED_T,
     Merged,
 )
-from tools.study.bootstrap import Estimate, difference, loss_removed, perplexity_difference, ratio
 from tools.study.prediction import ERASED, predicted_share
 
 STOCHASTIC = "stochastic-T"

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from streamconv.analysis.prediction import predicted_kept
+from streamconv.comparison.bootstrap import mean
 from streamconv.grids import NF4
 from tools.study.bars import Results, row_of
 from tools.study.beds import BEDS
-from tools.study.bootstrap import mean
 from tools.study.tables import STRATEGIES
 
 INK, FAINT = "#30353a", "#b9bec4"

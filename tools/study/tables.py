@@ -8,6 +8,7 @@ from dataclasses import asdict
 import numpy as np
 
 from streamconv.analysis.prediction import predicted_kept
+from streamconv.comparison.bootstrap import mean, perplexity, perplexity_difference, ratio
 from streamconv.grids import NF4
 from streamconv.rounding.adaptive import NEAREST_FROM
 from streamconv.rounding.feedback import FeedbackOptions
@@ -28,7 +29,6 @@ from tools.study.beds import (
     TERM_FEEDBACK_T,
     TERM_ONE_SIDED_T,
 )
-from tools.study.bootstrap import mean, perplexity, perplexity_difference, ratio
 from tools.study.prediction import predicted_share
 
 NOT_MEASURED = "Not measured yet."

@@ -1,0 +1,248 @@
+"""`compare`: several strategies on one base and adapter, and which to take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streamconv.cli.blocks import Command, Section, group, option
+from streamconv.cli.evaluation import TEXT
+from streamconv.cli.options import (
+    ADAPTER_HELP,
+    ADAPTER_PLACE,
+    ALLOW_PICKLE,
+    BASE,
+    BASE_REVISION,
+    FOLDER,
+    MOE_LAYOUT,
+    SHOW,
+    TOKENIZER,
+    adapter_option,
+    out_option,
+    resources,
+)
+from streamconv.cli.progress import progress
+from streamconv.cli.signals import stop_on_signals
+
+if TYPE_CHECKING:
+    from streamconv.comparison import Compared
+    from streamconv.pipeline import OnProgress
+
+
+def _list(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    del param
+    if not value or ctx.resilient_parsing:
+        return
+    from streamconv.comparison.strategies import UNMERGED, known_strategies
+
+    rows = [("name", "of", "options of merge", "")]
+    for each in known_strategies():
+        options = (each.options or {}).items()
+        words = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in options) or UNMERGED
+        rows.append((each.name, each.target, words, "with --calibration" if each.calibrated else ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo(line.rstrip())
+    click.echo("own: the format that training had the base in, --merge-base or that of the base itself")
+    ctx.exit()
+
+
+_STRATEGIES = group(
+    option(
+        Section.STRATEGIES,
+        "--strategies",
+        metavar="NAME,...|FILE",
+        help="Strategies by name, and .yaml or .json files that say by name which options of merge others have. "
+        "Default: all that --list shows.",
+    ),
+    option(
+        Section.STRATEGIES,
+        "--list",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_list,
+        help="Show the strategies, and do nothing else.",
+    ),
+    option(
+        Section.STRATEGIES,
+        "--calibration",
+        type=FOLDER,
+        metavar="FILE|DATASET",
+        help="Text for strategies that choose codes by what the layers do with one; without it they are left out.",
+    ),
+    option(
+        Section.STRATEGIES,
+        "--calibration-tokens",
+        default=65536,
+        show_default=True,
+        metavar="N",
+        help="As for `streamconv merge`.",
+    ),
+    option(
+        Section.STRATEGIES,
+        "--calibration-sequence-length",
+        type=int,
+        metavar="N",
+        help="As for `streamconv merge`.",
+    ),
+    option(
+        Section.STRATEGIES,
+        "--calibration-gradient-tokens",
+        default=2048,
+        show_default=True,
+        metavar="N",
+        help="As for `streamconv merge`.",
+    ),
+    option(
+        Section.STRATEGIES,
+        "--merge-base",
+        default="nf4-dq",
+        show_default=True,
+        metavar="FORMAT",
+        help="The format that training had the base in, which T starts from; that of a base that is itself quantized.",
+    ),
+    option(Section.STRATEGIES, "--seed", default=0, show_default=True, help="Seed of stochastic rounding."),
+)
+_JUDGING = group(
+    option(
+        Section.REFERENCE,
+        "--reference",
+        default="T",
+        show_default=True,
+        metavar="T|F",
+        help="The unmerged model that all are compared with: T, as trained, or F, the update on the 16-bit base.",
+    ),
+    option(
+        Section.REFERENCE,
+        "--greedy-tokens",
+        default=16,
+        show_default=True,
+        metavar="N",
+        help="Tokens of greedy continuations that are compared; 0: none. For them the reference is run up to N more "
+        "times, once for all strategies.",
+    ),
+    option(
+        Section.REFERENCE,
+        "--dtype",
+        default="float32",
+        show_default=True,
+        metavar="DTYPE",
+        help="What weights are brought to and all is computed in: float32, bfloat16, float16.",
+    ),
+    option(
+        Section.REFERENCE,
+        "--max-bits",
+        type=float,
+        metavar="BITS",
+        help="Recommend a model of at most so many bits a weight, all tensors counted. Default: one recommendation for "
+        "each width of codes.",
+    ),
+    option(
+        Section.REFERENCE,
+        "--speed/--no-speed",
+        default=True,
+        show_default=True,
+        help="Load every model with stock transformers and let it decode, in a process of its own.",
+    ),
+    option(
+        Section.REFERENCE,
+        "--speed-tokens",
+        default=32,
+        show_default=True,
+        metavar="N",
+        help="Tokens that it decodes.",
+    ),
+)
+_PLACE = group(
+    option(
+        Section.PLACE,
+        "--keep",
+        is_flag=True,
+        help="Keep the models, in DIR/models/NAME, instead of removing each once it is judged.",
+    ),
+    option(
+        Section.PLACE,
+        "--overwrite",
+        is_flag=True,
+        help="Start anew, whatever comparison the folder holds.",
+    ),
+)
+
+
+@click.command("compare", cls=Command)
+@group(
+    BASE,
+    BASE_REVISION,
+    adapter_option(required=True, help=f"{ADAPTER_HELP}."),
+    ADAPTER_PLACE,
+    out_option(required=True, help="Folder for table, JSON and page."),
+    TEXT,
+    _STRATEGIES,
+    _JUDGING,
+    TOKENIZER,
+    MOE_LAYOUT,
+    ALLOW_PICKLE,
+    resources("4GiB"),
+    _PLACE,
+    SHOW,
+)
+def compare_command(as_json: bool, quiet: bool, **given: Any) -> None:
+    """Try several ways to merge an adapter, judge each on a text, and recommend one.
+
+    \b
+    streamconv compare --base ./llama --adapter ./my-qlora --data valid.txt -o ./compared
+    streamconv compare --base ./llama --adapter ./my-qlora --data valid.txt --calibration train.txt -o ./compared
+    streamconv compare --base ./llama --adapter ./my-qlora --data valid.txt --max-bits 5 -o ./compared
+    """
+    from streamconv.comparison import build_options, run_options
+
+    options = build_options(**given)
+    with stop_on_signals() as stop, _stages(quiet) as (on_step, on_progress):
+        found = run_options(options, on_step, on_progress, stop)
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=1))
+    elif not quiet:
+        _show(found)
+    if found.exit_code:
+        failed = [row.name for row in found.rows if row.failure is not None]
+        click.echo(f"{len(failed)} of {len(found.rows)} strategies failed: {', '.join(failed)}", err=True)
+        raise SystemExit(found.exit_code)
+
+
+@contextmanager
+def _stages(quiet: bool) -> Iterator[tuple[Callable[[str], None], OnProgress]]:
+    """What is called when a stage begins, and with how far it is: a bar of its own for each."""
+    with ExitStack() as stack:
+        shown: list[OnProgress] = []
+
+        def enter(title: str) -> None:
+            stack.close()
+            if not quiet:
+                click.echo(title, err=True)
+            shown[:] = [stack.enter_context(progress(title, quiet))]
+
+        def tell(done: int, total: int) -> None:
+            for on_progress in shown:
+                on_progress(done, total)
+
+        yield enter, tell
+
+
+def _show(found: Compared) -> None:
+    from streamconv.comparison.wording import advice_lines, machine_line, text_line, text_table
+
+    click.echo(text_table(found))
+    click.echo("")
+    for sentence in advice_lines(found):
+        click.echo(f"* {sentence}")
+    for advice in found.advice:
+        if advice.name is not None:
+            click.echo(f"  {found.row(advice.name).command}")
+    click.echo(f"{text_line(found)}; {machine_line(found)}")
+    click.echo(f"{found.out}/comparison.html shows it, {found.out}/comparison.json has every number")

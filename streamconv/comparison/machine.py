@@ -1,0 +1,35 @@
+"""What measured times and memory depend on beside the code."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from streamconv.devices import Device
+
+_LIBRARIES = ("streamconv", "torch", "transformers", "bitsandbytes", "peft")
+
+
+def machine(device: Device) -> Mapping[str, str | int]:
+    """Processor, cores that this process may use, memory, device, and versions of libraries."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    named = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return {
+        "processor": named[0] if named else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "device": str(device) if device.is_cpu else f"{device} ({device.model})",
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _LIBRARIES},
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

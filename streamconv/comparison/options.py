@@ -1,0 +1,159 @@
+"""What one comparison is asked to do. Names, meanings and defaults of options are those of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamconv.comparison.strategies import F, Strategy, T
+from streamconv.errors import OptionError
+from streamconv.pipeline.job import Job, build_job
+
+GREEDY_TOKENS = 16
+SPEED_TOKENS = 32
+_4BIT: Mapping[str, str | bool] = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
+LOAD_IN: Mapping[str, Mapping[str, str | bool]] = {
+    "nf4": {**_4BIT, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False},
+    "nf4-dq": {**_4BIT, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {**_4BIT, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+    "fp4-dq": {**_4BIT, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+"""What training may have rounded the base to, with the settings of transformers' BitsAndBytesConfig that do so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What is compared, where it comes from, and with which means it is worked on: the same for every strategy."""
+
+    base: str
+    adapter: str
+    base_revision: str | None
+    adapter_revision: str | None
+    adapter_subfolder: str | None
+    moe_layout: str
+    allow_pickle: bool
+    tokenizer: str
+    device: str
+    max_ram: str | int
+    max_vram: str | int
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationText:
+    """The text that codes are chosen by."""
+
+    data: str
+    tokens: int
+    sequence_length: int | None
+    gradient_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CompareOptions:
+    """Options checked and parsed as far as they can be without inputs.
+
+    `merge_base` is what T is an update of, unless the base is itself quantized; `reference` is T or F.
+    """
+
+    inputs: Inputs
+    out: Path
+    data: Path
+    strategies: tuple[Strategy, ...]
+    calibration: CalibrationText | None
+    merge_base: str
+    reference: str
+    max_bits: float | None
+    sequences: int
+    sequence_length: int
+    greedy_tokens: int
+    dtype: str
+    seed: int
+    speed: bool
+    speed_tokens: int
+    keep: bool
+    overwrite: bool
+
+    def merge_job(self, strategy: Strategy) -> Job:
+        """What makes the output of `strategy`, all of whose options are filled in."""
+        assert strategy.options is not None
+        given: dict[str, Any] = {"seed": self.seed, **strategy.options}
+        text = self.calibration
+        if strategy.calibrated and text is not None:
+            given = {
+                "calibration": text.data,
+                "calibration_tokens": text.tokens,
+                "calibration_sequence_length": text.sequence_length,
+                "calibration_gradient_tokens": text.gradient_tokens,
+                **given,
+            }
+        # No gate: what a strategy loses is what a comparison shows.
+        return self._job(self.inputs.base, self.inputs.adapter, {**given, "min_kept": 0.0, "card": False})
+
+    def subject_job(self, target: str, merge_base: str) -> Job:
+        """The unmerged model of `target`, dense: T or F with the adapter, or the base alone."""
+        adapter = self.inputs.adapter if target in (T, F) else None
+        given = {"quant": "none", "dtype": self.dtype, "merge_base": merge_base}
+        return self._job(self.inputs.base, adapter, given)
+
+    def stored_job(self, quant: str) -> Job:
+        """The base alone, as it is stored in the format `quant`."""
+        return self._job(self.inputs.base, None, {"quant": quant})
+
+    def output_job(self, folder: Path, adapter: Path | None) -> Job:
+        """An output as it is evaluated, with the adapter beside it if there is one."""
+        inputs = self.inputs
+        return build_job(
+            folder,
+            adapter,
+            quant="none",
+            dtype=self.dtype,
+            device=inputs.device,
+            max_ram=inputs.max_ram,
+            max_vram=inputs.max_vram,
+        )
+
+    def _job(self, base: str, adapter: str | None, given: dict[str, Any]) -> Job:
+        inputs = self.inputs
+        return build_job(
+            base,
+            adapter,
+            moe_layout=inputs.moe_layout,
+            allow_pickle=inputs.allow_pickle,
+            tokenizer=inputs.tokenizer if adapter else "auto",
+            device=inputs.device,
+            max_ram=inputs.max_ram,
+            max_vram=inputs.max_vram,
+            base_revision=inputs.base_revision,
+            adapter_revision=inputs.adapter_revision if adapter else None,
+            adapter_subfolder=inputs.adapter_subfolder if adapter else None,
+            **given,
+        )
+
+
+def check_merge_base(name: str) -> str:
+    """Raises OptionError for what is no format that training could have rounded the base to."""
+    if name.lower() not in LOAD_IN:
+        raise OptionError(
+            f"--merge-base {name} is not known; give the format that training had the base in, {', '.join(LOAD_IN)}"
+        )
+    return name.lower()
+
+
+def check_reference(name: str) -> str:
+    """T or F. Raises OptionError for others."""
+    if name.upper() not in (T, F):
+        raise OptionError(
+            f"--reference {name} is not known; use T, what training saw, or F, the update on the 16-bit base"
+        )
+    return name.upper()
+
+
+def check_numbers(max_bits: float | None, speed_tokens: int) -> None:
+    """Raises OptionError for numbers that cannot be meant."""
+    if max_bits is not None and not max_bits > 0:
+        raise OptionError(f"--max-bits {max_bits:g} is no number of bits; give more than 0, such as 5")
+    if speed_tokens < 1:
+        raise OptionError(f"--speed-tokens {speed_tokens} is too few; give 1 or more, or --no-speed")

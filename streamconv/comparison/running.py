@@ -1,0 +1,487 @@
+"""Carries a comparison out: the reference, then strategy by strategy merge, evaluate, load, note, remove.
+
+A strategy whose numbers are noted under the key of just these inputs, options, texts and versions is not run again; one
+that fails is noted in its row, and the next goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+from streamconv.checkpoint.writer import free_bytes
+from streamconv.comparison.bootstrap import mean, perplexity_difference
+from streamconv.comparison.files import write_files
+from streamconv.comparison.machine import machine
+from streamconv.comparison.options import LOAD_IN, CompareOptions
+from streamconv.comparison.recommendation import recommend
+from streamconv.comparison.result import (
+    DONE,
+    FAILED,
+    LEFT_OUT,
+    Compared,
+    Failure,
+    Numbers,
+    Reference,
+    Row,
+    Speed,
+    Text,
+)
+from streamconv.comparison.speed import Opened, measure_speed
+from streamconv.comparison.store import Made, Store, open_store
+from streamconv.comparison.strategies import BASE, F, Ground, LeftOut, Strategy, T, settle
+from streamconv.comparison.wording import merge_command
+from streamconv.devices import resolve_device
+from streamconv.errors import InputError, OptionError, ResourceError, Stopped, StreamconvError
+from streamconv.evaluation import Evaluation, EvaluationOptions
+from streamconv.executor import StopRequest
+from streamconv.pipeline import Job, OnProgress, Prepared, fetch, prepare, run
+from streamconv.pipeline.place import is_finished
+from streamconv.sizes import format_size
+from streamconv.storage.base import Storage
+from streamconv.verifier import hash_file
+
+OnStep = Callable[[str], None]
+"""Called with a line of text when a stage begins."""
+
+_SCORING = "streamconv.evaluation.scoring"
+_REFERENCE = "reference"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A strategy ready to be run: `prepared` makes its output, or is the unmerged model. `key` names its numbers."""
+
+    strategy: Strategy
+    prepared: Prepared
+    key: str
+
+    @property
+    def is_merged(self) -> bool:
+        return self.strategy.options is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What is known before anything is run. `plans` has a case, what came of preparing it, or why it is left out."""
+
+    ground: Ground
+    reference: Case
+    reference_job: Job
+    weights: int
+    text: Text
+    plans: tuple[Case | Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A comparison at work."""
+
+    options: CompareOptions
+    survey: Survey
+    store: Store
+    on_step: OnStep
+    on_progress: OnProgress
+    stop: StopRequest
+
+    def check_stop(self) -> None:
+        if self.stop.signal_number is not None:
+            raise Stopped("stopped by a signal; run the same command again to go on", self.stop.signal_number)
+
+    def tell(self, done: int, total: int) -> None:
+        """Progress of a stage that has no other way to be stopped."""
+        self.check_stop()
+        self.on_progress(done, total)
+
+
+def run_comparison(
+    options: CompareOptions, on_step: OnStep, on_progress: OnProgress, stop: StopRequest
+) -> Compared:
+    """See `compare`. Raises what makes all strategies impossible; what one ends with is in its row."""
+    started = time.monotonic()
+    survey = _survey(options)
+    inputs = {
+        "base": Path(options.inputs.base).expanduser().resolve(),
+        "adapter": Path(options.inputs.adapter).expanduser().resolve(),
+    }
+    subject = _digest(
+        [survey.reference.prepared.plan.fingerprint[name] for name in ("base", "config", "adapter")]
+    )
+    with open_store(options.out, inputs, subject, options.overwrite) as store:
+        work = Work(options, survey, store, on_step, on_progress, stop)
+        _check_disk(work)
+        reference = _reference(work)
+        rows = tuple(_rows(work, reference))
+        found = Compared(
+            base=options.inputs.base,
+            adapter=options.inputs.adapter,
+            quantized=survey.ground.quantized,
+            merge_base=survey.ground.own,
+            weights=survey.weights,
+            text=survey.text,
+            calibration=_calibration(survey),
+            reference=Reference(
+                options.reference,
+                survey.reference.prepared.plan.target.reason,
+                reference.perplexity,
+                reference.losses,
+            ),
+            rows=rows,
+            advice=recommend(rows, options.max_bits),
+            machine=machine(survey.reference.prepared.plan.device),
+            out=str(options.out),
+            seconds=time.monotonic() - started,
+        )
+        write_files(found, options.out)
+        if not found.exit_code:
+            store.clear_up(options.keep)
+    return found
+
+
+# -- before anything is run ------------------------------------------------------------------------------------------
+
+
+def _survey(options: CompareOptions) -> Survey:
+    """Raises what makes a reference impossible: it is read first, and all depends on it."""
+    base = prepare(options.subject_job(BASE, "original"))
+    ground = Ground(base.base.quantized, options.merge_base, options.calibration is not None)
+    if options.reference == F and ground.quantized:
+        raise OptionError(
+            f"--reference F is the update on the 16-bit base, and {options.inputs.base} is {ground.quantized}; use "
+            "--reference T"
+        )
+    text = Text(
+        options.data.name,
+        _hash_text(options.data),
+        options.sequences,
+        options.sequence_length,
+        options.dtype,
+        options.greedy_tokens,
+    )
+    job = options.subject_job(options.reference, _merge_base(options.reference, ground))
+    prepared = prepare(job)
+    common = [prepared.plan.fingerprint, _plain(text), version("transformers"), version("torch")]
+
+    def planned(settled: Strategy | LeftOut) -> Case | Row:
+        if isinstance(settled, LeftOut):
+            return replace(_row(options, settled.strategy), status=LEFT_OUT, reason=settled.reason)
+        try:
+            found = prepare(_job(options, settled, ground))
+        except StreamconvError as error:
+            return _failed(_row(options, settled), "planning", error)
+        return Case(settled, found, _digest([common, found.plan.fingerprint]))
+
+    reference = Strategy(_REFERENCE, "", options.reference)
+    return Survey(
+        ground,
+        Case(reference, prepared, _digest([common, prepared.plan.fingerprint])),
+        job,
+        sum(math.prod(weight.shape) for weight in base.base.weights.values()),
+        text,
+        tuple(planned(settled) for settled in settle(options.strategies, ground)),
+    )
+
+
+def _job(options: CompareOptions, strategy: Strategy, ground: Ground) -> Job:
+    if strategy.options is not None:
+        return options.merge_job(strategy)
+    return options.subject_job(strategy.target, _merge_base(strategy.target, ground))
+
+
+def _merge_base(target: str, ground: Ground) -> str:
+    """What an unmerged model's update is added to, as an option."""
+    return ground.merge_base if target == T and not ground.quantized else "original"
+
+
+def _hash_text(data: Path) -> str:
+    if not data.is_file():
+        raise InputError(
+            f"--data {data} is no file; give a .txt, or a .jsonl with text or messages in every line"
+        )
+    try:
+        return hash_file(str(data), lambda _: None)
+    except OSError as error:
+        raise InputError(f"--data {data} cannot be read: {error.strerror}") from error
+
+
+def _digest(grounds: object) -> str:
+    return hashlib.sha256(json.dumps(grounds, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(text: Text) -> Sequence[object]:
+    return [text.sha256, text.sequences, text.sequence_length, text.dtype, text.greedy_tokens]
+
+
+def _calibration(survey: Survey) -> Mapping[str, object] | None:
+    """How the text was used by the first strategy that has one."""
+    texts = (case.prepared.plan.calibration for case in survey.plans if isinstance(case, Case))
+    return next((text.as_json() for text in texts if text is not None), None)
+
+
+def _check_disk(work: Work) -> None:
+    """Raise ResourceError unless outputs that are still to be made fit the disk, one after the other or all."""
+    todo = [
+        max(0, case.prepared.plan.disk - _taken(work.store.model(case.strategy.name)))
+        for case in work.survey.plans
+        if isinstance(case, Case) and case.is_merged and not _is_done(work, case)
+    ]
+    need, free = (sum if work.options.keep else max)(todo or [0]), free_bytes(work.store.folder)
+    if need > free:
+        raise ResourceError(
+            f"{work.options.out} needs {format_size(need)} for "
+            f"{'all outputs, which --keep keeps' if work.options.keep else 'the largest output'}, and its disk has "
+            f"{format_size(free)} free; free some, or choose another --out"
+        )
+
+
+def _taken(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _reference(work: Work) -> Numbers:
+    """The reference against itself."""
+    case = work.survey.reference
+    found = work.store.numbers(_REFERENCE, case.key)
+    if found is None:
+        work.on_step(f"reference {work.options.reference}: evaluating")
+        found = _unmerged(work, case)
+        work.store.keep_numbers(_REFERENCE, case.key, found)
+    return found
+
+
+def _rows(work: Work, reference: Numbers) -> list[Row]:
+    rows, count = [], len(work.survey.plans)
+    for number, plan in enumerate(work.survey.plans, 1):
+        if isinstance(plan, Row):
+            rows.append(plan)
+            continue
+        row = _row(work.options, plan.strategy)
+        found = _stored(work, plan)
+        if found is not None:
+            rows.append(replace(row, status=DONE, numbers=found))
+            continue
+        rows.append(_run(work, plan, row, reference, f"[{number}/{count}] {plan.strategy.name}"))
+    return rows
+
+
+def _stored(work: Work, case: Case) -> Numbers | None:
+    """The numbers of a strategy with which nothing is left to do."""
+    found = work.store.numbers(case.strategy.name, case.key)
+    if found is None or (work.options.speed and found.speed is None):
+        return None
+    is_there = not case.is_merged or is_finished(case.prepared, work.store.model(case.strategy.name))
+    return None if work.options.keep and not is_there else found
+
+
+def _is_done(work: Work, case: Case) -> bool:
+    return _stored(work, case) is not None
+
+
+def _run(work: Work, case: Case, row: Row, reference: Numbers, title: str) -> Row:
+    """The row of a strategy that is run now."""
+    name, stage = case.strategy.name, ["merging"]
+
+    def enter(next_stage: str) -> None:
+        work.check_stop()
+        stage[0] = next_stage
+        work.on_step(f"{title}: {next_stage}")
+
+    try:
+        numbers = _numbers(work, case, reference, enter)
+        if work.options.speed:
+            enter("loading")
+            numbers = replace(numbers, speed=_speed(work, case))
+        work.store.keep_numbers(name, case.key, numbers)
+        if not work.options.keep:
+            work.store.remove_model(name)
+    except Stopped:
+        raise
+    except Exception as error:  # also a bug: it must not cost what the others found
+        # What it left may be what fills the disk.
+        with suppress(StreamconvError):
+            work.store.remove_model(name)
+        return _failed(row, stage[0], error)
+    return replace(row, status=DONE, numbers=numbers)
+
+
+def _row(options: CompareOptions, strategy: Strategy) -> Row:
+    rounding = None if strategy.options is None else strategy.options.get("rounding")
+    return Row(
+        strategy.name,
+        strategy.label,
+        strategy.target,
+        strategy.quant,
+        None if rounding is None else str(rounding),
+        None if strategy.options is None else merge_command(options, strategy),
+        DONE,
+    )
+
+
+def _failed(row: Row, stage: str, error: Exception) -> Row:
+    if isinstance(error, StreamconvError):
+        failure = Failure(stage, type(error).__name__, str(error), error.exit_code)
+    else:
+        failure = Failure(stage, type(error).__name__, traceback.format_exc(), 1)
+    return replace(row, status=FAILED, failure=failure)
+
+
+# -- one strategy ----------------------------------------------------------------------------------------------------
+
+
+def _numbers(work: Work, case: Case, reference: Numbers, enter: OnStep) -> Numbers:
+    if case.is_merged:
+        return _merged(work, case, enter)
+    if case.key == work.survey.reference.key:
+        return reference
+    enter("evaluating")
+    return _unmerged(work, case)
+
+
+def _merged(work: Work, case: Case, enter: OnStep) -> Numbers:
+    """Make the output, unless it is there, and judge it."""
+    name, folder = case.strategy.name, work.store.model(case.strategy.name)
+    made = work.store.made(name, case.key)
+    if made is None or not is_finished(case.prepared, folder):
+        enter("merging")
+        fetch(case.prepared, folder, work.tell)
+        report = run(case.prepared, folder, work.on_progress, work.stop)
+        made = Made(report.kept_delta, report.seconds or None, report.resumed, report.peak_ram_bytes or None)
+        work.store.keep_made(name, case.key, made)
+    enter("evaluating")
+    beside = adapter_beside(folder)
+    files = [*folder.glob("*.safetensors"), *(beside.glob("*.safetensors") if beside else ())]
+    return _judged(
+        work,
+        work.options.output_job(folder, beside),
+        sum(map(_bytes_of_tensors, files)),
+        sum(path.stat().st_size for path in files),
+        made,
+    )
+
+
+def adapter_beside(folder: Path) -> Path | None:
+    """The adapter that lies in an output, for loading on top of it."""
+    found = sorted(folder.glob("*/adapter_config.json"))
+    return found[0].parent if found else None
+
+
+def _unmerged(work: Work, case: Case) -> Numbers:
+    """Judge a model that is put together on opening."""
+    tensors, files = _stored_bytes(work, case)
+    if case.prepared.adapter_storage is not None:
+        of_adapter = _adapter_bytes(case.prepared.adapter_storage)
+        tensors, files = tensors + of_adapter[0], files + of_adapter[1]
+    return _judged(work, case.prepared.job, tensors, files, Made(None, None, False, None))
+
+
+def _stored_bytes(work: Work, case: Case) -> tuple[int, int]:
+    """Of the base that is opened: of its tensors, and of its files. T's, where it is not stored so, as it would be."""
+    if case.strategy.target == T and not work.survey.ground.quantized:
+        plan = prepare(work.options.stored_job(work.survey.ground.own)).plan
+        return sum(placed.nbytes for shard in plan.shards for placed in shard.steps), plan.size
+    index = case.prepared.base.index
+    return sum(tensor.nbytes for tensor in index.tensors.values()), sum(
+        shard.file.size for shard in index.shards
+    )
+
+
+def _adapter_bytes(storage: Storage) -> tuple[int, int]:
+    names = {name.rpartition("/")[2]: name for name in storage.names()}
+    file = next(storage.file(names[name]) for name in _WEIGHTS if name in names)
+    start = storage.read_start(file, 8)
+    return (_tensor_bytes(start, file.size) if file.name.endswith(".safetensors") else file.size), file.size
+
+
+def _bytes_of_tensors(path: Path) -> int:
+    with path.open("rb") as file:
+        return _tensor_bytes(file.read(8), path.stat().st_size)
+
+
+def _tensor_bytes(start: bytes, size: int) -> int:
+    """Of a safetensors file of `size` bytes that begins with `start`: all but the header."""
+    return size - 8 - int.from_bytes(start[:8], "little")
+
+
+def _judged(work: Work, subject: Job, tensor_bytes: int, size_bytes: int, made: Made) -> Numbers:
+    options = work.options
+    asked = EvaluationOptions(
+        subject,
+        work.survey.reference_job,
+        options.data,
+        options.sequence_length,
+        options.sequences,
+        options.greedy_tokens,
+        work.store.reference,
+    )
+    found: Evaluation = import_module(_SCORING).run_evaluation(asked, work.tell)
+    compared = found.comparison
+    assert compared is not None
+    parted = [
+        place for place in (compared.greedy.first_differing if compared.greedy else ()) if place is not None
+    ]
+    return Numbers(
+        tensor_bytes=tensor_bytes,
+        size_bytes=size_bytes,
+        bits_per_weight=8 * tensor_bytes / work.survey.weights,
+        perplexity=found.perplexity,
+        perplexity_difference=perplexity_difference(found.losses, compared.reference_losses),
+        kl=mean(compared.kl_by_sequence),
+        top1_agreement=compared.top1_agreement,
+        greedy_identical=compared.greedy.identical if compared.greedy else None,
+        greedy_first_differing=sum(parted) / len(parted) if parted else None,
+        kept_delta=made.kept_delta,
+        merge_seconds=made.seconds,
+        merge_resumed=made.resumed,
+        merge_peak_ram_bytes=made.peak_ram_bytes,
+        evaluate_seconds=found.seconds,
+        losses=found.losses,
+        kl_by_sequence=compared.kl_by_sequence,
+        speed=None,
+    )
+
+
+def _speed(work: Work, case: Case) -> Speed:
+    options, inputs = work.options, work.options.inputs
+    device = resolve_device(inputs.device).name
+    if case.is_merged:
+        folder = work.store.model(case.strategy.name)
+        beside = adapter_beside(folder)
+        opened = Opened(str(folder), adapter=None if beside is None else str(beside))
+    else:
+        has_adapter = case.strategy.target in (T, F)
+        opened = Opened(
+            _place(inputs.base),
+            inputs.base_revision,
+            _place(inputs.adapter) if has_adapter else None,
+            inputs.adapter_revision if has_adapter else None,
+            inputs.adapter_subfolder if has_adapter else None,
+            _load_in(work, case),
+        )
+    return measure_speed(opened, options.speed_tokens, device, work.store.folder, work.check_stop)
+
+
+def _place(location: str) -> str:
+    """A folder as a path, anything else as it is."""
+    path = Path(location).expanduser()
+    return str(path) if path.is_dir() else location
+
+
+def _load_in(work: Work, case: Case) -> Mapping[str, object] | None:
+    """Settings of bitsandbytes that quantizes while loading, for T on a base that is stored dense."""
+    ground = work.survey.ground
+    if case.strategy.target != T or ground.quantized:
+        return None
+    return LOAD_IN[ground.merge_base]

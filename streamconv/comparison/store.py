@@ -1,0 +1,133 @@
+"""What a comparison has finished: files in `OUT/.comparison/`, each whole once it is there.
+
+    subject.json      base and adapter that the folder is about
+    rows/NAME.json    the numbers of a strategy, with the key that stands for all that they depend on
+    made/NAME.json    what its merge told, until it is judged
+    reference/        what the reference answers (see evaluation/kept_reference.py), until all are judged
+
+The output of a strategy lies in `OUT/models/NAME` and goes on by its own journal.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from streamconv.checkpoint.writer import write_error, write_file
+from streamconv.comparison.result import Numbers, numbers_of
+from streamconv.errors import OutputError
+from streamconv.journal import Journal, make_folder
+from streamconv.output import check_place
+
+WORK_FOLDER, MODELS = ".comparison", "models"
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a merge told. `seconds` is None where it found its output finished."""
+
+    kept_delta: float | None
+    seconds: float | None
+    resumed: bool
+    peak_ram_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The work folder of the comparison in `out`, which is this process's own while the store is open."""
+
+    out: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.out / WORK_FOLDER
+
+    @property
+    def reference(self) -> Path:
+        return self.folder / "reference"
+
+    def model(self, name: str) -> Path:
+        """Where the output of a strategy lies."""
+        return self.out / MODELS / name
+
+    def numbers(self, name: str, key: str) -> Numbers | None:
+        """Those of a row under this key, if they are there."""
+        found = self._read("rows", name, key)
+        return None if found is None else numbers_of(found)
+
+    def keep_numbers(self, name: str, key: str, numbers: Numbers) -> None:
+        self._write("rows", name, key, asdict(numbers))
+
+    def made(self, name: str, key: str) -> Made | None:
+        found = self._read("made", name, key)
+        return None if found is None else Made(**found)
+
+    def keep_made(self, name: str, key: str, made: Made) -> None:
+        self._write("made", name, key, asdict(made))
+
+    def remove_model(self, name: str) -> None:
+        """Raises OutputError where that is not possible."""
+        _remove(self.model(name))
+        (self.folder / "made" / f"{name}.json").unlink(missing_ok=True)
+
+    def clear_up(self, keep: bool) -> None:
+        """All has been judged: remove what only helped. `keep`: outputs stay."""
+        _remove(self.reference)
+        models = self.out / MODELS
+        if not keep and models.exists():
+            _remove(models)
+
+    def _read(self, kind: str, name: str, key: str) -> dict[str, Any] | None:
+        path = self.folder / kind / f"{name}.json"
+        if not path.is_file():
+            return None
+        found = json.loads(path.read_bytes())
+        return found["found"] if found["key"] == key else None
+
+    def _write(self, kind: str, name: str, key: str, found: Mapping[str, Any]) -> None:
+        folder = self.folder / kind
+        make_folder(folder)
+        write_file(folder / f"{name}.json", (json.dumps({"key": key, "found": found}) + "\n").encode())
+
+
+@contextmanager
+def open_store(out: Path, inputs: Mapping[str, Path], subject: str, overwrite: bool) -> Iterator[Store]:
+    """The store in `out`, locked. `subject` stands for base and adapter, whose folders are `inputs`.
+
+    With `overwrite` it begins empty. Raises OutputError where `out` is in use or holds something else, be it a
+    comparison of another subject that is not to be overwritten.
+    """
+    store, known = Store(out), out / WORK_FOLDER / "subject.json"
+    is_ours = (out / WORK_FOLDER).is_dir()
+    try:
+        check_place(out, inputs, False, is_ours)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be used: {error.strerror}; choose another --out") from error
+    lock = Journal(store.folder, {}, resume=True)
+    lock.lock()
+    try:
+        if not overwrite and known.exists() and known.read_text() != subject:
+            raise OutputError(
+                f"{out} holds the comparison of another base or adapter; choose another --out, or --overwrite"
+            )
+        if overwrite:
+            for name in ("rows", "made", "reference"):
+                _remove(store.folder / name)
+            _remove(out / MODELS)
+        write_file(known, subject.encode())
+        yield store
+    finally:
+        lock.close()
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise write_error(error, folder) from error

@@ -1,0 +1,93 @@
+"""What a reference answers to a text, kept in a folder: the next model is compared with it without a walk through it.
+
+Kept are the hidden states that leave its last layer (a file `KEY.states`, as they lie in memory) and its greedy
+continuations (`KEY-greedy-N.json`). Logits are made of the states anew, so that results are the same to the last bit.
+The key stands for all that the states depend on; a file appears under its name once it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+from streamconv.checkpoint.reader import tensor_bytes
+from streamconv.checkpoint.writer import write_file
+from streamconv.journal import make_folder
+from streamconv.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Greedy continuations [sequence, token], and how many walks it took to find them."""
+
+    tokens: Tensor
+    passes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeptReference:
+    """One reference on one text. States have `shape` [sequence, token, hidden] and `dtype`.
+
+    `is_of_subject`: the model that is compared is the reference itself, so that one walk serves both.
+    """
+
+    folder: Path
+    key: str
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    is_of_subject: bool = False
+
+    @property
+    def _states_path(self) -> Path:
+        return self.folder / f"{self.key}.states"
+
+    def _draft_path(self, tokens: int) -> Path:
+        return self.folder / f"{self.key}-greedy-{tokens}.json"
+
+    def states(self) -> Tensor | None:
+        """The states, mapped from their file; None where they are not kept yet."""
+        path, count = self._states_path, torch.Size(self.shape).numel()
+        if not path.is_file() or path.stat().st_size != count * self.dtype.itemsize:
+            return None
+        return torch.from_file(str(path), shared=False, size=count, dtype=self.dtype).view(self.shape)
+
+    def keep_states(self, states: Tensor) -> None:
+        """Raises OutputError or ResourceError where they cannot be written."""
+        make_folder(self.folder)
+        write_file(self._states_path, tensor_bytes(states))
+
+    def draft(self, tokens: int) -> Draft | None:
+        """Continuations of `tokens` tokens; None where they are not kept yet."""
+        path = self._draft_path(tokens)
+        if not path.is_file():
+            return None
+        found = json.loads(path.read_bytes())
+        return Draft(torch.tensor(found["tokens"]), found["passes"])
+
+    def keep_draft(self, draft: Draft) -> None:
+        """Raises OutputError or ResourceError where they cannot be written."""
+        make_folder(self.folder)
+        content = {"tokens": draft.tokens.tolist(), "passes": draft.passes}
+        write_file(self._draft_path(draft.tokens.shape[1]), json.dumps(content).encode())
+
+
+def kept_reference(
+    folder: Path, plan: Plan, windows: Tensor, hidden: int, dtype: torch.dtype
+) -> KeptReference:
+    """Where the reference that `plan` makes has its answers to `windows` [sequence, token], or will have them."""
+    grounds: Sequence[object] = (
+        plan.fingerprint,
+        transformers.__version__,
+        list(windows.shape),
+        hashlib.sha256(tensor_bytes(windows.contiguous())).hexdigest(),
+        str(dtype),
+    )
+    key = hashlib.sha256(json.dumps(grounds, sort_keys=True).encode()).hexdigest()[:32]
+    return KeptReference(folder, key, (windows.shape[0], windows.shape[1], hidden), dtype)
