@@ -33,9 +33,9 @@ def machine(folder: Path) -> dict[str, str | int]:
 def _commit() -> str:
     """The commit, marked where anything but results differs from it."""
     git = ("git", "-C", str(ROOT))
-    changed = _said(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs/results")
+    changed = _output(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs/results")
     commit = _said(*git, "rev-parse", "--short=12", "HEAD")
-    return f"{commit}-dirty" if commit and changed else commit
+    return f"{commit}-dirty" if changed else commit
 
 
 def save(path: Path, made_by: str, results: Mapping[str, Any]) -> None:
@@ -59,4 +59,8 @@ def _version(package: str) -> str:
 
 
 def _said(*command: str) -> str:
-    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip() or "unknown"
+    return _output(*command) or "unknown"
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
