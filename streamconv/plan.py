@@ -67,7 +67,8 @@ class Calibration:
 class MergeOptions:
     """The options of `merge` and `convert` that planning and execution use; names as on the command line.
 
-    `group_size`: None stands for that of the format, 128, or of a base that keeps its format.
+    `group_size`: None stands for the largest, up to the format's own 128, that most weights' rows are whole groups of,
+    or for that of a base that keeps its format.
     """
 
     quant: str = "keep"

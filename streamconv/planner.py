@@ -126,11 +126,12 @@ def facts_of(base: Base, adapter: Adapter | None) -> Facts:
 
 
 def _draft(base: Base, adapter: Adapter | None, options: MergeOptions, grounds: Grounds | None) -> _Draft:
-    choices = choose(facts_of(base, adapter), options)
     replaces = {whole.parameter: whole for whole in (adapter.replaces if adapter else ())}
     updates = _updates_by_parameter(adapter)
     _check_unknown_tie(base, (*replaces, *updates))
     weights = _output_weights(base, adapter, replaces)
+    options = _with_group_size(base, weights, replaces, options)
+    choices = choose(facts_of(base, adapter), options)
     chosen = _choose_quantized(base, weights, replaces, choices, options)
     within = grounds.weights if grounds is not None and choices.feedback is not None else frozenset()
     by_weight = _steps(base, weights, updates, chosen.weights, choices, within)
@@ -245,13 +246,7 @@ def _choose_quantized(
     _check_ignore(options.ignore, weights)
     if choices.quant is None:
         return _Quantized(frozenset(), (), ())
-    ignore, dense = list(options.ignore), {module_of(name) for name in replaces}  # exactly these, no pattern
-    if base.quantized:  # what it leaves in 16 bit stays so, what it quantizes does too
-        modules = {name: module_of(name) for name in base.weights}
-        packed = {modules[name] for name, weight in base.weights.items() if weight.format == base.quantized}
-        dense |= set(modules.values()) - packed  # a packed weight's bias is not packed
-    else:
-        ignore += DEFAULT_IGNORE
+    ignore, dense = _left_out(base, replaces, options)
     shapes = {name: weight.shape for name, weight in weights.items()}
     # A bias beside a weight says nothing of it.
     matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and name.endswith(".weight")}
@@ -274,6 +269,39 @@ def _choose_quantized(
     choices.quant.quantization_config(choices.dtype or BF16, selection.quantized, selection.skipped)
     left = tuple(module_of(name) for name in wanted.quantized if name in unfit)
     return _Quantized(frozenset(selection.quantized), selection.skipped, left)
+
+
+def _left_out(
+    base: Base, replaces: Mapping[str, Replace], options: MergeOptions
+) -> tuple[Sequence[str], frozenset[str]]:
+    """Patterns of modules that stay in 16 bit, and paths of such."""
+    whole = {module_of(name) for name in replaces}  # exactly these, no pattern
+    if not base.quantized:
+        return (*options.ignore, *DEFAULT_IGNORE), frozenset(whole)
+    # What it leaves in 16 bit stays so, what it quantizes does too.
+    modules = {name: module_of(name) for name in base.weights}
+    packed = {modules[name] for name, weight in base.weights.items() if weight.format == base.quantized}
+    return options.ignore, frozenset(whole | set(modules.values()) - packed)  # its bias is not packed
+
+
+def _with_group_size(
+    base: Base, weights: Mapping[str, Weight], replaces: Mapping[str, Replace], options: MergeOptions
+) -> MergeOptions:
+    """`options` with the largest groups that most weights are made of, where no size is asked for."""
+    quant = FORMATS.get(options.quant.lower())
+    if options.group_size is not None or not isinstance(quant, Grouped):
+        return options
+    _check_ignore(options.ignore, weights)
+    ignore, dense = _left_out(base, replaces, options)
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    wanted = select(shapes, base.index.config, ignore, dense, by_path=quant.skips_by_path).quantized
+    fitting = {
+        size: sum(quant.of_group_size(size).fits(name, shapes[name]) for name in wanted)
+        for size in sorted(quant.group_sizes, reverse=True)
+        if size <= quant.group_size
+    }
+    best = max(fitting, key=lambda size: fitting[size])
+    return options if best == quant.group_size else replace(options, group_size=best)
 
 
 def _check_ignore(patterns: Sequence[str], weights: Mapping[str, Weight]) -> None:

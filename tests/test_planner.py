@@ -182,6 +182,11 @@ def test_what_is_not_whole_groups_stays_in_16_bit_and_is_named(folder: Path) -> 
     assert not [name for name in plan.quantized if "down_proj" in name]
     assert plan.group_size == 64
     assert plan.unfit == tuple(sorted(down))
+    given = {"quant": "w4a16", "ignore": ("layers.0.mlp.up_proj",)}
+    without = plan_of(folder, **given)
+    assert without == plan_of(folder, **given, group_size=without.group_size)
+    assert not without.unfit
+    assert without.group_size == 32
     assert "2 do not fit" not in plan_as_text(prepared(folder, quant="w4a16", group_size=32))
     text = plan_as_text(prepared(folder, quant="w4a16", group_size=64))
     assert "down_proj do not fit w4a16, as rows are no whole groups of 64" in text
@@ -218,7 +223,7 @@ def test_a_bias_keeps_no_weight_in_16_bit(tmp_path: Path, quant: str) -> None:
         ("nf4", {"group_size": 64}, "--group-size 64 does not fit nf4"),
         (
             "16 bit",
-            {"quant": "w4a16"},
+            {"quant": "w4a16", "group_size": 128},
             r"would quantize nothing: .* has shape \[.*\] and .* smaller --group-size",
         ),
         (

@@ -93,8 +93,8 @@ RESULT = group(
         "--group-size",
         type=int,
         metavar="N",
-        help="Elements of a row that share a scale, in formats with groups: 32, 64 or 128. Default: 128, or that of a "
-        "base that keeps its format.",
+        help="Elements of a row that share a scale, in formats with groups: 32, 64 or 128. Default: the "
+        "largest that most weights' rows are whole groups of, or that of a base that keeps its format.",
     ),
     option(
         Section.RESULT,
