@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+
+import torch
+from bitsandbytes.backends.cpu.ops import _has_avx512
+from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+from bitsandbytes.backends.utils import _get_4bit_code
 from bitsandbytes.nn import modules
+from torch import Tensor
+
+_KERNELS = torch.library.Library("bitsandbytes", "IMPL")
 
 
 def pytest_configure() -> None:
-    """Have bitsandbytes compute from weights as they lie in the file, on every processor.
+    """Have bitsandbytes 0.50.2 compute the same on every processor.
 
-    With AVX512-BF16, its 4-bit layers repack their weights in place at the first forward pass, for a kernel of another
-    package: scales are cut to bfloat16, and widths that are no multiple of 64 fail.
+    With AVX-512, its kernel that decodes 4-bit weights is wrong where blocks run across row ends: its own
+    implementation in torch takes its place. With AVX512-BF16 its layers repack their weights in place at the first
+    forward pass, for a kernel of another package, and cut scales to bfloat16: they do not.
     """
     vars(modules)["has_avx512bf16"] = lambda: False
+    if _has_avx512:
+        with warnings.catch_warnings(action="ignore"):  # torch tells that a kernel is overridden
+            _KERNELS.impl("dequantize_4bit", _decoded, "CPU", allow_override=True)
+
+
+def _decoded(
+    codes: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    table = _get_4bit_code(quant_type, codes.device)
+    packed = codes.view(torch.uint8).reshape(-1)
+    found: Tensor = _dequantize_4bit_compute(packed, absmax.float(), table, blocksize, shape, dtype)
+    return found
