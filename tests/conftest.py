@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from bitsandbytes.backends.cpu.ops import _has_avx512
@@ -12,7 +13,8 @@ from bitsandbytes.backends.utils import _get_4bit_code
 from bitsandbytes.nn import modules
 from torch import Tensor
 
-_KERNELS = torch.library.Library("bitsandbytes", "IMPL")
+_LIBRARY: Any = torch.library.Library
+_KERNELS = _LIBRARY("bitsandbytes", "IMPL")
 
 
 def pytest_configure() -> None:

@@ -196,7 +196,7 @@ def test_nearest_rounding_onto_the_bases_own_grid_loses_a_small_update(
 def test_adaptive_is_weight_by_weight_one_of_the_two(
     inputs: Inputs, tmp_path: Path, base: str, options: dict[str, Any]
 ) -> None:
-    """`up_proj`'s update is large against the step and `q_proj`'s small; the last two bases lie on no grid, or another."""
+    """`up_proj`'s update is large against the step, `q_proj`'s small; the last two bases lie on no grid or another."""
     is_off_grid = base == "16 bit" and options.get("merge_base") != options["quant"]
     source = inputs.bf16 if base == "16 bit" else inputs.quantized(tmp_path / "base", base)
     sizes = {"up_proj": 0.4, "q_proj": 0.0001}
