@@ -2,7 +2,8 @@
 
 Models of random weights with layers of 210 MB are merged to nf4-dq with calibration text, a few layers and many.
 `down_proj`, whose 32,768 inputs would ask for 65,536 tokens, stays in 16 bit, and so does `up_proj`, which is another
-`gate_proj`, so that this takes minutes a layer less; their weights go through memory all the same. What outputs count for is not measured here: of 32,768, it takes gigabytes.
+`gate_proj`, so that this takes minutes a layer less; their weights go through memory all the same. What outputs count
+for is not measured here: of 32,768, it takes gigabytes.
 """
 
 import argparse

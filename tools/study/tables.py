@@ -298,13 +298,13 @@ def cost_block(beds: Mapping[str, Results], _: Results) -> str:
             ]
         )
     said = f"Options of feedback: {', '.join(f'{key} {value:g}' for key, value in asdict(options).items())}."
-    row = beds["demo-kjv"].get("rows", {}).get(ONE_SIDED_T.name)
+    row = beds["demo-kjv"].get("rows", {}).get(FEEDBACK_T.name)
     if row:
-        parts = cost.operations(cost.DEMO, 16_384, options, on_gpu=False, gradients=0)
+        parts = cost.operations(cost.DEMO, 16_384, options, on_gpu=False)
         said += (
-            f" Measured: one-sided feedback of the demo model at 16,384 tokens took {row['wall_s'] / 60:.1f} minutes"
-            f" and {row['cpu_s'] / 60:.1f} minutes of processor time, on 2 cores that had other work as well. The"
-            f" operations counted here over that time are {sum(parts.values()) / row['cpu_s'] / 1e9:.0f} GFLOP/s."
+            f" Measured: feedback of the demo model at 16,384 tokens took {row['wall_s'] / 60:.1f} minutes on 2 cores,"
+            f" {row['cpu_s'] / 60:.1f} minutes of processor time. The operations counted here over that time are"
+            f" {sum(parts.values()) / row['cpu_s'] / 1e9:.0f} GFLOP/s."
         )
     return f"{_table(columns, rows)}\n\n{said}"
 
