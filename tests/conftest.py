@@ -11,7 +11,12 @@ from bitsandbytes.backends.cpu.ops import _has_avx512
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from bitsandbytes.backends.utils import _get_4bit_code
 from bitsandbytes.nn import modules
+from hypothesis import settings
 from torch import Tensor
+
+# How long an example takes says more of the machine than of the code, and most of the first one is compiling.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 _LIBRARY: Any = torch.library.Library
 _KERNELS = _LIBRARY("bitsandbytes", "IMPL")
