@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.bench import outofcore, plan
+from tools.bench import calibration, outofcore, plan
 from tools.bench.merge import COPY, RAW, STREAMCONV, table
 from tools.bench.results import RESULTS, ROOT, load
 
@@ -67,6 +67,10 @@ def outofcore_block(results: Mapping[str, Any]) -> str:
     )
 
 
+def calibration_block(results: Mapping[str, Any]) -> str:
+    return "\n".join([*calibration.HEADER, *map(calibration.row, results["peaks"]), "", _machine(results)])
+
+
 def _machine(results: Mapping[str, Any]) -> str:
     """The machine of a result, in one line."""
     machine = results["machine"]
@@ -84,6 +88,7 @@ BLOCKS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     "merge": ("bench-merge.json", merge_block),
     "outofcore": ("bench-outofcore.json", outofcore_block),
     "plan": ("bench-plan.json", plan_block),
+    "calibration": ("bench-calibration.json", calibration_block),
 }
 
 
