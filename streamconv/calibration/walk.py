@@ -11,6 +11,7 @@ A layer's weights are read once. What was chosen is written as the output's fina
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -81,6 +82,13 @@ def calibrate(
         return files.read()
 
 
+def release_freed_memory() -> None:
+    """Give the system what the allocator keeps of a layer that is done: it would add to the next one's peak."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim is not None:
+        trim(0)
+
+
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     """As many threads for a matrix product, whatever the caller's setting: its last bits may depend on them."""
@@ -149,6 +157,8 @@ class _Calibration:
                     for stream in streams:
                         stream.leaving(number).sync()
                     self.files.write(number, results)
+                    del results
+                    release_freed_memory()
                     self.gradients.remove(number)
                     self.report(number + 1)
 
