@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from streamconv.calibration.walk import release_freed_memory
-
-
-def anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+from streamconv.memory import anonymous_bytes
 
 
 def test_freed_memory_is_given_back_from_between_what_is_kept() -> None:
