@@ -11,7 +11,6 @@ from pathlib import Path
 from streamconv.comparison.options import (
     GREEDY_TOKENS,
     SPEED_TOKENS,
-    CalibrationText,
     CompareOptions,
     Inputs,
     check_merge_base,
@@ -159,13 +158,6 @@ def build_options(
     check_dtype(dtype)
     check_lengths(sequence_length, tokens, greedy_tokens)
     check_numbers(max_bits, speed_tokens)
-    text = calibration_options(
-        calibration,
-        calibration_tokens,
-        calibration_sequence_length,
-        calibration_gradient_tokens,
-        "auto",
-    )
     return CompareOptions(
         inputs=Inputs(
             fspath(base),
@@ -183,9 +175,13 @@ def build_options(
         out=output_folder(out),
         data=Path(fspath(data)).expanduser(),
         strategies=asked_strategies(strategies),
-        calibration=None
-        if text is None
-        else CalibrationText(text.data, text.tokens, text.sequence_length, text.gradient_tokens),
+        calibration=calibration_options(
+            calibration,
+            calibration_tokens,
+            calibration_sequence_length,
+            calibration_gradient_tokens,
+            "auto",
+        ),
         merge_base=check_merge_base(merge_base),
         reference=check_reference(reference),
         max_bits=max_bits,

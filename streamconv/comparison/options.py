@@ -10,6 +10,7 @@ from typing import Any
 from streamconv.comparison.strategies import F, Strategy, T
 from streamconv.errors import OptionError
 from streamconv.pipeline.job import Job, build_job
+from streamconv.plan import Calibration
 
 GREEDY_TOKENS = 16
 SPEED_TOKENS = 32
@@ -42,16 +43,6 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True)
-class CalibrationText:
-    """The text that codes are chosen by."""
-
-    data: str
-    tokens: int
-    sequence_length: int | None
-    gradient_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
 class CompareOptions:
     """Options checked and parsed as far as they can be without inputs.
 
@@ -62,7 +53,7 @@ class CompareOptions:
     out: Path
     data: Path
     strategies: tuple[Strategy, ...]
-    calibration: CalibrationText | None
+    calibration: Calibration | None
     merge_base: str
     reference: str
     max_bits: float | None
