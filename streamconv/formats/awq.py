@@ -21,8 +21,7 @@ from torch import Tensor
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import F16, I32, Dtype
-from streamconv.errors import CheckpointError
-from streamconv.formats.base import GROUP_SIZES, Decoder, Format, Json, Weight, grouped_name
+from streamconv.formats.base import GROUP_SIZES, Decoder, Format, Json, Weight, grouped_name, parts_of
 from streamconv.formats.dense import largest_dtype
 from streamconv.formats.int4_words import (
     A_WORD,
@@ -80,14 +79,7 @@ def _find_weight(
     name: str, fmt: AwqFormat, dtype: Dtype, free: Mapping[str, StoredTensor], reader: TensorReader
 ) -> Weight:
     """The weight `name`; CheckpointError unless its parts are whole and agree."""
-    names = {role: part_name(name, role) for role in (MAIN, ZEROS, SCALES)}
-    for part in names.values():
-        if part not in free:
-            raise CheckpointError(
-                f"{part} is missing, without which {name} cannot be decoded; the checkpoint is incomplete, download it "
-                "again"
-            )
-    parts = {role: free[part] for role, part in names.items()}
+    parts = parts_of(name, {role: part_name(name, role) for role in (MAIN, ZEROS, SCALES)}, free)
     columns, rows = parts[MAIN].shape[0], parts[MAIN].shape[1] * A_WORD
     group = group_size_in(parts, rows, columns)
     product, order = parts[SCALES].dtype, OutputsAcross(rows, columns // A_WORD)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import Dtype
+from streamconv.errors import CheckpointError
 from streamconv.grids import Grid
 
 CELL_ROWS = 64
@@ -52,6 +53,19 @@ class Order(Protocol):
 
     def from_file(self, raw: Tensor, lines: range, form: Tensor) -> None:
         """Put `lines`, whose bytes are `raw`, to their places in the row form."""
+
+
+def parts_of(
+    name: str, names: Mapping[str, str], free: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """By role the tensors of the weight `name`, called as `names` says. Raises CheckpointError if one is missing."""
+    for part in names.values():
+        if part not in free:
+            raise CheckpointError(
+                f"{part} is missing, without which {name} cannot be decoded; the checkpoint is incomplete, download it "
+                "again"
+            )
+    return {role: free[part] for role, part in names.items()}
 
 
 class Decoder(Protocol):

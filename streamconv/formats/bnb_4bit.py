@@ -30,7 +30,7 @@ from streamconv.checkpoint.strict_json import parse_object, shown
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import BF16, DENSE, F16, F32, U8, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
-from streamconv.formats.base import CELL_ROWS, Constant, Json, Order, Weight, matrix_shape
+from streamconv.formats.base import CELL_ROWS, Constant, Json, Order, Weight, matrix_shape, parts_of
 from streamconv.grids import TableGrid, block_absmax, multiply_by_scales
 from streamconv.kernels import kernels_for
 
@@ -181,14 +181,7 @@ def _gather(name: str, grid: TableGrid, free: Mapping[str, StoredTensor]) -> dic
     roles = [MAIN, "absmax", "quant_map", "quant_state"]
     if _is_nested(name, free):
         roles += ["nested_absmax", "nested_quant_map"]
-    names = {role: _part_name(name, role, grid) for role in roles}
-    for part in names.values():
-        if part not in free:
-            raise CheckpointError(
-                f"{part} is missing, without which {name} cannot be decoded;"
-                " the checkpoint is incomplete, download it again"
-            )
-    return {role: free[part] for role, part in names.items()}
+    return parts_of(name, {role: _part_name(name, role, grid) for role in roles}, free)
 
 
 def _is_nested(name: str, free: Mapping[str, StoredTensor]) -> bool:

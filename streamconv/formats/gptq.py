@@ -24,8 +24,8 @@ from torch import Tensor
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import F16, I32, Dtype
-from streamconv.errors import CheckpointError, UnsupportedError
-from streamconv.formats.base import GROUP_SIZES, Decoder, Format, Json, Weight, grouped_name
+from streamconv.errors import UnsupportedError
+from streamconv.formats.base import GROUP_SIZES, Decoder, Format, Json, Weight, grouped_name, parts_of
 from streamconv.formats.dense import largest_dtype
 from streamconv.formats.int4_words import (
     A_WORD,
@@ -134,14 +134,10 @@ def _find_weight(
     reader: TensorReader,
 ) -> Weight:
     """The weight `name`; CheckpointError unless its parts are whole and agree."""
-    roles = (MAIN, ZEROS, SCALES, GROUPS)
-    parts = {role: free[part] for role in roles if (part := part_name(name, role)) in free}
-    for role in roles[:3]:
-        if role not in parts:
-            raise CheckpointError(
-                f"{part_name(name, role)} is missing, without which {name} cannot be decoded; the checkpoint is "
-                "incomplete, download it again"
-            )
+    names = {role: part_name(name, role) for role in (MAIN, ZEROS, SCALES, GROUPS)}
+    if names[GROUPS] not in free:
+        del names[GROUPS]
+    parts = parts_of(name, names, free)
     main = parts[MAIN]
     rows, columns = main.shape[1], main.shape[0] * A_WORD
     if GROUPS in parts and (parts[GROUPS].dtype != I32 or parts[GROUPS].shape != (columns,)):

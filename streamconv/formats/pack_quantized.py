@@ -30,7 +30,7 @@ from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import DENSE, I32, I64, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
-from streamconv.formats.base import GROUP_SIZES, Constant, Json, Order, Weight, grouped_name
+from streamconv.formats.base import GROUP_SIZES, Constant, Json, Order, Weight, grouped_name, parts_of
 from streamconv.grids import TableGrid
 from streamconv.kernels import kernels_for
 
@@ -124,7 +124,7 @@ def _find_weight(
             raise UnsupportedError(
                 f"{name}: {reason}, which is not read yet; give the 16-bit base model instead"
             )
-    parts = {role: _part(name, role, free) for role in (MAIN, SCALES, SHAPE)}
+    parts = parts_of(name, {role: _part_name(name, role) for role in (MAIN, SCALES, SHAPE)}, free)
     rows, columns = _read_shape(parts[SHAPE], reader)
     bits = _bits(parts[MAIN], rows, columns)
     if 2**bits != len(grid.values):
@@ -137,16 +137,6 @@ def _find_weight(
     decoder = PackQuantizedDecoder(name, scales.dtype, columns, bits, grid.of_block(columns // groups))
     kind = grouped_name(format_name, decoder.grid.block)
     return Weight(name, (rows, columns), scales.dtype, kind, decoder, parts)
-
-
-def _part(name: str, role: str, free: Mapping[str, StoredTensor]) -> StoredTensor:
-    part = _part_name(name, role)
-    if part not in free:
-        raise CheckpointError(
-            f"{part} is missing, without which {name} cannot be decoded; the checkpoint is incomplete, download it "
-            "again"
-        )
-    return free[part]
 
 
 def _read_shape(tensor: StoredTensor, reader: TensorReader) -> tuple[int, int]:
