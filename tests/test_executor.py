@@ -504,7 +504,7 @@ def carry_out_all(
     """In one pass; all sinks are let go of, whatever happens."""
     starts = starts or [from_the_start(plan) for plan in plans]
     outputs = [
-        Output(plan, each, lambda sink=sink: sink)  # type: ignore[misc]
+        Output(plan, each, lambda sink=sink: sink)  # type: ignore[misc]  # a lambda's default has no type
         for plan, each, sink in zip(plans, starts, sinks, strict=True)
     ]
     began = time.monotonic()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,9 +116,6 @@ def _resident(field: str) -> int:
 
 def _forget_peak() -> None:
     """Let VmHWM begin at what is resident now (proc_pid_clear_refs(5))."""
-    try:
+    # A container may forbid it: then the peak is that since the start, hardly more after the imports.
+    with suppress(OSError):
         _CLEAR.write_text("5")
-    except (
-        OSError
-    ):  # a sandbox may forbid it: then the peak is that since the start, hardly more after the imports
-        return

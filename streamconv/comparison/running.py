@@ -41,14 +41,14 @@ from streamconv.comparison.store import Made, Store, open_store
 from streamconv.comparison.strategies import BASE, F, Ground, LeftOut, Strategy, T, settle
 from streamconv.comparison.wording import merge_command
 from streamconv.devices import resolve_device
-from streamconv.errors import InputError, OptionError, ResourceError, Stopped, StreamconvError
+from streamconv.errors import OptionError, ResourceError, Stopped, StreamconvError
 from streamconv.evaluation import Evaluation, EvaluationOptions
 from streamconv.executor import StopRequest
 from streamconv.pipeline import Job, OnProgress, Prepared, fetch, prepare, run
+from streamconv.pipeline.calibrating import hash_text
 from streamconv.pipeline.place import is_finished
 from streamconv.sizes import format_size
 from streamconv.storage.base import Storage
-from streamconv.verifier import hash_file
 
 OnStep = Callable[[str], None]
 """Called with a line of text when a stage begins."""
@@ -162,7 +162,7 @@ def _survey(options: CompareOptions) -> Survey:
         )
     text = Text(
         options.data.name,
-        _hash_text(options.data),
+        hash_text(options.data, "--data"),
         options.sequences,
         options.sequence_length,
         options.dtype,
@@ -201,17 +201,6 @@ def _job(options: CompareOptions, strategy: Strategy, ground: Ground) -> Job:
 def _merge_base(target: str, ground: Ground) -> str:
     """What an unmerged model's update is added to, as an option."""
     return ground.merge_base if target == T and not ground.quantized else "original"
-
-
-def _hash_text(data: Path) -> str:
-    if not data.is_file():
-        raise InputError(
-            f"--data {data} is no file; give a .txt, or a .jsonl with text or messages in every line"
-        )
-    try:
-        return hash_file(str(data), lambda _: None)
-    except OSError as error:
-        raise InputError(f"--data {data} cannot be read: {error.strerror}") from error
 
 
 def _digest(grounds: object) -> str:

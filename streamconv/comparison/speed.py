@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from streamconv.comparison.result import Speed
 
@@ -68,6 +69,6 @@ def _wait(child: subprocess.Popen[bytes], check_stop: Callable[[], None]) -> int
             continue
 
 
-def _speed(found: Mapping[str, object], tokens: int, device: str) -> Speed:
+def _speed(found: Mapping[str, Any], tokens: int, device: str) -> Speed:
     nothing = dict.fromkeys(("load_seconds", "load_peak_bytes", "load_peak_vram_bytes", "tokens_per_s"))
-    return Speed(**{**nothing, **found, "tokens": tokens, "device": device})  # type: ignore[arg-type]
+    return Speed(**{**nothing, **found, "tokens": tokens, "device": device})

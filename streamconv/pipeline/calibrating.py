@@ -46,7 +46,7 @@ def read_grounds(base: Base, asked: Calibration) -> Grounds:
     data_set = data_set_of(asked.data)
     if data_set is None:
         data, name = asked.data, Path(asked.data).name
-        sha256 = _hash_text(Path(data).expanduser())
+        sha256 = hash_text(Path(data).expanduser(), "--calibration")
     else:
         data = name = str(_pinned(data_set))
         sha256 = hashlib.sha256(data.encode()).hexdigest()
@@ -68,15 +68,16 @@ def _pinned(data_set: DataSet) -> DataSet:
     return pinned(data_set)
 
 
-def _hash_text(text: Path) -> str:
+def hash_text(text: Path, option: str) -> str:
+    """SHA-256 of the text that is given as `option`. Raises InputError where it cannot be read."""
     if not text.is_file():
         raise InputError(
-            f"--calibration {text} is no file; give a .txt, or a .jsonl with text or messages in every line"
+            f"{option} {text} is no file; give a .txt, or a .jsonl with text or messages in every line"
         )
     try:
         return hash_file(str(text), lambda _: None)
     except OSError as error:
-        raise InputError(f"--calibration {text} cannot be read: {error.strerror}") from error
+        raise InputError(f"{option} {text} cannot be read: {error.strerror}") from error
 
 
 def with_need(subject: Subject) -> Plan:

@@ -1,13 +1,13 @@
 """Where benchmarks work and keep what they measured, and what a number depends on beside the code."""
 
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from streamconv.comparison.machine import processor, versions
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".bench"
@@ -17,15 +17,12 @@ VERSIONS = ("streamconv", "torch", "bitsandbytes", "peft", "transformers", "safe
 
 def machine(folder: Path) -> dict[str, str | int]:
     """What a number depends on: processor, memory, kernel, file system of `folder`, versions, commit."""
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "processor": cpu[0].partition(": ")[2] if cpu else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        **processor(),
         "kernel": platform.release().partition("-")[0],
         "file_system": _said("stat", "-f", "-c", "%T", str(folder)),
         "python": platform.python_version(),
-        **{name: _version(name) for name in VERSIONS},
+        **versions(VERSIONS),
         "commit": _commit(),
     }
 
@@ -49,13 +46,6 @@ def save(path: Path, made_by: str, results: Mapping[str, Any]) -> None:
 def load(path: Path) -> dict[str, Any]:
     """What was saved; nothing if nothing was."""
     return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _said(*command: str) -> str:
