@@ -14,10 +14,11 @@ from torch import Tensor
 
 from streamconv.analysis.sums import BlockSums, Sums, block_sums, stretches, total
 from streamconv.cells import KeptDelta, Seen
-from streamconv.grids import Grid, block_absmax, code_steps
+from streamconv.grids import Grid, block_absmax
 from streamconv.kernels import kernels_for
 from streamconv.kernels.in_torch import block_dots
 from streamconv.plan import Rewrite
+from streamconv.rounding.adaptive import sum_of_steps
 from streamconv.rounding.base import starting_scales
 
 # What is held for every block of a weight, in bytes.
@@ -127,10 +128,8 @@ class CodesWatch:
         return _Cell(changed, float(wide.square().sum()))
 
     def _steps(self, own: Tensor, scales: Tensor) -> float:
-        table, block, found = code_steps(self._grid).to(own.device), self._grid.block, 0.0
+        found, block = 0.0, self._grid.block
         for part in stretches(own.numel(), own.device, block):
-            steps = table.index_select(0, own[part].to(torch.int32)).double()
-            sums = block_dots(steps, torch.ones_like(steps), block)
-            first = part.start // block
-            found += float((sums * scales[first : first + sums.numel()].double().abs()).sum())
-        return found / self._grid.peak
+            first, codes = part.start // block, own[part]
+            found += sum_of_steps(codes, scales[first : first - (-codes.numel() // block)], self._grid)
+        return found

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from streamconv.grids import Grid, code_steps
+from streamconv.kernels.in_torch import block_dots
 from streamconv.rounding.base import Context, Rounding
 from streamconv.rounding.nearest import Nearest
 from streamconv.rounding.stochastic import Stochastic
@@ -47,8 +48,12 @@ class Adaptive:
 
 def delta_to_step(target: Tensor, base: Tensor, codes: Tensor, scales: Tensor, grid: Grid) -> float:
     """The ratio above: `target` and `base` float32, `codes` uint8, all flat; `scales` float32, one a block."""
-    steps = code_steps(grid).to(codes.device).index_select(0, codes.to(torch.int32))
-    places = torch.arange(codes.numel(), device=codes.device) // grid.block
-    mean = (steps * scales.abs()[places]).mean(dtype=torch.float64) / grid.peak
-    moved = (target - base).abs().mean(dtype=torch.float64)
-    return float(moved / mean) if float(mean) else float("inf")
+    steps = sum_of_steps(codes, scales, grid)
+    return float((target - base).abs().sum(dtype=torch.float64)) / steps if steps else float("inf")
+
+
+def sum_of_steps(codes: Tensor, scales: Tensor, grid: Grid) -> float:
+    """Of the entries that have these `codes` (uint8, flat); `scales` float32, one a block."""
+    steps = code_steps(grid).to(codes.device).index_select(0, codes.to(torch.int32)).double()
+    sums = block_dots(steps, torch.ones_like(steps), grid.block)
+    return float((sums * scales.double().abs()).sum()) / grid.peak
