@@ -61,13 +61,6 @@ def unpack_words(words: Tensor, places: tuple[int, ...]) -> Tensor:
     return codes.reshape(words.shape[0], -1)
 
 
-def pack_words(codes: Tensor, places: tuple[int, ...]) -> Tensor:
-    """Undo `unpack_words`."""
-    eights = codes.view(codes.shape[0], -1, A_WORD)
-    low, high = (eights[..., list(places[first::2])] for first in (0, 1))
-    return (low | high << 4).view(torch.int32).view(codes.shape[0], -1)
-
-
 def word_of(zero: int) -> int:
     """The int32 that holds `zero` eight times."""
     word = 0x11111111 * zero
