@@ -56,9 +56,10 @@ def choose(facts: Facts, options: MergeOptions) -> Choices:
         return Choices(None, dtype, merge_base, target, None, None, None, None)
     rest, rest_choice = _without_text(facts, source, quant)
     rounding, choice = _resolve_rounding(options, rest, rest_choice)
-    if not rounding.calibrated:
+    if options.calibration is None:
         return Choices(quant, dtype, merge_base, target, rounding, rounding, choice, None)
-    return Choices(quant, dtype, merge_base, target, rounding, rest, choice, _feedback(options))
+    rest = rest if rounding.calibrated else rounding
+    return Choices(quant, dtype, merge_base, target, rounding, rest, choice, _feedback(options, rounding))
 
 
 def options_alone(facts: Facts, options: MergeOptions, quants: Sequence[str]) -> list[MergeOptions]:
@@ -217,17 +218,19 @@ def check_text(options: MergeOptions) -> None:
             f"--rounding {name} chooses codes by what the layers do with a text; give one with --calibration FILE, a "
             ".txt or .jsonl such as the model will work on, or leave --rounding out"
         )
-    if options.calibration is not None and name in ROUNDINGS and name not in needing:
+    if options.calibration is not None and name in ROUNDINGS and not ROUNDINGS[name].uses_text:
+        using = [key for key, each in ROUNDINGS.items() if each.uses_text]
         raise OptionError(
             f"--rounding {name} has no use for calibration text; leave --calibration out, or choose --rounding "
-            f"{' or '.join(needing)}"
+            f"{' or '.join(using)}"
         )
 
 
 def _resolve_rounding(options: MergeOptions, rest: Rounding, rest_choice: Choice) -> tuple[Rounding, Choice]:
     name = options.rounding.lower()
     if name != "auto":
-        return ROUNDINGS[name], Choice(name, "asked for by name")
+        weighed = ", with errors weighed by the text" if options.calibration and name == "search" else ""
+        return ROUNDINGS[name], Choice(name, f"asked for by name{weighed}")
     if options.calibration is not None:
         return ROUNDINGS["feedback"], Choice("feedback", "there is calibration text")
     return rest, rest_choice
@@ -248,9 +251,16 @@ def _without_text(facts: Facts, source: Format | None, quant: Format) -> tuple[R
     )
 
 
-def _feedback(options: MergeOptions) -> FeedbackOptions:
+def _feedback(options: MergeOptions, rounding: Rounding) -> FeedbackOptions:
     assert options.calibration is not None
     asked = options.calibration
+    if not rounding.calibrated:  # it looks at the inputs, and chooses as it does without
+        if asked.preserve_delta or asked.residual_rank:
+            raise OptionError(
+                f"--rounding {rounding.name} knows neither --preserve-delta nor --residual-rank, which are of "
+                "feedback; leave them or --rounding out"
+            )
+        return FeedbackOptions(searches=True)
     feedback = FeedbackOptions(residual_rank=asked.residual_rank)
     return (
         feedback if asked.preserve_delta is None else replace(feedback, preserve_delta=asked.preserve_delta)

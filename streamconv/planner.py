@@ -460,7 +460,7 @@ def _plan_calibration(
         options=feedback,
         threads=threads,
         transformers=grounds.transformers,
-        gradient_tokens=min(tokens, -(-asked.gradient_tokens // length) * length),
+        gradient_tokens=0 if feedback.searches else min(tokens, -(-asked.gradient_tokens // length) * length),
     )
 
 

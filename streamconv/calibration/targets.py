@@ -141,4 +141,5 @@ def _with_base_scales(step: Rewrite) -> Rewrite:
     grid = step.merge_base.grid if step.merge_base is not None else step.weight.decoder.grid
     keeps = grid is not None and grid == step.encoder.grid
     keeps_parts = keeps and step.merge_base is None and stores_the_same(step.weight, step.encoder)
-    return replace(step, keeps_scales=keeps, keeps_parts=keeps_parts, calibrated=False)
+    # How the rest of the plan is rounded is of no use here: codes are chosen for all of a weight.
+    return replace(step, rounding=None, keeps_scales=keeps, keeps_parts=keeps_parts, calibrated=False)

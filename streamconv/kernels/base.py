@@ -47,8 +47,8 @@ class Kernels(Protocol):
     def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
         """Write the codes nearest to `values`; return the scales, the starting ones where None are given."""
 
-    def search(self, values: Tensor, grid: Grid, scales: Tensor) -> None:
-        """Write the scales with which nearest codes have the least squared error found.
+    def search(self, values: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None = None) -> None:
+        """Write the scales with which nearest codes have the least squared error found, weighed by `weights`.
 
         Tried are the starting scale of a block, SEARCH_FACTORS of it, then, SEARCH_STEPS times, <t, v> / <v, v>
         with the values v that the best one's codes stand for.

@@ -149,9 +149,9 @@ class CompiledKernels:
             _TORCH.stochastic(values[rest], grid, scales[whole:], last, noise[rest], codes[rest])
         return scales
 
-    def search(self, values: Tensor, grid: Grid, scales: Tensor) -> None:
-        if not isinstance(grid, TableGrid) or not _is_compiled(grid):
-            _TORCH.search(values, grid, scales)
+    def search(self, values: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None = None) -> None:
+        if weights is not None or not isinstance(grid, TableGrid) or not _is_compiled(grid):
+            _TORCH.search(values, grid, scales, weights)
             return
         whole, table = values.numel() // grid.block, _table(grid.values)
         self.starting_scales(values, grid, scales)

@@ -40,15 +40,22 @@ class TorchKernels:
         codes.copy_(grid.nearest(divide_by_scales(values, scales, grid.block, grid.peak)))
         return scales
 
-    def search(self, values: Tensor, grid: Grid, scales: Tensor) -> None:
+    def search(self, values: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None = None) -> None:
         start = self.starting_scales(values, grid, scales).clone()
-        losses = self._losses(values, grid, scales)
+        losses = self._losses(values, grid, scales, weights)
+
+        def keep_better(trial: Tensor) -> None:
+            found = self._losses(values, grid, trial, weights)
+            is_better = found < losses
+            scales.copy_(torch.where(is_better, trial, scales))
+            losses.copy_(torch.where(is_better, found, losses))
+
         for factor in SEARCH_FACTORS:
-            self._keep_better(values, grid, start * factor, scales, losses)
+            keep_better(start * factor)
         for _ in range(SEARCH_STEPS):
             levels = self._levels(values, grid, scales)
-            fitted = block_dots(values, levels, grid.block).div_(block_dots(levels, levels, grid.block))
-            self._keep_better(values, grid, fitted, scales, losses)
+            weighed = levels if weights is None else levels * weights
+            keep_better(block_dots(values, weighed, grid.block).div_(block_dots(levels, weighed, grid.block)))
 
     def settle(
         self,
@@ -177,17 +184,10 @@ class TorchKernels:
         levels = grid.decode(codes)
         return levels if grid.peak == 1 else levels.mul_(1 / grid.peak)
 
-    def _losses(self, values: Tensor, grid: Grid, scales: Tensor) -> Tensor:
+    def _losses(self, values: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None) -> Tensor:
         levels = self._levels(values, grid, scales)
         error = values - multiply_by_scales(levels, scales, grid.block, levels)
-        return block_dots(error, error, grid.block)
-
-    def _keep_better(self, values: Tensor, grid: Grid, trial: Tensor, scales: Tensor, losses: Tensor) -> None:
-        """Have `trial` take the place of `scales`, and of their `losses`, where it is better."""
-        found = self._losses(values, grid, trial)
-        is_better = found < losses
-        scales.copy_(torch.where(is_better, trial, scales))
-        losses.copy_(torch.where(is_better, found, losses))
+        return block_dots(error, error if weights is None else error * weights, grid.block)
 
     def _scales(self, values: Tensor, grid: Grid) -> Tensor:
         out = torch.empty(-(-values.numel() // grid.block), dtype=torch.float32, device=values.device)

@@ -34,6 +34,7 @@ class Adaptive:
     needs_noise: bool = True
     keeps_scales: bool = True
     calibrated: bool = False
+    uses_text: bool = False
     searches_scales: bool = False
 
     def choose(self, target: Tensor, grid: Grid, context: Context, codes: Tensor) -> Tensor:

@@ -59,6 +59,10 @@ class Rounding(Protocol):
         """Whether codes are chosen before, a decoder layer at a time, by what a text makes of its inputs."""
 
     @property
+    def uses_text(self) -> bool:
+        """Whether calibration text, where there is some, tells it what errors count."""
+
+    @property
     def searches_scales(self) -> bool:
         """Whether scales are chosen with codes in view. Where storing moves them, codes are then chosen anew."""
 

@@ -18,6 +18,7 @@ class Feedback:
     needs_noise: bool = False
     keeps_scales: bool = True
     calibrated: bool = True
+    uses_text: bool = True
     searches_scales: bool = False
 
     def choose(self, target: Tensor, grid: Grid, context: Context, codes: Tensor) -> Tensor:

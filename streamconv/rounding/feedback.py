@@ -29,9 +29,10 @@ from streamconv.grids import Grid
 from streamconv.kernels import kernels_for
 from streamconv.rounding.columns import descended, fed
 from streamconv.rounding.layer import Layer, Solution, better, coded, rounded, turn
-from streamconv.rounding.metric import Statistics, compensated, factored, preserving
+from streamconv.rounding.metric import Statistics, check_moments, compensated, factored, preserving
 from streamconv.rounding.residual import Residual, eased, nothing, residual
 from streamconv.rounding.scales import greatest, refitted, searched
+from streamconv.rounding.search import searched_scales
 
 __all__ = ["BaseOnGrid", "Chosen", "FeedbackOptions", "Statistics", "Storage", "feedback"]
 
@@ -44,7 +45,8 @@ class FeedbackOptions:
     weight; where inputs' errors are made up for, the model's predictions are nearer without it. `sweeps`: of descent
     after each feedback. `refits`: times that scales are fitted to the codes and codes chosen anew. `asymmetry`: the
     share of the way to the target that makes up for the inputs' errors; 0 stays at T. `output_damping`: of G, likewise.
-    `residual_rank`: of a weight beside the codes that repairs what errors are left; 0 for none.
+    `residual_rank`: of a weight beside the codes that repairs what errors are left; 0 for none. `searches`: nothing of
+    all this; scales are searched for, errors weighed by the diagonal of H, and codes are the nearest.
     """
 
     damping: float = 0.001
@@ -54,11 +56,12 @@ class FeedbackOptions:
     asymmetry: float = 1.0
     output_damping: float = 0.1
     residual_rank: int = 0
+    searches: bool = False
 
     @property
     def needs_cross(self) -> bool:
         """Whether anything is done with `Statistics.cross`."""
-        return self.asymmetry != 0
+        return self.asymmetry != 0 and not self.searches
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,6 +136,8 @@ def feedback(
     if base is not None and _is_base(target, base, grid, dtype):
         beside = nothing(target, options.residual_rank) if options.residual_rank else None
         return Chosen(base.codes, base.scales, True, beside)
+    if options.searches:
+        return _weighed(target, statistics.hessian, encoder, grid)
     matrix = preserving(statistics.hessian, options.preserve_delta, directions)
     inputs, outputs = factored(matrix, options.damping), None
     if statistics.output_hessian is not None:
@@ -148,6 +153,16 @@ def feedback(
     errors = coded(layer, best.scales.effective, codes).errors
     beside = residual(layer, errors, options.residual_rank)
     return Chosen(codes, best.scales.raw, best.scales.is_base, beside)
+
+
+def _weighed(target: Tensor, hessian: Tensor, encoder: Storage, grid: Grid) -> Chosen:
+    """Nearest codes, with the scales of the least Σ H_jj e_j² found in each block."""
+    check_moments(hessian)
+    weights = hessian.diagonal().expand_as(target).reshape(-1)
+    scales = _stored(encoder, searched_scales(target.reshape(-1), grid, weights))
+    codes = torch.empty(target.numel(), dtype=torch.uint8, device=target.device)
+    kernels_for(target.device).nearest(target.reshape(-1), grid, scales.effective, codes)
+    return Chosen(codes, scales.raw, keeps_base=False)
 
 
 def working_bytes(rows: int, columns: int, two_sided: bool) -> int:

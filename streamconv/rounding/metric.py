@@ -54,11 +54,7 @@ def factored(moments: Tensor, damping: float) -> Metric:
 
     What is always 0 counts like the mean. Raises InputError where moments are not finite, or no factor is found.
     """
-    if not bool(moments.sum().isfinite()):
-        raise InputError(
-            "activations on the calibration text are NaN or infinite, expected finite numbers; look for NaN in the "
-            "base and for an adapter that diverged in training"
-        )
+    check_moments(moments)
     diagonal = moments.diagonal().clone()
     mean = float(diagonal.sum()) / max(int((diagonal > 0).sum()), 1) or 1.0
     diagonal[diagonal <= 0] = mean
@@ -66,6 +62,15 @@ def factored(moments: Tensor, damping: float) -> Metric:
     matrix = moments[order].index_select(1, order)
     matrix.diagonal().copy_(diagonal[order])
     return Metric(matrix, _damp(matrix, damping, mean), order, torch.argsort(order))
+
+
+def check_moments(moments: Tensor) -> None:
+    """Raise InputError where they are not finite."""
+    if not bool(moments.sum().isfinite()):
+        raise InputError(
+            "activations on the calibration text are NaN or infinite, expected finite numbers; look for NaN in the "
+            "base and for an adapter that diverged in training"
+        )
 
 
 def unit(matrix: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ class Nearest:
     needs_noise: bool = False
     keeps_scales: bool = False
     calibrated: bool = False
+    uses_text: bool = False
     searches_scales: bool = False
 
     def choose(self, target: Tensor, grid: Grid, context: Context, codes: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class Stochastic:
     needs_noise: bool = True
     keeps_scales: bool = True
     calibrated: bool = False
+    uses_text: bool = False
     searches_scales: bool = False
 
     def choose(self, target: Tensor, grid: Grid, context: Context, codes: Tensor) -> Tensor:

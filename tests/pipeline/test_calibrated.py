@@ -305,6 +305,40 @@ def test_the_recipe_makes_it_again(made: streamconv.Report, inputs: Inputs, tmp_
     assert json.loads(printed)["calibration"] == str(inputs.text)
 
 
+# -- search, weighed by the text ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"quant": "nf4"}, {"quant": "nf4-dq", "merge_base": "nf4-dq"}], ids=str)
+def test_search_is_weighed_by_the_text(inputs: Inputs, tmp_path: Path, options: dict[str, Any]) -> None:
+    given = {"rounding": "search", "device": "cpu", **options}
+    text = {"calibration": inputs.text, **TEXT}
+    plan = inputs.prepare(**{**text, **given}).plan
+    assert plan.rounding is not None
+    assert (plan.rounding.name, plan.rounding.reason) == (
+        "search",
+        "asked for by name, with errors weighed by the text",
+    )
+    assert plan.calibration is not None
+    assert plan.calibration.gradient_tokens == 0
+    without = streamconv.merge(inputs.base, inputs.adapter, tmp_path / "without", **given)
+    found = streamconv.merge(inputs.base, inputs.adapter, tmp_path / "with", **given, **text)
+    assert found.calibrated.keys() == calibrated(inputs.prepare(**{**text, **given}))
+    ours, others = (read_tensors(Path(each.out) / "model.safetensors") for each in (found, without))
+    differ = {name for name in ours if not torch.equal(ours[name], others[name])}
+    assert differ >= ADAPTED
+    assert not [name for name in differ if "layers" not in name]
+    errors = [each["relative_error"] for each in found.calibrated.values()]
+    assert 0 < max(errors) < 0.2
+    for data in (None, inputs.text):
+        streamconv.verify(found.out, base=inputs.base, adapter=inputs.adapter, full=True, calibration=data)
+
+
+@pytest.mark.parametrize("more", [{"preserve_delta": 0.3}, {"residual_rank": 2}], ids=str)
+def test_search_knows_nothing_of_what_feedback_does(inputs: Inputs, more: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="--rounding search knows neither"):
+        inputs.prepare(quant="nf4", rounding="search", **more)
+
+
 # -- what is stored ----------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from streamconv.kernels import SEARCH_FACTORS, kernels_for
 from streamconv.plan import Access, Rewrite
 from streamconv.planner import _weight_steps
 from streamconv.rounding import ROUNDINGS, Context
+from streamconv.rounding.search import searched_scales
 from streamconv.workers import Workers
 from tests.formats.stored import W, choose, encoder_for, normal, only_weight, stored, write
 
@@ -65,6 +66,37 @@ def test_zeros_and_nan() -> None:
     target = normal((128,))
     target[70] = torch.nan
     assert choose(SEARCH, target, NF4, NOTHING)[1].isfinite().tolist() == [True, False]
+
+
+# -- with what errors count ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [NF4, FORMATS["fp4"].grid, INT8.of_width(64)], ids=["nf4", "fp4", "int8"])
+def test_errors_are_weighed(grid: Grid) -> None:
+    target, weights = normal((64 * 200 + 7,)), normal((64 * 200 + 7,), seed=1, size=2.0).exp()
+    loss = {}
+    for name, given in (("weighed", weights), ("not", None)):
+        scales = searched_scales(target, grid, given)
+        codes = torch.empty(target.numel(), dtype=torch.uint8)
+        kernels_for(target.device).nearest(target, grid, scales, codes)
+        values = grid.decode(codes).double() * scales.double().repeat_interleave(grid.block)[: target.numel()]
+        loss[name] = float(((target.double() - values / grid.peak).square() * weights.double()).sum())
+    assert loss["weighed"] < 0.9 * loss["not"]
+
+
+def test_equal_weights_are_none() -> None:
+    target = normal((64 * 20 + 7,))
+    weighed = searched_scales(target, NF4, torch.full_like(target, 2.0))
+    torch.testing.assert_close(weighed, searched_scales(target, NF4), rtol=1e-6, atol=0)
+
+
+def test_an_input_that_is_always_zero_counts_nothing() -> None:
+    """The scale then fits the others alone, however far off the greatest entry is."""
+    codes = torch.arange(64, dtype=torch.uint8) % 16
+    target, weights = NF4.decode(codes) * 0.3, torch.ones(64)
+    target[15], weights[15] = 0.36, 0.0
+    assert searched_scales(target, NF4, weights).tolist() == pytest.approx([0.3], rel=1e-6)
+    assert searched_scales(target, NF4).tolist() != pytest.approx([0.3], rel=1e-3)
 
 
 # -- with nested scales, which storing moves -----------------------------------------------------------------

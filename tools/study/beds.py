@@ -122,6 +122,7 @@ STOCHASTIC_T = tuple(
 )
 ADAPTIVE_T = _merged("adaptive-T", "adaptive of T", "T", "adaptive")
 SEARCH_T = _merged("search-T", "search of T", "T", "search")
+WEIGHED_SEARCH_T = _merged("search-T-text", "search of T, weighed by text", "T", "search", calibrated=True)
 FEEDBACK_T = _feedback("feedback-T", "feedback of T", "T")
 TERM_FEEDBACK_T = _feedback("feedback-T-delta", "feedback of T, delta term", "T", *DELTA_TERM)
 ONE_SIDED_T = _feedback("feedback-T-onesided", "one-sided feedback of T", "T", *ONE_SIDED)
@@ -136,7 +137,7 @@ RESIDUAL_T = replace(
     residual=True,
 )
 FEEDBACK = (FEEDBACK_T, TERM_FEEDBACK_T, ONE_SIDED_T, TERM_ONE_SIDED_T, FEEDBACK_F, RESIDUAL_T)
-MERGED = (NEAREST_T, NEAREST_F, *STOCHASTIC_T, ADAPTIVE_T, SEARCH_T, *FEEDBACK)
+MERGED = (NEAREST_T, NEAREST_F, *STOCHASTIC_T, ADAPTIVE_T, SEARCH_T, WEIGHED_SEARCH_T, *FEEDBACK)
 
 # One update in several sizes, for where nearest rounding of T begins to do better than stochastic.
 SCALED, FACTORS = BEDS["faq-kjv-light"], (1, 2, 3, 4, 5, 6, 8)

@@ -28,6 +28,7 @@ from tools.study.beds import (
     STOCHASTIC_T,
     TERM_FEEDBACK_T,
     TERM_ONE_SIDED_T,
+    WEIGHED_SEARCH_T,
 )
 from tools.study.prediction import predicted_share
 
@@ -36,7 +37,7 @@ STRATEGIES: Mapping[str, str] = {
     **{row.name: row.label for row in OPENED},
     **{row.name: row.label for row in (NEAREST_T, NEAREST_F)},
     STOCHASTIC: "stochastic of T",
-    **{row.name: row.label for row in (ADAPTIVE_T, SEARCH_T, *FEEDBACK)},
+    **{row.name: row.label for row in (ADAPTIVE_T, SEARCH_T, WEIGHED_SEARCH_T, *FEEDBACK)},
 }
 # Upper ends of the delta-to-step ratio, and what to do below them.
 DECISIONS = (
@@ -297,7 +298,8 @@ def cost_block(beds: Mapping[str, Results], _: Results) -> str:
                 *times,
             ]
         )
-    said = f"Options of feedback: {', '.join(f'{key} {value:g}' for key, value in asdict(options).items())}."
+    numbers = ", ".join(f"{key} {value:g}" for key, value in asdict(options).items() if key != "searches")
+    said = f"Options of feedback: {numbers}."
     row = beds["demo-kjv"].get("rows", {}).get(FEEDBACK_T.name)
     if row:
         parts = cost.operations(cost.DEMO, 16_384, options, on_gpu=False)
