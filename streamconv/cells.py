@@ -303,10 +303,11 @@ class WeightWork:
         """Decide by the first rows, which are in the first tile of any size, how all of the weight is rounded."""
         assert rows.start == 0, f"{self.step.name}: rounding is settled by the first tile"
         cell, grid, ratio = range(min(CELL_ROWS, rows.stop)), self.step.encoder.grid, None
-        base = self._base(self._raw(raw, rows, cell), cell, self.workers.scratch[number])
+        scratch = self.workers.scratch[number]
+        base = self._base(self._raw(raw, rows, cell), cell, scratch)
         is_on_grid = self.step.keeps_scales  # a base may have codes of another grid
         if is_on_grid and grid is not None and base.codes is not None and base.effective is not None:
-            target = self._target(base.values.clone(), cell)
+            target = self._target(self._copy(base.values, cell, scratch), cell)
             ratio = delta_to_step(target.view(-1), base.values.view(-1), base.codes, base.effective, grid)
         rounding = adaptive.settled(ratio)
         if rounding.keeps_scales:

@@ -24,6 +24,7 @@ from streamconv.rounding.stochastic import Stochastic
 # From this ratio on to the nearest. Predictions of the model are about equally far from the target's on either side of
 # it: measured by `tools/study/run sizes`, docs/why-merging-loses-quality.md.
 NEAREST_FROM = 0.4
+_STRETCH = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,14 @@ class Adaptive:
 
 def delta_to_step(target: Tensor, base: Tensor, codes: Tensor, scales: Tensor, grid: Grid) -> float:
     """The ratio above: `target` and `base` float32, `codes` uint8, all flat; `scales` float32, one a block."""
-    steps = sum_of_steps(codes, scales, grid)
-    return float((target - base).abs().sum(dtype=torch.float64)) / steps if steps else float("inf")
+    moved = steps = 0.0
+    # A few blocks at a time: a cell of a wide weight is large, and no plan counts more of it than its roundings need.
+    length = max(1, _STRETCH // grid.block)
+    for first in range(0, scales.numel(), length):
+        part = slice(first * grid.block, (first + length) * grid.block)
+        moved += float((target[part] - base[part]).abs().sum(dtype=torch.float64))
+        steps += sum_of_steps(codes[part], scales[first : first + length], grid)
+    return moved / steps if steps else float("inf")
 
 
 def sum_of_steps(codes: Tensor, scales: Tensor, grid: Grid) -> float:
