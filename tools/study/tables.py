@@ -249,6 +249,23 @@ def _thousandths(kl: Sequence[float]) -> str:
     return shown(mean([1000 * value for value in kl]))
 
 
+KEPT_BY_LAYER = (NEAREST_T, STOCHASTIC_T[0], FEEDBACK_T, TERM_ONE_SIDED_T)
+
+
+def layers_block(beds: Mapping[str, Results], _: Results) -> str:
+    """Kept delta of the demo's adapter by layer: the median over its weights, the least and the greatest."""
+    rows = beds["demo-kjv"].get("rows", {})
+    chosen = [row for row in KEPT_BY_LAYER if row.name in rows]
+    layers: dict[int, list[str]] = {}
+    for name in rows[chosen[0].name]["kept_by_weight"] if chosen else ():
+        layers.setdefault(int(name.split(".layers.")[1].split(".")[0]), []).append(name)
+    cells = []
+    for layer, names in sorted(layers.items()):
+        kept = ([rows[row.name]["kept_by_weight"][name] for name in names] for row in chosen)
+        cells.append([str(layer), *(_spread(each, "{:.2f}") for each in kept)])
+    return _table(("layer", *(row.label for row in chosen)), cells)
+
+
 def delta_term_block(beds: Mapping[str, Results], _: Results) -> str:
     """What the delta-preserving term does to KL and to the kept delta, with and without the gradients' side."""
     columns = ("bed", "feedback", "KL with the term to KL without", "kept delta without", "with")
@@ -396,6 +413,7 @@ BLOCKS: Mapping[str, Callable[[Mapping[str, Results], Results], str]] = {
     "strategies": strategies_block,
     "two_sides": two_sides_block,
     "delta_term": delta_term_block,
+    "layers": layers_block,
     "cost": cost_block,
     "residual": residual_block,
     "bars": bars_block,
