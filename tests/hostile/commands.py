@@ -1,7 +1,7 @@
 """The command line for tests that kill it: each run a fork of one warmed-up process, so that runs take no second.
 
-A test says at which call that changes the disk a signal shall come; calls are counted, so a point is the same in
-every run.
+A test says at which call that changes the disk a signal shall come. Threads take turns as they like while shards are
+written, so a number is somewhere there; of what comes in a fixed order, a test names the first call to be counted.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ ROOT = Path(__file__).parents[2]
 class Request:
     """One run.
 
-    `signal` is raised before the call number `at`, or if that one writes and `tears` is set, after half of it;
-    with `again`, before the next call too. `kill_after_s` kills by the clock instead. `slow_s` is how long each
-    write of a shard takes. `goes_on` is the process id of a stopped run that shall continue, all else ignored.
+    `signal` is raised before the call number `at`, the first one or the first named `since` (as in Outcome.calls)
+    being number 1, or if that one writes and `tears` is set, after half of it; with `again`, before the next call too.
+    `kill_after_s` kills by the clock instead. `slow_s` is how long each write of a shard takes. `goes_on` is the
+    process id of a stopped run that shall continue, all else ignored.
     """
 
     arguments: tuple[str, ...] = ()
     at: int | None = None
+    since: str | None = None
     signal: int = signal.SIGKILL
     tears: bool = False
     again: bool = False

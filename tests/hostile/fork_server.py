@@ -1,4 +1,4 @@
-"""Runs the command line in forked children, and raises a signal in one at its n-th call that changes the disk.
+"""Runs the command line in forked children, and raises a signal in one at a call that changes the disk.
 
 A process of its own, which has imported everything once. Requests and answers are lines of JSON; tests use
 `commands.py`. What a child prints goes to FOLDER/PID.text.
@@ -46,6 +46,7 @@ class Child:
         self.request = request
         self.calls: list[str] = []
         self._counting = threading.Lock()
+        self._counted = 0
         self.starts: dict[str, tuple[int, int]] = {}
 
     def install(self) -> None:
@@ -72,10 +73,11 @@ class Child:
                 return call(*given, **options)
             with self._counting:  # bytes are written in one thread and brought to the disk in another
                 self.calls.append(f"{name} {_name_of(given[0])}")
-                number = len(self.calls)
+                self._counted += self._counted > 0 or self.request.since in (None, self.calls[-1])
+                number = self._counted
             if name == "pwrite":
                 time.sleep(self.request.slow_s)
-            if number == self.request.at or (self.request.again and number == (self.request.at or 0) + 1):
+            if self.request.at and number in (self.request.at, self.request.at + self.request.again):
                 if writes and self.request.tears:
                     call(given[0], given[1][: len(given[1]) // 2], *given[2:])
                 os.kill(os.getpid(), self.request.signal)
