@@ -79,7 +79,7 @@ def _descended_together(
     layer: Layer, outputs: Metric, scales: Tensor, start: Solution, sweeps: int
 ) -> Solution:
     codes, errors = start.codes.clone(), errors_of(layer, scales, start.codes)
-    mixed = (errors @ outputs.matrix).div_(outputs.matrix.diagonal())
+    mixed = (errors @ outputs.matrix).mul_(outputs.matrix.diagonal().reciprocal())
     for _ in range(sweeps):
         before = codes.clone()
         _settle_tiles(layer, outputs, scales, mixed, codes, errors, is_first=False)
@@ -101,7 +101,7 @@ def _settle_rows(
 ) -> None:
     """Go through the columns of some rows, which are on their own; codes and errors are [in, rows]."""
     matrix = layer.inputs.factor if is_first else layer.inputs.matrix
-    kernels = kernels_for(errors.device)
+    kernels, spread = kernels_for(errors.device), layer.spread(scales, rows)
     for panel in panels(layer):
         reach = slice(0, panel.start if is_first else layer.columns)
         diagonal = matrix.diagonal()[panel]
@@ -112,7 +112,7 @@ def _settle_rows(
             matrix[panel, panel] / diagonal,
             None,
             layer.grid,
-            layer.spread(scales, panel, rows),
+            spread(panel),
             layer.dtype,
             codes[panel],
             errors[panel],
@@ -133,11 +133,12 @@ def _settle_tiles(
     """Go through the columns of all rows, a tile of some of both at a time; `mixed` is N, and stays so."""
     matrix = layer.inputs.factor if is_first else layer.inputs.matrix
     by_row = outputs.factor if is_first else outputs.matrix
-    per_row = by_row.diagonal()
+    per_row, per_column = by_row.diagonal().reciprocal(), matrix.diagonal().reciprocal()
+    spread_of = layer.spread(scales, slice(None))
     for panel in panels(layer):
-        spread = layer.spread(scales, panel, slice(None))
+        spread = spread_of(panel)
         reach = slice(0, panel.start if is_first else layer.columns)
-        by_column = matrix[: panel.stop if is_first else layer.columns, panel] / matrix.diagonal()[panel]
+        by_column = matrix[: panel.stop if is_first else layer.columns, panel] * per_column[panel]
         pulls, coupling = by_column[reach].T @ mixed[reach], by_column[panel]
         before = mixed[panel].clone()
         for rows in stretches(layer.rows, PANEL):
@@ -145,10 +146,10 @@ def _settle_tiles(
             pull = coupling.T @ (mixed[panel, rows] - before[:, rows])
             pull.add_(pulls[:, rows]).sub_(errors[panel, rows])
             tile = (codes[panel, rows], errors[panel, rows])
-            given = (layer.target[panel, rows], pull, coupling, by_row[rows, rows] / per_row[rows])
+            given = (layer.target[panel, rows], pull, coupling, by_row[rows, rows] * per_row[rows])
             changes = _settle_tile(layer, *given, spread[:, rows], *tile, is_first=is_first)
             reached = slice(rows.start if is_first else 0, layer.rows)  # a factor is 0 below its diagonal
-            mixed[panel, reached] += (changes @ by_row[rows, reached]).div_(per_row[reached])
+            mixed[panel, reached] += (changes @ by_row[rows, reached]).mul_(per_row[reached])
 
 
 def _settle_tile(

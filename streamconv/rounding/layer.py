@@ -60,8 +60,8 @@ class Layer:
         """Undo `flat`."""
         return _turned(flat.view(self.rows, self.columns), self.inputs, self.outputs)
 
-    def spread(self, scales: Tensor, columns: slice, rows: slice) -> Tensor:
-        """The scale of every element of some `columns` and `rows`, [columns, rows].
+    def spread(self, scales: Tensor, rows: slice) -> Callable[[slice], Tensor]:
+        """The scale of every element of some `rows`, [columns, rows], for any columns.
 
         A block may run on from one row into the next.
         """
@@ -69,10 +69,11 @@ class Layer:
             numbers = torch.arange(self.rows, device=scales.device)[rows]
         else:
             numbers = self.outputs.order[rows]
-        inputs, block = self.inputs.order[columns], self.grid.block
+        order, block = self.inputs.order, self.grid.block
         if self.columns % block == 0:  # without an index for every element
-            return scales.view(self.rows, -1)[numbers, (inputs // block)[:, None]]
-        return scales[(numbers * self.columns + inputs[:, None]) // block]
+            by_block = scales.view(self.rows, -1)[numbers].T.contiguous()
+            return lambda columns: by_block[order[columns] // block]
+        return lambda columns: scales[(numbers * self.columns + order[columns, None]) // block]
 
 
 def turn(target: Tensor, inputs: Metric, outputs: Metric | None, grid: Grid, dtype: Dtype) -> Layer:
@@ -103,8 +104,9 @@ class Solution:
 def errors_of(layer: Layer, scales: Tensor, codes: Tensor, rows: slice = slice(None)) -> Tensor:
     """T - Q [in, rows], float32, of the `codes` [in, rows] of some rows."""
     errors = layer.target[:, rows].clone(memory_format=torch.contiguous_format)
+    spread = layer.spread(scales, rows)
     for panel in panels(layer):
-        errors[panel] -= dequantized(codes[panel], layer.grid, layer.spread(scales, panel, rows), layer.dtype)
+        errors[panel] -= dequantized(codes[panel], layer.grid, spread(panel), layer.dtype)
     return errors
 
 

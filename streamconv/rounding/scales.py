@@ -44,7 +44,8 @@ def refitted(layer: Layer, scales: Tensor, found: Solution) -> Tensor:
             codes = found.codes[:, rows]
             return _changes(layer, codes, errors_of(layer, scales, codes, rows))
     else:
-        mixed = (errors_of(layer, scales, found.codes) @ outputs.matrix).div_(outputs.matrix.diagonal())
+        mixed = errors_of(layer, scales, found.codes) @ outputs.matrix
+        mixed.mul_(outputs.matrix.diagonal().reciprocal())
 
         def changes_of(rows: slice) -> Tensor:
             return _changes(layer, found.codes[:, rows], mixed[:, rows])
