@@ -9,13 +9,11 @@ from streamconv.calibration.subject import Subject
 from streamconv.forward.memory import BATCH_TOKENS, sequence_bytes, table_bytes
 from streamconv.plan import Need, Rewrite
 from streamconv.rounding import residual
-from streamconv.rounding.feedback import working_bytes
+from streamconv.rounding.feedback import factoring_bytes, working_bytes
 
 # transformers and what it loads, compiled kernels, thread stacks, and what the allocator keeps of freed memory;
 # measured for a model of a megabyte, whose own need is next to nothing: 212 MiB.
 _FIXED_BYTES = 224 * 2**20
-# On a GPU, H and its factor in float64 are in host memory.
-_FACTOR_BYTES = 24
 _HEADER_BYTES = 2**20
 # Rows of the vocabulary that a token is drawn from at a time. Sums depend on it, so no budget decides it.
 HEAD_ROWS = 8192
@@ -46,7 +44,7 @@ def need_of(model: Model, subject: Subject) -> Need:
     on_device = max(
         _layer_need(model, number, forward, crosses, is_two_sided, rank) for number in range(model.layers)
     )
-    on_device += table_bytes(walk, tokens)
+    on_device = max(on_device, walk.layer_bytes(0) + forward + table_bytes(walk, tokens))
     held = max(
         sum(_held_bytes(step, rank) for step in model.layer_steps(number)) for number in range(model.layers)
     )
@@ -65,8 +63,11 @@ def need_of(model: Model, subject: Subject) -> Need:
         )
     if walk.device.is_cpu:
         return Need(on_host + on_device, 0, disk, read)
-    widest = max(step.columns for step in subject.plan.calibrated)
-    return Need(on_host + _FACTOR_BYTES * widest**2, on_device, disk, read)
+    factoring = max(
+        factoring_bytes(step.rows, step.columns, is_two_sided) for step in subject.plan.calibrated
+    )
+    originals = max(_original_bytes(model, number, crosses) for number in range(model.layers))
+    return Need(on_host + factoring + originals, on_device, disk, read)
 
 
 def _gradient_need(model: Model, subject: Subject, batch: int, forward: int) -> int:
@@ -94,20 +95,35 @@ def _output_bytes(model: Model, number: int) -> int:
 
 
 def _layer_need(model: Model, number: int, forward: int, crosses: bool, is_two_sided: bool, rank: int) -> int:
-    """A layer in float32, both as it was and as it will be, and either a batch or a choice in work."""
-    steps = model.layer_steps(number)
-    twice = sum(4 * step.rows * step.columns for step in steps) if crosses else 0
-    gathering = forward + max((_moment_bytes(step, crosses) for step in steps), default=0)
+    """A layer in float32, and either a batch, with what it was before, or a choice in work."""
+    steps, is_cpu = model.layer_steps(number), model.walk.device.is_cpu
+    twice = _original_bytes(model, number, crosses)
+    gathering = twice + forward + max((_moment_bytes(step, crosses) for step in steps), default=0)
     choosing = max(
         (
             _moment_bytes(step, crosses)
-            + working_bytes(step.rows, step.columns, is_two_sided)
+            + is_two_sided * 4 * step.rows**2
+            + _choosing_bytes(step.rows, step.columns, is_two_sided, is_cpu)
             + (residual.working_bytes(step.rows, step.columns, rank, is_two_sided) if rank else 0)
             for step in steps
         ),
         default=0,
     )
-    return model.walk.layer_bytes(number) + twice + max(gathering, choosing)
+    return model.walk.layer_bytes(number) + max(gathering, choosing + is_cpu * twice)
+
+
+def _choosing_bytes(rows: int, columns: int, is_two_sided: bool, is_cpu: bool) -> int:
+    """What choosing codes takes where it is done; on a CPU, factors in float64, which are gone before, too."""
+    working = working_bytes(rows, columns, is_two_sided)
+    if not is_cpu:
+        return working
+    moments = working_bytes(0, columns, False) + is_two_sided * working_bytes(0, rows, False)
+    return max(working, moments + factoring_bytes(rows, columns, is_two_sided))
+
+
+def _original_bytes(model: Model, number: int, crosses: bool) -> int:
+    """A layer's weights as they were before they were replaced, for the other stream to run again: on the host."""
+    return crosses * sum(4 * step.rows * step.columns for step in model.layer_steps(number))
 
 
 def _moment_bytes(step: Rewrite, crosses: bool) -> int:

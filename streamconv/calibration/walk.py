@@ -184,7 +184,7 @@ class _Calibration:
 class _Layer:
     """One decoder layer with its weights, and both streams before and after it.
 
-    `originals` are targets of weights that have been replaced, kept only where the reference stream has to run again.
+    `originals` are targets of weights that have been replaced, for the reference stream to run again; on the host.
     """
 
     run: _Calibration
@@ -286,7 +286,7 @@ class _Layer:
             factors = factor_tensors(self.run.model.modules(self.number)[name], beside)
             values += beside.values()
         if self.crosses:
-            self.originals[name] = target
+            self.originals[name] = target.cpu()
         assign(linear, "weight", values)
         return Result(name, step.specs, parts, kept, notes, factors)
 
@@ -296,7 +296,7 @@ def _replaced(linears: Linears, weights: Mapping[str, Tensor]) -> Iterator[None]
     """Linear layers with other weights."""
     before = {name: linears[name].weight.data for name in weights}
     for name, weight in weights.items():
-        assign(linears[name], "weight", weight)
+        assign(linears[name], "weight", weight.to(linears[name].weight.device))
     try:
         yield
     finally:

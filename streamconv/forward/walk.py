@@ -216,12 +216,13 @@ class Walk:
         `keep` is called with each batch and the hidden states [sequence, token, hidden] that enter the first layer.
         """
         with torch.no_grad(), ExitStack() as stack:
-            stack.enter_context(self._embedding(windows))
             stack.enter_context(self._loading_others())
             first = stack.enter_context(ExitStack())
             layer = first.enter_context(self.materialized(0))
-            self._learn_to_wrap(windows[batches[0]], layer)
-            yield Passing(self, self._enter(windows, batches, keep), first)
+            with self._embedding(windows):
+                self._learn_to_wrap(windows[batches[0]], layer)
+                calls = self._enter(windows, batches, keep)
+            yield Passing(self, calls, first)
 
     @contextmanager
     def opened_layer(self, number: int, first: ExitStack) -> Iterator[nn.Module]:

@@ -78,9 +78,9 @@ class TorchKernels:
                 wanted = target[j, part] + pull[j, part]
                 wanted = wanted if rows is None else wanted + change[part]
                 chosen = grid.nearest(wanted * factors[j, part])
-                value = _dequantized(chosen, grid, scales[j, part], dtype)
+                value = dequantized(chosen, grid, scales[j, part], dtype)
                 if not is_first:
-                    old = _dequantized(codes[j, part], grid, scales[j, part], dtype)
+                    old = dequantized(codes[j, part], grid, scales[j, part], dtype)
                     is_better = (wanted - value).abs_() < (wanted - old).abs_()
                     chosen = torch.where(is_better, chosen, codes[j, part])
                     value = torch.where(is_better, value, old)
@@ -223,7 +223,7 @@ def reciprocals(scales: Tensor, peak: float) -> Tensor:
     return scales.abs().clamp_(min=SMALLEST_DIVISOR * peak).copysign_(scales).reciprocal_().mul_(peak)
 
 
-def _dequantized(codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype) -> Tensor:
+def dequantized(codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype) -> Tensor:
     """What a loader makes of `codes` with a scale each."""
     values = grid.decode(codes).mul_(scales)
     if grid.peak != 1:

@@ -28,29 +28,29 @@ from streamconv.rounding.layer import (
     Solution,
     better,
     better_rows,
+    errors_of,
     losses,
     panels,
     shared,
-    solution,
     stretches,
 )
-from streamconv.rounding.metric import Metric, unit
+from streamconv.rounding.metric import Metric
 
 
 def fed(layer: Layer, scales: Tensor) -> Solution:
     """Codes by one pass of feedback."""
-    codes = torch.zeros_like(layer.target, dtype=torch.uint8)
     if layer.outputs is not None:
-        errors = torch.zeros_like(layer.target)
-        spread, mixed = layer.spread(scales, slice(None)), torch.zeros_like(errors)
-        _settle_tiles(layer, layer.outputs, spread, mixed, codes, errors, is_first=True)
-        return solution(layer, codes, errors)
+        codes = torch.zeros_like(layer.target, dtype=torch.uint8)
+        errors, mixed = torch.zeros_like(layer.target), torch.zeros_like(layer.target)
+        _settle_tiles(layer, layer.outputs, scales, mixed, codes, errors, is_first=True)
+        del mixed
+        return Solution(codes, losses(layer, errors))
 
     def feed(rows: slice) -> Solution:
-        target = layer.target[:, rows].contiguous()
-        codes, errors = torch.zeros_like(target, dtype=torch.uint8), torch.zeros_like(target)
-        _settle_rows(layer, target, layer.spread(scales, rows), codes, errors, is_first=True)
-        return Solution(codes, errors, losses(layer, errors))
+        errors = torch.zeros_like(layer.target[:, rows], memory_format=torch.contiguous_format)
+        codes = torch.zeros_like(errors, dtype=torch.uint8)
+        _settle_rows(layer, rows, scales, codes, errors, is_first=True)
+        return Solution(codes, losses(layer, errors))
 
     return _joined(shared(layer, feed))
 
@@ -63,16 +63,13 @@ def descended(layer: Layer, scales: Tensor, start: Solution, sweeps: int) -> Sol
         return _descended_together(layer, layer.outputs, scales, start, sweeps)
 
     def descend(rows: slice) -> Solution:
-        target, spread = layer.target[:, rows].contiguous(), layer.spread(scales, rows)
-        best = Solution(
-            start.codes[:, rows].contiguous(), start.errors[:, rows].contiguous(), start.losses[rows]
-        )
+        best = Solution(start.codes[:, rows].contiguous(), start.losses[rows])
         for _ in range(sweeps):
-            codes, errors = best.codes.clone(), best.errors.clone()
-            _settle_rows(layer, target, spread, codes, errors, is_first=False)
+            codes, errors = best.codes.clone(), errors_of(layer, scales, best.codes, rows)
+            _settle_rows(layer, rows, scales, codes, errors, is_first=False)
             if torch.equal(codes, best.codes):
                 break
-            best = better_rows(best, Solution(codes, errors, losses(layer, errors)))
+            best = better_rows(best, Solution(codes, losses(layer, errors)))
         return best
 
     return _joined(shared(layer, descend))
@@ -81,42 +78,41 @@ def descended(layer: Layer, scales: Tensor, start: Solution, sweeps: int) -> Sol
 def _descended_together(
     layer: Layer, outputs: Metric, scales: Tensor, start: Solution, sweeps: int
 ) -> Solution:
-    codes, errors = start.codes.clone(), start.errors.clone()
-    spread, mixed = layer.spread(scales, slice(None)), errors @ unit(outputs.matrix)
+    codes, errors = start.codes.clone(), errors_of(layer, scales, start.codes)
+    mixed = (errors @ outputs.matrix).mul_(outputs.matrix.diagonal().reciprocal())
     for _ in range(sweeps):
         before = codes.clone()
-        _settle_tiles(layer, outputs, spread, mixed, codes, errors, is_first=False)
+        _settle_tiles(layer, outputs, scales, mixed, codes, errors, is_first=False)
         if torch.equal(codes, before):
             break
+    del mixed
     # What is left to chance is float32's last bits, which one look at the end settles.
-    return better(layer, start, solution(layer, codes, errors))
+    return better(layer, start, Solution(codes, losses(layer, errors)))
 
 
 def _joined(parts: list[Solution]) -> Solution:
     return Solution(
-        torch.cat([part.codes for part in parts], dim=1),
-        torch.cat([part.errors for part in parts], dim=1),
-        torch.cat([part.losses for part in parts]),
+        torch.cat([part.codes for part in parts], dim=1), torch.cat([part.losses for part in parts])
     )
 
 
 def _settle_rows(
-    layer: Layer, target: Tensor, spread: Tensor, codes: Tensor, errors: Tensor, *, is_first: bool
+    layer: Layer, rows: slice, scales: Tensor, codes: Tensor, errors: Tensor, *, is_first: bool
 ) -> None:
-    """Go through the columns of some rows, which are on their own; all are [in, rows]."""
+    """Go through the columns of some rows, which are on their own; codes and errors are [in, rows]."""
     matrix = layer.inputs.factor if is_first else layer.inputs.matrix
-    kernels = kernels_for(target.device)
+    kernels, spread = kernels_for(errors.device), layer.spread(scales, rows)
     for panel in panels(layer):
         reach = slice(0, panel.start if is_first else layer.columns)
         diagonal = matrix.diagonal()[panel]
         pull = (matrix[reach, panel].T @ errors[reach]).div_(diagonal[:, None]).sub_(errors[panel])
         kernels.settle(
-            target[panel],
+            layer.target[panel, rows].contiguous(),
             pull,
             matrix[panel, panel] / diagonal,
             None,
             layer.grid,
-            spread[panel],
+            spread(panel),
             layer.dtype,
             codes[panel],
             errors[panel],
@@ -127,7 +123,7 @@ def _settle_rows(
 def _settle_tiles(
     layer: Layer,
     outputs: Metric,
-    spread: Tensor,
+    scales: Tensor,
     mixed: Tensor,
     codes: Tensor,
     errors: Tensor,
@@ -136,10 +132,13 @@ def _settle_tiles(
 ) -> None:
     """Go through the columns of all rows, a tile of some of both at a time; `mixed` is N, and stays so."""
     matrix = layer.inputs.factor if is_first else layer.inputs.matrix
-    by_row = unit(outputs.factor if is_first else outputs.matrix)
+    by_row = outputs.factor if is_first else outputs.matrix
+    per_row, per_column = by_row.diagonal().reciprocal(), matrix.diagonal().reciprocal()
+    spread_of = layer.spread(scales, slice(None))
     for panel in panels(layer):
+        spread = spread_of(panel)
         reach = slice(0, panel.start if is_first else layer.columns)
-        by_column = matrix[: panel.stop if is_first else layer.columns, panel] / matrix.diagonal()[panel]
+        by_column = matrix[: panel.stop if is_first else layer.columns, panel] * per_column[panel]
         pulls, coupling = by_column[reach].T @ mixed[reach], by_column[panel]
         before = mixed[panel].clone()
         for rows in stretches(layer.rows, PANEL):
@@ -147,10 +146,10 @@ def _settle_tiles(
             pull = coupling.T @ (mixed[panel, rows] - before[:, rows])
             pull.add_(pulls[:, rows]).sub_(errors[panel, rows])
             tile = (codes[panel, rows], errors[panel, rows])
-            given = (layer.target[panel, rows], pull, coupling, by_row[rows, rows], spread[panel, rows])
-            changes = _settle_tile(layer, *given, *tile, is_first=is_first)
+            given = (layer.target[panel, rows], pull, coupling, by_row[rows, rows] * per_row[rows])
+            changes = _settle_tile(layer, *given, spread[:, rows], *tile, is_first=is_first)
             reached = slice(rows.start if is_first else 0, layer.rows)  # a factor is 0 below its diagonal
-            mixed[panel, reached] += changes @ by_row[rows, reached]
+            mixed[panel, reached] += (changes @ by_row[rows, reached]).mul_(per_row[reached])
 
 
 def _settle_tile(

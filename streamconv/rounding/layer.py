@@ -17,6 +17,7 @@ from torch import Tensor
 from streamconv.dtypes import Dtype
 from streamconv.grids import Grid
 from streamconv.kernels import kernels_for
+from streamconv.kernels.in_torch import dequantized
 from streamconv.rounding.metric import Metric
 
 # Columns gone through one by one before a matrix product carries their errors to the others.
@@ -59,16 +60,20 @@ class Layer:
         """Undo `flat`."""
         return _turned(flat.view(self.rows, self.columns), self.inputs, self.outputs)
 
-    def spread(self, scales: Tensor, rows: slice) -> Tensor:
-        """The scale of every element of `rows`, [in, rows]. A block may run on from one row into the next."""
+    def spread(self, scales: Tensor, rows: slice) -> Callable[[slice], Tensor]:
+        """The scale of every element of some `rows`, [columns, rows], for any columns.
+
+        A block may run on from one row into the next.
+        """
         if self.outputs is None:
-            first = torch.arange(self.rows, device=scales.device)[rows]
+            numbers = torch.arange(self.rows, device=scales.device)[rows]
         else:
-            first = self.outputs.order[rows]
-        block = self.grid.block
-        if self.columns % block == 0:  # without an index for every element, which would be twice as large
-            return scales.view(self.rows, -1)[first].T[self.inputs.order // block]
-        return scales[(first * self.columns + self.inputs.order[:, None]) // block]
+            numbers = self.outputs.order[rows]
+        order, block = self.inputs.order, self.grid.block
+        if self.columns % block == 0:  # without an index for every element
+            by_block = scales.view(self.rows, -1)[numbers].T.contiguous()
+            return lambda columns: by_block[order[columns] // block]
+        return lambda columns: scales[(numbers * self.columns + order[columns, None]) // block]
 
 
 def turn(target: Tensor, inputs: Metric, outputs: Metric | None, grid: Grid, dtype: Dtype) -> Layer:
@@ -83,10 +88,12 @@ def _turned(upright: Tensor, inputs: Metric, outputs: Metric | None) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Solution:
-    """Codes (uint8) and errors T - Q (float32), [in, out]; and what each row adds to the loss, float64."""
+    """Codes (uint8, [in, out]); and what each row adds to the loss, float64.
+
+    Errors are not kept: they are four times as large, and `errors_of` finds them again.
+    """
 
     codes: Tensor
-    errors: Tensor
     losses: Tensor
 
     @property
@@ -94,27 +101,35 @@ class Solution:
         return float(self.losses.sum())
 
 
+def errors_of(layer: Layer, scales: Tensor, codes: Tensor, rows: slice = slice(None)) -> Tensor:
+    """T - Q [in, rows], float32, of the `codes` [in, rows] of some rows."""
+    errors = layer.target[:, rows].clone(memory_format=torch.contiguous_format)
+    spread = layer.spread(scales, rows)
+    for panel in panels(layer):
+        errors[panel] -= dequantized(codes[panel], layer.grid, spread(panel), layer.dtype)
+    return errors
+
+
 def rounded(layer: Layer, scales: Tensor) -> Solution:
     """The nearest codes."""
     flat = layer.flat(layer.target)
     codes = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
     kernels_for(flat.device).nearest(flat, layer.grid, scales, codes)
+    del flat
     return coded(layer, scales, codes)
 
 
 def coded(layer: Layer, scales: Tensor, codes: Tensor) -> Solution:
     """These `codes` (flat)."""
-    values = torch.empty(codes.numel(), dtype=torch.float32, device=codes.device)
-    kernels_for(codes.device).decode(codes, layer.grid, scales, layer.dtype, values)
-    return solution(layer, layer.turned(codes), layer.target - layer.turned(values))
+    return solution(layer, scales, layer.turned(codes))
 
 
-def solution(layer: Layer, codes: Tensor, errors: Tensor) -> Solution:
+def solution(layer: Layer, scales: Tensor, codes: Tensor) -> Solution:
     """With its loss: a sum of squares, which no cancellation can spoil."""
     if layer.outputs is not None:
-        return Solution(codes, errors, losses(layer, errors))
-    parts = shared(layer, lambda rows: losses(layer, errors[:, rows].contiguous()))
-    return Solution(codes, errors, torch.cat(parts))
+        return Solution(codes, losses(layer, errors_of(layer, scales, codes)))
+    parts = shared(layer, lambda rows: losses(layer, errors_of(layer, scales, codes[:, rows], rows)))
+    return Solution(codes, torch.cat(parts))
 
 
 def losses(layer: Layer, errors: Tensor) -> Tensor:
@@ -151,7 +166,6 @@ def better_rows(left: Solution, right: Solution) -> Solution:
     takes_right = right.losses < left.losses
     return Solution(
         torch.where(takes_right, right.codes, left.codes),
-        torch.where(takes_right, right.errors, left.errors),
         torch.where(takes_right, right.losses, left.losses),
     )
 
@@ -165,14 +179,14 @@ def stretches(count: int, length: int) -> list[slice]:
     return [slice(first, min(first + length, count)) for first in range(0, count, length)]
 
 
-def shared(layer: Layer, work: Callable[[slice], Part]) -> list[Part]:
-    """What `work` makes of all rows, some at a time, in order.
+def shared(layer: Layer, work: Callable[[slice], Part], most: int = _DEVICE_ROWS) -> list[Part]:
+    """What `work` makes of all rows, some at a time and never more than `most`, in order.
 
     On a CPU by as many threads as torch has, each with matrix products of its own: how many there are changes no bit.
     """
     if layer.target.device.type != "cpu":
-        return [work(rows) for rows in stretches(layer.rows, _DEVICE_ROWS)]
-    parts = stretches(layer.rows, ROWS)
+        return [work(rows) for rows in stretches(layer.rows, min(most, _DEVICE_ROWS))]
+    parts = stretches(layer.rows, min(most, ROWS))
     # The setting is a thread's own: with more, products would be split as the number of threads has it.
     threads = min(torch.get_num_threads(), len(parts))
     with ThreadPoolExecutor(threads, "streamconv-rows", torch.set_num_threads, (1,)) as pool:

@@ -10,6 +10,8 @@ from torch import Tensor
 from streamconv.errors import InputError
 
 _DAMPING_TRIES = 4
+# Rows or columns of a matrix that are copied or solved for at once.
+STRETCH = 512
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +61,9 @@ def factored(moments: Tensor, damping: float) -> Metric:
     mean = float(diagonal.sum()) / max(int((diagonal > 0).sum()), 1) or 1.0
     diagonal[diagonal <= 0] = mean
     order = torch.argsort(diagonal, descending=True, stable=True)
-    matrix = moments[order].index_select(1, order)
+    matrix = torch.empty_like(moments)
+    for rows in _stretches(len(moments)):
+        torch.index_select(moments[order[rows]], 1, order, out=matrix[rows])
     matrix.diagonal().copy_(diagonal[order])
     return Metric(matrix, _damp(matrix, damping, mean), order, torch.argsort(order))
 
@@ -73,9 +77,8 @@ def check_moments(moments: Tensor) -> None:
         )
 
 
-def unit(matrix: Tensor) -> Tensor:
-    """`matrix` with its columns scaled so that its diagonal is 1."""
-    return matrix / matrix.diagonal()
+def _stretches(count: int) -> list[slice]:
+    return [slice(first, first + STRETCH) for first in range(0, count, STRETCH)]
 
 
 def _damp(matrix: Tensor, damping: float, mean: float) -> Tensor:
@@ -93,21 +96,54 @@ def _damp(matrix: Tensor, damping: float, mean: float) -> Tensor:
 
 def _factor(matrix: Tensor, damping: float) -> Tensor | None:
     """M for `matrix` + `damping` I, from the lower factor of the matrix turned about; None where it has none."""
-    turned = matrix.flip(0, 1).cpu().double()
-    turned.diagonal().add_(damping)
-    lower, failed = torch.linalg.cholesky_ex(turned)
-    del turned
-    return None if int(failed) else lower.to(matrix.device, torch.float32).flip(0, 1)
+    size = len(matrix)
+    # Column by column, as LAPACK has it: the factor is computed in place.
+    lower = torch.empty(size, size, dtype=torch.float64).T
+    for rows in _stretches(size):
+        lower[_turned_about(rows, size)] = matrix[rows].flip(0, 1).cpu().double()
+    lower.diagonal().add_(damping)
+    failed = torch.empty((), dtype=torch.int32)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    if int(failed):
+        return None
+    factor = torch.empty_like(matrix)
+    for rows in _stretches(size):
+        factor[rows] = lower[_turned_about(rows, size)].flip(0, 1).to(matrix.device, torch.float32)
+    return factor
+
+
+def _turned_about(rows: slice, size: int) -> slice:
+    """Where `rows` are when the last of `size` is the first."""
+    return slice(max(0, size - rows.stop), size - rows.start)
 
 
 def compensated(target: Tensor, statistics: Statistics, inputs: Metric, share: float) -> Tensor:
     """T + `share` T (C - H) H'⁻¹ for the `target` T [out, in]: the weight that best makes up for its inputs' errors."""
     if statistics.cross is None or not share:
         return target
-    missing = target @ (statistics.cross - statistics.hessian)
-    factor = inputs.factor.cpu().double()
-    change = missing[:, inputs.order].T.cpu().double()
-    change = torch.linalg.solve_triangular(factor, change, upper=True)
-    change = torch.linalg.solve_triangular(factor.T, change, upper=False)[inputs.places].T
-    moved: Tensor = target + share * change.to(target.device, torch.float32)
-    return moved
+    missing = torch.empty_like(target)
+    for columns in _stretches(target.shape[1]):
+        torch.mm(
+            target, statistics.cross[:, columns] - statistics.hessian[:, columns], out=missing[:, columns]
+        )
+    for rows in _stretches(len(target)):
+        change = missing[rows][:, inputs.order].T.cpu().double()
+        change = _solved(inputs.factor, change)[inputs.places.cpu()].T
+        torch.add(target[rows], change.to(target.device, torch.float32), alpha=share, out=missing[rows])
+    return missing
+
+
+def _solved(factor: Tensor, right: Tensor) -> Tensor:
+    """X with M Mᵀ X = `right`, float64 on the CPU, in its place; M = `factor` comes to float64 a stretch at a time."""
+    stretches = _stretches(len(factor))
+    for rows in reversed(stretches):
+        upper = factor[rows, rows.start :].cpu().double()
+        own, size = right[rows], len(upper)
+        own.sub_(upper[:, size:] @ right[rows.stop :])
+        own.copy_(torch.linalg.solve_triangular(upper[:, :size], own, upper=True))
+    for rows in stretches:
+        left = factor[: rows.stop, rows].cpu().double().T
+        own = right[rows]
+        own.sub_(left[:, : rows.start] @ right[: rows.start])
+        own.copy_(torch.linalg.solve_triangular(left[:, rows.start :], own, upper=False))
+    return right

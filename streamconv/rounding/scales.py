@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from streamconv.rounding.base import starting_scales
-from streamconv.rounding.layer import Layer, Solution, shared
-from streamconv.rounding.metric import unit
+from streamconv.rounding.layer import Layer, Solution, errors_of, shared
 from streamconv.rounding.search import searched_scales
 
 # Added to the diagonal of a row's system, in units of its mean: two blocks may have proportional effects.
 _RIDGE = 1e-4
+# Numbers of the systems that are solved at once, a row's having the square of its blocks: 20 bytes each.
+_SYSTEMS = 2**22
 
 
 def greatest(layer: Layer) -> Tensor:
@@ -36,10 +37,21 @@ def refitted(layer: Layer, scales: Tensor, found: Solution) -> Tensor:
     outputs' moments e is what the errors of all rows come to for this one, Σ_k G_ik e_k / G_ii. A scale that would not
     stay on its side of 0 is kept.
     """
-    errors, outputs = found.errors, layer.outputs
-    if outputs is not None:
-        errors = errors @ unit(outputs.matrix)
-    changes = torch.cat(shared(layer, lambda rows: _changes(layer, found.codes[:, rows], errors[:, rows])))
+    outputs = layer.outputs
+    if outputs is None:
+
+        def changes_of(rows: slice) -> Tensor:
+            codes = found.codes[:, rows]
+            return _changes(layer, codes, errors_of(layer, scales, codes, rows))
+    else:
+        mixed = errors_of(layer, scales, found.codes) @ outputs.matrix
+        mixed.mul_(outputs.matrix.diagonal().reciprocal())
+
+        def changes_of(rows: slice) -> Tensor:
+            return _changes(layer, found.codes[:, rows], mixed[:, rows])
+
+    blocks = layer.columns // layer.grid.block
+    changes = torch.cat(shared(layer, changes_of, max(1, _SYSTEMS // blocks**2)))
     if outputs is not None:
         changes = changes[outputs.places]
     fitted = scales + changes.reshape(-1)

@@ -17,7 +17,7 @@ from streamconv.errors import InputError
 from streamconv.grids import Grid
 from streamconv.rounding.columns import descended, fed
 from streamconv.rounding.feedback import BaseOnGrid, FeedbackOptions, Statistics, feedback
-from streamconv.rounding.layer import Layer, rounded, turn
+from streamconv.rounding.layer import Layer, errors_of, rounded, turn
 from streamconv.rounding.metric import compensated, factored, preserving
 from streamconv.rounding.scales import greatest, refitted, searched
 from tests.formats.stored import normal
@@ -188,7 +188,8 @@ def test_the_loss_is_that_of_the_errors(two_sided: bool, shape: tuple[int, int])
     scales = layer.encoder.effective_scales(searched(found))
     for each in (rounded(found, scales), fed(found, scales), descended(found, scales, fed(found, scales), 1)):
         written = layer.loaded(found.flat(each.codes), scales, is_base=True)
-        torch.testing.assert_close(found.flat(each.errors).view(shape), layer.target - written)
+        errors = errors_of(found, scales, each.codes)
+        torch.testing.assert_close(found.flat(errors).view(shape), layer.target - written)
         assert each.loss == pytest.approx(loss(layer, written, PLAIN), rel=1e-4)
 
 

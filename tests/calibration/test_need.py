@@ -1,0 +1,63 @@
+"""What a calibration of a large model is planned to need: of a checkpoint whose weights are holes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from streamconv.calibration.need import calibration_need
+from streamconv.checkpoint.header import build_header
+from streamconv.checkpoint.types import TensorSpec
+from streamconv.devices import Device
+from streamconv.dtypes import BF16
+from streamconv.pipeline import build_job, prepare
+from tests.forward.texts import save_tokenizer, write_text
+
+LLAMA_70B = LlamaConfig(
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    num_hidden_layers=2,
+    vocab_size=128256,
+    tie_word_embeddings=False,
+)
+
+
+def save_holes(folder: Path, config: LlamaConfig) -> Path:
+    """A bf16 checkpoint that takes no room: every weight is 0, in a file without content."""
+    with torch.device("meta"):
+        parameters = dict(AutoModelForCausalLM.from_config(config).named_parameters())
+    specs = [TensorSpec(name, BF16, tuple(parameter.shape)) for name, parameter in parameters.items()]
+    folder.mkdir()
+    header = build_header(specs, {"format": "pt"})
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(spec.nbytes for spec in specs))
+    config.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tokens", [65_536, 262_144])
+def test_a_70b_model_can_be_calibrated_on_a_card_of_24_gib(tmp_path: Path, tokens: int) -> None:
+    base = save_holes(tmp_path / "base", LLAMA_70B)
+    write_text(tmp_path / "text.txt", 2000)
+    job = build_job(
+        base,
+        None,
+        quant="nf4-dq",
+        calibration=tmp_path / "text.txt",
+        calibration_tokens=tokens,
+        max_ram="200GB",
+    )
+    subject = prepare(job).subject
+    # Anything but a CPU is planned for alike, and this one is always there.
+    plan = replace(subject.plan, device=Device("meta", "a card"))
+    need = calibration_need(replace(subject, plan=plan))
+    assert 16 * 2**30 < need.vram < 22 * 2**30
+    assert need.ram < 32 * 2**30
