@@ -35,6 +35,7 @@ from streamconv.plan import (
     Step,
     stores_the_same,
 )
+from streamconv.rescaling.base import Heads
 from streamconv.rescaling.pairs import Rescaling, find_rescaling
 from streamconv.rescaling.scaling import Scaling
 from streamconv.rounding import ROUNDINGS
@@ -66,7 +67,8 @@ class Base:
 @dataclass(frozen=True, slots=True)
 class Grounds:
     """What planning a calibration needs beside headers: the text, as in CalibrationPlan, the `weights` that can be
-    calibrated, how many positions the model has (None: any number), and the version of the library that computes it.
+    calibrated, how many positions the model has (None: any number), its text part's model type and heads (None: not
+    told), and the version of the library that computes it.
     """
 
     data: str
@@ -76,6 +78,8 @@ class Grounds:
     weights: frozenset[str]
     positions: int | None
     transformers: str
+    model_type: str = ""
+    heads: Heads | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -478,10 +482,14 @@ def _rescaling(
     if asked is None or asked.rescale == "none":
         return None
     assert grounds is not None
-    shapes = {name: weight.shape for name, weight in weights.items()}
-    index = base.index
     return find_rescaling(
-        asked.rescale, index.config, index.storage.location, shapes, grounds.weights, chosen.weights
+        asked.rescale,
+        base.index.storage.location,
+        grounds.model_type,
+        grounds.heads,
+        {name: weight.shape for name, weight in weights.items()},
+        grounds.weights,
+        chosen.weights,
     )
 
 

@@ -53,7 +53,17 @@ def read_grounds(base: Base, asked: Calibration) -> Grounds:
         sha256 = hashlib.sha256(data.encode()).hexdigest()
     config = edit_config(base.index.config, dtype=None, quantization=None, untie=False, vocab_size=None)
     layers = import_module(_LAYERS).find_layers(config, base.index.storage.location, base.weights)
-    return Grounds(data, name, sha256, data_set is not None, layers.weights, layers.positions, layers.version)
+    return Grounds(
+        data,
+        name,
+        sha256,
+        data_set is not None,
+        layers.weights,
+        layers.positions,
+        layers.version,
+        layers.model_type,
+        layers.heads,
+    )
 
 
 def _pinned(data_set: DataSet) -> DataSet:

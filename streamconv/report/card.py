@@ -128,7 +128,10 @@ def _body(
 def _calibration(plan: Plan, text: CalibrationPlan) -> Iterator[str]:
     if text.rescaling:
         pairs = len(text.rescaling.pairs)
-        yield f"| rescaling | {text.rescaling.name}, {pairs} pairs of weights by the calibration text |"
+        yield (
+            f"| rescaling | {text.rescaling.name}, {pairs} pairs of weights by the calibration text; no adapter of another "
+            "model fits this one |"
+        )
     yield (
         f"| calibration text | {text.name} (SHA-256 {text.sha256}), {text.tokens} tokens in sequences of "
         f"{text.sequence_length}; {len(plan.calibrated)} weights |"

@@ -20,6 +20,15 @@ class Producer(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Heads:
+    """Of attention: so many `queries` share the values of so many `keys`, all of a `width`."""
+
+    queries: int
+    keys: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
     """Modules by their path in a decoder layer."""
 

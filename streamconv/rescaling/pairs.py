@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from streamconv.checkpoint.types import Shape
 from streamconv.errors import UnsupportedError
 from streamconv.rescaling import FAMILIES
-from streamconv.rescaling.base import Family, Pair, Producer
+from streamconv.rescaling.base import Family, Heads, Producer
 from streamconv.rescaling.scaling import COLUMNS, ROWS, Scaling
 
 _LAYER = re.compile(r"(.*\blayers\.\d+)\.")
@@ -88,8 +87,9 @@ class Rescaling:
 
 def find_rescaling(
     name: str,
-    config: Mapping[str, Any],
     location: str,
+    model_type: str,
+    heads: Heads | None,
     shapes: Mapping[str, Shape],
     linears: Iterable[str],
     quantized: Collection[str],
@@ -99,8 +99,6 @@ def find_rescaling(
     `linears` are weights of linear layers in decoder layers, as a forward pass uses them. Raises UnsupportedError for a
     family that is not known, and for a layer that is not just what the family says.
     """
-    text = {**config, **(config.get("text_config") or {})}
-    model_type = str(text.get("model_type"))
     family = FAMILIES.get(model_type)
     if family is None:
         raise UnsupportedError(
@@ -111,7 +109,7 @@ def find_rescaling(
     for layer in dict.fromkeys(match[1] for name in sorted(linears) if (match := _LAYER.match(name))):
         inside = {key: shape for key, shape in shapes.items() if key.startswith(f"{layer}.")}
         _check_known(layer, inside, family, model_type)
-        found += _pairs_of(layer, inside, family, text)
+        found += _pairs_of(layer, inside, family, heads)
     wanted = tuple(pair for pair in found if any(name in quantized for name in pair.consumers))
     if not wanted:
         raise UnsupportedError(
@@ -134,7 +132,7 @@ def _check_known(layer: str, shapes: Mapping[str, Shape], family: Family, model_
 
 
 def _pairs_of(
-    layer: str, shapes: Mapping[str, Shape], family: Family, config: Mapping[str, Any]
+    layer: str, shapes: Mapping[str, Shape], family: Family, heads: Heads | None
 ) -> Iterator[WeightPair]:
     for pair in family.pairs:
         producer, *consumers = (f"{layer}.{module}.weight" for module in (pair.producer, *pair.consumers))
@@ -144,26 +142,26 @@ def _pairs_of(
                     f"{name} is missing, which is to be rescaled with {producer}; leave --rescale out"
                 )
         bias = f"{layer}.{pair.producer}.bias"
-        heads = _heads(pair, producer, shapes[producer], consumers[0], shapes[consumers[0]], config)
-        found = WeightPair(producer, bias if bias in shapes else None, tuple(consumers), pair.kind, heads)
+        shared = 1, 1, shapes[producer][0]
+        if pair.kind is Producer.VALUES:
+            shared = _shared(producer, shapes[producer], consumers[0], shapes[consumers[0]], heads)
+        found = WeightPair(producer, bias if bias in shapes else None, tuple(consumers), pair.kind, shared)
         _check_shapes(found, shapes)
         yield found
 
 
-def _heads(
-    pair: Pair, producer: str, shape: Shape, consumer: str, read: Shape, config: Mapping[str, Any]
+def _shared(
+    producer: str, shape: Shape, consumer: str, read: Shape, heads: Heads | None
 ) -> tuple[int, int, int]:
-    """See WeightPair. Raises UnsupportedError where the config's heads are not those of the weights."""
-    if pair.kind is not Producer.VALUES:
-        return 1, 1, shape[0]
-    queries = config["num_attention_heads"]
-    keys = config.get("num_key_value_heads") or queries
-    width = config.get("head_dim") or config["hidden_size"] // queries
+    """`heads` of a WeightPair. Raises UnsupportedError where the model's are not those of the weights."""
+    where = f"{producer} is {list(shape)} and {consumer} {list(read)}"
+    if heads is None:
+        raise UnsupportedError(f"{where}, and config.json does not tell the heads; leave --rescale out")
+    queries, keys, width = heads.queries, heads.keys, heads.width
     if queries % keys or shape[0] != keys * width or read[-1] != queries * width:
         raise UnsupportedError(
-            f"{producer} is {list(shape)} and {consumer} {list(read)}, and config.json tells of {queries} heads that "
-            f"share the values of {keys}, {width} wide; which output meets which input is not known, leave "
-            "--rescale out"
+            f"{where}, and config.json tells of {queries} heads that share the values of {keys}, {width} wide; which "
+            "output meets which input is not known, leave --rescale out"
         )
     return keys, queries // keys, width
 

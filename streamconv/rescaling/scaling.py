@@ -1,4 +1,4 @@
-"""What rescaling does to one weight: W' = diag(r) (W + c) diag(s) - c, with c = 1 for norms that multiply by 1 + w.
+"""What rescaling does to one weight: W' = diag(r) W diag(s); and to norms that multiply by 1 + w, 1 + w' = (1 + w) s.
 
 It is the last of a weight's updates and like one in all but this: what the update is measured against, the base, is
 rescaled as well.
@@ -22,7 +22,8 @@ ROWS, COLUMNS = "rows", "columns"
 class Scaling(ByRows):
     """`roles` name the factors it has: ROWS r [out], COLUMNS s [in], float32; of what has one axis, COLUMNS alone.
 
-    `parts` are empty in a plan: factors are known once a text has gone through the model.
+    `shift` is 1 for a norm that multiplies by 1 + w, else 0. `parts` are empty in a plan: factors are known once a text
+    has gone through the model.
     """
 
     parameter: str
@@ -43,10 +44,9 @@ class Scaling(ByRows):
     def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
         """`cell` rescaled, in place."""
         assert parts.keys() == set(self.roles), f"{self.parameter}: scales are not known yet"
-        if self.shift:
-            cell.add_(self.shift)
         if COLUMNS in parts:
             cell.mul_(parts[COLUMNS])
         if ROWS in parts:
             cell.mul_(parts[ROWS][rows.start : rows.stop].unsqueeze(1))
-        return cell.sub_(self.shift) if self.shift else cell
+        # So, what is multiplied by 1 stays as it is.
+        return cell.add_(parts[COLUMNS] - 1, alpha=self.shift) if self.shift else cell

@@ -10,11 +10,11 @@ import torch
 
 from streamconv.errors import UnsupportedError
 from streamconv.rescaling import FAMILIES
-from streamconv.rescaling.base import Producer
+from streamconv.rescaling.base import Heads, Producer
 from streamconv.rescaling.pairs import Rescaling, WeightPair, find_rescaling, stored_scales
 from streamconv.rescaling.scaling import COLUMNS, ROWS, Scaling
 
-CONFIG = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
+HEADS = Heads(queries=4, keys=2, width=8)
 LAYER = "model.layers.0"
 SHAPES: Mapping[str, tuple[int, ...]] = {
     f"{LAYER}.input_layernorm.weight": (32,),
@@ -34,11 +34,12 @@ LINEARS = frozenset(name for name, shape in SHAPES.items() if len(shape) == 2 an
 
 
 def found(
-    config: Mapping[str, Any] = CONFIG,
+    model_type: str = "llama",
+    heads: Heads | None = HEADS,
     shapes: Mapping[str, tuple[int, ...]] = SHAPES,
     quantized: frozenset[str] = LINEARS,
 ) -> Rescaling:
-    return find_rescaling("awq", config, "base", shapes, LINEARS, quantized)
+    return find_rescaling("awq", "base", model_type, heads, shapes, LINEARS, quantized)
 
 
 def test_pairs_of_a_layer() -> None:
@@ -97,26 +98,27 @@ def test_only_what_eases_a_rounding() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "shapes", "message"),
+    ("given", "shapes", "message"),
     [
         ({"model_type": "gpt2"}, {}, "the model type 'gpt2' can be rescaled together; it knows llama, mistral"),
-        ({"text_config": {"model_type": "phi3"}}, {}, "the model type 'phi3'"),
         ({}, {f"{LAYER}.self_attn.g_proj.weight": (32, 32)}, r"self_attn\.g_proj\.weight is no weight that"),
         ({}, {f"{LAYER}.input_layernorm.bias": (32,)}, r"input_layernorm\.bias is no weight that"),
         ({}, {f"{LAYER}.self_attn.k_norm.weight": (8,)}, r"k_norm\.weight is no weight that the layers of a llama"),
         ({}, {f"{LAYER}.mlp.down_proj.weight": (32, 64)}, r"down_proj\.weight is \[32, 64\], and \S+up_proj\S+, \[72"),
         ({}, {f"{LAYER}.input_layernorm.weight": (16,)}, r"q_proj\.weight is \[32, 32\], and \S+norm\S+, \[16\]"),
         ({}, {f"{LAYER}.mlp.gate_proj.weight": None}, r"gate_proj\.weight is missing"),
-        ({"num_key_value_heads": 4}, {}, r"v_proj\.weight is \[16, 32\] and \S+o_proj\.weight \[32, 32\]"),
-        ({"head_dim": 16}, {}, "4 heads that share the values of 2, 16 wide"),
+        ({"heads": Heads(4, 4, 8)}, {}, r"v_proj\.weight is \[16, 32\] and \S+o_proj\.weight \[32, 32\]"),
+        ({"heads": Heads(4, 2, 16)}, {}, "4 heads that share the values of 2, 16 wide"),
+        ({"heads": Heads(4, 3, 8)}, {}, "4 heads that share the values of 3, 8 wide"),
+        ({"heads": None}, {}, r"config\.json does not tell the heads"),
     ],
 )  # fmt: skip
 def test_what_is_not_known_is_refused(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...] | None], message: str
+    given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...] | None], message: str
 ) -> None:
     changed = {name: shape for name, shape in {**SHAPES, **shapes}.items() if shape is not None}
     with pytest.raises(UnsupportedError, match=message):
-        found({**CONFIG, **config}, changed)
+        found(**given, shapes=changed)
 
 
 def test_nothing_to_do_is_refused() -> None:
@@ -156,6 +158,15 @@ def test_a_channel_that_storing_would_spoil_keeps_its_size() -> None:
     torch.testing.assert_close(scales[2:], torch.full((2,), 3.0), rtol=0.02, atol=0)
     plain = WeightPair("norm", None, ("layer",), Producer.NORM, (1, 1, 2))
     assert stored_scales(plain, torch.tensor([0.0, 1.0]), torch.full((2,), 3.0), torch.bfloat16)[0] == 1.0
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_a_scale_of_one_changes_nothing(shift: float) -> None:
+    norm = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 1e-3
+    found = Scaling("norm", (50,), (COLUMNS,), shift).apply(
+        norm.clone(), range(1), {COLUMNS: torch.ones(50)}, None
+    )
+    assert torch.equal(found, norm)
 
 
 def test_one_weight_is_divided_and_multiplied() -> None:
