@@ -400,7 +400,7 @@ def _weight_steps(
     merge_base: Encoder | None,
     rounding: Rounding | None,
     calibrates: bool,
-    scaling: Scaling | None,
+    scaling: Scaling | None = None,
 ) -> list[Step]:
     if scaling is not None and encoder is None:
         raise UnsupportedError(

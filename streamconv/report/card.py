@@ -129,8 +129,8 @@ def _calibration(plan: Plan, text: CalibrationPlan) -> Iterator[str]:
     if text.rescaling:
         pairs = len(text.rescaling.pairs)
         yield (
-            f"| rescaling | {text.rescaling.name}, {pairs} pairs of weights by the calibration text; no adapter of another "
-            "model fits this one |"
+            f"| rescaling | {text.rescaling.name}, {pairs} pairs of weights by the calibration text; no adapter of "
+            "another model fits this one |"
         )
     yield (
         f"| calibration text | {text.name} (SHA-256 {text.sha256}), {text.tokens} tokens in sequences of "

@@ -97,34 +97,17 @@ def rescaled(
     return rescale(subject, folder, on_progress, stop or StopRequest())
 
 
-def with_scales(subject: Subject, found: Mapping[str, Calibrated]) -> Subject:
-    return replace(subject, plan=rescaled_plan(subject.plan, found))
-
-
-def targets(subject: Subject, dtype: str = "float32") -> dict[str, Tensor]:
-    """What all weights are to be, dense, as `dtype`."""
+def targets(
+    subject: Subject, found: Mapping[str, Calibrated] | None = None, dtype: str = "float32"
+) -> dict[str, Tensor]:
+    """What all weights are to be, dense, as `dtype`; rescaled by what was `found`."""
     options = replace(
         subject.plan.options, quant="none", group_size=None, dtype=dtype, rounding="auto", calibration=None
     )
-    plan = build_plan(subject.base, subject.adapter, options, subject.plan.device, subject.plan.scalings)
+    scalings = rescaled_plan(subject.plan, found).scalings if found else {}
+    plan = build_plan(subject.base, subject.adapter, options, subject.plan.device, scalings)
     with WeightSource(plan, subject.plan.device, lambda _: None) as source:
         return {name: source.read(name) for name in source.names}
-
-
-def unscaled(subject: Subject) -> Subject:
-    shards = tuple(
-        replace(
-            shard,
-            steps=tuple(
-                replace(placed, step=replace(placed.step, scaling=None))  # type: ignore[type-var, arg-type, call-arg]
-                if hasattr(placed.step, "scaling")
-                else placed
-                for placed in shard.steps
-            ),
-        )
-        for shard in subject.plan.shards
-    )
-    return replace(subject, plan=replace(subject.plan, shards=shards))
 
 
 def live(folder: Path, weights: Mapping[str, Tensor]) -> Any:
@@ -149,7 +132,7 @@ def test_a_rescaled_model_computes_the_same(family: str, tmp_path: Path) -> None
     """To the last bits of float32, with norms as they are stored, too: what that rounds is made up for."""
     subject = subject_in(save_skewed(tmp_path, FAMILIES[family]))
     found = rescaled(subject, tmp_path / "work")
-    plain, scaled = targets(unscaled(subject)), targets(with_scales(subject, found))
+    plain, scaled = targets(subject), targets(subject, found)
     changed = {name for name in plain if not torch.equal(plain[name], scaled[name])}
     alphas = [each.notes["alpha"] for each in found.values() if each.notes]
     assert changed <= found.keys()
@@ -157,7 +140,7 @@ def test_a_rescaled_model_computes_the_same(family: str, tmp_path: Path) -> None
     assert all(name in changed for name, each in found.items() if each.notes.get("alpha", 0) > 0)
     expected = logits_of(live(tmp_path, plain))
     torch.testing.assert_close(logits_of(live(tmp_path, scaled)), expected, rtol=2e-4, atol=2e-4)
-    stored = targets(with_scales(subject, found), "bfloat16")
+    stored = targets(subject, found, "bfloat16")
     scaled |= {name: tensor.float() for name, tensor in stored.items() if name.endswith("norm.weight")}
     torch.testing.assert_close(logits_of(live(tmp_path, scaled)), expected, rtol=2e-4, atol=2e-4)
 
@@ -177,7 +160,7 @@ def test_scales_are_those_of_what_enters_the_layers(folder: Path, whole: Mapping
     windows = read_windows(
         folder / "text.txt", load_tokenizer(folder / "tokenizer"), TOKENS // LENGTH, LENGTH
     )
-    model = live(folder, targets(unscaled(subject_in(folder))))
+    model = live(folder, targets(subject_in(folder)))
     pairs = {
         "input_layernorm": "self_attn.q_proj",
         "self_attn.v_proj": "self_attn.o_proj",
@@ -217,7 +200,7 @@ def test_norms_come_out_as_they_were_counted_on(folder: Path, whole: Mapping[str
     subject = subject_in(folder)
     before, after = (
         read_tensors(folder / "base" / "model.safetensors"),
-        targets(with_scales(subject, whole), "bfloat16"),
+        targets(subject, whole, "bfloat16"),
     )
     name, consumer = "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_proj.weight"
     quotient = before[name].double() / after[name].double()

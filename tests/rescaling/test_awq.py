@@ -28,13 +28,14 @@ def consumer(weight: Tensor, quant: str = "nf4") -> Consumer:
 
 def inputs(count: int, columns: int, loud: Sequence[int], factor: float = 50.0) -> Tensor:
     """Tokens of which a few channels are `factor` times as large."""
-    found = torch.randn(count, columns, generator=torch.Generator().manual_seed(3))
+    found: Tensor = torch.randn(count, columns, generator=torch.Generator().manual_seed(3))
     found[:, list(loud)] *= factor
     return found
 
 
 def weights(rows: int, columns: int, seed: int) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) / columns**0.5
+    found: Tensor = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) / columns**0.5
+    return found
 
 
 def rounded(weight: Tensor) -> Tensor:
@@ -42,7 +43,8 @@ def rounded(weight: Tensor) -> Tensor:
     blocks = weight.view(-1, BLOCK)
     scales = blocks.abs().amax(-1, keepdim=True)
     codes = (blocks[..., None] / scales[..., None] - NF4).abs().argmin(-1)
-    return (NF4[codes] * scales).view(weight.shape)
+    found: Tensor = (NF4[codes] * scales).view(weight.shape)
+    return found
 
 
 def brute_force(
