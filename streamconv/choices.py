@@ -238,13 +238,9 @@ def _resolve_rounding(options: MergeOptions, rest: Rounding, rest_choice: Choice
     if name != "auto":
         weighed = ", with errors weighed by the text" if options.calibration and name == "search" else ""
         return ROUNDINGS[name], Choice(name, f"asked for by name{weighed}")
-    asked = options.calibration
-    if asked is None:
-        return rest, rest_choice
-    if asked.rescale != "none" and not asked.residual_rank and not asked.preserve_delta:
-        reason = "weights are rescaled for the nearest codes, and errors are weighed by the text"
-        return ROUNDINGS["search"], Choice("search", reason)
-    return ROUNDINGS["feedback"], Choice("feedback", "there is calibration text")
+    if options.calibration is not None:
+        return ROUNDINGS["feedback"], Choice("feedback", "there is calibration text")
+    return rest, rest_choice
 
 
 def _without_text(facts: Facts, source: Format | None, quant: Format) -> tuple[Rounding, Choice]:

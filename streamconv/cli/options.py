@@ -111,8 +111,7 @@ RESULT = group(
         show_default=True,
         metavar="NAME",
         help="How 4-bit codes are chosen: nearest, stochastic, adaptive (either, by the size of the update), search, "
-        "feedback (with --calibration); auto: what keeps the fine-tune, feedback where there is calibration text, "
-        "search with --rescale.",
+        "feedback (with --calibration); auto: what keeps the fine-tune, feedback where there is calibration text.",
     ),
     option(
         Section.RESULT,

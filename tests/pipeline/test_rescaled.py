@@ -150,20 +150,6 @@ def test_the_plan_says_what_is_rescaled(inputs: Inputs) -> None:
     assert plan.memory.ram >= without.memory.ram
 
 
-@pytest.mark.parametrize(
-    ("options", "rounding"),
-    [({}, "search"), ({"residual_rank": 4}, "feedback"), ({"preserve_delta": 0.3}, "feedback")],
-    ids=str,
-)
-def test_codes_are_chosen_as_scales_were_unless_more_is_asked(
-    inputs: Inputs, options: Mapping[str, Any], rounding: str
-) -> None:
-    plan = inputs.prepare(**options).plan
-    assert plan.rounding is not None
-    assert plan.rounding.name == rounding
-    assert len(plan.calibrated) == 14
-
-
 def test_of_several_outputs_it_is_for_the_calibrated_one(inputs: Inputs) -> None:
     main, other = inputs.prepare(also=["nf4"]).plans
     alone = prepare(
