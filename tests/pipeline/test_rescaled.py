@@ -310,6 +310,19 @@ def test_a_finished_run_reports_the_same_again(made: streamconv.Report, inputs: 
     assert (again.rescaled, again.seconds) == (made.rescaled, 0)
 
 
+def test_the_command_tells_of_it(made: streamconv.Report, inputs: Inputs) -> None:
+    given = ("--base", inputs.base, "--adapter", inputs.adapter, "--device", "cpu", "-o", made.out)
+    text = ("--calibration", inputs.folder / "text.txt", "--calibration-tokens", "256")
+    how = ("--calibration-sequence-length", "32", "--quant", "w4a16", "--group-size", "32")
+    shown = succeed("merge", *given, *text, *how, "--rounding", "nearest", "--rescale", "awq").stdout
+    errors = [
+        math.sqrt(sum(each[key] ** 2 for each in made.rescaled.values()) / 8)
+        for key in ("relative_error", "unscaled_error")
+    ]
+    assert f"8 pairs of weights rescaled: nearest rounding changes what they feed by {errors[0]:.1%}" in shown
+    assert f" where it was {errors[1]:.1%}" in shown
+
+
 def test_the_recipe_asks_for_the_same(made: streamconv.Report, inputs: Inputs) -> None:
     recipe = Path(made.out) / "streamconv-recipe.json"
     inputs_given = ("--base", inputs.base, "--adapter", inputs.adapter, "--device", "cpu")
