@@ -101,9 +101,9 @@ def _inner_product(left: Tensor, right: Tensor) -> float:
 class WeightWork:
     """State of one weight while its tiles pass in row order, first through `reduce` if planned, then `rewrite`.
 
-    `side` are the base's parts other than the main one, `parts` the adapter's tensors in float32, one mapping
-    an update; all on the computing device. Cells have `height` rows, a multiple of 64. `defers`: values are looked at
-    when the weight is finished, all at once, because a device would have to be waited for at every cell.
+    `side` are the base's parts other than the main one, `parts` the tensors in float32 of all that is applied,
+    one mapping each; all on the computing device. Cells have `height` rows, a multiple of 64. `defers`: values are
+    looked at when the weight is finished, all at once, because a device would have to be waited for at every cell.
     `watch` is called with each cell of the second pass by the worker that has just done it, in no order among cells.
 
     A part of the work that failed for want of memory can be repeated: cells write to their places, and states of
@@ -130,7 +130,7 @@ class WeightWork:
         # Loading compiled kernels takes time and memory, which a merge in 16 bit has no use for.
         is_dense = step.merge_base is None and step.encoder.grid is None and step.weight.decoder.grid is None
         self._kernels = TORCH if is_dense else kernels_for(device)
-        self._states: list[Tensor | None] = [None] * len(step.updates)
+        self._states: list[Tensor | None] = [None] * len(step.applied)
         # What cells leave behind is written to its place in tensors allocated at once. As small tensors of their
         # own, they would lie between freed cells on the heap, which could not shrink: up to 5 times the memory.
         self._absmax = self._one_a_block(step.merge_base)  # of the base that `reduce` sees
@@ -246,6 +246,7 @@ class WeightWork:
 
     def _take_bases(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
         for cell, base in self._bases(number, raw, rows, part):
+            self._rescale(base.values, cell)
             out[cell.start - rows.start : cell.stop - rows.start].copy_(base.values)
 
     def _take_base_codes(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
@@ -390,13 +391,28 @@ class WeightWork:
         kept = scales if self._effective is None else self._blocks(self._effective, rows, grid)
         self._kernels.decode(codes, grid, scales, F32, anchor.view(-1))
         self._kernels.decode(codes, grid, scales, merge_base.dequantized_dtype, values.view(-1))
-        error = self._kernels.distance(flat, values.view(-1), grid.block)
+        error = self._distance(original, values, rows, grid, scratch)
         return CellBase(values, anchor, codes, kept, error)
 
+    def _distance(
+        self, original: Tensor, rounded: Tensor, rows: range, grid: Grid, scratch: Scratch
+    ) -> float | Tensor:
+        """||W - Wq||², both rescaled as the update is that it is compared with; `original` is used up."""
+        if self.step.scaling is not None:
+            rounded = self._copy(rounded, rows, scratch)
+            self._rescale(rounded, rows)
+            self._rescale(original, rows)
+        return self._kernels.distance(original.view(-1), rounded.view(-1), grid.block)
+
     def _target(self, values: Tensor, rows: range) -> Tensor:
-        for update, parts, state in zip(self.step.updates, self.parts, self._states, strict=True):
+        for update, parts, state in zip(self.step.applied, self.parts, self._states, strict=True):
             values = update.apply(values, rows, parts, state)
         return values
+
+    def _rescale(self, values: Tensor, rows: range) -> None:
+        """Rescale a base in place as the target is, so that nothing but the update is between the two."""
+        if self.step.scaling is not None:
+            self.step.scaling.apply(values, rows, self.parts[-1], None)
 
     def _round(self, target: Tensor, rows: range, out: Tensor) -> None:
         encoder = self.step.encoder
@@ -417,15 +433,18 @@ class WeightWork:
 
     def _quantize(self, base: CellBase, rows: range, grid: Grid, out: Tensor, scratch: Scratch) -> None:
         step, keeps = self.step, self.step.keeps_scales
-        is_open = step.updates or self._chosen is not None
+        is_open = step.applied or self._chosen is not None
         if not is_open and keeps and base.codes is not None and base.effective is not None:
             step.encoder.pack(base.codes, out)  # already on the output's grid: nothing to round
             self._take_scales(base.effective, rows, grid)
             return
         values = base.values.view(-1)
         target = values
-        if step.updates:
+        if step.applied:
             target = self._target(self._copy(base.values, rows, scratch), rows).flatten()
+        if step.scaling is not None:
+            for each in (base.values,) if base.anchor is base.values else (base.values, base.anchor):
+                self._rescale(each, rows)
         codes, scales = self._choose(target, base, rows, grid, scratch)
         step.encoder.pack(codes, out)
         self._take_scales(scales, rows, grid)

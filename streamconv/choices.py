@@ -193,6 +193,11 @@ def _check_calibration(options: MergeOptions, quant: Format | None) -> None:
     check_text(options)
     if options.calibration is None:
         return
+    if quant is None and options.calibration.rescale != "none":
+        raise OptionError(
+            f"--rescale {options.calibration.rescale} makes weights easier to round, but the output is not quantized; "
+            "add --quant FORMAT or leave it out"
+        )
     if quant is None and options.calibration.residual_rank:
         raise OptionError(
             "--residual-rank repairs rounding errors, and the output is not quantized, so it has none; add --quant "
@@ -218,11 +223,13 @@ def check_text(options: MergeOptions) -> None:
             f"--rounding {name} chooses codes by what the layers do with a text; give one with --calibration FILE, a "
             ".txt or .jsonl such as the model will work on, or leave --rounding out"
         )
-    if options.calibration is not None and name in ROUNDINGS and not ROUNDINGS[name].uses_text:
+    if options.calibration is None or options.calibration.rescale != "none":
+        return
+    if name in ROUNDINGS and not ROUNDINGS[name].uses_text:
         using = [key for key, each in ROUNDINGS.items() if each.uses_text]
         raise OptionError(
-            f"--rounding {name} has no use for calibration text; leave --calibration out, or choose --rounding "
-            f"{' or '.join(using)}"
+            f"--rounding {name} has no use for calibration text; leave --calibration out, choose --rounding "
+            f"{' or '.join(using)}, or rescale weights by it with --rescale awq"
         )
 
 
@@ -251,7 +258,8 @@ def _without_text(facts: Facts, source: Format | None, quant: Format) -> tuple[R
     )
 
 
-def _feedback(options: MergeOptions, rounding: Rounding) -> FeedbackOptions:
+def _feedback(options: MergeOptions, rounding: Rounding) -> FeedbackOptions | None:
+    """What the text is to do where codes are chosen; None where it only chooses scales of weights in pairs."""
     assert options.calibration is not None
     asked = options.calibration
     if not rounding.calibrated:  # it looks at the inputs, and chooses as it does without
@@ -260,7 +268,7 @@ def _feedback(options: MergeOptions, rounding: Rounding) -> FeedbackOptions:
                 f"--rounding {rounding.name} knows neither --preserve-delta nor --residual-rank, which are of "
                 "feedback; leave them or --rounding out"
             )
-        return FeedbackOptions(searches=True)
+        return FeedbackOptions(searches=True) if rounding.uses_text else None
     feedback = FeedbackOptions(residual_rank=asked.residual_rank)
     return (
         feedback if asked.preserve_delta is None else replace(feedback, preserve_delta=asked.preserve_delta)

@@ -551,7 +551,7 @@ def _begin(reader: TensorReader, steps: Mapping[int, Rewrite]) -> _BeginWeight:
         return loaded[part]
 
     parts = {
-        output: [{role: load(part) for role, part in update.parts.items()} for update in step.updates]
+        output: [{role: load(part) for role, part in update.parts.items()} for update in step.applied]
         for output, step in steps.items()
     }
     return _BeginWeight(steps, side, parts)

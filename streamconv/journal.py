@@ -5,6 +5,7 @@
     journal.jsonl  append-only; every line is on disk before the next is written
     *.partial      shards being written; a finished one loses the suffix, still inside this folder
     calibration/   codes that a calibration pass has made, a file a decoder layer, each whole once it is there
+    rescaling/     scales that a pass before has chosen, likewise
 
 Two kinds of line matter. A *watermark* says: the first `offset` bytes of this shard are on disk and hash to
 `sha256`; a rerun goes on from there. *finished* says the same of a whole shard. Both carry the kept-delta sums of
@@ -33,7 +34,7 @@ from streamconv.checkpoint.writer import fsync_folder, write_error, write_file
 from streamconv.errors import OutputError
 
 WORK_FOLDER = ".streamconv"
-CALIBRATION = "calibration"
+CALIBRATION, RESCALING = "calibration", "rescaling"
 _PLAN, _LINES, _LOCK = "plan.json", "journal.jsonl", "lock"
 
 
@@ -125,9 +126,16 @@ class Journal:
         return self.folder / CALIBRATION
 
     @property
+    def rescaling(self) -> Path:
+        """Where a pass that chooses scales leaves its layers."""
+        return self.folder / RESCALING
+
+    @property
     def has_layers(self) -> bool:
-        """Whether a calibration pass has finished any."""
-        return any(self.calibration.glob("*.safetensors"))
+        """Whether a pass over a text has finished any."""
+        return any(
+            path for folder in (self.calibration, self.rescaling) for path in folder.glob("*.safetensors")
+        )
 
     def partial(self, shard: str) -> Path:
         """Where a shard is written before it is whole."""

@@ -216,7 +216,7 @@ def _held_bytes(step: Rewrite) -> int:
         for update in step.updates
         for part in update.parts.values()
     )
-    return side + adapter
+    return side + adapter + (step.scaling.nbytes if step.scaling else 0)
 
 
 def anonymous_bytes() -> int:

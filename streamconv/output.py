@@ -198,9 +198,11 @@ def _disk_need(plan: Plan, shards: Sequence[ShardPlan], journal: Journal) -> int
     if need is None:
         return _SPARE_DISK_BYTES + missing
     made = sum(map(_taken, journal.calibration.iterdir())) if journal.calibration.exists() else 0
+    chosen = sum(map(_taken, journal.rescaling.iterdir())) if journal.rescaling.exists() else 0
     # Activations are gone when the shards are written.
-    codes = max(0, plan.calibrated_bytes - made)
-    return _SPARE_DISK_BYTES + max(need.disk - made if codes else 0, codes + missing + plan.residual_bytes)
+    codes, scales = max(0, plan.calibrated_bytes - made), max(0, plan.scaling_bytes - chosen)
+    passes = max(0, need.disk - made - chosen) if codes or scales else 0
+    return _SPARE_DISK_BYTES + max(passes, codes + scales + missing + plan.residual_bytes)
 
 
 def _taken(path: Path) -> int:

@@ -17,6 +17,8 @@ from streamconv.checkpoint.types import StoredTensor, TensorSpec
 from streamconv.devices import Device
 from streamconv.formats.base import CELL_ROWS, Constant, Encoder, Weight, matrix_shape
 from streamconv.layout import ShardLayout
+from streamconv.rescaling.pairs import Rescaling
+from streamconv.rescaling.scaling import Scaling
 from streamconv.rounding.base import Rounding
 from streamconv.rounding.feedback import FeedbackOptions
 from streamconv.rounding.residual import FACTOR_DTYPE
@@ -51,7 +53,8 @@ class Calibration:
 
     None stands for what is chosen when planning: `sequence_length` by the model's positions, `preserve_delta` as
     feedback's default is, `threads` by the machine. `gradient_tokens` tell what each output counts for the model; with
-    0, all alike. `residual_rank`: of the adapter that repairs what errors are left; 0 for none.
+    0, all alike. `residual_rank`: of the adapter that repairs what errors are left; 0 for none. `rescale`: which scales
+    weights are given in pairs before they are rounded.
     """
 
     data: str
@@ -61,6 +64,7 @@ class Calibration:
     threads: int | None = None
     gradient_tokens: int = 0
     residual_rank: int = 0
+    rescale: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,8 @@ class Rewrite:
     `merge_base`: how the base is rounded before the update is added; None leaves it as it is.
     `keeps_scales`: the output keeps the scales of the base's own grid (where it is calibrated, it may); `keeps_parts`:
     and the very tensors that store them. `calibrated`: its bytes are made before, with those of its decoder layer, and
-    copied; `rounding` is for what that leaves, an expert that hardly any token came to.
+    copied; `rounding` is for what that leaves, an expert that hardly any token came to. `scaling`: what target and base
+    are rescaled by before that, None where they are not.
     """
 
     name: str
@@ -117,6 +122,12 @@ class Rewrite:
     keeps_scales: bool = False
     keeps_parts: bool = False
     calibrated: bool = False
+    scaling: Scaling | None = None
+
+    @property
+    def applied(self) -> tuple[Update, ...]:
+        """All that is done to the base in turn, to make the target."""
+        return self.updates if self.scaling is None else (*self.updates, self.scaling)
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -204,7 +215,8 @@ class CalibrationPlan:
 
     `data` is a file or a data set, `name` that without the folder; `sha256` is that of the file, or of the data set's
     commit. `tokens` and, of these, `gradient_tokens` are whole sequences. `threads` is how many threads torch shares a
-    matrix product between, which decides its last bits. `need` is None until it was found out.
+    matrix product between, which decides its last bits. `options` are None where the text chooses scales alone, by
+    `rescaling`, which is None where it chooses none. `need` is None until it was found out.
     """
 
     data: str
@@ -213,10 +225,11 @@ class CalibrationPlan:
     is_data_set: bool
     tokens: int
     sequence_length: int
-    options: FeedbackOptions
+    options: FeedbackOptions | None
     threads: int
     transformers: str
     gradient_tokens: int = 0
+    rescaling: Rescaling | None = None
     need: Need | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -226,10 +239,12 @@ class CalibrationPlan:
             "sha256": self.sha256,
             "tokens": self.tokens,
             "sequence_length": self.sequence_length,
-            "options": asdict(self.options),
+            "options": asdict(self.options) if self.options else None,
             "threads": self.threads,
             "transformers": self.transformers,
             "gradient_tokens": self.gradient_tokens,
+            # Only where there is one, so that what was made before there were any is still known.
+            **({"rescale": self.rescaling.name} if self.rescaling else {}),
         }
 
 
@@ -312,10 +327,22 @@ class Plan:
         return tuple(step for step in steps if isinstance(step, Rewrite) and step.calibrated)
 
     @property
+    def scalings(self) -> Mapping[str, Scaling]:
+        """By weight, what it is rescaled by."""
+        steps = (placed.step for shard in self.shards for placed in shard.steps)
+        return {step.name: step.scaling for step in steps if isinstance(step, Rewrite) and step.scaling}
+
+    @property
+    def scaling_bytes(self) -> int:
+        """Of the factors of all that is rescaled."""
+        return sum(scaling.nbytes for scaling in self.scalings.values())
+
+    @property
     def disk(self) -> int:
-        """Bytes on disk at most: codes stay until all is in place, activations go with the calibration pass."""
+        """Bytes on disk at most: codes and scales stay until all is in place, activations go with their pass."""
         need = self.calibration.need if self.calibration else None
-        return max(need.disk if need else 0, self.calibrated_bytes + self.size + self.residual_bytes)
+        kept = self.calibrated_bytes + self.scaling_bytes
+        return max(need.disk if need else 0, kept + self.size + self.residual_bytes)
 
     @property
     def calibrated_bytes(self) -> int:
@@ -326,7 +353,8 @@ class Plan:
     @property
     def residual_rank(self) -> int:
         """Of the adapter that is written beside the weights; 0 where there is none."""
-        return self.calibration.options.residual_rank if self.calibration else 0
+        options = self.calibration.options if self.calibration else None
+        return options.residual_rank if options else 0
 
     @property
     def residual_bytes(self) -> int:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from streamconv.adapters.base import Adapter, Replace, Tie, Update, WholeUpdate
@@ -34,6 +35,9 @@ from streamconv.plan import (
     Step,
     stores_the_same,
 )
+from streamconv.rescaling.base import Heads
+from streamconv.rescaling.pairs import Rescaling, find_rescaling
+from streamconv.rescaling.scaling import Scaling
 from streamconv.rounding import ROUNDINGS
 from streamconv.rounding.base import Rounding
 from streamconv.rounding.feedback import FeedbackOptions
@@ -43,6 +47,7 @@ MAX_SEQUENCE_LENGTH = 2048
 # H of a layer has no use with fewer tokens than inputs: feedback then fits the text. Published trials found it to do
 # worse than nearest rounding near one token an input.
 TOKENS_AN_INPUT = 2
+_UNSCALED: Mapping[str, Scaling] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,8 @@ class Base:
 @dataclass(frozen=True, slots=True)
 class Grounds:
     """What planning a calibration needs beside headers: the text, as in CalibrationPlan, the `weights` that can be
-    calibrated, how many positions the model has (None: any number), and the version of the library that computes it.
+    calibrated, how many positions the model has (None: any number), its text part's model type and heads (None: not
+    told), and the version of the library that computes it.
     """
 
     data: str
@@ -72,6 +78,8 @@ class Grounds:
     weights: frozenset[str]
     positions: int | None
     transformers: str
+    model_type: str = ""
+    heads: Heads | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +103,18 @@ class _Draft:
     vocab_size: tuple[int, int] | None
 
 
-def build_plan(base: Base, adapter: Adapter | None, options: MergeOptions, device: Device) -> Plan:
-    """Everything a run will do. Raises InputError, ResourceError where it could not succeed."""
-    (plan,) = build_plans(base, adapter, [options], device)
+def build_plan(
+    base: Base,
+    adapter: Adapter | None,
+    options: MergeOptions,
+    device: Device,
+    scalings: Mapping[str, Scaling] = _UNSCALED,
+) -> Plan:
+    """Everything a run will do. Raises InputError, ResourceError where it could not succeed.
+
+    `scalings`: by weight, what it is rescaled by, as another plan has it.
+    """
+    (plan,) = build_plans(base, adapter, [options], device, scalings=scalings)
     return plan
 
 
@@ -107,13 +124,15 @@ def build_plans(
     options: Sequence[MergeOptions],
     device: Device,
     grounds: Grounds | None = None,
+    scalings: Mapping[str, Scaling] = _UNSCALED,
 ) -> tuple[Plan, ...]:
     """A plan for each of `options`, to be carried out in one pass: as it would be alone, but for the memory, which is
-    that of the whole run in each. `grounds` are there if one of `options` has a calibration.
+    that of the whole run in each. `grounds` are there if one of `options` has a calibration; `scalings` as for
+    `build_plan`.
 
     Raises what `build_plan` does, and OptionError where two outputs would be the same.
     """
-    drafts = [_draft(base, adapter, each, grounds) for each in options]
+    drafts = [_draft(base, adapter, each, grounds, scalings) for each in options]
     _check_different(drafts)
     steps, *further = ([placed.step for shard in draft.shards for placed in shard.steps] for draft in drafts)
     shards = 1 if further else len(drafts[0].shards)  # of several outputs, one shard each is in work at once
@@ -125,7 +144,13 @@ def facts_of(base: Base, adapter: Adapter | None) -> Facts:
     return Facts(base.index.storage.location, base.quantized, adapter is not None)
 
 
-def _draft(base: Base, adapter: Adapter | None, options: MergeOptions, grounds: Grounds | None) -> _Draft:
+def _draft(
+    base: Base,
+    adapter: Adapter | None,
+    options: MergeOptions,
+    grounds: Grounds | None,
+    scalings: Mapping[str, Scaling],
+) -> _Draft:
     replaces = {whole.parameter: whole for whole in (adapter.replaces if adapter else ())}
     updates = _updates_by_parameter(adapter)
     _check_unknown_tie(base, (*replaces, *updates))
@@ -134,11 +159,14 @@ def _draft(base: Base, adapter: Adapter | None, options: MergeOptions, grounds: 
     choices = choose(facts_of(base, adapter), options)
     chosen = _choose_quantized(base, weights, replaces, choices, options)
     within = grounds.weights if grounds is not None and choices.feedback is not None else frozenset()
-    by_weight = _steps(base, weights, updates, chosen.weights, choices, within)
+    rescaling = _rescaling(base, weights, chosen, options, grounds)
+    if rescaling is not None:
+        scalings = rescaling.scalings({name: weight.shape for name, weight in weights.items()})
+    by_weight = _steps(base, weights, updates, chosen.weights, choices, within, scalings)
     calibration = None
-    if choices.feedback is not None:
+    if options.calibration is not None and choices.quant is not None:
         assert grounds is not None
-        calibration = _plan_calibration(by_weight, options, choices.feedback, grounds)
+        calibration = _plan_calibration(by_weight, options, choices.feedback, rescaling, grounds)
     shards = _as_stored(base.index, lay_out(_split(base, by_weight, choices, options)))
     return _Draft(options, choices, calibration, chosen, shards, _new_vocabulary(base, weights))
 
@@ -326,10 +354,11 @@ def _steps(
     quantized: frozenset[str],
     choices: Choices,
     within: frozenset[str],
+    scalings: Mapping[str, Scaling],
 ) -> list[list[Step]]:
     """What becomes of each weight, in the base's order: one step, or a copy of every part.
 
-    `within` are weights that can be calibrated.
+    `within` are weights that can be calibrated, `scalings` what weights are rescaled by.
     """
     seen_by_training = _rounded_in_training(base, choices)
     steps: list[list[Step]] = []
@@ -341,7 +370,14 @@ def _steps(
         if is_rounded and choices.merge_base is not None:
             merge_base = choices.merge_base.encoder(name, weight.shape, weight.dtype)
         found = _weight_steps(
-            name, weight, updates.get(name, ()), encoder, merge_base, choices.rest, name in within
+            name,
+            weight,
+            updates.get(name, ()),
+            encoder,
+            merge_base,
+            choices.rest,
+            name in within,
+            scalings.get(name),
         )
         constants = [step.encoder.constants for step in found if isinstance(step, Rewrite)]
         steps.append([*found, *(constant for each in constants for constant in each)])
@@ -364,8 +400,13 @@ def _weight_steps(
     merge_base: Encoder | None,
     rounding: Rounding | None,
     calibrates: bool,
+    scaling: Scaling | None = None,
 ) -> list[Step]:
-    changes = bool(updates) or merge_base is not None
+    if scaling is not None and encoder is None:
+        raise UnsupportedError(
+            f"{name} is {weight.dtype}, which cannot be rescaled; leave --rescale out, or give a base in 16 bit"
+        )
+    changes = bool(updates) or merge_base is not None or scaling is not None
     if encoder is None or (not changes and (encoder.format, encoder.dtype) == (weight.format, weight.dtype)):
         # Only a weight of one part is ever stored under another name than the base's.
         is_dense = len(weight.parts) == 1
@@ -380,14 +421,14 @@ def _weight_steps(
             f"{name}: this update needs a pass over the whole weight, and so does --merge-base {merge_base.format}; "
             "merge onto the original base"
         )
-    if not updates and merge_base is not None and merge_base.format == encoder.format:
+    if not updates and scaling is None and merge_base is not None and merge_base.format == encoder.format:
         # Rounding the original gives just what training saw; rounding that once more would move its scales.
         return [Rewrite(name, weight, (), encoder, ROUNDINGS["nearest"])]
     if encoder.grid is None:
-        return [Rewrite(name, weight, updates, encoder, merge_base=merge_base)]
+        return [Rewrite(name, weight, updates, encoder, merge_base=merge_base, scaling=scaling)]
     assert rounding is not None
     base_grid = merge_base.grid if merge_base else weight.decoder.grid
-    is_on_grid = base_grid == encoder.grid
+    is_on_grid = base_grid == encoder.grid and scaling is None
     keeps = is_on_grid and (rounding.keeps_scales or not updates)
     if rounding.searches_scales and encoder.nested and any(update.reduces for update in updates):
         raise UnsupportedError(
@@ -396,7 +437,9 @@ def _weight_steps(
         )
     keeps_parts = keeps and merge_base is None and stores_the_same(weight, encoder)
     calibrates &= bool(updates) or not is_on_grid  # else the codes stay
-    return [Rewrite(name, weight, updates, encoder, rounding, merge_base, keeps, keeps_parts, calibrates)]
+    return [
+        Rewrite(name, weight, updates, encoder, rounding, merge_base, keeps, keeps_parts, calibrates, scaling)
+    ]
 
 
 def _encoder(name: str, weight: Weight, quantize: bool, own_dtype: Dtype, choices: Choices) -> Encoder | None:
@@ -427,29 +470,46 @@ def _rounded_in_training(base: Base, choices: Choices) -> frozenset[str]:
 # -- calibration -------------------------------------------------------------------------------------------------
 
 
+def _rescaling(
+    base: Base,
+    weights: Mapping[str, Weight],
+    chosen: _Quantized,
+    options: MergeOptions,
+    grounds: Grounds | None,
+) -> Rescaling | None:
+    """Which weights are rescaled together; None where that is not asked for. Raises UnsupportedError."""
+    asked = options.calibration
+    if asked is None or asked.rescale == "none":
+        return None
+    assert grounds is not None
+    return find_rescaling(
+        asked.rescale,
+        base.index.storage.location,
+        grounds.model_type,
+        grounds.heads,
+        {name: weight.shape for name, weight in weights.items()},
+        grounds.weights,
+        chosen.weights,
+    )
+
+
 def _plan_calibration(
-    by_weight: Sequence[Sequence[Step]], options: MergeOptions, feedback: FeedbackOptions, grounds: Grounds
+    by_weight: Sequence[Sequence[Step]],
+    options: MergeOptions,
+    feedback: FeedbackOptions | None,
+    rescaling: Rescaling | None,
+    grounds: Grounds,
 ) -> CalibrationPlan:
     """Raises OptionError for a text or sequences of a length that would not do, and where nothing is calibrated."""
     asked = options.calibration
     assert asked is not None
-    steps = [step for each in by_weight for step in each if isinstance(step, Rewrite) and step.calibrated]
-    if not steps:
-        raise OptionError(
-            "calibration text would change nothing: every weight in the decoder layers keeps its codes; leave "
-            "--calibration out"
-        )
     length = _sequence_length(asked, grounds)
     tokens = asked.tokens // length * length
-    widest = max(steps, key=lambda step: step.columns)
-    least = -(-TOKENS_AN_INPUT * widest.columns // length) * length
-    if tokens < least:
-        raise OptionError(
-            f"--calibration-tokens {asked.tokens} is too few: {widest.name} has {widest.columns} inputs, and with less "
-            f"than {TOKENS_AN_INPUT} tokens for each, feedback does worse than nearest rounding; give {least} or more"
-        )
-    _check_rank(steps, asked.residual_rank)
+    steps = [step for each in by_weight for step in each if isinstance(step, Rewrite) and step.calibrated]
+    if feedback is not None:
+        _check_calibrated(steps, asked, tokens, length)
     threads = asked.threads or len(os.sched_getaffinity(0))
+    has_gradients = feedback is not None and not feedback.searches
     return CalibrationPlan(
         data=grounds.data,
         name=grounds.name,
@@ -460,8 +520,26 @@ def _plan_calibration(
         options=feedback,
         threads=threads,
         transformers=grounds.transformers,
-        gradient_tokens=0 if feedback.searches else min(tokens, -(-asked.gradient_tokens // length) * length),
+        gradient_tokens=min(tokens, -(-asked.gradient_tokens // length) * length) if has_gradients else 0,
+        rescaling=rescaling,
     )
+
+
+def _check_calibrated(steps: Sequence[Rewrite], asked: Calibration, tokens: int, length: int) -> None:
+    """Raise OptionError where so many `tokens` are too few for `steps`, or there is nothing to be calibrated."""
+    if not steps:
+        raise OptionError(
+            "calibration text would change nothing: every weight in the decoder layers keeps its codes; leave "
+            "--calibration out"
+        )
+    widest = max(steps, key=lambda step: step.columns)
+    least = -(-TOKENS_AN_INPUT * widest.columns // length) * length
+    if tokens < least:
+        raise OptionError(
+            f"--calibration-tokens {asked.tokens} is too few: {widest.name} has {widest.columns} inputs, and with less "
+            f"than {TOKENS_AN_INPUT} tokens for each, feedback does worse than nearest rounding; give {least} or more"
+        )
+    _check_rank(steps, asked.residual_rank)
 
 
 def _check_rank(steps: Sequence[Rewrite], rank: int) -> None:

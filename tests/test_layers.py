@@ -20,7 +20,7 @@ LAYERS = [
     {"grids", "streams"},
     {"kernels"},
     {"formats", "rounding", "adapters", "devices", "layout"},
-    {"workers"},
+    {"workers", "rescaling"},
     {"plan"},
     {"memory", "fingerprint", "sidecars", "recipe"},
     {"choices"},

@@ -167,7 +167,7 @@ def _open(view: View, tiles: _Tiles, workers: Workers | Inline, seed: int) -> _O
         if view.rounding is None
         else CodesWatch(step, height, device.torch, view.measures_grid)
     )
-    parts = [{role: tiles.part(part) for role, part in update.parts.items()} for update in step.updates]
+    parts = [{role: tiles.part(part) for role, part in update.parts.items()} for update in step.applied]
     work = WeightWork(step, tiles.side, parts, device.torch, seed, workers, height, watch=watch)
     return _Open(view, work, watch)
 

@@ -1,8 +1,8 @@
 """The folder a calibration works in: a file for every decoder layer that is done, and hidden states between two.
 
     calibration.json         what the files beside it belong to
-    layer-N.safetensors      the final parts of all calibrated weights of layer N, and what repairs their errors; its
-                             metadata say what became of them
+    layer-N.safetensors      the final parts of all calibrated weights of layer N, and what repairs their errors; or the
+                             scales of all rescaled ones; its metadata say what became of them
     gradient*, inputs-*      see `gradients.py`, `kept_inputs.py`
     reference-0, -1          hidden states of the stream in which all weights are the targets, and of the one in which
     quantized-0, -1          they are what was chosen: layer N reads those of N modulo 2 and writes the others
@@ -35,7 +35,6 @@ from streamconv.rounding.residual import FACTOR_DTYPE
 from streamconv.sizes import format_size
 
 _KEY = "calibration.json"
-_STREAMS = ("reference", "quantized")
 _WEIGHTS = "weights"
 
 
@@ -71,10 +70,17 @@ class LayerFiles:
     """What is done of so many `layers`; `shape` is that of a stream's hidden states [sequence, token, hidden]."""
 
     def __init__(
-        self, folder: Path, key: str, layers: int, shape: tuple[int, int, int], needed: Callable[[int], bool]
+        self,
+        folder: Path,
+        key: str,
+        layers: int,
+        shape: tuple[int, int, int],
+        streams: Sequence[str],
+        needed: Callable[[int], bool] = lambda _: True,
     ) -> None:
-        """`needed` says whether a layer has what it takes beside the hidden states, once others are done."""
+        """`streams` are by name; `needed` says whether a layer has what it takes beside these, once others are done."""
         self._folder, self._layers, self._shape, self._has_more = folder, layers, shape, needed
+        self._names = streams
         content = (json.dumps({"key": key}) + "\n").encode()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -102,14 +108,14 @@ class LayerFiles:
             )
 
     @contextmanager
-    def streams(self) -> Iterator[tuple[Stream, Stream]]:
-        """The reference and the quantized stream."""
+    def streams(self) -> Iterator[Sequence[Stream]]:
+        """All streams, in the order of their names."""
         with ExitStack() as stack:
-            reference, quantized = (
+            opened = (
                 [stack.enter_context(ActivationFile(path, self._shape)) for path in self._states(name)]
-                for name in _STREAMS
+                for name in self._names
             )
-            yield Stream((reference[0], reference[1])), Stream((quantized[0], quantized[1]))
+            yield [Stream((even, odd)) for even, odd in opened]
 
     def write(self, number: int, results: Sequence[Result]) -> None:
         """Have layer `number` done; what left it must be on the disk."""
@@ -132,7 +138,7 @@ class LayerFiles:
         """Hidden states and gradients are of no use once all layers are done."""
         for path in self._folder.glob("gradient*"):
             path.unlink()
-        for name in _STREAMS:
+        for name in self._names:
             for path in self._states(name):
                 path.unlink(missing_ok=True)
 
@@ -146,7 +152,7 @@ class LayerFiles:
         """Whether the hidden states are there that the next layer reads."""
         nbytes = 4 * self._shape[0] * self._shape[1] * self._shape[2]
         done = self.done
-        needed = [self._states(name)[done % 2] for name in _STREAMS] if 0 < done < self._layers else []
+        needed = [self._states(name)[done % 2] for name in self._names] if 0 < done < self._layers else []
         has_states = all(path.exists() and path.stat().st_size == nbytes for path in needed)
         return has_states and (not needed or self._has_more(done))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -15,6 +15,7 @@ from streamconv.dtypes import F32
 from streamconv.errors import UnsupportedError
 from streamconv.forward.skeleton import build_planned
 from streamconv.forward.walk import Walk
+from streamconv.forward.weights import WeightSource
 from streamconv.plan import Plan, Rewrite
 from streamconv.planner import build_plan
 
@@ -37,7 +38,7 @@ class Model:
 
     def linears(self, number: int) -> Linears:
         """Linear layers of decoder layer `number` that are calibrated, by name of the weight."""
-        return _linears(self.walk, number, self.targets.steps)
+        return linears_of(self.walk, number, self.targets.steps)
 
     def modules(self, number: int) -> Mapping[str, str]:
         """Paths of the modules that `linears` gives, by name of the weight."""
@@ -61,8 +62,17 @@ def opened(subject: Subject) -> Iterator[Model]:
         yield Model(walk, targets)
 
 
+@contextmanager
+def opened_targets(subject: Subject) -> Iterator[Walk]:
+    """The model with all weights its targets, not rescaled; nothing of them is held. Raises what `opened` does."""
+    plan = subject.plan
+    skeleton = build_planned(plan, subject.base.index, F32.torch)
+    with WeightSource(_reference(subject, is_rescaled=False), plan.device, lambda _: None) as source:
+        yield Walk(skeleton, source, plan.device)
+
+
 def _check_all_found(walk: Walk, steps: Mapping[str, Rewrite]) -> None:
-    found = {name for number in range(len(walk.skeleton.layers)) for name in _linears(walk, number, steps)}
+    found = {name for number in range(len(walk.skeleton.layers)) for name in linears_of(walk, number, steps)}
     missing = sorted(steps.keys() - found)
     if missing:
         raise UnsupportedError(
@@ -71,7 +81,7 @@ def _check_all_found(walk: Walk, steps: Mapping[str, Rewrite]) -> None:
         )
 
 
-def _reference(subject: Subject) -> Plan:
+def _reference(subject: Subject, *, is_rescaled: bool = True) -> Plan:
     """The plan of an output that holds the targets themselves, in float32."""
     options = replace(
         subject.plan.options,
@@ -83,10 +93,12 @@ def _reference(subject: Subject) -> Plan:
         max_shard_bytes=None,
         calibration=None,
     )
-    return build_plan(subject.base, subject.adapter, options, subject.plan.device)
+    scalings = subject.plan.scalings if is_rescaled else {}
+    return build_plan(subject.base, subject.adapter, options, subject.plan.device, scalings)
 
 
-def _linears(walk: Walk, number: int, wanted: Mapping[str, Rewrite]) -> Linears:
+def linears_of(walk: Walk, number: int, wanted: Container[str]) -> Linears:
+    """Linear layers of decoder layer `number` whose weights are `wanted`, by name of the weight."""
     found = {}
     for parameter, name in walk.plain_weights(number).items():
         path, _, last = parameter.rpartition(".")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from streamconv.calibration.model import Model, opened
+from streamconv.calibration.model import Model, opened, opened_targets
 from streamconv.calibration.subject import Subject
 from streamconv.forward.memory import BATCH_TOKENS, sequence_bytes, table_bytes
+from streamconv.forward.walk import Walk
 from streamconv.plan import Need, Rewrite
+from streamconv.rescaling import awq
+from streamconv.rescaling.pairs import WeightPair
 from streamconv.rounding import residual
 from streamconv.rounding.feedback import factoring_bytes, working_bytes
 
@@ -23,9 +27,47 @@ _BACKWARD = 3
 
 
 def calibration_need(subject: Subject) -> Need:
-    """Raises UnsupportedError for a model that cannot be walked; reads no weight."""
-    with opened(subject) as model:
-        return need_of(model, subject)
+    """Of all passes of the text. Raises UnsupportedError for a model that cannot be walked; reads no weight."""
+    needs = []
+    if subject.calibration.rescaling is not None:
+        with opened_targets(subject) as walk:
+            needs.append(rescaling_need(walk, subject))
+    if subject.calibration.options is not None:
+        with opened(subject) as model:
+            needs.append(need_of(model, subject))
+    return Need(
+        ram=max(need.ram for need in needs),
+        vram=max(need.vram for need in needs),
+        disk=max(need.disk for need in needs) + subject.plan.scaling_bytes,
+        read=sum(need.read for need in needs),
+    )
+
+
+def pairs_in(walk: Walk, number: int, subject: Subject) -> Sequence[WeightPair]:
+    """What is rescaled together in decoder layer `number`."""
+    there = set(walk.layer_weights(number))
+    return [pair for pair in subject.rescaling.pairs if pair.producer in there]
+
+
+def rescaling_need(walk: Walk, subject: Subject) -> Need:
+    """Of the pass that chooses scales: a layer, the moments of all its pairs, and a batch or a choice in work."""
+    length, tokens = subject.calibration.sequence_length, subject.calibration.tokens
+    batch, layers = min(subject.sequences, batch_of(length)), range(len(walk.skeleton.layers))
+    forward = batch * sequence_bytes(walk, length)
+    on_device = table_bytes(walk, tokens)
+    on_device += max(_rescaling_layer(walk, number, subject, forward) for number in layers)
+    on_host = _FIXED_BYTES + 4 * batch * length * walk.hidden + subject.plan.scaling_bytes
+    disk = 2 * 4 * tokens * walk.hidden + subject.plan.scaling_bytes + len(layers) * _HEADER_BYTES
+    read = sum(walk.source.stored_bytes(name) for number in layers for name in walk.layer_weights(number))
+    if walk.device.is_cpu:
+        return Need(on_host + on_device, 0, disk, read)
+    return Need(on_host, on_device, disk, read)
+
+
+def _rescaling_layer(walk: Walk, number: int, subject: Subject, forward: int) -> int:
+    inputs = [pair.inputs for pair in pairs_in(walk, number, subject)]
+    moments, choosing = sum(4 * each**2 for each in inputs), max(map(awq.working_bytes, inputs), default=0)
+    return walk.layer_bytes(number) + moments + max(forward, choosing)
 
 
 def batch_of(length: int) -> int:
@@ -35,7 +77,7 @@ def batch_of(length: int) -> int:
 
 def need_of(model: Model, subject: Subject) -> Need:
     """What `model`, which is the subject's, needs."""
-    walk, crosses = model.walk, subject.calibration.options.needs_cross
+    walk, crosses = model.walk, subject.feedback.needs_cross
     length, tokens = subject.calibration.sequence_length, subject.calibration.tokens
     batch = min(subject.sequences, batch_of(length))
     forward = batch * sequence_bytes(walk, length)
@@ -135,4 +177,5 @@ def _held_bytes(step: Rewrite, rank: int) -> int:
     stored = sum(part.nbytes for part in step.weight.parts.values())
     adapter = sum(4 * math.prod(part.shape) for update in step.updates for part in update.parts.values())
     factors = rank * residual.FACTOR_DTYPE.itemsize * (step.rows + step.columns)
-    return stored + adapter + sum(spec.nbytes for spec in step.specs) + factors
+    scales = step.scaling.nbytes if step.scaling else 0
+    return stored + adapter + scales + sum(spec.nbytes for spec in step.specs) + factors

@@ -1,4 +1,4 @@
-"""What is calibrated, what comes of it, and the plan that it makes of one with weights still to be rounded."""
+"""What is calibrated, what comes of it, and the plans that are made of one with weights still to be rounded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from streamconv.checkpoint.types import StoredTensor
 from streamconv.layout import Placed
 from streamconv.plan import CalibrationPlan, Copy, Plan, Rewrite, ShardPlan, Step
 from streamconv.planner import Base
+from streamconv.rescaling.pairs import Rescaling
+from streamconv.rounding.feedback import FeedbackOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,18 @@ class Subject:
         return self.plan.calibration
 
     @property
+    def feedback(self) -> FeedbackOptions:
+        """How codes are chosen by it."""
+        assert self.calibration.options is not None, "the text chooses no codes"
+        return self.calibration.options
+
+    @property
+    def rescaling(self) -> Rescaling:
+        """Which weights are rescaled together by it."""
+        assert self.calibration.rescaling is not None, "nothing is rescaled"
+        return self.calibration.rescaling
+
+    @property
     def sequences(self) -> int:
         return self.calibration.tokens // self.calibration.sequence_length
 
@@ -49,6 +63,10 @@ class Calibrated:
     seen; `relative_error` of the output on them, √(tr(E H Eᵀ) / tr(T H Tᵀ)) with E = T - Q; and of an update `kept_h`,
     the share that is kept in the metric of H. With a residual adapter, `loss` is the error in the metric that codes are
     chosen by, and `repaired_loss` what it is with the adapter beside. `residual` are that adapter's tensors, by name.
+
+    Or a weight whose scales have been: `parts` are its factors, called as `factor_name` says. Of what is divided,
+    `notes` have `alpha`, the `relative_error` of its consumers' outputs once they are rounded to the nearest, and the
+    same without rescaling, `unscaled_error`.
     """
 
     parts: Mapping[str, StoredTensor]
@@ -63,6 +81,29 @@ def calibrated_plan(plan: Plan, found: Mapping[str, Calibrated]) -> Plan:
     What could not be calibrated is rounded as its step says.
     """
     return replace(plan, shards=tuple(_calibrated_shard(shard, found) for shard in plan.shards))
+
+
+def factor_name(weight: str, role: str) -> str:
+    """What a factor of a weight's scaling is called where it is kept."""
+    return f"{weight}:{role}"
+
+
+def rescaled_plan(plan: Plan, found: Mapping[str, Calibrated]) -> Plan:
+    """`plan` with the factors of its scalings where they lie; bytes, places and fingerprint are the same."""
+    return replace(plan, shards=tuple(_rescaled_shard(shard, found) for shard in plan.shards))
+
+
+def _rescaled_shard(shard: ShardPlan, found: Mapping[str, Calibrated]) -> ShardPlan:
+    steps: list[Placed[Step]] = []
+    for placed in shard.steps:
+        step = placed.step
+        if isinstance(step, Rewrite) and step.scaling is not None:
+            parts = found[step.name].parts
+            factors = {role: parts[factor_name(step.name, role)] for role in step.scaling.roles}
+            scaling = replace(step.scaling, parts=factors)
+            placed = replace(placed, step=replace(step, scaling=scaling))  # noqa: PLW2901
+        steps.append(placed)
+    return replace(shard, steps=tuple(steps))
 
 
 def _calibrated_shard(shard: ShardPlan, found: Mapping[str, Calibrated]) -> ShardPlan:

@@ -11,11 +11,8 @@ A layer's weights are read once. What was chosen is written as the output's fina
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -32,17 +29,22 @@ from streamconv.calibration.layer_files import LayerFiles, Result, Stream
 from streamconv.calibration.model import Model, opened
 from streamconv.calibration.moments import Moments
 from streamconv.calibration.need import batch_of, need_of
+from streamconv.calibration.passes import (
+    OnProgress,
+    check_stop,
+    fixed_threads,
+    key_of,
+    release_freed_memory,
+    telling_of_memory,
+    windows_of,
+)
 from streamconv.calibration.residual_adapter import factor_tensors
 from streamconv.calibration.subject import Calibrated, Subject
-from streamconv.errors import ResourceError, Stopped
 from streamconv.executor import StopRequest
 from streamconv.formats.base import Encoder
-from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.forward.walk import Passing, assign, in_batches
 from streamconv.kernels import kernels_for
 from streamconv.rounding.feedback import Chosen, FeedbackOptions, Statistics, feedback
-
-OnProgress = Callable[[int, int], None]
 
 
 def calibrate(
@@ -53,58 +55,20 @@ def calibrate(
     `on_progress` is called with bytes of the base done and in all, as in the plan's need. Raises Stopped if `stop` was
     set: what was done of the layer in work is lost then, no more.
     """
-    calibration = subject.calibration
-    with _threads(calibration.threads), opened(subject) as model:
-        tokenizer = load_tokenizer(subject.tokenizer)
-        windows = read_windows(
-            calibration.data,
-            tokenizer,
-            subject.sequences,
-            calibration.sequence_length,
-            "--calibration-tokens",
-        )
+    with fixed_threads(subject.calibration.threads), opened(subject) as model:
+        windows = windows_of(subject)
         files = LayerFiles(
             folder,
-            _key(subject, windows),
+            key_of(subject, windows),
             model.layers,
             (*windows.shape, model.walk.hidden),
+            ("reference", "quantized"),
             lambda number: not subject.gradient_sequences or gradients_path(folder, number).exists(),
         )
-        work = _Calibration(subject, model, windows, files, folder, on_progress, stop)
-        try:
-            work.run()
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(
-                f"{subject.plan.device.name} ran out of memory: {str(error).splitlines()[0]} Free some, give a shorter "
-                "--calibration-sequence-length, or use --device cpu, and run again"
-            ) from error
+        with telling_of_memory(subject.plan.device):
+            _Calibration(subject, model, windows, files, folder, on_progress, stop).run()
         files.remove_states()
         return files.read()
-
-
-def release_freed_memory() -> None:
-    """Give the system what the allocator keeps of a layer that is done: it would add to the next one's peak."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
-    if trim is not None:
-        trim(0)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """As many threads for a matrix product, whatever the caller's setting: its last bits may depend on them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _key(subject: Subject, windows: Tensor) -> str:
-    """All that the bytes of a calibration depend on."""
-    digest = hashlib.sha256(subject.plan.digest.encode())
-    digest.update(json.dumps(windows.tolist()).encode())
-    return digest.hexdigest()
 
 
 class _Calibration:
@@ -122,7 +86,7 @@ class _Calibration:
     ) -> None:
         self.model, self.windows, self.files, self.stop = model, windows, files, stop
         self.folder = folder
-        self.options: FeedbackOptions = subject.calibration.options
+        self.options: FeedbackOptions = subject.feedback
         self._disk = need_of(model, subject).disk
         self.batches = in_batches(windows, batch_of(windows.shape[1]))
         self._sizes = [model.stored_bytes(number) for number in range(model.layers)]
@@ -141,6 +105,7 @@ class _Calibration:
             self.gradients.run()
         self.report(first)
         with self.files.streams() as streams:
+            reference, quantized = streams
 
             def keep(chosen: slice, entering: Tensor) -> None:
                 if not first:
@@ -151,7 +116,7 @@ class _Calibration:
                 for number in range(first, len(self._sizes)):
                     with passing.layer(number) as module:
                         results = _Layer(
-                            self, passing, number, module, self.model.linears(number), *streams
+                            self, passing, number, module, self.model.linears(number), reference, quantized
                         ).calibrate()
                         self.model.targets.held.clear()
                     for stream in streams:
@@ -176,8 +141,7 @@ class _Calibration:
             self._on_progress(min(self._advanced, before), before + sum(self._sizes))
 
     def check_stop(self) -> None:
-        if self.stop.signal_number is not None:
-            raise Stopped("stopped by a signal; run the same command again to go on", self.stop.signal_number)
+        check_stop(self.stop)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ def weigh(step: Rewrite, written: Weight, device: Device, reader: TensorReader, 
     step = replace(step, keeps_scales=False, keeps_parts=False, calibrated=False)
     parts = [
         {role: reader.load(part).float().to(on) for role, part in update.parts.items()}
-        for update in step.updates
+        for update in step.applied
     ]
     side, height = _side(step.weight, reader, device), cell_rows(device, step.columns)
     work = WeightWork(step, side, parts, on, 0, workers, height)

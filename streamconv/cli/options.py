@@ -147,6 +147,15 @@ RESULT = group(
     ),
     option(
         Section.RESULT,
+        "--rescale",
+        default="none",
+        show_default=True,
+        metavar="NAME",
+        help="With --calibration: awq divides norms and weights and multiplies what reads them, so that inputs that "
+        "are large on that text are rounded best; for families of models whose layers are known.",
+    ),
+    option(
+        Section.RESULT,
         "--residual-rank",
         default=0,
         show_default=True,

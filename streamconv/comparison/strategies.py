@@ -37,9 +37,10 @@ _OPTIONS: Mapping[str, type[Value]] = {
     "calibration_gradient_tokens": int,
     "group_size": int,
     "residual_rank": int,
+    "rescale": str,
 }
 # What says that a strategy uses calibration text.
-_OF_CALIBRATION = ("preserve_delta", "calibration_gradient_tokens", "residual_rank")
+_OF_CALIBRATION = ("preserve_delta", "calibration_gradient_tokens", "residual_rank", "rescale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class Strategy:
 
 _DELTA: Mapping[str, Value] = {"preserve_delta": "0.3"}
 _GPTQ: Mapping[str, Value] = {"rounding": "feedback", "calibration_gradient_tokens": 0}
+_AWQ: Mapping[str, Value] = {"quant": "awq", "rounding": "search", "rescale": "awq"}
 STRATEGIES = (
     Strategy("base", "the base without the adapter", BASE),
     Strategy("unmerged-F", "adapter beside the 16-bit base", F),
@@ -103,8 +105,8 @@ STRATEGIES = (
     Strategy("int8-F", "LLM.int8()", F, {"quant": "int8"}),
     Strategy("gptq-F", "GPTQ, one-sided feedback", F, {"quant": "gptq", **_GPTQ}, calibrated=True),
     Strategy("gptq-T", "GPTQ, one-sided feedback", T, {"quant": "gptq", **_GPTQ}, calibrated=True),
-    Strategy("awq-F", "AWQ", F, {"quant": "awq"}, calibrated=True),
-    Strategy("awq-T", "AWQ", T, {"quant": "awq"}, calibrated=True),
+    Strategy("awq-F", "AWQ, rescaled by text", F, _AWQ, calibrated=True),
+    Strategy("awq-T", "AWQ, rescaled by text", T, _AWQ, calibrated=True),
     Strategy("w4a16-F", "feedback", F, {"quant": "w4a16", "rounding": "feedback"}, calibrated=True),
     Strategy("w8a16-F", "nearest", F, {"quant": "w8a16", "rounding": "nearest"}),
 )

@@ -12,16 +12,20 @@ from torch import nn
 
 from streamconv.forward.names import find_sources
 from streamconv.forward.skeleton import Skeleton, build_skeleton
+from streamconv.rescaling.base import Heads
 
 
 @dataclass(frozen=True, slots=True)
 class Layers:
     """`weights` of linear layers inside the decoder layers, stored as they are used; how many `positions` the model has
-    (None: any number), and the `version` of transformers that says so.
+    (None: any number), the `model_type` of its text part and its attention's `heads` (None: not told by the usual
+    names), and the `version` of transformers that says so.
     """
 
     weights: frozenset[str]
     positions: int | None
+    model_type: str
+    heads: Heads | None
     version: str
 
 
@@ -39,8 +43,20 @@ def find_layers(config: Mapping[str, Any], location: str, names: Iterable[str]) 
     }
     positions = getattr(skeleton.text_config, "max_position_embeddings", None)
     return Layers(
-        frozenset(weights), positions if isinstance(positions, int) else None, transformers.__version__
+        frozenset(weights),
+        positions if isinstance(positions, int) else None,
+        str(skeleton.text_config.model_type),
+        _heads(skeleton.text_config),
+        transformers.__version__,
     )
+
+
+def _heads(config: Any) -> Heads | None:
+    queries = getattr(config, "num_attention_heads", None)
+    if not isinstance(queries, int):
+        return None
+    keys, width = (getattr(config, name, None) for name in ("num_key_value_heads", "head_dim"))
+    return Heads(queries, keys or queries, width or config.hidden_size // queries)
 
 
 def _is_linear(skeleton: Skeleton, parameter: str) -> bool:

@@ -123,7 +123,7 @@ class WeightSource:
         }
         parts = [
             {role: load(part).float().to(device) for role, part in update.parts.items()}
-            for update in step.updates
+            for update in step.applied
         ]
         work = WeightWork(step, side, parts, device, 0, self._workers)
         stored = StoredRows(self._reader, weight)

@@ -1,4 +1,4 @@
-"""Calibration of a job: what planning needs of it, its budget, and the pass that makes the codes.
+"""Calibration of a job: what planning needs of it, its budget, and the passes that make scales and codes.
 
 What computes needs transformers, an extra: it is imported by name, for jobs that calibrate.
 """
@@ -29,6 +29,7 @@ _NEEDED = ("transformers", "accelerate")
 _LAYERS = "streamconv.forward.linears"
 _NEED = "streamconv.calibration.need"
 _WALK = "streamconv.calibration.walk"
+_RESCALING = "streamconv.calibration.rescaling"
 
 
 def read_grounds(base: Base, asked: Calibration) -> Grounds:
@@ -52,7 +53,17 @@ def read_grounds(base: Base, asked: Calibration) -> Grounds:
         sha256 = hashlib.sha256(data.encode()).hexdigest()
     config = edit_config(base.index.config, dtype=None, quantization=None, untie=False, vocab_size=None)
     layers = import_module(_LAYERS).find_layers(config, base.index.storage.location, base.weights)
-    return Grounds(data, name, sha256, data_set is not None, layers.weights, layers.positions, layers.version)
+    return Grounds(
+        data,
+        name,
+        sha256,
+        data_set is not None,
+        layers.weights,
+        layers.positions,
+        layers.version,
+        layers.model_type,
+        layers.heads,
+    )
 
 
 def _pinned(data_set: DataSet) -> DataSet:
@@ -107,6 +118,23 @@ def calibrate(
     Goes on where an earlier call stopped; on a folder that is complete, reads what that holds.
     """
     make_folder(folder)
+    found: Mapping[str, Calibrated] = import_module(_WALK).calibrate(subject, folder, _steps(on_bytes), stop)
+    return found
+
+
+def rescale(
+    subject: Subject, folder: Path, on_bytes: Callable[[int], None], stop: StopRequest
+) -> Mapping[str, Calibrated]:
+    """By weight, what it is rescaled by, which lies in `folder`; goes on as `calibrate` does."""
+    make_folder(folder)
+    found: Mapping[str, Calibrated] = import_module(_RESCALING).rescale(
+        subject, folder, _steps(on_bytes), stop
+    )
+    return found
+
+
+def _steps(on_bytes: Callable[[int], None]) -> Callable[[int, int], None]:
+    """Tells `on_bytes` how many more are done, each time it is told how many are in all."""
     done = 0
 
     def tell(now: int, total: int) -> None:
@@ -115,10 +143,9 @@ def calibrate(
         on_bytes(now - done)
         done = now
 
-    found: Mapping[str, Calibrated] = import_module(_WALK).calibrate(subject, folder, tell, stop)
-    return found
+    return tell
 
 
 def described(calibrated: Mapping[str, Calibrated]) -> dict[str, dict[str, float]]:
     """What a report says of each weight."""
-    return {name: dict(found.notes) for name, found in sorted(calibrated.items())}
+    return {name: dict(found.notes) for name, found in sorted(calibrated.items()) if found.notes}

@@ -24,6 +24,7 @@ def generated_files(
     hashes: Mapping[str, str],
     kept: Kept | None,
     calibrated: Mapping[str, Mapping[str, float]],
+    rescaled: Mapping[str, Mapping[str, float]],
     residual: ResidualAdapter | None,
 ) -> Mapping[str, bytes]:
     """The small files of the output, in the order they appear."""
@@ -37,7 +38,7 @@ def generated_files(
         loaded[RESIDUAL_CONFIG] = residual.config
         told = residual.as_json()
     large = {RESIDUAL_TENSORS: residual.entry} if residual else {}
-    written = manifest(plan, hashes, kept, calibrated, told, loaded, large)
+    written = manifest(plan, hashes, kept, calibrated, rescaled, told, loaded, large)
     contents = {INDEX: _index(plan), MANIFEST: written, **loaded}
     if prepared.job.card:
         contents["README.md"] = model_card(
@@ -61,14 +62,14 @@ def _recipe(prepared: Prepared) -> bytes:
     A folder's name would tell of this machine, and make the same model differ from folder to folder. Permission to
     open pickles is for whoever runs it to give.
     """
-    job, options = prepared.job, prepared.job.options
-    origins = prepared.plan.fingerprint["from"]
-    is_calibrated = prepared.plan.calibration is not None
+    job, options, plan = prepared.job, prepared.job.options, prepared.plan
+    origins = plan.fingerprint["from"]
+    is_calibrated = plan.calibration is not None
     of_merge = {
         "adapter": origins["adapter"],
         "adapter-subfolder": job.adapter_subfolder if origins["adapter"] else None,
         "merge-base": options.merge_base,
-        "min-kept": prepared.plan.min_kept if is_calibrated else options.min_kept,
+        "min-kept": plan.min_kept if is_calibrated else options.min_kept,
         "tokenizer": job.tokenizer,
         "moe-layout": options.moe_layout,
     }
@@ -79,8 +80,8 @@ def _recipe(prepared: Prepared) -> bytes:
         "group-size": options.group_size,
         "dtype": options.dtype,
         # By name: without the text, auto would come to another, and say nothing.
-        "rounding": "feedback" if is_calibrated else options.rounding,
-        **_calibration(prepared.plan),
+        "rounding": plan.rounding.name if is_calibrated and plan.rounding else options.rounding,
+        **_calibration(plan),
         "seed": options.seed,
         "ignore": list(options.ignore),
         "max-shard-size": exact_size(options.max_shard_bytes) if options.max_shard_bytes else None,
@@ -95,13 +96,15 @@ def _calibration(plan: Plan) -> Mapping[str, Scalar]:
     text = plan.calibration
     if text is None:
         return {}
+    feedback = text.options
     return {
         "calibration": text.data if text.is_data_set else None,
         "calibration-tokens": text.tokens,
         "calibration-sequence-length": text.sequence_length,
         "calibration-gradient-tokens": text.gradient_tokens,
-        **({"preserve-delta": f"{text.options.preserve_delta}"} if plan.adapted else {}),
+        **({"preserve-delta": f"{feedback.preserve_delta}"} if plan.adapted and feedback else {}),
         "residual-rank": plan.residual_rank or None,
+        "rescale": text.rescaling.name if text.rescaling else None,
     }
 
 

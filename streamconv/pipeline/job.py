@@ -13,6 +13,7 @@ from streamconv.choices import check_text
 from streamconv.errors import OptionError
 from streamconv.output import OUTPUT_FOLDERS
 from streamconv.plan import Calibration, MergeOptions
+from streamconv.rescaling import RESCALINGS
 from streamconv.sizes import parse_size
 
 OnProgress = Callable[[int, int], None]
@@ -69,6 +70,7 @@ def build_job(
     calibration_gradient_tokens: int = GRADIENT_TOKENS,
     preserve_delta: str | float = "auto",
     residual_rank: int = 0,
+    rescale: str = "none",
     merge_base: str = "original",
     seed: int = 0,
     min_kept: float | None = None,
@@ -116,6 +118,7 @@ def build_job(
                 calibration_gradient_tokens,
                 preserve_delta,
                 residual_rank,
+                rescale,
             ),
         ),
         device=device,
@@ -178,9 +181,17 @@ def calibration_options(
     gradient_tokens: int,
     preserve_delta: str | float,
     residual_rank: int = 0,
+    rescale: str = "none",
 ) -> Calibration | None:
     """A calibration as given; None without text. Raises OptionError for what cannot be meant."""
-    preserve = _preserve_delta(preserve_delta)
+    preserve, rescale = _preserve_delta(preserve_delta), rescale.lower()
+    if rescale not in RESCALINGS:
+        raise OptionError(f"--rescale {rescale} is not known; use one of {', '.join(RESCALINGS)}")
+    if data is None and rescale != "none":
+        raise OptionError(
+            f"--rescale {rescale} scales weights by what goes through the layers; give a text with --calibration FILE, "
+            "a .txt or .jsonl such as the model will work on, or leave it out"
+        )
     if residual_rank < 0:
         raise OptionError(
             f"--residual-rank {residual_rank} is negative; give 0 for no adapter, or more, such as 16"
@@ -213,6 +224,7 @@ def calibration_options(
         preserve,
         gradient_tokens=gradient_tokens,
         residual_rank=residual_rank,
+        rescale=rescale,
     )
 
 

@@ -11,14 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from streamconv.calibration.subject import Calibrated, calibrated_plan
+from streamconv.calibration.subject import Calibrated, calibrated_plan, rescaled_plan
 from streamconv.cells import KeptDelta
 from streamconv.checkpoint.writer import ShardWriter
 from streamconv.errors import VerificationError
 from streamconv.executor import Output, StopRequest, run_plans
 from streamconv.journal import Journal, remove_leftovers
 from streamconv.output import ShardSink, check_disk, publish_output, resume_points
-from streamconv.pipeline.calibrating import calibrate, described
+from streamconv.pipeline.calibrating import calibrate, described, rescale
 from streamconv.pipeline.contents import generated_files
 from streamconv.pipeline.job import OnProgress
 from streamconv.pipeline.meter import Meter
@@ -55,7 +55,7 @@ def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopReques
 class _Work:
     """An output in work: from where each shard that is not finished is produced, and the writers that stand there.
 
-    `calibrated` is what the calibration pass made, by weight.
+    `calibrated` is what the calibration pass made, by weight, `rescaled` what the pass before it did.
     """
 
     prepared: Prepared
@@ -65,6 +65,7 @@ class _Work:
     writers: dict[str, ShardWriter]
     resumed: bool
     calibrated: Mapping[str, Calibrated]
+    rescaled: Mapping[str, Calibrated]
 
     @property
     def plan(self) -> Plan:
@@ -102,7 +103,7 @@ def _produce(
         works = [_open(each, folder, stack) for each, folder in todo]
         check_disk([(work.out, work.plan, work.unfinished, work.journal) for work in works])
         meter.start(sum(work.there for work in works))
-        works = [_calibrated(work, meter.add, stop) for work in works]
+        works = [_calibrated(_rescaled(work, meter.add, stop), meter.add, stop) for work in works]
         outputs = [
             Output(
                 calibrated_plan(work.plan, work.calibrated),
@@ -127,6 +128,7 @@ def _produce(
             found,
             kept,
             described(work.calibrated),
+            described(work.rescaled),
             residual.as_json() if residual else None,
             seconds,
             meter.peak,
@@ -137,9 +139,19 @@ def _produce(
     ]
 
 
+def _rescaled(work: _Work, on_bytes: Callable[[int], None], stop: StopRequest) -> _Work:
+    """The work with the scales in its plan that a pass over the text chooses, or has chosen before."""
+    if work.plan.calibration is None or work.plan.calibration.rescaling is None:
+        return work
+    _log.info("choosing scales of %d weights", len(work.plan.scalings))
+    found = rescale(work.prepared.subject, work.journal.rescaling, on_bytes, stop)
+    prepared = replace(work.prepared, plan=rescaled_plan(work.plan, found))
+    return replace(work, prepared=prepared, rescaled=found)
+
+
 def _calibrated(work: _Work, on_bytes: Callable[[int], None], stop: StopRequest) -> _Work:
     """The work with what the calibration pass makes, or has made before."""
-    if work.plan.calibration is None:
+    if work.plan.calibration is None or work.plan.calibration.options is None:
         return work
     _log.info("calibrating %d weights", len(work.plan.calibrated))
     found = calibrate(work.prepared.subject, work.journal.calibration, on_bytes, stop)
@@ -152,7 +164,7 @@ def _open(prepared: Prepared, out: Path, stack: ExitStack) -> _Work:
     journal = stack.enter_context(Journal(out, plan.fingerprint, prepared.job.resume))
     starts, writers = resume_points(out, plan, journal)
     resumed = bool(journal.progress.finished or writers or journal.has_layers)
-    work = _Work(prepared, out, journal, starts, writers, resumed, {})
+    work = _Work(prepared, out, journal, starts, writers, resumed, {}, {})
     stack.callback(work.close)
     if work.resumed:
         _log.info(
@@ -164,8 +176,8 @@ def _open(prepared: Prepared, out: Path, stack: ExitStack) -> _Work:
 def _publish(work: _Work, kept: Kept | None, residual: ResidualAdapter | None) -> None:
     prepared, out, journal = work.prepared, work.out, work.journal
     _log.info("all shards are complete; putting them in place in %s", out)
-    told = described(work.calibrated)
-    generated = generated_files(prepared, journal.progress.finished, kept, told, residual)
+    calibrated, rescaled = described(work.calibrated), described(work.rescaled)
+    generated = generated_files(prepared, journal.progress.finished, kept, calibrated, rescaled, residual)
     waiting = residual.path if residual else None
     publish_output(out, work.plan, journal, prepared.copied, generated, waiting)
     if prepared.job.verify:
@@ -181,7 +193,7 @@ def _finished_before(prepared: Prepared, out: Path) -> Report | None:
     remove_leftovers(out)
     found = read_manifest(open_folder(str(out)), MANIFEST)
     kept = None
-    calibrated = found.get("calibrated", {})
+    calibrated, rescaled = found.get("calibrated", {}), found.get("rescaled", {})
     if found["kept_delta"] is not None:
         weights = found["kept_by_weight"]
         kept = Kept(found["kept_delta"], weights, found["base_error_to_delta"])
@@ -189,7 +201,7 @@ def _finished_before(prepared: Prepared, out: Path) -> Report | None:
     hashes = {name: shard["sha256"] for name, shard in found["shards"].items()}
     residual = found.get("residual")
     read = bytes_read([prepared.plan])
-    return _report(prepared, out, hashes, kept, calibrated, residual, 0.0, 0, read, resumed=True)
+    return _report(prepared, out, hashes, kept, calibrated, rescaled, residual, 0.0, 0, read, resumed=True)
 
 
 def _check_kept(works: Sequence[_Work], shares: Sequence[Kept | None]) -> None:
@@ -226,6 +238,7 @@ def _report(
     hashes: Mapping[str, str],
     kept: Kept | None,
     calibrated: Mapping[str, Mapping[str, float]],
+    rescaled: Mapping[str, Mapping[str, float]],
     residual: Mapping[str, Any] | None,
     seconds: float,
     peak: int,
@@ -245,6 +258,7 @@ def _report(
         base_error_to_delta=kept.base_error_to_delta if kept else None,
         calibration=plan.calibration.as_json() if plan.calibration else None,
         calibrated=calibrated,
+        rescaled=rescaled,
         residual=residual,
         shards=dict(sorted(hashes.items())),
         bytes_read=read,

@@ -10,14 +10,15 @@ from os import fspath
 from pathlib import Path
 from typing import Any
 
-from streamconv.calibration.subject import Calibrated, calibrated_plan
+from streamconv.calibration.subject import Calibrated, calibrated_plan, rescaled_plan
 from streamconv.calibration.weighing import Weighed, weigh
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.errors import InputError, OptionError, VerificationError
 from streamconv.executor import StopRequest
 from streamconv.formats import find_weights
-from streamconv.pipeline.calibrating import calibrate
+from streamconv.journal import CALIBRATION, RESCALING
+from streamconv.pipeline.calibrating import calibrate, rescale
 from streamconv.pipeline.job import Folder, Job, OnProgress, output_folder, quiet
 from streamconv.pipeline.meter import Meter
 from streamconv.pipeline.preparation import Prepared, prepare
@@ -94,6 +95,15 @@ def _compute_again(job: Job, found: Mapping[str, Any], out: Path, meter: Meter, 
     """
     content = read_manifest(open_folder(fspath(out)), MANIFEST)
     is_calibrated = found.get("calibration") is not None
+    if (
+        is_calibrated
+        and not with_text
+        and job.options.calibration
+        and job.options.calibration.rescale != "none"
+    ):
+        raise OptionError(
+            f"{out} was rescaled by its calibration text, which alone says by how much; give it with --calibration"
+        )
     if is_calibrated:  # what was enough when it was made is not known; no more is taken than is needed
         options = replace(job.options, max_ram_bytes=_NO_LIMIT, max_vram_bytes=_NO_LIMIT)
         job = replace(job, options=options)
@@ -116,13 +126,24 @@ def _compute_again(job: Job, found: Mapping[str, Any], out: Path, meter: Meter, 
 
 def _calibrate_again(again: Prepared, out: Path, meter: Meter) -> None:
     with tempfile.TemporaryDirectory(prefix="streamconv-") as folder:
-        made = calibrate(again.subject, Path(folder) / "calibration", lambda _: None, StopRequest())
+        again = _rescaled_again(again, Path(folder))
+        made: Mapping[str, Calibrated] = {}
+        if again.subject.calibration.options is not None:
+            made = calibrate(again.subject, Path(folder) / CALIBRATION, lambda _: None, StopRequest())
         verify_exactly(out, calibrated_plan(again.plan, made), meter.add, StopRequest())
         residual = make_residual(again.plan, made, Path(folder))
         if residual is not None and residual.sha256 != hash_file(str(out / RESIDUAL_TENSORS), lambda _: None):
             raise VerificationError(
                 f"{out / RESIDUAL_TENSORS} differs from what base, adapter, text and options give; do not use it"
             )
+
+
+def _rescaled_again(again: Prepared, folder: Path) -> Prepared:
+    """With the scales that the text chooses, where it does."""
+    if again.subject.calibration.rescaling is None:
+        return again
+    found = rescale(again.subject, folder / RESCALING, lambda _: None, StopRequest())
+    return replace(again, plan=rescaled_plan(again.plan, found))
 
 
 def _weigh_again(again: Prepared, content: Mapping[str, Any], out: Path, meter: Meter) -> int:
@@ -211,14 +232,16 @@ def _job_of(
 
 
 def _calibration_of(text: Mapping[str, Any], data: str | None) -> Calibration:
+    feedback = text["options"] or {}
     return Calibration(
         data=data or text["name"],
         tokens=text["tokens"],
         sequence_length=text["sequence_length"],
-        preserve_delta=text["options"]["preserve_delta"],
+        preserve_delta=feedback.get("preserve_delta"),
         threads=text["threads"],
         gradient_tokens=text["gradient_tokens"],
-        residual_rank=text["options"].get("residual_rank", 0),
+        residual_rank=feedback.get("residual_rank", 0),
+        rescale=text.get("rescale", "none"),
     )
 
 

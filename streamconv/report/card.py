@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.formats import FORMATS
-from streamconv.plan import Plan
+from streamconv.plan import CalibrationPlan, Plan
 from streamconv.recipe import RECIPE
 from streamconv.report.result import Kept
 from streamconv.sidecars import RESIDUAL
@@ -107,11 +107,8 @@ def _body(
         yield f"| target | {plan.target.reason} |"
     if plan.rounding:
         yield f"| rounding | {plan.rounding.name}: {plan.rounding.reason} |"
-    if text := plan.calibration:
-        yield (
-            f"| calibration text | {text.name} (SHA-256 {text.sha256}), {text.tokens} tokens in sequences of "
-            f"{text.sequence_length}; {len(plan.calibrated)} weights |"
-        )
+    if plan.calibration:
+        yield from _calibration(plan, plan.calibration)
     if plan.skipped:
         yield f"| left in 16 bit | {_some(plan.skipped)} |"
     if kept:
@@ -126,6 +123,19 @@ def _body(
     if plan.untied:
         yield "| embeddings | input and output embeddings differ and are stored apart |"
     yield ""
+
+
+def _calibration(plan: Plan, text: CalibrationPlan) -> Iterator[str]:
+    if text.rescaling:
+        pairs = len(text.rescaling.pairs)
+        yield (
+            f"| rescaling | {text.rescaling.name}, {pairs} pairs of weights by the calibration text; no adapter of "
+            "another model fits this one |"
+        )
+    yield (
+        f"| calibration text | {text.name} (SHA-256 {text.sha256}), {text.tokens} tokens in sequences of "
+        f"{text.sequence_length}; {len(plan.calibrated)} weights |"
+    )
 
 
 def _changes(plan: Plan) -> str:

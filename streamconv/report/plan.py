@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 from streamconv.formats.base import Constant
 from streamconv.kernels import TORCH, kernels_for
 from streamconv.plan import Copy, Plan, Rewrite, ShardPlan, Step, cell_rows, tile_rows
+from streamconv.rescaling.pairs import Rescaling
 from streamconv.sidecars import RESIDUAL
 from streamconv.sizes import format_size
 from streamconv.storage.base import SourceFile, Storage
@@ -91,8 +92,14 @@ def _calibration(plan: Plan) -> dict[str, Any] | None:
     return {
         **plan.calibration.as_json(),
         "weights": [step.name for step in plan.calibrated],
+        "pairs": _pairs(plan.calibration.rescaling),
         "need": asdict(need) if need else None,
     }
+
+
+def _pairs(rescaling: Rescaling | None) -> list[dict[str, Any]]:
+    pairs = rescaling.pairs if rescaling else ()
+    return [{"divided": pair.producer, "multiplied": list(pair.consumers)} for pair in pairs]
 
 
 def _residual(plan: Plan) -> dict[str, Any] | None:
@@ -219,11 +226,15 @@ def _calibration_lines(plan: Plan) -> list[tuple[str, str]]:
     text = plan.calibration
     if text is None:
         return []
-    spares = f", sparing the update by {text.options.preserve_delta:g}" if text.options.preserve_delta else ""
+    preserve = text.options.preserve_delta if text.options else 0.0
+    spares = f", sparing the update by {preserve:g}" if preserve else ""
     size = f"{text.tokens} tokens in sequences of {text.sequence_length}"
     if text.gradient_tokens:
         size += f", gradients of {text.gradient_tokens}"
-    lines = [("text", f"{text.name}: {size}, for {len(plan.calibrated)} weights, a layer at a time{spares}")]
+    what = f"{len(plan.calibrated)} weights" if text.options else "scales alone"
+    lines = [("text", f"{text.name}: {size}, for {what}, a layer at a time{spares}")]
+    if text.rescaling:
+        lines.insert(0, ("rescale", _rescaling(plan, text.rescaling)))
     if need := text.need:
         where = f"{format_size(need.ram)} RAM, {format_size(need.vram)} on {plan.device}"
         lines.append(("", f"its pass needs {where}, and {format_size(need.disk)} of disk until the end"))
@@ -236,6 +247,13 @@ def _calibration_lines(plan: Plan) -> list[tuple[str, str]]:
         unmerged = f"the base's own {plan.quant} codes with the adapter as it is are the target"
         lines.append(("", f"not to merge loses nothing: {unmerged}"))
     return lines
+
+
+def _rescaling(plan: Plan, found: Rescaling) -> str:
+    return (
+        f"{found.name}: {len(plan.scalings)} weights in {len(found.pairs)} pairs, as {found.family} has them, each "
+        "divided by what others are multiplied by"
+    )
 
 
 def _left(plan: Plan) -> list[tuple[str, str]]:

@@ -36,10 +36,12 @@ class Report:
     `kernels` says what quantized (see `kernels_of`), `renamed` how names of adapter and base were matched where they
     differ; `peak_ram_bytes` is anonymous memory above what the process had before planning; `kept_delta` is None where
     nothing was quantized. `calibration` says by which text and how, None where there was none; `calibrated` has of each
-    weight the share of its update kept in its outputs (`kept_h`) and their relative error. `residual` tells of the
-    residual adapter its rank, its bytes, for how many weights it is, and which share of the calibration's loss it takes
-    away (`removed`); None where there is none. `also` are the reports of
-    further outputs by format: what they share, `bytes_read`, `seconds` and memory, is that of the run.
+    weight the share of its update kept in its outputs (`kept_h`) and their relative error. `rescaled` has of each
+    weight that was divided to ease the rounding of others `alpha`, and the relative error of the outputs of these,
+    rounded to the nearest, with it and without (`unscaled_error`). `residual` tells of the residual adapter its rank,
+    its bytes, for how many weights it is, and which share of the calibration's loss it takes away (`removed`); None
+    where there is none. `also` are the reports of further outputs by format: what they share, `bytes_read`, `seconds`
+    and memory, is that of the run.
     """
 
     out: str
@@ -53,6 +55,7 @@ class Report:
     base_error_to_delta: float | None
     calibration: Mapping[str, Any] | None
     calibrated: Mapping[str, Mapping[str, float]]
+    rescaled: Mapping[str, Mapping[str, float]]
     residual: Mapping[str, Any] | None
     shards: Mapping[str, str]
     bytes_read: int
@@ -86,6 +89,7 @@ def manifest(
     hashes: Mapping[str, str],
     kept: Kept | None,
     calibrated: Mapping[str, Mapping[str, float]],
+    rescaled: Mapping[str, Mapping[str, float]],
     residual: Mapping[str, Any] | None,
     files: Mapping[str, bytes],
     large: Mapping[str, Mapping[str, Any]],
@@ -108,6 +112,7 @@ def manifest(
         "base_error_to_delta": kept.base_error_to_delta if kept else None,
         "calibration": plan.calibration.as_json() if plan.calibration else None,
         "calibrated": calibrated,
+        "rescaled": rescaled,
         "residual": residual,
         "adapted": plan.adapted,
         "replaced": plan.replaced,

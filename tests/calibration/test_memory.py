@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from streamconv.calibration.walk import release_freed_memory
+from streamconv.calibration.passes import release_freed_memory
 from streamconv.memory import anonymous_bytes
 
 

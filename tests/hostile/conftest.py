@@ -21,6 +21,7 @@ def model_commands() -> Iterator[Commands]:
     with fork_server(
         "streamconv.calibration.walk",
         "streamconv.calibration.need",
+        "streamconv.calibration.rescaling",
         "streamconv.forward.linears",
         "streamconv.evaluation.scoring",
         "streamconv.comparison.running",

@@ -116,6 +116,7 @@ def test_the_update_is_preserved_where_that_is_asked_for(inputs: Inputs) -> None
     def preserved(**options: Any) -> float:
         plan = inputs.prepare(**options).plan
         assert plan.calibration is not None
+        assert plan.calibration.options is not None
         return plan.calibration.options.preserve_delta
 
     assert preserved(**ON_GRID) == preserved(**ON_GRID, preserve_delta="auto") == 0

@@ -1,0 +1,76 @@
+"""What all passes of a text through a model share: the text, its threads, its memory, and how they are stopped."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from streamconv.calibration.subject import Subject
+from streamconv.devices import Device
+from streamconv.errors import ResourceError, Stopped
+from streamconv.executor import StopRequest
+from streamconv.forward.text import load_tokenizer, read_windows
+
+OnProgress = Callable[[int, int], None]
+"""Called with bytes of the base done and in all."""
+
+
+def windows_of(subject: Subject) -> Tensor:
+    """The calibration text [sequence, token]."""
+    calibration = subject.calibration
+    return read_windows(
+        calibration.data,
+        load_tokenizer(subject.tokenizer),
+        subject.sequences,
+        calibration.sequence_length,
+        "--calibration-tokens",
+    )
+
+
+def key_of(subject: Subject, windows: Tensor) -> str:
+    """All that the bytes of a pass depend on."""
+    digest = hashlib.sha256(subject.plan.digest.encode())
+    digest.update(json.dumps(windows.tolist()).encode())
+    return digest.hexdigest()
+
+
+def check_stop(stop: StopRequest) -> None:
+    """Raise Stopped if `stop` was set."""
+    if stop.signal_number is not None:
+        raise Stopped("stopped by a signal; run the same command again to go on", stop.signal_number)
+
+
+def release_freed_memory() -> None:
+    """Give the system what the allocator keeps of a layer that is done: it would add to the next one's peak."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim is not None:
+        trim(0)
+
+
+@contextmanager
+def fixed_threads(count: int) -> Iterator[None]:
+    """As many threads for a matrix product, whatever the caller's setting: its last bits may depend on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def telling_of_memory(device: Device) -> Iterator[None]:
+    """Raise ResourceError where a device runs out of memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"{device.name} ran out of memory: {str(error).splitlines()[0]} Free some, give a shorter "
+            "--calibration-sequence-length, or use --device cpu, and run again"
+        ) from error

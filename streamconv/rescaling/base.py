@@ -1,0 +1,54 @@
+"""What a family of models says of rescaling: which modules of a decoder layer produce what others alone consume.
+
+A pair is a module whose outputs can be divided by a scale each, and the linear layers that all read exactly these
+outputs and are multiplied by it: the model computes the same. A family's table is one file beside this one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Producer(Enum):
+    """How a module's weight makes the outputs that are to be divided."""
+
+    NORM = "norm"  # x · w
+    NORM_OF_ONE_MORE = "norm of one more"  # x · (1 + w), as Gemma has it
+    ROWS = "rows"  # of a linear layer, and its bias, whose outputs enter a product with another factor
+    VALUES = "values"  # of attention: a head of them is read by one query head or several
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Of attention: so many `queries` share the values of so many `keys`, all of a `width`."""
+
+    queries: int
+    keys: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Modules by their path in a decoder layer."""
+
+    producer: str
+    consumers: tuple[str, ...]
+    kind: Producer
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """`pairs` of a layer; `others` are the modules of it that read and make nothing that is rescaled.
+
+    Together they are all that a layer may have: a weight of a module that is not named might read what was divided.
+    """
+
+    pairs: tuple[Pair, ...]
+    others: tuple[str, ...] = ()
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """Every module of a layer that the family knows."""
+        paired = {path for pair in self.pairs for path in (pair.producer, *pair.consumers)}
+        return frozenset(paired | set(self.others))

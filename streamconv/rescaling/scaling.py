@@ -1,0 +1,52 @@
+"""What rescaling does to one weight: W' = diag(r) W diag(s); and to norms that multiply by 1 + w, 1 + w' = (1 + w) s.
+
+It is the last of a weight's updates and like one in all but this: what the update is measured against, the base, is
+rescaled as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from streamconv.adapters.base import ByRows
+from streamconv.checkpoint.types import Shape, StoredTensor
+from streamconv.formats.base import matrix_shape
+
+ROWS, COLUMNS = "rows", "columns"
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling(ByRows):
+    """`roles` name the factors it has: ROWS r [out], COLUMNS s [in], float32; of what has one axis, COLUMNS alone.
+
+    `shift` is 1 for a norm that multiplies by 1 + w, else 0. `parts` are empty in a plan: factors are known once a text
+    has gone through the model.
+    """
+
+    parameter: str
+    shape: Shape
+    roles: tuple[str, ...]
+    shift: float = 0.0
+    parts: Mapping[str, StoredTensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Of its factors."""
+        return 4 * sum(map(self.length, self.roles))
+
+    def length(self, role: str) -> int:
+        """Entries of a factor."""
+        return matrix_shape(self.shape)[0 if role == ROWS else 1]
+
+    def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
+        """`cell` rescaled, in place."""
+        assert parts.keys() == set(self.roles), f"{self.parameter}: scales are not known yet"
+        if COLUMNS in parts:
+            cell.mul_(parts[COLUMNS])
+        if ROWS in parts:
+            cell.mul_(parts[ROWS][rows.start : rows.stop].unsqueeze(1))
+        # So, what is multiplied by 1 stays as it is.
+        return cell.add_(parts[COLUMNS] - 1, alpha=self.shift) if self.shift else cell
