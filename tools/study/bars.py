@@ -22,6 +22,7 @@ from tools.study.beds import (
     TERM_ONE_SIDED_T,
     Merged,
 )
+from tools.study.beside_gptqmodel import CONTESTED, FEEDBACK, THEIRS
 from tools.study.prediction import ERASED, predicted_share
 
 STOCHASTIC = "stochastic-T"
@@ -82,6 +83,7 @@ def bars(beds: Mapping[str, Results], synthetic: Results) -> Iterator[Bar]:
             yield _half_the_kl(bed.label, beds[name], RESIDUAL_T, ALONE, "the same file alone")
             yield _half_the_kl(bed.label, beds[name], RESIDUAL_T, FEEDBACK_T.name, "feedback of T alone")
     yield from _synthetic(synthetic)
+    yield from _beside_gptqmodel(synthetic.get("gptqmodel", {}))
     yield _exact(beds)
     yield _cost(demo)
 
@@ -176,6 +178,22 @@ def _synthetic(synthetic: Results) -> Iterator[Bar]:
             continue
         kept = synthetic["compensated"][name]["kept"]
         yield Bar(claim, low < kept["mean"] < high, f"{kept['mean']:.3f} ± {kept['sd']:.3f}")
+
+
+def _beside_gptqmodel(results: Results) -> Iterator[Bar]:
+    """Of GPTQModel the setting that does best on the very text that both are judged by."""
+    for name in CONTESTED:
+        claim = f"{BEDS[name].label}: the GPTQ file of feedback of T is not worse in KL to T than any of GPTQModel's"
+        found = results.get("beds", {}).get(name, {})
+        rows = {row.name: row_of(found, row.name) for row in (*THEIRS, FEEDBACK)}
+
+        def say(*rows: Row) -> tuple[bool, str]:
+            *theirs, ours = rows
+            shares = [ratio(ours.kl, each.kl) for each in theirs]
+            most = max(shares, key=lambda share: share.value)
+            return most.value <= 1, f"ratio to the nearest of {len(theirs)}: {shown(most, 3)}"
+
+        yield _with(claim, rows, say)
 
 
 def _exact(beds: Mapping[str, Results]) -> Bar:
