@@ -159,10 +159,10 @@ def _results(**kl: float) -> dict[str, Any]:
     }
 
 
-def _judged(results: dict[str, Any]) -> dict[str, Bar]:
+def _judged(results: dict[str, Any], beside: dict[str, Any] | None = None) -> dict[str, Bar]:
     kept = {"nearest": 0.1, "feedback, delta term": 0.95}
     layers = {"compensated": {name: {"kept": {"mean": mean, "sd": 0.0}} for name, mean in kept.items()}}
-    more = layers | {"gptqmodel": _beside_gptqmodel()}
+    more = layers | {"gptqmodel": beside or _beside_gptqmodel()}
     return {bar.claim: bar for bar in bars(dict.fromkeys(BEDS, results), more)}
 
 
@@ -219,11 +219,11 @@ def test_checks_fail_where_the_residual_adapter_repairs_less_than_half(name: str
     assert any(bar.passes is False for bar in _judged(results).values())
 
 
-def test_checks_fail_where_a_file_of_gptqmodel_is_nearer() -> None:
-    for kl, passes in ((0.91, True), (0.89, False)):
-        results = {"gptqmodel": _beside_gptqmodel(**{THEIRS[-1].name.replace("-", "_"): kl})}
-        found = [bar for bar in bars({name: {} for name in BEDS}, results) if "GPTQModel" in bar.claim]
-        assert [bar.passes for bar in found] == [passes] * len(CONTESTED)
+@pytest.mark.parametrize(("kl", "passes"), [(0.91, True), (0.89, False)])
+def test_checks_fail_where_a_file_of_gptqmodel_is_nearer(kl: float, passes: bool) -> None:
+    beside = _beside_gptqmodel(**{THEIRS[-1].name.replace("-", "_"): kl})
+    found = _judged(_results(**GOOD), beside)
+    assert [bar.passes for bar in found.values() if "GPTQModel" in bar.claim] == [passes] * len(CONTESTED)
 
 
 def test_what_the_table_beside_gptqmodel_says() -> None:

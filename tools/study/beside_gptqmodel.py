@@ -57,15 +57,11 @@ class Ours:
 
 
 MSE = {"mse": 2.4}  # the power that GPTQModel's README names for the best quality
+AS_IT_COMES = Theirs("gptqmodel-default", "GPTQModel, as it comes", {})
 THEIRS = (
-    Theirs("gptqmodel-default", "GPTQModel, as it comes", {}),
+    AS_IT_COMES,
     Theirs("gptqmodel-mse", "GPTQModel, scales searched", MSE),
     Theirs("gptqmodel-desc-act", "GPTQModel, activation order, scales searched", {**MSE, "desc_act": True}),
-    Theirs(
-        "gptqmodel-static",
-        "GPTQModel, activation order, static groups, scales searched",
-        {**MSE, "desc_act": True, "static_groups": True},
-    ),
     Theirs("gptqmodel-gptaq", "GPTQModel, GPTAQ, scales searched", {**MSE, "gptaq": {"alpha": 0.25}}),
     Theirs(
         "gptqmodel-foem", "GPTQModel, FOEM, scales searched", {**MSE, "foem": {"alpha": 0.0, "beta": 0.2}}

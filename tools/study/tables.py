@@ -386,8 +386,8 @@ def gptqmodel_block(_: Mapping[str, Results], synthetic: Results) -> str:
         row for found in results["beds"].values() for row in found["rows"].values() if "versions" in row
     )
     versions = ", ".join(f"{name} {version}" for name, version in theirs["versions"].items())
-    (machine,) = _machines({"ours": results})
-    return "\n\n".join((*parts, f"- GPTQModel's environment: {versions}\n{machine}"))
+    (machine,) = _machines({"streamconv": results})
+    return "\n\n".join((*parts, f"- GPTQModel: {versions}\n{machine}"))
 
 
 def _contest(label: str, results: Results) -> str:
