@@ -26,6 +26,8 @@ from tools.study.beside_gptqmodel import AS_IT_COMES, CONTESTED, FEEDBACK, THEIR
 from tools.study.prediction import ERASED, predicted_share
 
 STOCHASTIC = "stochastic-T"
+# Of the list of `streamconv compare`: in the format that training had the base in.
+NF4_OF_T = ("nearest-T", "stochastic-T", "search-T", "feedback-T", "feedback-T-delta")
 ALONE = f"{RESIDUAL_T.name}-alone"
 MOST_MINUTES = 10
 
@@ -84,6 +86,8 @@ def bars(beds: Mapping[str, Results], synthetic: Results) -> Iterator[Bar]:
             yield _half_the_kl(bed.label, beds[name], RESIDUAL_T, FEEDBACK_T.name, "feedback of T alone")
     yield from _synthetic(synthetic)
     yield from _beside_gptqmodel(synthetic.get("gptqmodel", {}))
+    for name, found in synthetic.get("compared", {}).items():
+        yield from _compared(name, found)
     yield _exact(beds)
     yield _cost(demo)
 
@@ -195,6 +199,38 @@ def _beside_gptqmodel(results: Results) -> Iterator[Bar]:
             f"{BEDS[name].label}: KL to T of the GPTQ file of feedback of T is not above that of GPTQModel's"
         )
         yield _with(claim, _rows(found, FEEDBACK.name, AS_IT_COMES.name), say)
+
+
+def _compared(name: str, results: Results) -> Iterator[Bar]:
+    """Of what `streamconv compare` found: files of T for which bitsandbytes' own format is chosen, and others."""
+    label = BEDS[name].label
+    rows = {
+        row["name"]: row["numbers"] for row in results.get("comparison", {}).get("rows", ()) if row["numbers"]
+    }
+    for other in ("gptq-T", "awq-T"):
+        claim = (
+            f"{label}: the best nf4-dq file of T has a lower KL to T than {other}, at no more than 0.05 bits more, and "
+            "a perplexity that is not above beyond the interval"
+        )
+        if other not in rows or "feedback-T" not in rows:
+            yield Bar(claim, None, "not measured yet")
+            continue
+        best = min((each for each in NF4_OF_T if each in rows), key=lambda each: rows[each]["kl"]["value"])
+        ours, theirs = rows[best], rows[other]
+        share = ratio(ours["kl_by_sequence"], theirs["kl_by_sequence"])
+        gap = perplexity_difference(ours["losses"], theirs["losses"])
+        bits = ours["bits_per_weight"] - theirs["bits_per_weight"]
+        passes = share.high < 1 and bits <= 0.05 and gap.low <= 0
+        found = f"{best}: KL {shown(share, 3)} of it, {bits:+.2f} bits, perplexity {shown(gap, 3)} more"
+        yield Bar(claim, passes, found)
+    if name == "demo-kjv":
+        claim = f"{label}: compare takes under 60 minutes on 2 cores, stopped and gone on with once"
+        runs = results.get("runs", [])
+        minutes = sum(run["seconds"] for run in runs) / 60
+        said = f"{minutes:.0f} min in {len(runs)} runs"
+        yield (
+            Bar(claim, minutes < 60 and len(runs) > 1, said) if runs else Bar(claim, None, "not measured yet")
+        )
 
 
 def _exact(beds: Mapping[str, Results]) -> Bar:

@@ -35,13 +35,14 @@ class Amount:
     evaluated: int
     length: int
     calibration: int
+    gradients: int
     greedy: int
 
 
 AMOUNTS: Mapping[str, Amount] = {
-    "demo-kjv": Amount(8_192, 512, 4_096, 8),
-    "faq-kjv-light": Amount(16_384, 256, 16_384, 8),
-    "faq-kjv-heavy": Amount(16_384, 256, 16_384, 8),
+    "demo-kjv": Amount(4_096, 256, 4_096, 1_024, 8),
+    "faq-kjv-light": Amount(16_384, 256, 16_384, 2_048, 8),
+    "faq-kjv-heavy": Amount(16_384, 256, 16_384, 2_048, 8),
 }
 
 
@@ -55,6 +56,7 @@ def command(bed: Bed) -> Sequence[str]:
         "calibration": bed.calibration,
         "calibration-tokens": amount.calibration,
         "calibration-sequence-length": 512,
+        "calibration-gradient-tokens": amount.gradients,
         "tokens": amount.evaluated,
         "sequence-length": amount.length,
         "greedy-tokens": amount.greedy,

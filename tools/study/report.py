@@ -17,6 +17,7 @@ from tools.bench.results import RESULTS, ROOT, load
 from tools.study.bars import Results, bars
 from tools.study.beds import BEDS
 from tools.study.beside_gptqmodel import RESULT
+from tools.study.comparisons import AMOUNTS, results_path
 from tools.study.pictures import PICTURES
 from tools.study.tables import BLOCKS
 
@@ -30,12 +31,13 @@ _BLOCK = re.compile(r"(<!-- (\w+): made by tools/study/report -->\n)(.*?)(<!-- e
 def read(folder: Path) -> tuple[Mapping[str, Results], Results]:
     """Results of the beds by name, and of synthetic layers with those by size and those beside GPTQModel.
 
-    Empty where nothing was measured.
+    Comparisons stand there as well. Empty where nothing was measured.
     """
     beds = {name: load(folder / f"study-{name}.json") for name in BEDS}
     synthetic = load(folder / "study-synthetic.json")
     sizes, gptqmodel = (load(folder / name) for name in ("study-sizes.json", RESULT.name))
-    more = {"sizes": sizes.get("sizes", {}), "gptqmodel": gptqmodel}
+    compared = {name: load(folder / results_path(name).name) for name in AMOUNTS}
+    more = {"sizes": sizes.get("sizes", {}), "gptqmodel": gptqmodel, "compared": compared}
     return beds, synthetic and {**synthetic, **more}
 
 

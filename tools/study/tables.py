@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
 from streamconv.analysis.prediction import predicted_kept
-from streamconv.comparison.bootstrap import mean, perplexity, perplexity_difference, ratio
+from streamconv.comparison.bootstrap import Estimate, mean, perplexity, perplexity_difference, ratio
 from streamconv.grids import NF4
 from streamconv.rounding.adaptive import NEAREST_FROM
 from streamconv.rounding.feedback import FeedbackOptions
@@ -423,6 +424,72 @@ def _contest(label: str, results: Results) -> str:
     return f"**{label}** ({said})\n\n{_table(columns, rows)}"
 
 
+def compared_block(_: Mapping[str, Results], synthetic: Results) -> str:
+    parts = [_compared(BEDS[name].label, found) for name, found in synthetic["compared"].items() if found]
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def _compared(label: str, results: Results) -> str:
+    columns = (
+        "strategy",
+        "what",
+        "bits",
+        "perplexity",
+        "to T",
+        "KL to T, 1/1000 nat",
+        "top-1",
+        "greedy",
+        "kept",
+        "load, MB",
+        "tokens/s",
+        "merge, s",
+    )
+    found = results["comparison"]
+    rows, others = [], []
+    for row in found["rows"]:
+        what = row["label"] if row["quant"] in (None, "none") else f"{row['quant']}: {row['label']}"
+        if row["numbers"] is None:
+            others.append(f"- `{row['name']}`: {row['reason'] or row['failure']['message']}")
+            continue
+        rows.append([f"`{row['name']}`", what, *_compared_cells(row["numbers"])])
+    text, calibration = found["text"], found["calibration"]
+    said = (
+        f"**{label}.** {text['sequences']} x {text['sequence_length']} tokens of held-out text, "
+        f"{calibration['tokens']:,} of calibration, {text['greedy_tokens']} greedy ones; "
+        f"{sum(run['seconds'] for run in results['runs']) / 60:.0f} minutes in {len(results['runs'])} runs."
+    )
+    advice = [f"- {each['need']}: `{each['name']}`; {each['reason']}" for each in found["advice"]]
+    facts = results["machine"]
+    where = f"{facts['processor']}, {facts['cores']} cores; commit {facts['commit']}"
+    parts = (
+        said,
+        _table(columns, rows, (0, 1)),
+        "\n".join(others),
+        "\n".join(["Recommended:", "", *advice]),
+        f"({where})",
+    )
+    return "\n\n".join(part for part in parts if part)
+
+
+def _compared_cells(found: Mapping[str, Any]) -> Sequence[str]:
+    speed, gap, kl = found["speed"] or {}, found["perplexity_difference"], Estimate(**found["kl"])
+    loaded, rate = speed.get("load_peak_bytes"), speed.get("tokens_per_s")
+    return (
+        f"{found['bits_per_weight']:.2f}",
+        f"{found['perplexity']:.2f}",
+        f"{gap['value']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})",
+        f"{1000 * kl.value:.2f} ({1000 * kl.low:.2f} to {1000 * kl.high:.2f})",
+        f"{found['top1_agreement']:.1%}",
+        "" if found["greedy_identical"] is None else f"{found['greedy_identical']:.0%}",
+        "" if found["kept_delta"] is None else f"{found['kept_delta']:.1%}",
+        "" if loaded is None else f"{loaded / 1e6:.0f}",
+        "" if rate is None else f"{rate:.1f}",
+        ""
+        if found["merge_seconds"] is None
+        else f"{found['merge_seconds']:.0f}" + "+" * found["merge_resumed"],
+    )
+
+
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> str:
     """Markdown; columns of `words` stand left, numbers right."""
     if not rows:
@@ -468,4 +535,5 @@ BLOCKS: Mapping[str, Callable[[Mapping[str, Results], Results], str]] = {
     "bars": bars_block,
     "machine": machine_block,
     "gptqmodel": gptqmodel_block,
+    "compared": compared_block,
 }
