@@ -54,8 +54,8 @@ def rescaling_need(walk: Walk, subject: Subject) -> Need:
     length, tokens = subject.calibration.sequence_length, subject.calibration.tokens
     batch, layers = min(subject.sequences, batch_of(length)), range(len(walk.skeleton.layers))
     forward = batch * sequence_bytes(walk, length)
-    on_device = table_bytes(walk, tokens)
-    on_device += max(_rescaling_layer(walk, number, subject, forward) for number in layers)
+    on_device = max(_rescaling_layer(walk, number, subject, forward) for number in layers)
+    on_device = max(on_device, walk.layer_bytes(0) + forward + table_bytes(walk, tokens))
     on_host = _FIXED_BYTES + 4 * batch * length * walk.hidden + subject.plan.scaling_bytes
     disk = 2 * 4 * tokens * walk.hidden + subject.plan.scaling_bytes + len(layers) * _HEADER_BYTES
     read = sum(walk.source.stored_bytes(name) for number in layers for name in walk.layer_weights(number))

@@ -237,7 +237,8 @@ def _calibration_lines(plan: Plan) -> list[tuple[str, str]]:
         lines.insert(0, ("rescale", _rescaling(plan, text.rescaling)))
     if need := text.need:
         where = f"{format_size(need.ram)} RAM, {format_size(need.vram)} on {plan.device}"
-        lines.append(("", f"its pass needs {where}, and {format_size(need.disk)} of disk until the end"))
+        what = "passes need" if text.rescaling and text.options else "pass needs"
+        lines.append(("", f"its {what} {where}, and {format_size(need.disk)} of disk until the end"))
     if plan.residual_rank:
         size = f"{format_size(plan.residual_bytes)}, in {RESIDUAL}/"
         lines.append(
