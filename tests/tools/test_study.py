@@ -9,6 +9,7 @@ from typing import Any
 
 import bitsandbytes
 import pytest
+import safetensors.torch
 import torch
 
 from streamconv.analysis.prediction import predicted_kept
@@ -28,9 +29,10 @@ from tools.study.beds import (
     Merged,
     Opened,
 )
+from tools.study.beside_gptqmodel import CONTEST, CONTESTED, FEEDBACK, THEIRS, bits_per_weight
 from tools.study.judge import judge
 from tools.study.pictures import PICTURES
-from tools.study.report import _BLOCK, GUIDE, PAGE, read, render
+from tools.study.report import _BLOCK, PAGE, PAGES, read, render
 from tools.study.tables import BLOCKS, NOT_MEASURED
 from tools.study.weights import shape
 from tools.train_third_adapter import paragraphs, split
@@ -112,12 +114,12 @@ def test_what_is_held_out_is_not_trained_on() -> None:
 
 
 def test_the_page_says_what_was_measured() -> None:
-    page, guide = (each.read_text() for each in (PAGE, GUIDE))
-    assert render(page, RESULTS) == page, "run tools/study/report"
-    assert render(guide, RESULTS) == guide, "run tools/study/report"
-    assert sorted(found[1] for found in _BLOCK.findall(page + guide)) == sorted(BLOCKS)
+    pages = [page.read_text() for page in PAGES]
+    for page in pages:
+        assert render(page, RESULTS) == page, "run tools/study/report"
+    assert sorted(found[1] for found in _BLOCK.findall("".join(pages))) == sorted(BLOCKS)
     for name in PICTURES:
-        assert f"({name})" in page
+        assert f"({name})" in PAGE.read_text()
 
 
 def test_the_words_around_the_blocks_hold_no_measured_number() -> None:
@@ -157,10 +159,32 @@ def _results(**kl: float) -> dict[str, Any]:
     }
 
 
-def _judged(results: dict[str, Any]) -> dict[str, Bar]:
+def _judged(results: dict[str, Any], beside: dict[str, Any] | None = None) -> dict[str, Bar]:
     kept = {"nearest": 0.1, "feedback, delta term": 0.95}
     layers = {"compensated": {name: {"kept": {"mean": mean, "sd": 0.0}} for name, mean in kept.items()}}
-    return {bar.claim: bar for bar in bars(dict.fromkeys(BEDS, results), layers)}
+    more = layers | {"gptqmodel": beside or _beside_gptqmodel()}
+    return {bar.claim: bar for bar in bars(dict.fromkeys(BEDS, results), more)}
+
+
+def _beside_gptqmodel(**kl: float) -> dict[str, Any]:
+    """Results of the contest where every file has the KL that is given, or 1, and ours 0.9."""
+    given = {FEEDBACK.name: 0.9} | {name.replace("_", "-"): value for name, value in kl.items()}
+    rows = {
+        row.name: {
+            "losses": [1.0] * 4,
+            "kl": [given.get(row.name, 1.0)] * 4,
+            "agreement": 0.9,
+            "bits": 4.5,
+            "cpu_s": 1.0,
+            "versions": {},
+        }
+        for row in CONTEST
+    }
+    bed = {"bed": {"calibration_tokens": 512}, "group_size": 64, "rows": rows}
+    machine = {"processor": "P", "cores": 2, "commit": "abc"} | dict.fromkeys(
+        ("torch", "bitsandbytes", "peft", "transformers"), "1"
+    )
+    return {"machine": machine, "beds": dict.fromkeys(CONTESTED, bed)}
 
 
 GOOD = {
@@ -193,6 +217,33 @@ def test_checks_fail_where_the_residual_adapter_repairs_less_than_half(name: str
     if name == "alone":
         results["rows"]["feedback-T-residual"]["alone"]["kl"] = [kl] * 4
     assert any(bar.passes is False for bar in _judged(results).values())
+
+
+@pytest.mark.parametrize(("kl", "passes"), [(0.91, True), (0.89, False)])
+def test_checks_fail_where_a_file_of_gptqmodel_is_nearer(kl: float, passes: bool) -> None:
+    beside = _beside_gptqmodel(**{THEIRS[-1].name.replace("-", "_"): kl})
+    found = _judged(_results(**GOOD), beside)
+    assert [bar.passes for bar in found.values() if "GPTQModel" in bar.claim] == [passes] * len(CONTESTED)
+
+
+def test_what_the_table_beside_gptqmodel_says() -> None:
+    made = BLOCKS["gptqmodel"]({}, {"gptqmodel": _beside_gptqmodel(nearest=1.8)})
+    label = next(row.label for row in CONTEST if row.name == "nearest")
+    interval = "1800.00 (1800.00 to 1800.00)"
+    assert f"| {label} | 4.50 | 2.72 | {interval} | 90.0% | 2.00 (2.00 to 2.00) | 1 |" in made
+
+
+def test_bits_are_those_of_the_bytes_of_quantized_modules(tmp_path: Path) -> None:
+    rows, columns, group = 64, 128, 32
+    tensors = {
+        "layer.qweight": torch.zeros(columns // 8, rows, dtype=torch.int32),
+        "layer.qzeros": torch.zeros(columns // group, rows // 8, dtype=torch.int32),
+        "layer.scales": torch.zeros(columns // group, rows, dtype=torch.float16),
+        "layer.g_idx": torch.zeros(columns, dtype=torch.int32),
+        "head.weight": torch.zeros(rows, columns),
+    }
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    assert bits_per_weight(tmp_path) == 4 + (16 + 4) / group + 32 / rows
 
 
 def test_checks_fail_where_nothing_is_recovered() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from tools.study.beds import (
     TERM_ONE_SIDED_T,
     Merged,
 )
+from tools.study.beside_gptqmodel import AS_IT_COMES, CONTESTED, FEEDBACK, THEIRS
 from tools.study.prediction import ERASED, predicted_share
 
 STOCHASTIC = "stochastic-T"
@@ -82,6 +83,7 @@ def bars(beds: Mapping[str, Results], synthetic: Results) -> Iterator[Bar]:
             yield _half_the_kl(bed.label, beds[name], RESIDUAL_T, ALONE, "the same file alone")
             yield _half_the_kl(bed.label, beds[name], RESIDUAL_T, FEEDBACK_T.name, "feedback of T alone")
     yield from _synthetic(synthetic)
+    yield from _beside_gptqmodel(synthetic.get("gptqmodel", {}))
     yield _exact(beds)
     yield _cost(demo)
 
@@ -176,6 +178,23 @@ def _synthetic(synthetic: Results) -> Iterator[Bar]:
             continue
         kept = synthetic["compensated"][name]["kept"]
         yield Bar(claim, low < kept["mean"] < high, f"{kept['mean']:.3f} ± {kept['sd']:.3f}")
+
+
+def _beside_gptqmodel(results: Results) -> Iterator[Bar]:
+    """Of GPTQModel that counts which does best, of what was measured, on the very text that both are judged by."""
+    for name in CONTESTED:
+        found = results.get("beds", {}).get(name, {})
+        theirs = [row for each in THEIRS if (row := row_of(found, each.name))]
+
+        def say(ours: Row, _: Row, theirs: Sequence[Row] = tuple(theirs)) -> tuple[bool, str]:
+            shares = [ratio(ours.kl, each.kl) for each in theirs]
+            most = max(shares, key=lambda share: share.value)
+            return most.value <= 1, f"ratio to the best of {len(theirs)} ways: {shown(most, 3)}"
+
+        claim = (
+            f"{BEDS[name].label}: KL to T of the GPTQ file of feedback of T is not above that of GPTQModel's"
+        )
+        yield _with(claim, _rows(found, FEEDBACK.name, AS_IT_COMES.name), say)
 
 
 def _exact(beds: Mapping[str, Results]) -> Bar:

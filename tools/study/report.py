@@ -1,6 +1,6 @@
-"""docs/why-merging-loses-quality.md and guide-residual.md: numbers, tables and pictures come from docs/results.
+"""docs/why-merging-loses-quality.md, guide-residual.md and results.md: what is measured there comes from docs/results.
 
-A block of the page stands between `<!-- NAME: made by tools/study/report -->` and `<!-- end -->`; the words around
+A block of a page stands between `<!-- NAME: made by tools/study/report -->` and `<!-- end -->`; the words around
 blocks are written by hand and hold no measured number. `--check` writes nothing and ends with 1 if a block is not
 what the results say; `--bars` prints what has been shown and what has not.
 """
@@ -16,19 +16,27 @@ from pathlib import Path
 from tools.bench.results import RESULTS, ROOT, load
 from tools.study.bars import Results, bars
 from tools.study.beds import BEDS
+from tools.study.beside_gptqmodel import RESULT
 from tools.study.pictures import PICTURES
 from tools.study.tables import BLOCKS
 
 PAGE = ROOT / "docs/why-merging-loses-quality.md"
 GUIDE = ROOT / "docs/guide-residual.md"
+RESULTS_PAGE = ROOT / "docs/results.md"
+PAGES = (PAGE, GUIDE, RESULTS_PAGE)
 _BLOCK = re.compile(r"(<!-- (\w+): made by tools/study/report -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def read(folder: Path) -> tuple[Mapping[str, Results], Results]:
-    """Results of the beds by name, and of synthetic layers with those by size; empty where nothing was measured."""
+    """Results of the beds by name, and of synthetic layers with those by size and those beside GPTQModel.
+
+    Empty where nothing was measured.
+    """
     beds = {name: load(folder / f"study-{name}.json") for name in BEDS}
     synthetic = load(folder / "study-synthetic.json")
-    return beds, synthetic and {**synthetic, "sizes": load(folder / "study-sizes.json").get("sizes", {})}
+    sizes, gptqmodel = (load(folder / name) for name in ("study-sizes.json", RESULT.name))
+    more = {"sizes": sizes.get("sizes", {}), "gptqmodel": gptqmodel}
+    return beds, synthetic and {**synthetic, **more}
 
 
 def render(page: str, folder: Path) -> str:
@@ -48,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for bar in bars(beds, synthetic):
             print({True: "pass", False: "FAIL", None: "    "}[bar.passes], f"{bar.claim}: {bar.found}")
         return
-    for page in (PAGE, GUIDE):
+    for page in PAGES:
         before = page.read_text()
         made = render(before, options.results)
         if not options.check:

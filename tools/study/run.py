@@ -51,7 +51,7 @@ NAMES = (SYNTHETIC, SIZES, *BEDS)
 def study(bed: Bed, wanted: Callable[[str], bool], tell: Callable[[str], None]) -> None:
     """Fill in what is missing in the results of `bed`."""
     path = results_path(bed)
-    results = load(path) or {"bed": _described(bed), "machine": {}, "rows": {}, "weights": []}
+    results = load(path) or {"bed": described(bed), "machine": {}, "rows": {}, "weights": []}
     work = WORK / bed.name
     windows = read_windows(bed.base, bed.held_out, bed.windows, bed.tokens)
     every: tuple[Opened | Merged, ...] = (*OPENED, *MERGED)
@@ -62,7 +62,7 @@ def study(bed: Bed, wanted: Callable[[str], bool], tell: Callable[[str], None]) 
     adapted = _adapted(bed, work)
     if not results["weights"]:
         tell(f"{bed.name}: what nearest rounding does to every weight")
-        results["weights"] = [_rounded(describe(layer)) for layer in adapted.values()]
+        results["weights"] = [rounded(describe(layer)) for layer in adapted.values()]
         save(path, MADE_BY, results)
     for row in rows:
         tell(f"{bed.name}: {row.label}")
@@ -70,7 +70,7 @@ def study(bed: Bed, wanted: Callable[[str], bool], tell: Callable[[str], None]) 
         if isinstance(row, Merged):
             found = _merged(bed, row, windows, reference, head, adapted)
         results["machine"] = machine(work)
-        results["rows"][row.name] = {**_rounded(found), "commit": results["machine"]["commit"]}
+        results["rows"][row.name] = {**rounded(found), "commit": results["machine"]["commit"]}
         save(path, MADE_BY, results)
 
 
@@ -81,7 +81,7 @@ def results_path(bed: Bed) -> Path:
 def _adapted(bed: Bed, work: Path) -> Mapping[str, Layer]:
     base_nf4 = work / "base-nf4"
     if not base_nf4.exists():
-        _streamconv("convert", "--base", str(bed.base), "-o", str(base_nf4), "--quant", "nf4-dq")
+        streamconv("convert", "--base", str(bed.base), "-o", str(base_nf4), "--quant", "nf4-dq")
     return {layer.name: layer for layer in layers(bed.base, base_nf4, bed.adapter)}
 
 
@@ -103,7 +103,7 @@ def _merged(
     out = WORK / bed.name / row.name
     options = [*row.options, *(bed.calibration_options if row.calibrated else ())]
     shutil.rmtree(out, ignore_errors=True)
-    cost = _streamconv(
+    cost = streamconv(
         "merge", "--base", str(bed.base), "--adapter", str(bed.adapter), "-o", str(out), *options
     )
     report = json.loads(cost.stdout)
@@ -132,7 +132,7 @@ def not_exact(out: Path) -> list[str]:
     """Modules of an nf4 output whose weights bitsandbytes and streamconv decode differently, in any bit."""
     dense = out.with_name(f"{out.name}-dense")
     shutil.rmtree(dense, ignore_errors=True)
-    _streamconv("convert", "--base", str(out), "-o", str(dense), "--quant", "none")
+    streamconv("convert", "--base", str(out), "-o", str(dense), "--quant", "none")
     ours = read_tensors(dense)
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     wrong = [
@@ -145,7 +145,7 @@ def not_exact(out: Path) -> list[str]:
     return wrong
 
 
-def _streamconv(*arguments: str) -> Cost:
+def streamconv(*arguments: str) -> Cost:
     command = [sys.executable, "-m", "streamconv", *arguments, "--json"]
     cost = measure(command)
     if cost.exit_code:
@@ -153,19 +153,19 @@ def _streamconv(*arguments: str) -> Cost:
     return cost
 
 
-def _described(bed: Bed) -> dict[str, Any]:
+def described(bed: Bed) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(bed).items()}
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Numbers to seven digits: more would only fill the file."""
     match value:
         case float():
             return float(f"{value:.7g}")
         case dict():
-            return {key: _rounded(item) for key, item in value.items()}
+            return {key: rounded(item) for key, item in value.items()}
         case list():
-            return [_rounded(item) for item in value]
+            return [rounded(item) for item in value]
         case _:
             return value
 
@@ -206,7 +206,7 @@ def _synthetic(anew: Sequence[str], tell: Callable[[str], None]) -> None:
         return
     tell("synthetic layers")
     found = {"dead_zone": synthetic.dead_zone(), "compensated": synthetic.compensated()}
-    save(path, MADE_BY, {"machine": machine(RESULTS), "seeds": list(synthetic.SEEDS), **_rounded(found)})
+    save(path, MADE_BY, {"machine": machine(RESULTS), "seeds": list(synthetic.SEEDS), **rounded(found)})
 
 
 def _sizes(tell: Callable[[str], None]) -> None:
@@ -226,7 +226,7 @@ def _sizes(tell: Callable[[str], None]) -> None:
         for row in BY_SIZE:
             measured = _merged(bed, row, windows, reference, head, adapted)
             found[row.name] = {"kept": measured["kept"], "kl": measured["kl"]}
-        results["sizes"][str(factor)] = _rounded(found)
+        results["sizes"][str(factor)] = rounded(found)
         save(path, MADE_BY, results | {"machine": machine(work)})
 
 

@@ -30,6 +30,8 @@ from tools.study.beds import (
     TERM_ONE_SIDED_T,
     WEIGHED_SEARCH_T,
 )
+from tools.study.beside_gptqmodel import CONTEST
+from tools.study.beside_gptqmodel import FEEDBACK as FEEDBACK_OF_GPTQ
 from tools.study.prediction import predicted_share
 
 NOT_MEASURED = "Not measured yet."
@@ -374,6 +376,53 @@ def residual_block(beds: Mapping[str, Results], _: Results) -> str:
     )
 
 
+def gptqmodel_block(_: Mapping[str, Results], synthetic: Results) -> str:
+    """GPTQ files by GPTQModel and by streamconv, a table for each bed."""
+    results = synthetic.get("gptqmodel", {})
+    if not results:
+        return NOT_MEASURED
+    parts = [_contest(BEDS[name].label, found) for name, found in results["beds"].items()]
+    theirs = next(
+        row for found in results["beds"].values() for row in found["rows"].values() if "versions" in row
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in theirs["versions"].items())
+    (machine,) = _machines({"streamconv": results})
+    return "\n\n".join((*parts, f"- GPTQModel: {versions}\n{machine}"))
+
+
+def _contest(label: str, results: Results) -> str:
+    columns = (
+        "file",
+        "bits a weight",
+        "perplexity",
+        "KL to T, 1/1000 nat",
+        "same top token",
+        "KL to that of streamconv, feedback",
+        "processor time, s",
+    )
+    ours = row_of(results, FEEDBACK_OF_GPTQ.name)
+    rows = []
+    for name, words in {"T": "T, merged in float32", **{row.name: row.label for row in CONTEST}}.items():
+        if (row := row_of(results, name)) is None:
+            continue
+        found = results["rows"][name]
+        again = shown(ratio(row.kl, ours.kl)) if ours and name not in ("T", FEEDBACK_OF_GPTQ.name) else ""
+        cells = [
+            words,
+            f"{found['bits']:.2f}" if "bits" in found else "32",
+            f"{perplexity(row.losses).value:.2f}",
+            "0" if name == "T" else _thousandths(row.kl),
+            f"{found['agreement']:.1%}",
+            again,
+            f"{found['cpu_s']:.0f}" if "cpu_s" in found else "",
+        ]
+        rows.append(cells)
+    said = (
+        f"{results['bed']['calibration_tokens']:,} tokens of calibration, groups of {results['group_size']}"
+    )
+    return f"**{label}** ({said})\n\n{_table(columns, rows)}"
+
+
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> str:
     """Markdown; columns of `words` stand left, numbers right."""
     if not rows:
@@ -418,4 +467,5 @@ BLOCKS: Mapping[str, Callable[[Mapping[str, Results], Results], str]] = {
     "residual": residual_block,
     "bars": bars_block,
     "machine": machine_block,
+    "gptqmodel": gptqmodel_block,
 }
