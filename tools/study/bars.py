@@ -177,7 +177,7 @@ def _synthetic(synthetic: Results) -> Iterator[Bar]:
         ("feedback, delta term", "above 0.9", 0.9, np.inf),
     ):
         claim = f"synthetic layer, delta of 5 %: kept share of {name} of T {words}"
-        if not synthetic:
+        if "compensated" not in synthetic:
             yield Bar(claim, None, "not measured yet")
             continue
         kept = synthetic["compensated"][name]["kept"]
