@@ -425,7 +425,9 @@ def _contest(label: str, results: Results) -> str:
 
 
 def compared_block(_: Mapping[str, Results], synthetic: Results) -> str:
-    parts = [_compared(BEDS[name].label, found) for name, found in synthetic["compared"].items() if found]
+    parts = [
+        _compared(BEDS[name].label, found) for name, found in synthetic.get("compared", {}).items() if found
+    ]
     return "\n\n".join(parts) or NOT_MEASURED
 
 
