@@ -41,8 +41,8 @@ class Amount:
 
 AMOUNTS: Mapping[str, Amount] = {
     "demo-kjv": Amount(4_096, 256, 4_096, 1_024, 8),
-    "faq-kjv-light": Amount(16_384, 256, 16_384, 2_048, 8),
-    "faq-kjv-heavy": Amount(16_384, 256, 16_384, 2_048, 8),
+    "faq-kjv-light": Amount(8_192, 256, 8_192, 2_048, 8),
+    "faq-kjv-heavy": Amount(8_192, 256, 8_192, 2_048, 8),
 }
 
 
