@@ -94,7 +94,7 @@ def test_the_table_has_what_was_measured_and_says_what_was_not() -> None:
     assert "| `feedback-T` | nf4-dq: feedback-T | 4.10 | 2.00 | +0.10 (+0.00 to +0.20) |" in page
     assert "| 12+ |" in page
     assert "- `awq-T`: there is no text" in page
-    assert "40 minutes in 2 runs" in page
+    assert "40 minutes in 2 runs, stopped in between." in page
 
 
 @pytest.mark.parametrize("name", AMOUNTS)

@@ -458,7 +458,7 @@ def _compared(label: str, results: Results) -> str:
     said = (
         f"**{label}.** {text['sequences']} x {text['sequence_length']} tokens of held-out text, "
         f"{calibration['tokens']:,} of calibration, {text['greedy_tokens']} greedy ones; "
-        f"{sum(run['seconds'] for run in results['runs']) / 60:.0f} minutes in {len(results['runs'])} runs."
+        f"{sum(run['seconds'] for run in results['runs']) / 60:.0f} minutes in {_runs(len(results['runs']))}."
     )
     advice = [f"- {each['need']}: `{each['name']}`; {each['reason']}" for each in found["advice"]]
     facts = results["machine"]
@@ -471,6 +471,10 @@ def _compared(label: str, results: Results) -> str:
         f"({where})",
     )
     return "\n\n".join(part for part in parts if part)
+
+
+def _runs(count: int) -> str:
+    return "one run" if count == 1 else f"{count} runs, stopped in between"
 
 
 def _compared_cells(found: Mapping[str, Any]) -> Sequence[str]:
