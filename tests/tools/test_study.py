@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,19 @@ def test_checks_fail_where_nothing_is_recovered() -> None:
     results = _results(**GOOD)
     results["rows"][FEEDBACK_T.name]["losses"] = [2.9] * 4
     assert any(bar.passes is False and "94%" in bar.claim for bar in _judged(results).values())
+
+
+def test_what_a_host_adds_is_counted_by_tiles_or_by_columns() -> None:
+    """With one try after the two starts."""
+    options = FeedbackOptions(sweeps=0, refits=1)
+    shapes = replace(cost.DEMO, layers=1, hidden=128, intermediate=64, key_value=64)
+    # q and o are 128 x 128; k and v 64 x 128, as are gate and up; down is 128 x 64.
+    factors = cost.operations(shapes, 1, options)["factors"] / cost.HOST_RATE
+    a_tile = cost.TILE_CALLS * cost.CALL_S + 2 * 64 * 64 * 128 / cost.CORE_RATE
+    assert cost.host_seconds(shapes, options) == pytest.approx(factors + 3 * (2 * 4 + 5 * 2) * a_tile)
+    a_column = cost.COLUMN_CALLS * cost.CALL_S
+    plain = cost.host_seconds(shapes, options, gradients=0)
+    assert plain == pytest.approx(factors + 3 * (6 * 128 + 64) * a_column)
 
 
 def test_operations_grow_as_the_formula_says() -> None:

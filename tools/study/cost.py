@@ -1,4 +1,4 @@
-"""What calibrated rounding costs: operations counted from shapes, and the time they take at an assumed rate.
+"""What calibrated rounding costs: operations counted from shapes, and the time they take at assumed rates.
 
 For a decoder layer, N tokens of calibration text and M of which gradients are taken; linears [out, in] in groups that
 share their input (q k v, o, gate up, down):
@@ -11,7 +11,12 @@ share their input (q k v, o, gate up, down):
     rounding   out in (in + out) for every try of feedback, twice that for every sweep of descent; without gradients
                out in^2
 
-Attention and elementwise work are left out; for sequences of a few thousand tokens they are a few per cent.
+Attention and elementwise work of the forward passes are left out; for sequences of a few thousand tokens they are a few
+per cent.
+
+With a GPU, not all is done there. Factors are computed in float64 on the host. Without gradients every column of a panel
+is settled by some calls to the GPU, for 4,096 rows at a time; with gradients every tile of 64 by 64 comes to the host,
+where one core settles it element after element. For large models that is most of the time.
 """
 
 from __future__ import annotations
@@ -23,6 +28,11 @@ from streamconv.rounding.feedback import FeedbackOptions
 
 # Sustained, in float32 with TF32 off, of one data-centre GPU and of one 24 GB card: assumptions, not measured here.
 RATES = (("a GPU at 40 TFLOP/s", 40e12), ("a GPU at 20 TFLOP/s", 20e12))
+# Likewise assumed: of a host, float64 on all cores, and float32 on one of them in short loops; and of a call to a GPU.
+HOST_RATE, CORE_RATE, CALL_S = 500e9, 10e9, 5e-6
+# Calls for a column of some rows, and for a tile, counted in `kernels/in_torch.py` and `rounding/columns.py`.
+COLUMN_CALLS, TILE_CALLS = 25, 40
+DEVICE_ROWS, TILE = 4096, 64
 STARTS = 2  # feedback on searched scales and on the base's own
 GRADIENT_TOKENS = 2048
 
@@ -68,7 +78,9 @@ def operations(
     before = sum(sum(linears[:place]) for place in range(len(groups)))
     forward = 2 * sum(linears) + before * (2 if on_gpu else 1)
     outputs = sum(rows**2 for _, outs in groups for rows in outs)
-    tries = STARTS + options.refits + 2 * options.sweeps * (1 + options.refits)
+    tries = (
+        STARTS + options.refits + 2 * options.sweeps * (1 + options.refits)
+    )  # a sweep has twice the products
     each = [(columns, rows) for columns, outs in groups for rows in outs]
     parts = {
         "forward": 2 * tokens * forward,
@@ -79,3 +91,16 @@ def operations(
         * sum(rows * columns * (columns + rows * bool(gradients)) for columns, rows in each),
     }
     return {part: float(shapes.layers * count) for part, count in parts.items()}
+
+
+def host_seconds(shapes: Shapes, options: FeedbackOptions, gradients: int = GRADIENT_TOKENS) -> float:
+    """What of a run with a GPU is done on its host, or waits for calls."""
+    passes = STARTS + options.refits + options.sweeps * (1 + options.refits)
+    each = [(columns, rows) for columns, outs in shapes.groups for rows in outs]
+    if gradients:
+        tiles = sum(-(-columns // TILE) * -(-rows // TILE) for columns, rows in each)
+        settling = tiles * (TILE_CALLS * CALL_S + 2 * TILE**2 * (TILE + TILE) / CORE_RATE)
+    else:
+        settling = sum(columns * -(-rows // DEVICE_ROWS) for columns, rows in each) * COLUMN_CALLS * CALL_S
+    factors = operations(shapes, 1, options, gradients=gradients)["factors"] / HOST_RATE
+    return shapes.layers * passes * settling + factors

@@ -303,21 +303,15 @@ def cost_block(beds: Mapping[str, Results], _: Results) -> str:
         "model, tokens",
         *cost.operations(cost.DEMO, 1, options),
         "in all",
-        *(name for name, _ in cost.RATES),
+        "host and calls",
+        *(f"in all, with {name}" for name, _ in cost.RATES),
     )
-    rows = []
-    for shapes, tokens in ((cost.DEMO, 16_384), *((large, 65_536) for large in cost.LARGE)):
-        parts = cost.operations(shapes, tokens, options, on_gpu=shapes is not cost.DEMO)
-        total = sum(parts.values())
-        times = [_duration(total / rate) for _, rate in cost.RATES]
-        rows.append(
-            [
-                f"{shapes.name}, {tokens:,}",
-                *(_flops(count) for count in parts.values()),
-                _flops(total),
-                *times,
-            ]
-        )
+    rows = [_cost_row(cost.DEMO, 16_384, options, cost.GRADIENT_TOKENS)]
+    rows += [
+        _cost_row(large, 65_536, options, gradients)
+        for large in cost.LARGE
+        for gradients in (cost.GRADIENT_TOKENS, 0)
+    ]
     numbers = ", ".join(f"{key} {value:g}" for key, value in asdict(options).items() if key != "searches")
     said = f"Options of feedback: {numbers}."
     row = beds["demo-kjv"].get("rows", {}).get(FEEDBACK_T.name)
@@ -329,6 +323,14 @@ def cost_block(beds: Mapping[str, Results], _: Results) -> str:
             f" {sum(parts.values()) / row['cpu_s'] / 1e9:.0f} GFLOP/s."
         )
     return f"{_table(columns, rows)}\n\n{said}"
+
+
+def _cost_row(shapes: cost.Shapes, tokens: int, options: FeedbackOptions, gradients: int) -> Sequence[str]:
+    parts = cost.operations(shapes, tokens, options, gradients=gradients)
+    total, host = sum(parts.values()), cost.host_seconds(shapes, options, gradients)
+    times = [_duration((total - parts["factors"]) / rate + host) for _, rate in cost.RATES]
+    label = f"{shapes.name}, {tokens:,}" + ("" if gradients else ", no gradients")
+    return (label, *map(_flops, parts.values()), _flops(total), _duration(host), *times)
 
 
 def bars_block(beds: Mapping[str, Results], synthetic: Results) -> str:
