@@ -32,9 +32,8 @@ from streamconv.rounding.layer import (
     losses,
     panels,
     shared,
-    stretches,
 )
-from streamconv.rounding.metric import Metric
+from streamconv.rounding.metric import Metric, stretches
 
 
 def fed(layer: Layer, scales: Tensor) -> Solution:

@@ -18,7 +18,7 @@ from streamconv.dtypes import Dtype
 from streamconv.grids import Grid
 from streamconv.kernels import kernels_for
 from streamconv.kernels.in_torch import dequantized
-from streamconv.rounding.metric import Metric
+from streamconv.rounding.metric import Metric, stretches
 
 # Columns gone through one by one before a matrix product carries their errors to the others.
 PANEL = 64
@@ -173,10 +173,6 @@ def better_rows(left: Solution, right: Solution) -> Solution:
 def panels(layer: Layer) -> list[slice]:
     """The columns, some at a time."""
     return stretches(layer.columns, PANEL)
-
-
-def stretches(count: int, length: int) -> list[slice]:
-    return [slice(first, min(first + length, count)) for first in range(0, count, length)]
 
 
 def shared(layer: Layer, work: Callable[[slice], Part], most: int = _DEVICE_ROWS) -> list[Part]:

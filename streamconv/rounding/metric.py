@@ -62,7 +62,7 @@ def factored(moments: Tensor, damping: float) -> Metric:
     diagonal[diagonal <= 0] = mean
     order = torch.argsort(diagonal, descending=True, stable=True)
     matrix = torch.empty_like(moments)
-    for rows in _stretches(len(moments)):
+    for rows in stretches(len(moments)):
         torch.index_select(moments[order[rows]], 1, order, out=matrix[rows])
     matrix.diagonal().copy_(diagonal[order])
     return Metric(matrix, _damp(matrix, damping, mean), order, torch.argsort(order))
@@ -77,8 +77,9 @@ def check_moments(moments: Tensor) -> None:
         )
 
 
-def _stretches(count: int) -> list[slice]:
-    return [slice(first, first + STRETCH) for first in range(0, count, STRETCH)]
+def stretches(count: int, length: int = STRETCH) -> list[slice]:
+    """0 to `count`, at most `length` at a time."""
+    return [slice(first, min(first + length, count)) for first in range(0, count, length)]
 
 
 def _damp(matrix: Tensor, damping: float, mean: float) -> Tensor:
@@ -99,7 +100,7 @@ def _factor(matrix: Tensor, damping: float) -> Tensor | None:
     size = len(matrix)
     # Column by column, as LAPACK has it: the factor is computed in place.
     lower = torch.empty(size, size, dtype=torch.float64).T
-    for rows in _stretches(size):
+    for rows in stretches(size):
         lower[_turned_about(rows, size)] = matrix[rows].flip(0, 1).cpu().double()
     lower.diagonal().add_(damping)
     failed = torch.empty((), dtype=torch.int32)
@@ -107,14 +108,14 @@ def _factor(matrix: Tensor, damping: float) -> Tensor | None:
     if int(failed):
         return None
     factor = torch.empty_like(matrix)
-    for rows in _stretches(size):
+    for rows in stretches(size):
         factor[rows] = lower[_turned_about(rows, size)].flip(0, 1).to(matrix.device, torch.float32)
     return factor
 
 
 def _turned_about(rows: slice, size: int) -> slice:
     """Where `rows` are when the last of `size` is the first."""
-    return slice(max(0, size - rows.stop), size - rows.start)
+    return slice(size - rows.stop, size - rows.start)
 
 
 def compensated(target: Tensor, statistics: Statistics, inputs: Metric, share: float) -> Tensor:
@@ -122,11 +123,11 @@ def compensated(target: Tensor, statistics: Statistics, inputs: Metric, share: f
     if statistics.cross is None or not share:
         return target
     missing = torch.empty_like(target)
-    for columns in _stretches(target.shape[1]):
+    for columns in stretches(target.shape[1]):
         torch.mm(
             target, statistics.cross[:, columns] - statistics.hessian[:, columns], out=missing[:, columns]
         )
-    for rows in _stretches(len(target)):
+    for rows in stretches(len(target)):
         change = missing[rows][:, inputs.order].T.cpu().double()
         change = _solved(inputs.factor, change)[inputs.places.cpu()].T
         torch.add(target[rows], change.to(target.device, torch.float32), alpha=share, out=missing[rows])
@@ -135,13 +136,13 @@ def compensated(target: Tensor, statistics: Statistics, inputs: Metric, share: f
 
 def _solved(factor: Tensor, right: Tensor) -> Tensor:
     """X with M Mᵀ X = `right`, float64 on the CPU, in its place; M = `factor` comes to float64 a stretch at a time."""
-    stretches = _stretches(len(factor))
-    for rows in reversed(stretches):
+    parts = stretches(len(factor))
+    for rows in reversed(parts):
         upper = factor[rows, rows.start :].cpu().double()
         own, size = right[rows], len(upper)
         own.sub_(upper[:, size:] @ right[rows.stop :])
         own.copy_(torch.linalg.solve_triangular(upper[:, :size], own, upper=True))
-    for rows in stretches:
+    for rows in parts:
         left = factor[: rows.stop, rows].cpu().double().T
         own = right[rows]
         own.sub_(left[:, : rows.start] @ right[: rows.start])

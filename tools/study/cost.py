@@ -14,8 +14,8 @@ share their input (q k v, o, gate up, down):
 Attention and elementwise work of the forward passes are left out; for sequences of a few thousand tokens they are a few
 per cent.
 
-With a GPU, not all is done there. Factors are computed in float64 on the host. Without gradients every column of a panel
-is settled by some calls to the GPU, for 4,096 rows at a time; with gradients every tile of 64 by 64 comes to the host,
+With a GPU, not all is done there. Factors are computed in float64 on the host. Without gradients every column is
+settled by some calls to the GPU, for 4,096 rows at a time; with gradients every tile of 64 by 64 comes to the host,
 where one core settles it element after element. For large models that is most of the time.
 """
 
