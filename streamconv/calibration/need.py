@@ -13,7 +13,7 @@ from streamconv.plan import Need, Rewrite
 from streamconv.rescaling import awq
 from streamconv.rescaling.pairs import WeightPair
 from streamconv.rounding import residual
-from streamconv.rounding.feedback import factoring_bytes, working_bytes
+from streamconv.rounding.feedback import factoring_bytes, metric_bytes, working_bytes
 
 # transformers and what it loads, compiled kernels, thread stacks, and what the allocator keeps of freed memory;
 # measured for a model of a megabyte, whose own need is next to nothing: 212 MiB.
@@ -159,8 +159,8 @@ def _choosing_bytes(rows: int, columns: int, is_two_sided: bool, is_cpu: bool) -
     working = working_bytes(rows, columns, is_two_sided)
     if not is_cpu:
         return working
-    moments = working_bytes(0, columns, False) + is_two_sided * working_bytes(0, rows, False)
-    return max(working, moments + factoring_bytes(rows, columns, is_two_sided))
+    metrics = metric_bytes(rows, columns, is_two_sided)
+    return max(working, metrics + factoring_bytes(rows, columns, is_two_sided))
 
 
 def _original_bytes(model: Model, number: int, crosses: bool) -> int:

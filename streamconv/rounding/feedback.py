@@ -168,16 +168,18 @@ def _weighed(target: Tensor, hessian: Tensor, encoder: Storage, grid: Grid) -> C
     return Chosen(codes, scales.raw, keeps_base=False)
 
 
-def working_bytes(rows: int, columns: int, two_sided: bool) -> int:
-    """What `feedback` has at once where it computes, at most, beside what it is given.
+def metric_bytes(rows: int, columns: int, two_sided: bool) -> int:
+    """Of the metrics of a weight's inputs and, if `two_sided`, its outputs: moments and factor, float32."""
+    return 8 * (columns**2 + two_sided * rows**2)
 
-    Measured: 8 a moment, and 21 a weight. While moments are factored it is `factoring_bytes`, on the host.
-    """
-    return 22 * rows * columns + 8 * (columns**2 + two_sided * rows**2)
+
+def working_bytes(rows: int, columns: int, two_sided: bool) -> int:
+    """What `feedback` has at once where it computes, at most, beside what it is given. Measured: 21 a weight."""
+    return 22 * rows * columns + metric_bytes(rows, columns, two_sided)
 
 
 def factoring_bytes(rows: int, columns: int, two_sided: bool) -> int:
-    """What factors take in float64, on the host, beside half of `working_bytes`' moments."""
+    """What factors take in float64, on the host, while metrics are made."""
     widest = max(columns, two_sided * rows)
     return 8 * widest**2 + 16 * STRETCH * widest
 
