@@ -60,7 +60,7 @@ def bars_of(found: dict[str, Any]) -> list[Bar]:
     beds: dict[str, Any] = {name: {} for name in BEDS}
     return [
         bar
-        for bar in bars(beds, {"compared": {BED: found}})
+        for bar in bars(beds, {"synthetic": {}, "gptqmodel": {}, "compared": {BED: found}})
         if "nf4-dq file of T" in bar.claim or "compare" in bar.claim
     ]
 

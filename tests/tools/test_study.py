@@ -131,7 +131,10 @@ def test_the_words_around_the_blocks_hold_no_measured_number() -> None:
 
 def test_without_results_the_page_says_so(tmp_path: Path) -> None:
     beds, nothing = read(tmp_path)
-    assert all(not results for results in (*beds.values(), nothing))
+    compared = nothing["compared"].values()
+    assert not any(
+        (*beds.values(), *compared, *(nothing[name] for name in ("synthetic", "sizes", "gptqmodel")))
+    )
     for name, block in BLOCKS.items():
         assert NOT_MEASURED in block(beds, nothing) or name in ("beds", "bars", "decision", "cost"), name
     assert {bar.passes for bar in bars(beds, nothing)} == {None}
@@ -163,7 +166,7 @@ def _results(**kl: float) -> dict[str, Any]:
 def _judged(results: dict[str, Any], beside: dict[str, Any] | None = None) -> dict[str, Bar]:
     kept = {"nearest": 0.1, "feedback, delta term": 0.95}
     layers = {"compensated": {name: {"kept": {"mean": mean, "sd": 0.0}} for name, mean in kept.items()}}
-    more = layers | {"gptqmodel": beside or _beside_gptqmodel()}
+    more = {"synthetic": layers, "gptqmodel": beside or _beside_gptqmodel(), "compared": {}}
     return {bar.claim: bar for bar in bars(dict.fromkeys(BEDS, results), more)}
 
 

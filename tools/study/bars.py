@@ -66,8 +66,8 @@ def row_of(results: Results, name: str) -> Row | None:
     return Row(*means)
 
 
-def bars(beds: Mapping[str, Results], synthetic: Results) -> Iterator[Bar]:
-    """All checks in the order of the page; `beds` by name."""
+def bars(beds: Mapping[str, Results], others: Results) -> Iterator[Bar]:
+    """All checks in the order of the page; `beds` by name, `others` as `report.read` has them."""
     demo = beds["demo-kjv"]
     yield _removed(demo, STOCHASTIC, 0.70)
     for feedback in (FEEDBACK_T, TERM_FEEDBACK_T, ONE_SIDED_T, TERM_ONE_SIDED_T):
@@ -84,9 +84,9 @@ def bars(beds: Mapping[str, Results], synthetic: Results) -> Iterator[Bar]:
         if name.startswith("faq"):
             yield _half_the_kl(bed.label, beds[name], RESIDUAL_T, ALONE, "the same file alone")
             yield _half_the_kl(bed.label, beds[name], RESIDUAL_T, FEEDBACK_T.name, "feedback of T alone")
-    yield from _synthetic(synthetic)
-    yield from _beside_gptqmodel(synthetic.get("gptqmodel", {}))
-    for name, found in synthetic.get("compared", {}).items():
+    yield from _synthetic(others["synthetic"])
+    yield from _beside_gptqmodel(others["gptqmodel"])
+    for name, found in others["compared"].items():
         yield from _compared(name, found)
     yield _exact(beds)
     yield _cost(demo)
@@ -177,7 +177,7 @@ def _synthetic(synthetic: Results) -> Iterator[Bar]:
         ("feedback, delta term", "above 0.9", 0.9, np.inf),
     ):
         claim = f"synthetic layer, delta of 5 %: kept share of {name} of T {words}"
-        if "compensated" not in synthetic:
+        if not synthetic:
             yield Bar(claim, None, "not measured yet")
             continue
         kept = synthetic["compensated"][name]["kept"]

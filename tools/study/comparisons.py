@@ -24,8 +24,8 @@ from tools.study.run import described, rounded
 
 MADE_BY = "tools/study/comparisons"
 WORK = Path(".study") / "compare"
-# Of a run that was stopped, and of one all of whose strategies were done.
-STOPPED, DONE = 130, 0
+# Of a run all of whose strategies were done.
+DONE = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,8 @@ def compare(bed: Bed, stop_after: float | None) -> None:
     """Run or go on with the comparison of `bed`, and keep what it finds."""
     runs_path = WORK / f"{bed.name}-runs.json"
     runs: list[dict[str, float]] = load(runs_path).get("runs", [])
+    if runs and runs[-1]["exit_code"] == DONE:  # what follows is another comparison
+        runs = []
     for limit in (stop_after, None) if stop_after and not runs else (None,):
         seconds, code = _run(command(bed), limit)
         runs.append({"seconds": round(seconds, 1), "exit_code": code})

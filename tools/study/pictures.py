@@ -21,7 +21,7 @@ INK, FAINT = "#30353a", "#b9bec4"
 COLORS = dict(zip(BEDS, ("#1f6f8b", "#c8553d", "#7a9e3a", "#8a5a9e"), strict=True))
 
 
-def dead_zone(beds: Mapping[str, Results], synthetic: Results, path: Path) -> None:
+def dead_zone(beds: Mapping[str, Results], others: Results, path: Path) -> None:
     """Kept share of nearest rounding of T against the delta-to-step ratio: formula, synthetic layers, real weights."""
     figure = Figure(figsize=(9, 5), layout="constrained", facecolor="white")
     axes = figure.subplots()
@@ -38,7 +38,7 @@ def dead_zone(beds: Mapping[str, Results], synthetic: Results, path: Path) -> No
     curve = [predicted_kept(float(ratio), NF4, middle) for ratio in ratios]
     label = f"formula, delta with excess kurtosis {middle:.1f}, the median here"
     axes.plot(ratios, curve, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=label)
-    if synthetic:
+    if synthetic := others["synthetic"]:
         rows = synthetic["dead_zone"]
         axes.errorbar(
             [row["ratio"]["mean"] for row in rows],

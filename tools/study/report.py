@@ -29,22 +29,23 @@ _BLOCK = re.compile(r"(<!-- (\w+): made by tools/study/report -->\n)(.*?)(<!-- e
 
 
 def read(folder: Path) -> tuple[Mapping[str, Results], Results]:
-    """Results of the beds by name, and of synthetic layers with those by size and those beside GPTQModel.
-
-    Comparisons stand there as well. Empty where nothing was measured.
+    """Results of the beds by name; and of all else: `synthetic` layers, update by `sizes`, files beside those of
+    `gptqmodel`, and what `streamconv compare` found, `compared`, by bed. Empty where nothing was measured.
     """
     beds = {name: load(folder / f"study-{name}.json") for name in BEDS}
-    synthetic = load(folder / "study-synthetic.json")
-    sizes, gptqmodel = (load(folder / name) for name in ("study-sizes.json", RESULT.name))
-    compared = {name: load(folder / results_path(name).name) for name in AMOUNTS}
-    more = {"sizes": sizes.get("sizes", {}), "gptqmodel": gptqmodel, "compared": compared}
-    return beds, synthetic and {**synthetic, **more}
+    others = {
+        "synthetic": load(folder / "study-synthetic.json"),
+        "sizes": load(folder / "study-sizes.json").get("sizes", {}),
+        "gptqmodel": load(folder / RESULT.name),
+        "compared": {name: load(folder / results_path(name).name) for name in AMOUNTS},
+    }
+    return beds, others
 
 
 def render(page: str, folder: Path) -> str:
     """The page with its blocks made anew from the results in `folder`."""
-    beds, synthetic = read(folder)
-    return _BLOCK.sub(lambda match: f"{match[1]}\n{BLOCKS[match[2]](beds, synthetic)}\n\n{match[4]}", page)
+    beds, others = read(folder)
+    return _BLOCK.sub(lambda match: f"{match[1]}\n{BLOCKS[match[2]](beds, others)}\n\n{match[4]}", page)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,9 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bars", action="store_true", help="only print the checks")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     options = parser.parse_args(arguments)
-    beds, synthetic = read(options.results)
+    beds, others = read(options.results)
     if options.bars:
-        for bar in bars(beds, synthetic):
+        for bar in bars(beds, others):
             print({True: "pass", False: "FAIL", None: "    "}[bar.passes], f"{bar.claim}: {bar.found}")
         return
     for page in PAGES:
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif made != before:
             sys.exit(f"{page} is out of date; run tools/study/report")
     for name, draw in () if options.check else PICTURES.items():
-        draw(beds, synthetic, PAGE.with_name(name))
+        draw(beds, others, PAGE.with_name(name))
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def dead_zone_block(beds: Mapping[str, Results], _: Results) -> str:
     return _table(columns, rows)
 
 
-def coupling_block(beds: Mapping[str, Results], synthetic: Results) -> str:
+def coupling_block(beds: Mapping[str, Results], others: Results) -> str:
     columns = (
         "delta-to-step ratio",
         "kept, scales chosen anew",
@@ -141,7 +141,7 @@ def coupling_block(beds: Mapping[str, Results], synthetic: Results) -> str:
         "of these, dragged by the scale",
     )
     rows = []
-    for row in synthetic.get("dead_zone", []):
+    for row in others["synthetic"].get("dead_zone", []):
         changed, dragged = row["changed"]["mean"], row["dragged"]["mean"]
         share = f"{dragged / changed:.0%}" if changed > 1e-4 else ""
         kept = _with_sd(row["nearest_T"]), _with_sd(row["nearest_T_on_fixed_scales"])
@@ -155,10 +155,10 @@ def coupling_block(beds: Mapping[str, Results], synthetic: Results) -> str:
     return f"{_table(columns, rows)}\n\n{said}"
 
 
-def objective_block(_: Mapping[str, Results], synthetic: Results) -> str:
+def objective_block(_: Mapping[str, Results], others: Results) -> str:
     columns = ("rounding of T", "error of the output", "kept delta", "kept in the output")
     rows = []
-    for name, row in synthetic.get("compensated", {}).items():
+    for name, row in others["synthetic"].get("compensated", {}).items():
         error = {key: 100 * value for key, value in row["output_error"].items()}
         kept = _with_sd(row["kept"]), _with_sd(row["kept_in_outputs"])
         rows.append([name, f"{_with_sd(error, '{:.2f}')} %", *kept])
@@ -190,7 +190,7 @@ def distributions_block(beds: Mapping[str, Results], _: Results) -> str:
 STATES = ("shape_before", "shape_of_target", "shape_after")
 
 
-def decision_block(beds: Mapping[str, Results], synthetic: Results) -> str:
+def decision_block(beds: Mapping[str, Results], others: Results) -> str:
     """Bins of the delta-to-step ratio with what the formula foretells, what was measured, and what to choose."""
     columns = (
         "delta-to-step ratio",
@@ -205,7 +205,7 @@ def decision_block(beds: Mapping[str, Results], synthetic: Results) -> str:
         formula = " to ".join(f"{predicted_kept(end, NF4):.2f}" for end in (below, limit))
         inside = [
             row["nearest_T"]["mean"]
-            for row in synthetic.get("dead_zone", [])
+            for row in others["synthetic"].get("dead_zone", [])
             if below <= row["ratio"]["mean"] < limit
         ]
         measured = f"{min(inside):.2f} to {max(inside):.2f}" if inside else ""
@@ -229,7 +229,7 @@ def _placed(name: str, results: Results) -> str:
     return said + (f", {ratio(nearest.kl, ours.kl).value:.0f} times" if ours else "")
 
 
-def sizes_block(_: Mapping[str, Results], synthetic: Results) -> str:
+def sizes_block(_: Mapping[str, Results], others: Results) -> str:
     """One update in several sizes, rounded without text: KL to T, which is another model at every size."""
     columns = (
         "times the update",
@@ -240,7 +240,7 @@ def sizes_block(_: Mapping[str, Results], synthetic: Results) -> str:
         "adaptive of T",
     )
     rows = []
-    for factor, found in synthetic.get("sizes", {}).items():
+    for factor, found in others["sizes"].items():
         seeds = np.mean([found[row.name]["kl"] for row in STOCHASTIC_T], axis=0).tolist()
         kl = (found[NEAREST_T.name]["kl"], seeds, found[ADAPTIVE_T.name]["kl"])
         said = [_thousandths(each) for each in kl]
@@ -333,9 +333,9 @@ def _cost_row(shapes: cost.Shapes, tokens: int, options: FeedbackOptions, gradie
     return (label, *map(_flops, parts.values()), _flops(total), _duration(host), *times)
 
 
-def bars_block(beds: Mapping[str, Results], synthetic: Results) -> str:
+def bars_block(beds: Mapping[str, Results], others: Results) -> str:
     words = {True: "yes", False: "**no**", None: "not measured"}
-    rows = [[bar.claim, words[bar.passes], bar.found] for bar in bars(beds, synthetic)]
+    rows = [[bar.claim, words[bar.passes], bar.found] for bar in bars(beds, others)]
     return _table(("claim", "holds", "found"), rows, words=(0, 1, 2))
 
 
@@ -379,9 +379,9 @@ def residual_block(beds: Mapping[str, Results], _: Results) -> str:
     )
 
 
-def gptqmodel_block(_: Mapping[str, Results], synthetic: Results) -> str:
+def gptqmodel_block(_: Mapping[str, Results], others: Results) -> str:
     """GPTQ files by GPTQModel and by streamconv, a table for each bed."""
-    results = synthetic.get("gptqmodel", {})
+    results = others["gptqmodel"]
     if not results:
         return NOT_MEASURED
     parts = [_contest(BEDS[name].label, found) for name, found in results["beds"].items()]
@@ -426,10 +426,8 @@ def _contest(label: str, results: Results) -> str:
     return f"**{label}** ({said})\n\n{_table(columns, rows)}"
 
 
-def compared_block(_: Mapping[str, Results], synthetic: Results) -> str:
-    parts = [
-        _compared(BEDS[name].label, found) for name, found in synthetic.get("compared", {}).items() if found
-    ]
+def compared_block(_: Mapping[str, Results], others: Results) -> str:
+    parts = [_compared(BEDS[name].label, found) for name, found in others["compared"].items() if found]
     return "\n\n".join(parts) or NOT_MEASURED
 
 
