@@ -367,6 +367,7 @@ class Walk:
             yield
         except torch.OutOfMemoryError:
             raise
+        # What torch and a model's code raise where shapes, arguments or operations do not fit.
         except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             raise self._unwalkable(f"its own code fails: {(str(error).splitlines() or ['?'])[0]}") from error
 

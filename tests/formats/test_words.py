@@ -18,7 +18,7 @@ from torch import Tensor
 import streamconv
 from streamconv.dtypes import BF16, F16
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
-from streamconv.formats import FORMATS, find_weights, int4_words
+from streamconv.formats import FORMATS, find_weights, int4_words, with_groups
 from streamconv.formats.awq import PLACES, OutputsAcross
 from streamconv.formats.base import Order
 from streamconv.formats.gptq import WordsAcross
@@ -96,7 +96,7 @@ def test_symmetric_v2_zeros_under_the_label_v1_are_what_they_are(tmp_path: Path)
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_what_is_written_has_the_scales_and_codes_of_the_formula(name: str, group: int) -> None:
     weight = normal((64, 256)).bfloat16().float()
-    fmt = FORMATS[name].of_group_size(group)  # type: ignore[attr-defined]
+    fmt = with_groups(FORMATS[name], group)
     tensors = stored(fmt.encoder(W, (64, 256), BF16), weight)
     codes, zeros = CODES[name](tensors, MODULE)
     assert (zeros == 8).all()
