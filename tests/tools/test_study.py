@@ -133,7 +133,11 @@ def test_without_results_the_page_says_so(tmp_path: Path) -> None:
     beds, nothing = read(tmp_path)
     compared = nothing["compared"].values()
     assert not any(
-        (*beds.values(), *compared, *(nothing[name] for name in ("synthetic", "sizes", "gptqmodel")))
+        (
+            *beds.values(),
+            *compared,
+            *(nothing[name] for name in ("synthetic", "sizes", "gptqmodel", "rescalings")),
+        )
     )
     for name, block in BLOCKS.items():
         assert NOT_MEASURED in block(beds, nothing) or name in ("beds", "bars", "decision", "cost"), name

@@ -22,7 +22,8 @@ from tools.bench.results import RESULTS, load, machine, save
 from tools.make_demo_base import make_demo_base
 from tools.measure import measure
 from tools.perplexity import be_quiet
-from tools.study.beds import BEDS, DEMO_BASE, ONE_SIDED, TARGETS, Bed
+from tools.study.beds import BEDS, DEMO_BASE, ONE_SIDED, Bed
+from tools.study.of_target import judged, parts_of
 from tools.study.run import described, rounded, streamconv
 from tools.study.weights import read_tensors
 
@@ -95,7 +96,11 @@ def contest(bed: Bed, python: Path, wanted: Callable[[str], bool]) -> None:
             found = _theirs(row, python, _merged(bed, work), _tokens(bed, work), out)
         else:
             found = _ours(row, bed, out)
-        _keep(bed, row.name, {"label": row.label, **found, **_judged(bed, out), "bits": bits_per_weight(out)})
+        _keep(
+            bed,
+            row.name,
+            {"label": row.label, **found, **judged(bed, out, work), "bits": bits_per_weight(out)},
+        )
         shutil.rmtree(out)
 
 
@@ -104,8 +109,8 @@ def _merged(bed: Bed, work: Path) -> Path:
     out = work / "T"
     if not out.exists() or "T" not in _results_of(bed)["rows"]:
         shutil.rmtree(out, ignore_errors=True)
-        streamconv("merge", *_parts(bed), "-o", str(out), "--quant", "none", "--dtype", "float32")
-        found = _judged(bed, out)
+        streamconv("merge", *parts_of(bed), "-o", str(out), "--quant", "none", "--dtype", "float32")
+        found = judged(bed, out, work)
         if abs(sum(found["kl"]) / len(found["kl"])) > SAME_WEIGHTS_KL:
             sys.exit(f"{out} should be T; its KL to T is, in each sequence, {found['kl']}")
         _keep(bed, "T", {"label": "T, merged in float32", **found})
@@ -136,34 +141,9 @@ def _theirs(row: Theirs, python: Path, model: Path, tokens: Path, out: Path) -> 
 def _ours(row: Ours, bed: Bed, out: Path) -> dict[str, Any]:
     options = [*row.options, *(bed.calibration_options if row.calibrated else ())]
     cost = streamconv(
-        "merge", *_parts(bed), "-o", str(out), "--quant", "gptq", "--group-size", str(GROUP), *options
+        "merge", *parts_of(bed), "-o", str(out), "--quant", "gptq", "--group-size", str(GROUP), *options
     )
     return {"by": "streamconv", "options": options, "wall_s": cost.wall_s, "cpu_s": cost.cpu_s}
-
-
-def _parts(bed: Bed) -> tuple[str, ...]:
-    return ("--base", str(bed.base), "--adapter", str(bed.adapter), *TARGETS["T"])
-
-
-def _judged(bed: Bed, model: Path) -> dict[str, Any]:
-    """Losses, KL to T, both one a sequence, and top-1 agreement on the held-out text, computed in float32."""
-    text = ("--data", str(bed.held_out), "--tokens", str(bed.windows * bed.tokens))
-    reference = ("--reference", str(bed.base), "--reference-adapter", str(bed.adapter))
-    cost = streamconv(
-        "eval",
-        str(model),
-        *text,
-        *("--sequence-length", str(bed.tokens)),
-        *reference,
-        *("--reference-merge-base", "nf4-dq", "--reference-cache", str(WORK / bed.name / "reference")),
-    )
-    found = json.loads(cost.stdout)
-    comparison = found["comparison"]
-    return {
-        "losses": found["losses"],
-        "kl": comparison["kl_by_sequence"],
-        "agreement": comparison["top1_agreement"],
-    }
 
 
 def bits_per_weight(folder: Path) -> float:

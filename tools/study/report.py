@@ -1,4 +1,4 @@
-"""docs/why-merging-loses-quality.md, guide-residual.md and results.md: what is measured there comes from docs/results.
+"""Pages of docs: what is measured there comes from docs/results.
 
 A block of a page stands between `<!-- NAME: made by tools/study/report -->` and `<!-- end -->`; the words around
 blocks are written by hand and hold no measured number. `--check` writes nothing and ends with 1 if a block is not
@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tools.bench.results import RESULTS, ROOT, load
+from tools.study import rescalings
 from tools.study.bars import Results, bars
 from tools.study.beds import BEDS
 from tools.study.beside_gptqmodel import RESULT
@@ -24,19 +25,23 @@ from tools.study.tables import BLOCKS
 PAGE = ROOT / "docs/why-merging-loses-quality.md"
 GUIDE = ROOT / "docs/guide-residual.md"
 RESULTS_PAGE = ROOT / "docs/results.md"
-PAGES = (PAGE, GUIDE, RESULTS_PAGE)
+AWQ_GUIDE = ROOT / "docs/guide-awq.md"
+PAGES = (PAGE, GUIDE, AWQ_GUIDE, RESULTS_PAGE)
 _BLOCK = re.compile(r"(<!-- (\w+): made by tools/study/report -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def read(folder: Path) -> tuple[Mapping[str, Results], Results]:
-    """Results of the beds by name; and of all else: `synthetic` layers, update by `sizes`, files beside those of
-    `gptqmodel`, and what `streamconv compare` found, `compared`, by bed. Empty where nothing was measured.
+    """Results of the beds by name; and of all else, empty where nothing was measured.
+
+    That is: `synthetic` layers, the update by `sizes`, files beside those of `gptqmodel`, AWQ files in `rescalings`,
+    and by bed what `streamconv compare` found, `compared`.
     """
     beds = {name: load(folder / f"study-{name}.json") for name in BEDS}
     others = {
         "synthetic": load(folder / "study-synthetic.json"),
         "sizes": load(folder / "study-sizes.json").get("sizes", {}),
         "gptqmodel": load(folder / RESULT.name),
+        "rescalings": load(folder / rescalings.RESULT.name),
         "compared": {name: load(folder / results_path(name).name) for name in AMOUNTS},
     }
     return beds, others

@@ -34,6 +34,7 @@ from tools.study.beds import (
 from tools.study.beside_gptqmodel import CONTEST
 from tools.study.beside_gptqmodel import FEEDBACK as FEEDBACK_OF_GPTQ
 from tools.study.prediction import predicted_share
+from tools.study.rescalings import RESCALED, ROWS
 
 NOT_MEASURED = "Not measured yet."
 STRATEGIES: Mapping[str, str] = {
@@ -426,6 +427,19 @@ def _contest(label: str, results: Results) -> str:
     return f"**{label}** ({said})\n\n{_table(columns, rows)}"
 
 
+def rescalings_block(_: Mapping[str, Results], others: Results) -> str:
+    beds = others["rescalings"].get("beds", {})
+    if not beds:
+        return NOT_MEASURED
+    rows = []
+    for row in ROWS:
+        found = [beds.get(name, {}).get(row.name) for name in RESCALED]
+        cells = ["" if each is None else _thousandths(each["kl"]) for each in found]
+        rows.append(["awq" if row.is_rescaled else "none", row.label, *cells])
+    columns = ("`--rescale`", "`--rounding`", *(f"`{name}`" for name in RESCALED))
+    return _table(columns, rows, (0, 1))
+
+
 def compared_block(_: Mapping[str, Results], others: Results) -> str:
     parts = [_compared(BEDS[name].label, found) for name, found in others["compared"].items() if found]
     return "\n\n".join(parts) or NOT_MEASURED
@@ -542,4 +556,5 @@ BLOCKS: Mapping[str, Callable[[Mapping[str, Results], Results], str]] = {
     "machine": machine_block,
     "gptqmodel": gptqmodel_block,
     "compared": compared_block,
+    "rescalings": rescalings_block,
 }
