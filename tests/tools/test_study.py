@@ -136,7 +136,7 @@ def test_without_results_the_page_says_so(tmp_path: Path) -> None:
         (
             *beds.values(),
             *compared,
-            *(nothing[name] for name in ("synthetic", "sizes", "gptqmodel", "rescalings")),
+            *(nothing[name] for name in ("synthetic", "sizes", "gptqmodel", "rescalings", "parameters")),
         )
     )
     for name, block in BLOCKS.items():

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tools.bench.results import RESULTS, ROOT, load
-from tools.study import rescalings
+from tools.study import parameters, rescalings
 from tools.study.bars import Results, bars
 from tools.study.beds import BEDS
 from tools.study.beside_gptqmodel import RESULT
@@ -34,7 +34,7 @@ def read(folder: Path) -> tuple[Mapping[str, Results], Results]:
     """Results of the beds by name; and of all else, empty where nothing was measured.
 
     That is: `synthetic` layers, the update by `sizes`, files beside those of `gptqmodel`, AWQ files in `rescalings`,
-    and by bed what `streamconv compare` found, `compared`.
+    feedback with other `parameters`, and by bed what `streamconv compare` found, `compared`.
     """
     beds = {name: load(folder / f"study-{name}.json") for name in BEDS}
     others = {
@@ -42,6 +42,7 @@ def read(folder: Path) -> tuple[Mapping[str, Results], Results]:
         "sizes": load(folder / "study-sizes.json").get("sizes", {}),
         "gptqmodel": load(folder / RESULT.name),
         "rescalings": load(folder / rescalings.RESULT.name),
+        "parameters": load(folder / parameters.RESULT.name),
         "compared": {name: load(folder / results_path(name).name) for name in AMOUNTS},
     }
     return beds, others

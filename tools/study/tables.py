@@ -33,6 +33,7 @@ from tools.study.beds import (
 )
 from tools.study.beside_gptqmodel import CONTEST
 from tools.study.beside_gptqmodel import FEEDBACK as FEEDBACK_OF_GPTQ
+from tools.study.parameters import AS_IT_COMES, BY_PARAMETER, OPTIONS
 from tools.study.prediction import predicted_share
 from tools.study.rescalings import RESCALED, ROWS
 
@@ -427,6 +428,23 @@ def _contest(label: str, results: Results) -> str:
     return f"**{label}** ({said})\n\n{_table(columns, rows)}"
 
 
+def parameters_block(_: Mapping[str, Results], others: Results) -> str:
+    beds = others["parameters"].get("beds", {})
+    if not beds:
+        return NOT_MEASURED
+    rows = []
+    for name in OPTIONS:
+        cells = []
+        for bed in BY_PARAMETER:
+            row, usual = (beds.get(bed, {}).get(each) for each in (name, AS_IT_COMES))
+            cells.append("" if row is None else _thousandths(row["kl"]))
+            is_same = row is None or usual is None or name == AS_IT_COMES
+            cells.append("" if is_same else shown(ratio(row["kl"], usual["kl"]), 3))
+        rows.append([name, *cells])
+    columns = [column for bed in BY_PARAMETER for column in (BEDS[bed].label, "to as it comes")]
+    return _table(("feedback of T", *columns), rows)
+
+
 def rescalings_block(_: Mapping[str, Results], others: Results) -> str:
     beds = others["rescalings"].get("beds", {})
     if not beds:
@@ -557,4 +575,5 @@ BLOCKS: Mapping[str, Callable[[Mapping[str, Results], Results], str]] = {
     "gptqmodel": gptqmodel_block,
     "compared": compared_block,
     "rescalings": rescalings_block,
+    "parameters": parameters_block,
 }
