@@ -201,11 +201,11 @@ class CompiledKernels:
             _TORCH.uniform(key, first + even, out[even:])
 
     def pack_pairs(self, codes: Tensor, out: Tensor, *, low_first: bool = False) -> None:
-        loops.pack(*_high_and_low(codes.numpy(), low_first), out.numpy())
+        loops.pack(_pairs(codes.numpy()), low_first, out.numpy())
 
     def unpack_pairs(self, packed: Tensor, codes: Tensor, *, low_first: bool = False) -> None:
         count = codes.numel() // 2
-        loops.unpack(packed.numpy()[:count], *_high_and_low(codes.numpy()[: 2 * count], low_first))
+        loops.unpack(packed.numpy()[:count], low_first, _pairs(codes.numpy()[: 2 * count]))
         if 2 * count < codes.numel():
             _TORCH.unpack_pairs(packed[count:], codes[2 * count :], low_first=low_first)
 
@@ -337,8 +337,9 @@ def _stochastic_in_table(
     _from_ranks(table, codes)
 
 
-def _high_and_low(codes: Array, low_first: bool) -> tuple[Array, Array]:
-    return (codes[1::2], codes[::2]) if low_first else (codes[::2], codes[1::2])
+def _pairs(codes: Array) -> Array:
+    """Two codes as one item, the first in its low byte on any machine."""
+    return codes.view("<u2")
 
 
 def _from_ranks(table: _Table, codes: Array) -> None:

@@ -37,7 +37,7 @@ def _compiled(function: _Loop) -> _Loop:
 
 _MAGNITUDE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 _FLOOR = np.float32(SMALLEST_DIVISOR)
-_ONE, _ONE_HALF = np.float32(1), np.float32(0.5)
+_ZERO, _ONE, _EIGHT, _ONE_HALF = np.float32(0), np.float32(1), np.float32(8), np.float32(0.5)
 _THREE_QUARTERS = np.float32(0.75)
 _LEAST_NORMAL, _OVERFLOW = np.float32(2.0**-14), np.float32(65520)  # of float16
 _GAMMA, _MIX_1, _MIX_2 = (
@@ -75,6 +75,59 @@ def _factor(scale: Any, peak: Any, floor: Any) -> Any:
 
 
 @_compiled
+def _either(condition: bool, yes: Any, no: Any) -> Any:
+    return yes if condition else no
+
+
+@_compiled
+def _counted(x: Any, threshold: Any, rank: Any) -> Any:
+    following = rank + _ONE
+    return following if x > threshold else rank
+
+
+@_compiled
+def _rank(x: Any, thresholds: Array) -> Any:
+    """How many of 15 rising thresholds lie below `x`, as float32.
+
+    Of two halves, one is chosen and then counted through. All thresholds are read before they are compared, for LLVM
+    makes selects, and vectors, only of what it may always read. A search to the end costs as much; a table to look
+    up, twice that.
+    """
+    t = thresholds
+    t0, t1, t2, t3, t4, t5, t6, t7 = t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]
+    t8, t9, t10, t11, t12, t13, t14 = t[8], t[9], t[10], t[11], t[12], t[13], t[14]
+    is_high = x > t7
+    rank = _either(is_high, _EIGHT, _ZERO)
+    rank = _counted(x, _either(is_high, t8, t0), rank)
+    rank = _counted(x, _either(is_high, t9, t1), rank)
+    rank = _counted(x, _either(is_high, t10, t2), rank)
+    rank = _counted(x, _either(is_high, t11, t3), rank)
+    rank = _counted(x, _either(is_high, t12, t4), rank)
+    rank = _counted(x, _either(is_high, t13, t5), rank)
+    return _counted(x, _either(is_high, t14, t6), rank)
+
+
+@_compiled
+def _at_rank(x: Any, thresholds: Array, choices: Array) -> Any:
+    """What stands in `choices` at the rank of `x`; beside `_rank` the comparisons are made once."""
+    t = thresholds
+    t0, t1, t2, t3, t4, t5, t6, t7 = t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]
+    t8, t9, t10, t11, t12, t13, t14 = t[8], t[9], t[10], t[11], t[12], t[13], t[14]
+    c = choices
+    c0, c1, c2, c3, c4, c5, c6, c7 = c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]
+    c8, c9, c10, c11, c12, c13, c14, c15 = c[8], c[9], c[10], c[11], c[12], c[13], c[14], c[15]
+    is_high = x > t7
+    chosen = _either(is_high, c8, c0)
+    chosen = _either(x > _either(is_high, t8, t0), _either(is_high, c9, c1), chosen)
+    chosen = _either(x > _either(is_high, t9, t1), _either(is_high, c10, c2), chosen)
+    chosen = _either(x > _either(is_high, t10, t2), _either(is_high, c11, c3), chosen)
+    chosen = _either(x > _either(is_high, t11, t3), _either(is_high, c12, c4), chosen)
+    chosen = _either(x > _either(is_high, t12, t4), _either(is_high, c13, c5), chosen)
+    chosen = _either(x > _either(is_high, t13, t5), _either(is_high, c14, c6), chosen)
+    return _either(x > _either(is_high, t14, t6), _either(is_high, c15, c7), chosen)
+
+
+@_compiled
 def rename(codes: Array, by_rank: Array) -> None:
     for i in range(codes.size):
         codes[i] = by_rank[codes[i]]
@@ -82,17 +135,13 @@ def rename(codes: Array, by_rank: Array) -> None:
 
 @_compiled
 def nearest_table(values: Array, scales: Array, midpoints: Array, ranks: Array) -> None:
-    wide = np.empty(64, np.int32)
+    wide = np.empty(64, np.float32)
     for b in range(values.shape[0]):
         factor = _factor(scales[b], _ONE, _FLOOR)
         for j in range(64):
-            x = values[b, j] * factor
-            rank = np.int32(0)
-            for step in range(15):
-                rank += np.int32(x > midpoints[step])
-            wide[j] = rank
+            wide[j] = _rank(values[b, j] * factor, midpoints)
         for j in range(64):
-            ranks[b, j] = wide[j]
+            ranks[b, j] = np.uint8(np.int32(wide[j]))
 
 
 @_compiled
@@ -249,16 +298,28 @@ def fractions(halves: Array, out: Array) -> None:
 
 
 @_compiled
-def pack(high: Array, low: Array, out: Array) -> None:
-    for i in range(out.size):
-        out[i] = high[i] << np.uint8(4) | low[i]
+def pack(pairs: Array, low_first: bool, out: Array) -> None:
+    """`pairs` of codes as one little-endian uint16 each."""
+    nibble, byte = np.uint16(4), np.uint16(8)
+    if low_first:
+        for i in range(out.size):
+            out[i] = np.uint8(pairs[i] | pairs[i] >> nibble)
+    else:
+        for i in range(out.size):
+            out[i] = np.uint8(pairs[i] << nibble | pairs[i] >> byte)
 
 
 @_compiled
-def unpack(packed: Array, high: Array, low: Array) -> None:
-    for i in range(packed.size):
-        high[i] = packed[i] >> np.uint8(4)
-        low[i] = packed[i] & np.uint8(15)
+def unpack(packed: Array, low_first: bool, pairs: Array) -> None:
+    nibble, byte, mask = np.uint16(4), np.uint16(8), np.uint16(15)
+    if low_first:
+        for i in range(packed.size):
+            both = np.uint16(packed[i])
+            pairs[i] = both & mask | both >> nibble << byte
+    else:
+        for i in range(packed.size):
+            both = np.uint16(packed[i])
+            pairs[i] = both >> nibble | (both & mask) << byte
 
 
 @_compiled
@@ -366,37 +427,31 @@ def _tree_sum_64(terms: Array) -> Any:
 
 
 @_compiled
-def _levels(values: Array, scale: Any, midpoints: Array, rising: Array, wide: Array, levels: Array) -> None:
+def _levels(values: Array, scale: Any, midpoints: Array, rising: Array, levels: Array) -> None:
     """What the codes nearest to a block's `values` stand for."""
     factor = _factor(scale, _ONE, _FLOOR)
     for j in range(64):
-        x = values[j] * factor
-        rank = np.int32(0)
-        for step in range(15):
-            rank += np.int32(x > midpoints[step])
-        wide[j] = rank
-    for j in range(64):
-        levels[j] = rising[wide[j]]
+        levels[j] = _at_rank(values[j] * factor, midpoints, rising)
 
 
 @_compiled
 def search(values: Array, factors: Array, steps: int, midpoints: Array, rising: Array, scales: Array) -> None:
     """The first of `factors` is 1."""
-    wide, levels, terms = np.empty(64, np.int32), np.empty(64, np.float32), np.empty(64, np.float32)
+    levels, terms = np.empty(64, np.float32), np.empty(64, np.float32)
     for b in range(values.shape[0]):
         block, best, least = values[b], scales[b], np.float32(np.inf)
         for number in range(factors.size + steps):
             if number < factors.size:
                 trial = np.float32(scales[b] * factors[number])
             else:
-                _levels(block, best, midpoints, rising, wide, levels)
+                _levels(block, best, midpoints, rising, levels)
                 for j in range(64):
                     terms[j] = block[j] * levels[j]
                 inner = _tree_sum_64(terms)
                 for j in range(64):
                     terms[j] = levels[j] * levels[j]
                 trial = np.float32(inner / _tree_sum_64(terms))
-            _levels(block, trial, midpoints, rising, wide, levels)
+            _levels(block, trial, midpoints, rising, levels)
             for j in range(64):
                 error = block[j] - levels[j] * trial
                 terms[j] = error * error
@@ -474,10 +529,7 @@ def _ranks(
         return
     for i in range(goal.size):
         x = wanted[i] * _factor(scales[i], _ONE, _FLOOR)
-        rank = np.int32(0)
-        for step in range(15):
-            rank += np.int32(x > midpoints[step])
-        ranks[i] = rank
+        ranks[i] = np.int32(_rank(x, midpoints))
 
 
 @_compiled
