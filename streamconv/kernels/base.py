@@ -78,6 +78,9 @@ class Kernels(Protocol):
         says that there were none and `errors` are 0. `codes` and `errors` are written, `pull` is used up.
         """
 
+    def add_product(self, sparse: Tensor, matrix: Tensor, out: Tensor) -> None:
+        """Add `sparse` [columns, rows] times `matrix` [rows, width] to `out`, an entry that is not 0 at a time."""
+
     def stochastic(
         self,
         values: Tensor,

@@ -188,6 +188,9 @@ class CompiledKernels:
         else:
             loops.settle_in_turn(*arrays, rows.numpy(), *look_up, *into)
 
+    def add_product(self, sparse: Tensor, matrix: Tensor, out: Tensor) -> None:
+        loops.add_product(sparse.numpy(), matrix.numpy(), out.numpy())
+
     def uniform(self, key: int, first: int, out: Tensor) -> None:
         even = out.numel() // 2 * 2
         if first % 2:

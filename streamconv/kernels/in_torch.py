@@ -90,6 +90,10 @@ class TorchKernels:
                 codes[j, part], errors[j, part] = chosen, error
             pull[j + 1 :].add_(coupling[j, j + 1 :, None] * change)
 
+    def add_product(self, sparse: Tensor, matrix: Tensor, out: Tensor) -> None:
+        for column, row in sparse.nonzero().tolist():
+            out[column].add_(matrix[row] * sparse[column, row])
+
     def stochastic(
         self,
         values: Tensor,

@@ -650,6 +650,17 @@ def settle_in_turn(
 
 
 @_compiled
+def add_product(sparse: Array, matrix: Array, out: Array) -> None:
+    for j in range(sparse.shape[0]):
+        sums = out[j]
+        for i in range(sparse.shape[1]):
+            factor, row = sparse[j, i], matrix[i]
+            if factor != 0:
+                for k in range(sums.size):
+                    sums[k] += factor * row[k]
+
+
+@_compiled
 def distance(left: Array, right: Array, sums: Array) -> None:
     terms = np.empty(left.shape[1], np.float32)
     for b in range(left.shape[0]):

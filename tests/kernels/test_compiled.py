@@ -310,6 +310,20 @@ def test_settle(name: str, is_first: bool, in_turn: bool, dtype: Dtype) -> None:
     assert torch.equal(errors, target - (grid.decode(codes) * scales).to(dtype.torch).float())
 
 
+def test_a_product_with_few_entries_is_added() -> None:
+    sparse, matrix, start = normal((9, 70), 1), normal((70, 33), 2), normal((9, 33), 3)
+    sparse[normal((9, 70), 4) < 1.5] = 0
+
+    def added(kernels: Kernels) -> tuple[Tensor, ...]:
+        out = start.clone()
+        kernels.add_product(sparse, matrix, out)
+        return (out,)
+
+    (out,) = both(added)
+    wanted = start.double() + sparse.double() @ matrix.double()
+    assert torch.allclose(out.double(), wanted, rtol=0, atol=1e-5)
+
+
 @settings(deadline=None)
 @given(
     eights=st.integers(1, 5),
