@@ -52,7 +52,9 @@ MODEL = (
     "USE_POLICY*",
 )
 # Where older loaders of a format look for what config.json has as quantization_config (AutoGPTQ).
-QUANTIZATION_COPIES: Mapping[str | None, str] = MappingProxyType({"gptq": "quantize_config.json"})
+QUANTIZATION_COPIES: Mapping[str | None, str] = MappingProxyType(
+    dict.fromkeys(("gptq", "gptq-v2"), "quantize_config.json")
+)
 # Never copied, even when --copy-extra matches: weights of another format, pickles, and what is written anew.
 NEVER = (
     "*.safetensors",

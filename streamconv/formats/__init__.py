@@ -122,7 +122,8 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "int8": Int8Format("int8"),
         "w4a16": PackQuantizedFormat("w4a16", 4, INT4),
         "w8a16": PackQuantizedFormat("w8a16", 8, INT8_GROUPS),
-        "gptq": GptqFormat("gptq"),
+        "gptq": GptqFormat(),
+        "gptq-v2": GptqFormat(is_v2=True),
         "awq": AwqFormat("awq"),
     }
 )

@@ -7,7 +7,8 @@ config: transformers' GPTQConfig, optimum `gptq/quantizer.py` (convert_model). B
     P.qzeros   the zero point less 1 (v1, checkpoint_format "gptq"), or as it is (v2, "gptq_v2")
     P.g_idx    int32 [in], the group of each input: input // group, but in activation order
 
-Written is v1, symmetric, not in activation order: what every loader reads.
+Both are written, symmetric and not in activation order; v1 is what every loader reads. Which of them a symmetric weight
+is, its zero points tell: there are files of v2 that say v1.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from streamconv.formats.int4_words import (
     MIDDLE,
     NO_GROUPS,
     SCALES,
-    V2,
     ZEROS,
     SymmetricDecoder,
     SymmetricEncoder,
@@ -54,7 +54,9 @@ from streamconv.grids import INT4, TableGrid, ZeroPointGrid
 from streamconv.kernels import kernels_for
 
 GROUPS = "g_idx"
-_V1, _V2 = "gptq", "gptq_v2"
+# By whether it is v2: the name here, and that in a config (GPTQModel `quantization/config.py`, FORMAT).
+_NAMES = ("gptq", "gptq-v2")
+_CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 # What older kernels take: whole blocks of so many outputs.
 _ROWS = 32
 # Only to say what `g_idx` and scales amount to.
@@ -117,7 +119,7 @@ class _Labels:
     def stored_zero(self, words: Tensor) -> int | None:
         """What is stored for the zero point 8, if these first `words` of `qzeros` say that all are; else None.
 
-        The file counts for more than its label: there are symmetric v2 files that say v1.
+        The file counts for more than its label.
         """
         for stored, is_v2 in ((MIDDLE - 1, False), (MIDDLE, True)):
             if bool((words == word_of(stored)).all()) and (self.is_symmetric or self.is_v2 == is_v2):
@@ -127,7 +129,6 @@ class _Labels:
 
 def _find_weight(
     name: str,
-    fmt: GptqFormat,
     labels: _Labels,
     dtype: Dtype,
     free: Mapping[str, StoredTensor],
@@ -146,21 +147,22 @@ def _find_weight(
     groups = _groups(parts.get(GROUPS), group, reader)
     product, order = parts[SCALES].dtype, WordsAcross(rows, main.shape[0])
     stored = labels.stored_zero(first_zeros(parts[ZEROS], reader))
+    is_v2 = labels.is_v2 if stored is None else stored == MIDDLE
+    found = GptqFormat(is_v2, INT4.of_block(group))
     remarks = {
         "in activation order": bool(groups),
         "with zero points": stored is None,
-        V2: stored == MIDDLE,
         f"scales in {product.name}": product != F16,
         NO_GROUPS: GROUPS not in parts,
     }
     decoder: Decoder
     if stored is not None and not groups:
-        decoder = SymmetricDecoder(name, columns, fmt.grid.of_block(group), product, order, stored)
+        decoder = SymmetricDecoder(name, columns, found.grid, product, order, stored)
     else:
-        subtracted = 1 if stored == MIDDLE - 1 or (stored is None and not labels.is_v2) else 0
-        grid = ZeroPointGrid(f"{fmt.grid.name} with zero points", group)
+        grid = ZeroPointGrid(f"{found.grid.name} with zero points", group)
+        subtracted = 0 if is_v2 else 1
         decoder = ZeroPointDecoder(name, columns, grid, product, order, IN_ORDER, subtracted, groups)
-    return Weight(name, (rows, columns), dtype, described(fmt.name, group, remarks), decoder, parts)
+    return Weight(name, (rows, columns), dtype, described(found.name, group, remarks), decoder, parts)
 
 
 def _groups(tensor: StoredTensor | None, group: int, reader: TensorReader) -> bytes:
@@ -185,15 +187,24 @@ def _plain_groups(columns: int, group: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class GptqFormat:
-    """GPTQ, 4 bit."""
+    """GPTQ, 4 bit, v1 or v2."""
 
-    name: str
+    is_v2: bool = False
     grid: TableGrid = INT4
-    loaders: str = "transformers with optimum and GPTQModel, vLLM, SGLang"
     library: str = "gptqmodel"
     rounds_on_load: bool = False
     skips_by_path: bool = False
     group_sizes: tuple[int, ...] = GROUP_SIZES
+
+    @property
+    def name(self) -> str:
+        return _NAMES[self.is_v2]
+
+    @property
+    def loaders(self) -> str:
+        """See Format. Servers took v2 for v1 until late in 2025 (vLLM, pull request 26092)."""
+        servers = "recent vLLM and SGLang" if self.is_v2 else "vLLM, SGLang"
+        return f"transformers with optimum and GPTQModel, {servers}"
 
     @property
     def group_size(self) -> int:
@@ -207,19 +218,20 @@ class GptqFormat:
         return 4 + (16 + 4) / self.grid.block + 32 / _USUAL_ROWS
 
     def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
-        """See Format."""
+        """See Format. That of v1 finds both: zero points tell them apart, and are read once."""
+        if self.is_v2:
+            return ()
         mains = [
             tensor for name, tensor in free.items() if name.endswith(f".{MAIN}") and _is_gptq(free, name)
         ]
         if not mains:
             return ()
-        checkpoint_format = quantization.get("checkpoint_format") or quantization.get("format") or _V1
-        labels = _Labels(checkpoint_format == _V2, bool(quantization.get("sym", True)))
+        checkpoint_format = quantization.get("checkpoint_format") or quantization.get("format")
+        labels = _Labels(checkpoint_format == _CHECKPOINT_FORMATS[True], bool(quantization.get("sym", True)))
         dtype = largest_dtype(free, but=f".{SCALES}")
         with TensorReader() as reader:
             return [
-                _find_weight(module_of(main.name) + ".weight", self, labels, dtype, free, reader)
-                for main in mains
+                _find_weight(module_of(main.name) + ".weight", labels, dtype, free, reader) for main in mains
             ]
 
     def fits(self, name: str, shape: Shape) -> bool:
@@ -239,15 +251,21 @@ class GptqFormat:
         )
         tail = (bytes(tensor_bytes(_plain_groups(columns, self.grid.block))),)
         stored_as = grouped_name(self.name, self.group_size)
-        return SymmetricEncoder(stored_as, name, shape, dtype, self.grid, order, MIDDLE - 1, parts, tail)
+        stored_zero = MIDDLE if self.is_v2 else MIDDLE - 1
+        return SymmetricEncoder(stored_as, name, shape, dtype, self.grid, order, stored_zero, parts, tail)
 
     def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
-        """See Format. What transformers, vLLM and GPTQModel read of it, and who wrote it."""
+        """See Format. What transformers, vLLM and GPTQModel read of it, and who wrote it.
+
+        Versions have two names for the key that tells v1 from v2, as GPTQModel writes them: vLLM knows the older one
+        only, optimum without transformers the newer one.
+        """
         del dtype  # loaders take that of the model
         config: Json = {
             "bits": 4,
-            "checkpoint_format": _V1,
+            "checkpoint_format": _CHECKPOINT_FORMATS[self.is_v2],
             "desc_act": False,
+            "format": _CHECKPOINT_FORMATS[self.is_v2],
             "group_size": self.grid.block,
             "lm_head": False,
             "meta": {"quantizer": [f"streamconv:{version('streamconv')}"]},

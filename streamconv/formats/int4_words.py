@@ -40,8 +40,8 @@ _STEPS = 8.0
 _LOOKED_AT_BYTES = 2**16
 
 # What the formats of weights may be called beside, whose codes and scales could be stored as they are written here.
-V2, NO_GROUPS = "v2", "no g_idx"
-STORED_OTHERWISE = (V2, NO_GROUPS)
+NO_GROUPS = "no g_idx"
+STORED_OTHERWISE = (NO_GROUPS,)
 
 # Which of eight outputs the bits of a word hold, from the lowest four on.
 IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)

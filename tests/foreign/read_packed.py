@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,13 @@ def fields(words: Tensor, order: tuple[int, ...]) -> Any:
     return found
 
 
-def by_formula(tensors: dict[str, Tensor], module: str, method: str) -> Tensor:
+def by_formula(tensors: dict[str, Tensor], module: str, config: Mapping[str, Any]) -> Tensor:
     """[in, out], float16."""
+    method, is_v1 = config["quant_method"], config.get("checkpoint_format") == "gptq"
     order, scales = _ORDERS[method], tensors[f"{module}.scales"].numpy()
     words = tensors[f"{module}.qweight"]
     codes = fields(words, order) if method == "awq" else fields(words.T.contiguous(), order).T
-    zeros = fields(tensors[f"{module}.qzeros"], order) + (method == "gptq")
+    zeros = fields(tensors[f"{module}.qzeros"], order) + is_v1
     group = codes.shape[0] // scales.shape[0]
     steps = (codes - np.repeat(zeros, group, 0)).astype(np.float16)
     return torch.from_numpy(steps * np.repeat(scales, group, 0))
@@ -47,13 +49,13 @@ def by_formula(tensors: dict[str, Tensor], module: str, method: str) -> Tensor:
 
 def read(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Greatest difference from the formula, in units of the greatest magnitude; kernels, and what stayed dense."""
-    method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
     tensors = load_file(folder / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     kernels, dense, worst = set(), set(), 0.0
     for name, module in model.named_modules():
         if f"{name}.qweight" in tensors:
-            expected = by_formula(tensors, name, method).float()
+            expected = by_formula(tensors, name, config).float()
             # Of a unit matrix each output is one product, and a sum of zeros.
             found = module(torch.eye(expected.shape[0], dtype=dtype)).float()
             worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))

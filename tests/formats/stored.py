@@ -35,7 +35,7 @@ SHAPES_IN_WORDS = [(128, 128), (32, 384), (96, 256), (160, 640)]
 
 
 def shapes_of(name: str) -> list[tuple[int, int]]:
-    if name in ("gptq", "awq"):
+    if name in ("gptq", "gptq-v2", "awq"):
         return SHAPES_IN_WORDS
     return SHAPES_IN_GROUPS if isinstance(FORMATS[name], Grouped) else SHAPES
 

@@ -37,6 +37,7 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "gptqmodel-7.7.0"
 MODULE = W.removesuffix(".weight")
 CODES: Mapping[str, Callable[[Mapping[str, Tensor], str], tuple[Any, Any]]] = {
     "gptq": words.gptq_codes,
+    "gptq-v2": words.gptq_v2_codes,
     "awq": words.awq_codes,
 }
 each = pytest.mark.parametrize("name", CODES)
@@ -56,8 +57,8 @@ KINDS = {
     "gptq": "gptq, group size 64",
     "gptq_zeros": "gptq, group size 32, with zero points",
     "gptq_zero_of_0": "gptq, group size 32, with zero points",
-    "gptq_v2": "gptq, group size 64, v2",
-    "gptq_v2_act_order": "gptq, group size 32, in activation order, with zero points",
+    "gptq_v2": "gptq-v2, group size 64",
+    "gptq_v2_act_order": "gptq-v2, group size 32, in activation order, with zero points",
     "gptq_act_order": "gptq, group size 64, in activation order",
     "awq": "awq, group size 32, with zero points",
     "awq_symmetric": "awq, group size 64",
@@ -81,10 +82,14 @@ def test_symmetric_v2_zeros_under_the_label_v1_are_what_they_are(tmp_path: Path)
     config = json.loads((GOLDEN / "gptq_v2" / "config.json").read_text())
     config["quantization_config"]["checkpoint_format"] = "gptq"
     expected = read_tensors(GOLDEN / "gptq_v2" / "expected.safetensors")["expected"]
-    assert torch.equal(decoded(only_weight(write(tmp_path / "a", tensors, config))), expected.float())
+    weight = only_weight(write(tmp_path / "a", tensors, config))
+    assert weight.format == KINDS["gptq_v2"]
+    assert torch.equal(decoded(weight), expected.float())
     # Not so where the file does not say that it is symmetric: then all zero points are 9.
     config["quantization_config"]["sym"] = False
-    asymmetric = decoded(only_weight(write(tmp_path / "b", tensors, config)))
+    weight = only_weight(write(tmp_path / "b", tensors, config))
+    assert weight.format == "gptq, group size 64, with zero points"
+    asymmetric = decoded(weight)
     scales = tensors[f"{MODULE}.scales"].float().T.repeat_interleave(64, dim=1)
     assert torch.equal(asymmetric, (expected.float() / scales - 1).round().mul(scales).half().float())
 
@@ -105,7 +110,7 @@ def test_what_is_written_has_the_scales_and_codes_of_the_formula(name: str, grou
     assert torch.equal(tensors[f"{MODULE}.scales"].T, scales)
     exact = (grouped / scales.double()[..., None]).view(64, 256).numpy()
     assert (np.abs(np.clip(exact, -8, 7) - (codes.T - 8)) <= 0.5 + 1e-6).all()
-    if name == "gptq":
+    if name != "awq":
         assert tensors[f"{MODULE}.g_idx"].tolist() == [column // group for column in range(256)]
 
 
@@ -237,23 +242,14 @@ def test_a_base_in_activation_order_is_merged_from_what_it_decodes_to(tmp_path: 
     streamconv.convert(tmp_path / "packed", tmp_path / "nf4", quant="nf4")
 
 
-@pytest.mark.parametrize("kind", ["v2", "no g_idx"])
-def test_what_is_only_stored_otherwise_is_kept_and_written_as_usual(tmp_path: Path, kind: str) -> None:
+def test_what_is_only_stored_otherwise_is_kept_and_written_as_usual(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
     streamconv.convert(base, tmp_path / "usual", quant="gptq", group_size=32)
     usual = read_tensors(tmp_path / "usual" / "model.safetensors")
     shutil.copytree(tmp_path / "usual", tmp_path / "other")
-    file, config = (
-        tmp_path / "other" / "model.safetensors",
-        json.loads((tmp_path / "other" / "config.json").read_text()),
-    )
-    if kind == "v2":
-        edit_tensors(file, put={name: usual[name] + 0x11111111 for name in usual if name.endswith("qzeros")})
-        config["quantization_config"]["checkpoint_format"] = "gptq_v2"
-        edit_json(tmp_path / "other" / "config.json", **config)
-    else:
-        edit_tensors(file, drop=[name for name in usual if name.endswith("g_idx")])
-    assert streamconv.inspect(tmp_path / "other")["quantization"] == f"gptq, group size 32, {kind}"
+    file = tmp_path / "other" / "model.safetensors"
+    edit_tensors(file, drop=[name for name in usual if name.endswith("g_idx")])
+    assert streamconv.inspect(tmp_path / "other")["quantization"] == "gptq, group size 32, no g_idx"
     streamconv.convert(tmp_path / "other", tmp_path / "again")
     again = read_tensors(tmp_path / "again" / "model.safetensors")
     assert again.keys() == usual.keys()
@@ -263,6 +259,74 @@ def test_what_is_only_stored_otherwise_is_kept_and_written_as_usual(tmp_path: Pa
     rounding = prepare(job).plan.rounding
     assert rounding is not None
     assert rounding.name != "nearest"  # it would erase the update, as on any grid of the base's own
+
+
+# -- versions of GPTQ --------------------------------------------------------------------------------------------
+
+LABELS = {"gptq": "gptq", "gptq-v2": "gptq_v2"}
+
+
+def labels_of(folder: Path) -> set[str]:
+    """What config.json and its older copy call the version, under both names of the key."""
+    configs = [
+        json.loads((folder / "config.json").read_text())["quantization_config"],
+        json.loads((folder / "quantize_config.json").read_text()),
+    ]
+    return {config[key] for config in configs for key in ("checkpoint_format", "format")}
+
+
+def with_zeros_more_by(count: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: tensor + 0x11111111 * count if name.endswith(".qzeros") else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize(("quant", "more"), [("gptq", 0), ("gptq-v2", 1)])
+def test_versions_differ_in_zero_points_and_the_label(tmp_path: Path, quant: str, more: int) -> None:
+    """Of files that GPTQModel packed, either becomes the other, and stays what it is unless asked."""
+    theirs = {version: GOLDEN / version for version in ("gptq", "gptq_v2")}
+    tensors = {version: read_tensors(theirs[version] / "model.safetensors") for version in theirs}
+    for version, is_more in (("gptq", 0), ("gptq_v2", 1)):
+        out = tmp_path / version
+        streamconv.convert(theirs[version], out, quant=quant, group_size=64)
+        found = read_tensors(out / "model.safetensors")
+        assert same(found, with_zeros_more_by(more - is_more, tensors[version]))
+        assert labels_of(out) == {LABELS[quant]}
+        streamconv.convert(out, tmp_path / f"{version}-kept")
+        assert same(read_tensors(tmp_path / f"{version}-kept" / "model.safetensors"), found)
+        assert labels_of(tmp_path / f"{version}-kept") == {LABELS[quant]}
+
+
+def test_a_merge_onto_v2_stays_v2_with_the_codes_of_v1(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
+    adapter = write_adapter(tmp_path / "adapter", SIZES.shapes, targets=("q_proj",))
+    merged = {}
+    for quant, label in LABELS.items():
+        streamconv.convert(base, tmp_path / quant, quant=quant, group_size=32)
+        out = tmp_path / f"{quant}-merged"
+        streamconv.merge(base=tmp_path / quant, adapter=adapter, out=out, rounding="search")
+        assert labels_of(out) == {label}
+        assert streamconv.inspect(out)["quantization"] == f"{quant}, group size 32"
+        streamconv.verify(out)
+        merged[quant] = read_tensors(out / "model.safetensors")
+    assert same(merged["gptq-v2"], with_zeros_more_by(1, merged["gptq"]))
+
+
+def test_v2_under_the_label_v1_is_kept_and_labelled_rightly(tmp_path: Path) -> None:
+    mislabelled = tmp_path / "base"
+    shutil.copytree(GOLDEN / "gptq_v2", mislabelled)
+    config = json.loads((mislabelled / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = "gptq"
+    edit_json(mislabelled / "config.json", **config)
+    streamconv.convert(mislabelled, tmp_path / "kept")
+    kept = read_tensors(tmp_path / "kept" / "model.safetensors")
+    assert same(kept, read_tensors(mislabelled / "model.safetensors"))
+    assert labels_of(tmp_path / "kept") == {"gptq_v2"}
 
 
 # -- words and orders --------------------------------------------------------------------------------------------

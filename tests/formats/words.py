@@ -27,6 +27,12 @@ def gptq_codes(tensors: Mapping[str, Tensor], module: str) -> tuple[Any, Any]:
     return codes, fields(tensors[f"{module}.qzeros"], tuple(range(8))) + 1
 
 
+def gptq_v2_codes(tensors: Mapping[str, Tensor], module: str) -> tuple[Any, Any]:
+    """The same of v2, whose fields are the zero points."""
+    codes, _ = gptq_codes(tensors, module)
+    return codes, fields(tensors[f"{module}.qzeros"], tuple(range(8)))
+
+
 def awq_codes(tensors: Mapping[str, Tensor], module: str) -> tuple[Any, Any]:
     return fields(tensors[f"{module}.qweight"], AWQ_OUTPUTS), fields(tensors[f"{module}.qzeros"], AWQ_OUTPUTS)
 
