@@ -198,7 +198,7 @@ def compare_command(as_json: bool, quiet: bool, **given: Any) -> None:
     \b
     streamconv compare --base ./llama --adapter ./my-qlora --data valid.txt -o ./compared
     streamconv compare --base ./llama --adapter ./my-qlora --data valid.txt --calibration train.txt -o ./compared
-    streamconv compare --base ./llama --adapter ./my-qlora --data valid.txt --max-bits 5 -o ./compared
+    streamconv compare --base ./llama --adapter ./my-qlora --data valid.txt --max-bits 6 -o ./compared
     """
     from streamconv.comparison import build_options, run_options
 

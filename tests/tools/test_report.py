@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from tools.bench import report
+from tools.bench.aims import aims, table
+from tools.bench.encode import COMPILED
 from tools.bench.merge import COPY, RAW, STREAMCONV, Run, store, summarize
-from tools.bench.report import BLOCKS, NOT_MEASURED, PAGE, bars, main, render
+from tools.bench.report import BLOCKS, MERGED, NOT_MEASURED, PAGE, bars, main, render
 from tools.bench.results import RESULTS, load
 from tools.bench.rivals import RIVALS
 
@@ -43,7 +45,7 @@ def group(kind: str, size: str, walls: dict[str, float], **more: Any) -> dict[st
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    path = tmp_path / BLOCKS["merge"][0]
+    path = tmp_path / MERGED
     store(
         path, group("bf16-bf16", "1", {COPY: 5, STREAMCONV: 5.5, LOOP: 27.5}, left_out={"PEFT": "no memory"})
     )
@@ -60,7 +62,7 @@ def test_the_page_is_made_from_the_results() -> None:
 
 
 def test_a_changed_result_changes_the_page() -> None:
-    page, results = PAGE.read_text(), load(RESULTS / BLOCKS["merge"][0])
+    page, results = PAGE.read_text(), load(RESULTS / MERGED)
     for key in ("wall_s", "cpu_s", "gb_per_s", "to_copy"):
         changed = json.loads(json.dumps(results))
         changed["groups"][0]["medians"][1][key] *= 1.5
@@ -81,6 +83,27 @@ def test_what_the_tables_say(results: Path) -> None:
     assert render(made, results) == made
 
 
+def test_aims_are_met_or_missed_by_the_numbers(results: Path) -> None:
+    merged = load(results / MERGED)
+    encoded = [
+        {"case": "nf4, nearest", "contender": COMPILED, "threads": threads, "to_bitsandbytes": ratio}
+        for threads, ratio in ((1, 24.9), (2, 25.0))
+    ]
+    planned = {"model": "m", "quant": "nf4", "wall_s": 5.0, "start_s": 2.0, "wall_limit_s": 2.0}
+    proofs = {"limit_bytes": 2**30, "proofs": []}
+    made = aims(merged, {"medians": encoded}, proofs, {"rows": [planned]})
+    found = {aim.what: (aim.measured, aim.is_met) for aim in made}
+    copying = "time to that of `cp -r; sync`"
+    assert found[f"bf16 to bf16, 6 GB: {copying}"] == ("1.10", True)
+    assert found[f"bf16 to bf16, 12 GB: {copying}"] == ("1.12", False)
+    assert found[f"bf16 to bf16, 6 GB: time of {LOOP} to ours"] == ("5.0 (`cp`: 5.5)", True)
+    assert found[f"bf16 to bf16, 6 GB: memory of {LOOP} to ours"] == ("1.0", False)
+    assert found["bf16 to nf4, 6 GB: time to the longer of disk and encoder"] == ("1.12", True)
+    assert [aim.is_met for aim in made if "in memory" in aim.what] == [False, True]
+    assert found["planning m to nf4, start-up not counted"] == ("3.0 s", False)
+    assert "| **missed** |" in table(made)
+
+
 def test_what_was_not_measured_says_so(tmp_path: Path) -> None:
     page = "<!-- plan: made by tools/bench/report -->\n<!-- end -->\n"
     assert NOT_MEASURED in render(page, tmp_path)
@@ -96,11 +119,11 @@ def test_the_check_only_looks(results: Path, tmp_path: Path) -> None:
 
 
 def test_the_picture_shows_every_size_of_ours_and_then_the_others(results: Path) -> None:
-    shown = bars(load(results / BLOCKS["merge"][0]))
+    shown = bars(load(results / MERGED))
     assert [name for name, _ in shown] == ["streamconv, 6 GB", "streamconv, 12 GB", f"{LOOP}, 6 GB"]
 
 
 def test_the_picture_is_drawn(results: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    report.draw(load(results / BLOCKS["merge"][0]), tmp_path / "picture.png")
+    report.draw(load(results / MERGED), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.bench import calibration, outofcore, plan
+from tools.bench import aims, calibration, encode, outofcore, plan
 from tools.bench.merge import COPY, RAW, STREAMCONV, table
 from tools.bench.results import RESULTS, ROOT, load
 
 PAGE = ROOT / "docs/benchmarks.md"
 PICTURE = ROOT / "docs/benchmarks.png"
+MERGED = "bench-merge.json"
 NOT_MEASURED = "Not measured yet."
 _BLOCK = re.compile(r"(<!-- (\w+): made by tools/bench/report -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -55,8 +56,7 @@ def _against(group: Mapping[str, Any]) -> str:
 
 
 def plan_block(results: Mapping[str, Any]) -> str:
-    start = f"Start-up, which `wall` does not count: {results['start_s']:.1f} s."
-    return "\n".join([*plan.HEADER, *map(plan.row, results["rows"]), "", f"{start}\n{_machine(results)}"])
+    return "\n".join([*plan.HEADER, *map(plan.row, results["rows"]), "", _machine(results)])
 
 
 def outofcore_block(results: Mapping[str, Any]) -> str:
@@ -65,6 +65,13 @@ def outofcore_block(results: Mapping[str, Any]) -> str:
     return "\n".join(
         [*outofcore.HEADER, *map(outofcore.row, results["proofs"]), "", f"{how}\n{_machine(results)}"]
     )
+
+
+def encode_block(results: Mapping[str, Any]) -> str:
+    rows, columns = results["shape"]
+    how = f"A weight of {rows:,} x {columns:,}; medians of {results['rounds']} rounds."
+    measured = [encode.Row(**row) for row in results["medians"]]
+    return "\n".join([encode.table(measured), "", f"{how}\n{_machine(results)}"])
 
 
 def calibration_block(results: Mapping[str, Any]) -> str:
@@ -84,11 +91,21 @@ def _machine(results: Mapping[str, Any]) -> str:
     )
 
 
-BLOCKS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
-    "merge": ("bench-merge.json", merge_block),
-    "outofcore": ("bench-outofcore.json", outofcore_block),
-    "plan": ("bench-plan.json", plan_block),
-    "calibration": ("bench-calibration.json", calibration_block),
+def aims_block(*results: Mapping[str, Any]) -> str:
+    return aims.table(aims.aims(*results))
+
+
+# Of each block, what it is made from, in `RESULTS`.
+BLOCKS: Mapping[str, tuple[Sequence[str], Callable[..., str]]] = {
+    "aims": (
+        (MERGED, "bench-encode.json", "bench-outofcore.json", "bench-plan.json"),
+        aims_block,
+    ),
+    "merge": ((MERGED,), merge_block),
+    "encode": (("bench-encode.json",), encode_block),
+    "outofcore": (("bench-outofcore.json",), outofcore_block),
+    "plan": (("bench-plan.json",), plan_block),
+    "calibration": (("bench-calibration.json",), calibration_block),
 }
 
 
@@ -96,9 +113,9 @@ def render(page: str, folder: Path) -> str:
     """The page with its blocks made anew from the results in `folder`."""
 
     def block(match: re.Match[str]) -> str:
-        name, make = BLOCKS[match[2]]
-        results = load(folder / name)
-        return f"{match[1]}{make(results) if results else NOT_MEASURED}\n{match[4]}"
+        names, make = BLOCKS[match[2]]
+        results = [load(folder / name) for name in names]
+        return f"{match[1]}{make(*results) if all(results) else NOT_MEASURED}\n{match[4]}"
 
     return _BLOCK.sub(block, page)
 
@@ -180,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.check:
         sys.exit(f"{options.page} is out of date; run tools/bench/report" if made != page else 0)
     options.page.write_text(made)
-    if merged := load(options.results / BLOCKS["merge"][0]):
+    if merged := load(options.results / MERGED):
         draw(merged, options.picture)
 
 
