@@ -157,7 +157,7 @@ def build_options(
     """The options of `streamconv compare`, as they are given. Raises OptionError for what cannot be meant."""
     check_dtype(dtype)
     check_lengths(sequence_length, tokens, greedy_tokens)
-    check_numbers(max_bits, speed_tokens)
+    check_numbers(max_bits, speed_tokens, tokens, sequence_length)
     return CompareOptions(
         inputs=Inputs(
             fspath(base),

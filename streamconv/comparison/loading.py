@@ -66,19 +66,14 @@ def _measured(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load(asked: Mapping[str, Any], device: torch.device) -> Any:
-    options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": False, "revision": asked["revision"]}
+    options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": False}
     if asked["load_in"] is not None:
         options["quantization_config"] = transformers.BitsAndBytesConfig(**asked["load_in"])
     if device.type != "cpu":
         options["device_map"] = {"": asked["device"]}
     model = transformers.AutoModelForCausalLM.from_pretrained(asked["model"], **options)
     if asked["adapter"]:
-        model = import_module("peft").PeftModel.from_pretrained(
-            model,
-            asked["adapter"],
-            subfolder=asked["adapter_subfolder"] or "",
-            revision=asked["adapter_revision"],
-        )
+        model = import_module("peft").PeftModel.from_pretrained(model, asked["adapter"])
     return model.eval()
 
 

@@ -14,6 +14,8 @@ from streamconv.plan import Calibration
 
 GREEDY_TOKENS = 16
 SPEED_TOKENS = 32
+# Intervals are over sequences; that of a single one has no width.
+LEAST_SEQUENCES = 2
 _4BIT: Mapping[str, str | bool] = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
 LOAD_IN: Mapping[str, Mapping[str, str | bool]] = {
     "nf4": {**_4BIT, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False},
@@ -69,29 +71,41 @@ class CompareOptions:
 
     def merge_job(self, strategy: Strategy) -> Job:
         """What makes the output of `strategy`, all of whose options are filled in."""
+        # Nothing reads the card of an output that is judged.
+        return build_job(**self.merge_options(strategy), card=False)
+
+    def merge_options(self, strategy: Strategy) -> dict[str, Any]:
+        """The same as keywords of `build_job`, which are options of `streamconv merge`."""
         assert strategy.options is not None
         given: dict[str, Any] = {"seed": self.seed, **strategy.options}
         text = self.calibration
         if strategy.calibrated and text is not None:
             given = {
                 "calibration": text.data,
-                "calibration_tokens": text.tokens,
                 "calibration_sequence_length": text.sequence_length,
+                "calibration_tokens": text.tokens,
                 "calibration_gradient_tokens": text.gradient_tokens,
                 **given,
             }
         # No gate: what a strategy loses is what a comparison shows.
-        return self._job(self.inputs.base, self.inputs.adapter, {**given, "min_kept": 0.0, "card": False})
+        return (
+            self._inputs(self.inputs.adapter) | given | {"min_kept": 0.0} | self._means(self.inputs.adapter)
+        )
 
     def subject_job(self, target: str, merge_base: str) -> Job:
         """The unmerged model of `target`, dense: T or F with the adapter, or the base alone."""
         adapter = self.inputs.adapter if target in (T, F) else None
-        given = {"quant": "none", "dtype": self.dtype, "merge_base": merge_base}
-        return self._job(self.inputs.base, adapter, given)
+        return build_job(
+            **self._inputs(adapter),
+            **self._means(adapter),
+            quant="none",
+            dtype=self.dtype,
+            merge_base=merge_base,
+        )
 
     def stored_job(self, quant: str) -> Job:
         """The base alone, as it is stored in the format `quant`."""
-        return self._job(self.inputs.base, None, {"quant": quant})
+        return build_job(**self._inputs(None), **self._means(None), quant=quant)
 
     def output_job(self, folder: Path, adapter: Path | None) -> Job:
         """An output as it is evaluated, with the adapter beside it if there is one."""
@@ -106,22 +120,26 @@ class CompareOptions:
             max_vram=inputs.max_vram,
         )
 
-    def _job(self, base: str, adapter: str | None, given: dict[str, Any]) -> Job:
+    def _inputs(self, adapter: str | None) -> dict[str, Any]:
         inputs = self.inputs
-        return build_job(
-            base,
-            adapter,
-            moe_layout=inputs.moe_layout,
-            allow_pickle=inputs.allow_pickle,
-            tokenizer=inputs.tokenizer if adapter else "auto",
-            device=inputs.device,
-            max_ram=inputs.max_ram,
-            max_vram=inputs.max_vram,
-            base_revision=inputs.base_revision,
-            adapter_revision=inputs.adapter_revision if adapter else None,
-            adapter_subfolder=inputs.adapter_subfolder if adapter else None,
-            **given,
-        )
+        return {
+            "base": inputs.base,
+            "base_revision": inputs.base_revision,
+            "adapter": adapter,
+            "adapter_revision": inputs.adapter_revision if adapter else None,
+            "adapter_subfolder": inputs.adapter_subfolder if adapter else None,
+        }
+
+    def _means(self, adapter: str | None) -> dict[str, Any]:
+        inputs = self.inputs
+        return {
+            "moe_layout": inputs.moe_layout,
+            "allow_pickle": inputs.allow_pickle,
+            "tokenizer": inputs.tokenizer if adapter else "auto",
+            "device": inputs.device,
+            "max_ram": inputs.max_ram,
+            "max_vram": inputs.max_vram,
+        }
 
 
 def check_merge_base(name: str) -> str:
@@ -142,8 +160,13 @@ def check_reference(name: str) -> str:
     return name.upper()
 
 
-def check_numbers(max_bits: float | None, speed_tokens: int) -> None:
+def check_numbers(max_bits: float | None, speed_tokens: int, tokens: int, sequence_length: int) -> None:
     """Raises OptionError for numbers that cannot be meant."""
+    if tokens // sequence_length < LEAST_SEQUENCES:
+        raise OptionError(
+            f"--tokens {tokens} is one sequence of {sequence_length}, which says nothing of chance, so that every "
+            f"difference would count; give {LEAST_SEQUENCES * sequence_length} or more, or a smaller --sequence-length"
+        )
     if max_bits is not None and not max_bits > 0:
         raise OptionError(f"--max-bits {max_bits:g} is no number of bits; give more than 0, such as 5")
     if speed_tokens < 1:

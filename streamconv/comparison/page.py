@@ -251,5 +251,5 @@ def _method_lines(found: Compared) -> Iterator[str]:
     yield (
         "Green differences of perplexity reach 0 within their interval. A recommended strategy is the smallest of "
         "those whose KL and perplexity cannot be told from the best's; among equals in size, the one that loads in "
-        "the least memory."
+        "the least memory. Models with a residual adapter have a recommendation of their own."
     )

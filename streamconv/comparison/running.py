@@ -6,6 +6,7 @@ that fails is noted in its row, and the next goes on.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -18,6 +19,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
+from streamconv.adapters.config import CONFIG_NAME
 from streamconv.checkpoint.writer import free_bytes
 from streamconv.comparison.bootstrap import mean, perplexity_difference
 from streamconv.comparison.files import write_files
@@ -41,13 +43,16 @@ from streamconv.comparison.store import Made, Store, open_store
 from streamconv.comparison.strategies import BASE, F, Ground, LeftOut, Strategy, T, settle
 from streamconv.comparison.wording import merge_command
 from streamconv.devices import resolve_device
-from streamconv.errors import OptionError, ResourceError, Stopped, StreamconvError
+from streamconv.errors import OptionError, ResourceError, Stopped, StreamconvError, VerificationError
 from streamconv.evaluation import Evaluation, EvaluationOptions
 from streamconv.executor import StopRequest
+from streamconv.journal import is_owned
+from streamconv.output import CONFIG
 from streamconv.pipeline import Job, OnProgress, Prepared, fetch, prepare, run
 from streamconv.pipeline.calibrating import hash_text
 from streamconv.pipeline.place import is_finished
 from streamconv.sizes import format_size
+from streamconv.storage import storage_kind
 from streamconv.storage.base import Storage
 
 OnStep = Callable[[str], None]
@@ -144,7 +149,7 @@ def run_comparison(
         )
         write_files(found, options.out)
         if not found.exit_code:
-            store.clear_up(options.keep)
+            store.clear_up()
     return found
 
 
@@ -219,18 +224,23 @@ def _calibration(survey: Survey) -> Mapping[str, object] | None:
 
 def _check_disk(work: Work) -> None:
     """Raise ResourceError unless outputs that are still to be made fit the disk, one after the other or all."""
-    todo = [
-        max(0, case.prepared.plan.disk - _taken(work.store.model(case.strategy.name)))
-        for case in work.survey.plans
-        if isinstance(case, Case) and case.is_merged and not _is_done(work, case)
-    ]
-    need, free = (sum if work.options.keep else max)(todo or [0]), free_bytes(work.store.folder)
+    need, free = _need(work, work.survey.plans), free_bytes(work.store.folder)
     if need > free:
         raise ResourceError(
             f"{work.options.out} needs {format_size(need)} for "
             f"{'all outputs, which --keep keeps' if work.options.keep else 'the largest output'}, and its disk has "
             f"{format_size(free)} free; free some, or choose another --out"
         )
+
+
+def _need(work: Work, plans: Sequence[Case | Row]) -> int:
+    """Bytes of disk that outputs of `plans` still take."""
+    todo = [
+        max(0, case.prepared.plan.disk - _taken(work.store.model(case.strategy.name)))
+        for case in plans
+        if isinstance(case, Case) and case.is_merged and not _is_done(work, case)
+    ]
+    return (sum if work.options.keep else max)(todo or [0])
 
 
 def _taken(folder: Path) -> int:
@@ -252,7 +262,7 @@ def _reference(work: Work) -> Numbers:
 
 
 def _rows(work: Work, reference: Numbers) -> list[Row]:
-    rows, count = [], len(work.survey.plans)
+    rows = []
     for number, plan in enumerate(work.survey.plans, 1):
         if isinstance(plan, Row):
             rows.append(plan)
@@ -260,50 +270,84 @@ def _rows(work: Work, reference: Numbers) -> list[Row]:
         row = _row(work.options, plan.strategy)
         found = _stored(work, plan)
         if found is not None:
+            _put_away(work, plan)
             rows.append(replace(row, status=DONE, numbers=found))
             continue
-        rows.append(_run(work, plan, row, reference, f"[{number}/{count}] {plan.strategy.name}"))
+        rows.append(_run(work, plan, number, row, reference))
     return rows
 
 
 def _stored(work: Work, case: Case) -> Numbers | None:
     """The numbers of a strategy with which nothing is left to do."""
     found = work.store.numbers(case.strategy.name, case.key)
-    if found is None or (work.options.speed and found.speed is None):
+    if found is None:
         return None
+    if not _has_speed(work, found):
+        if work.options.speed:
+            return None
+        found = replace(found, speed=None)  # of other --speed-tokens: it is not to stand beside others
     is_there = not case.is_merged or is_finished(case.prepared, work.store.model(case.strategy.name))
     return None if work.options.keep and not is_there else found
+
+
+def _has_speed(work: Work, found: Numbers) -> bool:
+    """Whether loading and decoding have been measured as it is asked for now."""
+    return found.speed is not None and found.speed.tokens == work.options.speed_tokens
 
 
 def _is_done(work: Work, case: Case) -> bool:
     return _stored(work, case) is not None
 
 
-def _run(work: Work, case: Case, row: Row, reference: Numbers, title: str) -> Row:
-    """The row of a strategy that is run now."""
-    name, stage = case.strategy.name, ["merging"]
+def _run(work: Work, case: Case, number: int, row: Row, reference: Numbers) -> Row:
+    """The row of a strategy that is run now, the one with this number, from 1."""
+    stage, plans = ["merging"], work.survey.plans
 
     def enter(next_stage: str) -> None:
         work.check_stop()
         stage[0] = next_stage
-        work.on_step(f"{title}: {next_stage}")
+        work.on_step(f"[{number}/{len(plans)}] {case.strategy.name}: {next_stage}")
 
     try:
         numbers = _numbers(work, case, reference, enter)
-        if work.options.speed:
-            enter("loading")
-            numbers = replace(numbers, speed=_speed(work, case))
-        work.store.keep_numbers(name, case.key, numbers)
-        if not work.options.keep:
-            work.store.remove_model(name)
+        _put_away(work, case)
     except Stopped:
         raise
     except Exception as error:  # also a bug: it must not cost what the others found
-        # What it left may be what fills the disk.
-        with suppress(StreamconvError):
-            work.store.remove_model(name)
+        with suppress(StreamconvError, OSError):
+            _make_room(work, case, error, plans[number:])
         return _failed(row, stage[0], error)
     return replace(row, status=DONE, numbers=numbers)
+
+
+def _put_away(work: Work, case: Case) -> None:
+    """What becomes of an output that has been judged."""
+    if case.is_merged and work.options.keep:
+        work.store.keep_model(case.strategy.name)
+    elif case.is_merged:
+        work.store.drop_model(case.strategy.name)
+
+
+def _make_room(work: Work, case: Case, error: Exception, others: Sequence[Case | Row]) -> None:
+    """Remove what a strategy has left that ended with `error`, unless the next run can go on with it and it is not in
+    the way: the disk is not full, and the `others`, which follow, find room.
+    """
+    name, folder = case.strategy.name, work.store.model(case.strategy.name)
+    if not case.is_merged:
+        return
+    is_whole = is_finished(case.prepared, folder)
+    if is_whole and work.store.is_kept(name):
+        return
+    is_of_use = (is_whole or is_owned(folder)) and not isinstance(error, VerificationError)
+    if not is_of_use or _is_disk_full(error) or _need(work, others) > free_bytes(work.store.folder):
+        work.store.remove_model(name)
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Whether this is what the system said, or what one of our errors was raised from."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return error is not None and _is_disk_full(error.__cause__)
 
 
 def _row(options: CompareOptions, strategy: Strategy) -> Row:
@@ -331,25 +375,41 @@ def _failed(row: Row, stage: str, error: Exception) -> Row:
 
 
 def _numbers(work: Work, case: Case, reference: Numbers, enter: OnStep) -> Numbers:
-    if case.is_merged:
-        return _merged(work, case, enter)
-    if case.key == work.survey.reference.key:
-        return reference
-    enter("evaluating")
-    return _unmerged(work, case)
+    """What is measured of a strategy. What is known already, or as soon as it is, is noted and not measured again."""
+    name = case.strategy.name
+    made = _made(work, case, enter) if case.is_merged else None
+    found = work.store.numbers(name, case.key)
+    if found is None and made is None and case.key == work.survey.reference.key:
+        found = reference
+    elif found is None:
+        enter("evaluating")
+        found = _unmerged(work, case) if made is None else _merged(work, case, made)
+    work.store.keep_numbers(name, case.key, found)
+    if work.options.speed and not _has_speed(work, found):
+        enter("loading")
+        found = replace(found, speed=_speed(work, case))
+        work.store.keep_numbers(name, case.key, found)
+    return found
 
 
-def _merged(work: Work, case: Case, enter: OnStep) -> Numbers:
-    """Make the output, unless it is there, and judge it."""
+def _made(work: Work, case: Case, enter: OnStep) -> Made:
+    """Make the output, unless it is there."""
     name, folder = case.strategy.name, work.store.model(case.strategy.name)
-    made = work.store.made(name, case.key)
-    if made is None or not is_finished(case.prepared, folder):
-        enter("merging")
-        fetch(case.prepared, folder, work.tell)
-        report = run(case.prepared, folder, work.on_progress, work.stop)
-        made = Made(report.kept_delta, report.seconds or None, report.resumed, report.peak_ram_bytes or None)
-        work.store.keep_made(name, case.key, made)
-    enter("evaluating")
+    made, is_whole = work.store.made(name, case.key), is_finished(case.prepared, folder)
+    if made is not None and is_whole:
+        return made
+    enter("merging")
+    work.store.claim_model(name, case.prepared.plan.digest, is_whole or is_owned(folder))
+    fetch(case.prepared, folder, work.tell)
+    report = run(case.prepared, folder, work.on_progress, work.stop)
+    made = Made(report.kept_delta, report.seconds or None, report.resumed, report.peak_ram_bytes or None)
+    work.store.keep_made(name, case.key, made)
+    return made
+
+
+def _merged(work: Work, case: Case, made: Made) -> Numbers:
+    """Judge an output that is there."""
+    folder = work.store.model(case.strategy.name)
     beside = adapter_beside(folder)
     files = [*folder.glob("*.safetensors"), *(beside.glob("*.safetensors") if beside else ())]
     return _judged(
@@ -448,24 +508,29 @@ def _speed(work: Work, case: Case) -> Speed:
     if case.is_merged:
         folder = work.store.model(case.strategy.name)
         beside = adapter_beside(folder)
-        opened = Opened(str(folder), adapter=None if beside is None else str(beside))
+        opened = Opened(str(folder), None if beside is None else str(beside))
     else:
-        has_adapter = case.strategy.target in (T, F)
-        opened = Opened(
-            _place(inputs.base),
-            inputs.base_revision,
-            _place(inputs.adapter) if has_adapter else None,
-            inputs.adapter_revision if has_adapter else None,
-            inputs.adapter_subfolder if has_adapter else None,
-            _load_in(work, case),
-        )
+        opened = _beside(work, case)
     return measure_speed(opened, options.speed_tokens, device, work.store.folder, work.check_stop)
 
 
-def _place(location: str) -> str:
-    """A folder as a path, anything else as it is."""
-    path = Path(location).expanduser()
-    return str(path) if path.is_dir() else location
+def _beside(work: Work, case: Case) -> Opened:
+    """An unmerged model, from the very files that were judged."""
+    for storage, files in case.prepared.downloads():  # the Hub's cache may have been cleaned since
+        storage.fetch(files, lambda _: None)
+    adapter = case.prepared.adapter_storage
+    return Opened(
+        _place(case.prepared.base.index.storage, CONFIG),
+        None if adapter is None else _place(adapter, CONFIG_NAME),
+        _load_in(work, case),
+    )
+
+
+def _place(storage: Storage, file: str) -> str:
+    """The folder here that has the `file` of an input: a snapshot in the cache for what is from the Hub."""
+    if storage_kind(storage.location) == "folder":
+        return str(Path(storage.location).expanduser())
+    return str(Path(storage.file(file).path).parent)
 
 
 def _load_in(work: Work, case: Case) -> Mapping[str, object] | None:

@@ -18,15 +18,12 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What is opened: a folder or Hub id, with an adapter beside it or without. `load_in` are settings of bitsandbytes
-    that quantizes while loading.
+    """What is opened: a folder, with an adapter's beside it or without. `load_in` are settings of bitsandbytes that
+    quantizes while loading.
     """
 
     model: str
-    revision: str | None = None
     adapter: str | None = None
-    adapter_revision: str | None = None
-    adapter_subfolder: str | None = None
     load_in: Mapping[str, object] | None = None
 
 

@@ -2,7 +2,9 @@
 
     subject.json      base and adapter that the folder is about
     rows/NAME.json    the numbers of a strategy, with the key that stands for all that they depend on
-    made/NAME.json    what its merge told, until it is judged
+    making/NAME.json  for which output its folder is
+    made/NAME.json    what its merge told, as long as the output is there
+    kept/NAME.json    says that the output is there to stay
     reference/        what the reference answers (see evaluation/kept_reference.py), until all are judged
 
 The output of a strategy lies in `OUT/models/NAME` and goes on by its own journal.
@@ -13,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from streamconv.journal import Journal, make_folder
 from streamconv.output import check_place
 
 WORK_FOLDER, MODELS = ".comparison", "models"
+_NOTES = ("rows", "making", "made", "kept")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,29 +73,55 @@ class Store:
     def keep_made(self, name: str, key: str, made: Made) -> None:
         self._write("made", name, key, asdict(made))
 
+    def claim_model(self, name: str, digest: str, goes_on: bool) -> None:
+        """From here on the folder of a strategy is for the output whose plan has this digest. What lies there for
+        another goes, and what cannot be gone on with; one that was to stay is replaced, and its successor stays.
+        """
+        if not self.model(name).exists():
+            self._note("kept", name).unlink(missing_ok=True)
+        if not goes_on or self._read("making", name, digest) is None:
+            self.remove_model(name)
+        self._write("making", name, digest, {})
+
+    def is_kept(self, name: str) -> bool:
+        """Whether the output is there to stay."""
+        return self._note("kept", name).is_file() and self.model(name).exists()
+
+    def keep_model(self, name: str) -> None:
+        """Let the output stay, in later runs, too."""
+        self._write("kept", name, "", {})
+
+    def drop_model(self, name: str) -> None:
+        """Remove an output that is not there to stay. Raises OutputError where that is not possible."""
+        if not self.is_kept(name):
+            self.remove_model(name)
+
     def remove_model(self, name: str) -> None:
         """Raises OutputError where that is not possible."""
         _remove(self.model(name))
-        (self.folder / "made" / f"{name}.json").unlink(missing_ok=True)
+        for kind in ("making", "made"):
+            self._note(kind, name).unlink(missing_ok=True)
 
-    def clear_up(self, keep: bool) -> None:
-        """All has been judged: remove what only helped. `keep`: outputs stay."""
+    def clear_up(self) -> None:
+        """All has been judged: remove what only helped."""
         _remove(self.reference)
-        models = self.out / MODELS
-        if not keep and models.exists():
-            _remove(models)
+        with suppress(OSError):  # outputs that stay are in it, or it is not there
+            (self.out / MODELS).rmdir()
+
+    def _note(self, kind: str, name: str) -> Path:
+        return self.folder / kind / f"{name}.json"
 
     def _read(self, kind: str, name: str, key: str) -> dict[str, Any] | None:
-        path = self.folder / kind / f"{name}.json"
+        path = self._note(kind, name)
         if not path.is_file():
             return None
         found = json.loads(path.read_bytes())
         return found["found"] if found["key"] == key else None
 
     def _write(self, kind: str, name: str, key: str, found: Mapping[str, Any]) -> None:
-        folder = self.folder / kind
-        make_folder(folder)
-        write_file(folder / f"{name}.json", (json.dumps({"key": key, "found": found}) + "\n").encode())
+        path = self._note(kind, name)
+        make_folder(path.parent)
+        write_file(path, (json.dumps({"key": key, "found": found}) + "\n").encode())
 
 
 @contextmanager
@@ -105,9 +134,16 @@ def open_store(out: Path, inputs: Mapping[str, Path], subject: str, overwrite: b
     store, known = Store(out), out / WORK_FOLDER / "subject.json"
     is_ours = (out / WORK_FOLDER).is_dir()
     try:
-        check_place(out, inputs, False, is_ours)
+        # Whether it holds something else is said below: no --overwrite replaces what is no comparison.
+        check_place(out, inputs, False, True)
+        others = [] if is_ours or not out.is_dir() else sorted(entry.name for entry in out.iterdir())
     except OSError as error:
         raise OutputError(f"{out} cannot be used: {error.strerror}; choose another --out") from error
+    if others:
+        raise OutputError(
+            f"{out} is not empty ({', '.join(others[:3])}{' ...' if len(others) > 3 else ''}) and holds no comparison; "
+            "choose another --out"
+        )
     lock = Journal(store.folder, {}, resume=True)
     lock.lock()
     try:
@@ -116,7 +152,7 @@ def open_store(out: Path, inputs: Mapping[str, Path], subject: str, overwrite: b
                 f"{out} holds the comparison of another base or adapter; choose another --out, or --overwrite"
             )
         if overwrite:
-            for name in ("rows", "made", "reference"):
+            for name in (*_NOTES, "reference"):
                 _remove(store.folder / name)
             _remove(out / MODELS)
         write_file(known, subject.encode())

@@ -171,16 +171,14 @@ def _parsed(name: str, text: str, where: str) -> Strategy:
         words = shlex.split(text)
     except ValueError as error:
         raise OptionError(f"{where}: {error}") from error
-    is_merged = words[:1] != [UNMERGED]
-    options = _parse_options(words if is_merged else words[1:], where)
-    if not is_merged:
-        if set(options) - {"merge_base"}:
-            raise OptionError(f"{where}: what is unmerged has no option but --merge-base")
-        if options:
+    if words[:1] == [UNMERGED]:
+        if words[1:]:
             raise OptionError(
-                f"{where}: --merge-base of what is unmerged is that of the comparison; leave it out, or give that"
+                f"{where}: {UNMERGED} is T with the adapter beside its base and has no options, found "
+                f"{' '.join(words[1:])}; leave them out: the format of its base is the comparison's --merge-base"
             )
         return Strategy(name, text, T)
+    options = _parse_options(words, where)
     if "quant" not in options:
         raise OptionError(f"{where}: --quant is missing; give none, or a format of `streamconv formats`")
     if options["quant"] != "none" and options["quant"] not in (*FORMATS, *DENSE):
@@ -233,18 +231,21 @@ class Ground:
 
 
 def settle(strategies: Iterable[Strategy], ground: Ground) -> tuple[Strategy | LeftOut, ...]:
-    """Each with all its options filled in, or why it is left out; of two that come to the same, the first."""
+    """Each with all its options filled in, or why it is left out; of two that come to the same, the second."""
     found: list[Strategy | LeftOut] = []
-    seen: list[tuple[str, Mapping[str, Value] | None]] = []
+    run: list[Strategy] = []
     for strategy in strategies:
         settled = _settled(strategy, ground)
-        reason = _why_not(settled, ground)
-        if reason is None and (settled.target, settled.options) in seen:
-            continue
+        reason = _why_not(settled, ground) or _same_as(settled, run)
         if reason is None:
-            seen.append((settled.target, settled.options))
+            run.append(settled)
         found.append(settled if reason is None else LeftOut(settled, reason))
     return tuple(found)
+
+
+def _same_as(strategy: Strategy, others: Iterable[Strategy]) -> str | None:
+    own = strategy.target, strategy.options
+    return next((f"the same as {each.name}" for each in others if own == (each.target, each.options)), None)
 
 
 def _settled(strategy: Strategy, ground: Ground) -> Strategy:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 
 from streamconv.comparison.options import CompareOptions
 from streamconv.comparison.result import DONE, FAILED, Compared, Numbers, Row, Speed
 from streamconv.comparison.strategies import Strategy
-from streamconv.pipeline.job import CALIBRATION_TOKENS, GRADIENT_TOKENS
-from streamconv.sizes import format_size
+from streamconv.formats import FORMATS
+from streamconv.pipeline.job import build_job
+from streamconv.sizes import exact_size, format_size, parse_size
 
 NOTHING = "-"
 
@@ -212,29 +214,36 @@ def _capital(text: str) -> str:
 
 # -- commands --------------------------------------------------------------------------------------------------------
 
-# Values that a merge has anyway.
-_DEFAULTS: Mapping[str, object] = {"merge_base": "original", "rounding": "auto", "seed": 0}
+# What a merge does unless it is told otherwise.
+_DEFAULTS: Mapping[str, object] = {
+    name: parameter.default for name, parameter in signature(build_job).parameters.items()
+}
+_SIZES = ("max_ram", "max_vram")
 
 
 def merge_command(options: CompareOptions, strategy: Strategy) -> str:
     """The command that makes the output of a strategy, all of whose options are filled in."""
-    inputs, text = options.inputs, options.calibration
-    given: dict[str, object] = {
-        "base": inputs.base,
-        "base_revision": inputs.base_revision,
-        "adapter": inputs.adapter,
-        "adapter_revision": inputs.adapter_revision,
-        "adapter_subfolder": inputs.adapter_subfolder,
-    }
-    if strategy.calibrated and text is not None:
-        given |= {"calibration": text.data, "calibration_sequence_length": text.sequence_length}
-        if text.tokens != CALIBRATION_TOKENS:
-            given["calibration_tokens"] = text.tokens
-        if text.gradient_tokens != GRADIENT_TOKENS:
-            given["calibration_gradient_tokens"] = text.gradient_tokens
-    given |= {"seed": options.seed, **(strategy.options or {})}
     words = ["streamconv", "merge"]
-    for name, value in given.items():
-        if value is not None and _DEFAULTS.get(name) != value:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+    for name, value in options.merge_options(strategy).items():
+        if name == "min_kept" and not _has_gate(strategy):
+            continue
+        said, usual = _said(name, value), _said(name, _DEFAULTS[name])
+        if said != usual:
+            flag = f"--{name.replace('_', '-')}"
+            words += [flag] if value is True else [flag, said]
     return shlex.join([*words, "-o", "merged"])
+
+
+def _said(name: str, value: object) -> str:
+    """A value as it stands on a command line; "" for none."""
+    if name in _SIZES and isinstance(value, str | int):
+        return exact_size(parse_size(value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "" if value is None or value is False else str(value)
+
+
+def _has_gate(strategy: Strategy) -> bool:
+    """Whether a merge would refuse what keeps too little: it does where no rounding was asked for by name."""
+    options = strategy.options or {}
+    return options.get("rounding", "auto") == "auto" and options["quant"] in FORMATS

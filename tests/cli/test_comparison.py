@@ -40,7 +40,9 @@ def test_a_table_and_a_recommendation(arguments: list[str], tmp_path: Path) -> N
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines[1:3]] == ["unmerged-T", "nearest-T"]
     assert lines[3].startswith("feedback-T: left out: it chooses codes by calibration text")
-    assert lines[5].startswith("* at most 12 bits a weight: take nearest-T. The only one of that size; KL ")
+    assert lines[5].startswith(
+        "* at most 12 bits a weight: take nearest-T. The only one that was compared; KL "
+    )
     assert lines[6].startswith("  streamconv merge --base ")
     assert lines[-1].startswith(f"{tmp_path}/out/comparison.html shows it")
     said = result.stderr.splitlines()

@@ -54,7 +54,8 @@ def numbers(kl: float, bits: float = 5.0, worse: float = 0.0, load: int | None =
 
 
 def row(name: str, found: Numbers | None, *, quant: str | None = "nf4-dq", target: str = "T") -> Row:
-    command = None if quant is None else f"streamconv merge --quant {quant} -o merged"
+    residual = " --residual-rank 16" if name.startswith("residual") else ""
+    command = None if quant is None else f"streamconv merge --quant {quant}{residual} -o merged"
     return Row(name, "as its name says", target, quant, "nearest", command, DONE, found)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig
 from safetensors import safe_open
 from torch.nn.functional import cross_entropy, kl_div
@@ -22,10 +24,22 @@ from streamconv.comparison import Compared, Speed, running
 from streamconv.comparison.loading import measure
 from streamconv.comparison.speed import Opened, measure_speed
 from streamconv.comparison.store import Store
-from streamconv.errors import InputError, OptionError, OutputError, ResourceError, Stopped
+from streamconv.errors import (
+    InputError,
+    OptionError,
+    OutputError,
+    ResourceError,
+    Stopped,
+    VerificationError,
+)
 from streamconv.executor import StopRequest
+from streamconv.journal import Journal, is_owned
 from tests.forward.texts import numbers, save_tokenizer, write_text
+from tests.hub_stub import Hub
+from tests.hubs import hub
 from tests.tiny import llama_config, save_adapter, save_base
+
+__all__ = ["hub"]
 
 LENGTH, COUNT = 32, 3
 CALIBRATION: dict[str, Any] = {
@@ -172,7 +186,7 @@ def test_the_command_of_a_row_makes_its_model(models: Models, kept: Compared, tm
     assert kept.row("feedback-T").command == (
         f"streamconv merge --base {models.base} --adapter {models.adapter} --calibration {models.text} "
         "--calibration-sequence-length 32 --calibration-tokens 160 --calibration-gradient-tokens 32 "
-        "--merge-base nf4-dq --quant nf4-dq --rounding feedback -o merged"
+        "--merge-base nf4-dq --quant nf4-dq --rounding feedback --device cpu --max-ram 4GiB -o merged"
     )
     streamconv.merge(models.base, models.adapter, tmp_path / "int8", quant="int8", device="cpu")
     ours = of_model(kept, "int8-F") / "model.safetensors"
@@ -283,9 +297,34 @@ def _parameters() -> dict[str, Any]:
 def test_kept_models_are_made_again_if_they_are_gone(models: Models, tmp_path: Path) -> None:
     out = tmp_path / "out"
     models.compare(out)
-    found = models.compare(out, keep=True)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(running, "_judged", never)
+        found = models.compare(out, keep=True)
     assert (out / "models" / "nearest-T" / "config.json").exists()
     assert found.row("nearest-T").status == "done"
+
+
+def test_what_an_earlier_run_kept_stays(models: Models, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", write_text(tmp_path / "other.txt", 300)
+    models.compare(out, "nearest-T", keep=True, greedy_tokens=0)
+    config = out / "models" / "nearest-T" / "config.json"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(running, "run", never)
+        models.compare(out, "nearest-T", greedy_tokens=0)
+    assert config.exists()
+    models.compare(out, "nearest-T,nearest-F", data=other, greedy_tokens=0)
+    assert config.exists()
+    assert not (out / "models" / "nearest-F").exists()
+
+
+def test_options_that_change_under_a_name(models: Models, tmp_path: Path) -> None:
+    out, mine = tmp_path / "out", tmp_path / "mine.yaml"
+    for quant in ("nf4", "fp4"):
+        mine.write_text(f"mine: --quant {quant}")
+        found = models.compare(out, str(mine), keep=True, greedy_tokens=0)
+        assert (found.exit_code, found.row("mine").quant) == (0, quant)
+        manifest = json.loads((out / "models" / "mine" / "streamconv.json").read_text())
+        assert manifest["quant"] == quant
 
 
 # -- what goes wrong -------------------------------------------------------------------------------------------------
@@ -326,6 +365,76 @@ def test_a_strategy_that_fails_is_told_and_the_next_goes_on(
     assert (again.exit_code, again.row("nearest-T").status) == (0, "done")
 
 
+def full_disk() -> ResourceError:
+    error = ResourceError("the disk is full")
+    error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "stays"),
+    [
+        (ResourceError("--max-ram is too small"), True),
+        (full_disk(), False),
+        (VerificationError("it is not what the plan says"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_finished_merge_is_not_lost_with_its_evaluation(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, stays: bool
+) -> None:
+    out = tmp_path / "out"
+    steps: list[str] = []
+
+    def fail(*given: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "_merged", fail)
+        found = models.compare(out, "nearest-T", greedy_tokens=0)
+    failure = found.row("nearest-T").failure
+    assert failure is not None
+    assert failure.stage == "evaluating"
+    assert (out / "models" / "nearest-T" / "config.json").exists() is stays
+    again = models.compare(out, "nearest-T", on_step=steps.append, greedy_tokens=0)
+    assert steps == ["[1/1] nearest-T: merging"] * (not stays) + ["[1/1] nearest-T: evaluating"]
+    numbers = again.row("nearest-T").numbers
+    assert numbers is not None
+    assert numbers.merge_seconds
+    assert not (out / "models").exists()
+
+
+def test_what_others_need_the_room_of_goes(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def fail(*given: object) -> None:
+        monkeypatch.setattr(running, "free_bytes", lambda path: 100)
+        raise ResourceError("--max-ram is too small")
+
+    monkeypatch.setattr(running, "_merged", fail)
+    models.compare(out, "nearest-T,nearest-F", greedy_tokens=0)
+    assert not (out / "models" / "nearest-T").exists()
+    assert (out / "models" / "nearest-F").exists()  # the last: nobody needs its room
+
+
+def test_a_merge_that_failed_midway_goes_on(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def fail(prepared: Any, folder: Path, *rest: Any) -> None:
+        with Journal(folder, prepared.plan.fingerprint, resume=True):
+            raise ResourceError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "run", fail)
+        models.compare(out, "nearest-T", greedy_tokens=0)
+    assert is_owned(out / "models" / "nearest-T")
+    assert models.compare(out, "nearest-T", greedy_tokens=0).exit_code == 0
+
+
 def test_a_bug_costs_only_its_own_row(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,8 +472,12 @@ def test_places_that_are_not_its_own(models: Models, tmp_path: Path) -> None:
         models.compare(models.base / "out")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="is not empty"):
-        models.compare(tmp_path / "other")
+    for overwrite in (False, True):
+        with pytest.raises(
+            OutputError, match=r"not empty \(notes.txt\) and holds no comparison; choose another --out$"
+        ):
+            models.compare(tmp_path / "other", overwrite=overwrite)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
     models.compare(tmp_path / "out", "base")
     adapter = save_adapter(
         tmp_path / "adapter", models.base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -395,6 +508,7 @@ def test_two_at_a_time(models: Models, tmp_path: Path, monkeypatch: pytest.Monke
         ({"max_bits": 0}, "--max-bits 0 is no number of bits"),
         ({"speed_tokens": 0}, "--speed-tokens 0 is too few"),
         ({"tokens": 5}, "--tokens 5 is less than one sequence"),
+        ({"tokens": 63}, "--tokens 63 is one sequence of 32.*; give 64 or more"),
         ({"dtype": "auto"}, "--dtype"),
         ({"calibration_tokens": 64}, "add --calibration FILE"),
     ],
@@ -448,6 +562,67 @@ def test_what_is_opened(models: Models, tmp_path: Path, monkeypatch: pytest.Monk
     assert models.compare(out, "base,unmerged-F,unmerged-T,nearest-T", speed=True).rows == first.rows
     assert models.compare(out, "base,nearest-T").rows == (first.rows[0], first.rows[3])
     assert len(opened) == 4
+    # Of other tokens, speed alone is measured anew, and one is not shown beside the other.
+    monkeypatch.setattr(running, "_judged", never)
+    quick = models.compare(out, "base,nearest-T", speed=True, speed_tokens=8)
+    assert [row.numbers and row.numbers.speed and row.numbers.speed.tokens for row in quick.rows] == [8, 8]
+    assert len(opened) == 6
+    assert [row.numbers and row.numbers.speed for row in models.compare(out, "base,nearest-T").rows] == [
+        None,
+        None,
+    ]
+    assert not (out / "models").exists()
+
+
+def test_numbers_are_noted_before_a_model_is_loaded(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: object) -> Speed:
+        raise OSError("no process can be started")
+
+    monkeypatch.setattr(running, "measure_speed", fail)
+    failure = (
+        models.compare(tmp_path / "out", "nearest-T", speed=True, greedy_tokens=0).row("nearest-T").failure
+    )
+    assert failure is not None
+    assert failure.stage == "loading"
+    monkeypatch.setattr(running, "run", never)
+    monkeypatch.setattr(running, "_judged", never)
+    assert models.compare(tmp_path / "out", "nearest-T", greedy_tokens=0).row("nearest-T").status == "done"
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # PEFT asks for it
+def test_models_of_the_hub_are_opened_where_they_were_judged(
+    models: Models, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.add("org/base", models.base)
+    hub.repos["org/base"].refs["v2"] = commit
+    hub.add("me/lora", models.adapter, prefix="last/")
+    opened: list[Opened] = []
+
+    def note(what: Opened, tokens: int, device: str, *rest: object) -> Speed:
+        opened.append(what)
+        return Speed(1000, None, 1.0, 2.0, tokens, device, None)
+
+    monkeypatch.setattr(running, "measure_speed", note)
+    streamconv.compare(
+        "org/base@v2",
+        "hf://me/lora",
+        tmp_path / "out",
+        data=models.text,
+        strategies="unmerged-F",
+        reference="F",
+        adapter_subfolder="last",
+        device="cpu",
+        **EVALUATION,
+    )
+    (found,) = opened
+    assert Path(found.model) == tmp_path / "cache" / "models--org--base" / "snapshots" / commit
+    asked = {**asdict(found), "device": "cpu", "tokens": 2}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert measure(asked)["problem"] is None
 
 
 def test_a_process_loads_and_decodes(models: Models, tmp_path: Path) -> None:
@@ -474,10 +649,7 @@ def test_a_model_that_does_not_open_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     asked = {
         "model": str(tmp_path),
-        "revision": None,
         "adapter": None,
-        "adapter_revision": None,
-        "adapter_subfolder": None,
         "load_in": None,
         "device": "cpu",
         "tokens": 2,

@@ -93,7 +93,7 @@ def test_recommendations_are_marked(found: Compared) -> None:
     root = parse(page(found))
     taken = ["".join(tr.itertext()) for tr in root.iter("tr") if tr.get("class") == "taken"]
     names = [advice.name for advice in found.advice]
-    assert len(taken) == len(names) == 3
+    assert len(taken) == len(names) == 4
     text = "".join(root.itertext())
     for advice in found.advice:
         assert advice.need in text

@@ -78,6 +78,36 @@ def test_without_a_limit_one_for_each_width() -> None:
     assert [each.name for each in recommend(rows[:1], None)] == ["sixteen"]
 
 
+def test_a_residual_adapter_has_a_recommendation_of_its_own() -> None:
+    rows = [row("feedback", numbers(0.05, 6)), row("residual", numbers(0.001, 7))]
+    advice = recommend(rows, None)
+    assert [(each.need, each.name) for each in advice] == [
+        ("4-bit codes", "feedback"),
+        ("4-bit codes and an adapter", "residual"),
+    ]
+    assert "do not merge" not in advice[1].reason
+    assert [each.need for each in recommend(rows[1:], None)] == ["4-bit codes and an adapter"]
+    assert [each.name for each in recommend(rows, 8)] == ["feedback", "residual"]
+    assert [each.name for each in recommend(rows, 6.5)] == ["feedback"]
+
+
+def test_what_needs_no_merge_is_told_beside_a_residual_adapter() -> None:
+    unmerged = row("unmerged-T", numbers(0.0, 7), quant=None)
+    residual = row("residual", numbers(0.001, 7))
+    exact = "; unmerged-T is exact: where adapters can be loaded, do not merge"
+    assert recommend([unmerged, residual], None)[0].reason.endswith(exact)
+    assert recommend([unmerged, residual], 7)[1].reason.endswith(exact)
+    of_f, other_reference = replace(residual, target="F"), replace(unmerged, numbers=numbers(0.003, 7))
+    large = replace(unmerged, numbers=numbers(0.0, 16))
+    for rows in (
+        [unmerged, of_f],
+        [other_reference, residual],
+        [row("base", numbers(0.0), quant=None, target="base"), residual],
+    ):
+        assert "exact" not in recommend(rows, None)[0].reason
+    assert "exact" not in recommend([large, residual], 7)[1].reason
+
+
 def test_what_is_not_a_model_on_disk_or_failed_is_not_recommended() -> None:
     rows = [row("unmerged", numbers(0.0, 16), quant=None), failed("broken"), row("four", numbers(0.05, 6))]
     assert named(rows) == "four"

@@ -98,7 +98,11 @@ def test_what_needs_text_is_left_out_without() -> None:
 
 def test_of_two_that_come_to_the_same_the_first_is_run() -> None:
     one = Strategy("one", "", "F", {"quant": "nf4"})
-    assert names(settle([one, replace(one, name="two")], DENSE_BASE)) == ["one"]
+    found = settle([one, replace(one, name="two")], DENSE_BASE)
+    assert names(found) == ["one"]
+    assert left_out(found) == {"two": "the same as one"}
+    unmerged = settle([*asked_strategies("unmerged-T"), Strategy("mine", "unmerged", "T")], DENSE_BASE)
+    assert left_out(unmerged) == {"mine": "the same as unmerged-T"}
 
 
 def test_by_name_and_from_a_file(tmp_path: Path) -> None:
@@ -107,9 +111,11 @@ def test_by_name_and_from_a_file(tmp_path: Path) -> None:
         "plain: --quant nf4 --rounding SEARCH\n"
         "trained: --quant fp4 --merge-base fp4 --seed 7\n"
         "by-text: --quant nf4-dq --rounding feedback --calibration-gradient-tokens 0\n"
+        "beside: unmerged\n"
     )
     found = {each.name: each for each in asked_strategies(f"nearest-T, base,{path}")}
-    assert list(found) == ["nearest-T", "base", "plain", "trained", "by-text"]
+    assert list(found) == ["nearest-T", "base", "plain", "trained", "by-text", "beside"]
+    assert (found["beside"].target, found["beside"].options) == ("T", None)
     assert found["plain"].options == {"quant": "nf4", "rounding": "search", "merge_base": "original"}
     assert (found["plain"].target, found["trained"].target) == ("F", "T")
     assert found["trained"].options == {"quant": "fp4", "merge_base": "fp4", "seed": 7}
@@ -132,7 +138,11 @@ def test_by_name_and_from_a_file(tmp_path: Path) -> None:
         ("a: --quant 'nf4", "a: No closing quotation"),
         ("a: 4", "a must be options of a merge"),
         ("../a: --quant nf4", "cannot be a strategy's name"),
-        ("a: unmerged --quant nf4", "what is unmerged has no option"),
+        (
+            "a: unmerged --quant nf4",
+            "a: unmerged is T with .* has no options, found --quant nf4; leave them out",
+        ),
+        ("a: unmerged --merge-base nf4", "has no options, found --merge-base nf4; leave them out"),
         ("nearest-T: --quant nf4", "nearest-T stands twice"),
     ],
 )

@@ -18,15 +18,20 @@ BED = "demo-kjv"
 def numbers(kl: float, loss: float, bits: float) -> dict[str, Any]:
     losses = [loss + 0.1 * (number % 3) for number in range(12)]
     return {
+        "tensor_bytes": 1000,
+        "size_bytes": 1000,
         "bits_per_weight": bits,
         "perplexity": 2.0,
         "perplexity_difference": {"value": 0.1, "low": 0.0, "high": 0.2},
         "kl": {"value": kl, "low": kl, "high": kl},
         "top1_agreement": 0.9,
         "greedy_identical": None,
+        "greedy_first_differing": None,
         "kept_delta": None,
         "merge_seconds": 12.0,
         "merge_resumed": True,
+        "merge_peak_ram_bytes": None,
+        "evaluate_seconds": 1.0,
         "losses": losses,
         "kl_by_sequence": [kl * (1 + 0.01 * (number % 3)) for number in range(12)],
         "speed": None,
@@ -34,8 +39,19 @@ def numbers(kl: float, loss: float, bits: float) -> dict[str, Any]:
 
 
 def row(name: str, quant: str, found: dict[str, Any] | None) -> dict[str, Any]:
-    words = {"name": name, "label": name, "quant": quant, "numbers": found, "reason": None, "failure": None}
-    return words if found else {**words, "reason": "there is no text"}
+    residual = " --residual-rank 16" if name == "residual-T" else ""
+    return {
+        "name": name,
+        "label": name,
+        "target": "T",
+        "quant": quant,
+        "rounding": None,
+        "command": f"streamconv merge --quant {quant}{residual} -o merged",
+        "status": "done" if found else "left out",
+        "numbers": found,
+        "failure": None,
+        "reason": None if found else "there is no text",
+    }
 
 
 def results(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +65,7 @@ def results(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "text": {"sequences": 12, "sequence_length": 8, "greedy_tokens": 0},
         "calibration": {"tokens": 4096},
-        "advice": [{"need": "4-bit codes", "name": "feedback-T", "reason": "the lowest KL"}],
+        "advice": [{"need": "4-bit codes", "name": "awq-T", "reason": "as a rule of old has it"}],
     }
     runs = [{"seconds": 900.0, "exit_code": 130}, {"seconds": 1500.0, "exit_code": 0}]
     machine = {"processor": "a processor", "cores": 2, "commit": "0"}
@@ -95,6 +111,15 @@ def test_the_table_has_what_was_measured_and_says_what_was_not() -> None:
     assert "| 12+ |" in page
     assert "- `awq-T`: there is no text" in page
     assert "40 minutes in 2 runs, stopped in between." in page
+
+
+def test_recommendations_are_those_of_the_rule_of_today() -> None:
+    found = results(numbers(0.2, 2.0, 4.1), numbers(0.3, 2.0, 4.2))
+    found["comparison"]["rows"].append(row("residual-T", "nf4-dq", numbers(0.1, 2.0, 4.3)))
+    page = compared_block({}, {"compared": {BED: found}})
+    assert "- 4-bit codes: `feedback-T`; the lowest KL of 3" in page
+    assert "- 4-bit codes and an adapter: `residual-T`; the only one" in page
+    assert "a rule of old" not in page
 
 
 @pytest.mark.parametrize("name", AMOUNTS)

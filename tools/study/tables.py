@@ -10,6 +10,8 @@ import numpy as np
 
 from streamconv.analysis.prediction import predicted_kept
 from streamconv.comparison.bootstrap import Estimate, mean, perplexity, perplexity_difference, ratio
+from streamconv.comparison.recommendation import recommend
+from streamconv.comparison.result import row_of as compared_row
 from streamconv.grids import NF4
 from streamconv.rounding.adaptive import NEAREST_FROM
 from streamconv.rounding.feedback import FeedbackOptions
@@ -492,7 +494,9 @@ def _compared(label: str, results: Results) -> str:
         f"{calibration['tokens']:,} of calibration, {text['greedy_tokens']} greedy ones; "
         f"{sum(run['seconds'] for run in results['runs']) / 60:.0f} minutes in {_runs(len(results['runs']))}."
     )
-    advice = [f"- {each['need']}: `{each['name']}`; {each['reason']}" for each in found["advice"]]
+    # By the rule of today: what a result file says of itself was found by that of its day.
+    recommended = recommend([compared_row(row) for row in found["rows"]], None)
+    advice = [f"- {each.need}: `{each.name}`; {each.reason}" for each in recommended]
     facts = results["machine"]
     where = f"{facts['processor']}, {facts['cores']} cores; commit {facts['commit']}"
     parts = (
