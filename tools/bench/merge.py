@@ -289,23 +289,21 @@ def run_group(
             "runs": [asdict(run) for run in runs],
         }
         if kind.bound:
-            group |= _to_bound(runs, checkpoint, group["encoder_bytes_per_s"])
+            group["to_bound"] = statistics.median(to_bound(group).values())
         store(results, group)
     print(f"\n{table(group)}\n", flush=True)
     if kind.bound:
         print(f"{STREAMCONV}: {group['to_bound']:.2f} times the bound of disk and encoder\n", flush=True)
 
 
-def _to_bound(runs: Sequence[Run], input_bytes: int, rate: float) -> dict[str, float]:
-    """The bound, and how far the merge is from it, each the median of what rounds say."""
+def to_bound(group: Mapping[str, Any]) -> dict[int, float]:
+    """Wall time of streamconv over the bound, by round."""
     raw, merge = (
-        {run.round: run.wall_s for run in runs if run.contender == name} for name in (RAW, STREAMCONV)
+        {run["round"]: run["wall_s"] for run in group["runs"] if run["contender"] == name}
+        for name in (RAW, STREAMCONV)
     )
-    bounds = {number: bound_s(raw[number], input_bytes, rate) for number in merge}
-    return {
-        "bound_s": statistics.median(bounds.values()),
-        "to_bound": statistics.median(merge[number] / bounds[number] for number in merge),
-    }
+    rate, nbytes = group["encoder_bytes_per_s"], group["checkpoint_bytes"]
+    return {number: merge[number] / bound_s(raw[number], nbytes, rate) for number in merge}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

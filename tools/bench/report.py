@@ -47,7 +47,7 @@ def _against(group: Mapping[str, Any]) -> str:
         for name, row in rows.items()
         if name not in {COPY, RAW, STREAMCONV}
     ]
-    if "bound_s" in group:
+    if "to_bound" in group:
         said.append(
             f"The encoder alone takes in {group['encoder_bytes_per_s'] / 1e9:.2f} GB/s; streamconv takes"
             f" {group['to_bound']:.2f} times the longer of disk and encoder."
