@@ -89,9 +89,9 @@ def _counted(x: Any, threshold: Any, rank: Any) -> Any:
 def _rank(x: Any, thresholds: Array) -> Any:
     """How many of 15 rising thresholds lie below `x`, as float32.
 
-    Of two halves, one is chosen and then counted through. All thresholds are read before they are compared, for LLVM
-    makes selects, and vectors, only of what it may always read. A search to the end costs as much; a table to look
-    up, twice that.
+    Of two halves, one is chosen and then counted through: half the time of counting through all, or of looking a value
+    up. All thresholds are read before they are compared, for LLVM makes selects, and vectors, only of what it may
+    always read.
     """
     t = thresholds
     t0, t1, t2, t3, t4, t5, t6, t7 = t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]
@@ -109,7 +109,7 @@ def _rank(x: Any, thresholds: Array) -> Any:
 
 @_compiled
 def _at_rank(x: Any, thresholds: Array, choices: Array) -> Any:
-    """What stands in `choices` at the rank of `x`; beside `_rank` the comparisons are made once."""
+    """What stands in `choices` at the rank of `x`, found as `_rank` finds it."""
     t = thresholds
     t0, t1, t2, t3, t4, t5, t6, t7 = t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]
     t8, t9, t10, t11, t12, t13, t14 = t[8], t[9], t[10], t[11], t[12], t[13], t[14]
