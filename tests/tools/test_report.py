@@ -90,6 +90,7 @@ def test_aims_are_met_or_missed_by_the_numbers(results: Path) -> None:
         for threads, ratio in ((1, 24.9), (2, 25.0))
     ]
     planned = {"model": "m", "quant": "nf4", "wall_s": 5.0, "start_s": 2.0, "wall_limit_s": 2.0}
+    planned |= {"peak_bytes": 499_000_000}
     proofs = {"limit_bytes": 2**30, "proofs": []}
     made = aims(merged, {"medians": encoded}, proofs, {"rows": [planned]})
     found = {aim.what: (aim.measured, aim.is_met) for aim in made}
@@ -101,6 +102,7 @@ def test_aims_are_met_or_missed_by_the_numbers(results: Path) -> None:
     assert found["bf16 to nf4, 6 GB: time to the longer of disk and encoder"] == ("1.12 (1.12 to 1.12)", True)
     assert [aim.is_met for aim in made if "in memory" in aim.what] == [False, True]
     assert found["planning m to nf4, start-up not counted"] == ("3.0 s", False)
+    assert found["planning m to nf4, peak memory above torch"] == ("499 MB", True)
     assert "| **missed** |" in table(made)
 
 

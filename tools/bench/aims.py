@@ -8,6 +8,7 @@ from typing import Any
 
 from tools.bench.encode import COMPILED, Case
 from tools.bench.merge import COPY, STREAMCONV, ratio, to_bound
+from tools.bench.plan import MEMORY_LIMIT
 from tools.bench.rivals import RIVALS
 
 Results = Mapping[str, Any]
@@ -68,7 +69,7 @@ def _encoding(results: Results) -> Iterator[Aim]:
 
 def _memory(results: Results) -> Iterator[Aim]:
     limit = _mib(results["limit_bytes"])
-    for proof in results["proofs"]:
+    for proof in results["proofs"]:  # of a run that the limit ended, nothing is stored
         what = f"{proof['input_bytes'] / 1e9:.0f} GB to {proof['output']} inside {limit}"
         yield Aim(what, "ends well", _mib(proof["anon_above_torch_bytes"]) + " above torch", True)
 
@@ -78,6 +79,9 @@ def _planning(results: Results) -> Iterator[Aim]:
         seconds = row["wall_s"] - row["start_s"]
         what = f"planning {row['model']} to {row['quant']}, start-up not counted"
         yield Aim(what, f"under {row['wall_limit_s']:g} s", f"{seconds:.1f} s", seconds < row["wall_limit_s"])
+        peak, limit = row["peak_bytes"], MEMORY_LIMIT
+        what = f"planning {row['model']} to {row['quant']}, peak memory above torch"
+        yield Aim(what, f"under {limit / 1e6:.0f} MB", f"{peak / 1e6:.0f} MB", peak < limit)
 
 
 def _most(what: str, measured: float, limit: float) -> Aim:
