@@ -6,7 +6,8 @@
 Names are imported on first use, because importing torch takes seconds and `streamconv --help` should not.
 """
 
-from importlib import import_module
+from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,30 +31,6 @@ if TYPE_CHECKING:
     from streamconv.pipeline import convert, merge, push, verify
     from streamconv.report.result import Report
     from streamconv.storage.upload import Pushed
-
-_PUBLIC = {
-    "streamconv.pipeline": ("convert", "merge", "push", "verify"),
-    "streamconv.analysis": ("Analysis", "analyze"),
-    "streamconv.comparison": ("Compared", "compare"),
-    "streamconv.evaluation": ("Evaluation", "evaluate"),
-    "streamconv.inspection": ("inspect",),
-    "streamconv.report.result": ("Report",),
-    "streamconv.storage.upload": ("Pushed",),
-    "streamconv.errors": (
-        "AdapterError",
-        "CheckpointError",
-        "HubError",
-        "InputError",
-        "OptionError",
-        "OutputError",
-        "ResourceError",
-        "Stopped",
-        "StreamconvError",
-        "UnsupportedError",
-        "VerificationError",
-    ),
-}
-_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 
 __all__ = [  # noqa: PLE0604, RUF100  literal, so that type checkers see it
     "AdapterError",
@@ -83,7 +60,66 @@ __all__ = [  # noqa: PLE0604, RUF100  literal, so that type checkers see it
 ]
 
 
+def _analysis() -> ModuleType:
+    from streamconv import analysis
+
+    return analysis
+
+
+def _comparison() -> ModuleType:
+    from streamconv import comparison
+
+    return comparison
+
+
+def _errors() -> ModuleType:
+    from streamconv import errors
+
+    return errors
+
+
+def _evaluation() -> ModuleType:
+    from streamconv import evaluation
+
+    return evaluation
+
+
+def _inspection() -> ModuleType:
+    from streamconv import inspection
+
+    return inspection
+
+
+def _pipeline() -> ModuleType:
+    from streamconv import pipeline
+
+    return pipeline
+
+
+def _report() -> ModuleType:
+    from streamconv.report import result
+
+    return result
+
+
+def _upload() -> ModuleType:
+    from streamconv.storage import upload
+
+    return upload
+
+
+_DOORS: dict[str, Callable[[], ModuleType]] = {
+    **dict.fromkeys(("Analysis", "analyze"), _analysis),
+    **dict.fromkeys(("Compared", "compare"), _comparison),
+    **dict.fromkeys(("Evaluation", "evaluate"), _evaluation),
+    **dict.fromkeys(("convert", "merge", "push", "verify"), _pipeline),
+    "Pushed": _upload,
+    "Report": _report,
+    "inspect": _inspection,
+}
+
+
 def __getattr__(name: str) -> object:
-    if name not in _MODULE_OF:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULE_OF[name]), name)
+    return getattr(_DOORS.get(name, _errors)(), name)

@@ -45,6 +45,7 @@ from streamconv.plan import (
     cell_rows,
     tile_rows,
 )
+from streamconv.progress import StopRequest
 from streamconv.walk import Begin, Cursor, End, Todo, walk
 from streamconv.workers import DONE, Ticket
 
@@ -85,13 +86,6 @@ class Output:
     plan: Plan
     starts: Mapping[str, int]
     open_sink: Callable[[], Sink]
-
-
-@dataclass(slots=True)
-class StopRequest:
-    """Set by a signal handler; the run ends at the next boundary."""
-
-    signal_number: int | None = None
 
 
 class _Closed(Exception):  # noqa: N818  unwinds the other threads when one has failed or stopped

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from streamconv.devices import Device
 from streamconv.errors import ResourceError
@@ -217,16 +215,3 @@ def _held_bytes(step: Rewrite) -> int:
         for part in update.parts.values()
     )
     return side + adapter + (step.scaling.nbytes if step.scaling else 0)
-
-
-def anonymous_bytes() -> int:
-    """Anonymous memory of this process now (RssAnon): what it holds, without pages of files it has read.
-
-    0 where the system does not say.
-    """
-    try:
-        status = Path("/proc/self/status").read_bytes()
-    except OSError:
-        return 0
-    found = re.search(rb"RssAnon:\s+(\d+) kB", status)
-    return int(found[1]) * 1024 if found else 0

@@ -16,6 +16,7 @@ from streamconv.adapters.base import Update, WholeUpdate
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
 from streamconv.devices import Device
 from streamconv.formats.base import CELL_ROWS, Constant, Encoder, Weight, matrix_shape
+from streamconv.kernels import kernels_for
 from streamconv.layout import ShardLayout
 from streamconv.rescaling.pairs import Rescaling
 from streamconv.rescaling.scaling import Scaling
@@ -308,6 +309,11 @@ class Plan:
     @property
     def size(self) -> int:
         return sum(shard.size for shard in self.shards)
+
+    @property
+    def kernels(self) -> str | None:
+        """Kernels that quantize, `compiled` or `torch`; None where nothing is quantized. They change no byte."""
+        return kernels_for(self.device.torch).name if self.rounding else None
 
     @property
     def peak_ram(self) -> int:

@@ -17,8 +17,9 @@ from streamconv.cells import KeptDelta
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.strict_json import parse_object
 from streamconv.errors import InputError, VerificationError
-from streamconv.executor import Output, StopRequest, run_plans
+from streamconv.executor import Output, run_plans
 from streamconv.plan import Plan, ShardPlan
+from streamconv.progress import StopRequest
 from streamconv.sidecars import RESIDUAL
 from streamconv.storage.base import Storage
 from streamconv.storage.local import open_folder

@@ -22,10 +22,10 @@ from streamconv.devices import Device
 from streamconv.dtypes import DENSE
 from streamconv.engine import CpuEngine, CudaEngine, Engine
 from streamconv.errors import InputError, ResourceError
-from streamconv.executor import StopRequest
 from streamconv.formats import FORMATS
 from streamconv.pipeline import Job, Prepared, convert, prepare, run
 from streamconv.plan import DEVICE_TILES, SLOTS, Access, Memory, MergeOptions, Rewrite
+from streamconv.progress import StopRequest
 from streamconv.workers import Inline, Workers
 from tests.fake_gpu import COMPUTE, COPY_IN, COPY_OUT, HOST, SCHEDULES, FakeGpu
 from tests.formats.stored import W, normal, only_weight, stored, write

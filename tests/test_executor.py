@@ -26,9 +26,10 @@ from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.engine import CpuEngine, Engine
 from streamconv.errors import CheckpointError, InputError, ResourceError, Stopped
-from streamconv.executor import Output, StopRequest, run_plans
+from streamconv.executor import Output, run_plans
 from streamconv.pipeline import Job, prepare
 from streamconv.plan import SLOTS, WEIGHTS_HELD, Access, Memory, MergeOptions, Plan, ShardPlan
+from streamconv.progress import StopRequest
 from streamconv.walk import bytes_read
 from streamconv.workers import Ticket
 from tests.models import Sizes, write_adapter, write_base

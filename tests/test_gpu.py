@@ -18,9 +18,9 @@ from peft import LoraConfig
 from torch import Tensor
 
 import streamconv
-from streamconv.executor import StopRequest
 from streamconv.pipeline import Job, Prepared, prepare, run
 from streamconv.plan import MergeOptions
+from streamconv.progress import StopRequest
 from streamconv.report.result import Report
 from streamconv.rounding import uniform
 from tests import tiny

@@ -30,11 +30,11 @@ from streamconv.memory import (
     MAX_BUFFER_BYTES,
     MAX_LANES,
     MAX_WORKERS,
-    anonymous_bytes,
     plan_memory,
 )
 from streamconv.pipeline import Job, prepare
 from streamconv.plan import DEVICE_TILES, SLOTS, Memory, MergeOptions, Plan, Rewrite, Step, cell_rows
+from streamconv.progress import anonymous_bytes
 from tests.models import Sizes, write_adapter, write_base
 
 ROOT = Path(__file__).parents[1]

@@ -14,10 +14,11 @@ import streamconv
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import ResourceError
-from streamconv.executor import Output, StopRequest, run_plans
+from streamconv.executor import Output, run_plans
 from streamconv.memory import plan_memory
 from streamconv.pipeline import Job, prepare
 from streamconv.plan import Memory, MergeOptions, Plan, Rewrite
+from streamconv.progress import StopRequest
 from streamconv.walk import bytes_read
 from tests.models import Sizes, write_adapter, write_base
 from tests.test_executor import Recorder, bytes_of, carry_out, carry_out_all, from_the_start, quiet

@@ -21,16 +21,9 @@ from transformers import (
 )
 
 import streamconv
+from streamconv.checkpoint.config import edit_config
 from streamconv.errors import CheckpointError, InputError, OptionError
-from streamconv.sidecars import (
-    CHAT_TEMPLATES,
-    MODEL,
-    NEVER,
-    TOKENIZER,
-    choose_tokenizer,
-    edit_config,
-    files_to_copy,
-)
+from streamconv.sidecars import CHAT_TEMPLATES, MODEL, NEVER, TOKENIZER, choose_tokenizer, files_to_copy
 from streamconv.storage import open_storage
 from tests.tiny import llama_config, save_base
 

@@ -25,13 +25,13 @@ from streamconv.checkpoint import reader, readers
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.readers import Readers
 from streamconv.dtypes import DENSE
-from streamconv.executor import StopRequest
 from streamconv.formats import FORMATS
 from streamconv.formats.base import CELL_ROWS, Grouped
 from streamconv.formats.rows import StoredRows
 from streamconv.memory import plan_memory
 from streamconv.pipeline import Job, Prepared, convert, prepare, run
 from streamconv.plan import Access, MergeOptions, Rewrite, stores_the_same, tile_rows
+from streamconv.progress import StopRequest
 from streamconv.rounding import ROUNDINGS
 from streamconv.workers import Workers
 from tests.formats.stored import W, encoder_for, normal, only_weight, stored, write

@@ -11,8 +11,8 @@ import pytest
 from streamconv.checkpoint.header import build_header, read_header
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.errors import CheckpointError, InputError, VerificationError
-from streamconv.executor import StopRequest
 from streamconv.pipeline import Job, Prepared, merge_options, prepare, run
+from streamconv.progress import StopRequest
 from streamconv.storage import open_storage
 from streamconv.verifier import read_manifest, verify_exactly, verify_layout
 from tests.models import Sizes, write_adapter, write_base

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from streamconv.memory import anonymous_bytes
+from streamconv.progress import anonymous_bytes
 
 BEFORE = anonymous_bytes()
 

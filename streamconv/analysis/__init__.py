@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from streamconv.analysis.options import (
 from streamconv.analysis.result import Analysis, OnGrid, Stored, TargetAnalysis, WeightAnalysis
 from streamconv.analysis.running import run_analysis
 from streamconv.errors import OptionError
-from streamconv.pipeline.job import Folder, OnProgress, build_job, output_folder, quiet
+from streamconv.pipeline.job import Folder, build_job, output_folder
+from streamconv.progress import OnProgress, quiet
 
 __all__ = ["Analysis", "OnGrid", "Stored", "TargetAnalysis", "WeightAnalysis", "analyze"]
 
@@ -68,8 +68,9 @@ def analyze(
     found = run_analysis(options, on_progress)
     if folder is None:
         return found
-    plots: tuple[str, ...] = import_module(_PLOTS).draw(found, folder)
-    return replace(found, plots=plots)
+    from streamconv.analysis.plots import draw
+
+    return replace(found, plots=draw(found, folder))
 
 
 def _report_folder(report: Folder) -> Path:
@@ -78,7 +79,3 @@ def _report_folder(report: Folder) -> Path:
             "--report draws with matplotlib, not installed here; run pip install 'streamconv[report]', or leave it out"
         )
     return output_folder(report)
-
-
-# What is imported once matplotlib is known to be there.
-_PLOTS = "streamconv.analysis.plots"

@@ -6,7 +6,7 @@ again for outliers: these are counted from the base's own mean and deviation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -23,9 +23,8 @@ from streamconv.checkpoint.types import StoredTensor
 from streamconv.devices import Device
 from streamconv.formats.rows import StoredRows
 from streamconv.plan import Access, Rewrite, cell_rows, tile_rows
+from streamconv.progress import OnBytes
 from streamconv.workers import Inline, Workers
-
-OnBytes = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,8 @@ from streamconv.analysis.result import Analysis, WeightAnalysis, by_kind, target
 from streamconv.analysis.views import Scheme, Subject, plan_views, without_budget
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.errors import ResourceError
-from streamconv.pipeline.job import OnProgress
-from streamconv.pipeline.meter import Meter
 from streamconv.pipeline.preparation import Prepared, prepare
+from streamconv.progress import Meter, OnProgress
 
 
 def run_analysis(options: AnalysisOptions, on_progress: OnProgress) -> Analysis:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,11 +14,8 @@ from torch import Tensor
 from streamconv.calibration.subject import Subject
 from streamconv.devices import Device
 from streamconv.errors import ResourceError, Stopped
-from streamconv.executor import StopRequest
 from streamconv.forward.text import load_tokenizer, read_windows
-
-OnProgress = Callable[[int, int], None]
-"""Called with bytes of the base done and in all."""
+from streamconv.progress import StopRequest
 
 
 def windows_of(subject: Subject) -> Tensor:

@@ -21,7 +21,6 @@ from streamconv.calibration.model import linears_of, opened_targets
 from streamconv.calibration.moments import Moments
 from streamconv.calibration.need import batch_of, pairs_in, rescaling_need
 from streamconv.calibration.passes import (
-    OnProgress,
     check_stop,
     fixed_threads,
     key_of,
@@ -34,9 +33,9 @@ from streamconv.checkpoint.reader import tensor_bytes
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.dtypes import F32
 from streamconv.errors import UnsupportedError
-from streamconv.executor import StopRequest
 from streamconv.forward.walk import Passing, Walk, in_batches
 from streamconv.plan import Rewrite
+from streamconv.progress import OnProgress, StopRequest
 from streamconv.rescaling.awq import Consumer, Found, find_scales
 from streamconv.rescaling.pairs import WeightPair, stored_scales
 from streamconv.rescaling.scaling import COLUMNS, ROWS

@@ -30,7 +30,6 @@ from streamconv.calibration.model import Model, opened
 from streamconv.calibration.moments import Moments
 from streamconv.calibration.need import batch_of, need_of
 from streamconv.calibration.passes import (
-    OnProgress,
     check_stop,
     fixed_threads,
     key_of,
@@ -40,10 +39,10 @@ from streamconv.calibration.passes import (
 )
 from streamconv.calibration.residual_adapter import factor_tensors
 from streamconv.calibration.subject import Calibrated, Subject
-from streamconv.executor import StopRequest
 from streamconv.formats.base import Encoder
 from streamconv.forward.walk import Passing, assign, in_batches
 from streamconv.kernels import kernels_for
+from streamconv.progress import OnProgress, StopRequest
 from streamconv.rounding.feedback import Chosen, FeedbackOptions, Statistics, feedback
 
 

@@ -30,7 +30,7 @@ from streamconv.cli.signals import stop_on_signals
 
 if TYPE_CHECKING:
     from streamconv.comparison import Compared
-    from streamconv.pipeline import OnProgress
+    from streamconv.progress import OnProgress
 
 
 def _list(ctx: click.Context, param: click.Parameter, value: bool) -> None:

@@ -13,7 +13,7 @@ import click
 from streamconv.sizes import format_size
 
 if TYPE_CHECKING:
-    from streamconv.pipeline import OnProgress
+    from streamconv.progress import OnProgress
 
 _LINE_EVERY_S = 30.0
 

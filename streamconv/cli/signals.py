@@ -10,13 +10,13 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from streamconv.executor import StopRequest
+    from streamconv.progress import StopRequest
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
     """Ctrl-C and SIGTERM ask the run to stop at the next boundary; a second one ends it at once."""
-    from streamconv.executor import StopRequest
+    from streamconv.progress import StopRequest
 
     stop = StopRequest()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from importlib.util import find_spec
 from os import fspath
 from pathlib import Path
@@ -21,16 +20,14 @@ from streamconv.comparison.result import Advice, Compared, Failure, Numbers, Row
 from streamconv.comparison.strategies import asked_strategies
 from streamconv.errors import OptionError
 from streamconv.evaluation.options import MAX_RAM, check_dtype, check_lengths
-from streamconv.executor import StopRequest
 from streamconv.pipeline.job import (
     CALIBRATION_TOKENS,
     GRADIENT_TOKENS,
     Folder,
-    OnProgress,
     calibration_options,
     output_folder,
-    quiet,
 )
+from streamconv.progress import OnProgress, StopRequest, quiet
 
 __all__ = [
     "Advice",
@@ -206,10 +203,10 @@ def run_options(
         raise OptionError(
             f"a comparison needs {' and '.join(missing)}, not installed here; run pip install 'streamconv[eval]'"
         )
-    found: Compared = import_module(_RUNNING).run_comparison(options, on_step, on_progress, stop)
-    return found
+    from streamconv.comparison.running import run_comparison
+
+    return run_comparison(options, on_step, on_progress, stop)
 
 
-# What the extra `eval` brings, and what is imported once it is there.
+# Libraries of the extra `eval`, which the comparison itself imports.
 _NEEDED = ("transformers", "accelerate")
-_RUNNING = "streamconv.comparison.running"

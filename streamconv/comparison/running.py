@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -44,13 +43,14 @@ from streamconv.comparison.strategies import BASE, F, Ground, LeftOut, Strategy,
 from streamconv.comparison.wording import merge_command
 from streamconv.devices import resolve_device
 from streamconv.errors import OptionError, ResourceError, Stopped, StreamconvError, VerificationError
-from streamconv.evaluation import Evaluation, EvaluationOptions
-from streamconv.executor import StopRequest
+from streamconv.evaluation import EvaluationOptions
+from streamconv.evaluation.scoring import run_evaluation
 from streamconv.journal import is_owned
 from streamconv.output import CONFIG
-from streamconv.pipeline import Job, OnProgress, Prepared, fetch, prepare, run
+from streamconv.pipeline import Job, Prepared, fetch, prepare, run
 from streamconv.pipeline.calibrating import hash_text
 from streamconv.pipeline.place import is_finished
+from streamconv.progress import OnProgress, StopRequest
 from streamconv.sizes import format_size
 from streamconv.storage import storage_kind
 from streamconv.storage.base import Storage
@@ -58,7 +58,6 @@ from streamconv.storage.base import Storage
 OnStep = Callable[[str], None]
 """Called with a line of text when a stage begins."""
 
-_SCORING = "streamconv.evaluation.scoring"
 _REFERENCE = "reference"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -475,7 +474,7 @@ def _judged(work: Work, subject: Job, tensor_bytes: int, size_bytes: int, made: 
         options.greedy_tokens,
         work.store.reference,
     )
-    found: Evaluation = import_module(_SCORING).run_evaluation(asked, work.tell)
+    found = run_evaluation(asked, work.tell)
     compared = found.comparison
     assert compared is not None
     parted = [

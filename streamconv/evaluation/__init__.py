@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.util import find_spec
 from os import fspath
 from pathlib import Path
@@ -17,7 +16,8 @@ from streamconv.evaluation.options import (
     subject_of,
 )
 from streamconv.evaluation.result import Comparison, Evaluation, Greedy
-from streamconv.pipeline.job import Folder, Job, OnProgress, build_job, quiet
+from streamconv.pipeline.job import Folder, Job, build_job
+from streamconv.progress import OnProgress, quiet
 
 __all__ = ["Comparison", "Evaluation", "EvaluationOptions", "Greedy", "evaluate"]
 
@@ -84,8 +84,9 @@ def evaluate(
         subject, other, text, sequence_length, tokens // sequence_length, greedy_tokens, cache
     )
     _check_installed()
-    found: Evaluation = import_module(_SCORING).run_evaluation(options, on_progress)
-    return found
+    from streamconv.evaluation.scoring import run_evaluation
+
+    return run_evaluation(options, on_progress)
 
 
 def _check_installed() -> None:
@@ -96,6 +97,5 @@ def _check_installed() -> None:
         )
 
 
-# What the extra `eval` brings, and what is imported once it is there.
+# Libraries of the extra `eval`, which the evaluation itself imports.
 _NEEDED = ("transformers", "accelerate")
-_SCORING = "streamconv.evaluation.scoring"

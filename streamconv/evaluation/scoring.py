@@ -24,9 +24,9 @@ from streamconv.forward.skeleton import build_planned
 from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.forward.walk import Walk
 from streamconv.forward.weights import WeightSource
-from streamconv.memory import anonymous_bytes
-from streamconv.pipeline.job import Job, OnProgress
+from streamconv.pipeline.job import Job
 from streamconv.pipeline.preparation import Prepared, prepare
+from streamconv.progress import OnProgress, anonymous_bytes
 
 # Sequences whose greedy continuations are compared: each token of these may cost a walk.
 GREEDY_SEQUENCES = 16

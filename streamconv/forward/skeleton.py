@@ -15,10 +15,10 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from streamconv.checkpoint.config import edit_config
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.errors import UnsupportedError
 from streamconv.plan import Plan
-from streamconv.sidecars import edit_config
 
 
 @dataclass(frozen=True, slots=True)

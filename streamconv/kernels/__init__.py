@@ -6,7 +6,6 @@ Both implementations give the same bytes, so which one runs is a matter of speed
 from __future__ import annotations
 
 import functools
-import importlib
 
 import torch
 
@@ -31,8 +30,7 @@ def compiled_kernels() -> Kernels | None:
     numba's own switch for that is the environment variable NUMBA_DISABLE_JIT=1.
     """
     try:
-        module = importlib.import_module("streamconv.kernels.compiled")
+        from streamconv.kernels.compiled import load
     except (ImportError, OSError):  # OSError: LLVM's library is there but does not load
         return None
-    found: Kernels | None = module.load()
-    return found
+    return load()

@@ -2,7 +2,7 @@
 
 from streamconv.pipeline.calls import convert, merge
 from streamconv.pipeline.downloads import fetch
-from streamconv.pipeline.job import Job, OnProgress, build_job, merge_options, output_folder
+from streamconv.pipeline.job import Job, build_job, merge_options, output_folder
 from streamconv.pipeline.place import check_out, further_outputs
 from streamconv.pipeline.preparation import Prepared, prepare
 from streamconv.pipeline.pushing import push, push_output
@@ -11,7 +11,6 @@ from streamconv.pipeline.verification import verify
 
 __all__ = [
     "Job",
-    "OnProgress",
     "Prepared",
     "build_job",
     "check_out",

@@ -1,6 +1,6 @@
 """Calibration of a job: what planning needs of it, its budget, and the passes that make scales and codes.
 
-What computes needs transformers, an extra: it is imported by name, for jobs that calibrate.
+The passes need transformers, an extra: they are imported inside functions, for jobs that calibrate.
 """
 
 from __future__ import annotations
@@ -9,27 +9,22 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 from streamconv.calibration.subject import Calibrated, Subject
+from streamconv.checkpoint.config import edit_config
 from streamconv.errors import InputError, OptionError, ResourceError
-from streamconv.executor import StopRequest
 from streamconv.journal import make_folder
-from streamconv.plan import Calibration, Need, Plan
+from streamconv.plan import Calibration, Plan
 from streamconv.planner import Base, Grounds
-from streamconv.sidecars import edit_config
+from streamconv.progress import StopRequest
 from streamconv.sizes import format_size
 from streamconv.storage.data_sets import DataSet, data_set_of, pinned
 from streamconv.verifier import hash_file
 
-# What the extra `eval` brings, and what is imported once it is there.
+# Libraries of the extra `eval`; modules that need them are imported once they are there.
 _NEEDED = ("transformers", "accelerate")
-_LAYERS = "streamconv.forward.linears"
-_NEED = "streamconv.calibration.need"
-_WALK = "streamconv.calibration.walk"
-_RESCALING = "streamconv.calibration.rescaling"
 
 
 def read_grounds(base: Base, asked: Calibration) -> Grounds:
@@ -52,7 +47,9 @@ def read_grounds(base: Base, asked: Calibration) -> Grounds:
         data = name = str(_pinned(data_set))
         sha256 = hashlib.sha256(data.encode()).hexdigest()
     config = edit_config(base.index.config, dtype=None, quantization=None, untie=False, vocab_size=None)
-    layers = import_module(_LAYERS).find_layers(config, base.index.storage.location, base.weights)
+    from streamconv.forward.linears import find_layers
+
+    layers = find_layers(config, base.index.storage.location, base.weights)
     return Grounds(
         data,
         name,
@@ -93,9 +90,11 @@ def hash_text(text: Path, option: str) -> str:
 
 def with_need(subject: Subject) -> Plan:
     """The plan with what its calibration needs. Raises ResourceError where a budget cannot hold that."""
+    from streamconv.calibration.need import calibration_need
+
     plan = subject.plan
     assert plan.calibration is not None
-    need: Need = import_module(_NEED).calibration_need(subject)
+    need = calibration_need(subject)
     budgets = (
         ("--max-ram", need.ram, plan.options.max_ram_bytes),
         ("--max-vram", need.vram, plan.options.max_vram_bytes),
@@ -117,20 +116,20 @@ def calibrate(
 
     Goes on where an earlier call stopped; on a folder that is complete, reads what that holds.
     """
+    from streamconv.calibration.walk import calibrate as walk
+
     make_folder(folder)
-    found: Mapping[str, Calibrated] = import_module(_WALK).calibrate(subject, folder, _steps(on_bytes), stop)
-    return found
+    return walk(subject, folder, _steps(on_bytes), stop)
 
 
 def rescale(
     subject: Subject, folder: Path, on_bytes: Callable[[int], None], stop: StopRequest
 ) -> Mapping[str, Calibrated]:
     """By weight, what it is rescaled by, which lies in `folder`; goes on as `calibrate` does."""
+    from streamconv.calibration.rescaling import rescale as choose_scales
+
     make_folder(folder)
-    found: Mapping[str, Calibrated] = import_module(_RESCALING).rescale(
-        subject, folder, _steps(on_bytes), stop
-    )
-    return found
+    return choose_scales(subject, folder, _steps(on_bytes), stop)
 
 
 def _steps(on_bytes: Callable[[int], None]) -> Callable[[int, int], None]:

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from streamconv.executor import StopRequest
 from streamconv.pipeline.downloads import fetch
-from streamconv.pipeline.job import (
-    CALIBRATION_TOKENS,
-    GRADIENT_TOKENS,
-    Folder,
-    Job,
-    OnProgress,
-    build_job,
-    output_folder,
-    quiet,
-)
+from streamconv.pipeline.job import CALIBRATION_TOKENS, GRADIENT_TOKENS, Folder, Job, build_job, output_folder
 from streamconv.pipeline.preparation import prepare
 from streamconv.pipeline.runner import run
+from streamconv.progress import OnProgress, StopRequest, quiet
 from streamconv.report.result import Report
 
 

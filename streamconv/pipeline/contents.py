@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from streamconv.checkpoint.config import edit_config
 from streamconv.dtypes import BF16, DENSE, Dtype
 from streamconv.formats import FORMATS, with_groups
 from streamconv.formats.base import Json
@@ -15,7 +16,7 @@ from streamconv.plan import Plan
 from streamconv.recipe import RECIPE, Scalar, write_recipe
 from streamconv.report.card import model_card
 from streamconv.report.result import MANIFEST, Kept, manifest
-from streamconv.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, RESIDUAL_TENSORS, edit_config
+from streamconv.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, RESIDUAL_TENSORS
 from streamconv.sizes import exact_size
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from streamconv.checkpoint.writer import free_bytes
 from streamconv.errors import ResourceError
 from streamconv.journal import is_owned
-from streamconv.pipeline.job import OnProgress
-from streamconv.pipeline.meter import Meter
 from streamconv.pipeline.place import check_out, unfinished
 from streamconv.pipeline.preparation import Prepared
+from streamconv.progress import Meter, OnProgress
 from streamconv.sizes import format_size
 from streamconv.storage.base import SourceFile
 from streamconv.storage.local import existing_folder

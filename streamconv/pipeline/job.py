@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -16,19 +16,11 @@ from streamconv.plan import Calibration, MergeOptions
 from streamconv.rescaling import RESCALINGS
 from streamconv.sizes import parse_size
 
-OnProgress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all: first with what an earlier run had done, then as it goes on."""
-
 Folder = str | PathLike[str]
 
 CALIBRATION_TOKENS = 65536
 GRADIENT_TOKENS = 2048
 LEAST_SEQUENCE_LENGTH = 16
-
-
-def quiet(done: int, total: int) -> None:
-    """The progress that nobody watches."""
-    del done, total
 
 
 @dataclass(frozen=True, slots=True)

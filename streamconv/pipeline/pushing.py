@@ -7,8 +7,9 @@ from pathlib import Path
 
 from streamconv.errors import InputError
 from streamconv.output import is_of_model
-from streamconv.pipeline.job import Folder, OnProgress, output_folder, quiet
+from streamconv.pipeline.job import Folder, output_folder
 from streamconv.pipeline.verification import verify
+from streamconv.progress import OnProgress, quiet
 from streamconv.report.result import MANIFEST
 from streamconv.sidecars import CHAT_TEMPLATES, RESIDUAL
 from streamconv.storage.local import open_folder

@@ -15,18 +15,16 @@ from streamconv.calibration.subject import Calibrated, calibrated_plan, rescaled
 from streamconv.cells import KeptDelta
 from streamconv.checkpoint.writer import ShardWriter
 from streamconv.errors import VerificationError
-from streamconv.executor import Output, StopRequest, run_plans
+from streamconv.executor import Output, run_plans
 from streamconv.journal import Journal, remove_leftovers
 from streamconv.output import ShardSink, check_disk, publish_output, resume_points
 from streamconv.pipeline.calibrating import calibrate, described, rescale
 from streamconv.pipeline.contents import generated_files
-from streamconv.pipeline.job import OnProgress
-from streamconv.pipeline.meter import Meter
 from streamconv.pipeline.place import check_out, is_finished
 from streamconv.pipeline.preparation import Prepared
 from streamconv.pipeline.residual import ResidualAdapter, make_residual
 from streamconv.plan import Plan, ShardPlan
-from streamconv.report.plan import kernels_of
+from streamconv.progress import Meter, OnProgress, StopRequest
 from streamconv.report.result import MANIFEST, Kept, Report, kept_delta
 from streamconv.sizes import format_size
 from streamconv.storage.local import open_folder
@@ -251,7 +249,7 @@ def _report(
         quant=plan.quant or "none",
         target=plan.target.name,
         rounding=plan.rounding.name if plan.rounding else None,
-        kernels=kernels_of(plan),
+        kernels=plan.kernels,
         renamed=plan.renamed,
         kept_delta=kept.total if kept else None,
         kept_by_weight=kept.weights if kept else {},

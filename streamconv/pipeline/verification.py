@@ -15,16 +15,15 @@ from streamconv.calibration.weighing import Weighed, weigh
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.errors import InputError, OptionError, VerificationError
-from streamconv.executor import StopRequest
 from streamconv.formats import find_weights
 from streamconv.journal import CALIBRATION, RESCALING
 from streamconv.pipeline.calibrating import calibrate, rescale
-from streamconv.pipeline.job import Folder, Job, OnProgress, output_folder, quiet
-from streamconv.pipeline.meter import Meter
+from streamconv.pipeline.job import Folder, Job, output_folder
 from streamconv.pipeline.preparation import Prepared, prepare
 from streamconv.pipeline.residual import make_residual
 from streamconv.plan import Calibration, MergeOptions
 from streamconv.planner import Grounds
+from streamconv.progress import Meter, OnProgress, StopRequest, quiet
 from streamconv.report.result import MANIFEST
 from streamconv.sidecars import RESIDUAL_TENSORS
 from streamconv.storage.local import open_folder

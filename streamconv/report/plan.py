@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import Any, assert_never
 
 from streamconv.formats.base import Constant
-from streamconv.kernels import TORCH, kernels_for
+from streamconv.kernels import TORCH
+from streamconv.pipeline.preparation import Prepared
 from streamconv.plan import Copy, Plan, Rewrite, ShardPlan, Step, cell_rows, tile_rows
 from streamconv.rescaling.pairs import Rescaling
 from streamconv.sidecars import RESIDUAL
@@ -16,15 +17,7 @@ from streamconv.sizes import format_size
 from streamconv.storage.base import SourceFile, Storage
 from streamconv.walk import bytes_read
 
-if TYPE_CHECKING:  # the pipeline shows plans; plans do not know it
-    from streamconv.pipeline import Prepared
-
 _SHOWN = 8
-
-
-def kernels_of(plan: Plan) -> str | None:
-    """What quantizes, `compiled` or `torch`; None where nothing is quantized. It changes the speed and no byte."""
-    return kernels_for(plan.device.torch).name if plan.rounding else None
 
 
 def plan_as_json(prepared: Prepared) -> dict[str, Any]:
@@ -72,7 +65,7 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
 def _output(prepared: Prepared) -> dict[str, Any]:
     plan = prepared.plan
     return {
-        "kernels": kernels_of(plan),
+        "kernels": plan.kernels,
         "quant": plan.quant or "none",
         "group_size": plan.group_size,
         "target": {"name": plan.target.name, "reason": plan.target.reason},
@@ -196,7 +189,7 @@ def plan_as_text(prepared: Prepared) -> str:
     lines += [line for other in prepared.also for line in _further(other)]
     if plan.rounding:
         lines.insert(6, ("rounding", f"{plan.rounding.name}: {plan.rounding.reason}"))
-        if plan.device.is_cpu and kernels_of(plan) == TORCH.name:
+        if plan.device.is_cpu and plan.kernels == TORCH.name:
             slow = "torch alone quantizes, at a fraction of the speed: numba is not there, or is told not to compile"
             lines.insert(7, ("kernels", slow))
         lines[7:7] = _left(plan)

@@ -33,7 +33,7 @@ class Kept:
 class Report:
     """What `merge` and `convert` return. Sizes in bytes, times in seconds.
 
-    `kernels` says what quantized (see `kernels_of`), `renamed` how names of adapter and base were matched where they
+    `kernels` says what quantized (see `Plan.kernels`), `renamed` how names of adapter and base were matched where they
     differ; `peak_ram_bytes` is anonymous memory above what the process had before planning; `kept_delta` is None where
     nothing was quantized. `calibration` says by which text and how, None where there was none; `calibrated` has of each
     weight the share of its update kept in its outputs (`kept_h`) and their relative error. `rescaled` has of each

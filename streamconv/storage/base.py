@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
+
+from streamconv.progress import OnBytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +30,6 @@ class Origin:
 
     repo: str
     commit: str
-
-
-OnBytes = Callable[[int], None]
-"""Called with the number of further bytes done."""
 
 
 class Storage(Protocol):

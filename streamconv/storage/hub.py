@@ -37,8 +37,9 @@ from huggingface_hub.utils import (
 from tqdm import tqdm
 
 from streamconv.errors import CheckpointError, HubError, OptionError, ResourceError
+from streamconv.progress import OnBytes
 from streamconv.sizes import format_size
-from streamconv.storage.base import OnBytes, Origin, SourceFile
+from streamconv.storage.base import Origin, SourceFile
 from streamconv.storage.hub_errors import hub_errors
 from streamconv.storage.local import (
     check_name,

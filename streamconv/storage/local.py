@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.errors import CheckpointError, OptionError
-from streamconv.storage.base import OnBytes, Origin, SourceFile
+from streamconv.progress import OnBytes
+from streamconv.storage.base import Origin, SourceFile
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 _CACHED_MODEL = re.compile(r"models--(?:(.+?)--)?(.+)")  # an organization's name has no two hyphens in a row

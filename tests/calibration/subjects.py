@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from streamconv.calibration.subject import Calibrated, Subject
 from streamconv.calibration.walk import calibrate
-from streamconv.executor import StopRequest
 from streamconv.pipeline import build_job, prepare
+from streamconv.progress import StopRequest
 from streamconv.rounding.feedback import FeedbackOptions
 from tests.forward.texts import save_tokenizer, write_text
 from tests.tiny import save_adapter, save_base

@@ -20,9 +20,9 @@ from streamconv.calibration.gradients import Gradients, shrunk_moments
 from streamconv.calibration.layer_files import LayerFiles
 from streamconv.calibration.need import calibration_need
 from streamconv.errors import Stopped
-from streamconv.executor import StopRequest
 from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.pipeline import merge
+from streamconv.progress import StopRequest
 from streamconv.rounding.feedback import Chosen, Statistics, feedback
 from tests.calibration.subjects import LENGTH, calibrated, layer_bytes, save_subject, subject_in
 from tests.calibration.test_walk import MOE

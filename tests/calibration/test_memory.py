@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from streamconv.calibration.passes import release_freed_memory
-from streamconv.memory import anonymous_bytes
+from streamconv.progress import anonymous_bytes
 
 
 def test_freed_memory_is_given_back_from_between_what_is_kept() -> None:

@@ -27,11 +27,11 @@ from streamconv.calibration.rescaling import rescale
 from streamconv.calibration.subject import Calibrated, Subject, rescaled_plan
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.errors import ResourceError, Stopped, UnsupportedError
-from streamconv.executor import StopRequest
 from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.forward.weights import WeightSource
 from streamconv.pipeline import build_job, prepare
 from streamconv.planner import build_plan
+from streamconv.progress import StopRequest
 from streamconv.rescaling.awq import GRID
 from tests.calibration.subjects import LENGTH, TOKENS, layer_bytes, save_subject
 from tests.forward.test_walk import SIZES, SLIDING

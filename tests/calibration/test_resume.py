@@ -15,8 +15,8 @@ from streamconv.calibration.layer_files import LayerFiles
 from streamconv.calibration.need import calibration_need
 from streamconv.calibration.subject import Subject
 from streamconv.errors import ResourceError, Stopped
-from streamconv.executor import StopRequest
 from streamconv.forward.activations import ActivationFile
+from streamconv.progress import StopRequest
 from tests.calibration import subjects
 from tests.calibration.subjects import QUICK, TOKENS, calibrated, layer_bytes, save_subject
 from tests.forward.texts import numbers, words

@@ -21,13 +21,13 @@ from streamconv.calibration.layer_files import LayerFiles
 from streamconv.calibration.moments import Moments
 from streamconv.calibration.need import batch_of
 from streamconv.errors import InputError, OptionError
-from streamconv.executor import StopRequest
 from streamconv.forward.skeleton import build_skeleton
 from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.forward.walk import Walk
 from streamconv.forward.weights import WeightSource
 from streamconv.pipeline import build_job, convert, merge, prepare
 from streamconv.pipeline.runner import run
+from streamconv.progress import StopRequest
 from streamconv.rounding.feedback import Chosen, FeedbackOptions, Statistics, feedback
 from streamconv.sidecars import RESIDUAL_TENSORS
 from tests.calibration.subjects import (

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from streamconv.executor import StopRequest
-from streamconv.pipeline import OnProgress
 from streamconv.pipeline import run as run_job
+from streamconv.progress import OnProgress, StopRequest
 from streamconv.report.result import Report
 from tests.cli.calls import Inputs, run, succeed
 

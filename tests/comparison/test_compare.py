@@ -32,8 +32,8 @@ from streamconv.errors import (
     Stopped,
     VerificationError,
 )
-from streamconv.executor import StopRequest
 from streamconv.journal import Journal, is_owned
+from streamconv.progress import StopRequest
 from tests.forward.texts import numbers, save_tokenizer, write_text
 from tests.hub_stub import Hub
 from tests.hubs import hub

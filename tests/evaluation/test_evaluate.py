@@ -26,7 +26,7 @@ from transformers import (
 import streamconv
 from streamconv import evaluation
 from streamconv.errors import InputError, OptionError, ResourceError
-from streamconv.memory import anonymous_bytes
+from streamconv.progress import anonymous_bytes
 from tests.forward.test_walk import SIZES, SLIDING
 from tests.forward.texts import numbers, save_tokenizer, write_text
 from tests.models import Sizes, write_base

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from streamconv.executor import StopRequest
 from streamconv.pipeline import Job, prepare, run
 from streamconv.plan import Access, MergeOptions, Plan, Rewrite
+from streamconv.progress import StopRequest
 from streamconv.sizes import parse_size
 
 

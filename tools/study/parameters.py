@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from streamconv.executor import StopRequest
 from streamconv.pipeline import build_job, prepare, run
+from streamconv.progress import StopRequest
 from streamconv.rounding.feedback import FeedbackOptions
 from tools.bench.results import RESULTS, load, machine, save
 from tools.perplexity import be_quiet

@@ -1,0 +1,58 @@
+"""Progress of what is under way, for bars and scripts: bytes done, memory used, and the wish to stop."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+OnProgress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all: first with what an earlier run had done, then as it goes on."""
+
+OnBytes = Callable[[int], None]
+"""Called with how many more bytes are done."""
+
+
+def quiet(done: int, total: int) -> None:
+    """The progress that nobody watches."""
+    del done, total
+
+
+@dataclass(slots=True)
+class StopRequest:
+    """Set by a signal handler; the run ends at the next boundary."""
+
+    signal_number: int | None = None
+
+
+class Meter:
+    """Counts output bytes and samples memory while a run goes on."""
+
+    def __init__(self, total: int, on_progress: OnProgress) -> None:
+        self._total, self._on_progress = total, on_progress
+        self._done = 0
+        self._before = anonymous_bytes()
+        self.peak = 0
+
+    def start(self, done: int) -> None:
+        self._done = done
+        self._on_progress(self._done, self._total)
+
+    def add(self, nbytes: int) -> None:
+        self._done += nbytes
+        self.peak = max(self.peak, anonymous_bytes() - self._before)
+        self._on_progress(self._done, self._total)
+
+
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process now (RssAnon): what it holds, without pages of files it has read.
+
+    0 where the system does not say.
+    """
+    try:
+        status = Path("/proc/self/status").read_bytes()
+    except OSError:
+        return 0
+    found = re.search(rb"RssAnon:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0
