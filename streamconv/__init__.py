@@ -27,9 +27,9 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from streamconv.evaluation import Evaluation, evaluate
-    from streamconv.inspection import inspect
+    from streamconv.output.manifest import Report
     from streamconv.pipeline import convert, merge, push, verify
-    from streamconv.report.result import Report
+    from streamconv.pipeline.inspection import inspect
     from streamconv.storage.upload import Pushed
 
 __all__ = [  # noqa: PLE0604, RUF100  literal, so that type checkers see it
@@ -85,7 +85,7 @@ def _evaluation() -> ModuleType:
 
 
 def _inspection() -> ModuleType:
-    from streamconv import inspection
+    from streamconv.pipeline import inspection
 
     return inspection
 
@@ -97,7 +97,7 @@ def _pipeline() -> ModuleType:
 
 
 def _report() -> ModuleType:
-    from streamconv.report import result
+    from streamconv.output import manifest as result
 
     return result
 

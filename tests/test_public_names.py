@@ -17,7 +17,7 @@ from streamconv import errors
 from streamconv.cli import main
 from streamconv.errors import StreamconvError
 from streamconv.pipeline import merge_options
-from streamconv.plan import MergeOptions
+from streamconv.planning.plan import MergeOptions
 from streamconv.sizes import parse_size
 
 # Options that are no keywords: what they do is done otherwise in Python.

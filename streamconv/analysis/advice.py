@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from streamconv.analysis.result import OnGrid, TargetAnalysis
-from streamconv.plan import Choice
+from streamconv.planning.plan import Choice
 from streamconv.rounding import ROUNDINGS
 from streamconv.rounding.adaptive import Adaptive
 

@@ -17,14 +17,14 @@ from streamconv.analysis.prediction import predicted_kept
 from streamconv.analysis.rounded import CodesWatch, GridSums, RoundedSums, base_grid
 from streamconv.analysis.sums import Moments, Outliers, UpdateSums, outliers, total, update_sums
 from streamconv.analysis.views import Group, Subject, View
-from streamconv.cells import Seen, WeightWork
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
-from streamconv.devices import Device
 from streamconv.formats.rows import StoredRows
-from streamconv.plan import Access, Rewrite, cell_rows, tile_rows
+from streamconv.planning.devices import Device
+from streamconv.planning.plan import Access, Rewrite, cell_rows, tile_rows
 from streamconv.progress import OnBytes
-from streamconv.workers import Inline, Workers
+from streamconv.running.cells import Seen, WeightWork
+from streamconv.running.workers import Inline, Workers
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from streamconv.analysis.prediction import predicted_kept
 from streamconv.analysis.result import Analysis, OnGrid, TargetAnalysis
 from streamconv.errors import OutputError
 from streamconv.formats import FORMATS
-from streamconv.grids import ROW
+from streamconv.kernels.grids import ROW
 
 _SIZE, _DPI = (8.0, 5.0), 120
 # Okabe and Ito's colours, which all eyes tell apart.

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from streamconv.grids import Grid, TableGrid
+from streamconv.kernels.grids import Grid, TableGrid
 
 # numpy computes in the calling thread alone; torch would set others to work for this little.
 Array = NDArray[np.float64]

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from streamconv.analysis.sums import BlockSums, Sums, block_sums, stretches, total
-from streamconv.cells import KeptDelta, Seen
-from streamconv.grids import Grid, block_absmax
 from streamconv.kernels import kernels_for
+from streamconv.kernels.grids import Grid, block_absmax
 from streamconv.kernels.in_torch import block_dots
-from streamconv.plan import Rewrite
+from streamconv.planning.plan import Rewrite
 from streamconv.rounding.adaptive import sum_of_steps
 from streamconv.rounding.base import starting_scales
+from streamconv.running.cells import KeptDelta, Seen
 
 # What is held for every block of a weight, in bytes.
 BYTES_PER_BLOCK = 16

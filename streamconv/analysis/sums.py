@@ -18,9 +18,9 @@ from typing import Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from streamconv.cells import Seen
 from streamconv.formats.base import Encoder
-from streamconv.grids import block_absmax
+from streamconv.kernels.grids import block_absmax
+from streamconv.running.cells import Seen
 
 # Elements summed at a time: in float64, they and what is computed of them fit a core's cache. A GPU wants more.
 _STRETCH = 1 << 15

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 
 from streamconv.analysis.options import USUAL_MERGE_BASE, AnalysisOptions
 from streamconv.analysis.rounded import BYTES_PER_BLOCK
-from streamconv.devices import Device
 from streamconv.errors import InputError, OptionError, ResourceError
 from streamconv.formats.base import group_of
-from streamconv.memory import plan_memory
 from streamconv.pipeline import Prepared
-from streamconv.plan import Choice, Memory, MergeOptions, Plan, Rewrite
-from streamconv.planner import build_plan
+from streamconv.planning.devices import Device
+from streamconv.planning.memory import plan_memory
+from streamconv.planning.plan import Choice, Memory, MergeOptions, Plan, Rewrite
+from streamconv.planning.planner import build_plan
 
 # The ways to choose codes that need nothing but the weights.
 DATA_FREE = ("nearest", "stochastic", "search")

@@ -10,7 +10,7 @@ from torch import Tensor
 from streamconv.adapters.base import Update
 from streamconv.adapters.lora import LoraUpdate
 from streamconv.calibration.targets import Held
-from streamconv.rescaling.scaling import COLUMNS
+from streamconv.equalization.scaling import COLUMNS
 
 # Of an update that is not a product of factors; LoRA's own default is 8.
 _RANK = 16

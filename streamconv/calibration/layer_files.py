@@ -24,7 +24,6 @@ from torch import Tensor
 
 from streamconv.calibration.subject import Calibrated
 from streamconv.calibration.tensor_files import stored_in, write_file
-from streamconv.cells import KeptDelta
 from streamconv.checkpoint.reader import tensor_bytes
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.checkpoint.writer import Bytes, free_bytes, write_error
@@ -32,6 +31,7 @@ from streamconv.checkpoint.writer import write_file as write_small
 from streamconv.errors import ResourceError
 from streamconv.forward.activations import ActivationFile
 from streamconv.rounding.residual import FACTOR_DTYPE
+from streamconv.running.cells import KeptDelta
 from streamconv.sizes import format_size
 
 _KEY = "calibration.json"

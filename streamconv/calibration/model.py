@@ -16,8 +16,8 @@ from streamconv.errors import UnsupportedError
 from streamconv.forward.skeleton import build_planned
 from streamconv.forward.walk import Walk
 from streamconv.forward.weights import WeightSource
-from streamconv.plan import Plan, Rewrite
-from streamconv.planner import build_plan
+from streamconv.planning.plan import Plan, Rewrite
+from streamconv.planning.planner import build_plan
 
 
 @dataclass(frozen=True, slots=True)

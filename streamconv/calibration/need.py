@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from streamconv.calibration.model import Model, opened, opened_targets
 from streamconv.calibration.subject import Subject
+from streamconv.equalization import awq
+from streamconv.equalization.pairs import WeightPair
 from streamconv.forward.memory import BATCH_TOKENS, sequence_bytes, table_bytes
 from streamconv.forward.walk import Walk
-from streamconv.plan import Need, Rewrite
-from streamconv.rescaling import awq
-from streamconv.rescaling.pairs import WeightPair
+from streamconv.planning.plan import Need, Rewrite
 from streamconv.rounding import residual
 from streamconv.rounding.feedback import factoring_bytes, metric_bytes, working_bytes
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from streamconv.calibration.subject import Subject
-from streamconv.devices import Device
 from streamconv.errors import ResourceError, Stopped
 from streamconv.forward.text import load_tokenizer, read_windows
+from streamconv.planning.devices import Device
 from streamconv.progress import StopRequest
 
 

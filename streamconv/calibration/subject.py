@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from streamconv.adapters.base import Adapter
-from streamconv.cells import KeptDelta
+from streamconv.checkpoint.layout import Placed
 from streamconv.checkpoint.types import StoredTensor
-from streamconv.layout import Placed
-from streamconv.plan import CalibrationPlan, Copy, Plan, Rewrite, ShardPlan, Step
-from streamconv.planner import Base
-from streamconv.rescaling.pairs import Rescaling
+from streamconv.equalization.pairs import Rescaling
+from streamconv.planning.plan import CalibrationPlan, Copy, Plan, Rewrite, ShardPlan, Step
+from streamconv.planning.planner import Base
 from streamconv.rounding.feedback import FeedbackOptions
+from streamconv.running.cells import KeptDelta
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,15 +9,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from streamconv.cells import KeptDelta, WeightWork
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import Shape
-from streamconv.devices import Device
 from streamconv.formats.rows import StoredRows, in_file_order
 from streamconv.forward.weights import WeightSource
-from streamconv.plan import Access, Plan, Rewrite, cell_rows, stores_the_same
+from streamconv.planning.devices import Device
+from streamconv.planning.plan import Access, Plan, Rewrite, cell_rows, stores_the_same
 from streamconv.rounding.feedback import BaseOnGrid, Chosen
-from streamconv.workers import Workers
+from streamconv.running.cells import KeptDelta, WeightWork
+from streamconv.running.workers import Workers
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from streamconv.cells import KeptDelta, WeightWork
 from streamconv.checkpoint.reader import TensorReader
-from streamconv.devices import Device
 from streamconv.formats.base import Weight
 from streamconv.formats.rows import StoredRows
-from streamconv.plan import Access, Rewrite, cell_rows, tile_rows
+from streamconv.planning.devices import Device
+from streamconv.planning.plan import Access, Rewrite, cell_rows, tile_rows
 from streamconv.rounding.feedback import Chosen
-from streamconv.workers import Workers
+from streamconv.running.cells import KeptDelta, WeightWork
+from streamconv.running.workers import Workers
 
 _TILE_BYTES = 8 * 2**20
 

@@ -32,8 +32,8 @@ from streamconv.cli.uploads import PUSHING, check_before, hush_hub, push_target,
 from streamconv.sizes import format_size
 
 if TYPE_CHECKING:
+    from streamconv.output.manifest import Report
     from streamconv.pipeline import Job, Prepared
-    from streamconv.report.result import Report
 
 
 @click.command("merge", cls=JobCommand)
@@ -150,7 +150,7 @@ def _fetch(prepared: Prepared, out: Path, quiet: bool) -> None:
 
 def _show_plan(prepared: Prepared, out: str | None, as_json: bool, quiet: bool) -> None:
     from streamconv.pipeline import check_out, output_folder
-    from streamconv.report.plan import plan_as_json, plan_as_text
+    from streamconv.pipeline.shown import plan_as_json, plan_as_text
 
     if out is not None:
         check_out(prepared, output_folder(out))

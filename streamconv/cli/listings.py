@@ -23,7 +23,7 @@ from streamconv.sizes import format_size
 )
 def inspect_command(path: str, revision: str | None, as_json: bool) -> None:
     """Show what a checkpoint or adapter holds: a folder, or a Hub id, of which headers are enough."""
-    from streamconv.inspection import inspect
+    from streamconv.pipeline.inspection import inspect
 
     found = inspect(path, revision=revision)
     if as_json:
@@ -51,8 +51,8 @@ def _fact(key: str, value: Any) -> str:
 @JSON
 def formats_command(as_json: bool) -> None:
     """List the formats that can be read and written, and which calibration text can be used for."""
-    from streamconv.choices import can_calibrate
     from streamconv.formats import FORMATS
+    from streamconv.planning.choices import can_calibrate
 
     rows = [
         {

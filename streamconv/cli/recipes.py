@@ -13,7 +13,7 @@ from streamconv.errors import OptionError
 from streamconv.sizes import exact_size
 
 if TYPE_CHECKING:
-    from streamconv.recipe import Value
+    from streamconv.output.recipe import Value
 
 _TOKENS = {"token", "hf-token", "api-key"}
 
@@ -24,7 +24,7 @@ class JobCommand(Command):
     def invoke(self, ctx: click.Context) -> Any:
         if not ctx.params.pop("print_recipe"):
             return super().invoke(ctx)
-        from streamconv.recipe import write_recipe
+        from streamconv.output.recipe import write_recipe
 
         return click.echo(write_recipe(dict(_resolved(self, ctx.params))))
 
@@ -39,7 +39,7 @@ def _load(ctx: click.Context, param: click.Parameter, paths: tuple[str, ...]) ->
 
 def _read(ctx: click.Context, path: str) -> dict[str, Any]:
     """The recipe's values by the names that click has for options. Raises OptionError."""
-    from streamconv.recipe import read_recipe
+    from streamconv.output.recipe import read_recipe
 
     known = {name: setting for setting in _options(ctx.command) for name in _names(setting)}
     given: dict[str, str] = {}

@@ -37,7 +37,7 @@ def push_target(given: Mapping[str, Any]) -> Target | None:
 
 def check_before(target: Target) -> None:
     """Refuse before the work what would be refused after it."""
-    from streamconv.report.result import MANIFEST
+    from streamconv.output.manifest import MANIFEST
     from streamconv.storage.upload import check_target
 
     check_target(target, MANIFEST)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from streamconv.devices import Device
+from streamconv.planning.devices import Device
 
 _LIBRARIES = ("streamconv", "torch", "transformers", "bitsandbytes", "peft")
 

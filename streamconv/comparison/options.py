@@ -10,7 +10,7 @@ from typing import Any
 from streamconv.comparison.strategies import F, Strategy, T
 from streamconv.errors import OptionError
 from streamconv.pipeline.job import Job, build_job
-from streamconv.plan import Calibration
+from streamconv.planning.plan import Calibration
 
 GREEDY_TOKENS = 16
 SPEED_TOKENS = 32

@@ -41,15 +41,15 @@ from streamconv.comparison.speed import Opened, measure_speed
 from streamconv.comparison.store import Made, Store, open_store
 from streamconv.comparison.strategies import BASE, F, Ground, LeftOut, Strategy, T, settle
 from streamconv.comparison.wording import merge_command
-from streamconv.devices import resolve_device
 from streamconv.errors import OptionError, ResourceError, Stopped, StreamconvError, VerificationError
 from streamconv.evaluation import EvaluationOptions
 from streamconv.evaluation.scoring import run_evaluation
-from streamconv.journal import is_owned
-from streamconv.output import CONFIG
+from streamconv.output.journal import is_owned
+from streamconv.output.output import CONFIG
 from streamconv.pipeline import Job, Prepared, fetch, prepare, run
 from streamconv.pipeline.calibrating import hash_text
 from streamconv.pipeline.place import is_finished
+from streamconv.planning.devices import resolve_device
 from streamconv.progress import OnProgress, StopRequest
 from streamconv.sizes import format_size
 from streamconv.storage import storage_kind

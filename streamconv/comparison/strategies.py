@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 
-from streamconv.choices import can_calibrate
 from streamconv.dtypes import DENSE
 from streamconv.errors import OptionError
 from streamconv.formats import FORMATS
+from streamconv.output.recipe import read_recipe
 from streamconv.pipeline.calls import merge
-from streamconv.recipe import read_recipe
+from streamconv.planning.choices import can_calibrate
 
 T, F, BASE = "T", "F", "base"
 # The format that training rounded the base to; filled in when it is known.

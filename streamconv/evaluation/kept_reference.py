@@ -19,8 +19,8 @@ from torch import Tensor
 
 from streamconv.checkpoint.reader import tensor_bytes
 from streamconv.checkpoint.writer import write_file
-from streamconv.journal import make_folder
-from streamconv.plan import Plan
+from streamconv.output.journal import make_folder
+from streamconv.planning.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from streamconv.devices import resolve_device
 from streamconv.dtypes import DENSE
 from streamconv.errors import InputError, OptionError, ResourceError
 from streamconv.evaluation.budget import Budget, plan_budget
@@ -26,6 +25,7 @@ from streamconv.forward.walk import Walk
 from streamconv.forward.weights import WeightSource
 from streamconv.pipeline.job import Job
 from streamconv.pipeline.preparation import Prepared, prepare
+from streamconv.planning.devices import resolve_device
 from streamconv.progress import OnProgress, anonymous_bytes
 
 # Sequences whose greedy continuations are compared: each token of these may cost a walk.

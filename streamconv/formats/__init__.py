@@ -17,7 +17,7 @@ from streamconv.formats.dense import DenseFormat, dense_weight
 from streamconv.formats.foreign import quantization_of, refuse_foreign
 from streamconv.formats.gptq import GptqFormat
 from streamconv.formats.pack_quantized import PackQuantizedFormat
-from streamconv.grids import FP4, INT4, INT8_GROUPS, NF4
+from streamconv.kernels.grids import FP4, INT4, INT8_GROUPS, NF4
 
 __all__ = ["FORMATS", "dense_weight", "find_weights", "format_of", "with_groups"]
 

@@ -42,8 +42,8 @@ from streamconv.formats.int4_words import (
     zeros_and_scales,
 )
 from streamconv.formats.linear import HEAD_NAMES, module_of
-from streamconv.grids import INT4, TableGrid, ZeroPointGrid
 from streamconv.kernels import kernels_for
+from streamconv.kernels.grids import INT4, TableGrid, ZeroPointGrid
 
 PLACES = (0, 2, 4, 6, 1, 3, 5, 7)
 

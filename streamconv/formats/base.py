@@ -22,7 +22,7 @@ from torch import Tensor
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import Dtype
 from streamconv.errors import CheckpointError
-from streamconv.grids import Grid
+from streamconv.kernels.grids import Grid
 
 CELL_ROWS = 64
 

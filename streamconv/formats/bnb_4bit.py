@@ -31,8 +31,8 @@ from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import BF16, DENSE, F16, F32, U8, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats.base import CELL_ROWS, Constant, Json, Order, Weight, matrix_shape, parts_of
-from streamconv.grids import TableGrid, block_absmax, multiply_by_scales
 from streamconv.kernels import kernels_for
+from streamconv.kernels.grids import TableGrid, block_absmax, multiply_by_scales
 
 MAIN = "weight"
 NESTED_BLOCK = 256

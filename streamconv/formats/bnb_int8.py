@@ -30,8 +30,8 @@ from streamconv.dtypes import DENSE, F32, I8, U8, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats.base import Constant, Json, Order, Weight, matrix_shape
 from streamconv.formats.dense import largest_dtype
-from streamconv.grids import INT8, IntegerGrid
 from streamconv.kernels import kernels_for
+from streamconv.kernels.grids import INT8, IntegerGrid
 
 MAIN = "weight"
 SCALES = "SCB"

@@ -13,7 +13,7 @@ from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import DENSE, F16, Dtype
 from streamconv.errors import UnsupportedError
 from streamconv.formats.base import Constant, Json, Order, Weight, matrix_shape
-from streamconv.grids import Grid
+from streamconv.kernels.grids import Grid
 
 MAIN = "weight"
 

@@ -50,8 +50,8 @@ from streamconv.formats.int4_words import (
     zeros_and_scales,
 )
 from streamconv.formats.linear import HEAD_NAMES, module_of
-from streamconv.grids import INT4, TableGrid, ZeroPointGrid
 from streamconv.kernels import kernels_for
+from streamconv.kernels.grids import INT4, TableGrid, ZeroPointGrid
 
 GROUPS = "g_idx"
 # By whether it is v2: the name here, and that in a config (GPTQModel `quantization/config.py`, FORMAT).

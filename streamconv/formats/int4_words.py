@@ -25,8 +25,8 @@ from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import BF16, DENSE, F16, I32, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats.base import Constant, Order, grouped_name
-from streamconv.grids import TableGrid, ZeroPointGrid
 from streamconv.kernels import kernels_for
+from streamconv.kernels.grids import TableGrid, ZeroPointGrid
 
 MAIN = "qweight"
 ZEROS = "qzeros"

@@ -31,8 +31,8 @@ from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import DENSE, I32, I64, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats.base import GROUP_SIZES, Constant, Json, Order, Weight, grouped_name, parts_of
-from streamconv.grids import TableGrid
 from streamconv.kernels import kernels_for
+from streamconv.kernels.grids import TableGrid
 
 METHOD = "compressed-tensors"
 STORAGE = "pack-quantized"

@@ -10,9 +10,9 @@ import torch
 import transformers
 from torch import nn
 
+from streamconv.equalization.base import Heads
 from streamconv.forward.names import find_sources
 from streamconv.forward.skeleton import Skeleton, build_skeleton
-from streamconv.rescaling.base import Heads
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from streamconv.checkpoint.config import edit_config
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.errors import UnsupportedError
-from streamconv.plan import Plan
+from streamconv.planning.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

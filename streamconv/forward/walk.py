@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamconv.devices import Device
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.forward.names import Sources, find_sources
 from streamconv.forward.skeleton import Skeleton
 from streamconv.forward.weights import Weights
+from streamconv.planning.devices import Device
 
 Forward = Callable[[Tensor, "Call"], Any]
 Visit = Callable[[int, Tensor], None]

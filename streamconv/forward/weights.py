@@ -8,14 +8,14 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from streamconv.cells import WeightWork
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import Shape
-from streamconv.devices import Device
 from streamconv.formats.base import CELL_ROWS, Constant, matrix_shape
 from streamconv.formats.rows import StoredRows
-from streamconv.plan import Access, Copy, Plan, Rewrite, tile_rows
-from streamconv.workers import Workers
+from streamconv.planning.devices import Device
+from streamconv.planning.plan import Access, Copy, Plan, Rewrite, tile_rows
+from streamconv.running.cells import WeightWork
+from streamconv.running.workers import Workers
 
 _BUFFER_BYTES = 8 * 2**20
 

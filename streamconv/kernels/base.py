@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from streamconv.dtypes import Dtype
-from streamconv.grids import Grid, TableGrid
+from streamconv.kernels.grids import Grid, TableGrid
 
 # Scales tried in a search, in units of a block's starting scale; and how often the best one is then fitted.
 SEARCH_FACTORS = tuple(step / 40 for step in range(22, 45))

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from streamconv.dtypes import BF16, F16, F32, Dtype
-from streamconv.grids import SMALLEST_DIVISOR, Grid, IntegerGrid, TableGrid, tables_of
 from streamconv.kernels import loops
 from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start
+from streamconv.kernels.grids import SMALLEST_DIVISOR, Grid, IntegerGrid, TableGrid, tables_of
 from streamconv.kernels.in_torch import TorchKernels, block_dots, over_reach, round_to
 from streamconv.kernels.loops import Array
 

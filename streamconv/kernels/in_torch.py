@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from streamconv.dtypes import F32, Dtype
-from streamconv.grids import (
+from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start, pairwise_sum
+from streamconv.kernels.grids import (
     SMALLEST_DIVISOR,
     Grid,
     TableGrid,
@@ -19,7 +20,6 @@ from streamconv.grids import (
     divide_by_scales,
     multiply_by_scales,
 )
-from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start, pairwise_sum
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from streamconv.grids import SMALLEST_DIVISOR
+from streamconv.kernels.grids import SMALLEST_DIVISOR
 
 Array = NDArray[Any]
 _Loop = Callable[..., Any]

@@ -15,13 +15,13 @@ from pathlib import Path
 from streamconv.calibration.subject import Calibrated, Subject
 from streamconv.checkpoint.config import edit_config
 from streamconv.errors import InputError, OptionError, ResourceError
-from streamconv.journal import make_folder
-from streamconv.plan import Calibration, Plan
-from streamconv.planner import Base, Grounds
+from streamconv.output.journal import make_folder
+from streamconv.output.verifier import hash_file
+from streamconv.planning.plan import Calibration, Plan
+from streamconv.planning.planner import Base, Grounds
 from streamconv.progress import StopRequest
 from streamconv.sizes import format_size
 from streamconv.storage.data_sets import DataSet, data_set_of, pinned
-from streamconv.verifier import hash_file
 
 # Libraries of the extra `eval`; modules that need them are imported once they are there.
 _NEEDED = ("transformers", "accelerate")
@@ -116,7 +116,7 @@ def calibrate(
 
     Goes on where an earlier call stopped; on a folder that is complete, reads what that holds.
     """
-    from streamconv.calibration.walk import calibrate as walk
+    from streamconv.calibration.layers import calibrate as walk
 
     make_folder(folder)
     return walk(subject, folder, _steps(on_bytes), stop)
@@ -126,7 +126,7 @@ def rescale(
     subject: Subject, folder: Path, on_bytes: Callable[[int], None], stop: StopRequest
 ) -> Mapping[str, Calibrated]:
     """By weight, what it is rescaled by, which lies in `folder`; goes on as `calibrate` does."""
-    from streamconv.calibration.rescaling import rescale as choose_scales
+    from streamconv.calibration.equalizing import rescale as choose_scales
 
     make_folder(folder)
     return choose_scales(subject, folder, _steps(on_bytes), stop)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from streamconv.output.manifest import Report
 from streamconv.pipeline.downloads import fetch
 from streamconv.pipeline.job import CALIBRATION_TOKENS, GRADIENT_TOKENS, Folder, Job, build_job, output_folder
 from streamconv.pipeline.preparation import prepare
 from streamconv.pipeline.runner import run
 from streamconv.progress import OnProgress, StopRequest, quiet
-from streamconv.report.result import Report
 
 
 def merge(

@@ -9,14 +9,14 @@ from streamconv.checkpoint.config import edit_config
 from streamconv.dtypes import BF16, DENSE, Dtype
 from streamconv.formats import FORMATS, with_groups
 from streamconv.formats.base import Json
-from streamconv.output import CONFIG, INDEX
+from streamconv.output.card import model_card
+from streamconv.output.manifest import MANIFEST, Kept, manifest
+from streamconv.output.output import CONFIG, INDEX
+from streamconv.output.recipe import RECIPE, Scalar, write_recipe
+from streamconv.output.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, RESIDUAL_TENSORS
 from streamconv.pipeline.preparation import Prepared
 from streamconv.pipeline.residual import ResidualAdapter
-from streamconv.plan import Plan
-from streamconv.recipe import RECIPE, Scalar, write_recipe
-from streamconv.report.card import model_card
-from streamconv.report.result import MANIFEST, Kept, manifest
-from streamconv.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, RESIDUAL_TENSORS
+from streamconv.planning.plan import Plan
 from streamconv.sizes import exact_size
 
 

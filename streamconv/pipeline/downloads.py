@@ -7,7 +7,7 @@ from pathlib import Path
 
 from streamconv.checkpoint.writer import free_bytes
 from streamconv.errors import ResourceError
-from streamconv.journal import is_owned
+from streamconv.output.journal import is_owned
 from streamconv.pipeline.place import check_out, unfinished
 from streamconv.pipeline.preparation import Prepared
 from streamconv.progress import Meter, OnProgress

@@ -9,11 +9,11 @@ from os import PathLike, fspath
 from pathlib import Path
 
 from streamconv.adapters.source import MoeLayout
-from streamconv.choices import check_text
+from streamconv.equalization import RESCALINGS
 from streamconv.errors import OptionError
-from streamconv.output import OUTPUT_FOLDERS
-from streamconv.plan import Calibration, MergeOptions
-from streamconv.rescaling import RESCALINGS
+from streamconv.output.output import OUTPUT_FOLDERS
+from streamconv.planning.choices import check_text
+from streamconv.planning.plan import Calibration, MergeOptions
 from streamconv.sizes import parse_size
 
 Folder = str | PathLike[str]

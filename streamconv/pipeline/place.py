@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 from streamconv.errors import OutputError
-from streamconv.journal import is_owned, is_publishing
-from streamconv.output import OUTPUT_FOLDERS, check_apart, check_place
+from streamconv.output.journal import is_owned, is_publishing
+from streamconv.output.manifest import MANIFEST
+from streamconv.output.output import OUTPUT_FOLDERS, check_apart, check_place
 from streamconv.pipeline.preparation import Prepared
-from streamconv.report.result import MANIFEST
 
 
 def check_out(prepared: Prepared, out: Path) -> None:

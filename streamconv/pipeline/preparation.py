@@ -11,19 +11,19 @@ from streamconv.adapters.base import Adapter, Parameter
 from streamconv.adapters.config import read_config
 from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.index import read_index
-from streamconv.choices import options_alone
-from streamconv.depth import deepen
-from streamconv.devices import resolve_device
 from streamconv.errors import InputError
 from streamconv.formats import find_weights
-from streamconv.output import CONFIG, INDEX
+from streamconv.output.manifest import MANIFEST
+from streamconv.output.output import CONFIG, INDEX
+from streamconv.output.recipe import RECIPE
+from streamconv.output.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, choose_tokenizer, files_to_copy
 from streamconv.pipeline.calibrating import read_grounds, with_need
 from streamconv.pipeline.job import Job, parse_moe_layout
-from streamconv.plan import Plan
-from streamconv.planner import Base, Grounds, build_plans, facts_of, read_base
-from streamconv.recipe import RECIPE
-from streamconv.report.result import MANIFEST
-from streamconv.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, choose_tokenizer, files_to_copy
+from streamconv.planning.choices import options_alone
+from streamconv.planning.depth import deepen
+from streamconv.planning.devices import resolve_device
+from streamconv.planning.plan import Plan
+from streamconv.planning.planner import Base, Grounds, build_plans, facts_of, read_base
 from streamconv.storage import open_storage
 from streamconv.storage.base import SourceFile, Storage
 

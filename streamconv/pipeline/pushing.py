@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from streamconv.errors import InputError
-from streamconv.output import is_of_model
+from streamconv.output.manifest import MANIFEST
+from streamconv.output.output import is_of_model
+from streamconv.output.sidecars import CHAT_TEMPLATES, RESIDUAL
+from streamconv.output.verifier import hash_file, read_manifest
 from streamconv.pipeline.job import Folder, output_folder
 from streamconv.pipeline.verification import verify
 from streamconv.progress import OnProgress, quiet
-from streamconv.report.result import MANIFEST
-from streamconv.sidecars import CHAT_TEMPLATES, RESIDUAL
 from streamconv.storage.local import open_folder
 from streamconv.storage.upload import LocalFile, Pushed, Target, check_target, parse_target, upload
-from streamconv.verifier import hash_file, read_manifest
 
 
 def push(

@@ -9,7 +9,7 @@ from typing import Any
 
 from streamconv.calibration.residual_adapter import adapter_config, removed_share, write_adapter
 from streamconv.calibration.subject import Calibrated
-from streamconv.plan import Plan
+from streamconv.planning.plan import Plan
 
 _WAITING = "residual-adapter.safetensors"
 

@@ -12,24 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.calibration.subject import Calibrated, calibrated_plan, rescaled_plan
-from streamconv.cells import KeptDelta
 from streamconv.checkpoint.writer import ShardWriter
 from streamconv.errors import VerificationError
-from streamconv.executor import Output, run_plans
-from streamconv.journal import Journal, remove_leftovers
-from streamconv.output import ShardSink, check_disk, publish_output, resume_points
+from streamconv.output.journal import Journal, remove_leftovers
+from streamconv.output.manifest import MANIFEST, Kept, Report, kept_delta
+from streamconv.output.output import ShardSink, check_disk, publish_output, resume_points
+from streamconv.output.verifier import read_manifest, verify_layout
 from streamconv.pipeline.calibrating import calibrate, described, rescale
 from streamconv.pipeline.contents import generated_files
 from streamconv.pipeline.place import check_out, is_finished
 from streamconv.pipeline.preparation import Prepared
 from streamconv.pipeline.residual import ResidualAdapter, make_residual
-from streamconv.plan import Plan, ShardPlan
+from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.progress import Meter, OnProgress, StopRequest
-from streamconv.report.result import MANIFEST, Kept, Report, kept_delta
+from streamconv.running.cells import KeptDelta
+from streamconv.running.executor import Output, run_plans
+from streamconv.running.schedule import bytes_read
 from streamconv.sizes import format_size
 from streamconv.storage.local import open_folder
-from streamconv.verifier import read_manifest, verify_layout
-from streamconv.walk import bytes_read
 
 _log = logging.getLogger(__name__)
 

@@ -16,19 +16,19 @@ from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.errors import InputError, OptionError, VerificationError
 from streamconv.formats import find_weights
-from streamconv.journal import CALIBRATION, RESCALING
+from streamconv.output.journal import CALIBRATION, RESCALING
+from streamconv.output.manifest import MANIFEST
+from streamconv.output.sidecars import RESIDUAL_TENSORS
+from streamconv.output.verifier import Verified, hash_file, read_manifest, verify_exactly, verify_output
 from streamconv.pipeline.calibrating import calibrate, rescale
 from streamconv.pipeline.job import Folder, Job, output_folder
 from streamconv.pipeline.preparation import Prepared, prepare
 from streamconv.pipeline.residual import make_residual
-from streamconv.plan import Calibration, MergeOptions
-from streamconv.planner import Grounds
+from streamconv.planning.plan import Calibration, MergeOptions
+from streamconv.planning.planner import Grounds
 from streamconv.progress import Meter, OnProgress, StopRequest, quiet
-from streamconv.report.result import MANIFEST
-from streamconv.sidecars import RESIDUAL_TENSORS
+from streamconv.running.workers import Workers
 from streamconv.storage.local import open_folder
-from streamconv.verifier import Verified, hash_file, read_manifest, verify_exactly, verify_output
-from streamconv.workers import Workers
 
 _ENVIRONMENT = ("streamconv", "torch", "machine", "device")
 _NO_LIMIT = 2**60

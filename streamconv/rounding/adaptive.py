@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamconv.grids import Grid, code_steps
+from streamconv.kernels.grids import Grid, code_steps
 from streamconv.kernels.in_torch import block_dots
 from streamconv.rounding.base import Context, Rounding
 from streamconv.rounding.nearest import Nearest

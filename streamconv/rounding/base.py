@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from streamconv.grids import Grid
 from streamconv.kernels import kernels_for
+from streamconv.kernels.grids import Grid
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from streamconv.grids import Grid
+from streamconv.kernels.grids import Grid
 from streamconv.rounding.base import Context
 
 

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from streamconv.dtypes import Dtype
-from streamconv.grids import Grid
 from streamconv.kernels import kernels_for
+from streamconv.kernels.grids import Grid
 from streamconv.rounding.columns import descended, fed
 from streamconv.rounding.layer import Layer, Solution, better, coded, errors_of, rounded, turn
 from streamconv.rounding.metric import STRETCH, Statistics, check_moments, compensated, factored, preserving

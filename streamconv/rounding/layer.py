@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from streamconv.dtypes import Dtype
-from streamconv.grids import Grid
 from streamconv.kernels import kernels_for
+from streamconv.kernels.grids import Grid
 from streamconv.kernels.in_torch import dequantized
 from streamconv.rounding.metric import Metric, stretches
 

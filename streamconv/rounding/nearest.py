@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from streamconv.grids import Grid
 from streamconv.kernels import kernels_for
+from streamconv.kernels.grids import Grid
 from streamconv.rounding.base import Context, starting_scales
 
 

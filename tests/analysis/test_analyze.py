@@ -19,9 +19,9 @@ from streamconv import analysis
 from streamconv.analysis import Analysis, Stored, TargetAnalysis
 from streamconv.analysis.prediction import predicted_kept
 from streamconv.errors import InputError, OptionError, OutputError, ResourceError
-from streamconv.grids import INT8, NF4, Grid, code_steps
+from streamconv.kernels.grids import INT8, NF4, Grid, code_steps
 from tests.models import Sizes, write_adapter, write_base
-from tests.test_cells import added, on_the_grid
+from tests.running.test_cells import added, on_the_grid
 from tests.tiny import edit_json, edit_tensors
 
 SIZES = Sizes(hidden=96, inner=200, layers=2, vocabulary=50)

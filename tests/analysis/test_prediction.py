@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from streamconv.analysis.prediction import predicted_kept
-from streamconv.grids import (
+from streamconv.kernels.grids import (
     FP4,
     INT8,
     NF4,

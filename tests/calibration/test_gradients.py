@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen2MoeConfig
 
-from streamconv.calibration import walk
+from streamconv.calibration import layers as walk
 from streamconv.calibration.gradients import Gradients, shrunk_moments
 from streamconv.calibration.layer_files import LayerFiles
 from streamconv.calibration.need import calibration_need
@@ -25,7 +25,7 @@ from streamconv.pipeline import merge
 from streamconv.progress import StopRequest
 from streamconv.rounding.feedback import Chosen, Statistics, feedback
 from tests.calibration.subjects import LENGTH, calibrated, layer_bytes, save_subject, subject_in
-from tests.calibration.test_walk import MOE
+from tests.calibration.test_layers import MOE
 from tests.forward.test_walk import SIZES
 from tests.tiny import llama_config
 

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from streamconv.calibration.need import calibration_need
 from streamconv.checkpoint.header import build_header
 from streamconv.checkpoint.types import TensorSpec
-from streamconv.devices import Device
 from streamconv.dtypes import BF16
 from streamconv.pipeline import build_job, prepare
-from streamconv.plan import Need
+from streamconv.planning.devices import Device
+from streamconv.planning.plan import Need
 from tests.forward.texts import save_tokenizer, write_text
 
 LLAMA_70B = LlamaConfig(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamconv.calibration import walk
+from streamconv.calibration import layers as walk
 from streamconv.calibration.kept_inputs import KeptInputs
 from streamconv.calibration.layer_files import LayerFiles
 from streamconv.calibration.need import calibration_need

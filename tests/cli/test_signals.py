@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from streamconv.output.manifest import Report
 from streamconv.pipeline import run as run_job
 from streamconv.progress import OnProgress, StopRequest
-from streamconv.report.result import Report
 from tests.cli.calls import Inputs, run, succeed
 
 

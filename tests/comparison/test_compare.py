@@ -32,7 +32,7 @@ from streamconv.errors import (
     Stopped,
     VerificationError,
 )
-from streamconv.journal import Journal, is_owned
+from streamconv.output.journal import Journal, is_owned
 from streamconv.progress import StopRequest
 from tests.forward.texts import numbers, save_tokenizer, write_text
 from tests.hub_stub import Hub

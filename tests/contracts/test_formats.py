@@ -12,7 +12,7 @@ from streamconv.formats import FORMATS
 from streamconv.formats.base import matrix_shape
 from streamconv.formats.linear import module_of
 from streamconv.formats.rows import in_file_order
-from streamconv.grids import IntegerGrid, block_absmax
+from streamconv.kernels.grids import IntegerGrid, block_absmax
 from tests.formats.stored import (
     W,
     block_slice,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamconv.grids import NF4
+from streamconv.kernels.grids import NF4
 from streamconv.rounding import ROUNDINGS, Context, uniform
 from streamconv.rounding.adaptive import Adaptive
 from tests.formats.stored import choose, normal

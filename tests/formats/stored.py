@@ -17,7 +17,7 @@ from streamconv.formats import FORMATS, find_weights
 from streamconv.formats.base import CELL_ROWS, Encoder, Grouped, Weight, matrix_shape
 from streamconv.formats.pack_quantized import PackQuantizedFormat
 from streamconv.formats.rows import StoredRows, in_file_order
-from streamconv.grids import Grid
+from streamconv.kernels.grids import Grid
 from streamconv.rounding import ROUNDINGS, Context, Rounding
 from tests.checkpoint.files import index_of, write_checkpoint
 from tests.tiny import edit_json

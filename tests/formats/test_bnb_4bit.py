@@ -16,7 +16,7 @@ from streamconv.dtypes import BF16, DTYPES, F32
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats import FORMATS, find_weights
 from streamconv.formats.bnb_4bit import DYNAMIC, Bnb4bitEncoder
-from streamconv.grids import NF4
+from streamconv.kernels.grids import NF4
 from tests.formats.stored import (
     SHAPES,
     W,

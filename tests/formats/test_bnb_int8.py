@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from streamconv.checkpoint.layout import lay_out
 from streamconv.dtypes import BF16, DTYPES
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats import FORMATS, find_weights
 from streamconv.formats.base import Weight
-from streamconv.layout import lay_out
-from streamconv.plan import Rewrite, Step
+from streamconv.planning.plan import Rewrite, Step
 from streamconv.rounding import ROUNDINGS
 from tests.formats.stored import W, decoded, encoder_for, normal, only_weight, side_parts, stored, write
 

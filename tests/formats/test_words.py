@@ -24,9 +24,9 @@ from streamconv.formats.base import Order
 from streamconv.formats.gptq import WordsAcross
 from streamconv.formats.int4_words import IN_ORDER, unpack_words
 from streamconv.formats.rows import runs
-from streamconv.grids import INT4
+from streamconv.kernels.grids import INT4
 from streamconv.pipeline import Job, prepare
-from streamconv.plan import MergeOptions
+from streamconv.planning.plan import MergeOptions
 from tests.checkpoint.files import index_of
 from tests.formats import words
 from tests.formats.stored import W, decoded, encoder_for, normal, only_weight, stored, write

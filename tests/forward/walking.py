@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from streamconv.devices import resolve_device
 from streamconv.forward.skeleton import build_skeleton
 from streamconv.forward.walk import Walk
 from streamconv.forward.weights import WeightSource
 from streamconv.pipeline import build_job, prepare
+from streamconv.planning.devices import resolve_device
 from tests.tiny import VOCABULARY
 
 WINDOWS = torch.arange(3 * 24).reshape(3, 24) * 7 % VOCABULARY

@@ -19,9 +19,9 @@ def commands() -> Iterator[Commands]:
 def model_commands() -> Iterator[Commands]:
     """Of a process that has what runs models imported, too."""
     with fork_server(
-        "streamconv.calibration.walk",
+        "streamconv.calibration.layers",
         "streamconv.calibration.need",
-        "streamconv.calibration.rescaling",
+        "streamconv.calibration.equalizing",
         "streamconv.forward.linears",
         "streamconv.evaluation.scoring",
         "streamconv.comparison.running",

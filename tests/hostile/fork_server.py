@@ -17,10 +17,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from streamconv import cli, executor, output
+from streamconv import cli
 from streamconv.checkpoint import writer
-from streamconv.executor import Output
+from streamconv.output import output
 from streamconv.pipeline import runner
+from streamconv.running import executor
+from streamconv.running.executor import Output
 from tests.hostile.commands import Request
 
 WATCHED = (

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from streamconv import cli, output
+from streamconv import cli
 from streamconv.checkpoint.writer import free_bytes
-from streamconv.output import ShardSink
-from streamconv.plan import ShardPlan
+from streamconv.output import output
+from streamconv.output.output import ShardSink
+from streamconv.planning.plan import ShardPlan
 
 INPUTS, DISK = Path(sys.argv[1]), Path(sys.argv[2])
 OUT, FILLER = DISK / "out", DISK / "filler"

@@ -37,7 +37,7 @@ from streamconv.errors import (
     UnsupportedError,
     VerificationError,
 )
-from streamconv.journal import WORK_FOLDER
+from streamconv.output.journal import WORK_FOLDER
 from streamconv.pipeline import Job, merge_options, prepare
 from tests.checkpoint.files import raw_shard, write_index
 from tests.tiny import (

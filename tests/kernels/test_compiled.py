@@ -14,8 +14,18 @@ from torch import Tensor
 
 from streamconv.dtypes import BF16, F16, F32, Dtype
 from streamconv.formats.bnb_4bit import DYNAMIC
-from streamconv.grids import FP4, INT4, INT8, INT8_GROUPS, NF4, Grid, IntegerGrid, TableGrid, block_absmax
 from streamconv.kernels import TORCH, Kernels, Start, compiled_kernels, kernels_for
+from streamconv.kernels.grids import (
+    FP4,
+    INT4,
+    INT8,
+    INT8_GROUPS,
+    NF4,
+    Grid,
+    IntegerGrid,
+    TableGrid,
+    block_absmax,
+)
 from tests.formats.stored import normal
 
 pytest.importorskip("numba")

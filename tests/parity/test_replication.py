@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import streamconv
-from streamconv.depth import KINDS
+from streamconv.planning.depth import KINDS
 from tests.parity.opening import (
     decoded_by_us,
     dequantized,

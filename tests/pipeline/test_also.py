@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 import streamconv
-from streamconv import output
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import OptionError, OutputError, ResourceError, VerificationError
+from streamconv.output import output
+from streamconv.output.manifest import Report
 from streamconv.pipeline import Prepared, build_job, prepare, runner
-from streamconv.report.result import Report
+from streamconv.running.schedule import bytes_read
 from streamconv.storage import open_storage
-from streamconv.walk import bytes_read
 from tests.models import Sizes, write_adapter, write_base
 
 SIZES = Sizes(hidden=64, inner=136, layers=2, vocabulary=80)

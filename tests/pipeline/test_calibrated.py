@@ -26,13 +26,13 @@ from streamconv.errors import (
     VerificationError,
 )
 from streamconv.formats import find_weights
-from streamconv.journal import WORK_FOLDER
+from streamconv.output.journal import WORK_FOLDER
+from streamconv.output.verifier import Verified
 from streamconv.pipeline import Prepared, build_job, prepare
-from streamconv.plan import Access
-from streamconv.report.plan import plan_as_json, plan_as_text
+from streamconv.pipeline.shown import plan_as_json, plan_as_text
+from streamconv.planning.plan import Access
 from streamconv.storage.data_sets import data_set_of
 from streamconv.storage.local import open_folder
-from streamconv.verifier import Verified
 from tests.cli.calls import run, succeed
 from tests.forward.texts import save_tokenizer, write_text
 from tests.tiny import llama_config, read_tensors, save_adapter, save_base

@@ -19,10 +19,10 @@ import streamconv
 from streamconv.errors import OptionError, UnsupportedError, VerificationError
 from streamconv.formats import find_weights
 from streamconv.forward.text import load_tokenizer, read_windows
+from streamconv.output.sidecars import RESIDUAL
 from streamconv.pipeline import Prepared, build_job, prepare
-from streamconv.plan import Rewrite
-from streamconv.report.plan import plan_as_json, plan_as_text
-from streamconv.sidecars import RESIDUAL
+from streamconv.pipeline.shown import plan_as_json, plan_as_text
+from streamconv.planning.plan import Rewrite
 from tests.checkpoint.files import index_of
 from tests.cli.calls import succeed
 from tests.formats.stored import decoded
@@ -349,6 +349,6 @@ def test_another_scale_is_noticed(
     def other(magnitudes: Tensor, alpha: float) -> Tensor:
         return torch.full_like(magnitudes, 1.0 + alpha, dtype=torch.float32)
 
-    monkeypatch.setattr("streamconv.rescaling.awq.candidate", other)
+    monkeypatch.setattr("streamconv.equalization.awq.candidate", other)
     with pytest.raises(VerificationError, match="differs from what base, adapter and options give"):
         inputs.verify(made.out, calibration=inputs.folder / "text.txt")

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import streamconv
-from streamconv import output
 from streamconv.calibration.residual_adapter import removed_share
 from streamconv.errors import OptionError, ResourceError, VerificationError
+from streamconv.output import output
+from streamconv.output.sidecars import RESIDUAL, RESIDUAL_CONFIG, RESIDUAL_TENSORS
+from streamconv.output.verifier import Verified
 from streamconv.pipeline import build_job, prepare, verification
 from streamconv.pipeline.residual import ResidualAdapter, make_residual
-from streamconv.report.plan import plan_as_json, plan_as_text
-from streamconv.sidecars import RESIDUAL, RESIDUAL_CONFIG, RESIDUAL_TENSORS
-from streamconv.verifier import Verified
+from streamconv.pipeline.shown import plan_as_json, plan_as_text
 from tests.cli.calls import succeed
 from tests.forward.texts import save_tokenizer, write_text
 from tests.tiny import llama_config, save_adapter, save_base

@@ -10,8 +10,8 @@ from torch import Tensor
 from streamconv.dtypes import DENSE
 from streamconv.formats import format_of
 from streamconv.formats.base import Encoder
-from streamconv.grids import Grid
 from streamconv.kernels import kernels_for
+from streamconv.kernels.grids import Grid
 from streamconv.rounding import ROUNDINGS, Context
 from streamconv.rounding.feedback import BaseOnGrid, Chosen, Statistics
 

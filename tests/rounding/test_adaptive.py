@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamconv.grids import NF4, code_steps
 from streamconv.kernels import kernels_for
+from streamconv.kernels.grids import NF4, code_steps
 from streamconv.rounding import ROUNDINGS
 from streamconv.rounding.adaptive import NEAREST_FROM, Adaptive, delta_to_step
 from streamconv.rounding.base import Context

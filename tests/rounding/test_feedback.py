@@ -14,7 +14,7 @@ from torch import Tensor
 
 from streamconv import kernels
 from streamconv.errors import InputError
-from streamconv.grids import Grid
+from streamconv.kernels.grids import Grid
 from streamconv.rounding.columns import descended, fed
 from streamconv.rounding.feedback import BaseOnGrid, FeedbackOptions, Statistics, feedback
 from streamconv.rounding.layer import Layer, errors_of, rounded, turn

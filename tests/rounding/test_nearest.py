@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from streamconv.grids import NF4, TableGrid
+from streamconv.kernels.grids import NF4, TableGrid
 from streamconv.rounding import ROUNDINGS, Context
 from tests.formats.stored import choose
 

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from streamconv.adapters.initial import InitialUpdate
-from streamconv.cells import WeightWork
 from streamconv.dtypes import BF16
 from streamconv.errors import UnsupportedError
 from streamconv.formats import FORMATS
-from streamconv.grids import INT8, NF4, Grid
 from streamconv.kernels import SEARCH_FACTORS, kernels_for
-from streamconv.plan import Access, Rewrite
-from streamconv.planner import _weight_steps
+from streamconv.kernels.grids import INT8, NF4, Grid
+from streamconv.planning.plan import Access, Rewrite
+from streamconv.planning.planner import _weight_steps
 from streamconv.rounding import ROUNDINGS, Context
 from streamconv.rounding.search import searched_scales
-from streamconv.workers import Workers
+from streamconv.running.cells import WeightWork
+from streamconv.running.workers import Workers
 from tests.formats.stored import W, choose, encoder_for, normal, only_weight, stored, write
 
 SEARCH, NEAREST = ROUNDINGS["search"], ROUNDINGS["nearest"]

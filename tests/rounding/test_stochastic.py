@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from streamconv.grids import NF4, TableGrid
+from streamconv.kernels.grids import NF4, TableGrid
 from streamconv.rounding import ROUNDINGS, Context, uniform
 from tests.formats.stored import choose, normal
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import streamconv
-from streamconv.cells import WeightWork
 from streamconv.checkpoint.header import read_header
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.dtypes import BF16
+from streamconv.running.cells import WeightWork
+from streamconv.running.workers import Ticket
 from streamconv.storage import open_storage
-from streamconv.workers import Ticket
 from tools.bench import encode, merge, outofcore, rivals
 from tools.bench.encoder_rate import encoder_rate
 from tools.bench.limits import holds, memory_limit

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from streamconv.analysis.prediction import predicted_kept
-from streamconv.grids import NF4
+from streamconv.kernels.grids import NF4
 from streamconv.rounding.feedback import FeedbackOptions
 from tools.bench.results import RESULTS
 from tools.study import cost, grid, synthetic

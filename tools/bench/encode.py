@@ -24,15 +24,15 @@ from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 from torch import Tensor
 
 from streamconv.adapters.lora import LoraUpdate
-from streamconv.cells import WeightWork
 from streamconv.dtypes import BF16
 from streamconv.formats import FORMATS
 from streamconv.formats.base import Weight
 from streamconv.formats.dense import DenseDecoder
 from streamconv.kernels import compiled_kernels
-from streamconv.plan import Rewrite
+from streamconv.planning.plan import Rewrite
 from streamconv.rounding import ROUNDINGS
-from streamconv.workers import Workers
+from streamconv.running.cells import WeightWork
+from streamconv.running.workers import Workers
 from tools.bench.results import RESULTS, machine, save
 
 NAME = "model.layers.0.mlp.up_proj.weight"

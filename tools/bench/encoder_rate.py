@@ -10,10 +10,10 @@ from collections import deque
 
 import torch
 
-from streamconv.cells import WeightWork
 from streamconv.pipeline import Job, prepare
-from streamconv.plan import MergeOptions, Rewrite
-from streamconv.workers import Ticket, Workers
+from streamconv.planning.plan import MergeOptions, Rewrite
+from streamconv.running.cells import WeightWork
+from streamconv.running.workers import Ticket, Workers
 
 ROWS = 2048
 IN_FLIGHT = 2

@@ -62,7 +62,7 @@ MEMORY_LIMIT = 500 * 10**6
 API = """
 import sys, time
 from streamconv.pipeline import Job, prepare
-from streamconv.plan import MergeOptions
+from streamconv.planning.plan import MergeOptions
 base, adapter, quant = sys.argv[1:]
 started = time.perf_counter()
 prepare(Job(base, adapter, MergeOptions(quant=quant), "cpu"))

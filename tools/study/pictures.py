@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from streamconv.analysis.prediction import predicted_kept
 from streamconv.comparison.bootstrap import mean
-from streamconv.grids import NF4
+from streamconv.kernels.grids import NF4
 from tools.study.bars import Results, row_of
 from tools.study.beds import BEDS
 from tools.study.tables import STRATEGIES

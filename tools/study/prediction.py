@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from streamconv.analysis.prediction import predicted_kept
-from streamconv.grids import NF4
+from streamconv.kernels.grids import NF4
 
 # Below this share a fine-tune counts as erased; it is the default of --min-kept.
 ERASED = 0.2

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from streamconv.dtypes import BF16
 from streamconv.formats import FORMATS
-from streamconv.grids import NF4
+from streamconv.kernels.grids import NF4
 from streamconv.rounding import ROUNDINGS, Context
 from streamconv.rounding.feedback import BaseOnGrid, FeedbackOptions, Statistics, feedback
 from tools.study import grid

@@ -12,7 +12,7 @@ from streamconv.analysis.prediction import predicted_kept
 from streamconv.comparison.bootstrap import Estimate, mean, perplexity, perplexity_difference, ratio
 from streamconv.comparison.recommendation import recommend
 from streamconv.comparison.result import row_of as compared_row
-from streamconv.grids import NF4
+from streamconv.kernels.grids import NF4
 from streamconv.rounding.adaptive import NEAREST_FROM
 from streamconv.rounding.feedback import FeedbackOptions
 from tools.study import cost

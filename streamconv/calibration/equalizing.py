@@ -1,0 +1,232 @@
+"""The pass that chooses scales: every decoder layer in turn is run on text, and what enters each pair's consumers seen.
+
+All weights are their float32 targets, none of them rescaled: rescaling changes no input but by its own scale, and what
+nearest rounding does to a row does not depend on what the row is divided by. So pairs are chosen each on its own, in
+one pass of the text through each layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from streamconv.calibration.groups import Group, Linears, Recorder
+from streamconv.calibration.layer_files import LayerFiles, Result, Stream
+from streamconv.calibration.model import linears_of, opened_targets
+from streamconv.calibration.moments import Moments
+from streamconv.calibration.need import batch_of, pairs_in, rescaling_need
+from streamconv.calibration.passes import (
+    check_stop,
+    fixed_threads,
+    key_of,
+    release_freed_memory,
+    telling_of_memory,
+    windows_of,
+)
+from streamconv.calibration.subject import Calibrated, Subject, factor_name
+from streamconv.checkpoint.reader import tensor_bytes
+from streamconv.checkpoint.types import TensorSpec
+from streamconv.dtypes import F32
+from streamconv.equalization.awq import Consumer, Found, find_scales
+from streamconv.equalization.pairs import WeightPair, stored_scales
+from streamconv.equalization.scaling import COLUMNS, ROWS
+from streamconv.errors import UnsupportedError
+from streamconv.forward.walk import Passing, Walk, in_batches
+from streamconv.planning.plan import Rewrite
+from streamconv.progress import OnProgress, StopRequest
+
+
+def rescale(
+    subject: Subject, folder: Path, on_progress: OnProgress, stop: StopRequest
+) -> Mapping[str, Calibrated]:
+    """Choose the factors of all weights that the plan wants rescaled, or go on with it in `folder`: by name.
+
+    Raises what `calibrate` does, and UnsupportedError where the model is not what its family's table says.
+    """
+    with fixed_threads(subject.calibration.threads), opened_targets(subject) as walk:
+        windows = windows_of(subject)
+        layers = len(walk.skeleton.layers)
+        shape = (*windows.shape, walk.hidden)
+        files = LayerFiles(folder, key_of(subject, windows), layers, shape, ("reference",))
+        with telling_of_memory(subject.plan.device):
+            _Pass(subject, walk, windows, files, on_progress, stop).run()
+        files.remove_states()
+        return files.read()
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Inputs of a group of linear layers: second moments, and sums of magnitudes [in], float64."""
+
+    moments: Moments = field(default_factory=lambda: Moments(crosses=False))
+    magnitudes: Tensor | None = None
+
+    def add(self, given: Tensor) -> None:
+        self.moments.add(given, None)
+        found = given.reshape(-1, given.shape[-1]).abs().sum(0, dtype=torch.float64)
+        self.magnitudes = found if self.magnitudes is None else self.magnitudes + found
+
+
+class _Pass:
+    """The walk in work."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        walk: Walk,
+        windows: Tensor,
+        files: LayerFiles,
+        on_progress: OnProgress,
+        stop: StopRequest,
+    ) -> None:
+        self._subject, self._walk, self._windows, self._files = subject, walk, windows, files
+        self._on_progress, self._stop = on_progress, stop
+        self._batches = in_batches(windows, batch_of(windows.shape[1]))
+        self._sizes = [
+            sum(map(walk.source.stored_bytes, walk.layer_weights(number)))
+            for number in range(len(walk.skeleton.layers))
+        ]
+        steps = (placed.step for shard in subject.plan.shards for placed in shard.steps)
+        self._steps = {step.name: step for step in steps if isinstance(step, Rewrite) and step.scaling}
+
+    def run(self) -> None:
+        first = self._files.done
+        self._report(first)
+        if first == len(self._sizes):
+            return
+        self._files.check_disk(rescaling_need(self._walk, self._subject).disk)
+        with self._files.streams() as (stream,):
+
+            def keep(chosen: slice, entering: Tensor) -> None:
+                if not first:
+                    stream.entering(0).write(chosen, entering)
+
+            with self._walk.entered(self._windows, self._batches, keep) as passing:
+                for number in range(first, len(self._sizes)):
+                    with passing.layer(number) as module:
+                        results = self._rescale(passing, number, module, stream)
+                    stream.leaving(number).sync()
+                    self._files.write(number, results)
+                    release_freed_memory()
+                    self._report(number + 1)
+
+    def _report(self, layers: int) -> None:
+        self._on_progress(sum(self._sizes[:layers]), sum(self._sizes))
+
+    def _rescale(self, passing: Passing, number: int, module: nn.Module, stream: Stream) -> Sequence[Result]:
+        """Have the stream pass a layer; return the factors of its weights."""
+        pairs = pairs_in(self._walk, number, self._subject)
+        linears = linears_of(self._walk, number, {name for pair in pairs for name in pair.consumers})
+        recorder, seen = Recorder(), dict[int, _Seen]()
+
+        def note(group: Group, given: Tensor) -> None:
+            seen.setdefault(id(group), _Seen()).add(given)
+
+        for chosen in self._batches:
+            check_stop(self._stop)
+            with recorder.watching(linears, note):
+                found = passing.through(module, number, stream.entering(number).read(chosen))
+            stream.leaving(number).write(chosen, found)
+        factors = _Factors()
+        for pair in pairs:
+            check_stop(self._stop)
+            group = _group_of(pair, recorder.groups)
+            self._choose(pair, linears, seen.pop(id(group)), number, factors)
+        return factors.results()
+
+    def _choose(
+        self, pair: WeightPair, linears: Linears, seen: _Seen, number: int, factors: _Factors
+    ) -> None:
+        assert seen.magnitudes is not None, f"{pair.producer}: nothing entered its consumers"
+        moments = seen.moments.statistics(pair.inputs, seen.magnitudes.device)
+        consumers = [
+            Consumer(linears[name].weight.data, self._steps[name].encoder)
+            for name in pair.consumers
+            if self._steps[name].encoder.grid is not None
+        ]
+        norm = self._norm(pair, number)
+
+        def real(scales: Tensor) -> Tensor:
+            """As the producer will have divided by them."""
+            if norm is None:
+                return scales
+            return stored_scales(pair, norm, scales, self._steps[pair.producer].encoder.dtype.torch)
+
+        magnitudes = pair.gathered(seen.magnitudes) / moments.tokens
+        found = find_scales(magnitudes, moments.hessian, consumers, real, pair.spread)
+        factors.add(pair, found)
+
+    def _norm(self, pair: WeightPair, number: int) -> Tensor | None:
+        """The producer's own values, where it is a norm."""
+        if not pair.is_norm:
+            return None
+        parameters = {name: parameter for parameter, name in self._walk.plain_weights(number).items()}
+        if pair.producer not in parameters:
+            raise UnsupportedError(
+                f"{pair.producer} cannot be rescaled: {self._walk.skeleton.name} has no parameter in a decoder layer "
+                "that is stored as this weight; leave --rescale out"
+            )
+        path, _, last = parameters[pair.producer].rpartition(".")
+        found: Tensor = self._walk.skeleton.module(path).get_parameter(last).data
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Factors:
+    """What has been chosen of a layer: by weight, its factors by role; and what is told of a producer."""
+
+    of: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    notes: dict[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def add(self, pair: WeightPair, found: Found) -> None:
+        divided, multiplied = found.scales.reciprocal(), pair.spread(found.scales)
+        self._put(pair.producer, COLUMNS if pair.is_norm else ROWS, divided)
+        if pair.bias is not None:
+            self._put(pair.bias, COLUMNS, divided)
+        for name in pair.consumers:
+            self._put(name, COLUMNS, multiplied)
+        self.notes[pair.producer] = {"alpha": found.alpha, **_errors(found)}
+
+    def _put(self, name: str, role: str, factor: Tensor) -> None:
+        self.of.setdefault(name, {})[role] = factor.cpu()
+
+    def results(self) -> Sequence[Result]:
+        return [
+            Result(
+                name,
+                tuple(
+                    TensorSpec(factor_name(name, role), F32, tuple(factor.shape))
+                    for role, factor in found.items()
+                ),
+                tuple(bytes(tensor_bytes(factor)) for factor in found.values()),
+                None,
+                self.notes.get(name, {}),
+            )
+            for name, found in self.of.items()
+        ]
+
+
+def _errors(found: Found) -> Mapping[str, float]:
+    """Of the consumers' outputs, with scales and without; where these are all 0 there is no telling."""
+    if not found.size:
+        return {}
+    return {
+        "relative_error": math.sqrt(found.loss / found.size),
+        "unscaled_error": math.sqrt(found.before / found.size),
+    }
+
+
+def _group_of(pair: WeightPair, groups: Sequence[Group]) -> Group:
+    """The group that the pair's consumers are. Raises UnsupportedError where they have no input to themselves."""
+    for group in groups:
+        if set(group.names) == set(pair.consumers):
+            return group
+    raise UnsupportedError(
+        f"{', '.join(pair.consumers)} do not read one input that nothing else reads, so they cannot be rescaled with "
+        f"{pair.producer}; leave --rescale out"
+    )

@@ -1,0 +1,1 @@
+"""Output: what a run leaves in its folder, and what says that it is whole."""

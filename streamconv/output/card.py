@@ -1,0 +1,185 @@
+"""The model card: what was merged into what, how, and how to load it; metadata by huggingface_hub.
+
+Nothing local goes into it: no path, no time, no user name. What the base's own card says of licence and language
+is inherited, since that is what readers look for first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from streamconv.checkpoint.index import CheckpointIndex
+from streamconv.formats import FORMATS
+from streamconv.output.manifest import Kept
+from streamconv.output.recipe import RECIPE
+from streamconv.output.sidecars import RESIDUAL
+from streamconv.planning.plan import CalibrationPlan, Plan
+from streamconv.sizes import format_size
+from streamconv.storage.base import Origin, SourceFile, Storage
+
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
+_MAX_CARD_BYTES = 2 * 10**6
+_MAX_HEAD_BYTES = 64 * 2**10
+_MAX_NAMES = 1000
+
+
+def model_card(
+    plan: Plan,
+    base: CheckpointIndex,
+    adapter: Storage | None,
+    copied: Sequence[SourceFile],
+    kept: Kept | None,
+    residual: Mapping[str, Any] | None,
+) -> bytes:
+    """README.md of the output; `copied` are the files that lie beside the weights, `residual` as in Report."""
+    origins = {"base": base.storage.origin, "adapter": adapter.origin if adapter else None}
+    base_models = [origin.repo for origin in origins.values() if origin is not None]
+    tags = ["streamconv", *(["merge", "lora"] if adapter else [])]
+    quant = FORMATS[plan.quant] if plan.quant else None
+    if quant is not None and quant.library is not None:
+        tags += ["4-bit" if quant.bits_per_weight < 8 else "8-bit", quant.library]
+    data = ModelCardData(
+        base_model=base_models or None,
+        library_name="transformers",
+        tags=tags,
+        base_model_relation=("quantized" if plan.quant else "finetune") if base_models else None,
+        **_inherited(base.storage),
+    )
+    has_tokenizer = any(file.name.startswith("tokenizer") for file in copied)
+    body = [
+        *_body(plan, adapter is not None, origins, kept, residual),
+        "## Load it",
+        "",
+        *_snippet(plan, base.config, has_tokenizer),
+        "",
+        *(_residual_snippet() if residual else ()),
+    ]
+    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body)
+    return str(ModelCard(text, ignore_metadata_errors=True)).encode()
+
+
+def _inherited(base: Storage) -> Mapping[str, Any]:
+    """Metadata of the base's card, where there is one that can be read."""
+    if "README.md" not in base.names():
+        return {}
+    text = base.read_bytes("README.md", _MAX_CARD_BYTES).decode(errors="replace")
+    if not text.startswith("---") or "\n---" not in text[3:_MAX_HEAD_BYTES]:
+        return {}
+    try:
+        data = ModelCard(text, ignore_metadata_errors=True).data
+        found = dict(data.to_dict())  # type: ignore[no-untyped-call]  # huggingface_hub leaves it without types
+    except Exception:  # a stranger's README may hold anything, and the YAML parser has errors of its own
+        return {}
+    return {key: found[key] for key in _INHERITED if _is_plain(found.get(key))}
+
+
+def _is_plain(value: object) -> bool:
+    """A name or a list of names, as the Hub has them; what else YAML allows can grow without limit when written."""
+    items = value if isinstance(value, list) else [value]
+    return len(items) <= _MAX_NAMES and all(isinstance(item, str) and item for item in items)
+
+
+def _body(
+    plan: Plan,
+    merged: bool,
+    origins: Mapping[str, Origin | None],
+    kept: Kept | None,
+    residual: Mapping[str, Any] | None,
+) -> Iterator[str]:
+    yield from (f"# {'Merged' if merged else 'Converted'} model", "")
+    if merged:
+        yield f"A LoRA adapter that {_changes(plan)} was merged into its base model."
+    yield (
+        f"Made with streamconv {plan.fingerprint['streamconv']} by the options in `{RECIPE}`; `streamconv verify` "
+        "checks it against its manifest."
+    )
+    yield from ("", "| | |", "|---|---|")
+    groups = f" in groups of {plan.group_size}" if plan.group_size else ""
+    stored_as = plan.quant or plan.dtype or "dtype of the base"
+    yield f"| weights | {stored_as}{groups}, {format_size(plan.size)} |"
+    for role, origin in origins.items():
+        if origin is not None:
+            yield f"| {role} | {origin.repo} at commit {origin.commit} |"
+    if merged:
+        yield f"| target | {plan.target.reason} |"
+    if plan.rounding:
+        yield f"| rounding | {plan.rounding.name}: {plan.rounding.reason} |"
+    if plan.calibration:
+        yield from _calibration(plan, plan.calibration)
+    if plan.skipped:
+        yield f"| left in 16 bit | {_some(plan.skipped)} |"
+    if kept:
+        yield f"| share of the update kept by quantization | {kept.total:.3f} |"
+    if residual:
+        yield (
+            f"| residual adapter | rank {residual['rank']}, {format_size(residual['bytes'])} in `{RESIDUAL}`; it takes "
+            f"away {residual['removed'] or 0:.1%} of the error of these codes, by the calibration text |"
+        )
+    if plan.depth:
+        yield f"| depth | {plan.depth} |"
+    if plan.untied:
+        yield "| embeddings | input and output embeddings differ and are stored apart |"
+    yield ""
+
+
+def _calibration(plan: Plan, text: CalibrationPlan) -> Iterator[str]:
+    if text.rescaling:
+        pairs = len(text.rescaling.pairs)
+        yield (
+            f"| rescaling | {text.rescaling.name}, {pairs} pairs of weights by the calibration text; no adapter of "
+            "another model fits this one |"
+        )
+    yield (
+        f"| calibration text | {text.name} (SHA-256 {text.sha256}), {text.tokens} tokens in sequences of "
+        f"{text.sequence_length}; {len(plan.calibrated)} weights |"
+    )
+
+
+def _changes(plan: Plan) -> str:
+    changes = []
+    if plan.adapted:
+        changes.append(f"updates {sum(plan.adapted.values())} modules ({', '.join(sorted(plan.adapted))})")
+    if plan.replaced:
+        changes.append(f"replaces {_some(plan.replaced)}")
+    return " and ".join(changes)
+
+
+def _snippet(plan: Plan, config: Mapping[str, Any], has_tokenizer: bool) -> Iterator[str]:
+    """Lines that load the output with transformers, run in its folder."""
+    loader = _loader(config)
+    names = [loader, *(["AutoTokenizer"] if has_tokenizer else [])]
+    trust = ", trust_remote_code=True" if config.get("auto_map") else ""
+    library = FORMATS[plan.quant].library if plan.quant else None
+    needs = f"transformers, accelerate and {library}" if library else "transformers"
+    yield f"Needs {needs}. With this folder as the working directory:"
+    yield from ("", "```python", f"from transformers import {', '.join(sorted(names))}", "")
+    yield f'model = {loader}.from_pretrained(".", dtype="auto"{trust})'
+    if has_tokenizer:
+        yield f'tokenizer = AutoTokenizer.from_pretrained("."{trust})'
+    yield "```"
+
+
+def _residual_snippet() -> Iterator[str]:
+    """Lines that put the residual adapter on top."""
+    yield "With the residual adapter, which repairs part of what rounding changed; needs peft, too:"
+    yield from ("", "```python", "from peft import PeftModel", "")
+    yield f'model = PeftModel.from_pretrained(model, "{RESIDUAL}")'
+    yield from ("```", "")
+
+
+def _loader(config: Mapping[str, Any]) -> str:
+    """The class of transformers that loads the model: of another class, its head would be new and random."""
+    architectures = config.get("architectures") or ["AutoModel"]
+    name = str(architectures[0])
+    is_causal = name.endswith(("ForCausalLM", "LMHeadModel")) or "AutoModelForCausalLM" in (
+        config.get("auto_map") or {}
+    )
+    return "AutoModelForCausalLM" if is_causal else name
+
+
+def _some(names: tuple[str, ...]) -> str:
+    rest = len(names) - 6
+    return ", ".join(names[:6]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,129 @@
+"""The numbers of one run, and the manifest `streamconv.json` that is stored beside the weights.
+
+The manifest holds nothing that changes from run to run (no path, no time but those of the base's files), so that
+equal inputs and options give equal folders. It is what `streamconv verify` checks an output against.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from streamconv.planning.plan import Plan
+from streamconv.running.cells import KeptDelta
+
+MANIFEST = "streamconv.json"
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The kept-delta share of the whole model and of each weight; `base_error_to_delta` is ||W - Wq|| / ||D||."""
+
+    total: float
+    weights: Mapping[str, float]
+    base_error_to_delta: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `merge` and `convert` return. Sizes in bytes, times in seconds.
+
+    `kernels` says what quantized (see `Plan.kernels`), `renamed` how names of adapter and base were matched where they
+    differ; `peak_ram_bytes` is anonymous memory above what the process had before planning; `kept_delta` is None where
+    nothing was quantized. `calibration` says by which text and how, None where there was none; `calibrated` has of each
+    weight the share of its update kept in its outputs (`kept_h`) and their relative error. `rescaled` has of each
+    weight that was divided to ease the rounding of others `alpha`, and the relative error of the outputs of these,
+    rounded to the nearest, with it and without (`unscaled_error`). `residual` tells of the residual adapter its rank,
+    its bytes, for how many weights it is, and which share of the calibration's loss it takes away (`removed`); None
+    where there is none. `also` are the reports of further outputs by format: what they share, `bytes_read`, `seconds`
+    and memory, is that of the run.
+    """
+
+    out: str
+    quant: str
+    target: str
+    rounding: str | None
+    kernels: str | None
+    renamed: str | None
+    kept_delta: float | None
+    kept_by_weight: Mapping[str, float]
+    base_error_to_delta: float | None
+    calibration: Mapping[str, Any] | None
+    calibrated: Mapping[str, Mapping[str, float]]
+    rescaled: Mapping[str, Mapping[str, float]]
+    residual: Mapping[str, Any] | None
+    shards: Mapping[str, str]
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    peak_ram_bytes: int
+    planned_ram_bytes: int
+    resumed: bool
+    also: Mapping[str, Report] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def kept_delta(sums: Mapping[str, KeptDelta]) -> Kept | None:
+    """Totals over all quantized weights that had an update; None if there are none."""
+    shares = {name: kept.kept / kept.delta for name, kept in sorted(sums.items()) if kept.delta}
+    delta = sum(kept.delta for kept in sums.values())
+    if not shares or not delta:
+        return None
+    error = sum(kept.base_error for kept in sums.values())
+    return Kept(
+        total=sum(kept.kept for kept in sums.values()) / delta,
+        weights=shares,
+        base_error_to_delta=(error / delta) ** 0.5 if error else None,
+    )
+
+
+def manifest(
+    plan: Plan,
+    hashes: Mapping[str, str],
+    kept: Kept | None,
+    calibrated: Mapping[str, Mapping[str, float]],
+    rescaled: Mapping[str, Mapping[str, float]],
+    residual: Mapping[str, Any] | None,
+    files: Mapping[str, bytes],
+    large: Mapping[str, Mapping[str, Any]],
+) -> bytes:
+    """Content of `streamconv.json`. `files` are those beside the shards that decide how weights are loaded.
+
+    `large` are more of these, already described by size and SHA-256.
+    """
+    content = {
+        "manifest_version": MANIFEST_VERSION,
+        "streamconv": version("streamconv"),
+        "fingerprint": plan.fingerprint,
+        "digest": plan.digest,
+        "quant": plan.quant or "none",
+        "group_size": plan.group_size,
+        "target": plan.target.name,
+        "rounding": plan.rounding.name if plan.rounding else None,
+        "kept_delta": kept.total if kept else None,
+        "kept_by_weight": kept.weights if kept else {},
+        "base_error_to_delta": kept.base_error_to_delta if kept else None,
+        "calibration": plan.calibration.as_json() if plan.calibration else None,
+        "calibrated": calibrated,
+        "rescaled": rescaled,
+        "residual": residual,
+        "adapted": plan.adapted,
+        "replaced": plan.replaced,
+        "skipped": plan.skipped,
+        "untied": plan.untied,
+        "layers": list(plan.depth.sources) if plan.depth else None,
+        "files": {
+            name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in files.items()
+        }
+        | dict(large),
+        "shards": {shard.name: {"size": shard.size, "sha256": hashes[shard.name]} for shard in plan.shards},
+    }
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()

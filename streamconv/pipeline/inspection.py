@@ -1,0 +1,76 @@
+"""What a folder holds, from headers and configs: for people, and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from os import PathLike, fspath
+from typing import Any
+
+from streamconv.adapters.config import read_config
+from streamconv.adapters.replication import read_ranges
+from streamconv.checkpoint.index import CheckpointIndex, read_index
+from streamconv.formats import find_weights
+from streamconv.planning.planner import read_base
+from streamconv.storage import open_storage
+from streamconv.storage.base import Storage
+
+
+def inspect(location: str | PathLike[str], *, revision: str | None = None) -> dict[str, Any]:
+    """Facts about the checkpoint or adapter at a folder or Hub id, as plain data. Reads no weights."""
+    storage = open_storage(fspath(location), revision)
+    names = storage.names()
+    if "adapter_config.json" in names and "config.json" not in names:
+        return _adapter(storage)
+    return _checkpoint(read_index(storage))
+
+
+def _checkpoint(index: CheckpointIndex) -> dict[str, Any]:
+    weights = find_weights(index)
+    base = read_base(index, weights)
+    formats: Counter[str] = Counter()
+    nbytes: Counter[str] = Counter()
+    for weight in weights:
+        formats[weight.format] += 1
+        nbytes[weight.format] += sum(part.nbytes for part in weight.parts.values())
+    config = index.config
+    text = config.get("text_config") or config
+    return {
+        "kind": "checkpoint",
+        "location": index.storage.location,
+        "architectures": list(config.get("architectures") or ()),
+        "model_type": config.get("model_type"),
+        "layers": text.get("num_hidden_layers") or text.get("n_layer"),
+        "hidden_size": text.get("hidden_size") or text.get("n_embd"),
+        "vocab_size": text.get("vocab_size"),
+        "tied_embeddings": base.tie is not None,
+        "parameters": sum(math.prod(weight.shape) for weight in weights),
+        "bytes": sum(tensor.nbytes for tensor in index.tensors.values()),
+        "shards": [{"name": shard.file.name, "bytes": shard.file.size} for shard in index.shards],
+        "weights": {name: {"count": count, "bytes": nbytes[name]} for name, count in sorted(formats.items())},
+        "quantization": base.quantized,
+    }
+
+
+def _adapter(storage: Storage) -> dict[str, Any]:
+    config = read_config(storage)
+    tensors = read_index(storage, stem="adapter_model", require_config=False).tensors
+    fields = config.fields
+    ranks = sorted({tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight")})
+    return {
+        "kind": "adapter",
+        "location": storage.location,
+        "peft_type": config.peft_type,
+        "base_model": fields.get("base_model_name_or_path"),
+        "rank": ranks[0] if len(ranks) == 1 else ranks,
+        "alpha": fields.get("lora_alpha"),
+        "rslora": bool(fields.get("use_rslora")),
+        "dora": bool(fields.get("use_dora")),
+        "targets": fields.get("target_modules"),
+        "modules_to_save": fields.get("modules_to_save"),
+        "layer_replication": [list(layers) for layers in read_ranges(config)] or None,
+        "tensors": len(tensors),
+        "parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "dtypes": sorted({tensor.dtype.name for tensor in tensors.values()}),
+    }

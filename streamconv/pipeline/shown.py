@@ -1,0 +1,287 @@
+"""A plan, shown: as JSON with every file and tensor, or as a page of text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, assert_never
+
+from streamconv.equalization.pairs import Rescaling
+from streamconv.formats.base import Constant
+from streamconv.kernels import TORCH
+from streamconv.output.sidecars import RESIDUAL
+from streamconv.pipeline.preparation import Prepared
+from streamconv.planning.plan import Copy, Plan, Rewrite, ShardPlan, Step, cell_rows, tile_rows
+from streamconv.running.schedule import bytes_read
+from streamconv.sizes import format_size
+from streamconv.storage.base import SourceFile, Storage
+
+_SHOWN = 8
+
+
+def plan_as_json(prepared: Prepared) -> dict[str, Any]:
+    """Plain data: output files with their tensors, memory, disk, matched modules, choices.
+
+    Bytes at the top are those of the run; `also` has what further outputs have of their own, by format.
+    """
+    plan = prepared.plan
+    return {
+        "digest": plan.digest,
+        "base": prepared.job.base,
+        "adapter": prepared.job.adapter,
+        "from": plan.fingerprint["from"],
+        "device": plan.device.name,
+        "devices": list(plan.device.names),
+        "devices_left_out": list(plan.device.left_out),
+        **_output(prepared),
+        "adapted_modules": dict(plan.adapted),
+        "replaced": list(plan.replaced),
+        "renamed": plan.renamed,
+        "layers": {"before": plan.depth.before, "sources": list(plan.depth.sources)} if plan.depth else None,
+        "untied": plan.untied,
+        "peak_ram_bytes": max(each.peak_ram for each in prepared.plans),
+        "peak_vram_bytes": max(each.peak_vram for each in prepared.plans),
+        "downloads": [
+            {"from": storage.location, "name": file.name, "bytes": file.size}
+            for storage, files in prepared.downloads()
+            for file in files
+        ],
+        "disk_bytes": sum(each.disk for each in prepared.plans),
+        "read_bytes": _read(prepared),
+        "also": {
+            other.job.options.quant: {
+                "digest": other.plan.digest,
+                **_output(other),
+                "disk_bytes": other.plan.disk,
+                "files": _files(other),
+            }
+            for other in prepared.also
+        },
+        "files": _files(prepared),
+    }
+
+
+def _output(prepared: Prepared) -> dict[str, Any]:
+    plan = prepared.plan
+    return {
+        "kernels": plan.kernels,
+        "quant": plan.quant or "none",
+        "group_size": plan.group_size,
+        "target": {"name": plan.target.name, "reason": plan.target.reason},
+        "rounding": {"name": plan.rounding.name, "reason": plan.rounding.reason} if plan.rounding else None,
+        "calibration": _calibration(plan),
+        "residual": _residual(plan),
+        "quantized": list(plan.quantized),
+        "left_in_16_bit": list(plan.skipped),
+        "do_not_fit": list(plan.unfit),
+    }
+
+
+def _calibration(plan: Plan) -> dict[str, Any] | None:
+    if plan.calibration is None:
+        return None
+    need = plan.calibration.need
+    return {
+        **plan.calibration.as_json(),
+        "weights": [step.name for step in plan.calibrated],
+        "pairs": _pairs(plan.calibration.rescaling),
+        "need": asdict(need) if need else None,
+    }
+
+
+def _pairs(rescaling: Rescaling | None) -> list[dict[str, Any]]:
+    pairs = rescaling.pairs if rescaling else ()
+    return [{"divided": pair.producer, "multiplied": list(pair.consumers)} for pair in pairs]
+
+
+def _residual(plan: Plan) -> dict[str, Any] | None:
+    if not plan.residual_rank:
+        return None
+    return {
+        "rank": plan.residual_rank,
+        "bytes": plan.residual_bytes,
+        "lossless_unmerged": plan.is_lossless_unmerged,
+    }
+
+
+def _read(prepared: Prepared) -> int:
+    """Bytes of the base that are read in both passes."""
+    needs = [plan.calibration.need for plan in prepared.plans if plan.calibration]
+    return bytes_read(prepared.plans) + sum(need.read for need in needs if need)
+
+
+def _files(prepared: Prepared) -> dict[str, Any]:
+    plan = prepared.plan
+    return {
+        "shards": [_shard(plan, shard) for shard in plan.shards],
+        "written": list(prepared.generated),
+        "copied": [{"name": file.name, "bytes": file.size} for file in prepared.copied],
+    }
+
+
+def _shard(plan: Plan, shard: ShardPlan) -> dict[str, Any]:
+    return {
+        "name": shard.name,
+        "bytes": shard.size,
+        "tensors": [
+            {
+                "name": spec.name,
+                "dtype": spec.dtype.code,
+                "shape": list(spec.shape),
+                "bytes": spec.nbytes,
+                **_step(plan, placed.step),
+            }
+            for placed in shard.steps
+            for spec in placed.step.specs
+        ],
+    }
+
+
+def _step(plan: Plan, step: Step) -> dict[str, Any]:
+    match step:
+        case Copy():
+            return {"action": "copy"}
+        case Constant():
+            return {"action": "constant"}
+        case Rewrite():
+            if step.calibrated:
+                return {"action": "calibrate", "access": step.access.value, "updates": len(step.updates)}
+            rows = tile_rows(step, plan.memory.buffer, cell_rows(plan.device, step.columns))
+            return {
+                "action": "rewrite",
+                "access": step.access.value,
+                "updates": len(step.updates),
+                "tiles": -(-step.rows // rows),
+            }
+        case _:
+            assert_never(step)
+
+
+def plan_as_text(prepared: Prepared) -> str:
+    """One page for people."""
+    plan = prepared.plan
+    steps = [placed.step for shard in plan.shards for placed in shard.steps]
+    rewritten, copied = (sum(isinstance(step, kind) for step in steps) for kind in (Rewrite, Copy))
+    read, written = _read(prepared), sum(each.size for each in prepared.plans)
+    calibrated = f" ({len(plan.calibrated)} calibrated)" if plan.calibrated else ""
+    ram = max(each.peak_ram for each in prepared.plans)
+    vram = max(each.peak_vram for each in prepared.plans)
+    adapted = ", ".join(f"{count} {name}" for name, count in sorted(plan.adapted.items()))
+    lines = [
+        ("base", plan.fingerprint["from"]["base"] or prepared.job.base),
+        ("adapter", plan.fingerprint["from"]["adapter"] or prepared.job.adapter or "-"),
+        ("adapted", adapted or "-"),
+        ("replaced", ", ".join(plan.replaced) or "-"),
+        ("output", _stored(plan)),
+        ("target", plan.target.reason),
+        ("weights", f"{rewritten} rewritten{calibrated}, {copied} tensors copied"),
+        (
+            "memory",
+            f"{format_size(ram)} RAM, {format_size(vram)} on {plan.device}",
+        ),
+        ("disk", f"reads {format_size(read)}, writes {format_size(written)}"),
+        ("files", _shards(plan.shards)),
+        ("", _small_files(prepared)),
+    ]
+    if downloads := prepared.downloads():
+        lines.insert(-2, ("download", "; ".join(_download(storage, files) for storage, files in downloads)))
+    lines += [line for other in prepared.also for line in _further(other)]
+    if plan.rounding:
+        lines.insert(6, ("rounding", f"{plan.rounding.name}: {plan.rounding.reason}"))
+        if plan.device.is_cpu and plan.kernels == TORCH.name:
+            slow = "torch alone quantizes, at a fraction of the speed: numba is not there, or is told not to compile"
+            lines.insert(7, ("kernels", slow))
+        lines[7:7] = _left(plan)
+        lines[7:7] = _calibration_lines(plan)
+    if plan.depth:
+        lines.insert(4, ("layers", f"{plan.depth}"))
+    if plan.renamed:
+        lines.insert(4, ("names", f"of adapter and base were matched: {plan.renamed}"))
+    if plan.untied:
+        lines.insert(4, ("untied", "input and output embeddings will differ and are stored apart"))
+    return "\n".join(f"{label:9} {text}".rstrip() for label, text in lines)
+
+
+def _further(prepared: Prepared) -> list[tuple[str, str]]:
+    plan = prepared.plan
+    rounding = f"; rounding {plan.rounding.name}: {plan.rounding.reason}" if plan.rounding else ""
+    return [
+        ("also", f"{prepared.job.options.quant}/: {_stored(plan)}{rounding}"),
+        *_calibration_lines(plan),
+        ("", _shards(plan.shards)),
+        ("", _small_files(prepared)),
+    ]
+
+
+def _calibration_lines(plan: Plan) -> list[tuple[str, str]]:
+    """By what text the output is calibrated, and what that needs."""
+    text = plan.calibration
+    if text is None:
+        return []
+    preserve = text.options.preserve_delta if text.options else 0.0
+    spares = f", sparing the update by {preserve:g}" if preserve else ""
+    size = f"{text.tokens} tokens in sequences of {text.sequence_length}"
+    if text.gradient_tokens:
+        size += f", gradients of {text.gradient_tokens}"
+    what = f"{len(plan.calibrated)} weights" if text.options else "scales alone"
+    lines = [("text", f"{text.name}: {size}, for {what}, a layer at a time{spares}")]
+    if text.rescaling:
+        lines.insert(0, ("rescale", _rescaling(plan, text.rescaling)))
+    if need := text.need:
+        where = f"{format_size(need.ram)} RAM, {format_size(need.vram)} on {plan.device}"
+        what = "passes need" if text.rescaling and text.options else "pass needs"
+        lines.append(("", f"its {what} {where}, and {format_size(need.disk)} of disk until the end"))
+    if plan.residual_rank:
+        size = f"{format_size(plan.residual_bytes)}, in {RESIDUAL}/"
+        lines.append(
+            ("residual", f"adapter of rank {plan.residual_rank} for {len(plan.calibrated)} weights, {size}")
+        )
+    if plan.residual_rank and plan.is_lossless_unmerged:
+        unmerged = f"the base's own {plan.quant} codes with the adapter as it is are the target"
+        lines.append(("", f"not to merge loses nothing: {unmerged}"))
+    return lines
+
+
+def _rescaling(plan: Plan, found: Rescaling) -> str:
+    return (
+        f"{found.name}: {len(plan.scalings)} weights in {len(found.pairs)} pairs, as {found.family} has them, each "
+        "divided by what others are multiplied by"
+    )
+
+
+def _left(plan: Plan) -> list[tuple[str, str]]:
+    """The linear modules that stay in 16 bit, and those of them that do not fit the format."""
+    lines = [("16 bit", _counted(plan.skipped) or "-")]
+    if plan.unfit:
+        why = f"rows are no whole groups of {plan.group_size}" if plan.group_size else "of such a shape"
+        lines.append(("", f"{_counted(plan.unfit)} do not fit {plan.quant}, as {why}"))
+    return lines
+
+
+def _counted(modules: Sequence[str]) -> str:
+    """By name, or where these are many, by last component."""
+    if len(modules) <= _SHOWN:
+        return ", ".join(modules)
+    counts = Counter(name if name.startswith("re:") else name.rpartition(".")[2] for name in modules)
+    return ", ".join(f"{count} {name}" if count > 1 else name for name, count in counts.items())
+
+
+def _stored(plan: Plan) -> str:
+    groups = f" in groups of {plan.group_size}" if plan.group_size else ""
+    return f"{plan.quant or plan.dtype or 'dtype of the base'}{groups}, {format_size(plan.size)}"
+
+
+def _small_files(prepared: Prepared) -> str:
+    return ", ".join([*prepared.generated, *(file.name for file in prepared.copied)])
+
+
+def _shards(shards: tuple[ShardPlan, ...]) -> str:
+    shown = ", ".join(f"{shard.name} ({format_size(shard.size)})" for shard in shards[:_SHOWN])
+    rest = len(shards) - _SHOWN
+    return shown + (f" and {rest} more" if rest > 0 else "")
+
+
+def _download(storage: Storage, files: tuple[SourceFile, ...]) -> str:
+    count = "1 file" if len(files) == 1 else f"{len(files)} files"
+    return f"{format_size(sum(file.size for file in files))} of {storage.location} in {count}"

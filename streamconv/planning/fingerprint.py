@@ -1,0 +1,70 @@
+"""What makes two runs the same run: all that can change a byte of the output, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from streamconv.adapters.base import Adapter
+from streamconv.checkpoint.index import CheckpointIndex
+from streamconv.planning.devices import Device
+from streamconv.planning.plan import CalibrationPlan, Choice, MergeOptions, ShardPlan
+from streamconv.storage.base import Origin
+
+
+def fingerprint(
+    index: CheckpointIndex,
+    adapter: Adapter | None,
+    options: MergeOptions,
+    rounding: Choice | None,
+    calibration: CalibrationPlan | None,
+    device: Device,
+    shards: Sequence[ShardPlan],
+) -> Mapping[str, Any]:
+    """Plain data that prints as JSON. Budgets, tile sizes and paths are not in it: they change no byte."""
+    return {
+        "streamconv": version("streamconv"),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "device": device.model,
+        "base": {
+            shard.file.name: {
+                "size": shard.file.size,
+                "header": shard.header_sha256,
+                "version": shard.file.version,
+            }
+            for shard in index.shards
+        },
+        # It says which weights are tied, transposed, or never quantized.
+        "config": hashlib.sha256(json.dumps(dict(index.config), sort_keys=True).encode()).hexdigest(),
+        "adapter": adapter.sha256 if adapter else None,
+        # They stand in the output's card.
+        "from": {
+            "base": _commit(index.storage.origin),
+            "adapter": _commit(adapter.origin) if adapter else None,
+        },
+        "options": {
+            "quant": options.quant,
+            "dtype": options.dtype,
+            "merge_base": options.merge_base,
+            "rounding": rounding.name if rounding else None,
+            "group_size": options.group_size,
+            "seed": options.seed,
+            "ignore": list(options.ignore),
+            "moe_layout": options.moe_layout,
+            "max_shard_bytes": options.max_shard_bytes,
+        },
+        "calibration": calibration.as_json() if calibration else None,
+        # Headers hold every output tensor's name, type, shape and place.
+        "output": {shard.name: hashlib.sha256(shard.header).hexdigest() for shard in shards},
+    }
+
+
+def _commit(origin: Origin | None) -> str | None:
+    return f"{origin.repo}@{origin.commit}" if origin else None

@@ -1,0 +1,217 @@
+"""What a run needs at most, from its steps alone, and how large its tiles may be within a budget."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from streamconv.errors import ResourceError
+from streamconv.formats.base import Order
+from streamconv.planning.devices import Device
+from streamconv.planning.plan import (
+    DEVICE_TILES,
+    SLOTS,
+    WEIGHTS_HELD,
+    Memory,
+    MergeOptions,
+    Rewrite,
+    Step,
+    cell_rows,
+)
+
+# What the process needs beside the planned buffers: libraries loaded late, thread stacks, headers, messages; and once
+# on every machine, to compile the kernels, 70 MiB.
+FIXED_BYTES = 96 * 2**20
+# Larger tiles gain nothing: 8 MiB is read, hashed and written at full speed.
+MAX_BUFFER_BYTES = 8 * 2**20
+MIN_BUFFER_BYTES = 64 * 2**10
+# Beyond this, reading, hashing and writing bind.
+MAX_WORKERS = 16
+# A lane reads, hashes and writes in a thread each, and one of these is a core's work at 1 to 2 GB/s.
+CORES_A_LANE = 4
+MAX_LANES = 4
+# On a GPU, a lane's libraries want some for themselves: cuBLAS takes up to 32 MiB for every stream it works on.
+FIXED_VRAM_BYTES = 64 * 2**20
+# float32 tensors of one cell alive at once: decoded and packed; or base, target, delta, noise, indices, codes.
+_DENSE_CELL_COPIES = 3
+_GRID_CELL_COPIES = 16
+# What norms in float64 take beside, where cells are so large that it counts.
+_GPU_NORM_COPIES = 2
+# Per block of a quantized weight: scales as read, chosen, effective and written, the kept-delta product, and what
+# nesting scales takes on the way. Measured for nf4-dq onto nf4-dq, which needs most: 42.5.
+_BYTES_PER_BLOCK = 44
+
+
+def plan_memory(
+    steps: Sequence[Step],
+    options: MergeOptions,
+    device: Device,
+    shards: int = 1,
+    further: Sequence[Sequence[Step]] = (),
+    beside: int = 0,
+) -> Memory:
+    """Tile buffer, workers, lanes and peaks for `steps`, which end in so many shards, and those of `further` outputs.
+
+    `beside`: bytes that the caller holds where cells are computed, once a lane.
+
+    Raises ResourceError if the least they need is over a budget.
+    """
+    outputs = 1 + len(further)
+    each = [[step for step in some if isinstance(step, Rewrite)] for some in (steps, *further)]
+    weights = [step for some in each for step in some]
+    # A worker has one cell in work, and for each output a place to decode it to.
+    decoded = (outputs - 1) * max((_dense_cell_bytes(step, device) for step in weights), default=0)
+    least = max([MIN_BUFFER_BYTES, *(max(_cell_bytes(step, device), _line_bytes(step)) for step in weights)])
+    need = _Need(
+        outputs=outputs,
+        held=max((_held_bytes(step) for step in weights), default=0),
+        blocks=sum(max((_block_bytes(step) for step in some), default=0) for some in each),
+        whole=sum(max((step.whole_bytes for step in some), default=0) for some in each),
+        forms=_form_bytes(each, device),
+        cell=max((_work_bytes(step, device) for step in weights), default=0) + decoded,
+        least=least if device.is_cpu else 1 << (least - 1).bit_length(),
+        beside=beside,
+    )
+    return _on_cpu(need, options, shards) if device.is_cpu else _on_gpus(need, options, shards, device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """What the largest weight of a run needs, in bytes: its side parts and adapter, what is kept for its blocks and of
+    the whole of it, main parts that files hold in another order than by rows, one cell in work, and a buffer for one
+    stored cell, the least that a tile can be; and what its caller holds beside.
+    """
+
+    outputs: int
+    held: int
+    blocks: int
+    whole: int
+    forms: int
+    cell: int
+    least: int
+    beside: int
+
+    @property
+    def buffers(self) -> int:
+        """Of a tile: one read, and one written for each output."""
+        return 1 + self.outputs
+
+
+def _on_cpu(need: _Need, options: MergeOptions, shards: int) -> Memory:
+    cores = len(os.sched_getaffinity(0))
+    lane = WEIGHTS_HELD * need.held + need.blocks + need.whole + need.forms + need.beside
+    buffers = SLOTS * need.buffers
+    lanes = _lanes(lane + buffers * max(need.least, MAX_BUFFER_BYTES), options, shards, cores)
+    fixed = FIXED_BYTES + lanes * lane
+    # Half of what is left goes to the workers' cells, as far as there are cores to use it.
+    spare = (options.max_ram_bytes - fixed - lanes * buffers * need.least) // 2
+    workers = max(1, min(cores, MAX_WORKERS, spare // max(need.cell, 1)))
+    buffer = _fit(
+        options.max_ram_bytes, fixed + workers * need.cell, need.least, lanes * buffers, "--max-ram"
+    )
+    return Memory(fixed + workers * need.cell + lanes * buffers * buffer, 0, buffer, workers, lanes)
+
+
+def _on_gpus(need: _Need, options: MergeOptions, shards: int, device: Device) -> Memory:
+    """At least a lane for each GPU where there are shards and memory for it. Buffers are powers of two, because
+    pinned memory is allocated in these.
+    """
+    gpus = len(device.names)
+    lane = WEIGHTS_HELD * need.held + need.blocks + need.forms  # scales are nested and written in host memory
+    buffers = SLOTS * need.buffers
+    on_device = (
+        FIXED_VRAM_BYTES + need.outputs * need.held + need.blocks + need.whole + need.cell + need.beside
+    )
+    tiles = DEVICE_TILES * need.buffers
+    full = max(need.least, MAX_BUFFER_BYTES)
+    lanes = _lanes(lane + buffers * full, options, shards, len(os.sched_getaffinity(0)))
+    in_ram = (options.max_ram_bytes - FIXED_BYTES) // (lane + buffers * need.least)
+    in_vram = options.max_vram_bytes // (on_device + tiles * full)
+    lanes = max(1, min(max(lanes, min(gpus, shards, in_ram)), gpus * max(1, in_vram)))
+    each = -(-lanes // gpus)
+    by_ram = _fit(options.max_ram_bytes, FIXED_BYTES + lanes * lane, need.least, lanes * buffers, "--max-ram")
+    by_vram = _fit(options.max_vram_bytes, each * on_device, need.least, each * tiles, "--max-vram")
+    buffer = max(need.least, 1 << (min(by_ram, by_vram).bit_length() - 1))
+    return Memory(
+        ram=FIXED_BYTES + lanes * (lane + buffers * buffer),
+        vram=each * (on_device + tiles * buffer),
+        buffer=buffer,
+        workers=1,
+        lanes=lanes,
+    )
+
+
+def _lanes(lane: int, options: MergeOptions, shards: int, cores: int) -> int:
+    """How many lanes of so many bytes there are shards and cores for, and memory with half of it to spare."""
+    return max(1, min(shards, cores // CORES_A_LANE, MAX_LANES, options.max_ram_bytes // 2 // lane))
+
+
+def _fit(budget: int, fixed: int, least: int, buffers: int, option: str) -> int:
+    """The largest buffer of which so many fit `budget`, or that anything gains from."""
+    buffer = min((budget - fixed) // buffers, max(least, MAX_BUFFER_BYTES))
+    if buffer < least:
+        raise ResourceError(
+            f"{option} is too small for this model: its largest weight needs at least "
+            f"{math.ceil((fixed + buffers * least) / 2**20)}MiB; allow that much"
+        )
+    return buffer
+
+
+def _cell_bytes(step: Rewrite, device: Device) -> int:
+    """Bytes of one cell in storage, read or written, whichever is more."""
+    rows = min(cell_rows(device, step.columns), step.rows)
+    return max(step.weight.decoder.row_offset(rows), step.encoder.row_offset(rows))
+
+
+def _line_bytes(step: Rewrite) -> int:
+    """Bytes of the longest line, where a file holds a main part in these."""
+    orders = (step.weight.decoder.order, step.encoder.order)
+    return max((order.line_bytes for order in orders if order is not None), default=0)
+
+
+def _form_bytes(outputs: Sequence[Sequence[Rewrite]], device: Device) -> int:
+    """Bytes of row forms that are held whole: of one weight as it is read, and one as it is written to each output."""
+
+    def size(order: Order | None) -> int:
+        nbytes = order.lines * order.line_bytes if order is not None else 0
+        # Memory that a GPU copies to is allocated in powers of two.
+        return nbytes if device.is_cpu or not nbytes else 1 << (nbytes - 1).bit_length()
+
+    read = max((size(step.weight.decoder.order) for steps in outputs for step in steps), default=0)
+    written = (max((size(step.encoder.order) for step in steps), default=0) for steps in outputs)
+    return read + sum(written)
+
+
+def _quantizes(step: Rewrite) -> bool:
+    return step.encoder.grid is not None or step.merge_base is not None
+
+
+def _work_bytes(step: Rewrite, device: Device) -> int:
+    """Bytes of one worker: float32 tensors of one cell."""
+    dense = _DENSE_CELL_COPIES if device.is_cpu else _DENSE_CELL_COPIES + _GPU_NORM_COPIES
+    return _dense_cell_bytes(step, device) * (_GRID_CELL_COPIES if _quantizes(step) else dense)
+
+
+def _dense_cell_bytes(step: Rewrite, device: Device) -> int:
+    return min(cell_rows(device, step.columns), step.rows) * step.columns * 4
+
+
+def _block_bytes(step: Rewrite) -> int:
+    """Bytes kept for every block until the weight is finished."""
+    grids = [encoder.grid for encoder in (step.encoder, step.merge_base) if encoder is not None]
+    blocks = (-(-step.rows * step.columns // grid.block) for grid in grids if grid is not None)
+    return _BYTES_PER_BLOCK * max(blocks, default=0)
+
+
+def _held_bytes(step: Rewrite) -> int:
+    """Bytes of the parts kept whole while a weight is worked on: base side parts, adapter in float32."""
+    main = step.weight.decoder.main
+    side = sum(part.nbytes for role, part in step.weight.parts.items() if role != main)
+    adapter = sum(
+        math.prod(part.shape) * (4 + part.dtype.itemsize)
+        for update in step.updates
+        for part in update.parts.values()
+    )
+    return side + adapter + (step.scaling.nbytes if step.scaling else 0)

@@ -1,0 +1,405 @@
+"""What a plan is: everything a run will do, known before it reads a weight.
+
+A plan is plain data: it prints, compares, and its fingerprint tells a run that may be resumed from another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from streamconv.adapters.base import Update, WholeUpdate
+from streamconv.checkpoint.layout import ShardLayout
+from streamconv.checkpoint.types import StoredTensor, TensorSpec
+from streamconv.equalization.pairs import Rescaling
+from streamconv.equalization.scaling import Scaling
+from streamconv.formats.base import CELL_ROWS, Constant, Encoder, Weight, matrix_shape
+from streamconv.kernels import kernels_for
+from streamconv.planning.devices import Device
+from streamconv.rounding.base import Rounding
+from streamconv.rounding.feedback import FeedbackOptions
+from streamconv.rounding.residual import FACTOR_DTYPE
+
+DEFAULT_MIN_KEPT = 0.2
+# Tiles in flight in a lane: being read, computed, written and hashed. Each has a buffer for what is read of it, and one
+# for what is written.
+SLOTS = 6
+# Tiles of a lane that are on its GPU: being brought there, computed, and brought back.
+DEVICE_TILES = 3
+# Elements of a cell on a GPU. There an operation on few costs its launch, some microseconds, rather than its work.
+GPU_CELL_ELEMENTS = 2**23
+# Weights whose side parts and adapters are in memory: the one computed, and the next one being read.
+WEIGHTS_HELD = 2
+
+
+class Access(StrEnum):
+    """How a weight is read: by rows, or once to learn something about all of it and again by rows.
+
+    What is calibrated is read with its decoder layer, in a pass before: in the plan's own pass it is only copied.
+    """
+
+    ROW = "row"
+    REDUCE_THEN_ROW = "reduce-then-row"
+    WHOLE = "whole"  # read twice, too, and held between
+    CALIBRATED = "calibrated"
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What is asked of a calibration; names as on the command line, but for `data`, which is `--calibration`.
+
+    None stands for what is chosen when planning: `sequence_length` by the model's positions, `preserve_delta` as
+    feedback's default is, `threads` by the machine. `gradient_tokens` tell what each output counts for the model; with
+    0, all alike. `residual_rank`: of the adapter that repairs what errors are left; 0 for none. `rescale`: which scales
+    weights are given in pairs before they are rounded.
+    """
+
+    data: str
+    tokens: int = 65536
+    sequence_length: int | None = None
+    preserve_delta: float | None = None
+    threads: int | None = None
+    gradient_tokens: int = 0
+    residual_rank: int = 0
+    rescale: str = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """The options of `merge` and `convert` that planning and execution use; names as on the command line.
+
+    `group_size`: None stands for the largest, up to the format's own 128, that most weights' rows are whole groups of,
+    or for that of a base that keeps its format.
+    """
+
+    quant: str = "keep"
+    dtype: str = "auto"
+    rounding: str = "auto"
+    merge_base: str = "original"
+    group_size: int | None = None
+    seed: int = 0
+    min_kept: float | None = None
+    ignore: tuple[str, ...] = ()
+    moe_layout: str = "auto"
+    calibration: Calibration | None = None
+    max_ram_bytes: int = 2**30
+    max_vram_bytes: int = 2**31
+    max_shard_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One stored tensor, byte for byte, under `name`."""
+
+    name: str
+    tensor: StoredTensor
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec(self.name, self.tensor.dtype, self.tensor.shape),)
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """One weight read, updated, and written anew.
+
+    `merge_base`: how the base is rounded before the update is added; None leaves it as it is.
+    `keeps_scales`: the output keeps the scales of the base's own grid (where it is calibrated, it may); `keeps_parts`:
+    and the very tensors that store them. `calibrated`: its bytes are made before, with those of its decoder layer, and
+    copied; `rounding` is for what that leaves, an expert that hardly any token came to. `scaling`: what target and base
+    are rescaled by before that, None where they are not.
+    """
+
+    name: str
+    weight: Weight
+    updates: tuple[Update, ...]
+    encoder: Encoder
+    rounding: Rounding | None = None
+    merge_base: Encoder | None = None
+    keeps_scales: bool = False
+    keeps_parts: bool = False
+    calibrated: bool = False
+    scaling: Scaling | None = None
+
+    @property
+    def applied(self) -> tuple[Update, ...]:
+        """All that is done to the base in turn, to make the target."""
+        return self.updates if self.scaling is None else (*self.updates, self.scaling)
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        return self.encoder.parts
+
+    @property
+    def rows(self) -> int:
+        return matrix_shape(self.weight.shape)[0]
+
+    @property
+    def columns(self) -> int:
+        return matrix_shape(self.weight.shape)[1]
+
+    @property
+    def whole_bytes(self) -> int:
+        """What updates that need the whole weight hold of it."""
+        # Those that reduce nothing need not be asked: a runtime check of a protocol takes microseconds.
+        whole = (u for u in self.updates if u.reduces and isinstance(u, WholeUpdate))
+        return max((update.whole_bytes for update in whole), default=0)
+
+    @property
+    def searches_first(self) -> bool:
+        """Whether scales are searched for all of the weight, and stored, before codes are chosen."""
+        return (
+            self.rounding is not None
+            and self.rounding.searches_scales
+            and self.encoder.nested
+            and not self.keeps_scales
+            and not self.calibrated
+        )
+
+    @property
+    def access(self) -> Access:
+        if self.calibrated:
+            return Access.CALIBRATED
+        needs_scales = self.merge_base is not None and (
+            self.merge_base.nested or (self.keeps_scales and self.encoder.nested)
+        )
+        if self.whole_bytes:
+            return Access.WHOLE
+        reduces = needs_scales or self.searches_first or any(update.reduces for update in self.updates)
+        return Access.REDUCE_THEN_ROW if reduces else Access.ROW
+
+
+def stores_the_same(weight: Weight, encoder: Encoder) -> bool:
+    """Whether `encoder` would store the scales of `weight` in the tensors that hold them now."""
+    return weight.format == encoder.format and (weight.dtype == encoder.dtype or not encoder.rounds_scales)
+
+
+Step = Copy | Rewrite | Constant
+ShardPlan = ShardLayout[Step]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a run needs at most, in bytes, above the interpreter with torch loaded.
+
+    `buffer` bounds the bytes of a tile, `workers` is how many threads share its cells, `lanes` how many shards are in
+    work at once, on all GPUs together. `vram` is on each of them, without what CUDA itself takes.
+    """
+
+    ram: int
+    vram: int
+    buffer: int
+    workers: int
+    lanes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What the calibration pass needs at most, in bytes: memory as in Memory, and disk for codes and activations.
+
+    `read` is what it reads of the base.
+    """
+
+    ram: int
+    vram: int
+    disk: int
+    read: int
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationPlan:
+    """How the weights are calibrated whose step says so.
+
+    `data` is a file or a data set, `name` that without the folder; `sha256` is that of the file, or of the data set's
+    commit. `tokens` and, of these, `gradient_tokens` are whole sequences. `threads` is how many threads torch shares a
+    matrix product between, which decides its last bits. `options` are None where the text chooses scales alone, by
+    `rescaling`, which is None where it chooses none. `need` is None until it was found out.
+    """
+
+    data: str
+    name: str
+    sha256: str
+    is_data_set: bool
+    tokens: int
+    sequence_length: int
+    options: FeedbackOptions | None
+    threads: int
+    transformers: str
+    gradient_tokens: int = 0
+    rescaling: Rescaling | None = None
+    need: Need | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data: all of it that decides bytes."""
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "tokens": self.tokens,
+            "sequence_length": self.sequence_length,
+            "options": asdict(self.options) if self.options else None,
+            "threads": self.threads,
+            "transformers": self.transformers,
+            "gradient_tokens": self.gradient_tokens,
+            # Only where there is one, so that what was made before there were any is still known.
+            **({"rescale": self.rescaling.name} if self.rescaling else {}),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was chosen and why, in words for people."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """Layers of an output that repeats those of its base: `before` in number, now those in `ranges` [start, end)."""
+
+    before: int
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """By number of an output's layer, the layer of the base it is."""
+        return tuple(layer for start, end in self.ranges for layer in range(start, end))
+
+    def __str__(self) -> str:
+        ranges = ", ".join(f"[{start}, {end})" for start, end in self.ranges[:8])
+        more = ", ..." if len(self.ranges) > 8 else ""
+        return f"{self.before} layers become {len(self.sources)}: {ranges}{more}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that a run will do. `quant` names the output's format of quantized weights, None if it has none; `group_size`
+    is how many elements share a scale, where that can be chosen. `skipped` is what the config says of modules left in
+    16 bit; `unfit` are the paths of those that are only because the format cannot store their shape.
+
+    `memory` is what its own pass needs, `calibration` tells of the one before, None where there is none. `depth` is
+    None where the output has the layers of the base.
+    """
+
+    options: MergeOptions
+    device: Device
+    shards: tuple[ShardPlan, ...]
+    memory: Memory
+    quant: str | None
+    target: Choice
+    rounding: Choice | None
+    calibration: CalibrationPlan | None
+    quantized: tuple[str, ...]
+    skipped: tuple[str, ...]
+    unfit: tuple[str, ...]
+    group_size: int | None
+    adapted: Mapping[str, int]
+    replaced: tuple[str, ...]
+    renamed: str | None
+    depth: Depth | None
+    untied: bool
+    dtype: str | None
+    vocab_size: tuple[int, int] | None
+    fingerprint: Mapping[str, Any]
+
+    @property
+    def size(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def kernels(self) -> str | None:
+        """Kernels that quantize, `compiled` or `torch`; None where nothing is quantized. They change no byte."""
+        return kernels_for(self.device.torch).name if self.rounding else None
+
+    @property
+    def peak_ram(self) -> int:
+        """Bytes of memory at most, in either pass."""
+        need = self.calibration.need if self.calibration else None
+        return max(self.memory.ram, need.ram if need else 0)
+
+    @property
+    def peak_vram(self) -> int:
+        need = self.calibration.need if self.calibration else None
+        return max(self.memory.vram, need.vram if need else 0)
+
+    @property
+    def calibrated(self) -> tuple[Rewrite, ...]:
+        """The steps whose bytes come from the calibration pass."""
+        steps = (placed.step for shard in self.shards for placed in shard.steps)
+        return tuple(step for step in steps if isinstance(step, Rewrite) and step.calibrated)
+
+    @property
+    def scalings(self) -> Mapping[str, Scaling]:
+        """By weight, what it is rescaled by."""
+        steps = (placed.step for shard in self.shards for placed in shard.steps)
+        return {step.name: step.scaling for step in steps if isinstance(step, Rewrite) and step.scaling}
+
+    @property
+    def scaling_bytes(self) -> int:
+        """Of the factors of all that is rescaled."""
+        return sum(scaling.nbytes for scaling in self.scalings.values())
+
+    @property
+    def disk(self) -> int:
+        """Bytes on disk at most: codes and scales stay until all is in place, activations go with their pass."""
+        need = self.calibration.need if self.calibration else None
+        kept = self.calibrated_bytes + self.scaling_bytes
+        return max(need.disk if need else 0, kept + self.size + self.residual_bytes)
+
+    @property
+    def calibrated_bytes(self) -> int:
+        """Bytes that come from the calibration pass."""
+        codes = sum(spec.nbytes for step in self.calibrated for spec in step.specs)
+        return codes + self.residual_bytes
+
+    @property
+    def residual_rank(self) -> int:
+        """Of the adapter that is written beside the weights; 0 where there is none."""
+        options = self.calibration.options if self.calibration else None
+        return options.residual_rank if options else 0
+
+    @property
+    def residual_bytes(self) -> int:
+        """Of that adapter's tensors."""
+        rank, each = self.residual_rank, FACTOR_DTYPE.itemsize
+        return sum(rank * each * (step.rows + step.columns) for step in self.calibrated) if rank else 0
+
+    @property
+    def is_lossless_unmerged(self) -> bool:
+        """Whether the base's own codes with the adapter as it is are the target: the output's grid is that of the base,
+        or of the base as training saw it.
+        """
+        steps = [step for step in self.calibrated if step.updates]
+        origins = [step.merge_base.format if step.merge_base else step.weight.format for step in steps]
+        return bool(steps) and all(
+            origin == step.encoder.format for origin, step in zip(origins, steps, strict=True)
+        )
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def min_kept(self) -> float:
+        """The gate; 0 where a rounding was asked for by name and no limit with it."""
+        if self.options.min_kept is not None:
+            return self.options.min_kept
+        return DEFAULT_MIN_KEPT if self.options.rounding == "auto" else 0.0
+
+
+def cell_rows(device: Device, columns: int) -> int:
+    """Rows of a cell. Bytes may depend on it, so nothing decides it but the kind of device and the width."""
+    if device.is_cpu:
+        return CELL_ROWS
+    return max(1, GPU_CELL_ELEMENTS // max(columns, 1) // CELL_ROWS) * CELL_ROWS
+
+
+def tile_rows(step: Rewrite, buffer: int, cell: int) -> int:
+    """Rows of a tile: whole cells of `cell` rows whose bytes, read or written, fit in `buffer`."""
+    rows = step.rows
+    widest = max(step.weight.decoder.row_offset(rows), step.encoder.row_offset(rows))
+    return max(cell, buffer * rows // max(widest, 1) // cell * cell)

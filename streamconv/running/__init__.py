@@ -1,0 +1,1 @@
+"""Running: a plan carried out, cell by cell and tile by tile."""

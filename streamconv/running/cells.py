@@ -1,0 +1,523 @@
+"""One weight, cell by cell: decode, apply, choose, pack. The one place where the maths of a merge runs.
+
+A cell is some rows at full width, 64 on a CPU and more on a GPU (`plan.cell_rows`). Everything here is a function of
+one cell and of what was known before the weight began (its scales, the adapter's parts, the end of the reduce pass), so
+neither tile size nor memory budget nor interruption can change a byte. Arithmetic is float32 with one rounding, where
+the cell is packed.
+
+Kept delta: with D = target - B and Q what is written, the share of the update that survives quantization is
+
+    kept = <Q - B, D> / ||D||²,    B = the target's own base
+
+Scales of double-quantized storage are only final when the last cell is done, so for every block the inner
+product <codes' grid values, D> is held (one float) and multiplied by the final scale at the end: exact, and
+in the same pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from streamconv.adapters.base import WholeUpdate
+from streamconv.dtypes import F32
+from streamconv.errors import InputError
+from streamconv.formats.base import CELL_ROWS, Encoder
+from streamconv.kernels import TORCH, kernels_for, pairwise_sum
+from streamconv.kernels.grids import Grid, ZeroPointGrid
+from streamconv.planning.plan import Rewrite
+from streamconv.rounding import uniform
+from streamconv.rounding.adaptive import Adaptive, delta_to_step
+from streamconv.rounding.base import Context
+from streamconv.rounding.feedback import Chosen
+from streamconv.rounding.search import searched_scales
+from streamconv.running.workers import Inline, Scratch, Ticket, Workers
+
+_STRETCH = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class KeptDelta:
+    """Sums over one weight: `kept` is <Q - B, D>, `delta` is ||D||², `base_error` is ||W - Wq||².
+
+    `base_error` is 0 unless the base was rounded first (`--merge-base`).
+    """
+
+    kept: float
+    delta: float
+    base_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class CellBase:
+    """A cell of the base: what it decodes to, and where it lies on a grid, the codes and scales of that.
+
+    `anchor` is `values` before a loader's cast to the weight's dtype; `effective` are the scales the output
+    will have if the base's are kept.
+    """
+
+    values: Tensor
+    anchor: Tensor
+    codes: Tensor | None = None
+    effective: Tensor | None = None
+    error: float | Tensor = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A cell that has been rewritten: what it was, what the updates made of that, and what came to be stored.
+
+    `target` is float32 [rows, columns], `written` the cell's bytes of the main part; `codes` (flat) and `scales` are
+    as the rounding chose them, None where a cell is stored dense. All lie in memory that the next cell overwrites.
+    """
+
+    rows: range
+    base: CellBase
+    target: Tensor
+    codes: Tensor | None
+    scales: Tensor | None
+    written: Tensor
+
+
+def cells(rows: range, height: int = CELL_ROWS) -> Iterator[range]:
+    """`rows` in cells; `rows` starts on a cell boundary."""
+    for first in range(rows.start, rows.stop, height):
+        yield range(first, min(first + height, rows.stop))
+
+
+def _inner_product(left: Tensor, right: Tensor) -> float:
+    """<left, right> in float64, a stretch at a time: there may be millions of blocks."""
+    total = torch.zeros((), dtype=torch.float64, device=left.device)
+    for start in range(0, left.numel(), _STRETCH):
+        stretch = slice(start, start + _STRETCH)
+        total += pairwise_sum(left[stretch].double() * right[stretch])
+    return float(total)
+
+
+class WeightWork:
+    """State of one weight while its tiles pass in row order, first through `reduce` if planned, then `rewrite`.
+
+    `side` are the base's parts other than the main one, `parts` the tensors in float32 of all that is applied,
+    one mapping each; all on the computing device. Cells have `height` rows, a multiple of 64. `defers`: values are
+    looked at when the weight is finished, all at once, because a device would have to be waited for at every cell.
+    `watch` is called with each cell of the second pass by the worker that has just done it, in no order among cells.
+
+    A part of the work that failed for want of memory can be repeated: cells write to their places, and states of
+    updates are kept only once a tile has passed.
+
+    Where codes are chosen for the whole weight at once, `targets` and `base_codes` say what from, and `settle` is told
+    what they are; `rewrite` then packs and weighs these.
+    """
+
+    def __init__(
+        self,
+        step: Rewrite,
+        side: Mapping[str, Tensor],
+        parts: Sequence[Mapping[str, Tensor]],
+        device: torch.device,
+        seed: int,
+        workers: Workers | Inline,
+        height: int = CELL_ROWS,
+        defers: bool = False,
+        watch: Callable[[Seen], None] | None = None,
+    ) -> None:
+        self.step, self.side, self.parts, self.seed, self._watch = step, side, parts, seed, watch
+        self.device, self.workers, self.height = device, workers, height
+        # Loading compiled kernels takes time and memory, which a merge in 16 bit has no use for.
+        is_dense = step.merge_base is None and step.encoder.grid is None and step.weight.decoder.grid is None
+        self._kernels = TORCH if is_dense else kernels_for(device)
+        self._states: list[Tensor | None] = [None] * len(step.applied)
+        # What cells leave behind is written to its place in tensors allocated at once. As small tensors of their
+        # own, they would lie between freed cells on the heap, which could not shrink: up to 5 times the memory.
+        self._absmax = self._one_a_block(step.merge_base)  # of the base that `reduce` sees
+        self._scales = self._one_a_block(step.encoder)  # as the rounding chose them
+        self._inner = self._one_a_block(step.encoder)
+        # The sums of KeptDelta for every cell, with <B, D> for the first.
+        count = -(-step.rows // height)
+        self._sums = torch.zeros(count, 3, dtype=torch.float64, device=device)
+        # Least and greatest value of every cell.
+        self._extremes = torch.zeros(count, 2, device=device) if defers else None
+        # Effective scales of the base, one a block; those that stay, as the encoder stores them; and what a
+        # loader will make of these.
+        self._base_scales = step.weight.decoder.scales(side)
+        self._kept_scales: Tensor | None = None
+        self._effective: Tensor | None = None
+        self._searched: Tensor | None = None  # what a loader will make of scales that were searched for
+        if step.keeps_scales and self._base_scales is not None:
+            self._keep(self._base_scales)
+        self._chosen: Chosen | None = None
+
+    # -- the two passes ----------------------------------------------------------------------------------
+
+    def reduce(self, raw: Tensor, rows: range) -> None:
+        """First pass, where access says so: scales of the rounded base, or of the output, or states of updates."""
+        if self.step.merge_base is not None:
+            self.workers.map(lambda number, part: self._take_absmax(number, raw, rows, part), rows)
+        if self.step.searches_first:
+            self.workers.map(lambda number, part: self._take_searched(number, raw, rows, part), rows)
+        if self.step.merge_base is not None or self.step.searches_first:
+            return
+        self.workers.alone(lambda number: self._take_states(number, raw, rows))
+
+    def end_reduce(self) -> None:
+        """Between the passes: from here on the rounded base's scales are known, and what updates had to learn."""
+        for number, update in enumerate(self.step.updates):
+            state = self._states[number]
+            if isinstance(update, WholeUpdate) and state is not None:
+                self._states[number] = update.conclude(state)
+        if self.step.searches_first:
+            self._searched = self.step.encoder.effective_scales(self._scales)
+        merge_base = self.step.merge_base
+        if merge_base is None:
+            return
+        self._base_scales = merge_base.effective_scales(self._absmax)
+        if self.step.keeps_scales:
+            same = merge_base.format == self.step.encoder.format
+            self._keep(self._absmax if same else self._base_scales)
+
+    def rewrite(self, raw: Tensor, rows: range, out: Tensor) -> Ticket:
+        """Second pass: `out` (uint8) will hold the main part's bytes of `rows` once the ticket has been waited for."""
+        if isinstance(self.step.rounding, Adaptive) and self._chosen is None:
+            adaptive = self.step.rounding
+            self.workers.alone(lambda number: self._settle_rounding(number, raw, rows, adaptive))
+        return self.workers.submit(lambda number, part: self._rewrite(number, raw, rows, out, part), rows)
+
+    def finish(self) -> tuple[tuple[bytes, ...], KeptDelta | None]:
+        """The parts after the main one, and what survived of the update (None if nothing was quantized).
+
+        Raises InputError where a value is not finite, if that was deferred.
+        """
+        self._check_extremes()
+        encoder = self.step.encoder
+        if encoder.grid is None:
+            return encoder.finish(None, None), None
+        scales = self._scales if self._kept_scales is None else self._kept_scales
+        tail = encoder.finish(scales, self.side if self.step.keeps_parts else None)
+        if not self.step.updates:
+            return tail, None
+        effective = self.effective_scales()
+        base_inner, delta, error = pairwise_sum(self._sums.T.contiguous()).tolist()
+        inner = _inner_product(effective, self._inner) / encoder.grid.peak
+        return tail, KeptDelta(inner - base_inner, delta, error)
+
+    def effective_scales(self) -> Tensor:
+        """What a loader will multiply codes by, one a block; known when the last cell is done."""
+        known = self._effective if self._searched is None else self._searched
+        return self.step.encoder.effective_scales(self._scales) if known is None else known
+
+    # -- codes chosen for the whole weight -------------------------------------------------------------------
+
+    @property
+    def kept_scales(self) -> Tensor | None:
+        """Effective scales that the output has if the base's stay, as the step says they may: float32, one a block."""
+        return self._effective
+
+    def targets(self, raw: Tensor, rows: range, out: Tensor) -> None:
+        """Write what the output is to come near, float32 [rows, columns], to `out`."""
+        self.workers.map(lambda number, part: self._take_targets(number, raw, rows, out, part), rows)
+
+    def bases(self, raw: Tensor, rows: range, out: Tensor) -> None:
+        """Write what targets are an update of, float32 [rows, columns], to `out`."""
+        self.workers.map(lambda number, part: self._take_bases(number, raw, rows, out, part), rows)
+
+    def base_codes(self, raw: Tensor, rows: range, out: Tensor) -> None:
+        """Write the base's own codes (uint8, flat) to `out`; only where the base lies on a grid."""
+        self.workers.map(lambda number, part: self._take_base_codes(number, raw, rows, out, part), rows)
+
+    def settle(self, chosen: Chosen, effective: Tensor | None = None) -> None:
+        """Have `rewrite` write `chosen`, and the base's scales only if it keeps them.
+
+        `effective` is what a loader makes of its scales, where that is known and not to be asked of the encoder.
+        """
+        self._chosen, self._searched = chosen, None
+        if not chosen.keeps_base:
+            self.step = replace(self.step, keeps_scales=False, keeps_parts=False)
+            self._kept_scales, self._effective = None, effective
+
+    def _take_targets(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
+        for cell, base in self._bases(number, raw, rows, part):
+            target = self._target(base.values, cell)
+            self._check_finite(target, cell, target)
+            out[cell.start - rows.start : cell.stop - rows.start].copy_(target)
+
+    def _take_bases(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
+        for cell, base in self._bases(number, raw, rows, part):
+            self._rescale(base.values, cell)
+            out[cell.start - rows.start : cell.stop - rows.start].copy_(base.values)
+
+    def _take_base_codes(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
+        columns = self.step.columns
+        for cell, base in self._bases(number, raw, rows, part):
+            assert base.codes is not None, f"{self.step.name}: the base lies on no grid"
+            first, last = ((row - rows.start) * columns for row in (cell.start, cell.stop))
+            out[first:last].copy_(base.codes)
+
+    def _bases(self, number: int, raw: Tensor, rows: range, part: range) -> Iterator[tuple[range, CellBase]]:
+        """Cells of `part` with their base; each is gone when the next one comes."""
+        for cell in cells(part, self.height):
+            yield cell, self._base(self._raw(raw, rows, cell), cell, self.workers.scratch[number])
+
+    def _keep(self, scales: Tensor) -> None:
+        self._kept_scales = scales
+        self._effective = scales if self.step.keeps_parts else self.step.encoder.effective_scales(scales)
+
+    # -- the cells of one worker -------------------------------------------------------------------------
+
+    def _raw(self, raw: Tensor, rows: range, part: range) -> Tensor:
+        """The bytes of `part` among those of the tile `rows`."""
+        offset = self.step.weight.decoder.row_offset
+        first = offset(rows.start)
+        return raw[offset(part.start) - first : offset(part.stop) - first]
+
+    def _take_absmax(self, number: int, raw: Tensor, rows: range, part: range) -> None:
+        merge_base = self.step.merge_base
+        assert merge_base is not None
+        assert merge_base.grid is not None
+        for cell in cells(part, self.height):
+            values = self._decode(self._raw(raw, rows, cell), cell, self.workers.scratch[number]).view(-1)
+            out = self._blocks(self._absmax, cell, merge_base.grid)
+            self._kernels.starting_scales(values, merge_base.grid, out)
+
+    def _take_searched(self, number: int, raw: Tensor, rows: range, part: range) -> None:
+        """A base that is rounded first has its scales here as they were before nesting: near enough for a search."""
+        grid = self.step.encoder.grid
+        assert grid is not None
+        for cell, base in self._bases(number, raw, rows, part):
+            target = self._target(base.values, cell).flatten()
+            self._blocks(self._scales, cell, grid).copy_(searched_scales(target, grid))
+
+    def _take_states(self, number: int, raw: Tensor, rows: range) -> None:
+        states = list(self._states)
+        for cell in cells(rows, self.height):
+            cell_raw = self._raw(raw, rows, cell)
+            for index, update in enumerate(self.step.updates):
+                if update.reduces:
+                    base = self._base(cell_raw, cell, self.workers.scratch[number]).values
+                    states[index] = update.reduce(base, cell, self.parts[index], states[index])
+        self._states = states
+
+    def _settle_rounding(self, number: int, raw: Tensor, rows: range, adaptive: Adaptive) -> None:
+        """Decide by the first rows, which are in the first tile of any size, how all of the weight is rounded."""
+        assert rows.start == 0, f"{self.step.name}: rounding is settled by the first tile"
+        cell, grid, ratio = range(min(CELL_ROWS, rows.stop)), self.step.encoder.grid, None
+        scratch = self.workers.scratch[number]
+        base = self._base(self._raw(raw, rows, cell), cell, scratch)
+        is_on_grid = self.step.keeps_scales  # a base may have codes of another grid
+        if is_on_grid and grid is not None and base.codes is not None and base.effective is not None:
+            target = self._target(self._copy(base.values, cell, scratch), cell)
+            ratio = delta_to_step(target.view(-1), base.values.view(-1), base.codes, base.effective, grid)
+        rounding = adaptive.settled(ratio)
+        if rounding.keeps_scales:
+            self.step = replace(self.step, rounding=rounding)
+        else:
+            self.step = replace(self.step, rounding=rounding, keeps_scales=False, keeps_parts=False)
+            self._kept_scales, self._effective = None, None
+
+    def _rewrite(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
+        encoder = self.step.encoder
+        first = encoder.row_offset(rows.start)
+        scratch = self.workers.scratch[number]
+        for cell in cells(part, self.height):
+            cell_out = out[encoder.row_offset(cell.start) - first : encoder.row_offset(cell.stop) - first]
+            base = self._base(self._raw(raw, rows, cell), cell, scratch)
+            if encoder.grid is None:
+                # Updates may be made in place, and who watches wants to see both.
+                values = base.values if self._watch is None else self._copy(base.values, cell, scratch)
+                target = self._target(values, cell)
+                self._round(target, cell, cell_out)
+                self._show(Seen(cell, base, target, None, None, cell_out))
+            else:
+                self._quantize(base, cell, encoder.grid, cell_out, scratch)
+
+    # -- one cell ------------------------------------------------------------------------------------------
+
+    def _one_a_block(self, encoder: Encoder | None) -> Tensor:
+        """A float32 tensor with an entry for every block of `encoder`'s grid; empty if there is none."""
+        grid = encoder.grid if encoder is not None else None
+        count = -(-self.step.rows * self.step.columns // grid.block) if grid is not None else 0
+        return torch.empty(count, dtype=torch.float32, device=self.device)
+
+    def _blocks(self, scales: Tensor, rows: range, grid: Grid) -> Tensor:
+        """The entries of `scales` that belong to `rows`; a cell starts on a block boundary."""
+        columns = self.step.columns
+        return scales[rows.start * columns // grid.block : -(-rows.stop * columns // grid.block)]
+
+    def _decode(self, raw: Tensor, rows: range, scratch: Scratch) -> Tensor:
+        decoder = self.step.weight.decoder
+        scales = self._base_scales
+        if scales is not None and decoder.grid is not None:
+            scales = self._blocks(scales, rows, decoder.grid)
+        return decoder.decode(raw, rows, scales, self._cell("values", rows, scratch))
+
+    def _cell(self, role: str, rows: range, scratch: Scratch) -> Tensor:
+        """Memory for a float32 cell [rows, columns]."""
+        shape = (len(rows), self.step.columns)
+        return scratch.take(role, shape[0] * shape[1], self.device).view(shape)
+
+    def _copy(self, values: Tensor, rows: range, scratch: Scratch) -> Tensor:
+        return self._cell("target", rows, scratch).copy_(values)
+
+    def _base(self, raw: Tensor, rows: range, scratch: Scratch) -> CellBase:
+        step, decoder = self.step, self.step.weight.decoder
+        if step.merge_base is not None:
+            return self._rounded_base(raw, rows, step.merge_base, scratch)
+        values = self._decode(raw, rows, scratch)
+        if decoder.grid is None or step.encoder.grid is None or self._base_scales is None:
+            return CellBase(values, values)
+        if isinstance(decoder.grid, ZeroPointGrid):  # no output has it
+            return CellBase(values, values)
+        codes = decoder.codes(raw, rows)
+        scales = self._blocks(self._base_scales, rows, decoder.grid)
+        anchor = self._cell("anchor", rows, scratch)
+        self._kernels.decode(codes, decoder.grid, scales, F32, anchor.view(-1))
+        kept = None if self._effective is None else self._blocks(self._effective, rows, decoder.grid)
+        return CellBase(values, anchor, codes, kept)
+
+    def _rounded_base(self, raw: Tensor, rows: range, merge_base: Encoder, scratch: Scratch) -> CellBase:
+        """The base as QLoRA training saw it: what a loader makes of it once it is rounded to `merge_base`."""
+        grid = merge_base.grid
+        assert grid is not None
+        original, anchor, values = (
+            self._cell(role, rows, scratch) for role in ("original", "anchor", "values")
+        )
+        flat = self.step.weight.decoder.decode(raw, rows, None, original).view(-1)
+        codes = scratch.take("base", flat.numel(), self.device, torch.uint8)
+        absmax = self._kernels.nearest(flat, grid, None, codes)
+        scales = absmax if self._base_scales is None else self._blocks(self._base_scales, rows, grid)
+        kept = scales if self._effective is None else self._blocks(self._effective, rows, grid)
+        self._kernels.decode(codes, grid, scales, F32, anchor.view(-1))
+        self._kernels.decode(codes, grid, scales, merge_base.dequantized_dtype, values.view(-1))
+        error = self._distance(original, values, rows, grid, scratch)
+        return CellBase(values, anchor, codes, kept, error)
+
+    def _distance(
+        self, original: Tensor, rounded: Tensor, rows: range, grid: Grid, scratch: Scratch
+    ) -> float | Tensor:
+        """||W - Wq||², both rescaled as the update is that it is compared with; `original` is used up."""
+        if self.step.scaling is not None:
+            rounded = self._copy(rounded, rows, scratch)
+            self._rescale(rounded, rows)
+            self._rescale(original, rows)
+        return self._kernels.distance(original.view(-1), rounded.view(-1), grid.block)
+
+    def _target(self, values: Tensor, rows: range) -> Tensor:
+        for update, parts, state in zip(self.step.applied, self.parts, self._states, strict=True):
+            values = update.apply(values, rows, parts, state)
+        return values
+
+    def _rescale(self, values: Tensor, rows: range) -> None:
+        """Rescale a base in place as the target is, so that nothing but the update is between the two."""
+        if self.step.scaling is not None:
+            self.step.scaling.apply(values, rows, self.parts[-1], None)
+
+    def _round(self, target: Tensor, rows: range, out: Tensor) -> None:
+        encoder = self.step.encoder
+        encoder.pack(target, out)
+        rounded = out.view(encoder.dtype.torch)
+        if self._extremes is not None:
+            self._note_extremes(rounded, rows)
+        elif rounded.numel():
+            # NaN goes through to both; one pass at memory speed, where isfinite of 16-bit types is 30 times slower.
+            low, high = torch.aminmax(rounded)
+            if not bool(low.isfinite() & high.isfinite()):
+                # Says where, unless it was the rounding that made it infinite.
+                self._check_finite(target, rows, target)
+                raise InputError(
+                    f"{self.step.name}: a value does not fit {encoder.dtype.name}, whose greatest is "
+                    f"{torch.finfo(encoder.dtype.torch).max:.6g}; choose a wider type with --dtype"
+                )
+
+    def _quantize(self, base: CellBase, rows: range, grid: Grid, out: Tensor, scratch: Scratch) -> None:
+        step, keeps = self.step, self.step.keeps_scales
+        is_open = step.applied or self._chosen is not None
+        if not is_open and keeps and base.codes is not None and base.effective is not None:
+            step.encoder.pack(base.codes, out)  # already on the output's grid: nothing to round
+            self._take_scales(base.effective, rows, grid)
+            return
+        values = base.values.view(-1)
+        target = values
+        if step.applied:
+            target = self._target(self._copy(base.values, rows, scratch), rows).flatten()
+        if step.scaling is not None:
+            for each in (base.values,) if base.anchor is base.values else (base.values, base.anchor):
+                self._rescale(each, rows)
+        codes, scales = self._choose(target, base, rows, grid, scratch)
+        step.encoder.pack(codes, out)
+        self._take_scales(scales, rows, grid)
+        if step.updates:
+            inner = self._blocks(self._inner, rows, grid)
+            sums = self._sums[rows.start // self.height]
+            sums[:2] = self._kernels.kept(codes, grid, target, values, base.anchor.view(-1), inner)
+            sums[2] = base.error
+        self._show(Seen(rows, base, target.view(len(rows), -1), codes, scales, out))
+
+    def _show(self, seen: Seen) -> None:
+        if self._watch is not None:
+            self._watch(seen)
+
+    def _choose(
+        self, target: Tensor, base: CellBase, rows: range, grid: Grid, scratch: Scratch
+    ) -> tuple[Tensor, Tensor]:
+        """Codes (uint8, flat) and scales (float32, one a block) for a cell."""
+        step, count = self.step, target.numel()
+        if self._chosen is not None:
+            first = rows.start * step.columns
+            scales = self._blocks(self._chosen.scales, rows, grid)
+            return self._chosen.codes[first : first + count], scales
+        rounding, keeps, noise = step.rounding, step.keeps_scales, None
+        assert rounding is not None
+        if rounding.needs_noise:
+            drawn = scratch.take("noise", count, self.device)
+            noise = uniform(self.seed, step.name, rows, step.columns, drawn)
+        own, fixed = (base.codes, base.effective) if keeps else (None, None)
+        if self._searched is not None:
+            fixed = self._blocks(self._searched, rows, grid)
+        stored = step.encoder.effective_scales if step.encoder.rounds_scales else None
+        context = Context(own, fixed, base.values.view(-1), noise, stored)
+        codes = scratch.take("codes", count, self.device, torch.uint8)
+        scales = rounding.choose(target, grid, context, codes)
+        self._check_finite(target, rows, scales if context.scales is None else target)
+        return codes, scales
+
+    def _take_scales(self, scales: Tensor, rows: range, grid: Grid) -> None:
+        if self._kept_scales is None and self._searched is None:
+            self._blocks(self._scales, rows, grid).copy_(scales)
+
+    def _check_finite(self, cell: Tensor, rows: range, telling: Tensor) -> None:
+        """Raise if a value of `cell` is NaN or infinite, and with it one of `telling`: the cell, or its greatest.
+
+        A sum is one fast pass, and finite only if every value is.
+        """
+        if self._extremes is not None:
+            self._note_extremes(telling, rows)
+            return
+        if math.isfinite(telling.sum().item()):
+            return
+        bad = ~torch.isfinite(cell.view(len(rows), -1))
+        if bool(bad.any()):  # else finite values overflowed together, which harms nothing
+            row, column = bad.nonzero()[0].tolist()
+            raise InputError(
+                f"{self.step.name}: the value at row {rows.start + row}, column {column} is "
+                f"{cell.view(len(rows), -1)[row, column].item()}, expected a finite number; "
+                "look for NaN or infinity in the base and for an adapter that diverged in training"
+            )
+
+    def _note_extremes(self, cell: Tensor, rows: range) -> None:
+        assert self._extremes is not None
+        if cell.numel():
+            self._extremes[rows.start // self.height] = torch.stack(torch.aminmax(cell))
+
+    def _check_extremes(self) -> None:
+        if self._extremes is None or bool(self._extremes.isfinite().all()):
+            return
+        first = int((~self._extremes.isfinite()).nonzero()[0, 0]) * self.height
+        last = min(first + self.height, self.step.rows) - 1
+        name, dtype = self.step.name, self.step.encoder.dtype
+        raise InputError(
+            f"{name}: a value in rows {first} to {last} is NaN, infinite or too large for {dtype.name}, expected a "
+            "finite number; look for NaN or infinity in the base and for an adapter that diverged in training"
+        )

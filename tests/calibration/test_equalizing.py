@@ -1,0 +1,272 @@
+"""The pass that chooses scales: what it measures is what a plain model does, and what it rescales computes the same."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from streamconv.calibration.equalizing import rescale
+from streamconv.calibration.model import opened_targets
+from streamconv.calibration.need import calibration_need, rescaling_need
+from streamconv.calibration.subject import Calibrated, Subject, rescaled_plan
+from streamconv.checkpoint.reader import TensorReader
+from streamconv.equalization.awq import GRID
+from streamconv.errors import ResourceError, Stopped, UnsupportedError
+from streamconv.forward.text import load_tokenizer, read_windows
+from streamconv.forward.weights import WeightSource
+from streamconv.pipeline import build_job, prepare
+from streamconv.planning.planner import build_plan
+from streamconv.progress import StopRequest
+from tests.calibration.subjects import LENGTH, TOKENS, layer_bytes, save_subject
+from tests.forward.test_walk import SIZES, SLIDING
+from tests.forward.texts import save_tokenizer
+from tests.tiny import TOKENS as BATCH
+from tests.tiny import edit_tensors, llama_config, read_tensors
+
+FAMILIES: Mapping[str, Any] = {
+    "llama": llama_config(),
+    "mistral": MistralConfig(**SIZES),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=8),
+    "gemma2": Gemma2Config(**SIZES, head_dim=8, sliding_window=8),
+    "gemma3_text": Gemma3TextConfig(**SIZES, **SLIDING, head_dim=8),
+}
+LOUD = (3, 11)
+
+
+def save_skewed(folder: Path, config: Any, factor: float = 50.0) -> Path:
+    """Some channels of every input of a linear layer are `factor` times as large: what multiplies them is."""
+    save_subject(folder, config, ("q_proj", "v_proj", "down_proj"))
+    # Beside a config.json of some families, transformers would take a tokenizer for one of theirs.
+    save_tokenizer(folder / "tokenizer")
+    path = folder / "base" / "model.safetensors"
+    put = {}
+    for name, tensor in read_tensors(path).items():
+        loud = tensor.clone()
+        if "self_attn.v_proj" in name or "mlp.up_proj.weight" in name:
+            loud[list(LOUD)] *= factor
+        elif name.endswith(("input_layernorm.weight", "feedforward_layernorm.weight")) or (
+            name.endswith("post_attention_layernorm.weight") and "gemma" not in config.model_type
+        ):
+            loud[list(LOUD)] = factor
+        put[name] = loud
+    edit_tensors(path, put=put)
+    return folder
+
+
+def subject_in(folder: Path, *, quant: str = "nf4", rounding: str = "nearest", **options: Any) -> Subject:
+    job = build_job(
+        folder / "base",
+        folder / "adapter",
+        quant=quant,
+        rounding=rounding,
+        rescale="awq",
+        calibration=folder / "text.txt",
+        calibration_tokens=TOKENS,
+        calibration_sequence_length=LENGTH,
+        **options,
+    )
+    subject = prepare(job).subject
+    plan = replace(subject.plan, calibration=replace(subject.calibration, threads=1))
+    return replace(subject, plan=plan, tokenizer=folder / "tokenizer")
+
+
+def rescaled(
+    subject: Subject,
+    folder: Path,
+    on_progress: Any = lambda done, total: None,
+    stop: StopRequest | None = None,
+) -> Mapping[str, Calibrated]:
+    folder.mkdir(exist_ok=True)
+    return rescale(subject, folder, on_progress, stop or StopRequest())
+
+
+def targets(
+    subject: Subject, found: Mapping[str, Calibrated] | None = None, dtype: str = "float32"
+) -> dict[str, Tensor]:
+    """What all weights are to be, dense, as `dtype`; rescaled by what was `found`."""
+    options = replace(
+        subject.plan.options, quant="none", group_size=None, dtype=dtype, rounding="auto", calibration=None
+    )
+    scalings = rescaled_plan(subject.plan, found).scalings if found else {}
+    plan = build_plan(subject.base, subject.adapter, options, subject.plan.device, scalings)
+    with WeightSource(plan, subject.plan.device, lambda _: None) as source:
+        return {name: source.read(name) for name in source.names}
+
+
+def live(folder: Path, weights: Mapping[str, Tensor]) -> Any:
+    """transformers' own model with these weights, float32."""
+    config = AutoConfig.from_pretrained(folder / "base")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    missing, strange = model.load_state_dict(dict(weights), strict=False)
+    assert not strange
+    assert set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    return model
+
+
+def logits_of(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(BATCH).logits
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rescaled_model_computes_the_same(family: str, tmp_path: Path) -> None:
+    """To the last bits of float32, with norms as they are stored, too: what that rounds is made up for."""
+    subject = subject_in(save_skewed(tmp_path, FAMILIES[family]))
+    found = rescaled(subject, tmp_path / "work")
+    plain, scaled = targets(subject), targets(subject, found)
+    changed = {name for name in plain if not torch.equal(plain[name], scaled[name])}
+    alphas = [each.notes["alpha"] for each in found.values() if each.notes]
+    assert changed <= found.keys()
+    assert sum(alpha > 0 for alpha in alphas) > len(alphas) / 2
+    assert all(name in changed for name, each in found.items() if each.notes.get("alpha", 0) > 0)
+    expected = logits_of(live(tmp_path, plain))
+    torch.testing.assert_close(logits_of(live(tmp_path, scaled)), expected, rtol=2e-4, atol=2e-4)
+    stored = targets(subject, found, "bfloat16")
+    scaled |= {name: tensor.float() for name, tensor in stored.items() if name.endswith("norm.weight")}
+    torch.testing.assert_close(logits_of(live(tmp_path, scaled)), expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_skewed(tmp_path_factory.mktemp("rescaled"), FAMILIES["qwen2"])
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Mapping[str, Calibrated]:
+    return rescaled(subject_in(folder), folder / "whole")
+
+
+def test_scales_are_those_of_what_enters_the_layers(folder: Path, whole: Mapping[str, Calibrated]) -> None:
+    """a of the paper by hooks on a whole model of the targets; α is chosen from it by `find_scales`."""
+    windows = read_windows(
+        folder / "text.txt", load_tokenizer(folder / "tokenizer"), TOKENS // LENGTH, LENGTH
+    )
+    model = live(folder, targets(subject_in(folder)))
+    pairs = {
+        "input_layernorm": "self_attn.q_proj",
+        "self_attn.v_proj": "self_attn.o_proj",
+        "post_attention_layernorm": "mlp.up_proj",
+        "mlp.up_proj": "mlp.down_proj",
+    }
+    for number in range(SIZES["num_hidden_layers"]):
+        for producer, consumer in pairs.items():
+            seen: list[Tensor] = []
+            layer = model.model.layers[number]
+            hook = layer.get_submodule(consumer).register_forward_pre_hook(
+                lambda _, given, seen=seen: seen.append(given[0].double().abs().flatten(0, 1))
+            )
+            with torch.no_grad():
+                model(windows)
+            hook.remove()
+            a = torch.cat(seen).mean(0)
+            if producer == "self_attn.v_proj":
+                a = a.view(2, 2, 8).mean(1).flatten()
+            made = whole[f"model.layers.{number}.{producer}.weight"]
+            assert made.notes["alpha"] in GRID
+            s = a ** made.notes["alpha"]
+            s /= (s.max() * s.min()).sqrt()
+            role = "columns" if "norm" in producer else "rows"
+            divided = loaded(made, f"model.layers.{number}.{producer}.weight:{role}").double()
+            # A norm is divided by what storing it as bfloat16 left of that.
+            torch.testing.assert_close(1 / divided, s, rtol=2**-7 if "norm" in producer else 1e-4, atol=0)
+
+
+def loaded(made: Calibrated, name: str) -> Tensor:
+    with TensorReader() as reader:
+        return reader.load(made.parts[name])
+
+
+def test_norms_come_out_as_they_were_counted_on(folder: Path, whole: Mapping[str, Calibrated]) -> None:
+    """Stored in bfloat16, old over new is exactly what consumers are multiplied by."""
+    subject = subject_in(folder)
+    before, after = (
+        read_tensors(folder / "base" / "model.safetensors"),
+        targets(subject, whole, "bfloat16"),
+    )
+    name, consumer = "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_proj.weight"
+    quotient = before[name].double() / after[name].double()
+    assert after[name].dtype == torch.bfloat16
+    torch.testing.assert_close(
+        loaded(whole[consumer], f"{consumer}:columns").double(), quotient, rtol=1e-6, atol=0
+    )
+
+
+def test_errors_of_outputs_fall_clearly_where_inputs_are_skewed(whole: Mapping[str, Calibrated]) -> None:
+    notes = [each.notes for each in whole.values() if each.notes]
+    assert len(notes) == 4 * SIZES["num_hidden_layers"]
+    ratios = [each["relative_error"] / each["unscaled_error"] for each in notes]
+    assert max(ratios) < 0.9
+    assert sum(ratios) / len(ratios) < 0.7
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_stopped_it_goes_on_to_the_same_bytes(
+    folder: Path, whole: Mapping[str, Calibrated], tmp_path: Path, at: int
+) -> None:
+    subject, stop = subject_in(folder), StopRequest()
+    size = calibration_need(subject).read // SIZES["num_hidden_layers"]
+
+    def look(done: int, total: int) -> None:
+        assert 0 <= done <= total
+        if done >= at * size:
+            stop.signal_number = signal.SIGTERM
+
+    with pytest.raises(Stopped):
+        rescaled(subject, tmp_path, look, stop)
+    assert len(layer_bytes(tmp_path)) == at
+    seen: list[int] = []
+    rescaled(subject, tmp_path, lambda done, total: seen.append(done))
+    assert seen[0] == at * size
+    assert layer_bytes(tmp_path) == layer_bytes(folder / "whole")
+    assert not [path for path in tmp_path.iterdir() if path.suffix not in (".json", ".safetensors")]
+
+
+def test_disk_is_what_was_planned(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = subject_in(folder)
+    used: list[int] = []
+
+    def look(done: int, total: int) -> None:
+        del done, total
+        used.append(sum(path.stat().st_size for path in tmp_path.iterdir()))
+
+    with opened_targets(subject) as walk:
+        need = rescaling_need(walk, subject)
+    rescaled(subject, tmp_path, look)
+    assert 2 * 4 * TOKENS * 32 < max(used) <= need.disk
+    scales = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert subject.plan.scaling_bytes < scales < 2 * subject.plan.scaling_bytes + 3 * 4096
+    monkeypatch.setattr("streamconv.calibration.layer_files.free_bytes", lambda _: 1000)
+    with pytest.raises(ResourceError, match=r"of the calibration need .* more"):
+        rescaled(subject, tmp_path / "other")
+
+
+def test_a_model_that_is_not_as_its_family_says(folder: Path, tmp_path: Path) -> None:
+    """The table is looked up by name; which layers really share an input is seen when they run."""
+    subject = subject_in(folder)
+    pairs = subject.rescaling.pairs
+    more = replace(pairs[0], consumers=(*pairs[0].consumers, *pairs[1].consumers))
+    rescaling = replace(subject.rescaling, pairs=(more, *pairs[2:]))
+    calibration = replace(subject.calibration, rescaling=rescaling)
+    changed = replace(subject, plan=replace(subject.plan, calibration=calibration))
+    with pytest.raises(UnsupportedError, match=r"q_proj\.weight, .* do not read one input"):
+        rescaled(changed, tmp_path / "wrong")
+    assert not layer_bytes(tmp_path / "wrong")
