@@ -200,5 +200,5 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_that_are_named_exist(path: Path) -> None:
-    for name in re.findall(r"`((?:tests|tools|docs|examples)/[\w./-]*)(?: [^`]*)?`", path.read_text()):
+    for name in re.findall(r"`((?:tests|tools|docs)/[\w./-]*)(?: [^`]*)?`", path.read_text()):
         assert (ROOT / name).exists(), name

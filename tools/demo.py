@@ -15,8 +15,8 @@ from tools.perplexity import Subject, be_quiet, read_windows, score
 
 WORK = Path(".demo")
 BASE = WORK / "base"
-ADAPTER = Path("examples/kjv-qlora")
-HELD_OUT = Path("examples/kjv.valid.txt")
+ADAPTER = Path("tests/data/kjv-qlora")
+HELD_OUT = Path("tests/data/kjv.valid.txt")
 WINDOWS, TOKENS = 8, 512
 GATE_EXIT = 7  # streamconv.errors.VerificationError
 

@@ -124,7 +124,7 @@ def train(base: Path, training: str, out: Path, steps: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tools/train_third_adapter", description=__doc__)
     parser.add_argument("--base", type=Path, default=Path(".demo/base"), help="made where it is missing")
-    parser.add_argument("--out", type=Path, default=Path("examples"))
+    parser.add_argument("--out", type=Path, default=Path("tests/data"))
     parser.add_argument("--steps", type=int, default=STEPS, help="0: write the texts only")
     parser.add_argument("--threads", type=int, default=2, help="results depend on it in the last bits")
     options = parser.parse_args(arguments)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tools.perplexity import Subject
 
-EXAMPLES = Path("examples")
+EXAMPLES = Path("tests/data")
 DEMO_BASE = Path(".demo/base")
 
 
