@@ -29,9 +29,6 @@ class Estimate:
     low: float
     high: float
 
-    def excludes(self, number: float) -> bool:
-        return not self.low <= number <= self.high
-
 
 def perplexity(losses: Sequence[float]) -> Estimate:
     """exp of the mean of `losses`, nats a token, one a sequence."""
@@ -54,17 +51,6 @@ def difference(values: Sequence[float], others: Sequence[float]) -> Estimate:
 def ratio(values: Sequence[float], others: Sequence[float]) -> Estimate:
     """Mean of `values` over that of `others`, of the same sequences."""
     return estimate(lambda found: found[..., 0] / found[..., 1], values, others)
-
-
-def loss_removed(losses: Sequence[float], worst: Sequence[float], best: Sequence[float]) -> Estimate:
-    """Which share of the perplexity between `worst` and `best` is gone: 0 at the worst, 1 at the best."""
-
-    def share(found: Sample) -> Sample:
-        value, high, low = np.exp(np.moveaxis(found, -1, 0))
-        result: Sample = (high - value) / (high - low)
-        return result
-
-    return estimate(share, losses, worst, best)
 
 
 def estimate(statistic: Callable[[Sample], Sample], *samples: Sequence[float]) -> Estimate:

@@ -155,18 +155,6 @@ class Compared:
         return asdict(self)
 
 
-def row_of(content: Mapping[str, Any]) -> Row:
-    """What `asdict` made plain data of."""
-    numbers, failure = content["numbers"], content["failure"]
-    return Row(
-        **{
-            **content,
-            "numbers": None if numbers is None else numbers_of(numbers),
-            "failure": None if failure is None else Failure(**failure),
-        }
-    )
-
-
 def numbers_of(content: Mapping[str, Any]) -> Numbers:
     """What `asdict` made plain data of."""
     speed = content["speed"]

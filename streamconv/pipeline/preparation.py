@@ -16,7 +16,12 @@ from streamconv.formats import find_weights
 from streamconv.output.manifest import MANIFEST
 from streamconv.output.output import CONFIG, INDEX
 from streamconv.output.recipe import RECIPE
-from streamconv.output.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, choose_tokenizer, files_to_copy
+from streamconv.output.sidecars import (
+    QUANTIZATION_COPIES,
+    RESIDUAL_CONFIG,
+    choose_tokenizer,
+    files_to_copy,
+)
 from streamconv.pipeline.calibrating import read_grounds, with_need
 from streamconv.pipeline.job import Job, parse_moe_layout
 from streamconv.planning.choices import options_alone

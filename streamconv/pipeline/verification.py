@@ -19,7 +19,13 @@ from streamconv.formats import find_weights
 from streamconv.output.journal import CALIBRATION, RESCALING
 from streamconv.output.manifest import MANIFEST
 from streamconv.output.sidecars import RESIDUAL_TENSORS
-from streamconv.output.verifier import Verified, hash_file, read_manifest, verify_exactly, verify_output
+from streamconv.output.verifier import (
+    Verified,
+    hash_file,
+    read_manifest,
+    verify_exactly,
+    verify_output,
+)
 from streamconv.pipeline.calibrating import calibrate, rescale
 from streamconv.pipeline.job import Folder, Job, output_folder
 from streamconv.pipeline.preparation import Prepared, prepare

@@ -25,12 +25,11 @@ def test_sequences_are_drawn_in_pairs() -> None:
     gap = bootstrap.difference(losses, others)
     assert (gap.low, gap.high) == pytest.approx((0.01, 0.01))
     assert bootstrap.mean(losses).high - bootstrap.mean(losses).low > 0.3
-    assert gap.excludes(0)
+    assert gap.low > 0
 
 
-def test_perplexities_and_shares_of_them() -> None:
-    worst, middle, best = ([math.log(number)] * 3 for number in (40.0, 30.0, 20.0))
+def test_perplexities_and_ratios() -> None:
+    worst, best = ([math.log(number)] * 3 for number in (40.0, 20.0))
     assert bootstrap.perplexity(worst).value == pytest.approx(40)
     assert bootstrap.perplexity_difference(worst, best).value == pytest.approx(20)
-    assert bootstrap.loss_removed(middle, worst, best).value == pytest.approx(0.5)
     assert bootstrap.ratio([1.0, 3.0], [4.0, 4.0]).value == pytest.approx(0.5)

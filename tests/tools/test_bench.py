@@ -20,15 +20,26 @@ from streamconv.dtypes import BF16
 from streamconv.running.cells import WeightWork
 from streamconv.running.workers import Ticket
 from streamconv.storage import open_storage
-from tools.bench import encode, merge, outofcore, rivals
+from tools.bench import encode, merge, outofcore
 from tools.bench.encoder_rate import encoder_rate
-from tools.bench.limits import holds, memory_limit
 from tools.bench.make_checkpoint import make, split
-from tools.bench.merge import COPY, RAW, STREAMCONV, Run, bound_s, store, summarize, table
+from tools.bench.merge import (
+    COPY,
+    RAW,
+    RIVALS,
+    STREAMCONV,
+    Rival,
+    Run,
+    bound_s,
+    refusal,
+    store,
+    summarize,
+    table,
+)
 from tools.bench.models import MODELS, Model, total_bytes
+from tools.bench.outofcore import holds, memory_limit
 from tools.bench.raw_io import raw_io
 from tools.bench.results import load
-from tools.bench.rivals import Rival, refusal
 from tools.bench.shard_loop import shard_loop
 from tools.measure import Cost
 
@@ -187,7 +198,7 @@ def test_all_rounds_of_a_kind_are_run_and_stored(
     assert [row["contender"] for row in stored[0]["medians"]] == [
         COPY,
         STREAMCONV,
-        rivals.RIVALS["loop"].name,
+        RIVALS["loop"].name,
     ]
     assert [row["contender"] for row in stored[1]["medians"]] == [COPY, RAW, STREAMCONV]
     assert stored[1]["to_bound"] == 1.0
@@ -196,10 +207,10 @@ def test_all_rounds_of_a_kind_are_run_and_stored(
     assert order == [
         COPY,
         STREAMCONV,
-        rivals.RIVALS["loop"].name,
+        RIVALS["loop"].name,
         STREAMCONV,
         COPY,
-        rivals.RIVALS["loop"].name,
+        RIVALS["loop"].name,
     ]
     assert table(stored[0]) in capsys.readouterr().out
     assert any("--base " + str(tmp_path / "1x/base-nf4") in command for command in bench.commands)

@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 
 from tools.bench import report
-from tools.bench.aims import aims, table
 from tools.bench.encode import COMPILED
-from tools.bench.merge import COPY, RAW, STREAMCONV, Run, store, summarize
-from tools.bench.report import BLOCKS, MERGED, NOT_MEASURED, PAGE, bars, main, render
+from tools.bench.merge import COPY, RAW, RIVALS, STREAMCONV, Run, store, summarize
+from tools.bench.report import BLOCKS, MERGED, NOT_MEASURED, PAGE, aims, aims_table, bars, main, render
 from tools.bench.results import RESULTS, load
-from tools.bench.rivals import RIVALS
 
 MACHINE = {"processor": "P", "cores": 2, "memory_bytes": 10**9, "kernel": "6", "file_system": "ext4"} | {
     "python": "3.11",
@@ -103,7 +101,7 @@ def test_aims_are_met_or_missed_by_the_numbers(results: Path) -> None:
     assert [aim.is_met for aim in made if "in memory" in aim.what] == [False, True]
     assert found["planning m to nf4, start-up not counted"] == ("3.0 s", False)
     assert found["planning m to nf4, peak memory above torch"] == ("499 MB", True)
-    assert "| **missed** |" in table(made)
+    assert "| **missed** |" in aims_table(made)
 
 
 def test_what_was_not_measured_says_so(tmp_path: Path) -> None:

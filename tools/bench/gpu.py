@@ -155,7 +155,7 @@ def disk_rates(folder: Path) -> tuple[float, float]:
 def idle_bytes(device: str) -> int:
     """Anonymous memory of a process that has imported torch and started CUDA on `device`, and done nothing."""
     script = (
-        "import sys, torch; from streamconv.planning.memory import anonymous_bytes; "
+        "import sys, torch; from streamconv.progress import anonymous_bytes; "
         "torch.zeros(1, device=sys.argv[1]); print(anonymous_bytes())"
     )
     command = (sys.executable, "-c", script, device)

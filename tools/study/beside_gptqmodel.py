@@ -12,20 +12,37 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamconv.comparison.bootstrap import perplexity, ratio
 from streamconv.forward.text import load_tokenizer, read_windows
 from tools.bench.results import RESULTS, load, machine, save
 from tools.make_demo_base import make_demo_base
 from tools.measure import measure
 from tools.perplexity import be_quiet
-from tools.study.beds import BEDS, DEMO_BASE, ONE_SIDED, Bed
-from tools.study.of_target import judged, parts_of
-from tools.study.run import described, rounded, streamconv
-from tools.study.weights import read_tensors
+from tools.study.beds import (
+    BEDS,
+    DEMO_BASE,
+    NOT_MEASURED,
+    ONE_SIDED,
+    Bar,
+    Bed,
+    Results,
+    bar_of,
+    described,
+    judged,
+    machines,
+    parts_of,
+    read_tensors,
+    rounded,
+    shown,
+    streamconv,
+    table,
+    thousandths,
+)
 
 MADE_BY = "tools/study/beside_gptqmodel"
 RESULT = RESULTS / "foreign-gptq-quantizer.json"
@@ -167,6 +184,70 @@ def _keep(bed: Bed, name: str, row: Mapping[str, Any]) -> None:
     beds = {**results.get("beds", {}), bed.name: of_bed}
     ordered = {each: beds[each] for each in CONTESTED if each in beds}
     save(RESULT, MADE_BY, {"machine": machine(WORK), "beds": ordered})
+
+
+def contest_bars(results: Results) -> Iterator[Bar]:
+    """Of GPTQModel that counts which does best, of what was measured, on the very text that both are judged by."""
+    for name in CONTESTED:
+        rows = results.get("beds", {}).get(name, {}).get("rows", {})
+        theirs = [rows[each.name] for each in THEIRS if each.name in rows]
+
+        def say(ours: Results, _: Results, theirs: Sequence[Results] = tuple(theirs)) -> tuple[bool, str]:
+            shares = [ratio(ours["kl"], each["kl"]) for each in theirs]
+            most = max(shares, key=lambda share: share.value)
+            return most.value <= 1, f"ratio to the best of {len(theirs)} ways: {shown(most, 3)}"
+
+        claim = (
+            f"{BEDS[name].label}: KL to T of the GPTQ file of feedback of T is not above that of GPTQModel's"
+        )
+        yield bar_of(claim, {each.name: rows.get(each.name) for each in (FEEDBACK, AS_IT_COMES)}, say)
+
+
+def gptqmodel_block(_: Mapping[str, Results], others: Results) -> str:
+    """GPTQ files by GPTQModel and by streamconv, a table for each bed."""
+    results = others["gptqmodel"]
+    if not results:
+        return NOT_MEASURED
+    parts = [_contest(BEDS[name].label, found) for name, found in results["beds"].items()]
+    theirs = next(
+        row for found in results["beds"].values() for row in found["rows"].values() if "versions" in row
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in theirs["versions"].items())
+    (machine,) = machines({"streamconv": results})
+    return "\n\n".join((*parts, f"- GPTQModel: {versions}\n{machine}"))
+
+
+def _contest(label: str, results: Results) -> str:
+    columns = (
+        "file",
+        "bits a weight",
+        "perplexity",
+        "KL to T, 1/1000 nat",
+        "same top token",
+        "KL to that of streamconv, feedback",
+        "processor time, s",
+    )
+    measured = results["rows"]
+    ours = measured.get(FEEDBACK.name)
+    rows = []
+    for name, words in {"T": "T, merged in float32", **{row.name: row.label for row in CONTEST}}.items():
+        if (found := measured.get(name)) is None:
+            continue
+        again = shown(ratio(found["kl"], ours["kl"])) if ours and name not in ("T", FEEDBACK.name) else ""
+        cells = [
+            words,
+            f"{found['bits']:.2f}" if "bits" in found else "32",
+            f"{perplexity(found['losses']).value:.2f}",
+            "0" if name == "T" else thousandths(found["kl"]),
+            f"{found['agreement']:.1%}",
+            again,
+            f"{found['cpu_s']:.0f}" if "cpu_s" in found else "",
+        ]
+        rows.append(cells)
+    said = (
+        f"{results['bed']['calibration_tokens']:,} tokens of calibration, groups of {results['group_size']}"
+    )
+    return f"**{label}** ({said})\n\n{table(columns, rows)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

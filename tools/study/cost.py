@@ -21,10 +21,12 @@ where one core settles it element after element. For large models that is most o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 from streamconv.rounding.feedback import FeedbackOptions
+from tools.study.beds import Results, table
+from tools.study.run import FEEDBACK_T
 
 # Sustained, in float32 with TF32 off, of one data-centre GPU and of one 24 GB card: assumptions, not measured here.
 RATES = (("a GPU at 40 TFLOP/s", 40e12), ("a GPU at 20 TFLOP/s", 20e12))
@@ -104,3 +106,50 @@ def host_seconds(shapes: Shapes, options: FeedbackOptions, gradients: int = GRAD
         settling = sum(columns * -(-rows // DEVICE_ROWS) for columns, rows in each) * COLUMN_CALLS * CALL_S
     factors = operations(shapes, 1, options, gradients=gradients)["factors"] / HOST_RATE
     return shapes.layers * passes * settling + factors
+
+
+# -- the page ------------------------------------------------------------------------------------------------
+
+
+def cost_block(beds: Mapping[str, Results], _: Results) -> str:
+    options = FeedbackOptions()
+    columns = (
+        "model, tokens",
+        *operations(DEMO, 1, options),
+        "in all",
+        "host and calls",
+        *(f"in all, with {name}" for name, _ in RATES),
+    )
+    rows = [_cost_row(DEMO, 16_384, options, GRADIENT_TOKENS)]
+    rows += [
+        _cost_row(large, 65_536, options, gradients) for large in LARGE for gradients in (GRADIENT_TOKENS, 0)
+    ]
+    numbers = ", ".join(f"{key} {value:g}" for key, value in asdict(options).items() if key != "searches")
+    said = f"Options of feedback: {numbers}."
+    row = beds["demo-kjv"].get("rows", {}).get(FEEDBACK_T.name)
+    if row:
+        parts = operations(DEMO, 16_384, options, on_gpu=False)
+        said += (
+            f" Measured: feedback of the demo model at 16,384 tokens took {row['wall_s'] / 60:.1f} minutes on 2 cores,"
+            f" {row['cpu_s'] / 60:.1f} minutes of processor time. The operations counted here over that time are"
+            f" {sum(parts.values()) / row['cpu_s'] / 1e9:.0f} GFLOP/s."
+        )
+    return f"{table(columns, rows)}\n\n{said}"
+
+
+def _cost_row(shapes: Shapes, tokens: int, options: FeedbackOptions, gradients: int) -> Sequence[str]:
+    parts = operations(shapes, tokens, options, gradients=gradients)
+    total, host = sum(parts.values()), host_seconds(shapes, options, gradients)
+    times = [_duration((total - parts["factors"]) / rate + host) for _, rate in RATES]
+    label = f"{shapes.name}, {tokens:,}" + ("" if gradients else ", no gradients")
+    return (label, *map(_flops, parts.values()), _flops(total), _duration(host), *times)
+
+
+def _flops(count: float) -> str:
+    return f"{count / 1e12:,.1f} T" if count < 1e15 else f"{count / 1e15:,.1f} P"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -14,14 +14,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from streamconv.comparison.bootstrap import ratio
 from streamconv.pipeline import build_job, prepare, run
 from streamconv.progress import StopRequest
 from streamconv.rounding.feedback import FeedbackOptions
 from tools.bench.results import RESULTS, load, machine, save
 from tools.perplexity import be_quiet
-from tools.study.beds import BEDS, Bed
-from tools.study.of_target import judged
-from tools.study.run import rounded
+from tools.study.beds import (
+    BEDS,
+    NOT_MEASURED,
+    Bed,
+    Results,
+    judged,
+    rounded,
+    shown,
+    table,
+    thousandths,
+)
 
 MADE_BY = "tools/study/parameters"
 RESULT = RESULTS / "study-parameters.json"
@@ -89,6 +98,23 @@ def _merge(bed: Bed, options: FeedbackOptions, out: Path) -> None:
     assert calibration is not None
     plan = replace(prepared.plan, calibration=replace(calibration, options=options))
     run(replace(prepared, plan=plan), out, lambda done, total: None, StopRequest())
+
+
+def parameters_block(_: Mapping[str, Results], others: Results) -> str:
+    beds = others["parameters"].get("beds", {})
+    if not beds:
+        return NOT_MEASURED
+    rows = []
+    for name in OPTIONS:
+        cells = []
+        for bed in BY_PARAMETER:
+            row, usual = (beds.get(bed, {}).get(each) for each in (name, AS_IT_COMES))
+            cells.append("" if row is None else thousandths(row["kl"]))
+            is_same = row is None or usual is None or name == AS_IT_COMES
+            cells.append("" if is_same else shown(ratio(row["kl"], usual["kl"]), 3))
+        rows.append([name, *cells])
+    columns = [column for bed in BY_PARAMETER for column in (BEDS[bed].label, "to as it comes")]
+    return table(("feedback of T", *columns), rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

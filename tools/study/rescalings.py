@@ -7,16 +7,26 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tools.bench.results import RESULTS, load, machine, save
 from tools.perplexity import be_quiet
-from tools.study.beds import BEDS, ONE_SIDED, Bed
-from tools.study.of_target import judged, parts_of
-from tools.study.run import rounded, streamconv
+from tools.study.beds import (
+    BEDS,
+    NOT_MEASURED,
+    ONE_SIDED,
+    Bed,
+    Results,
+    judged,
+    parts_of,
+    rounded,
+    streamconv,
+    table,
+    thousandths,
+)
 
 MADE_BY = "tools/study/rescalings"
 RESULT = RESULTS / "study-rescalings.json"
@@ -80,6 +90,19 @@ def _measured(row: Row, bed: Bed, work: Path) -> dict[str, Any]:
     found = {**judged(bed, out, work), "options": row.options, "cpu_s": cost.cpu_s}
     shutil.rmtree(out)
     return found
+
+
+def rescalings_block(_: Mapping[str, Results], others: Results) -> str:
+    beds = others["rescalings"].get("beds", {})
+    if not beds:
+        return NOT_MEASURED
+    rows = []
+    for row in ROWS:
+        found = [beds.get(name, {}).get(row.name) for name in RESCALED]
+        cells = ["" if each is None else thousandths(each["kl"]) for each in found]
+        rows.append(["awq" if row.is_rescaled else "none", row.label, *cells])
+    columns = ("`--rescale`", "`--rounding`", *(f"`{name}`" for name in RESCALED))
+    return table(columns, rows, (0, 1))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -20,8 +20,16 @@ from streamconv.formats import FORMATS
 from streamconv.kernels.grids import NF4
 from streamconv.rounding import ROUNDINGS, Context
 from streamconv.rounding.feedback import BaseOnGrid, FeedbackOptions, Statistics, feedback
-from tools.study import grid
-from tools.study.grid import BLOCK, OnGrid
+from tools.study.beds import (
+    BLOCK,
+    VALUES,
+    OnGrid,
+    delta_to_step,
+    is_clamped,
+    kept_share,
+    nearest_codes,
+    quantize,
+)
 
 ROWS, COLUMNS, RANK = 512, 512, 16
 SIZES = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.125, 0.16, 0.2, 0.25, 0.3, 0.4)
@@ -49,7 +57,7 @@ def make(size: float, seed: int) -> Synthetic:
     weight = (0.02 * torch.randn(ROWS, COLUMNS, generator=generator)).bfloat16().float()
     A = torch.randn(RANK, COLUMNS, generator=generator)
     delta = torch.randn(ROWS, RANK, generator=generator) @ A
-    return Synthetic(weight, grid.quantize(weight), delta * (size * weight.norm() / delta.norm()), A)
+    return Synthetic(weight, quantize(weight), delta * (size * weight.norm() / delta.norm()), A)
 
 
 def dead_zone() -> list[dict[str, Any]]:
@@ -60,24 +68,24 @@ def dead_zone() -> list[dict[str, Any]]:
 def _shares(size: float, seed: int) -> dict[str, float]:
     layer = make(size, seed)
     base, delta = layer.base, layer.delta
-    nearest, of_f = grid.quantize(layer.target), grid.quantize(layer.weight + delta)
-    still = grid.nearest_codes(layer.target, base.scales)
+    nearest, of_f = quantize(layer.target), quantize(layer.weight + delta)
+    still = nearest_codes(layer.target, base.scales)
     moved, moved_alone = nearest.codes != base.codes, still != base.codes
     return {
-        "ratio": grid.ratio(delta, base),
-        "nearest_T": grid.kept(nearest.values, base.values, delta),
-        "nearest_T_on_fixed_scales": grid.kept(_values(still, base.scales), base.values, delta),
-        "nearest_F": grid.kept(of_f.values, layer.weight, delta),
-        "stochastic_T": grid.kept(_values(_stochastic(layer, seed), base.scales), base.values, delta),
+        "ratio": delta_to_step(delta, base),
+        "nearest_T": kept_share(nearest.values, base.values, delta),
+        "nearest_T_on_fixed_scales": kept_share(_values(still, base.scales), base.values, delta),
+        "nearest_F": kept_share(of_f.values, layer.weight, delta),
+        "stochastic_T": kept_share(_values(_stochastic(layer, seed), base.scales), base.values, delta),
         "changed": moved.float().mean().item(),
         "changed_on_fixed_scales": moved_alone.float().mean().item(),
         "dragged": (moved & ~moved_alone).float().mean().item(),
-        "clamped": grid.is_clamped(layer.target, base.scales).float().mean().item(),
+        "clamped": is_clamped(layer.target, base.scales).float().mean().item(),
     }
 
 
 def _values(codes: Tensor, scales: Tensor) -> Tensor:
-    return grid.VALUES[codes.long()] * scales
+    return VALUES[codes.long()] * scales
 
 
 def _stochastic(layer: Synthetic, seed: int) -> Tensor:
@@ -102,7 +110,7 @@ def _strategies(seed: int) -> dict[str, dict[str, float]]:
     inputs = _inputs(seed)
     calibration, held_out = inputs[:CALIBRATION_ROWS], inputs[CALIBRATION_ROWS:]
     results = {
-        "nearest": grid.quantize(layer.target).values,
+        "nearest": quantize(layer.target).values,
         "stochastic": _values(_stochastic(layer, seed), layer.base.scales),
         "feedback": _feedback(layer, calibration, FeedbackOptions()),
         "feedback, delta term": _feedback(layer, calibration, FeedbackOptions(preserve_delta=0.3)),
@@ -136,7 +144,7 @@ def _scores(layer: Synthetic, values: Tensor, inputs: Tensor) -> dict[str, float
     change, wanted = inputs @ (values - layer.base.values).T, inputs @ layer.delta.T
     error = inputs @ (values - layer.target).T
     return {
-        "kept": grid.kept(values, layer.base.values, layer.delta),
+        "kept": kept_share(values, layer.base.values, layer.delta),
         "kept_in_outputs": ((change * wanted).sum() / wanted.square().sum()).item(),
         "output_error": (error.norm() / (inputs @ layer.target.T).norm()).item(),
     }
