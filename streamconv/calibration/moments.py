@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from streamconv.planning.planner import TOKENS_AN_INPUT
+from streamconv.planning.calibration import TOKENS_AN_INPUT
 from streamconv.rounding.feedback import Statistics
 
 

@@ -10,8 +10,8 @@ from streamconv.adapters.base import Adapter
 from streamconv.checkpoint.layout import Placed
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.equalization.pairs import Rescaling
+from streamconv.planning.base import Base
 from streamconv.planning.plan import CalibrationPlan, Copy, Plan, Rewrite, ShardPlan, Step
-from streamconv.planning.planner import Base
 from streamconv.rounding.feedback import FeedbackOptions
 from streamconv.running.cells import KeptDelta
 

@@ -45,7 +45,7 @@ from streamconv.errors import OptionError, ResourceError, Stopped, StreamconvErr
 from streamconv.evaluation import EvaluationOptions
 from streamconv.evaluation.scoring import run_evaluation
 from streamconv.output.journal import is_owned
-from streamconv.output.output import CONFIG
+from streamconv.output.publish import CONFIG
 from streamconv.pipeline import Job, Prepared, fetch, prepare, run
 from streamconv.pipeline.calibrating import hash_text
 from streamconv.pipeline.place import is_finished

@@ -24,7 +24,7 @@ from streamconv.checkpoint.writer import write_error, write_file
 from streamconv.comparison.result import Numbers, numbers_of
 from streamconv.errors import OutputError
 from streamconv.output.journal import Journal, make_folder
-from streamconv.output.output import check_place
+from streamconv.output.place import check_place
 
 WORK_FOLDER, MODELS = ".comparison", "models"
 _NOTES = ("rows", "making", "made", "kept")

@@ -20,7 +20,8 @@ from streamconv.output.sidecars import RESIDUAL
 from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.progress import StopRequest
 from streamconv.running.cells import KeptDelta
-from streamconv.running.executor import Output, run_plans
+from streamconv.running.executor import run_plans
+from streamconv.running.sink import Output
 from streamconv.storage.base import Storage
 from streamconv.storage.local import open_folder
 

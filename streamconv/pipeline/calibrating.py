@@ -17,8 +17,9 @@ from streamconv.checkpoint.config import edit_config
 from streamconv.errors import InputError, OptionError, ResourceError
 from streamconv.output.journal import make_folder
 from streamconv.output.verifier import hash_file
+from streamconv.planning.base import Base
+from streamconv.planning.calibration import CalibrationFacts
 from streamconv.planning.plan import Calibration, Plan
-from streamconv.planning.planner import Base, Grounds
 from streamconv.progress import StopRequest
 from streamconv.sizes import format_size
 from streamconv.storage.data_sets import DataSet, data_set_of, pinned
@@ -27,7 +28,7 @@ from streamconv.storage.data_sets import DataSet, data_set_of, pinned
 _NEEDED = ("transformers", "accelerate")
 
 
-def read_grounds(base: Base, asked: Calibration) -> Grounds:
+def read_grounds(base: Base, asked: Calibration) -> CalibrationFacts:
     """What planning a calibration needs, the text's SHA-256 among it.
 
     Raises OptionError without the libraries, InputError without the text, UnsupportedError for a model that is none
@@ -50,7 +51,7 @@ def read_grounds(base: Base, asked: Calibration) -> Grounds:
     from streamconv.forward.linears import find_layers
 
     layers = find_layers(config, base.index.storage.location, base.weights)
-    return Grounds(
+    return CalibrationFacts(
         data,
         name,
         sha256,

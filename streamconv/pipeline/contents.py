@@ -11,7 +11,7 @@ from streamconv.formats import FORMATS, with_groups
 from streamconv.formats.base import Json
 from streamconv.output.card import model_card
 from streamconv.output.manifest import MANIFEST, Kept, manifest
-from streamconv.output.output import CONFIG, INDEX
+from streamconv.output.publish import CONFIG, INDEX
 from streamconv.output.recipe import RECIPE, Scalar, write_recipe
 from streamconv.output.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, RESIDUAL_TENSORS
 from streamconv.pipeline.preparation import Prepared

@@ -11,7 +11,7 @@ from streamconv.adapters.config import read_config
 from streamconv.adapters.replication import read_ranges
 from streamconv.checkpoint.index import CheckpointIndex, read_index
 from streamconv.formats import find_weights
-from streamconv.planning.planner import read_base
+from streamconv.planning.base import read_base
 from streamconv.storage import open_storage
 from streamconv.storage.base import Storage
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from streamconv.adapters.source import MoeLayout
 from streamconv.equalization import RESCALINGS
 from streamconv.errors import OptionError
-from streamconv.output.output import OUTPUT_FOLDERS
+from streamconv.output.place import OUTPUT_FOLDERS
 from streamconv.planning.choices import check_text
 from streamconv.planning.plan import Calibration, MergeOptions
 from streamconv.sizes import parse_size

@@ -9,7 +9,7 @@ from pathlib import Path
 from streamconv.errors import OutputError
 from streamconv.output.journal import is_owned, is_publishing
 from streamconv.output.manifest import MANIFEST
-from streamconv.output.output import OUTPUT_FOLDERS, check_apart, check_place
+from streamconv.output.place import OUTPUT_FOLDERS, check_apart, check_place
 from streamconv.pipeline.preparation import Prepared
 
 

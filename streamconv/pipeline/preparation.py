@@ -14,7 +14,7 @@ from streamconv.checkpoint.index import read_index
 from streamconv.errors import InputError
 from streamconv.formats import find_weights
 from streamconv.output.manifest import MANIFEST
-from streamconv.output.output import CONFIG, INDEX
+from streamconv.output.publish import CONFIG, INDEX
 from streamconv.output.recipe import RECIPE
 from streamconv.output.sidecars import (
     QUANTIZATION_COPIES,
@@ -24,11 +24,13 @@ from streamconv.output.sidecars import (
 )
 from streamconv.pipeline.calibrating import read_grounds, with_need
 from streamconv.pipeline.job import Job, parse_moe_layout
+from streamconv.planning.base import Base, read_base
+from streamconv.planning.calibration import CalibrationFacts
 from streamconv.planning.choices import options_alone
 from streamconv.planning.depth import deepen
 from streamconv.planning.devices import resolve_device
 from streamconv.planning.plan import Plan
-from streamconv.planning.planner import Base, Grounds, build_plans, facts_of, read_base
+from streamconv.planning.planner import build_plans, facts_of
 from streamconv.storage import open_storage
 from streamconv.storage.base import SourceFile, Storage
 
@@ -99,7 +101,7 @@ class Prepared:
         return (*self.copied, *card)
 
 
-def prepare(job: Job, grounds: Grounds | None = None) -> Prepared:
+def prepare(job: Job, grounds: CalibrationFacts | None = None) -> Prepared:
     """Read headers and configs and plan the run. Raises whatever would make it fail, as far as can be known.
 
     `grounds` are those of a calibration whose text is not at hand, for a plan that will not be carried out.

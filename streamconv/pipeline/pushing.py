@@ -7,7 +7,7 @@ from pathlib import Path
 
 from streamconv.errors import InputError
 from streamconv.output.manifest import MANIFEST
-from streamconv.output.output import is_of_model
+from streamconv.output.publish import is_of_model
 from streamconv.output.sidecars import CHAT_TEMPLATES, RESIDUAL
 from streamconv.output.verifier import hash_file, read_manifest
 from streamconv.pipeline.job import Folder, output_folder

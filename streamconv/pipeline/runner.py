@@ -16,7 +16,9 @@ from streamconv.checkpoint.writer import ShardWriter
 from streamconv.errors import VerificationError
 from streamconv.output.journal import Journal, remove_leftovers
 from streamconv.output.manifest import MANIFEST, Kept, Report, kept_delta
-from streamconv.output.output import ShardSink, check_disk, publish_output, resume_points
+from streamconv.output.place import check_disk
+from streamconv.output.publish import publish_output
+from streamconv.output.sink import ShardSink, resume_points
 from streamconv.output.verifier import read_manifest, verify_layout
 from streamconv.pipeline.calibrating import calibrate, described, rescale
 from streamconv.pipeline.contents import generated_files
@@ -26,8 +28,9 @@ from streamconv.pipeline.residual import ResidualAdapter, make_residual
 from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.progress import Meter, OnProgress, StopRequest
 from streamconv.running.cells import KeptDelta
-from streamconv.running.executor import Output, run_plans
+from streamconv.running.executor import run_plans
 from streamconv.running.schedule import bytes_read
+from streamconv.running.sink import Output
 from streamconv.sizes import format_size
 from streamconv.storage.local import open_folder
 

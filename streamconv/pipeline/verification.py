@@ -30,8 +30,8 @@ from streamconv.pipeline.calibrating import calibrate, rescale
 from streamconv.pipeline.job import Folder, Job, output_folder
 from streamconv.pipeline.preparation import Prepared, prepare
 from streamconv.pipeline.residual import make_residual
+from streamconv.planning.calibration import CalibrationFacts
 from streamconv.planning.plan import Calibration, MergeOptions
-from streamconv.planning.planner import Grounds
 from streamconv.progress import Meter, OnProgress, StopRequest, quiet
 from streamconv.running.workers import Workers
 from streamconv.storage.local import open_folder
@@ -185,10 +185,10 @@ def _check_weighed(out: Path, name: str, found: Weighed, kept: float | None) -> 
         )
 
 
-def _recorded_grounds(content: Mapping[str, Any]) -> Grounds:
+def _recorded_grounds(content: Mapping[str, Any]) -> CalibrationFacts:
     """What the output says of its calibration, where the text is not at hand."""
     text = content["fingerprint"]["calibration"]
-    return Grounds(
+    return CalibrationFacts(
         data=text["name"],
         name=text["name"],
         sha256=text["sha256"],

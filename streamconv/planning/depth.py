@@ -16,8 +16,8 @@ from streamconv.adapters.replication import LAYER, read_ranges
 from streamconv.checkpoint.strict_json import shown
 from streamconv.errors import AdapterError, CheckpointError, UnsupportedError
 from streamconv.formats.base import Weight
+from streamconv.planning.base import Base
 from streamconv.planning.plan import Depth
-from streamconv.planning.planner import Base
 
 _COUNT = "num_hidden_layers"
 # Lists of the config with an entry for each layer.

@@ -19,10 +19,10 @@ from typing import Any
 
 from streamconv import cli
 from streamconv.checkpoint import writer
-from streamconv.output import output
+from streamconv.output import sink
 from streamconv.pipeline import runner
-from streamconv.running import executor
-from streamconv.running.executor import Output
+from streamconv.running import executor, lanes
+from streamconv.running.sink import Output
 from tests.hostile.commands import Request
 
 WATCHED = (
@@ -56,8 +56,8 @@ class Child:
             setattr(os, name, self._watched(name, getattr(os, name)))
         writer._fdatasync = self._watched("fdatasync", writer._fdatasync)
         vars(runner)["run_plans"] = self._noting_starts(executor.run_plans)
-        output.WATERMARK_BYTES = self.request.watermark_bytes
-        executor.GRACE_S = self.request.grace_s
+        sink.WATERMARK_BYTES = self.request.watermark_bytes
+        lanes.GRACE_S = self.request.grace_s
 
     def run(self) -> int:
         """The command; its exit code."""

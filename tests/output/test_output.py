@@ -14,16 +14,13 @@ import pytest
 from streamconv.checkpoint import writer as writer_module
 from streamconv.checkpoint.writer import ShardWriter
 from streamconv.errors import CheckpointError, OutputError, ResourceError
-from streamconv.output import output
+from streamconv.output import place
+from streamconv.output import sink as sink_module
 from streamconv.output.journal import Journal, Watermark
-from streamconv.output.output import (
-    ShardSink,
-    check_disk,
-    check_place,
-    publish_output,
-    resume_points,
-)
+from streamconv.output.place import check_disk, check_place
+from streamconv.output.publish import publish_output
 from streamconv.output.sidecars import CHAT_TEMPLATES
+from streamconv.output.sink import ShardSink, resume_points
 from streamconv.pipeline import Job, prepare
 from streamconv.planning.plan import MergeOptions, Plan, ShardPlan
 from streamconv.running.cells import KeptDelta
@@ -119,18 +116,18 @@ def test_free_space_is_compared_with_what_is_still_to_be_taken(
     out: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = [shard.size for shard in plan.shards]
-    spare = output._SPARE_DISK_BYTES
+    spare = place._SPARE_DISK_BYTES
     with opened(out, plan) as journal:
         # Half made: what it has reserved needs no space a second time.
         ShardWriter.create(journal.partial(plan.shards[0].name), plan.shards[0].header, sizes[0]).close()
         needed = spare + sizes[1] + sizes[2]
-        monkeypatch.setattr(output, "free_bytes", lambda path: needed)
+        monkeypatch.setattr(place, "free_bytes", lambda path: needed)
         check_disk([(out, plan, plan.shards, journal)])
-        monkeypatch.setattr(output, "free_bytes", lambda path: needed - 1)
+        monkeypatch.setattr(place, "free_bytes", lambda path: needed - 1)
         with pytest.raises(ResourceError, match=rf"{out} needs .* 1 B are missing"):
             check_disk([(out, plan, plan.shards, journal)])
         check_disk([(out, plan, plan.shards[:1], journal)])
-        monkeypatch.setattr(output, "free_bytes", lambda path: spare)
+        monkeypatch.setattr(place, "free_bytes", lambda path: spare)
         check_disk([(out, plan, (), journal)])
 
 
@@ -138,7 +135,7 @@ def test_a_sparse_partial_file_has_taken_nothing(
     out: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard = plan.shards[0]
-    monkeypatch.setattr(output, "free_bytes", lambda path: output._SPARE_DISK_BYTES + shard.size - 1)
+    monkeypatch.setattr(place, "free_bytes", lambda path: place._SPARE_DISK_BYTES + shard.size - 1)
     with opened(out, plan) as journal:
         with journal.partial(shard.name).open("wb") as file:
             file.truncate(shard.size)
@@ -167,7 +164,7 @@ def test_the_space_is_that_of_the_outputs_own_disk(
 def test_a_watermark_is_set_at_the_first_boundary_after_enough_bytes(
     out: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "WATERMARK_BYTES", 100)
+    monkeypatch.setattr(sink_module, "WATERMARK_BYTES", 100)
     shard = plan.shards[0]
     body = memoryview(content(shard))[len(shard.header) :]
     with opened(out, plan) as journal:
@@ -225,7 +222,7 @@ def test_a_disk_that_fails_behind_the_writer_is_what_is_told(
     def fail(descriptor: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(output, "WATERMARK_BYTES", 10)
+    monkeypatch.setattr(sink_module, "WATERMARK_BYTES", 10)
     monkeypatch.setattr(writer_module, "_fdatasync", fail)
     shard = plan.shards[0]
     body = memoryview(content(shard))[len(shard.header) :]

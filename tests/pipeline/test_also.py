@@ -17,7 +17,7 @@ from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import OptionError, OutputError, ResourceError, VerificationError
-from streamconv.output import output
+from streamconv.output import place
 from streamconv.output.manifest import Report
 from streamconv.pipeline import Prepared, build_job, prepare, runner
 from streamconv.running.schedule import bytes_read
@@ -224,11 +224,11 @@ def test_a_disk_that_has_room_for_each_but_not_for_all_is_refused(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = [plan.size for plan in inputs.prepared(also=["int8"]).plans]
-    needed = sum(sizes) + 2 * output._SPARE_DISK_BYTES
-    monkeypatch.setattr(output, "free_bytes", lambda path: needed - 1)
+    needed = sum(sizes) + 2 * place._SPARE_DISK_BYTES
+    monkeypatch.setattr(place, "free_bytes", lambda path: needed - 1)
     with pytest.raises(ResourceError, match=r"int8 with the other outputs needs .*: 1 B are missing"):
         inputs.merge(tmp_path / "out", also=["int8"])
-    monkeypatch.setattr(output, "free_bytes", lambda path: needed)
+    monkeypatch.setattr(place, "free_bytes", lambda path: needed)
     inputs.merge(tmp_path / "out", also=["int8"])
 
 

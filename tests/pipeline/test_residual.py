@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import streamconv
 from streamconv.calibration.residual_adapter import removed_share
 from streamconv.errors import OptionError, ResourceError, VerificationError
-from streamconv.output import output
+from streamconv.output import publish
 from streamconv.output.sidecars import RESIDUAL, RESIDUAL_CONFIG, RESIDUAL_TENSORS
 from streamconv.output.verifier import Verified
 from streamconv.pipeline import build_job, prepare, verification
@@ -243,7 +243,7 @@ def test_interrupted_while_it_is_published(
         return act
 
     for name in ("publish", "write_file"):
-        monkeypatch.setattr(output, name, interrupted(getattr(output, name)))
+        monkeypatch.setattr(publish, name, interrupted(getattr(publish, name)))
     while left:
         with pytest.raises(KeyboardInterrupt):
             merged(folder, out)

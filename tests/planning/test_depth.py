@@ -17,9 +17,9 @@ from streamconv.errors import AdapterError, CheckpointError, StreamconvError, Un
 from streamconv.formats import find_weights
 from streamconv.pipeline import Job, prepare
 from streamconv.pipeline.shown import plan_as_json, plan_as_text
+from streamconv.planning.base import Base, read_base
 from streamconv.planning.depth import deepen
 from streamconv.planning.plan import Copy, Depth, MergeOptions
-from streamconv.planning.planner import Base, read_base
 from streamconv.running.schedule import bytes_read
 from streamconv.storage import open_storage
 from tests.models import Sizes, write_adapter, write_base

@@ -18,7 +18,7 @@ from streamconv.formats import find_weights
 from streamconv.pipeline import Job, Prepared, merge_options, prepare
 from streamconv.pipeline.shown import plan_as_text
 from streamconv.planning.plan import Access, Copy, MergeOptions, Plan, Rewrite, Step
-from streamconv.planning.planner import find_tie
+from streamconv.planning.ties import find_tie
 from streamconv.running.schedule import bytes_read
 from tests.checkpoint.files import index_of
 from tests.models import Sizes, write_adapter, write_base, write_tensors

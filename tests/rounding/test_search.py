@@ -14,7 +14,7 @@ from streamconv.formats import FORMATS
 from streamconv.kernels import SEARCH_FACTORS, kernels_for
 from streamconv.kernels.grids import INT8, NF4, Grid
 from streamconv.planning.plan import Access, Rewrite
-from streamconv.planning.planner import _weight_steps
+from streamconv.planning.steps import weight_steps
 from streamconv.rounding import ROUNDINGS, Context
 from streamconv.rounding.search import searched_scales
 from streamconv.running.cells import WeightWork
@@ -153,6 +153,6 @@ def test_an_update_that_needs_the_whole_weight_first_is_refused(tmp_path: Path) 
     weight = only_weight(write(tmp_path, stored(encoder_for("bfloat16", target), target)))
     update = InitialUpdate(W, (6, 64), {}, "pissa", 2, 0.5, False, BF16)
     once, twice = (encoder_for(quant, target) for quant in ("nf4", "nf4-dq"))
-    assert _weight_steps(W, weight, (update,), once, None, SEARCH, calibrates=False)
+    assert weight_steps(W, weight, (update,), once, None, SEARCH, calibrates=False)
     with pytest.raises(UnsupportedError, match="so does --rounding search with double-quantized scales"):
-        _weight_steps(W, weight, (update,), twice, None, SEARCH, calibrates=False)
+        weight_steps(W, weight, (update,), twice, None, SEARCH, calibrates=False)

@@ -25,7 +25,9 @@ from streamconv.planning.plan import DEVICE_TILES, SLOTS, Access, Memory, MergeO
 from streamconv.progress import StopRequest
 from streamconv.running import engine as engines
 from streamconv.running.cells import KeptDelta, WeightWork
-from streamconv.running.engine import CpuEngine, CudaEngine, Engine
+from streamconv.running.cpu import CpuEngine
+from streamconv.running.cuda import CudaEngine
+from streamconv.running.engine import Engine
 from streamconv.running.workers import Inline, Workers
 from tests.formats.stored import W, normal, only_weight, stored, write
 from tests.models import Sizes, write_adapter, write_base

@@ -26,11 +26,13 @@ from streamconv.errors import CheckpointError, InputError, ResourceError, Stoppe
 from streamconv.pipeline import Job, prepare
 from streamconv.planning.plan import SLOTS, WEIGHTS_HELD, Access, Memory, MergeOptions, Plan, ShardPlan
 from streamconv.progress import StopRequest
-from streamconv.running import executor
+from streamconv.running import executor, messages, opened
 from streamconv.running.cells import KeptDelta, WeightWork
-from streamconv.running.engine import CpuEngine, Engine
-from streamconv.running.executor import Output, run_plans
+from streamconv.running.cpu import CpuEngine
+from streamconv.running.engine import Engine
+from streamconv.running.executor import run_plans
 from streamconv.running.schedule import bytes_read
+from streamconv.running.sink import Output
 from streamconv.running.workers import Ticket
 from tests.models import Sizes, write_adapter, write_base
 from tests.tiny import edit_tensors
@@ -664,8 +666,8 @@ def test_a_weight_that_is_held_whole_is_let_go_before_the_next(access: Access, w
         access=access, encoder=SimpleNamespace(grid=None, order=None, row_offset=int), name="w"
     )
     outputs: Any = [SimpleNamespace(plan=SimpleNamespace(options=MergeOptions()))]
-    begin = executor._BeginWeight({0: step}, {}, {0: []})
-    weight = executor._Weight(begin, cast("Engine", engine), outputs)
+    begin = messages.BeginWeight({0: step}, {}, {0: []})
+    weight = opened.OpenWeight(begin, cast("Engine", engine), outputs)
     weight.rewrite(torch.empty(0), range(64), [torch.empty(64)])
     weight.finish()
     assert waited == [True] * waits

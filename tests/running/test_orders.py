@@ -18,8 +18,9 @@ from streamconv.pipeline import Job, prepare
 from streamconv.planning.memory import plan_memory
 from streamconv.planning.plan import Memory, MergeOptions, Plan, Rewrite
 from streamconv.progress import StopRequest
-from streamconv.running.executor import Output, run_plans
+from streamconv.running.executor import run_plans
 from streamconv.running.schedule import bytes_read
+from streamconv.running.sink import Output
 from tests.models import Sizes, write_adapter, write_base
 from tests.running.test_executor import Recorder, bytes_of, carry_out, carry_out_all, from_the_start, quiet
 

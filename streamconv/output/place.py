@@ -1,0 +1,103 @@
+"""The place of an output: what may stand in its folder, and the disk that it needs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from streamconv.checkpoint.writer import (
+    free_bytes,
+)
+from streamconv.errors import OutputError, ResourceError
+from streamconv.formats import FORMATS
+from streamconv.output.journal import WORK_FOLDER, Journal
+from streamconv.output.publish import CONFIG
+from streamconv.planning.plan import Plan, ShardPlan
+from streamconv.sizes import format_size
+
+_SPARE_DISK_BYTES = 64 * 2**20  # index, tokenizer, journal, and what the file system adds
+
+
+OUTPUT_FOLDERS = ("none", *FORMATS)
+"""Names of the folders in an output that are for further ones, each a model of its own."""
+
+
+def check_place(out: Path, inputs: Mapping[str, Path], overwrite: bool, publishing: bool) -> None:
+    """Raise OutputError if `out` cannot be written to: it overlaps an input, or holds what may not be replaced."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is not a folder; choose another --out")
+    real = out.resolve()
+    for role, path in inputs.items():
+        if real == path or path in real.parents or real in path.parents:
+            raise OutputError(
+                f"--out {out} and the {role} {path} overlap, and inputs are never written to; choose another --out"
+            )
+    if not out.is_dir() or publishing:
+        return
+    others = sorted(
+        entry.name for entry in out.iterdir() if entry.name != WORK_FOLDER and not _is_further_output(entry)
+    )
+    weights = [name for name in others if name.endswith(".safetensors")]
+    if overwrite and weights and CONFIG not in others:
+        # Old weights go when the new ones come; a collection of other things must not.
+        raise OutputError(
+            f"{out} holds {weights[0]} but no {CONFIG}, so it is no model that --overwrite could replace; choose "
+            "another --out"
+        )
+    if others and not overwrite:
+        raise OutputError(
+            f"{out} is not empty ({', '.join(others[:3])}{' ...' if len(others) > 3 else ''}); choose another "
+            "--out, or pass --overwrite to replace the model in it once the new one is complete"
+        )
+
+
+def _is_further_output(entry: Path) -> bool:
+    """Whether it is where `--also` puts a model of its own, which a run for the folder above leaves alone."""
+    return entry.name in OUTPUT_FOLDERS and entry.is_dir()
+
+
+def check_apart(out: Path, further: Sequence[Path]) -> None:
+    """Raise OutputError where links make outputs lie in one another, other than the `further` ones in `out`."""
+    real = {folder: folder.resolve() for folder in (out, *further)}
+    for one, other in itertools.permutations(real, 2):
+        is_meant = one == out and real[other] == real[out] / other.name
+        if real[one] == real[other] or (real[one] in real[other].parents and not is_meant):
+            raise OutputError(
+                f"{other} leads to {real[other]}, and {one} to {real[one]}: outputs must lie apart; remove such a "
+                "link, or choose another --out"
+            )
+
+
+def check_disk(outputs: Sequence[tuple[Path, Plan, Sequence[ShardPlan], Journal]]) -> None:
+    """Raise ResourceError unless what is still to be written of each plan fits the file systems that outputs lie on:
+    these shards, and what a calibration leaves.
+    """
+    needed: dict[int, int] = {}
+    for out, plan, shards, journal in outputs:
+        disk = out.stat().st_dev
+        needed[disk] = needed.get(disk, 0) + _disk_need(plan, shards, journal)
+        free = free_bytes(out / WORK_FOLDER)
+        if needed[disk] > free:
+            what = f"{out} with the other outputs" if len(outputs) > 1 else f"{out}"
+            raise ResourceError(
+                f"{what} needs {format_size(needed[disk])} and its disk has {format_size(free)} free: "
+                f"{format_size(needed[disk] - free)} are missing; free some, or choose another --out"
+            )
+
+
+def _disk_need(plan: Plan, shards: Sequence[ShardPlan], journal: Journal) -> int:
+    missing = sum(max(0, shard.size - _taken(journal.partial(shard.name))) for shard in shards)
+    need = plan.calibration.need if plan.calibration else None
+    if need is None:
+        return _SPARE_DISK_BYTES + missing
+    made = sum(map(_taken, journal.calibration.iterdir())) if journal.calibration.exists() else 0
+    chosen = sum(map(_taken, journal.rescaling.iterdir())) if journal.rescaling.exists() else 0
+    # Activations are gone when the shards are written.
+    codes, scales = max(0, plan.calibrated_bytes - made), max(0, plan.scaling_bytes - chosen)
+    passes = max(0, need.disk - made - chosen) if codes or scales else 0
+    return _SPARE_DISK_BYTES + max(passes, codes + scales + missing + plan.residual_bytes)
+
+
+def _taken(path: Path) -> int:
+    return path.stat().st_blocks * 512 if path.exists() else 0

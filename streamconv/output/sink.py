@@ -1,0 +1,133 @@
+"""The sink of a local folder: shards in the work folder, journaled as far as they are on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from streamconv.checkpoint.writer import (
+    Mark,
+    ShardWriter,
+    publish,
+)
+from streamconv.output.journal import Journal, Watermark
+from streamconv.output.publish import _remove
+from streamconv.planning.plan import Plan, ShardPlan
+from streamconv.running.cells import KeptDelta
+
+WATERMARK_BYTES = 256 * 2**20
+
+
+class ShardSink:
+    """Writes shards into the work folder and journals how far they are.
+
+    Waiting for the disk is left to a thread of its own: a shard is written while the last watermark, or the end of
+    the shard before, is brought to the disk. One at a time, so that no more than a watermark is ever in the air.
+    """
+
+    def __init__(self, journal: Journal, resumed: dict[str, ShardWriter]) -> None:
+        """`resumed` are writers that stand where their shard goes on; those that are begun are taken out."""
+        self._journal = journal
+        self._resumed = resumed
+        self._sums: dict[str, list[float]] = {}
+        self._shard: ShardPlan | None = None
+        self._writer: ShardWriter | None = None
+        self._marked = 0
+        self._boundary = 0
+        self._syncer = ThreadPoolExecutor(1, "streamconv-sync")
+        self._syncing: Future[None] | None = None
+
+    def begin(self, shard: ShardPlan) -> None:
+        self._shard = shard
+        self._writer = self._resumed.pop(shard.name, None)
+        if self._writer is None:
+            path = self._journal.partial(shard.name)
+            _remove(path)
+            self._writer = ShardWriter.create(path, shard.header, shard.size, shard.same_as)
+        self._marked = self._boundary = self._writer.offset
+
+    def write(self, data: memoryview, release: Callable[[], None]) -> None:
+        assert self._writer is not None
+        self._writer.write(data, release)
+
+    def boundary(self, sums: Mapping[str, KeptDelta]) -> None:
+        assert self._writer is not None
+        self._sums |= {name: [kept.kept, kept.delta, kept.base_error] for name, kept in sums.items()}
+        self._boundary = self._writer.offset
+        if self._boundary - self._marked >= WATERMARK_BYTES:
+            self._mark()
+
+    def end(self) -> None:
+        assert self._shard is not None
+        assert self._writer is not None
+        self._sync(partial(self._finish, self._shard.name, self._writer, self._sums))
+        self._sums, self._writer = {}, None
+
+    def halt(self) -> None:
+        if self._writer is not None and self._writer.offset == self._boundary > self._marked:
+            self._mark()
+
+    def drain(self) -> None:
+        if self._syncing is not None:
+            self._syncing.result()
+
+    def close(self) -> None:
+        """Close the shard that is still open, on success and on failure."""
+        self._syncer.shutdown()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _mark(self) -> None:
+        assert self._shard is not None
+        assert self._writer is not None
+        self._sync(partial(self._watermark, self._shard.name, self._writer, self._writer.mark(), self._sums))
+        self._sums = {}
+        self._marked = self._boundary
+
+    def _sync(self, work: Callable[[], None]) -> None:
+        """Have `work` done when what was asked for before is done; raises what went wrong with that."""
+        self.drain()
+        self._syncing = self._syncer.submit(work)
+
+    # -- syncing thread ------------------------------------------------------------------------------------
+
+    def _watermark(self, name: str, writer: ShardWriter, mark: Mark, sums: Mapping[str, list[float]]) -> None:
+        self._journal.watermark(name, Watermark(mark.offset, writer.sync(mark)), sums)
+
+    def _finish(self, name: str, writer: ShardWriter, sums: Mapping[str, list[float]]) -> None:
+        self._journal.finish(name, writer.finish(), sums)
+        publish(self._journal.partial(name), self._journal.finished(name))
+
+
+def resume_points(out: Path, plan: Plan, journal: Journal) -> tuple[dict[str, int], dict[str, ShardWriter]]:
+    """File offset from which each unfinished shard is to be produced, and the writers that stand there."""
+    starts: dict[str, int] = {}
+    writers: dict[str, ShardWriter] = {}
+    for shard in plan.shards:
+        if shard.name in journal.progress.finished:
+            partial = journal.partial(shard.name)
+            if _is_whole(partial, shard):
+                publish(partial, journal.finished(shard.name))
+            # Before publishing, what stands under the final name is the model that --overwrite will replace.
+            published = journal.progress.publishing and _is_whole(out / shard.name, shard)
+            if published or _is_whole(journal.finished(shard.name), shard):
+                continue
+            journal.restart(shard.name)
+        mark = journal.progress.watermarks.get(shard.name)
+        starts[shard.name] = len(shard.header)
+        if mark is None:
+            continue
+        path = journal.partial(shard.name)
+        writer = ShardWriter.resume(path, shard.header, shard.size, mark.offset, mark.sha256)
+        if writer is None:
+            journal.restart(shard.name)  # the bytes are not what was journaled: this shard starts anew
+        else:
+            starts[shard.name] = mark.offset
+            writers[shard.name] = writer
+    return starts, writers
+
+
+def _is_whole(path: Path, shard: ShardPlan) -> bool:
+    return path.exists() and path.stat().st_size == shard.size

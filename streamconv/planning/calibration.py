@@ -1,0 +1,142 @@
+"""The calibration of a plan: text, sequences and equalized pairs, checked against the weights they are for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from streamconv.equalization.base import Heads
+from streamconv.equalization.pairs import Rescaling, find_rescaling
+from streamconv.errors import OptionError
+from streamconv.formats.base import Weight
+from streamconv.planning.base import Base
+from streamconv.planning.plan import (
+    Calibration,
+    CalibrationPlan,
+    MergeOptions,
+    Rewrite,
+    Step,
+)
+from streamconv.planning.quantized import QuantizedSet
+from streamconv.rounding.feedback import FeedbackOptions
+
+MAX_SEQUENCE_LENGTH = 2048
+
+
+# H of a layer has no use with fewer tokens than inputs: feedback then fits the text. Published trials found it to do
+# worse than nearest rounding near one token an input.
+TOKENS_AN_INPUT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationFacts:
+    """What planning a calibration needs beside headers: the text, as in CalibrationPlan, the `weights` that can be
+    calibrated, how many positions the model has (None: any number), its text part's model type and heads (None: not
+    told), and the version of the library that computes it.
+    """
+
+    data: str
+    name: str
+    sha256: str
+    is_data_set: bool
+    weights: frozenset[str]
+    positions: int | None
+    transformers: str
+    model_type: str = ""
+    heads: Heads | None = None
+
+
+def plan_rescaling(
+    base: Base,
+    weights: Mapping[str, Weight],
+    chosen: QuantizedSet,
+    options: MergeOptions,
+    grounds: CalibrationFacts | None,
+) -> Rescaling | None:
+    """Which weights are rescaled together; None where that is not asked for. Raises UnsupportedError."""
+    asked = options.calibration
+    if asked is None or asked.rescale == "none":
+        return None
+    assert grounds is not None
+    return find_rescaling(
+        asked.rescale,
+        base.index.storage.location,
+        grounds.model_type,
+        grounds.heads,
+        {name: weight.shape for name, weight in weights.items()},
+        grounds.weights,
+        chosen.weights,
+    )
+
+
+def plan_calibration(
+    by_weight: Sequence[Sequence[Step]],
+    options: MergeOptions,
+    feedback: FeedbackOptions | None,
+    rescaling: Rescaling | None,
+    grounds: CalibrationFacts,
+) -> CalibrationPlan:
+    """Raises OptionError for a text or sequences of a length that would not do, and where nothing is calibrated."""
+    asked = options.calibration
+    assert asked is not None
+    length = _sequence_length(asked, grounds)
+    tokens = asked.tokens // length * length
+    steps = [step for each in by_weight for step in each if isinstance(step, Rewrite) and step.calibrated]
+    if feedback is not None:
+        _check_calibrated(steps, asked, tokens, length)
+    threads = asked.threads or len(os.sched_getaffinity(0))
+    has_gradients = feedback is not None and not feedback.searches
+    return CalibrationPlan(
+        data=grounds.data,
+        name=grounds.name,
+        sha256=grounds.sha256,
+        is_data_set=grounds.is_data_set,
+        tokens=tokens,
+        sequence_length=length,
+        options=feedback,
+        threads=threads,
+        transformers=grounds.transformers,
+        gradient_tokens=min(tokens, -(-asked.gradient_tokens // length) * length) if has_gradients else 0,
+        rescaling=rescaling,
+    )
+
+
+def _check_calibrated(steps: Sequence[Rewrite], asked: Calibration, tokens: int, length: int) -> None:
+    """Raise OptionError where so many `tokens` are too few for `steps`, or there is nothing to be calibrated."""
+    if not steps:
+        raise OptionError(
+            "calibration text would change nothing: every weight in the decoder layers keeps its codes; leave "
+            "--calibration out"
+        )
+    widest = max(steps, key=lambda step: step.columns)
+    least = -(-TOKENS_AN_INPUT * widest.columns // length) * length
+    if tokens < least:
+        raise OptionError(
+            f"--calibration-tokens {asked.tokens} is too few: {widest.name} has {widest.columns} inputs, and with less "
+            f"than {TOKENS_AN_INPUT} tokens for each, feedback does worse than nearest rounding; give {least} or more"
+        )
+    _check_rank(steps, asked.residual_rank)
+
+
+def _check_rank(steps: Sequence[Rewrite], rank: int) -> None:
+    """Raise OptionError for a residual adapter with more to it than the weights it repairs."""
+    narrowest = min(steps, key=lambda step: min(step.rows, step.columns))
+    most = min(narrowest.rows, narrowest.columns)
+    if rank >= most:
+        raise OptionError(
+            f"--residual-rank {rank} is too high: {narrowest.name} is {narrowest.rows} x {narrowest.columns}, and "
+            f"a rank of {most} repairs all of it; give less, such as 16"
+        )
+
+
+def _sequence_length(asked: Calibration, grounds: CalibrationFacts) -> int:
+    positions = grounds.positions or MAX_SEQUENCE_LENGTH
+    if asked.sequence_length is None:
+        return min(MAX_SEQUENCE_LENGTH, positions)
+    if grounds.positions is not None and asked.sequence_length > grounds.positions:
+        raise OptionError(
+            f"--calibration-sequence-length {asked.sequence_length} is more than the {grounds.positions} positions of "
+            "the model; give that or less"
+        )
+    return asked.sequence_length

@@ -1,0 +1,56 @@
+"""Ties between embedding and head: which two share a tensor, by config and by what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from streamconv.adapters.base import Tie
+from streamconv.adapters.embeddings import HEADS, find_embedding
+from streamconv.errors import UnsupportedError
+from streamconv.formats.base import Weight
+
+
+def check_unknown_tie(
+    weights: Mapping[str, Weight], config: Mapping[str, Any], touched: Iterable[str]
+) -> None:
+    """Raise UnsupportedError where the adapter changes what may be tied, and what is tied to what is not known."""
+    if find_embedding(weights) is not None or True not in _declared_ties(config):
+        return
+    sizes = {level.get("vocab_size") for level in _levels(config)}
+    for name in touched:
+        weight = weights.get(name)
+        if weight is not None and len(weight.shape) == 2 and weight.shape[0] in sizes:
+            raise UnsupportedError(
+                f"the adapter changes {name}, and the base ties its embeddings, but which tensors it ties is not known "
+                f"for the model type {config.get('model_type')!r}; merge it with PEFT's merge_and_unload"
+            )
+
+
+def _levels(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    text = config.get("text_config")
+    return [config, text] if isinstance(text, Mapping) else [config]
+
+
+def _declared_ties(config: Mapping[str, Any]) -> list[Any]:
+    return [level.get("tie_word_embeddings") for level in _levels(config)]
+
+
+def find_tie(weights: Mapping[str, Weight], config: Mapping[str, Any]) -> Tie | None:
+    """Embedding and head that share one tensor, or None.
+
+    They do where the config says so, and where a language model's head is not stored at all: saving leaves
+    out what loading ties again, and the key is absent where it has the model's default.
+    """
+    embedding = find_embedding(weights)
+    head = next((name for name in HEADS if name in weights), None)
+    declared = _declared_ties(config)
+    if embedding is None or False in declared:
+        return None
+    architectures = [str(name) for name in config.get("architectures") or ()]
+    has_head = any(
+        name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
+    )
+    if head is None and has_head:
+        return Tie(embedding, "lm_head.weight")
+    return Tie(embedding, head) if head is not None and True in declared else None

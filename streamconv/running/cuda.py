@@ -1,0 +1,239 @@
+"""The engine of a GPU: tiles are brought there, computed and brought back, on a stream each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from streamconv.planning.devices import Device
+from streamconv.planning.plan import DEVICE_TILES, Memory, Rewrite, cell_rows, tile_rows
+from streamconv.running.cells import KeptDelta, WeightWork
+from streamconv.running.engine import AllTickets
+from streamconv.running.streams import Event, Gpu
+from streamconv.running.workers import Inline, Ticket
+
+T = TypeVar("T")
+
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Passed:
+    """A ticket that is due with an event."""
+
+    event: Event
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+@dataclass(slots=True)
+class _Place:
+    """Buffers on the device for one tile, and the events after which they may be overwritten."""
+
+    read: Tensor
+    written: Sequence[Tensor]
+    read_free: Event
+    written_free: Event
+
+
+class CudaEngine:
+    """Tiles are brought to a GPU, computed and brought back, on a stream each, three tiles at a time.
+
+        copy in ──loaded──▶ compute ──computed──▶ copy out ──▶ ticket
+           ▲───── read_free ───┘ ▲────── written_free ───┘
+
+    The host only submits; it waits in tickets and at a weight's end. Where memory runs out, everything in flight is
+    waited for, tiles halve, down to a cell each, then come one at a time; and what had failed is done again.
+    """
+
+    def __init__(self, gpu: Gpu, device: Device, memory: Memory) -> None:
+        self._gpu, self._device = gpu, device
+        self._tile_bytes, self._count = memory.buffer, DEVICE_TILES
+        self._copy_in, self._compute, self._copy_out = gpu.stream(), gpu.stream(), gpu.stream()
+        self._inline = Inline()
+        self._places: list[_Place] = []
+        self._turn = 0
+
+    def host_buffer(self, nbytes: int) -> Tensor:
+        return self._gpu.host_buffer(nbytes)
+
+    def begin(
+        self, step: Rewrite, side: Mapping[str, Tensor], parts: Sequence[Mapping[str, Tensor]], seed: int
+    ) -> WeightWork:
+        def upload(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            return {role: self._gpu.upload(tensor) for role, tensor in tensors.items()}
+
+        def begin() -> WeightWork:
+            there = [upload(update) for update in parts]
+            height = cell_rows(self._device, step.columns)
+            return WeightWork(
+                step, upload(side), there, self._gpu.torch, seed, self._inline, height, defers=True
+            )
+
+        return self._within_memory(lambda: self._compute.ask(begin), [step])
+
+    def reduce(self, raw: Tensor, rows: range, works: Sequence[WeightWork]) -> Ticket:
+        # One work after the other: what one has taken in must not be repeated for want of memory in the next.
+        return AllTickets(
+            [self._in_pieces(raw, rows, [work.step], partial(self._send_reduce, work)) for work in works]
+        )
+
+    def end_reduce(self, works: Sequence[WeightWork]) -> None:
+        self._compute.record().synchronize()
+        for work in works:
+            self._compute.ask(work.end_reduce)
+
+    def rewrite(self, raw: Tensor, rows: range, works: Sequence[tuple[WeightWork, Tensor]]) -> Ticket:
+        steps = [work.step for work, _ in works]
+        return self._in_pieces(raw, rows, steps, partial(self._send_rewrite, works, rows))
+
+    def finish(self, work: WeightWork) -> tuple[tuple[bytes, ...], KeptDelta | None]:
+        self._compute.record().synchronize()
+        return self._within_memory(lambda: self._compute.ask(work.finish), [work.step])
+
+    def synchronize(self) -> None:
+        """Return when all that was submitted is done."""
+        for stream in (self._copy_in, self._compute, self._copy_out):
+            stream.record().synchronize()
+
+    # -- one piece of a tile -------------------------------------------------------------------------------
+
+    def _send_reduce(self, work: WeightWork, part: Tensor, piece: range, place: _Place) -> Ticket:
+        """Have `work` take in the rows `piece`, whose bytes are `part` in host memory."""
+        there, loaded = self._load(part, place)
+        self._compute.submit(lambda: work.reduce(there, piece))
+        place.read_free = self._compute.record()
+        return _Passed(loaded)
+
+    def _send_rewrite(
+        self,
+        works: Sequence[tuple[WeightWork, Tensor]],
+        rows: range,
+        part: Tensor,
+        piece: range,
+        place: _Place,
+    ) -> Ticket:
+        """Have `piece` rewritten, whose bytes are `part` in host memory; results go beside the rest of `rows`."""
+        targets = [_part(out, work.step.encoder.row_offset, rows, piece) for work, out in works]
+        results = [written[: target.numel()] for written, target in zip(place.written, targets, strict=False)]
+
+        def compute() -> None:
+            for (work, _), result in zip(works, results, strict=True):
+                work.rewrite(there, piece, result)
+
+        def copy_out() -> None:
+            for result, target in zip(results, targets, strict=True):
+                self._gpu.copy(result, target)
+
+        there, _ = self._load(part, place)
+        self._compute.wait(place.written_free)
+        self._compute.submit(compute)
+        place.read_free = computed = self._compute.record()
+        self._copy_out.wait(computed)
+        self._copy_out.submit(copy_out)
+        place.written_free = self._copy_out.record()
+        return _Passed(place.written_free)
+
+    def _load(self, part: Tensor, place: _Place) -> tuple[Tensor, Event]:
+        """Bring `part` to `place`; what is computed from now on finds it there."""
+        there = place.read[: part.numel()]
+        self._copy_in.wait(place.read_free)
+        self._copy_in.submit(lambda: self._gpu.copy(part, there))
+        loaded = self._copy_in.record()
+        self._compute.wait(loaded)
+        return there, loaded
+
+    # -- memory of the device ------------------------------------------------------------------------------
+
+    def _in_pieces(self, raw: Tensor, rows: range, steps: Sequence[Rewrite], send: _Send) -> Ticket:
+        """`send` all of `rows`, whose bytes are `raw`, in pieces that there is memory for."""
+        tickets: list[Ticket] = []
+        first = rows.start
+        while first < rows.stop:
+            attempt = partial(self._send_piece, raw, rows, first, steps, send)
+            first, ticket = self._within_memory(attempt, steps)
+            tickets.append(ticket)
+        return AllTickets(tickets)
+
+    def _send_piece(
+        self, raw: Tensor, rows: range, first: int, steps: Sequence[Rewrite], send: _Send
+    ) -> tuple[int, Ticket]:
+        """Where the piece that begins at `first` ends, and its ticket."""
+        count = min(tile_rows(step, self._tile_bytes, self._height(step)) for step in steps)
+        piece = range(first, min(first + count, rows.stop))
+        part = _part(raw, steps[0].weight.decoder.row_offset, rows, piece)
+        return piece.stop, send(part, piece, self._next_place(steps))
+
+    def _next_place(self, steps: Sequence[Rewrite]) -> _Place:
+        size = max(self._tile_bytes, self._cell_bytes(steps))
+        places = self._places
+        if not places or places[0].read.numel() < size or len(places[0].written) < len(steps):
+            self._allocate(size, len(steps))
+        self._turn = (self._turn + 1) % len(self._places)
+        return self._places[self._turn]
+
+    def _allocate(self, size: int, outputs: int) -> None:
+        self.synchronize()
+        self._places.clear()
+
+        def allocate() -> list[Tensor]:
+            return [torch.empty(size, dtype=torch.uint8, device=self._gpu.torch) for _ in range(1 + outputs)]
+
+        buffers = [self._compute.ask(allocate) for _ in range(self._count)]
+        # The allocator may give what was freed by work that is still to be done on this stream, and on no other.
+        now = self._compute.record()
+        self._places = [_Place(read, written, now, now) for read, *written in buffers]
+
+    def _within_memory(self, work: Callable[[], T], steps: Sequence[Rewrite]) -> T:
+        """What `work` answers; it is repeated with ever less memory for tiles while there is not enough."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                failed = error.with_traceback(None)  # whose frames would keep the tensors of the cell
+            if not self._shrink(steps):
+                raise failed
+
+    def _shrink(self, steps: Sequence[Rewrite]) -> bool:
+        """Whether tiles could do with less; if so, their memory is given back."""
+        self.synchronize()
+        self._places.clear()
+        self._gpu.give_back()
+        cell = self._cell_bytes(steps)
+        if self._tile_bytes > cell:
+            self._tile_bytes = max(cell, self._tile_bytes // 2)
+        elif self._count > 1:
+            self._count = 1
+        else:
+            return False
+        _log.info("out of memory on %s: going on with smaller tiles", self._device.name)
+        return True
+
+    def _height(self, step: Rewrite) -> int:
+        return cell_rows(self._device, step.columns)
+
+    def _cell_bytes(self, steps: Sequence[Rewrite]) -> int:
+        """Bytes of one cell, read or written, whichever is more."""
+        return max(
+            offset(min(self._height(step), step.rows))
+            for step in steps
+            for offset in (step.weight.decoder.row_offset, step.encoder.row_offset)
+        )
+
+
+# Bytes in host memory, their rows, and where they go on the device.
+_Send = Callable[[Tensor, range, _Place], Ticket]
+
+
+def _part(tile: Tensor, offset: Callable[[int], int], rows: range, piece: range) -> Tensor:
+    """The bytes of `piece` among those of `rows`."""
+    first = offset(rows.start)
+    return tile[offset(piece.start) - first : offset(piece.stop) - first]

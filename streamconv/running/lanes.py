@@ -1,0 +1,339 @@
+"""Lanes: reader, compute and writer threads, and the run that owns them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from streamconv.checkpoint.reader import TensorReader, tensor_bytes
+from streamconv.checkpoint.types import StoredTensor
+from streamconv.errors import ResourceError, Stopped
+from streamconv.formats.base import Constant, Weight
+from streamconv.formats.rows import StoredRows, runs
+from streamconv.planning.plan import (
+    SLOTS,
+    WEIGHTS_HELD,
+    Access,
+    Copy,
+    Memory,
+    Rewrite,
+    cell_rows,
+    tile_rows,
+)
+from streamconv.progress import StopRequest
+from streamconv.running.cells import KeptDelta
+from streamconv.running.engine import Engine
+from streamconv.running.messages import (
+    BeginWeight,
+    Chunk,
+    Computed,
+    EndWeight,
+    Halt,
+    LaneClosed,
+    Lines,
+    Pipe,
+    Reduced,
+    ShardEvent,
+    Slot,
+    Tile,
+    ToCompute,
+    ToWriter,
+    WeightDone,
+)
+from streamconv.running.opened import OpenWeight, begin_weight
+from streamconv.running.schedule import Begin, Cursor, End, Todo, walk
+from streamconv.running.sink import Output, Sink
+from streamconv.running.workers import DONE
+
+# How long a stop request may wait for the weight in work to end, so that no work is lost.
+GRACE_S = 5.0
+
+
+class Run:
+    """All lanes of a run, the first error of any thread, and what has been written."""
+
+    def __init__(
+        self, outputs: Sequence[Output], memory: Memory, engines: Sequence[Engine], stop: StopRequest
+    ) -> None:
+        self.device, self.stop = outputs[0].plan.device, stop
+        self.errors: list[BaseException] = []
+        self.written: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        cursors = [Cursor(output.plan, output.starts) for output in outputs]
+        self.lanes = [
+            Lane(self, outputs, cursors, memory, engine, number) for number, engine in enumerate(engines)
+        ]
+
+    def run(self, on_progress: Callable[[int], None]) -> None:
+        threads = [thread for lane in self.lanes for thread in lane.threads]
+        for thread in threads:
+            thread.start()
+        try:
+            self._report(on_progress, len(threads))
+        except BaseException as error:  # of the caller's own function, or Ctrl-C
+            self.fail(error)
+        finally:  # no thread may outlive the files it works on
+            self._join(threads)
+        if self.errors:
+            raise self._told(self.errors[0])
+        if any(lane.halted for lane in self.lanes):
+            assert self.stop.signal_number is not None
+            raise Stopped("stopped by a signal; run the same command again to go on", self.stop.signal_number)
+
+    def fail(self, error: BaseException) -> None:
+        self.errors.append(error)
+        for lane in self.lanes:
+            lane.closed.set()
+
+    def guarded(self, work: Callable[[], None]) -> None:
+        try:
+            torch.set_num_threads(1)  # a thread's own setting, as in `Workers`
+            work()
+        except LaneClosed:
+            pass
+        except BaseException as error:  # run() raises it in the calling thread
+            self.fail(error)
+        finally:
+            self.written.put(None)
+
+    def _report(self, on_progress: Callable[[int], None], threads: int) -> None:
+        while threads:
+            nbytes = self.written.get()
+            if nbytes is None:
+                threads -= 1
+            elif not self.errors:
+                on_progress(nbytes)
+
+    def _join(self, threads: Sequence[threading.Thread]) -> None:
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException as error:  # Ctrl-C, once more
+            self.fail(error)
+            for thread in threads:
+                thread.join()
+
+    def _told(self, error: BaseException) -> BaseException:
+        if not isinstance(error, torch.OutOfMemoryError):
+            return error
+        told = ResourceError(
+            f"{self.device.name} ran out of memory: {str(error).splitlines()[0]} Give it a smaller --max-vram, "
+            "free some memory, or use --device cpu, and run again"
+        )
+        told.__cause__ = error
+        return told
+
+
+class Lane:
+    """Three threads, the slots that go round between them, and the sinks they fill."""
+
+    def __init__(
+        self,
+        run: Run,
+        outputs: Sequence[Output],
+        cursors: Sequence[Cursor],
+        memory: Memory,
+        engine: Engine,
+        number: int,
+    ) -> None:
+        self.run, self.outputs, self.cursors, self.engine = run, outputs, cursors, engine
+        self.memory = memory
+        self.halted = False
+        self.closed = threading.Event()  # nothing more will be done, and who waits for another thread may go
+        self.free: Pipe[Slot] = Pipe(0, self.closed)
+        for _ in range(SLOTS):
+            read = engine.host_buffer(memory.buffer)
+            written = [engine.host_buffer(memory.buffer) for _ in outputs]
+            self.free.put(Slot(read, written, self.free.put))
+        # Of small weights, many tiles fit the slots; their side parts and adapters must not pile up.
+        self.places: Pipe[None] = Pipe(0, self.closed)
+        for _ in range(WEIGHTS_HELD):
+            self.places.put(None)
+        self.to_compute: Pipe[ToCompute] = Pipe(SLOTS, self.closed)
+        self.to_writer: Pipe[ToWriter] = Pipe(SLOTS, self.closed)
+        suffix = f"-{number}" if memory.lanes > 1 else ""
+        self.threads = [
+            threading.Thread(target=run.guarded, args=(work,), name=f"streamconv-{name}{suffix}", daemon=True)
+            for name, work in (("reader", self.read), ("compute", self.compute), ("writer", self.write))
+        ]
+
+    # -- reader thread -------------------------------------------------------------------------------------
+
+    def read(self) -> None:
+        with TensorReader() as reader:
+            for unit in walk(self.cursors):
+                self._read_unit(reader, unit)
+            reader.check_unchanged()
+        self.to_compute.put(Halt())
+
+    def _read_unit(self, reader: TensorReader, unit: Mapping[int, Begin | End | Todo]) -> None:
+        rewrites: dict[int, Rewrite] = {}
+        copies: dict[int, tuple[Copy, int]] = {}
+        for output, event in unit.items():
+            match event:
+                case Begin() | End():
+                    self.to_compute.put(ShardEvent(output, event))
+                case Todo(Constant() as step):
+                    self.to_compute.put(ShardEvent(output, step))
+                case Todo(Copy() as step, done):
+                    copies[output] = (step, done)
+                case Todo(Rewrite() as step):
+                    rewrites[output] = step
+        if rewrites:
+            # Tiles of a weight that the file has in another order than by rows are not the file's bytes.
+            is_by_rows = next(iter(rewrites.values())).weight.decoder.order is None
+            self._read_weight(reader, rewrites, tuple(copies) if is_by_rows else ())
+            if is_by_rows:
+                return
+        if copies:
+            step, done = next(iter(copies.values()))
+            self._read_copy(reader, step.tensor, done, tuple(copies))
+
+    def _read_copy(
+        self, reader: TensorReader, tensor: StoredTensor, done: int, outputs: tuple[int, ...]
+    ) -> None:
+        for first in range(done, tensor.nbytes, self.memory.buffer):
+            nbytes = min(self.memory.buffer, tensor.nbytes - first)
+            slot = self.free.get()
+            reader.read_into(tensor, first, tensor_bytes(slot.read[:nbytes]))
+            reader.drop_cache(tensor, first, nbytes)
+            self.to_compute.put(Chunk(slot, nbytes, outputs))
+
+    def _read_weight(
+        self, reader: TensorReader, steps: Mapping[int, Rewrite], copies: tuple[int, ...]
+    ) -> None:
+        weight = next(iter(steps.values())).weight
+        self.places.get()
+        self.to_compute.put(begin_weight(reader, steps))
+        height = cell_rows(self.run.device, next(iter(steps.values())).columns)
+        rows = min(tile_rows(step, self.memory.buffer, height) for step in steps.values())
+        count = next(iter(steps.values())).rows
+        twice = any(step.access is not Access.ROW for step in steps.values())
+        stored = self._stored_rows(reader, weight)
+        for reduces in (True, False) if twice else (False,):
+            for first in range(0, count, rows):
+                tile = range(first, min(first + rows, count))
+                slot, nbytes = self.free.get(), stored.nbytes(tile)
+                stored.read_into(tile, slot.read[:nbytes])
+                if not reduces:
+                    stored.drop_cache(tile)
+                self.to_compute.put(Tile(tile, slot, nbytes, reduces, copies))
+        for output, step in steps.items():
+            if step.encoder.order is not None:
+                for lines in runs(step.encoder.order, self.memory.buffer):
+                    self.to_compute.put(Lines(self.free.get(), output, lines))
+        self.to_compute.put(EndWeight(copies))
+
+    def _stored_rows(self, reader: TensorReader, weight: Weight) -> StoredRows:
+        if weight.decoder.order is None:
+            return StoredRows(reader, weight)
+        slot = self.free.get()
+        stored = StoredRows(reader, weight, slot.read)
+        self.free.put(slot)
+        return stored
+
+    # -- computing thread ----------------------------------------------------------------------------------
+
+    def compute(self) -> None:
+        weight: OpenWeight | None = None
+        asked_at: float | None = None
+        at_boundary = True
+        while True:
+            if self.run.stop.signal_number is not None:
+                asked_at = asked_at or time.monotonic()
+                if at_boundary or time.monotonic() - asked_at > GRACE_S:
+                    self.halted = True
+                    self.to_writer.put(Halt(early=True))
+                    return
+            message = self.to_compute.get()
+            at_boundary = not isinstance(message, BeginWeight | Tile | Lines)
+            match message:
+                case ShardEvent() | Chunk():
+                    self.to_writer.put(message)
+                case BeginWeight():
+                    weight = OpenWeight(message, self.engine, self.outputs)
+                case Tile():
+                    assert weight is not None
+                    self._compute_tile(weight, message)
+                case Lines(slot, output, lines):
+                    assert weight is not None
+                    piece = weight.turn(output, lines, slot.written[output])
+                    self.to_writer.put(Computed(slot, DONE, [(output, piece)]))
+                case EndWeight(copies):
+                    assert weight is not None
+                    nothing: tuple[tuple[bytes, ...], Mapping[str, KeptDelta]] = ((), {})
+                    self.to_writer.put(WeightDone({**weight.finish(), **dict.fromkeys(copies, nothing)}))
+                    weight = None
+                case Halt():
+                    self.to_writer.put(message)
+                    return
+                case _:
+                    assert_never(message)
+
+    def _compute_tile(self, weight: OpenWeight, tile: Tile) -> None:
+        slot, raw = tile.slot, tile.slot.read[: tile.nbytes]
+        if tile.reduces:
+            self.to_writer.put(Reduced(slot, weight.reduce(raw, tile.rows)))
+            return
+        ticket, pieces = weight.rewrite(raw, tile.rows, slot.written)
+        pieces += [(output, raw) for output in tile.copies]
+        self.to_writer.put(Computed(slot, ticket, pieces) if pieces else Reduced(slot, ticket))
+
+    # -- writer thread -------------------------------------------------------------------------------------
+
+    def write(self) -> None:
+        sinks = [output.open_sink() for output in self.outputs]
+        try:
+            while not isinstance(message := self.to_writer.get(), Halt):
+                self._write(sinks, message)
+            for sink in sinks:
+                if message.early:
+                    sink.halt()
+                sink.drain()
+        finally:
+            self.closed.set()
+            for sink in sinks:
+                sink.close()
+
+    def _write(
+        self, sinks: Sequence[Sink], message: ShardEvent | Chunk | Computed | Reduced | WeightDone
+    ) -> None:
+        match message:
+            case ShardEvent(output, Begin(shard)):
+                sinks[output].begin(shard)
+            case ShardEvent(output, End()):
+                sinks[output].end()
+            case ShardEvent(output, Constant(_, content)):
+                self._write_small(sinks[output], (content,))
+                sinks[output].boundary({})
+            case Chunk(slot, nbytes, outputs):
+                self._write_pieces(sinks, slot, [(output, slot.read[:nbytes]) for output in outputs])
+                for output in outputs:
+                    sinks[output].boundary({})
+            case Computed(slot, ticket, pieces):
+                ticket.wait()
+                self._write_pieces(sinks, slot, pieces)
+            case Reduced(slot, ticket):
+                ticket.wait()
+                self.free.put(slot)
+            case WeightDone(results):
+                for output, (tail, sums) in results.items():
+                    self._write_small(sinks[output], tail)
+                    sinks[output].boundary(sums)
+                self.places.put(None)
+
+    def _write_pieces(self, sinks: Sequence[Sink], slot: Slot, pieces: Sequence[tuple[int, Tensor]]) -> None:
+        slot.hold(len(pieces))
+        for output, piece in pieces:
+            sinks[output].write(tensor_bytes(piece), slot.release)
+            self.run.written.put(piece.numel())
+
+    def _write_small(self, sink: Sink, parts: Sequence[bytes]) -> None:
+        for part in parts:
+            sink.write(memoryview(part), lambda: None)
+            self.run.written.put(len(part))
