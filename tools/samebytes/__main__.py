@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import sys
 import tempfile
 import time
@@ -82,7 +83,12 @@ def _work_folder(keep: Path | None, commit: str) -> Iterator[Path]:
     if keep is not None:
         folder = keep.resolve() / key_of(commit)
         folder.mkdir(parents=True, exist_ok=True)
-        yield folder
+        with (folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                sys.exit(f"{folder} is in use by another run; wait for it, or give another --keep")
+            yield folder
         return
     with tempfile.TemporaryDirectory(prefix="same-bytes-") as made:
         yield Path(made)

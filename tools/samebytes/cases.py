@@ -242,7 +242,7 @@ def _faq() -> list[Case]:
     two = {"ignore": ["re:.*layers[.][2-5][.].*"]}
     small = {"quant": "nf4-dq", "max_shard_size": "1MB", "max_ram": "120MiB"}
     light, heavy = "faq-kjv-light", "faq-kjv-heavy"
-    cases = [
+    cases: list[tuple[str, str, dict[str, Any]]] = [
         ("16 bit", heavy, {}),
         ("nf4-dq", light, {"quant": "nf4-dq", "merge_base": "nf4-dq"}),
         ("also", heavy, {"also": ["int8", "w4a16", "gptq", "awq"], "max_ram": "200MiB"}),

@@ -11,6 +11,7 @@ from tools.samebytes.cases import Case
 from tools.samebytes.trees import compare
 
 GOOD = ("same", "refused")
+NAMED = 3
 
 Answers = Mapping[str, Mapping[str, Any]]
 
@@ -44,9 +45,9 @@ def judge(case: Case, work: Path, now: Answers, rev: Answers) -> Row:
     found = compare(work / "now" / case.name, work / "rev" / case.name)
     if not found.files:
         return Row(case.name, 0, 0, "FAILED", "nothing was written")
-    return Row(
-        case.name, found.files, found.nbytes, "DIFFERS" if found.found else "same", "; ".join(found.found)
-    )
+    more = f"; {len(found.found) - NAMED} more files" if len(found.found) > NAMED else ""
+    what = "; ".join(found.found[:NAMED]) + more
+    return Row(case.name, found.files, found.nbytes, "DIFFERS" if found.found else "same", what)
 
 
 def _judge_refusal(case: Case, ours: str, theirs: str, by_both: bool) -> Row:

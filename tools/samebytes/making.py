@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -68,12 +69,14 @@ def make_all(cases: Sequence[Case], commit: str, work: Path, tell: Tell) -> tupl
         for process in processes:
             process.wait()
     rev = kept | (_read(work / "rev.json") if missing else {})
-    (work / "kept.json").write_text(json.dumps(rev))
+    lasting = {name: answer for name, answer in rev.items() if answer["outcome"] != "failed"}
+    (work / "kept.json").write_text(json.dumps(lasting))
     return _read(work / "now.json"), {case.name: rev[case.name] for case in cases if case.name in rev}
 
 
 def make_inputs(tree: Path, work: Path, tell: Tell) -> None:
     """Models, adapters and texts; quantized models are made of the tiny one by the tree of REV."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here needs
     from tools.samebytes import inputs  # takes seconds: transformers
 
     shutil.rmtree(work / "inputs", ignore_errors=True)
@@ -102,7 +105,7 @@ def _worker(tree: Path, cases: Sequence[Case], work: Path, name: str) -> Iterato
         shutil.rmtree(outputs / case.name, ignore_errors=True)
     jobs.write_text(json.dumps([case.job() for case in cases]))
     answers.unlink(missing_ok=True)
-    command = [sys.executable, str(HERE / "worker.py"), *map(str, (tree, outputs, jobs, answers))]
+    command = [sys.executable, "-P", str(HERE / "worker.py"), *map(str, (tree, outputs, jobs, answers))]
     log = work / f"{name}.log"
     with (
         log.open("wb") as said,

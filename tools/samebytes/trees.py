@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,53 +52,51 @@ def _hash(path: Path) -> str:
 
 
 def _version(folder: Path) -> str:
-    """The version that wrote a folder, by the first manifest in it."""
-    for path in sorted(folder.rglob(MANIFEST)):
-        return str(json.loads(path.read_text()).get(VERSION))
-    return ""
+    """The version that wrote a folder, by its manifest; empty where there is none that can be read."""
+    try:
+        return str(json.loads((folder / MANIFEST).read_text())[VERSION])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 def _places(path: Path, reference: Path, versions: tuple[str, str]) -> str:
-    """Where two files differ, shortened; empty if they do not but for versions."""
-    if path.suffix == ".json":
-        try:
-            ours, theirs = (json.loads(each.read_text()) for each in (path, reference))
-        except ValueError:
-            return "bytes"
-        if versions[0] != versions[1]:
-            ours, theirs = _without(ours, versions[0], path.name), _without(theirs, versions[1], path.name)
-        elif ours == theirs:
-            return "the same values, written otherwise"
-        return _shorten(list(_keys(ours, theirs, "")))
-    if path.suffix == ".safetensors":
-        return _shorten(_tensors(path, reference))
-    content = [each.read_bytes() for each in (path, reference)]
-    lines = zip(*(each.splitlines() for each in content), strict=False)
+    """Where two files that are not the same differ, shortened; empty if they do not but for versions."""
+    try:
+        if path.suffix == ".json":
+            ours, theirs = (_neutral(*each) for each in zip((path, reference), versions, strict=True))
+            return _shorten(_json_places(ours, theirs, path.name == MANIFEST and versions[0] != versions[1]))
+        if path.suffix == ".safetensors":
+            return _shorten(_tensors(path, reference))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return "bytes; one of the two cannot be read"
+    lines = zip(path.read_bytes().splitlines(), reference.read_bytes().splitlines(), strict=False)
     number = next((number for number, (ours, theirs) in enumerate(lines, 1) if ours != theirs), None)
     return f"line {number}" if number else "length"
+
+
+def _neutral(path: Path, version: str) -> str:
+    """The text of a JSON file with the version that wrote it replaced."""
+    text = path.read_text()
+    if not version:
+        return text
+    for written in (f'"{VERSION}": "{version}"', f'"{VERSION}:{version}"'):
+        text = text.replace(written, written.replace(version, "VERSION"))
+    return text
+
+
+def _json_places(ours: str, theirs: str, by_versions: bool) -> list[str]:
+    """Keys that differ; `by_versions`: the file is a manifest, and those that follow from versions are left aside."""
+    if ours == theirs:
+        return []
+    found = list(_keys(json.loads(ours), json.loads(theirs), ""))
+    if by_versions:
+        return [key for key in found if key.split(".")[0] not in FOLLOW_FROM_VERSIONS]
+    return found or ["the same values, written otherwise"]
 
 
 def _shorten(places: list[str]) -> str:
     more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
     return ", ".join(places[:NAMED]) + more
-
-
-def _without(value: Any, version: str, name: str) -> Any:
-    """JSON with versions of streamconv replaced, and without that of a manifest which follows from them."""
-    if name == MANIFEST and isinstance(value, dict):
-        value = {key: each for key, each in value.items() if key not in FOLLOW_FROM_VERSIONS}
-    return _neutral(value, version)
-
-
-def _neutral(value: Any, version: str) -> Any:
-    if isinstance(value, Mapping):
-        return {
-            key: "VERSION" if key == VERSION and each == version else _neutral(each, version)
-            for key, each in value.items()
-        }
-    if isinstance(value, list):
-        return [_neutral(each, version) for each in value]
-    return "VERSION" if value == f"{VERSION}:{version}" else value
 
 
 def _keys(ours: Any, theirs: Any, path: str) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Makes the outputs of a list of jobs with the streamconv of one tree, in one process.
 
-    PYTHONPATH=TREE python worker.py TREE OUTPUTS JOBS.json ANSWERS.json
+    PYTHONPATH=TREE python -P worker.py TREE OUTPUTS JOBS.json ANSWERS.json
 
 It runs as a file, beside no package, so that nothing of another tree can be imported; and it uses what the project
 promises to keep alone: `merge()`, `convert()` and the command line.
@@ -116,7 +116,7 @@ def _without_numba(streamconv: Any, tree: Path, job: Job) -> None:
 
 
 def _in_process(tree: Path, job: Job, how: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(Path(__file__).resolve()), how, str(tree), json.dumps(job)]
+    command = [sys.executable, "-P", str(Path(__file__).resolve()), how, str(tree), json.dumps(job)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
