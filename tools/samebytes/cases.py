@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from tools.samebytes.inputs import FAQ_TEXT
-
+FAQ_TEXT = "kjv.calibration.txt"
 Way = Literal["call", "command line", "killed", "without numba"]
 
 # As in the registries of the project; written out, because they have to fit the tree of REV, too.

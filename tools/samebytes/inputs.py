@@ -24,6 +24,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
+from tools.samebytes.cases import FAQ_TEXT
+
 # Rows are several cells of 64 and a part of one; 224 is a whole number of groups of 32, not of 64 or 128.
 VOCABULARY = 300
 SIZES: dict[str, Any] = {
@@ -164,7 +166,6 @@ ADAPTERS: Mapping[str, Adapter] = {
     "square-experts": Adapter("square-moe", {"target_modules": [], "target_parameters": EXPERTS}),
 }
 FAQ_ADAPTERS = ("faq-kjv-light", "faq-kjv-heavy")
-FAQ_TEXT = "kjv.calibration.txt"
 
 
 def make_inputs(folder: Path, data: Path) -> None:

@@ -45,7 +45,7 @@ def judge(case: Case, work: Path, now: Answers, rev: Answers) -> Row:
     found = compare(work / "now" / case.name, work / "rev" / case.name)
     if not found.files:
         return Row(case.name, 0, 0, "FAILED", "nothing was written")
-    more = f"; {len(found.found) - NAMED} more files" if len(found.found) > NAMED else ""
+    more = f"; {len(found.found) - NAMED} further files" if len(found.found) > NAMED else ""
     what = "; ".join(found.found[:NAMED]) + more
     return Row(case.name, found.files, found.nbytes, "DIFFERS" if found.found else "same", what)
 

@@ -17,7 +17,7 @@ from typing import Any
 MANIFEST = "streamconv.json"
 VERSION = "streamconv"
 FOLLOW_FROM_VERSIONS = ("digest", "files")
-NAMED = 3
+NAMED = 1
 
 
 @dataclass(frozen=True, slots=True)
