@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from streamconv.adapters import ADAPTERS
-from streamconv.choices import can_calibrate
 from streamconv.dtypes import DENSE
+from streamconv.equalization import RESCALINGS
 from streamconv.formats import FORMATS
-from streamconv.rescaling import RESCALINGS
+from streamconv.planning.choices import can_calibrate
 from streamconv.rounding import ROUNDINGS
 from tools.samebytes import __main__ as tool
 from tools.samebytes import inputs
