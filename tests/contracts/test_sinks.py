@@ -24,15 +24,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from streamconv import output
-from streamconv.cells import KeptDelta
 from streamconv.errors import StreamconvError, VerificationError
-from streamconv.executor import Sink
-from streamconv.journal import Journal
-from streamconv.output import ShardSink, resume_points
+from streamconv.output import sink as sink_module
+from streamconv.output.journal import Journal
+from streamconv.output.sink import ShardSink, resume_points
+from streamconv.output.verifier import ComparingSink
 from streamconv.pipeline import Job, prepare
-from streamconv.plan import MergeOptions, Plan, ShardPlan
-from streamconv.verifier import ComparingSink
+from streamconv.planning.plan import MergeOptions, Plan, ShardPlan
+from streamconv.running.cells import KeptDelta
+from streamconv.running.sink import Sink
 from tests.contracts.implementations import implementations
 from tests.models import Sizes, write_base
 
@@ -331,7 +331,7 @@ def test_what_goes_wrong_is_told_by_the_time_it_is_drained(
 def often() -> Iterator[None]:
     """How far a shard is, is noted every few weights of these tests."""
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(output, "WATERMARK_BYTES", WATERMARK_BYTES)
+        patches.setattr(sink_module, "WATERMARK_BYTES", WATERMARK_BYTES)
         yield
 
 

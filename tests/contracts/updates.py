@@ -23,11 +23,11 @@ from streamconv.adapters.base import Adapter, Parameter, Update, WholeUpdate
 from streamconv.adapters.source import MoeLayout
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import Shape, StoredTensor
+from streamconv.equalization.scaling import COLUMNS as SCALES_OF_COLUMNS
+from streamconv.equalization.scaling import ROWS as SCALES_OF_ROWS
+from streamconv.equalization.scaling import Scaling
 from streamconv.errors import AdapterError
 from streamconv.formats.base import matrix_shape
-from streamconv.rescaling.scaling import COLUMNS as SCALES_OF_COLUMNS
-from streamconv.rescaling.scaling import ROWS as SCALES_OF_ROWS
-from streamconv.rescaling.scaling import Scaling
 from streamconv.storage import open_storage
 
 Tensors = Mapping[str, Tensor]
