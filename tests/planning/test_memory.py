@@ -37,7 +37,7 @@ from streamconv.planning.plan import DEVICE_TILES, SLOTS, Memory, MergeOptions, 
 from streamconv.progress import anonymous_bytes
 from tests.models import Sizes, write_adapter, write_base
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MIB = 2**20
 CPU, GPU = Device("cpu", "CPU"), Device("cuda:0", "GPU")
 
