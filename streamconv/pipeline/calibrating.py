@@ -15,11 +15,12 @@ from pathlib import Path
 from streamconv.calibration.subject import Calibrated, Subject
 from streamconv.checkpoint.config import edit_config
 from streamconv.errors import InputError, OptionError, ResourceError
+from streamconv.options import Calibration
 from streamconv.output.journal import make_folder
 from streamconv.output.verifier import hash_file
 from streamconv.planning.base import Base
 from streamconv.planning.calibration import CalibrationFacts
-from streamconv.planning.plan import Calibration, Plan
+from streamconv.planning.plan import Plan
 from streamconv.progress import StopRequest
 from streamconv.sizes import format_size
 from streamconv.storage.data_sets import DataSet, data_set_of, pinned

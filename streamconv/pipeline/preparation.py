@@ -13,6 +13,7 @@ from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.index import read_index
 from streamconv.errors import InputError
 from streamconv.formats import find_weights
+from streamconv.options import Job
 from streamconv.output.manifest import MANIFEST
 from streamconv.output.publish import CONFIG, INDEX
 from streamconv.output.recipe import RECIPE
@@ -23,7 +24,7 @@ from streamconv.output.sidecars import (
     files_to_copy,
 )
 from streamconv.pipeline.calibrating import read_grounds, with_need
-from streamconv.pipeline.job import Job, parse_moe_layout
+from streamconv.pipeline.job import parse_moe_layout
 from streamconv.planning.base import Base, read_base
 from streamconv.planning.calibration import CalibrationFacts
 from streamconv.planning.choices import options_alone

@@ -16,6 +16,7 @@ from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.errors import InputError, OptionError, VerificationError
 from streamconv.formats import find_weights
+from streamconv.options import Calibration, Folder, Job, MergeOptions
 from streamconv.output.journal import CALIBRATION, RESCALING
 from streamconv.output.manifest import MANIFEST
 from streamconv.output.sidecars import RESIDUAL_TENSORS
@@ -27,11 +28,10 @@ from streamconv.output.verifier import (
     verify_output,
 )
 from streamconv.pipeline.calibrating import calibrate, rescale
-from streamconv.pipeline.job import Folder, Job, output_folder
+from streamconv.pipeline.job import output_folder
 from streamconv.pipeline.preparation import Prepared, prepare
 from streamconv.pipeline.residual import make_residual
 from streamconv.planning.calibration import CalibrationFacts
-from streamconv.planning.plan import Calibration, MergeOptions
 from streamconv.progress import Meter, OnProgress, StopRequest, quiet
 from streamconv.running.workers import Workers
 from streamconv.storage.local import open_folder
@@ -220,33 +220,11 @@ def _job_of(
     return Job(
         base,
         adapter,
-        MergeOptions(
-            quant=options["quant"],
-            dtype=options["dtype"],
-            rounding=options["rounding"] or "auto",
-            merge_base=options["merge_base"],
-            group_size=options.get("group_size"),
-            seed=options["seed"],
-            ignore=tuple(options["ignore"]),
-            moe_layout=options.get("moe_layout", "auto"),
-            max_shard_bytes=options["max_shard_bytes"],
-            calibration=None if text is None else _calibration_of(text, calibration),
+        MergeOptions.from_json(
+            {**options, "rounding": options["rounding"] or "auto"},
+            None if text is None else Calibration.from_json(text, calibration),
         ),
         device,
-    )
-
-
-def _calibration_of(text: Mapping[str, Any], data: str | None) -> Calibration:
-    feedback = text["options"] or {}
-    return Calibration(
-        data=data or text["name"],
-        tokens=text["tokens"],
-        sequence_length=text["sequence_length"],
-        preserve_delta=feedback.get("preserve_delta"),
-        threads=text["threads"],
-        gradient_tokens=text["gradient_tokens"],
-        residual_rank=feedback.get("residual_rank", 0),
-        rescale=text.get("rescale", "none"),
     )
 
 

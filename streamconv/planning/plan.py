@@ -19,6 +19,7 @@ from streamconv.equalization.pairs import Rescaling
 from streamconv.equalization.scaling import Scaling
 from streamconv.formats.base import CELL_ROWS, Constant, Encoder, Weight, matrix_shape
 from streamconv.kernels import kernels_for
+from streamconv.options import MergeOptions
 from streamconv.planning.devices import Device
 from streamconv.rounding.base import Rounding
 from streamconv.rounding.feedback import FeedbackOptions
@@ -46,49 +47,6 @@ class Access(StrEnum):
     REDUCE_THEN_ROW = "reduce-then-row"
     WHOLE = "whole"  # read twice, too, and held between
     CALIBRATED = "calibrated"
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """What is asked of a calibration; names as on the command line, but for `data`, which is `--calibration`.
-
-    None stands for what is chosen when planning: `sequence_length` by the model's positions, `preserve_delta` as
-    feedback's default is, `threads` by the machine. `gradient_tokens` tell what each output counts for the model; with
-    0, all alike. `residual_rank`: of the adapter that repairs what errors are left; 0 for none. `rescale`: which scales
-    weights are given in pairs before they are rounded.
-    """
-
-    data: str
-    tokens: int = 65536
-    sequence_length: int | None = None
-    preserve_delta: float | None = None
-    threads: int | None = None
-    gradient_tokens: int = 0
-    residual_rank: int = 0
-    rescale: str = "none"
-
-
-@dataclass(frozen=True, slots=True)
-class MergeOptions:
-    """The options of `merge` and `convert` that planning and execution use; names as on the command line.
-
-    `group_size`: None stands for the largest, up to the format's own 128, that most weights' rows are whole groups of,
-    or for that of a base that keeps its format.
-    """
-
-    quant: str = "keep"
-    dtype: str = "auto"
-    rounding: str = "auto"
-    merge_base: str = "original"
-    group_size: int | None = None
-    seed: int = 0
-    min_kept: float | None = None
-    ignore: tuple[str, ...] = ()
-    moe_layout: str = "auto"
-    calibration: Calibration | None = None
-    max_ram_bytes: int = 2**30
-    max_vram_bytes: int = 2**31
-    max_shard_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

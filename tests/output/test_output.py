@@ -14,6 +14,7 @@ import pytest
 from streamconv.checkpoint import writer as writer_module
 from streamconv.checkpoint.writer import ShardWriter
 from streamconv.errors import CheckpointError, OutputError, ResourceError
+from streamconv.options import MergeOptions
 from streamconv.output import place
 from streamconv.output import sink as sink_module
 from streamconv.output.journal import Journal, Watermark
@@ -22,7 +23,7 @@ from streamconv.output.publish import publish_output
 from streamconv.output.sidecars import CHAT_TEMPLATES
 from streamconv.output.sink import ShardSink, resume_points
 from streamconv.pipeline import Job, prepare
-from streamconv.planning.plan import MergeOptions, Plan, ShardPlan
+from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.running.cells import KeptDelta
 from streamconv.storage import open_storage
 from tests.models import Sizes, write_base

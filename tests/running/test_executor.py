@@ -23,8 +23,9 @@ from torch import Tensor
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import CheckpointError, InputError, ResourceError, Stopped
+from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, prepare
-from streamconv.planning.plan import SLOTS, WEIGHTS_HELD, Access, Memory, MergeOptions, Plan, ShardPlan
+from streamconv.planning.plan import SLOTS, WEIGHTS_HELD, Access, Memory, Plan, ShardPlan
 from streamconv.progress import StopRequest
 from streamconv.running import lanes, messages, opened
 from streamconv.running.cells import KeptDelta, WeightWork
