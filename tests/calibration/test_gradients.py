@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen2MoeConfig
 from streamconv.calibration import layers as walk
 from streamconv.calibration.gradients import Gradients, shrunk_moments
 from streamconv.calibration.layer_files import LayerFiles
-from streamconv.calibration.need import calibration_need
+from streamconv.calibration.need import calibrating_need
 from streamconv.errors import Stopped
 from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.pipeline import merge
@@ -208,7 +208,7 @@ def test_progress_and_disk_are_as_planned(folder: Path, whole: dict[str, bytes],
         used.append(sum(path.stat().st_size for path in tmp_path.iterdir()))
 
     subject = subject_in(folder, gradients=TOKENS)
-    need = calibration_need(subject)
+    need = calibrating_need(subject)
     calibrated(subject, tmp_path, look)
     assert [done for done, _ in said] == sorted(done for done, _ in said)
     assert said[-1] == (need.read, need.read)
