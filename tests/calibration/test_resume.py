@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamconv.calibration import layers as walk
 from streamconv.calibration.kept_inputs import KeptInputs
 from streamconv.calibration.layer_files import LayerFiles
 from streamconv.calibration.need import calibrating_need
@@ -92,7 +91,7 @@ def test_a_finished_one_is_read(
     folder: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = calibrated(subject_in(folder), folder / "whole")
-    monkeypatch.setattr(walk, "_Layer", None)
+    monkeypatch.setattr(LayerFiles, "streams", None)
     assert calibrated(subject_in(folder), folder / "whole") == before
     assert not [path for path in (folder / "whole").iterdir() if path.suffix not in (".json", ".safetensors")]
 
