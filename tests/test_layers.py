@@ -41,6 +41,8 @@ DOORS = {
     "evaluation/__init__.py": "transformers is an extra",
     "kernels/__init__.py": "numba may be missing, and costs memory that a merge in 16 bit does not need",
     "pipeline/calibrating.py": "transformers is an extra",
+    "pipeline/passes/calibrate.py": "transformers is an extra",
+    "pipeline/passes/rescale.py": "transformers is an extra",
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 KEYWORDS = {name for name, value in vars(options).items() if is_typeddict(value)}

@@ -16,6 +16,7 @@ from streamconv.output.manifest import MANIFEST, Kept, manifest
 from streamconv.output.publish import CONFIG, INDEX
 from streamconv.output.recipe import RECIPE, write_recipe
 from streamconv.output.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, RESIDUAL_TENSORS
+from streamconv.pipeline.passes import Passed, calibrate, rescale
 from streamconv.pipeline.preparation import Prepared
 from streamconv.pipeline.residual import ResidualAdapter
 from streamconv.planning.plan import Plan
@@ -25,8 +26,7 @@ def generated_files(
     prepared: Prepared,
     hashes: Mapping[str, str],
     kept: Kept | None,
-    calibrated: Mapping[str, Mapping[str, float]],
-    rescaled: Mapping[str, Mapping[str, float]],
+    passed: Passed,
     residual: ResidualAdapter | None,
 ) -> Mapping[str, bytes]:
     """The small files of the output, in the order they appear."""
@@ -40,6 +40,7 @@ def generated_files(
         loaded[RESIDUAL_CONFIG] = residual.config
         told = residual.as_json()
     large = {RESIDUAL_TENSORS: residual.entry} if residual else {}
+    calibrated, rescaled = passed.notes(calibrate.NAME), passed.notes(rescale.NAME)
     written = manifest(plan, hashes, kept, calibrated, rescaled, told, loaded, large)
     contents = {INDEX: _index(plan), MANIFEST: written, **loaded}
     if prepared.job.card:

@@ -117,7 +117,7 @@ def test_free_space_is_compared_with_what_is_still_to_be_taken(
     out: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = [shard.size for shard in plan.shards]
-    spare = place._SPARE_DISK_BYTES
+    spare = place.SPARE_DISK_BYTES
     with opened(out, plan) as journal:
         # Half made: what it has reserved needs no space a second time.
         ShardWriter.create(journal.partial(plan.shards[0].name), plan.shards[0].header, sizes[0]).close()
@@ -136,7 +136,7 @@ def test_a_sparse_partial_file_has_taken_nothing(
     out: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard = plan.shards[0]
-    monkeypatch.setattr(place, "free_bytes", lambda path: place._SPARE_DISK_BYTES + shard.size - 1)
+    monkeypatch.setattr(place, "free_bytes", lambda path: place.SPARE_DISK_BYTES + shard.size - 1)
     with opened(out, plan) as journal:
         with journal.partial(shard.name).open("wb") as file:
             file.truncate(shard.size)
