@@ -23,7 +23,7 @@ from streamconv.planning import plan as plans
 from streamconv.planning.devices import Device
 from streamconv.planning.plan import DEVICE_TILES, SLOTS, Access, Memory, MergeOptions, Rewrite
 from streamconv.progress import StopRequest
-from streamconv.running import engine as engines
+from streamconv.running import engines
 from streamconv.running.cells import KeptDelta, WeightWork
 from streamconv.running.cpu import CpuEngine
 from streamconv.running.cuda import CudaEngine
