@@ -29,7 +29,7 @@ from streamconv.running.workers import Inline, Workers
 
 @dataclass(frozen=True, slots=True)
 class DenseSums:
-    """Of one target of a weight, or of several: the update, and what it does to the distribution."""
+    """Sums over one target of a weight, or over several: the update, and its effect on the distribution."""
 
     update: UpdateSums
     outliers: Outliers
@@ -87,7 +87,7 @@ class _Open:
 
 
 def bytes_to_read(subject: Subject) -> int:
-    """Of the main parts, for all groups and passes."""
+    """Bytes of the main parts, for all groups and passes."""
     main = subject.step.weight.parts[subject.step.weight.decoder.main].nbytes
     return main * sum(_passes(group) for group in subject.groups)
 
@@ -216,6 +216,6 @@ class _Tiles:
 
 
 def _passes(group: Group) -> int:
-    """How often a weight is read for a group."""
+    """Count the readings of a weight for a group."""
     reduces = any(view.step.access is not Access.ROW for view in group.views)
     return 1 + reduces + any(view.rounding is None for view in group.views)

@@ -85,7 +85,7 @@ def _weight(subject: Subject, measured: Measured) -> WeightAnalysis:
 
 
 def _merge_base(prepared: Prepared, options: AnalysisOptions) -> str | None:
-    """What `--merge-base` has to be for target T; None where T is what a merge takes anyway."""
+    """Value that `--merge-base` needs for target T; None where T is what a merge takes anyway."""
     if prepared.base.quantized:
         return None
     return USUAL_MERGE_BASE if options.merge_base == "auto" else options.merge_base

@@ -1,4 +1,4 @@
-"""What is summed over a weight's cells: sizes and moments of an update and of what it is added to, float64.
+"""Sums over a weight's cells: sizes and moments of an update and of what it is added to, float64.
 
 Each cell is summed in stretches small enough for a processor's cache, each in one fixed order, and stretches and cells
 are added up in row order. So numbers do not depend on tiles, workers or budgets.
@@ -116,7 +116,7 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class UpdateSums(Sums):
-    """Of the base B, the target T and the update D = T - B; and of Q, the target rounded to the weight's float type.
+    """Sums of the base B, the target T, the update D = T - B, and Q, the target rounded to the weight's float type.
 
     `magnitudes` is Σ|D|, `base_error` ||W - Wq||² where the base was rounded first; `changed` counts entries that are
     stored as another number than those of B are, `kept` is <Q - B, D> and `error` ||Q - T||².
@@ -133,7 +133,7 @@ class UpdateSums(Sums):
 
 
 def update_sums(seen: Seen, encoder: Encoder) -> UpdateSums:
-    """Of a cell that is stored dense by `encoder`."""
+    """Sums of a cell that is stored dense by `encoder`."""
     base, target = seen.base.values.view(-1), seen.target.reshape(-1)
     dtype = encoder.dtype.torch
     written = seen.written.view(dtype)
@@ -171,7 +171,7 @@ class Outliers(Sums):
 
 
 def outliers(seen: Seen, base: Moments) -> Outliers:
-    """Of a cell of the weight whose base has the moments `base`."""
+    """Count outliers of a cell of the weight whose base has the moments `base`."""
     limit = OUTLIER_SIGMAS * base.deviation
     found = []
     for values in (seen.base.values.view(-1), seen.target.reshape(-1)):
@@ -192,7 +192,7 @@ class Largest:
 
 @dataclass(frozen=True, slots=True)
 class BlockSums(Sums):
-    """Of blocks that share a scale: how many there are, and by how much their greatest magnitude changes, relatively.
+    """Sums over blocks that share a scale: their number, and the relative change of their greatest magnitude.
 
     Blocks that are zero in the base are not counted.
     """
@@ -203,7 +203,7 @@ class BlockSums(Sums):
 
 
 def block_sums(seen: Seen, block: int) -> BlockSums:
-    """Of a cell's blocks of `block` elements."""
+    """Sums of a cell's blocks of `block` elements."""
     base, target = seen.base.values.view(-1), seen.target.reshape(-1)
     before, after = block_absmax(base, block).double(), block_absmax(target, block).double()
     counted = before > 0

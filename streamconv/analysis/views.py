@@ -40,7 +40,7 @@ class View:
 
     @property
     def block_bytes(self) -> int:
-        """What is held for the blocks of its grid."""
+        """Bytes held for the blocks of its grid."""
         grid = self.step.encoder.grid
         return 0 if grid is None else -(-self.step.rows * self.step.columns // grid.block) * BYTES_PER_BLOCK
 
@@ -66,7 +66,7 @@ class Subject:
 
     @property
     def kind(self) -> str:
-        """What such weights are called in every layer: `q_proj`."""
+        """Name that such weights have in every layer: `q_proj`."""
         return [part for part in self.name.split(".") if part != "weight" and not part.isdigit()][-1]
 
     @property
@@ -146,7 +146,7 @@ def layer_of(name: str) -> int | None:
 
 
 def _merge_bases(prepared: Prepared, merge_base: str) -> tuple[str, ...]:
-    """What updates are added to, as options of a merge: F and T where the base is in 16 bit."""
+    """Values of `--merge-base` that updates are added to: F and T where the base is in 16 bit."""
     if prepared.base.quantized:
         return ("original" if merge_base == "auto" else merge_base,)
     if merge_base == "original":

@@ -243,7 +243,7 @@ TARGET = group(
 
 
 def resources(max_ram: str) -> Callable[[F], F]:
-    """Where it runs, and with how much memory; `max_ram` unless another is given."""
+    """Options of device and memory; `max_ram` unless another is given."""
     return group(
         option(
             Section.RESOURCES,
@@ -315,7 +315,7 @@ PLACE = group(
 
 
 def push_options(revision: str) -> Callable[[F], F]:
-    """How to push; the branch to push to is the option `revision`."""
+    """Options of an upload; the branch to push to is the option `revision`."""
     return group(
         option(
             Section.UPLOAD,

@@ -1,4 +1,4 @@
-"""What a run has finished, and what makes a rerun a continuation: the files in `OUT/.streamconv/`.
+"""Journal of a run: finished work, and what makes a rerun a continuation; the files in `OUT/.streamconv/`.
 
     lock           held (flock) while a run is alive
     plan.json      the fingerprint of the run that owns the folder
@@ -48,7 +48,7 @@ class Watermark:
 
 @dataclass(slots=True)
 class Progress:
-    """What the journal says is done. `sums` are kept-delta sums by weight name."""
+    """Progress that the journal records. `sums` are kept-delta sums by weight name."""
 
     finished: dict[str, str] = field(default_factory=dict)  # shard name -> sha256
     watermarks: dict[str, Watermark] = field(default_factory=dict)
@@ -122,12 +122,12 @@ class Journal:
 
     @property
     def calibration(self) -> Path:
-        """Where a calibration pass leaves its layers."""
+        """Folder in which a calibration pass leaves its layers."""
         return self.folder / CALIBRATION
 
     @property
     def rescaling(self) -> Path:
-        """Where a pass that chooses scales leaves its layers."""
+        """Folder in which a pass that chooses scales leaves its layers."""
         return self.folder / RESCALING
 
     @property
@@ -138,11 +138,11 @@ class Journal:
         )
 
     def partial(self, shard: str) -> Path:
-        """Where a shard is written before it is whole."""
+        """Path of a shard before it is whole."""
         return self.folder / f"{shard}.partial"
 
     def finished(self, shard: str) -> Path:
-        """Where a whole shard waits for publication."""
+        """Path at which a whole shard waits for publication."""
         return self.folder / shard
 
     def watermark(self, shard: str, mark: Watermark, sums: Mapping[str, list[float]]) -> None:
@@ -325,7 +325,7 @@ def _replay(progress: Progress, record: Mapping[str, Any]) -> None:
 
 
 def _differences(found: Any, wanted: Any, path: str = "") -> list[str]:
-    """Where two fingerprints differ, in words."""
+    """Differences of two fingerprints, in words."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         parts = [
             _differences(found.get(key), wanted.get(key), f"{path}.{key}" if path else key)

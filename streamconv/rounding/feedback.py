@@ -39,7 +39,7 @@ __all__ = ["BaseOnGrid", "Chosen", "FeedbackOptions", "Statistics", "Storage", "
 
 @dataclass(frozen=True, slots=True)
 class FeedbackOptions:
-    """How much is done, and for what.
+    """Options of error feedback: how much is done, and for what.
 
     `damping`: of H', in units of its mean diagonal. `preserve_delta`: μ, which keeps more of the update weight by
     weight; where inputs' errors are made up for, the model's predictions are nearer without it. `sweeps`: of descent
@@ -66,7 +66,7 @@ class FeedbackOptions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BaseOnGrid:
-    """Where the base lies on the output's grid: codes (uint8, flat) and effective scales (float32, one a block)."""
+    """Base on the output's grid: codes (uint8, flat) and effective scales (float32, one a block)."""
 
     codes: Tensor
     scales: Tensor
@@ -87,7 +87,7 @@ class Chosen:
 
 
 class Storage(Protocol):
-    """What has to be known of an encoder; see `formats/base.py`."""
+    """Members of an encoder that feedback needs; see `formats/base.py`."""
 
     @property
     def grid(self) -> Grid | None: ...
@@ -169,17 +169,17 @@ def _weighed(target: Tensor, hessian: Tensor, encoder: Storage, grid: Grid) -> C
 
 
 def metric_bytes(rows: int, columns: int, two_sided: bool) -> int:
-    """Of the metrics of a weight's inputs and, if `two_sided`, its outputs: moments and factor, float32."""
+    """Bytes of the metrics of a weight's inputs and, if `two_sided`, its outputs: moments and factor, float32."""
     return 8 * (columns**2 + two_sided * rows**2)
 
 
 def working_bytes(rows: int, columns: int, two_sided: bool) -> int:
-    """What `feedback` has at once where it computes, at most, beside what it is given. Measured: 21 a weight."""
+    """Bytes that `feedback` has at once where it computes, at most, beside what it is given. Measured: 21 a weight."""
     return 22 * rows * columns + metric_bytes(rows, columns, two_sided)
 
 
 def factoring_bytes(rows: int, columns: int, two_sided: bool) -> int:
-    """What factors take in float64, on the host, while metrics are made."""
+    """Bytes of factors in float64, on the host, while metrics are made."""
     widest = max(columns, two_sided * rows)
     return 8 * widest**2 + 16 * STRETCH * widest
 

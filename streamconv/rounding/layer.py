@@ -133,7 +133,7 @@ def solution(layer: Layer, scales: Tensor, codes: Tensor) -> Solution:
 
 
 def losses(layer: Layer, errors: Tensor) -> Tensor:
-    """What each row adds to the loss, float64.
+    """Loss of each row, float64.
 
     `errors` are [in, rows], of all rows, or of any of them where rows are on their own.
     """
@@ -156,7 +156,7 @@ def _by_triangle(left: Tensor, upper: Tensor) -> Tensor:
 
 
 def better(layer: Layer, left: Solution, right: Solution) -> Solution:
-    """Of two solutions with the same scales the better one, row by row where rows are on their own; else `left`."""
+    """Better of two solutions with the same scales, row by row where rows are on their own; else `left`."""
     if layer.outputs is not None:
         return right if right.loss < left.loss else left
     return better_rows(left, right)
@@ -176,7 +176,7 @@ def panels(layer: Layer) -> list[slice]:
 
 
 def shared(layer: Layer, work: Callable[[slice], Part], most: int = _DEVICE_ROWS) -> list[Part]:
-    """What `work` makes of all rows, some at a time and never more than `most`, in order.
+    """Results of `work` for all rows, some at a time and never more than `most`, in order.
 
     On a CPU by as many threads as torch has, each with matrix products of its own: how many there are changes no bit.
     """

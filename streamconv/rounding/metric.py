@@ -16,7 +16,7 @@ STRETCH = 512
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
-    """What calibration text says of a layer: means over `tokens`, float32.
+    """Statistics of a layer's inputs from calibration text: means over `tokens`, float32.
 
     `hessian` is ZᵀZ / N [in, in] of the inputs Z that the quantized layers before produce, `cross` XᵀZ / N [in, in]
     with the inputs X that unquantized ones would; None where these were not kept, or are the same. `output_hessian` is
@@ -114,7 +114,7 @@ def _factor(matrix: Tensor, damping: float) -> Tensor | None:
 
 
 def _turned_about(rows: slice, size: int) -> slice:
-    """Where `rows` are when the last of `size` is the first."""
+    """Places of `rows` when the last of `size` is the first."""
     return slice(size - rows.stop, size - rows.start)
 
 

@@ -1,4 +1,4 @@
-"""Where checkpoints live: which backend a location belongs to."""
+"""Storages of checkpoints, and the backend that a location belongs to."""
 
 from __future__ import annotations
 
