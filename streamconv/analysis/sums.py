@@ -49,7 +49,7 @@ def stretches(count: int, device: torch.device, multiple: int = 1) -> Iterator[s
 
 
 @dataclass(frozen=True, slots=True)
-class Moments:
+class CentralMoments:
     """Count, mean, and sums of the second to fourth powers of distances from the mean."""
 
     count: int
@@ -122,9 +122,9 @@ class UpdateSums(Sums):
     stored as another number than those of B are, `kept` is <Q - B, D> and `error` ||Q - T||².
     """
 
-    before: Moments
-    after: Moments
-    update: Moments
+    before: CentralMoments
+    after: CentralMoments
+    update: CentralMoments
     magnitudes: float
     base_error: float
     changed: int
@@ -140,7 +140,7 @@ def update_sums(seen: Seen, encoder: Encoder) -> UpdateSums:
     found = [
         _update_sums(base[part], target[part], written[part]) for part in stretches(base.numel(), base.device)
     ]
-    nothing = Moments(0, 0.0, 0.0, 0.0, 0.0)
+    nothing = CentralMoments(0, 0.0, 0.0, 0.0, 0.0)
     of_cell = UpdateSums(nothing, nothing, nothing, 0.0, float(seen.base.error), 0, 0.0, 0.0)
     return total([of_cell, *found])
 
@@ -158,7 +158,7 @@ def _update_sums(base: Tensor, target: Tensor, written: Tensor) -> UpdateSums:
         )
     )
     magnitudes, changed, kept, error = sums.tolist()
-    moments = (Moments.of(before), Moments.of(after), Moments.of(delta))
+    moments = (CentralMoments.of(before), CentralMoments.of(after), CentralMoments.of(delta))
     return UpdateSums(*moments, magnitudes, 0.0, int(changed), kept, error)
 
 
@@ -170,7 +170,7 @@ class Outliers(Sums):
     after: int
 
 
-def outliers(seen: Seen, base: Moments) -> Outliers:
+def outliers(seen: Seen, base: CentralMoments) -> Outliers:
     """Count outliers of a cell of the weight whose base has the moments `base`."""
     limit = OUTLIER_SIGMAS * base.deviation
     found = []

@@ -54,7 +54,7 @@ class Kernels(Protocol):
         with the values v that the best one's codes stand for.
         """
 
-    def settle(
+    def quantize_columns(
         self,
         target: Tensor,
         pull: Tensor,

@@ -57,7 +57,7 @@ class TorchKernels:
             weighed = levels if weights is None else levels * weights
             keep_better(block_dots(values, weighed, grid.block).div_(block_dots(levels, weighed, grid.block)))
 
-    def settle(
+    def quantize_columns(
         self,
         target: Tensor,
         pull: Tensor,

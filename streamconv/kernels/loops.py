@@ -553,7 +553,7 @@ def _change(goal: Array, values: Array, errors: Array, changes: Array) -> bool:
 
 
 @_compiled
-def settle(
+def quantize_columns(
     target: Array,
     pull: Array,
     coupling: Array,

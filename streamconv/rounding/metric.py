@@ -101,7 +101,7 @@ def _factor(matrix: Tensor, damping: float) -> Tensor | None:
     # Column by column, as LAPACK has it: the factor is computed in place.
     lower = torch.empty(size, size, dtype=torch.float64).T
     for rows in stretches(size):
-        lower[_turned_about(rows, size)] = matrix[rows].flip(0, 1).cpu().double()
+        lower[_reversed(rows, size)] = matrix[rows].flip(0, 1).cpu().double()
     lower.diagonal().add_(damping)
     failed = torch.empty((), dtype=torch.int32)
     torch.linalg.cholesky_ex(lower, out=(lower, failed))
@@ -109,11 +109,11 @@ def _factor(matrix: Tensor, damping: float) -> Tensor | None:
         return None
     factor = torch.empty_like(matrix)
     for rows in stretches(size):
-        factor[rows] = lower[_turned_about(rows, size)].flip(0, 1).to(matrix.device, torch.float32)
+        factor[rows] = lower[_reversed(rows, size)].flip(0, 1).to(matrix.device, torch.float32)
     return factor
 
 
-def _turned_about(rows: slice, size: int) -> slice:
+def _reversed(rows: slice, size: int) -> slice:
     """Places of `rows` when the last of `size` is the first."""
     return slice(size - rows.stop, size - rows.start)
 

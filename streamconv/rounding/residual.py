@@ -75,7 +75,7 @@ def residual(layer: Layer, errors: Tensor, rank: int) -> Residual:
     up = _divided(layer.outputs, right * sizes.sqrt())
     dtype = FACTOR_DTYPE.torch
     found = down.T.to(dtype).contiguous(), up.to(dtype).contiguous()
-    repaired = layer.turned((found[1].float() @ found[0].float()).reshape(-1))
+    repaired = layer.transposed((found[1].float() @ found[0].float()).reshape(-1))
     before = float(losses(layer, errors).sum())
     return Residual(*found, before, float(losses(layer, torch.sub(errors, repaired, out=repaired)).sum()))
 
