@@ -9,10 +9,6 @@ from typing import Any
 
 from streamconv.adapters.base import Adapter, Parameter, Tie, Update
 from streamconv.adapters.config import AdapterConfig, read_config
-from streamconv.adapters.conv import ConvUpdate
-from streamconv.adapters.experts import ExpertsUpdate
-from streamconv.adapters.folded import BlockLoraUpdate, PooledLoraUpdate
-from streamconv.adapters.lora import LoraBiasUpdate, LoraUpdate
 from streamconv.adapters.lora_config import UNUSED
 from streamconv.adapters.lora_reader import read_lora
 from streamconv.adapters.names import read_source
@@ -164,25 +160,14 @@ def _check_leftovers(source: Source, base: Base, keys: Iterable[str]) -> None:
 
 def _check_effect(source: Source, updates: Iterable[Update], saved: Saved, scan: Scan) -> None:
     """Raise AdapterError if the merge would change nothing: the adapter was saved before it was trained."""
-    if len(saved.replaces) > len(saved.records) or not all(_is_zero(update, scan) for update in updates):
+    if len(saved.replaces) > len(saved.records) or not all(
+        update.is_neutral(scan.constants) for update in updates
+    ):
         return
     raise AdapterError(
         f"{source.location}: every update is zero (all lora_B, or all lora_A, or alpha), so the merge would"
         " change nothing; this adapter was never trained, or its training was not saved"
     )
-
-
-def _is_zero(update: Update, scan: Scan) -> bool:
-    if (
-        not isinstance(
-            update,
-            LoraUpdate | LoraBiasUpdate | ConvUpdate | ExpertsUpdate | BlockLoraUpdate | PooledLoraUpdate,
-        )
-        or "magnitude" in update.parts
-    ):
-        return False
-    factors = {tensor.name for tensor in update.parts.values()}
-    return update.scaling == 0 or not scan.zero.isdisjoint(factors)
 
 
 ADAPTERS: Mapping[str, Reader] = MappingProxyType({"LORA": read_lora})

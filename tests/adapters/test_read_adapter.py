@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from streamconv.adapters import read_adapter
-from streamconv.adapters.base import Adapter, Parameter, Tie
+from streamconv.adapters.base import Adapter, Parameter, Tie, UpdateAccess
 from streamconv.adapters.config import CONFIG_NAME
 from streamconv.adapters.lora import DoraUpdate, LoraUpdate
 from streamconv.errors import AdapterError, CheckpointError, UnsupportedError
@@ -67,7 +67,7 @@ def test_plain_adapter(bases: dict[str, Path], plain: Path) -> None:
     assert (first.parameter, first.shape, first.scaling) == (f"{Q}.weight", (32, 32), 1.5)
     assert {role: tensor.name for role, tensor in first.parts.items()} == {"lora_A": Q_A, "lora_B": Q_B}
     assert not first.transposed
-    assert not first.reduces
+    assert first.access is UpdateAccess.ROW
 
 
 @pytest.mark.parametrize("end", ["", ".weight"])

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from streamconv.adapters import read_adapter
-from streamconv.adapters.base import Adapter, Parameter, Update, WholeUpdate
+from streamconv.adapters.base import Adapter, Parameter, Parts, State, Update, UpdateAccess
 from streamconv.adapters.source import MoeLayout
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import Shape, StoredTensor
@@ -405,29 +405,42 @@ class Cells:
 
 def run_update(work: Work, cells: Cells) -> Tensor:
     """The weight after the update, every cell in memory of its own."""
-    state = learn(work, cells)
+    learnt = learn(work, cells)
     out = torch.empty_like(work.weight)
     for rows in cells.applied:
         cell = work.weight[rows.start : rows.stop].clone()
-        out[rows.start : rows.stop] = apply(work, cell, rows, state)
+        out[rows.start : rows.stop] = apply(work, cell, rows, learnt)
     return out
 
 
-def learn(work: Work, cells: Cells) -> Tensor | None:
-    """What `apply` is given to know of the whole weight; cells are given to the first pass as views of it."""
-    state, update = None, work.update
-    if not update.reduces:
-        return None
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    """What `apply` is given: what was prepared of the parts, and learnt of the whole weight."""
+
+    prepared: Parts
+    state: State
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        return (*self.prepared.values(), *self.state)
+
+
+def learn(work: Work, cells: Cells) -> Learnt:
+    """What is known before the first row is changed; cells are given to the first pass as views of the weight."""
+    update = work.update
+    state: State = ()
+    prepared = update.prepare(work.parts, work.weight.device)
+    if update.access is UpdateAccess.ROW:
+        return Learnt(prepared, ())
     for rows in cells.reduced:
         for _ in range(2 if cells.repeats else 1):
-            found = update.reduce(work.weight[rows.start : rows.stop], rows, work.parts, state)
+            found = update.reduce(work.weight[rows.start : rows.stop], rows, prepared, state)
         state = found
-    assert state is not None
-    return update.conclude(state) if isinstance(update, WholeUpdate) else state
+    return Learnt(prepared, update.conclude(state))
 
 
-def apply(work: Work, cell: Tensor, rows: range, state: Tensor | None) -> Tensor:
-    return work.update.apply(cell, rows, work.parts, state)
+def apply(work: Work, cell: Tensor, rows: range, learnt: Learnt) -> Tensor:
+    return work.update.apply(cell, rows, learnt.prepared, learnt.state)
 
 
 def says_untrained(form: Form, folder: Path, tensors: Tensors) -> bool:
