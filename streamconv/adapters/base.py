@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
@@ -58,6 +58,17 @@ class Update(Protocol):
     def needs_original(self) -> bool:
         """Whether the base weight must be as it was before any quantization."""
 
+    @property
+    def low_rank(self) -> int | None:
+        """Rank of the change, where it is known to be low."""
+
+    @property
+    def mirror(self) -> Mapping[str, str]:
+        """By role, the role of a tied partner's update that holds the same values, transposed; empty if it has none."""
+
+    def input_directions(self, parts: Parts) -> Tensor | None:
+        """Return rows [r, in] that span the inputs of the layer that the change acts on; None if no part holds them."""
+
     def prepare(self, parts: Parts, device: torch.device) -> Parts:
         """Return what `reduce` and `apply` are given, once a weight: the product of two factors, a Cayley transform.
 
@@ -105,6 +116,18 @@ class ByRows:
     def needs_original(self) -> bool:
         return False
 
+    @property
+    def low_rank(self) -> int | None:
+        return None
+
+    @property
+    def mirror(self) -> Mapping[str, str]:
+        return {}
+
+    def input_directions(self, parts: Parts) -> Tensor | None:
+        del parts
+        return None
+
     def prepare(self, parts: Parts, device: torch.device) -> Parts:
         del device
         return parts
@@ -123,9 +146,9 @@ def hold_rows(cell: Tensor, rows: range, shape: Shape, state: State) -> State:
     return (whole,)
 
 
-def has_zero_part(update: Update, constants: Mapping[str, float]) -> bool:
-    """Whether one of the update's parts is all zeros: a product of parts is then zero."""
-    return any(constants.get(part.name) == 0 for part in update.parts.values())
+def has_zero_part(parts: Iterable[StoredTensor], constants: Mapping[str, float]) -> bool:
+    """Whether one of the tensors is all zeros: a product of them is then zero."""
+    return any(constants.get(part.name) == 0 for part in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +174,15 @@ class Tie:
 class Adapter:
     """A PEFT adapter, read and checked against a base model.
 
-    `untie`: the result's head and embedding differ although the base ties them, so the output stores both.
-    `modules` counts the adapted modules by their last name (`q_proj`: 30), for plans and reports; `renamed` says
-    how its names were matched with the base's, where they are not the same.
+    `untie`: the result's head and embedding differ although the base ties them, so the output stores both. `label` is
+    the method's name in sentences. `modules` counts the adapted modules by their last name (`q_proj`: 30), for plans
+    and reports; `renamed` says how its names were matched with the base's, where they are not the same.
     """
 
     location: str
     origin: Origin | None
     peft_type: str
+    label: str
     config: Mapping[str, Any]
     updates: tuple[Update, ...]
     replaces: tuple[Replace, ...]

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamconv.adapters.base import ByRows, Parts, State, UpdateAccess, has_zero_part
-from streamconv.adapters.lora import dora_gain
+from streamconv.adapters.base import Parts, State, UpdateAccess
+from streamconv.adapters.lora import OfFactors, dora_gain
 from streamconv.checkpoint.types import Shape, StoredTensor
 
 
@@ -29,7 +29,7 @@ class _Run:
 
 
 @dataclass(frozen=True, slots=True)
-class ConvUpdate(ByRows):
+class ConvUpdate(OfFactors):
     """Parts `lora_A` [r, in, *kernel], `lora_B` [out, r, 1, ...], and for DoRA `magnitude`, out numbers."""
 
     parameter: str
@@ -64,7 +64,7 @@ class ConvUpdate(ByRows):
         return cell
 
     def is_neutral(self, constants: Mapping[str, float]) -> bool:
-        return not self.is_dora and (self.scaling == 0 or has_zero_part(self, constants))
+        return not self.is_dora and OfFactors.is_neutral(self, constants)
 
     def _add(self, cell: Tensor, rows: range, prepared: Parts) -> Tensor:
         """The elements of `cell`, flat, after s·B A was added to them in place."""

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from streamconv.adapters.base import ByRows, Parts, State, has_zero_part
+from streamconv.adapters.base import Parts, State
+from streamconv.adapters.lora import OfFactors
 from streamconv.checkpoint.types import Shape, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertsUpdate(ByRows):
+class ExpertsUpdate(OfFactors):
     """Parts `lora_A`, the rows of experts from `first` on, and `lora_B`, the columns of all `experts`.
 
     The weight holds `height` rows of each expert from `first` on, the rows from `offset` on.
@@ -47,9 +48,6 @@ class ExpertsUpdate(ByRows):
             left, right = (a[:, of_expert].T, b.T) if self.transposed else (b[of_expert], a)
             cell[of_cell].addmm_(left, right, alpha=self.scaling)
         return cell
-
-    def is_neutral(self, constants: Mapping[str, float]) -> bool:
-        return self.scaling == 0 or has_zero_part(self, constants)
 
     def _factors(self, prepared: Parts, expert: int) -> tuple[Tensor, Tensor]:
         """A [r, ·] and B [·, r] of one expert: views."""

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamconv.adapters.base import ByRows, Parts, State, has_zero_part
+from streamconv.adapters.base import Parts, State
+from streamconv.adapters.lora import OfFactors
 from streamconv.checkpoint.types import Shape, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
-class BlockLoraUpdate(ByRows):
+class BlockLoraUpdate(OfFactors):
     """Parts `lora_A` and `lora_B`, of one of which only the `blocks` on the diagonal are there."""
 
     parameter: str
@@ -41,9 +42,6 @@ class BlockLoraUpdate(ByRows):
                 place = cell[first - rows.start : last - rows.start, inputs.start : inputs.stop]
                 place.addmm_(b[first - outputs.start : last - outputs.start], a, alpha=self.scaling)
         return cell
-
-    def is_neutral(self, constants: Mapping[str, float]) -> bool:
-        return self.scaling == 0 or has_zero_part(self, constants)
 
     def _blocks(self, prepared: Parts) -> Iterator[tuple[range, range, Tensor, Tensor]]:
         """Outputs, inputs, and factors [outputs, r/n] and [r/n, inputs] of every block."""
@@ -62,7 +60,7 @@ class BlockLoraUpdate(ByRows):
 
 
 @dataclass(frozen=True, slots=True)
-class PooledLoraUpdate(ByRows):
+class PooledLoraUpdate(OfFactors):
     """Parts `lora_A` [r, in/group] and `lora_B` [out, r]; `transposed`: the weight is stored as [in, out]."""
 
     parameter: str
@@ -82,6 +80,3 @@ class PooledLoraUpdate(ByRows):
         of_groups = b[rows.start : rows.stop] @ a
         cell.view(-1, a.shape[1], self.group).add_(of_groups.unsqueeze(2), alpha=scaling)
         return cell
-
-    def is_neutral(self, constants: Mapping[str, float]) -> bool:
-        return self.scaling == 0 or has_zero_part(self, constants)

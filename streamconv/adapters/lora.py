@@ -21,8 +21,24 @@ from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
 
 
+class OfFactors(ByRows):
+    """Defaults of an update by a product of factors, `lora_A` [r, ...] and another."""
+
+    __slots__ = ()
+
+    parts: Mapping[str, StoredTensor]
+    scaling: float
+
+    @property
+    def low_rank(self) -> int | None:
+        return self.parts["lora_A"].shape[0]
+
+    def is_neutral(self, constants: Mapping[str, float]) -> bool:
+        return self.scaling == 0 or has_zero_part(self.parts.values(), constants)
+
+
 @dataclass(frozen=True, slots=True)
-class LoraUpdate(ByRows):
+class LoraUpdate(OfFactors):
     """Parts `lora_A` [r, in], `lora_B` [out, r], of KaSA `diagonal` [r]; `transposed`: the weight is [in, out]."""
 
     parameter: str
@@ -35,6 +51,14 @@ class LoraUpdate(ByRows):
     def held_bytes(self) -> int:
         return 4 * math.prod(self.parts["lora_A"].shape) if "diagonal" in self.parts else 0
 
+    @property
+    def mirror(self) -> Mapping[str, str]:
+        """An embedding's factors are saved again as those of a head that is tied to it."""
+        return {"lora_A": "lora_B", "lora_B": "lora_A"}
+
+    def input_directions(self, parts: Parts) -> Tensor | None:
+        return None if self.transposed else parts["lora_A"]
+
     def prepare(self, parts: Parts, device: torch.device) -> Parts:
         """The two factors, KaSA's diagonal multiplied into A."""
         if "diagonal" not in parts:
@@ -46,12 +70,9 @@ class LoraUpdate(ByRows):
         left, right = _factors(rows, prepared, self.transposed)
         return torch.addmm(cell, left, right, alpha=self.scaling, out=cell)
 
-    def is_neutral(self, constants: Mapping[str, float]) -> bool:
-        return self.scaling == 0 or has_zero_part(self, constants)
-
 
 @dataclass(frozen=True, slots=True)
-class DoraUpdate(ByRows):
+class DoraUpdate(OfFactors):
     """Parts of LoRA and `magnitude` [out], the norm that each output's weights are given.
 
     Norms are summed in float64. An output whose weights are all zero has no direction: PEFT's live layer
@@ -107,7 +128,7 @@ class LoraBiasUpdate(ByRows):
         return cell.add_(prepared["bias"], alpha=self.scaling)
 
     def is_neutral(self, constants: Mapping[str, float]) -> bool:
-        return self.scaling == 0 or has_zero_part(self, constants)
+        return self.scaling == 0 or has_zero_part(self.parts.values(), constants)
 
 
 def dora_gain(parameter: str, magnitude: Tensor, norms: Tensor, first: int) -> Tensor:

@@ -15,7 +15,6 @@ from streamconv.adapters.config import (
     AdapterConfig,
     Neutral,
     Rule,
-    check_fields,
     is_rank,
 )
 from streamconv.adapters.replication import read_ranges
@@ -66,7 +65,6 @@ class LoraSettings:
 
 def read_settings(config: AdapterConfig) -> LoraSettings:
     """Raises UnsupportedError for a variant that is not built, AdapterError for a field of a wrong type."""
-    check_fields(config, LORA_FIELDS)
     _check_variants(config)
     initial = _initial(config)
     if initial is not None and read_ranges(config):

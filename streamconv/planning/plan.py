@@ -279,7 +279,8 @@ class Depth:
 class Plan:
     """All that a run will do. `quant` names the output's format of quantized weights, None if it has none; `group_size`
     is how many elements share a scale, where that can be chosen. `skipped` is what the config says of modules left in
-    16 bit; `unfit` are the paths of those that are only because the format cannot store their shape.
+    16 bit; `unfit` are the paths of those that are only because the format cannot store their shape. `method` names
+    the adapter's, None without one.
 
     `memory` is what its own pass needs, `calibration` tells of the one before, None where there is none. `depth` is
     None where the output has the layers of the base.
@@ -297,6 +298,7 @@ class Plan:
     skipped: tuple[str, ...]
     unfit: tuple[str, ...]
     group_size: int | None
+    method: str | None
     adapted: Mapping[str, int]
     replaced: tuple[str, ...]
     renamed: str | None
