@@ -115,6 +115,15 @@ def trained_shape(source: Source, parameter: Parameter, key: str) -> Shape:
     return parameter.shape if under is None else under.shape
 
 
+def by_module(source: Source, pattern: re.Pattern[str]) -> Mapping[str, Mapping[str, StoredTensor]]:
+    """Tensors by role, by module: the groups `role` and `module` of `pattern`. Keys of another kind are left."""
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for key, tensor in source.tensors.items():
+        if match := pattern.fullmatch(key):
+            modules.setdefault(match["module"], {})[match["role"]] = tensor
+    return modules
+
+
 def by_key(
     location: str, tensors: Iterable[StoredTensor], keys: str, shared: Collection[str] = ()
 ) -> Mapping[str, StoredTensor]:
