@@ -247,6 +247,23 @@ def _saved(weights: Tensors, tensors: Tensors) -> Tensors:
     return {**_lora(weights, tensors), "norm.weight": tensors["norm.weight"]}
 
 
+def _loha(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Kernels flattened, if there are any."""
+    one, other = (tensors[f"layer.hada_{w}_a"] @ tensors[f"layer.hada_{w}_b"] for w in ("w1", "w2"))
+    weight = weights["layer.weight"]
+    return {"layer.weight": weight + SCALING * (one * other).reshape(weight.shape)}
+
+
+def _loha_tucker(weights: Tensors, tensors: Tensors) -> Tensors:
+    found: Tensor = torch.ones((), dtype=torch.float64)
+    for number in "12":
+        core, a, b = (
+            tensors[f"layer.hada_{role}"] for role in (f"t{number}", f"w{number}_a", f"w{number}_b")
+        )
+        found = found * torch.einsum("ijkl,jc,io->ockl", core, b, a)
+    return {"layer.weight": weights["layer.weight"] + SCALING * found}
+
+
 # -- the forms -----------------------------------------------------------------------------------------------------
 
 LINEAR = {"layer.weight": (ROWS, COLUMNS)}
@@ -274,6 +291,23 @@ def _target(name: str) -> Mapping[str, Any]:
 # Singular vectors in float32; test_initial.py has them with values well apart.
 SVD = 2e-5
 BDLORA = {"use_bdlora": {"nblocks": 2}}
+LOHA = {"peft_type": "LOHA", "lora_alpha": None, "alpha": ALPHA}
+HADA = {"w1_a": (ROWS, RANK), "w1_b": (RANK, COLUMNS), "w2_a": (ROWS, RANK), "w2_b": (RANK, COLUMNS)}
+HADA_CONV = {"w1_a": (13, RANK), "w1_b": (RANK, 105), "w2_a": (13, RANK), "w2_b": (RANK, 105)}
+HADA_TUCKER = {
+    "w1_a": (RANK, 13),
+    "w1_b": (RANK, 7),
+    "t1": (RANK, RANK, 3, 5),
+    "w2_a": (RANK, 13),
+    "w2_b": (RANK, 7),
+    "t2": (RANK, RANK, 3, 5),
+}
+
+
+def _hada(roles: Mapping[str, Shape]) -> Mapping[str, Shape]:
+    return {f"layer.hada_{role}": shape for role, shape in roles.items()}
+
+
 QALORA = {"use_qalora": True, "qalora_group_size": GROUP}
 
 FORMS: Mapping[str, Form] = MappingProxyType(
@@ -337,6 +371,9 @@ FORMS: Mapping[str, Form] = MappingProxyType(
             _saved,
             {"modules_to_save": ["norm"]},
         ),
+        "loha": Form(LINEAR, _hada(HADA), _loha, LOHA),
+        "loha-conv": Form(CONV, _hada(HADA_CONV), _loha, LOHA),
+        "loha-tucker": Form(CONV, _hada(HADA_TUCKER), _loha_tucker, {**LOHA, "use_effective_conv2d": True}),
     }
 )
 
