@@ -29,7 +29,7 @@ class OptionError(StreamconvError):
 
 
 class InputError(StreamconvError):
-    """What was given cannot be used."""
+    """Input that cannot be used."""
 
     exit_code = 3
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from streamconv.adapters import read_adapter
-from streamconv.adapters.base import Adapter, Parameter, Tie, Update
+from streamconv.adapters.base import Adapter, Parameter, State, Tie, Update, UpdateAccess
 from streamconv.checkpoint.index import CheckpointIndex, read_index
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.storage import open_storage
@@ -57,13 +57,17 @@ def merged_tensors(base: Path, adapter: Adapter) -> dict[str, Tensor]:
 def updated(update: Update, weight: Tensor, parts: dict[str, Tensor], cell_rows: int = CELL_ROWS) -> Tensor:
     """`weight` after the update, a cell at a time; the weight itself is left as it is."""
     cells = [range(i, min(i + cell_rows, len(weight))) for i in range(0, len(weight), cell_rows)]
-    state = None
-    if update.reduces:
+    prepared = update.prepare(parts, weight.device)
+    state: State = ()
+    if update.access is not UpdateAccess.ROW:
         for rows in cells:
-            state = update.reduce(weight[rows.start : rows.stop], rows, parts, state)
+            state = update.reduce(weight[rows.start : rows.stop], rows, prepared, state)
+        state = update.conclude(state)
     out = weight.clone()
     for rows in cells:
-        out[rows.start : rows.stop] = update.apply(weight[rows.start : rows.stop].clone(), rows, parts, state)
+        out[rows.start : rows.stop] = update.apply(
+            weight[rows.start : rows.stop].clone(), rows, prepared, state
+        )
     return out
 
 

@@ -28,7 +28,14 @@ from tests.tiny import llama_config, save_adapter, save_base
 from tools.make_docs import TARGET, page
 
 ROOT = Path(__file__).parents[1]
-PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
+PAGES = [
+    path
+    for path in (
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
+    if path.exists()
+]
 TEXT = "\n".join(path.read_text() for path in PAGES)
 # A command with several lines goes on after a backslash.
 LINES = re.compile(r"^(?:\$ )?(streamconv .*?[^\\])$", re.MULTILINE | re.DOTALL)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -79,7 +79,7 @@ def load_base(folder: Path, auto_class: Any = AutoModelForCausalLM) -> PreTraine
 def save_adapter(
     folder: Path,
     base: Path,
-    config: LoraConfig,
+    config: PeftConfig,
     *,
     seed: int = 1,
     auto_class: Any = AutoModelForCausalLM,

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from streamconv.adapters.base import Adapter, Parameter, Tie, Update
-from streamconv.adapters.config import AdapterConfig, read_config
-from streamconv.adapters.conv import ConvUpdate
-from streamconv.adapters.experts import ExpertsUpdate
-from streamconv.adapters.folded import BlockLoraUpdate, PooledLoraUpdate
-from streamconv.adapters.lora import LoraBiasUpdate, LoraUpdate
-from streamconv.adapters.lora_config import UNUSED
-from streamconv.adapters.lora_reader import read_lora
+from streamconv.adapters.config import AdapterConfig, check_fields, read_config
+from streamconv.adapters.loha import LOHA
+from streamconv.adapters.lora_reader import LORA
+from streamconv.adapters.method import Method
 from streamconv.adapters.names import read_source
 from streamconv.adapters.replication import check_every_layer
 from streamconv.adapters.saved import Saved, check_saved, read_saved
@@ -29,8 +26,6 @@ from streamconv.errors import AdapterError, UnsupportedError
 from streamconv.storage.base import Storage
 
 _PICKLE = "adapter_model.bin"
-
-Reader = Callable[[Source, Base], tuple[Update, ...]]
 
 
 def read_adapter(
@@ -50,14 +45,15 @@ def read_adapter(
     broken.
     """
     config = read_config(storage)
-    read_updates = find_reader(config)
+    method = find_method(config)
     stored = read_stored(storage, allow_pickle)
     base = Base(parameters, base_config, tie)
-    source = read_source(storage.location, config, stored.values(), base, moe)
+    source = read_source(storage.location, config, stored.values(), base, moe, method)
 
-    updates = read_updates(source, base)
+    check_fields(config, method.fields)
+    updates = method.read(source, base)
     updated = frozenset(update.parameter for update in updates)
-    taken = {tensor.name for update in updates for tensor in update.parts.values()} | _unused(source)
+    taken = {tensor.name for update in updates for tensor in update.parts.values()} | _unused(source, method)
     rest = [key for key, tensor in source.tensors.items() if tensor.name not in taken]
     scan = scan_tensors(config.raw, stored.values())
     saved = read_saved(source, base, rest, updated, scan.digests)
@@ -71,7 +67,7 @@ def read_adapter(
     )
     check_every_layer(source, map(_module, parameters), {*adapted, *trained})
     check_saved(source, base, saved.replaces)
-    _check_effect(source, updates, saved, scan)
+    _check_effect(source, method, updates, saved, scan)
 
     settled = settle_tie(base, source, updates, saved, scan.digests)
     counts = Counter(module.rpartition(".")[2] for module in sorted(set(adapted)))
@@ -79,6 +75,7 @@ def read_adapter(
         location=storage.location,
         origin=storage.origin,
         peft_type=config.peft_type,
+        label=method.label,
         config=config.fields,
         updates=settled.updates,
         replaces=settled.replaces,
@@ -109,8 +106,8 @@ def read_stored(storage: Storage, allow_pickle: bool) -> Mapping[str, StoredTens
     return read_pickled(file)
 
 
-def find_reader(config: AdapterConfig) -> Reader:
-    """The reader of the config's `peft_type`. Raises UnsupportedError with the reason where there is none."""
+def find_method(config: AdapterConfig) -> Method:
+    """The method of the config's `peft_type`. Raises UnsupportedError with the reason where there is none."""
     name = config.peft_type
     if name in ADAPTERS:
         return ADAPTERS[name]
@@ -137,9 +134,11 @@ def _module(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def _unused(source: Source) -> set[str]:
+def _unused(source: Source, method: Method) -> set[str]:
     """Names of tensors that a variant in use keeps for training alone."""
-    patterns = [pattern for field, pattern in UNUSED.items() if source.config.fields.get(field) is not None]
+    patterns = [
+        pattern for field, pattern in method.unused.items() if source.config.fields.get(field) is not None
+    ]
     return {
         tensor.name
         for key, tensor in source.tensors.items()
@@ -162,30 +161,21 @@ def _check_leftovers(source: Source, base: Base, keys: Iterable[str]) -> None:
     raise AdapterError(f"{source.location}: {len(names)} tensors would not be used: {shown}; {reason}")
 
 
-def _check_effect(source: Source, updates: Iterable[Update], saved: Saved, scan: Scan) -> None:
+def _check_effect(
+    source: Source, method: Method, updates: Iterable[Update], saved: Saved, scan: Scan
+) -> None:
     """Raise AdapterError if the merge would change nothing: the adapter was saved before it was trained."""
-    if len(saved.replaces) > len(saved.records) or not all(_is_zero(update, scan) for update in updates):
+    if len(saved.replaces) > len(saved.records) or not all(
+        update.is_neutral(scan.constants) for update in updates
+    ):
         return
     raise AdapterError(
-        f"{source.location}: every update is zero (all lora_B, or all lora_A, or alpha), so the merge would"
+        f"{source.location}: every update is {method.neutral}, so the merge would"
         " change nothing; this adapter was never trained, or its training was not saved"
     )
 
 
-def _is_zero(update: Update, scan: Scan) -> bool:
-    if (
-        not isinstance(
-            update,
-            LoraUpdate | LoraBiasUpdate | ConvUpdate | ExpertsUpdate | BlockLoraUpdate | PooledLoraUpdate,
-        )
-        or "magnitude" in update.parts
-    ):
-        return False
-    factors = {tensor.name for tensor in update.parts.values()}
-    return update.scaling == 0 or not scan.zero.isdisjoint(factors)
-
-
-ADAPTERS: Mapping[str, Reader] = MappingProxyType({"LORA": read_lora})
+ADAPTERS: Mapping[str, Method] = MappingProxyType({"LORA": LORA, "LOHA": LOHA})
 
 _FROM_BASE_SVD = ": its factors come from a decomposition of the base weight"
 _FROM_SEED = ": its projections are drawn anew from a seed"
@@ -209,7 +199,6 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
         "HRA": "",
         "IA3": "",
         "LN_TUNING": "",
-        "LOHA": "",
         "LOKR": "",
         "MISS": "",
         "OFT": "",

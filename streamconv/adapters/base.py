@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from enum import StrEnum
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.dtypes import F32, Dtype
 from streamconv.storage.base import Origin
 
+Parts = Mapping[str, Tensor]
+"""Tensors by role, float32 on the computing device, never written to: an adapter's own, or what was made of them."""
+
+State = tuple[Tensor, ...]
+"""Tensors that an update has learnt from a weight's cells; () before the first."""
+
+
+class UpdateAccess(StrEnum):
+    """How much of a weight an update must have seen before it may change the first row."""
+
+    ROW = "row"
+    REDUCE_THEN_ROW = "reduce-then-row"  # sums over all of it
+    WHOLE = "whole"  # every value, held until the last row is changed
+
 
 class Update(Protocol):
-    """What an adapter does to one parameter; plain data from headers and config.
+    """A change of one parameter by an adapter; plain data from headers and config.
 
     Keyed by parameter (`model.layers.0.self_attn.q_proj.weight`), not by module, because some adapters change
     a bias too. Updates of one parameter are applied in list order, each to the result of the one before.
+
+    A weight passes in cells: `prepare` once, then, unless `access` is ROW, `reduce` for every cell and `conclude`
+    once, then `apply` for every cell, in any order and in several threads. ByRows has defaults for all but `apply`
+    and `is_neutral`.
     """
 
     @property
@@ -28,44 +48,107 @@ class Update(Protocol):
         """The adapter's tensors this update consumes, by role (`lora_A`)."""
 
     @property
-    def reduces(self) -> bool:
-        """Whether `reduce` must have seen every cell of the weight before `apply` may see the first."""
+    def access(self) -> UpdateAccess: ...
 
-    def reduce(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
-        """Fold one cell into `state`, cells in row order; sums are float64; None stands for the start."""
+    @property
+    def held_bytes(self) -> int:
+        """Most bytes held beside `parts`: by `prepare` and what it returns, or of a weight held whole."""
 
-    def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
+    @property
+    def needs_original(self) -> bool:
+        """Whether the base weight must be as it was before any quantization."""
+
+    @property
+    def low_rank(self) -> int | None:
+        """Rank of the change, where it is known to be low."""
+
+    @property
+    def mirror(self) -> Mapping[str, str]:
+        """By role, the role of a tied partner's update that holds the same values, transposed; empty if it has none."""
+
+    def input_directions(self, parts: Parts) -> Tensor | None:
+        """Return rows [r, in] that span the inputs of the layer that the change acts on; None if no part holds them."""
+
+    def prepare(self, parts: Parts, device: torch.device) -> Parts:
+        """Return what `reduce` and `apply` are given, once a weight: the product of two factors, a Cayley transform.
+
+        `parts` are the tensors of `self.parts` in float32 on `device`. May return them as they are, and where it makes
+        something of its own, `held_bytes` is not 0.
+        """
+
+    def reduce(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> State:
+        """Fold one cell into `state`, cells in row order; sums are float64.
+
+        Neither `cell` nor a state of sums is written to: a cell may come a second time, with the state of before.
+        """
+
+    def conclude(self, state: State) -> State:
+        """Return what `apply` is given, from what `reduce` ended with, which may be used up."""
+
+    def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
         """Return the updated rows `rows` of the weight, float32.
 
         `cell` is float32 [len(rows), columns], as the checkpoint stores the weight, and belongs to this
-        call: it may be updated in place and returned. `parts` are the tensors of `self.parts` in float32 on
-        the cell's device and are never written to. `state` is what `reduce` ended with.
+        call: it may be updated in place and returned.
+        """
+
+    def is_neutral(self, constants: Mapping[str, float]) -> bool:
+        """Whether it changes no weight at all: the adapter was saved before it was trained.
+
+        `constants` are the names of the adapter's tensors whose entries are all one value, with that value.
         """
 
 
 class ByRows:
-    """What every Update shares that need not know anything of a weight before its rows are updated."""
+    """Defaults of Update, for one that changes rows by its parts alone; others override what differs."""
 
     __slots__ = ()
 
     @property
-    def reduces(self) -> bool:
-        return False
-
-    def reduce(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
-        raise AssertionError(f"{type(self).__name__} has nothing to learn before rows are updated")
-
-
-@runtime_checkable
-class WholeUpdate(Protocol):
-    """An update that needs the whole weight at once: its states end as the weight, kept until the last cell."""
+    def access(self) -> UpdateAccess:
+        return UpdateAccess.ROW
 
     @property
-    def whole_bytes(self) -> int:
-        """The most it holds at a time, in bytes."""
+    def held_bytes(self) -> int:
+        return 0
 
-    def conclude(self, state: Tensor) -> Tensor:
-        """What `apply` is given as its state, from what `reduce` ended with, which may be used up."""
+    @property
+    def needs_original(self) -> bool:
+        return False
+
+    @property
+    def low_rank(self) -> int | None:
+        return None
+
+    @property
+    def mirror(self) -> Mapping[str, str]:
+        return {}
+
+    def input_directions(self, parts: Parts) -> Tensor | None:
+        del parts
+        return None
+
+    def prepare(self, parts: Parts, device: torch.device) -> Parts:
+        del device
+        return parts
+
+    def reduce(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> State:
+        raise AssertionError(f"{type(self).__name__} has nothing to learn before rows are updated")
+
+    def conclude(self, state: State) -> State:
+        return state
+
+
+def hold_rows(cell: Tensor, rows: range, shape: Shape, state: State) -> State:
+    """Write a cell to its place in the whole weight, float32 `shape` [rows, columns], which the state is."""
+    (whole,) = state or (torch.empty(shape, dtype=torch.float32, device=cell.device),)
+    whole[rows.start : rows.stop] = cell
+    return (whole,)
+
+
+def has_zero_part(parts: Iterable[StoredTensor], constants: Mapping[str, float]) -> bool:
+    """Whether one of the tensors is all zeros: a product of them is then zero."""
+    return any(constants.get(part.name) == 0 for part in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +174,15 @@ class Tie:
 class Adapter:
     """A PEFT adapter, read and checked against a base model.
 
-    `untie`: the result's head and embedding differ although the base ties them, so the output stores both.
-    `modules` counts the adapted modules by their last name (`q_proj`: 30), for plans and reports; `renamed` says
-    how its names were matched with the base's, where they are not the same.
+    `untie`: the result's head and embedding differ although the base ties them, so the output stores both. `label` is
+    the method's name in sentences. `modules` counts the adapted modules by their last name (`q_proj`: 30), for plans
+    and reports; `renamed` says how its names were matched with the base's, where they are not the same.
     """
 
     location: str
     origin: Origin | None
     peft_type: str
+    label: str
     config: Mapping[str, Any]
     updates: tuple[Update, ...]
     replaces: tuple[Replace, ...]

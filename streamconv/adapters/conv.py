@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamconv.adapters.lora import dora_gain
+from streamconv.adapters.base import Parts, State, UpdateAccess
+from streamconv.adapters.lora import OfFactors, dora_gain
 from streamconv.checkpoint.types import Shape, StoredTensor
 
 
@@ -28,7 +29,7 @@ class _Run:
 
 
 @dataclass(frozen=True, slots=True)
-class ConvUpdate:
+class ConvUpdate(OfFactors):
     """Parts `lora_A` [r, in, *kernel], `lora_B` [out, r, 1, ...], and for DoRA `magnitude`, out numbers."""
 
     parameter: str
@@ -38,32 +39,36 @@ class ConvUpdate:
     is_dora: bool
 
     @property
-    def reduces(self) -> bool:
+    def access(self) -> UpdateAccess:
         """An output may lie in several cells, and its norm needs all of them."""
-        return self.is_dora
+        return UpdateAccess.REDUCE_THEN_ROW if self.is_dora else UpdateAccess.ROW
 
-    def reduce(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
+    def reduce(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> State:
         """Sum of squares of each output's weights so far, float64 [out]."""
-        updated = self._add(cell.clone(), rows, parts)
+        updated = self._add(cell.clone(), rows, prepared)
         zeros = torch.zeros(self.shape[0], dtype=torch.float64, device=cell.device)
-        squares = zeros if state is None else state.clone()
+        squares = state[0].clone() if state else zeros
         for run in self._runs(rows):
             squares[run.output] += updated[run.cell].double().square().sum()
-        return squares
+        return (squares,)
 
-    def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
+    def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
         """`cell` plus its share of the update, for DoRA scaled to the trained norms; in place."""
-        updated = self._add(cell, rows, parts)
+        updated = self._add(cell, rows, prepared)
         if self.is_dora:
-            assert state is not None
-            gain = dora_gain(self.parameter, parts["magnitude"].double().flatten(), state.sqrt(), 0)
+            (squares,) = state
+            magnitude = prepared["magnitude"].double().flatten()
+            gain = dora_gain(self.parameter, magnitude, squares.sqrt(), 0)
             for run in self._runs(rows):
                 updated[run.cell] *= gain[run.output]
         return cell
 
-    def _add(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor]) -> Tensor:
+    def is_neutral(self, constants: Mapping[str, float]) -> bool:
+        return not self.is_dora and OfFactors.is_neutral(self, constants)
+
+    def _add(self, cell: Tensor, rows: range, prepared: Parts) -> Tensor:
         """The elements of `cell`, flat, after s·B A was added to them in place."""
-        a, b = parts["lora_A"].flatten(1), parts["lora_B"].flatten(1)
+        a, b = prepared["lora_A"].flatten(1), prepared["lora_B"].flatten(1)
         flat = cell.view(-1)
         for run in self._runs(rows):
             flat[run.cell].addmv_(a[:, run.weights].T, b[run.output], alpha=self.scaling)

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from streamconv.adapters.base import ByRows
+from streamconv.adapters.base import Parts, State
+from streamconv.adapters.lora import OfFactors
 from streamconv.checkpoint.types import Shape, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertsUpdate(ByRows):
+class ExpertsUpdate(OfFactors):
     """Parts `lora_A`, the rows of experts from `first` on, and `lora_B`, the columns of all `experts`.
 
     The weight holds `height` rows of each expert from `first` on, the rows from `offset` on.
@@ -40,17 +41,17 @@ class ExpertsUpdate(ByRows):
     transposed: bool
     expert_major: bool
 
-    def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
+    def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
         """`cell` plus its rows of the update, one expert after the other, in place."""
         for expert, of_expert, of_cell in self._runs(rows):
-            a, b = self._factors(parts, expert)
+            a, b = self._factors(prepared, expert)
             left, right = (a[:, of_expert].T, b.T) if self.transposed else (b[of_expert], a)
             cell[of_cell].addmm_(left, right, alpha=self.scaling)
         return cell
 
-    def _factors(self, parts: Mapping[str, Tensor], expert: int) -> tuple[Tensor, Tensor]:
+    def _factors(self, prepared: Parts, expert: int) -> tuple[Tensor, Tensor]:
         """A [r, ·] and B [·, r] of one expert: views."""
-        b = parts["lora_B"]
+        b = prepared["lora_B"]
         rank = b.shape[1] // self.experts
         place = (expert - self.first) * rank
         columns = (
@@ -58,7 +59,7 @@ class ExpertsUpdate(ByRows):
             if self.expert_major
             else slice(expert, None, self.experts)
         )
-        return parts["lora_A"][place : place + rank], b[:, columns]
+        return prepared["lora_A"][place : place + rank], b[:, columns]
 
     def _runs(self, rows: range) -> Iterator[tuple[int, slice, slice]]:
         """Expert, its rows, and those of the cell, for every expert that has rows among `rows`."""

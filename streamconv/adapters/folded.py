@@ -19,12 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamconv.adapters.base import ByRows
+from streamconv.adapters.base import Parts, State
+from streamconv.adapters.lora import OfFactors
 from streamconv.checkpoint.types import Shape, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
-class BlockLoraUpdate(ByRows):
+class BlockLoraUpdate(OfFactors):
     """Parts `lora_A` and `lora_B`, of one of which only the `blocks` on the diagonal are there."""
 
     parameter: str
@@ -33,18 +34,18 @@ class BlockLoraUpdate(ByRows):
     scaling: float
     blocks: int
 
-    def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
+    def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
         """`cell` plus its rows of the update, one block after the other, in place."""
-        for outputs, inputs, b, a in self._blocks(parts):
+        for outputs, inputs, b, a in self._blocks(prepared):
             first, last = max(rows.start, outputs.start), min(rows.stop, outputs.stop)
             if first < last:
                 place = cell[first - rows.start : last - rows.start, inputs.start : inputs.stop]
                 place.addmm_(b[first - outputs.start : last - outputs.start], a, alpha=self.scaling)
         return cell
 
-    def _blocks(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[range, range, Tensor, Tensor]]:
+    def _blocks(self, prepared: Parts) -> Iterator[tuple[range, range, Tensor, Tensor]]:
         """Outputs, inputs, and factors [outputs, r/n] and [r/n, inputs] of every block."""
-        a, b = parts["lora_A"], parts["lora_B"]
+        a, b = prepared["lora_A"], prepared["lora_B"]
         ranks = a.shape[0] // self.blocks
         folds_b = b.shape[1] < a.shape[0]
         height, width = b.shape[0] // self.blocks, a.shape[1]
@@ -59,7 +60,7 @@ class BlockLoraUpdate(ByRows):
 
 
 @dataclass(frozen=True, slots=True)
-class PooledLoraUpdate(ByRows):
+class PooledLoraUpdate(OfFactors):
     """Parts `lora_A` [r, in/group] and `lora_B` [out, r]; `transposed`: the weight is stored as [in, out]."""
 
     parameter: str
@@ -69,9 +70,9 @@ class PooledLoraUpdate(ByRows):
     transposed: bool
     group: int
 
-    def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
+    def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
         """`cell` plus its rows of the update, the same number for all inputs of a group, in place."""
-        a, b = parts["lora_A"], parts["lora_B"]
+        a, b = prepared["lora_A"], prepared["lora_B"]
         scaling = self.scaling * a.shape[1] / self.group
         if self.transposed:
             groups = torch.arange(rows.start, rows.stop, device=a.device) // self.group

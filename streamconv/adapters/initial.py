@@ -20,12 +20,13 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from streamconv.adapters.base import ByRows, Parts, State, UpdateAccess, hold_rows
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.dtypes import Dtype
 
 
 @dataclass(frozen=True, slots=True)
-class InitialUpdate:
+class InitialUpdate(ByRows):
     """Turns the base's weight into the one trained on; no parts. `kind` is a key of INITIAL."""
 
     parameter: str
@@ -38,29 +39,34 @@ class InitialUpdate:
     dtype: Dtype
 
     @property
-    def reduces(self) -> bool:
-        return True
+    def access(self) -> UpdateAccess:
+        return UpdateAccess.WHOLE
 
     @property
-    def whole_bytes(self) -> int:
+    def held_bytes(self) -> int:
         """Weight, copy, factors, workspace and product of a decomposition in float32."""
         return 4 * (4 * math.prod(self.shape) + 6 * min(self.shape) ** 2)
 
-    def reduce(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
+    @property
+    def needs_original(self) -> bool:
+        """It was decomposed before it was quantized."""
+        return True
+
+    def reduce(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> State:
         """The weight so far, float32."""
-        if state is None:
-            state = torch.empty(self.shape, dtype=torch.float32, device=cell.device)
-        state[rows.start : rows.stop] = cell
-        return state
+        return hold_rows(cell, rows, self.shape, state)
 
-    def conclude(self, state: Tensor) -> Tensor:
+    def conclude(self, state: State) -> State:
         """The weight trained on, from the whole base weight."""
-        weight = state.T if self.transposed else state
-        return state.sub_(self._taken_off(weight)).to(self.dtype.torch).float()
+        (whole,) = state
+        weight = whole.T if self.transposed else whole
+        return (whole.sub_(self._taken_off(weight)).to(self.dtype.torch).float(),)
 
-    def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
-        assert state is not None
-        return cell.copy_(state[rows.start : rows.stop])
+    def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
+        return cell.copy_(state[0][rows.start : rows.stop])
+
+    def is_neutral(self, constants: Mapping[str, float]) -> bool:
+        return False
 
     def _taken_off(self, weight: Tensor) -> Tensor:
         left, right = INITIAL[self.kind](weight, self.rank, self.scaling)

@@ -9,19 +9,36 @@ norms of DoRA, one an output, are those of columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from streamconv.adapters.base import ByRows
+from streamconv.adapters.base import ByRows, Parts, State, UpdateAccess, has_zero_part
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
 
 
+class OfFactors(ByRows):
+    """Defaults of an update by a product of factors, `lora_A` [r, ...] and another."""
+
+    __slots__ = ()
+
+    parts: Mapping[str, StoredTensor]
+    scaling: float
+
+    @property
+    def low_rank(self) -> int | None:
+        return self.parts["lora_A"].shape[0]
+
+    def is_neutral(self, constants: Mapping[str, float]) -> bool:
+        return self.scaling == 0 or has_zero_part(self.parts.values(), constants)
+
+
 @dataclass(frozen=True, slots=True)
-class LoraUpdate(ByRows):
+class LoraUpdate(OfFactors):
     """Parts `lora_A` [r, in], `lora_B` [out, r], of KaSA `diagonal` [r]; `transposed`: the weight is [in, out]."""
 
     parameter: str
@@ -30,14 +47,32 @@ class LoraUpdate(ByRows):
     scaling: float
     transposed: bool
 
-    def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
+    @property
+    def held_bytes(self) -> int:
+        return 4 * math.prod(self.parts["lora_A"].shape) if "diagonal" in self.parts else 0
+
+    @property
+    def mirror(self) -> Mapping[str, str]:
+        """An embedding's factors are saved again as those of a head that is tied to it."""
+        return {"lora_A": "lora_B", "lora_B": "lora_A"}
+
+    def input_directions(self, parts: Parts) -> Tensor | None:
+        return None if self.transposed else parts["lora_A"]
+
+    def prepare(self, parts: Parts, device: torch.device) -> Parts:
+        """The two factors, KaSA's diagonal multiplied into A."""
+        if "diagonal" not in parts:
+            return parts
+        return {"lora_A": parts["diagonal"].unsqueeze(1) * parts["lora_A"], "lora_B": parts["lora_B"]}
+
+    def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
         """`cell` plus its rows of s·B A, in place; one rounding to the stored type happens later."""
-        left, right = _factors(rows, parts, self.transposed)
+        left, right = _factors(rows, prepared, self.transposed)
         return torch.addmm(cell, left, right, alpha=self.scaling, out=cell)
 
 
 @dataclass(frozen=True, slots=True)
-class DoraUpdate:
+class DoraUpdate(OfFactors):
     """Parts of LoRA and `magnitude` [out], the norm that each output's weights are given.
 
     Norms are summed in float64. An output whose weights are all zero has no direction: PEFT's live layer
@@ -51,28 +86,32 @@ class DoraUpdate:
     transposed: bool
 
     @property
-    def reduces(self) -> bool:
+    def access(self) -> UpdateAccess:
         """Rows of a transposed weight are parts of all outputs, whose norms need every row first."""
-        return self.transposed
+        return UpdateAccess.REDUCE_THEN_ROW if self.transposed else UpdateAccess.ROW
 
-    def reduce(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
+    def reduce(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> State:
         """Sum of squares of each column so far, float64 [out]."""
-        left, right = _factors(rows, parts, self.transposed)
+        left, right = _factors(rows, prepared, self.transposed)
         updated = torch.addmm(cell, left, right, alpha=self.scaling)
         squares = updated.double().square_().sum(dim=0)
-        return squares if state is None else state + squares
+        return (state[0] + squares,) if state else (squares,)
 
-    def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
+    def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
         """`cell` as rows of m ⊙ V / ‖V‖, in place."""
-        magnitude = parts["magnitude"].double()
-        left, right = _factors(rows, parts, self.transposed)
+        magnitude = prepared["magnitude"].double()
+        left, right = _factors(rows, prepared, self.transposed)
         updated = torch.addmm(cell, left, right, alpha=self.scaling, out=cell)
         if self.transposed:
-            assert state is not None
-            return updated.mul_(dora_gain(self.parameter, magnitude, state.sqrt(), 0))
+            (squares,) = state
+            return updated.mul_(dora_gain(self.parameter, magnitude, squares.sqrt(), 0))
         norms = torch.linalg.vector_norm(updated, dim=1, dtype=torch.float64)
         gain = dora_gain(self.parameter, magnitude[rows.start : rows.stop], norms, rows.start)
         return updated.mul_(gain.unsqueeze(1))
+
+    def is_neutral(self, constants: Mapping[str, float]) -> bool:
+        """Whether norms are those of the base is not known before the base is read."""
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +123,12 @@ class LoraBiasUpdate(ByRows):
     parts: Mapping[str, StoredTensor]
     scaling: float
 
-    def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
+    def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
         """`cell` [1, out], the whole bias, plus s·bias, in place."""
-        return cell.add_(parts["bias"], alpha=self.scaling)
+        return cell.add_(prepared["bias"], alpha=self.scaling)
+
+    def is_neutral(self, constants: Mapping[str, float]) -> bool:
+        return self.scaling == 0 or has_zero_part(self.parts.values(), constants)
 
 
 def dora_gain(parameter: str, magnitude: Tensor, norms: Tensor, first: int) -> Tensor:
@@ -104,11 +146,9 @@ def dora_gain(parameter: str, magnitude: Tensor, norms: Tensor, first: int) -> T
     return magnitude.div(norms).float()
 
 
-def _factors(rows: range, parts: Mapping[str, Tensor], transposed: bool) -> tuple[Tensor, Tensor]:
-    """Matrices whose product is `rows` of B A, or of its transpose: views, but for KaSA's A."""
-    a, b = parts["lora_A"], parts["lora_B"]
-    if "diagonal" in parts:
-        a = parts["diagonal"].unsqueeze(1) * a
+def _factors(rows: range, prepared: Parts, transposed: bool) -> tuple[Tensor, Tensor]:
+    """Views of the factors whose product is `rows` of B A, or of its transpose."""
+    a, b = prepared["lora_A"], prepared["lora_B"]
     if transposed:
         return a[:, rows.start : rows.stop].T, b.T
     return b[rows.start : rows.stop], a

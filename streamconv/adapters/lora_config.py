@@ -15,27 +15,21 @@ from streamconv.adapters.config import (
     AdapterConfig,
     Neutral,
     Rule,
-    check_fields,
     is_rank,
 )
+from streamconv.adapters.ranks import Ranks, alpha_patterns, rank_patterns
 from streamconv.adapters.replication import read_ranges
 from streamconv.checkpoint.strict_json import shown
-from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import AdapterError, UnsupportedError
 
 
 @dataclass(frozen=True, slots=True)
-class LoraSettings:
-    """What the merge needs of a LoraConfig; of the patterns the first that matches wins.
+class LoraSettings(Ranks):
+    """Fields of a LoraConfig that decide a merge.
 
     `blocks` are those of BD-LoRA's block-diagonal factors, `group` the inputs that QA-LoRA pools.
     """
 
-    name: str
-    r: int
-    alpha: float
-    rank_pattern: tuple[tuple[re.Pattern[str], int], ...]
-    alpha_pattern: tuple[tuple[re.Pattern[str], float], ...]
     use_rslora: bool
     use_dora: bool
     fan_in_fan_out: bool
@@ -46,27 +40,13 @@ class LoraSettings:
     target_parameters: tuple[str, ...] = ()
     peft_version: tuple[int, ...] | None = None
 
-    def rank(self, module: str) -> int:
-        return next((rank for pattern, rank in self.rank_pattern if pattern.match(module)), self.r)
-
-    def check_rank(self, module: str, tensor: StoredTensor, rank: int) -> None:
-        """Raise AdapterError unless `rank`, that of `tensor`, is the one the config gives `module`."""
-        expected = self.rank(module)
-        if rank != expected:
-            raise AdapterError(
-                f"{tensor.name} has rank {rank}, but {self.name} gives {module} the rank {expected} (r and"
-                " rank_pattern); config and tensors are not of one adapter"
-            )
-
     def scaling(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / √r for rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
-        alpha = next((alpha for pattern, alpha in self.alpha_pattern if pattern.match(module)), self.alpha)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def read_settings(config: AdapterConfig) -> LoraSettings:
     """Raises UnsupportedError for a variant that is not built, AdapterError for a field of a wrong type."""
-    check_fields(config, LORA_FIELDS)
     _check_variants(config)
     initial = _initial(config)
     if initial is not None and read_ranges(config):
@@ -79,14 +59,8 @@ def read_settings(config: AdapterConfig) -> LoraSettings:
         name=config.name,
         r=config.rank("r"),
         alpha=config.number("lora_alpha"),
-        rank_pattern=tuple(
-            (module_pattern(config, "rank_pattern", text), rank)
-            for text, rank in config.ranks("rank_pattern").items()
-        ),
-        alpha_pattern=tuple(
-            (module_pattern(config, "alpha_pattern", text), alpha)
-            for text, alpha in config.numbers("alpha_pattern").items()
-        ),
+        rank_pattern=rank_patterns(config),
+        alpha_pattern=alpha_patterns(config),
         use_rslora=config.flag("use_rslora"),
         use_dora=config.flag("use_dora"),
         lora_bias=config.flag("lora_bias"),
@@ -140,16 +114,6 @@ def _version(text: object) -> tuple[int, ...] | None:
     """`0.19.1` or `0.19.1.dev0@unknown` as numbers; None for anything else."""
     found = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?", text) if isinstance(text, str) else None
     return None if found is None else tuple(int(number or 0) for number in found.groups())
-
-
-def module_pattern(config: AdapterConfig, field: str, text: str) -> re.Pattern[str]:
-    """`get_pattern_key` of `peft/utils/other.py`: a pattern may leave out the top of a module's path."""
-    try:
-        return re.compile(rf"(.*\.)?({text})$")
-    except re.error as error:
-        raise AdapterError(
-            f"{config.name}: {text!r} in {field} is not a regular expression: {error}"
-        ) from error
 
 
 _CHANGED_BASE = (

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from streamconv.adapters.base import Parameter, Update
 from streamconv.adapters.conv import ConvUpdate
@@ -14,7 +15,9 @@ from streamconv.adapters.experts_reader import Factors, read_experts
 from streamconv.adapters.folded import BlockLoraUpdate, PooledLoraUpdate
 from streamconv.adapters.initial import InitialUpdate
 from streamconv.adapters.lora import DoraUpdate, LoraBiasUpdate, LoraUpdate
-from streamconv.adapters.lora_config import LoraSettings, read_settings
+from streamconv.adapters.lora_config import LORA_FIELDS, UNUSED, LoraSettings, read_settings
+from streamconv.adapters.method import Method
+from streamconv.adapters.orientation import is_transposed
 from streamconv.adapters.source import Base, Source, trained_shape
 from streamconv.adapters.tokens import read_tokens
 from streamconv.checkpoint.types import Shape, StoredTensor
@@ -25,10 +28,6 @@ _KEY = re.compile(
     r"(?P<factor>lora_[AB])\.weight|lora_embedding_(?P<embedding>[AB])(?:\.weight)?"
     r"|(?P<magnitude>lora_magnitude_vector(?:\.weight)?)|(?P<diagonal>lora_diag)|(?P<bias>lora_B\.bias))"
 )
-# Models of transformers that use Conv1D (`transformers/pytorch_utils.py`), and what they call such layers.
-_CONV1D_MODELS = frozenset({"clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
-_CONV1D_LAYERS = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
-
 # What belongs to a variant alone: its name, and the field that switches it on.
 _SWITCHES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {"magnitude": ("DoRA", "use_dora"), "diagonal": ("KaSA", "kasa_config")}
@@ -129,7 +128,9 @@ def _layer(
     inputs = a.shape[1] if is_embedding else _inputs(shape, a, b, settings)
     if is_embedding:
         _check_embedding(parameter, shape, a, b)
-    transposed = is_embedding or _is_transposed(parameter, shape, inputs, a, b, settings, base)
+    transposed = is_embedding or is_transposed(parameter, shape, b.shape[0], inputs, source.config, base)
+    if transposed is None:
+        raise _misfit(parameter, a, b)
     if "magnitude" in factors:
         _check_numbers(parameter, factors["magnitude"], (b.shape[0],), "output")
     if "diagonal" in factors:
@@ -325,32 +326,22 @@ def _conv_update(
     return ConvUpdate(parameter.name, shape, MappingProxyType(dict(factors)), scaling, settings.use_dora)
 
 
-def _is_transposed(
-    parameter: Parameter,
-    shape: Shape,
-    inputs: int,
-    a: StoredTensor,
-    b: StoredTensor,
-    settings: LoraSettings,
-    base: Base,
-) -> bool:
-    """Whether the weight is stored as [in, out]: its shape says, or where it is square, the model does.
+def _facts(fields: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Mapping[str, Any]:
+    ranks = sorted({tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight")})
+    return {
+        "rank": ranks[0] if len(ranks) == 1 else ranks,
+        "alpha": fields.get("lora_alpha"),
+        "rslora": bool(fields.get("use_rslora")),
+        "dora": bool(fields.get("use_dora")),
+    }
 
-    `fan_in_fan_out` decides last. PEFT sets it to what the last layer it wrapped needed, and the bitsandbytes
-    layers leave a wrong value as it is.
-    """
-    outputs = b.shape[0]
-    if shape not in {(outputs, inputs), (inputs, outputs)}:
-        raise _misfit(parameter, a, b)
-    if outputs != inputs:
-        return shape == (inputs, outputs)
-    layer = parameter.name.split(".")[-2]
-    if str(base.config.get("model_type")) in _CONV1D_MODELS:  # config.json may hold anything
-        return layer in _CONV1D_LAYERS
-    if settings.fan_in_fan_out:
-        raise UnsupportedError(
-            f"{parameter.name} is square, so its shape does not tell whether it is stored as [in, out], as"
-            f" fan_in_fan_out in {settings.name} says; no model of type {base.config.get('model_type')!r} is"
-            " known to store weights so: if its layers are nn.Linear, set fan_in_fan_out to false"
-        )
-    return False
+
+LORA = Method(
+    label="LoRA",
+    read=read_lora,
+    fields=LORA_FIELDS,
+    keys=r"lora_\w+",
+    neutral="zero (all lora_B, or all lora_A, or alpha)",
+    unused=UNUSED,
+    facts=_facts,
+)

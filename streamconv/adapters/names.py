@@ -11,13 +11,10 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from streamconv.adapters.config import AdapterConfig
-from streamconv.adapters.source import Base, MoeLayout, Renaming, Source, by_key
+from streamconv.adapters.method import Method
+from streamconv.adapters.source import SHARED_PREFIX, Base, MoeLayout, Renaming, Source, by_key
 from streamconv.checkpoint.types import StoredTensor
 
-# What may follow the path of a module or parameter of the base in a key.
-_ENDS = re.compile(
-    r"(\.base_layer)*\.(lora_\w+(\..+)?|token_adapter\..+|base_layer\.(weight|bias)|modules_to_save\..+|original_module\..+)$"
-)
 _HEAD = ("lm_head.", "lm_head.")
 _VISION = (
     ("model.vision_tower.", "vision_tower."),
@@ -49,29 +46,44 @@ RENAMINGS = (
 
 
 def read_source(
-    location: str, config: AdapterConfig, tensors: Iterable[StoredTensor], base: Base, moe: MoeLayout
+    location: str,
+    config: AdapterConfig,
+    tensors: Iterable[StoredTensor],
+    base: Base,
+    moe: MoeLayout,
+    method: Method,
 ) -> Source:
     """The adapter's tensors in the names of the base. Raises AdapterError for keys that PEFT does not give."""
-    by_trained_key = by_key(location, tensors)
-    found = _renamings(by_trained_key, base)
+    by_trained_key = by_key(location, tensors, method.keys, method.shared)
+    own = {key: tensor for key, tensor in by_trained_key.items() if not key.startswith(SHARED_PREFIX)}
+    shared = {key: tensor for key, tensor in by_trained_key.items() if key not in own}
+    found = _renamings(own, base, _ends(method))
     if len(found) != 1:  # as they are; what does not fit is refused with the names
         return Source(location, config, by_trained_key, None, moe)
     ((renaming, keys),) = found
-    return Source(location, config, keys, renaming, moe)
+    return Source(location, config, MappingProxyType({**keys, **shared}), renaming, moe)
+
+
+def _ends(method: Method) -> re.Pattern[str]:
+    """What may follow the path of a module or parameter of the base in a key."""
+    return re.compile(
+        rf"(\.base_layer)*\.({method.keys}(\..+)?|token_adapter\..+|base_layer\.(weight|bias)|modules_to_save\..+"
+        r"|original_module\..+)$"
+    )
 
 
 def _renamings(
-    tensors: Mapping[str, StoredTensor], base: Base
+    tensors: Mapping[str, StoredTensor], base: Base, ends: re.Pattern[str]
 ) -> list[tuple[Renaming, Mapping[str, StoredTensor]]]:
     """Renamings that fit, and the tensors by their new keys; none if the keys fit as they are."""
     places = _places(base)
-    if all(_place(key) in places for key in tensors):
+    if all(ends.sub("", key) in places for key in tensors):
         return []
     found: dict[tuple[str, ...], tuple[Renaming, Mapping[str, StoredTensor]]] = {}
     for renaming in RENAMINGS:
         keys = {renaming.to_base(key): tensor for key, tensor in tensors.items()}
         is_reversible = all(renaming.to_trained(renaming.to_base(key)) == key for key in tensors)
-        if is_reversible and len(keys) == len(tensors) and all(_place(key) in places for key in keys):
+        if is_reversible and len(keys) == len(tensors) and all(ends.sub("", key) in places for key in keys):
             found[tuple(sorted(keys))] = (renaming, MappingProxyType(dict(sorted(keys.items()))))
     return list(found.values())
 
@@ -86,8 +98,3 @@ def _places(base: Base) -> frozenset[str]:
             place = place.rpartition(".")[0]
     # transformers 5 has another name for the experts of Mixtral and its like than files have.
     return frozenset(places | {place.replace(".block_sparse_moe.", ".mlp.") for place in places})
-
-
-def _place(key: str) -> str:
-    """The module or parameter that `key` is for."""
-    return _ENDS.sub("", key)

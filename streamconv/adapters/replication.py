@@ -29,9 +29,10 @@ _MOST_LAYERS = 10_000
 def read_ranges(config: AdapterConfig) -> tuple[Range, ...]:
     """Ranges [start, end) of layers of the base, in the order of the trained model; none if it has those of the base.
 
-    Raises AdapterError for what are no ranges. Where the base's layers end is not known here.
+    Raises AdapterError for what are no ranges. Where the base's layers end is not known here; a method without the
+    field refuses it as unknown when it is read.
     """
-    value = config.fields.get("layer_replication") if config.peft_type == "LORA" else None
+    value = config.fields.get("layer_replication")
     if value is None or value == []:
         return ()
     if not isinstance(value, list):

@@ -49,7 +49,7 @@ def read_saved(
     left for the caller to refuse. Raises AdapterError for a replacement that does not fit the base.
     """
     trained, recorded = _saved_names(source, base), _embeddings(base)
-    biases = source.config.fields.get("bias") in ("all", "lora_only")
+    biases = str(source.config.fields.get("bias")).endswith(("all", "_only"))  # `lora_only`: its method's
     found: dict[str, Replace] = {}
     records: set[str] = set()
     repeated = set()

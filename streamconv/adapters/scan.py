@@ -1,4 +1,4 @@
-"""The one pass over an adapter's bytes: its hash, whether all values are finite, which tensors are zero."""
+"""The one pass over an adapter's bytes: its hash, whether all values are finite, which tensors are constant."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii
+from types import MappingProxyType
 
 import torch
 
@@ -21,26 +22,26 @@ CHUNK_BYTES = 4 * 2**20
 @dataclass(frozen=True, slots=True)
 class Scan:
     """`sha256` covers the config's bytes and every tensor's name, type, shape and bytes, in order of names;
-    `digests` are those of each tensor's bytes, `zero` the names of tensors that hold only zeros."""
+    `digests` are those of each tensor's bytes; `constants` the names of tensors that hold one value only, with it."""
 
     sha256: str
     digests: Mapping[str, str]
-    zero: frozenset[str]
+    constants: Mapping[str, float]
 
 
 def scan_tensors(config: bytes, tensors: Iterable[StoredTensor]) -> Scan:
     """Read every tensor once, in chunks. Raises AdapterError naming the first with NaN or infinity."""
     whole = hashlib.sha256(hashlib.sha256(config).digest())
     digests: dict[str, str] = {}
-    zero: set[str] = set()
+    constants: dict[str, float] = {}
     buffer = _Buffer()
     with TensorReader() as reader:
         for tensor in sorted(tensors, key=lambda tensor: tensor.name):
-            digests[tensor.name], is_zero = _scan(tensor, reader, buffer)
-            if is_zero:
-                zero.add(tensor.name)
+            digests[tensor.name], least, greatest = _scan(tensor, reader, buffer)
+            if least == greatest:
+                constants[tensor.name] = least
             whole.update(_entry(tensor, digests[tensor.name]).encode())
-    return Scan(whole.hexdigest(), digests, frozenset(zero))
+    return Scan(whole.hexdigest(), digests, MappingProxyType(constants))
 
 
 class _Buffer:
@@ -58,10 +59,11 @@ def _entry(tensor: StoredTensor, digest: str) -> str:
     return f'[{encode_basestring_ascii(tensor.name)}, "{tensor.dtype.code}", [{shape}], "{digest}"]'
 
 
-def _scan(tensor: StoredTensor, reader: TensorReader, buffer: _Buffer) -> tuple[str, bool]:
+def _scan(tensor: StoredTensor, reader: TensorReader, buffer: _Buffer) -> tuple[str, float, float]:
+    """Digest, least and greatest value; of an empty tensor 0 and 0."""
     digest = hashlib.sha256()
-    is_zero = True
     nbytes, values = tensor.nbytes, buffer.values[tensor.dtype]
+    least = greatest = 0.0
     for start in range(0, nbytes, CHUNK_BYTES):
         length = min(CHUNK_BYTES, nbytes - start)
         raw = buffer.raw[:length]
@@ -75,5 +77,5 @@ def _scan(tensor: StoredTensor, reader: TensorReader, buffer: _Buffer) -> tuple[
                 f"{tensor.file.name}: {tensor.name} holds NaN or infinity; the training run diverged, take an"
                 " earlier checkpoint"
             )
-        is_zero = is_zero and low == high == 0
-    return digest.hexdigest(), is_zero
+        least, greatest = (min(least, low), max(greatest, high)) if start else (low, high)
+    return digest.hexdigest(), least, greatest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +14,8 @@ from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.dtypes import DENSE
 from streamconv.errors import AdapterError
 
-PREFIX = "base_model.model."
+SHARED_PREFIX = "base_model."
+PREFIX = f"{SHARED_PREFIX}model."
 _DTYPES = frozenset(DENSE.values())
 
 
@@ -93,7 +94,9 @@ class Renaming:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One adapter. `tensors` by their key without `base_model.model.`, in the names of the base, sorted."""
+    """One adapter. `tensors` by their key without `base_model.model.`, in the names of the base, sorted; those that all
+    modules share keep `base_model.` in their key.
+    """
 
     location: str
     config: AdapterConfig
@@ -112,15 +115,29 @@ def trained_shape(source: Source, parameter: Parameter, key: str) -> Shape:
     return parameter.shape if under is None else under.shape
 
 
-def by_key(location: str, tensors: Iterable[StoredTensor]) -> Mapping[str, StoredTensor]:
+def by_module(source: Source, pattern: re.Pattern[str]) -> Mapping[str, Mapping[str, StoredTensor]]:
+    """Tensors by role, by module: the groups `role` and `module` of `pattern`. Keys of another kind are left."""
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for key, tensor in source.tensors.items():
+        if match := pattern.fullmatch(key):
+            modules.setdefault(match["module"], {})[match["role"]] = tensor
+    return modules
+
+
+def by_key(
+    location: str, tensors: Iterable[StoredTensor], keys: str, shared: Collection[str] = ()
+) -> Mapping[str, StoredTensor]:
     """Tensors by the key that PEFT's save_pretrained would have given them, without its prefix.
 
-    Raises AdapterError for other keys and element types.
+    `keys` is the regular expression of the method's own tensors, `shared` names those that all modules share, whose
+    keys keep `base_model.`. Raises AdapterError for other keys and element types.
     """
     found: dict[str, StoredTensor] = {}
+    named = _adapter_name(keys)
     for tensor in sorted(tensors, key=lambda tensor: tensor.name):
-        name = plain_key(tensor.name)
-        if not name.startswith(PREFIX):
+        name = plain_key(tensor.name, named)
+        is_shared = name.startswith(SHARED_PREFIX) and name.removeprefix(SHARED_PREFIX) in shared
+        if not name.startswith(PREFIX) and not is_shared:
             raise AdapterError(
                 f"{location}: the tensor {tensor.name} does not belong to a PEFT adapter, whose names start"
                 f" with {PREFIX!r}; save the adapter with PEFT's save_pretrained"
@@ -142,14 +159,15 @@ def by_key(location: str, tensors: Iterable[StoredTensor]) -> Mapping[str, Store
 # What wrappers put into names when a state dict is saved without unwrapping: torch.compile, FSDP, activation
 # checkpointing anywhere, DataParallel and DeepSpeed before all else.
 _WRAPPERS = re.compile(r"^(module\.)+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# `lora_A.default.weight`: a state dict names the adapter, which save_pretrained leaves out.
-_ADAPTER_NAME = re.compile(
-    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_diag|trainable_tokens_delta)\.default(?=\.|$)"
-)
 
 
-def plain_key(name: str) -> str:
+# A state dict has the name of the adapter in it (`lora_A.default.weight`), which save_pretrained leaves out.
+def _adapter_name(keys: str) -> re.Pattern[str]:
+    return re.compile(rf"\.({keys}|trainable_tokens_delta)\.default(?=\.|$)")
+
+
+def plain_key(name: str, named: re.Pattern[str]) -> str:
     """`name` without what wrappers and the name of the adapter, if it is PEFT's default, put into it."""
     if "module" in name or "_orig_mod" in name:
         name = _WRAPPERS.sub("", name)
-    return _ADAPTER_NAME.sub(r".\1", name) if ".default" in name else name
+    return named.sub(r".\1", name) if ".default" in name else name

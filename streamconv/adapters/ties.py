@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from streamconv.adapters.base import Replace, Update
-from streamconv.adapters.lora import LoraUpdate
 from streamconv.adapters.saved import Saved, are_equal
 from streamconv.adapters.source import Base, Source
 from streamconv.adapters.tokens import RowsUpdate
@@ -132,7 +131,7 @@ def _take_shared(
         embedding.remove(rows["e"][0])
         for update in rows["h"]:
             head.remove(update)
-    factors = [u for u in (*embedding, *head) if isinstance(u, LoraUpdate)]
+    factors = [u for u in (*embedding, *head) if u.mirror]
     if source.config.flag("ensure_weight_tying") and len(factors) == 2:
         _check_transposes(factors[0], factors[1])
         shared.embedding.append(factors[0])
@@ -146,10 +145,10 @@ def _are_same_rows(one: RowsUpdate, other: RowsUpdate, digests: Mapping[str, str
     return one.places == other.places and are_equal(one.parts["rows"], other.parts["rows"], digests)
 
 
-def _check_transposes(embedding: LoraUpdate, head: LoraUpdate) -> None:
+def _check_transposes(embedding: Update, head: Update) -> None:
     """Raise AdapterError unless the head's factors are the embedding's, transposed."""
     with TensorReader() as reader:
-        for ours, theirs in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+        for ours, theirs in embedding.mirror.items():
             left, right = embedding.parts[ours], head.parts[theirs]
             if not reader.load(left).T.equal(reader.load(right)):
                 raise AdapterError(

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from streamconv.adapters.base import ByRows, Update
+from streamconv.adapters.base import ByRows, Parts, State, Update
 from streamconv.adapters.config import AdapterConfig
 from streamconv.adapters.source import Base, Source, trained_shape
 from streamconv.checkpoint.types import Shape, StoredTensor
@@ -34,12 +34,16 @@ class RowsUpdate(ByRows):
     parts: Mapping[str, StoredTensor]
     places: tuple[tuple[int, int], ...]
 
-    def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
+    def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
         """`cell` with its trained rows replaced, in place."""
         first, last = (bisect_left(self.places, (row, 0)) for row in (rows.start, rows.stop))
         for row, place in self.places[first:last]:
-            cell[row - rows.start] = parts["rows"][place]
+            cell[row - rows.start] = prepared["rows"][place]
         return cell
+
+    def is_neutral(self, constants: Mapping[str, float]) -> bool:
+        """Rows are replaced, whatever is in them."""
+        return False
 
 
 def read_tokens(source: Source, base: Base) -> tuple[Update, ...]:

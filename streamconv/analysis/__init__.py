@@ -1,4 +1,4 @@
-"""What merging does to each weight: how large the update is, and what of it each way to store the result keeps."""
+"""Analysis of a merge: the size of each weight's update, and the share that each way to store the result keeps."""
 
 from __future__ import annotations
 

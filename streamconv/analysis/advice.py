@@ -1,4 +1,4 @@
-"""What the numbers of an analysis mean for the merge, in words."""
+"""Advice drawn from the numbers of an analysis, in words."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from streamconv.analysis.prediction import predicted_kept
 from streamconv.analysis.rounded import CodesWatch, GridSums, RoundedSums, base_grid
-from streamconv.analysis.sums import Moments, Outliers, UpdateSums, outliers, total, update_sums
-from streamconv.analysis.views import Group, Subject, View
+from streamconv.analysis.sums import CentralMoments, Outliers, UpdateSums, outliers, total, update_sums
+from streamconv.analysis.views import AnalyzedWeight, View, ViewGroup
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.formats.rows import StoredRows
@@ -29,7 +29,7 @@ from streamconv.running.workers import Inline, Workers
 
 @dataclass(frozen=True, slots=True)
 class DenseSums:
-    """Of one target of a weight, or of several: the update, and what it does to the distribution."""
+    """Sums over one target of a weight, or over several: the update, and its effect on the distribution."""
 
     update: UpdateSums
     outliers: Outliers
@@ -57,7 +57,7 @@ class UpdateWatch:
         self._step, self._height = step, height
         self._cells: dict[int, UpdateSums] = {}
         self._outliers: dict[int, Outliers] = {}
-        self._base: Moments | None = None
+        self._base: CentralMoments | None = None
 
     def __call__(self, seen: Seen) -> None:
         number = seen.rows.start // self._height
@@ -86,13 +86,15 @@ class _Open:
     watch: UpdateWatch | CodesWatch
 
 
-def bytes_to_read(subject: Subject) -> int:
-    """Of the main parts, for all groups and passes."""
+def bytes_to_read(subject: AnalyzedWeight) -> int:
+    """Bytes of the main parts, for all groups and passes."""
     main = subject.step.weight.parts[subject.step.weight.decoder.main].nbytes
     return main * sum(_passes(group) for group in subject.groups)
 
 
-def measure(subject: Subject, reader: TensorReader, device: Device, seed: int, on_bytes: OnBytes) -> Measured:
+def measure(
+    subject: AnalyzedWeight, reader: TensorReader, device: Device, seed: int, on_bytes: OnBytes
+) -> Measured:
     """Every view of a weight. Raises InputError where a value is not finite."""
     dense: dict[str, DenseSums] = {}
     grids: dict[tuple[str, str], GridSums] = {}
@@ -117,7 +119,7 @@ def measure(subject: Subject, reader: TensorReader, device: Device, seed: int, o
     )
 
 
-def _predicted(subject: Subject, key: tuple[str, str], found: GridSums, dense: DenseSums) -> GridSums:
+def _predicted(subject: AnalyzedWeight, key: tuple[str, str], found: GridSums, dense: DenseSums) -> GridSums:
     """`found` with what nearest rounding is predicted to keep of the update, where the base is on the grid."""
     (step,) = (
         view.step
@@ -135,7 +137,7 @@ def _predicted(subject: Subject, key: tuple[str, str], found: GridSums, dense: D
 
 
 def _worked(
-    group: Group, reader: TensorReader, device: Device, seed: int, on_bytes: OnBytes
+    group: ViewGroup, reader: TensorReader, device: Device, seed: int, on_bytes: OnBytes
 ) -> Sequence[_Open]:
     """The views of a group when all has been seen of them."""
     with ExitStack() as stack:
@@ -174,7 +176,7 @@ def _open(view: View, tiles: _Tiles, workers: Workers | Inline, seed: int) -> _O
 class _Tiles:
     """The tiles of one weight, and the tensors read whole beside them, each once."""
 
-    def __init__(self, group: Group, reader: TensorReader, device: Device, on_bytes: OnBytes) -> None:
+    def __init__(self, group: ViewGroup, reader: TensorReader, device: Device, on_bytes: OnBytes) -> None:
         steps = [view.step for view in group.views]
         self.device, self.height = device, cell_rows(device, steps[0].columns)
         self._step, self._reader, self._on_bytes = steps[0], reader, on_bytes
@@ -215,7 +217,7 @@ class _Tiles:
                 work.rewrite(raw, rows, out[: offset(rows.stop) - offset(rows.start)]).wait()
 
 
-def _passes(group: Group) -> int:
-    """How often a weight is read for a group."""
+def _passes(group: ViewGroup) -> int:
+    """Count the readings of a weight for a group."""
     reduces = any(view.step.access is not Access.ROW for view in group.views)
     return 1 + reduces + any(view.rounding is None for view in group.views)

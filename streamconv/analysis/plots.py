@@ -74,7 +74,7 @@ def _kept(found: Analysis) -> Figure | None:
 
 
 def _curve(axes: Axes, name: str, ratios: Sequence[float], kurtosis: float) -> None:
-    """What is predicted of nearest rounding on the base's own grid; `kurtosis` is that of a usual update here."""
+    """Predicted share kept by nearest rounding on the base's own grid; `kurtosis` is that of a usual update here."""
     grid = FORMATS[name].grid
     positive = [ratio for ratio in ratios if ratio > 0]
     if grid is None or grid.block == ROW or not positive:  # blocks of every width have a curve of their own

@@ -1,4 +1,4 @@
-"""How much of an update nearest rounding keeps where the base lies on the grid: the dead zone, as a formula.
+"""Share of an update that nearest rounding keeps where the base lies on the grid: the dead zone, as a formula.
 
 The *step* of an entry is the scale of its block times the mean of the two gaps between the value of its code and the
 values beside it (at an end of the grid, the one gap there is); the *delta-to-step ratio* of a weight is mean |D| over
@@ -119,7 +119,7 @@ def _weight(grid: Grid) -> _Weight:
 
 
 def _steps(rising: Array) -> Array:
-    """Of each value, the mean of the gaps beside it; at an end, the one there is."""
+    """Mean of the gaps beside each value; at an end, the one there is."""
     gaps = np.diff(rising)
     return (np.concatenate((gaps[:1], gaps)) + np.concatenate((gaps, gaps[-1:]))) / 2
 

@@ -1,4 +1,4 @@
-"""What an analysis found, as plain data: of every weight, of all of a kind, and in total."""
+"""Results of an analysis, as plain data: of every weight, of all of a kind, and in total."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class WeightAnalysis:
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """What `analyze` returns. In `total` and `kinds`, sums are over all entries of the weights together.
+    """Result of `analyze`. In `total` and `kinds`, sums are over all entries of the weights together.
 
     `targets` says in words what T and F are here, `auto` what `--rounding auto` chooses by target and format, `advice`
     is for people. Sizes in bytes, times in seconds.
@@ -175,7 +175,7 @@ def _share(part: float, whole: float) -> float:
 
 
 def by_kind(kinds: Iterable[tuple[str, Measured]]) -> Mapping[str, Mapping[str, TargetAnalysis]]:
-    """What was measured of all weights of each kind, in the order in which kinds appear."""
+    """Measures of all weights of each kind, in the order in which kinds appear."""
     found: dict[str, list[Measured]] = {}
     for kind, measured in kinds:
         found.setdefault(kind, []).append(measured)

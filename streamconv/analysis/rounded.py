@@ -1,4 +1,4 @@
-"""What is measured of a cell's codes: how many change, how far they are from the target, and the steps of the grid.
+"""Measures of a cell's codes: how many change, how far they are from the target, and the steps of the grid.
 
 With V the codes' grid values and c a block's final scale over the grid's peak, ||Q - T||² of the block is
 c² ||V||² - 2 c <V, T> + ||T||². Double-quantized scales are final when the last cell is done; until then ||V||² and
@@ -27,7 +27,7 @@ BYTES_PER_BLOCK = 16
 
 @dataclass(frozen=True, slots=True)
 class RoundedSums(Sums):
-    """Of a weight's codes: <Q - B, D>, ||D||² and ||Q - T||²; how many of `count` entries are another grid value than
+    """Sums of a weight's codes: <Q - B, D>, ||D||², ||Q - T||²; how many of `count` entries are another grid value than
     the base, itself rounded to the format by nearest, has.
     """
 
@@ -40,7 +40,7 @@ class RoundedSums(Sums):
 
 @dataclass(frozen=True, slots=True)
 class GridSums(Sums):
-    """Of a base on the grid, or rounded to it: the sum of the steps of `count` entries, and the blocks' maxima.
+    """Sums of a base on the grid, or rounded to it: the steps of `count` entries, and the blocks' maxima.
 
     `predicted` is ||D||² times the share of it that nearest rounding is predicted to keep; 0 where the base does not
     lie on the grid, and nothing is.

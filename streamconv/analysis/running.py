@@ -11,7 +11,7 @@ from streamconv.analysis.advice import advise
 from streamconv.analysis.measuring import Measured, bytes_to_read, measure
 from streamconv.analysis.options import USUAL_MERGE_BASE, AnalysisOptions
 from streamconv.analysis.result import Analysis, WeightAnalysis, by_kind, targets_of
-from streamconv.analysis.views import Scheme, Subject, plan_views, without_budget
+from streamconv.analysis.views import AnalysisPlan, AnalyzedWeight, plan_views, without_budget
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.errors import ResourceError
 from streamconv.pipeline.preparation import Prepared, prepare
@@ -51,7 +51,7 @@ def run_analysis(options: AnalysisOptions, on_progress: OnProgress) -> Analysis:
     )
 
 
-def _measure(scheme: Scheme, options: AnalysisOptions, meter: Meter) -> list[Measured]:
+def _measure(scheme: AnalysisPlan, options: AnalysisOptions, meter: Meter) -> list[Measured]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # cells are shared between workers; see `run_plans`
     try:
@@ -71,7 +71,7 @@ def _measure(scheme: Scheme, options: AnalysisOptions, meter: Meter) -> list[Mea
         torch.set_num_threads(threads)
 
 
-def _weight(subject: Subject, measured: Measured) -> WeightAnalysis:
+def _weight(subject: AnalyzedWeight, measured: Measured) -> WeightAnalysis:
     step = subject.step
     dense = next(view.step for group in subject.groups for view in group.views if view.rounding is None)
     return WeightAnalysis(
@@ -85,7 +85,7 @@ def _weight(subject: Subject, measured: Measured) -> WeightAnalysis:
 
 
 def _merge_base(prepared: Prepared, options: AnalysisOptions) -> str | None:
-    """What `--merge-base` has to be for target T; None where T is what a merge takes anyway."""
+    """Value that `--merge-base` needs for target T; None where T is what a merge takes anyway."""
     if prepared.base.quantized:
         return None
     return USUAL_MERGE_BASE if options.merge_base == "auto" else options.merge_base

@@ -1,4 +1,4 @@
-"""What is summed over a weight's cells: sizes and moments of an update and of what it is added to, float64.
+"""Sums over a weight's cells: sizes and moments of an update and of what it is added to, float64.
 
 Each cell is summed in stretches small enough for a processor's cache, each in one fixed order, and stretches and cells
 are added up in row order. So numbers do not depend on tiles, workers or budgets.
@@ -49,7 +49,7 @@ def stretches(count: int, device: torch.device, multiple: int = 1) -> Iterator[s
 
 
 @dataclass(frozen=True, slots=True)
-class Moments:
+class CentralMoments:
     """Count, mean, and sums of the second to fourth powers of distances from the mean."""
 
     count: int
@@ -116,15 +116,15 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class UpdateSums(Sums):
-    """Of the base B, the target T and the update D = T - B; and of Q, the target rounded to the weight's float type.
+    """Sums of the base B, the target T, the update D = T - B, and Q, the target rounded to the weight's float type.
 
     `magnitudes` is Σ|D|, `base_error` ||W - Wq||² where the base was rounded first; `changed` counts entries that are
     stored as another number than those of B are, `kept` is <Q - B, D> and `error` ||Q - T||².
     """
 
-    before: Moments
-    after: Moments
-    update: Moments
+    before: CentralMoments
+    after: CentralMoments
+    update: CentralMoments
     magnitudes: float
     base_error: float
     changed: int
@@ -133,14 +133,14 @@ class UpdateSums(Sums):
 
 
 def update_sums(seen: Seen, encoder: Encoder) -> UpdateSums:
-    """Of a cell that is stored dense by `encoder`."""
+    """Sums of a cell that is stored dense by `encoder`."""
     base, target = seen.base.values.view(-1), seen.target.reshape(-1)
     dtype = encoder.dtype.torch
     written = seen.written.view(dtype)
     found = [
         _update_sums(base[part], target[part], written[part]) for part in stretches(base.numel(), base.device)
     ]
-    nothing = Moments(0, 0.0, 0.0, 0.0, 0.0)
+    nothing = CentralMoments(0, 0.0, 0.0, 0.0, 0.0)
     of_cell = UpdateSums(nothing, nothing, nothing, 0.0, float(seen.base.error), 0, 0.0, 0.0)
     return total([of_cell, *found])
 
@@ -158,7 +158,7 @@ def _update_sums(base: Tensor, target: Tensor, written: Tensor) -> UpdateSums:
         )
     )
     magnitudes, changed, kept, error = sums.tolist()
-    moments = (Moments.of(before), Moments.of(after), Moments.of(delta))
+    moments = (CentralMoments.of(before), CentralMoments.of(after), CentralMoments.of(delta))
     return UpdateSums(*moments, magnitudes, 0.0, int(changed), kept, error)
 
 
@@ -170,8 +170,8 @@ class Outliers(Sums):
     after: int
 
 
-def outliers(seen: Seen, base: Moments) -> Outliers:
-    """Of a cell of the weight whose base has the moments `base`."""
+def outliers(seen: Seen, base: CentralMoments) -> Outliers:
+    """Count outliers of a cell of the weight whose base has the moments `base`."""
     limit = OUTLIER_SIGMAS * base.deviation
     found = []
     for values in (seen.base.values.view(-1), seen.target.reshape(-1)):
@@ -192,7 +192,7 @@ class Largest:
 
 @dataclass(frozen=True, slots=True)
 class BlockSums(Sums):
-    """Of blocks that share a scale: how many there are, and by how much their greatest magnitude changes, relatively.
+    """Sums over blocks that share a scale: their number, and the relative change of their greatest magnitude.
 
     Blocks that are zero in the base are not counted.
     """
@@ -203,7 +203,7 @@ class BlockSums(Sums):
 
 
 def block_sums(seen: Seen, block: int) -> BlockSums:
-    """Of a cell's blocks of `block` elements."""
+    """Sums of a cell's blocks of `block` elements."""
     base, target = seen.base.values.view(-1), seen.target.reshape(-1)
     before, after = block_absmax(base, block).double(), block_absmax(target, block).double()
     counted = before > 0

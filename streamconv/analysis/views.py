@@ -41,13 +41,13 @@ class View:
 
     @property
     def block_bytes(self) -> int:
-        """What is held for the blocks of its grid."""
+        """Bytes held for the blocks of its grid."""
         grid = self.step.encoder.grid
         return 0 if grid is None else -(-self.step.rows * self.step.columns // grid.block) * BYTES_PER_BLOCK
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class ViewGroup:
     """Views of one weight that are looked at together, in the same reading."""
 
     views: tuple[View, ...]
@@ -55,11 +55,11 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class AnalyzedWeight:
     """A weight under its name in the result. `layer` is the first number in the name."""
 
     name: str
-    groups: tuple[Group, ...]
+    groups: tuple[ViewGroup, ...]
 
     @property
     def step(self) -> Rewrite:
@@ -67,7 +67,7 @@ class Subject:
 
     @property
     def kind(self) -> str:
-        """What such weights are called in every layer: `q_proj`."""
+        """Name that such weights have in every layer: `q_proj`."""
         return [part for part in self.name.split(".") if part != "weight" and not part.isdigit()][-1]
 
     @property
@@ -76,12 +76,12 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True)
-class Scheme:
+class AnalysisPlan:
     """All that an analysis looks at. `targets` says what each is, `auto` what `--rounding auto` chooses by target and
     format.
     """
 
-    subjects: tuple[Subject, ...]
+    subjects: tuple[AnalyzedWeight, ...]
     targets: Mapping[str, Choice]
     auto: Mapping[tuple[str, str], Choice]
     device: Device
@@ -93,7 +93,7 @@ class Scheme:
         return max(needs, key=lambda memory: (memory.ram, memory.vram))
 
 
-def plan_views(prepared: Prepared, options: AnalysisOptions) -> Scheme:
+def plan_views(prepared: Prepared, options: AnalysisOptions) -> AnalysisPlan:
     """Every view of every adapted weight, in the order of the checkpoint.
 
     Raises what planning a merge raises; InputError where nothing is adapted, OptionError where `--layers` names none.
@@ -123,10 +123,10 @@ def plan_views(prepared: Prepared, options: AnalysisOptions) -> Scheme:
     wanted = _of_layers(views, options.layers)
     _check_memory([view for of_weight in wanted.values() for view in of_weight], options.job.options, device)
     subjects = tuple(
-        Subject(name, tuple(_groups(tuple(of_weight), options.job.options, device)))
+        AnalyzedWeight(name, tuple(_groups(tuple(of_weight), options.job.options, device)))
         for name, of_weight in wanted.items()
     )
-    return Scheme(subjects, targets, auto, device)
+    return AnalysisPlan(subjects, targets, auto, device)
 
 
 def _own_group_size(prepared: Prepared, quant: str) -> int | None:
@@ -147,7 +147,7 @@ def layer_of(name: str) -> int | None:
 
 
 def _merge_bases(prepared: Prepared, merge_base: str) -> tuple[str, ...]:
-    """What updates are added to, as options of a merge: F and T where the base is in 16 bit."""
+    """Values of `--merge-base` that updates are added to: F and T where the base is in 16 bit."""
     if prepared.base.quantized:
         return ("original" if merge_base == "auto" else merge_base,)
     if merge_base == "original":
@@ -190,10 +190,10 @@ def _check_memory(views: Sequence[View], options: MergeOptions, device: Device) 
     plan_memory([view.step for view in views], options, device, beside=beside)
 
 
-def _groups(views: tuple[View, ...], options: MergeOptions, device: Device) -> Iterator[Group]:
+def _groups(views: tuple[View, ...], options: MergeOptions, device: Device) -> Iterator[ViewGroup]:
     """`views` of one weight in as few groups as the memory allows: halved until each fits, as each alone does."""
     try:
-        yield Group(views, _memory(views, options, device))
+        yield ViewGroup(views, _memory(views, options, device))
         return
     except ResourceError:
         if len(views) == 1:

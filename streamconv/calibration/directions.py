@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from streamconv.adapters.base import Update
-from streamconv.adapters.lora import LoraUpdate
 from streamconv.calibration.targets import Held
 from streamconv.equalization.scaling import COLUMNS
 
@@ -20,17 +19,20 @@ _ITERATIONS = 4
 def directions_of(held: Held, target: Tensor) -> Tensor | None:
     """Rows [r, in] that span the inputs which the update of a weight acts on; None where it has none.
 
-    They are A of LoRA; of several, one below the other; of a rescaled weight A diag(s), as its D is. Of other updates,
-    which have no such factor or scale its product, the first right singular vectors of D = `target` - B.
+    They are what its updates know of them, A of LoRA; of several, one below the other; of a rescaled weight A diag(s),
+    as its D is. Where an update has no such factor or scales its product, they are the first right singular vectors of
+    D = `target` - B.
     """
     updates: Sequence[Update] = held.step.updates
     if not updates:
         return None
-    if all(isinstance(update, LoraUpdate) and not update.transposed for update in updates):
-        found = torch.cat([parts["lora_A"] for _, parts in zip(updates, held.work.parts, strict=False)])
+    each = [update.input_directions(parts) for update, parts in zip(updates, held.work.parts, strict=False)]
+    known = [rows for rows in each if rows is not None]
+    if len(known) == len(each):
+        found = torch.cat(known)
         scaling = held.step.scaling
         return found * held.work.parts[-1][COLUMNS] if scaling and COLUMNS in scaling.roles else found
-    ranks = [len(part) for parts in held.work.parts for role, part in parts.items() if role == "lora_A"]
+    ranks = [update.low_rank for update in updates if update.low_rank is not None]
     return singular_directions(held.difference(target), max(ranks, default=_RANK))
 
 

@@ -144,7 +144,7 @@ def build_header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str], ali
 
 
 def _data_start(start: bytes | bytearray, file_size: int, file_name: str) -> int:
-    """Where the data begins, from the first bytes of the file; here other kinds of files are recognised."""
+    """Offset at which the data begins, from the first bytes of the file; here other kinds of files are recognised."""
     if not file_size:
         raise CheckpointError(f"{file_name} is empty; download it again")
     length = int.from_bytes(start[:_LENGTH_BYTES], "little")
@@ -164,7 +164,7 @@ def _data_start(start: bytes | bytearray, file_size: int, file_name: str) -> int
 
 
 def recognise(start: bytes | bytearray) -> str | None:
-    """What a file that begins with `start` is, and what to do about it; None if it cannot be told."""
+    """Kind of a file that begins with `start`, and what to do about it; None if it cannot be told."""
     return next((what for magics, what in _OTHERS if start.startswith(magics)), None)
 
 

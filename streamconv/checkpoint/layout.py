@@ -1,4 +1,4 @@
-"""Where every tensor of the output goes: which shard, in which order, at which offset.
+"""Layout of the output's tensors: the shard, the order and the offset of each.
 
 A safetensors file allows no gap between tensors, yet loaders view the bytes in place, so a tensor must start
 at a multiple of its item size. Steps keep the base's order, with two exceptions that make this hold without

@@ -1,4 +1,4 @@
-"""How many threads read at once: found by trying, because nobody knows what a path is mounted on.
+"""Number of threads that read at once: found by trying, because nobody knows what a path is mounted on.
 
 One reader is all that a local disk needs. A network file system or a cloud volume answers each request late and many at
 once, so there several readers of the same range are several times as fast.

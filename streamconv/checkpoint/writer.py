@@ -162,7 +162,7 @@ class ShardWriter:
                 raise write_error(error, self._path, self._size - self._offset - done) from error
 
     def mark(self) -> Mark:
-        """Where the file is now, for a `sync` that need not wait for what will be written after."""
+        """Mark the file's present end, for a `sync` that need not wait for what will be written after."""
         self._open()
         return Mark(self._offset, self._trail.submit(self._sha256.hexdigest))
 

@@ -149,7 +149,7 @@ def _update(found: TargetAnalysis) -> Sequence[str]:
 
 
 def _show_format(found: Analysis, target: str, name: str) -> None:
-    """What each rounding keeps of the update, with the least and the most of any weight."""
+    """Show the share of the update that each rounding keeps, with the least and the most of any weight."""
     head = [f"{name} of {target}", "|D|/step", "predicted", "block max"]
     for rounding in found.total[target].formats[name].roundings:
         head += [rounding, "weights", "changed", "|Q-T|/|D|"]

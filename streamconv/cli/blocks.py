@@ -1,4 +1,4 @@
-"""What options and commands are made of: headings in help, sizes, places, environment variables."""
+"""Building blocks of options and commands: headings in help, sizes, places, environment variables."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Command(click.Command):
 
 
 def sections(command: click.Command, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
-    """What help and docs/cli.md say of each option, by the heading it stands under."""
+    """Sections of help and docs/cli.md, each option's text by the heading it stands under."""
     found: dict[str, list[tuple[str, str]]] = {}
     for param in command.get_params(ctx):
         record = param.get_help_record(ctx) if isinstance(param, click.Option) else None

@@ -216,7 +216,7 @@ def compare_command(as_json: bool, quiet: bool, **given: Any) -> None:
 
 @contextmanager
 def _stages(quiet: bool) -> Iterator[tuple[Callable[[str], None], OnProgress]]:
-    """What is called when a stage begins, and with how far it is: a bar of its own for each."""
+    """Callbacks for the beginning of a stage and for its progress: a bar of its own for each."""
     with ExitStack() as stack:
         shown: list[OnProgress] = []
 

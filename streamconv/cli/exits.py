@@ -1,4 +1,4 @@
-"""How the program ends: every deliberate error becomes one line and its exit code."""
+"""Exits of the program: every deliberate error becomes one line and its exit code."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def _show_plan(prepared: Prepared, out: str | None, as_json: bool, quiet: bool) 
 
 
 def _show_report(report: Report) -> None:
-    """What became of each output; how long it took, for all that were made now."""
+    """Show the outcome of each output, and the time of all that were made now."""
     reports = [report, *report.also.values()]
     made = [each for each in reports if each.seconds]
     for each in reports:

@@ -248,7 +248,7 @@ TARGET = group(
 
 
 def resources(defaults: Mapping[str, Any]) -> Callable[[F], F]:
-    """Where it runs, and with how much memory."""
+    """Options of device and memory, with their `defaults`."""
     return group(
         option(
             Section.RESOURCES,
@@ -317,7 +317,7 @@ PLACE = group(
 
 
 def push_options(revision: str) -> Callable[[F], F]:
-    """How to push; the branch to push to is the option `revision`."""
+    """Options of an upload; the branch to push to is the option `revision`."""
     return group(
         option(
             Section.UPLOAD,

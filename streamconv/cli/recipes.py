@@ -105,7 +105,7 @@ def _checked(setting: Option, value: Value, where: str, ctx: click.Context) -> A
 
 
 def _type(setting: Option) -> tuple[str, tuple[type, ...]]:
-    """What its value must be, in words and as types of Python, of which a bool is no int."""
+    """Types that its value may have, in words and in Python, where a bool is no int."""
     if setting.is_flag:
         return "true or false", (bool,)
     if isinstance(setting.type, Size):

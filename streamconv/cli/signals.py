@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do while something runs that can go on later."""
+"""Signals, Ctrl-C and SIGTERM, while something runs that can go on later."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands that upload have in common: the target, checked before the work, and the upload itself."""
+"""Uploads as commands share them: the target, checked before the work, and the upload itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PUSHING = ("push_to", "private", "create_pr", "commit_message", "push_revision")
 
 
 def push_target(given: Mapping[str, Any]) -> Target | None:
-    """Where to push, as the options say; None if there is nothing to push."""
+    """Target of a push, as the options say; None if there is nothing to push."""
     from streamconv.storage.upload import parse_target
 
     repo, *extras = (given[name] for name in PUSHING)

@@ -1,4 +1,4 @@
-"""How a model loads and runs in stock transformers: what a process of its own does for `speed.py`.
+"""Loading and decoding of a model in stock transformers: the work of a process of its own for `speed.py`.
 
 Nothing of streamconv has part in it: from_pretrained opens the model, PEFT an adapter on it, generate() decodes.
 """

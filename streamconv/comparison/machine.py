@@ -1,4 +1,4 @@
-"""What measured times and memory depend on beside the code."""
+"""Machine and versions on which measured times and memory depend beside the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one comparison is asked to do. Names, meanings and defaults of options are those of the command line."""
+"""Options of one comparison. Names, meanings and defaults are those of the command line."""
 
 from __future__ import annotations
 
@@ -9,20 +9,16 @@ from typing import Any
 
 from streamconv.comparison.strategies import F, Strategy, T
 from streamconv.errors import OptionError
+from streamconv.formats import FORMATS
 from streamconv.options import Calibration, Job, ModelKeywords
 from streamconv.pipeline.job import build_job
 
 # Intervals are over sequences; that of a single one has no width.
 LEAST_SEQUENCES = 2
-_4BIT: Mapping[str, str | bool] = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
 LOAD_IN: Mapping[str, Mapping[str, str | bool]] = {
-    "nf4": {**_4BIT, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False},
-    "nf4-dq": {**_4BIT, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "fp4": {**_4BIT, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
-    "fp4-dq": {**_4BIT, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
-    "int8": {"load_in_8bit": True},
+    name: each.load_in for name, each in FORMATS.items() if each.load_in is not None
 }
-"""What training may have rounded the base to, with the settings of transformers' BitsAndBytesConfig that do so."""
+"""Settings of transformers' BitsAndBytesConfig, by the format that they make training round the base to."""
 
 
 # Where inputs come from, as the others say with what means they are worked on.
@@ -31,7 +27,7 @@ _PLACES = ("base_revision", "adapter_revision", "adapter_subfolder")
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What is compared, and the options that are the same for every strategy."""
+    """Inputs of a comparison and the means to work on them: the same for every strategy."""
 
     base: str
     adapter: str
@@ -64,7 +60,7 @@ class CompareOptions:
     overwrite: bool
 
     def merge_job(self, strategy: Strategy) -> Job:
-        """What makes the output of `strategy`, all of whose options are filled in."""
+        """Job that makes the output of `strategy`, all of whose options are filled in."""
         # Nothing reads the card of an output that is judged.
         return build_job(**self.merge_options(strategy), card=False)
 

@@ -216,7 +216,7 @@ def _svg(height: float, words: str, parts: Sequence[str]) -> str:
 
 
 def legend() -> str:
-    """What colours and marks mean."""
+    """Legend of colours and marks."""
     entries = [
         ('<circle class="of-T" cx="7" cy="7" r="5" />', "T, as trained"),
         ('<circle class="of-F" cx="7" cy="7" r="5" />', "F, onto the 16-bit base"),

@@ -1,4 +1,4 @@
-"""Which strategy to take, by a rule that can be said in a sentence.
+"""Recommendation of a strategy, by a rule that can be said in a sentence.
 
 Of the written models that fit, the best is the one with the lowest KL to the reference. As good are those whose KL and
 whose perplexity are not higher than its own beyond the 95 % interval (paired bootstrap over sequences: the interval of
@@ -59,7 +59,7 @@ def _alone(fitting: Sequence[Written]) -> Sequence[Written]:
 
 
 def _with_adapter(need: str, fitting: Sequence[Written], rows: Sequence[Row]) -> Sequence[Advice]:
-    """What to take of those with an adapter, nothing where there are none; and that T, unmerged, is nearer still where
+    """Recommend one of those with an adapter, nothing where there are none; and that T, unmerged, is nearer still where
     that is among `rows` and is the reference.
     """
     beside = [(row, found) for row, found in fitting if has_adapter(row)]
@@ -80,7 +80,7 @@ def _is_exact(row: Row) -> bool:
 
 
 def width_of(row: Row) -> int:
-    """Of the codes of its format, without scales: 4, 8 or 16."""
+    """Bits of a code of its format, without scales: 4, 8 or 16."""
     if row.quant is None or row.quant not in FORMATS or FORMATS[row.quant].grid is None:
         return 16
     return 4 if FORMATS[row.quant].bits_per_weight < 6 else 8
@@ -108,7 +108,7 @@ def _is_as_good(found: Numbers, best: Numbers) -> bool:
 
 
 def _load_bytes(found: Numbers) -> float:
-    """What loading takes; those of whom that is not known come last."""
+    """Bytes that loading takes; those of whom that is not known come last."""
     peak = found.speed.load_peak_bytes if found.speed else None
     return float("inf") if peak is None else peak
 

@@ -1,4 +1,4 @@
-"""What a comparison found, as plain data."""
+"""Results of a comparison, as plain data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DONE, FAILED, LEFT_OUT = "done", "failed", "left out"
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a strategy ended with: the error's type and words, the code a merge would have ended with, and at what."""
+    """End of a strategy that failed: the error's type and words, a merge's exit code, and the stage."""
 
     stage: str
     error: str
@@ -23,7 +23,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """How stock transformers loads and runs a model; `problem` says why it did not, and numbers are then None.
+    """Speed of a model in stock transformers; `problem` says why it did not run, and numbers are then None.
 
     `load_peak_bytes` is the resident memory of the process while it loads, at most, above what it was before (GPU
     memory: `load_peak_vram_bytes`, None on a CPU); `tokens_per_s` is greedy decoding of one sequence.
@@ -40,7 +40,7 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """What was measured of one strategy.
+    """Measures of one strategy.
 
     `tensor_bytes` are those of all tensors that its model is stored in, an adapter beside it included;
     `bits_per_weight` is these over the number of weights of the base. `size_bytes` are those of the files. `losses` and
@@ -89,7 +89,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What all are compared with: an unmerged model."""
+    """Model that all are compared with, unmerged."""
 
     target: str
     description: str
@@ -112,7 +112,7 @@ class Advice:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What was predicted."""
+    """Text that was predicted."""
 
     name: str
     sha256: str
@@ -124,7 +124,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """What `compare` returns, and `comparison.json` holds. Sizes in bytes, times in seconds.
+    """Result of `compare`, which `comparison.json` holds. Sizes in bytes, times in seconds.
 
     `calibration` is how texts were used to choose codes, None without one; `machine` is what times depend on.
     """
@@ -156,7 +156,7 @@ class Compared:
 
 
 def numbers_of(content: Mapping[str, Any]) -> Numbers:
-    """What `asdict` made plain data of."""
+    """Numbers from the plain data that `asdict` made of them."""
     speed = content["speed"]
     return Numbers(
         **{

@@ -77,7 +77,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What is known before anything is run. `plans` has a case, what came of preparing it, or why it is left out."""
+    """Facts known before anything is run. `plans` has a case, what came of preparing it, or why it is left out."""
 
     ground: Ground
     reference: Case
@@ -203,7 +203,7 @@ def _job(options: CompareOptions, strategy: Strategy, ground: Ground) -> Job:
 
 
 def _merge_base(target: str, ground: Ground) -> str:
-    """What an unmerged model's update is added to, as an option."""
+    """Base that an unmerged model's update is added to, as an option."""
     return ground.merge_base if target == T and not ground.quantized else "original"
 
 
@@ -216,7 +216,7 @@ def _plain(text: Text) -> Sequence[object]:
 
 
 def _calibration(survey: Survey) -> Mapping[str, object] | None:
-    """How the text was used by the first strategy that has one."""
+    """Calibration settings of the first strategy that has a text."""
     texts = (case.prepared.plan.calibration for case in survey.plans if isinstance(case, Case))
     return next((text.as_json() for text in texts if text is not None), None)
 
@@ -320,7 +320,7 @@ def _run(work: Work, case: Case, number: int, row: Row, reference: Numbers) -> R
 
 
 def _put_away(work: Work, case: Case) -> None:
-    """What becomes of an output that has been judged."""
+    """Put away an output that has been judged."""
     if case.is_merged and work.options.keep:
         work.store.keep_model(case.strategy.name)
     elif case.is_merged:
@@ -374,7 +374,7 @@ def _failed(row: Row, stage: str, error: Exception) -> Row:
 
 
 def _numbers(work: Work, case: Case, reference: Numbers, enter: OnStep) -> Numbers:
-    """What is measured of a strategy. What is known already, or as soon as it is, is noted and not measured again."""
+    """Measures of a strategy. Those known already, or as soon as they are, are noted and not measured again."""
     name = case.strategy.name
     made = _made(work, case, enter) if case.is_merged else None
     found = work.store.numbers(name, case.key)
@@ -436,7 +436,7 @@ def _unmerged(work: Work, case: Case) -> Numbers:
 
 
 def _stored_bytes(work: Work, case: Case) -> tuple[int, int]:
-    """Of the base that is opened: of its tensors, and of its files. T's, where it is not stored so, as it would be."""
+    """Bytes of the opened base: of its tensors, and of its files. T's, where it is not stored so, as it would be."""
     if case.strategy.target == T and not work.survey.ground.quantized:
         plan = prepare(work.options.stored_job(work.survey.ground.own)).plan
         return sum(placed.nbytes for shard in plan.shards for placed in shard.steps), plan.size
@@ -459,7 +459,7 @@ def _bytes_of_tensors(path: Path) -> int:
 
 
 def _tensor_bytes(start: bytes, size: int) -> int:
-    """Of a safetensors file of `size` bytes that begins with `start`: all but the header."""
+    """Bytes of all but the header of a safetensors file of `size` bytes that begins with `start`."""
     return size - 8 - int.from_bytes(start[:8], "little")
 
 

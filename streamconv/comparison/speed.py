@@ -1,4 +1,4 @@
-"""What loading a model takes and how fast it decodes, measured in a process of its own with stock transformers."""
+"""Memory to load a model and speed to decode, measured in a process of its own with stock transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What is opened: a folder, with an adapter's beside it or without. `load_in` are settings of bitsandbytes that
+    """Model to open: a folder, with an adapter's beside it or without. `load_in` are settings of bitsandbytes that
     quantizes while loading.
     """
 

@@ -1,4 +1,4 @@
-"""What a comparison has finished: files in `OUT/.comparison/`, each whole once it is there.
+"""Store of finished parts of a comparison: files in `OUT/.comparison/`, each whole once it is there.
 
     subject.json      base and adapter that the folder is about
     rows/NAME.json    the numbers of a strategy, with the key that stands for all that they depend on
@@ -32,7 +32,7 @@ _NOTES = ("rows", "making", "made", "kept")
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a merge told. `seconds` is None where it found its output finished."""
+    """Numbers told by a merge. `seconds` is None where it found its output finished."""
 
     kept_delta: float | None
     seconds: float | None
@@ -55,7 +55,7 @@ class Store:
         return self.folder / "reference"
 
     def model(self, name: str) -> Path:
-        """Where the output of a strategy lies."""
+        """Folder of a strategy's output."""
         return self.out / MODELS / name
 
     def numbers(self, name: str, key: str) -> Numbers | None:

@@ -215,7 +215,7 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """What strategies depend on: the format of the base's own weights (None: dense), T's, and whether there is text."""
+    """Conditions of strategies: the format of the base's own weights (None: dense), T's, and whether there is text."""
 
     quantized: str | None
     merge_base: str

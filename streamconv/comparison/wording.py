@@ -103,12 +103,12 @@ def _seconds(seconds: float) -> str:
 
 
 def described(row: Row) -> str:
-    """What a strategy is, in a few words."""
+    """Description of a strategy, in a few words."""
     return row.label if row.quant in (None, "none") else f"{row.quant}: {row.label}"
 
 
 def why(row: Row) -> str:
-    """What is said of a row in place of numbers."""
+    """Reason given in a row in place of numbers."""
     if row.failure is not None:
         last = row.failure.message.strip().splitlines()[-1]
         return f"failed at {row.failure.stage}: {row.failure.error}: {last}"
@@ -122,7 +122,7 @@ def problems(found: Compared) -> Mapping[str, str]:
 
 
 def summary(found: Compared) -> str:
-    """How many are there, and what is wrong with the others."""
+    """Count of the strategies there are, and the problems of the others."""
     count = {status: sum(row.status == status for row in found.rows) for status in (DONE, FAILED)}
     left = len(found.rows) - sum(count.values())
     parts = [f"{count[DONE]} compared"]
@@ -132,7 +132,7 @@ def summary(found: Compared) -> str:
 
 
 def machine_line(found: Compared) -> str:
-    """Where it was measured."""
+    """Line about the machine of the measurements."""
     facts = found.machine
     cores = "1 core" if facts["cores"] == 1 else f"{facts['cores']} cores"
     return (
@@ -143,7 +143,7 @@ def machine_line(found: Compared) -> str:
 
 
 def text_line(found: Compared) -> str:
-    """What was predicted, and how."""
+    """Line about the text that was predicted, and how."""
     text = found.text
     tokens = text.sequences * (text.sequence_length - 1)
     return f"{tokens} tokens of {text.name} ({text.sequences} x {text.sequence_length}), computed in {text.dtype}"

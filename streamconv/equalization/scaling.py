@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from streamconv.adapters.base import ByRows
+from streamconv.adapters.base import ByRows, Parts, State
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.formats.base import matrix_shape
 
@@ -41,12 +41,15 @@ class Scaling(ByRows):
         """Entries of a factor."""
         return matrix_shape(self.shape)[0 if role == ROWS else 1]
 
-    def apply(self, cell: Tensor, rows: range, parts: Mapping[str, Tensor], state: Tensor | None) -> Tensor:
+    def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
         """`cell` rescaled, in place."""
-        assert parts.keys() == set(self.roles), f"{self.parameter}: scales are not known yet"
-        if COLUMNS in parts:
-            cell.mul_(parts[COLUMNS])
-        if ROWS in parts:
-            cell.mul_(parts[ROWS][rows.start : rows.stop].unsqueeze(1))
+        assert prepared.keys() == set(self.roles), f"{self.parameter}: scales are not known yet"
+        if COLUMNS in prepared:
+            cell.mul_(prepared[COLUMNS])
+        if ROWS in prepared:
+            cell.mul_(prepared[ROWS][rows.start : rows.stop].unsqueeze(1))
         # So, what is multiplied by 1 stays as it is.
-        return cell.add_(parts[COLUMNS] - 1, alpha=self.shift) if self.shift else cell
+        return cell.add_(prepared[COLUMNS] - 1, alpha=self.shift) if self.shift else cell
+
+    def is_neutral(self, constants: Mapping[str, float]) -> bool:
+        return False

@@ -1,4 +1,4 @@
-"""How well a model predicts a text, layers streamed: perplexity, and KL and agreement with a reference."""
+"""Evaluation of a model on a text, layers streamed: perplexity, and KL and agreement with a reference."""
 
 from __future__ import annotations
 

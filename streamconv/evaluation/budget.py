@@ -1,4 +1,4 @@
-"""How much of an evaluation is done at a time within --max-ram and --max-vram, and what it takes at least."""
+"""Budget of an evaluation: how much is done at a time within --max-ram and --max-vram, and the least it takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reference answers to a text, kept in a folder: the next model is compared with it without a walk through it.
+"""Answers of a reference to a text, kept in a folder: the next model is compared with it without a walk through it.
 
 Kept are the hidden states that leave its last layer (a file `KEY.states`, as they lie in memory) and its greedy
 continuations (`KEY-greedy-N.json`). Logits are made of the states anew, so that results are the same to the last bit.
@@ -81,7 +81,7 @@ class KeptReference:
 def kept_reference(
     folder: Path, plan: Plan, windows: Tensor, hidden: int, dtype: torch.dtype
 ) -> KeptReference:
-    """Where the reference that `plan` makes has its answers to `windows` [sequence, token], or will have them."""
+    """Folder of the answers to `windows` [sequence, token] of the reference that `plan` makes, present or to come."""
     grounds: Sequence[object] = (
         plan.fingerprint,
         transformers.__version__,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Tally:
-    """Of every token that is predicted, [sequence, token]: what a model's logits say of it."""
+    """Measures of every predicted token, [sequence, token], from a model's logits."""
 
     def __init__(self, targets: Tensor) -> None:
         self.targets = targets
@@ -59,7 +59,7 @@ class Tally:
 
 @dataclass(slots=True)
 class Divergence:
-    """How a model's tally differs from that of its reference: KL(reference ‖ model), token by token."""
+    """Differences of a model's tally from that of its reference: KL(reference ‖ model), token by token."""
 
     reference: Tally
     model: Tally

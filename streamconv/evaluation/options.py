@@ -1,4 +1,4 @@
-"""What one evaluation is asked to do. Names, meanings and defaults of options are those of the command line."""
+"""Options of one evaluation. Names, meanings and defaults are those of the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation found, as plain data."""
+"""Result of an evaluation, as plain data."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def _check(subjects: list[_Subject], options: EvaluationOptions) -> None:
 
 
 def _target(prepared: Prepared) -> str:
-    """What the evaluated weights are, in words."""
+    """Description of the evaluated weights, in words."""
     if prepared.adapter is None:
         return f"{prepared.base.quantized}, dequantized" if prepared.base.quantized else "as stored"
     return prepared.plan.target.reason
@@ -165,7 +165,7 @@ def _target(prepared: Prepared) -> str:
 def _kept(
     options: EvaluationOptions, everything: Sequence[Prepared], walks: Sequence[Walk], windows: Tensor
 ) -> KeptReference | None:
-    """Where the reference's answers are kept, if there is one and they are to be."""
+    """Folder of the reference's answers, if there is one and they are to be kept."""
     if options.reference_cache is None or options.reference is None:
         return None
     walk = walks[-1]
@@ -183,7 +183,7 @@ def _bytes_to_read(walks: Sequence[Walk], kept: KeptReference | None) -> int:
 
 @contextmanager
 def _answered(walk: Walk, windows: Tensor, budget: Budget, kept: KeptReference | None) -> Iterator[Tensor]:
-    """What the reference's last layer returns for `windows`, from where it is kept."""
+    """Hidden states of the reference's last layer for `windows`, from where they are kept."""
     found = None if kept is None else kept.states()
     if found is not None:
         yield found
@@ -224,7 +224,7 @@ def _score(
 
 @contextmanager
 def _walked(walk: Walk, windows: Tensor, budget: Budget) -> Iterator[Tensor]:
-    """What the model's last layer returns for `windows`."""
+    """Hidden states of the model's last layer for `windows`."""
     shape = (*windows.shape, walk.hidden)
     with hold_activations(shape, walk.dtype, budget.states) as states:
         walk.run(windows, states, budget.batch)
@@ -239,7 +239,7 @@ def _predicting(logits: Tensor) -> Tensor:
 def _greedy(
     walks: list[Walk], windows: Tensor, budget: Budget, tokens: int, kept: KeptReference | None
 ) -> Greedy | None:
-    """Where greedy continuations of the reference and the model part, over `tokens` tokens."""
+    """Position at which greedy continuations of the reference and the model part, over `tokens` tokens."""
     if not tokens:
         return None
     model, reference = walks

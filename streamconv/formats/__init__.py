@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from streamconv.checkpoint.index import CheckpointIndex
-from streamconv.dtypes import BF16, F16, F32, I8, U8
+from streamconv.dtypes import BF16, F16, F32
 from streamconv.errors import CheckpointError, OptionError
-from streamconv.formats import bnb_4bit, bnb_int8, int4_words, pack_quantized
+from streamconv.formats import int4_words
 from streamconv.formats.awq import AwqFormat
 from streamconv.formats.base import Format, Grouped, Weight, group_of
 from streamconv.formats.bnb_4bit import Bnb4bitFormat
@@ -28,7 +28,7 @@ def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
     Raises UnsupportedError for a quantization that is recognised but not read, CheckpointError for parts that
     are missing, left over, or disagree.
     """
-    refuse_foreign(index)
+    refuse_foreign(index, FORMATS.values())
     free = dict(index.tensors)
     quantization = quantization_of(index)
     found: list[Weight] = []
@@ -75,35 +75,26 @@ def with_groups(storage_format: Format, size: int | None) -> Format:
     return storage_format.of_group_size(size)
 
 
-# What codes of a quantized weight look like, and what must be beside them.
-_CODES = {U8: ("packed 4-bit codes", "quant_state"), I8: ("8-bit codes", bnb_int8.SCALES)}
-
-
-_SIDE_SUFFIXES = (
-    *bnb_4bit.SIDE_SUFFIXES,
-    *bnb_int8.SIDE_SUFFIXES,
-    *pack_quantized.SIDE_SUFFIXES,
-    *int4_words.SIDE_SUFFIXES,
-)
-
-
 def _check_config(index: CheckpointIndex, weights: Iterable[Weight]) -> None:
     """Raise CheckpointError where weights are stored otherwise than the config says, by which loaders go."""
     config, where = quantization_of(index), index.storage.location
-    if config.get("quant_method") == pack_quantized.METHOD:
-        schemes = pack_quantized.read_schemes(config, where)
-        pack_quantized.check_described(weights, schemes, where)
+    method = config.get("quant_method")
+    for check in {each.marks.described for each in FORMATS.values() if method in each.marks.methods}:
+        check(weights, config, where)
 
 
 def _refuse_orphans(weights: Iterable[Weight]) -> None:
+    marks = [each.marks for each in FORMATS.values()]
+    suffixes = tuple(suffix for each in marks for suffix in each.side_suffixes)
+    codes_of = {dtype: words for each in reversed(marks) for dtype, words in each.codes.items()}
     for weight in weights:
-        if weight.name.endswith(_SIDE_SUFFIXES) and len(weight.parts) == 1:
+        if weight.name.endswith(suffixes) and len(weight.parts) == 1:
             raise CheckpointError(
                 f"{weight.name} belongs to a quantized weight that is missing, or whose quant_state, SCB or "
                 "other codes are; the checkpoint is incomplete, download it again"
             )
-        if weight.dtype in _CODES and weight.name.endswith("weight"):
-            codes, missing = _CODES[weight.dtype]
+        if weight.dtype in codes_of and weight.name.endswith("weight"):
+            codes, missing = codes_of[weight.dtype]
             raise CheckpointError(
                 f"{weight.name} is {weight.dtype}, like {codes}, but has no {missing} beside it;"
                 " the checkpoint is incomplete, or quantized in a way that is not known"

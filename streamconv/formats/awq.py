@@ -21,11 +21,12 @@ from torch import Tensor
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import F16, I32, Dtype
-from streamconv.formats.base import GROUP_SIZES, Decoder, Format, Json, Weight, grouped_name, parts_of
+from streamconv.formats.base import GROUP_SIZES, Decoder, Format, Json, Marks, Weight, grouped_name, parts_of
 from streamconv.formats.dense import largest_dtype
 from streamconv.formats.int4_words import (
     A_WORD,
     MAIN,
+    MARKS,
     MIDDLE,
     SCALES,
     ZEROS,
@@ -102,8 +103,10 @@ class AwqFormat:
     grid: TableGrid = INT4
     loaders: str = "transformers with GPTQModel, vLLM, SGLang"
     library: str = "gptqmodel"
-    rounds_on_load: bool = False
+    load_in: None = None
     skips_by_path: bool = False
+    config_copy: str | None = None
+    marks: Marks = MARKS
     group_sizes: tuple[int, ...] = GROUP_SIZES
 
     @property

@@ -1,4 +1,4 @@
-"""What a format is: how one weight becomes tensors, and tensors a weight again.
+"""Protocols of a format: one weight becomes tensors, and tensors become a weight again.
 
 A *weight* is one parameter of the model, however many *parts* (stored tensors) hold it. One part, the
 *main* part, is read and written in row tiles; the others (scales, tables, a JSON state) are at most 1/16 of
@@ -13,15 +13,16 @@ how many cells a tile holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import Dtype
-from streamconv.errors import CheckpointError
+from streamconv.errors import CheckpointError, UnsupportedError
 from streamconv.kernels.grids import Grid
 
 CELL_ROWS = 64
@@ -35,7 +36,7 @@ def matrix_shape(shape: Shape) -> tuple[int, int]:
 
 
 class Order(Protocol):
-    """How the bytes of a main part lie in a file where those of a row do not follow each other.
+    """Order of a main part's bytes in a file where those of a row do not follow each other.
 
     Wherever they are worked with, they are in *row form*: row after row, `row_offset` bytes before each. A file holds
     as many bytes, in `lines` of `line_bytes` each, and a line has something of every row. Any run of lines can be
@@ -69,14 +70,14 @@ def parts_of(
 
 
 class Decoder(Protocol):
-    """How a stored weight is read. Plain data found in headers; `main` names the part read in row tiles."""
+    """Reader of a stored weight. Plain data found in headers; `main` names the part read in row tiles."""
 
     @property
     def main(self) -> str: ...
 
     @property
     def order(self) -> Order | None:
-        """How the main part lies in the file; None where that is its row form."""
+        """Order of the main part in the file; None where that is its row form."""
 
     @property
     def grid(self) -> Grid | None:
@@ -138,7 +139,7 @@ class Constant:
 
 
 class Encoder(Protocol):
-    """How one weight will be stored. Made when planning; knows every part's name, type and shape."""
+    """Writer of one weight. Made when planning; knows every part's name, type and shape."""
 
     @property
     def format(self) -> str:
@@ -172,7 +173,7 @@ class Encoder(Protocol):
 
     @property
     def order(self) -> Order | None:
-        """How the main part lies in the file, as for Decoder."""
+        """Order of the main part in the file, as for Decoder."""
 
     @property
     def constants(self) -> tuple[Constant, ...]:
@@ -189,7 +190,7 @@ class Encoder(Protocol):
         """
 
     def effective_scales(self, scales: Tensor) -> Tensor:
-        """What a loader will multiply codes by when `scales` (float32, one a block) have been stored."""
+        """Scales that a loader will multiply codes by when `scales` (float32, one a block) have been stored."""
 
     def finish(self, scales: Tensor | None, kept: Mapping[str, Tensor] | None) -> tuple[bytes, ...]:
         """Bytes of the parts after the main part, in the order and lengths of `parts`.
@@ -200,6 +201,49 @@ class Encoder(Protocol):
         weight where it has this very format and its scales stay: they are then written as they are, because
         rounding nested scales a second time would move them.
         """
+
+
+def config_says(where: str) -> str:
+    """Beginning of a message about the config of the checkpoint at `where`."""
+    return f"{where}: config.json says that the checkpoint is"
+
+
+def refusal(where: str, kind: str) -> UnsupportedError:
+    """Error for a quantization of that `kind`, which is recognised but not read."""
+    return UnsupportedError(f"{where} {kind}, which is not supported yet; give the 16-bit base model instead")
+
+
+def any_config(config: Mapping[str, Any], where: str) -> None:
+    """Check of a method all of whose variants are read."""
+    del config, where
+
+
+def _nothing_said(weights: Iterable[Weight], config: Mapping[str, Any], where: str) -> None:
+    del weights, config, where
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Signs of a format in a checkpoint's names, types and config, beside those that `find` goes by.
+
+    `side_suffixes`: endings of tensors that mean nothing without the weight they belong to. `codes`: by the type of
+    tensors that mean nothing alone what they hold, and what must be beside them; for messages. `owned`: last
+    components of tensors that `find` takes or refuses, where the config has one of the methods and the first of them
+    is in the same module. `methods`: values of the config's `quant_method` whose weights it finds, each with a check
+    that raises UnsupportedError for a variant that is not read. `described` raises CheckpointError where weights are
+    stored otherwise than such a config says, by which loaders go.
+    """
+
+    side_suffixes: tuple[str, ...] = ()
+    codes: Mapping[Dtype, tuple[str, str]] = field(default_factory=lambda: MappingProxyType({}))
+    owned: tuple[str, ...] = ()
+    methods: Mapping[str, Callable[[Mapping[str, Any], str], None]] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
+    described: Callable[[Iterable[Weight], Mapping[str, Any], str], None] = _nothing_said
+
+
+NO_MARKS = Marks()
 
 
 class Format(Protocol):
@@ -217,15 +261,25 @@ class Format(Protocol):
 
     @property
     def loaders(self) -> str:
-        """Which programs open it, in a few words."""
+        """Programs that open it, in a few words."""
 
     @property
     def library(self) -> str | None:
         """The package that transformers needs to open it."""
 
     @property
-    def rounds_on_load(self) -> bool:
-        """Whether QLoRA training rounds a 16-bit base to it while loading: what `--merge-base` may be."""
+    def load_in(self) -> Mapping[str, str | bool] | None:
+        """Settings of transformers' BitsAndBytesConfig that round a 16-bit base to it while loading, as QLoRA training
+        does and `--merge-base` then means; None where training has no such way.
+        """
+
+    @property
+    def config_copy(self) -> str | None:
+        """Name of a file where older loaders look for what config.json has as quantization_config; None: nowhere."""
+
+    @property
+    def marks(self) -> Marks:
+        """Signs by which checkpoints of this format are recognised, and broken ones refused."""
 
     @property
     def skips_by_path(self) -> bool:
@@ -242,7 +296,7 @@ class Format(Protocol):
         """
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Encoder:
-        """How to store a weight; raises UnsupportedError where this format cannot hold such a shape."""
+        """Encoder of a weight; raises UnsupportedError where this format cannot hold such a shape."""
 
     def quantization_config(
         self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]
@@ -275,7 +329,7 @@ _GROUP_SIZE = ", group size "
 
 
 def grouped_name(name: str, size: int) -> str:
-    """What encoders and weights call the format `name` with groups of `size`."""
+    """Name that encoders and weights give the format `name` with groups of `size`."""
     return name if size == USUAL_GROUP_SIZE else f"{name}{_GROUP_SIZE}{size}"
 
 

@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,7 +31,17 @@ from streamconv.checkpoint.strict_json import parse_object, shown
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import BF16, DENSE, F16, F32, U8, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
-from streamconv.formats.base import CELL_ROWS, Constant, Json, Order, Weight, matrix_shape, parts_of
+from streamconv.formats.base import (
+    CELL_ROWS,
+    Constant,
+    Json,
+    Marks,
+    Order,
+    Weight,
+    any_config,
+    matrix_shape,
+    parts_of,
+)
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import TableGrid, block_absmax, multiply_by_scales
 
@@ -44,7 +55,11 @@ _LONGEST_FLOAT = 24
 _MEAN_CHUNK = 1 << 16
 
 _SIDE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-SIDE_SUFFIXES = (*(f".{part}" for part in _SIDE), f"{_STATE}nf4", f"{_STATE}fp4")
+_MARKS = Marks(
+    side_suffixes=(*(f".{part}" for part in _SIDE), f"{_STATE}nf4", f"{_STATE}fp4"),
+    codes=MappingProxyType({U8: ("packed 4-bit codes", "quant_state")}),
+    methods=MappingProxyType({"bitsandbytes": any_config}),
+)
 
 
 # -- double quantization -----------------------------------------------------------------------------------
@@ -72,7 +87,7 @@ class _NestedScales:
     offset: float
 
     def effective(self) -> Tensor:
-        """What a loader makes of them, operation for operation (dequantize_4bit): float32, one a block."""
+        """Scales that a loader makes of them, operation for operation (dequantize_4bit): float32, one a block."""
         values = self.table.index_select(0, self.indices.to(torch.int32))
         scales = multiply_by_scales(values, self.absmax, NESTED_BLOCK, out=values)
         return scales.add_(torch.tensor(self.offset, dtype=torch.float32, device=scales.device))
@@ -104,7 +119,7 @@ def _mean(scales: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Bnb4bitDecoder:
-    """How a packed weight is read; `nested_offset` is None without double quantization."""
+    """Decoder of a packed weight; `nested_offset` is None without double quantization."""
 
     name: str
     dtype: Dtype
@@ -283,7 +298,7 @@ def _wrong(tensor: StoredTensor, found: str, expected: str) -> CheckpointError:
 
 @dataclass(frozen=True, slots=True)
 class Bnb4bitEncoder:
-    """How a weight [out, in] will be stored, with blocks of 64."""
+    """Encoder of a weight [out, in], with blocks of 64."""
 
     format: str
     name: str
@@ -407,13 +422,24 @@ class Bnb4bitFormat:
     nested: bool = False
     loaders: str = "transformers, vLLM (one GPU a model part), PEFT for training"
     library: str = "bitsandbytes"
-    rounds_on_load: bool = True
     skips_by_path: bool = False
+    config_copy: str | None = None
+    marks: Marks = _MARKS
 
     @property
     def bits_per_weight(self) -> float:
         scale = 8 + 32 / NESTED_BLOCK if self.nested else 32
         return 4 + scale / self.grid.block
+
+    @property
+    def load_in(self) -> Mapping[str, str | bool]:
+        """See Format. Products of training are in bfloat16."""
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_quant_type": self.grid.name,
+            "bnb_4bit_use_double_quant": self.nested,
+        }
 
     def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """See Format."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +29,7 @@ from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import DENSE, F32, I8, U8, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
-from streamconv.formats.base import Constant, Json, Order, Weight, matrix_shape
+from streamconv.formats.base import Constant, Json, Marks, Order, Weight, any_config, matrix_shape
 from streamconv.formats.dense import largest_dtype
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import INT8, IntegerGrid
@@ -36,7 +37,11 @@ from streamconv.kernels.grids import INT8, IntegerGrid
 MAIN = "weight"
 SCALES = "SCB"
 LAYOUT = "weight_format"
-SIDE_SUFFIXES = (f".{SCALES}", f".{LAYOUT}")
+_MARKS = Marks(
+    side_suffixes=(f".{SCALES}", f".{LAYOUT}"),
+    codes=MappingProxyType({I8: ("8-bit codes", SCALES)}),
+    methods=MappingProxyType({"bitsandbytes": any_config}),
+)
 _ROW_BY_ROW = bytes([0])
 # Only to say what a scale a row amounts to.
 _USUAL_COLUMNS = 4096
@@ -127,7 +132,7 @@ def _wrong(tensor: StoredTensor, expected: str) -> CheckpointError:
 
 @dataclass(frozen=True, slots=True)
 class Int8Encoder:
-    """How a weight [out, in] will be stored; `dtype` is what a 16-bit copy of it would have."""
+    """Encoder of a weight [out, in]; `dtype` is what a 16-bit copy of it would have."""
 
     format: str
     name: str
@@ -179,12 +184,18 @@ class Int8Format:
     grid: IntegerGrid = INT8
     loaders: str = "transformers, vLLM (one GPU a model part), PEFT for training"
     library: str = "bitsandbytes"
-    rounds_on_load: bool = True
     skips_by_path: bool = False
+    config_copy: str | None = None
+    marks: Marks = _MARKS
 
     @property
     def bits_per_weight(self) -> float:
         return 8 + 32 / _USUAL_COLUMNS
+
+    @property
+    def load_in(self) -> Mapping[str, str | bool]:
+        """See Format."""
+        return {"load_in_8bit": True}
 
     def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """See Format."""

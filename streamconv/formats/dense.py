@@ -12,7 +12,7 @@ from torch import Tensor
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import DENSE, F16, Dtype
 from streamconv.errors import UnsupportedError
-from streamconv.formats.base import Constant, Json, Order, Weight, matrix_shape
+from streamconv.formats.base import NO_MARKS, Constant, Json, Marks, Order, Weight, matrix_shape
 from streamconv.kernels.grids import Grid
 
 MAIN = "weight"
@@ -126,8 +126,10 @@ class DenseFormat:
     loaders: str = "any"
     grid: Grid | None = None
     library: str | None = None
-    rounds_on_load: bool = False
+    load_in: None = None
     skips_by_path: bool = False
+    config_copy: str | None = None
+    marks: Marks = NO_MARKS
 
     @property
     def name(self) -> str:

@@ -7,14 +7,13 @@ and torchao.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.dtypes import Dtype
-from streamconv.errors import UnsupportedError
-from streamconv.formats import pack_quantized
+from streamconv.formats.base import Format, config_says, refusal
 
 _BY_SUFFIX: Mapping[str, str] = MappingProxyType(
     {
@@ -28,72 +27,44 @@ _BY_SUFFIX: Mapping[str, str] = MappingProxyType(
         ":_weight_qdata": "torchao",
     }
 )
-# Methods whose tensors are those of GPTQ or AWQ, and the names of their layouts that are read.
-_LAYOUTS: Mapping[str, frozenset[str]] = MappingProxyType(
-    {
-        "gptq": frozenset({"gptq", "gptq_v2"}),
-        "awq": frozenset({"gemm"}),
-        "auto-round": frozenset(
-            {"auto_round:auto_gptq", "auto_round:gptq", "auto_round:auto_awq", "auto_round:awq"}
-        ),
-    }
-)
 
 
-def refuse_foreign(index: CheckpointIndex) -> None:
-    """Raise UnsupportedError if the checkpoint is quantized in a way that no format here reads."""
+def refuse_foreign(index: CheckpointIndex, formats: Collection[Format]) -> None:
+    """Raise UnsupportedError if the checkpoint is quantized in a way that none of `formats` reads."""
     config = quantization_of(index)
     if config:
-        _refuse_method(index, config)
-    reads_packed = config.get("quant_method") == pack_quantized.METHOD
+        _refuse_method(index.storage.location, config, formats)
+    owned = {each.marks.owned for each in formats if config.get("quant_method") in each.marks.methods}
     for name, tensor in index.tensors.items():
-        if reads_packed and _is_packed(name, index):
+        if any(_is_owned(name, roles, index) for roles in owned):
             continue
         kind = next((kind for suffix, kind in _BY_SUFFIX.items() if name.endswith(suffix)), None)
         if kind is None and _is_fp8(tensor.dtype):
             kind = f"{tensor.dtype} (fp8)"
         if kind is not None:
-            raise _refusal(f"{index.storage.location}: {name} shows that the checkpoint is", kind)
+            raise refusal(f"{index.storage.location}: {name} shows that the checkpoint is", kind)
 
 
 def quantization_of(index: CheckpointIndex) -> Mapping[str, Any]:
-    """What config.json says of the quantization; empty if nothing."""
+    """Settings of the quantization in config.json; empty if there are none."""
     config = index.config.get("quantization_config") or index.config.get("compression_config")
     return config if isinstance(config, Mapping) else {}
 
 
-def _is_packed(name: str, index: CheckpointIndex) -> bool:
-    """Whether a tensor is a part of a weight that `pack_quantized` finds, and judges."""
+def _is_owned(name: str, roles: tuple[str, ...], index: CheckpointIndex) -> bool:
+    """Whether a tensor is one of the `roles` of a weight that a format finds, and judges."""
     module, _, role = name.rpartition(".")
-    return role in (pack_quantized.MAIN, pack_quantized.SCALES) and (
-        f"{module}.{pack_quantized.MAIN}" in index.tensors
-    )
+    return role in roles and f"{module}.{roles[0]}" in index.tensors
 
 
-def _refuse_method(index: CheckpointIndex, config: Mapping[str, Any]) -> None:
-    where = f"{index.storage.location}: config.json says that the checkpoint is"
+def _refuse_method(where: str, config: Mapping[str, Any], formats: Collection[Format]) -> None:
     method = config.get("quant_method")
-    if method == pack_quantized.METHOD:
-        pack_quantized.read_schemes(config, where)
-    elif method in _LAYOUTS:
-        _refuse_layout(where, str(method), config)
-    elif method != "bitsandbytes":
-        raise _refusal(where, str(method) if method else "quantized in an unnamed way")
-
-
-def _refuse_layout(where: str, method: str, config: Mapping[str, Any]) -> None:
-    bits = config.get("bits", config.get("w_bit", 4))
-    if bits != 4:
-        raise _refusal(where, f"{method} of {bits} bits")
-    keys = ("packing_format", "checkpoint_format", "version", "format")
-    layout = next((found for key in keys if isinstance(found := config.get(key), str)), None)
-    if layout is not None and layout.lower() not in _LAYOUTS[method]:
-        raise _refusal(where, f"{method} in the layout {layout}")
+    checks = {check for each in formats for name, check in each.marks.methods.items() if name == method}
+    for check in checks:
+        check(config, where)
+    if not checks:
+        raise refusal(config_says(where), str(method) if method else "quantized in an unnamed way")
 
 
 def _is_fp8(dtype: Dtype) -> bool:
     return dtype.code.startswith("F8_")
-
-
-def _refusal(where: str, kind: str) -> UnsupportedError:
-    return UnsupportedError(f"{where} {kind}, which is not supported yet; give the 16-bit base model instead")

@@ -26,12 +26,13 @@ from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import F16, I32, Dtype
 from streamconv.errors import UnsupportedError
-from streamconv.formats.base import GROUP_SIZES, Decoder, Format, Json, Weight, grouped_name, parts_of
+from streamconv.formats.base import GROUP_SIZES, Decoder, Format, Json, Marks, Weight, grouped_name, parts_of
 from streamconv.formats.dense import largest_dtype
 from streamconv.formats.int4_words import (
     A_WORD,
     IN_ORDER,
     MAIN,
+    MARKS,
     MIDDLE,
     NO_GROUPS,
     SCALES,
@@ -111,13 +112,13 @@ def _lines(raw: Tensor, lines: range) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Labels:
-    """What a config says of zero points: their version, and whether all are 8."""
+    """Statements of a config about zero points: their version, and whether all are 8."""
 
     is_v2: bool
     is_symmetric: bool
 
     def stored_zero(self, words: Tensor) -> int | None:
-        """What is stored for the zero point 8, if these first `words` of `qzeros` say that all are; else None.
+        """Stored number for the zero point 8, if these first `words` of `qzeros` say that all are; else None.
 
         The file counts for more than its label.
         """
@@ -192,8 +193,10 @@ class GptqFormat:
     is_v2: bool = False
     grid: TableGrid = INT4
     library: str = "gptqmodel"
-    rounds_on_load: bool = False
+    load_in: None = None
     skips_by_path: bool = False
+    config_copy: str | None = "quantize_config.json"
+    marks: Marks = MARKS
     group_sizes: tuple[int, ...] = GROUP_SIZES
 
     @property
@@ -284,7 +287,7 @@ def _is_gptq(free: Mapping[str, StoredTensor], main: str) -> bool:
 
 
 def _exceptions(quantized: Iterable[str], left: Sequence[str]) -> Json:
-    """What a config says where modules of the layers are `left` in 16 bit.
+    """Entries of a config for modules of the layers that are `left` in 16 bit.
 
     transformers (optimum) and vLLM quantize modules with the endings in `modules_in_block_to_quantize`, GPTQModel
     leaves out those that `dynamic` names with a minus. Endings are the same for all layers.

@@ -16,6 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +27,13 @@ from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import BF16, DENSE, F16, I32, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
-from streamconv.formats.base import Constant, Order, grouped_name
+from streamconv.formats.base import Constant, Marks, Order, config_says, grouped_name, refusal
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import TableGrid, ZeroPointGrid
 
 MAIN = "qweight"
 ZEROS = "qzeros"
 SCALES = "scales"
-SIDE_SUFFIXES = (f".{MAIN}", f".{ZEROS}")
 A_WORD = 8  # codes
 MIDDLE = 8  # the code of 0 of a symmetric weight
 # A code stands for code / 8 - 1 on the grid, so that a scale there is 8 of those stored.
@@ -42,6 +44,17 @@ _LOOKED_AT_BYTES = 2**16
 # What the formats of weights may be called beside, whose codes and scales could be stored as they are written here.
 NO_GROUPS = "no g_idx"
 STORED_OTHERWISE = (NO_GROUPS,)
+
+# Values of `quant_method` whose tensors are these, and the names of their layouts that are read.
+_LAYOUTS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "gptq": frozenset({"gptq", "gptq_v2"}),
+        "awq": frozenset({"gemm"}),
+        "auto-round": frozenset(
+            {"auto_round:auto_gptq", "auto_round:gptq", "auto_round:auto_awq", "auto_round:awq"}
+        ),
+    }
+)
 
 # Which of eight outputs the bits of a word hold, from the lowest four on.
 IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
@@ -203,7 +216,7 @@ def wrong(tensor: StoredTensor, expected: str) -> CheckpointError:
 
 @dataclass(frozen=True, slots=True)
 class SymmetricEncoder:
-    """How a weight [out, in] will be stored.
+    """Encoder of a weight [out, in].
 
     `parts` are `qweight`, `qzeros`, `scales` and those whose bytes `tail` holds. `stored_zero` as in SymmetricDecoder;
     `dtype` is what a 16-bit copy would have.
@@ -278,3 +291,23 @@ def zeros_and_scales(name: str, shape: Shape, grid: TableGrid) -> tuple[TensorSp
 
 def _bytes(tensor: Tensor) -> bytes:
     return bytes(tensor_bytes(tensor.cpu().contiguous()))
+
+
+# -- recognising -------------------------------------------------------------------------------------------
+
+
+def _check_config(method: str, config: Mapping[str, Any], where: str) -> None:
+    """Raise UnsupportedError for other widths than 4 bits and for layouts that are not read."""
+    bits = config.get("bits", config.get("w_bit", 4))
+    if bits != 4:
+        raise refusal(config_says(where), f"{method} of {bits} bits")
+    keys = ("packing_format", "checkpoint_format", "version", "format")
+    layout = next((found for key in keys if isinstance(found := config.get(key), str)), None)
+    if layout is not None and layout.lower() not in _LAYOUTS[method]:
+        raise refusal(config_says(where), f"{method} in the layout {layout}")
+
+
+MARKS = Marks(
+    side_suffixes=(f".{MAIN}", f".{ZEROS}"),
+    methods=MappingProxyType({method: partial(_check_config, method) for method in _LAYOUTS}),
+)

@@ -1,4 +1,4 @@
-"""Which weights a 4- or 8-bit loader expects quantized, from names, shapes and config alone.
+"""Selection of the weights that a 4- or 8-bit loader expects quantized, from names, shapes and config alone.
 
 transformers replaces every nn.Linear that the config's skip list does not name, so that list and the file
 must agree exactly: a module missing in either loads without complaint and fails in the forward pass

@@ -20,6 +20,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,7 +31,17 @@ from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import DENSE, I32, I64, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
-from streamconv.formats.base import GROUP_SIZES, Constant, Json, Order, Weight, grouped_name, parts_of
+from streamconv.formats.base import (
+    GROUP_SIZES,
+    Constant,
+    Json,
+    Marks,
+    Order,
+    Weight,
+    config_says,
+    grouped_name,
+    parts_of,
+)
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import TableGrid
 
@@ -39,7 +50,6 @@ STORAGE = "pack-quantized"
 MAIN = "weight_packed"
 SCALES = "weight_scale"
 SHAPE = "weight_shape"
-SIDE_SUFFIXES = (f".{SHAPE}", ".weight_zero_point", ".weight_g_idx")
 _WORD_BITS = 32
 _BITS = (4, 8)
 # What may stand beside the parts, and why such weights are not read.
@@ -64,7 +74,7 @@ def _words(columns: int, bits: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PackQuantizedDecoder:
-    """How packed rows are read; `dtype` is that of the scales, and of what is decoded."""
+    """Decoder of packed rows; `dtype` is that of the scales, and of what is decoded."""
 
     name: str
     dtype: Dtype
@@ -151,7 +161,7 @@ def _read_shape(tensor: StoredTensor, reader: TensorReader) -> tuple[int, int]:
 
 
 def _bits(tensor: StoredTensor, rows: int, columns: int) -> int:
-    """How many bits a code of `tensor` has. Raises CheckpointError where it is of none that fits."""
+    """Bits of a code of `tensor`. Raises CheckpointError where it is of none that fits."""
     fitting = [bits for bits in _BITS if tensor.shape == (rows, _words(columns, bits))]
     if tensor.dtype != I32 or not fitting:
         expected = " or ".join(f"[{rows}, {_words(columns, bits)}]" for bits in _BITS)
@@ -173,7 +183,7 @@ def _wrong(tensor: StoredTensor, expected: str) -> CheckpointError:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How a group of a config says that weights are stored; `group_size` is None for a scale a row."""
+    """Storage of weights as a group of a config says it; `group_size` is None for a scale a row."""
 
     bits: int
     group_size: int | None
@@ -184,7 +194,7 @@ _PRESETS = {"W4A16": Scheme(4, 128), "W8A16": Scheme(8, 128)}
 
 
 def read_schemes(config: Mapping[str, Any], where: str) -> frozenset[Scheme]:
-    """What the `quantization_config` of a checkpoint says of its weights.
+    """Schemes of weights in the `quantization_config` of a checkpoint.
 
     Raises UnsupportedError, with what is asked for that is not read, CheckpointError where it is not a config.
     """
@@ -259,7 +269,7 @@ def _unread(where: str, reason: str) -> UnsupportedError:
 
 @dataclass(frozen=True, slots=True)
 class PackQuantizedEncoder:
-    """How a weight [out, in] of whole groups will be stored, with scales of its own `dtype`."""
+    """Encoder of a weight [out, in] of whole groups, with scales of its own `dtype`."""
 
     format: str
     name: str
@@ -319,6 +329,22 @@ class PackQuantizedEncoder:
         return scales.div(2 ** (self.bits - 1)).to(self.dtype.torch)
 
 
+def _check_config(config: Mapping[str, Any], where: str) -> None:
+    read_schemes(config, config_says(where))
+
+
+def _check_described(weights: Iterable[Weight], config: Mapping[str, Any], where: str) -> None:
+    check_described(weights, read_schemes(config, where), where)
+
+
+_MARKS = Marks(
+    side_suffixes=(f".{SHAPE}", ".weight_zero_point", ".weight_g_idx"),
+    owned=(MAIN, SCALES),
+    methods=MappingProxyType({METHOD: _check_config}),
+    described=_check_described,
+)
+
+
 # -- the format --------------------------------------------------------------------------------------------
 
 
@@ -332,8 +358,10 @@ class PackQuantizedFormat:
     group_sizes: tuple[int, ...] = GROUP_SIZES
     loaders: str = "transformers with compressed-tensors, vLLM"
     library: str = METHOD
-    rounds_on_load: bool = False
+    load_in: None = None
     skips_by_path: bool = True
+    config_copy: str | None = None
+    marks: Marks = _MARKS
 
     @property
     def group_size(self) -> int:

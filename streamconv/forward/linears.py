@@ -1,4 +1,4 @@
-"""Which stored weights are linear layers inside a model's decoder layers."""
+"""Linear layers among stored weights, inside a model's decoder layers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Layers:
 
 
 def find_layers(config: Mapping[str, Any], location: str, names: Iterable[str]) -> Layers:
-    """Of a model with this config and stored weights of these `names`.
+    """Find the linear layers of a model with this config and stored weights of these `names`.
 
     Raises UnsupportedError for a model that cannot be walked layer by layer.
     """

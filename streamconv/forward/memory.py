@@ -1,4 +1,4 @@
-"""What a layer needs in memory to compute some sequences, from config and headers alone."""
+"""Memory of a layer that computes some sequences, from config and headers alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def table_bytes(walk: Walk, tokens: int) -> int:
 
 
 def sequence_bytes(walk: Walk, length: int) -> int:
-    """What a layer needs for one sequence, about: its inner states, attention scores, and masks of both kinds."""
+    """Bytes of a layer for one sequence, about: its inner states, attention scores, and masks of both kinds."""
     config = walk.skeleton.text_config
     inner = max(getattr(config, name, None) or 0 for name in ("intermediate_size", "n_inner", "ffn_dim"))
     inner = inner or 4 * walk.hidden

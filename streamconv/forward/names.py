@@ -1,4 +1,4 @@
-"""Which stored weights make which parameters: transformers' own renamings and conversions, a layer at a time.
+"""Names of stored weights and the parameters that they make: transformers' own conversions, a layer at a time.
 
 transformers fuses experts and splits projections when it loads a checkpoint (`conversion_mapping.py`,
 `core_model_loading.py`, 5.20 and later); what it does to all weights at once is done here to those of one parameter.

@@ -44,7 +44,7 @@ class _Reached(Exception):  # noqa: N818  unwinds a forward pass that has gone f
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a layer is called with beside the hidden states."""
+    """Call of a layer: its arguments beside the hidden states."""
 
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any]
@@ -68,7 +68,7 @@ class Passing:
             yield layer
 
     def through(self, layer: nn.Module, number: int, hidden: Tensor) -> Tensor:
-        """What `layer`, whose number it is, returns for `hidden` [sequence, token, hidden], on the device."""
+        """Outputs of `layer`, whose number it is, for `hidden` [sequence, token, hidden], on the device."""
         device = self.walk.device.torch
         return self.walk.compute(layer, self.calls[len(hidden)][number], hidden.to(device))
 
@@ -106,7 +106,7 @@ class Walk:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of hidden states."""
+        """Element type of hidden states."""
         return self._embedding_module.weight.dtype
 
     @property
@@ -138,7 +138,7 @@ class Walk:
         return sum(self.source.stored_bytes(name) for name in names | around) + self.head_bytes
 
     def layer_bytes(self, number: int) -> int:
-        """What a layer takes while it is put together."""
+        """Bytes of a layer while it is put together."""
         path = list(self.skeleton.layers)[number]
         groups = [
             (sum(self.source.nbytes(weight) for weight, _ in sources.weights), sources.converter)
@@ -233,7 +233,7 @@ class Walk:
             yield self._layers[number]
 
     def compute(self, layer: nn.Module, call: Call, hidden: Tensor) -> Tensor:
-        """What `layer` returns for hidden states on the device."""
+        """Outputs of `layer` for hidden states on the device."""
         with self._telling():
             returned = layer(hidden, *call.arguments, **call.keywords)
         found: Tensor = returned[0] if isinstance(returned, tuple) else returned
@@ -332,7 +332,7 @@ class Walk:
         return entering[0], calls
 
     def leave(self, windows: Tensor, states: Tensor) -> Tensor:
-        """What the model makes of the last layer's hidden states."""
+        """Outputs of the model for the last layer's hidden states."""
         last = states.to(self.device.torch)
 
         def skip(hidden: Tensor, call: Call) -> Any:
@@ -362,7 +362,7 @@ class Walk:
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
-        """What goes wrong in the model's own code is told as a model that cannot be walked."""
+        """Turn errors of the model's own code into that of a model that cannot be walked."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -374,7 +374,7 @@ class Walk:
     def _take_apart(
         self, _: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]
     ) -> tuple[tuple[Tensor, Call], dict[str, Any]]:
-        """What a layer is called with, as arguments of the function in its place."""
+        """Arguments of a layer's call, as those of the function in its place."""
         rest = dict(keywords)
         hidden = arguments[0] if arguments else rest.pop("hidden_states", None)
         if not isinstance(hidden, Tensor):
@@ -473,7 +473,7 @@ class Walk:
     @staticmethod
     @contextmanager
     def _restored(module: nn.Module) -> Iterator[None]:
-        """What is assigned to the module inside is let go of at the end."""
+        """Release what is assigned to the module inside, at the end."""
         parameters, buffers = dict(module._parameters), dict(module._buffers)
         try:
             yield

@@ -113,7 +113,7 @@ class WeightSource:
         return self._steps[name].specs[0].dtype.torch
 
     def _open(self, step: Copy | Rewrite) -> Callable[[range, Tensor], None]:
-        """What fills memory (uint8, flat) with given rows of the weight, in row order."""
+        """Reader that fills memory (uint8, flat) with given rows of the weight, in row order."""
         if isinstance(step, Copy):
             return lambda rows, out: self._copy(step, rows, out)
         weight, load = step.weight, self._reader.load

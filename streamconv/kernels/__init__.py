@@ -18,7 +18,7 @@ TORCH = TorchKernels()
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    """What computes on `device`: compiled loops on a CPU where numba can be had, torch otherwise."""
+    """Kernels for `device`: compiled loops on a CPU where numba can be had, torch otherwise."""
     compiled = compiled_kernels() if device.type == "cpu" else None
     return TORCH if compiled is None else compiled
 

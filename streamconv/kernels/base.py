@@ -1,4 +1,4 @@
-"""What kernels do, and the order in which sums are taken."""
+"""Interface of kernels, and the order in which sums are taken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEARCH_STEPS = 3
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where an update began: `codes`, and the `values` (float32) that it was added to.
+    """Start of an update: `codes`, and the `values` (float32) that it was added to.
 
     These differ by a loader's rounding to 16 bit. A target less `values` is the update, which the codes' own values
     are then moved by.
@@ -54,7 +54,7 @@ class Kernels(Protocol):
         with the values v that the best one's codes stand for.
         """
 
-    def settle(
+    def quantize_columns(
         self,
         target: Tensor,
         pull: Tensor,

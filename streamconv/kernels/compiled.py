@@ -163,7 +163,7 @@ class CompiledKernels:
         if whole < scales.numel():
             _TORCH.search(values[whole * grid.block :], grid, scales[whole:])
 
-    def settle(
+    def quantize_columns(
         self,
         target: Tensor,
         pull: Tensor,
@@ -178,13 +178,15 @@ class CompiledKernels:
     ) -> None:
         table = _table(grid.values) if isinstance(grid, TableGrid) and grid.peak == 1 else None
         if table is None or (len(table.by_code) > _CODES and not table.half):
-            _TORCH.settle(target, pull, coupling, rows, grid, scales, dtype, codes, errors, is_first)
+            _TORCH.quantize_columns(
+                target, pull, coupling, rows, grid, scales, dtype, codes, errors, is_first
+            )
             return
         look_up = (table.midpoints, table.half, table.rising, table.by_code, table.by_rank)
         arrays = (target.numpy(), pull.numpy(), coupling.numpy(), scales.numpy())
         into = (codes.numpy(), errors.numpy(), is_first, _DROPPED[dtype])
         if rows is None:
-            loops.settle(*arrays, *look_up, *into)
+            loops.quantize_columns(*arrays, *look_up, *into)
         else:
             loops.settle_in_turn(*arrays, rows.numpy(), *look_up, *into)
 

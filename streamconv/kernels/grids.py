@@ -179,7 +179,7 @@ class Steps:
     own: Tensor
 
     def count_below(self, x: Tensor) -> Tensor:
-        """How many thresholds are less than each of `x`: uint8, of the same shape."""
+        """Count the thresholds less than each of `x`: uint8, of the same shape."""
         if not self.bins:
             known = x.nan_to_num(nan=-1.0)  # NaN would count as above all
             return torch.bucketize(known, self.thresholds, out_int32=True).to(torch.uint8)

@@ -57,7 +57,7 @@ class TorchKernels:
             weighed = levels if weights is None else levels * weights
             keep_better(block_dots(values, weighed, grid.block).div_(block_dots(levels, weighed, grid.block)))
 
-    def settle(
+    def quantize_columns(
         self,
         target: Tensor,
         pull: Tensor,
@@ -182,7 +182,7 @@ class TorchKernels:
         return pairwise_sum(sums.double())
 
     def _levels(self, values: Tensor, grid: Grid, scales: Tensor) -> Tensor:
-        """What the codes nearest to `values` stand for, in units of their scale."""
+        """Values of the codes nearest to `values`, in units of their scale."""
         codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
         self.nearest(values, grid, scales, codes)
         levels = grid.decode(codes)
@@ -223,12 +223,12 @@ def block_dots(left: Tensor, right: Tensor, block: int) -> Tensor:
 
 
 def reciprocals(scales: Tensor, peak: float) -> Tensor:
-    """What a value is multiplied by to be in units of its scale; see `divide_by_scales`."""
+    """Factors that bring a value to units of its scale; see `divide_by_scales`."""
     return scales.abs().clamp_(min=SMALLEST_DIVISOR * peak).copysign_(scales).reciprocal_().mul_(peak)
 
 
 def dequantized(codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype) -> Tensor:
-    """What a loader makes of `codes` with a scale each."""
+    """Values that a loader makes of `codes` with a scale each."""
     values = grid.decode(codes).mul_(scales)
     if grid.peak != 1:
         values.mul_(1 / grid.peak)

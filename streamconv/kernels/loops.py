@@ -68,7 +68,7 @@ def absmax(bits: Array, scale_bits: Array) -> None:
 
 @_compiled
 def _factor(scale: Any, peak: Any, floor: Any) -> Any:
-    """What `divide_by_scales` multiplies a whole block by."""
+    """Factor that `divide_by_scales` multiplies a whole block by."""
     size = abs(scale)
     size = size if size > floor else floor
     return np.float32(np.float32(_ONE / np.float32(np.copysign(size, scale))) * peak)
@@ -87,7 +87,7 @@ def _counted(x: Any, threshold: Any, rank: Any) -> Any:
 
 @_compiled
 def _rank(x: Any, thresholds: Array) -> Any:
-    """How many of 15 rising thresholds lie below `x`, as float32.
+    """Count of the 15 rising thresholds that lie below `x`, as float32.
 
     Of two halves, one is chosen and then counted through: half the time of counting through all, or of looking a value
     up. All thresholds are read before they are compared, for LLVM makes selects, and vectors, only of what it may
@@ -109,7 +109,7 @@ def _rank(x: Any, thresholds: Array) -> Any:
 
 @_compiled
 def _at_rank(x: Any, thresholds: Array, choices: Array) -> Any:
-    """What stands in `choices` at the rank of `x`, found as `_rank` finds it."""
+    """Entry of `choices` at the rank of `x`, found as `_rank` finds it."""
     t = thresholds
     t0, t1, t2, t3, t4, t5, t6, t7 = t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]
     t8, t9, t10, t11, t12, t13, t14 = t[8], t[9], t[10], t[11], t[12], t[13], t[14]
@@ -428,7 +428,7 @@ def _tree_sum_64(terms: Array) -> Any:
 
 @_compiled
 def _levels(values: Array, scale: Any, midpoints: Array, rising: Array, levels: Array) -> None:
-    """What the codes nearest to a block's `values` stand for."""
+    """Values of the codes nearest to a block's `values`."""
     factor = _factor(scale, _ONE, _FLOOR)
     for j in range(64):
         levels[j] = _at_rank(values[j] * factor, midpoints, rising)
@@ -553,7 +553,7 @@ def _change(goal: Array, values: Array, errors: Array, changes: Array) -> bool:
 
 
 @_compiled
-def settle(
+def quantize_columns(
     target: Array,
     pull: Array,
     coupling: Array,

@@ -37,7 +37,7 @@ def model_card(
     """README.md of the output; `copied` are the files that lie beside the weights, `residual` as in Report."""
     origins = {"base": base.storage.origin, "adapter": adapter.origin if adapter else None}
     base_models = [origin.repo for origin in origins.values() if origin is not None]
-    tags = ["streamconv", *(["merge", "lora"] if adapter else [])]
+    tags = ["streamconv", *(["merge", plan.method.lower()] if plan.method else [])]
     quant = FORMATS[plan.quant] if plan.quant else None
     if quant is not None and quant.library is not None:
         tags += ["4-bit" if quant.bits_per_weight < 8 else "8-bit", quant.library]
@@ -50,7 +50,7 @@ def model_card(
     )
     has_tokenizer = any(file.name.startswith("tokenizer") for file in copied)
     body = [
-        *_body(plan, adapter is not None, origins, kept, residual),
+        *_body(plan, origins, kept, residual),
         "## Load it",
         "",
         *_snippet(plan, base.config, has_tokenizer),
@@ -84,14 +84,13 @@ def _is_plain(value: object) -> bool:
 
 def _body(
     plan: Plan,
-    merged: bool,
     origins: Mapping[str, Origin | None],
     kept: Kept | None,
     residual: Mapping[str, Any] | None,
 ) -> Iterator[str]:
-    yield from (f"# {'Merged' if merged else 'Converted'} model", "")
-    if merged:
-        yield f"A LoRA adapter that {_changes(plan)} was merged into its base model."
+    yield from (f"# {'Merged' if plan.method else 'Converted'} model", "")
+    if plan.method:
+        yield f"{_article(plan.method)} {plan.method} adapter that {_changes(plan)} was merged into its base model."
     yield (
         f"Made with streamconv {plan.fingerprint['streamconv']} by the options in `{RECIPE}`; `streamconv verify` "
         "checks it against its manifest."
@@ -103,7 +102,7 @@ def _body(
     for role, origin in origins.items():
         if origin is not None:
             yield f"| {role} | {origin.repo} at commit {origin.commit} |"
-    if merged:
+    if plan.method:
         yield f"| target | {plan.target.reason} |"
     if plan.rounding:
         yield f"| rounding | {plan.rounding.name}: {plan.rounding.reason} |"
@@ -136,6 +135,11 @@ def _calibration(plan: Plan, text: CalibrationPlan) -> Iterator[str]:
         f"| calibration text | {text.name} (SHA-256 {text.sha256}), {text.tokens} tokens in sequences of "
         f"{text.sequence_length}; {len(plan.calibrated)} weights |"
     )
+
+
+def _article(name: str) -> str:
+    """Before the name of a method, whose capitals are spelled: an IA3, an OFT, a LoRA."""
+    return "An" if name[0] in "AEIO" else "A"
 
 
 def _changes(plan: Plan) -> str:

@@ -1,4 +1,4 @@
-"""What a run has finished, and what makes a rerun a continuation: the files in `OUT/.streamconv/`.
+"""Journal of a run: finished work, and what makes a rerun a continuation; the files in `OUT/.streamconv/`.
 
     lock           held (flock) while a run is alive
     plan.json      the fingerprint of the run that owns the folder
@@ -46,7 +46,7 @@ class Watermark:
 
 @dataclass(slots=True)
 class Progress:
-    """What the journal says is done. `sums` are kept-delta sums by weight name."""
+    """Progress that the journal records. `sums` are kept-delta sums by weight name."""
 
     finished: dict[str, str] = field(default_factory=dict)  # shard name -> sha256
     watermarks: dict[str, Watermark] = field(default_factory=dict)
@@ -124,11 +124,11 @@ class Journal:
         return any(self.folder.glob("*/*.safetensors"))
 
     def partial(self, shard: str) -> Path:
-        """Where a shard is written before it is whole."""
+        """Path of a shard before it is whole."""
         return self.folder / f"{shard}.partial"
 
     def finished(self, shard: str) -> Path:
-        """Where a whole shard waits for publication."""
+        """Path at which a whole shard waits for publication."""
         return self.folder / shard
 
     def watermark(self, shard: str, mark: Watermark, sums: Mapping[str, list[float]]) -> None:
@@ -311,7 +311,7 @@ def _replay(progress: Progress, record: Mapping[str, Any]) -> None:
 
 
 def _differences(found: Any, wanted: Any, path: str = "") -> list[str]:
-    """Where two fingerprints differ, in words."""
+    """Differences of two fingerprints, in words."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         parts = [
             _differences(found.get(key), wanted.get(key), f"{path}.{key}" if path else key)

@@ -31,7 +31,7 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `merge` and `convert` return. Sizes in bytes, times in seconds.
+    """Result of `merge` and `convert`. Sizes in bytes, times in seconds.
 
     `kernels` says what quantized (see `Plan.kernels`), `renamed` how names of adapter and base were matched where they
     differ; `peak_ram_bytes` is anonymous memory above what the process had before planning; `kept_delta` is None where

@@ -14,6 +14,7 @@ from typing import Any
 
 from streamconv.checkpoint.strict_json import parse_object
 from streamconv.errors import InputError, OptionError
+from streamconv.formats import FORMATS
 from streamconv.storage.base import SourceFile, Storage
 
 # Where transformers saves the chat templates beside the default one (`transformers/utils/hub.py`).
@@ -52,7 +53,7 @@ MODEL = (
 )
 # Where older loaders of a format look for what config.json has as quantization_config (AutoGPTQ).
 QUANTIZATION_COPIES: Mapping[str | None, str] = MappingProxyType(
-    dict.fromkeys(("gptq", "gptq-v2"), "quantize_config.json")
+    {name: each.config_copy for name, each in FORMATS.items() if each.config_copy is not None}
 )
 # Never copied, even when --copy-extra matches: weights of another format, pickles, and what is written anew.
 NEVER = (
@@ -106,7 +107,7 @@ def _has_code(storage: Storage, config: Mapping[str, Any]) -> bool:
 def choose_tokenizer(
     wanted: str, base: Storage, adapter: Storage | None, vocabulary_changed: bool
 ) -> Storage:
-    """Whose tokenizer files to copy: the adapter's where it trained another vocabulary, else the base's."""
+    """Storage whose tokenizer files are copied: the adapter's where it trained another vocabulary, else the base's."""
     if wanted not in TOKENIZERS:
         raise OptionError(f"--tokenizer {wanted} is not known; use one of {', '.join(TOKENIZERS)}")
     if wanted == "adapter":

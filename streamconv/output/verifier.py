@@ -31,7 +31,7 @@ _CHUNK_BYTES = 8 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What was checked: number of shards, tensors and bytes; `exact` if the maths was done again, for every byte.
+    """Extent of a check: number of shards, tensors and bytes; `exact` if the maths was done again, for every byte.
 
     Without their text, so many `calibrated` weights were not made again, but decoded and compared with their targets.
     """

@@ -7,6 +7,7 @@ from collections import Counter
 from os import PathLike, fspath
 from typing import Any
 
+from streamconv.adapters import ADAPTERS
 from streamconv.adapters.config import read_config
 from streamconv.adapters.replication import read_ranges
 from streamconv.checkpoint.index import CheckpointIndex, read_index
@@ -56,16 +57,13 @@ def _adapter(storage: Storage) -> dict[str, Any]:
     config = read_config(storage)
     tensors = read_index(storage, stem="adapter_model", require_config=False).tensors
     fields = config.fields
-    ranks = sorted({tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight")})
+    method = ADAPTERS.get(config.peft_type)
     return {
         "kind": "adapter",
         "location": storage.location,
         "peft_type": config.peft_type,
         "base_model": fields.get("base_model_name_or_path"),
-        "rank": ranks[0] if len(ranks) == 1 else ranks,
-        "alpha": fields.get("lora_alpha"),
-        "rslora": bool(fields.get("use_rslora")),
-        "dora": bool(fields.get("use_dora")),
+        **(method.facts(fields, tensors) if method else {}),
         "targets": fields.get("target_modules"),
         "modules_to_save": fields.get("modules_to_save"),
         "layer_replication": [list(layers) for layers in read_ranges(config)] or None,

@@ -153,7 +153,7 @@ def _resolve_target(facts: Facts, options: MergeOptions) -> tuple[Format | None,
                 "T", f"the base is {facts.quantized}, so the update is added to what it dequantizes to"
             )
         return None, Choice("F", "the update is added to the original 16-bit base")
-    known = [name for name, fmt in FORMATS.items() if fmt.rounds_on_load]
+    known = [name for name, fmt in FORMATS.items() if fmt.load_in is not None]
     if name in FORMATS and name not in DENSE and name not in known:
         raise OptionError(
             f"--merge-base {name} does not fit: training rounds no 16-bit base to it while loading; give the {name} "

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from streamconv.adapters.base import UpdateAccess
 from streamconv.errors import ResourceError
 from streamconv.formats.base import Order
 from streamconv.options import MergeOptions
@@ -198,7 +199,7 @@ def _block_bytes(step: Rewrite) -> int:
 
 
 def _held_bytes(step: Rewrite) -> int:
-    """Bytes of the parts kept whole while a weight is worked on: base side parts, adapter in float32."""
+    """Bytes kept while a weight is worked on: base side parts, adapter in float32, what is prepared of it."""
     main = step.weight.decoder.main
     side = sum(part.nbytes for role, part in step.weight.parts.items() if role != main)
     adapter = sum(
@@ -206,4 +207,5 @@ def _held_bytes(step: Rewrite) -> int:
         for update in step.updates
         for part in update.parts.values()
     )
-    return side + adapter + (step.scaling.nbytes if step.scaling else 0)
+    prepared = sum(update.held_bytes for update in step.updates if update.access is not UpdateAccess.WHOLE)
+    return side + adapter + prepared + (step.scaling.nbytes if step.scaling else 0)

@@ -13,7 +13,7 @@ from enum import StrEnum
 from itertools import accumulate
 from typing import Any
 
-from streamconv.adapters.base import Update, WholeUpdate
+from streamconv.adapters.base import Update, UpdateAccess
 from streamconv.checkpoint.layout import ShardLayout
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
 from streamconv.equalization.pairs import Rescaling
@@ -103,10 +103,9 @@ class Rewrite:
 
     @property
     def whole_bytes(self) -> int:
-        """What updates that need the whole weight hold of it."""
-        # Those that reduce nothing need not be asked: a runtime check of a protocol takes microseconds.
-        whole = (u for u in self.updates if u.reduces and isinstance(u, WholeUpdate))
-        return max((update.whole_bytes for update in whole), default=0)
+        """Peak bytes that whole-weight updates keep in memory."""
+        whole = (update for update in self.updates if update.access is UpdateAccess.WHOLE)
+        return max((update.held_bytes for update in whole), default=0)
 
     @property
     def searches_first(self) -> bool:
@@ -126,9 +125,10 @@ class Rewrite:
         needs_scales = self.merge_base is not None and (
             self.merge_base.nested or (self.keeps_scales and self.encoder.nested)
         )
-        if self.whole_bytes:
+        asked = {update.access for update in self.updates}
+        if UpdateAccess.WHOLE in asked:
             return Access.WHOLE
-        reduces = needs_scales or self.searches_first or any(update.reduces for update in self.updates)
+        reduces = needs_scales or self.searches_first or UpdateAccess.REDUCE_THEN_ROW in asked
         return Access.REDUCE_THEN_ROW if reduces else Access.ROW
 
 
@@ -254,7 +254,8 @@ class Depth:
 class Plan:
     """All that a run will do. `quant` names the output's format of quantized weights, None if it has none; `group_size`
     is how many elements share a scale, where that can be chosen. `skipped` is what the config says of modules left in
-    16 bit; `unfit` are the paths of those that are only because the format cannot store their shape.
+    16 bit; `unfit` are the paths of those that are only because the format cannot store their shape. `method` names
+    the adapter's, None without one.
 
     `memory` is what its own pass needs; `passes` are those before it, in their order, none before a job is prepared.
     `calibration` tells of the text that some of these go by, None where there is none. `depth` is None where the output
@@ -273,6 +274,7 @@ class Plan:
     skipped: tuple[str, ...]
     unfit: tuple[str, ...]
     group_size: int | None
+    method: str | None
     adapted: Mapping[str, int]
     replaced: tuple[str, ...]
     renamed: str | None

@@ -124,6 +124,7 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
         skipped=tuple(draft.quantized.skipped),
         unfit=draft.quantized.unfit,
         group_size=choices.quant.group_size if isinstance(choices.quant, Grouped) else None,
+        method=adapter.label if adapter else None,
         adapted=dict(adapter.modules) if adapter else {},
         replaced=tuple(sorted(each.parameter for each in adapter.replaces)) if adapter else (),
         renamed=adapter.renamed if adapter else None,

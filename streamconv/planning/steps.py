@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from streamconv.adapters.base import Update, WholeUpdate
+from streamconv.adapters.base import Update, UpdateAccess
 from streamconv.dtypes import DENSE, Dtype
 from streamconv.equalization.scaling import Scaling
 from streamconv.errors import UnsupportedError
@@ -87,12 +87,13 @@ def weight_steps(
         # Only a weight of one part is ever stored under another name than the base's.
         is_dense = len(weight.parts) == 1
         return [Copy(name if is_dense else part.name, part) for part in weight.parts.values()]
-    if weight.decoder.grid is not None and any(isinstance(update, WholeUpdate) for update in updates):
+    if weight.decoder.grid is not None and any(update.needs_original for update in updates):
         raise UnsupportedError(
             f"{name} is {weight.format}, and the adapter was trained on what its initialisation had left of the weight "
             "before that was quantized; give the 16-bit base model instead"
         )
-    if merge_base is not None and any(update.reduces for update in updates):
+    needs_pass = any(update.access is not UpdateAccess.ROW for update in updates)
+    if merge_base is not None and needs_pass:
         raise UnsupportedError(
             f"{name}: this update needs a pass over the whole weight, and so does --merge-base {merge_base.format}; "
             "merge onto the original base"
@@ -106,7 +107,7 @@ def weight_steps(
     base_grid = merge_base.grid if merge_base else weight.decoder.grid
     is_on_grid = base_grid == encoder.grid and scaling is None
     keeps = is_on_grid and (rounding.keeps_scales or not updates)
-    if rounding.searches_scales and encoder.nested and any(update.reduces for update in updates):
+    if rounding.searches_scales and encoder.nested and needs_pass:
         raise UnsupportedError(
             f"{name}: this update needs a pass over the whole weight, and so does --rounding {rounding.name} with "
             f"double-quantized scales; choose another --rounding, or a --quant other than {encoder.format}"

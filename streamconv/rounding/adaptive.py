@@ -29,7 +29,7 @@ _STRETCH = 1 << 14
 
 @dataclass(frozen=True, slots=True)
 class Adaptive:
-    """Which rounding it is for a weight, `settled` says once its first rows are there."""
+    """Choice between two roundings for a weight; `settled` makes it once the weight's first rows are there."""
 
     name: str = "adaptive"
     needs_noise: bool = True
@@ -61,7 +61,7 @@ def delta_to_step(target: Tensor, base: Tensor, codes: Tensor, scales: Tensor, g
 
 
 def sum_of_steps(codes: Tensor, scales: Tensor, grid: Grid) -> float:
-    """Of the entries that have these `codes` (uint8, flat); `scales` float32, one a block."""
+    """Sum of the steps of entries that have these `codes` (uint8, flat); `scales` float32, one a block."""
     steps = code_steps(grid).to(codes.device).index_select(0, codes.to(torch.int32)).double()
     sums = block_dots(steps, torch.ones_like(steps), grid.block)
     return float((sums * scales.double().abs()).sum()) / grid.peak

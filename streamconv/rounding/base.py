@@ -1,4 +1,4 @@
-"""What a rounding is: how the codes of a cell are chosen from values that lie between them."""
+"""Interface of a rounding, which chooses the codes of a cell from values that lie between them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streamconv.kernels.grids import Grid
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What may be known of a cell besides its target. All tensors are flat, one entry an element or a block.
+    """Facts about a cell besides its target. All tensors are flat, one entry an element or a block.
 
     `codes`  uint8: the base's own codes, where the base lies on this grid; else None.
     `scales` float32, one a block: the effective scales to use, already fixed; None: choose them.

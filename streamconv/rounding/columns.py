@@ -109,7 +109,7 @@ def _settle_rows(
         reach = slice(0, panel.start if is_first else layer.columns)
         diagonal = matrix.diagonal()[panel]
         pull = (matrix[reach, panel].T @ errors[reach]).div_(diagonal[:, None]).sub_(errors[panel])
-        kernels.settle(
+        kernels.quantize_columns(
             layer.target[panel, rows].contiguous(),
             pull,
             matrix[panel, panel] / diagonal,
@@ -185,7 +185,7 @@ def _settle_tile(
     settled, remaining = (
         each.to("cpu", copy=True, memory_format=torch.contiguous_format) for each in (codes, errors)
     )
-    kernels_for(target.device).settle(
+    kernels_for(target.device).quantize_columns(
         target, pull, coupling, by_row, layer.grid, scales, layer.dtype, settled, remaining, is_first
     )
     changes = remaining.to(errors.device) - errors

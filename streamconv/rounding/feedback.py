@@ -28,18 +28,18 @@ from streamconv.dtypes import Dtype
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import Grid
 from streamconv.rounding.columns import descended, fed
-from streamconv.rounding.layer import Layer, Solution, better, coded, errors_of, rounded, turn
+from streamconv.rounding.layer import Layer, Solution, better, coded, errors_of, rounded, transpose
 from streamconv.rounding.metric import STRETCH, Statistics, check_moments, compensated, factored, preserving
 from streamconv.rounding.residual import Residual, eased, nothing, residual
 from streamconv.rounding.scales import greatest, refitted, searched
 from streamconv.rounding.search import searched_scales
 
-__all__ = ["BaseOnGrid", "Chosen", "FeedbackOptions", "Statistics", "Storage", "feedback"]
+__all__ = ["BaseOnGrid", "Chosen", "FeedbackOptions", "ScaleEncoder", "Statistics", "feedback"]
 
 
 @dataclass(frozen=True, slots=True)
 class FeedbackOptions:
-    """How much is done, and for what.
+    """Options of error feedback: how much is done, and for what.
 
     `damping`: of H', in units of its mean diagonal. `preserve_delta`: μ, which keeps more of the update weight by
     weight; where inputs' errors are made up for, the model's predictions are nearer without it. `sweeps`: of descent
@@ -66,7 +66,7 @@ class FeedbackOptions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BaseOnGrid:
-    """Where the base lies on the output's grid: codes (uint8, flat) and effective scales (float32, one a block)."""
+    """Base on the output's grid: codes (uint8, flat) and effective scales (float32, one a block)."""
 
     codes: Tensor
     scales: Tensor
@@ -86,8 +86,8 @@ class Chosen:
     residual: Residual | None = None
 
 
-class Storage(Protocol):
-    """What has to be known of an encoder; see `formats/base.py`."""
+class ScaleEncoder(Protocol):
+    """Members of an encoder that feedback needs; see `formats/base.py`."""
 
     @property
     def grid(self) -> Grid | None: ...
@@ -120,7 +120,7 @@ class _Candidate:
 def feedback(
     target: Tensor,
     statistics: Statistics,
-    encoder: Storage,
+    encoder: ScaleEncoder,
     options: FeedbackOptions,
     directions: Tensor | None = None,
     base: BaseOnGrid | None = None,
@@ -143,22 +143,22 @@ def feedback(
     if statistics.output_hessian is not None:
         outputs = factored(statistics.output_hessian, options.output_damping)
     moved = compensated(target, statistics, inputs, options.asymmetry)
-    layer = turn(moved, inputs, outputs, grid, dtype)
+    layer = transpose(moved, inputs, outputs, grid, dtype)
     del moved
     if not options.residual_rank:
         best = _found(layer, encoder, options, base)
         return Chosen(layer.flat(best.solution.codes), best.scales.raw, best.scales.is_base)
     flat = layer.flat(layer.target).view_as(target)
-    easy = turn(flat, *eased(inputs, outputs, options.residual_rank), grid, dtype)
+    easy = transpose(flat, *eased(inputs, outputs, options.residual_rank), grid, dtype)
     del flat
     best = _found(easy, encoder, options, base)
     codes = easy.flat(best.solution.codes)
-    errors = errors_of(layer, best.scales.effective, layer.turned(codes))
+    errors = errors_of(layer, best.scales.effective, layer.transposed(codes))
     beside = residual(layer, errors, options.residual_rank)
     return Chosen(codes, best.scales.raw, best.scales.is_base, beside)
 
 
-def _weighed(target: Tensor, hessian: Tensor, encoder: Storage, grid: Grid) -> Chosen:
+def _weighed(target: Tensor, hessian: Tensor, encoder: ScaleEncoder, grid: Grid) -> Chosen:
     """Nearest codes, with the scales of the least Σ H_jj e_j² found in each block."""
     check_moments(hessian)
     weights = hessian.diagonal().expand_as(target).reshape(-1)
@@ -169,22 +169,24 @@ def _weighed(target: Tensor, hessian: Tensor, encoder: Storage, grid: Grid) -> C
 
 
 def metric_bytes(rows: int, columns: int, two_sided: bool) -> int:
-    """Of the metrics of a weight's inputs and, if `two_sided`, its outputs: moments and factor, float32."""
+    """Bytes of the metrics of a weight's inputs and, if `two_sided`, its outputs: moments and factor, float32."""
     return 8 * (columns**2 + two_sided * rows**2)
 
 
 def working_bytes(rows: int, columns: int, two_sided: bool) -> int:
-    """What `feedback` has at once where it computes, at most, beside what it is given. Measured: 21 a weight."""
+    """Bytes that `feedback` has at once where it computes, at most, beside what it is given. Measured: 21 a weight."""
     return 22 * rows * columns + metric_bytes(rows, columns, two_sided)
 
 
 def factoring_bytes(rows: int, columns: int, two_sided: bool) -> int:
-    """What factors take in float64, on the host, while metrics are made."""
+    """Bytes of factors in float64, on the host, while metrics are made."""
     widest = max(columns, two_sided * rows)
     return 8 * widest**2 + 16 * STRETCH * widest
 
 
-def _found(layer: Layer, encoder: Storage, options: FeedbackOptions, base: BaseOnGrid | None) -> _Candidate:
+def _found(
+    layer: Layer, encoder: ScaleEncoder, options: FeedbackOptions, base: BaseOnGrid | None
+) -> _Candidate:
     """The best of all that is tried."""
     best = min(_starts(layer, encoder, base), key=lambda each: each.loss)
     best = _polished(layer, best, options.sweeps)
@@ -202,7 +204,7 @@ def _is_base(target: Tensor, base: BaseOnGrid, grid: Grid, dtype: Dtype) -> bool
     return torch.equal(values, target.reshape(-1))
 
 
-def _starts(layer: Layer, encoder: Storage, base: BaseOnGrid | None) -> Iterator[_Candidate]:
+def _starts(layer: Layer, encoder: ScaleEncoder, base: BaseOnGrid | None) -> Iterator[_Candidate]:
     """Solutions with greatest magnitudes for scales, with searched ones, and with the base's own."""
     scales = _stored(encoder, greatest(layer))
     yield _Candidate(scales, rounded(layer, scales.effective))
@@ -215,14 +217,14 @@ def _starts(layer: Layer, encoder: Storage, base: BaseOnGrid | None) -> Iterator
         yield _Candidate(scales, better(layer, fed(layer, base.scales), stays))
 
 
-def _refitted(layer: Layer, encoder: Storage, best: _Candidate) -> _Candidate:
+def _refitted(layer: Layer, encoder: ScaleEncoder, best: _Candidate) -> _Candidate:
     """Scales fitted to the codes of `best`, and either these codes or new ones."""
     scales = _stored(encoder, refitted(layer, best.scales.effective, best.solution))
     stay = coded(layer, scales.effective, layer.flat(best.solution.codes))
     return _Candidate(scales, better(layer, fed(layer, scales.effective), stay))
 
 
-def _stored(encoder: Storage, raw: Tensor) -> _Scales:
+def _stored(encoder: ScaleEncoder, raw: Tensor) -> _Scales:
     return _Scales(raw, encoder.effective_scales(raw))
 
 

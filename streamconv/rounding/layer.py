@@ -1,4 +1,4 @@
-"""A layer's weight as it is rounded: turned on its side, in the order of its metric; and solutions, with their loss.
+"""A layer's weight as it is rounded: transposed, in the order of its metric; and solutions, with their loss.
 
 With E = T - Q, H = M_H M_Hᵀ of the inputs and G = M_G M_Gᵀ of the outputs, both M upper triangular, the loss is
 tr(G E H Eᵀ) = ||M_Gᵀ E M_H||². Without G rows count alike and do not know of each other: the loss is a sum of theirs.
@@ -51,14 +51,14 @@ class Layer:
     def rows(self) -> int:
         return self.target.shape[1]
 
-    def flat(self, turned: Tensor) -> Tensor:
-        """`turned` [in, out] as a file has it: flat, row by row."""
-        upright = turned[self.inputs.places].T
+    def flat(self, transposed: Tensor) -> Tensor:
+        """`transposed` [in, out] as a file has it: flat, row by row."""
+        upright = transposed[self.inputs.places].T
         return (upright if self.outputs is None else upright[self.outputs.places]).reshape(-1)
 
-    def turned(self, flat: Tensor) -> Tensor:
+    def transposed(self, flat: Tensor) -> Tensor:
         """Undo `flat`."""
-        return _turned(flat.view(self.rows, self.columns), self.inputs, self.outputs)
+        return _transposed(flat.view(self.rows, self.columns), self.inputs, self.outputs)
 
     def spread(self, scales: Tensor, rows: slice) -> Callable[[slice], Tensor]:
         """The scale of every element of some `rows`, [columns, rows], for any columns.
@@ -76,12 +76,12 @@ class Layer:
         return lambda columns: scales[(numbers * self.columns + order[columns, None]) // block]
 
 
-def turn(target: Tensor, inputs: Metric, outputs: Metric | None, grid: Grid, dtype: Dtype) -> Layer:
+def transpose(target: Tensor, inputs: Metric, outputs: Metric | None, grid: Grid, dtype: Dtype) -> Layer:
     """The layer of `target` [out, in]."""
-    return Layer(_turned(target, inputs, outputs), inputs, outputs, grid, dtype)
+    return Layer(_transposed(target, inputs, outputs), inputs, outputs, grid, dtype)
 
 
-def _turned(upright: Tensor, inputs: Metric, outputs: Metric | None) -> Tensor:
+def _transposed(upright: Tensor, inputs: Metric, outputs: Metric | None) -> Tensor:
     upright = upright if outputs is None else upright[outputs.order]
     return upright.T[inputs.order].contiguous()
 
@@ -121,7 +121,7 @@ def rounded(layer: Layer, scales: Tensor) -> Solution:
 
 def coded(layer: Layer, scales: Tensor, codes: Tensor) -> Solution:
     """These `codes` (flat)."""
-    return solution(layer, scales, layer.turned(codes))
+    return solution(layer, scales, layer.transposed(codes))
 
 
 def solution(layer: Layer, scales: Tensor, codes: Tensor) -> Solution:
@@ -133,7 +133,7 @@ def solution(layer: Layer, scales: Tensor, codes: Tensor) -> Solution:
 
 
 def losses(layer: Layer, errors: Tensor) -> Tensor:
-    """What each row adds to the loss, float64.
+    """Loss of each row, float64.
 
     `errors` are [in, rows], of all rows, or of any of them where rows are on their own.
     """
@@ -156,7 +156,7 @@ def _by_triangle(left: Tensor, upper: Tensor) -> Tensor:
 
 
 def better(layer: Layer, left: Solution, right: Solution) -> Solution:
-    """Of two solutions with the same scales the better one, row by row where rows are on their own; else `left`."""
+    """Better of two solutions with the same scales, row by row where rows are on their own; else `left`."""
     if layer.outputs is not None:
         return right if right.loss < left.loss else left
     return better_rows(left, right)
@@ -176,7 +176,7 @@ def panels(layer: Layer) -> list[slice]:
 
 
 def shared(layer: Layer, work: Callable[[slice], Part], most: int = _DEVICE_ROWS) -> list[Part]:
-    """What `work` makes of all rows, some at a time and never more than `most`, in order.
+    """Results of `work` for all rows, some at a time and never more than `most`, in order.
 
     On a CPU by as many threads as torch has, each with matrix products of its own: how many there are changes no bit.
     """

@@ -16,7 +16,7 @@ STRETCH = 512
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
-    """What calibration text says of a layer: means over `tokens`, float32.
+    """Statistics of a layer's inputs from calibration text: means over `tokens`, float32.
 
     `hessian` is ZᵀZ / N [in, in] of the inputs Z that the quantized layers before produce, `cross` XᵀZ / N [in, in]
     with the inputs X that unquantized ones would; None where these were not kept, or are the same. `output_hessian` is
@@ -101,7 +101,7 @@ def _factor(matrix: Tensor, damping: float) -> Tensor | None:
     # Column by column, as LAPACK has it: the factor is computed in place.
     lower = torch.empty(size, size, dtype=torch.float64).T
     for rows in stretches(size):
-        lower[_turned_about(rows, size)] = matrix[rows].flip(0, 1).cpu().double()
+        lower[_reversed(rows, size)] = matrix[rows].flip(0, 1).cpu().double()
     lower.diagonal().add_(damping)
     failed = torch.empty((), dtype=torch.int32)
     torch.linalg.cholesky_ex(lower, out=(lower, failed))
@@ -109,12 +109,12 @@ def _factor(matrix: Tensor, damping: float) -> Tensor | None:
         return None
     factor = torch.empty_like(matrix)
     for rows in stretches(size):
-        factor[rows] = lower[_turned_about(rows, size)].flip(0, 1).to(matrix.device, torch.float32)
+        factor[rows] = lower[_reversed(rows, size)].flip(0, 1).to(matrix.device, torch.float32)
     return factor
 
 
-def _turned_about(rows: slice, size: int) -> slice:
-    """Where `rows` are when the last of `size` is the first."""
+def _reversed(rows: slice, size: int) -> slice:
+    """Places of `rows` when the last of `size` is the first."""
     return slice(size - rows.stop, size - rows.start)
 
 

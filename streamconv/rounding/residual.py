@@ -69,13 +69,13 @@ def eased(inputs: Metric, outputs: Metric | None, rank: int) -> tuple[Metric, Me
 
 
 def residual(layer: Layer, errors: Tensor, rank: int) -> Residual:
-    """Of at most `rank` for the `errors` [in, out] of `layer`. Sums are float32, solved in float64."""
+    """Factors of at most `rank` for the `errors` [in, out] of `layer`. Sums are float32, solved in float64."""
     left, sizes, right = _decomposed(layer, errors, rank)
     down = _divided(layer.inputs, left * sizes.sqrt())
     up = _divided(layer.outputs, right * sizes.sqrt())
     dtype = FACTOR_DTYPE.torch
     found = down.T.to(dtype).contiguous(), up.to(dtype).contiguous()
-    repaired = layer.turned((found[1].float() @ found[0].float()).reshape(-1))
+    repaired = layer.transposed((found[1].float() @ found[0].float()).reshape(-1))
     before = float(losses(layer, errors).sum())
     return Residual(*found, before, float(losses(layer, torch.sub(errors, repaired, out=repaired)).sum()))
 
@@ -90,7 +90,7 @@ def nothing(target: Tensor, rank: int) -> Residual:
 
 
 def working_bytes(rows: int, columns: int, rank: int, two_sided: bool) -> int:
-    """What it takes at most beside feedback's own: the layer once more, its moments eased, and thin matrices."""
+    """Bytes beside feedback's own, at most: the layer once more, its moments eased, and thin matrices."""
     thin = 40 * (rows + columns) * (2 * rank + _SPARE)
     return 12 * rows * columns + 12 * (columns**2 + two_sided * rows**2) + thin
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from streamconv.adapters.base import WholeUpdate
+from streamconv.adapters.base import Parts, State, UpdateAccess
 from streamconv.dtypes import F32
 from streamconv.errors import InputError
 from streamconv.formats.base import CELL_ROWS, Encoder
@@ -130,7 +130,8 @@ class WeightWork:
         # Loading compiled kernels takes time and memory, which a merge in 16 bit has no use for.
         is_dense = step.merge_base is None and step.encoder.grid is None and step.weight.decoder.grid is None
         self._kernels = TORCH if is_dense else kernels_for(device)
-        self._states: list[Tensor | None] = [None] * len(step.applied)
+        self._prepared = self._prepare()
+        self._states: list[State] = [() for _ in step.applied]
         # What cells leave behind is written to its place in tensors allocated at once. As small tensors of their
         # own, they would lie between freed cells on the heap, which could not shrink: up to 5 times the memory.
         self._absmax = self._one_a_block(step.merge_base)  # of the base that `reduce` sees
@@ -151,6 +152,21 @@ class WeightWork:
             self._keep(self._base_scales)
         self._chosen: Chosen | None = None
 
+    def _prepare(self) -> Sequence[Parts]:
+        """What updates make of their parts, once a weight; by one worker, where there is something to compute."""
+        prepared: list[Parts] = []
+
+        def prepare(number: int) -> None:
+            del number
+            pairs = zip(self.step.applied, self.parts, strict=True)
+            prepared.extend(update.prepare(parts, self.device) for update, parts in pairs)
+
+        if any(update.held_bytes for update in self.step.applied):
+            self.workers.alone(prepare)
+        else:
+            prepare(0)  # parts as they are: no need to wait for cells of another weight
+        return prepared
+
     # -- the two passes ----------------------------------------------------------------------------------
 
     def reduce(self, raw: Tensor, rows: range) -> None:
@@ -166,9 +182,8 @@ class WeightWork:
     def end_reduce(self) -> None:
         """Between the passes: from here on the rounded base's scales are known, and what updates had to learn."""
         for number, update in enumerate(self.step.updates):
-            state = self._states[number]
-            if isinstance(update, WholeUpdate) and state is not None:
-                self._states[number] = update.conclude(state)
+            if self._states[number]:
+                self._states[number] = update.conclude(self._states[number])
         if self.step.searches_first:
             self._searched = self.step.encoder.effective_scales(self._scales)
         merge_base = self.step.merge_base
@@ -295,9 +310,9 @@ class WeightWork:
         for cell in cells(rows, self.height):
             cell_raw = self._raw(raw, rows, cell)
             for index, update in enumerate(self.step.updates):
-                if update.reduces:
+                if update.access is not UpdateAccess.ROW:
                     base = self._base(cell_raw, cell, self.workers.scratch[number]).values
-                    states[index] = update.reduce(base, cell, self.parts[index], states[index])
+                    states[index] = update.reduce(base, cell, self._prepared[index], states[index])
         self._states = states
 
     def _settle_rounding(self, number: int, raw: Tensor, rows: range, adaptive: Adaptive) -> None:
@@ -405,14 +420,14 @@ class WeightWork:
         return self._kernels.distance(original.view(-1), rounded.view(-1), grid.block)
 
     def _target(self, values: Tensor, rows: range) -> Tensor:
-        for update, parts, state in zip(self.step.applied, self.parts, self._states, strict=True):
-            values = update.apply(values, rows, parts, state)
+        for update, prepared, state in zip(self.step.applied, self._prepared, self._states, strict=True):
+            values = update.apply(values, rows, prepared, state)
         return values
 
     def _rescale(self, values: Tensor, rows: range) -> None:
         """Rescale a base in place as the target is, so that nothing but the update is between the two."""
         if self.step.scaling is not None:
-            self.step.scaling.apply(values, rows, self.parts[-1], None)
+            self.step.scaling.apply(values, rows, self._prepared[-1], ())
 
     def _round(self, target: Tensor, rows: range, out: Tensor) -> None:
         encoder = self.step.encoder

@@ -24,7 +24,7 @@ class Event(Protocol):
         """Return when all that was submitted before it is done."""
 
 
-class Stream(Protocol):
+class DeviceStream(Protocol):
     def submit(self, work: Callable[[], None]) -> None:
         """Have `work` done after all that was submitted before. May raise at once, torch.OutOfMemoryError above all."""
 
@@ -44,7 +44,7 @@ class Gpu(Protocol):
     @property
     def torch(self) -> torch.device: ...
 
-    def stream(self) -> Stream:
+    def stream(self) -> DeviceStream:
         """A new one, that waits for no other by itself."""
 
     def host_buffer(self, nbytes: int) -> Tensor:
@@ -93,7 +93,7 @@ class CudaGpu:
     def torch(self) -> torch.device:
         return self._device
 
-    def stream(self) -> Stream:
+    def stream(self) -> DeviceStream:
         return CudaStream(self._device)
 
     def host_buffer(self, nbytes: int) -> Tensor:

@@ -1,9 +1,10 @@
-"""Where checkpoints live: which backend a location belongs to."""
+"""Storages of checkpoints, and the backend that a location belongs to."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from streamconv.errors import OptionError
@@ -11,7 +12,15 @@ from streamconv.storage.base import Storage
 from streamconv.storage.hub import HF, open_hub
 from streamconv.storage.local import LocalFolder, open_subfolder
 
-Opener = Callable[[str, str | None, str | None], Storage]
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One row of STORAGES. `open` takes location, revision and subfolder; `prefix` is what locations begin with that
+    are certainly its own, None where there is no such sign.
+    """
+
+    open: Callable[[str, str | None, str | None], Storage]
+    prefix: str | None = None
 
 
 def open_storage(location: str, revision: str | None = None, subfolder: str | None = None) -> Storage:
@@ -20,13 +29,17 @@ def open_storage(location: str, revision: str | None = None, subfolder: str | No
     `revision` is a branch, tag or commit of a Hub id, `subfolder` a folder inside. Raises CheckpointError if a
     folder does not exist, HubError if the Hub does not show the model, OptionError for what is neither.
     """
-    return STORAGES[storage_kind(location)](location, revision, subfolder)
+    return STORAGES[storage_kind(location)].open(location, revision, subfolder)
 
 
 def storage_kind(location: str) -> str:
-    """`folder` or `hub`. An existing path wins; what looks like a path is never taken for a Hub id."""
-    if location.startswith(HF):
-        return "hub"
+    """Key in STORAGES of `location`: by its prefix, else `folder` or `hub`.
+
+    An existing path wins; what looks like a path is never taken for a Hub id.
+    """
+    for kind, backend in STORAGES.items():
+        if backend.prefix is not None and location.startswith(backend.prefix):
+            return kind
     name, _, revision = location.partition("@")
     is_reference = revision.startswith("refs/")  # the one kind of revision that needs slashes: refs/pr/3
     looks_like_path = (
@@ -48,4 +61,9 @@ def _open_folder(location: str, revision: str | None, subfolder: str | None) -> 
     return open_subfolder(location, subfolder)
 
 
-STORAGES: Mapping[str, Opener] = MappingProxyType({"folder": _open_folder, "hub": open_hub})
+STORAGES: Mapping[str, Backend] = MappingProxyType(
+    {
+        "folder": Backend(_open_folder),
+        "hub": Backend(open_hub, prefix=HF),
+    }
+)

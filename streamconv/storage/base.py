@@ -1,4 +1,4 @@
-"""What the rest of streamconv may ask of a place where checkpoints live."""
+"""Interface of a place where checkpoints live."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where on the Hub an input is from: `org/name`, and the commit (40 hex digits)."""
+    """Hub repository that an input is from: `org/name`, and the commit (40 hex digits)."""
 
     repo: str
     commit: str

@@ -28,7 +28,7 @@ class DataSet:
 
 
 def data_set_of(data: str | Path) -> DataSet | None:
-    """What `org/name`, `org/name@revision` and either with `:split` name; None for a file, be it there or not."""
+    """Data set that `org/name`, `org/name@revision` and either with `:split` name; None for a file, there or not."""
     found = _NAMED.fullmatch(str(data))
     if found is None or Path(data).suffix in _SUFFIXES or Path(data).expanduser().exists():
         return None

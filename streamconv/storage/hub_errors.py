@@ -1,4 +1,4 @@
-"""What the Hub's refusals mean for a user: every error of huggingface_hub as one sentence with what to do.
+"""Errors of huggingface_hub in a user's words: every refusal as one sentence with what to do.
 
 The token in use is cut out of whatever is said, should a server ever repeat it.
 """
@@ -90,7 +90,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _told(error: BaseException, repo: str, revision: str | None) -> str | None:
-    """What `error` says of `repo`; None where one that it came from may say more."""
+    """Message that `error` gives about `repo`; None where one that it came from may say more."""
     where = {
         "repo": repo,
         "page": f"{constants.ENDPOINT}/{repo}",

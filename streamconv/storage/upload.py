@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where an output goes: a repository and how. `private` None: as it is, and private if it is made now."""
+    """Target of an upload: a repository and how. `private` None: as it is, and private if it is made now."""
 
     repo: str
     private: bool | None = None
@@ -59,7 +59,7 @@ class LocalFile:
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What is on the Hub now: `commit` holds the output's files, `bytes` of them were not there before.
+    """Result of an upload: `commit` holds the output's files, `bytes` of them were not there before.
 
     `pull_request` is the page of the pull request that proposes the commit, None where it is on the branch.
     """

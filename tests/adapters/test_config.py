@@ -16,7 +16,8 @@ from peft.utils.other import get_pattern_key
 from streamconv.adapters import ADAPTERS, NO_WEIGHTS, NOT_BUILT
 from streamconv.adapters.base import Adapter
 from streamconv.adapters.config import CONFIG_NAME, AdapterConfig, Neutral
-from streamconv.adapters.lora_config import LORA_FIELDS, LoraSettings, module_pattern
+from streamconv.adapters.lora_config import LORA_FIELDS, LoraSettings
+from streamconv.adapters.ranks import module_pattern
 from streamconv.errors import AdapterError, UnsupportedError
 from tests.merging import read
 from tests.tiny import edit_json

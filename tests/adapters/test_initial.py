@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 import streamconv
-from streamconv.adapters.base import WholeUpdate
+from streamconv.adapters.base import State, UpdateAccess
 from streamconv.adapters.initial import INITIAL, InitialUpdate
 from streamconv.dtypes import BF16, F32, Dtype
 from streamconv.errors import UnsupportedError
@@ -24,12 +24,11 @@ def concluded(weight: Tensor, kind: str, rank: int, transposed: bool, dtype: Dty
     """The weight trained on, its cells read in order and returned in another."""
     shape = (weight.shape[0], weight.shape[1])
     update = InitialUpdate("w", shape, {}, kind, rank, 0.5, transposed, dtype)
-    assert isinstance(update, WholeUpdate)
+    assert update.access is UpdateAccess.WHOLE
     cells = [range(i, min(i + 64, shape[0])) for i in range(0, shape[0], 64)]
-    state = None
+    state: State = ()
     for rows in cells:
         state = update.reduce(weight[rows.start : rows.stop], rows, {}, state)
-    assert state is not None
     state = update.conclude(state)
     out = torch.empty_like(weight)
     for rows in reversed(cells):
@@ -84,7 +83,7 @@ def test_it_is_rounded_to_the_type_it_was_trained_in(kind: str) -> None:
 def test_memory_is_counted_for_the_larger_side() -> None:
     for shape in SHAPES:
         update = InitialUpdate("w", shape, {}, "pissa", 3, 1.0, False, F32)
-        assert update.whole_bytes > 4 * 4 * math.prod(shape)
+        assert update.held_bytes > 4 * 4 * math.prod(shape)
 
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from streamconv.adapters.base import Update
+from streamconv.adapters.base import State, Update, UpdateAccess
 from streamconv.adapters.lora import DoraUpdate, LoraUpdate
 from streamconv.errors import AdapterError
 from tests.merging import CELL_ROWS, updated
@@ -61,6 +61,13 @@ def random_weight(outputs: int, inputs: int, rank: int, seed: int = 0) -> tuple[
     return weight, {"lora_A": a, "lora_B": b.bfloat16().float(), "magnitude": magnitude}
 
 
+def learnt(update: Update, weight: Tensor, parts: Mapping[str, Tensor]) -> State:
+    """The state after one cell, the whole weight."""
+    if update.access is UpdateAccess.ROW:
+        return ()
+    return update.reduce(weight, range(len(weight)), parts, ())
+
+
 def to_bf16(values: Tensor) -> tuple[Tensor, Tensor]:
     """float64 values rounded once to the 8 significant bits of bfloat16, and the size of the last bit."""
     mantissa, exponent = torch.frexp(values)
@@ -102,8 +109,8 @@ def test_order_and_place_of_cells_do_not_change_a_bit(
     at_once = updated(update, stored, parts)
 
     cells = [range(i, min(i + CELL_ROWS, rows)) for i in range(0, rows, CELL_ROWS)]
-    state = None
-    for cell in cells if update.reduces else []:
+    state: State = ()
+    for cell in cells if update.access is not UpdateAccess.ROW else []:
         state = update.reduce(stored[cell.start : cell.stop], cell, parts, state)
     out = torch.empty_like(stored)
     for cell in data.draw(st.permutations(cells)):
@@ -121,11 +128,11 @@ def test_parts_state_and_reduced_cells_are_never_written_to(case: Case, shape: t
     weight, parts = random_weight(*shape, rank=3)
     update, stored = case.update(*shape), case.stored(weight)
     rows = range(len(stored))
-    state = update.reduce(stored, rows, parts, None) if update.reduces else None
-    inputs = [*parts.values(), stored] + ([] if state is None else [state])
+    state = learnt(update, stored, parts)
+    inputs = [*parts.values(), stored, *state]
     copies = [tensor.clone() for tensor in inputs]
-    if state is not None:
-        assert update.reduce(stored, rows, parts, state).dtype == torch.float64
+    if state:
+        assert update.reduce(stored, rows, parts, state)[0].dtype == torch.float64
     update.apply(stored.clone(), rows, parts, state)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(inputs, copies, strict=True))
 
@@ -135,7 +142,7 @@ def test_a_cell_is_updated_in_place(case: Case) -> None:
     """The memory planned for a cell has no room for the result beside it."""
     weight, parts = random_weight(64, 64, 4)
     update = case.update(64, 64)
-    state = update.reduce(weight, range(64), parts, None) if update.reduces else None
+    state = learnt(update, weight, parts)
     assert update.apply(weight, range(64), parts, state).data_ptr() == weight.data_ptr()
 
 

@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from streamconv.adapters import read_adapter
-from streamconv.adapters.base import Adapter, Parameter, Tie
+from streamconv.adapters.base import Adapter, Parameter, Tie, UpdateAccess
 from streamconv.adapters.config import CONFIG_NAME
 from streamconv.adapters.lora import DoraUpdate, LoraUpdate
+from streamconv.adapters.source import by_key
+from streamconv.checkpoint.index import read_index
 from streamconv.errors import AdapterError, CheckpointError, UnsupportedError
 from streamconv.storage import open_storage
 from tests.merging import LLAMA_TIE, read
@@ -67,7 +69,7 @@ def test_plain_adapter(bases: dict[str, Path], plain: Path) -> None:
     assert (first.parameter, first.shape, first.scaling) == (f"{Q}.weight", (32, 32), 1.5)
     assert {role: tensor.name for role, tensor in first.parts.items()} == {"lora_A": Q_A, "lora_B": Q_B}
     assert not first.transposed
-    assert not first.reduces
+    assert first.access is UpdateAccess.ROW
 
 
 @pytest.mark.parametrize("end", ["", ".weight"])
@@ -601,3 +603,14 @@ def test_an_adapted_head_has_the_shape_of_the_embedding(
 def test_a_tie_that_nothing_touches_holds(plain: Path) -> None:
     tie = Tie("model.embed_tokens.weight", "lm_head.weight")
     assert not read_adapter(open_storage(str(plain)), LAYERS, {}, tie).untie
+
+
+def test_tensors_that_all_modules_share_are_those_that_the_method_names(tmp_path: Path) -> None:
+    save_file(
+        {"base_model.bank": torch.ones(2), "base_model.model.q.weight": torch.ones(2)},
+        tmp_path / "adapter_model.safetensors",
+    )
+    index = read_index(open_storage(str(tmp_path)), stem="adapter_model", require_config=False)
+    assert list(by_key("here", index.tensors.values(), "x", {"bank"})) == ["base_model.bank", "q.weight"]
+    with pytest.raises(AdapterError, match=r"here: the tensor base_model\.bank does not belong"):
+        by_key("here", index.tensors.values(), "x")

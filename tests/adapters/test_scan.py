@@ -35,16 +35,16 @@ def test_digests_are_those_of_the_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("position", [0, CHUNK_BYTES // 4 - 1, CHUNK_BYTES // 4, LENGTH - 1])
 def test_every_value_is_looked_at(tmp_path: Path, position: int) -> None:
     tensor = torch.zeros(LENGTH)
-    assert scan(tmp_path, {"long": tensor}).zero == {"long"}
+    assert scan(tmp_path, {"long": tensor}).constants == {"long": 0}
     tensor[position] = 2**-149
-    assert scan(tmp_path, {"long": tensor}).zero == set()
+    assert scan(tmp_path, {"long": tensor}).constants == {}
     tensor[position] = float("nan")
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors: long holds NaN"):
         scan(tmp_path, {"long": tensor})
 
 
 def test_negative_zeros_are_zero(tmp_path: Path) -> None:
-    assert scan(tmp_path, {"tensor": -torch.zeros(9)}).zero == {"tensor"}
+    assert scan(tmp_path, {"tensor": -torch.zeros(9)}).constants == {"tensor": 0}
 
 
 def test_the_hash_tells_what_belongs_to_which_name(tmp_path: Path) -> None:

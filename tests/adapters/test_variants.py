@@ -42,9 +42,10 @@ def check(update: Any, parts: Mapping[str, Tensor], delta: Tensor, rows: int, co
     """`update` adds `delta` to every cell, in whatever order the cells come."""
     weight = normal(rows, columns)
     before = {role: tensor.clone() for role, tensor in parts.items()}
+    prepared = update.prepare(parts, weight.device)
     cells = [range(first, min(first + 64, rows)) for first in range(0, rows, 64)]
     for cell in reversed(cells):
-        found = update.apply(weight[cell.start : cell.stop].clone(), cell, parts, None)
+        found = update.apply(weight[cell.start : cell.stop].clone(), cell, prepared, ())
         expected = (weight.double() + delta)[cell.start : cell.stop].float()
         assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
     assert all(torch.equal(parts[role], tensor) for role, tensor in before.items())

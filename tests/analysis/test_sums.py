@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamconv.analysis.sums import BlockSums, Largest, Moments, stretches, total
+from streamconv.analysis.sums import BlockSums, CentralMoments, Largest, stretches, total
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ def test_moments_of_pieces_are_those_of_the_whole(sizes: list[int], centre: floa
     values = centre + torch.randn(sum(sizes) + 2, generator=generator, dtype=torch.float64)
     ends = list(itertools.accumulate([*sizes, 2], initial=0))
     pieces = [values[start:end] for start, end in itertools.pairwise(ends)]
-    found, whole = total(map(Moments.of, pieces)), Moments.of(values)
+    found, whole = total(map(CentralMoments.of, pieces)), CentralMoments.of(values)
     assert found.count == whole.count == len(values)
     assert found.mean == pytest.approx(whole.mean, rel=1e-13, abs=1e-13)
     for name in ("second", "third", "fourth"):
@@ -30,7 +30,7 @@ def test_moments_of_pieces_are_those_of_the_whole(sizes: list[int], centre: floa
 
 def test_moments_against_their_definitions() -> None:
     values = torch.tensor([1.0, 2.0, 4.0, 9.0], dtype=torch.float64)
-    found = Moments.of(values)
+    found = CentralMoments.of(values)
     assert (found.mean, found.second) == (4, 38)
     assert found.third == (-3) ** 3 + (-2) ** 3 + 5**3
     assert found.fourth == 3**4 + 2**4 + 5**4
@@ -40,7 +40,10 @@ def test_moments_against_their_definitions() -> None:
 
 
 def test_moments_of_nothing_and_of_equal_values() -> None:
-    nothing, equal = Moments.of(torch.empty(0, dtype=torch.float64)), Moments.of(torch.ones(5).double())
+    nothing, equal = (
+        CentralMoments.of(torch.empty(0, dtype=torch.float64)),
+        CentralMoments.of(torch.ones(5).double()),
+    )
     assert nothing + equal == equal + nothing == equal
     assert (nothing.kurtosis, equal.kurtosis, equal.deviation) == (0, 0, 0)
 

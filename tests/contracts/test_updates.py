@@ -132,13 +132,13 @@ def test_order_and_place_of_cells_do_not_change_a_bit(
     for work in ordinary[name]:
         cells = plain_cells(len(work.weight))
         expected, columns = plainly(work), work.weight.shape[1]
-        state = learn(work, Cells(cells, cells))
+        learnt = learn(work, Cells(cells, cells))
         for rows in data.draw(st.permutations(cells)):
             before = CELL_ROWS * data.draw(st.integers(1, 3))
             memory = torch.full((before + len(rows) + 1, columns), 7.0)
             cell = memory[before : before + len(rows)]
             cell.copy_(work.weight[rows.start : rows.stop])
-            found = apply(work, cell, rows, state)
+            found = apply(work, cell, rows, learnt)
             assert (found.dtype, found.shape) == (torch.float32, (len(rows), columns)), work.name
             assert torch.equal(found, expected[rows.start : rows.stop]), work.name
             assert bool((memory[:before] == 7).all()), work.name
@@ -174,13 +174,13 @@ def test_parts_reduced_cells_and_states_are_never_written_to(ordinary: AllWorks,
         cells = plain_cells(len(work.weight))
         inputs = [*work.parts.values(), work.weight]
         before = snapshot(inputs)
-        state = learn(work, Cells(cells, cells))
+        learnt = learn(work, Cells(cells, cells))
         assert are_untouched(inputs, before), f"{work.name}: by the first pass"
 
-        inputs += [] if state is None else [state]
+        inputs += learnt.tensors
         before = snapshot(inputs)
         for rows in cells:
-            apply(work, work.weight[rows.start : rows.stop].clone(), rows, state)
+            apply(work, work.weight[rows.start : rows.stop].clone(), rows, learnt)
         assert are_untouched(inputs, before), f"{work.name}: by the second pass"
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from streamconv.adapters import read_adapter
-from streamconv.adapters.base import Adapter, Parameter, Update, WholeUpdate
+from streamconv.adapters.base import Adapter, Parameter, Parts, State, Update, UpdateAccess
 from streamconv.adapters.source import MoeLayout
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import Shape, StoredTensor
@@ -247,6 +247,23 @@ def _saved(weights: Tensors, tensors: Tensors) -> Tensors:
     return {**_lora(weights, tensors), "norm.weight": tensors["norm.weight"]}
 
 
+def _loha(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Kernels flattened, if there are any."""
+    one, other = (tensors[f"layer.hada_{w}_a"] @ tensors[f"layer.hada_{w}_b"] for w in ("w1", "w2"))
+    weight = weights["layer.weight"]
+    return {"layer.weight": weight + SCALING * (one * other).reshape(weight.shape)}
+
+
+def _loha_tucker(weights: Tensors, tensors: Tensors) -> Tensors:
+    found: Tensor = torch.ones((), dtype=torch.float64)
+    for number in "12":
+        core, a, b = (
+            tensors[f"layer.hada_{role}"] for role in (f"t{number}", f"w{number}_a", f"w{number}_b")
+        )
+        found = found * torch.einsum("ijkl,jc,io->ockl", core, b, a)
+    return {"layer.weight": weights["layer.weight"] + SCALING * found}
+
+
 # -- the forms -----------------------------------------------------------------------------------------------------
 
 LINEAR = {"layer.weight": (ROWS, COLUMNS)}
@@ -274,6 +291,23 @@ def _target(name: str) -> Mapping[str, Any]:
 # Singular vectors in float32; test_initial.py has them with values well apart.
 SVD = 2e-5
 BDLORA = {"use_bdlora": {"nblocks": 2}}
+LOHA = {"peft_type": "LOHA", "lora_alpha": None, "alpha": ALPHA}
+HADA = {"w1_a": (ROWS, RANK), "w1_b": (RANK, COLUMNS), "w2_a": (ROWS, RANK), "w2_b": (RANK, COLUMNS)}
+HADA_CONV = {"w1_a": (13, RANK), "w1_b": (RANK, 105), "w2_a": (13, RANK), "w2_b": (RANK, 105)}
+HADA_TUCKER = {
+    "w1_a": (RANK, 13),
+    "w1_b": (RANK, 7),
+    "t1": (RANK, RANK, 3, 5),
+    "w2_a": (RANK, 13),
+    "w2_b": (RANK, 7),
+    "t2": (RANK, RANK, 3, 5),
+}
+
+
+def _hada(roles: Mapping[str, Shape]) -> Mapping[str, Shape]:
+    return {f"layer.hada_{role}": shape for role, shape in roles.items()}
+
+
 QALORA = {"use_qalora": True, "qalora_group_size": GROUP}
 
 FORMS: Mapping[str, Form] = MappingProxyType(
@@ -337,6 +371,9 @@ FORMS: Mapping[str, Form] = MappingProxyType(
             _saved,
             {"modules_to_save": ["norm"]},
         ),
+        "loha": Form(LINEAR, _hada(HADA), _loha, LOHA),
+        "loha-conv": Form(CONV, _hada(HADA_CONV), _loha, LOHA),
+        "loha-tucker": Form(CONV, _hada(HADA_TUCKER), _loha_tucker, {**LOHA, "use_effective_conv2d": True}),
     }
 )
 
@@ -405,29 +442,42 @@ class Cells:
 
 def run_update(work: Work, cells: Cells) -> Tensor:
     """The weight after the update, every cell in memory of its own."""
-    state = learn(work, cells)
+    learnt = learn(work, cells)
     out = torch.empty_like(work.weight)
     for rows in cells.applied:
         cell = work.weight[rows.start : rows.stop].clone()
-        out[rows.start : rows.stop] = apply(work, cell, rows, state)
+        out[rows.start : rows.stop] = apply(work, cell, rows, learnt)
     return out
 
 
-def learn(work: Work, cells: Cells) -> Tensor | None:
-    """What `apply` is given to know of the whole weight; cells are given to the first pass as views of it."""
-    state, update = None, work.update
-    if not update.reduces:
-        return None
+@dataclass(frozen=True, slots=True)
+class Learnt:
+    """What `apply` is given: what was prepared of the parts, and learnt of the whole weight."""
+
+    prepared: Parts
+    state: State
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        return (*self.prepared.values(), *self.state)
+
+
+def learn(work: Work, cells: Cells) -> Learnt:
+    """What is known before the first row is changed; cells are given to the first pass as views of the weight."""
+    update = work.update
+    state: State = ()
+    prepared = update.prepare(work.parts, work.weight.device)
+    if update.access is UpdateAccess.ROW:
+        return Learnt(prepared, ())
     for rows in cells.reduced:
         for _ in range(2 if cells.repeats else 1):
-            found = update.reduce(work.weight[rows.start : rows.stop], rows, work.parts, state)
+            found = update.reduce(work.weight[rows.start : rows.stop], rows, prepared, state)
         state = found
-    assert state is not None
-    return update.conclude(state) if isinstance(update, WholeUpdate) else state
+    return Learnt(prepared, update.conclude(state))
 
 
-def apply(work: Work, cell: Tensor, rows: range, state: Tensor | None) -> Tensor:
-    return work.update.apply(cell, rows, work.parts, state)
+def apply(work: Work, cell: Tensor, rows: range, learnt: Learnt) -> Tensor:
+    return work.update.apply(cell, rows, learnt.prepared, learnt.state)
 
 
 def says_untrained(form: Form, folder: Path, tensors: Tensors) -> bool:

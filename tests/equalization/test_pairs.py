@@ -141,7 +141,7 @@ def test_consumers_are_given_what_storing_left_of_a_norm(kind: Producer, dtype: 
     wanted = torch.exp(torch.randn(400, generator=generator))
     scales = stored_scales(pair, norm, wanted, dtype)
     scaling = Scaling("norm", (400,), (COLUMNS,), pair.shift)
-    cell = scaling.apply(norm.clone()[None], range(1), {COLUMNS: scales.reciprocal()}, None)[0]
+    cell = scaling.apply(norm.clone()[None], range(1), {COLUMNS: scales.reciprocal()}, ())[0]
     stored = cell.to(dtype).double() + pair.shift
     before = norm.double() + pair.shift
     # Divided and multiplied again it is what it was, though it was rounded between.
@@ -164,7 +164,7 @@ def test_a_channel_that_storing_would_spoil_keeps_its_size() -> None:
 def test_a_scale_of_one_changes_nothing(shift: float) -> None:
     norm = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 1e-3
     found = Scaling("norm", (50,), (COLUMNS,), shift).apply(
-        norm.clone(), range(1), {COLUMNS: torch.ones(50)}, None
+        norm.clone(), range(1), {COLUMNS: torch.ones(50)}, ()
     )
     assert torch.equal(found, norm)
 
@@ -173,9 +173,9 @@ def test_one_weight_is_divided_and_multiplied() -> None:
     cell = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     scaling = Scaling("w", (5, 4), (COLUMNS, ROWS))
     r, s = torch.rand(5) + 0.5, torch.rand(4) + 0.5
-    found = scaling.apply(cell.clone(), range(2, 5), {ROWS: r, COLUMNS: s}, None)
+    found = scaling.apply(cell.clone(), range(2, 5), {ROWS: r, COLUMNS: s}, ())
     torch.testing.assert_close(
         found.double(), torch.diag(r[2:].double()) @ cell.double() @ torch.diag(s.double())
     )
     with pytest.raises(AssertionError, match="scales are not known yet"):
-        scaling.apply(cell, range(2, 5), {}, None)
+        scaling.apply(cell, range(2, 5), {}, ())

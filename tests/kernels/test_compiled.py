@@ -311,7 +311,7 @@ def test_settle(name: str, is_first: bool, in_turn: bool, dtype: Dtype) -> None:
 
     def settled(kernels: Kernels) -> tuple[Tensor, ...]:
         codes, errors = begun.clone(), left.clone()
-        kernels.settle(
+        kernels.quantize_columns(
             target, pull.clone(), coupling, turns, grid, scales, dtype, codes, errors, is_first=is_first
         )
         return codes, errors
@@ -349,7 +349,7 @@ def test_codes_and_words_are_turned_the_same_way(eights: int, columns: int, left
     )
     words, places = wide[:, left:], tuple(torch.randperm(8, generator=generator).tolist())
 
-    def turned(kernels: Kernels) -> tuple[Tensor, ...]:
+    def quantized(kernels: Kernels) -> tuple[Tensor, ...]:
         plain = empty(columns * 8 * eights, torch.int32).view(columns, -1)
         coded = empty(8 * columns * eights, torch.int32).view(-1, eights)
         back, coded_back = torch.zeros_like(wide), torch.zeros_like(wide)
@@ -362,5 +362,5 @@ def test_codes_and_words_are_turned_the_same_way(eights: int, columns: int, left
         assert not back[:, :left].any()
         return plain, coded
 
-    plain, _ = both(turned)
+    plain, _ = both(quantized)
     assert torch.equal(plain, words.T)

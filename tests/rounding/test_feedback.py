@@ -17,7 +17,7 @@ from streamconv.errors import InputError
 from streamconv.kernels.grids import Grid
 from streamconv.rounding.columns import descended, fed
 from streamconv.rounding.feedback import BaseOnGrid, FeedbackOptions, Statistics, feedback
-from streamconv.rounding.layer import Layer, errors_of, rounded, turn
+from streamconv.rounding.layer import Layer, errors_of, rounded, transpose
 from streamconv.rounding.metric import compensated, factored, preserving
 from streamconv.rounding.scales import greatest, refitted, searched
 from tests.formats.stored import normal
@@ -67,11 +67,11 @@ def loss(layer: Trained, written: Tensor, options: FeedbackOptions) -> float:
     return float((error @ hessian * error).sum())
 
 
-def turned(layer: Trained, options: FeedbackOptions = PLAIN, shuffled: bool = False) -> Layer:
+def transposed(layer: Trained, options: FeedbackOptions = PLAIN, shuffled: bool = False) -> Layer:
     hessian = preserving(layer.statistics.hessian, options.preserve_delta, layer.directions)
     outputs = layer.statistics.output_hessian
     target = layer.target if not shuffled else layer.target.flip(0)
-    return turn(
+    return transpose(
         target,
         factored(hessian, options.damping),
         None if outputs is None else factored(outputs, options.output_damping),
@@ -134,11 +134,11 @@ def test_any_layer_is_rounded_no_worse_than_nearest(
     options = replace(PLAIN, damping=0.1, sweeps=1, refits=1)
     kept = [run(layer, options, base) for base in (False, True)]
     assert all(bool(each.isfinite().all()) for each in kept)
-    found = turned(layer, options)
+    found = transposed(layer, options)
     scales = layer.encoder.effective_scales(greatest(found))
     near = rounded(found, scales).loss
     for each in kept:
-        error = found.turned((layer.target - each).flatten())
+        error = found.transposed((layer.target - each).flatten())
         assert _loss(found, error) <= near * (1 + 1e-4) + 1e-12
 
 
@@ -168,7 +168,7 @@ def gptq(target: Tensor, hessian: Tensor, scales: Tensor, grid: Grid) -> Tensor:
 @every_shape
 def test_feedback_is_gptq_with_act_order(shape: tuple[int, int]) -> None:
     layer = trained("nf4", shape, dtype="float32")
-    found = turned(layer)
+    found = transposed(layer)
     scales = greatest(found)
     ours = layer.loaded(found.flat(fed(found, scales).codes), scales, is_base=True)
     damping = PLAIN.damping * layer.statistics.hessian.diagonal().mean()
@@ -184,7 +184,7 @@ def test_feedback_is_gptq_with_act_order(shape: tuple[int, int]) -> None:
 @every_shape
 def test_the_loss_is_that_of_the_errors(two_sided: bool, shape: tuple[int, int]) -> None:
     layer = with_outputs(trained("nf4-dq", shape)) if two_sided else trained("nf4-dq", shape)
-    found = turned(layer)
+    found = transposed(layer)
     scales = layer.encoder.effective_scales(searched(found))
     for each in (rounded(found, scales), fed(found, scales), descended(found, scales, fed(found, scales), 1)):
         written = layer.loaded(found.flat(each.codes), scales, is_base=True)
@@ -199,7 +199,7 @@ def test_with_outputs_that_count_alike_rows_are_on_their_own() -> None:
     options = replace(PLAIN, output_damping=1e-9)
     found = []
     for each in (layer, alike):
-        this = turned(each, options)
+        this = transposed(each, options)
         start = fed(this, greatest(this))
         found += [this.flat(start.codes), this.flat(descended(this, greatest(this), start, 1).codes)]
     # Sums are taken in another order: a value on the edge goes the other way now and then, and its row with it.
@@ -218,7 +218,7 @@ def test_outputs_that_count_are_rounded_for() -> None:
 def test_refitted_scales_are_the_best_for_their_codes() -> None:
     """Without nesting or a cast: no other scales of a row, near or far, have less loss."""
     layer = trained("nf4", (20, 192), dtype="float32")
-    found = turned(layer)
+    found = transposed(layer)
     scales = greatest(found)
     start = fed(found, scales)
     fitted = refitted(found, scales, start)
@@ -303,7 +303,7 @@ def test_compiled_and_torch_choose_the_same(
 
 def test_the_number_of_threads_changes_nothing() -> None:
     layer = trained("nf4", (300, 128))
-    found = turned(layer)
+    found = transposed(layer)
     scales = searched(found)
     before, solutions = torch.get_num_threads(), []
     try:

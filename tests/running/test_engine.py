@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from streamconv.adapters.base import State
 from streamconv.adapters.lora import DoraUpdate
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.dtypes import DENSE
@@ -250,7 +251,7 @@ def test_what_an_update_has_learnt_of_a_failed_tile_is_not_counted_twice(
     undisturbed.reduce(raw, range(300))
     reduce, calls = DoraUpdate.reduce, iter(range(99))
 
-    def fail_at_third(self: DoraUpdate, *arguments: Any) -> Tensor:
+    def fail_at_third(self: DoraUpdate, *arguments: Any) -> State:
         if next(calls) == 2:
             raise out_of_memory()
         return reduce(self, *arguments)
@@ -260,9 +261,7 @@ def test_what_an_update_has_learnt_of_a_failed_tile_is_not_counted_twice(
         disturbed.reduce(raw, range(300))
     disturbed.reduce(raw, range(300))
     assert next(calls) == 3 + 5
-    (expected,), (found,) = undisturbed._states, disturbed._states
-    assert expected is not None
-    assert found is not None
+    ((expected,),), ((found,),) = undisturbed._states, disturbed._states
     assert torch.equal(found, expected)
 
 

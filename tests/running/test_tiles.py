@@ -243,7 +243,7 @@ def cases(draw: st.DrawFn, folder: Path) -> Case:
     encoder = FORMATS[result].encoder(W, shape, DENSE["float32"])
     rounding = ROUNDINGS[draw(st.sampled_from(BY_CELLS))] if encoder.grid else None
     searches_first = rounding is not None and rounding.searches_scales and encoder.nested
-    quantized = sorted(name for name, each in FORMATS.items() if each.rounds_on_load)
+    quantized = sorted(name for name, each in FORMATS.items() if each.load_in is not None)
     merge_base = None
     if base in DENSE and draw(st.booleans()):
         merge_base = FORMATS[draw(st.sampled_from(quantized))].encoder(W, shape, DENSE[base])

@@ -260,13 +260,13 @@ def test_every_target_and_every_quantized_base_has_cases() -> None:
             case.base.endswith(f"-{name}") and quants(case) == {"keep"} and case.adapter
             for case in all_cases()
         ), f"no case keeps a base of {name}"
-        if storage_format.rounds_on_load:
+        if storage_format.load_in is not None:
             assert any(case.options.get("merge_base") == name for case in all_cases()), f"target {name}"
 
 
 def test_every_rescaling_and_adapter_method_has_cases() -> None:
     assert set(RESCALINGS) == {case.options.get("rescale", "none") for case in all_cases()}
-    assert set(ADAPTERS) == {"LORA"}, (
+    assert set(ADAPTERS) == {"LORA", "LOHA"}, (
         "add adapters of the new method to tools/samebytes/inputs.py, and its name here"
     )
 

@@ -1,0 +1,44 @@
+"""A PEFT method: all that reading, naming, plans and reports have to know of it, as one entry of ADAPTERS."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from streamconv.adapters.base import Update
+from streamconv.adapters.config import Rule
+from streamconv.adapters.source import Base, Source
+from streamconv.checkpoint.types import StoredTensor
+
+Reader = Callable[[Source, Base], tuple[Update, ...]]
+Facts = Callable[[Mapping[str, Any], Mapping[str, StoredTensor]], Mapping[str, Any]]
+
+
+def no_facts(fields: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Mapping[str, Any]:
+    del fields, tensors
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One value of `peft_type`.
+
+    `label`: its name in sentences (`LoRA`). `read`: the updates of an adapter, whose config `fields` has allowed.
+    `keys`: regular expression of what its tensors are called below the path of a module (`lora_\\w+`); it may take in
+    more than `read` uses, the rest is refused. `neutral`: how updates are that were never trained, after "every update
+    is". `unused`: tensors that training alone needs, by the field of the config that switches them on; `shared`: names
+    of those that all modules share, which stand beside `base_model.model.` (`vera_A`). `facts`: what `inspect` tells of
+    config and tensors.
+    """
+
+    label: str
+    read: Reader
+    fields: Mapping[str, Rule]
+    keys: str
+    neutral: str
+    unused: Mapping[str, re.Pattern[str]] = field(default_factory=lambda: MappingProxyType({}))
+    shared: frozenset[str] = frozenset()
+    facts: Facts = no_facts
