@@ -31,7 +31,7 @@ _PLACES = ("base_revision", "adapter_revision", "adapter_subfolder")
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What is compared, and the options that are the same for every strategy."""
+    """Base and adapter, and the options that are the same for every strategy."""
 
     base: str
     adapter: str
