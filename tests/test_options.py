@@ -154,6 +154,11 @@ def test_a_job_is_told_by_its_keywords() -> None:
     assert build_job("base", "adapter", **keywords_of(job)) == job
 
 
+def test_texts_may_come_from_a_generator() -> None:
+    job = build_job("base", also=iter(["int8"]), ignore=iter(["q_proj"]), copy_extra=iter(["*.py"]))
+    assert (job.also, job.options.ignore, job.copy_extra) == (("int8",), ("q_proj",), ("*.py",))
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_an_option_alone_changes_the_job(name: str) -> None:
     text: dict[str, Any] = {} if name == "calibration" else {"calibration": "text.txt"}
