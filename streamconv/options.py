@@ -25,7 +25,7 @@ K = TypeVar("K")
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What is asked of a calibration; names as on the command line, but for `data`, which is `--calibration`.
+    """Settings of a calibration; names as on the command line, but for `data`, which is `--calibration`.
 
     None stands for what is chosen when planning: `sequence_length` by the model's positions, `preserve_delta` as
     feedback's default is, `threads` by the machine. `gradient_tokens` tell what each output counts for the model; with
@@ -264,12 +264,12 @@ def keywords_of(job: Job) -> dict[str, Any]:
 
 
 def only(keywords: type[K], given: Mapping[str, Any]) -> K:
-    """Of keywords with their values, those of one group."""
+    """Keywords of one group, with their values, out of all that are given."""
     return cast("K", {name: value for name, value in given.items() if name in get_type_hints(keywords)})
 
 
 def fields_of(options: type[Calibration | MergeOptions | Job], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of keywords with their values, those that are fields of a type of options, by field."""
+    """Values by field of a type of options, out of all keywords that are given."""
     names = {each.name: _KEYWORDS.get(each.name, each.name) for each in fields(options)}
     return {name: given[keyword] for name, keyword in names.items() if keyword in given}
 
@@ -285,7 +285,7 @@ def _values(options: Calibration | MergeOptions | Job) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it."""
+    """A value as JSON has it."""
     return list(value) if isinstance(value, tuple) else value
 
 

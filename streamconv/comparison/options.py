@@ -27,7 +27,7 @@ _PLACES = ("base_revision", "adapter_revision", "adapter_subfolder")
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Inputs of a comparison and the means to work on them: the same for every strategy."""
+    """Base and adapter, and the options that are the same for every strategy."""
 
     base: str
     adapter: str

@@ -37,7 +37,7 @@ def build_job(base: Folder, adapter: Folder | None = None, **given: Unpack[Merge
     """
     options = merge_options(**given)
     return Job(
-        **fields_of(Job, _parsed(given)),
+        **_parsed(Job, given),
         base=fspath(base),
         adapter=None if adapter is None else fspath(adapter),
         options=options,
@@ -48,7 +48,7 @@ def build_job(base: Folder, adapter: Folder | None = None, **given: Unpack[Merge
 def merge_options(**given: Unpack[MergeKeywords]) -> MergeOptions:
     """Options as given, sizes parsed. Raises OptionError for what cannot be meant."""
     calibration = calibration_options(**given)
-    options = MergeOptions(**fields_of(MergeOptions, _parsed(given)) | {"calibration": calibration})
+    options = MergeOptions(**_parsed(MergeOptions, given) | {"calibration": calibration})
     check_text(options)
     return options
 
@@ -57,7 +57,7 @@ def merge_options(**given: Unpack[MergeKeywords]) -> MergeOptions:
 def calibration_options(**given: Unpack[MergeKeywords]) -> Calibration | None:
     """A calibration as given; None without text. Raises OptionError for what cannot be meant."""
     data = given["calibration"]
-    asked = Calibration("" if data is None else fspath(data), **fields_of(Calibration, _parsed(given)))
+    asked = Calibration("" if data is None else fspath(data), **_parsed(Calibration, given))
     _check_calibration(asked, data is not None)
     if data is not None:
         return asked
@@ -104,9 +104,10 @@ def _check_lengths(asked: Calibration) -> None:
         )
 
 
-def _parsed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as fields have them. Raises OptionError for what cannot be meant."""
-    return {name: _PARSERS[name](value) if name in _PARSERS else value for name, value in given.items()}
+def _parsed(kind: type[Calibration | MergeOptions | Job], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by field, each read once: it may be a generator. Raises OptionError for what cannot be meant."""
+    values = fields_of(kind, given)
+    return {name: _PARSERS[name](value) if name in _PARSERS else value for name, value in values.items()}
 
 
 def _preserve_delta(text: str | float) -> float | None:
@@ -180,16 +181,16 @@ def output_folder(out: Folder) -> Path:
     return Path(out).expanduser()
 
 
-# How values are read that are not taken as they are given; names in any case.
+# By field, how values are read that are not taken as they are given; names in any case.
 _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("quant", "dtype", "rounding", "merge_base", "rescale"), str.lower),
     "preserve_delta": _preserve_delta,
     "min_kept": _share,
     "ignore": tuple,
     "moe_layout": _moe_layout,
-    "max_ram": _size("--max-ram"),
-    "max_vram": _size("--max-vram"),
-    "max_shard_size": _size("--max-shard-size"),
+    "max_ram_bytes": _size("--max-ram"),
+    "max_vram_bytes": _size("--max-vram"),
+    "max_shard_bytes": _size("--max-shard-size"),
     "also": _further,
     "copy_extra": tuple,
 }
