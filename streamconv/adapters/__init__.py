@@ -9,6 +9,7 @@ from typing import Any
 
 from streamconv.adapters.base import Adapter, Parameter, Tie, Update
 from streamconv.adapters.config import AdapterConfig, check_fields, read_config
+from streamconv.adapters.ia3 import IA3
 from streamconv.adapters.loha import LOHA
 from streamconv.adapters.lora_reader import LORA
 from streamconv.adapters.method import Method
@@ -175,7 +176,7 @@ def _check_effect(
     )
 
 
-ADAPTERS: Mapping[str, Method] = MappingProxyType({"LORA": LORA, "LOHA": LOHA})
+ADAPTERS: Mapping[str, Method] = MappingProxyType({"LORA": LORA, "LOHA": LOHA, "IA3": IA3})
 
 _FROM_BASE_SVD = ": its factors come from a decomposition of the base weight"
 _FROM_SEED = ": its projections are drawn anew from a seed"
@@ -197,7 +198,6 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
         "GRALORA": "",
         "HIRA": "",
         "HRA": "",
-        "IA3": "",
         "LN_TUNING": "",
         "LOKR": "",
         "MISS": "",

@@ -264,6 +264,28 @@ def _loha_tucker(weights: Tensors, tensors: Tensors) -> Tensors:
     return {"layer.weight": weights["layer.weight"] + SCALING * found}
 
 
+IA3 = {"peft_type": "IA3", "r": None, "lora_alpha": None}
+FEEDFORWARD = {**IA3, "feedforward_modules": ["layer"]}
+
+
+def _gains(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Of outputs, the first axis of weight and bias."""
+    gains = tensors["layer.ia3_l"].flatten()
+    return {
+        name: weight * gains.reshape(-1, *(1 for _ in weight.shape[1:])) for name, weight in weights.items()
+    }
+
+
+def _gains_of_columns(weights: Tensors, tensors: Tensors) -> Tensors:
+    return {"layer.weight": weights["layer.weight"] * tensors["layer.ia3_l"].flatten()}
+
+
+def _gains_of_channels(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Three groups of outputs have seven channels each."""
+    weight, gains = weights["layer.weight"], tensors["layer.ia3_l"].reshape(3, 7)
+    return {"layer.weight": weight * gains.repeat_interleave(4, dim=0)[:, :, None, None]}
+
+
 # -- the forms -----------------------------------------------------------------------------------------------------
 
 LINEAR = {"layer.weight": (ROWS, COLUMNS)}
@@ -374,6 +396,13 @@ FORMS: Mapping[str, Form] = MappingProxyType(
         "loha": Form(LINEAR, _hada(HADA), _loha, LOHA),
         "loha-conv": Form(CONV, _hada(HADA_CONV), _loha, LOHA),
         "loha-tucker": Form(CONV, _hada(HADA_TUCKER), _loha_tucker, {**LOHA, "use_effective_conv2d": True}),
+        "ia3": Form({**LINEAR, "layer.bias": (ROWS,)}, {"layer.ia3_l": (ROWS, 1)}, _gains, IA3),
+        "ia3-feedforward": Form(LINEAR, {"layer.ia3_l": (1, COLUMNS)}, _gains_of_columns, FEEDFORWARD),
+        "ia3-conv1d": Form(LINEAR, {"layer.ia3_l": (COLUMNS, 1)}, _gains_of_columns, IA3),
+        "ia3-conv": Form(CONV, {"layer.ia3_l": (1, 13, 1, 1)}, _gains, IA3),
+        "ia3-conv-feedforward": Form(
+            {"layer.weight": (12, 7, 3, 5)}, {"layer.ia3_l": (1, 21, 1, 1)}, _gains_of_channels, FEEDFORWARD
+        ),
     }
 )
 
