@@ -14,6 +14,7 @@ from streamconv.adapters.loha import LOHA
 from streamconv.adapters.lora_reader import LORA
 from streamconv.adapters.method import Method
 from streamconv.adapters.names import read_source
+from streamconv.adapters.oft import OFT
 from streamconv.adapters.replication import check_every_layer
 from streamconv.adapters.saved import Saved, check_saved, read_saved
 from streamconv.adapters.scan import Scan, scan_tensors
@@ -176,7 +177,7 @@ def _check_effect(
     )
 
 
-ADAPTERS: Mapping[str, Method] = MappingProxyType({"LORA": LORA, "LOHA": LOHA, "IA3": IA3})
+ADAPTERS: Mapping[str, Method] = MappingProxyType({"LORA": LORA, "LOHA": LOHA, "IA3": IA3, "OFT": OFT})
 
 _FROM_BASE_SVD = ": its factors come from a decomposition of the base weight"
 _FROM_SEED = ": its projections are drawn anew from a seed"
@@ -201,7 +202,6 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
         "LN_TUNING": "",
         "LOKR": "",
         "MISS": "",
-        "OFT": "",
         "OSF": _FROM_BASE_SVD,
         "PEANUT": "",
         "PSOFT": _FROM_BASE_SVD,
