@@ -18,7 +18,8 @@ from streamconv.adapters import ADAPTERS
 from streamconv.adapters.oft import Cayley
 from streamconv.errors import AdapterError, UnsupportedError
 from tests.adapters.methods import CONFIG, TENSORS, merge_as_peft, merged_by_hand, read_for, save_by_hand
-from tests.tiny import edit_json, edit_tensors, llama_config, save_adapter, save_base
+from tests.parity.opening import tensors
+from tests.tiny import edit_json, edit_tensors, gpt2_config, llama_config, save_adapter, save_base
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.oft_R.weight"
 BODY = ["q_proj", "down_proj"]
@@ -258,3 +259,22 @@ def test_every_field_of_peft_is_known() -> None:
 def test_facts_are_told(adapter: Path) -> None:
     found = streamconv.inspect(adapter)
     assert (found["peft_type"], found["block_size"], found["coft"]) == ("OFT", [8], False)
+
+
+def test_conv1d_is_merged_from_files_to_files(tmp_path: Path) -> None:
+    """Held whole between two passes; its square weight is told apart by the model."""
+    base = save_base(tmp_path / "base", gpt2_config())
+    before = tensors(base)
+    triangles = {
+        f"transformer.h.0.attn.{name}.oft_R.weight": torch.randn(4, 28) for name in ("c_attn", "c_proj")
+    }
+    config = by_hand(oft_block_size=8, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    streamconv.merge(base, save_by_hand(tmp_path / "adapter", config, triangles), tmp_path / "out")
+    after = tensors(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {key.replace("oft_R.", "") for key in triangles}
+    for key, stored in triangles.items():
+        name = key.replace("oft_R.", "")
+        blocks = Cayley(None, None).blocks(stored, 8)
+        expected = (blocks @ before[name].double().view(4, 8, -1)).flatten(0, 1)
+        torch.testing.assert_close(after[name], expected.float(), rtol=1e-5, atol=1e-6)
