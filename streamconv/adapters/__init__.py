@@ -9,10 +9,12 @@ from typing import Any
 
 from streamconv.adapters.base import Adapter, Parameter, Tie, Update
 from streamconv.adapters.config import AdapterConfig, check_fields, read_config
+from streamconv.adapters.ia3 import IA3
 from streamconv.adapters.loha import LOHA
 from streamconv.adapters.lora_reader import LORA
 from streamconv.adapters.method import Method
 from streamconv.adapters.names import read_source
+from streamconv.adapters.oft import OFT
 from streamconv.adapters.replication import check_every_layer
 from streamconv.adapters.saved import Saved, check_saved, read_saved
 from streamconv.adapters.scan import Scan, scan_tensors
@@ -175,7 +177,7 @@ def _check_effect(
     )
 
 
-ADAPTERS: Mapping[str, Method] = MappingProxyType({"LORA": LORA, "LOHA": LOHA})
+ADAPTERS: Mapping[str, Method] = MappingProxyType({"LORA": LORA, "LOHA": LOHA, "IA3": IA3, "OFT": OFT})
 
 _FROM_BASE_SVD = ": its factors come from a decomposition of the base weight"
 _FROM_SEED = ": its projections are drawn anew from a seed"
@@ -197,11 +199,9 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
         "GRALORA": "",
         "HIRA": "",
         "HRA": "",
-        "IA3": "",
         "LN_TUNING": "",
         "LOKR": "",
         "MISS": "",
-        "OFT": "",
         "OSF": _FROM_BASE_SVD,
         "PEANUT": "",
         "PSOFT": _FROM_BASE_SVD,

@@ -264,6 +264,65 @@ def _loha_tucker(weights: Tensors, tensors: Tensors) -> Tensors:
     return {"layer.weight": weights["layer.weight"] + SCALING * found}
 
 
+IA3 = {"peft_type": "IA3", "r": None, "lora_alpha": None}
+FEEDFORWARD = {**IA3, "feedforward_modules": ["layer"]}
+
+
+def _gains(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Of outputs, the first axis of weight and bias."""
+    gains = tensors["layer.ia3_l"].flatten()
+    return {
+        name: weight * gains.reshape(-1, *(1 for _ in weight.shape[1:])) for name, weight in weights.items()
+    }
+
+
+def _gains_of_columns(weights: Tensors, tensors: Tensors) -> Tensors:
+    return {"layer.weight": weights["layer.weight"] * tensors["layer.ia3_l"].flatten()}
+
+
+def _gains_of_channels(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Three groups of outputs have seven channels each."""
+    weight, gains = weights["layer.weight"], tensors["layer.ia3_l"].reshape(3, 7)
+    return {"layer.weight": weight * gains.repeat_interleave(4, dim=0)[:, :, None, None]}
+
+
+def _rotation(triangles: Tensor, size: int) -> Tensor:
+    """Block-diagonal [in, in], of five terms of the Neumann series."""
+    rows, columns = torch.triu_indices(size, size, 1)
+    q = torch.zeros(len(triangles), size, size, dtype=torch.float64)
+    q[:, rows, columns] = triangles
+    q = q - q.mT
+    one = torch.eye(size, dtype=torch.float64)
+    blocks = one + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q
+    return _block_diagonal(blocks.flatten(0, 1), len(blocks))
+
+
+def _oft(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Kernels are 1 x 1."""
+    weight = weights["layer.weight"]
+    turned = weight.flatten(1) @ _rotation(tensors["layer.oft_R.weight"], 4).T
+    return {"layer.weight": turned.reshape(weight.shape)}
+
+
+def _oft_of_conv1d(weights: Tensors, tensors: Tensors) -> Tensors:
+    return {"layer.weight": _rotation(tensors["layer.oft_R.weight"], 5) @ weights["layer.weight"]}
+
+
+def _oft_of_embedding(weights: Tensors, tensors: Tensors) -> Tensors:
+    return {"layer.weight": weights["layer.weight"] @ _rotation(tensors["layer.oft_embedding_R.weight"], 4)}
+
+
+OFT = {
+    "peft_type": "OFT",
+    "peft_version": "0.21.2",
+    "r": 0,
+    "lora_alpha": None,
+    "use_cayley_neumann": True,
+    "num_cayley_neumann_terms": 5,
+    "oft_block_size": 4,
+}
+
+
 # -- the forms -----------------------------------------------------------------------------------------------------
 
 LINEAR = {"layer.weight": (ROWS, COLUMNS)}
@@ -374,6 +433,19 @@ FORMS: Mapping[str, Form] = MappingProxyType(
         "loha": Form(LINEAR, _hada(HADA), _loha, LOHA),
         "loha-conv": Form(CONV, _hada(HADA_CONV), _loha, LOHA),
         "loha-tucker": Form(CONV, _hada(HADA_TUCKER), _loha_tucker, {**LOHA, "use_effective_conv2d": True}),
+        "ia3": Form({**LINEAR, "layer.bias": (ROWS,)}, {"layer.ia3_l": (ROWS, 1)}, _gains, IA3),
+        "ia3-feedforward": Form(LINEAR, {"layer.ia3_l": (1, COLUMNS)}, _gains_of_columns, FEEDFORWARD),
+        "ia3-conv1d": Form(LINEAR, {"layer.ia3_l": (COLUMNS, 1)}, _gains_of_columns, IA3),
+        "ia3-conv": Form(CONV, {"layer.ia3_l": (1, 13, 1, 1)}, _gains, IA3),
+        "ia3-conv-feedforward": Form(
+            {"layer.weight": (12, 7, 3, 5)}, {"layer.ia3_l": (1, 21, 1, 1)}, _gains_of_channels, FEEDFORWARD
+        ),
+        "oft": Form(LINEAR, {"layer.oft_R.weight": (24, 6)}, _oft, OFT),
+        "oft-embedding": Form(LINEAR, {"layer.oft_embedding_R.weight": (24, 6)}, _oft_of_embedding, OFT),
+        "oft-conv1d": Form(
+            LINEAR, {"layer.oft_R.weight": (30, 10)}, _oft_of_conv1d, {**OFT, "oft_block_size": 5}
+        ),
+        "oft-conv": Form({"layer.weight": (13, 8, 1, 1)}, {"layer.oft_R.weight": (2, 6)}, _oft, OFT),
     }
 )
 

@@ -266,7 +266,7 @@ def test_every_target_and_every_quantized_base_has_cases() -> None:
 
 def test_every_rescaling_and_adapter_method_has_cases() -> None:
     assert set(RESCALINGS) == {case.options.get("rescale", "none") for case in all_cases()}
-    assert set(ADAPTERS) == {"LORA", "LOHA"}, (
+    assert set(ADAPTERS) == {"LORA", "LOHA", "IA3", "OFT"}, (
         "add adapters of the new method to tools/samebytes/inputs.py, and its name here"
     )
 
