@@ -10,7 +10,7 @@ from torch import Tensor
 from streamconv.adapters.base import Update
 from streamconv.adapters.lora import LoraUpdate
 from streamconv.calibration.targets import Held
-from streamconv.equalization.scaling import COLUMNS
+from streamconv.equalization.equalizer import COLUMNS
 
 # Of an update that is not a product of factors; LoRA's own default is 8.
 _RANK = 16
@@ -20,7 +20,7 @@ _ITERATIONS = 4
 def directions_of(held: Held, target: Tensor) -> Tensor | None:
     """Rows [r, in] that span the inputs which the update of a weight acts on; None where it has none.
 
-    They are A of LoRA; of several, one below the other; of a rescaled weight A diag(s), as its D is. Of other updates,
+    They are A of LoRA; of several, one below the other; of an equalized one A diag(s), as its D is. Of other updates,
     which have no such factor or scale its product, the first right singular vectors of D = `target` - B.
     """
     updates: Sequence[Update] = held.step.updates
@@ -28,8 +28,8 @@ def directions_of(held: Held, target: Tensor) -> Tensor | None:
         return None
     if all(isinstance(update, LoraUpdate) and not update.transposed for update in updates):
         found = torch.cat([parts["lora_A"] for _, parts in zip(updates, held.work.parts, strict=False)])
-        scaling = held.step.scaling
-        return found * held.work.parts[-1][COLUMNS] if scaling and COLUMNS in scaling.roles else found
+        equalizer = held.step.equalizer
+        return found * held.work.parts[-1][COLUMNS] if equalizer and COLUMNS in equalizer.roles else found
     ranks = [len(part) for parts in held.work.parts for role, part in parts.items() if role == "lora_A"]
     return singular_directions(held.difference(target), max(ranks, default=_RANK))
 

@@ -214,4 +214,4 @@ def _held_bytes(step: Rewrite) -> int:
         for update in step.updates
         for part in update.parts.values()
     )
-    return side + adapter + (step.scaling.nbytes if step.scaling else 0)
+    return side + adapter + (step.equalizer.nbytes if step.equalizer else 0)
