@@ -42,7 +42,7 @@ DOORS = {
     "kernels/__init__.py": "numba may be missing, and costs memory that a merge in 16 bit does not need",
     "pipeline/calibrating.py": "transformers is an extra",
     "pipeline/passes/calibrate.py": "transformers is an extra",
-    "pipeline/passes/rescale.py": "transformers is an extra",
+    "pipeline/passes/equalize.py": "transformers is an extra",
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 KEYWORDS = {name for name, value in vars(options).items() if is_typeddict(value)}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from streamconv.adapters.base import Update
 from streamconv.calibration.targets import Held
-from streamconv.equalization.scaling import COLUMNS
+from streamconv.equalization.equalizer import COLUMNS
 
 # Of an update that is not a product of factors; LoRA's own default is 8.
 _RANK = 16
@@ -19,7 +19,7 @@ _ITERATIONS = 4
 def directions_of(held: Held, target: Tensor) -> Tensor | None:
     """Rows [r, in] that span the inputs which the update of a weight acts on; None where it has none.
 
-    They are what its updates know of them, A of LoRA; of several, one below the other; of a rescaled weight A diag(s),
+    They are what its updates know of them, A of LoRA; of several, one below the other; of an equalized one A diag(s),
     as its D is. Where an update has no such factor or scales its product, they are the first right singular vectors of
     D = `target` - B.
     """
@@ -30,8 +30,8 @@ def directions_of(held: Held, target: Tensor) -> Tensor | None:
     known = [rows for rows in each if rows is not None]
     if len(known) == len(each):
         found = torch.cat(known)
-        scaling = held.step.scaling
-        return found * held.work.parts[-1][COLUMNS] if scaling and COLUMNS in scaling.roles else found
+        equalizer = held.step.equalizer
+        return found * held.work.parts[-1][COLUMNS] if equalizer and COLUMNS in equalizer.roles else found
     ranks = [update.low_rank for update in updates if update.low_rank is not None]
     return singular_directions(held.difference(target), max(ranks, default=_RANK))
 

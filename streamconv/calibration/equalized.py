@@ -23,7 +23,7 @@ class Equalized:
 
 
 def equalized_plan(plan: Plan, found: Mapping[str, Equalized]) -> Plan:
-    """`plan` with the factors of its scalings where they lie; bytes, places and fingerprint are the same."""
+    """`plan` with the factors of its equalizers where they lie; bytes, places and fingerprint are the same."""
     return replace(plan, shards=tuple(_equalized_shard(shard, found) for shard in plan.shards))
 
 
@@ -31,9 +31,9 @@ def _equalized_shard(shard: ShardPlan, found: Mapping[str, Equalized]) -> ShardP
     steps: list[Placed[Step]] = []
     for placed in shard.steps:
         step = placed.step
-        if isinstance(step, Rewrite) and step.scaling is not None:
+        if isinstance(step, Rewrite) and step.equalizer is not None:
             factors = found[step.name].factors
-            scaling = replace(step.scaling, parts={role: factors[role] for role in step.scaling.roles})
-            placed = replace(placed, step=replace(step, scaling=scaling))  # noqa: PLW2901
+            equalizer = replace(step.equalizer, parts={role: factors[role] for role in step.equalizer.roles})
+            placed = replace(placed, step=replace(step, equalizer=equalizer))  # noqa: PLW2901
         steps.append(placed)
     return replace(shard, steps=tuple(steps))

@@ -1,6 +1,6 @@
 """The pass that chooses scales: every decoder layer in turn is run on text, and what enters each pair's consumers seen.
 
-All weights are their float32 targets, none of them rescaled: rescaling changes no input but by its own scale, and what
+All weights are their float32 targets, none of them equalized: that changes no input but by its own scale, and what
 nearest rounding does to a row does not depend on what the row is divided by. So pairs are chosen each on its own, in
 one pass of the text through each layer.
 """
@@ -20,7 +20,7 @@ from streamconv.calibration.groups import Group, Linears, Recorder
 from streamconv.calibration.layer_files import LayerFiles, Result, Stream
 from streamconv.calibration.model import linears_of, opened_targets
 from streamconv.calibration.moments import Moments
-from streamconv.calibration.need import batch_of, pairs_in, rescaling_need
+from streamconv.calibration.need import batch_of, pairs_in, pairs_need
 from streamconv.calibration.passes import (
     check_stop,
     fixed_threads,
@@ -34,18 +34,18 @@ from streamconv.checkpoint.reader import tensor_bytes
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.dtypes import F32
 from streamconv.equalization.awq import Consumer, Found, find_scales
+from streamconv.equalization.equalizer import COLUMNS, ROWS
 from streamconv.equalization.pairs import WeightPair, stored_scales
-from streamconv.equalization.scaling import COLUMNS, ROWS
 from streamconv.errors import UnsupportedError
 from streamconv.forward.walk import Passing, Walk, in_batches
 from streamconv.planning.plan import Rewrite
 from streamconv.progress import OnProgress, StopRequest
 
 
-def rescale(
+def equalize(
     subject: Subject, folder: Path, on_progress: OnProgress, stop: StopRequest
 ) -> Mapping[str, Equalized]:
-    """Choose the factors of all weights that the plan wants rescaled, or go on with it in `folder`: by name.
+    """Choose the factors of all weights that the plan wants equalized, or go on with it in `folder`: by name.
 
     Raises what `calibrate` does, and UnsupportedError where the model is not what its family's table says.
     """
@@ -106,14 +106,14 @@ class _Pass:
             for number in range(len(walk.skeleton.layers))
         ]
         steps = (placed.step for shard in subject.plan.shards for placed in shard.steps)
-        self._steps = {step.name: step for step in steps if isinstance(step, Rewrite) and step.scaling}
+        self._steps = {step.name: step for step in steps if isinstance(step, Rewrite) and step.equalizer}
 
     def run(self) -> None:
         first = self._files.done
         self._report(first)
         if first == len(self._sizes):
             return
-        self._files.check_disk(rescaling_need(self._walk, self._subject).disk)
+        self._files.check_disk(pairs_need(self._walk, self._subject).disk)
         with self._files.streams() as (stream,):
 
             def keep(chosen: slice, entering: Tensor) -> None:
@@ -123,7 +123,7 @@ class _Pass:
             with self._walk.entered(self._windows, self._batches, keep) as passing:
                 for number in range(first, len(self._sizes)):
                     with passing.layer(number) as module:
-                        results = self._rescale(passing, number, module, stream)
+                        results = self._equalize(passing, number, module, stream)
                     stream.leaving(number).sync()
                     self._files.write(number, results)
                     release_freed_memory()
@@ -132,7 +132,7 @@ class _Pass:
     def _report(self, layers: int) -> None:
         self._on_progress(sum(self._sizes[:layers]), sum(self._sizes))
 
-    def _rescale(self, passing: Passing, number: int, module: nn.Module, stream: Stream) -> Sequence[Result]:
+    def _equalize(self, passing: Passing, number: int, module: nn.Module, stream: Stream) -> Sequence[Result]:
         """Have the stream pass a layer; return the factors of its weights."""
         pairs = pairs_in(self._walk, number, self._subject)
         linears = linears_of(self._walk, number, {name for pair in pairs for name in pair.consumers})

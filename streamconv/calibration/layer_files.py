@@ -2,7 +2,7 @@
 
     calibration.json         what the files beside it belong to
     layer-N.safetensors      the final parts of all calibrated weights of layer N, and what repairs their errors; or the
-                             scales of all rescaled ones; its metadata say what became of them
+                             factors of all equalized ones; its metadata say what became of them
     gradient*, inputs-*      see `gradients.py`, `kept_inputs.py`
     reference-0, -1          hidden states of the stream in which all weights are the targets, and of the one in which
     quantized-0, -1          they are what was chosen: layer N reads those of N modulo 2 and writes the others

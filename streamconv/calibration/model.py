@@ -64,10 +64,10 @@ def opened(subject: Subject) -> Iterator[Model]:
 
 @contextmanager
 def opened_targets(subject: Subject) -> Iterator[Walk]:
-    """The model with all weights its targets, not rescaled; nothing of them is held. Raises what `opened` does."""
+    """The model with all weights its targets, not equalized; nothing of them is held. Raises what `opened` does."""
     plan = subject.plan
     skeleton = build_planned(plan, subject.base.index, F32.torch)
-    with WeightSource(_reference(subject, is_rescaled=False), plan.device, lambda _: None) as source:
+    with WeightSource(_reference(subject, is_equalized=False), plan.device, lambda _: None) as source:
         yield Walk(skeleton, source, plan.device)
 
 
@@ -81,7 +81,7 @@ def _check_all_found(walk: Walk, steps: Mapping[str, Rewrite]) -> None:
         )
 
 
-def _reference(subject: Subject, *, is_rescaled: bool = True) -> Plan:
+def _reference(subject: Subject, *, is_equalized: bool = True) -> Plan:
     """The plan of an output that holds the targets themselves, in float32."""
     options = replace(
         subject.plan.options,
@@ -93,8 +93,8 @@ def _reference(subject: Subject, *, is_rescaled: bool = True) -> Plan:
         max_shard_bytes=None,
         calibration=None,
     )
-    scalings = subject.plan.scalings if is_rescaled else {}
-    return build_plan(subject.base, subject.adapter, options, subject.plan.device, scalings)
+    equalizers = subject.plan.equalizers if is_equalized else {}
+    return build_plan(subject.base, subject.adapter, options, subject.plan.device, equalizers)
 
 
 def linears_of(walk: Walk, number: int, wanted: Container[str]) -> Linears:

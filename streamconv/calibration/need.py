@@ -35,31 +35,31 @@ def calibrating_need(subject: Subject) -> Need:
 def equalizing_need(subject: Subject) -> Need:
     """Bytes that choosing scales needs. Raises what `calibrating_need` does."""
     with opened_targets(subject) as walk:
-        return rescaling_need(walk, subject)
+        return pairs_need(walk, subject)
 
 
 def pairs_in(walk: Walk, number: int, subject: Subject) -> Sequence[WeightPair]:
-    """What is rescaled together in decoder layer `number`."""
+    """Pairs that are equalized in decoder layer `number`."""
     there = set(walk.layer_weights(number))
-    return [pair for pair in subject.rescaling.pairs if pair.producer in there]
+    return [pair for pair in subject.equalization.pairs if pair.producer in there]
 
 
-def rescaling_need(walk: Walk, subject: Subject) -> Need:
+def pairs_need(walk: Walk, subject: Subject) -> Need:
     """Of the pass that chooses scales: a layer, the moments of all its pairs, and a batch or a choice in work."""
     length, tokens = subject.calibration.sequence_length, subject.calibration.tokens
     batch, layers = min(subject.sequences, batch_of(length)), range(len(walk.skeleton.layers))
     forward = batch * sequence_bytes(walk, length)
-    on_device = max(_rescaling_layer(walk, number, subject, forward) for number in layers)
+    on_device = max(_pairs_layer_bytes(walk, number, subject, forward) for number in layers)
     on_device = max(on_device, walk.layer_bytes(0) + forward + table_bytes(walk, tokens))
-    on_host = _FIXED_BYTES + 4 * batch * length * walk.hidden + subject.plan.scaling_bytes
-    disk = 2 * 4 * tokens * walk.hidden + subject.plan.scaling_bytes + len(layers) * _HEADER_BYTES
+    on_host = _FIXED_BYTES + 4 * batch * length * walk.hidden + subject.plan.equalizer_bytes
+    disk = 2 * 4 * tokens * walk.hidden + subject.plan.equalizer_bytes + len(layers) * _HEADER_BYTES
     read = sum(walk.source.stored_bytes(name) for number in layers for name in walk.layer_weights(number))
     if walk.device.is_cpu:
         return Need(on_host + on_device, 0, disk, read)
     return Need(on_host, on_device, disk, read)
 
 
-def _rescaling_layer(walk: Walk, number: int, subject: Subject, forward: int) -> int:
+def _pairs_layer_bytes(walk: Walk, number: int, subject: Subject, forward: int) -> int:
     inputs = [pair.inputs for pair in pairs_in(walk, number, subject)]
     moments, choosing = sum(4 * each**2 for each in inputs), max(map(awq.working_bytes, inputs), default=0)
     return walk.layer_bytes(number) + moments + max(forward, choosing)
@@ -172,5 +172,5 @@ def _held_bytes(step: Rewrite, rank: int) -> int:
     stored = sum(part.nbytes for part in step.weight.parts.values())
     adapter = sum(4 * math.prod(part.shape) for update in step.updates for part in update.parts.values())
     factors = rank * residual.FACTOR_DTYPE.itemsize * (step.rows + step.columns)
-    scales = step.scaling.nbytes if step.scaling else 0
+    scales = step.equalizer.nbytes if step.equalizer else 0
     return stored + adapter + scales + sum(spec.nbytes for spec in step.specs) + factors

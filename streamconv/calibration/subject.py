@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.adapters.base import Adapter
-from streamconv.equalization.pairs import Rescaling
+from streamconv.equalization.pairs import Equalization
 from streamconv.planning.base import Base
 from streamconv.planning.plan import CalibrationPlan, Plan
 from streamconv.rounding.feedback import FeedbackOptions
@@ -37,10 +37,10 @@ class Subject:
         return self.calibration.options
 
     @property
-    def rescaling(self) -> Rescaling:
-        """Which weights are rescaled together by it."""
-        assert self.calibration.rescaling is not None, "nothing is rescaled"
-        return self.calibration.rescaling
+    def equalization(self) -> Equalization:
+        """Pairs of weights that are equalized by it."""
+        assert self.calibration.equalization is not None, "nothing is equalized"
+        return self.calibration.equalization
 
     @property
     def sequences(self) -> int:

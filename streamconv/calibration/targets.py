@@ -139,7 +139,7 @@ class Targets:
 def _with_base_scales(step: Rewrite) -> Rewrite:
     """`step` as it is read here: the base's scales may stay, where it lies on the output's grid."""
     grid = step.merge_base.grid if step.merge_base is not None else step.weight.decoder.grid
-    keeps = grid is not None and grid == step.encoder.grid and step.scaling is None
+    keeps = grid is not None and grid == step.encoder.grid and step.equalizer is None
     keeps_parts = keeps and step.merge_base is None and stores_the_same(step.weight, step.encoder)
     # How the rest of the plan is rounded is of no use here: codes are chosen for all of a weight.
     return replace(step, rounding=None, keeps_scales=keeps, keeps_parts=keeps_parts, calibrated=False)

@@ -1,4 +1,4 @@
-"""Rescaling: pairs of weights, one divided and others multiplied by the same numbers, so that rounding errs less."""
+"""Equalization: pairs of weights, one divided and others multiplied by the same numbers, so that rounding errs less."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a family of models says of rescaling: which modules of a decoder layer produce what others alone consume.
+"""Pairs of a family of models: which modules of a decoder layer produce what others alone consume.
 
 A pair is a module whose outputs can be divided by a scale each, and the linear layers that all read exactly these
 outputs and are multiplied by it: the model computes the same. A family's table is one file beside this one.
@@ -39,7 +39,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """`pairs` of a layer; `others` are the modules of it that read and make nothing that is rescaled.
+    """`pairs` of a layer; `others` are the modules of it that read and make nothing that is equalized.
 
     Together they are all that a layer may have: a weight of a module that is not named might read what was divided.
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 from streamconv.checkpoint.types import Shape
 from streamconv.equalization import FAMILIES
 from streamconv.equalization.base import Family, Heads, Producer
-from streamconv.equalization.scaling import COLUMNS, ROWS, Scaling
+from streamconv.equalization.equalizer import COLUMNS, ROWS, Equalizer
 from streamconv.errors import UnsupportedError
 
 _LAYER = re.compile(r"(.*\blayers\.\d+)\.")
@@ -61,15 +61,15 @@ class WeightPair:
 
 
 @dataclass(frozen=True, slots=True)
-class Rescaling:
-    """How a model is rescaled: `name` as `--rescale` has it, `family` as config.json."""
+class Equalization:
+    """Pairs of a model that are equalized: `name` as `--rescale` has it, `family` as config.json."""
 
     name: str
     family: str
     pairs: tuple[WeightPair, ...]
 
-    def scalings(self, shapes: Mapping[str, Shape]) -> Mapping[str, Scaling]:
-        """By weight, what becomes of it; without the numbers."""
+    def equalizers(self, shapes: Mapping[str, Shape]) -> Mapping[str, Equalizer]:
+        """Equalizers by weight, without their factors."""
         roles: dict[str, set[str]] = {}
         shifts: dict[str, float] = {}
         for pair in self.pairs:
@@ -80,12 +80,12 @@ class Rescaling:
             for name in pair.consumers:
                 roles.setdefault(name, set()).add(COLUMNS)
         return {
-            name: Scaling(name, shapes[name], tuple(sorted(found)), shifts.get(name, 0.0))
+            name: Equalizer(name, shapes[name], tuple(sorted(found)), shifts.get(name, 0.0))
             for name, found in roles.items()
         }
 
 
-def find_rescaling(
+def find_equalization(
     name: str,
     location: str,
     model_type: str,
@@ -93,7 +93,7 @@ def find_rescaling(
     shapes: Mapping[str, Shape],
     linears: Iterable[str],
     quantized: Collection[str],
-) -> Rescaling:
+) -> Equalization:
     """The pairs of a model whose weights have these `shapes`, as far as a consumer of them is `quantized`.
 
     `linears` are weights of linear layers in decoder layers, as a forward pass uses them. Raises UnsupportedError for a
@@ -116,7 +116,7 @@ def find_rescaling(
             f"{location}: --rescale {name} has nothing to do: no weight in a decoder layer is quantized that reads "
             "what another can be divided for; leave it out"
         )
-    return Rescaling(name, model_type, wanted)
+    return Equalization(name, model_type, wanted)
 
 
 def _check_known(layer: str, shapes: Mapping[str, Shape], family: Family, model_type: str) -> None:

@@ -125,10 +125,10 @@ def _body(
 
 
 def _calibration(plan: Plan, text: CalibrationPlan) -> Iterator[str]:
-    if text.rescaling:
-        pairs = len(text.rescaling.pairs)
+    if text.equalization:
+        pairs = len(text.equalization.pairs)
         yield (
-            f"| rescaling | {text.rescaling.name}, {pairs} pairs of weights by the calibration text; no adapter of "
+            f"| rescaling | {text.equalization.name}, {pairs} pairs of weights by the calibration text; no adapter of "
             "another model fits this one |"
         )
     yield (

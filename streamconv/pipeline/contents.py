@@ -16,7 +16,7 @@ from streamconv.output.manifest import MANIFEST, Kept, manifest
 from streamconv.output.publish import CONFIG, INDEX
 from streamconv.output.recipe import RECIPE, write_recipe
 from streamconv.output.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, RESIDUAL_TENSORS
-from streamconv.pipeline.passes import Passed, calibrate, rescale
+from streamconv.pipeline.passes import Passed, calibrate, equalize
 from streamconv.pipeline.preparation import Prepared
 from streamconv.pipeline.residual import ResidualAdapter
 from streamconv.planning.plan import Plan
@@ -40,7 +40,7 @@ def generated_files(
         loaded[RESIDUAL_CONFIG] = residual.config
         told = residual.as_json()
     large = {RESIDUAL_TENSORS: residual.entry} if residual else {}
-    calibrated, rescaled = passed.notes(calibrate.NAME), passed.notes(rescale.NAME)
+    calibrated, rescaled = passed.notes(calibrate.NAME), passed.notes(equalize.NAME)
     written = manifest(plan, hashes, kept, calibrated, rescaled, told, loaded, large)
     contents = {INDEX: _index(plan), MANIFEST: written, **loaded}
     if prepared.job.card:
@@ -139,7 +139,7 @@ def _resolved(prepared: Prepared) -> Mapping[str, Any]:
         "calibration_gradient_tokens": text.gradient_tokens,
         "preserve_delta": f"{feedback.preserve_delta}" if plan.adapted and feedback else None,
         "residual_rank": plan.residual_rank or None,
-        "rescale": text.rescaling.name if text.rescaling else None,
+        "rescale": text.equalization.name if text.equalization else None,
     }
 
 

@@ -20,7 +20,7 @@ from streamconv.output.publish import publish_output
 from streamconv.output.sink import ShardSink, resume_points
 from streamconv.output.verifier import read_manifest, verify_layout
 from streamconv.pipeline.contents import generated_files
-from streamconv.pipeline.passes import Passed, calibrate, rescale, run_passes
+from streamconv.pipeline.passes import Passed, calibrate, equalize, run_passes
 from streamconv.pipeline.place import check_out, is_finished
 from streamconv.pipeline.preparation import Prepared
 from streamconv.pipeline.residual import ResidualAdapter, make_residual
@@ -117,7 +117,7 @@ def _make(todo: Sequence[tuple[Prepared, Path]], on_progress: OnProgress, stop: 
             each.hashes,
             each.kept,
             each.work.passed.notes(calibrate.NAME),
-            each.work.passed.notes(rescale.NAME),
+            each.work.passed.notes(equalize.NAME),
             each.residual.as_json() if each.residual else None,
             seconds,
             meter.peak,

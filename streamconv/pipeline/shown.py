@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, assert_never
 
-from streamconv.equalization.pairs import Rescaling
+from streamconv.equalization.pairs import Equalization
 from streamconv.formats.base import Constant
 from streamconv.kernels import TORCH
 from streamconv.output.sidecars import RESIDUAL
@@ -84,13 +84,13 @@ def _calibration(plan: Plan) -> dict[str, Any] | None:
     return {
         **plan.calibration.as_json(),
         "weights": [step.name for step in plan.calibrated],
-        "pairs": _pairs(plan.calibration.rescaling),
+        "pairs": _pairs(plan.calibration.equalization),
         "need": asdict(plan.passes_need) if plan.passes else None,
     }
 
 
-def _pairs(rescaling: Rescaling | None) -> list[dict[str, Any]]:
-    pairs = rescaling.pairs if rescaling else ()
+def _pairs(equalization: Equalization | None) -> list[dict[str, Any]]:
+    pairs = equalization.pairs if equalization else ()
     return [{"divided": pair.producer, "multiplied": list(pair.consumers)} for pair in pairs]
 
 
@@ -224,8 +224,8 @@ def _calibration_lines(plan: Plan) -> list[tuple[str, str]]:
         size += f", gradients of {text.gradient_tokens}"
     what = f"{len(plan.calibrated)} weights" if text.options else "scales alone"
     lines = [("text", f"{text.name}: {size}, for {what}, a layer at a time{spares}")]
-    if text.rescaling:
-        lines.insert(0, ("rescale", _rescaling(plan, text.rescaling)))
+    if text.equalization:
+        lines.insert(0, ("rescale", _equalized(plan, text.equalization)))
     if plan.passes:
         need = plan.passes_need
         where = f"{format_size(need.ram)} RAM, {format_size(need.vram)} on {plan.device}"
@@ -242,9 +242,9 @@ def _calibration_lines(plan: Plan) -> list[tuple[str, str]]:
     return lines
 
 
-def _rescaling(plan: Plan, found: Rescaling) -> str:
+def _equalized(plan: Plan, found: Equalization) -> str:
     return (
-        f"{found.name}: {len(plan.scalings)} weights in {len(found.pairs)} pairs, as {found.family} has them, each "
+        f"{found.name}: {len(plan.equalizers)} weights in {len(found.pairs)} pairs, as {found.family} has them, each "
         "divided by what others are multiplied by"
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from streamconv.equalization.base import Heads
-from streamconv.equalization.pairs import Rescaling, find_rescaling
+from streamconv.equalization.pairs import Equalization, find_equalization
 from streamconv.errors import OptionError
 from streamconv.formats.base import Weight
 from streamconv.options import Calibration, MergeOptions
@@ -42,19 +42,19 @@ class CalibrationFacts:
     heads: Heads | None = None
 
 
-def plan_rescaling(
+def plan_equalization(
     base: Base,
     weights: Mapping[str, Weight],
     chosen: QuantizedSet,
     options: MergeOptions,
     grounds: CalibrationFacts | None,
-) -> Rescaling | None:
-    """Which weights are rescaled together; None where that is not asked for. Raises UnsupportedError."""
+) -> Equalization | None:
+    """Pairs of weights that are equalized; None where that is not asked for. Raises UnsupportedError."""
     asked = options.calibration
     if asked is None or asked.rescale == "none":
         return None
     assert grounds is not None
-    return find_rescaling(
+    return find_equalization(
         asked.rescale,
         base.index.storage.location,
         grounds.model_type,
@@ -69,7 +69,7 @@ def plan_calibration(
     by_weight: Sequence[Sequence[Step]],
     options: MergeOptions,
     feedback: FeedbackOptions | None,
-    rescaling: Rescaling | None,
+    equalization: Equalization | None,
     grounds: CalibrationFacts,
 ) -> CalibrationPlan:
     """Raises OptionError for a text or sequences of a length that would not do, and where nothing is calibrated."""
@@ -93,7 +93,7 @@ def plan_calibration(
         threads=threads,
         transformers=grounds.transformers,
         gradient_tokens=min(tokens, -(-asked.gradient_tokens // length) * length) if has_gradients else 0,
-        rescaling=rescaling,
+        equalization=equalization,
     )
 
 

@@ -208,4 +208,4 @@ def _held_bytes(step: Rewrite) -> int:
         for part in update.parts.values()
     )
     prepared = sum(update.held_bytes for update in step.updates if update.access is not UpdateAccess.WHOLE)
-    return side + adapter + prepared + (step.scaling.nbytes if step.scaling else 0)
+    return side + adapter + prepared + (step.equalizer.nbytes if step.equalizer else 0)

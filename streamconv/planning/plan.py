@@ -16,8 +16,8 @@ from typing import Any
 from streamconv.adapters.base import Update, UpdateAccess
 from streamconv.checkpoint.layout import ShardLayout
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
-from streamconv.equalization.pairs import Rescaling
-from streamconv.equalization.scaling import Scaling
+from streamconv.equalization.equalizer import Equalizer
+from streamconv.equalization.pairs import Equalization
 from streamconv.formats.base import CELL_ROWS, Constant, Encoder, Weight, matrix_shape
 from streamconv.kernels import kernels_for
 from streamconv.options import MergeOptions
@@ -69,8 +69,8 @@ class Rewrite:
     `merge_base`: how the base is rounded before the update is added; None leaves it as it is.
     `keeps_scales`: the output keeps the scales of the base's own grid (where it is calibrated, it may); `keeps_parts`:
     and the very tensors that store them. `calibrated`: its bytes are made before, with those of its decoder layer, and
-    copied; `rounding` is for what that leaves, an expert that hardly any token came to. `scaling`: what target and base
-    are rescaled by before that, None where they are not.
+    copied; `rounding` is for what that leaves, an expert that hardly any token came to. `equalizer`: what target and
+    base are multiplied by before that, None where they are not.
     """
 
     name: str
@@ -82,12 +82,12 @@ class Rewrite:
     keeps_scales: bool = False
     keeps_parts: bool = False
     calibrated: bool = False
-    scaling: Scaling | None = None
+    equalizer: Equalizer | None = None
 
     @property
     def applied(self) -> tuple[Update, ...]:
         """All that is done to the base in turn, to make the target."""
-        return self.updates if self.scaling is None else (*self.updates, self.scaling)
+        return self.updates if self.equalizer is None else (*self.updates, self.equalizer)
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
@@ -193,7 +193,7 @@ class CalibrationPlan:
     `data` is a file or a data set, `name` that without the folder; `sha256` is that of the file, or of the data set's
     commit. `tokens` and, of these, `gradient_tokens` are whole sequences. `threads` is how many threads torch shares a
     matrix product between, which decides its last bits. `options` are None where the text chooses scales alone, by
-    `rescaling`, which is None where it chooses none.
+    `equalization`, which is None where it chooses none.
     """
 
     data: str
@@ -206,7 +206,7 @@ class CalibrationPlan:
     threads: int
     transformers: str
     gradient_tokens: int = 0
-    rescaling: Rescaling | None = None
+    equalization: Equalization | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain data: all of it that decides bytes."""
@@ -220,7 +220,7 @@ class CalibrationPlan:
             "transformers": self.transformers,
             "gradient_tokens": self.gradient_tokens,
             # Only where there is one, so that what was made before there were any is still known.
-            **({"rescale": self.rescaling.name} if self.rescaling else {}),
+            **({"rescale": self.equalization.name} if self.equalization else {}),
         }
 
 
@@ -322,15 +322,15 @@ class Plan:
         return tuple(step for step in steps if isinstance(step, Rewrite) and step.calibrated)
 
     @property
-    def scalings(self) -> Mapping[str, Scaling]:
-        """By weight, what it is rescaled by."""
+    def equalizers(self) -> Mapping[str, Equalizer]:
+        """Equalizers by weight."""
         steps = (placed.step for shard in self.shards for placed in shard.steps)
-        return {step.name: step.scaling for step in steps if isinstance(step, Rewrite) and step.scaling}
+        return {step.name: step.equalizer for step in steps if isinstance(step, Rewrite) and step.equalizer}
 
     @property
-    def scaling_bytes(self) -> int:
-        """Of the factors of all that is rescaled."""
-        return sum(scaling.nbytes for scaling in self.scalings.values())
+    def equalizer_bytes(self) -> int:
+        """Bytes of the factors of all equalizers."""
+        return sum(equalizer.nbytes for equalizer in self.equalizers.values())
 
     @property
     def disk(self) -> int:

@@ -9,13 +9,13 @@ from types import MappingProxyType
 from streamconv.adapters.base import Adapter, Replace, Update
 from streamconv.adapters.embeddings import HEADS, find_embedding
 from streamconv.checkpoint.layout import lay_out
-from streamconv.equalization.scaling import Scaling
+from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import AdapterError, OptionError
 from streamconv.formats import dense_weight
 from streamconv.formats.base import Grouped, Weight
 from streamconv.options import MergeOptions
 from streamconv.planning.base import Base
-from streamconv.planning.calibration import CalibrationFacts, plan_calibration, plan_rescaling
+from streamconv.planning.calibration import CalibrationFacts, plan_calibration, plan_equalization
 from streamconv.planning.choices import Choices, Facts, choose
 from streamconv.planning.devices import Device
 from streamconv.planning.fingerprint import fingerprint
@@ -26,7 +26,7 @@ from streamconv.planning.shards import as_stored_shards, split_steps
 from streamconv.planning.steps import plan_steps
 from streamconv.planning.ties import check_unknown_tie
 
-_UNSCALED: Mapping[str, Scaling] = MappingProxyType({})
+_NOT_EQUALIZED: Mapping[str, Equalizer] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,13 @@ def build_plan(
     adapter: Adapter | None,
     options: MergeOptions,
     device: Device,
-    scalings: Mapping[str, Scaling] = _UNSCALED,
+    equalizers: Mapping[str, Equalizer] = _NOT_EQUALIZED,
 ) -> Plan:
     """Everything a run will do. Raises InputError, ResourceError where it could not succeed.
 
-    `scalings`: by weight, what it is rescaled by, as another plan has it.
+    `equalizers`: by weight, what it is equalized by, as another plan has it.
     """
-    (plan,) = build_plans(base, adapter, [options], device, scalings=scalings)
+    (plan,) = build_plans(base, adapter, [options], device, equalizers=equalizers)
     return plan
 
 
@@ -62,15 +62,15 @@ def build_plans(
     options: Sequence[MergeOptions],
     device: Device,
     grounds: CalibrationFacts | None = None,
-    scalings: Mapping[str, Scaling] = _UNSCALED,
+    equalizers: Mapping[str, Equalizer] = _NOT_EQUALIZED,
 ) -> tuple[Plan, ...]:
     """A plan for each of `options`, to be carried out in one pass: as it would be alone, but for the memory, which is
-    that of the whole run in each. `grounds` are there if one of `options` has a calibration; `scalings` as for
+    that of the whole run in each. `grounds` are there if one of `options` has a calibration; `equalizers` as for
     `build_plan`.
 
     Raises what `build_plan` does, and OptionError where two outputs would be the same.
     """
-    drafts = [_draft(base, adapter, each, grounds, scalings) for each in options]
+    drafts = [_draft(base, adapter, each, grounds, equalizers) for each in options]
     _check_different(drafts)
     steps, *further = ([placed.step for shard in draft.shards for placed in shard.steps] for draft in drafts)
     shards = 1 if further else len(drafts[0].shards)  # of several outputs, one shard each is in work at once
@@ -87,7 +87,7 @@ def _draft(
     adapter: Adapter | None,
     options: MergeOptions,
     grounds: CalibrationFacts | None,
-    scalings: Mapping[str, Scaling],
+    equalizers: Mapping[str, Equalizer],
 ) -> _Draft:
     replaces = {whole.parameter: whole for whole in (adapter.replaces if adapter else ())}
     updates = _updates_by_parameter(adapter)
@@ -97,14 +97,14 @@ def _draft(
     choices = choose(facts_of(base, adapter), options)
     chosen = choose_quantized(base, weights, replaces, choices, options)
     within = grounds.weights if grounds is not None and choices.feedback is not None else frozenset()
-    rescaling = plan_rescaling(base, weights, chosen, options, grounds)
-    if rescaling is not None:
-        scalings = rescaling.scalings({name: weight.shape for name, weight in weights.items()})
-    by_weight = plan_steps(base, weights, updates, chosen.weights, choices, within, scalings)
+    equalization = plan_equalization(base, weights, chosen, options, grounds)
+    if equalization is not None:
+        equalizers = equalization.equalizers({name: weight.shape for name, weight in weights.items()})
+    by_weight = plan_steps(base, weights, updates, chosen.weights, choices, within, equalizers)
     calibration = None
     if options.calibration is not None and choices.quant is not None:
         assert grounds is not None
-        calibration = plan_calibration(by_weight, options, choices.feedback, rescaling, grounds)
+        calibration = plan_calibration(by_weight, options, choices.feedback, equalization, grounds)
     shards = as_stored_shards(base.index, lay_out(split_steps(base, by_weight, choices, options)))
     return _Draft(options, choices, calibration, chosen, shards, _new_vocabulary(base, weights))
 

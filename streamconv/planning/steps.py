@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from streamconv.adapters.base import Update, UpdateAccess
 from streamconv.dtypes import DENSE, Dtype
-from streamconv.equalization.scaling import Scaling
+from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import UnsupportedError
 from streamconv.formats import FORMATS
 from streamconv.formats.base import Encoder, Weight
@@ -30,11 +30,11 @@ def plan_steps(
     quantized: frozenset[str],
     choices: Choices,
     within: frozenset[str],
-    scalings: Mapping[str, Scaling],
+    equalizers: Mapping[str, Equalizer],
 ) -> list[list[Step]]:
     """What becomes of each weight, in the base's order: one step, or a copy of every part.
 
-    `within` are weights that can be calibrated, `scalings` what weights are rescaled by.
+    `within` are weights that can be calibrated, `equalizers` what weights are equalized by.
     """
     seen_by_training = _rounded_in_training(base, choices)
     steps: list[list[Step]] = []
@@ -53,7 +53,7 @@ def plan_steps(
             merge_base,
             choices.rest,
             name in within,
-            scalings.get(name),
+            equalizers.get(name),
         )
         constants = [step.encoder.constants for step in found if isinstance(step, Rewrite)]
         steps.append([*found, *(constant for each in constants for constant in each)])
@@ -76,13 +76,13 @@ def weight_steps(
     merge_base: Encoder | None,
     rounding: Rounding | None,
     calibrates: bool,
-    scaling: Scaling | None = None,
+    equalizer: Equalizer | None = None,
 ) -> list[Step]:
-    if scaling is not None and encoder is None:
+    if equalizer is not None and encoder is None:
         raise UnsupportedError(
             f"{name} is {weight.dtype}, which cannot be rescaled; leave --rescale out, or give a base in 16 bit"
         )
-    changes = bool(updates) or merge_base is not None or scaling is not None
+    changes = bool(updates) or merge_base is not None or equalizer is not None
     if encoder is None or (not changes and (encoder.format, encoder.dtype) == (weight.format, weight.dtype)):
         # Only a weight of one part is ever stored under another name than the base's.
         is_dense = len(weight.parts) == 1
@@ -98,14 +98,14 @@ def weight_steps(
             f"{name}: this update needs a pass over the whole weight, and so does --merge-base {merge_base.format}; "
             "merge onto the original base"
         )
-    if not updates and scaling is None and merge_base is not None and merge_base.format == encoder.format:
+    if not updates and equalizer is None and merge_base is not None and merge_base.format == encoder.format:
         # Rounding the original gives just what training saw; rounding that once more would move its scales.
         return [Rewrite(name, weight, (), encoder, ROUNDINGS["nearest"])]
     if encoder.grid is None:
-        return [Rewrite(name, weight, updates, encoder, merge_base=merge_base, scaling=scaling)]
+        return [Rewrite(name, weight, updates, encoder, merge_base=merge_base, equalizer=equalizer)]
     assert rounding is not None
     base_grid = merge_base.grid if merge_base else weight.decoder.grid
-    is_on_grid = base_grid == encoder.grid and scaling is None
+    is_on_grid = base_grid == encoder.grid and equalizer is None
     keeps = is_on_grid and (rounding.keeps_scales or not updates)
     if rounding.searches_scales and encoder.nested and needs_pass:
         raise UnsupportedError(
@@ -115,7 +115,9 @@ def weight_steps(
     keeps_parts = keeps and merge_base is None and stores_the_same(weight, encoder)
     calibrates &= bool(updates) or not is_on_grid  # else the codes stay
     return [
-        Rewrite(name, weight, updates, encoder, rounding, merge_base, keeps, keeps_parts, calibrates, scaling)
+        Rewrite(
+            name, weight, updates, encoder, rounding, merge_base, keeps, keeps_parts, calibrates, equalizer
+        )
     ]
 
 

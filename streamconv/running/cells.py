@@ -261,7 +261,7 @@ class WeightWork:
 
     def _take_bases(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
         for cell, base in self._bases(number, raw, rows, part):
-            self._rescale(base.values, cell)
+            self._equalize(base.values, cell)
             out[cell.start - rows.start : cell.stop - rows.start].copy_(base.values)
 
     def _take_base_codes(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
@@ -413,10 +413,10 @@ class WeightWork:
         self, original: Tensor, rounded: Tensor, rows: range, grid: Grid, scratch: Scratch
     ) -> float | Tensor:
         """||W - Wq||², both rescaled as the update is that it is compared with; `original` is used up."""
-        if self.step.scaling is not None:
+        if self.step.equalizer is not None:
             rounded = self._copy(rounded, rows, scratch)
-            self._rescale(rounded, rows)
-            self._rescale(original, rows)
+            self._equalize(rounded, rows)
+            self._equalize(original, rows)
         return self._kernels.distance(original.view(-1), rounded.view(-1), grid.block)
 
     def _target(self, values: Tensor, rows: range) -> Tensor:
@@ -424,10 +424,10 @@ class WeightWork:
             values = update.apply(values, rows, prepared, state)
         return values
 
-    def _rescale(self, values: Tensor, rows: range) -> None:
+    def _equalize(self, values: Tensor, rows: range) -> None:
         """Rescale a base in place as the target is, so that nothing but the update is between the two."""
-        if self.step.scaling is not None:
-            self.step.scaling.apply(values, rows, self._prepared[-1], ())
+        if self.step.equalizer is not None:
+            self.step.equalizer.apply(values, rows, self._prepared[-1], ())
 
     def _round(self, target: Tensor, rows: range, out: Tensor) -> None:
         encoder = self.step.encoder
@@ -457,9 +457,9 @@ class WeightWork:
         target = values
         if step.applied:
             target = self._target(self._copy(base.values, rows, scratch), rows).flatten()
-        if step.scaling is not None:
+        if step.equalizer is not None:
             for each in (base.values,) if base.anchor is base.values else (base.values, base.anchor):
-                self._rescale(each, rows)
+                self._equalize(each, rows)
         codes, scales = self._choose(target, base, rows, grid, scratch)
         step.encoder.pack(codes, out)
         self._take_scales(scales, rows, grid)

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from streamconv.calibration.equalized import Equalized, equalized_plan
-from streamconv.calibration.equalizing import rescale
+from streamconv.calibration.equalizing import equalize
 from streamconv.calibration.model import opened_targets
-from streamconv.calibration.need import equalizing_need, rescaling_need
+from streamconv.calibration.need import equalizing_need, pairs_need
 from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.equalization.awq import GRID
@@ -95,7 +95,7 @@ def rescaled(
     stop: StopRequest | None = None,
 ) -> Mapping[str, Equalized]:
     folder.mkdir(exist_ok=True)
-    return rescale(subject, folder, on_progress, stop or StopRequest())
+    return equalize(subject, folder, on_progress, stop or StopRequest())
 
 
 def targets(
@@ -105,8 +105,8 @@ def targets(
     options = replace(
         subject.plan.options, quant="none", group_size=None, dtype=dtype, rounding="auto", calibration=None
     )
-    scalings = equalized_plan(subject.plan, found).scalings if found else {}
-    plan = build_plan(subject.base, subject.adapter, options, subject.plan.device, scalings)
+    equalizers = equalized_plan(subject.plan, found).equalizers if found else {}
+    plan = build_plan(subject.base, subject.adapter, options, subject.plan.device, equalizers)
     with WeightSource(plan, subject.plan.device, lambda _: None) as source:
         return {name: source.read(name) for name in source.names}
 
@@ -248,11 +248,11 @@ def test_disk_is_what_was_planned(folder: Path, tmp_path: Path, monkeypatch: pyt
         used.append(sum(path.stat().st_size for path in tmp_path.iterdir()))
 
     with opened_targets(subject) as walk:
-        need = rescaling_need(walk, subject)
+        need = pairs_need(walk, subject)
     rescaled(subject, tmp_path, look)
     assert 2 * 4 * TOKENS * 32 < max(used) <= need.disk
     scales = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
-    assert subject.plan.scaling_bytes < scales < 2 * subject.plan.scaling_bytes + 3 * 4096
+    assert subject.plan.equalizer_bytes < scales < 2 * subject.plan.equalizer_bytes + 3 * 4096
     monkeypatch.setattr("streamconv.calibration.layer_files.free_bytes", lambda _: 1000)
     with pytest.raises(ResourceError, match=r"of the calibration need .* more"):
         rescaled(subject, tmp_path / "other")
@@ -261,10 +261,10 @@ def test_disk_is_what_was_planned(folder: Path, tmp_path: Path, monkeypatch: pyt
 def test_a_model_that_is_not_as_its_family_says(folder: Path, tmp_path: Path) -> None:
     """The table is looked up by name; which layers really share an input is seen when they run."""
     subject = subject_in(folder)
-    pairs = subject.rescaling.pairs
+    pairs = subject.equalization.pairs
     more = replace(pairs[0], consumers=(*pairs[0].consumers, *pairs[1].consumers))
-    rescaling = replace(subject.rescaling, pairs=(more, *pairs[2:]))
-    calibration = replace(subject.calibration, rescaling=rescaling)
+    equalization = replace(subject.equalization, pairs=(more, *pairs[2:]))
+    calibration = replace(subject.calibration, equalization=equalization)
     changed = replace(subject, plan=replace(subject.plan, calibration=calibration))
     with pytest.raises(UnsupportedError, match=r"q_proj\.weight, .* do not read one input"):
         rescaled(changed, tmp_path / "wrong")

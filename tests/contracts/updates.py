@@ -23,9 +23,9 @@ from streamconv.adapters.base import Adapter, Parameter, Parts, State, Update, U
 from streamconv.adapters.source import MoeLayout
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import Shape, StoredTensor
-from streamconv.equalization.scaling import COLUMNS as SCALES_OF_COLUMNS
-from streamconv.equalization.scaling import ROWS as SCALES_OF_ROWS
-from streamconv.equalization.scaling import Scaling
+from streamconv.equalization.equalizer import COLUMNS as SCALES_OF_COLUMNS
+from streamconv.equalization.equalizer import ROWS as SCALES_OF_ROWS
+from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import AdapterError
 from streamconv.formats.base import matrix_shape
 from streamconv.storage import open_storage
@@ -481,13 +481,13 @@ def works(folder: Path, form: Form, draw: Callable[[Mapping[str, Shape], int], T
 def scalings(draw: Callable[[Mapping[str, Shape], int], Tensors]) -> Sequence[Work]:
     """What no adapter holds: a weight rescaled on both sides, and a norm that multiplies by 1 + w."""
     shapes = {SCALES_OF_ROWS: (ROWS,), SCALES_OF_COLUMNS: (COLUMNS,)}
-    both = Scaling("layer.weight", (ROWS, COLUMNS), tuple(shapes))
-    norm = Scaling("norm.weight", (COLUMNS,), (SCALES_OF_COLUMNS,), shift=1.0)
+    both = Equalizer("layer.weight", (ROWS, COLUMNS), tuple(shapes))
+    norm = Equalizer("norm.weight", (COLUMNS,), (SCALES_OF_COLUMNS,), shift=1.0)
     scales, weights = draw(shapes, 1), draw({"layer": both.shape, "norm": norm.shape}, 2)
     of_norm = {SCALES_OF_COLUMNS: scales[SCALES_OF_COLUMNS]}
     return [
-        Work("Scaling of a weight", both, as_matrix(weights["layer"]), scales),
-        Work("Scaling of a norm", norm, as_matrix(weights["norm"]), of_norm),
+        Work("Equalizer of a weight", both, as_matrix(weights["layer"]), scales),
+        Work("Equalizer of a norm", norm, as_matrix(weights["norm"]), of_norm),
     ]
 
 

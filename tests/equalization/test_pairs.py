@@ -10,8 +10,8 @@ import torch
 
 from streamconv.equalization import FAMILIES
 from streamconv.equalization.base import Heads, Producer
-from streamconv.equalization.pairs import Rescaling, WeightPair, find_rescaling, stored_scales
-from streamconv.equalization.scaling import COLUMNS, ROWS, Scaling
+from streamconv.equalization.equalizer import COLUMNS, ROWS, Equalizer
+from streamconv.equalization.pairs import Equalization, WeightPair, find_equalization, stored_scales
 from streamconv.errors import UnsupportedError
 
 HEADS = Heads(queries=4, keys=2, width=8)
@@ -38,8 +38,8 @@ def found(
     heads: Heads | None = HEADS,
     shapes: Mapping[str, tuple[int, ...]] = SHAPES,
     quantized: frozenset[str] = LINEARS,
-) -> Rescaling:
-    return find_rescaling("awq", "base", model_type, heads, shapes, LINEARS, quantized)
+) -> Equalization:
+    return find_equalization("awq", "base", model_type, heads, shapes, LINEARS, quantized)
 
 
 def test_pairs_of_a_layer() -> None:
@@ -57,8 +57,8 @@ def test_pairs_of_a_layer() -> None:
 
 
 def test_what_becomes_of_each_weight() -> None:
-    scalings = found().scalings(SHAPES)
-    roles = {name.removeprefix(f"{LAYER}."): scaling.roles for name, scaling in scalings.items()}
+    equalizers = found().equalizers(SHAPES)
+    roles = {name.removeprefix(f"{LAYER}."): equalizer.roles for name, equalizer in equalizers.items()}
     assert roles == {
         "input_layernorm.weight": (COLUMNS,),
         "post_attention_layernorm.weight": (COLUMNS,),
@@ -71,7 +71,7 @@ def test_what_becomes_of_each_weight() -> None:
         "mlp.up_proj.weight": (COLUMNS, ROWS),
         "mlp.down_proj.weight": (COLUMNS,),
     }
-    assert scalings[f"{LAYER}.self_attn.v_proj.weight"].nbytes == 4 * (16 + 32)
+    assert equalizers[f"{LAYER}.self_attn.v_proj.weight"].nbytes == 4 * (16 + 32)
 
 
 def test_heads_that_share_values() -> None:
@@ -91,7 +91,7 @@ def test_only_what_eases_a_rounding() -> None:
         f"{LAYER}.post_attention_layernorm.weight",
         f"{LAYER}.mlp.up_proj.weight",
     ]
-    assert set(down.scalings(SHAPES)) == {
+    assert set(down.equalizers(SHAPES)) == {
         f"{LAYER}.{name}.weight"
         for name in ("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     }
@@ -140,8 +140,8 @@ def test_consumers_are_given_what_storing_left_of_a_norm(kind: Producer, dtype: 
     norm = (torch.randn(400, generator=generator) * 3).to(dtype).float()
     wanted = torch.exp(torch.randn(400, generator=generator))
     scales = stored_scales(pair, norm, wanted, dtype)
-    scaling = Scaling("norm", (400,), (COLUMNS,), pair.shift)
-    cell = scaling.apply(norm.clone()[None], range(1), {COLUMNS: scales.reciprocal()}, ())[0]
+    equalizer = Equalizer("norm", (400,), (COLUMNS,), pair.shift)
+    cell = equalizer.apply(norm.clone()[None], range(1), {COLUMNS: scales.reciprocal()}, ())[0]
     stored = cell.to(dtype).double() + pair.shift
     before = norm.double() + pair.shift
     # Divided and multiplied again it is what it was, though it was rounded between.
@@ -163,7 +163,7 @@ def test_a_channel_that_storing_would_spoil_keeps_its_size() -> None:
 @pytest.mark.parametrize("shift", [0.0, 1.0])
 def test_a_scale_of_one_changes_nothing(shift: float) -> None:
     norm = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 1e-3
-    found = Scaling("norm", (50,), (COLUMNS,), shift).apply(
+    found = Equalizer("norm", (50,), (COLUMNS,), shift).apply(
         norm.clone(), range(1), {COLUMNS: torch.ones(50)}, ()
     )
     assert torch.equal(found, norm)
@@ -171,11 +171,11 @@ def test_a_scale_of_one_changes_nothing(shift: float) -> None:
 
 def test_one_weight_is_divided_and_multiplied() -> None:
     cell = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    scaling = Scaling("w", (5, 4), (COLUMNS, ROWS))
+    equalizer = Equalizer("w", (5, 4), (COLUMNS, ROWS))
     r, s = torch.rand(5) + 0.5, torch.rand(4) + 0.5
-    found = scaling.apply(cell.clone(), range(2, 5), {ROWS: r, COLUMNS: s}, ())
+    found = equalizer.apply(cell.clone(), range(2, 5), {ROWS: r, COLUMNS: s}, ())
     torch.testing.assert_close(
         found.double(), torch.diag(r[2:].double()) @ cell.double() @ torch.diag(s.double())
     )
     with pytest.raises(AssertionError, match="scales are not known yet"):
-        scaling.apply(cell, range(2, 5), {}, ())
+        equalizer.apply(cell, range(2, 5), {}, ())

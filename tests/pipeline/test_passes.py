@@ -22,7 +22,7 @@ from streamconv.calibration.tensor_files import stored_in, write_tensors
 from streamconv.checkpoint.layout import Placed
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
-from streamconv.equalization.scaling import COLUMNS, Scaling
+from streamconv.equalization.equalizer import COLUMNS, Equalizer
 from streamconv.errors import OutputError, ResourceError, VerificationError
 from streamconv.output import place
 from streamconv.pipeline import Prepared, build_job, passes, prepare, runner
@@ -84,8 +84,8 @@ def divided(plan: Plan, scale: StoredTensor) -> Plan:
         step = placed.step
         if not isinstance(step, Rewrite) or step.name not in PARTNERS:
             return placed
-        scaling = Scaling(step.name, step.weight.shape, (COLUMNS,), parts={COLUMNS: scale})
-        return replace(placed, step=replace(step, scaling=scaling))
+        equalizer = Equalizer(step.name, step.weight.shape, (COLUMNS,), parts={COLUMNS: scale})
+        return replace(placed, step=replace(step, equalizer=equalizer))
 
     shards: list[ShardPlan] = [replace(each, steps=tuple(map(known, each.steps))) for each in plan.shards]
     return replace(plan, shards=tuple(shards))

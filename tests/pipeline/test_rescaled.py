@@ -132,7 +132,7 @@ def test_the_plan_says_what_is_rescaled(inputs: Inputs) -> None:
     prepared = inputs.prepare(rounding="nearest")
     plan = prepared.plan
     assert plan.calibrated == ()
-    assert len(plan.scalings) == 2 * 9
+    assert len(plan.equalizers) == 2 * 9
     text = plan_as_text(prepared)
     assert "rescale   awq: 18 weights in 8 pairs, as llama has them" in text
     assert "text.txt: 256 tokens in sequences of 32, for scales alone" in text
@@ -141,11 +141,11 @@ def test_the_plan_says_what_is_rescaled(inputs: Inputs) -> None:
         "divided": f"{LAYER}.self_attn.v_proj.weight",
         "multiplied": [f"{LAYER}.self_attn.o_proj.weight"],
     }
-    assert [each.name for each in plan.passes] == ["rescale"]
-    assert plan.passes_need.disk > 2 * 4 * 256 * 64 + plan.scaling_bytes
+    assert [each.name for each in plan.passes] == ["equalize"]
+    assert plan.passes_need.disk > 2 * 4 * 256 * 64 + plan.equalizer_bytes
     without = prepare(build_job(inputs.base, inputs.adapter, **GROUPS, rounding="nearest", device="cpu")).plan
     assert plan.digest != without.digest
-    assert without.scalings == {}
+    assert without.equalizers == {}
     assert plan.memory.ram >= without.memory.ram
 
 
@@ -154,8 +154,8 @@ def test_of_several_outputs_it_is_for_the_calibrated_one(inputs: Inputs) -> None
     alone = prepare(
         build_job(inputs.base, inputs.adapter, quant="nf4", device="cpu", max_shard_size=None)
     ).plan
-    assert main.scalings
-    assert other.scalings == {}
+    assert main.equalizers
+    assert other.equalizers == {}
     assert other.digest == alone.digest
 
 
@@ -168,7 +168,7 @@ def test_whatever_the_base_all_that_is_rescaled_is_rounded_anew(inputs: Inputs) 
             for shard in inputs.prepare(**options).plan.shards
             for placed in shard.steps
         }
-        scaled = [step for step in steps.values() if isinstance(step, Rewrite) and step.scaling]
+        scaled = [step for step in steps.values() if isinstance(step, Rewrite) and step.equalizer]
         assert len(scaled) == 18
         assert not any(step.keeps_scales or step.keeps_parts for step in scaled)
         assert all(

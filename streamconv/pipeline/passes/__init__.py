@@ -12,7 +12,7 @@ from streamconv.calibration.subject import Subject
 from streamconv.errors import ResourceError
 from streamconv.options import MergeOptions
 from streamconv.output.journal import make_folder
-from streamconv.pipeline.passes import calibrate, rescale
+from streamconv.pipeline.passes import calibrate, equalize
 from streamconv.pipeline.passes.base import Found, PassKind
 from streamconv.planning.plan import Pass, Plan
 from streamconv.progress import OnBytes, OnProgress, StopRequest
@@ -22,7 +22,7 @@ __all__ = ["PASSES", "Found", "PassKind", "Passed", "plan_passes", "run_passes"]
 
 PASSES: Mapping[str, PassKind] = MappingProxyType(
     {
-        rescale.NAME: rescale.RESCALE,
+        equalize.NAME: equalize.EQUALIZE,
         calibrate.NAME: calibrate.CALIBRATE,
     }
 )

@@ -17,30 +17,30 @@ from streamconv.pipeline.passes.calibrate import over_text
 from streamconv.planning.plan import Pass
 from streamconv.progress import OnProgress, StopRequest
 
-NAME = "rescale"
+NAME = "equalize"
 FOLDER = "rescaling"
 _log = logging.getLogger(__name__)
 
 
 def _plan(subject: Subject) -> Pass | None:
-    if subject.plan.calibration is None or subject.plan.calibration.rescaling is None:
+    if subject.plan.calibration is None or subject.plan.calibration.equalization is None:
         return None
     from streamconv.calibration.need import equalizing_need
 
-    need, kept = equalizing_need(subject), subject.plan.scaling_bytes
+    need, kept = equalizing_need(subject), subject.plan.equalizer_bytes
     # Room to spare for the factors, beside that which the pass itself counts.
     return over_text(NAME, FOLDER, subject, replace(need, disk=need.disk + kept), kept)
 
 
 def _run(subject: Subject, folder: Path, on_progress: OnProgress, stop: StopRequest) -> Found:
-    from streamconv.calibration.equalizing import rescale
+    from streamconv.calibration.equalizing import equalize
 
-    _log.info("choosing scales of %d weights", len(subject.plan.scalings))
-    found = rescale(subject, folder, on_progress, stop)
+    _log.info("choosing scales of %d weights", len(subject.plan.equalizers))
+    found = equalize(subject, folder, on_progress, stop)
     return Found(
         partial(equalized_plan, found=found),
         notes={name: each.notes for name, each in found.items()},
     )
 
 
-RESCALE = PassKind(_plan, _run)
+EQUALIZE = PassKind(_plan, _run)

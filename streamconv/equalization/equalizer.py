@@ -1,7 +1,7 @@
-"""What rescaling does to one weight: W' = diag(r) W diag(s); and to norms that multiply by 1 + w, 1 + w' = (1 + w) s.
+"""Equalization of one weight: W' = diag(r) W diag(s); and of norms that multiply by 1 + w, 1 + w' = (1 + w) s.
 
 It is the last of a weight's updates and like one in all but this: what the update is measured against, the base, is
-rescaled as well.
+equalized as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROWS, COLUMNS = "rows", "columns"
 
 
 @dataclass(frozen=True, slots=True)
-class Scaling(ByRows):
+class Equalizer(ByRows):
     """`roles` name the factors it has: ROWS r [out], COLUMNS s [in], float32; of what has one axis, COLUMNS alone.
 
     `shift` is 1 for a norm that multiplies by 1 + w, else 0. `parts` are empty in a plan: factors are known once a text
@@ -42,7 +42,7 @@ class Scaling(ByRows):
         return matrix_shape(self.shape)[0 if role == ROWS else 1]
 
     def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
-        """`cell` rescaled, in place."""
+        """`cell` multiplied by its factors, in place."""
         assert prepared.keys() == set(self.roles), f"{self.parameter}: scales are not known yet"
         if COLUMNS in prepared:
             cell.mul_(prepared[COLUMNS])
