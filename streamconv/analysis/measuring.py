@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from streamconv.analysis.prediction import predicted_kept
-from streamconv.analysis.rounded import CodesWatch, GridSums, RoundedSums, base_grid
+from streamconv.analysis.rounded import CodesWatch, GridSums, RoundedSums, is_on_grid
 from streamconv.analysis.sums import Moments, Outliers, UpdateSums, outliers, total, update_sums
 from streamconv.analysis.views import Group, Subject, View
 from streamconv.checkpoint.reader import TensorReader
@@ -126,7 +126,7 @@ def _predicted(subject: Subject, key: tuple[str, str], found: GridSums, dense: D
         if view.measures_grid and (view.target, view.format) == key
     )
     grid, update = step.encoder.grid, dense.update
-    if base_grid(step) != grid or grid is None or not found.steps:
+    if not is_on_grid(step) or grid is None or not found.steps:
         return found
     ratio = update.magnitudes / found.steps  # of equal counts
     return replace(

@@ -17,8 +17,9 @@ from streamconv.formats.base import Weight
 from streamconv.formats.rows import StoredRows
 from streamconv.planning.devices import Device
 from streamconv.planning.plan import Access, Rewrite, cell_rows, tile_rows
-from streamconv.rounding.feedback import Chosen
+from streamconv.planning.scales import FRESH
 from streamconv.running.cells import KeptDelta, WeightWork
+from streamconv.running.scales import Fixed
 from streamconv.running.workers import Workers
 
 _TILE_BYTES = 8 * 2**20
@@ -40,7 +41,7 @@ def weigh(step: Rewrite, written: Weight, device: Device, reader: TensorReader, 
     on = device.torch
     scales = written.decoder.scales(_side(written, reader, device))
     assert scales is not None, f"{written.name} is stored dense"
-    step = replace(step, keeps_scales=False, keeps_parts=False, calibrated=False)
+    step = replace(step, scales=FRESH, calibrated=False)
     parts = [
         {role: reader.load(part).float().to(on) for role, part in update.parts.items()}
         for update in step.applied
@@ -54,7 +55,7 @@ def weigh(step: Rewrite, written: Weight, device: Device, reader: TensorReader, 
     codes = torch.cat(
         [written.decoder.codes(raw, rows) for rows, raw in _tiles(written, step, height, device, reader)]
     )
-    work.settle(Chosen(codes, scales, keeps_base=False), scales)
+    work.use(Fixed(scales, scales), codes)
     error = _error(step, work, written, scales, height, device, reader)
     return Weighed(work.finish()[1], error)
 
