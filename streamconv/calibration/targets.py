@@ -14,10 +14,12 @@ from streamconv.checkpoint.types import Shape
 from streamconv.formats.rows import StoredRows, in_file_order
 from streamconv.forward.weights import WeightSource
 from streamconv.planning.devices import Device
-from streamconv.planning.plan import Access, Plan, Rewrite, cell_rows
+from streamconv.planning.plan import Plan, Rewrite, cell_rows
 from streamconv.planning.scales import scales_of_base
 from streamconv.rounding.feedback import BaseOnGrid, Chosen
 from streamconv.running.cells import KeptDelta, WeightWork
+from streamconv.running.direct import DirectEngine
+from streamconv.running.opened import open_weight
 from streamconv.running.scales import Fixed, Kept
 from streamconv.running.workers import Workers
 
@@ -123,22 +125,13 @@ class Targets:
         return held.target()
 
     def _hold(self, step: Rewrite) -> Held:
-        weight, device, load = step.weight, self._device.torch, self._reader.load
-        raw = torch.empty(weight.parts[weight.decoder.main].nbytes, dtype=torch.uint8)
-        StoredRows(self._reader, weight).read_into(range(step.rows), raw)
-        side = {
-            role: load(part).to(device) for role, part in weight.parts.items() if role != weight.decoder.main
-        }
-        parts = [
-            {role: load(part).float().to(device) for role, part in update.parts.items()}
-            for update in step.applied
-        ]
-        height = cell_rows(self._device, step.columns)
-        work = WeightWork(step, side, parts, device, self._seed, self._workers, height)
-        if step.access is not Access.ROW:
-            work.reduce(raw.to(device), range(step.rows))
-            work.end_reduce()
-        return Held(work, raw)
+        rows, device = range(step.rows), self._device.torch
+        raw = torch.empty(step.weight.parts[step.weight.decoder.main].nbytes, dtype=torch.uint8)
+        StoredRows(self._reader, step.weight).read_into(rows, raw)
+        engine = DirectEngine(self._workers, device, cell_rows(self._device, step.columns))
+        whole = ((rows, each.to(device)) for each in (raw,))
+        opened = open_weight(self._reader, [step], engine, whole, self._seed)
+        return Held(opened.works[0], raw)
 
 
 def _with_base_scales(step: Rewrite) -> Rewrite:

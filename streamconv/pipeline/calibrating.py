@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ from streamconv.output.verifier import hash_file
 from streamconv.planning.base import Base
 from streamconv.planning.calibration import CalibrationFacts
 from streamconv.planning.plan import Calibration, Plan
-from streamconv.progress import StopRequest
+from streamconv.progress import OnBytes, StopRequest
 from streamconv.sizes import format_size
 from streamconv.storage.data_sets import DataSet, data_set_of, pinned
 
@@ -111,7 +111,7 @@ def with_need(subject: Subject) -> Plan:
 
 
 def calibrate(
-    subject: Subject, folder: Path, on_bytes: Callable[[int], None], stop: StopRequest
+    subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest
 ) -> Mapping[str, Calibrated]:
     """By weight, its bytes, which lie in `folder`, and what became of its update.
 
@@ -120,30 +120,15 @@ def calibrate(
     from streamconv.calibration.layers import calibrate as walk
 
     make_folder(folder)
-    return walk(subject, folder, _steps(on_bytes), stop)
+    return walk(subject, folder, on_bytes, stop)
 
 
-def rescale(
-    subject: Subject, folder: Path, on_bytes: Callable[[int], None], stop: StopRequest
-) -> Mapping[str, Calibrated]:
+def rescale(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest) -> Mapping[str, Calibrated]:
     """By weight, what it is rescaled by, which lies in `folder`; goes on as `calibrate` does."""
     from streamconv.calibration.equalizing import rescale as choose_scales
 
     make_folder(folder)
-    return choose_scales(subject, folder, _steps(on_bytes), stop)
-
-
-def _steps(on_bytes: Callable[[int], None]) -> Callable[[int, int], None]:
-    """Tells `on_bytes` how many more are done, each time it is told how many are in all."""
-    done = 0
-
-    def tell(now: int, total: int) -> None:
-        nonlocal done
-        del total
-        on_bytes(now - done)
-        done = now
-
-    return tell
+    return choose_scales(subject, folder, on_bytes, stop)
 
 
 def described(calibrated: Mapping[str, Calibrated]) -> dict[str, dict[str, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +26,7 @@ from streamconv.pipeline.place import check_out, is_finished
 from streamconv.pipeline.preparation import Prepared
 from streamconv.pipeline.residual import ResidualAdapter, make_residual
 from streamconv.planning.plan import Plan, ShardPlan
-from streamconv.progress import Meter, OnProgress, StopRequest
+from streamconv.progress import Meter, OnBytes, OnProgress, StopRequest
 from streamconv.running.cells import KeptDelta
 from streamconv.running.executor import run_plans
 from streamconv.running.schedule import bytes_read
@@ -140,7 +140,7 @@ def _produce(
     ]
 
 
-def _rescaled(work: _Work, on_bytes: Callable[[int], None], stop: StopRequest) -> _Work:
+def _rescaled(work: _Work, on_bytes: OnBytes, stop: StopRequest) -> _Work:
     """The work with the scales in its plan that a pass over the text chooses, or has chosen before."""
     if work.plan.calibration is None or work.plan.calibration.rescaling is None:
         return work
@@ -150,7 +150,7 @@ def _rescaled(work: _Work, on_bytes: Callable[[int], None], stop: StopRequest) -
     return replace(work, prepared=prepared, rescaled=found)
 
 
-def _calibrated(work: _Work, on_bytes: Callable[[int], None], stop: StopRequest) -> _Work:
+def _calibrated(work: _Work, on_bytes: OnBytes, stop: StopRequest) -> _Work:
     """The work with what the calibration pass makes, or has made before."""
     if work.plan.calibration is None or work.plan.calibration.options is None:
         return work

@@ -85,6 +85,9 @@ class Seen:
     written: Tensor
 
 
+Watch = Callable[[Seen], None]
+
+
 def cells(rows: range, height: int = CELL_ROWS) -> Iterator[range]:
     """`rows` in cells; `rows` starts on a cell boundary."""
     for first in range(rows.start, rows.stop, height):
@@ -126,7 +129,7 @@ class WeightWork:
         workers: Workers | Inline,
         height: int = CELL_ROWS,
         defers: bool = False,
-        watch: Callable[[Seen], None] | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.step, self.side, self.parts, self.seed, self._watch = step, side, parts, seed, watch
         self.device, self.workers, self.height = device, workers, height

@@ -26,8 +26,8 @@ from streamconv.planning.plan import DEVICE_TILES, SLOTS, Access, Memory, MergeO
 from streamconv.progress import StopRequest
 from streamconv.running import engines
 from streamconv.running.cells import KeptDelta, WeightWork
-from streamconv.running.cpu import CpuEngine
 from streamconv.running.cuda import CudaEngine
+from streamconv.running.direct import DirectEngine
 from streamconv.running.engine import Engine
 from streamconv.running.workers import Inline, Workers
 from tests.formats.stored import W, normal, only_weight, stored, write
@@ -112,7 +112,7 @@ def carry_out(step: Rewrite, engine: Engine, tile: int = 64) -> Result:
 
 def on_cpu(step: Rewrite) -> Result:
     with Workers(1) as workers:
-        return carry_out(step, CpuEngine(workers))
+        return carry_out(step, DirectEngine(workers))
 
 
 def on_gpu(step: Rewrite, gpu: FakeGpu, device: Device = CPU, tile: int = 64, buffer: int = 2**20) -> Result:
