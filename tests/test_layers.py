@@ -5,15 +5,18 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import is_typeddict
 
 import pytest
 
 import streamconv
+from streamconv import options
 
 PACKAGE = Path(streamconv.__file__).parent
 # Low to high; parts of one layer do not know each other.
 LAYERS = [
     {"errors", "sizes", "dtypes", "progress"},
+    {"options"},
     {"storage", "kernels"},
     {"checkpoint", "rounding"},
     {"formats", "adapters"},
@@ -38,8 +41,11 @@ DOORS = {
     "evaluation/__init__.py": "transformers is an extra",
     "kernels/__init__.py": "numba may be missing, and costs memory that a merge in 16 bit does not need",
     "pipeline/calibrating.py": "transformers is an extra",
+    "pipeline/passes/calibrate.py": "transformers is an extra",
+    "pipeline/passes/rescale.py": "transformers is an extra",
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+KEYWORDS = {name for name, value in vars(options).items() if is_typeddict(value)}
 
 
 def named(path: Path) -> str:
@@ -135,15 +141,25 @@ def test_every_module_says_what_it_knows(path: Path) -> None:
     assert ast.get_docstring(parsed(path)), named(path)
 
 
+# Passes on what it is given, which a type checker holds against the function that it fills options in for.
+FILLS_IN_OPTIONS = ("options.py", "call")
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=named)
-def test_only_the_command_line_passes_options_on_by_name(path: Path) -> None:
-    """No `**kwargs` between our own functions: options travel as one value."""
+def test_keywords_that_are_passed_on_are_declared(path: Path) -> None:
+    """No `**kwargs` between our own functions, but options: `Unpack` of a TypedDict names each, with its type."""
     if part_of(path) == "cli":
         return
     for node in ast.walk(parsed(path)):
         # A subclass of another library's class is made by that library, with what it likes to pass.
-        if isinstance(node, ast.FunctionDef) and node.name != "__init__":
-            assert node.args.kwarg is None, f"{named(path)}: {node.name}"
+        if not isinstance(node, ast.FunctionDef) or node.name == "__init__" or node.args.kwarg is None:
+            continue
+        if (named(path), node.name) == FILLS_IN_OPTIONS:
+            continue
+        annotation = node.args.kwarg.annotation
+        assert isinstance(annotation, ast.Subscript), f"{named(path)}: {node.name}"
+        assert ast.unparse(annotation.value) == "Unpack", f"{named(path)}: {node.name}"
+        assert ast.unparse(annotation.slice) in KEYWORDS, f"{named(path)}: {node.name}"
 
 
 def test_modules_have_no_state() -> None:

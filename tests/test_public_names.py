@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from os import PathLike
-from typing import Any, get_type_hints
+from typing import Any
 
 import click
 import pytest
@@ -16,8 +16,8 @@ import streamconv
 from streamconv import errors
 from streamconv.cli import main
 from streamconv.errors import StreamconvError
+from streamconv.options import MergeOptions
 from streamconv.pipeline import merge_options
-from streamconv.planning.plan import MergeOptions
 from streamconv.sizes import parse_size
 
 # Options that are no keywords: what they do is done otherwise in Python.
@@ -138,8 +138,11 @@ def test_everything_but_the_folders_is_given_by_name(command: str) -> None:
 
 @pytest.mark.parametrize("function", [*COMMANDS.values(), streamconv.inspect])
 def test_folders_may_be_paths(function: Callable[..., Any]) -> None:
-    hints = get_type_hints(function)
-    places = {"model", "data", "reference", "base", "adapter", "out", "location", "report"}
+    hints = {
+        name: parameter.annotation
+        for name, parameter in inspect.signature(function, eval_str=True).parameters.items()
+    }
+    places = {"model", "data", "reference", "base", "adapter", "out", "location", "report", "calibration"}
     if function is streamconv.compare:
         places.remove("reference")  # T or F
     for name in places & hints.keys():

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Unpack
 
 from streamconv.analysis.options import (
-    DEFAULT_FORMATS,
     AnalysisOptions,
     check_formats,
     check_layers,
@@ -16,30 +15,24 @@ from streamconv.analysis.options import (
 from streamconv.analysis.result import Analysis, OnGrid, Stored, TargetAnalysis, WeightAnalysis
 from streamconv.analysis.running import run_analysis
 from streamconv.errors import OptionError
-from streamconv.pipeline.job import Folder, build_job, output_folder
+from streamconv.options import (
+    ANALYZE_DEFAULTS,
+    AdapterKeywords,
+    AnalyzeKeywords,
+    BaseKeywords,
+    Folder,
+    only,
+    takes,
+)
+from streamconv.pipeline.job import build_job, output_folder
 from streamconv.progress import OnProgress, quiet
 
 __all__ = ["Analysis", "OnGrid", "Stored", "TargetAnalysis", "WeightAnalysis", "analyze"]
 
 
+@takes(AnalyzeKeywords, ANALYZE_DEFAULTS)
 def analyze(
-    base: Folder,
-    adapter: Folder,
-    *,
-    formats: Iterable[str] = DEFAULT_FORMATS,
-    merge_base: str = "auto",
-    layers: Iterable[int] | None = None,
-    report: Folder | None = None,
-    seed: int = 0,
-    moe_layout: str = "auto",
-    allow_pickle: bool = False,
-    device: str = "auto",
-    max_ram: str | int = "1GiB",
-    max_vram: str | int = "2GiB",
-    base_revision: str | None = None,
-    adapter_revision: str | None = None,
-    adapter_subfolder: str | None = None,
-    on_progress: OnProgress = quiet,
+    base: Folder, adapter: Folder, *, on_progress: OnProgress = quiet, **given: Unpack[AnalyzeKeywords]
 ) -> Analysis:
     """Measure, weight by weight, what merging `adapter` into `base` does; nothing but plots is written.
 
@@ -51,19 +44,16 @@ def analyze(
         base,
         adapter,
         quant="none",
-        seed=seed,
-        moe_layout=moe_layout,
-        allow_pickle=allow_pickle,
-        device=device,
-        max_ram=max_ram,
-        max_vram=max_vram,
+        seed=given["seed"],
         card=False,
         tokenizer="base",
-        base_revision=base_revision,
-        adapter_revision=adapter_revision,
-        adapter_subfolder=adapter_subfolder,
+        **only(BaseKeywords, given),
+        **only(AdapterKeywords, given),
     )
-    options = AnalysisOptions(job, merge_base.lower(), check_formats(formats), check_layers(layers))
+    options = AnalysisOptions(
+        job, given["merge_base"].lower(), check_formats(given["formats"]), check_layers(given["layers"])
+    )
+    report = given["report"]
     folder = None if report is None else _report_folder(report)
     found = run_analysis(options, on_progress)
     if folder is None:

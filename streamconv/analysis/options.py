@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from streamconv.errors import OptionError
 from streamconv.formats import FORMATS
-from streamconv.pipeline.job import Job
+from streamconv.options import Job
 
-DEFAULT_FORMATS = ("nf4-dq", "nf4", "int8")
 # What QLoRA training rounds the base to unless told otherwise.
 USUAL_MERGE_BASE = "nf4-dq"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from streamconv.calibration.equalized import Equalized
 from streamconv.calibration.groups import Group, Linears, Recorder
 from streamconv.calibration.layer_files import LayerFiles, Result, Stream
 from streamconv.calibration.model import linears_of, opened_targets
@@ -28,7 +29,7 @@ from streamconv.calibration.passes import (
     telling_of_memory,
     windows_of,
 )
-from streamconv.calibration.subject import Calibrated, Subject, factor_name
+from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.reader import tensor_bytes
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.dtypes import F32
@@ -41,7 +42,7 @@ from streamconv.planning.plan import Rewrite
 from streamconv.progress import OnBytes, StopRequest
 
 
-def rescale(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest) -> Mapping[str, Calibrated]:
+def rescale(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest) -> Mapping[str, Equalized]:
     """Choose the factors of all weights that the plan wants rescaled, or go on with it in `folder`: by name.
 
     Calls `on_bytes` and raises as `calibrate` does, and UnsupportedError where the model is not what its family's table
@@ -55,7 +56,20 @@ def rescale(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest
         with telling_of_memory(subject.plan.device):
             _Pass(subject, walk, windows, files, on_bytes, stop).run()
         files.remove_states()
-        return files.read()
+        return {
+            name: Equalized({_role(part): stored for part, stored in each.parts.items()}, each.notes)
+            for name, each in files.read().items()
+        }
+
+
+def _factor_name(weight: str, role: str) -> str:
+    """Name of a factor's tensor in the file of its layer."""
+    return f"{weight}:{role}"
+
+
+def _role(factor: str) -> str:
+    """The role in such a name."""
+    return factor.rpartition(":")[2]
 
 
 @dataclass(slots=True)
@@ -196,7 +210,7 @@ class _Factors:
             Result(
                 name,
                 tuple(
-                    TensorSpec(factor_name(name, role), F32, tuple(factor.shape))
+                    TensorSpec(_factor_name(name, role), F32, tuple(factor.shape))
                     for role, factor in found.items()
                 ),
                 tuple(bytes(tensor_bytes(factor)) for factor in found.values()),

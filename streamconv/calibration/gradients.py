@@ -151,7 +151,7 @@ class Gradients:
         """The gradient of what leaves the last layer."""
         walk, last = self._model.walk, self._model.layers
         hidden = states.read(self._place(last, slice(0, len(self._windows))))
-        normalizer, drawn = self._draw(hidden)
+        normalizer, drawn = self.draw(hidden)
         gradient = torch.zeros_like(hidden)
         for rows in walk.head_tiles(HEAD_ROWS):
             for chosen in self._batches:
@@ -168,7 +168,7 @@ class Gradients:
         self._advance(walk.head_bytes)
         return gradient
 
-    def _draw(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """log Σ exp of every token's logits, and a token drawn by them: the greatest logit plus Gumbel noise."""
         walk, shape = self._model.walk, self._windows.shape
         device = walk.device.torch
@@ -183,20 +183,12 @@ class Gradients:
                     self._advance(0)
                     logits = walk.leave(self._windows[chosen], hidden[chosen]).float()
                     normalizer[chosen] = torch.logaddexp(normalizer[chosen], logits.logsumexp(-1))
-                    value, place = (logits + self._noise(number, rows, logits)).max(-1)
+                    value, place = (logits + gumbel_noise(self._seed, number, rows, logits)).max(-1)
                     is_better = value > best[chosen]
                     best[chosen] = torch.where(is_better, value, best[chosen])
                     drawn[chosen] = torch.where(is_better, place + rows.start, drawn[chosen])
         self._advance(walk.head_bytes)
         return normalizer, drawn
-
-    def _noise(self, batch: int, rows: range, logits: Tensor) -> Tensor:
-        """Gumbel noise [sequence, token, row] that depends on nothing but seed and place."""
-        tokens = logits[..., 0].numel()
-        flat = torch.empty(len(rows) * tokens, device=logits.device)
-        drawn = uniform(self._seed, f"labels {batch}", rows, tokens, flat).clamp_(min=_SMALLEST)
-        noise = drawn.log_().neg_().log_().neg_()
-        return noise.view(len(rows), tokens).T.reshape(logits.shape)
 
     # -- backward ------------------------------------------------------------------------------------------------
 
@@ -217,6 +209,15 @@ class Gradients:
         joined = {name: torch.cat(parts) for name, parts in outputs.items()}
         write_tensors(self.path(number), {ENTERING: entering, **joined})
         self._end_layer(number)
+
+
+def gumbel_noise(seed: int, batch: int, rows: range, logits: Tensor) -> Tensor:
+    """Gumbel noise for `logits` [sequence, token, row] that depends on nothing but seed and place."""
+    tokens = logits[..., 0].numel()
+    flat = torch.empty(len(rows) * tokens, device=logits.device)
+    drawn = uniform(seed, f"labels {batch}", rows, tokens, flat).clamp_(min=_SMALLEST)
+    noise = drawn.log_().neg_().log_().neg_()
+    return noise.view(len(rows), tokens).T.reshape(logits.shape)
 
 
 def _differentiate(

@@ -22,10 +22,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from streamconv.calibration.subject import Calibrated
 from streamconv.calibration.tensor_files import stored_in, write_file
 from streamconv.checkpoint.reader import tensor_bytes
-from streamconv.checkpoint.types import TensorSpec
+from streamconv.checkpoint.types import StoredTensor, TensorSpec
 from streamconv.checkpoint.writer import Bytes, free_bytes, write_error
 from streamconv.checkpoint.writer import write_file as write_small
 from streamconv.errors import ResourceError
@@ -40,7 +39,7 @@ _WEIGHTS = "weights"
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A weight whose codes have been chosen: the bytes of `specs`, in their order; the rest as in Calibrated.
+    """A weight that a pass is done with: the bytes of `specs`, in their order; the rest as in Calibrated.
 
     `residual` are tensors in host memory, of FACTOR_DTYPE.
     """
@@ -51,6 +50,16 @@ class Result:
     kept: KeptDelta | None
     notes: Mapping[str, float]
     residual: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResult:
+    """A Result as it lies in the file of its layer; `parts` and `residual` by name of the tensor."""
+
+    parts: Mapping[str, StoredTensor]
+    kept: KeptDelta | None
+    notes: Mapping[str, float]
+    residual: Mapping[str, StoredTensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +136,9 @@ class LayerFiles:
         about = {_WEIGHTS: json.dumps({each.name: _described(each) for each in results})}
         write_file(self._path(number), specs, parts, about)
 
-    def read(self) -> Mapping[str, Calibrated]:
-        """All that was chosen in the layers that are done, by name of the weight."""
-        found: dict[str, Calibrated] = {}
+    def read(self) -> Mapping[str, StoredResult]:
+        """All results of the layers that are done, by name of the weight."""
+        found: dict[str, StoredResult] = {}
         for number in range(self.done):
             found |= _read(self._path(number))
         return found
@@ -181,10 +190,10 @@ def _described(result: Result) -> Mapping[str, object]:
     }
 
 
-def _read(path: Path) -> Mapping[str, Calibrated]:
+def _read(path: Path) -> Mapping[str, StoredResult]:
     tensors, metadata = stored_in(path)
     return {
-        name: Calibrated(
+        name: StoredResult(
             parts={part: tensors[part] for part in about["parts"]},
             kept=None if about["kept"] is None else KeptDelta(*about["kept"]),
             notes=about["notes"],

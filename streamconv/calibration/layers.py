@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from streamconv.calibration.calibrated import Calibrated
 from streamconv.calibration.directions import directions_of
 from streamconv.calibration.gradients import Gradients, gradients_path
 from streamconv.calibration.groups import Enough, Group, Linears, Recorder, listening
@@ -38,7 +39,7 @@ from streamconv.calibration.passes import (
     windows_of,
 )
 from streamconv.calibration.residual_adapter import factor_tensors
-from streamconv.calibration.subject import Calibrated, Subject
+from streamconv.calibration.subject import Subject
 from streamconv.formats.base import Encoder
 from streamconv.forward.walk import Passing, assign, in_batches
 from streamconv.kernels import kernels_for
@@ -67,7 +68,10 @@ def calibrate(
         with telling_of_memory(subject.plan.device):
             _Calibration(subject, model, windows, files, folder, on_bytes, stop).run()
         files.remove_states()
-        return files.read()
+        return {
+            name: Calibrated(each.parts, each.kept, each.notes, each.residual)
+            for name, each in files.read().items()
+        }
 
 
 class _Calibration:

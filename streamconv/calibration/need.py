@@ -1,4 +1,4 @@
-"""What a calibration needs in memory and on disk, from headers and the config alone."""
+"""Memory and disk that passes of a text need, from headers and the config alone."""
 
 from __future__ import annotations
 
@@ -26,21 +26,16 @@ _LOGIT_COPIES = 6
 _BACKWARD = 3
 
 
-def calibration_need(subject: Subject) -> Need:
-    """Of all passes of the text. Raises UnsupportedError for a model that cannot be walked; reads no weight."""
-    needs = []
-    if subject.calibration.rescaling is not None:
-        with opened_targets(subject) as walk:
-            needs.append(rescaling_need(walk, subject))
-    if subject.calibration.options is not None:
-        with opened(subject) as model:
-            needs.append(need_of(model, subject))
-    return Need(
-        ram=max(need.ram for need in needs),
-        vram=max(need.vram for need in needs),
-        disk=max(need.disk for need in needs) + subject.plan.scaling_bytes,
-        read=sum(need.read for need in needs),
-    )
+def calibrating_need(subject: Subject) -> Need:
+    """Bytes that choosing codes needs. Raises UnsupportedError for a model that cannot be walked; reads no weight."""
+    with opened(subject) as model:
+        return need_of(model, subject)
+
+
+def equalizing_need(subject: Subject) -> Need:
+    """Bytes that choosing scales needs. Raises what `calibrating_need` does."""
+    with opened_targets(subject) as walk:
+        return rescaling_need(walk, subject)
 
 
 def pairs_in(walk: Walk, number: int, subject: Subject) -> Sequence[WeightPair]:

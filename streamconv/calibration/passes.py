@@ -21,6 +21,7 @@ from streamconv.progress import StopRequest
 def windows_of(subject: Subject) -> Tensor:
     """The calibration text [sequence, token]."""
     calibration = subject.calibration
+    assert subject.tokenizer is not None, "there is no tokenizer to read a text with"
     return read_windows(
         calibration.data,
         load_tokenizer(subject.tokenizer),

@@ -8,12 +8,11 @@ it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from streamconv.calibration.subject import Calibrated
 from streamconv.checkpoint.header import build_header
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
@@ -39,9 +38,8 @@ def removed_share(notes: Iterable[Mapping[str, float]]) -> float | None:
     return 1 - sum(loss for _, loss in pairs) / before if before else None
 
 
-def adapter_config(rank: int, calibrated: Mapping[str, Calibrated]) -> bytes:
-    """Content of adapter_config.json; of weights that were not calibrated it says nothing."""
-    tensors = [name for each in calibrated.values() for name in each.residual]
+def adapter_config(rank: int, tensors: Iterable[str]) -> bytes:
+    """Content of adapter_config.json for tensors of these names; of weights without any it says nothing."""
     modules = sorted(name.removeprefix(_PREFIX).removesuffix(_A) for name in tensors if name.endswith(_A))
     content = {
         "peft_type": "LORA",
@@ -63,9 +61,9 @@ def adapter_config(rank: int, calibrated: Mapping[str, Calibrated]) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
-def write_adapter(path: Path, calibrated: Mapping[str, Calibrated]) -> str:
+def write_adapter(path: Path, tensors: Iterable[StoredTensor]) -> str:
     """Write adapter_model.safetensors to `path`, anew, a tensor at a time; its SHA-256. Durable when this returns."""
-    stored = _stored(calibrated)
+    stored = sorted(tensors, key=lambda tensor: tensor.name)
     specs = [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in stored]
     header = build_header(specs, {"format": "pt"})
     path.unlink(missing_ok=True)
@@ -74,8 +72,3 @@ def write_adapter(path: Path, calibrated: Mapping[str, Calibrated]) -> str:
         for tensor in stored:
             writer.write(tensor_bytes(reader.load(tensor)))
         return writer.finish()
-
-
-def _stored(calibrated: Mapping[str, Calibrated]) -> Sequence[StoredTensor]:
-    found = [tensor for each in calibrated.values() for tensor in each.residual.values()]
-    return sorted(found, key=lambda tensor: tensor.name)

@@ -21,12 +21,11 @@ from streamconv.cli.options import (
     adapter_option,
 )
 from streamconv.cli.progress import progress
+from streamconv.options import ANALYZE_DEFAULTS
 from streamconv.sizes import format_size
 
 if TYPE_CHECKING:
     from streamconv.analysis import Analysis, OnGrid, TargetAnalysis
-
-_FORMATS = ("nf4-dq", "nf4", "int8")
 
 
 class _Numbers(click.ParamType[tuple[int, ...]]):
@@ -53,15 +52,15 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
         Section.RESULT,
         "--format",
         "formats",
+        defaults=ANALYZE_DEFAULTS,
         multiple=True,
-        default=_FORMATS,
-        show_default=True,
         metavar="FORMAT",
         help="A format with codes, as in --quant of merge. Repeatable.",
     ),
     option(
         Section.RESULT,
         "--layers",
+        defaults=ANALYZE_DEFAULTS,
         type=_Numbers(),
         metavar="NUMBERS",
         help="Only the weights of these layers: 0,10,20. Default: all.",
@@ -69,16 +68,16 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
     option(
         Section.RESULT,
         "--report",
+        defaults=ANALYZE_DEFAULTS,
         type=click.Path(),
         metavar="DIR",
         help="Also draw plots, into this folder; needs streamconv[report].",
     ),
-    option(Section.RESULT, "--seed", default=0, show_default=True, help="Seed of stochastic rounding."),
+    option(Section.RESULT, "--seed", defaults=ANALYZE_DEFAULTS, help="Seed of stochastic rounding."),
     option(
         Section.MERGE,
         "--merge-base",
-        default="auto",
-        show_default=True,
+        defaults=ANALYZE_DEFAULTS,
         metavar="FORMAT",
         help="What target T is an update of: the base rounded to nf4, nf4-dq, fp4, fp4-dq or int8 as in training; "
         "original: leave T out; auto: nf4-dq, or a quantized base as it is.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -86,8 +86,21 @@ def sections(command: click.Command, ctx: click.Context) -> dict[str, list[tuple
     return found
 
 
-def option(section: Section, *names: str, **attributes: Any) -> Callable[[F], F]:
+def option(
+    section: Section, *names: str, defaults: Mapping[str, Any] | None = None, **attributes: Any
+) -> Callable[[F], F]:
+    """An option under a heading of help. `defaults` are those of Python by keyword, of which it takes its own."""
+    if defaults is not None:
+        default = defaults[_keyword(names)]
+        if default not in (None, ()) and default is not False:
+            attributes |= {"default": default, "show_default": True}
     return click.option(*names, cls=Option, section=section, **attributes)
+
+
+def _keyword(names: Sequence[str]) -> str:
+    """The keyword in Python: the name that is given to click, or else the longest on the command line."""
+    given = [name for name in names if not name.startswith("-")]
+    return given[-1] if given else max(names, key=len).partition("/")[0].removeprefix("--").replace("-", "_")
 
 
 def group(*options: Callable[[F], F]) -> Callable[[F], F]:

@@ -27,6 +27,7 @@ from streamconv.cli.options import (
 )
 from streamconv.cli.progress import progress
 from streamconv.cli.signals import stop_on_signals
+from streamconv.options import COMPARE_DEFAULTS
 
 if TYPE_CHECKING:
     from streamconv.comparison import Compared
@@ -56,6 +57,7 @@ _STRATEGIES = group(
     option(
         Section.STRATEGIES,
         "--strategies",
+        defaults=COMPARE_DEFAULTS,
         metavar="NAME,...|FILE",
         help="Strategies by name, and .yaml or .json files that say by name which options of merge others have. "
         "Default: all that --list shows.",
@@ -72,6 +74,7 @@ _STRATEGIES = group(
     option(
         Section.STRATEGIES,
         "--calibration",
+        defaults=COMPARE_DEFAULTS,
         type=FOLDER,
         metavar="FILE|DATASET",
         help="Text for strategies that choose codes by what the layers do with one; without it they are left out.",
@@ -79,14 +82,14 @@ _STRATEGIES = group(
     option(
         Section.STRATEGIES,
         "--calibration-tokens",
-        default=65536,
-        show_default=True,
+        defaults=COMPARE_DEFAULTS,
         metavar="N",
         help="As for `streamconv merge`.",
     ),
     option(
         Section.STRATEGIES,
         "--calibration-sequence-length",
+        defaults=COMPARE_DEFAULTS,
         type=int,
         metavar="N",
         help="As for `streamconv merge`.",
@@ -94,35 +97,31 @@ _STRATEGIES = group(
     option(
         Section.STRATEGIES,
         "--calibration-gradient-tokens",
-        default=2048,
-        show_default=True,
+        defaults=COMPARE_DEFAULTS,
         metavar="N",
         help="As for `streamconv merge`.",
     ),
     option(
         Section.STRATEGIES,
         "--merge-base",
-        default="nf4-dq",
-        show_default=True,
+        defaults=COMPARE_DEFAULTS,
         metavar="FORMAT",
         help="The format that training had the base in, which T starts from; that of a base that is itself quantized.",
     ),
-    option(Section.STRATEGIES, "--seed", default=0, show_default=True, help="Seed of stochastic rounding."),
+    option(Section.STRATEGIES, "--seed", defaults=COMPARE_DEFAULTS, help="Seed of stochastic rounding."),
 )
 _JUDGING = group(
     option(
         Section.REFERENCE,
         "--reference",
-        default="T",
-        show_default=True,
+        defaults=COMPARE_DEFAULTS,
         metavar="T|F",
         help="The unmerged model that all are compared with: T, as trained, or F, the update on the 16-bit base.",
     ),
     option(
         Section.REFERENCE,
         "--greedy-tokens",
-        default=16,
-        show_default=True,
+        defaults=COMPARE_DEFAULTS,
         metavar="N",
         help="Tokens of greedy continuations that are compared; 0: none. For them the reference is run up to N more "
         "times, once for all strategies.",
@@ -130,14 +129,14 @@ _JUDGING = group(
     option(
         Section.REFERENCE,
         "--dtype",
-        default="float32",
-        show_default=True,
+        defaults=COMPARE_DEFAULTS,
         metavar="DTYPE",
         help="What weights are brought to and all is computed in: float32, bfloat16, float16.",
     ),
     option(
         Section.REFERENCE,
         "--max-bits",
+        defaults=COMPARE_DEFAULTS,
         type=float,
         metavar="BITS",
         help="Recommend a model of at most so many bits a weight, all tensors counted. Default: one recommendation for "
@@ -146,15 +145,13 @@ _JUDGING = group(
     option(
         Section.REFERENCE,
         "--speed/--no-speed",
-        default=True,
-        show_default=True,
+        defaults=COMPARE_DEFAULTS,
         help="Load every model with stock transformers and let it decode, in a process of its own.",
     ),
     option(
         Section.REFERENCE,
         "--speed-tokens",
-        default=32,
-        show_default=True,
+        defaults=COMPARE_DEFAULTS,
         metavar="N",
         help="Tokens that it decodes.",
     ),
@@ -163,12 +160,14 @@ _PLACE = group(
     option(
         Section.PLACE,
         "--keep",
+        defaults=COMPARE_DEFAULTS,
         is_flag=True,
         help="Keep the models, in DIR/models/NAME, instead of removing each once it is judged.",
     ),
     option(
         Section.PLACE,
         "--overwrite",
+        defaults=COMPARE_DEFAULTS,
         is_flag=True,
         help="Start anew, whatever comparison the folder holds.",
     ),
@@ -188,7 +187,7 @@ _PLACE = group(
     TOKENIZER,
     MOE_LAYOUT,
     ALLOW_PICKLE,
-    resources("4GiB"),
+    resources(COMPARE_DEFAULTS),
     _PLACE,
     SHOW,
 )

@@ -22,6 +22,7 @@ from streamconv.cli.options import (
     resources,
 )
 from streamconv.cli.progress import progress
+from streamconv.options import EVALUATE_DEFAULTS
 from streamconv.sizes import format_size
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ _REFERENCE = group(
     option(
         Section.REFERENCE,
         "--reference",
+        defaults=EVALUATE_DEFAULTS,
         type=FOLDER,
         metavar="MODEL",
         help="Compare with this model: KL divergence from it, and how often both find the same token most likely.",
@@ -38,6 +40,7 @@ _REFERENCE = group(
     option(
         Section.REFERENCE,
         "--reference-adapter",
+        defaults=EVALUATE_DEFAULTS,
         type=FOLDER,
         metavar="ADAPTER",
         help="An adapter on the reference, not merged.",
@@ -45,14 +48,14 @@ _REFERENCE = group(
     option(
         Section.REFERENCE,
         "--reference-merge-base",
-        default="original",
-        show_default=True,
+        defaults=EVALUATE_DEFAULTS,
         metavar="FORMAT",
         help="The base of that adapter, as in --merge-base.",
     ),
     option(
         Section.REFERENCE,
         "--reference-cache",
+        defaults=EVALUATE_DEFAULTS,
         type=click.Path(),
         metavar="DIR",
         help="Keep what the reference answers in this folder: the next model is compared without running it again.",
@@ -60,8 +63,7 @@ _REFERENCE = group(
     option(
         Section.REFERENCE,
         "--greedy-tokens",
-        default=0,
-        show_default=True,
+        defaults=EVALUATE_DEFAULTS,
         metavar="N",
         help="Also compare greedy continuations of so many tokens; reads the reference up to N more times.",
     ),
@@ -78,16 +80,14 @@ TEXT = group(
     option(
         Section.TEXT,
         "--tokens",
-        default=16384,
-        show_default=True,
+        defaults=EVALUATE_DEFAULTS,
         metavar="N",
         help="Tokens to take from the beginning of the text.",
     ),
     option(
         Section.TEXT,
         "--sequence-length",
-        default=512,
-        show_default=True,
+        defaults=EVALUATE_DEFAULTS,
         metavar="N",
         help="Tokens in a sequence; the first of each is given, not predicted.",
     ),
@@ -112,12 +112,11 @@ TEXT = group(
     option(
         Section.RESOURCES,
         "--dtype",
-        default="float32",
-        show_default=True,
+        defaults=EVALUATE_DEFAULTS,
         metavar="DTYPE",
         help="What weights are brought to and all is computed in: float32, bfloat16, float16.",
     ),
-    resources("4GiB"),
+    resources(EVALUATE_DEFAULTS),
     SHOW,
 )
 def eval_command(as_json: bool, quiet: bool, **given: Any) -> None:

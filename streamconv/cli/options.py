@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
 
 from streamconv.cli.blocks import F, Place, Section, Size, group, option
 from streamconv.cli.exits import set_debug
+from streamconv.options import MERGE_DEFAULTS
 
 
 def _set_verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -58,14 +59,22 @@ BASE = base_option(required=True, help=_BASE_HELP)
 BASE_REVISION = option(
     Section.INPUTS,
     "--base-revision",
+    defaults=MERGE_DEFAULTS,
     metavar="REV",
     help="Branch, tag or commit of a base from the Hub. Default: main.",
 )
 ADAPTER_PLACE = group(
-    option(Section.INPUTS, "--adapter-revision", metavar="REV", help="The same of an adapter from the Hub."),
+    option(
+        Section.INPUTS,
+        "--adapter-revision",
+        defaults=MERGE_DEFAULTS,
+        metavar="REV",
+        help="The same of an adapter from the Hub.",
+    ),
     option(
         Section.INPUTS,
         "--adapter-subfolder",
+        defaults=MERGE_DEFAULTS,
         metavar="NAME",
         help="Folder inside the adapter's, such as checkpoint-1200.",
     ),
@@ -75,14 +84,14 @@ RESULT = group(
     option(
         Section.RESULT,
         "--quant",
-        default="keep",
-        show_default=True,
+        defaults=MERGE_DEFAULTS,
         metavar="FORMAT",
         help="keep: the base's own format; none: 16/32 bit; or a format that `streamconv formats` lists.",
     ),
     option(
         Section.RESULT,
         "--also",
+        defaults=MERGE_DEFAULTS,
         multiple=True,
         metavar="FORMAT",
         help="A further output from the same read, in the folder DIR/FORMAT: none, or a format as in --quant. "
@@ -91,6 +100,7 @@ RESULT = group(
     option(
         Section.RESULT,
         "--group-size",
+        defaults=MERGE_DEFAULTS,
         type=int,
         metavar="N",
         help="Elements of a row that share a scale, in formats with groups: 32, 64 or 128. Default: the "
@@ -99,16 +109,14 @@ RESULT = group(
     option(
         Section.RESULT,
         "--dtype",
-        default="auto",
-        show_default=True,
+        defaults=MERGE_DEFAULTS,
         metavar="DTYPE",
         help="float32, float16, bfloat16; auto: what each tensor has in the base.",
     ),
     option(
         Section.RESULT,
         "--rounding",
-        default="auto",
-        show_default=True,
+        defaults=MERGE_DEFAULTS,
         metavar="NAME",
         help="How 4-bit codes are chosen: nearest, stochastic, adaptive (either, by the size of the update), search, "
         "feedback (with --calibration); auto: what keeps the fine-tune, feedback where there is calibration text.",
@@ -116,6 +124,7 @@ RESULT = group(
     option(
         Section.RESULT,
         "--calibration",
+        defaults=MERGE_DEFAULTS,
         type=FOLDER,
         metavar="FILE|DATASET",
         help="Choose codes by what the layers do with this text: a .txt, a .jsonl with text or messages, or a data set "
@@ -124,14 +133,14 @@ RESULT = group(
     option(
         Section.RESULT,
         "--calibration-tokens",
-        default=65536,
-        show_default=True,
+        defaults=MERGE_DEFAULTS,
         metavar="N",
         help="Tokens to take from the beginning of that text.",
     ),
     option(
         Section.RESULT,
         "--calibration-sequence-length",
+        defaults=MERGE_DEFAULTS,
         type=int,
         metavar="N",
         help="Tokens in a sequence of it. Default: 2048, or what the model has positions for.",
@@ -139,8 +148,7 @@ RESULT = group(
     option(
         Section.RESULT,
         "--calibration-gradient-tokens",
-        default=2048,
-        show_default=True,
+        defaults=MERGE_DEFAULTS,
         metavar="N",
         help="Tokens of it whose gradients tell what each output of a layer counts for the model; 0: all count alike, "
         "in less time.",
@@ -148,8 +156,7 @@ RESULT = group(
     option(
         Section.RESULT,
         "--rescale",
-        default="none",
-        show_default=True,
+        defaults=MERGE_DEFAULTS,
         metavar="NAME",
         help="With --calibration: awq divides norms and weights and multiplies what reads them, so that inputs that "
         "are large on that text are rounded best; for families of models whose layers are known.",
@@ -157,8 +164,7 @@ RESULT = group(
     option(
         Section.RESULT,
         "--residual-rank",
-        default=0,
-        show_default=True,
+        defaults=MERGE_DEFAULTS,
         metavar="R",
         help="With --calibration: write a PEFT adapter of this rank, such as 16, to DIR/residual, which repairs part "
         "of what rounding changed in the outputs of the layers; 0: none.",
@@ -166,13 +172,13 @@ RESULT = group(
     option(
         Section.RESULT,
         "--seed",
-        default=0,
-        show_default=True,
+        defaults=MERGE_DEFAULTS,
         help="Seed of stochastic and adaptive rounding.",
     ),
     option(
         Section.RESULT,
         "--ignore",
+        defaults=MERGE_DEFAULTS,
         multiple=True,
         metavar="PATTERN",
         help="Further modules left in 16 bit: part of a module path, or re:REGEX. Repeatable.",
@@ -180,6 +186,7 @@ RESULT = group(
     option(
         Section.RESULT,
         "--max-shard-size",
+        defaults=MERGE_DEFAULTS,
         type=Size(),
         metavar="SIZE",
         help="Largest output file, such as 5GB. Default: the base's own shards for 16-bit output, else 5GB.",
@@ -188,14 +195,14 @@ RESULT = group(
 ALLOW_PICKLE = option(
     Section.MERGE,
     "--allow-pickle",
+    defaults=MERGE_DEFAULTS,
     is_flag=True,
     help="Read adapter_model.bin: a pickle, opened so that it can hold nothing but tensors.",
 )
 MERGE_BASE = option(
     Section.MERGE,
     "--merge-base",
-    default="original",
-    show_default=True,
+    defaults=MERGE_DEFAULTS,
     metavar="FORMAT",
     help="What the update is added to: original, or the base rounded to nf4, nf4-dq, fp4, fp4-dq or int8 "
     "as in training.",
@@ -203,16 +210,14 @@ MERGE_BASE = option(
 TOKENIZER = option(
     Section.MERGE,
     "--tokenizer",
+    defaults=MERGE_DEFAULTS,
     type=click.Choice(["auto", "base", "adapter"]),
-    default="auto",
-    show_default=True,
     help="Whose tokenizer files to copy.",
 )
 MOE_LAYOUT = option(
     Section.MERGE,
     "--moe-layout",
-    default="auto",
-    show_default=True,
+    defaults=MERGE_DEFAULTS,
     metavar="WORDS",
     help="How LoRA factors of fused experts are packed where nothing tells: last or middle (the axis lora_A runs "
     "along), rank-major or expert-major (lora_B), or one of each with a comma between.",
@@ -222,8 +227,7 @@ TARGET = group(
     option(
         Section.MERGE,
         "--preserve-delta",
-        default="auto",
-        show_default=True,
+        defaults=MERGE_DEFAULTS,
         metavar="MU",
         help="How much calibration spares the directions that the adapter works in, such as 0.3, so that more of the "
         "update is kept weight by weight; auto: not at all, which keeps predictions nearer.",
@@ -231,6 +235,7 @@ TARGET = group(
     option(
         Section.MERGE,
         "--min-kept",
+        defaults=MERGE_DEFAULTS,
         type=click.FloatRange(0, 1),
         metavar="SHARE",
         help="Refuse a quantized result that keeps less than this share of the fine-tune. "
@@ -242,42 +247,40 @@ TARGET = group(
 )
 
 
-def resources(max_ram: str) -> Callable[[F], F]:
-    """Where it runs, and with how much memory; `max_ram` unless another is given."""
+def resources(defaults: Mapping[str, Any]) -> Callable[[F], F]:
+    """Where it runs, and with how much memory."""
     return group(
         option(
             Section.RESOURCES,
             "--device",
-            default="auto",
-            show_default=True,
+            defaults=defaults,
             help="auto, cpu, cuda (every GPU like the first) or cuda:N.",
         ),
         option(
             Section.RESOURCES,
             "--max-ram",
+            defaults=defaults,
             type=Size(),
-            default=max_ram,
-            show_default=True,
             metavar="SIZE",
             help="Memory above the interpreter with torch loaded.",
         ),
         option(
             Section.RESOURCES,
             "--max-vram",
+            defaults=defaults,
             type=Size(),
-            default="2GiB",
-            show_default=True,
             metavar="SIZE",
             help="Memory of each GPU.",
         ),
     )
 
 
-RESOURCES = resources("1GiB")
+RESOURCES = resources(MERGE_DEFAULTS)
 PLACE = group(
     option(
         Section.PLACE,
         "--overwrite",
+        defaults=MERGE_DEFAULTS,
         is_flag=True,
         help="Replace the model in --out once the new one is complete.",
     ),
@@ -293,20 +296,19 @@ PLACE = group(
     option(
         Section.PLACE,
         "--verify/--no-verify",
-        default=True,
-        show_default=True,
+        defaults=MERGE_DEFAULTS,
         help="Reopen the finished output: names, shapes, sizes.",
     ),
     option(
         Section.PLACE,
         "--card/--no-card",
-        default=True,
-        show_default=True,
+        defaults=MERGE_DEFAULTS,
         help="Write a model card (README.md).",
     ),
     option(
         Section.PLACE,
         "--copy-extra",
+        defaults=MERGE_DEFAULTS,
         multiple=True,
         metavar="GLOB",
         help="Further files to copy. Repeatable.",

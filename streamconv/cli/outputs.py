@@ -20,6 +20,7 @@ from streamconv.cli.options import (
 )
 from streamconv.cli.progress import progress
 from streamconv.cli.uploads import hush_hub, push_verified, show_pushed
+from streamconv.options import MERGE_DEFAULTS
 from streamconv.sizes import format_size
 
 
@@ -48,8 +49,7 @@ from streamconv.sizes import format_size
     option(
         Section.RESOURCES,
         "--device",
-        default="auto",
-        show_default=True,
+        defaults=MERGE_DEFAULTS,
         help="auto, cpu, cuda or cuda:N; for --full.",
     ),
     SHOW,

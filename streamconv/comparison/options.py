@@ -9,11 +9,9 @@ from typing import Any
 
 from streamconv.comparison.strategies import F, Strategy, T
 from streamconv.errors import OptionError
-from streamconv.pipeline.job import Job, build_job
-from streamconv.planning.plan import Calibration
+from streamconv.options import Calibration, Job, ModelKeywords
+from streamconv.pipeline.job import build_job
 
-GREEDY_TOKENS = 16
-SPEED_TOKENS = 32
 # Intervals are over sequences; that of a single one has no width.
 LEAST_SEQUENCES = 2
 _4BIT: Mapping[str, str | bool] = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
@@ -27,21 +25,17 @@ LOAD_IN: Mapping[str, Mapping[str, str | bool]] = {
 """What training may have rounded the base to, with the settings of transformers' BitsAndBytesConfig that do so."""
 
 
+# Where inputs come from, as the others say with what means they are worked on.
+_PLACES = ("base_revision", "adapter_revision", "adapter_subfolder")
+
+
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What is compared, where it comes from, and with which means it is worked on: the same for every strategy."""
+    """What is compared, and the options that are the same for every strategy."""
 
     base: str
     adapter: str
-    base_revision: str | None
-    adapter_revision: str | None
-    adapter_subfolder: str | None
-    moe_layout: str
-    allow_pickle: bool
-    tokenizer: str
-    device: str
-    max_ram: str | int
-    max_vram: str | int
+    options: ModelKeywords
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,37 +103,30 @@ class CompareOptions:
 
     def output_job(self, folder: Path, adapter: Path | None) -> Job:
         """An output as it is evaluated, with the adapter beside it if there is one."""
-        inputs = self.inputs
+        options = self.inputs.options
         return build_job(
             folder,
             adapter,
             quant="none",
             dtype=self.dtype,
-            device=inputs.device,
-            max_ram=inputs.max_ram,
-            max_vram=inputs.max_vram,
+            device=options["device"],
+            max_ram=options["max_ram"],
+            max_vram=options["max_vram"],
         )
 
     def _inputs(self, adapter: str | None) -> dict[str, Any]:
-        inputs = self.inputs
+        options = self.inputs.options
         return {
-            "base": inputs.base,
-            "base_revision": inputs.base_revision,
+            "base": self.inputs.base,
+            "base_revision": options["base_revision"],
             "adapter": adapter,
-            "adapter_revision": inputs.adapter_revision if adapter else None,
-            "adapter_subfolder": inputs.adapter_subfolder if adapter else None,
+            "adapter_revision": options["adapter_revision"] if adapter else None,
+            "adapter_subfolder": options["adapter_subfolder"] if adapter else None,
         }
 
     def _means(self, adapter: str | None) -> dict[str, Any]:
-        inputs = self.inputs
-        return {
-            "moe_layout": inputs.moe_layout,
-            "allow_pickle": inputs.allow_pickle,
-            "tokenizer": inputs.tokenizer if adapter else "auto",
-            "device": inputs.device,
-            "max_ram": inputs.max_ram,
-            "max_vram": inputs.max_vram,
-        }
+        found = {name: value for name, value in self.inputs.options.items() if name not in _PLACES}
+        return found if adapter else {**found, "tokenizer": "auto"}
 
 
 def check_merge_base(name: str) -> str:

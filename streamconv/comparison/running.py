@@ -503,7 +503,7 @@ def _judged(work: Work, subject: Job, tensor_bytes: int, size_bytes: int, made: 
 
 def _speed(work: Work, case: Case) -> Speed:
     options, inputs = work.options, work.options.inputs
-    device = resolve_device(inputs.device).name
+    device = resolve_device(inputs.options["device"]).name
     if case.is_merged:
         folder = work.store.model(case.strategy.name)
         beside = adapter_beside(folder)

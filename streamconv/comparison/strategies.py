@@ -10,13 +10,12 @@ import difflib
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from inspect import signature
 
 from streamconv.dtypes import DENSE
 from streamconv.errors import OptionError
 from streamconv.formats import FORMATS
+from streamconv.options import CALIBRATION_KEYWORDS, MERGE_DEFAULTS
 from streamconv.output.recipe import read_recipe
-from streamconv.pipeline.calls import merge
 from streamconv.planning.choices import can_calibrate
 
 T, F, BASE = "T", "F", "base"
@@ -39,8 +38,6 @@ _OPTIONS: Mapping[str, type[Value]] = {
     "residual_rank": int,
     "rescale": str,
 }
-# What says that a strategy uses calibration text.
-_OF_CALIBRATION = ("preserve_delta", "calibration_gradient_tokens", "residual_rank", "rescale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +117,7 @@ def known_strategies() -> tuple[Strategy, ...]:
 def _is_known(strategy: Strategy) -> bool:
     options = strategy.options or {"quant": OWN}
     has_format = options["quant"] in (OWN, "none") or options["quant"] in FORMATS
-    return has_format and options.keys() <= signature(merge).parameters.keys()
+    return has_format and options.keys() <= MERGE_DEFAULTS.keys()
 
 
 # -- as asked for --------------------------------------------------------------------------------------------
@@ -184,12 +181,12 @@ def _parsed(name: str, text: str, where: str) -> Strategy:
     if options["quant"] != "none" and options["quant"] not in (*FORMATS, *DENSE):
         raise OptionError(f"{where}: --quant {options['quant']} is not known; use none, {', '.join(FORMATS)}")
     options.setdefault("merge_base", "original")
-    calibrated = options.get("rounding") == "feedback" or any(key in options for key in _OF_CALIBRATION)
+    calibrated = options.get("rounding") == "feedback" or any(key in options for key in CALIBRATION_KEYWORDS)
     return Strategy(name, text, F if options["merge_base"] == "original" else T, options, calibrated)
 
 
 def _parse_options(words: Sequence[str], where: str) -> dict[str, Value]:
-    known = {name: kind for name, kind in _OPTIONS.items() if name in signature(merge).parameters}
+    known = {name: kind for name, kind in _OPTIONS.items() if name in MERGE_DEFAULTS}
     options: dict[str, Value] = {}
     for flag, text in zip(words[::2], [*words[1::2], None][: len(words[::2])], strict=True):
         name = flag.removeprefix("--").replace("-", "_")

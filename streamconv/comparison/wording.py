@@ -5,13 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from inspect import signature
 
 from streamconv.comparison.options import CompareOptions
 from streamconv.comparison.result import DONE, FAILED, Compared, Numbers, Row, Speed
 from streamconv.comparison.strategies import Strategy
 from streamconv.formats import FORMATS
-from streamconv.pipeline.job import build_job
+from streamconv.options import MERGE_DEFAULTS
 from streamconv.sizes import exact_size, format_size, parse_size
 
 NOTHING = "-"
@@ -214,10 +213,6 @@ def _capital(text: str) -> str:
 
 # -- commands --------------------------------------------------------------------------------------------------------
 
-# What a merge does unless it is told otherwise.
-_DEFAULTS: Mapping[str, object] = {
-    name: parameter.default for name, parameter in signature(build_job).parameters.items()
-}
 _SIZES = ("max_ram", "max_vram")
 
 
@@ -227,7 +222,7 @@ def merge_command(options: CompareOptions, strategy: Strategy) -> str:
     for name, value in options.merge_options(strategy).items():
         if name == "min_kept" and not _has_gate(strategy):
             continue
-        said, usual = _said(name, value), _said(name, _DEFAULTS[name])
+        said, usual = _said(name, value), _said(name, MERGE_DEFAULTS.get(name))
         if said != usual:
             flag = f"--{name.replace('_', '-')}"
             words += [flag] if value is True else [flag, said]

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.errors import OptionError
-from streamconv.pipeline.job import Folder, Job
+from streamconv.options import Folder, Job
 
-MAX_RAM = "4GiB"
 LEAST_LENGTH = 16
 
 

@@ -23,7 +23,7 @@ from streamconv.forward.skeleton import build_planned
 from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.forward.walk import Walk
 from streamconv.forward.weights import WeightSource
-from streamconv.pipeline.job import Job
+from streamconv.options import Job
 from streamconv.pipeline.preparation import Prepared, prepare
 from streamconv.planning.devices import resolve_device
 from streamconv.progress import OnProgress, anonymous_bytes

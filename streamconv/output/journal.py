@@ -4,8 +4,7 @@
     plan.json      the fingerprint of the run that owns the folder
     journal.jsonl  append-only; every line is on disk before the next is written
     *.partial      shards being written; a finished one loses the suffix, still inside this folder
-    calibration/   codes that a calibration pass has made, a file a decoder layer, each whole once it is there
-    rescaling/     scales that a pass before has chosen, likewise
+    <pass>/        a folder for each pass of the plan (`Pass.folder`), with what it has made: `calibration`, `rescaling`
 
 Two kinds of line matter. A *watermark* says: the first `offset` bytes of this shard are on disk and hash to
 `sha256`; a rerun goes on from there. *finished* says the same of a whole shard. Both carry the kept-delta sums of
@@ -34,7 +33,6 @@ from streamconv.checkpoint.writer import fsync_folder, write_error, write_file
 from streamconv.errors import OutputError
 
 WORK_FOLDER = ".streamconv"
-CALIBRATION, RESCALING = "calibration", "rescaling"
 _PLAN, _LINES, _LOCK = "plan.json", "journal.jsonl", "lock"
 
 
@@ -121,21 +119,9 @@ class Journal:
             self._lines = None
 
     @property
-    def calibration(self) -> Path:
-        """Where a calibration pass leaves its layers."""
-        return self.folder / CALIBRATION
-
-    @property
-    def rescaling(self) -> Path:
-        """Where a pass that chooses scales leaves its layers."""
-        return self.folder / RESCALING
-
-    @property
-    def has_layers(self) -> bool:
-        """Whether a pass over a text has finished any."""
-        return any(
-            path for folder in (self.calibration, self.rescaling) for path in folder.glob("*.safetensors")
-        )
+    def has_passed(self) -> bool:
+        """Whether a pass of any plan, be it another one's than this run's, has left a whole file."""
+        return any(self.folder.glob("*/*.safetensors"))
 
     def partial(self, shard: str) -> Path:
         """Where a shard is written before it is whole."""
@@ -230,7 +216,7 @@ class Journal:
             found = {}
         differing = _differences(found, self.fingerprint)
         progress = _read_progress(lines)
-        if differing and (progress.is_worth_keeping or (self.has_layers and not progress.rejected)):
+        if differing and (progress.is_worth_keeping or (self.has_passed and not progress.rejected)):
             raise OutputError(
                 f"{self.folder.parent} holds an unfinished run with other inputs or options "
                 f"({'; '.join(differing[:3])}); repeat that command to finish it, pass --no-resume to discard it, "

@@ -6,9 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from streamconv.checkpoint.writer import (
-    free_bytes,
-)
+from streamconv.checkpoint.writer import free_bytes
 from streamconv.errors import OutputError, ResourceError
 from streamconv.formats import FORMATS
 from streamconv.output.journal import WORK_FOLDER, Journal
@@ -16,8 +14,8 @@ from streamconv.output.publish import CONFIG
 from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.sizes import format_size
 
-_SPARE_DISK_BYTES = 64 * 2**20  # index, tokenizer, journal, and what the file system adds
-
+SPARE_DISK_BYTES = 64 * 2**20
+"""Index, tokenizer, journal, and what the file system adds."""
 
 OUTPUT_FOLDERS = ("none", *FORMATS)
 """Names of the folders in an output that are for further ones, each a model of its own."""
@@ -69,14 +67,16 @@ def check_apart(out: Path, further: Sequence[Path]) -> None:
             )
 
 
-def check_disk(outputs: Sequence[tuple[Path, Plan, Sequence[ShardPlan], Journal]]) -> None:
+def check_disk(
+    outputs: Sequence[tuple[Path, Plan, Sequence[ShardPlan], Journal]], spare_bytes: int = SPARE_DISK_BYTES
+) -> None:
     """Raise ResourceError unless what is still to be written of each plan fits the file systems that outputs lie on:
-    these shards, and what a calibration leaves.
+    these shards, what passes before make, and `spare_bytes` of small files for each.
     """
     needed: dict[int, int] = {}
     for out, plan, shards, journal in outputs:
         disk = out.stat().st_dev
-        needed[disk] = needed.get(disk, 0) + _disk_need(plan, shards, journal)
+        needed[disk] = needed.get(disk, 0) + spare_bytes + _disk_need(plan, shards, journal)
         free = free_bytes(out / WORK_FOLDER)
         if needed[disk] > free:
             what = f"{out} with the other outputs" if len(outputs) > 1 else f"{out}"
@@ -88,15 +88,15 @@ def check_disk(outputs: Sequence[tuple[Path, Plan, Sequence[ShardPlan], Journal]
 
 def _disk_need(plan: Plan, shards: Sequence[ShardPlan], journal: Journal) -> int:
     missing = sum(max(0, shard.size - _taken(journal.partial(shard.name))) for shard in shards)
-    need = plan.calibration.need if plan.calibration else None
-    if need is None:
-        return _SPARE_DISK_BYTES + missing
-    made = sum(map(_taken, journal.calibration.iterdir())) if journal.calibration.exists() else 0
-    chosen = sum(map(_taken, journal.rescaling.iterdir())) if journal.rescaling.exists() else 0
-    # Activations are gone when the shards are written.
-    codes, scales = max(0, plan.calibrated_bytes - made), max(0, plan.scaling_bytes - chosen)
-    passes = max(0, need.disk - made - chosen) if codes or scales else 0
-    return _SPARE_DISK_BYTES + max(passes, codes + scales + missing + plan.residual_bytes)
+    made = [_taken_in(journal.folder / each.folder) for each in plan.passes]
+    kept = sum(max(0, each.kept_bytes - there) for each, there in zip(plan.passes, made, strict=True))
+    # What passes hold, such as activations, is gone when the shards are written.
+    passes = max(0, plan.passes_need.disk - sum(made)) if kept else 0
+    return max(passes, kept + missing + plan.residual_bytes)
+
+
+def _taken_in(folder: Path) -> int:
+    return sum(map(_taken, folder.iterdir())) if folder.exists() else 0
 
 
 def _taken(path: Path) -> int:

@@ -1,8 +1,9 @@
 """One call from inputs to a published, verified output: job → plan → download → run → publish → verify."""
 
+from streamconv.options import Job
 from streamconv.pipeline.calls import convert, merge
 from streamconv.pipeline.downloads import fetch
-from streamconv.pipeline.job import Job, build_job, merge_options, output_folder
+from streamconv.pipeline.job import build_job, merge_options, output_folder
 from streamconv.pipeline.place import check_out, further_outputs
 from streamconv.pipeline.preparation import Prepared, prepare
 from streamconv.pipeline.pushing import push, push_output

@@ -1,27 +1,20 @@
-"""Calibration of a job: what planning needs of it, its budget, and the passes that make scales and codes.
+"""Calibration of a job: its text and what the model can do with it, read for planning.
 
-The passes need transformers, an extra: they are imported inside functions, for jobs that calibrate.
+The model's layers are found by transformers, an extra: it is imported inside a function, for jobs that calibrate.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Mapping
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from streamconv.calibration.subject import Calibrated, Subject
 from streamconv.checkpoint.config import edit_config
-from streamconv.errors import InputError, OptionError, ResourceError
-from streamconv.output.journal import make_folder
+from streamconv.errors import InputError, OptionError
+from streamconv.options import Calibration
 from streamconv.output.verifier import hash_file
 from streamconv.planning.base import Base
 from streamconv.planning.calibration import CalibrationFacts
-from streamconv.planning.plan import Calibration, Plan
-from streamconv.progress import OnBytes, StopRequest
-from streamconv.sizes import format_size
 from streamconv.storage.data_sets import DataSet, data_set_of, pinned
 
 # Libraries of the extra `eval`; modules that need them are imported once they are there.
@@ -87,50 +80,3 @@ def hash_text(text: Path, option: str) -> str:
         return hash_file(str(text), lambda _: None)
     except OSError as error:
         raise InputError(f"{option} {text} cannot be read: {error.strerror}") from error
-
-
-def with_need(subject: Subject) -> Plan:
-    """The plan with what its calibration needs. Raises ResourceError where a budget cannot hold that."""
-    from streamconv.calibration.need import calibration_need
-
-    plan = subject.plan
-    assert plan.calibration is not None
-    need = calibration_need(subject)
-    budgets = (
-        ("--max-ram", need.ram, plan.options.max_ram_bytes),
-        ("--max-vram", need.vram, plan.options.max_vram_bytes),
-    )
-    for option, needed, budget in budgets:
-        if needed > budget:
-            raise ResourceError(
-                f"{option} {format_size(budget)} is too small to calibrate this model: its largest decoder layer, the "
-                f"statistics of its widest inputs and one sequence of {plan.calibration.sequence_length} tokens need "
-                f"{math.ceil(needed / 2**20)}MiB; allow that much, or give a shorter --calibration-sequence-length"
-            )
-    return replace(plan, calibration=replace(plan.calibration, need=need))
-
-
-def calibrate(
-    subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest
-) -> Mapping[str, Calibrated]:
-    """By weight, its bytes, which lie in `folder`, and what became of its update.
-
-    Goes on where an earlier call stopped; on a folder that is complete, reads what that holds.
-    """
-    from streamconv.calibration.layers import calibrate as walk
-
-    make_folder(folder)
-    return walk(subject, folder, on_bytes, stop)
-
-
-def rescale(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest) -> Mapping[str, Calibrated]:
-    """By weight, what it is rescaled by, which lies in `folder`; goes on as `calibrate` does."""
-    from streamconv.calibration.equalizing import rescale as choose_scales
-
-    make_folder(folder)
-    return choose_scales(subject, folder, on_bytes, stop)
-
-
-def described(calibrated: Mapping[str, Calibrated]) -> dict[str, dict[str, float]]:
-    """What a report says of each weight."""
-    return {name: dict(found.notes) for name, found in sorted(calibrated.items()) if found.notes}

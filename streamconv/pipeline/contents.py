@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from streamconv.checkpoint.config import edit_config
 from streamconv.dtypes import BF16, DENSE, Dtype
 from streamconv.formats import FORMATS, with_groups
 from streamconv.formats.base import Json
+from streamconv.options import CALIBRATION_KEYWORDS, CONVERT_DEFAULTS, MERGE_DEFAULTS, keywords_of
 from streamconv.output.card import model_card
 from streamconv.output.manifest import MANIFEST, Kept, manifest
 from streamconv.output.publish import CONFIG, INDEX
-from streamconv.output.recipe import RECIPE, Scalar, write_recipe
+from streamconv.output.recipe import RECIPE, write_recipe
 from streamconv.output.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, RESIDUAL_TENSORS
+from streamconv.pipeline.passes import Passed, calibrate, rescale
 from streamconv.pipeline.preparation import Prepared
 from streamconv.pipeline.residual import ResidualAdapter
 from streamconv.planning.plan import Plan
-from streamconv.sizes import exact_size
 
 
 def generated_files(
     prepared: Prepared,
     hashes: Mapping[str, str],
     kept: Kept | None,
-    calibrated: Mapping[str, Mapping[str, float]],
-    rescaled: Mapping[str, Mapping[str, float]],
+    passed: Passed,
     residual: ResidualAdapter | None,
 ) -> Mapping[str, bytes]:
     """The small files of the output, in the order they appear."""
@@ -39,6 +40,7 @@ def generated_files(
         loaded[RESIDUAL_CONFIG] = residual.config
         told = residual.as_json()
     large = {RESIDUAL_TENSORS: residual.entry} if residual else {}
+    calibrated, rescaled = passed.notes(calibrate.NAME), passed.notes(rescale.NAME)
     written = manifest(plan, hashes, kept, calibrated, rescaled, told, loaded, large)
     contents = {INDEX: _index(plan), MANIFEST: written, **loaded}
     if prepared.job.card:
@@ -57,54 +59,86 @@ def _index(plan: Plan) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
+# Options in every recipe, in its order. One that is not here follows where it is not the default: recipes of outputs
+# made before there was such an option stay what they are.
+_ORDER = (
+    "base",
+    "adapter",
+    "adapter_subfolder",
+    "merge_base",
+    "min_kept",
+    "tokenizer",
+    "moe_layout",
+    "quant",
+    "group_size",
+    "dtype",
+    "rounding",
+    "calibration",
+    "calibration_tokens",
+    "calibration_sequence_length",
+    "calibration_gradient_tokens",
+    "preserve_delta",
+    "residual_rank",
+    "rescale",
+    "seed",
+    "ignore",
+    "max_shard_size",
+    "card",
+    "copy_extra",
+)
+# How a run goes about it shapes no output; Hub ids stand there with their commit; what else is made is made beside it;
+# and permission to open pickles is for whoever runs it to give.
+_NOT_IN_RECIPES = {
+    *("device", "max_ram", "max_vram", "overwrite", "resume", "verify"),
+    *("base_revision", "adapter_revision", "also", "allow_pickle"),
+}
+
+
 def _recipe(prepared: Prepared) -> bytes:
     """The options that shape the output, for `--recipe`. Inputs stand in it by Hub id and commit alone.
 
-    A folder's name would tell of this machine, and make the same model differ from folder to folder. Permission to
-    open pickles is for whoever runs it to give.
+    A folder's name would tell of this machine, and make the same model differ from folder to folder.
     """
-    job, options, plan = prepared.job, prepared.job.options, prepared.plan
-    origins = plan.fingerprint["from"]
-    is_calibrated = plan.calibration is not None
-    of_merge = {
-        "adapter": origins["adapter"],
-        "adapter-subfolder": job.adapter_subfolder if origins["adapter"] else None,
-        "merge-base": options.merge_base,
-        "min-kept": plan.min_kept if is_calibrated else options.min_kept,
-        "tokenizer": job.tokenizer,
-        "moe-layout": options.moe_layout,
-    }
-    values = {
-        "base": origins["base"],
-        **(of_merge if prepared.adapter else {}),
-        "quant": options.quant,
-        "group-size": options.group_size,
-        "dtype": options.dtype,
-        # By name: without the text, auto would come to another, and say nothing.
-        "rounding": plan.rounding.name if is_calibrated and plan.rounding else options.rounding,
-        **_calibration(plan),
-        "seed": options.seed,
-        "ignore": list(options.ignore),
-        "max-shard-size": exact_size(options.max_shard_bytes) if options.max_shard_bytes else None,
-        "card": job.card,
-        "copy-extra": list(job.copy_extra),
-    }
-    return (write_recipe({key: value for key, value in values.items() if value is not None}) + "\n").encode()
+    given = keywords_of(prepared.job)
+    later = [
+        name
+        for name, usual in MERGE_DEFAULTS.items()
+        if name not in _ORDER and name not in _NOT_IN_RECIPES and given[name] != usual
+    ]
+    values = {**given, **_resolved(prepared)}
+    names = [
+        name
+        for name in (*_ORDER, *later)
+        if prepared.adapter or name in CONVERT_DEFAULTS or name not in MERGE_DEFAULTS
+    ]
+    return (
+        write_recipe({name.replace("_", "-"): values[name] for name in names if values[name] is not None})
+        + "\n"
+    ).encode()
 
 
-def _calibration(plan: Plan) -> Mapping[str, Scalar]:
-    """The options of a calibration but its text, if that is a file: the card and the manifest tell its SHA-256."""
-    text = plan.calibration
+def _resolved(prepared: Prepared) -> Mapping[str, Any]:
+    """Options that stand in a recipe as what they came to, by keyword."""
+    plan = prepared.plan
+    origins, text = plan.fingerprint["from"], plan.calibration
+    found = {name: origins[name] for name in ("base", "adapter")}
+    if origins["adapter"] is None:
+        found["adapter_subfolder"] = None
     if text is None:
-        return {}
+        return {**found, **dict.fromkeys(CALIBRATION_KEYWORDS)}
     feedback = text.options
     return {
+        **found,
+        "min_kept": plan.min_kept,
+        # By name: without the text, auto would come to another, and say nothing.
+        **({"rounding": plan.rounding.name} if plan.rounding else {}),
+        # The card and the manifest tell the SHA-256 of a file.
         "calibration": text.data if text.is_data_set else None,
-        "calibration-tokens": text.tokens,
-        "calibration-sequence-length": text.sequence_length,
-        "calibration-gradient-tokens": text.gradient_tokens,
-        **({"preserve-delta": f"{feedback.preserve_delta}"} if plan.adapted and feedback else {}),
-        "residual-rank": plan.residual_rank or None,
+        "calibration_tokens": text.tokens,
+        "calibration_sequence_length": text.sequence_length,
+        "calibration_gradient_tokens": text.gradient_tokens,
+        "preserve_delta": f"{feedback.preserve_delta}" if plan.adapted and feedback else None,
+        "residual_rank": plan.residual_rank or None,
         "rescale": text.rescaling.name if text.rescaling else None,
     }
 

@@ -13,6 +13,7 @@ from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.index import read_index
 from streamconv.errors import InputError
 from streamconv.formats import find_weights
+from streamconv.options import Job
 from streamconv.output.manifest import MANIFEST
 from streamconv.output.publish import CONFIG, INDEX
 from streamconv.output.recipe import RECIPE
@@ -22,8 +23,9 @@ from streamconv.output.sidecars import (
     choose_tokenizer,
     files_to_copy,
 )
-from streamconv.pipeline.calibrating import read_grounds, with_need
-from streamconv.pipeline.job import Job, parse_moe_layout
+from streamconv.pipeline.calibrating import read_grounds
+from streamconv.pipeline.job import parse_moe_layout
+from streamconv.pipeline.passes import plan_passes
 from streamconv.planning.base import Base, read_base
 from streamconv.planning.calibration import CalibrationFacts
 from streamconv.planning.choices import options_alone
@@ -91,8 +93,9 @@ class Prepared:
 
     @property
     def subject(self) -> Subject:
-        """The job as the calibration pass sees it."""
-        return Subject(self.base, self.adapter, self.plan, self.tokenizer_folder)
+        """The job as passes see it. Raises InputError where a text is to be read and there is no tokenizer."""
+        tokenizer = self.tokenizer_folder if self.plan.calibration else None
+        return Subject(self.base, self.adapter, self.plan, tokenizer)
 
     def small_files(self) -> tuple[SourceFile, ...]:
         """Files beside the weights: those copied, and the base's card, whose licence the new one inherits."""
@@ -142,11 +145,9 @@ def prepare(job: Job, grounds: CalibrationFacts | None = None) -> Prepared:
     )
     if is_recorded:
         return main
-    return replace(_with_need(main), also=tuple(map(_with_need, also)))
+    return replace(_with_passes(main), also=tuple(map(_with_passes, also)))
 
 
-def _with_need(prepared: Prepared) -> Prepared:
-    """With what a calibration needs in the plan. Raises ResourceError where a budget cannot hold that."""
-    if prepared.plan.calibration is None:
-        return prepared
-    return replace(prepared, plan=with_need(prepared.subject))
+def _with_passes(prepared: Prepared) -> Prepared:
+    """With the passes of its plan. Raises ResourceError where a budget cannot hold what they need."""
+    return replace(prepared, plan=replace(prepared.plan, passes=plan_passes(prepared.subject)))

@@ -1,4 +1,4 @@
-"""The residual adapter of an output in work: made of what the calibration pass left, before anything is published."""
+"""The residual adapter of an output in work: made of what passes left for it, before anything is published."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.calibration.residual_adapter import adapter_config, removed_share, write_adapter
-from streamconv.calibration.subject import Calibrated
-from streamconv.planning.plan import Plan
+from streamconv.pipeline.passes import Passed, calibrate
 
-_WAITING = "residual-adapter.safetensors"
+_WAITING = f"{calibrate.FOLDER}/residual-adapter.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +38,20 @@ class ResidualAdapter:
         return {"size": self.size, "sha256": self.sha256}
 
 
-def make_residual(plan: Plan, calibrated: Mapping[str, Calibrated], folder: Path) -> ResidualAdapter | None:
-    """The adapter that `plan` asks for, written to `folder`; None where it asks for none."""
-    if not plan.residual_rank:
+def make_residual(passed: Passed, folder: Path) -> ResidualAdapter | None:
+    """The adapter that the plan asks for, in the work folder `folder`; None where it asks for none."""
+    rank = passed.plan.residual_rank
+    if not rank:
         return None
+    found = passed.found[calibrate.NAME]
     path = folder / _WAITING
-    sha256 = write_adapter(path, calibrated)
+    sha256 = write_adapter(path, found.residual.values())
     return ResidualAdapter(
         path=path,
         sha256=sha256,
         size=path.stat().st_size,
-        config=adapter_config(plan.residual_rank, calibrated),
-        rank=plan.residual_rank,
-        weights=len(calibrated),
-        removed=removed_share(found.notes for found in calibrated.values()),
+        config=adapter_config(rank, found.residual),
+        rank=rank,
+        weights=len(found.notes),
+        removed=removed_share(found.notes.values()),
     )

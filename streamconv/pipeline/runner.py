@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from streamconv.calibration.subject import Calibrated, calibrated_plan, rescaled_plan
 from streamconv.checkpoint.writer import ShardWriter
 from streamconv.errors import VerificationError
 from streamconv.output.journal import Journal, remove_leftovers
@@ -20,13 +19,13 @@ from streamconv.output.place import check_disk
 from streamconv.output.publish import publish_output
 from streamconv.output.sink import ShardSink, resume_points
 from streamconv.output.verifier import read_manifest, verify_layout
-from streamconv.pipeline.calibrating import calibrate, described, rescale
 from streamconv.pipeline.contents import generated_files
+from streamconv.pipeline.passes import Passed, calibrate, rescale, run_passes
 from streamconv.pipeline.place import check_out, is_finished
 from streamconv.pipeline.preparation import Prepared
 from streamconv.pipeline.residual import ResidualAdapter, make_residual
 from streamconv.planning.plan import Plan, ShardPlan
-from streamconv.progress import Meter, OnBytes, OnProgress, StopRequest
+from streamconv.progress import Meter, OnProgress, StopRequest
 from streamconv.running.cells import KeptDelta
 from streamconv.running.executor import run_plans
 from streamconv.running.schedule import bytes_read
@@ -46,7 +45,7 @@ def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopReques
     places = prepared.places(out)
     before = [_finished_before(each, folder) for each, folder in places]
     todo = [place for place, report in zip(places, before, strict=True) if report is None]
-    now = iter(_produce(todo, on_progress, stop) if todo else ())
+    now = iter(_make(todo, on_progress, stop) if todo else ())
     main, *also = (report or next(now) for report in before)
     names = [each.job.options.quant for each in prepared.also]
     return replace(main, also=dict(zip(names, also, strict=True)))
@@ -56,7 +55,7 @@ def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopReques
 class _Work:
     """An output in work: from where each shard that is not finished is produced, and the writers that stand there.
 
-    `calibrated` is what the calibration pass made, by weight, `rescaled` what the pass before it did.
+    `passed` is what the passes before the plan's own made; its own plan until they are through.
     """
 
     prepared: Prepared
@@ -65,8 +64,7 @@ class _Work:
     starts: Mapping[str, int]
     writers: dict[str, ShardWriter]
     resumed: bool
-    calibrated: Mapping[str, Calibrated]
-    rescaled: Mapping[str, Calibrated]
+    passed: Passed
 
     @property
     def plan(self) -> Plan:
@@ -83,80 +81,88 @@ class _Work:
 
     def kept(self) -> Kept | None:
         sums = {name: KeptDelta(*sums) for name, sums in self.journal.progress.sums.items()}
-        made = {name: found.kept for name, found in self.calibrated.items() if found.kept is not None}
-        return kept_delta(sums | made)
+        for found in self.passed.found.values():
+            sums |= found.kept
+        return kept_delta(sums)
 
     def close(self) -> None:
         for writer in self.writers.values():  # of shards that were not begun
             writer.close()
 
 
-def _produce(
-    todo: Sequence[tuple[Prepared, Path]], on_progress: OnProgress, stop: StopRequest
-) -> list[Report]:
-    """Make these outputs in one pass, and publish them."""
+@dataclass(frozen=True, slots=True)
+class _Published:
+    """An output in place: SHA-256 of its shards, and what became of the update."""
+
+    work: _Work
+    hashes: Mapping[str, str]
+    kept: Kept | None
+    residual: ResidualAdapter | None
+
+
+def _make(todo: Sequence[tuple[Prepared, Path]], on_progress: OnProgress, stop: StopRequest) -> list[Report]:
+    """Make these outputs together, and publish them."""
     started = time.monotonic()
     plans = [each.plan for each, _ in todo]
-    needs = [plan.calibration.need for plan in plans if plan.calibration]
-    reads = sum(need.read for need in needs if need)
+    reads = sum(plan.passes_need.read for plan in plans)
     meter = Meter(reads + sum(plan.size for plan in plans), on_progress)
     with ExitStack() as stack:
         works = [_open(each, folder, stack) for each, folder in todo]
-        check_disk([(work.out, work.plan, work.unfinished, work.journal) for work in works])
-        meter.start(sum(work.there for work in works))
-        works = [_calibrated(_rescaled(work, meter.add, stop), meter.add, stop) for work in works]
-        outputs = [
-            Output(
-                calibrated_plan(work.plan, work.calibrated),
-                work.starts,
-                partial(ShardSink, work.journal, work.writers),
-            )
-            for work in works
-        ]
-        run_plans(outputs, meter.add, stop)
-        shares = [work.kept() for work in works]
-        _check_kept(works, shares)
-        hashes = [dict(work.journal.progress.finished) for work in works]
-        residuals = [make_residual(work.plan, work.calibrated, work.journal.calibration) for work in works]
-        # The main output, in whose folder the others lie, comes last.
-        for work, kept, residual in reversed([*zip(works, shares, residuals, strict=True)]):
-            _publish(work, kept, residual)
+        published = _publish(_produce(works, meter, stop))
     seconds, read = time.monotonic() - started, reads + bytes_read(plans)
     return [
         _report(
-            work.prepared,
-            work.out,
-            found,
-            kept,
-            described(work.calibrated),
-            described(work.rescaled),
-            residual.as_json() if residual else None,
+            each.work.prepared,
+            each.work.out,
+            each.hashes,
+            each.kept,
+            each.work.passed.notes(calibrate.NAME),
+            each.work.passed.notes(rescale.NAME),
+            each.residual.as_json() if each.residual else None,
             seconds,
             meter.peak,
             read,
-            work.resumed,
+            each.work.resumed,
         )
-        for work, found, kept, residual in zip(works, hashes, shares, residuals, strict=True)
+        for each in published
     ]
 
 
-def _rescaled(work: _Work, on_bytes: OnBytes, stop: StopRequest) -> _Work:
-    """The work with the scales in its plan that a pass over the text chooses, or has chosen before."""
-    if work.plan.calibration is None or work.plan.calibration.rescaling is None:
-        return work
-    _log.info("choosing scales of %d weights", len(work.plan.scalings))
-    found = rescale(work.prepared.subject, work.journal.rescaling, on_bytes, stop)
-    prepared = replace(work.prepared, plan=rescaled_plan(work.plan, found))
-    return replace(work, prepared=prepared, rescaled=found)
+def _produce(works: Sequence[_Work], meter: Meter, stop: StopRequest) -> list[_Work]:
+    """Carry out the passes of these outputs, the last of them, which writes shards, in one for all.
+
+    All shards are complete then, and none is published.
+    """
+    check_disk([(work.out, work.plan, work.unfinished, work.journal) for work in works])
+    meter.start(sum(work.there for work in works))
+    done = [
+        replace(work, passed=run_passes(work.prepared.subject, work.journal.folder, meter.add, stop))
+        for work in works
+    ]
+    outputs = [
+        Output(work.passed.plan, work.starts, partial(ShardSink, work.journal, work.writers)) for work in done
+    ]
+    run_plans(outputs, meter.add, stop)
+    return done
 
 
-def _calibrated(work: _Work, on_bytes: OnBytes, stop: StopRequest) -> _Work:
-    """The work with what the calibration pass makes, or has made before."""
-    if work.plan.calibration is None or work.plan.calibration.options is None:
-        return work
-    _log.info("calibrating %d weights", len(work.plan.calibrated))
-    found = calibrate(work.prepared.subject, work.journal.calibration, on_bytes, stop)
-    return replace(work, calibrated=found)
+def _publish(works: Sequence[_Work]) -> list[_Published]:
+    """Publish complete outputs together. Raises VerificationError where one does not pass the gate."""
+    shares = [work.kept() for work in works]
+    _check_kept(works, shares)
+    published = [
+        _Published(
+            work,
+            dict(work.journal.progress.finished),
+            kept,
+            make_residual(work.passed, work.journal.folder),
+        )
+        for work, kept in zip(works, shares, strict=True)
+    ]
+    # The main output, in whose folder the others lie, comes last.
+    for each in reversed(published):
+        _put_in_place(each)
+    return published
 
 
 def _open(prepared: Prepared, out: Path, stack: ExitStack) -> _Work:
@@ -164,8 +170,8 @@ def _open(prepared: Prepared, out: Path, stack: ExitStack) -> _Work:
     plan = prepared.plan
     journal = stack.enter_context(Journal(out, plan.fingerprint, prepared.job.resume))
     starts, writers = resume_points(out, plan, journal)
-    resumed = bool(journal.progress.finished or writers or journal.has_layers)
-    work = _Work(prepared, out, journal, starts, writers, resumed, {}, {})
+    resumed = bool(journal.progress.finished or writers or journal.has_passed)
+    work = _Work(prepared, out, journal, starts, writers, resumed, Passed(plan))
     stack.callback(work.close)
     if work.resumed:
         _log.info(
@@ -174,11 +180,11 @@ def _open(prepared: Prepared, out: Path, stack: ExitStack) -> _Work:
     return work
 
 
-def _publish(work: _Work, kept: Kept | None, residual: ResidualAdapter | None) -> None:
+def _put_in_place(output: _Published) -> None:
+    work, residual = output.work, output.residual
     prepared, out, journal = work.prepared, work.out, work.journal
     _log.info("all shards are complete; putting them in place in %s", out)
-    calibrated, rescaled = described(work.calibrated), described(work.rescaled)
-    generated = generated_files(prepared, journal.progress.finished, kept, calibrated, rescaled, residual)
+    generated = generated_files(prepared, output.hashes, output.kept, work.passed, residual)
     waiting = residual.path if residual else None
     publish_output(out, work.plan, journal, prepared.copied, generated, waiting)
     if prepared.job.verify:

@@ -81,12 +81,11 @@ def _output(prepared: Prepared) -> dict[str, Any]:
 def _calibration(plan: Plan) -> dict[str, Any] | None:
     if plan.calibration is None:
         return None
-    need = plan.calibration.need
     return {
         **plan.calibration.as_json(),
         "weights": [step.name for step in plan.calibrated],
         "pairs": _pairs(plan.calibration.rescaling),
-        "need": asdict(need) if need else None,
+        "need": asdict(plan.passes_need) if plan.passes else None,
     }
 
 
@@ -106,9 +105,8 @@ def _residual(plan: Plan) -> dict[str, Any] | None:
 
 
 def _read(prepared: Prepared) -> int:
-    """Bytes of the base that are read in both passes."""
-    needs = [plan.calibration.need for plan in prepared.plans if plan.calibration]
-    return bytes_read(prepared.plans) + sum(need.read for need in needs if need)
+    """Bytes of the base that are read in all passes."""
+    return bytes_read(prepared.plans) + sum(plan.passes_need.read for plan in prepared.plans)
 
 
 def _files(prepared: Prepared) -> dict[str, Any]:
@@ -228,9 +226,10 @@ def _calibration_lines(plan: Plan) -> list[tuple[str, str]]:
     lines = [("text", f"{text.name}: {size}, for {what}, a layer at a time{spares}")]
     if text.rescaling:
         lines.insert(0, ("rescale", _rescaling(plan, text.rescaling)))
-    if need := text.need:
+    if plan.passes:
+        need = plan.passes_need
         where = f"{format_size(need.ram)} RAM, {format_size(need.vram)} on {plan.device}"
-        what = "passes need" if text.rescaling and text.options else "pass needs"
+        what = "passes need" if len(plan.passes) > 1 else "pass needs"
         lines.append(("", f"its {what} {where}, and {format_size(need.disk)} of disk until the end"))
     if plan.residual_rank:
         size = f"{format_size(plan.residual_bytes)}, in {RESIDUAL}/"

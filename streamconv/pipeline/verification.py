@@ -10,13 +10,13 @@ from os import fspath
 from pathlib import Path
 from typing import Any
 
-from streamconv.calibration.subject import Calibrated, calibrated_plan, rescaled_plan
+from streamconv.calibration.calibrated import Calibrated, calibrated_plan
 from streamconv.calibration.weighing import Weighed, weigh
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.errors import InputError, OptionError, VerificationError
 from streamconv.formats import find_weights
-from streamconv.output.journal import CALIBRATION, RESCALING
+from streamconv.options import Calibration, Folder, Job, MergeOptions
 from streamconv.output.manifest import MANIFEST
 from streamconv.output.sidecars import RESIDUAL_TENSORS
 from streamconv.output.verifier import (
@@ -26,12 +26,11 @@ from streamconv.output.verifier import (
     verify_exactly,
     verify_output,
 )
-from streamconv.pipeline.calibrating import calibrate, rescale
-from streamconv.pipeline.job import Folder, Job, output_folder
+from streamconv.pipeline.job import output_folder
+from streamconv.pipeline.passes import run_passes
 from streamconv.pipeline.preparation import Prepared, prepare
 from streamconv.pipeline.residual import make_residual
 from streamconv.planning.calibration import CalibrationFacts
-from streamconv.planning.plan import Calibration, MergeOptions
 from streamconv.progress import Meter, OnProgress, StopRequest, quiet
 from streamconv.running.workers import Workers
 from streamconv.storage.local import open_folder
@@ -118,37 +117,26 @@ def _compute_again(job: Job, found: Mapping[str, Any], out: Path, meter: Meter, 
         storage.fetch(files, lambda _: None)
     meter.add(sum(len(shard.header) for shard in again.plan.shards))
     try:
-        if not is_calibrated:
+        if is_calibrated and not with_text:
+            return _weigh_again(again, content, out, meter)
+        if not again.plan.passes:  # and no folder is needed
             verify_exactly(out, again.plan, meter.add, StopRequest())
             return 0
-        if with_text:
-            _calibrate_again(again, out, meter)
-            return 0
-        return _weigh_again(again, content, out, meter)
+        _make_again(again, out, meter)
+        return 0
     except VerificationError as error:
         raise VerificationError(f"{error}{_environment_note(found, again.plan.fingerprint)}") from error
 
 
-def _calibrate_again(again: Prepared, out: Path, meter: Meter) -> None:
+def _make_again(again: Prepared, out: Path, meter: Meter) -> None:
     with tempfile.TemporaryDirectory(prefix="streamconv-") as folder:
-        again = _rescaled_again(again, Path(folder))
-        made: Mapping[str, Calibrated] = {}
-        if again.subject.calibration.options is not None:
-            made = calibrate(again.subject, Path(folder) / CALIBRATION, lambda _: None, StopRequest())
-        verify_exactly(out, calibrated_plan(again.plan, made), meter.add, StopRequest())
-        residual = make_residual(again.plan, made, Path(folder))
+        passed = run_passes(again.subject, Path(folder), lambda _: None, StopRequest())
+        verify_exactly(out, passed.plan, meter.add, StopRequest())
+        residual = make_residual(passed, Path(folder))
         if residual is not None and residual.sha256 != hash_file(str(out / RESIDUAL_TENSORS), lambda _: None):
             raise VerificationError(
                 f"{out / RESIDUAL_TENSORS} differs from what base, adapter, text and options give; do not use it"
             )
-
-
-def _rescaled_again(again: Prepared, folder: Path) -> Prepared:
-    """With the scales that the text chooses, where it does."""
-    if again.subject.calibration.rescaling is None:
-        return again
-    found = rescale(again.subject, folder / RESCALING, lambda _: None, StopRequest())
-    return replace(again, plan=rescaled_plan(again.plan, found))
 
 
 def _weigh_again(again: Prepared, content: Mapping[str, Any], out: Path, meter: Meter) -> int:
@@ -220,33 +208,11 @@ def _job_of(
     return Job(
         base,
         adapter,
-        MergeOptions(
-            quant=options["quant"],
-            dtype=options["dtype"],
-            rounding=options["rounding"] or "auto",
-            merge_base=options["merge_base"],
-            group_size=options.get("group_size"),
-            seed=options["seed"],
-            ignore=tuple(options["ignore"]),
-            moe_layout=options.get("moe_layout", "auto"),
-            max_shard_bytes=options["max_shard_bytes"],
-            calibration=None if text is None else _calibration_of(text, calibration),
+        MergeOptions.from_json(
+            {**options, "rounding": options["rounding"] or "auto"},
+            None if text is None else Calibration.from_json(text, calibration),
         ),
         device,
-    )
-
-
-def _calibration_of(text: Mapping[str, Any], data: str | None) -> Calibration:
-    feedback = text["options"] or {}
-    return Calibration(
-        data=data or text["name"],
-        tokens=text["tokens"],
-        sequence_length=text["sequence_length"],
-        preserve_delta=feedback.get("preserve_delta"),
-        threads=text["threads"],
-        gradient_tokens=text["gradient_tokens"],
-        residual_rank=feedback.get("residual_rank", 0),
-        rescale=text.get("rescale", "none"),
     )
 
 

@@ -10,14 +10,9 @@ from streamconv.equalization.base import Heads
 from streamconv.equalization.pairs import Rescaling, find_rescaling
 from streamconv.errors import OptionError
 from streamconv.formats.base import Weight
+from streamconv.options import Calibration, MergeOptions
 from streamconv.planning.base import Base
-from streamconv.planning.plan import (
-    Calibration,
-    CalibrationPlan,
-    MergeOptions,
-    Rewrite,
-    Step,
-)
+from streamconv.planning.plan import CalibrationPlan, Rewrite, Step
 from streamconv.planning.quantized import QuantizedSet
 from streamconv.rounding.feedback import FeedbackOptions
 

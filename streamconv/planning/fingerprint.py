@@ -13,8 +13,9 @@ import torch
 
 from streamconv.adapters.base import Adapter
 from streamconv.checkpoint.index import CheckpointIndex
+from streamconv.options import MergeOptions
 from streamconv.planning.devices import Device
-from streamconv.planning.plan import CalibrationPlan, Choice, MergeOptions, ShardPlan
+from streamconv.planning.plan import CalibrationPlan, Choice, ShardPlan
 from streamconv.storage.base import Origin
 
 
@@ -49,17 +50,8 @@ def fingerprint(
             "base": _commit(index.storage.origin),
             "adapter": _commit(adapter.origin) if adapter else None,
         },
-        "options": {
-            "quant": options.quant,
-            "dtype": options.dtype,
-            "merge_base": options.merge_base,
-            "rounding": rounding.name if rounding else None,
-            "group_size": options.group_size,
-            "seed": options.seed,
-            "ignore": list(options.ignore),
-            "moe_layout": options.moe_layout,
-            "max_shard_bytes": options.max_shard_bytes,
-        },
+        # Rounding as it was chosen: what `auto` comes to may differ from version to version.
+        "options": {**options.as_json(), "rounding": rounding.name if rounding else None},
         "calibration": calibration.as_json() if calibration else None,
         # Headers hold every output tensor's name, type, shape and place.
         "output": {shard.name: hashlib.sha256(shard.header).hexdigest() for shard in shards},

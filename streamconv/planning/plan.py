@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from itertools import accumulate
 from typing import Any
 
 from streamconv.adapters.base import Update, UpdateAccess
@@ -19,6 +20,7 @@ from streamconv.equalization.pairs import Rescaling
 from streamconv.equalization.scaling import Scaling
 from streamconv.formats.base import CELL_ROWS, Constant, Encoder, Weight, matrix_shape
 from streamconv.kernels import kernels_for
+from streamconv.options import MergeOptions
 from streamconv.planning.devices import Device
 from streamconv.planning.scales import FRESH, PlannedScales
 from streamconv.rounding.base import Rounding
@@ -47,49 +49,6 @@ class Access(StrEnum):
     REDUCE_THEN_ROW = "reduce-then-row"
     WHOLE = "whole"  # read twice, too, and held between
     CALIBRATED = "calibrated"
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """What is asked of a calibration; names as on the command line, but for `data`, which is `--calibration`.
-
-    None stands for what is chosen when planning: `sequence_length` by the model's positions, `preserve_delta` as
-    feedback's default is, `threads` by the machine. `gradient_tokens` tell what each output counts for the model; with
-    0, all alike. `residual_rank`: of the adapter that repairs what errors are left; 0 for none. `rescale`: which scales
-    weights are given in pairs before they are rounded.
-    """
-
-    data: str
-    tokens: int = 65536
-    sequence_length: int | None = None
-    preserve_delta: float | None = None
-    threads: int | None = None
-    gradient_tokens: int = 0
-    residual_rank: int = 0
-    rescale: str = "none"
-
-
-@dataclass(frozen=True, slots=True)
-class MergeOptions:
-    """The options of `merge` and `convert` that planning and execution use; names as on the command line.
-
-    `group_size`: None stands for the largest, up to the format's own 128, that most weights' rows are whole groups of,
-    or for that of a base that keeps its format.
-    """
-
-    quant: str = "keep"
-    dtype: str = "auto"
-    rounding: str = "auto"
-    merge_base: str = "original"
-    group_size: int | None = None
-    seed: int = 0
-    min_kept: float | None = None
-    ignore: tuple[str, ...] = ()
-    moe_layout: str = "auto"
-    calibration: Calibration | None = None
-    max_ram_bytes: int = 2**30
-    max_vram_bytes: int = 2**31
-    max_shard_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,9 +152,9 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What the calibration pass needs at most, in bytes: memory as in Memory, and disk for codes and activations.
+    """Bytes that passes before the plan's own need at most: memory as in Memory, disk for what they make and hold.
 
-    `read` is what it reads of the base.
+    `read` are bytes of the base that they read.
     """
 
     ram: int
@@ -205,13 +164,30 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
+class Pass:
+    """A pass over the base before the plan's own, which finds what steps then use; no byte changes its place by it.
+
+    `name` is its kind's, `folder` that in the work folder where it leaves what it made: `kept_bytes` at most, until the
+    output is in place. `holds` and `remedy` say, where a budget is too small, what the memory is for and what would
+    need less.
+    """
+
+    name: str
+    folder: str
+    need: Need
+    kept_bytes: int
+    holds: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
 class CalibrationPlan:
     """How the weights are calibrated whose step says so.
 
     `data` is a file or a data set, `name` that without the folder; `sha256` is that of the file, or of the data set's
     commit. `tokens` and, of these, `gradient_tokens` are whole sequences. `threads` is how many threads torch shares a
     matrix product between, which decides its last bits. `options` are None where the text chooses scales alone, by
-    `rescaling`, which is None where it chooses none. `need` is None until it was found out.
+    `rescaling`, which is None where it chooses none.
     """
 
     data: str
@@ -225,7 +201,6 @@ class CalibrationPlan:
     transformers: str
     gradient_tokens: int = 0
     rescaling: Rescaling | None = None
-    need: Need | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain data: all of it that decides bytes."""
@@ -275,8 +250,9 @@ class Plan:
     is how many elements share a scale, where that can be chosen. `skipped` is what the config says of modules left in
     16 bit; `unfit` are the paths of those that are only because the format cannot store their shape.
 
-    `memory` is what its own pass needs, `calibration` tells of the one before, None where there is none. `depth` is
-    None where the output has the layers of the base.
+    `memory` is what its own pass needs; `passes` are those before it, in their order, none before a job is prepared.
+    `calibration` tells of the text that some of these go by, None where there is none. `depth` is None where the output
+    has the layers of the base.
     """
 
     options: MergeOptions
@@ -299,6 +275,7 @@ class Plan:
     dtype: str | None
     vocab_size: tuple[int, int] | None
     fingerprint: Mapping[str, Any]
+    passes: tuple[Pass, ...] = ()
 
     @property
     def size(self) -> int:
@@ -311,14 +288,24 @@ class Plan:
 
     @property
     def peak_ram(self) -> int:
-        """Bytes of memory at most, in either pass."""
-        need = self.calibration.need if self.calibration else None
-        return max(self.memory.ram, need.ram if need else 0)
+        """Bytes of memory at most, in any pass."""
+        return max(self.memory.ram, self.passes_need.ram)
 
     @property
     def peak_vram(self) -> int:
-        need = self.calibration.need if self.calibration else None
-        return max(self.memory.vram, need.vram if need else 0)
+        return max(self.memory.vram, self.passes_need.vram)
+
+    @property
+    def passes_need(self) -> Need:
+        """Bytes that `passes` need at most, one after another; what one has made stays while the next is at work."""
+        needs = [each.need for each in self.passes]
+        before = accumulate((each.kept_bytes for each in self.passes), initial=0)
+        return Need(
+            ram=max((need.ram for need in needs), default=0),
+            vram=max((need.vram for need in needs), default=0),
+            disk=max((kept + need.disk for kept, need in zip(before, needs, strict=False)), default=0),
+            read=sum(need.read for need in needs),
+        )
 
     @property
     def calibrated(self) -> tuple[Rewrite, ...]:
@@ -339,10 +326,9 @@ class Plan:
 
     @property
     def disk(self) -> int:
-        """Bytes on disk at most: codes and scales stay until all is in place, activations go with their pass."""
-        need = self.calibration.need if self.calibration else None
-        kept = self.calibrated_bytes + self.scaling_bytes
-        return max(need.disk if need else 0, kept + self.size + self.residual_bytes)
+        """Bytes on disk at most: what passes made stays until all is in place, what they hold goes with them."""
+        kept = sum(each.kept_bytes for each in self.passes)
+        return max(self.passes_need.disk, kept + self.size + self.residual_bytes)
 
     @property
     def calibrated_bytes(self) -> int:

@@ -11,8 +11,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
+from streamconv.calibration.calibrated import Calibrated
 from streamconv.calibration.layers import calibrate
-from streamconv.calibration.subject import Calibrated, Subject
+from streamconv.calibration.subject import Subject
 from streamconv.pipeline import build_job, prepare
 from streamconv.progress import OnBytes, StopRequest
 from streamconv.rounding.feedback import FeedbackOptions

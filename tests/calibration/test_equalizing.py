@@ -21,10 +21,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from streamconv.calibration.equalized import Equalized, equalized_plan
 from streamconv.calibration.equalizing import rescale
 from streamconv.calibration.model import opened_targets
-from streamconv.calibration.need import calibration_need, rescaling_need
-from streamconv.calibration.subject import Calibrated, Subject, rescaled_plan
+from streamconv.calibration.need import equalizing_need, rescaling_need
+from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.equalization.awq import GRID
 from streamconv.errors import ResourceError, Stopped, UnsupportedError
@@ -92,19 +93,19 @@ def rescaled(
     folder: Path,
     look: Callable[[int], None] = lambda done: None,
     stop: StopRequest | None = None,
-) -> Mapping[str, Calibrated]:
+) -> Mapping[str, Equalized]:
     folder.mkdir(exist_ok=True)
     return rescale(subject, folder, so_far(look), stop or StopRequest())
 
 
 def targets(
-    subject: Subject, found: Mapping[str, Calibrated] | None = None, dtype: str = "float32"
+    subject: Subject, found: Mapping[str, Equalized] | None = None, dtype: str = "float32"
 ) -> dict[str, Tensor]:
     """What all weights are to be, dense, as `dtype`; rescaled by what was `found`."""
     options = replace(
         subject.plan.options, quant="none", group_size=None, dtype=dtype, rounding="auto", calibration=None
     )
-    scalings = rescaled_plan(subject.plan, found).scalings if found else {}
+    scalings = equalized_plan(subject.plan, found).scalings if found else {}
     plan = build_plan(subject.base, subject.adapter, options, subject.plan.device, scalings)
     with WeightSource(plan, subject.plan.device, lambda _: None) as source:
         return {name: source.read(name) for name in source.names}
@@ -151,11 +152,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> Mapping[str, Calibrated]:
+def whole(folder: Path) -> Mapping[str, Equalized]:
     return rescaled(subject_in(folder), folder / "whole")
 
 
-def test_scales_are_those_of_what_enters_the_layers(folder: Path, whole: Mapping[str, Calibrated]) -> None:
+def test_scales_are_those_of_what_enters_the_layers(folder: Path, whole: Mapping[str, Equalized]) -> None:
     """a of the paper by hooks on a whole model of the targets; α is chosen from it by `find_scales`."""
     windows = read_windows(
         folder / "text.txt", load_tokenizer(folder / "tokenizer"), TOKENS // LENGTH, LENGTH
@@ -185,17 +186,17 @@ def test_scales_are_those_of_what_enters_the_layers(folder: Path, whole: Mapping
             s = a ** made.notes["alpha"]
             s /= (s.max() * s.min()).sqrt()
             role = "columns" if "norm" in producer else "rows"
-            divided = loaded(made, f"model.layers.{number}.{producer}.weight:{role}").double()
+            divided = loaded(made, role).double()
             # A norm is divided by what storing it as bfloat16 left of that.
             torch.testing.assert_close(1 / divided, s, rtol=2**-7 if "norm" in producer else 1e-4, atol=0)
 
 
-def loaded(made: Calibrated, name: str) -> Tensor:
+def loaded(made: Equalized, role: str) -> Tensor:
     with TensorReader() as reader:
-        return reader.load(made.parts[name])
+        return reader.load(made.factors[role])
 
 
-def test_norms_come_out_as_they_were_counted_on(folder: Path, whole: Mapping[str, Calibrated]) -> None:
+def test_norms_come_out_as_they_were_counted_on(folder: Path, whole: Mapping[str, Equalized]) -> None:
     """Stored in bfloat16, old over new is exactly what consumers are multiplied by."""
     subject = subject_in(folder)
     before, after = (
@@ -205,12 +206,10 @@ def test_norms_come_out_as_they_were_counted_on(folder: Path, whole: Mapping[str
     name, consumer = "model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.q_proj.weight"
     quotient = before[name].double() / after[name].double()
     assert after[name].dtype == torch.bfloat16
-    torch.testing.assert_close(
-        loaded(whole[consumer], f"{consumer}:columns").double(), quotient, rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(loaded(whole[consumer], "columns").double(), quotient, rtol=1e-6, atol=0)
 
 
-def test_errors_of_outputs_fall_clearly_where_inputs_are_skewed(whole: Mapping[str, Calibrated]) -> None:
+def test_errors_of_outputs_fall_clearly_where_inputs_are_skewed(whole: Mapping[str, Equalized]) -> None:
     notes = [each.notes for each in whole.values() if each.notes]
     assert len(notes) == 4 * SIZES["num_hidden_layers"]
     ratios = [each["relative_error"] / each["unscaled_error"] for each in notes]
@@ -220,10 +219,10 @@ def test_errors_of_outputs_fall_clearly_where_inputs_are_skewed(whole: Mapping[s
 
 @pytest.mark.parametrize("at", [0, 1])
 def test_stopped_it_goes_on_to_the_same_bytes(
-    folder: Path, whole: Mapping[str, Calibrated], tmp_path: Path, at: int
+    folder: Path, whole: Mapping[str, Equalized], tmp_path: Path, at: int
 ) -> None:
     subject, stop = subject_in(folder), StopRequest()
-    total = calibration_need(subject).read
+    total = equalizing_need(subject).read
     size = total // SIZES["num_hidden_layers"]
 
     def look(done: int) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, Qwen2MoeConfig
 
 from streamconv.calibration import layers as walk
-from streamconv.calibration.gradients import Gradients, shrunk_moments
+from streamconv.calibration.gradients import Gradients, gumbel_noise, shrunk_moments
 from streamconv.calibration.layer_files import LayerFiles
-from streamconv.calibration.need import calibration_need
+from streamconv.calibration.need import calibrating_need
 from streamconv.errors import Stopped
 from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.pipeline import merge
@@ -67,14 +67,14 @@ def test_gradients_are_those_of_the_whole_model(
 ) -> None:
     save_subject(tmp_path, *FAMILIES[family])
     drawn: list[Tensor] = []
-    draw = Gradients._draw
+    draw = Gradients.draw
 
     def watched(self: Gradients, hidden: Tensor) -> tuple[Tensor, Tensor]:
         found = draw(self, hidden)
         drawn.append(found[1])
         return found
 
-    monkeypatch.setattr(Gradients, "_draw", watched)
+    monkeypatch.setattr(Gradients, "draw", watched)
     monkeypatch.setattr(Gradients, "remove", lambda *_: None)
     monkeypatch.setattr(LayerFiles, "remove_states", lambda _: None)
     monkeypatch.setattr("streamconv.calibration.gradients.HEAD_ROWS", 1)  # tiles of 64 rows: one cell
@@ -172,9 +172,9 @@ def test_one_sample_and_equal_ones() -> None:
     torch.testing.assert_close(shrunk_moments(alike), torch.eye(3) / 3)
 
 
-def test_tokens_are_drawn_as_the_model_predicts(folder: Path) -> None:
+def test_tokens_are_drawn_as_the_model_predicts() -> None:
     logits = torch.randn(5).expand(1, 20000, 5)
-    noise = Gradients(None, folder, torch.empty(0, 8), 7, lambda _: None)._noise(0, range(5), logits)  # type: ignore[arg-type]  # of it all, only the seed
+    noise = gumbel_noise(7, 0, range(5), logits)
     shares = (logits + noise).argmax(-1).view(-1).bincount(minlength=5) / 20000
     torch.testing.assert_close(shares, logits[0, 0].softmax(-1), rtol=0, atol=0.015)
 
@@ -208,7 +208,7 @@ def test_progress_and_disk_are_as_planned(folder: Path, whole: dict[str, bytes],
         used.append(sum(path.stat().st_size for path in tmp_path.iterdir()))
 
     subject = subject_in(folder, gradients=TOKENS)
-    need = calibration_need(subject)
+    need = calibrating_need(subject)
     calibrated(subject, tmp_path, look)
     assert said == sorted(said)
     assert said[-1] == need.read

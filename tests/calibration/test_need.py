@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from streamconv.calibration.need import calibration_need
+from streamconv.calibration.need import calibrating_need
 from streamconv.checkpoint.header import build_header
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.dtypes import BF16
@@ -62,7 +62,7 @@ def need_of(folder: Path, device: Device | None, tokens: int = 65_536) -> Need:
         max_ram="200GB",
     )
     subject = prepare(job).subject
-    return calibration_need(
+    return calibrating_need(
         replace(subject, plan=replace(subject.plan, device=device or subject.plan.device))
     )
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamconv.calibration import layers as walk
 from streamconv.calibration.kept_inputs import KeptInputs
 from streamconv.calibration.layer_files import LayerFiles
-from streamconv.calibration.need import calibration_need
+from streamconv.calibration.need import calibrating_need
 from streamconv.calibration.subject import Subject
 from streamconv.errors import ResourceError, Stopped
 from streamconv.forward.activations import ActivationFile
@@ -57,7 +56,7 @@ def stopped_after(folder: Path, work: Path, least: int) -> None:
 
 
 def test_stopped_in_every_layer(folder: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    size = calibration_need(subject_in(folder)).read // 3
+    size = calibrating_need(subject_in(folder)).read // 3
     for layer in range(3):
         stopped_after(folder, tmp_path, layer * size + 1)
         assert len(layer_bytes(tmp_path)) == layer
@@ -91,14 +90,14 @@ def test_a_finished_one_is_read(
     folder: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = calibrated(subject_in(folder), folder / "whole")
-    monkeypatch.setattr(walk, "_Layer", None)
+    monkeypatch.setattr(LayerFiles, "streams", None)
     assert calibrated(subject_in(folder), folder / "whole") == before
     assert not [path for path in (folder / "whole").iterdir() if path.suffix not in (".json", ".safetensors")]
 
 
 @pytest.mark.parametrize("other", ["text", "states", "torn states"])
 def test_leftovers_of_another_run(folder: Path, whole: dict[str, bytes], tmp_path: Path, other: str) -> None:
-    size = calibration_need(subject_in(folder)).read // 3
+    size = calibrating_need(subject_in(folder)).read // 3
     if other == "text":
         calibrated(subject_in(folder, text="other.txt"), tmp_path)
         assert layer_bytes(tmp_path) != whole
@@ -128,7 +127,7 @@ def test_disk_is_what_was_planned(folder: Path, tmp_path: Path, monkeypatch: pyt
         del done
         used.append(sum(path.stat().st_size for path in tmp_path.iterdir()))
 
-    need = calibration_need(subject_in(folder))
+    need = calibrating_need(subject_in(folder))
     calibrated(subject_in(folder), tmp_path, look)
     states = 4 * TOKENS * 32 * 4
     assert states < max(used) <= need.disk

@@ -12,15 +12,17 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from streamconv import cli
 from streamconv.checkpoint.writer import free_bytes
-from streamconv.output import place
+from streamconv.output.place import check_disk
 from streamconv.output.publish import publish_output
 from streamconv.output.sink import ShardSink
+from streamconv.pipeline import runner
 from streamconv.planning.plan import ShardPlan
 
 INPUTS, DISK = Path(sys.argv[1]), Path(sys.argv[2])
@@ -55,7 +57,7 @@ def when_a_shard_begins(number: int) -> Callable[[], None]:
     """Another takes the space after the check: before this shard's own is reserved."""
 
     def patch() -> None:
-        patches.setattr(place, "_SPARE_DISK_BYTES", 0)
+        patches.setattr(runner, "check_disk", partial(check_disk, spare_bytes=0))
         begin, begun = ShardSink.begin, []
 
         def filling(sink: ShardSink, shard: ShardPlan) -> None:
@@ -72,7 +74,7 @@ def when_a_shard_begins(number: int) -> Callable[[], None]:
 
 def when_the_journal_grows() -> None:
     """After the first shard's space is reserved; the journal's first line then finds no room."""
-    patches.setattr(place, "_SPARE_DISK_BYTES", 0)
+    patches.setattr(runner, "check_disk", partial(check_disk, spare_bytes=0))
     begin = ShardSink.begin
 
     def filling(sink: ShardSink, shard: ShardPlan) -> None:
@@ -85,14 +87,14 @@ def when_the_journal_grows() -> None:
 
 def when_publishing_begins() -> None:
     """All shards are made; no room for the small files beside them."""
-    patches.setattr(place, "_SPARE_DISK_BYTES", 0)
+    patches.setattr(runner, "check_disk", partial(check_disk, spare_bytes=0))
     publish = publish_output
 
     def filling(*given: object) -> None:
         fill()
         publish(*given)  # type: ignore[arg-type]
 
-    patches.setattr("streamconv.pipeline.runner.publish_output", filling)
+    patches.setattr(runner, "publish_output", filling)
 
 
 MOMENTS = {
@@ -117,7 +119,7 @@ if __name__ == "__main__":
             full = merge()
         FILLER.unlink(missing_ok=True)
         with pytest.MonkeyPatch.context() as patches:
-            patches.setattr(place, "_SPARE_DISK_BYTES", 0)
+            patches.setattr(runner, "check_disk", partial(check_disk, spare_bytes=0))
             found[moment] = {"full": full, "again": merge()}
         clear()
     print(json.dumps(found))

@@ -123,7 +123,7 @@ def merge_into(name: str) -> Callable[[Place, Options], object]:
 
 
 def prepare_without_adapter(place: Place, options: Options) -> object:
-    given = merge_options("keep", "auto", "auto", options["merge_base"], 0, None, (), "1GiB", "1GiB", None)
+    given = merge_options(merge_base=options["merge_base"], max_vram="1GiB")
     return prepare(Job(str(place.base), None, given))
 
 
@@ -228,7 +228,7 @@ def locked(place: Place) -> None:
 
 def unfinished(place: Place) -> None:
     """What a run with another seed leaves that was stopped after its first shard."""
-    options = merge_options("keep", "auto", "auto", "original", 7, None, (), "1GiB", "1GiB", None)
+    options = merge_options(seed=7, max_vram="1GiB")
     plan = prepare(Job(str(place.base), str(place.adapter), options)).plan
     work = place.out / WORK_FOLDER
     work.mkdir(parents=True)

@@ -23,6 +23,7 @@ SIZES = Sizes(hidden=70, inner=132, layers=1, vocabulary=50)
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """Have the kernels looked for anew, now and afterwards."""
+    compiled_kernels()  # its loops stay imported: read first where numba is told not to compile, they would never be
     known = sys.modules.pop("streamconv.kernels.compiled", None)
     compiled_kernels.cache_clear()
     yield
@@ -40,10 +41,15 @@ def test_without_numba_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("fresh")
 def test_where_llvm_does_not_load_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(name: str) -> None:
-        raise OSError(f"{name}: libLLVM.so: undefined symbol")
+    class Broken:
+        """A finder of modules that meets LLVM's library where the compiled loops are looked for."""
 
-    monkeypatch.setattr("importlib.import_module", broken)
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "streamconv.kernels.compiled":
+                raise OSError("libLLVM.so: undefined symbol")
+
+    monkeypatch.setattr(sys, "meta_path", [Broken, *sys.meta_path])
     assert kernels_for(CPU) is TORCH
 
 

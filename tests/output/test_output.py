@@ -14,6 +14,7 @@ import pytest
 from streamconv.checkpoint import writer as writer_module
 from streamconv.checkpoint.writer import ShardWriter
 from streamconv.errors import CheckpointError, OutputError, ResourceError
+from streamconv.options import MergeOptions
 from streamconv.output import place
 from streamconv.output import sink as sink_module
 from streamconv.output.journal import Journal, Watermark
@@ -22,7 +23,7 @@ from streamconv.output.publish import publish_output
 from streamconv.output.sidecars import CHAT_TEMPLATES
 from streamconv.output.sink import ShardSink, resume_points
 from streamconv.pipeline import Job, prepare
-from streamconv.planning.plan import MergeOptions, Plan, ShardPlan
+from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.running.cells import KeptDelta
 from streamconv.storage import open_storage
 from tests.models import Sizes, write_base
@@ -116,7 +117,7 @@ def test_free_space_is_compared_with_what_is_still_to_be_taken(
     out: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = [shard.size for shard in plan.shards]
-    spare = place._SPARE_DISK_BYTES
+    spare = place.SPARE_DISK_BYTES
     with opened(out, plan) as journal:
         # Half made: what it has reserved needs no space a second time.
         ShardWriter.create(journal.partial(plan.shards[0].name), plan.shards[0].header, sizes[0]).close()
@@ -135,7 +136,7 @@ def test_a_sparse_partial_file_has_taken_nothing(
     out: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard = plan.shards[0]
-    monkeypatch.setattr(place, "free_bytes", lambda path: place._SPARE_DISK_BYTES + shard.size - 1)
+    monkeypatch.setattr(place, "free_bytes", lambda path: place.SPARE_DISK_BYTES + shard.size - 1)
     with opened(out, plan) as journal:
         with journal.partial(shard.name).open("wb") as file:
             file.truncate(shard.size)

@@ -28,7 +28,7 @@ def ignore(*told: int) -> None:
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Path]:
     """A merge that was planned and run."""
     folder = tmp_path_factory.mktemp("verifier")
-    options = merge_options("nf4-dq", "auto", "auto", "nf4-dq", 0, None, (), "1GiB", "1GiB", "50KB")
+    options = merge_options(quant="nf4-dq", merge_base="nf4-dq", max_vram="1GiB", max_shard_size="50KB")
     base, adapter = write_base(folder / "base", SHAPES), write_adapter(folder / "adapter", SHAPES)
     prepared = prepare(Job(str(base), str(adapter), options, "cpu"))
     run(prepared, folder / "out", ignore, StopRequest())
@@ -55,7 +55,14 @@ def test_a_good_output_passes_both(done: tuple[Prepared, Path]) -> None:
 def test_searched_scales_are_found_again(tmp_path: Path) -> None:
     """They need a pass of their own before codes are chosen, here as in the run."""
     base, adapter = write_base(tmp_path / "base", SHAPES), write_adapter(tmp_path / "adapter", SHAPES)
-    options = merge_options("nf4-dq", "auto", "search", "nf4-dq", 0, 0.0, (), "1GiB", "1GiB", "50KB")
+    options = merge_options(
+        quant="nf4-dq",
+        rounding="search",
+        merge_base="nf4-dq",
+        min_kept=0.0,
+        max_vram="1GiB",
+        max_shard_size="50KB",
+    )
     prepared = prepare(Job(str(base), str(adapter), options, "cpu"))
     run(prepared, tmp_path / "out", ignore, StopRequest())
     verify_exactly(tmp_path / "out", prepared.plan, ignore, StopRequest())

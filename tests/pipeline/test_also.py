@@ -19,6 +19,7 @@ from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import OptionError, OutputError, ResourceError, VerificationError
 from streamconv.output import place
 from streamconv.output.manifest import Report
+from streamconv.output.publish import publish_output
 from streamconv.pipeline import Prepared, build_job, prepare, runner
 from streamconv.running.schedule import bytes_read
 from streamconv.storage import open_storage
@@ -224,7 +225,7 @@ def test_a_disk_that_has_room_for_each_but_not_for_all_is_refused(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = [plan.size for plan in inputs.prepared(also=["int8"]).plans]
-    needed = sum(sizes) + 2 * place._SPARE_DISK_BYTES
+    needed = sum(sizes) + 2 * place.SPARE_DISK_BYTES
     monkeypatch.setattr(place, "free_bytes", lambda path: needed - 1)
     with pytest.raises(ResourceError, match=r"int8 with the other outputs needs .*: 1 B are missing"):
         inputs.merge(tmp_path / "out", also=["int8"])
@@ -317,21 +318,21 @@ def test_interrupted_between_two_it_publishes_the_rest(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base_read: Callable[[], int]
 ) -> None:
     """The main output comes last: where it is, all are."""
-    out, publish = tmp_path / "out", runner._publish
+    out = tmp_path / "out"
     published: list[Path] = []
 
-    def fail(work: Any, kept: Any, residual: Any) -> None:
+    def fail(folder: Path, *given: Any) -> None:
         if len(published) == 2:
             raise KeyboardInterrupt
-        published.append(work.out)
-        publish(work, kept, residual)
+        published.append(folder)
+        publish_output(folder, *given)
 
-    monkeypatch.setattr(runner, "_publish", fail)
+    monkeypatch.setattr(runner, "publish_output", fail)
     with pytest.raises(KeyboardInterrupt):
         inputs.merge(out, also=["nf4", "int8"])
     assert not (out / "config.json").exists()
     assert {out / "nf4", out / "int8"} == set(published)
-    monkeypatch.setattr(runner, "_publish", publish)
+    monkeypatch.setattr(runner, "publish_output", publish_output)
     read = base_read()
     report = inputs.merge(out, also=["nf4", "int8"])
     assert base_read() == read
@@ -378,8 +379,13 @@ def test_an_unfinished_run_of_others_is_not_discarded(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the folder of a further output as in any."""
-    monkeypatch.setattr(runner, "_publish", lambda work, kept, residual: None)
-    inputs.merge(tmp_path / "out", also=["nf4"], seed=1)
+
+    def fail(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "publish_output", fail)
+    with pytest.raises(KeyboardInterrupt):
+        inputs.merge(tmp_path / "out", also=["nf4"], seed=1)
     monkeypatch.undo()
     with pytest.raises(OutputError, match="out holds an unfinished run with other inputs or options"):
         inputs.merge(tmp_path / "out", also=["nf4"], seed=2)

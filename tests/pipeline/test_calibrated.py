@@ -240,8 +240,7 @@ def test_where_the_text_lies_and_budgets_do_not(inputs: Inputs, tmp_path: Path) 
 
 def test_the_plan_tells_what_the_first_pass_needs(inputs: Inputs) -> None:
     prepared = inputs.prepare(**ON_GRID)
-    need = prepared.plan.calibration and prepared.plan.calibration.need
-    assert need
+    need = prepared.plan.passes_need
     text = plan_as_text(prepared)
     assert "text.txt: 256 tokens in sequences of 32, gradients of 256, for 4 weights" in text
     assert "its pass needs" in text
@@ -257,9 +256,8 @@ def test_progress_goes_on_through_both_passes(
 ) -> None:
     (total,) = {total for _, total in progress}
     plan = inputs.prepare(**ON_GRID).plan
-    assert plan.calibration is not None
-    assert plan.calibration.need is not None
-    assert total == plan.calibration.need.read + made.bytes_written == progress[-1][0]
+    assert [each.name for each in plan.passes] == ["calibrate"]
+    assert total == plan.passes_need.read + made.bytes_written == progress[-1][0]
     assert progress == sorted(progress)
 
 

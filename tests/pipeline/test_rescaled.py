@@ -142,9 +142,8 @@ def test_the_plan_says_what_is_rescaled(inputs: Inputs) -> None:
         "divided": f"{LAYER}.self_attn.v_proj.weight",
         "multiplied": [f"{LAYER}.self_attn.o_proj.weight"],
     }
-    assert plan.calibration is not None
-    assert plan.calibration.need is not None
-    assert plan.calibration.need.disk > 2 * 4 * 256 * 64 + plan.scaling_bytes
+    assert [each.name for each in plan.passes] == ["rescale"]
+    assert plan.passes_need.disk > 2 * 4 * 256 * 64 + plan.scaling_bytes
     without = prepare(build_job(inputs.base, inputs.adapter, **GROUPS, rounding="nearest", device="cpu")).plan
     assert plan.digest != without.digest
     assert without.scalings == {}

@@ -148,12 +148,10 @@ def test_the_plan_tells_of_it_and_counts_it(folder: Path, monkeypatch: pytest.Mo
     factors = 2 * RANK * sum(step.rows + step.columns for step in with_it.calibrated)
     assert with_it.residual_bytes == factors
     assert with_it.digest != without.digest
-    assert with_it.calibration is not None
-    assert without.calibration is not None
-    assert with_it.calibration.need is not None
-    assert without.calibration.need is not None
-    assert with_it.calibration.need.disk - without.calibration.need.disk == factors
-    assert with_it.calibration.need.ram - without.calibration.need.ram == factors // 2  # those of a layer
+    assert with_it.passes
+    assert without.passes
+    assert with_it.passes_need.disk - without.passes_need.disk == factors
+    assert with_it.passes_need.ram - without.passes_need.ram == factors // 2  # those of a layer
     monkeypatch.setattr("streamconv.rounding.residual.working_bytes", lambda *_: 2**29)
     with pytest.raises(ResourceError, match="--max-ram 537 MB is too small"):
         prepare(build_job(folder / "base", folder / "adapter", **given, max_ram="512MiB"))

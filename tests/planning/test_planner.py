@@ -15,9 +15,10 @@ import streamconv
 from streamconv.adapters.base import Tie
 from streamconv.errors import OptionError, UnsupportedError
 from streamconv.formats import find_weights
+from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, Prepared, merge_options, prepare
 from streamconv.pipeline.shown import plan_as_text
-from streamconv.planning.plan import Access, Copy, MergeOptions, Plan, Rewrite, Step
+from streamconv.planning.plan import Access, Copy, Plan, Rewrite, Step
 from streamconv.planning.ties import find_tie
 from streamconv.running.schedule import bytes_read
 from tests.checkpoint.files import index_of
@@ -57,17 +58,17 @@ def prepared(
     group_size: int | None = None,
 ) -> Prepared:
     options = merge_options(
-        quant,
-        dtype,
-        rounding,
-        merge_base,
-        seed,
-        min_kept,
-        ignore,
-        max_ram,
-        "1GiB",
-        max_shard_size,
+        quant=quant,
+        dtype=dtype,
+        rounding=rounding,
+        merge_base=merge_base,
+        seed=seed,
+        min_kept=min_kept,
+        ignore=ignore,
+        max_ram=max_ram,
+        max_shard_size=max_shard_size,
         group_size=group_size,
+        max_vram="1GiB",
     )
     return prepare(
         Job(str(folder / base), None if adapter is None else str(folder / adapter), options, "cpu")

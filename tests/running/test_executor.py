@@ -23,10 +23,11 @@ from torch import Tensor
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import CheckpointError, InputError, ResourceError, Stopped
+from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, prepare
-from streamconv.planning.plan import SLOTS, WEIGHTS_HELD, Access, Memory, MergeOptions, Plan, ShardPlan
+from streamconv.planning.plan import SLOTS, WEIGHTS_HELD, Access, Memory, Plan, ShardPlan
 from streamconv.progress import StopRequest
-from streamconv.running import executor, lane_weight, messages, opened
+from streamconv.running import lane_weight, lanes, messages, opened
 from streamconv.running.cells import KeptDelta, WeightWork
 from streamconv.running.direct import DirectEngine
 from streamconv.running.engine import Engine
@@ -456,7 +457,7 @@ def test_a_stop_request_before_the_run_ends_it_before_it_writes(plan: Plan) -> N
 
 
 def test_a_weight_that_takes_too_long_is_not_waited_for(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor, "GRACE_S", 0.0)
+    monkeypatch.setattr(lanes, "GRACE_S", 0.0)
     stop = StopRequest()
     rewrite = WeightWork.rewrite
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, prepare, run
-from streamconv.planning.plan import Access, MergeOptions, Plan, Rewrite
+from streamconv.planning.plan import Access, Plan, Rewrite
 from streamconv.progress import StopRequest
 from streamconv.sizes import parse_size
 

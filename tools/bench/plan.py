@@ -61,8 +61,8 @@ MEMORY_LIMIT = 500 * 10**6
 # Prints seconds of planning alone. Not through the package's public names, which have no plan.
 API = """
 import sys, time
+from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, prepare
-from streamconv.planning.plan import MergeOptions
 base, adapter, quant = sys.argv[1:]
 started = time.perf_counter()
 prepare(Job(base, adapter, MergeOptions(quant=quant), "cpu"))

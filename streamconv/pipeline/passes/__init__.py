@@ -1,0 +1,80 @@
+"""Passes over the base before a plan's own, and the one loop that carries them out, in a run and to verify it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+
+from streamconv.calibration.subject import Subject
+from streamconv.errors import ResourceError
+from streamconv.options import MergeOptions
+from streamconv.output.journal import make_folder
+from streamconv.pipeline.passes import calibrate, rescale
+from streamconv.pipeline.passes.base import Found, PassKind
+from streamconv.planning.plan import Pass, Plan
+from streamconv.progress import OnBytes, StopRequest
+from streamconv.sizes import format_size
+
+__all__ = ["PASSES", "Found", "PassKind", "Passed", "plan_passes", "run_passes"]
+
+PASSES: Mapping[str, PassKind] = MappingProxyType(
+    {
+        rescale.NAME: rescale.RESCALE,
+        calibrate.NAME: calibrate.CALIBRATE,
+    }
+)
+"""All kinds of passes, in the order in which they are carried out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """A plan with the results of all its passes in its steps, and these, by name of the pass."""
+
+    plan: Plan
+    found: Mapping[str, Found] = field(default_factory=dict)
+
+    def notes(self, name: str) -> dict[str, dict[str, float]]:
+        """Notes of a pass on weights, for a report; none of a pass that was not carried out."""
+        notes = self.found[name].notes if name in self.found else {}
+        return {weight: dict(each) for weight, each in sorted(notes.items()) if each}
+
+
+def plan_passes(subject: Subject) -> tuple[Pass, ...]:
+    """The passes of the subject's plan, in order. Raises ResourceError where a budget cannot hold what one needs."""
+    planned = [kind.plan(subject) for kind in PASSES.values()]
+    passes = tuple(each for each in planned if each is not None)
+    _check_budgets(passes, subject.plan.options)
+    return passes
+
+
+def _check_budgets(passes: Sequence[Pass], options: MergeOptions) -> None:
+    budgets: Sequence[tuple[str, int, Callable[[Pass], int]]] = (
+        ("--max-ram", options.max_ram_bytes, lambda each: each.need.ram),
+        ("--max-vram", options.max_vram_bytes, lambda each: each.need.vram),
+    )
+    for option, budget, needed in budgets:
+        for each in sorted(
+            passes, key=needed, reverse=True
+        ):  # what is enough for the first is enough for all
+            if needed(each) > budget:
+                raise ResourceError(
+                    f"{option} {format_size(budget)} is too small {each.holds} need "
+                    f"{math.ceil(needed(each) / 2**20)}MiB; allow that much, or {each.remedy}"
+                )
+
+
+def run_passes(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest) -> Passed:
+    """Carry out all passes of the subject's plan in turn, each in its own folder in `folder`.
+
+    Goes on where an earlier call stopped. Raises Stopped if `stop` was set, and what the kinds of passes do.
+    """
+    found: dict[str, Found] = {}
+    for each in subject.plan.passes:
+        place = folder / each.folder
+        make_folder(place)
+        made = found[each.name] = PASSES[each.name].run(subject, place, on_bytes, stop)
+        subject = replace(subject, plan=made.apply(subject.plan))
+    return Passed(subject.plan, found)
