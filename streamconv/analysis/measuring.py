@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from streamconv.analysis.prediction import predicted_kept
-from streamconv.analysis.rounded import CodesWatch, GridSums, RoundedSums, base_grid
+from streamconv.analysis.rounded import CodesWatch, GridSums, RoundedSums, is_on_grid
 from streamconv.analysis.sums import CentralMoments, Outliers, UpdateSums, outliers, total, update_sums
 from streamconv.analysis.views import AnalyzedWeight, View, ViewGroup
 from streamconv.checkpoint.reader import TensorReader
-from streamconv.checkpoint.types import StoredTensor
 from streamconv.formats.rows import StoredRows
 from streamconv.planning.devices import Device
 from streamconv.planning.plan import Access, Rewrite, cell_rows, tile_rows
 from streamconv.progress import OnBytes
 from streamconv.running.cells import Seen, WeightWork
+from streamconv.running.direct import DirectEngine
+from streamconv.running.opened import open_weight, read_tiles
 from streamconv.running.workers import Inline, Workers
 
 
@@ -128,7 +129,7 @@ def _predicted(subject: AnalyzedWeight, key: tuple[str, str], found: GridSums, d
         if view.measures_grid and (view.target, view.format) == key
     )
     grid, update = step.encoder.grid, dense.update
-    if base_grid(step) != grid or grid is None or not found.steps:
+    if not is_on_grid(step) or grid is None or not found.steps:
         return found
     ratio = update.magnitudes / found.steps  # of equal counts
     return replace(
@@ -145,13 +146,10 @@ def _worked(
         if device.is_cpu:
             workers = stack.enter_context(Workers(group.memory.workers))
         tiles = _Tiles(group, reader, device, on_bytes)
-        opened = [_open(view, tiles, workers, seed) for view in group.views]
-        if reducing := [each.work for each in opened if each.view.step.access is not Access.ROW]:
-            for rows, raw in tiles.read():
-                for work in reducing:
-                    work.reduce(raw, rows)
-            for work in reducing:
-                work.end_reduce()
+        steps, watches = [view.step for view in group.views], [_watch(view, tiles) for view in group.views]
+        engine = DirectEngine(workers, device.torch, tiles.height)
+        works = open_weight(reader, steps, engine, tiles.read(), seed, watches).works
+        opened = [_Open(*each) for each in zip(group.views, works, watches, strict=True)]
         if dense := [each for each in opened if isinstance(each.watch, UpdateWatch)]:
             tiles.rewrite([each.work for each in dense])
             for each in dense:
@@ -161,50 +159,26 @@ def _worked(
         return opened
 
 
-def _open(view: View, tiles: _Tiles, workers: Workers | Inline, seed: int) -> _Open:
-    step, height, device = view.step, tiles.height, tiles.device
-    watch = (
-        UpdateWatch(step, height)
-        if view.rounding is None
-        else CodesWatch(step, height, device.torch, view.measures_grid)
-    )
-    parts = [{role: tiles.part(part) for role, part in update.parts.items()} for update in step.applied]
-    work = WeightWork(step, tiles.side, parts, device.torch, seed, workers, height, watch=watch)
-    return _Open(view, work, watch)
+def _watch(view: View, tiles: _Tiles) -> UpdateWatch | CodesWatch:
+    if view.rounding is None:
+        return UpdateWatch(view.step, tiles.height)
+    return CodesWatch(view.step, tiles.height, tiles.device.torch, view.measures_grid)
 
 
 class _Tiles:
-    """The tiles of one weight, and the tensors read whole beside them, each once."""
+    """The tiles of one weight, each read for all views of a group."""
 
     def __init__(self, group: ViewGroup, reader: TensorReader, device: Device, on_bytes: OnBytes) -> None:
         steps = [view.step for view in group.views]
         self.device, self.height = device, cell_rows(device, steps[0].columns)
-        self._step, self._reader, self._on_bytes = steps[0], reader, on_bytes
+        self._step, self._on_bytes = steps[0], on_bytes
         self._rows = min(tile_rows(step, group.memory.buffer, self.height) for step in steps)
-        self._loaded: dict[StoredTensor, Tensor] = {}
-        weight = self._step.weight
-        self._stored = StoredRows(reader, weight)
-        self.side = {
-            role: reader.load(part).to(device.torch)
-            for role, part in weight.parts.items()
-            if role != weight.decoder.main
-        }
-
-    def part(self, part: StoredTensor) -> Tensor:
-        """A tensor of the adapter, float32."""
-        if part not in self._loaded:
-            self._loaded[part] = self._reader.load(part).float().to(self.device.torch)
-        return self._loaded[part]
+        self._stored = StoredRows(reader, self._step.weight)
 
     def read(self) -> Iterator[tuple[range, Tensor]]:
         """Stored bytes, tile by tile, on the device; the next tile overwrites them."""
-        count = self._step.rows
-        buffer = torch.empty(self._stored.nbytes(range(min(self._rows, count))), dtype=torch.uint8)
-        for first in range(0, count, self._rows):
-            rows = range(first, min(first + self._rows, count))
-            raw = buffer[: self._stored.nbytes(rows)]
-            self._stored.read_into(rows, raw)
-            yield rows, raw.to(self.device.torch)
+        for rows, raw in read_tiles(self._stored, range(self._step.rows), self._rows, self.device.torch):
+            yield rows, raw
             self._on_bytes(raw.numel())
 
     def rewrite(self, works: Sequence[WeightWork]) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from streamconv.analysis.sums import BlockSums, Sums, block_sums, stretches, total
 from streamconv.kernels import kernels_for
-from streamconv.kernels.grids import Grid, block_absmax
+from streamconv.kernels.grids import block_absmax
 from streamconv.kernels.in_torch import block_dots
 from streamconv.planning.plan import Rewrite
+from streamconv.planning.scales import lies_on_grid
 from streamconv.rounding.adaptive import sum_of_steps
 from streamconv.rounding.base import starting_scales
 from streamconv.running.cells import KeptDelta, Seen
@@ -58,9 +59,9 @@ class _Cell(Sums):
     squares: float  # ||T||²
 
 
-def base_grid(step: Rewrite) -> Grid | None:
-    """The grid that the base of a step's target lies on; None if on none."""
-    return step.merge_base.grid if step.merge_base is not None else step.weight.decoder.grid
+def is_on_grid(step: Rewrite) -> bool:
+    """Whether the base of a step's target has codes of the output's grid."""
+    return lies_on_grid(step.weight, step.merge_base, step.encoder, step.equalizer)
 
 
 class CodesWatch:
@@ -105,7 +106,7 @@ class CodesWatch:
     def _own(self, seen: Seen) -> tuple[Tensor, Tensor]:
         """Codes and scales of the base: its own where it lies on the grid, else those of nearest rounding."""
         base = seen.base
-        if base_grid(self._step) == self._grid and base.codes is not None:
+        if is_on_grid(self._step) and base.codes is not None:
             scales = base.effective
             anchor = base.anchor.view(-1)
             return base.codes, block_absmax(anchor, self._grid.block) if scales is None else scales

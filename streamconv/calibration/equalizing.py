@@ -39,15 +39,14 @@ from streamconv.equalization.pairs import WeightPair, stored_scales
 from streamconv.errors import UnsupportedError
 from streamconv.forward.walk import Passing, Walk, in_batches
 from streamconv.planning.plan import Rewrite
-from streamconv.progress import OnProgress, StopRequest
+from streamconv.progress import OnBytes, StopRequest
 
 
-def equalize(
-    subject: Subject, folder: Path, on_progress: OnProgress, stop: StopRequest
-) -> Mapping[str, Equalized]:
+def equalize(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest) -> Mapping[str, Equalized]:
     """Choose the factors of all weights that the plan wants equalized, or go on with it in `folder`: by name.
 
-    Raises what `calibrate` does, and UnsupportedError where the model is not what its family's table says.
+    Calls `on_bytes` and raises as `calibrate` does, and UnsupportedError where the model is not what its family's table
+    says.
     """
     with fixed_threads(subject.calibration.threads), opened_targets(subject) as walk:
         windows = windows_of(subject)
@@ -55,7 +54,7 @@ def equalize(
         shape = (*windows.shape, walk.hidden)
         files = LayerFiles(folder, key_of(subject, windows), layers, shape, ("reference",))
         with telling_of_memory(subject.plan.device):
-            _Pass(subject, walk, windows, files, on_progress, stop).run()
+            _Pass(subject, walk, windows, files, on_bytes, stop).run()
         files.remove_states()
         return {
             name: Equalized({_role(part): stored for part, stored in each.parts.items()}, each.notes)
@@ -95,11 +94,11 @@ class _Pass:
         walk: Walk,
         windows: Tensor,
         files: LayerFiles,
-        on_progress: OnProgress,
+        on_bytes: OnBytes,
         stop: StopRequest,
     ) -> None:
         self._subject, self._walk, self._windows, self._files = subject, walk, windows, files
-        self._on_progress, self._stop = on_progress, stop
+        self._on_bytes, self._stop = on_bytes, stop
         self._batches = in_batches(windows, batch_of(windows.shape[1]))
         self._sizes = [
             sum(map(walk.source.stored_bytes, walk.layer_weights(number)))
@@ -110,7 +109,7 @@ class _Pass:
 
     def run(self) -> None:
         first = self._files.done
-        self._report(first)
+        self._on_bytes(sum(self._sizes[:first]))
         if first == len(self._sizes):
             return
         self._files.check_disk(pairs_need(self._walk, self._subject).disk)
@@ -127,10 +126,7 @@ class _Pass:
                     stream.leaving(number).sync()
                     self._files.write(number, results)
                     release_freed_memory()
-                    self._report(number + 1)
-
-    def _report(self, layers: int) -> None:
-        self._on_progress(sum(self._sizes[:layers]), sum(self._sizes))
+                    self._on_bytes(self._sizes[number])
 
     def _equalize(self, passing: Passing, number: int, module: nn.Module, stream: Stream) -> Sequence[Result]:
         """Have the stream pass a layer; return the factors of its weights."""

@@ -63,7 +63,7 @@ def gradients_path(folder: Path, number: int) -> Path:
 class Gradients:
     """Gradients of `model` on the tokens `windows` [sequence, token], in `folder`.
 
-    `advance` is called with bytes that have been read, and raises to stop.
+    `advance` is called with bytes that have been read, 0 to ask whether to go on, and raises to stop.
     """
 
     def __init__(

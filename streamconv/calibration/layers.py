@@ -43,17 +43,17 @@ from streamconv.calibration.subject import Subject
 from streamconv.formats.base import Encoder
 from streamconv.forward.walk import Passing, assign, in_batches
 from streamconv.kernels import kernels_for
-from streamconv.progress import OnProgress, StopRequest
+from streamconv.progress import OnBytes, StopRequest
 from streamconv.rounding.feedback import Chosen, FeedbackOptions, Statistics, feedback
 
 
 def calibrate(
-    subject: Subject, folder: Path, on_progress: OnProgress, stop: StopRequest
+    subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest
 ) -> Mapping[str, Calibrated]:
     """Choose the codes of all weights that the plan wants calibrated, or go on with it in `folder`: by name.
 
-    `on_progress` is called with bytes of the base done and in all, as in the plan's need. Raises Stopped if `stop` was
-    set: what was done of the layer in work is lost then, no more.
+    `on_bytes` is called with bytes of the base, as many in all as in the plan's need; first with those that an earlier
+    run had done. Raises Stopped if `stop` was set: what was done of the layer in work is lost then, no more.
     """
     with fixed_threads(subject.calibration.threads), opened(subject) as model:
         windows = windows_of(subject)
@@ -66,7 +66,7 @@ def calibrate(
             lambda number: not subject.gradient_sequences or gradients_path(folder, number).exists(),
         )
         with telling_of_memory(subject.plan.device):
-            _Calibration(subject, model, windows, files, folder, on_progress, stop).run()
+            _Calibration(subject, model, windows, files, folder, on_bytes, stop).run()
         files.remove_states()
         return {
             name: Calibrated(each.parts, each.kept, each.notes, each.residual)
@@ -84,7 +84,7 @@ class _Calibration:
         windows: Tensor,
         files: LayerFiles,
         folder: Path,
-        on_progress: OnProgress,
+        on_bytes: OnBytes,
         stop: StopRequest,
     ) -> None:
         self.model, self.windows, self.files, self.stop = model, windows, files, stop
@@ -93,7 +93,7 @@ class _Calibration:
         self._disk = need_of(model, subject).disk
         self.batches = in_batches(windows, batch_of(windows.shape[1]))
         self._sizes = [model.stored_bytes(number) for number in range(model.layers)]
-        self._on_progress = on_progress
+        self._on_bytes, self._told = on_bytes, 0
         seed, chosen = subject.plan.options.seed, windows[: subject.gradient_sequences]
         self.gradients = Gradients(model, folder, chosen, seed, self._advance)
         self._advanced = 0
@@ -132,16 +132,19 @@ class _Calibration:
 
     def report(self, layers: int, further: int = 0) -> None:
         """Say how far it is: so many layers, and `further` bytes of the one in work."""
-        before = self.gradients.nbytes
-        self._on_progress(before + sum(self._sizes[:layers]) + further, before + sum(self._sizes))
+        self._tell(self.gradients.nbytes + sum(self._sizes[:layers]) + further)
 
     def _advance(self, nbytes: int) -> None:
         """So many more bytes have been read to find gradients."""
         self.check_stop()
         if nbytes:
             self._advanced += nbytes
-            before = self.gradients.nbytes
-            self._on_progress(min(self._advanced, before), before + sum(self._sizes))
+            self._tell(min(self._advanced, self.gradients.nbytes))
+
+    def _tell(self, done: int) -> None:
+        """Say how many more bytes are done, now that so many are."""
+        self._on_bytes(done - self._told)
+        self._told = done
 
     def check_stop(self) -> None:
         check_stop(self.stop)

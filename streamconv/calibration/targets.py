@@ -14,9 +14,13 @@ from streamconv.checkpoint.types import Shape
 from streamconv.formats.rows import StoredRows, in_file_order
 from streamconv.forward.weights import WeightSource
 from streamconv.planning.devices import Device
-from streamconv.planning.plan import Access, Plan, Rewrite, cell_rows, stores_the_same
+from streamconv.planning.plan import Plan, Rewrite, cell_rows
+from streamconv.planning.scales import scales_of_base
 from streamconv.rounding.feedback import BaseOnGrid, Chosen
 from streamconv.running.cells import KeptDelta, WeightWork
+from streamconv.running.direct import DirectEngine
+from streamconv.running.opened import open_weight
+from streamconv.running.scales import Fixed, Kept
 from streamconv.running.workers import Workers
 
 
@@ -43,12 +47,12 @@ class Held:
 
     def base(self) -> BaseOnGrid | None:
         """Codes and scales of the base where it lies on the output's grid."""
-        scales = self.work.kept_scales
-        if not self.step.keeps_scales or scales is None:
+        scales = self.work.scales
+        if not isinstance(scales, Kept):
             return None
         codes = torch.empty(self.step.rows * self.step.columns, dtype=torch.uint8, device=self.work.device)
         self.work.base_codes(self._on_device(), self._rows, codes)
-        return BaseOnGrid(codes, scales)
+        return BaseOnGrid(codes, scales.effective)
 
     def difference(self, target: Tensor) -> Tensor:
         """What the update adds, `target` less the base, float32 [out, in]."""
@@ -58,7 +62,10 @@ class Held:
 
     def packed(self, chosen: Chosen) -> tuple[tuple[bytes, ...], KeptDelta | None]:
         """Bytes of all parts with these codes, in the encoder's order, and what survives of the update."""
-        self.work.settle(chosen)
+        scales = self.work.scales if chosen.keeps_base else None
+        if not isinstance(scales, Kept):
+            scales = Fixed(chosen.scales, self.step.encoder.effective_scales(chosen.scales))
+        self.work.use(scales, chosen.codes)
         size = self.step.encoder.row_offset(self.step.rows)
         out = torch.empty(size, dtype=torch.uint8, device=self.work.device)
         self.work.rewrite(self._on_device(), self._rows, out).wait()
@@ -118,28 +125,17 @@ class Targets:
         return held.target()
 
     def _hold(self, step: Rewrite) -> Held:
-        weight, device, load = step.weight, self._device.torch, self._reader.load
-        raw = torch.empty(weight.parts[weight.decoder.main].nbytes, dtype=torch.uint8)
-        StoredRows(self._reader, weight).read_into(range(step.rows), raw)
-        side = {
-            role: load(part).to(device) for role, part in weight.parts.items() if role != weight.decoder.main
-        }
-        parts = [
-            {role: load(part).float().to(device) for role, part in update.parts.items()}
-            for update in step.applied
-        ]
-        height = cell_rows(self._device, step.columns)
-        work = WeightWork(step, side, parts, device, self._seed, self._workers, height)
-        if step.access is not Access.ROW:
-            work.reduce(raw.to(device), range(step.rows))
-            work.end_reduce()
-        return Held(work, raw)
+        rows, device = range(step.rows), self._device.torch
+        raw = torch.empty(step.weight.parts[step.weight.decoder.main].nbytes, dtype=torch.uint8)
+        StoredRows(self._reader, step.weight).read_into(rows, raw)
+        engine = DirectEngine(self._workers, device, cell_rows(self._device, step.columns))
+        whole = ((rows, each.to(device)) for each in (raw,))
+        opened = open_weight(self._reader, [step], engine, whole, self._seed)
+        return Held(opened.works[0], raw)
 
 
 def _with_base_scales(step: Rewrite) -> Rewrite:
     """`step` as it is read here: the base's scales may stay, where it lies on the output's grid."""
-    grid = step.merge_base.grid if step.merge_base is not None else step.weight.decoder.grid
-    keeps = grid is not None and grid == step.encoder.grid and step.equalizer is None
-    keeps_parts = keeps and step.merge_base is None and stores_the_same(step.weight, step.encoder)
+    scales = scales_of_base(step.weight, step.merge_base, step.encoder, step.equalizer)
     # How the rest of the plan is rounded is of no use here: codes are chosen for all of a weight.
-    return replace(step, rounding=None, keeps_scales=keeps, keeps_parts=keeps_parts, calibrated=False)
+    return replace(step, rounding=None, scales=scales, calibrated=False)

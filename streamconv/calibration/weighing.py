@@ -6,7 +6,7 @@ What was kept of the update is computed by the code that did it when the weight 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,9 +16,12 @@ from streamconv.checkpoint.reader import TensorReader
 from streamconv.formats.base import Weight
 from streamconv.formats.rows import StoredRows
 from streamconv.planning.devices import Device
-from streamconv.planning.plan import Access, Rewrite, cell_rows, tile_rows
-from streamconv.rounding.feedback import Chosen
+from streamconv.planning.plan import Rewrite, cell_rows, tile_rows
+from streamconv.planning.scales import FRESH
 from streamconv.running.cells import KeptDelta, WeightWork
+from streamconv.running.direct import DirectEngine
+from streamconv.running.opened import load_side, open_weight, read_tiles
+from streamconv.running.scales import Fixed
 from streamconv.running.workers import Workers
 
 _TILE_BYTES = 8 * 2**20
@@ -38,44 +41,41 @@ def weigh(step: Rewrite, written: Weight, device: Device, reader: TensorReader, 
     Raises CheckpointError where a scale is not finite.
     """
     on = device.torch
-    scales = written.decoder.scales(_side(written, reader, device))
+    scales = written.decoder.scales(load_side(reader, written, on))
     assert scales is not None, f"{written.name} is stored dense"
-    step = replace(step, keeps_scales=False, keeps_parts=False, calibrated=False)
-    parts = [
-        {role: reader.load(part).float().to(on) for role, part in update.parts.items()}
-        for update in step.applied
-    ]
-    side, height = _side(step.weight, reader, device), cell_rows(device, step.columns)
-    work = WeightWork(step, side, parts, on, 0, workers, height)
-    if step.access is not Access.ROW:
-        for rows, raw in _tiles(step.weight, step, height, device, reader):
-            work.reduce(raw, rows)
-        work.end_reduce()
-    codes = torch.cat(
-        [written.decoder.codes(raw, rows) for rows, raw in _tiles(written, step, height, device, reader)]
-    )
-    work.settle(Chosen(codes, scales, keeps_base=False), scales)
-    error = _error(step, work, written, scales, height, device, reader)
+    step, height = replace(step, scales=FRESH, calibrated=False), cell_rows(device, step.columns)
+    bases, stored = (_Stored(weight, step, height, on, reader) for weight in (step.weight, written))
+    work = open_weight(reader, [step], DirectEngine(workers, on, height), bases.tiles()).works[0]
+    codes = torch.empty(step.rows * step.columns, dtype=torch.uint8, device=on)
+    for rows, raw in stored.tiles():
+        codes[rows.start * step.columns : rows.stop * step.columns] = written.decoder.codes(raw, rows)
+    work.use(Fixed(scales, scales), codes)
+    error = _error(work, written, scales, bases, stored)
     return Weighed(work.finish()[1], error)
 
 
-def _error(
-    step: Rewrite,
-    work: WeightWork,
-    written: Weight,
-    scales: Tensor,
-    height: int,
-    device: Device,
-    reader: TensorReader,
-) -> float:
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A weight's main part, in tiles of as many rows as those of `step` may be."""
+
+    weight: Weight
+    step: Rewrite
+    height: int
+    on: torch.device
+    reader: TensorReader
+
+    def tiles(self) -> Iterator[tuple[range, Tensor]]:
+        stored, count = StoredRows(self.reader, self.weight), tile_rows(self.step, _TILE_BYTES, self.height)
+        return read_tiles(stored, range(self.step.rows), count, self.on)
+
+
+def _error(work: WeightWork, written: Weight, scales: Tensor, bases: _Stored, stored: _Stored) -> float:
     """||T - Q|| / ||T||; and every tile of `work` rewritten."""
-    grid = written.decoder.grid
+    grid, step = written.decoder.grid, work.step
     assert grid is not None
-    sizes = torch.zeros(2, dtype=torch.float64, device=device.torch)
-    bases = _tiles(step.weight, step, height, device, reader)
-    stored = _tiles(written, step, height, device, reader)
-    for (rows, raw), (_, codes) in zip(bases, stored, strict=True):
-        target = torch.empty(len(rows), step.columns, device=device.torch)
+    sizes = torch.zeros(2, dtype=torch.float64, device=work.device)
+    for (rows, raw), (_, codes) in zip(bases.tiles(), stored.tiles(), strict=True):
+        target = torch.empty(len(rows), step.columns, device=work.device)
         work.targets(raw, rows, target)
         first, last = rows.start * step.columns // grid.block, -(-rows.stop * step.columns // grid.block)
         found = written.decoder.decode(codes, rows, scales[first:last], torch.empty_like(target))
@@ -84,20 +84,3 @@ def _error(
         work.rewrite(raw, rows, torch.empty_like(codes)).wait()
     error, size = sizes.tolist()
     return math.sqrt(error / size) if size else math.sqrt(error)
-
-
-def _side(weight: Weight, reader: TensorReader, device: Device) -> Mapping[str, Tensor]:
-    main = weight.decoder.main
-    return {role: reader.load(part).to(device.torch) for role, part in weight.parts.items() if role != main}
-
-
-def _tiles(
-    weight: Weight, step: Rewrite, height: int, device: Device, reader: TensorReader
-) -> Iterator[tuple[range, Tensor]]:
-    """Bytes of a weight's main part, as many rows at a time as those of `step` may be."""
-    stored, count = StoredRows(reader, weight), tile_rows(step, _TILE_BYTES, height)
-    for first in range(0, step.rows, count):
-        rows = range(first, min(first + count, step.rows))
-        raw = torch.empty(stored.nbytes(rows), dtype=torch.uint8)
-        stored.read_into(rows, raw)
-        yield rows, raw.to(device.torch)

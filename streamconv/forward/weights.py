@@ -14,7 +14,9 @@ from streamconv.formats.base import CELL_ROWS, Constant, matrix_shape
 from streamconv.formats.rows import StoredRows
 from streamconv.planning.devices import Device
 from streamconv.planning.plan import Access, Copy, Plan, Rewrite, tile_rows
-from streamconv.running.cells import WeightWork
+from streamconv.progress import OnBytes
+from streamconv.running.direct import DirectEngine
+from streamconv.running.opened import OpenedWeight, open_weight, read_tiles
 from streamconv.running.workers import Workers
 
 _BUFFER_BYTES = 8 * 2**20
@@ -44,7 +46,7 @@ class Weights(Protocol):
 class WeightSource:
     """The weights that a plan of dense output would write, by name; use as a context manager."""
 
-    def __init__(self, plan: Plan, device: Device, on_bytes: Callable[[int], None]) -> None:
+    def __init__(self, plan: Plan, device: Device, on_bytes: OnBytes) -> None:
         steps = [placed.step for shard in plan.shards for placed in shard.steps]
         self._steps: Mapping[str, Copy | Rewrite] = {
             step.name: step for step in steps if not isinstance(step, Constant)
@@ -116,22 +118,11 @@ class WeightSource:
         """Reader that fills memory (uint8, flat) with given rows of the weight, in row order."""
         if isinstance(step, Copy):
             return lambda rows, out: self._copy(step, rows, out)
-        weight, load = step.weight, self._reader.load
-        device = self._device.torch
-        side = {
-            role: load(part).to(device) for role, part in weight.parts.items() if role != weight.decoder.main
-        }
-        parts = [
-            {role: load(part).float().to(device) for role, part in update.parts.items()}
-            for update in step.applied
-        ]
-        work = WeightWork(step, side, parts, device, 0, self._workers)
-        stored = StoredRows(self._reader, weight)
-        if step.access is not Access.ROW:
-            for tile, raw in self._read(step, stored, range(step.rows)):
-                work.reduce(raw, tile)
-            work.end_reduce()
-        return lambda rows, out: self._rewrite(work, stored, rows, out)
+        engine = DirectEngine(self._workers, self._device.torch)
+        stored = StoredRows(self._reader, step.weight)
+        tiles = self._read(step, stored, range(step.rows))
+        opened = open_weight(self._reader, [step], engine, tiles)
+        return lambda rows, out: self._rewrite(step, opened, stored, rows, out)
 
     def _copy(self, step: Copy, rows: range, out: Tensor) -> None:
         row_bytes = out.numel() // max(1, len(rows))
@@ -140,20 +131,14 @@ class WeightSource:
         if host is not out:
             out.copy_(host)
 
-    def _rewrite(self, work: WeightWork, stored: StoredRows, rows: range, out: Tensor) -> None:
-        offset = work.step.encoder.row_offset
-        for tile, raw in self._read(work.step, stored, rows):
+    def _rewrite(
+        self, step: Rewrite, opened: OpenedWeight, stored: StoredRows, rows: range, out: Tensor
+    ) -> None:
+        offset = step.encoder.row_offset
+        for tile, raw in self._read(step, stored, rows):
             start, stop = offset(tile.start) - offset(rows.start), offset(tile.stop) - offset(rows.start)
-            work.rewrite(raw, tile, out[start:stop]).wait()
+            opened.rewrite(raw, tile, [out[start:stop]]).wait()
 
     def _read(self, step: Rewrite, stored: StoredRows, rows: range) -> Iterator[tuple[range, Tensor]]:
         """Stored bytes of `rows`, a tile at a time, on the device; the next tile overwrites them."""
-        height = tile_rows(step, _BUFFER_BYTES, CELL_ROWS)
-        buffer: Tensor | None = None
-        for first in range(rows.start, rows.stop, height):
-            tile = range(first, min(first + height, rows.stop))
-            nbytes = stored.nbytes(tile)
-            buffer = torch.empty(nbytes, dtype=torch.uint8) if buffer is None else buffer
-            raw = buffer[:nbytes]
-            stored.read_into(tile, raw)
-            yield tile, raw.to(self._device.torch)
+        return read_tiles(stored, rows, tile_rows(step, _BUFFER_BYTES, CELL_ROWS), self._device.torch)

@@ -18,7 +18,7 @@ from streamconv.checkpoint.strict_json import parse_object
 from streamconv.errors import InputError, VerificationError
 from streamconv.output.sidecars import RESIDUAL
 from streamconv.planning.plan import Plan, ShardPlan
-from streamconv.progress import StopRequest
+from streamconv.progress import OnBytes, StopRequest
 from streamconv.running.cells import KeptDelta
 from streamconv.running.executor import run_plans
 from streamconv.running.sink import Output
@@ -72,7 +72,7 @@ def verify_layout(out: Path, plan: Plan) -> None:
         raise VerificationError(f"{out}: tensor {name} is not stored as planned; do not use this output")
 
 
-def verify_output(location: str, manifest_name: str, on_progress: Callable[[int], None]) -> Verified:
+def verify_output(location: str, manifest_name: str, on_bytes: OnBytes) -> Verified:
     """Reread every shard of an output, its index, config.json and recipe, and compare with its manifest.
 
     Other files beside the weights may be edited freely. Raises VerificationError where something differs,
@@ -83,7 +83,7 @@ def verify_output(location: str, manifest_name: str, on_progress: Callable[[int]
     shards = _listed(content, "shards", f"{location}: {manifest_name}")
     files = _listed(content, "files", f"{location}: {manifest_name}")
     try:
-        total = sum(_check_file(storage, name, *listed, on_progress) for name, listed in shards.items())
+        total = sum(_check_file(storage, name, *listed, on_bytes) for name, listed in shards.items())
         index = read_index(storage)
     except InputError as error:
         raise VerificationError(f"{error}; do not use this output") from error
@@ -116,16 +116,14 @@ def _listed(content: Mapping[str, Any], key: str, where: str) -> Mapping[str, tu
         ) from error
 
 
-def _check_file(
-    storage: Storage, name: str, size: int, sha256: str, on_progress: Callable[[int], None]
-) -> int:
+def _check_file(storage: Storage, name: str, size: int, sha256: str, on_bytes: OnBytes) -> int:
     """Bytes of the file. Raises VerificationError unless it has that size and hash."""
     file = storage.file(name)
     if file.size != size:
         raise VerificationError(
             f"{storage.location}: {name} has {file.size} bytes, expected {size}; do not use this output"
         )
-    digest = hash_file(file.path, on_progress)
+    digest = hash_file(file.path, on_bytes)
     if digest != sha256:
         raise VerificationError(
             f"{storage.location}: {name} hashes to {digest}, expected {sha256}; do not use this output"
@@ -133,15 +131,15 @@ def _check_file(
     return size
 
 
-def hash_file(path: str, on_progress: Callable[[int], None]) -> str:
-    """SHA-256 of a file in hexadecimal; `on_progress` is told how many bytes were read."""
+def hash_file(path: str, on_bytes: OnBytes) -> str:
+    """SHA-256 of a file in hexadecimal; `on_bytes` is told how many bytes were read."""
     digest = hashlib.sha256()
     buffer = bytearray(_CHUNK_BYTES)
     view = memoryview(buffer)
     with Path(path).open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(view[:count])
-            on_progress(count)
+            on_bytes(count)
     return digest.hexdigest()
 
 
@@ -205,7 +203,7 @@ class ComparingSink:
         raise AssertionError(f"{self._shard.name} has no tensor at {self._offset}")
 
 
-def verify_exactly(out: Path, plan: Plan, on_progress: Callable[[int], None], stop: StopRequest) -> None:
+def verify_exactly(out: Path, plan: Plan, on_bytes: OnBytes, stop: StopRequest) -> None:
     """Compute the whole plan again and compare with the files. Raises VerificationError at the first difference."""
     starts = {shard.name: len(shard.header) for shard in plan.shards}
-    run_plans([Output(plan, starts, lambda: ComparingSink(out))], on_progress, stop)
+    run_plans([Output(plan, starts, lambda: ComparingSink(out))], on_bytes, stop)

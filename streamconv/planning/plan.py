@@ -22,6 +22,7 @@ from streamconv.formats.base import CELL_ROWS, Constant, Encoder, Weight, matrix
 from streamconv.kernels import kernels_for
 from streamconv.options import MergeOptions
 from streamconv.planning.devices import Device
+from streamconv.planning.scales import FRESH, PlannedScales
 from streamconv.rounding.base import Rounding
 from streamconv.rounding.feedback import FeedbackOptions
 from streamconv.rounding.residual import FACTOR_DTYPE
@@ -66,11 +67,10 @@ class Copy:
 class Rewrite:
     """One weight read, updated, and written anew.
 
-    `merge_base`: how the base is rounded before the update is added; None leaves it as it is.
-    `keeps_scales`: the output keeps the scales of the base's own grid (where it is calibrated, it may); `keeps_parts`:
-    and the very tensors that store them. `calibrated`: its bytes are made before, with those of its decoder layer, and
-    copied; `rounding` is for what that leaves, an expert that hardly any token came to. `equalizer`: what target and
-    base are multiplied by before that, None where they are not.
+    `merge_base`: how the base is rounded before the update is added; None leaves it as it is. `scales`: whether those
+    of the base stay, as far as the rounding leaves them. `calibrated`: its bytes are made before, with those of its
+    decoder layer, and copied; `rounding` is for what that leaves, an expert that hardly any token came to. `equalizer`:
+    what target and base are multiplied by before that, None where they are not.
     """
 
     name: str
@@ -79,8 +79,7 @@ class Rewrite:
     encoder: Encoder
     rounding: Rounding | None = None
     merge_base: Encoder | None = None
-    keeps_scales: bool = False
-    keeps_parts: bool = False
+    scales: PlannedScales = FRESH
     calibrated: bool = False
     equalizer: Equalizer | None = None
 
@@ -114,7 +113,7 @@ class Rewrite:
             self.rounding is not None
             and self.rounding.searches_scales
             and self.encoder.nested
-            and not self.keeps_scales
+            and self.scales == FRESH
             and not self.calibrated
         )
 
@@ -123,18 +122,13 @@ class Rewrite:
         if self.calibrated:
             return Access.CALIBRATED
         needs_scales = self.merge_base is not None and (
-            self.merge_base.nested or (self.keeps_scales and self.encoder.nested)
+            self.merge_base.nested or (self.scales != FRESH and self.encoder.nested)
         )
         asked = {update.access for update in self.updates}
         if UpdateAccess.WHOLE in asked:
             return Access.WHOLE
         reduces = needs_scales or self.searches_first or UpdateAccess.REDUCE_THEN_ROW in asked
         return Access.REDUCE_THEN_ROW if reduces else Access.ROW
-
-
-def stores_the_same(weight: Weight, encoder: Encoder) -> bool:
-    """Whether `encoder` would store the scales of `weight` in the tensors that hold them now."""
-    return weight.format == encoder.format and (weight.dtype == encoder.dtype or not encoder.rounds_scales)
 
 
 Step = Copy | Rewrite | Constant

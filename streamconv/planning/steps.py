@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from streamconv.adapters.base import Update, UpdateAccess
 from streamconv.dtypes import DENSE, Dtype
@@ -13,12 +14,8 @@ from streamconv.formats.base import Encoder, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, select
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
-from streamconv.planning.plan import (
-    Copy,
-    Rewrite,
-    Step,
-    stores_the_same,
-)
+from streamconv.planning.plan import Copy, Rewrite, Step
+from streamconv.planning.scales import FRESH, scales_of_base
 from streamconv.rounding import ROUNDINGS
 from streamconv.rounding.base import Rounding
 
@@ -78,47 +75,67 @@ def weight_steps(
     calibrates: bool,
     equalizer: Equalizer | None = None,
 ) -> list[Step]:
+    """Steps of one weight: a rewrite, or a copy of every part. Raises UnsupportedError for what cannot be made."""
     if equalizer is not None and encoder is None:
         raise UnsupportedError(
             f"{name} is {weight.dtype}, which cannot be rescaled; leave --rescale out, or give a base in 16 bit"
         )
     changes = bool(updates) or merge_base is not None or equalizer is not None
     if encoder is None or (not changes and (encoder.format, encoder.dtype) == (weight.format, weight.dtype)):
-        # Only a weight of one part is ever stored under another name than the base's.
-        is_dense = len(weight.parts) == 1
-        return [Copy(name if is_dense else part.name, part) for part in weight.parts.values()]
+        return _copies(name, weight)
+    _check_updates(name, weight, updates, merge_base)
+    if not updates and equalizer is None and merge_base is not None and merge_base.format == encoder.format:
+        # Rounding the original gives just what training saw; rounding that once more would move its scales.
+        return [Rewrite(name, weight, (), encoder, ROUNDINGS["nearest"])]
+    step = Rewrite(name, weight, updates, encoder, merge_base=merge_base, equalizer=equalizer)
+    if encoder.grid is None:
+        return [step]
+    assert rounding is not None
+    return [_quantizing(step, rounding, calibrates)]
+
+
+def _copies(name: str, weight: Weight) -> list[Step]:
+    """Copies of all parts; only a weight of one part is ever stored under another name than the base's."""
+    is_dense = len(weight.parts) == 1
+    return [Copy(name if is_dense else part.name, part) for part in weight.parts.values()]
+
+
+def _check_updates(
+    name: str, weight: Weight, updates: tuple[Update, ...], merge_base: Encoder | None
+) -> None:
+    """Raise UnsupportedError unless the updates can be added to the base as it is, or as it is rounded first."""
     if weight.decoder.grid is not None and any(update.needs_original for update in updates):
         raise UnsupportedError(
             f"{name} is {weight.format}, and the adapter was trained on what its initialisation had left of the weight "
             "before that was quantized; give the 16-bit base model instead"
         )
-    needs_pass = any(update.access is not UpdateAccess.ROW for update in updates)
-    if merge_base is not None and needs_pass:
+    if merge_base is not None and _need_pass(updates):
         raise UnsupportedError(
             f"{name}: this update needs a pass over the whole weight, and so does --merge-base {merge_base.format}; "
             "merge onto the original base"
         )
-    if not updates and equalizer is None and merge_base is not None and merge_base.format == encoder.format:
-        # Rounding the original gives just what training saw; rounding that once more would move its scales.
-        return [Rewrite(name, weight, (), encoder, ROUNDINGS["nearest"])]
-    if encoder.grid is None:
-        return [Rewrite(name, weight, updates, encoder, merge_base=merge_base, equalizer=equalizer)]
-    assert rounding is not None
-    base_grid = merge_base.grid if merge_base else weight.decoder.grid
-    is_on_grid = base_grid == encoder.grid and equalizer is None
-    keeps = is_on_grid and (rounding.keeps_scales or not updates)
-    if rounding.searches_scales and encoder.nested and needs_pass:
+
+
+def _need_pass(updates: tuple[Update, ...]) -> bool:
+    """Whether an update must have seen all of the weight before its first row."""
+    return any(update.access is not UpdateAccess.ROW for update in updates)
+
+
+def _quantizing(step: Rewrite, rounding: Rounding, calibrates: bool) -> Rewrite:
+    """The step with its rounding, and with the base's scales where the rounding leaves them.
+
+    Raises UnsupportedError where both the update and the search for scales need a pass of their own.
+    """
+    if rounding.searches_scales and step.encoder.nested and _need_pass(step.updates):
         raise UnsupportedError(
-            f"{name}: this update needs a pass over the whole weight, and so does --rounding {rounding.name} with "
-            f"double-quantized scales; choose another --rounding, or a --quant other than {encoder.format}"
+            f"{step.name}: this update needs a pass over the whole weight, and so does --rounding {rounding.name} with "
+            f"double-quantized scales; choose another --rounding, or a --quant other than {step.encoder.format}"
         )
-    keeps_parts = keeps and merge_base is None and stores_the_same(weight, encoder)
-    calibrates &= bool(updates) or not is_on_grid  # else the codes stay
-    return [
-        Rewrite(
-            name, weight, updates, encoder, rounding, merge_base, keeps, keeps_parts, calibrates, equalizer
-        )
-    ]
+    of_base = scales_of_base(step.weight, step.merge_base, step.encoder, step.equalizer)
+    keeps = rounding.keeps_scales or not step.updates
+    # Without an update, codes of a base on the output's grid stay as they are.
+    calibrates &= bool(step.updates) or of_base == FRESH
+    return replace(step, rounding=rounding, scales=of_base if keeps else FRESH, calibrated=calibrates)
 
 
 def _encoder(name: str, weight: Weight, quantize: bool, own_dtype: Dtype, choices: Choices) -> Encoder | None:

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -30,11 +31,12 @@ from streamconv.formats.base import CELL_ROWS, Encoder
 from streamconv.kernels import TORCH, kernels_for, pairwise_sum
 from streamconv.kernels.grids import Grid, ZeroPointGrid
 from streamconv.planning.plan import Rewrite
+from streamconv.planning.scales import FRESH, Fresh, OfBase
 from streamconv.rounding import uniform
 from streamconv.rounding.adaptive import Adaptive, delta_to_step
-from streamconv.rounding.base import Context
-from streamconv.rounding.feedback import Chosen
+from streamconv.rounding.base import Context, Rounding
 from streamconv.rounding.search import searched_scales
+from streamconv.running.scales import Fixed, Kept, Scales, kept_scales
 from streamconv.running.workers import Inline, Scratch, Ticket, Workers
 
 _STRETCH = 1 << 18
@@ -83,6 +85,9 @@ class Seen:
     written: Tensor
 
 
+Watch = Callable[[Seen], None]
+
+
 def cells(rows: range, height: int = CELL_ROWS) -> Iterator[range]:
     """`rows` in cells; `rows` starts on a cell boundary."""
     for first in range(rows.start, rows.stop, height):
@@ -109,8 +114,9 @@ class WeightWork:
     A part of the work that failed for want of memory can be repeated: cells write to their places, and states of
     updates are kept only once a tile has passed.
 
-    Where codes are chosen for the whole weight at once, `targets` and `base_codes` say what from, and `settle` is told
-    what they are; `rewrite` then packs and weighs these.
+    `scales` and `rounding` begin as planned; what is decided before the second pass, or by its first cell, changes
+    them (`use`), and never the step. Where codes are chosen for the whole weight at once, `targets` and `base_codes`
+    say what from, and `use` is told what they are; `rewrite` then packs and weighs these.
     """
 
     def __init__(
@@ -123,7 +129,7 @@ class WeightWork:
         workers: Workers | Inline,
         height: int = CELL_ROWS,
         defers: bool = False,
-        watch: Callable[[Seen], None] | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.step, self.side, self.parts, self.seed, self._watch = step, side, parts, seed, watch
         self.device, self.workers, self.height = device, workers, height
@@ -135,22 +141,31 @@ class WeightWork:
         # What cells leave behind is written to its place in tensors allocated at once. As small tensors of their
         # own, they would lie between freed cells on the heap, which could not shrink: up to 5 times the memory.
         self._absmax = self._one_a_block(step.merge_base)  # of the base that `reduce` sees
-        self._scales = self._one_a_block(step.encoder)  # as the rounding chose them
+        self._gathered = self._one_a_block(step.encoder)  # scales as they are chosen, cell by cell
         self._inner = self._one_a_block(step.encoder)
         # The sums of KeptDelta for every cell, with <B, D> for the first.
         count = -(-step.rows // height)
         self._sums = torch.zeros(count, 3, dtype=torch.float64, device=device)
         # Least and greatest value of every cell.
         self._extremes = torch.zeros(count, 2, device=device) if defers else None
-        # Effective scales of the base, one a block; those that stay, as the encoder stores them; and what a
-        # loader will make of these.
-        self._base_scales = step.weight.decoder.scales(side)
-        self._kept_scales: Tensor | None = None
-        self._effective: Tensor | None = None
-        self._searched: Tensor | None = None  # what a loader will make of scales that were searched for
-        if step.keeps_scales and self._base_scales is not None:
-            self._keep(self._base_scales)
-        self._chosen: Chosen | None = None
+        self._base_scales = step.weight.decoder.scales(side)  # effective, one a block
+        self._codes: Tensor | None = None  # of the whole weight, where they are known before
+        self._rounding = None if isinstance(step.rounding, Adaptive) else step.rounding
+        self.scales: Scales = self._known_scales()
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """How cells are rounded; None where nothing is, or until adaptive rounding has seen the first of them."""
+        return self._rounding
+
+    def _known_scales(self) -> Scales:
+        """The planned scales, or what is known of them: at the beginning, and after the first pass."""
+        planned, merge_base = self.step.scales, self.step.merge_base
+        if isinstance(planned, Fresh) or self._base_scales is None:
+            return planned
+        is_stored = merge_base is not None and merge_base.format == self.step.encoder.format
+        stored = self._absmax if is_stored else None
+        return kept_scales(planned, self._base_scales, stored, self.step.encoder, self.side)
 
     def _prepare(self) -> Sequence[Parts]:
         """What updates make of their parts, once a weight; by one worker, where there is something to compute."""
@@ -184,20 +199,24 @@ class WeightWork:
         for number, update in enumerate(self.step.updates):
             if self._states[number]:
                 self._states[number] = update.conclude(self._states[number])
+        if self.step.merge_base is not None:
+            self._base_scales = self.step.merge_base.effective_scales(self._absmax)
+            self.scales = self._known_scales()
         if self.step.searches_first:
-            self._searched = self.step.encoder.effective_scales(self._scales)
-        merge_base = self.step.merge_base
-        if merge_base is None:
-            return
-        self._base_scales = merge_base.effective_scales(self._absmax)
-        if self.step.keeps_scales:
-            same = merge_base.format == self.step.encoder.format
-            self._keep(self._absmax if same else self._base_scales)
+            self.use(Fixed(self._gathered, self.step.encoder.effective_scales(self._gathered)))
+
+    def use(self, scales: Fresh | Kept | Fixed, codes: Tensor | None = None) -> None:
+        """Have `rewrite` write these scales, and `codes` (uint8, flat, of the whole weight) if they are known.
+
+        With codes, scales are known too.
+        """
+        assert codes is None or not isinstance(scales, Fresh), f"{self.step.name}: codes without scales"
+        self.scales, self._codes = scales, codes
 
     def rewrite(self, raw: Tensor, rows: range, out: Tensor) -> Ticket:
         """Second pass: `out` (uint8) will hold the main part's bytes of `rows` once the ticket has been waited for."""
-        if isinstance(self.step.rounding, Adaptive) and self._chosen is None:
-            adaptive = self.step.rounding
+        adaptive = self.step.rounding
+        if self._rounding is None and isinstance(adaptive, Adaptive) and self._codes is None:
             self.workers.alone(lambda number: self._settle_rounding(number, raw, rows, adaptive))
         return self.workers.submit(lambda number, part: self._rewrite(number, raw, rows, out, part), rows)
 
@@ -210,8 +229,7 @@ class WeightWork:
         encoder = self.step.encoder
         if encoder.grid is None:
             return encoder.finish(None, None), None
-        scales = self._scales if self._kept_scales is None else self._kept_scales
-        tail = encoder.finish(scales, self.side if self.step.keeps_parts else None)
+        tail = self._finished_parts()
         if not self.step.updates:
             return tail, None
         effective = self.effective_scales()
@@ -221,15 +239,27 @@ class WeightWork:
 
     def effective_scales(self) -> Tensor:
         """What a loader will multiply codes by, one a block; known when the last cell is done."""
-        known = self._effective if self._searched is None else self._searched
-        return self.step.encoder.effective_scales(self._scales) if known is None else known
+        match self.scales:
+            case Fresh() | OfBase():
+                return self.step.encoder.effective_scales(self._gathered)
+            case Kept(effective=effective) | Fixed(effective=effective):
+                return effective
+            case _:
+                assert_never(self.scales)
+
+    def _finished_parts(self) -> tuple[bytes, ...]:
+        """The parts after the main one."""
+        match self.scales:
+            case Fresh() | OfBase():
+                return self.step.encoder.finish(self._gathered, None)
+            case Kept(stored=stored, parts=parts):
+                return self.step.encoder.finish(stored, parts)
+            case Fixed(stored=stored):
+                return self.step.encoder.finish(stored, None)
+            case _:
+                assert_never(self.scales)
 
     # -- codes chosen for the whole weight -------------------------------------------------------------------
-
-    @property
-    def kept_scales(self) -> Tensor | None:
-        """Effective scales that the output has if the base's stay, as the step says they may: float32, one a block."""
-        return self._effective
 
     def targets(self, raw: Tensor, rows: range, out: Tensor) -> None:
         """Write what the output is to come near, float32 [rows, columns], to `out`."""
@@ -242,16 +272,6 @@ class WeightWork:
     def base_codes(self, raw: Tensor, rows: range, out: Tensor) -> None:
         """Write the base's own codes (uint8, flat) to `out`; only where the base lies on a grid."""
         self.workers.map(lambda number, part: self._take_base_codes(number, raw, rows, out, part), rows)
-
-    def settle(self, chosen: Chosen, effective: Tensor | None = None) -> None:
-        """Have `rewrite` write `chosen`, and the base's scales only if it keeps them.
-
-        `effective` is what a loader makes of its scales, where that is known and not to be asked of the encoder.
-        """
-        self._chosen, self._searched = chosen, None
-        if not chosen.keeps_base:
-            self.step = replace(self.step, keeps_scales=False, keeps_parts=False)
-            self._kept_scales, self._effective = None, effective
 
     def _take_targets(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
         for cell, base in self._bases(number, raw, rows, part):
@@ -276,10 +296,6 @@ class WeightWork:
         for cell in cells(part, self.height):
             yield cell, self._base(self._raw(raw, rows, cell), cell, self.workers.scratch[number])
 
-    def _keep(self, scales: Tensor) -> None:
-        self._kept_scales = scales
-        self._effective = scales if self.step.keeps_parts else self.step.encoder.effective_scales(scales)
-
     # -- the cells of one worker -------------------------------------------------------------------------
 
     def _raw(self, raw: Tensor, rows: range, part: range) -> Tensor:
@@ -303,7 +319,7 @@ class WeightWork:
         assert grid is not None
         for cell, base in self._bases(number, raw, rows, part):
             target = self._target(base.values, cell).flatten()
-            self._blocks(self._scales, cell, grid).copy_(searched_scales(target, grid))
+            self._blocks(self._gathered, cell, grid).copy_(searched_scales(target, grid))
 
     def _take_states(self, number: int, raw: Tensor, rows: range) -> None:
         states = list(self._states)
@@ -321,16 +337,12 @@ class WeightWork:
         cell, grid, ratio = range(min(CELL_ROWS, rows.stop)), self.step.encoder.grid, None
         scratch = self.workers.scratch[number]
         base = self._base(self._raw(raw, rows, cell), cell, scratch)
-        is_on_grid = self.step.keeps_scales  # a base may have codes of another grid
-        if is_on_grid and grid is not None and base.codes is not None and base.effective is not None:
+        if self._keeps_base and grid is not None and base.codes is not None and base.effective is not None:
             target = self._target(self._copy(base.values, cell, scratch), cell)
             ratio = delta_to_step(target.view(-1), base.values.view(-1), base.codes, base.effective, grid)
-        rounding = adaptive.settled(ratio)
-        if rounding.keeps_scales:
-            self.step = replace(self.step, rounding=rounding)
-        else:
-            self.step = replace(self.step, rounding=rounding, keeps_scales=False, keeps_parts=False)
-            self._kept_scales, self._effective = None, None
+        self._rounding = adaptive.settled(ratio)
+        if not self._rounding.keeps_scales:
+            self.use(FRESH)
 
     def _rewrite(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
         encoder = self.step.encoder
@@ -361,6 +373,15 @@ class WeightWork:
         columns = self.step.columns
         return scales[rows.start * columns // grid.block : -(-rows.stop * columns // grid.block)]
 
+    @property
+    def _keeps_base(self) -> bool:
+        """Whether the output has scales of the base; a base may have codes of another grid."""
+        return isinstance(self.scales, OfBase | Kept)
+
+    def _kept_in(self, rows: range, grid: Grid) -> Tensor | None:
+        """The base's scales as the output has them, of a cell, where they are known for all of the weight."""
+        return self._blocks(self.scales.effective, rows, grid) if isinstance(self.scales, Kept) else None
+
     def _decode(self, raw: Tensor, rows: range, scratch: Scratch) -> Tensor:
         decoder = self.step.weight.decoder
         scales = self._base_scales
@@ -389,7 +410,7 @@ class WeightWork:
         scales = self._blocks(self._base_scales, rows, decoder.grid)
         anchor = self._cell("anchor", rows, scratch)
         self._kernels.decode(codes, decoder.grid, scales, F32, anchor.view(-1))
-        kept = None if self._effective is None else self._blocks(self._effective, rows, decoder.grid)
+        kept = self._kept_in(rows, decoder.grid)
         return CellBase(values, anchor, codes, kept)
 
     def _rounded_base(self, raw: Tensor, rows: range, merge_base: Encoder, scratch: Scratch) -> CellBase:
@@ -403,11 +424,11 @@ class WeightWork:
         codes = scratch.take("base", flat.numel(), self.device, torch.uint8)
         absmax = self._kernels.nearest(flat, grid, None, codes)
         scales = absmax if self._base_scales is None else self._blocks(self._base_scales, rows, grid)
-        kept = scales if self._effective is None else self._blocks(self._effective, rows, grid)
+        kept = self._kept_in(rows, grid)
         self._kernels.decode(codes, grid, scales, F32, anchor.view(-1))
         self._kernels.decode(codes, grid, scales, merge_base.dequantized_dtype, values.view(-1))
         error = self._distance(original, values, rows, grid, scratch)
-        return CellBase(values, anchor, codes, kept, error)
+        return CellBase(values, anchor, codes, scales if kept is None else kept, error)
 
     def _distance(
         self, original: Tensor, rounded: Tensor, rows: range, grid: Grid, scratch: Scratch
@@ -447,11 +468,10 @@ class WeightWork:
                 )
 
     def _quantize(self, base: CellBase, rows: range, grid: Grid, out: Tensor, scratch: Scratch) -> None:
-        step, keeps = self.step, self.step.keeps_scales
-        is_open = step.applied or self._chosen is not None
-        if not is_open and keeps and base.codes is not None and base.effective is not None:
+        step, stays = self.step, self._keeps_base and not self.step.applied and self._codes is None
+        if stays and base.codes is not None and base.effective is not None:
             step.encoder.pack(base.codes, out)  # already on the output's grid: nothing to round
-            self._take_scales(base.effective, rows, grid)
+            self._gather(base.effective, rows, grid)
             return
         values = base.values.view(-1)
         target = values
@@ -462,7 +482,7 @@ class WeightWork:
                 self._equalize(each, rows)
         codes, scales = self._choose(target, base, rows, grid, scratch)
         step.encoder.pack(codes, out)
-        self._take_scales(scales, rows, grid)
+        self._gather(scales, rows, grid)
         if step.updates:
             inner = self._blocks(self._inner, rows, grid)
             sums = self._sums[rows.start // self.height]
@@ -479,18 +499,16 @@ class WeightWork:
     ) -> tuple[Tensor, Tensor]:
         """Codes (uint8, flat) and scales (float32, one a block) for a cell."""
         step, count = self.step, target.numel()
-        if self._chosen is not None:
+        own, fixed = self._given(base, rows, grid)
+        if self._codes is not None:
+            assert fixed is not None
             first = rows.start * step.columns
-            scales = self._blocks(self._chosen.scales, rows, grid)
-            return self._chosen.codes[first : first + count], scales
-        rounding, keeps, noise = step.rounding, step.keeps_scales, None
+            return self._codes[first : first + count], fixed
+        rounding, noise = self._rounding, None
         assert rounding is not None
         if rounding.needs_noise:
             drawn = scratch.take("noise", count, self.device)
             noise = uniform(self.seed, step.name, rows, step.columns, drawn)
-        own, fixed = (base.codes, base.effective) if keeps else (None, None)
-        if self._searched is not None:
-            fixed = self._blocks(self._searched, rows, grid)
         stored = step.encoder.effective_scales if step.encoder.rounds_scales else None
         context = Context(own, fixed, base.values.view(-1), noise, stored)
         codes = scratch.take("codes", count, self.device, torch.uint8)
@@ -498,9 +516,22 @@ class WeightWork:
         self._check_finite(target, rows, scales if context.scales is None else target)
         return codes, scales
 
-    def _take_scales(self, scales: Tensor, rows: range, grid: Grid) -> None:
-        if self._kept_scales is None and self._searched is None:
-            self._blocks(self._scales, rows, grid).copy_(scales)
+    def _given(self, base: CellBase, rows: range, grid: Grid) -> tuple[Tensor | None, Tensor | None]:
+        """The base's own codes and the effective scales of a cell, as far as these are not the rounding's to choose."""
+        match self.scales:
+            case Fresh():
+                return None, None
+            case OfBase() | Kept():
+                return base.codes, base.effective
+            case Fixed(effective=effective):
+                return None, self._blocks(effective, rows, grid)
+            case _:
+                assert_never(self.scales)
+
+    def _gather(self, scales: Tensor, rows: range, grid: Grid) -> None:
+        """Keep the scales of a cell until the last one is done, unless all were known before the first."""
+        if isinstance(self.scales, Fresh | OfBase):
+            self._blocks(self._gathered, rows, grid).copy_(scales)
 
     def _check_finite(self, cell: Tensor, rows: range, telling: Tensor) -> None:
         """Raise if a value of `cell` is NaN or infinite, and with it one of `telling`: the cell, or its greatest.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -11,9 +11,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from streamconv.adapters.base import Parts
 from streamconv.planning.devices import Device
 from streamconv.planning.plan import DEVICE_TILES, Memory, Rewrite, cell_rows, tile_rows
-from streamconv.running.cells import KeptDelta, WeightWork
+from streamconv.running.cells import KeptDelta, Watch, WeightWork
 from streamconv.running.engine import AllTickets
 from streamconv.running.streams import Event, Gpu
 from streamconv.running.workers import Inline, Ticket
@@ -66,17 +67,16 @@ class CudaEngine:
         return self._gpu.host_buffer(nbytes)
 
     def begin(
-        self, step: Rewrite, side: Mapping[str, Tensor], parts: Sequence[Mapping[str, Tensor]], seed: int
+        self, step: Rewrite, side: Parts, parts: Sequence[Parts], seed: int, watch: Watch | None = None
     ) -> WeightWork:
-        def upload(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        def upload(tensors: Parts) -> Parts:
             return {role: self._gpu.upload(tensor) for role, tensor in tensors.items()}
 
         def begin() -> WeightWork:
             there = [upload(update) for update in parts]
             height = cell_rows(self._device, step.columns)
-            return WeightWork(
-                step, upload(side), there, self._gpu.torch, seed, self._inline, height, defers=True
-            )
+            device, workers = self._gpu.torch, self._inline
+            return WeightWork(step, upload(side), there, device, seed, workers, height, True, watch)
 
         return self._within_memory(lambda: self._compute.ask(begin), [step])
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from streamconv.adapters.base import Parts
 from streamconv.planning.plan import Rewrite
-from streamconv.running.cells import KeptDelta, WeightWork
+from streamconv.running.cells import KeptDelta, Watch, WeightWork
 from streamconv.running.workers import Ticket
 
 
@@ -20,9 +21,9 @@ class Engine(Protocol):
         """A uint8 buffer in host memory that the engine can take tiles from and leave results in."""
 
     def begin(
-        self, step: Rewrite, side: Mapping[str, Tensor], parts: Sequence[Mapping[str, Tensor]], seed: int
+        self, step: Rewrite, side: Parts, parts: Sequence[Parts], seed: int, watch: Watch | None = None
     ) -> WeightWork:
-        """The work on one weight; `side` and `parts` as they were read, in host memory."""
+        """The work on one weight; `side` and `parts` as they were loaded, where tiles come from too."""
 
     def reduce(self, raw: Tensor, rows: range, works: Sequence[WeightWork]) -> Ticket:
         """First pass over a tile whose bytes are `raw`, a part of a host buffer, which is free after the ticket."""

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from streamconv.planning.devices import Device
 from streamconv.planning.plan import Memory
-from streamconv.running.cpu import CpuEngine
 from streamconv.running.cuda import CudaEngine
+from streamconv.running.direct import DirectEngine
 from streamconv.running.engine import Engine
 from streamconv.running.streams import CudaGpu, Gpu
 from streamconv.running.workers import Workers
@@ -19,7 +19,7 @@ def open_engines(device: Device, memory: Memory, lanes: int) -> Iterator[Sequenc
     """An engine a lane: on a CPU they share its workers, GPUs take the lanes in turn."""
     if device.is_cpu:
         with Workers(memory.workers) as workers:
-            yield [CpuEngine(workers) for _ in range(lanes)]
+            yield [DirectEngine(workers) for _ in range(lanes)]
         return
     names = [device.names[lane % len(device.names)] for lane in range(lanes)]
     with cuda_engines([CudaGpu(name) for name in names], device, memory) as engines:

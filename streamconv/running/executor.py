@@ -16,20 +16,20 @@ all of a weight. When that is complete, the file's lines are made of it, in slot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from streamconv.progress import StopRequest
+from streamconv.progress import OnBytes, StopRequest
 from streamconv.running.engines import open_engines
 from streamconv.running.lanes import Run
 from streamconv.running.sink import Output
 
 
-def run_plans(outputs: Sequence[Output], on_progress: Callable[[int], None], stop: StopRequest) -> None:
+def run_plans(outputs: Sequence[Output], on_bytes: OnBytes, stop: StopRequest) -> None:
     """Produce every output in one pass over their base, which is the same.
 
-    `on_progress` is called, from the calling thread, with the number of output bytes each time some have been
+    `on_bytes` is called, from the calling thread, with the number of output bytes each time some have been
     written. Raises Stopped if `stop` was set; whatever a thread raised is raised here.
     """
     threads = torch.get_num_threads()
@@ -40,6 +40,6 @@ def run_plans(outputs: Sequence[Output], on_progress: Callable[[int], None], sto
     lanes = memory.lanes if len(outputs) == 1 else 1
     try:
         with open_engines(outputs[0].plan.device, memory, lanes) as engines:
-            Run(outputs, memory, engines, stop).run(on_progress)
+            Run(outputs, memory, engines, stop).run(on_bytes)
     finally:
         torch.set_num_threads(threads)

@@ -26,9 +26,10 @@ from streamconv.planning.plan import (
     cell_rows,
     tile_rows,
 )
-from streamconv.progress import StopRequest
+from streamconv.progress import OnBytes, StopRequest
 from streamconv.running.cells import KeptDelta
 from streamconv.running.engine import Engine
+from streamconv.running.lane_weight import LaneWeight
 from streamconv.running.messages import (
     BeginWeight,
     Chunk,
@@ -46,7 +47,7 @@ from streamconv.running.messages import (
     ToWriter,
     WeightDone,
 )
-from streamconv.running.opened import OpenWeight, begin_weight
+from streamconv.running.opened import load_weight
 from streamconv.running.schedule import Begin, Cursor, End, Todo, walk
 from streamconv.running.sink import Output, Sink
 from streamconv.running.workers import DONE
@@ -69,12 +70,12 @@ class Run:
             Lane(self, outputs, cursors, memory, engine, number) for number, engine in enumerate(engines)
         ]
 
-    def run(self, on_progress: Callable[[int], None]) -> None:
+    def run(self, on_bytes: OnBytes) -> None:
         threads = [thread for lane in self.lanes for thread in lane.threads]
         for thread in threads:
             thread.start()
         try:
-            self._report(on_progress, len(threads))
+            self._report(on_bytes, len(threads))
         except BaseException as error:  # of the caller's own function, or Ctrl-C
             self.fail(error)
         finally:  # no thread may outlive the files it works on
@@ -101,13 +102,13 @@ class Run:
         finally:
             self.written.put(None)
 
-    def _report(self, on_progress: Callable[[int], None], threads: int) -> None:
+    def _report(self, on_bytes: OnBytes, threads: int) -> None:
         while threads:
             nbytes = self.written.get()
             if nbytes is None:
                 threads -= 1
             elif not self.errors:
-                on_progress(nbytes)
+                on_bytes(nbytes)
 
     def _join(self, threads: Sequence[threading.Thread]) -> None:
         try:
@@ -209,7 +210,7 @@ class Lane:
     ) -> None:
         weight = next(iter(steps.values())).weight
         self.places.get()
-        self.to_compute.put(begin_weight(reader, steps))
+        self.to_compute.put(BeginWeight(tuple(steps), load_weight(reader, tuple(steps.values()))))
         height = cell_rows(self.run.device, next(iter(steps.values())).columns)
         rows = min(tile_rows(step, self.memory.buffer, height) for step in steps.values())
         count = next(iter(steps.values())).rows
@@ -240,7 +241,7 @@ class Lane:
     # -- computing thread ----------------------------------------------------------------------------------
 
     def compute(self) -> None:
-        weight: OpenWeight | None = None
+        weight: LaneWeight | None = None
         asked_at: float | None = None
         at_boundary = True
         while True:
@@ -256,7 +257,7 @@ class Lane:
                 case ShardEvent() | Chunk():
                     self.to_writer.put(message)
                 case BeginWeight():
-                    weight = OpenWeight(message, self.engine, self.outputs)
+                    weight = LaneWeight(message, self.engine, self.outputs)
                 case Tile():
                     assert weight is not None
                     self._compute_tile(weight, message)
@@ -275,7 +276,7 @@ class Lane:
                 case _:
                     assert_never(message)
 
-    def _compute_tile(self, weight: OpenWeight, tile: Tile) -> None:
+    def _compute_tile(self, weight: LaneWeight, tile: Tile) -> None:
         slot, raw = tile.slot, tile.slot.read[: tile.nbytes]
         if tile.reduces:
             self.to_writer.put(Reduced(slot, weight.reduce(raw, tile.rows)))

@@ -11,10 +11,8 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from streamconv.formats.base import Constant
-from streamconv.planning.plan import (
-    Rewrite,
-)
 from streamconv.running.cells import KeptDelta
+from streamconv.running.opened import LoadedWeight
 from streamconv.running.schedule import Begin, End
 from streamconv.running.workers import Ticket
 
@@ -83,11 +81,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class BeginWeight:
-    """`steps` are those of each output that rewrites the weight, with what their updates read."""
+    """A weight that these outputs rewrite, each by the step of the same place."""
 
-    steps: Mapping[int, Rewrite]
-    side: Mapping[str, Tensor]
-    parts: Mapping[int, Sequence[Mapping[str, Tensor]]]
+    outputs: tuple[int, ...]
+    loaded: LoadedWeight
 
 
 @dataclass(frozen=True, slots=True)

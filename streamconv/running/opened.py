@@ -1,105 +1,136 @@
-"""A weight, opened: all that the work on it needs beside its tiles."""
+"""A weight, opened: the one place that loads what the work on it needs beside its tiles, and begins its passes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 
+import torch
 from torch import Tensor
 
+from streamconv.adapters.base import Parts
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
-from streamconv.planning.plan import (
-    Access,
-    Rewrite,
-)
-from streamconv.running.cells import KeptDelta, WeightWork
+from streamconv.formats.base import Weight
+from streamconv.formats.rows import StoredRows
+from streamconv.planning.plan import Access, Rewrite
+from streamconv.running.cells import KeptDelta, Watch
+from streamconv.running.direct import CPU, DirectEngine
 from streamconv.running.engine import Engine
-from streamconv.running.messages import BeginWeight
-from streamconv.running.sink import Output
 from streamconv.running.workers import Ticket
 
 
-def begin_weight(reader: TensorReader, steps: Mapping[int, Rewrite]) -> BeginWeight:
-    """All that the work on a weight needs beside its tiles, every tensor read once."""
-    weight = next(iter(steps.values())).weight
-    side = {role: reader.load(part) for role, part in weight.parts.items() if role != weight.decoder.main}
+@dataclass(frozen=True, slots=True)
+class LoadedWeight:
+    """Tensors of one weight beside its tiles, for all `steps` that rewrite it.
+
+    `side` are the base's parts other than the main one, as they are stored; `parts`, for each step, what is applied,
+    float32, one mapping each. Tensors that several of them want are there once.
+    """
+
+    steps: Sequence[Rewrite]
+    side: Parts
+    parts: Sequence[Sequence[Parts]]
+
+
+def load_weight(reader: TensorReader, steps: Sequence[Rewrite], on: torch.device = CPU) -> LoadedWeight:
+    """Read what `steps` of one weight need beside its tiles, every tensor once, to the device `on`."""
     loaded: dict[StoredTensor, Tensor] = {}
 
     def load(part: StoredTensor) -> Tensor:
         if part not in loaded:
-            loaded[part] = reader.load(part).float()
+            loaded[part] = reader.load(part).float().to(on)
         return loaded[part]
 
-    parts = {
-        output: [{role: load(part) for role, part in update.parts.items()} for update in step.applied]
-        for output, step in steps.items()
-    }
-    return BeginWeight(steps, side, parts)
+    return LoadedWeight(
+        steps,
+        load_side(reader, steps[0].weight, on),
+        [
+            [{role: load(part) for role, part in update.parts.items()} for update in step.applied]
+            for step in steps
+        ],
+    )
 
 
-class OpenWeight:
-    """The work on one weight, for every output that rewrites it, and which pass it is in."""
+def load_side(reader: TensorReader, weight: Weight, on: torch.device = CPU) -> Parts:
+    """Parts of a weight other than the main one, by role, on the device `on`."""
+    main = weight.decoder.main
+    return {role: reader.load(part).to(on) for role, part in weight.parts.items() if role != main}
 
-    def __init__(self, begin: BeginWeight, engine: Engine, outputs: Sequence[Output]) -> None:
+
+class OpenedWeight:
+    """Work on one weight for every step that rewrites it, and which pass it is in.
+
+    `works` are in the order of the steps; seeds and watches belong to them. Nothing of `loaded` is held but by these.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedWeight,
+        engine: Engine,
+        seeds: Sequence[int],
+        watches: Sequence[Watch | None] = (),
+    ) -> None:
         self._engine = engine
-        self._steps = begin.steps
-        self._works: dict[int, WeightWork] = {
-            output: engine.begin(step, begin.side, begin.parts[output], outputs[output].plan.options.seed)
-            for output, step in begin.steps.items()
-        }
-        # What files hold in another order than by rows is turned when all of it is there.
-        self._forms = {
-            output: engine.host_buffer(step.encoder.row_offset(step.rows))
-            for output, step in begin.steps.items()
-            if step.encoder.order is not None
-        }
-        self._reducing = [
-            self._works[output] for output, step in begin.steps.items() if step.access is not Access.ROW
+        self.works = [
+            engine.begin(step, loaded.side, parts, seed, watch)
+            for step, parts, seed, watch in zip_longest(loaded.steps, loaded.parts, seeds, watches)
         ]
-        self._tickets: list[Ticket] = []
+        pairs = zip(loaded.steps, self.works, strict=True)
+        self._reducing = [work for step, work in pairs if step.access is not Access.ROW]
+
+    def learn(self, tiles: Iterable[tuple[range, Tensor]]) -> None:
+        """Have the first pass, over `tiles`, where a step asks for one; else none is read."""
+        if self._reducing:
+            for rows, raw in tiles:
+                self.reduce(raw, rows).wait()
+            self.end_reduce()
 
     def reduce(self, raw: Tensor, rows: range) -> Ticket:
+        """First pass over a tile, for the steps that ask for one."""
         return self._engine.reduce(raw, rows, self._reducing)
 
-    def rewrite(
-        self, raw: Tensor, rows: range, written: Sequence[Tensor]
-    ) -> tuple[Ticket, list[tuple[int, Tensor]]]:
-        """Hand a tile to the engine: the ticket, and where the bytes will be that outputs can have at once."""
+    def end_reduce(self) -> None:
+        """Between the passes; after that, and where there is no first pass, nothing is done."""
         if self._reducing:
             self._engine.end_reduce(self._reducing)
             self._reducing = []
-        pieces, targets = [], []
-        for output, step in self._steps.items():
-            start, stop = step.encoder.row_offset(rows.start), step.encoder.row_offset(rows.stop)
-            if output in self._forms:
-                piece = self._forms[output][start:stop]
-            else:
-                piece = written[output][: stop - start]
-                pieces.append((output, piece))
-            targets.append((self._works[output], piece))
-        ticket = self._engine.rewrite(raw, rows, targets)
-        self._tickets.append(ticket)
-        return ticket, pieces
 
-    def turn(self, output: int, lines: range, written: Tensor) -> Tensor:
-        """The part of `written` to which these lines of an output's file have gone; all tiles are there by then."""
-        for ticket in self._tickets:
-            ticket.wait()
-        order = self._steps[output].encoder.order
-        assert order is not None
-        piece = written[: len(lines) * order.line_bytes]
-        order.to_file(self._forms[output], lines, piece)
-        return piece
+    def rewrite(self, raw: Tensor, rows: range, written: Sequence[Tensor]) -> Ticket:
+        """Second pass over a tile: each step's bytes go to its place in `written`, some time before the ticket."""
+        self.end_reduce()
+        return self._engine.rewrite(raw, rows, list(zip(self.works, written, strict=True)))
 
-    def finish(self) -> Mapping[int, tuple[tuple[bytes, ...], Mapping[str, KeptDelta]]]:
-        """What comes after the tiles. Where scales and sums of all of them are needed, waits until they are there; and
-        where an update holds a whole weight, lest the next one's be in memory beside it.
-        """
-        results = {}
-        for output, step in self._steps.items():
-            if step.encoder.grid is not None or step.access is Access.WHOLE:
-                for ticket in self._tickets:
-                    ticket.wait()
-            tail, kept = self._engine.finish(self._works[output])
-            results[output] = (tail, {} if kept is None else {step.name: kept})
-        return results
+    def finish(self, number: int) -> tuple[tuple[bytes, ...], KeptDelta | None]:
+        """Parts after the main one and what survived of the update, of the step of that number."""
+        return self._engine.finish(self.works[number])
+
+
+def open_weight(
+    reader: TensorReader,
+    steps: Sequence[Rewrite],
+    engine: DirectEngine,
+    tiles: Iterable[tuple[range, Tensor]],
+    seed: int = 0,
+    watches: Sequence[Watch | None] = (),
+) -> OpenedWeight:
+    """The weight that `steps` rewrite, ready for the second pass; `tiles` are read if one of them needs a first."""
+    loaded = load_weight(reader, steps, engine.device)
+    opened = OpenedWeight(loaded, engine, [seed] * len(steps), watches)
+    opened.learn(tiles)
+    return opened
+
+
+def read_tiles(
+    stored: StoredRows, rows: range, height: int, on: torch.device = CPU
+) -> Iterator[tuple[range, Tensor]]:
+    """Stored bytes of `rows`, `height` of them at a time, on the device `on`; the next tile overwrites them."""
+    buffer: Tensor | None = None
+    for first in range(rows.start, rows.stop, height):
+        tile = range(first, min(first + height, rows.stop))
+        nbytes = stored.nbytes(tile)
+        buffer = torch.empty(nbytes, dtype=torch.uint8) if buffer is None else buffer
+        raw = buffer[:nbytes]
+        stored.read_into(tile, raw)
+        yield tile, raw.to(on)

@@ -15,7 +15,7 @@ from streamconv.calibration.calibrated import Calibrated
 from streamconv.calibration.layers import calibrate
 from streamconv.calibration.subject import Subject
 from streamconv.pipeline import build_job, prepare
-from streamconv.progress import StopRequest
+from streamconv.progress import OnBytes, StopRequest
 from streamconv.rounding.feedback import FeedbackOptions
 from tests.forward.texts import save_tokenizer, write_text
 from tests.tiny import save_adapter, save_base
@@ -75,10 +75,23 @@ def subject_in(
 def calibrated(
     subject: Subject,
     folder: Path,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    look: Callable[[int], None] = lambda done: None,
     stop: StopRequest | None = None,
 ) -> Mapping[str, Calibrated]:
-    return calibrate(subject, folder, on_progress, stop or StopRequest())
+    """Calls `look` with the bytes that are done each time that some more are."""
+    return calibrate(subject, folder, so_far(look), stop or StopRequest())
+
+
+def so_far(look: Callable[[int], None]) -> OnBytes:
+    """Tells `look` the sum of all that it is told."""
+    done = 0
+
+    def add(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        look(done)
+
+    return add
 
 
 def layer_bytes(folder: Path) -> dict[str, bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from streamconv.forward.weights import WeightSource
 from streamconv.pipeline import build_job, prepare
 from streamconv.planning.planner import build_plan
 from streamconv.progress import StopRequest
-from tests.calibration.subjects import LENGTH, TOKENS, layer_bytes, save_subject
+from tests.calibration.subjects import LENGTH, TOKENS, layer_bytes, save_subject, so_far
 from tests.forward.test_walk import SIZES, SLIDING
 from tests.forward.texts import save_tokenizer
 from tests.tiny import TOKENS as BATCH
@@ -91,11 +91,11 @@ def subject_in(folder: Path, *, quant: str = "nf4", rounding: str = "nearest", *
 def rescaled(
     subject: Subject,
     folder: Path,
-    on_progress: Any = lambda done, total: None,
+    look: Callable[[int], None] = lambda done: None,
     stop: StopRequest | None = None,
 ) -> Mapping[str, Equalized]:
     folder.mkdir(exist_ok=True)
-    return equalize(subject, folder, on_progress, stop or StopRequest())
+    return equalize(subject, folder, so_far(look), stop or StopRequest())
 
 
 def targets(
@@ -222,9 +222,10 @@ def test_stopped_it_goes_on_to_the_same_bytes(
     folder: Path, whole: Mapping[str, Equalized], tmp_path: Path, at: int
 ) -> None:
     subject, stop = subject_in(folder), StopRequest()
-    size = equalizing_need(subject).read // SIZES["num_hidden_layers"]
+    total = equalizing_need(subject).read
+    size = total // SIZES["num_hidden_layers"]
 
-    def look(done: int, total: int) -> None:
+    def look(done: int) -> None:
         assert 0 <= done <= total
         if done >= at * size:
             stop.signal_number = signal.SIGTERM
@@ -233,7 +234,7 @@ def test_stopped_it_goes_on_to_the_same_bytes(
         rescaled(subject, tmp_path, look, stop)
     assert len(layer_bytes(tmp_path)) == at
     seen: list[int] = []
-    rescaled(subject, tmp_path, lambda done, total: seen.append(done))
+    rescaled(subject, tmp_path, seen.append)
     assert seen[0] == at * size
     assert layer_bytes(tmp_path) == layer_bytes(folder / "whole")
     assert not [path for path in tmp_path.iterdir() if path.suffix not in (".json", ".safetensors")]
@@ -243,8 +244,8 @@ def test_disk_is_what_was_planned(folder: Path, tmp_path: Path, monkeypatch: pyt
     subject = subject_in(folder)
     used: list[int] = []
 
-    def look(done: int, total: int) -> None:
-        del done, total
+    def look(done: int) -> None:
+        del done
         used.append(sum(path.stat().st_size for path in tmp_path.iterdir()))
 
     with opened_targets(subject) as walk:

@@ -47,8 +47,7 @@ def stopped_after(folder: Path, work: Path, least: int) -> None:
     """Have a run stop when at least so many bytes are done."""
     stop = StopRequest()
 
-    def look(done: int, total: int) -> None:
-        del total
+    def look(done: int) -> None:
         if done >= least:
             stop.signal_number = signal.SIGTERM
 
@@ -62,7 +61,7 @@ def test_stopped_in_every_layer(folder: Path, whole: dict[str, bytes], tmp_path:
         stopped_after(folder, tmp_path, layer * size + 1)
         assert len(layer_bytes(tmp_path)) == layer
     seen: list[int] = []
-    calibrated(subject_in(folder), tmp_path, lambda done, total: seen.append(done))
+    calibrated(subject_in(folder), tmp_path, seen.append)
     assert seen[0] == 2 * size
     assert layer_bytes(tmp_path) == whole
 
@@ -124,8 +123,8 @@ def test_the_callers_threads_change_nothing(folder: Path, whole: dict[str, bytes
 def test_disk_is_what_was_planned(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
 
-    def look(done: int, total: int) -> None:
-        del done, total
+    def look(done: int) -> None:
+        del done
         used.append(sum(path.stat().st_size for path in tmp_path.iterdir()))
 
     need = calibrating_need(subject_in(folder))

@@ -29,7 +29,7 @@ from streamconv.pipeline import Prepared, build_job, passes, prepare, runner
 from streamconv.pipeline.passes import PASSES, Found, PassKind
 from streamconv.pipeline.shown import plan_as_json
 from streamconv.planning.plan import Need, Pass, Plan, Rewrite, ShardPlan, Step
-from streamconv.progress import OnProgress, StopRequest
+from streamconv.progress import OnBytes, StopRequest
 from tests.models import Sizes, write_adapter, write_base
 from tests.tiny import read_tensors
 
@@ -58,7 +58,7 @@ class Survey:
         need = Need(self.ram, 0, self.disk, read)
         return Pass("survey", "surveyed", need, KEPT, "to survey this model: its partners", "adopt fewer")
 
-    def run(self, subject: Subject, folder: Path, on_progress: OnProgress, stop: StopRequest) -> Found:
+    def run(self, subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest) -> Found:
         assert stop.signal_number is None
         path = folder / "partners.safetensors"
         if not path.exists():
@@ -67,8 +67,8 @@ class Survey:
                 largest = max(float(reader.load(part).abs().max()) for part in parts_of(subject))
             write_tensors(path, {"scale": torch.full((SIZES.hidden,), 1 / (largest + self.far))})
         read = sum(part.nbytes for part in parts_of(subject))
-        on_progress(read // 2, read)
-        on_progress(read, read)
+        on_bytes(read // 2)
+        on_bytes(read - read // 2)
         scale = stored_in(path)[0]["scale"]
         return Found(partial(divided, scale=scale), notes={name: {"shared": 2.0} for name in PARTNERS})
 

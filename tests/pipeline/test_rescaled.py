@@ -23,6 +23,7 @@ from streamconv.output.sidecars import RESIDUAL
 from streamconv.pipeline import Prepared, build_job, prepare
 from streamconv.pipeline.shown import plan_as_json, plan_as_text
 from streamconv.planning.plan import Rewrite
+from streamconv.planning.scales import FRESH
 from tests.checkpoint.files import index_of
 from tests.cli.calls import succeed
 from tests.formats.stored import decoded
@@ -170,7 +171,7 @@ def test_whatever_the_base_all_that_is_rescaled_is_rounded_anew(inputs: Inputs) 
         }
         scaled = [step for step in steps.values() if isinstance(step, Rewrite) and step.equalizer]
         assert len(scaled) == 18
-        assert not any(step.keeps_scales or step.keeps_parts for step in scaled)
+        assert all(step.scales == FRESH for step in scaled)
         assert all(
             (step.merge_base is not None) == (merge_base == "nf4") for step in scaled if step.encoder.grid
         )

@@ -19,7 +19,17 @@ from streamconv.rounding import ROUNDINGS, Context
 from streamconv.rounding.search import searched_scales
 from streamconv.running.cells import WeightWork
 from streamconv.running.workers import Workers
-from tests.formats.stored import W, choose, encoder_for, normal, only_weight, stored, write
+from tests.formats.stored import (
+    W,
+    choose,
+    encoder_for,
+    normal,
+    only_weight,
+    raw_bytes,
+    side_parts,
+    stored,
+    write,
+)
 
 SEARCH, NEAREST = ROUNDINGS["search"], ROUNDINGS["nearest"]
 NOTHING = Context(None, None, None, None)
@@ -110,7 +120,7 @@ class Written:
     effective: Tensor
 
 
-def rewritten(step: Rewrite, raw: Tensor) -> Written:
+def rewritten(step: Rewrite, raw: Tensor, folder: Path) -> Written:
     out = torch.empty(step.encoder.row_offset(step.rows), dtype=torch.uint8)
     with Workers(1) as pool:
         work = WeightWork(step, {}, (), torch.device("cpu"), 0, pool)
@@ -118,10 +128,20 @@ def rewritten(step: Rewrite, raw: Tensor) -> Written:
             work.reduce(raw, range(step.rows))
             work.end_reduce()
         work.rewrite(raw, range(step.rows), out).wait()
-        work.finish()
-    codes = torch.empty(step.rows * step.columns, dtype=torch.uint8)
-    kernels_for(codes.device).unpack_pairs(out, codes)
-    return Written(codes, step.encoder.effective_scales(work._scales))
+        tail, _ = work.finish()
+    contents = (bytes(out.tolist()), *tail)
+    read = only_weight(
+        write(
+            folder,
+            {
+                spec.name: torch.frombuffer(bytearray(content), dtype=spec.dtype.torch).view(spec.shape)
+                for spec, content in zip(step.encoder.parts, contents, strict=True)
+            },
+        )
+    )
+    effective = read.decoder.scales(side_parts(read))
+    assert effective is not None
+    return Written(read.decoder.codes(raw_bytes(read), range(step.rows)), effective)
 
 
 def test_codes_are_the_nearest_with_the_scales_that_a_loader_has(
@@ -132,11 +152,13 @@ def test_codes_are_the_nearest_with_the_scales_that_a_loader_has(
     encoder = encoder_for("nf4-dq", target)
     step = Rewrite(W, weight, (), encoder, SEARCH)
     assert step.access is Access.REDUCE_THEN_ROW
-    written = rewritten(step, target.bfloat16().view(-1).view(torch.uint8))
+    written = rewritten(step, target.bfloat16().view(-1).view(torch.uint8), folder / "searched")
     flat = target.flatten()
     codes, _ = choose(NEAREST, flat, NF4, Context(None, written.effective, None, None))
     assert torch.equal(written.codes, codes)
-    plain = rewritten(replace(step, rounding=NEAREST), target.bfloat16().view(-1).view(torch.uint8))
+    plain = rewritten(
+        replace(step, rounding=NEAREST), target.bfloat16().view(-1).view(torch.uint8), folder / "plain"
+    )
     ours, theirs = (float(errors(flat, NF4, each.codes, each.effective).sum()) for each in (written, plain))
     assert ours < 0.97 * theirs
 

@@ -27,9 +27,9 @@ from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, prepare
 from streamconv.planning.plan import SLOTS, WEIGHTS_HELD, Access, Memory, Plan, ShardPlan
 from streamconv.progress import StopRequest
-from streamconv.running import lanes, messages, opened
+from streamconv.running import lane_weight, lanes, messages, opened
 from streamconv.running.cells import KeptDelta, WeightWork
-from streamconv.running.cpu import CpuEngine
+from streamconv.running.direct import DirectEngine
 from streamconv.running.engine import Engine
 from streamconv.running.executor import run_plans
 from streamconv.running.schedule import bytes_read
@@ -132,14 +132,14 @@ def carry_out(
     plan: Plan,
     sink: Recorder,
     starts: Mapping[str, int] | None = None,
-    on_progress: Callable[[int], None] = quiet,
+    on_bytes: Callable[[int], None] = quiet,
     stop: StopRequest | None = None,
 ) -> Recorder:
     """Run it, in a time that no deadlock would keep to, and see that no thread is left."""
     starts = from_the_start(plan) if starts is None else starts
     began = time.monotonic()
     try:
-        run_plans([Output(plan, starts, lambda: sink)], on_progress, stop or StopRequest())
+        run_plans([Output(plan, starts, lambda: sink)], on_bytes, stop or StopRequest())
     finally:
         assert time.monotonic() - began < 60
         assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("streamconv")]
@@ -155,7 +155,7 @@ def bytes_of(sink: Recorder) -> dict[str, bytes]:
 
 def test_every_shard_is_written_in_full_by_one_thread_in_order(plan: Plan) -> None:
     done: list[int] = []
-    sink = carry_out(plan, Recorder(), on_progress=done.append)
+    sink = carry_out(plan, Recorder(), on_bytes=done.append)
     assert list(sink.shards) == [shard.name for shard in plan.shards]
     for shard in plan.shards:
         assert len(shard.header) + len(sink.shards[shard.name]) == shard.size
@@ -312,7 +312,7 @@ def test_an_error_while_computing_comes_out_whenever_it_happens(plan: Plan) -> N
                 raise OddError("of the caller's own function")
 
         with pytest.raises(OddError):
-            carry_out(plan, Recorder(), on_progress=fail)
+            carry_out(plan, Recorder(), on_bytes=fail)
 
 
 def test_an_error_comes_out_while_the_others_wait_for_each_other(plan: Plan) -> None:
@@ -338,7 +338,7 @@ def test_ctrl_c_in_any_place_of_the_calling_thread_ends_all_threads(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        carry_out(plan, Recorder(), on_progress=interrupt)
+        carry_out(plan, Recorder(), on_bytes=interrupt)
 
     join, interrupted = threading.Thread.join, False
 
@@ -370,7 +370,7 @@ def test_the_first_of_several_errors_comes_out(plan: Plan) -> None:
             raise OddError("later")
 
     with pytest.raises(ResourceError, match="the disk is full"):
-        carry_out(plan, Recorder(fail), on_progress=progress)
+        carry_out(plan, Recorder(fail), on_bytes=progress)
 
 
 def test_a_base_that_changes_while_it_is_read_is_an_error(adapter: Path, tmp_path: Path) -> None:
@@ -603,13 +603,13 @@ def test_buffers_are_allocated_once_and_are_as_many_as_planned(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    host_buffer = CpuEngine.host_buffer
+    host_buffer = DirectEngine.host_buffer
 
-    def counted(engine: CpuEngine, nbytes: int) -> Tensor:
+    def counted(engine: DirectEngine, nbytes: int) -> Tensor:
         sizes.append(nbytes)
         return host_buffer(engine, nbytes)
 
-    monkeypatch.setattr(CpuEngine, "host_buffer", counted)
+    monkeypatch.setattr(DirectEngine, "host_buffer", counted)
     carry_out(plan, Recorder())
     assert sizes == [plan.memory.buffer] * (2 * SLOTS)
     sizes.clear()
@@ -667,8 +667,8 @@ def test_a_weight_that_is_held_whole_is_let_go_before_the_next(access: Access, w
         access=access, encoder=SimpleNamespace(grid=None, order=None, row_offset=int), name="w"
     )
     outputs: Any = [SimpleNamespace(plan=SimpleNamespace(options=MergeOptions()))]
-    begin = messages.BeginWeight({0: step}, {}, {0: []})
-    weight = opened.OpenWeight(begin, cast("Engine", engine), outputs)
+    begin = messages.BeginWeight((0,), opened.LoadedWeight([step], {}, [[]]))
+    weight = lane_weight.LaneWeight(begin, cast("Engine", engine), outputs)
     weight.rewrite(torch.empty(0), range(64), [torch.empty(64)])
     weight.finish()
     assert waited == [True] * waits

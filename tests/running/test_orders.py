@@ -66,7 +66,7 @@ def test_the_same_bytes_for_any_tiles_and_workers_and_from_every_boundary(
 ) -> None:
     (plan,) = planned(bases[base], adapter, Memory(0, 0, TILE, 2), **options)
     done: list[int] = []
-    whole = carry_out(plan, Recorder(), on_progress=done.append)
+    whole = carry_out(plan, Recorder(), on_bytes=done.append)
     assert sum(done) == sum(shard.size - len(shard.header) for shard in plan.shards)
     for buffer, workers in ((2**17, 1), (2**20, 3)):
         other = dataclasses.replace(plan, memory=Memory(0, 0, buffer, workers))

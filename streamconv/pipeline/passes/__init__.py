@@ -15,7 +15,7 @@ from streamconv.output.journal import make_folder
 from streamconv.pipeline.passes import calibrate, equalize
 from streamconv.pipeline.passes.base import Found, PassKind
 from streamconv.planning.plan import Pass, Plan
-from streamconv.progress import OnBytes, OnProgress, StopRequest
+from streamconv.progress import OnBytes, StopRequest
 from streamconv.sizes import format_size
 
 __all__ = ["PASSES", "Found", "PassKind", "Passed", "plan_passes", "run_passes"]
@@ -75,19 +75,6 @@ def run_passes(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequ
     for each in subject.plan.passes:
         place = folder / each.folder
         make_folder(place)
-        made = found[each.name] = PASSES[each.name].run(subject, place, _steps(on_bytes), stop)
+        made = found[each.name] = PASSES[each.name].run(subject, place, on_bytes, stop)
         subject = replace(subject, plan=made.apply(subject.plan))
     return Passed(subject.plan, found)
-
-
-def _steps(on_bytes: OnBytes) -> OnProgress:
-    """Tells `on_bytes` how many more are done, each time it is told how many are in all."""
-    done = 0
-
-    def tell(now: int, total: int) -> None:
-        nonlocal done
-        del total
-        on_bytes(now - done)
-        done = now
-
-    return tell

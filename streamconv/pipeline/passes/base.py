@@ -9,7 +9,7 @@ from pathlib import Path
 from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.planning.plan import Pass, Plan
-from streamconv.progress import OnProgress, StopRequest
+from streamconv.progress import OnBytes, StopRequest
 from streamconv.running.cells import KeptDelta
 
 
@@ -38,4 +38,4 @@ class PassKind:
     """
 
     plan: Callable[[Subject], Pass | None]
-    run: Callable[[Subject, Path, OnProgress, StopRequest], Found]
+    run: Callable[[Subject, Path, OnBytes, StopRequest], Found]

@@ -13,7 +13,7 @@ from streamconv.calibration.calibrated import calibrated_plan
 from streamconv.calibration.subject import Subject
 from streamconv.pipeline.passes.base import Found, PassKind
 from streamconv.planning.plan import Need, Pass
-from streamconv.progress import OnProgress, StopRequest
+from streamconv.progress import OnBytes, StopRequest
 
 NAME = "calibrate"
 FOLDER = "calibration"
@@ -41,11 +41,11 @@ def _plan(subject: Subject) -> Pass | None:
     return over_text(NAME, FOLDER, subject, calibrating_need(subject), subject.plan.calibrated_bytes)
 
 
-def _run(subject: Subject, folder: Path, on_progress: OnProgress, stop: StopRequest) -> Found:
+def _run(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest) -> Found:
     from streamconv.calibration.layers import calibrate
 
     _log.info("calibrating %d weights", len(subject.plan.calibrated))
-    found = calibrate(subject, folder, on_progress, stop)
+    found = calibrate(subject, folder, on_bytes, stop)
     return Found(
         partial(calibrated_plan, found=found),
         notes={name: each.notes for name, each in found.items()},

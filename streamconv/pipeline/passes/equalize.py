@@ -15,7 +15,7 @@ from streamconv.calibration.subject import Subject
 from streamconv.pipeline.passes.base import Found, PassKind
 from streamconv.pipeline.passes.calibrate import over_text
 from streamconv.planning.plan import Pass
-from streamconv.progress import OnProgress, StopRequest
+from streamconv.progress import OnBytes, StopRequest
 
 NAME = "equalize"
 FOLDER = "rescaling"
@@ -32,11 +32,11 @@ def _plan(subject: Subject) -> Pass | None:
     return over_text(NAME, FOLDER, subject, replace(need, disk=need.disk + kept), kept)
 
 
-def _run(subject: Subject, folder: Path, on_progress: OnProgress, stop: StopRequest) -> Found:
+def _run(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest) -> Found:
     from streamconv.calibration.equalizing import equalize
 
     _log.info("choosing scales of %d weights", len(subject.plan.equalizers))
-    found = equalize(subject, folder, on_progress, stop)
+    found = equalize(subject, folder, on_bytes, stop)
     return Found(
         partial(equalized_plan, found=found),
         notes={name: each.notes for name, each in found.items()},
