@@ -175,7 +175,12 @@ def _check_effect(
     )
 
 
-ADAPTERS: Mapping[str, Method] = MappingProxyType({"LORA": LORA, "LOHA": LOHA})
+ADAPTERS: Mapping[str, Method] = MappingProxyType(
+    {
+        "LORA": LORA,
+        "LOHA": LOHA,
+    }
+)
 
 _FROM_BASE_SVD = ": its factors come from a decomposition of the base weight"
 _FROM_SEED = ": its projections are drawn anew from a seed"
