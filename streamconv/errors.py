@@ -29,7 +29,7 @@ class OptionError(StreamconvError):
 
 
 class InputError(StreamconvError):
-    """Input that cannot be used."""
+    """An input cannot be used."""
 
     exit_code = 3
 

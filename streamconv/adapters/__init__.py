@@ -177,7 +177,14 @@ def _check_effect(
     )
 
 
-ADAPTERS: Mapping[str, Method] = MappingProxyType({"LORA": LORA, "LOHA": LOHA, "IA3": IA3, "OFT": OFT})
+ADAPTERS: Mapping[str, Method] = MappingProxyType(
+    {
+        "LORA": LORA,
+        "LOHA": LOHA,
+        "IA3": IA3,
+        "OFT": OFT,
+    }
+)
 
 _FROM_BASE_SVD = ": its factors come from a decomposition of the base weight"
 _FROM_SEED = ": its projections are drawn anew from a seed"
