@@ -16,8 +16,8 @@ from streamconv.output.publish import CONFIG
 from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.sizes import format_size
 
-_SPARE_DISK_BYTES = 64 * 2**20  # index, tokenizer, journal, and what the file system adds
-
+SPARE_DISK_BYTES = 64 * 2**20
+"""Disk kept free beside the shards of an output: index, tokenizer, journal, and what the file system adds."""
 
 OUTPUT_FOLDERS = ("none", *FORMATS)
 """Names of the folders in an output that are for further ones, each a model of its own."""
@@ -90,13 +90,13 @@ def _disk_need(plan: Plan, shards: Sequence[ShardPlan], journal: Journal) -> int
     missing = sum(max(0, shard.size - _taken(journal.partial(shard.name))) for shard in shards)
     need = plan.calibration.need if plan.calibration else None
     if need is None:
-        return _SPARE_DISK_BYTES + missing
+        return SPARE_DISK_BYTES + missing
     made = sum(map(_taken, journal.calibration.iterdir())) if journal.calibration.exists() else 0
     chosen = sum(map(_taken, journal.rescaling.iterdir())) if journal.rescaling.exists() else 0
     # Activations are gone when the shards are written.
     codes, scales = max(0, plan.calibrated_bytes - made), max(0, plan.scaling_bytes - chosen)
     passes = max(0, need.disk - made - chosen) if codes or scales else 0
-    return _SPARE_DISK_BYTES + max(passes, codes + scales + missing + plan.residual_bytes)
+    return SPARE_DISK_BYTES + max(passes, codes + scales + missing + plan.residual_bytes)
 
 
 def _taken(path: Path) -> int:

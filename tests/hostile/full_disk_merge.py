@@ -55,7 +55,7 @@ def when_a_shard_begins(number: int) -> Callable[[], None]:
     """Another takes the space after the check: before this shard's own is reserved."""
 
     def patch() -> None:
-        patches.setattr(place, "_SPARE_DISK_BYTES", 0)
+        patches.setattr(place, "SPARE_DISK_BYTES", 0)
         begin, begun = ShardSink.begin, []
 
         def filling(sink: ShardSink, shard: ShardPlan) -> None:
@@ -72,7 +72,7 @@ def when_a_shard_begins(number: int) -> Callable[[], None]:
 
 def when_the_journal_grows() -> None:
     """After the first shard's space is reserved; the journal's first line then finds no room."""
-    patches.setattr(place, "_SPARE_DISK_BYTES", 0)
+    patches.setattr(place, "SPARE_DISK_BYTES", 0)
     begin = ShardSink.begin
 
     def filling(sink: ShardSink, shard: ShardPlan) -> None:
@@ -85,7 +85,7 @@ def when_the_journal_grows() -> None:
 
 def when_publishing_begins() -> None:
     """All shards are made; no room for the small files beside them."""
-    patches.setattr(place, "_SPARE_DISK_BYTES", 0)
+    patches.setattr(place, "SPARE_DISK_BYTES", 0)
     publish = publish_output
 
     def filling(*given: object) -> None:
@@ -117,7 +117,7 @@ if __name__ == "__main__":
             full = merge()
         FILLER.unlink(missing_ok=True)
         with pytest.MonkeyPatch.context() as patches:
-            patches.setattr(place, "_SPARE_DISK_BYTES", 0)
+            patches.setattr(place, "SPARE_DISK_BYTES", 0)
             found[moment] = {"full": full, "again": merge()}
         clear()
     print(json.dumps(found))

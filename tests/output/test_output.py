@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from streamconv.checkpoint import writer as writer_module
 from streamconv.checkpoint.writer import ShardWriter
 from streamconv.errors import CheckpointError, OutputError, ResourceError
 from streamconv.output import place
@@ -116,7 +115,7 @@ def test_free_space_is_compared_with_what_is_still_to_be_taken(
     out: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = [shard.size for shard in plan.shards]
-    spare = place._SPARE_DISK_BYTES
+    spare = place.SPARE_DISK_BYTES
     with opened(out, plan) as journal:
         # Half made: what it has reserved needs no space a second time.
         ShardWriter.create(journal.partial(plan.shards[0].name), plan.shards[0].header, sizes[0]).close()
@@ -135,7 +134,7 @@ def test_a_sparse_partial_file_has_taken_nothing(
     out: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard = plan.shards[0]
-    monkeypatch.setattr(place, "free_bytes", lambda path: place._SPARE_DISK_BYTES + shard.size - 1)
+    monkeypatch.setattr(place, "free_bytes", lambda path: place.SPARE_DISK_BYTES + shard.size - 1)
     with opened(out, plan) as journal:
         with journal.partial(shard.name).open("wb") as file:
             file.truncate(shard.size)
@@ -223,7 +222,7 @@ def test_a_disk_that_fails_behind_the_writer_is_what_is_told(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(sink_module, "WATERMARK_BYTES", 10)
-    monkeypatch.setattr(writer_module, "_fdatasync", fail)
+    monkeypatch.setattr(os, "fdatasync", fail)
     shard = plan.shards[0]
     body = memoryview(content(shard))[len(shard.header) :]
     with opened(out, plan) as journal:

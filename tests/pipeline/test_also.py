@@ -224,7 +224,7 @@ def test_a_disk_that_has_room_for_each_but_not_for_all_is_refused(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = [plan.size for plan in inputs.prepared(also=["int8"]).plans]
-    needed = sum(sizes) + 2 * place._SPARE_DISK_BYTES
+    needed = sum(sizes) + 2 * place.SPARE_DISK_BYTES
     monkeypatch.setattr(place, "free_bytes", lambda path: needed - 1)
     with pytest.raises(ResourceError, match=r"int8 with the other outputs needs .*: 1 B are missing"):
         inputs.merge(tmp_path / "out", also=["int8"])

@@ -121,7 +121,7 @@ def rewritten(step: Rewrite, raw: Tensor) -> Written:
         work.finish()
     codes = torch.empty(step.rows * step.columns, dtype=torch.uint8)
     kernels_for(codes.device).unpack_pairs(out, codes)
-    return Written(codes, step.encoder.effective_scales(work._scales))
+    return Written(codes, work.effective_scales())
 
 
 def test_codes_are_the_nearest_with_the_scales_that_a_loader_has(
