@@ -23,12 +23,16 @@ _KERNELS = _LIBRARY("bitsandbytes", "IMPL")
 
 
 def pytest_configure() -> None:
-    """Have bitsandbytes 0.50.2 compute the same on every processor.
+    """Have torch compute in one thread, and bitsandbytes 0.50.2 the same on every processor.
+
+    Models here are so small that a second thread costs more than it gives, and cores are shared by the processes that
+    tests are spread over. What must be right in several threads sets their number itself.
 
     With AVX-512, its kernel that decodes 4-bit weights is wrong where blocks run across row ends: its own
     implementation in torch takes its place. With AVX512-BF16 its layers repack their weights in place at the first
     forward pass, for a kernel of another package, and cut scales to bfloat16: they do not.
     """
+    torch.set_num_threads(1)
     vars(modules)["has_avx512bf16"] = lambda: False
     if _has_avx512:
         with warnings.catch_warnings(action="ignore"):  # torch tells that a kernel is overridden

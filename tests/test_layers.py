@@ -1,4 +1,6 @@
-"""The layout as rules: imports point down, none hides in a function, and the library neither prints nor exits."""
+"""The layout as rules: imports point down, none hides in a function, the library neither prints nor exits, and tests
+touch no private name.
+"""
 
 from __future__ import annotations
 
@@ -166,3 +168,69 @@ def test_modules_have_no_state() -> None:
     """No function rebinds a name of its module."""
     for path in SOURCES:
         assert not any(isinstance(node, ast.Global) for node in ast.walk(parsed(path))), named(path)
+
+
+# -- tests ---------------------------------------------------------------------------------------------------------
+
+TESTS = Path(__file__).parent
+TEST_SOURCES = sorted(TESTS.rglob("*.py"))
+PATCHING = {"setattr", "delattr", "getattr", "hasattr", "vars"}
+NOT_OURS = {
+    "_exit": "os._exit is documented, and has no other name",
+    "_has_avx512": "bitsandbytes has no other switch",
+    "_dequantize_4bit_compute": "bitsandbytes has no other name for it",
+    "_get_4bit_code": "bitsandbytes has no other name for it",
+    "_hf_peft_config_loaded": "transformers has no other sign",
+}
+STILL_TOUCHED = {
+    ("calibration/test_gradients.py", "_draw"),
+    ("calibration/test_gradients.py", "_noise"),
+    ("calibration/test_resume.py", "_Layer"),
+    ("pipeline/test_also.py", "_publish"),
+}
+"""Those that remain; none is added."""
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_names(tree: ast.AST) -> Iterator[str]:
+    """Names that a test touches of others: as attributes of anything but `self`, imported, or patched by a string."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+            yield node.attr
+        elif isinstance(node, ast.ImportFrom):
+            yield from (node.module or "").split(".")
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (part for alias in node.names for part in alias.name.split("."))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in PATCHING:
+            literals = [each.value for each in node.args if isinstance(each, ast.Constant)]
+            yield from (part for text in literals if isinstance(text, str) for part in text.split("."))
+        elif isinstance(node, ast.Subscript) and ast.unparse(node.value).startswith("vars("):
+            yield ast.unparse(node.slice).strip("'")
+
+
+@pytest.mark.parametrize("path", TEST_SOURCES, ids=lambda path: str(path.relative_to(TESTS)))
+def test_tests_touch_no_private_name(path: Path) -> None:
+    name = path.relative_to(TESTS).as_posix()
+    touched = {each for each in private_names(parsed(path)) if is_private(each)} - NOT_OURS.keys()
+    assert {(name, each) for each in touched} == {each for each in STILL_TOUCHED if each[0] == name}
+
+
+def test_private_names_are_found() -> None:
+    source = """
+from streamconv.x import _a, b
+x._c = self._own
+monkeypatch.setattr("streamconv.x._d", 1)
+patched.setattr(module, "_e", 1)
+vars(x)["_f"] = x.__dict__
+"""
+    assert {each for each in private_names(ast.parse(source)) if is_private(each)} == {
+        "_a",
+        "_c",
+        "_d",
+        "_e",
+        "_f",
+    }

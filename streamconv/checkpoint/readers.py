@@ -12,10 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
 MAX_READERS = 8
-# Smaller pieces cost more in calls than reading them at once can gain.
-_PIECE_BYTES = 512 << 10
-# Bytes read before a number of readers is judged, and judged again after it was found to be best.
-_WINDOW_BYTES = 64 << 20
+PIECE_BYTES = 512 << 10
+"""Bytes that a reader takes at least: smaller pieces cost more in calls than reading them at once can gain."""
+
+WINDOW_BYTES = 64 << 20
+"""Bytes read before a number of readers is judged."""
+
+# Windows before it is judged again, after it was found to be best.
 _SETTLED_WINDOWS = 32
 _WORTHWHILE = 1.15
 
@@ -45,7 +48,7 @@ class Readers:
     def share(self, nbytes: int, read: Callable[[int, int], None]) -> None:
         """Call `read(start, stop)` for parts that make up `nbytes` bytes; the error of the first is raised."""
         began = self._clock()
-        pieces = max(1, min(self.count, nbytes // _PIECE_BYTES))
+        pieces = max(1, min(self.count, nbytes // PIECE_BYTES))
         size = -(-nbytes // pieces)
         starts = range(0, nbytes, size) if nbytes else ()
         futures = [self._pool.submit(read, start, min(start + size, nbytes)) for start in starts[1:]]
@@ -63,7 +66,7 @@ class Readers:
     def _learn(self, nbytes: int, seconds: float) -> None:
         self._bytes += nbytes
         self._seconds += seconds
-        if self._bytes < _WINDOW_BYTES:
+        if self._bytes < WINDOW_BYTES:
             return
         speed = self._bytes / max(self._seconds, 1e-9)
         self._bytes, self._seconds = 0, 0.0

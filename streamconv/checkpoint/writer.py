@@ -26,15 +26,15 @@ from streamconv.storage.local import open_file
 
 # Left alone, the kernel lets dirty pages pile up until a sync has to wait for them all: 1 GiB with a sync
 # every 256 MiB took 2.1 to 3.2 s so, and 1.3 to 1.9 s with write-back every 32 MiB (ext4 on a cloud disk).
-_WINDOW_BYTES = 32 << 20
+WINDOW_BYTES = 32 << 20
+"""Bytes that are written back at once, a whole number of pages."""
+
 _WINDOWS = 4
 _READ_BYTES = 4 << 20
 _PAGE = 4096
 _FICLONE = 0x40049409
 _NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-
-_fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 Bytes = bytes | bytearray | memoryview
 
@@ -174,7 +174,7 @@ class ShardWriter:
         """
         digest = (mark or self.mark()).sha256.result()
         try:
-            _fdatasync(self._open())
+            getattr(os, "fdatasync", os.fsync)(self._open())  # macOS has no fdatasync
         except OSError as error:
             self._failure = write_error(error, self._path)
             raise self._failure from error
@@ -219,8 +219,8 @@ class ShardWriter:
         sync_file_range, with or without waiting, measured no better and is not in Python's `os`.
         """
         end -= end % _PAGE
-        if end - self._window >= _WINDOW_BYTES:
-            start = max(0, self._window - _WINDOW_BYTES)
+        if end - self._window >= WINDOW_BYTES:
+            start = max(0, self._window - WINDOW_BYTES)
             self._flushing.append(self._flusher.submit(advise, self._open(), start, end - start, "DONTNEED"))
             self._window = end
         if len(self._flushing) > _WINDOWS:

@@ -38,8 +38,8 @@ A_WORD = 8  # codes
 MIDDLE = 8  # the code of 0 of a symmetric weight
 # A code stands for code / 8 - 1 on the grid, so that a scale there is 8 of those stored.
 _STEPS = 8.0
-# Zero points are looked at when planning, of large weights the first ones only; all of them when a weight is read.
-_LOOKED_AT_BYTES = 2**16
+LOOKED_AT_BYTES = 2**16
+"""Bytes of zero points looked at when planning, of large weights the first ones only; all when a weight is read."""
 
 # What the formats of weights may be called beside, whose codes and scales could be stored as they are written here.
 NO_GROUPS = "no g_idx"
@@ -180,7 +180,7 @@ def _codes(raw: Tensor, count: int) -> Tensor:
 
 def first_zeros(tensor: StoredTensor, reader: TensorReader) -> Tensor:
     """The first words of `qzeros`, int32; all of them where they are few."""
-    raw = torch.empty(min(tensor.nbytes, _LOOKED_AT_BYTES) // 4 * 4, dtype=torch.uint8)
+    raw = torch.empty(min(tensor.nbytes, LOOKED_AT_BYTES) // 4 * 4, dtype=torch.uint8)
     reader.read_into(tensor, 0, tensor_bytes(raw))
     return raw.view(torch.int32)
 

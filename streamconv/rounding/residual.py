@@ -23,7 +23,9 @@ from streamconv.rounding.metric import Metric, factored
 FACTOR_DTYPE: Dtype = BF16
 """What factors are stored as. PEFT computes in float32; rounding them costs up to 1e-4 of what they repair."""
 
-_FLOOR = 0.3
+EASED = 0.3
+"""Share of the next eigenvalue that the largest ones of a metric are lowered to."""
+
 # Metrics are damped already; it is for what float32 has lost.
 _DAMPING = 1e-6
 # Errors of four bits have singular values that fall slowly: vectors beside those wanted, and rounds, are many.
@@ -55,7 +57,7 @@ def eased(inputs: Metric, outputs: Metric | None, rank: int) -> tuple[Metric, Me
     Errors along `rank` directions are repaired whatever they are, so that codes may have them there. Feedback makes
     the loss a sum of products of the conditional variances of an input and an output, whose logarithms sum to those of
     the eigenvalues: the directions with the greatest eigenvalues are worth most, a mean logarithm each. They are
-    lowered to _FLOOR times the next eigenvalue, which keeps the codes of use without the residual.
+    lowered to EASED times the next eigenvalue, which keeps the codes of use without the residual.
     """
     first = _leading(inputs.matrix, rank + 1)
     if outputs is None:
@@ -121,7 +123,7 @@ def _lowered(metric: Metric, leading: tuple[Tensor, Tensor], count: int) -> Metr
     thin = vectors[:, :count].to(metric.matrix.device, torch.float32)
     seen = metric.matrix @ thin
     inner = thin.T @ seen
-    inner.diagonal().add_(_FLOOR * float(values[count]))
+    inner.diagonal().add_(EASED * float(values[count]))
     found = torch.addmm(metric.matrix, thin, seen.T, alpha=-1)
     found.addmm_(seen, thin.T, alpha=-1).addmm_(thin @ inner, thin.T)
     return factored(found[metric.places][:, metric.places], _DAMPING)

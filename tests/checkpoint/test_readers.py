@@ -50,7 +50,7 @@ def settled(speed: Callable[[int], float], tiles: int = 100) -> list[int]:
 def test_a_disk_that_gains_nothing_keeps_one_reader() -> None:
     counts = settled(lambda count: 1e9)
     assert counts[0] == counts[-1] == 1
-    assert sum(count > 1 for count in counts) == module._WINDOW_BYTES // TILE
+    assert sum(count > 1 for count in counts) == module.WINDOW_BYTES // TILE
 
 
 def test_a_volume_that_answers_many_at_once_gets_many() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -23,6 +24,7 @@ from streamconv.checkpoint.types import TensorSpec
 from streamconv.checkpoint.writer import ShardWriter, fsync_folder, publish, write_file
 from streamconv.dtypes import BF16, F32
 from streamconv.errors import OutputError, ResourceError, VerificationError
+from tests.checkpoint.no_reservation import without_reservation
 
 HEADER = b"header: "
 BODY = bytes(range(256)) * 4
@@ -192,13 +194,17 @@ def test_a_file_that_grew_too_long_is_cut_on_resuming(path: Path) -> None:
     assert path.read_bytes() == HEADER + BODY
 
 
-def test_resuming_reads_more_than_one_buffer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "_READ_BYTES", 64)
-    digest = interrupted(path, 500)
-    writer = ShardWriter.resume(path, HEADER, SIZE, len(HEADER) + 500, digest)
-    assert writer is not None
-    assert writer.sync() == digest
-    writer.close()
+def test_resuming_reads_more_than_one_buffer(path: Path) -> None:
+    content = os.urandom(9 << 20)
+    with ShardWriter.create(path, HEADER, len(HEADER) + len(content) + 1) as writer:
+        writer.write(content)
+        digest = writer.sync()
+    resumed = ShardWriter.resume(
+        path, HEADER, len(HEADER) + len(content) + 1, len(HEADER) + len(content), digest
+    )
+    assert resumed is not None
+    assert resumed.sync() == digest == sha256(HEADER + content)
+    resumed.close()
 
 
 def test_a_link_in_the_place_of_a_partial_file_is_not_followed(path: Path, tmp_path: Path) -> None:
@@ -257,7 +263,7 @@ def test_after_a_failed_sync_everything_fails_in_the_same_way(
 ) -> None:
     """Another thread may be writing meanwhile: it must neither go on nor meet a descriptor that is another file's."""
     with ShardWriter.create(path, HEADER, SIZE) as writer:
-        monkeypatch.setattr(writer_module, "_fdatasync", failing(errno.EIO))
+        monkeypatch.setattr(os, "fdatasync", failing(errno.EIO))
         with pytest.raises(OutputError, match=f"{path} cannot be written: Input/output error"):
             writer.sync()
         monkeypatch.undo()
@@ -292,7 +298,7 @@ def test_a_limit_on_file_sizes_shows_before_anything_is_written(path: Path) -> N
 
 
 def test_a_limit_on_file_sizes_met_while_writing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "_fallocate", lambda *_: errno.EOPNOTSUPP)
+    monkeypatch.setattr(ctypes, "CDLL", without_reservation)
     with (
         file_size_limit(1 << 20),
         ShardWriter.create(path, HEADER, 2 << 20) as writer,
@@ -304,7 +310,7 @@ def test_a_limit_on_file_sizes_met_while_writing(path: Path, monkeypatch: pytest
 def test_where_space_cannot_be_reserved_the_free_space_is_compared(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer_module, "_fallocate", lambda *_: errno.EOPNOTSUPP)
+    monkeypatch.setattr(ctypes, "CDLL", without_reservation)
     monkeypatch.setattr(writer_module, "free_bytes", lambda _: SIZE - 1)
     with pytest.raises(
         ResourceError, match=rf"{path}: the disk is full \({SIZE - 1} bytes are free\) with {SIZE}"
@@ -320,7 +326,7 @@ def test_where_space_cannot_be_reserved_the_free_space_is_compared(
 def test_a_file_system_that_does_not_tell_its_free_space_is_tried(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer_module, "_fallocate", lambda *_: errno.EOPNOTSUPP)
+    monkeypatch.setattr(ctypes, "CDLL", without_reservation)
     monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((4096, 4096, *[0] * 8)))  # as ramfs says
     with ShardWriter.create(path, HEADER, SIZE) as writer:
         writer.write(BODY)
@@ -331,7 +337,7 @@ def test_every_byte_behind_the_cursor_is_written_back_and_dropped(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     windows: list[tuple[int, int]] = []
-    monkeypatch.setattr(writer_module, "_WINDOW_BYTES", 8192)
+    monkeypatch.setattr(writer_module, "WINDOW_BYTES", 8192)
     monkeypatch.setattr(
         writer_module, "advise", lambda _, start, length, advice: windows.append((start, length))
     )

@@ -30,7 +30,7 @@ def test_a_stop_is_no_error(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.
             os.kill(os.getpid(), signal.SIGTERM)
 
         with monkeypatch.context() as once:
-            once.setattr("streamconv.cli.signals.os._exit", lambda code: None)
+            once.setattr(os, "_exit", lambda code: None)
             return run_job(prepared, out, told, stop)
 
     command = ["convert", "--base", str(inputs.base), "-o", str(tmp_path / "out")]

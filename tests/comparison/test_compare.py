@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import streamconv
 from streamconv import comparison
+from streamconv.checkpoint.writer import free_bytes
 from streamconv.comparison import Compared, Speed, running
 from streamconv.comparison.loading import measure
 from streamconv.comparison.speed import Opened, measure_speed
@@ -32,8 +33,10 @@ from streamconv.errors import (
     Stopped,
     VerificationError,
 )
+from streamconv.evaluation import Evaluation, EvaluationOptions
+from streamconv.evaluation.scoring import run_evaluation
 from streamconv.output.journal import Journal, is_owned
-from streamconv.progress import StopRequest
+from streamconv.progress import OnProgress, StopRequest
 from tests.forward.texts import numbers, save_tokenizer, write_text
 from tests.hub_stub import Hub
 from tests.hubs import hub
@@ -232,6 +235,19 @@ def never(*given: object) -> None:
     raise AssertionError(given)
 
 
+def judging_the_reference_or(
+    fail: Callable[[], None],
+) -> Callable[[EvaluationOptions, OnProgress], Evaluation]:
+    """An evaluation of the reference; of anything else, `fail`."""
+
+    def judge(asked: EvaluationOptions, on_progress: OnProgress) -> Evaluation:
+        if asked.subject != asked.reference:
+            fail()
+        return run_evaluation(asked, on_progress)
+
+    return judge
+
+
 def test_what_is_done_is_not_done_again(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,7 +257,7 @@ def test_what_is_done_is_not_done_again(
     assert not [*(out / ".comparison" / "reference").glob("*")]
     with monkeypatch.context() as patched:
         patched.setattr(running, "run", never)
-        patched.setattr(running, "_judged", never)
+        patched.setattr(running, "run_evaluation", never)
         again = models.compare(out)
     assert again.rows == first.rows
     more = models.compare(out, "base,nearest-T,nearest-F")
@@ -298,7 +314,7 @@ def test_kept_models_are_made_again_if_they_are_gone(models: Models, tmp_path: P
     out = tmp_path / "out"
     models.compare(out)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(running, "_judged", never)
+        patched.setattr(running, "run_evaluation", never)
         found = models.compare(out, keep=True)
     assert (out / "models" / "nearest-T" / "config.json").exists()
     assert found.row("nearest-T").status == "done"
@@ -386,11 +402,11 @@ def test_a_finished_merge_is_not_lost_with_its_evaluation(
     out = tmp_path / "out"
     steps: list[str] = []
 
-    def fail(*given: object) -> None:
+    def fail() -> None:
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(running, "_merged", fail)
+        patched.setattr(running, "run_evaluation", judging_the_reference_or(fail))
         found = models.compare(out, "nearest-T", greedy_tokens=0)
     failure = found.row("nearest-T").failure
     assert failure is not None
@@ -409,11 +425,11 @@ def test_what_others_need_the_room_of_goes(
 ) -> None:
     out = tmp_path / "out"
 
-    def fail(*given: object) -> None:
+    def fail() -> None:
         monkeypatch.setattr(running, "free_bytes", lambda path: 100)
         raise ResourceError("--max-ram is too small")
 
-    monkeypatch.setattr(running, "_merged", fail)
+    monkeypatch.setattr(running, "run_evaluation", judging_the_reference_or(fail))
     models.compare(out, "nearest-T,nearest-F", greedy_tokens=0)
     assert not (out / "models" / "nearest-T").exists()
     assert (out / "models" / "nearest-F").exists()  # the last: nobody needs its room
@@ -491,13 +507,18 @@ def test_places_that_are_not_its_own(models: Models, tmp_path: Path) -> None:
 
 
 def test_two_at_a_time(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def another(work: Any) -> None:
+    def another(path: Path) -> int:
+        """Free space, which is asked for when the folder is taken."""
         monkeypatch.undo()
         with pytest.raises(OutputError, match="is in use by another run"):
             models.compare(tmp_path / "out", "base")
+        asked.append(path)
+        return free_bytes(path)
 
-    monkeypatch.setattr(running, "_check_disk", another)
+    asked: list[Path] = []
+    monkeypatch.setattr(running, "free_bytes", another)
     models.compare(tmp_path / "out", "base")
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(
@@ -563,7 +584,7 @@ def test_what_is_opened(models: Models, tmp_path: Path, monkeypatch: pytest.Monk
     assert models.compare(out, "base,nearest-T").rows == (first.rows[0], first.rows[3])
     assert len(opened) == 4
     # Of other tokens, speed alone is measured anew, and one is not shown beside the other.
-    monkeypatch.setattr(running, "_judged", never)
+    monkeypatch.setattr(running, "run_evaluation", never)
     quick = models.compare(out, "base,nearest-T", speed=True, speed_tokens=8)
     assert [row.numbers and row.numbers.speed and row.numbers.speed.tokens for row in quick.rows] == [8, 8]
     assert len(opened) == 6
@@ -587,7 +608,7 @@ def test_numbers_are_noted_before_a_model_is_loaded(
     assert failure is not None
     assert failure.stage == "loading"
     monkeypatch.setattr(running, "run", never)
-    monkeypatch.setattr(running, "_judged", never)
+    monkeypatch.setattr(running, "run_evaluation", never)
     assert models.compare(tmp_path / "out", "nearest-T", greedy_tokens=0).row("nearest-T").status == "done"
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from streamconv import cli
-from streamconv.checkpoint import writer
 from streamconv.output import sink
 from streamconv.pipeline import runner
 from streamconv.running import executor, lanes
@@ -30,6 +29,7 @@ WATCHED = (
     "pwritev",
     "write",
     "fsync",
+    "fdatasync",
     "replace",
     "unlink",
     "rmdir",
@@ -54,7 +54,6 @@ class Child:
     def install(self) -> None:
         for name in WATCHED:
             setattr(os, name, self._watched(name, getattr(os, name)))
-        writer._fdatasync = self._watched("fdatasync", writer._fdatasync)
         vars(runner)["run_plans"] = self._noting_starts(executor.run_plans)
         sink.WATERMARK_BYTES = self.request.watermark_bytes
         lanes.GRACE_S = self.request.grace_s

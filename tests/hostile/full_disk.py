@@ -5,7 +5,7 @@ A process of its own, because only that one may see the tiny file system mounted
 
 from __future__ import annotations
 
-import errno
+import ctypes
 import hashlib
 import json
 import os
@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from streamconv.checkpoint import writer as writer_module
 from streamconv.checkpoint.writer import ShardWriter, write_file
 from streamconv.errors import StreamconvError
+from tests.checkpoint.no_reservation import without_reservation
 
 HEADER = b"header"
 MIB = 1 << 20
@@ -50,7 +50,7 @@ def small_file_beside_a_reserved_shard(folder: Path) -> dict[str, object]:
 
 def filled_while_writing_then_resumed(folder: Path) -> dict[str, object]:
     """Without reservation, as on NFSv3: another takes the space; freed, the shard goes on and is whole."""
-    writer_module._fallocate = lambda *_: errno.EOPNOTSUPP
+    vars(ctypes)["CDLL"] = without_reservation
     size = len(HEADER) + 12 * len(PIECE)
     with ShardWriter.create(folder / "a", HEADER, size) as writer:
         for _ in range(4):

@@ -1,8 +1,7 @@
-"""What a plan decides before anything is read: formats, targets, roundings and why, shards, ties, refusals."""
+"""What a plan decides before anything is read: formats, targets, roundings and why, shards, refusals."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,12 @@ import pytest
 import torch
 
 import streamconv
-from streamconv.adapters.base import Tie
 from streamconv.errors import OptionError, UnsupportedError
-from streamconv.formats import find_weights
 from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, Prepared, merge_options, prepare
 from streamconv.pipeline.shown import plan_as_text
 from streamconv.planning.plan import Access, Copy, Plan, Rewrite, Step
-from streamconv.planning.ties import find_tie
 from streamconv.running.schedule import bytes_read
-from tests.checkpoint.files import index_of
 from tests.models import Sizes, write_adapter, write_base, write_tensors
 from tests.tiny import edit_tensors, read_tensors
 
@@ -355,34 +350,3 @@ def test_what_has_no_place_in_the_target_type_is_refused_only_if_asked_for(
     assert isinstance(found["model.ids"], Copy)
     with pytest.raises(UnsupportedError, match=r"model\.rotary\.inv_freq is F64, which --dtype float16"):
         plan_of(tmp_path, "base", None, dtype="float16")
-
-
-# -- ties ----------------------------------------------------------------------------------------------------------
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-CAUSAL = ["LlamaForCausalLM"]
-
-
-@pytest.mark.parametrize(
-    ("config", "head_is_stored", "tied"),
-    [
-        ({"tie_word_embeddings": True}, True, True),
-        ({"tie_word_embeddings": True, "architectures": CAUSAL}, False, True),
-        ({"tie_word_embeddings": False, "architectures": CAUSAL}, False, False),
-        ({"tie_word_embeddings": False}, True, False),
-        ({}, True, False),
-        ({"architectures": CAUSAL}, False, True),
-        ({"architectures": ["LlamaModel"]}, False, False),
-        ({"text_config": {"tie_word_embeddings": True}}, True, True),
-        ({"text_config": {"tie_word_embeddings": False}, "architectures": CAUSAL}, False, False),
-    ],
-    ids=json.dumps,
-)
-def test_what_is_tied(tmp_path: Path, config: Mapping[str, Any], head_is_stored: bool, tied: bool) -> None:
-    base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
-    (base / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
-    if not head_is_stored:
-        edit_tensors(base / "model.safetensors", drop=[HEAD])
-    index = index_of(base)
-    weights = {weight.name: weight for weight in find_weights(index)}
-    assert find_tie(weights, index.config) == (Tie(EMBEDDING, HEAD) if tied else None)

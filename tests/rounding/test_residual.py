@@ -146,7 +146,7 @@ def test_a_metric_is_eased_where_it_is_greatest() -> None:
     metric = factored(drawn.T @ drawn / len(drawn), 0.001)
     found, _ = eased(metric, None, 8)
     before, after = (torch.linalg.eigvalsh(damped(each)).flip(0) for each in (metric, found))
-    floor = module._FLOOR * float(before[8])
+    floor = module.EASED * float(before[8])
     expected = torch.cat([before[8:], torch.full((8,), floor, dtype=torch.float64)]).sort(descending=True)
     assert torch.allclose(after, expected.values, rtol=1e-3, atol=0)
 

@@ -136,7 +136,7 @@ def test_the_same_bytes_for_any_number_of_readers(
         found.count = count
         return found
 
-    monkeypatch.setattr(readers, "_PIECE_BYTES", 1024)
+    monkeypatch.setattr(readers, "PIECE_BYTES", 1024)
     monkeypatch.setattr(reader, "Readers", several)
     monkeypatch.setattr(reader, "read_exactly", noting)
     run(prepared, tmp_path / "several", lambda done, total: None, StopRequest())

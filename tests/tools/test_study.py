@@ -22,7 +22,7 @@ from tools.bench.results import RESULTS, ROOT
 from tools.study import synthetic
 from tools.study.beds import BEDS, VALUES, delta_to_step, kept_share, nearest_codes
 from tools.study.comparisons import AMOUNTS, command
-from tools.study.report import _BLOCK, BLOCKS, PAGE, PAGES, PICTURES, loss_removed, read, render
+from tools.study.report import BLOCK, BLOCKS, PAGE, PAGES, PICTURES, loss_removed, read, render
 from tools.study.run import shape
 
 # -- pages -------------------------------------------------------------------------------------------------
@@ -32,7 +32,7 @@ def test_the_pages_say_what_was_measured() -> None:
     pages = [page.read_text() for page in PAGES]
     for page in pages:
         assert render(page, RESULTS) == page, "run tools/study/report"
-    assert sorted(found[1] for found in _BLOCK.findall("".join(pages))) == sorted(BLOCKS)
+    assert sorted(found[1] for found in BLOCK.findall("".join(pages))) == sorted(BLOCKS)
     for name in PICTURES:
         assert f"({name})" in PAGE.read_text()
 
@@ -51,7 +51,7 @@ def test_a_changed_result_changes_the_page(tmp_path: Path) -> None:
 
 def test_the_words_around_the_blocks_hold_no_measured_number() -> None:
     """Percentages, perplexities and divergences come from results; sizes of models and of the set-up may be named."""
-    words = _BLOCK.sub("", PAGE.read_text())
+    words = BLOCK.sub("", PAGE.read_text())
     assert re.findall(r"\d+\.\d+", words) == []
 
 

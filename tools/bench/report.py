@@ -21,7 +21,7 @@ PAGE = ROOT / "docs/benchmarks.md"
 PICTURE = ROOT / "docs/benchmarks.png"
 MERGED = "bench-merge.json"
 NOT_MEASURED = "Not measured yet."
-_BLOCK = re.compile(r"(<!-- (\w+): made by tools/bench/report -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (\w+): made by tools/bench/report -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 Results = Mapping[str, Any]
 
 
@@ -223,7 +223,7 @@ def render(page: str, folder: Path) -> str:
         results = [load(folder / name) for name in names]
         return f"{match[1]}{make(*results) if all(results) else NOT_MEASURED}\n{match[4]}"
 
-    return _BLOCK.sub(block, page)
+    return BLOCK.sub(block, page)
 
 
 # -- the picture ------------------------------------------------------------------------------------------------

@@ -731,7 +731,7 @@ GUIDE = ROOT / "docs/guide-residual.md"
 RESULTS_PAGE = ROOT / "docs/results.md"
 AWQ_GUIDE = ROOT / "docs/guide-awq.md"
 PAGES = (PAGE, GUIDE, AWQ_GUIDE, RESULTS_PAGE)
-_BLOCK = re.compile(r"(<!-- (\w+): made by tools/study/report -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (\w+): made by tools/study/report -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def read(folder: Path) -> tuple[Mapping[str, Results], Results]:
@@ -755,7 +755,7 @@ def read(folder: Path) -> tuple[Mapping[str, Results], Results]:
 def render(page: str, folder: Path) -> str:
     """The page with its blocks made anew from the results in `folder`."""
     beds, others = read(folder)
-    return _BLOCK.sub(lambda match: f"{match[1]}\n{BLOCKS[match[2]](beds, others)}\n\n{match[4]}", page)
+    return BLOCK.sub(lambda match: f"{match[1]}\n{BLOCKS[match[2]](beds, others)}\n\n{match[4]}", page)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -195,7 +195,7 @@ def test_zero_points_that_stop_being_symmetric_are_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When planning, only the first ones of a large weight are looked at."""
-    monkeypatch.setattr(int4_words, "_LOOKED_AT_BYTES", 32)
+    monkeypatch.setattr(int4_words, "LOOKED_AT_BYTES", 32)
     tensors = stored(encoder_for("awq", normal((128, 256))), normal((128, 256)))
     tensors[f"{MODULE}.qzeros"][-1, -1] = 0
     weight = only_weight(write(tmp_path, tensors, {}))

@@ -1,0 +1,100 @@
+"""The output folder: who may write to it, and whether its disk has room."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from streamconv.checkpoint.writer import ShardWriter
+from streamconv.errors import OutputError, ResourceError
+from streamconv.output import place
+from streamconv.output.place import check_disk, check_place
+from streamconv.planning.plan import Plan
+from tests.output.shards import opened
+
+# -- who may write -----------------------------------------------------------------------------------------------
+
+
+def test_an_empty_folder_a_new_one_and_an_unfinished_run_may_be_written_to(out: Path) -> None:
+    check_place(out, {}, overwrite=False, publishing=False)
+    check_place(out / "new", {}, overwrite=False, publishing=False)
+    (out / ".streamconv").mkdir()
+    check_place(out, {}, overwrite=False, publishing=False)
+
+
+def test_a_folder_with_anything_in_it_is_refused_naming_some(out: Path) -> None:
+    for name in ("b.txt", "a.txt", "d", "c.json"):
+        (out / name).touch()
+    with pytest.raises(
+        OutputError, match=rf"{out} is not empty \(a\.txt, b\.txt, c\.json \.\.\.\).*--overwrite"
+    ):
+        check_place(out, {}, overwrite=False, publishing=False)
+    check_place(out, {}, overwrite=True, publishing=False)
+    check_place(out, {}, overwrite=False, publishing=True)
+
+
+def test_a_file_is_refused(out: Path) -> None:
+    (out / "file").touch()
+    with pytest.raises(OutputError, match="file is not a folder"):
+        check_place(out / "file", {}, overwrite=True, publishing=False)
+
+
+@pytest.mark.parametrize("place", [".", "base", "base/inside", "link", "link/new", "base/../base"])
+def test_a_place_that_overlaps_an_input_is_refused_whatever_was_asked_for(tmp_path: Path, place: str) -> None:
+    (tmp_path / "base" / "inside").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("base")
+    inputs = {"base": tmp_path / "base"}
+    with pytest.raises(OutputError, match="overlap, and inputs are never written to"):
+        check_place(tmp_path / place, inputs, overwrite=True, publishing=True)
+    check_place(tmp_path / "base-merged", inputs, overwrite=False, publishing=False)
+
+
+# -- disk --------------------------------------------------------------------------------------------------------
+
+
+def test_free_space_is_compared_with_what_is_still_to_be_taken(
+    out: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [shard.size for shard in plan.shards]
+    spare = place.SPARE_DISK_BYTES
+    with opened(out, plan) as journal:
+        # Half made: what it has reserved needs no space a second time.
+        ShardWriter.create(journal.partial(plan.shards[0].name), plan.shards[0].header, sizes[0]).close()
+        needed = spare + sizes[1] + sizes[2]
+        monkeypatch.setattr(place, "free_bytes", lambda path: needed)
+        check_disk([(out, plan, plan.shards, journal)])
+        monkeypatch.setattr(place, "free_bytes", lambda path: needed - 1)
+        with pytest.raises(ResourceError, match=rf"{out} needs .* 1 B are missing"):
+            check_disk([(out, plan, plan.shards, journal)])
+        check_disk([(out, plan, plan.shards[:1], journal)])
+        monkeypatch.setattr(place, "free_bytes", lambda path: spare)
+        check_disk([(out, plan, (), journal)])
+
+
+def test_a_sparse_partial_file_has_taken_nothing(
+    out: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = plan.shards[0]
+    monkeypatch.setattr(place, "free_bytes", lambda path: place.SPARE_DISK_BYTES + shard.size - 1)
+    with opened(out, plan) as journal:
+        with journal.partial(shard.name).open("wb") as file:
+            file.truncate(shard.size)
+        with pytest.raises(ResourceError, match="1 B are missing"):
+            check_disk([(out, plan, [shard], journal)])
+
+
+def test_the_space_is_that_of_the_outputs_own_disk(
+    out: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+
+    def statvfs(path: Path) -> os.statvfs_result:
+        asked.append(Path(path))
+        return os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255))  # says nothing, as some FUSE ones
+
+    with opened(out, plan) as journal:
+        monkeypatch.setattr(os, "statvfs", statvfs)
+        check_disk([(out, plan, plan.shards, journal)])
+        assert asked == [out]
