@@ -12,13 +12,12 @@ from typing import is_typeddict
 import pytest
 
 import streamconv
-from streamconv import options
+from streamconv.planning import options
 
 PACKAGE = Path(streamconv.__file__).parent
 # Low to high; parts of one layer do not know each other.
 LAYERS = [
     {"errors", "sizes", "dtypes", "progress"},
-    {"options"},
     {"storage", "kernels"},
     {"checkpoint", "rounding"},
     {"formats", "adapters"},
@@ -144,7 +143,7 @@ def test_every_module_says_what_it_knows(path: Path) -> None:
 
 
 # Passes on what it is given, which a type checker holds against the function that it fills options in for.
-FILLS_IN_OPTIONS = ("options.py", "call")
+FILLS_IN_OPTIONS = ("planning/options.py", "call")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=named)

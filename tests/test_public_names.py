@@ -16,8 +16,8 @@ import streamconv
 from streamconv import errors
 from streamconv.cli import main
 from streamconv.errors import StreamconvError
-from streamconv.options import MergeOptions
 from streamconv.pipeline import merge_options
+from streamconv.planning.options import MergeOptions
 from streamconv.sizes import parse_size
 
 # Options that are no keywords: what they do is done otherwise in Python.

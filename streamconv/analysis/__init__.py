@@ -15,7 +15,8 @@ from streamconv.analysis.options import (
 from streamconv.analysis.result import Analysis, OnGrid, Stored, TargetAnalysis, WeightAnalysis
 from streamconv.analysis.running import run_analysis
 from streamconv.errors import OptionError
-from streamconv.options import (
+from streamconv.pipeline.job import build_job, output_folder
+from streamconv.planning.options import (
     ANALYZE_DEFAULTS,
     AdapterKeywords,
     AnalyzeKeywords,
@@ -24,7 +25,6 @@ from streamconv.options import (
     only,
     takes,
 )
-from streamconv.pipeline.job import build_job, output_folder
 from streamconv.progress import OnProgress, quiet
 
 __all__ = ["Analysis", "OnGrid", "Stored", "TargetAnalysis", "WeightAnalysis", "analyze"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from streamconv.errors import OptionError
 from streamconv.formats import FORMATS
-from streamconv.options import Job
+from streamconv.planning.options import Job
 
 # What QLoRA training rounds the base to unless told otherwise.
 USUAL_MERGE_BASE = "nf4-dq"

@@ -11,10 +11,10 @@ from streamconv.analysis.options import USUAL_MERGE_BASE, AnalysisOptions
 from streamconv.analysis.rounded import BYTES_PER_BLOCK
 from streamconv.errors import InputError, OptionError, ResourceError
 from streamconv.formats.base import group_of
-from streamconv.options import MergeOptions
 from streamconv.pipeline import Prepared
 from streamconv.planning.devices import Device
 from streamconv.planning.memory import plan_memory
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Choice, Memory, Plan, Rewrite
 from streamconv.planning.planner import build_plan
 

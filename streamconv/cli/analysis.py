@@ -21,7 +21,7 @@ from streamconv.cli.options import (
     adapter_option,
 )
 from streamconv.cli.progress import progress
-from streamconv.options import ANALYZE_DEFAULTS
+from streamconv.planning.options import ANALYZE_DEFAULTS
 from streamconv.sizes import format_size
 
 if TYPE_CHECKING:

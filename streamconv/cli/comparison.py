@@ -27,7 +27,7 @@ from streamconv.cli.options import (
 )
 from streamconv.cli.progress import progress
 from streamconv.cli.signals import stop_on_signals
-from streamconv.options import COMPARE_DEFAULTS
+from streamconv.planning.options import COMPARE_DEFAULTS
 
 if TYPE_CHECKING:
     from streamconv.comparison import Compared

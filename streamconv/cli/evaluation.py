@@ -22,7 +22,7 @@ from streamconv.cli.options import (
     resources,
 )
 from streamconv.cli.progress import progress
-from streamconv.options import EVALUATE_DEFAULTS
+from streamconv.planning.options import EVALUATE_DEFAULTS
 from streamconv.sizes import format_size
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import click
 
 from streamconv.cli.blocks import F, Place, Section, Size, group, option
 from streamconv.cli.exits import set_debug
-from streamconv.options import MERGE_DEFAULTS
+from streamconv.planning.options import MERGE_DEFAULTS
 
 
 def _set_verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:

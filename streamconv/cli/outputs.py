@@ -20,7 +20,7 @@ from streamconv.cli.options import (
 )
 from streamconv.cli.progress import progress
 from streamconv.cli.uploads import hush_hub, push_verified, show_pushed
-from streamconv.options import MERGE_DEFAULTS
+from streamconv.planning.options import MERGE_DEFAULTS
 from streamconv.sizes import format_size
 
 

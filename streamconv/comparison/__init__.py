@@ -19,7 +19,8 @@ from streamconv.comparison.result import Advice, Compared, Failure, Numbers, Row
 from streamconv.comparison.strategies import asked_strategies
 from streamconv.errors import OptionError
 from streamconv.evaluation.options import check_dtype, check_lengths
-from streamconv.options import (
+from streamconv.pipeline.job import calibration_options, output_folder
+from streamconv.planning.options import (
     COMPARE_DEFAULTS,
     CompareKeywords,
     Folder,
@@ -28,7 +29,6 @@ from streamconv.options import (
     only,
     takes,
 )
-from streamconv.pipeline.job import calibration_options, output_folder
 from streamconv.progress import OnProgress, StopRequest, quiet
 
 __all__ = [

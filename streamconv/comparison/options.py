@@ -10,8 +10,8 @@ from typing import Any
 from streamconv.comparison.strategies import F, Strategy, T
 from streamconv.errors import OptionError
 from streamconv.formats import FORMATS
-from streamconv.options import Calibration, Job, ModelKeywords
 from streamconv.pipeline.job import build_job
+from streamconv.planning.options import Calibration, Job, ModelKeywords
 
 # Intervals are over sequences; that of a single one has no width.
 LEAST_SEQUENCES = 2

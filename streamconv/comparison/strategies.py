@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from streamconv.dtypes import DENSE
 from streamconv.errors import OptionError
 from streamconv.formats import FORMATS
-from streamconv.options import CALIBRATION_KEYWORDS, MERGE_DEFAULTS
 from streamconv.output.recipe import read_recipe
 from streamconv.planning.choices import can_calibrate
+from streamconv.planning.options import CALIBRATION_KEYWORDS, MERGE_DEFAULTS
 
 T, F, BASE = "T", "F", "base"
 # The format that training rounded the base to; filled in when it is known.

@@ -10,7 +10,7 @@ from streamconv.comparison.options import CompareOptions
 from streamconv.comparison.result import DONE, FAILED, Compared, Numbers, Row, Speed
 from streamconv.comparison.strategies import Strategy
 from streamconv.formats import FORMATS
-from streamconv.options import MERGE_DEFAULTS
+from streamconv.planning.options import MERGE_DEFAULTS
 from streamconv.sizes import exact_size, format_size, parse_size
 
 NOTHING = "-"

@@ -16,8 +16,16 @@ from streamconv.evaluation.options import (
     subject_of,
 )
 from streamconv.evaluation.result import Comparison, Evaluation, Greedy
-from streamconv.options import EVALUATE_DEFAULTS, EvaluateKeywords, Folder, Job, ModelKeywords, only, takes
 from streamconv.pipeline.job import build_job
+from streamconv.planning.options import (
+    EVALUATE_DEFAULTS,
+    EvaluateKeywords,
+    Folder,
+    Job,
+    ModelKeywords,
+    only,
+    takes,
+)
 from streamconv.progress import OnProgress, quiet
 
 __all__ = ["Comparison", "Evaluation", "EvaluationOptions", "Greedy", "evaluate"]

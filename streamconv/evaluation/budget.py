@@ -11,7 +11,7 @@ from torch import Tensor
 from streamconv.errors import ResourceError
 from streamconv.forward.memory import BATCH_TOKENS, FIXED_BYTES, sequence_bytes, table_bytes
 from streamconv.forward.walk import Walk
-from streamconv.options import MergeOptions
+from streamconv.planning.options import MergeOptions
 
 # Logits of a tile of the vocabulary, their exponentials, what is gathered of them; as much again for a reference.
 _LOGIT_COPIES = 8

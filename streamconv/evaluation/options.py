@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.errors import OptionError
-from streamconv.options import Folder, Job
+from streamconv.planning.options import Folder, Job
 
 LEAST_LENGTH = 16
 

@@ -23,9 +23,9 @@ from streamconv.forward.skeleton import build_planned
 from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.forward.walk import Walk
 from streamconv.forward.weights import WeightSource
-from streamconv.options import Job
 from streamconv.pipeline.preparation import Prepared, prepare
 from streamconv.planning.devices import resolve_device
+from streamconv.planning.options import Job
 from streamconv.progress import OnProgress, anonymous_bytes
 
 # Sequences whose greedy continuations are compared: each token of these may cost a walk.

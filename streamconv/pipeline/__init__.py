@@ -1,6 +1,5 @@
 """One call from inputs to a published, verified output: job → plan → download → run → publish → verify."""
 
-from streamconv.options import Job
 from streamconv.pipeline.calls import convert, merge
 from streamconv.pipeline.downloads import fetch
 from streamconv.pipeline.job import build_job, merge_options, output_folder
@@ -9,6 +8,7 @@ from streamconv.pipeline.preparation import Prepared, prepare
 from streamconv.pipeline.pushing import push, push_output
 from streamconv.pipeline.runner import run
 from streamconv.pipeline.verification import verify
+from streamconv.planning.options import Job
 
 __all__ = [
     "Job",

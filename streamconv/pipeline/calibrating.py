@@ -11,10 +11,10 @@ from pathlib import Path
 
 from streamconv.checkpoint.config import edit_config
 from streamconv.errors import InputError, OptionError
-from streamconv.options import Calibration
 from streamconv.output.verifier import hash_file
 from streamconv.planning.base import Base
 from streamconv.planning.calibration import CalibrationFacts
+from streamconv.planning.options import Calibration
 from streamconv.storage.data_sets import DataSet, data_set_of, pinned
 
 # Libraries of the extra `eval`; modules that need them are imported once they are there.

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Unpack
 
-from streamconv.options import (
+from streamconv.output.manifest import Report
+from streamconv.pipeline.downloads import fetch
+from streamconv.pipeline.job import build_job, output_folder
+from streamconv.pipeline.preparation import prepare
+from streamconv.pipeline.runner import run
+from streamconv.planning.options import (
     CONVERT_DEFAULTS,
     MERGE_DEFAULTS,
     ConvertKeywords,
@@ -13,11 +18,6 @@ from streamconv.options import (
     MergeKeywords,
     takes,
 )
-from streamconv.output.manifest import Report
-from streamconv.pipeline.downloads import fetch
-from streamconv.pipeline.job import build_job, output_folder
-from streamconv.pipeline.preparation import prepare
-from streamconv.pipeline.runner import run
 from streamconv.progress import OnProgress, StopRequest, quiet
 
 

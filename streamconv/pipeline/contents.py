@@ -10,7 +10,6 @@ from streamconv.checkpoint.config import edit_config
 from streamconv.dtypes import BF16, DENSE, Dtype
 from streamconv.formats import FORMATS, with_groups
 from streamconv.formats.base import Json
-from streamconv.options import CALIBRATION_KEYWORDS, CONVERT_DEFAULTS, MERGE_DEFAULTS, keywords_of
 from streamconv.output.card import model_card
 from streamconv.output.manifest import MANIFEST, Kept, manifest
 from streamconv.output.publish import CONFIG, INDEX
@@ -19,6 +18,7 @@ from streamconv.output.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, RES
 from streamconv.pipeline.passes import Passed, calibrate, equalize
 from streamconv.pipeline.preparation import Prepared
 from streamconv.pipeline.residual import ResidualAdapter
+from streamconv.planning.options import CALIBRATION_KEYWORDS, CONVERT_DEFAULTS, MERGE_DEFAULTS, keywords_of
 from streamconv.planning.plan import Plan
 
 

@@ -12,7 +12,9 @@ from typing import Any, Unpack
 from streamconv.adapters.source import MoeLayout
 from streamconv.equalization import RESCALINGS
 from streamconv.errors import OptionError
-from streamconv.options import (
+from streamconv.output.place import OUTPUT_FOLDERS
+from streamconv.planning.choices import check_text
+from streamconv.planning.options import (
     MERGE_DEFAULTS,
     Calibration,
     Folder,
@@ -22,8 +24,6 @@ from streamconv.options import (
     fields_of,
     takes,
 )
-from streamconv.output.place import OUTPUT_FOLDERS
-from streamconv.planning.choices import check_text
 from streamconv.sizes import parse_size
 
 LEAST_SEQUENCE_LENGTH = 16

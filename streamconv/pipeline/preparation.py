@@ -13,7 +13,6 @@ from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.index import read_index
 from streamconv.errors import InputError
 from streamconv.formats import find_weights
-from streamconv.options import Job
 from streamconv.output.manifest import MANIFEST
 from streamconv.output.publish import CONFIG, INDEX
 from streamconv.output.recipe import RECIPE
@@ -31,6 +30,7 @@ from streamconv.planning.calibration import CalibrationFacts
 from streamconv.planning.choices import options_alone
 from streamconv.planning.depth import deepen
 from streamconv.planning.devices import resolve_device
+from streamconv.planning.options import Job
 from streamconv.planning.plan import Plan
 from streamconv.planning.planner import build_plans, facts_of
 from streamconv.storage import open_storage

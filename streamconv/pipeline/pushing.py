@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from streamconv.errors import InputError
-from streamconv.options import Folder
 from streamconv.output.manifest import MANIFEST
 from streamconv.output.publish import is_of_model
 from streamconv.output.sidecars import CHAT_TEMPLATES, RESIDUAL
 from streamconv.output.verifier import hash_file, read_manifest
 from streamconv.pipeline.job import output_folder
 from streamconv.pipeline.verification import verify
+from streamconv.planning.options import Folder
 from streamconv.progress import OnProgress, quiet
 from streamconv.storage.local import open_folder
 from streamconv.storage.upload import LocalFile, Pushed, Target, check_target, parse_target, upload

@@ -16,7 +16,6 @@ from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.errors import InputError, OptionError, VerificationError
 from streamconv.formats import find_weights
-from streamconv.options import Calibration, Folder, Job, MergeOptions
 from streamconv.output.manifest import MANIFEST
 from streamconv.output.sidecars import RESIDUAL_TENSORS
 from streamconv.output.verifier import (
@@ -31,6 +30,7 @@ from streamconv.pipeline.passes import run_passes
 from streamconv.pipeline.preparation import Prepared, prepare
 from streamconv.pipeline.residual import make_residual
 from streamconv.planning.calibration import CalibrationFacts
+from streamconv.planning.options import Calibration, Folder, Job, MergeOptions
 from streamconv.progress import Meter, OnProgress, StopRequest, quiet
 from streamconv.running.workers import Workers
 from streamconv.storage.local import open_folder

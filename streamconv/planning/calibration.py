@@ -10,8 +10,8 @@ from streamconv.equalization.base import Heads
 from streamconv.equalization.pairs import Equalization, find_equalization
 from streamconv.errors import OptionError
 from streamconv.formats.base import Weight
-from streamconv.options import Calibration, MergeOptions
 from streamconv.planning.base import Base
+from streamconv.planning.options import Calibration, MergeOptions
 from streamconv.planning.plan import CalibrationPlan, Rewrite, Step
 from streamconv.planning.quantized import QuantizedSet
 from streamconv.rounding.feedback import FeedbackOptions

@@ -10,7 +10,7 @@ from streamconv.errors import OptionError, UnsupportedError
 from streamconv.formats import FORMATS, format_of, with_groups
 from streamconv.formats.base import Format, Grouped
 from streamconv.kernels.grids import TableGrid
-from streamconv.options import MergeOptions
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Choice
 from streamconv.rounding import ROUNDINGS
 from streamconv.rounding.base import Rounding

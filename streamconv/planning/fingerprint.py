@@ -13,8 +13,8 @@ import torch
 
 from streamconv.adapters.base import Adapter
 from streamconv.checkpoint.index import CheckpointIndex
-from streamconv.options import MergeOptions
 from streamconv.planning.devices import Device
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import CalibrationPlan, Choice, ShardPlan
 from streamconv.storage.base import Origin
 

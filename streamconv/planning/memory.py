@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from streamconv.adapters.base import UpdateAccess
 from streamconv.errors import ResourceError
 from streamconv.formats.base import Order
-from streamconv.options import MergeOptions
 from streamconv.planning.devices import Device
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import DEVICE_TILES, SLOTS, WEIGHTS_HELD, Memory, Rewrite, Step, cell_rows
 
 # What the process needs beside the planned buffers: libraries loaded late, thread stacks, headers, messages; and once

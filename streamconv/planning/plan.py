@@ -20,8 +20,8 @@ from streamconv.equalization.equalizer import Equalizer
 from streamconv.equalization.pairs import Equalization
 from streamconv.formats.base import CELL_ROWS, Constant, Encoder, Weight, matrix_shape
 from streamconv.kernels import kernels_for
-from streamconv.options import MergeOptions
 from streamconv.planning.devices import Device
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.scales import FRESH, PlannedScales
 from streamconv.rounding.base import Rounding
 from streamconv.rounding.feedback import FeedbackOptions

@@ -13,13 +13,13 @@ from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import AdapterError, OptionError
 from streamconv.formats import dense_weight
 from streamconv.formats.base import Grouped, Weight
-from streamconv.options import MergeOptions
 from streamconv.planning.base import Base
 from streamconv.planning.calibration import CalibrationFacts, plan_calibration, plan_equalization
 from streamconv.planning.choices import Choices, Facts, choose
 from streamconv.planning.devices import Device
 from streamconv.planning.fingerprint import fingerprint
 from streamconv.planning.memory import plan_memory
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import CalibrationPlan, Memory, Plan, ShardPlan
 from streamconv.planning.quantized import QuantizedSet, choose_quantized, with_group_size
 from streamconv.planning.shards import as_stored_shards, split_steps

@@ -12,9 +12,9 @@ from streamconv.errors import OptionError
 from streamconv.formats import FORMATS
 from streamconv.formats.base import Grouped, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, matches, module_of, select
-from streamconv.options import MergeOptions
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
+from streamconv.planning.options import MergeOptions
 
 
 @dataclass(frozen=True, slots=True)

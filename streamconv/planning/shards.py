@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.checkpoint.layout import Placed, split_by_size
-from streamconv.options import MergeOptions
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Copy, ShardPlan, Step
 
 DEFAULT_SHARD_BYTES = 5 * 10**9

@@ -18,8 +18,8 @@ from streamconv.dtypes import BF16, DENSE, DTYPES, F32, U8
 from streamconv.errors import UnsupportedError
 from streamconv.formats import FORMATS
 from streamconv.formats.base import Grouped
-from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, convert, prepare
+from streamconv.planning.options import MergeOptions
 from tests.models import Sizes, write_adapter, write_base
 
 

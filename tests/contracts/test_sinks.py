@@ -25,12 +25,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamconv.errors import StreamconvError, VerificationError
-from streamconv.options import MergeOptions
 from streamconv.output import sink as sink_module
 from streamconv.output.journal import Journal
 from streamconv.output.sink import ShardSink, resume_points
 from streamconv.output.verifier import ComparingSink
 from streamconv.pipeline import Job, prepare
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.running.cells import KeptDelta
 from streamconv.running.sink import Sink

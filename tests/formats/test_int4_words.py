@@ -25,8 +25,8 @@ from streamconv.formats.gptq import WordsAcross
 from streamconv.formats.int4_words import IN_ORDER, unpack_words
 from streamconv.formats.rows import runs
 from streamconv.kernels.grids import INT4
-from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, prepare
+from streamconv.planning.options import MergeOptions
 from tests.checkpoint.files import index_of
 from tests.formats import words
 from tests.formats.stored import W, decoded, encoder_for, normal, only_weight, stored, write

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from streamconv.pipeline import Job, prepare
-from streamconv.options import MergeOptions
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Plan
 from tests.models import Sizes, write_base
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import streamconv
 from streamconv.checkpoint.writer import ShardWriter
-from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, prepare
+from streamconv.planning.options import MergeOptions
 from tests.models import SHARD, Sizes, write_adapter, write_base
 
 SIZES = Sizes(hidden=64, inner=96, layers=3, vocabulary=300)

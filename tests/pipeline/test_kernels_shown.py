@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from streamconv import kernels
-from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, convert, prepare
 from streamconv.pipeline.shown import plan_as_json, plan_as_text
+from streamconv.planning.options import MergeOptions
 from tests.models import Sizes, write_base
 
 SHAPES = Sizes(hidden=64, inner=64, layers=1, vocabulary=50).shapes

@@ -15,11 +15,11 @@ from streamconv.adapters.config import read_config
 from streamconv.checkpoint.index import read_index
 from streamconv.errors import AdapterError, CheckpointError, StreamconvError, UnsupportedError
 from streamconv.formats import find_weights
-from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, prepare
 from streamconv.pipeline.shown import plan_as_json, plan_as_text
 from streamconv.planning.base import Base, read_base
 from streamconv.planning.depth import deepen
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Copy, Depth
 from streamconv.running.schedule import bytes_read
 from streamconv.storage import open_storage

@@ -23,7 +23,6 @@ from streamconv.checkpoint.header import build_header
 from streamconv.checkpoint.types import Shape, TensorSpec
 from streamconv.dtypes import BF16
 from streamconv.errors import ResourceError
-from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, prepare
 from streamconv.planning.devices import Device
 from streamconv.planning.memory import (
@@ -34,6 +33,7 @@ from streamconv.planning.memory import (
     MAX_WORKERS,
     plan_memory,
 )
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import DEVICE_TILES, SLOTS, Memory, Plan, Rewrite, Step, cell_rows
 from streamconv.progress import anonymous_bytes
 from tests.models import Sizes, write_adapter, write_base

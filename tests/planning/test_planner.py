@@ -12,9 +12,9 @@ import torch
 
 import streamconv
 from streamconv.errors import OptionError, UnsupportedError
-from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, Prepared, merge_options, prepare
 from streamconv.pipeline.shown import plan_as_text
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Access, Copy, Plan, Rewrite, Step
 from streamconv.running.schedule import bytes_read
 from tests.models import Sizes, write_adapter, write_base, write_tensors

@@ -10,8 +10,8 @@ from types import FrameType
 import pytest
 
 import streamconv
-from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, prepare
+from streamconv.planning.options import MergeOptions
 from tools.bench.models import MODELS, Model
 from tools.bench.plan import make
 

@@ -19,10 +19,10 @@ from streamconv.checkpoint.reader import TensorReader
 from streamconv.dtypes import DENSE
 from streamconv.errors import InputError, ResourceError
 from streamconv.formats import FORMATS
-from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, Prepared, convert, prepare, run
 from streamconv.planning import plan as plans
 from streamconv.planning.devices import Device
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import DEVICE_TILES, SLOTS, Access, Memory, Rewrite
 from streamconv.progress import StopRequest
 from streamconv.running import engines

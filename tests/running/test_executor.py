@@ -23,8 +23,8 @@ from torch import Tensor
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import CheckpointError, InputError, ResourceError, Stopped
-from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, prepare
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import SLOTS, WEIGHTS_HELD, Access, Memory, Plan, ShardPlan
 from streamconv.progress import StopRequest
 from streamconv.running import lane_weight, lanes, messages, opened

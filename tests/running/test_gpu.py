@@ -18,9 +18,9 @@ from peft import LoraConfig
 from torch import Tensor
 
 import streamconv
-from streamconv.options import MergeOptions
 from streamconv.output.manifest import Report
 from streamconv.pipeline import Job, Prepared, prepare, run
+from streamconv.planning.options import MergeOptions
 from streamconv.progress import StopRequest
 from streamconv.rounding import uniform
 from tests import tiny

@@ -14,9 +14,9 @@ import streamconv
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import ResourceError
-from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, prepare
 from streamconv.planning.memory import plan_memory
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Memory, Plan, Rewrite
 from streamconv.progress import StopRequest
 from streamconv.running.executor import run_plans

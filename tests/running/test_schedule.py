@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, prepare
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Copy, Plan
 from streamconv.running.schedule import Begin, Cursor, End, Todo, bytes_read, walk
 from tests.models import Sizes, write_adapter, write_base

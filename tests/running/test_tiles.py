@@ -27,9 +27,9 @@ from streamconv.dtypes import DENSE
 from streamconv.formats import FORMATS
 from streamconv.formats.base import CELL_ROWS, Grouped
 from streamconv.formats.rows import StoredRows
-from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, Prepared, convert, prepare, run
 from streamconv.planning.memory import plan_memory
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Access, Rewrite, tile_rows
 from streamconv.planning.scales import FRESH, OfBase, scales_of_base
 from streamconv.progress import StopRequest

@@ -10,8 +10,8 @@ from collections import deque
 
 import torch
 
-from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, prepare
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Rewrite
 from streamconv.running.cells import WeightWork
 from streamconv.running.workers import Ticket, Workers

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from streamconv.options import MergeOptions
 from streamconv.pipeline import Job, prepare, run
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Access, Plan, Rewrite
 from streamconv.progress import StopRequest
 from streamconv.sizes import parse_size

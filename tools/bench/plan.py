@@ -61,7 +61,7 @@ MEMORY_LIMIT = 500 * 10**6
 # Prints seconds of planning alone. Not through the package's public names, which have no plan.
 API = """
 import sys, time
-from streamconv.options import MergeOptions
+from streamconv.planning.options import MergeOptions
 from streamconv.pipeline import Job, prepare
 base, adapter, quant = sys.argv[1:]
 started = time.perf_counter()

@@ -10,10 +10,10 @@ from types import MappingProxyType
 
 from streamconv.calibration.subject import Subject
 from streamconv.errors import ResourceError
-from streamconv.options import MergeOptions
 from streamconv.output.journal import make_folder
 from streamconv.pipeline.passes import calibrate, equalize
 from streamconv.pipeline.passes.base import Found, PassKind
+from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Pass, Plan
 from streamconv.progress import OnBytes, StopRequest
 from streamconv.sizes import format_size

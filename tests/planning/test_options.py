@@ -18,10 +18,10 @@ import pytest
 from click.testing import CliRunner
 
 import streamconv
-from streamconv import options
 from streamconv.cli import main
-from streamconv.options import MERGE_DEFAULTS, Calibration, Job, MergeOptions, keywords_of
 from streamconv.pipeline import build_job, merge_options
+from streamconv.planning import options
+from streamconv.planning.options import MERGE_DEFAULTS, Calibration, Job, MergeOptions, keywords_of
 from streamconv.sizes import parse_size
 from tests.models import Sizes, write_base
 
@@ -215,7 +215,7 @@ def test_an_option_that_is_new_is_recorded_where_it_is_given(monkeypatch: pytest
 
 # An option as it would be added: by file, a line that is there, and what follows it.
 ADDED: Mapping[str, Mapping[str, str]] = {
-    "options.py": {
+    "planning/options.py": {
         "    max_vram_bytes: int = 2**31\n": "    max_shard_weights: int | None = None\n",
         "    max_shard_size: str | int | None\n": "    max_shard_weights: int | None\n",
     },
