@@ -447,7 +447,7 @@ CASES: dict[str, Case] = {
     "method of prompts": Case(
         UnsupportedError, ("PROMPT_TUNING", "serve it unmerged"), config(peft_type="PROMPT_TUNING")
     ),
-    "method not built": Case(UnsupportedError, ("LOHA", "merge_and_unload"), config(peft_type="LOHA")),
+    "method not built": Case(UnsupportedError, ("ADALORA", "merge_and_unload"), config(peft_type="ADALORA")),
     "randomized PiSSA": Case(
         UnsupportedError,
         ("init_lora_weights is 'pissa_niter_4'", "path_initial_model_for_weight_conversion"),
