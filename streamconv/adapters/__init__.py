@@ -1,4 +1,4 @@
-"""Which PEFT methods can be merged, and how an adapter is read so that nothing of it is left over."""
+"""PEFT methods that can be merged, and the reading of an adapter so that nothing of it is left over."""
 
 from __future__ import annotations
 

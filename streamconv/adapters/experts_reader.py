@@ -1,4 +1,4 @@
-"""Which experts' weights a LoRA on parameters is for, and how its factors are packed.
+"""Reading of a LoRA on parameters: the experts' weights that it is for, and the packing of its factors.
 
 A key does not name the parameter: PEFT wraps a module once for every targeted parameter, in the order in which the
 module registers them, so of k pairs of factors the one with k - 1 times `.base_layer` in its key belongs to the first.
@@ -245,7 +245,10 @@ def _is_middle(
 
 
 def _usual_axis(module: str, name: str, shape: Shape, settings: LoraSettings, base: Base) -> str:
-    """What PEFT of the adapter's version does with a square parameter of such a model."""
+    """Axis that lora_A runs along in a square parameter, as PEFT of the adapter's version has it for such a model.
+
+    Raises UnsupportedError where that cannot be told.
+    """
     version, model_type = settings.peft_version, str(base.config.get("model_type"))
     if version is not None and version < (0, 19) and model_type not in _STORED_TRANSPOSED:
         return "middle"

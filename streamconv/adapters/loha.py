@@ -47,7 +47,7 @@ class LohaUpdate(ByRows):
 
     @property
     def held_bytes(self) -> int:
-        """Of a convolution the update itself, and the two factors while it is made."""
+        """Bytes held for a convolution: the update itself, and the two factors while it is made; 0 for a matrix."""
         return 4 * 4 * math.prod(self.shape) if len(self.shape) > 2 else 0
 
     def prepare(self, parts: Parts, device: torch.device) -> Parts:

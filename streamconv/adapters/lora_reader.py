@@ -149,7 +149,7 @@ def _inputs(shape: Shape, a: StoredTensor, b: StoredTensor, settings: LoraSettin
 
 
 def _update(layer: _Layer, settings: LoraSettings) -> Update:
-    """What the factors do to the weight, whatever was done to it before."""
+    """Update by the factors, of the kind that their shapes call for. Raises AdapterError where they fit none."""
     a, b = layer.factors["lora_A"], layer.factors["lora_B"]
     common = (layer.parameter.name, layer.shape, layer.factors, layer.scaling)
     folds_a, folds_b = layer.inputs > a.shape[1], b.shape[1] < layer.rank
@@ -169,7 +169,7 @@ def _update(layer: _Layer, settings: LoraSettings) -> Update:
 
 
 def _initial(layer: _Layer, under: StoredTensor | None, settings: LoraSettings, base: Base) -> list[Update]:
-    """What comes before the update: nothing, or what its initialisation did to the base.
+    """Updates that come before the factors': none, or what their initialisation did to the base.
 
     `under` is the weight under the update where the file holds it, as its initialisation had left it.
     """

@@ -1,4 +1,4 @@
-"""How an adapter's names and the base's go together where the two were saved from different classes.
+"""Renamings that match an adapter's names with the base's where the two were saved from different classes.
 
 A renaming is taken only if it gives every key of the adapter a place in the base, no two the same, and if it is the
 only one that does; shapes are checked as for any adapter.
@@ -65,7 +65,7 @@ def read_source(
 
 
 def _ends(method: Method) -> re.Pattern[str]:
-    """What may follow the path of a module or parameter of the base in a key."""
+    """Pattern of all that may follow the path of a module or parameter of the base in a key."""
     return re.compile(
         rf"(\.base_layer)*\.({method.keys}(\..+)?|token_adapter\..+|base_layer\.(weight|bias)|modules_to_save\..+"
         r"|original_module\..+)$"

@@ -188,7 +188,7 @@ class _Pass:
 
 @dataclass(frozen=True, slots=True)
 class _Factors:
-    """What has been chosen of a layer: by weight, its factors by role; and what is told of a producer."""
+    """Factors chosen in a layer, by weight and by role; `notes` hold alpha and errors of each producer."""
 
     of: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     notes: dict[str, Mapping[str, float]] = field(default_factory=dict)
@@ -222,7 +222,7 @@ class _Factors:
 
 
 def _errors(found: Found) -> Mapping[str, float]:
-    """Of the consumers' outputs, with scales and without; where these are all 0 there is no telling."""
+    """Relative errors of the consumers' outputs, with scales and without; none where these are all 0."""
     if not found.size:
         return {}
     return {

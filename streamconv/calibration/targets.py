@@ -55,7 +55,7 @@ class Held:
         return BaseOnGrid(codes, scales.effective)
 
     def difference(self, target: Tensor) -> Tensor:
-        """What the update adds, `target` less the base, float32 [out, in]."""
+        """Change that the update makes, `target` less the base, float32 [out, in]."""
         out = torch.empty_like(target)
         self.work.bases(self._on_device(), self._rows, out)
         return torch.sub(target, out, out=out)

@@ -106,7 +106,7 @@ def output_error(consumer: Consumer, scales: Tensor, hessian: Tensor) -> float:
 
 
 def nearest(target: Tensor, encoder: Encoder) -> Tensor:
-    """What a loader makes of `target` [rows, in], whole cells, rounded to the nearest of the encoder's grid.
+    """Values that a loader makes of `target` [rows, in], whole cells, rounded to the nearest of the encoder's grid.
 
     Scales that are themselves quantized once all are known are as they were before that: near enough for a choice.
     """
@@ -122,7 +122,7 @@ def nearest(target: Tensor, encoder: Encoder) -> Tensor:
 
 
 def working_bytes(columns: int) -> int:
-    """What `find_scales` has at once beside what it is given."""
+    """Bytes that `find_scales` has at once beside what it is given."""
     return _TILE_COPIES * 4 * _tile_rows(columns) * columns
 
 

@@ -170,7 +170,7 @@ def _as_json(content: Json | None) -> bytes:
 
 
 def _compute_dtype(prepared: Prepared) -> Dtype:
-    """What a quantized model computes in: as the base's quantization says, else the weights' own dtype."""
+    """Dtype that a quantized model computes in: as the base's quantization says, else the weights' own."""
     config = prepared.base.index.config
     text = config.get("text_config") or {}
     quantization = config.get("quantization_config") or {}
