@@ -23,7 +23,7 @@ from streamconv.adapters.base import ByRows, Parameter, Parts, State, Update, ha
 from streamconv.adapters.config import COMMON_FIELDS, NO_EFFECT, USED, AdapterConfig
 from streamconv.adapters.method import Method
 from streamconv.adapters.ranks import Ranks, read_ranks
-from streamconv.adapters.source import Base, Source, by_module, trained_shape
+from streamconv.adapters.source import BaseParameters, Source, by_module, trained_shape
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
 
@@ -81,7 +81,7 @@ def _factor(parts: Parts, number: str) -> Tensor:
     return torch.einsum("ijkl,jc,io->ockl", parts[f"t{number}"], b, a)
 
 
-def read_loha(source: Source, base: Base) -> tuple[Update, ...]:
+def read_loha(source: Source, base: BaseParameters) -> tuple[Update, ...]:
     """The updates of a LOHA adapter. Raises AdapterError where tensors are missing or do not fit."""
     ranks = read_ranks(source.config, "alpha")
     return tuple(
@@ -90,7 +90,7 @@ def read_loha(source: Source, base: Base) -> tuple[Update, ...]:
 
 
 def _update(
-    module: str, parts: Mapping[str, StoredTensor], ranks: Ranks, source: Source, base: Base
+    module: str, parts: Mapping[str, StoredTensor], ranks: Ranks, source: Source, base: BaseParameters
 ) -> Update:
     there = next(iter(parts.values()))
     parameter = base.get(f"{module}.weight", there.name)

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from streamconv.adapters.config import AdapterConfig
 from streamconv.adapters.method import Method
-from streamconv.adapters.source import SHARED_PREFIX, Base, MoeLayout, Renaming, Source, by_key
+from streamconv.adapters.source import SHARED_PREFIX, BaseParameters, MoeLayout, Renaming, Source, by_key
 from streamconv.checkpoint.types import StoredTensor
 
 _HEAD = ("lm_head.", "lm_head.")
@@ -49,7 +49,7 @@ def read_source(
     location: str,
     config: AdapterConfig,
     tensors: Iterable[StoredTensor],
-    base: Base,
+    base: BaseParameters,
     moe: MoeLayout,
     method: Method,
 ) -> Source:
@@ -73,7 +73,7 @@ def _ends(method: Method) -> re.Pattern[str]:
 
 
 def _renamings(
-    tensors: Mapping[str, StoredTensor], base: Base, ends: re.Pattern[str]
+    tensors: Mapping[str, StoredTensor], base: BaseParameters, ends: re.Pattern[str]
 ) -> list[tuple[Renaming, Mapping[str, StoredTensor]]]:
     """Renamings that fit, and the tensors by their new keys; none if the keys fit as they are."""
     places = _places(base)
@@ -88,7 +88,7 @@ def _renamings(
     return list(found.values())
 
 
-def _places(base: Base) -> frozenset[str]:
+def _places(base: BaseParameters) -> frozenset[str]:
     """Paths of all parameters of the base, and of all modules that hold some."""
     places: set[str] = set()
     for name in [*base.parameters, *((base.tie.head,) if base.tie else ())]:

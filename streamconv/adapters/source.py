@@ -20,7 +20,7 @@ _DTYPES = frozenset(DENSE.values())
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class BaseParameters:
     """Parameters of the base model by name, its config.json, and what it ties."""
 
     parameters: Mapping[str, Parameter]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from streamconv.adapters.base import Replace, Update
 from streamconv.adapters.saved import Saved, are_equal
-from streamconv.adapters.source import Base, Source
+from streamconv.adapters.source import BaseParameters, Source
 from streamconv.adapters.tokens import RowsUpdate
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.errors import AdapterError
@@ -29,7 +29,11 @@ class Settled:
 
 
 def settle_tie(
-    base: Base, source: Source, updates: tuple[Update, ...], saved: Saved, digests: Mapping[str, str]
+    base: BaseParameters,
+    source: Source,
+    updates: tuple[Update, ...],
+    saved: Saved,
+    digests: Mapping[str, str],
 ) -> Settled:
     """Updates and replacements for a base that may tie embedding and head.
 
