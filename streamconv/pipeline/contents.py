@@ -11,7 +11,7 @@ from streamconv.dtypes import BF16, DENSE, Dtype
 from streamconv.formats import FORMATS, with_groups
 from streamconv.formats.base import Json
 from streamconv.output.card import model_card
-from streamconv.output.manifest import MANIFEST, Kept, manifest
+from streamconv.output.manifest import MANIFEST, KeptShares, manifest
 from streamconv.output.publish import CONFIG, INDEX
 from streamconv.output.recipe import RECIPE, write_recipe
 from streamconv.output.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, RESIDUAL_TENSORS
@@ -25,7 +25,7 @@ from streamconv.planning.plan import Plan
 def generated_files(
     prepared: Prepared,
     hashes: Mapping[str, str],
-    kept: Kept | None,
+    kept: KeptShares | None,
     passed: Passed,
     residual: ResidualAdapter | None,
 ) -> Mapping[str, bytes]:
