@@ -1,4 +1,4 @@
-"""Which PEFT methods can be merged, and how an adapter is read so that nothing of it is left over."""
+"""PEFT methods that can be merged, and the reading of an adapter so that nothing of it is left over."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from streamconv.adapters.oft import OFT
 from streamconv.adapters.replication import check_every_layer
 from streamconv.adapters.saved import Saved, check_saved, read_saved
 from streamconv.adapters.scan import Scan, scan_tensors
-from streamconv.adapters.source import Base, MoeLayout, Source
+from streamconv.adapters.source import BaseParameters, MoeLayout, Source
 from streamconv.adapters.targets import check_targets
 from streamconv.adapters.ties import settle_tie
 from streamconv.checkpoint.index import read_index
@@ -49,7 +49,7 @@ def read_adapter(
     config = read_config(storage)
     method = find_method(config)
     stored = read_stored(storage, allow_pickle)
-    base = Base(parameters, base_config, tie)
+    base = BaseParameters(parameters, base_config, tie)
     source = read_source(storage.location, config, stored.values(), base, moe, method)
 
     check_fields(config, method.fields)
@@ -148,7 +148,7 @@ def _unused(source: Source, method: Method) -> set[str]:
     }
 
 
-def _check_leftovers(source: Source, base: Base, keys: Iterable[str]) -> None:
+def _check_leftovers(source: Source, base: BaseParameters, keys: Iterable[str]) -> None:
     """Raise AdapterError if some tensors of the file would not be used."""
     names = [source.tensors[key].name for key in keys]
     if not names:

@@ -1,4 +1,4 @@
-"""What an adapter is to the planner: updates keyed by parameter, and nothing left over."""
+"""An adapter as the planner sees it: updates keyed by parameter, and nothing left over."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ State = tuple[Tensor, ...]
 
 
 class UpdateAccess(StrEnum):
-    """How much of a weight an update must have seen before it may change the first row."""
+    """Values of a weight that an update must have seen before it may change the first row."""
 
     ROW = "row"
     REDUCE_THEN_ROW = "reduce-then-row"  # sums over all of it
@@ -194,7 +194,7 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """What an adapter reader needs to know of a base parameter: its logical shape and type."""
+    """Name, logical shape and type of a base parameter: all that an adapter reader needs to know of it."""
 
     name: str
     shape: Shape

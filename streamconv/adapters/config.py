@@ -188,7 +188,7 @@ def is_rank(value: object) -> TypeGuard[int]:
 
 
 def _missing(storage: Storage) -> str:
-    """What is there instead: people give the base model, or the folder above the checkpoints."""
+    """Message for a folder that is no adapter, with what is there instead: the base model, or checkpoints below it."""
     where = f"{storage.location}: {CONFIG_NAME} is missing"
     if "config.json" in storage.names():
         return f"{where}, and config.json is there: this is a model, not an adapter; give it with --base"

@@ -1,4 +1,4 @@
-"""Which parameters are the input embedding and the output head, by the names that models of transformers give."""
+"""Input embedding and output head, found by the names that models of transformers give these parameters."""
 
 from __future__ import annotations
 

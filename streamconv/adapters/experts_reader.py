@@ -1,4 +1,4 @@
-"""Which experts' weights a LoRA on parameters is for, and how its factors are packed.
+"""Reading of a LoRA on parameters: the experts' weights that it is for, and the packing of its factors.
 
 A key does not name the parameter: PEFT wraps a module once for every targeted parameter, in the order in which the
 module registers them, so of k pairs of factors the one with k - 1 times `.base_layer` in its key belongs to the first.
@@ -16,7 +16,7 @@ from types import MappingProxyType
 from streamconv.adapters.base import Parameter, Update
 from streamconv.adapters.experts import ExpertsUpdate
 from streamconv.adapters.lora_config import LoraSettings
-from streamconv.adapters.source import Base, Source
+from streamconv.adapters.source import BaseParameters, Source
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError, UnsupportedError
 
@@ -51,7 +51,7 @@ class _Stored:
 
 
 def read_experts(
-    source: Source, base: Base, settings: LoraSettings, factors: Mapping[str, Factors]
+    source: Source, base: BaseParameters, settings: LoraSettings, factors: Mapping[str, Factors]
 ) -> tuple[tuple[Update, ...], frozenset[str]]:
     """The updates of `target_parameters`, and the keys of `factors` they took.
 
@@ -119,7 +119,7 @@ def _in_order(names: Sequence[str], source: Source) -> Sequence[str]:
 
 
 def _updates(
-    module: str, name: str, factors: Factors, settings: LoraSettings, source: Source, base: Base
+    module: str, name: str, factors: Factors, settings: LoraSettings, source: Source, base: BaseParameters
 ) -> list[Update]:
     if settings.use_dora or settings.lora_bias or settings.initial:
         raise UnsupportedError(
@@ -167,7 +167,7 @@ def _rows(tensor: StoredTensor, first: int, count: int) -> StoredTensor:
     return dataclasses.replace(tensor, shape=(count, tensor.shape[1]), offset=tensor.offset + first * nbytes)
 
 
-def _find(module: str, name: str, key: StoredTensor, base: Base) -> _Stored:
+def _find(module: str, name: str, key: StoredTensor, base: BaseParameters) -> _Stored:
     """The parameter where the base has it: fused, or every expert apart."""
     for place in (module, module.replace(".mlp.", ".block_sparse_moe.")):
         whole = base.find(f"{place}.{name}")
@@ -186,7 +186,7 @@ def _find(module: str, name: str, key: StoredTensor, base: Base) -> _Stored:
     )
 
 
-def _apart(place: str, names: Sequence[str], base: Base) -> _Stored:
+def _apart(place: str, names: Sequence[str], base: BaseParameters) -> _Stored:
     pieces: list[tuple[Parameter, int, int]] = []
     expert, height, width = 0, 0, 0
     while base.find(f"{place}.{expert}.{names[0]}.weight") is not None:
@@ -218,7 +218,7 @@ def _is_middle(
     factors: Factors,
     settings: LoraSettings,
     source: Source,
-    base: Base,
+    base: BaseParameters,
 ) -> bool:
     """Whether lora_A runs along the middle axis: shapes say, else PEFT's version and the model, else the user."""
     ends = (factors.a.shape[1], factors.b.shape[0])
@@ -244,8 +244,11 @@ def _is_middle(
     return _usual_axis(module, name, shape, settings, base) == "middle"
 
 
-def _usual_axis(module: str, name: str, shape: Shape, settings: LoraSettings, base: Base) -> str:
-    """What PEFT of the adapter's version does with a square parameter of such a model."""
+def _usual_axis(module: str, name: str, shape: Shape, settings: LoraSettings, base: BaseParameters) -> str:
+    """Axis that lora_A runs along in a square parameter, as PEFT of the adapter's version has it for such a model.
+
+    Raises UnsupportedError where that cannot be told.
+    """
     version, model_type = settings.peft_version, str(base.config.get("model_type"))
     if version is not None and version < (0, 19) and model_type not in _STORED_TRANSPOSED:
         return "middle"

@@ -22,7 +22,7 @@ from streamconv.adapters.base import ByRows, Parameter, Parts, State, Update
 from streamconv.adapters.config import COMMON_FIELDS, NO_EFFECT, USED, AdapterConfig
 from streamconv.adapters.method import Method
 from streamconv.adapters.orientation import is_transposed
-from streamconv.adapters.source import Base, Source, by_module, trained_shape
+from streamconv.adapters.source import BaseParameters, Source, by_module, trained_shape
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
 
@@ -71,7 +71,7 @@ class ConvGainUpdate(ByRows):
         return constants.get(self.parts["gain"].name) == 1
 
 
-def read_ia3(source: Source, base: Base) -> tuple[Update, ...]:
+def read_ia3(source: Source, base: BaseParameters) -> tuple[Update, ...]:
     """The updates of an IA3 adapter. Raises AdapterError where tensors do not fit base or config."""
     modules = by_module(source, _KEY).items()
     return tuple(
@@ -79,7 +79,7 @@ def read_ia3(source: Source, base: Base) -> tuple[Update, ...]:
     )
 
 
-def _updates(module: str, gain: StoredTensor, source: Source, base: Base) -> Sequence[Update]:
+def _updates(module: str, gain: StoredTensor, source: Source, base: BaseParameters) -> Sequence[Update]:
     parameter = base.get(f"{module}.weight", gain.name)
     shape = trained_shape(source, parameter, f"{module}.base_layer.weight")
     of_inputs = is_feedforward(source.config, source.trained(module))
@@ -115,7 +115,12 @@ def is_feedforward(config: AdapterConfig, module: str) -> bool:
 
 
 def _orientation(
-    gain: StoredTensor, parameter: Parameter, shape: Shape, of_inputs: bool, config: AdapterConfig, base: Base
+    gain: StoredTensor,
+    parameter: Parameter,
+    shape: Shape,
+    of_inputs: bool,
+    config: AdapterConfig,
+    base: BaseParameters,
 ) -> bool:
     """Whether the weight is stored as [in, out], for gains [1, in] or [out, 1]."""
     count = math.prod(gain.shape)

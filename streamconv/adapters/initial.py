@@ -1,4 +1,4 @@
-"""What training was added to where it began by taking something off the base: PiSSA (Meng et al. 2024, arXiv
+"""Initialisations that take something off the base, for training to add to the rest: PiSSA (Meng et al. 2024, arXiv
 2404.02948) its r greatest singular components, KaSA (Wang et al. 2024, arXiv 2412.06071) the r smallest, OLoRA
 (Büyükakyüz 2024, arXiv 2406.01775) s times the first r factors of its QR decomposition (`pissa_init`, `olora_init` in
 `peft/tuners/lora/layer.py`, `KasaLinearVariant` in `variants.py`).

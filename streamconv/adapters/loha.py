@@ -23,7 +23,7 @@ from streamconv.adapters.base import ByRows, Parameter, Parts, State, Update, ha
 from streamconv.adapters.config import COMMON_FIELDS, NO_EFFECT, USED, AdapterConfig
 from streamconv.adapters.method import Method
 from streamconv.adapters.ranks import Ranks, read_ranks
-from streamconv.adapters.source import Base, Source, by_module, trained_shape
+from streamconv.adapters.source import BaseParameters, Source, by_module, trained_shape
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
 
@@ -47,7 +47,7 @@ class LohaUpdate(ByRows):
 
     @property
     def held_bytes(self) -> int:
-        """Of a convolution the update itself, and the two factors while it is made."""
+        """Bytes held for a convolution: the update itself, and the two factors while it is made; 0 for a matrix."""
         return 4 * 4 * math.prod(self.shape) if len(self.shape) > 2 else 0
 
     def prepare(self, parts: Parts, device: torch.device) -> Parts:
@@ -81,7 +81,7 @@ def _factor(parts: Parts, number: str) -> Tensor:
     return torch.einsum("ijkl,jc,io->ockl", parts[f"t{number}"], b, a)
 
 
-def read_loha(source: Source, base: Base) -> tuple[Update, ...]:
+def read_loha(source: Source, base: BaseParameters) -> tuple[Update, ...]:
     """The updates of a LOHA adapter. Raises AdapterError where tensors are missing or do not fit."""
     ranks = read_ranks(source.config, "alpha")
     return tuple(
@@ -90,7 +90,7 @@ def read_loha(source: Source, base: Base) -> tuple[Update, ...]:
 
 
 def _update(
-    module: str, parts: Mapping[str, StoredTensor], ranks: Ranks, source: Source, base: Base
+    module: str, parts: Mapping[str, StoredTensor], ranks: Ranks, source: Source, base: BaseParameters
 ) -> Update:
     there = next(iter(parts.values()))
     parameter = base.get(f"{module}.weight", there.name)

@@ -93,7 +93,7 @@ def _check_variants(config: AdapterConfig) -> None:
 
 
 def _initial(config: AdapterConfig) -> str | None:
-    """What training took off the base, a key of INITIAL."""
+    """Initialisation that took something off the base, a key of INITIAL; None where nothing was taken."""
     if config.section("kasa_config", _SECTIONS["kasa_config"]) is not None:
         return "kasa"
     found = config.fields.get("init_lora_weights")

@@ -18,7 +18,7 @@ from streamconv.adapters.lora import DoraUpdate, LoraBiasUpdate, LoraUpdate
 from streamconv.adapters.lora_config import LORA_FIELDS, UNUSED, LoraSettings, read_settings
 from streamconv.adapters.method import Method
 from streamconv.adapters.orientation import is_transposed
-from streamconv.adapters.source import Base, Source, trained_shape
+from streamconv.adapters.source import BaseParameters, Source, trained_shape
 from streamconv.adapters.tokens import read_tokens
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError, UnsupportedError
@@ -36,7 +36,7 @@ _SWITCHES: Mapping[str, tuple[str, str]] = MappingProxyType(
 Parts = Mapping[str, StoredTensor]
 
 
-def read_lora(source: Source, base: Base) -> tuple[Update, ...]:
+def read_lora(source: Source, base: BaseParameters) -> tuple[Update, ...]:
     """The updates of a LORA adapter, checked against config and base; trained rows last.
 
     Raises AdapterError where tensors are missing or do not fit, UnsupportedError for what is not built.
@@ -78,7 +78,9 @@ def _by_module(source: Source) -> Mapping[str, Parts]:
     return modules
 
 
-def _updates(module: str, parts: Parts, settings: LoraSettings, source: Source, base: Base) -> list[Update]:
+def _updates(
+    module: str, parts: Parts, settings: LoraSettings, source: Source, base: BaseParameters
+) -> list[Update]:
     is_embedding = not parts.keys().isdisjoint({"embedding_A", "embedding_B"})
     _check_roles(module, parts, settings, is_embedding)
     roles = {"embedding_A": "lora_A", "embedding_B": "lora_B"}
@@ -121,7 +123,7 @@ def _layer(
     is_embedding: bool,
     settings: LoraSettings,
     source: Source,
-    base: Base,
+    base: BaseParameters,
 ) -> _Layer:
     a, b = factors["lora_A"], factors["lora_B"]
     rank = check_rank(source.trained(module), a, b, settings)
@@ -149,7 +151,7 @@ def _inputs(shape: Shape, a: StoredTensor, b: StoredTensor, settings: LoraSettin
 
 
 def _update(layer: _Layer, settings: LoraSettings) -> Update:
-    """What the factors do to the weight, whatever was done to it before."""
+    """Update by the factors, of the kind that their shapes call for. Raises AdapterError where they fit none."""
     a, b = layer.factors["lora_A"], layer.factors["lora_B"]
     common = (layer.parameter.name, layer.shape, layer.factors, layer.scaling)
     folds_a, folds_b = layer.inputs > a.shape[1], b.shape[1] < layer.rank
@@ -168,8 +170,10 @@ def _update(layer: _Layer, settings: LoraSettings) -> Update:
     return BlockLoraUpdate(*common, settings.blocks)
 
 
-def _initial(layer: _Layer, under: StoredTensor | None, settings: LoraSettings, base: Base) -> list[Update]:
-    """What comes before the update: nothing, or what its initialisation did to the base.
+def _initial(
+    layer: _Layer, under: StoredTensor | None, settings: LoraSettings, base: BaseParameters
+) -> list[Update]:
+    """Updates that come before the factors': none, or what their initialisation did to the base.
 
     `under` is the weight under the update where the file holds it, as its initialisation had left it.
     """
@@ -283,7 +287,7 @@ def _misfit(parameter: Parameter, a: StoredTensor, b: StoredTensor) -> AdapterEr
 
 
 def _bias_update(
-    module: str, bias: StoredTensor, b: StoredTensor, scaling: float, base: Base
+    module: str, bias: StoredTensor, b: StoredTensor, scaling: float, base: BaseParameters
 ) -> LoraBiasUpdate:
     parameter = base.find(f"{module}.bias")
     if parameter is None:

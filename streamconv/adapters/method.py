@@ -10,10 +10,10 @@ from typing import Any
 
 from streamconv.adapters.base import Update
 from streamconv.adapters.config import Rule
-from streamconv.adapters.source import Base, Source
+from streamconv.adapters.source import BaseParameters, Source
 from streamconv.checkpoint.types import StoredTensor
 
-Reader = Callable[[Source, Base], tuple[Update, ...]]
+Reader = Callable[[Source, BaseParameters], tuple[Update, ...]]
 Facts = Callable[[Mapping[str, Any], Mapping[str, StoredTensor]], Mapping[str, Any]]
 
 

@@ -1,4 +1,4 @@
-"""How an adapter's names and the base's go together where the two were saved from different classes.
+"""Renamings that match an adapter's names with the base's where the two were saved from different classes.
 
 A renaming is taken only if it gives every key of the adapter a place in the base, no two the same, and if it is the
 only one that does; shapes are checked as for any adapter.
@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from streamconv.adapters.config import AdapterConfig
 from streamconv.adapters.method import Method
-from streamconv.adapters.source import SHARED_PREFIX, Base, MoeLayout, Renaming, Source, by_key
+from streamconv.adapters.source import SHARED_PREFIX, BaseParameters, MoeLayout, Renaming, Source, by_key
 from streamconv.checkpoint.types import StoredTensor
 
 _HEAD = ("lm_head.", "lm_head.")
@@ -49,7 +49,7 @@ def read_source(
     location: str,
     config: AdapterConfig,
     tensors: Iterable[StoredTensor],
-    base: Base,
+    base: BaseParameters,
     moe: MoeLayout,
     method: Method,
 ) -> Source:
@@ -65,7 +65,7 @@ def read_source(
 
 
 def _ends(method: Method) -> re.Pattern[str]:
-    """What may follow the path of a module or parameter of the base in a key."""
+    """Pattern of all that may follow the path of a module or parameter of the base in a key."""
     return re.compile(
         rf"(\.base_layer)*\.({method.keys}(\..+)?|token_adapter\..+|base_layer\.(weight|bias)|modules_to_save\..+"
         r"|original_module\..+)$"
@@ -73,7 +73,7 @@ def _ends(method: Method) -> re.Pattern[str]:
 
 
 def _renamings(
-    tensors: Mapping[str, StoredTensor], base: Base, ends: re.Pattern[str]
+    tensors: Mapping[str, StoredTensor], base: BaseParameters, ends: re.Pattern[str]
 ) -> list[tuple[Renaming, Mapping[str, StoredTensor]]]:
     """Renamings that fit, and the tensors by their new keys; none if the keys fit as they are."""
     places = _places(base)
@@ -88,7 +88,7 @@ def _renamings(
     return list(found.values())
 
 
-def _places(base: Base) -> frozenset[str]:
+def _places(base: BaseParameters) -> frozenset[str]:
     """Paths of all parameters of the base, and of all modules that hold some."""
     places: set[str] = set()
     for name in [*base.parameters, *((base.tie.head,) if base.tie else ())]:

@@ -25,7 +25,7 @@ from streamconv.adapters.base import ByRows, Parameter, Parts, State, Update, Up
 from streamconv.adapters.config import COMMON_FIELDS, NO_EFFECT, USED, AdapterConfig, Neutral
 from streamconv.adapters.method import Method
 from streamconv.adapters.orientation import is_transposed
-from streamconv.adapters.source import Base, Source, by_module, trained_shape
+from streamconv.adapters.source import BaseParameters, Source, by_module, trained_shape
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError, UnsupportedError
 
@@ -170,7 +170,7 @@ def _is_neutral(triangles: StoredTensor, constants: Mapping[str, float], cayley:
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def read_oft(source: Source, base: Base) -> tuple[Update, ...]:
+def read_oft(source: Source, base: BaseParameters) -> tuple[Update, ...]:
     """The updates of an OFT adapter.
 
     Raises AdapterError where tensors do not fit, UnsupportedError for what other versions of PEFT trained.
@@ -204,7 +204,7 @@ def _check_version(source: Source) -> None:
         )
 
 
-def _update(module: str, role: str, tensor: StoredTensor, source: Source, base: Base) -> Update:
+def _update(module: str, role: str, tensor: StoredTensor, source: Source, base: BaseParameters) -> Update:
     parameter = base.get(f"{module}.weight", tensor.name)
     shape = trained_shape(source, parameter, f"{module}.base_layer.weight")
     is_embedding = role == "oft_embedding_R"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from streamconv.adapters.base import Parameter
 from streamconv.adapters.config import AdapterConfig
-from streamconv.adapters.source import Base
+from streamconv.adapters.source import BaseParameters
 from streamconv.checkpoint.types import Shape
 from streamconv.errors import UnsupportedError
 
@@ -19,7 +19,7 @@ def is_transposed(
     outputs: int | None,
     inputs: int | None,
     config: AdapterConfig,
-    base: Base,
+    base: BaseParameters,
 ) -> bool | None:
     """Whether the weight, of `shape` in training, is stored as [in, out]; None where it has another shape than either.
 

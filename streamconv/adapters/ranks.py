@@ -12,7 +12,7 @@ from streamconv.errors import AdapterError
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """Of the patterns the first that matches wins; `name` is what messages call the config."""
+    """Rank and alpha by module: the first pattern that matches wins; `name` is what messages call the config."""
 
     name: str
     r: int

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from streamconv.adapters.base import Parameter, Replace
 from streamconv.adapters.embeddings import HEADS, find_embedding
-from streamconv.adapters.source import Base, Source
+from streamconv.adapters.source import BaseParameters, Source
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import AdapterError
 
@@ -41,7 +41,11 @@ class Saved:
 
 
 def read_saved(
-    source: Source, base: Base, keys: Collection[str], updated: Collection[str], digests: Mapping[str, str]
+    source: Source,
+    base: BaseParameters,
+    keys: Collection[str],
+    updated: Collection[str],
+    digests: Mapping[str, str],
 ) -> Saved:
     """Replacements among `keys`, which no update has taken.
 
@@ -80,7 +84,7 @@ def read_saved(
     return Saved(tuple(found.values()), frozenset(records), frozenset(repeated))
 
 
-def check_saved(source: Source, base: Base, replaces: Iterable[Replace]) -> None:
+def check_saved(source: Source, base: BaseParameters, replaces: Iterable[Replace]) -> None:
     """Raise AdapterError for an entry of modules_to_save that has no tensor in the file."""
     config, found = source.config, [source.trained(replace.parameter) for replace in replaces]
     for name in config.names("modules_to_save"):
@@ -95,7 +99,7 @@ def check_saved(source: Source, base: Base, replaces: Iterable[Replace]) -> None
         )
 
 
-def _saved_names(source: Source, base: Base) -> tuple[str, ...]:
+def _saved_names(source: Source, base: BaseParameters) -> tuple[str, ...]:
     """modules_to_save; under ensure_weight_tying PEFT saves the tied partner too and does not list it."""
     names = source.config.names("modules_to_save")
     if base.tie is None or not source.config.flag("ensure_weight_tying"):
@@ -106,7 +110,7 @@ def _saved_names(source: Source, base: Base) -> tuple[str, ...]:
     return names
 
 
-def _embeddings(base: Base) -> frozenset[str]:
+def _embeddings(base: BaseParameters) -> frozenset[str]:
     """The embedding and the head: the two parameters whose rows are the vocabulary."""
     found = {find_embedding(base.parameters), *(name for name in HEADS if base.find(name) is not None)}
     return frozenset(name for name in found if name is not None)

@@ -20,8 +20,8 @@ _DTYPES = frozenset(DENSE.values())
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
-    """What is known of the base model: parameters by name, config.json, and what it ties."""
+class BaseParameters:
+    """Parameters of the base model by name, its config.json, and what it ties."""
 
     parameters: Mapping[str, Parameter]
     config: Mapping[str, Any]
@@ -62,7 +62,7 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class MoeLayout:
-    """How the factors of fused experts are packed; None leaves it to shapes, PEFT's version and the model.
+    """Packing of the factors of fused experts; None leaves it to shapes, PEFT's version and the model.
 
     `axis`: the axis of the parameter that lora_A runs along, `last` or `middle`. `order`: what runs slowest in the
     columns of lora_B, `rank-major` or `expert-major`.

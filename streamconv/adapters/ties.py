@@ -1,4 +1,4 @@
-"""What becomes of an embedding and a head that share one tensor, when an adapter changes one of them or both.
+"""Embedding and head that share one tensor, and what becomes of them when an adapter changes one or both.
 
 PEFT's live model is the measure: it keeps two tensors as soon as it wraps one side, though its own merge writes all
 changes into the shared one. Two changes are of both sides: trained rows, which PEFT shares over a tie, and a LoRA on
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from streamconv.adapters.base import Replace, Update
 from streamconv.adapters.saved import Saved, are_equal
-from streamconv.adapters.source import Base, Source
+from streamconv.adapters.source import BaseParameters, Source
 from streamconv.adapters.tokens import RowsUpdate
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.errors import AdapterError
@@ -21,7 +21,7 @@ from streamconv.errors import AdapterError
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What is carried out; `untie`: embedding and head part ways."""
+    """Changes to carry out, now that the tie is settled; `untie`: embedding and head part ways."""
 
     updates: tuple[Update, ...]
     replaces: tuple[Replace, ...]
@@ -29,7 +29,11 @@ class Settled:
 
 
 def settle_tie(
-    base: Base, source: Source, updates: tuple[Update, ...], saved: Saved, digests: Mapping[str, str]
+    base: BaseParameters,
+    source: Source,
+    updates: tuple[Update, ...],
+    saved: Saved,
+    digests: Mapping[str, str],
 ) -> Settled:
     """Updates and replacements for a base that may tie embedding and head.
 
@@ -69,7 +73,7 @@ def settle_tie(
 def _follow_record(
     replaces: dict[str, Replace], records: Collection[str], pair: tuple[str, str]
 ) -> frozenset[str]:
-    """What one side was when training began, the other was too; returns the side that is now known."""
+    """Record for one side what the other was when training began, as the two were one; returns the side now known."""
     for one, other in (pair, pair[::-1]):
         if one in records and other not in replaces:
             replaces[other] = Replace(other, replaces[one].tensor)

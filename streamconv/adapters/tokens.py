@@ -17,7 +17,7 @@ from torch import Tensor
 
 from streamconv.adapters.base import ByRows, Parts, State, Update
 from streamconv.adapters.config import AdapterConfig
-from streamconv.adapters.source import Base, Source, trained_shape
+from streamconv.adapters.source import BaseParameters, Source, trained_shape
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
 
@@ -46,7 +46,7 @@ class RowsUpdate(ByRows):
         return False
 
 
-def read_tokens(source: Source, base: Base) -> tuple[Update, ...]:
+def read_tokens(source: Source, base: BaseParameters) -> tuple[Update, ...]:
     """One update for every module with trained rows. Raises AdapterError where config and tensors disagree."""
     indices = source.config.fields.get(_FIELD)
     found: list[Update] = []
@@ -62,7 +62,9 @@ def read_tokens(source: Source, base: Base) -> tuple[Update, ...]:
     return tuple(found)
 
 
-def _update(module: str, tensor: StoredTensor, indices: Any, source: Source, base: Base) -> RowsUpdate:
+def _update(
+    module: str, tensor: StoredTensor, indices: Any, source: Source, base: BaseParameters
+) -> RowsUpdate:
     parameter = base.get(f"{module}.weight", tensor.name)
     shape = trained_shape(source, parameter, f"{module}.token_adapter.base_layer.weight")
     rows = _indices(source.config, source.trained(module), tensor, indices)

@@ -33,7 +33,7 @@ from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.reader import tensor_bytes
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.dtypes import F32
-from streamconv.equalization.awq import Consumer, Found, find_scales
+from streamconv.equalization.awq import Consumer, FoundScales, find_scales
 from streamconv.equalization.equalizer import COLUMNS, ROWS
 from streamconv.equalization.pairs import WeightPair, stored_scales
 from streamconv.errors import UnsupportedError
@@ -188,12 +188,12 @@ class _Pass:
 
 @dataclass(frozen=True, slots=True)
 class _Factors:
-    """What has been chosen of a layer: by weight, its factors by role; and what is told of a producer."""
+    """Factors chosen in a layer, by weight and by role; `notes` hold alpha and errors of each producer."""
 
     of: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     notes: dict[str, Mapping[str, float]] = field(default_factory=dict)
 
-    def add(self, pair: WeightPair, found: Found) -> None:
+    def add(self, pair: WeightPair, found: FoundScales) -> None:
         divided, multiplied = found.scales.reciprocal(), pair.spread(found.scales)
         self._put(pair.producer, COLUMNS if pair.is_norm else ROWS, divided)
         if pair.bias is not None:
@@ -221,8 +221,8 @@ class _Factors:
         ]
 
 
-def _errors(found: Found) -> Mapping[str, float]:
-    """Of the consumers' outputs, with scales and without; where these are all 0 there is no telling."""
+def _errors(found: FoundScales) -> Mapping[str, float]:
+    """Relative errors of the consumers' outputs, with scales and without; none where these are all 0."""
     if not found.size:
         return {}
     return {

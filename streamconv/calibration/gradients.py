@@ -1,4 +1,4 @@
-"""What each linear layer's outputs count for: gradients of the reference model's own loss, layers in reverse.
+"""Gradients of the reference model's own loss by each linear layer's outputs, layers in reverse.
 
 For tokens y drawn from what the model predicts, dY = ∂(-log p(y)) / ∂Y of a linear layer's outputs Y; G = dYᵀ dY / N is
 one factor of the Fisher information of its weight, H = XᵀX / N the other (K-FAC, Martens and Grosse 2015, arXiv
@@ -119,7 +119,7 @@ class Gradients:
     # -- forward -------------------------------------------------------------------------------------------------
 
     def _place(self, number: int, chosen: slice) -> slice:
-        """Where the states that enter a layer lie for some sequences."""
+        """Slice of the file in which the states that enter a layer lie for some sequences."""
         first, stop, _ = chosen.indices(len(self._windows))
         return slice(number * len(self._windows) + first, number * len(self._windows) + stop)
 
@@ -241,7 +241,7 @@ def _differentiate(
 
 @contextmanager
 def _outputs(linears: Mapping[str, nn.Linear], seen: list[tuple[str, Tensor]]) -> Iterator[None]:
-    """What the linear layers return is put in `seen`."""
+    """Put what the linear layers return in `seen`, by name, while the context lasts."""
     hooks = []
     for name, linear in linears.items():
 

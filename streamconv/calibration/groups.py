@@ -1,4 +1,4 @@
-"""Which linear layers of a decoder layer share an input, found by running it: names say nothing of that."""
+"""Groups of linear layers that share an input, found by running their decoder layer: names say nothing of that."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class KeptInputs:
         self._stack.close()
 
     def keeping(self, chosen: slice) -> Keep:
-        """What is to be called with the inputs of some sequences."""
+        """Callback that writes down the inputs of some sequences, for a forward pass to call by group."""
         first, stop, _ = chosen.indices(self._sequences)
 
         def keep(group: Group, given: Tensor) -> None:

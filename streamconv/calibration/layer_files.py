@@ -76,7 +76,10 @@ class Stream:
 
 
 class LayerFiles:
-    """What is done of so many `layers`; `shape` is that of a stream's hidden states [sequence, token, hidden]."""
+    """Files of a pass through `layers` layers: results of those done, and the streams' hidden states.
+
+    `shape` is that of a stream's hidden states [sequence, token, hidden].
+    """
 
     def __init__(
         self,
@@ -101,7 +104,7 @@ class LayerFiles:
 
     @property
     def done(self) -> int:
-        """How many layers are done, from the first on."""
+        """Number of layers that are done, from the first on."""
         return next(
             (number for number in range(self._layers) if not self._path(number).exists()), self._layers
         )

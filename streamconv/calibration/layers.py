@@ -44,7 +44,7 @@ from streamconv.formats.base import Encoder
 from streamconv.forward.walk import Passing, assign, in_batches
 from streamconv.kernels import kernels_for
 from streamconv.progress import OnBytes, StopRequest
-from streamconv.rounding.feedback import Chosen, FeedbackOptions, Statistics, feedback
+from streamconv.rounding.feedback import FeedbackOptions, QuantizedWeight, Statistics, feedback
 
 
 def calibrate(
@@ -225,7 +225,7 @@ class _Layer:
         return moments
 
     def _inputs(self, stream: Stream, group: Group, chosen: slice) -> list[Tensor]:
-        """What enters a group for a batch of sequences: a tensor [..., in] for every time that it runs."""
+        """Inputs of a group for a batch of sequences: a tensor [..., in] for every time that it runs."""
         seen: list[Tensor] = []
         name = group.names[0]
 
@@ -274,8 +274,8 @@ def _replaced(linears: Linears, weights: Mapping[str, Tensor]) -> Iterator[None]
             assign(linears[name], "weight", weight)
 
 
-def _values(chosen: Chosen, encoder: Encoder) -> Tensor:
-    """What a loader makes of chosen codes, float32, flat."""
+def _values(chosen: QuantizedWeight, encoder: Encoder) -> Tensor:
+    """Values that a loader makes of chosen codes, float32, flat."""
     assert encoder.grid is not None
     scales = chosen.scales if chosen.keeps_base else encoder.effective_scales(chosen.scales)
     values = torch.empty(chosen.codes.numel(), device=chosen.codes.device)

@@ -22,14 +22,14 @@ from streamconv.planning.planner import build_plan
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What is walked, and where its weights come from."""
+    """Walk through a model's layers, and the targets that its weights come from."""
 
     walk: Walk
     targets: Targets
 
     @property
     def layers(self) -> int:
-        """How many decoder layers there are."""
+        """Number of decoder layers."""
         return len(self.walk.skeleton.layers)
 
     def stored_bytes(self, number: int) -> int:

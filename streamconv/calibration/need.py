@@ -45,7 +45,7 @@ def pairs_in(walk: Walk, number: int, subject: Subject) -> Sequence[WeightPair]:
 
 
 def pairs_need(walk: Walk, subject: Subject) -> Need:
-    """Of the pass that chooses scales: a layer, the moments of all its pairs, and a batch or a choice in work."""
+    """Need of the pass that chooses scales: a layer, the moments of all its pairs, and a batch or a choice in work."""
     length, tokens = subject.calibration.sequence_length, subject.calibration.tokens
     batch, layers = min(subject.sequences, batch_of(length)), range(len(walk.skeleton.layers))
     forward = batch * sequence_bytes(walk, length)
@@ -71,7 +71,7 @@ def batch_of(length: int) -> int:
 
 
 def need_of(model: Model, subject: Subject) -> Need:
-    """What `model`, which is the subject's, needs."""
+    """Need of the pass that chooses codes, for `model`, which is the subject's."""
     walk, crosses = model.walk, subject.feedback.needs_cross
     length, tokens = subject.calibration.sequence_length, subject.calibration.tokens
     batch = min(subject.sequences, batch_of(length))
@@ -150,7 +150,7 @@ def _layer_need(model: Model, number: int, forward: int, crosses: bool, is_two_s
 
 
 def _choosing_bytes(rows: int, columns: int, is_two_sided: bool, is_cpu: bool) -> int:
-    """What choosing codes takes where it is done; on a CPU, factors in float64, which are gone before, too."""
+    """Bytes that choosing codes takes where it is done; on a CPU, at least those of factoring in float64 before it."""
     working = working_bytes(rows, columns, is_two_sided)
     if not is_cpu:
         return working

@@ -1,4 +1,4 @@
-"""What all passes of a text through a model share: the text, its threads, its memory, and how they are stopped."""
+"""Text, threads, memory and stop request, which all passes of a text through a model share."""
 
 from __future__ import annotations
 

@@ -26,13 +26,13 @@ class Subject:
 
     @property
     def calibration(self) -> CalibrationPlan:
-        """By which text, and how."""
+        """Plan of the calibration: the text, and the use that is made of it."""
         assert self.plan.calibration is not None, "there is no text to calibrate by"
         return self.plan.calibration
 
     @property
     def feedback(self) -> FeedbackOptions:
-        """How codes are chosen by it."""
+        """Options by which the text chooses codes."""
         assert self.calibration.options is not None, "the text chooses no codes"
         return self.calibration.options
 

@@ -16,7 +16,7 @@ from streamconv.forward.weights import WeightSource
 from streamconv.planning.devices import Device
 from streamconv.planning.plan import Plan, Rewrite, cell_rows
 from streamconv.planning.scales import scales_of_base
-from streamconv.rounding.feedback import BaseOnGrid, Chosen
+from streamconv.rounding.feedback import BaseOnGrid, QuantizedWeight
 from streamconv.running.cells import KeptDelta, WeightWork
 from streamconv.running.direct import DirectEngine
 from streamconv.running.opened import open_weight
@@ -55,12 +55,12 @@ class Held:
         return BaseOnGrid(codes, scales.effective)
 
     def difference(self, target: Tensor) -> Tensor:
-        """What the update adds, `target` less the base, float32 [out, in]."""
+        """Change that the update makes, `target` less the base, float32 [out, in]."""
         out = torch.empty_like(target)
         self.work.bases(self._on_device(), self._rows, out)
         return torch.sub(target, out, out=out)
 
-    def packed(self, chosen: Chosen) -> tuple[tuple[bytes, ...], KeptDelta | None]:
+    def packed(self, chosen: QuantizedWeight) -> tuple[tuple[bytes, ...], KeptDelta | None]:
         """Bytes of all parts with these codes, in the encoder's order, and what survives of the update."""
         scales = self.work.scales if chosen.keeps_base else None
         if not isinstance(scales, Kept):

@@ -42,7 +42,7 @@ class Consumer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Found:
+class FoundScales:
     """`scales` float32, as they are stored; `loss` is the error above with them, `before` without, and `size` the same
     of the outputs themselves.
     """
@@ -60,7 +60,7 @@ def find_scales(
     consumers: Sequence[Consumer],
     stored: Callable[[Tensor], Tensor],
     spread: Callable[[Tensor], Tensor],
-) -> Found:
+) -> FoundScales:
     """The best scales of the grid. `magnitudes` are a, `hessian` is H [in, in].
 
     `stored` makes of scales, one for each of `magnitudes`, what storing leaves of them; `spread` of these, one for each
@@ -68,7 +68,7 @@ def find_scales(
     """
     ones = torch.ones_like(magnitudes, dtype=torch.float32)
     before = _loss(consumers, spread(ones), hessian)
-    best = Found(0.0, ones, before, before, sum(output_size(each, hessian) for each in consumers))
+    best = FoundScales(0.0, ones, before, before, sum(output_size(each, hessian) for each in consumers))
     for alpha in GRID[1:]:
         scales = stored(candidate(magnitudes, alpha))
         loss = _loss(consumers, spread(scales), hessian)
@@ -106,7 +106,7 @@ def output_error(consumer: Consumer, scales: Tensor, hessian: Tensor) -> float:
 
 
 def nearest(target: Tensor, encoder: Encoder) -> Tensor:
-    """What a loader makes of `target` [rows, in], whole cells, rounded to the nearest of the encoder's grid.
+    """Values that a loader makes of `target` [rows, in], whole cells, rounded to the nearest of the encoder's grid.
 
     Scales that are themselves quantized once all are known are as they were before that: near enough for a choice.
     """
@@ -122,7 +122,7 @@ def nearest(target: Tensor, encoder: Encoder) -> Tensor:
 
 
 def working_bytes(columns: int) -> int:
-    """What `find_scales` has at once beside what it is given."""
+    """Bytes that `find_scales` has at once beside what it is given."""
     return _TILE_COPIES * 4 * _tile_rows(columns) * columns
 
 

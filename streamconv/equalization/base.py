@@ -11,7 +11,7 @@ from enum import Enum
 
 
 class Producer(Enum):
-    """How a module's weight makes the outputs that are to be divided."""
+    """Kinds of weights that make the outputs to be divided, by what they do with their inputs."""
 
     NORM = "norm"  # x · w
     NORM_OF_ONE_MORE = "norm of one more"  # x · (1 + w), as Gemma has it
@@ -21,7 +21,7 @@ class Producer(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Of attention: so many `queries` share the values of so many `keys`, all of a `width`."""
+    """Attention heads: so many `queries` share the values of so many `keys`, all of a `width`."""
 
     queries: int
     keys: int

@@ -34,7 +34,7 @@ class Equalizer(ByRows):
 
     @property
     def nbytes(self) -> int:
-        """Of its factors."""
+        """Bytes of its factors."""
         return 4 * sum(map(self.length, self.roles))
 
     def length(self, role: str) -> int:

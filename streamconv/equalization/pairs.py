@@ -47,11 +47,11 @@ class WeightPair:
 
     @property
     def inputs(self) -> int:
-        """Of a consumer."""
+        """Number of inputs that a consumer has."""
         return self.scales * self.heads[1]
 
     def gathered(self, values: Tensor) -> Tensor:
-        """Of what every input has [inputs], the mean over those that share a scale: [scales]."""
+        """Mean of `values` [inputs], one for every input, over the inputs that share a scale: [scales]."""
         return values.view(self.heads).mean(1).flatten()
 
     def spread(self, scales: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.formats import FORMATS
-from streamconv.output.manifest import Kept
+from streamconv.output.manifest import KeptShares
 from streamconv.output.recipe import RECIPE
 from streamconv.output.sidecars import RESIDUAL
 from streamconv.planning.plan import CalibrationPlan, Plan
@@ -31,7 +31,7 @@ def model_card(
     base: CheckpointIndex,
     adapter: Storage | None,
     copied: Sequence[SourceFile],
-    kept: Kept | None,
+    kept: KeptShares | None,
     residual: Mapping[str, Any] | None,
 ) -> bytes:
     """README.md of the output; `copied` are the files that lie beside the weights, `residual` as in Report."""
@@ -85,7 +85,7 @@ def _is_plain(value: object) -> bool:
 def _body(
     plan: Plan,
     origins: Mapping[str, Origin | None],
-    kept: Kept | None,
+    kept: KeptShares | None,
     residual: Mapping[str, Any] | None,
 ) -> Iterator[str]:
     yield from (f"# {'Merged' if plan.method else 'Converted'} model", "")

@@ -21,7 +21,7 @@ MANIFEST_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptShares:
     """The kept-delta share of the whole model and of each weight; `base_error_to_delta` is ||W - Wq|| / ||D||."""
 
     total: float
@@ -70,14 +70,14 @@ class Report:
         return asdict(self)
 
 
-def kept_delta(sums: Mapping[str, KeptDelta]) -> Kept | None:
+def kept_delta(sums: Mapping[str, KeptDelta]) -> KeptShares | None:
     """Totals over all quantized weights that had an update; None if there are none."""
     shares = {name: kept.kept / kept.delta for name, kept in sorted(sums.items()) if kept.delta}
     delta = sum(kept.delta for kept in sums.values())
     if not shares or not delta:
         return None
     error = sum(kept.base_error for kept in sums.values())
-    return Kept(
+    return KeptShares(
         total=sum(kept.kept for kept in sums.values()) / delta,
         weights=shares,
         base_error_to_delta=(error / delta) ** 0.5 if error else None,
@@ -87,7 +87,7 @@ def kept_delta(sums: Mapping[str, KeptDelta]) -> Kept | None:
 def manifest(
     plan: Plan,
     hashes: Mapping[str, str],
-    kept: Kept | None,
+    kept: KeptShares | None,
     calibrated: Mapping[str, Mapping[str, float]],
     rescaled: Mapping[str, Mapping[str, float]],
     residual: Mapping[str, Any] | None,

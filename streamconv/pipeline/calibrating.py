@@ -22,7 +22,7 @@ _NEEDED = ("transformers", "accelerate")
 
 
 def read_grounds(base: Base, asked: Calibration) -> CalibrationFacts:
-    """What planning a calibration needs, the text's SHA-256 among it.
+    """Facts that planning a calibration needs, the text's SHA-256 among them.
 
     Raises OptionError without the libraries, InputError without the text, UnsupportedError for a model that is none
     of theirs.

@@ -11,7 +11,7 @@ from streamconv.dtypes import BF16, DENSE, Dtype
 from streamconv.formats import FORMATS, with_groups
 from streamconv.formats.base import Json
 from streamconv.output.card import model_card
-from streamconv.output.manifest import MANIFEST, Kept, manifest
+from streamconv.output.manifest import MANIFEST, KeptShares, manifest
 from streamconv.output.publish import CONFIG, INDEX
 from streamconv.output.recipe import RECIPE, write_recipe
 from streamconv.output.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, RESIDUAL_TENSORS
@@ -25,7 +25,7 @@ from streamconv.planning.plan import Plan
 def generated_files(
     prepared: Prepared,
     hashes: Mapping[str, str],
-    kept: Kept | None,
+    kept: KeptShares | None,
     passed: Passed,
     residual: ResidualAdapter | None,
 ) -> Mapping[str, bytes]:
@@ -170,7 +170,7 @@ def _as_json(content: Json | None) -> bytes:
 
 
 def _compute_dtype(prepared: Prepared) -> Dtype:
-    """What a quantized model computes in: as the base's quantization says, else the weights' own dtype."""
+    """Dtype that a quantized model computes in: as the base's quantization says, else the weights' own."""
     config = prepared.base.index.config
     text = config.get("text_config") or {}
     quantization = config.get("quantization_config") or {}

@@ -1,4 +1,4 @@
-"""What a job needs from the Hub, fetched before it runs."""
+"""Downloads from the Hub that a job needs before it runs."""
 
 from __future__ import annotations
 

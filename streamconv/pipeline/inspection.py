@@ -1,4 +1,4 @@
-"""What a folder holds, from headers and configs: for people, and as JSON."""
+"""Contents of a folder, from headers and configs: for people, and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a job's results go: whether they may, and whether they are there already."""
+"""Places of a job's results: whether these may go there, and whether they are there already."""
 
 from __future__ import annotations
 

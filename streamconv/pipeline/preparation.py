@@ -57,7 +57,7 @@ class Prepared:
 
     @property
     def plans(self) -> tuple[Plan, ...]:
-        """Of all outputs, the main one first."""
+        """Plans of all outputs, the main one first."""
         return (self.plan, *(other.plan for other in self.also))
 
     def places(self, out: Path) -> tuple[tuple[Prepared, Path], ...]:
@@ -74,7 +74,7 @@ class Prepared:
         return (*residual, *index, *card, RECIPE, MANIFEST, *copies, CONFIG)
 
     def downloads(self) -> tuple[tuple[Storage, tuple[SourceFile, ...]], ...]:
-        """What has to come from the Hub before the run can read it, by storage: of a base, mostly its shards."""
+        """Files that must come from the Hub before the run can read them, by storage: of a base, mostly its shards."""
         base = self.base.index.storage
         storages = [storage for storage in (base, self.adapter_storage) if storage is not None]
         files = [*self.small_files(), *(shard.file for shard in self.base.index.shards)]
@@ -82,7 +82,7 @@ class Prepared:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where the result's tokenizer lies. Raises InputError where there is none."""
+        """Folder that the result's tokenizer lies in. Raises InputError where there is none."""
         found = [Path(file.path) for file in self.copied if file.name in _TOKENIZER_FILES]
         if not found:
             raise InputError(

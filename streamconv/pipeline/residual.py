@@ -29,7 +29,7 @@ class ResidualAdapter:
     removed: float | None
 
     def as_json(self) -> dict[str, Any]:
-        """What manifest, card and report say of it."""
+        """Facts that manifest, card and report give of it."""
         return {"rank": self.rank, "weights": self.weights, "bytes": self.size, "removed": self.removed}
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 from streamconv.checkpoint.writer import ShardWriter
 from streamconv.errors import VerificationError
 from streamconv.output.journal import Journal, remove_leftovers
-from streamconv.output.manifest import MANIFEST, Kept, Report, kept_delta
+from streamconv.output.manifest import MANIFEST, KeptShares, Report, kept_delta
 from streamconv.output.place import check_disk
 from streamconv.output.publish import publish_output
 from streamconv.output.sink import ShardSink, resume_points
@@ -79,7 +79,7 @@ class _Work:
         """Bytes that an earlier run has left."""
         return self.plan.size - sum(shard.size - self.starts[shard.name] for shard in self.unfinished)
 
-    def kept(self) -> Kept | None:
+    def kept(self) -> KeptShares | None:
         sums = {name: KeptDelta(*sums) for name, sums in self.journal.progress.sums.items()}
         for found in self.passed.found.values():
             sums |= found.kept
@@ -96,7 +96,7 @@ class _Published:
 
     work: _Work
     hashes: Mapping[str, str]
-    kept: Kept | None
+    kept: KeptShares | None
     residual: ResidualAdapter | None
 
 
@@ -203,7 +203,7 @@ def _finished_before(prepared: Prepared, out: Path) -> Report | None:
     calibrated, rescaled = found.get("calibrated", {}), found.get("rescaled", {})
     if found["kept_delta"] is not None:
         weights = found["kept_by_weight"]
-        kept = Kept(found["kept_delta"], weights, found["base_error_to_delta"])
+        kept = KeptShares(found["kept_delta"], weights, found["base_error_to_delta"])
         _check_share(prepared.plan, kept)
     hashes = {name: shard["sha256"] for name, shard in found["shards"].items()}
     residual = found.get("residual")
@@ -211,7 +211,7 @@ def _finished_before(prepared: Prepared, out: Path) -> Report | None:
     return _report(prepared, out, hashes, kept, calibrated, rescaled, residual, 0.0, 0, read, resumed=True)
 
 
-def _check_kept(works: Sequence[_Work], shares: Sequence[Kept | None]) -> None:
+def _check_kept(works: Sequence[_Work], shares: Sequence[KeptShares | None]) -> None:
     """Raise VerificationError if an output does not pass the gate; none is published then, and all stay complete."""
     refusals, passed = [], []
     for work, kept in zip(works, shares, strict=True):
@@ -227,7 +227,7 @@ def _check_kept(works: Sequence[_Work], shares: Sequence[Kept | None]) -> None:
         raise VerificationError("; ".join(refusals))
 
 
-def _check_share(plan: Plan, kept: Kept | None) -> None:
+def _check_share(plan: Plan, kept: KeptShares | None) -> None:
     """The gate: refuse a result that lost the fine-tune, unless its rounding was asked for by name."""
     if kept is None or plan.rounding is None or kept.total >= plan.min_kept:
         return
@@ -243,7 +243,7 @@ def _report(
     prepared: Prepared,
     out: Path,
     hashes: Mapping[str, str],
-    kept: Kept | None,
+    kept: KeptShares | None,
     calibrated: Mapping[str, Mapping[str, float]],
     rescaled: Mapping[str, Mapping[str, float]],
     residual: Mapping[str, Any] | None,

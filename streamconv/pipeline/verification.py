@@ -140,7 +140,7 @@ def _make_again(again: Prepared, out: Path, meter: Meter) -> None:
 
 
 def _weigh_again(again: Prepared, content: Mapping[str, Any], out: Path, meter: Meter) -> int:
-    """What was calibrated against its targets, all else byte by byte."""
+    """Weigh what was calibrated against its targets, compare all else byte by byte; returns the number weighed."""
     index = read_index(open_folder(fspath(out)))
     weights = {weight.name: weight for weight in find_weights(index)}
     steps, there = again.plan.calibrated, index.tensors
@@ -174,7 +174,7 @@ def _check_weighed(out: Path, name: str, found: Weighed, kept: float | None) -> 
 
 
 def _recorded_grounds(content: Mapping[str, Any]) -> CalibrationFacts:
-    """What the output says of its calibration, where the text is not at hand."""
+    """Facts of the calibration as the output records them, where the text is not at hand."""
     text = content["fingerprint"]["calibration"]
     return CalibrationFacts(
         data=text["name"],
@@ -246,6 +246,6 @@ def _recorded(found: Mapping[str, Any], role: str) -> str:
 
 
 def _environment_note(found: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What else may be the reason that recomputed bytes differ."""
+    """Note on what else may make recomputed bytes differ, for the error's message; empty where nothing has changed."""
     changed = [f"{key} {found[key]}, now {now[key]}" for key in _ENVIRONMENT if found[key] != now[key]]
     return f" (it was made with {'; '.join(changed)}, which may round differently)" if changed else ""

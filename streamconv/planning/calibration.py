@@ -26,8 +26,8 @@ TOKENS_AN_INPUT = 2
 
 @dataclass(frozen=True, slots=True)
 class CalibrationFacts:
-    """What planning a calibration needs beside headers: the text, as in CalibrationPlan, the `weights` that can be
-    calibrated, how many positions the model has (None: any number), its text part's model type and heads (None: not
+    """Facts that planning a calibration needs beside headers: the text, as in CalibrationPlan, the `weights` that can
+    be calibrated, how many positions the model has (None: any number), its text part's model type and heads (None: not
     told), and the version of the library that computes it.
     """
 

@@ -1,4 +1,4 @@
-"""What options come to: the output's format, what the update is added to, and how codes are chosen; with reasons."""
+"""Choices that options come to, with reasons: the output's format, what the update is added to, and the rounding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from streamconv.rounding.feedback import FeedbackOptions
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What choices depend on beside the options: the base's one format of quantized weights, and if it is updated.
+    """Facts that choices depend on beside the options: the base's one quantized format, and if an adapter updates it.
 
     `location` is the base's place, for messages.
     """
@@ -245,7 +245,7 @@ def _resolve_rounding(options: MergeOptions, rest: Rounding, rest_choice: Choice
 
 
 def _without_text(facts: Facts, source: Format | None, quant: Format) -> tuple[Rounding, Choice]:
-    """What is best for an output in `quant` where nothing is known of the layers' inputs."""
+    """Best rounding for an output in `quant` where nothing is known of the layers' inputs, and the reason."""
     if source is None or source.grid != quant.grid:
         return ROUNDINGS["nearest"], Choice("nearest", f"the target does not lie on the {quant.name} grid")
     if not facts.has_adapter:
@@ -260,7 +260,7 @@ def _without_text(facts: Facts, source: Format | None, quant: Format) -> tuple[R
 
 
 def _feedback(options: MergeOptions, rounding: Rounding) -> FeedbackOptions | None:
-    """What the text is to do where codes are chosen; None where it only chooses scales of weights in pairs."""
+    """Options by which the text chooses codes; None where it only chooses scales of weights in pairs."""
     assert options.calibration is not None
     asked = options.calibration
     if not rounding.calibrated:  # it looks at the inputs, and chooses as it does without

@@ -1,4 +1,4 @@
-"""Which devices there are, and which of them a run uses."""
+"""Devices that are there, and the choice of those that a run uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from streamconv.errors import OptionError, ResourceError
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where cells are computed. `model` names what decides the last bits: CPU capability or GPU model.
+    """Device that computes cells. `model` names what decides the last bits: CPU capability or GPU model.
 
     `others` are further GPUs that take their share of the shards, of the same model so that shards do not depend on
     who computes them; `left_out`, in words, are those that may not.

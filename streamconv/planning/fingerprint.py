@@ -1,4 +1,4 @@
-"""What makes two runs the same run: all that can change a byte of the output, and nothing else."""
+"""Fingerprint by which two runs are the same run: all that can change a byte of the output, and nothing else."""
 
 from __future__ import annotations
 

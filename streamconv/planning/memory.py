@@ -1,4 +1,4 @@
-"""What a run needs at most, from its steps alone, and how large its tiles may be within a budget."""
+"""Memory that a run needs at most, from its steps alone, and the size its tiles may have within a budget."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def plan_memory(
 
 @dataclass(frozen=True, slots=True)
 class _Need:
-    """What the largest weight of a run needs, in bytes: its side parts and adapter, what is kept for its blocks and of
+    """Bytes that the largest weight of a run needs: its side parts and adapter, what is kept for its blocks and of
     the whole of it, main parts that files hold in another order than by rows, one cell in work, and a buffer for one
     stored cell, the least that a tile can be; and what its caller holds beside.
     """
@@ -88,7 +88,7 @@ class _Need:
 
     @property
     def buffers(self) -> int:
-        """Of a tile: one read, and one written for each output."""
+        """Number of buffers for a tile: one read, and one written for each output."""
         return 1 + self.outputs
 
 
@@ -137,7 +137,7 @@ def _on_gpus(need: _Need, options: MergeOptions, shards: int, device: Device) ->
 
 
 def _lanes(lane: int, options: MergeOptions, shards: int, cores: int) -> int:
-    """How many lanes of so many bytes there are shards and cores for, and memory with half of it to spare."""
+    """Number of lanes of so many bytes that there are shards and cores for, and memory with half of it to spare."""
     return max(1, min(shards, cores // CORES_A_LANE, MAX_LANES, options.max_ram_bytes // 2 // lane))
 
 

@@ -1,4 +1,4 @@
-"""What a plan is: everything a run will do, known before it reads a weight.
+"""Plan of a run: everything that it will do, known before it reads a weight.
 
 A plan is plain data: it prints, compares, and its fingerprint tells a run that may be resumed from another.
 """
@@ -40,7 +40,7 @@ WEIGHTS_HELD = 2
 
 
 class Access(StrEnum):
-    """How a weight is read: by rows, or once to learn something about all of it and again by rows.
+    """Ways to read a weight: by rows, or once to learn something about all of it and again by rows.
 
     What is calibrated is read with its decoder layer, in a pass before: in the plan's own pass it is only copied.
     """
@@ -137,7 +137,7 @@ ShardPlan = ShardLayout[Step]
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What a run needs at most, in bytes, above the interpreter with torch loaded.
+    """Memory that a run needs at most, in bytes, above the interpreter with torch loaded.
 
     `buffer` bounds the bytes of a tile, `workers` is how many threads share its cells, `lanes` how many shards are in
     work at once, on all GPUs together. `vram` is on each of them, without what CUDA itself takes.
@@ -182,7 +182,7 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationPlan:
-    """How the weights are calibrated whose step says so.
+    """Plan for calibrating the weights whose step says so.
 
     `data` is a file or a data set, `name` that without the folder; `sha256` is that of the file, or of the data set's
     commit. `tokens` and, of these, `gradient_tokens` are whole sequences. `threads` is how many threads torch shares a
@@ -220,7 +220,7 @@ class CalibrationPlan:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was chosen and why, in words for people."""
+    """Choice that was made and its reason, in words for people."""
 
     name: str
     reason: str
@@ -340,13 +340,13 @@ class Plan:
 
     @property
     def residual_rank(self) -> int:
-        """Of the adapter that is written beside the weights; 0 where there is none."""
+        """Rank of the adapter that is written beside the weights; 0 where there is none."""
         options = self.calibration.options if self.calibration else None
         return options.residual_rank if options else 0
 
     @property
     def residual_bytes(self) -> int:
-        """Of that adapter's tensors."""
+        """Bytes of that adapter's tensors."""
         rank, each = self.residual_rank, FACTOR_DTYPE.itemsize
         return sum(rank * each * (step.rows + step.columns) for step in self.calibrated) if rank else 0
 

@@ -200,6 +200,6 @@ def _updates_by_parameter(adapter: Adapter | None) -> dict[str, tuple[Update, ..
 
 
 def _config_dtype(base: Base, choices: Choices) -> str | None:
-    """What config.json should call the dtype; None leaves it as it is."""
+    """Name that config.json should give the dtype; None leaves it as it is."""
     del base
     return choices.dtype.name if choices.dtype else None

@@ -29,7 +29,7 @@ def plan_steps(
     within: frozenset[str],
     equalizers: Mapping[str, Equalizer],
 ) -> list[list[Step]]:
-    """What becomes of each weight, in the base's order: one step, or a copy of every part.
+    """Steps of each weight, weights in the base's order: one step, or a copy of every part.
 
     `within` are weights that can be calibrated, `equalizers` what weights are equalized by.
     """
@@ -139,7 +139,7 @@ def _quantizing(step: Rewrite, rounding: Rounding, calibrates: bool) -> Rewrite:
 
 
 def _encoder(name: str, weight: Weight, quantize: bool, own_dtype: Dtype, choices: Choices) -> Encoder | None:
-    """How the output stores a weight; None for what can only be copied."""
+    """Encoder that stores a weight in the output; None for what can only be copied."""
     if not weight.dtype.is_float:
         return None
     dtype = choices.dtype or own_dtype

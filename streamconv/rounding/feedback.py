@@ -34,7 +34,7 @@ from streamconv.rounding.residual import Residual, eased, nothing, residual
 from streamconv.rounding.scales import greatest, refitted, searched
 from streamconv.rounding.search import searched_scales
 
-__all__ = ["BaseOnGrid", "Chosen", "FeedbackOptions", "ScaleEncoder", "Statistics", "feedback"]
+__all__ = ["BaseOnGrid", "FeedbackOptions", "QuantizedWeight", "ScaleEncoder", "Statistics", "feedback"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class BaseOnGrid:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Chosen:
+class QuantizedWeight:
     """Codes (uint8, flat) and scales (float32, one a block), for an encoder's `pack` and `finish`.
 
     `keeps_base`: the scales are the effective ones of the base and its side parts stay, to be given to `finish` as
@@ -124,7 +124,7 @@ def feedback(
     options: FeedbackOptions,
     directions: Tensor | None = None,
     base: BaseOnGrid | None = None,
-) -> Chosen:
+) -> QuantizedWeight:
     """Codes and scales for `target` [out, in] (float32), the best found in the metric of H'.
 
     `directions` are the adapter's A [r, in]. Errors are those of what a loader will multiply by, its cast to the
@@ -135,7 +135,7 @@ def feedback(
     assert grid is not None, "feedback chooses codes, and this format has none"
     if base is not None and _is_base(target, base, grid, dtype):
         beside = nothing(target, options.residual_rank) if options.residual_rank else None
-        return Chosen(base.codes, base.scales, True, beside)
+        return QuantizedWeight(base.codes, base.scales, True, beside)
     if options.searches:
         return _weighed(target, statistics.hessian, encoder, grid)
     matrix = preserving(statistics.hessian, options.preserve_delta, directions)
@@ -147,7 +147,7 @@ def feedback(
     del moved
     if not options.residual_rank:
         best = _found(layer, encoder, options, base)
-        return Chosen(layer.flat(best.solution.codes), best.scales.raw, best.scales.is_base)
+        return QuantizedWeight(layer.flat(best.solution.codes), best.scales.raw, best.scales.is_base)
     flat = layer.flat(layer.target).view_as(target)
     easy = transpose(flat, *eased(inputs, outputs, options.residual_rank), grid, dtype)
     del flat
@@ -155,17 +155,17 @@ def feedback(
     codes = easy.flat(best.solution.codes)
     errors = errors_of(layer, best.scales.effective, layer.transposed(codes))
     beside = residual(layer, errors, options.residual_rank)
-    return Chosen(codes, best.scales.raw, best.scales.is_base, beside)
+    return QuantizedWeight(codes, best.scales.raw, best.scales.is_base, beside)
 
 
-def _weighed(target: Tensor, hessian: Tensor, encoder: ScaleEncoder, grid: Grid) -> Chosen:
+def _weighed(target: Tensor, hessian: Tensor, encoder: ScaleEncoder, grid: Grid) -> QuantizedWeight:
     """Nearest codes, with the scales of the least Σ H_jj e_j² found in each block."""
     check_moments(hessian)
     weights = hessian.diagonal().expand_as(target).reshape(-1)
     scales = _stored(encoder, searched_scales(target.reshape(-1), grid, weights))
     codes = torch.empty(target.numel(), dtype=torch.uint8, device=target.device)
     kernels_for(target.device).nearest(target.reshape(-1), grid, scales.effective, codes)
-    return Chosen(codes, scales.raw, keeps_base=False)
+    return QuantizedWeight(codes, scales.raw, keeps_base=False)
 
 
 def metric_bytes(rows: int, columns: int, two_sided: bool) -> int:

@@ -155,7 +155,7 @@ class WeightWork:
 
     @property
     def rounding(self) -> Rounding | None:
-        """How cells are rounded; None where nothing is, or until adaptive rounding has seen the first of them."""
+        """Rounding of cells; None where nothing is rounded, or until adaptive rounding has seen the first of them."""
         return self._rounding
 
     def _known_scales(self) -> Scales:
@@ -168,7 +168,7 @@ class WeightWork:
         return kept_scales(planned, self._base_scales, stored, self.step.encoder, self.side)
 
     def _prepare(self) -> Sequence[Parts]:
-        """What updates make of their parts, once a weight; by one worker, where there is something to compute."""
+        """Have updates prepare their parts, once a weight; by one worker, where there is something to compute."""
         prepared: list[Parts] = []
 
         def prepare(number: int) -> None:
@@ -238,7 +238,7 @@ class WeightWork:
         return tail, KeptDelta(inner - base_inner, delta, error)
 
     def effective_scales(self) -> Tensor:
-        """What a loader will multiply codes by, one a block; known when the last cell is done."""
+        """Scales that a loader will multiply codes by, one a block; known when the last cell is done."""
         match self.scales:
             case Fresh() | OfBase():
                 return self.step.encoder.effective_scales(self._gathered)

@@ -166,7 +166,7 @@ class CudaEngine:
     def _send_piece(
         self, raw: Tensor, rows: range, first: int, steps: Sequence[Rewrite], send: _Send
     ) -> tuple[int, Ticket]:
-        """Where the piece that begins at `first` ends, and its ticket."""
+        """Send the piece that begins at row `first`; returns the row at which it ends, and its ticket."""
         count = min(tile_rows(step, self._tile_bytes, self._height(step)) for step in steps)
         piece = range(first, min(first + count, rows.stop))
         part = _part(raw, steps[0].weight.decoder.row_offset, rows, piece)
@@ -193,7 +193,7 @@ class CudaEngine:
         self._places = [_Place(read, written, now, now) for read, *written in buffers]
 
     def _within_memory(self, work: Callable[[], T], steps: Sequence[Rewrite]) -> T:
-        """What `work` answers; it is repeated with ever less memory for tiles while there is not enough."""
+        """Return what `work` answers, repeated with ever less memory for tiles while there is not enough."""
         while True:
             try:
                 return work()

@@ -1,4 +1,4 @@
-"""Where tiles are computed: the seam between the executor and a device. The maths is `cells`', whatever the engine."""
+"""Engines compute tiles: the seam between the executor and a device. The maths is `cells`', whatever the engine."""
 
 from __future__ import annotations
 

@@ -60,8 +60,10 @@ class LaneWeight:
         return piece
 
     def finish(self) -> Mapping[int, tuple[tuple[bytes, ...], Mapping[str, KeptDelta]]]:
-        """What comes after the tiles. Where scales and sums of all of them are needed, waits until they are there; and
-        where an update holds a whole weight, lest the next one's be in memory beside it.
+        """Side parts that follow the tiles, and sums of what the update kept, by number of the output.
+
+        Where scales and sums of all tiles are needed, waits until they are there; and where an update holds a whole
+        weight, lest the next one's be in memory beside it.
         """
         results = {}
         for number, (output, step) in enumerate(self._steps.items()):

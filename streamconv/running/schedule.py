@@ -36,7 +36,7 @@ class Todo:
 
     @property
     def source(self) -> tuple[StoredTensor, int] | None:
-        """What is read in tiles, and from where; None if nothing is."""
+        """Tensor that is read in tiles, and the byte to begin at; None if nothing is."""
         match self.step:
             case Copy(_, tensor):
                 return tensor, self.done
@@ -55,7 +55,7 @@ class Cursor:
         self._lock = threading.Lock()
 
     def events(self) -> Iterator[Begin | Todo | End]:
-        """What is to be done of a shard, then of the next that no other lane has taken."""
+        """Events of a shard from where it starts, then of the next that no other lane has taken."""
         while (shard := self._take()) is not None:
             start = self._starts[shard.name]
             yield Begin(shard)
@@ -74,7 +74,7 @@ class Cursor:
 
 
 def walk(cursors: Sequence[Cursor]) -> Iterator[Mapping[int, Begin | Todo | End]]:
-    """What to do next, by number of output: one event of one output, or the reading of one tensor for several."""
+    """Events to carry out next, by number of output: one of one output, or the reading of one tensor for several."""
     if len(cursors) == 1:
         for event in cursors[0].events():
             yield {0: event}
@@ -98,7 +98,7 @@ def bytes_read(plans: Sequence[Plan]) -> int:
 
 
 def _bytes_read(steps: Sequence[Step]) -> int:
-    """Of one tensor that is read for `steps`, and of the parts beside it that those who rewrite it need."""
+    """Bytes of one tensor that is read for `steps`, and of the parts beside it that those who rewrite it need."""
     rewrites = [step for step in steps if isinstance(step, Rewrite) and not step.calibrated]
     if not rewrites:
         return next((step.tensor.nbytes for step in steps if isinstance(step, Copy)), 0)
@@ -127,7 +127,7 @@ class _Ahead:
 
 
 def _turn(waiting: Mapping[int, _Ahead]) -> list[int]:
-    """Whose events come next: one that reads nothing, else the readers of what lies first in the base."""
+    """Outputs whose events come next: one that reads nothing, else the readers of what lies first in the base."""
     sources = {}
     for number, one in waiting.items():
         if one.source is None:

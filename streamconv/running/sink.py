@@ -14,7 +14,7 @@ from streamconv.running.cells import KeptDelta
 
 
 class Sink(Protocol):
-    """Where an output's bytes go; all calls come from one thread, shard by shard, in file order."""
+    """Destination of an output's bytes; all calls come from one thread, shard by shard, in file order."""
 
     def begin(self, shard: ShardPlan) -> None:
         """The bytes that follow belong to `shard`, from where its `start` offset said."""

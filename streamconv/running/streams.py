@@ -29,13 +29,13 @@ class DeviceStream(Protocol):
         """Have `work` done after all that was submitted before. May raise at once, torch.OutOfMemoryError above all."""
 
     def ask(self, work: Callable[[], T]) -> T:
-        """What `work` answers, which may take the device's answers, but waits for nothing that was submitted."""
+        """Return what `work` answers, which may use results of the device, but waits for nothing that was submitted."""
 
     def record(self) -> Event:
         """The point that has now been reached in this stream's order."""
 
     def wait(self, event: Event) -> None:
-        """What is submitted from now on is done after `event`, of whatever stream."""
+        """Have all that is submitted from now on done after `event`, of whatever stream."""
 
 
 class Gpu(Protocol):

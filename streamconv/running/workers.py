@@ -1,4 +1,4 @@
-"""Who computes the cells of a tile: threads that share them, or the thread that asks."""
+"""Workers that compute the cells of a tile: threads that share them, or the thread that asks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Ticket(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """What workers do of one tile, in row order."""
+    """Shares of one tile among the workers, in row order."""
 
     futures: Sequence[Future[None]]
 

@@ -23,7 +23,7 @@ from streamconv.errors import Stopped
 from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.pipeline import merge
 from streamconv.progress import StopRequest
-from streamconv.rounding.feedback import Chosen, Statistics, feedback
+from streamconv.rounding.feedback import QuantizedWeight, Statistics, feedback
 from tests.calibration.subjects import LENGTH, calibrated, layer_bytes, save_subject, subject_in
 from tests.calibration.test_layers import MOE
 from tests.forward.test_walk import SIZES
@@ -111,7 +111,7 @@ def whole(folder: Path) -> dict[str, bytes]:
 def test_feedback_is_given_them(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Tensor] = {}
 
-    def watched(target: Tensor, statistics: Statistics, encoder: Any, *rest: Any) -> Chosen:
+    def watched(target: Tensor, statistics: Statistics, encoder: Any, *rest: Any) -> QuantizedWeight:
         assert statistics.output_hessian is not None
         seen[encoder.name] = statistics.output_hessian
         return feedback(target, statistics, encoder, *rest)

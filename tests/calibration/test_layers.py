@@ -29,7 +29,7 @@ from streamconv.output.sidecars import RESIDUAL_TENSORS
 from streamconv.pipeline import build_job, convert, merge, prepare
 from streamconv.pipeline.runner import run
 from streamconv.progress import StopRequest
-from streamconv.rounding.feedback import Chosen, FeedbackOptions, Statistics, feedback
+from streamconv.rounding.feedback import FeedbackOptions, QuantizedWeight, Statistics, feedback
 from tests.calibration.subjects import (
     LENGTH,
     QUICK,
@@ -108,7 +108,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         options: FeedbackOptions,
         directions: Tensor | None,
         base: Any,
-    ) -> Chosen:
+    ) -> QuantizedWeight:
         # Statistics belong to whoever is given them.
         found.statistics[encoder.name] = replace(
             statistics,

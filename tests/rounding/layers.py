@@ -13,7 +13,7 @@ from streamconv.formats.base import Encoder
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import Grid
 from streamconv.rounding import ROUNDINGS, Context
-from streamconv.rounding.feedback import BaseOnGrid, Chosen, Statistics
+from streamconv.rounding.feedback import BaseOnGrid, QuantizedWeight, Statistics
 
 TOKENS = 2048
 
@@ -43,7 +43,7 @@ class Trained:
     def nearest(self) -> Tensor:
         return self.loaded(*rounded(self.target, self.encoder), is_base=False)
 
-    def written(self, chosen: Chosen) -> Tensor:
+    def written(self, chosen: QuantizedWeight) -> Tensor:
         return self.loaded(chosen.codes, chosen.scales, is_base=chosen.keeps_base)
 
     def loaded(self, codes: Tensor, scales: Tensor, *, is_base: bool) -> Tensor:

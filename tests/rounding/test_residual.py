@@ -10,7 +10,7 @@ from torch import Tensor
 
 from streamconv.dtypes import F32, Dtype
 from streamconv.rounding import residual as module
-from streamconv.rounding.feedback import BaseOnGrid, Chosen, FeedbackOptions, feedback
+from streamconv.rounding.feedback import BaseOnGrid, FeedbackOptions, QuantizedWeight, feedback
 from streamconv.rounding.metric import Metric, factored
 from streamconv.rounding.residual import FACTOR_DTYPE, eased
 from tests.rounding.layers import Trained, inputs, trained
@@ -26,7 +26,7 @@ def with_outputs(layer: Trained, seed: int = 9) -> Trained:
     return replace(layer, statistics=replace(layer.statistics, output_hessian=moments))
 
 
-def run(layer: Trained, options: FeedbackOptions, base: BaseOnGrid | None = None) -> Chosen:
+def run(layer: Trained, options: FeedbackOptions, base: BaseOnGrid | None = None) -> QuantizedWeight:
     return feedback(layer.target, layer.statistics, layer.encoder, options, base=base or layer.base)
 
 
