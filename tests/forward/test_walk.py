@@ -133,6 +133,29 @@ def test_nothing_stays_in_the_model(base: Path) -> None:
         assert all(parameter.is_meta for parameter in walk.skeleton.model.parameters())
 
 
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("last", [0, 1])
+def test_walks_that_end_in_any_order_leave_grad_mode_as_it_was(base: Path, mode: bool, last: int) -> None:
+    with opened(base) as one, opened(base) as other, torch.set_grad_enabled(mode):
+        walks = (one, other)
+        states = torch.zeros(*WINDOWS.shape, one.hidden)
+        entered = [walk.entered(WINDOWS, [slice(0, 3)], lambda *_: None) for walk in walks]
+        passings = [each.__enter__() for each in entered]
+        for passing in passings:
+            with passing.layer(0) as layer:
+                assert not passing.through(layer, 0, states).requires_grad
+        for each in (entered[1 - last], entered[last]):
+            each.__exit__(None, None, None)
+            assert torch.is_grad_enabled() is mode
+        answers = [walk.logits(WINDOWS, states, 2, 4096) for walk in walks]
+        for answer in answers:
+            assert not next(answer)[2].requires_grad
+            assert torch.is_grad_enabled() is mode
+        for answer in (answers[1 - last], answers[last]):
+            answer.close()
+            assert torch.is_grad_enabled() is mode
+
+
 @pytest.mark.parametrize("budget", [0, 2**20])
 def test_activations_on_disk_are_those_in_memory(base: Path, budget: int, tmp_path: Path) -> None:
     with (
