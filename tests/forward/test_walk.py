@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,7 @@ def test_walks_that_end_in_any_order_leave_grad_mode_as_it_was(base: Path, mode:
             assert not next(answer)[2].requires_grad
             assert torch.is_grad_enabled() is mode
         for answer in (answers[1 - last], answers[last]):
+            assert isinstance(answer, Generator)
             answer.close()
             assert torch.is_grad_enabled() is mode
 
