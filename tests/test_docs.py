@@ -209,3 +209,14 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_files_that_are_named_exist(path: Path) -> None:
     for name in re.findall(r"`((?:tests|tools|docs)/[\w./-]*)(?: [^`]*)?`", path.read_text()):
         assert (ROOT / name).exists(), name
+
+
+ROOMS = "|".join(sorted(path.name for path in (ROOT / "streamconv").iterdir() if path.is_dir()))
+
+
+@pytest.mark.parametrize("name", ["ARCHITECTURE", "internals"])
+def test_modules_that_are_named_exist(name: str) -> None:
+    named = re.findall(rf"`((?:{ROOMS})/[\w./]*)`", (ROOT / "docs" / f"{name}.md").read_text())
+    assert named
+    for module in named:
+        assert (ROOT / "streamconv" / module).exists(), module

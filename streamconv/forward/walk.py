@@ -215,11 +215,13 @@ class Walk:
 
         `keep` is called with each batch and the hidden states [sequence, token, hidden] that enter the first layer.
         """
-        with torch.no_grad(), ExitStack() as stack:
+        with ExitStack() as stack:
             stack.enter_context(self._loading_others())
             first = stack.enter_context(ExitStack())
             layer = first.enter_context(self.materialized(0))
-            with self._embedding(windows):
+            # Not over the yield: of two walks that end in the order in which they began, the second would restore the
+            # mode that it found, which is the first one's.
+            with torch.no_grad(), self._embedding(windows):
                 self._learn_to_wrap(windows[batches[0]], layer)
                 calls = self._enter(windows, batches, keep)
             yield Passing(self, calls, first)
@@ -233,8 +235,8 @@ class Walk:
             yield self._layers[number]
 
     def compute(self, layer: nn.Module, call: Call, hidden: Tensor) -> Tensor:
-        """Outputs of `layer` for hidden states on the device."""
-        with self._telling():
+        """Outputs of `layer` for hidden states on the device; there is a graph where `hidden` requires a gradient."""
+        with self._telling(), torch.set_grad_enabled(hidden.requires_grad):
             returned = layer(hidden, *call.arguments, **call.keywords)
         found: Tensor = returned[0] if isinstance(returned, tuple) else returned
         return found
@@ -255,10 +257,11 @@ class Walk:
 
         Yields rows, sequences, and logits [sequence, token, row]. The head's weight is read once.
         """
-        with torch.no_grad():
-            for rows in self.head_tiles(height):
-                for chosen in in_batches(windows, batch):
-                    yield rows, chosen, self.leave(windows[chosen], states[chosen])
+        for rows in self.head_tiles(height):
+            for chosen in in_batches(windows, batch):
+                with torch.no_grad():  # not over the yield, as in `entered`
+                    found = self.leave(windows[chosen], states[chosen])
+                yield rows, chosen, found
 
     def head_tiles(self, height: int) -> Iterator[range]:
         """Rows of the vocabulary, about `height` at a time, while the head has just these. Its weight is read once."""

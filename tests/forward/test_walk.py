@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,30 @@ def test_nothing_stays_in_the_model(base: Path) -> None:
         walk.run(WINDOWS, torch.empty(*WINDOWS.shape, walk.hidden), 1, look)
         assert seen == [[False, False]] * 2
         assert all(parameter.is_meta for parameter in walk.skeleton.model.parameters())
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("last", [0, 1])
+def test_walks_that_end_in_any_order_leave_grad_mode_as_it_was(base: Path, mode: bool, last: int) -> None:
+    with opened(base) as one, opened(base) as other, torch.set_grad_enabled(mode):
+        walks = (one, other)
+        states = torch.zeros(*WINDOWS.shape, one.hidden)
+        entered = [walk.entered(WINDOWS, [slice(0, 3)], lambda *_: None) for walk in walks]
+        passings = [each.__enter__() for each in entered]
+        for passing in passings:
+            with passing.layer(0) as layer:
+                assert not passing.through(layer, 0, states).requires_grad
+        for each in (entered[1 - last], entered[last]):
+            each.__exit__(None, None, None)
+            assert torch.is_grad_enabled() is mode
+        answers = [walk.logits(WINDOWS, states, 2, 4096) for walk in walks]
+        for answer in answers:
+            assert not next(answer)[2].requires_grad
+            assert torch.is_grad_enabled() is mode
+        for answer in (answers[1 - last], answers[last]):
+            assert isinstance(answer, Generator)
+            answer.close()
+            assert torch.is_grad_enabled() is mode
 
 
 @pytest.mark.parametrize("budget", [0, 2**20])

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -203,12 +203,18 @@ def test_options_are_told_by_what_is_recorded() -> None:
     assert again != asked  # those change no byte, and are not recorded
 
 
-def test_an_option_that_is_new_is_recorded_where_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(options, "_ALWAYS_RECORDED", options._ALWAYS_RECORDED - {"seed"})
-    assert "seed" not in MergeOptions().as_json()
-    assert MergeOptions(seed=1).as_json()["seed"] == 1
-    found = MergeOptions().as_json()
-    assert MergeOptions.from_json(found, None) == MergeOptions()
+@dataclass(frozen=True, slots=True)
+class LaterOptions(MergeOptions):
+    """Options of a later version, with one more."""
+
+    more: int = 0
+
+
+def test_an_option_that_is_new_is_recorded_where_it_is_given() -> None:
+    assert LaterOptions().as_json() == MergeOptions().as_json()
+    assert LaterOptions(more=1).as_json() == {**MergeOptions().as_json(), "more": 1}
+    for asked in (LaterOptions(seed=2), LaterOptions(seed=2, more=1)):
+        assert LaterOptions.from_json(asked.as_json(), None) == asked
 
 
 # -- one more ----------------------------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -25,12 +24,11 @@ from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import CheckpointError, InputError, ResourceError, Stopped
 from streamconv.pipeline import Job, prepare
 from streamconv.planning.options import MergeOptions
-from streamconv.planning.plan import SLOTS, WEIGHTS_HELD, Access, Memory, Plan, ShardPlan
+from streamconv.planning.plan import SLOTS, WEIGHTS_HELD, Memory, Plan, ShardPlan
 from streamconv.progress import StopRequest
-from streamconv.running import lane_weight, lanes, messages, opened
+from streamconv.running import lanes
 from streamconv.running.cells import KeptDelta, WeightWork
 from streamconv.running.direct import DirectEngine
-from streamconv.running.engine import Engine
 from streamconv.running.executor import run_plans
 from streamconv.running.schedule import bytes_read
 from streamconv.running.sink import Output
@@ -651,24 +649,3 @@ def test_threads_inside_torch_are_as_before(plan: Plan) -> None:
     with pytest.raises(OddError):
         carry_out(plan, Recorder(failing_at(2)))
     assert torch.get_num_threads() == before
-
-
-@pytest.mark.parametrize(("access", "waits"), [(Access.ROW, False), (Access.WHOLE, True)])
-def test_a_weight_that_is_held_whole_is_let_go_before_the_next(access: Access, waits: bool) -> None:
-    waited: list[bool] = []
-    ticket = SimpleNamespace(wait=lambda: waited.append(True))
-    engine = SimpleNamespace(
-        begin=lambda *given: None,
-        end_reduce=lambda works: None,
-        rewrite=lambda *given: ticket,
-        finish=lambda work: ((), None),
-    )
-    step: Any = SimpleNamespace(
-        access=access, encoder=SimpleNamespace(grid=None, order=None, row_offset=int), name="w"
-    )
-    outputs: Any = [SimpleNamespace(plan=SimpleNamespace(options=MergeOptions()))]
-    begin = messages.BeginWeight((0,), opened.LoadedWeight([step], {}, [[]]))
-    weight = lane_weight.LaneWeight(begin, cast("Engine", engine), outputs)
-    weight.rewrite(torch.empty(0), range(64), [torch.empty(64)])
-    weight.finish()
-    assert waited == [True] * waits

@@ -204,6 +204,33 @@ def test_a_refusal_is_good_only_where_it_is_expected_of_both(
     assert judge(case, work, {"case": ours}, {"case": theirs}).verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("now", "says", "verdict"),
+    [
+        (MADE, "UnsupportedError: x: adapter_config.json: OFT adapters are not supported yet; merge", "new"),
+        (
+            MADE,
+            "UnsupportedError: x: adapter_config.json: LOHA adapters are not supported yet; merge",
+            "DIFFERS",
+        ),
+        (MADE, "AdapterError: x: OFT adapters are not supported yet", "DIFFERS"),
+        (MADE, "UnsupportedError: x: an OFT adapter of another kind", "DIFFERS"),
+        (REFUSED, "UnsupportedError: x: OFT adapters are not supported yet", "FAILED"),
+        (FAILED, "UnsupportedError: x: OFT adapters are not supported yet", "FAILED"),
+    ],
+)
+def test_an_output_is_new_where_rev_has_no_such_method(
+    work: Path, now: dict[str, Any], says: str, verdict: str
+) -> None:
+    shutil.rmtree(work / "rev")
+    case, rev = Case("case", "llama", "oft", method="OFT"), REFUSED | {"says": says}
+    row = judge(case, work, {"case": now}, {"case": rev})
+    assert (row.verdict, row.is_good) == (verdict, verdict == "new")
+    assert (row.files > 0) == (verdict == "new")
+    shutil.rmtree(work / "now")
+    assert not judge(case, work, {"case": now}, {"case": rev}).is_good
+
+
 def test_nothing_written_by_either_is_no_equal_output(tmp_path: Path) -> None:
     assert judge(CASE, tmp_path, {"case": MADE}, {"case": MADE}).verdict == "FAILED"
 
@@ -266,8 +293,9 @@ def test_every_target_and_every_quantized_base_has_cases() -> None:
 
 def test_every_rescaling_and_adapter_method_has_cases() -> None:
     assert set(RESCALINGS) == {case.options.get("rescale", "none") for case in all_cases()}
-    assert set(ADAPTERS) == {"LORA", "LOHA", "IA3", "OFT"}, (
-        "add adapters of the new method to tools/samebytes/inputs.py, and its name here"
+    merged = {case.method for case in all_cases() if case.adapter and not case.refused}
+    assert set(ADAPTERS) == merged, (
+        "add adapters of the method to tools/samebytes/inputs.py, and cases of them"
     )
 
 
@@ -279,6 +307,7 @@ def test_every_adapter_that_is_made_is_merged() -> None:
     for case in cases:
         made = inputs.ADAPTERS.get(case.adapter or "")
         assert made is None or case.base == made.base or case.base.startswith(f"{made.base}-"), case.name
+        assert case.method == (made.method if made else "LORA"), case.name
 
 
 def test_names_are_folders_and_are_given_once() -> None:

@@ -25,8 +25,9 @@ CALIBRATED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "w4a16", "w8a16", "gptq", "gptq-
 class Case:
     """One output: a merge, or without adapter a conversion, and how it is started.
 
-    `refused` names the exception where both trees are expected to refuse. `base`, `adapter` and the options
-    `calibration` are below the folder of inputs.
+    `method` is the `peft_type` of the adapter: a REV that has no such method yet is expected to say so. `refused` names
+    the exception where both trees are expected to refuse. `base`, `adapter` and the options `calibration` are below the
+    folder of inputs.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     way: Way = "call"
     refused: str | None = None
+    method: str = "LORA"
 
     def job(self) -> dict[str, Any]:
         """Plain data for the worker; paths are seen from the folder of outputs."""
@@ -163,6 +165,32 @@ def _adapters() -> list[Case]:
     return cases
 
 
+def _other_methods() -> list[Case]:
+    """Adapters of methods other than LoRA, in 16 bit, in 4 and 8, and where weights have another shape."""
+    made = {
+        "LOHA": [("llama", "loha"), ("convnext", "loha-conv")],
+        "IA3": [("llama", "ia3"), ("gpt2", "ia3-conv1d")],
+        "OFT": [("llama", "oft"), ("qwen2", "oft-shared")],
+    }
+    cases = [
+        Case(adapter, base, adapter, method=method)
+        for method, pairs in made.items()
+        for base, adapter in pairs
+    ]
+    cases += [
+        Case(f"{adapter} in {quant}", "llama", adapter, {"quant": quant, "min_kept": 0}, method=method)
+        for method, adapter, quant in (
+            ("LOHA", "loha", "nf4-dq"),
+            ("IA3", "ia3", "int8"),
+            ("IA3", "ia3", "gptq"),
+            ("OFT", "oft", "nf4-dq"),
+            ("OFT", "oft", "w4a16"),
+        )
+    ]  # fmt: skip
+    feedback = {"quant": "nf4-dq", "min_kept": 0} | _text()
+    return [*cases, Case("feedback of OFT", "llama", "oft", feedback, method="OFT")]
+
+
 def _options() -> list[Case]:
     """Several outputs, budgets, shard sizes, groups, and what else a run can be asked for."""
     several = {"quant": "none", "also": ["nf4-dq", "int8", "w4a16", "gptq"]}
@@ -257,4 +285,5 @@ def _faq() -> list[Case]:
 
 def all_cases() -> list[Case]:
     """All cases, in the order of the table."""
-    return [*_formats(), *_targets(), *_adapters(), *_options(), *_calibrated(), *_faq()]
+    rooms = (_formats, _targets, _adapters, _other_methods, _options, _calibrated, _faq)
+    return [case for room in rooms for case in room()]

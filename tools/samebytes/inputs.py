@@ -16,7 +16,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft import LoraConfig
+from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftConfig
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -60,12 +60,19 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """LoRA that PEFT saves for a base; `resize_to` rows are given to the vocabulary before."""
+    """Adapter that PEFT saves for a base, by fields of its `config`, a class of PEFT; `resize_to` rows are given to the
+    vocabulary before.
+    """
 
     base: str
-    lora: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
     resize_to: int | None = None
     size: float = 0.02
+    config: type[PeftConfig] = LoraConfig
+
+    @property
+    def method(self) -> str:
+        return str(self.config(**self.fields).peft_type.value)
 
 
 MOE = SMALL | {"head_dim": 16, "num_experts_per_tok": 2}
@@ -164,6 +171,30 @@ ADAPTERS: Mapping[str, Adapter] = {
         "gpt-oss", {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "use_rslora": True}
     ),
     "square-experts": Adapter("square-moe", {"target_modules": [], "target_parameters": EXPERTS}),
+    "loha": Adapter(
+        "llama",
+        {"r": 4, "alpha": 6, "target_modules": [*QV, "down_proj"], "rank_pattern": {"v_proj": 3}},
+        config=LoHaConfig,
+    ),
+    "loha-conv": Adapter(
+        "convnext",
+        {"r": 3, "target_modules": CONV, "task_type": None, "use_effective_conv2d": True},
+        config=LoHaConfig,
+    ),
+    "ia3": Adapter(
+        "llama",
+        {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        config=IA3Config,
+    ),
+    "ia3-conv1d": Adapter(
+        "gpt2",
+        {"target_modules": ["c_attn", "c_proj"], "feedforward_modules": ["c_proj"], "fan_in_fan_out": True},
+        config=IA3Config,
+    ),
+    "oft": Adapter("llama", {"oft_block_size": 32, "target_modules": [*QV, "down_proj"]}, config=OFTConfig),
+    "oft-shared": Adapter(
+        "qwen2", {"oft_block_size": 16, "target_modules": QV, "block_share": True}, config=OFTConfig
+    ),
 }
 FAQ_ADAPTERS = ("faq-kjv-light", "faq-kjv-heavy")
 
@@ -219,7 +250,8 @@ def _save_adapter(folder: Path, name: str, adapter: Adapter) -> None:
     torch.manual_seed(1)
     if adapter.resize_to is not None:
         model.resize_token_embeddings(adapter.resize_to)
-    config = LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM"} | dict(adapter.lora))
+    usual = {"task_type": "CAUSAL_LM"} | ({"r": 4, "lora_alpha": 6} if adapter.config is LoraConfig else {})
+    config = adapter.config(**usual | dict(adapter.fields))
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"

@@ -10,7 +10,7 @@ from typing import Any
 from tools.samebytes.cases import Case
 from tools.samebytes.trees import compare
 
-GOOD = ("same", "refused")
+GOOD = ("same", "refused", "new")
 NAMED = 3
 
 Answers = Mapping[str, Mapping[str, Any]]
@@ -18,7 +18,9 @@ Answers = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Line of the table: `verdict` is same, refused (by both, as expected), DIFFERS or FAILED."""
+    """Line of the table: `verdict` is same, refused (by both, as expected), new (its method is none of REV's), DIFFERS
+    or FAILED.
+    """
 
     name: str
     files: int
@@ -39,15 +41,26 @@ def judge(case: Case, work: Path, now: Answers, rev: Answers) -> Row:
     for tree, answer in (("the working tree", ours), ("REV", theirs)):
         if answer["outcome"] == "failed":
             return Row(case.name, 0, 0, "FAILED", f"{tree}: {_last_line(answer['says'])}")
+    is_new = ours["outcome"] == "made" and _has_no_method(theirs, case.method)
     refused = [answer["outcome"] == "refused" for answer in (ours, theirs)]
-    if any(refused) or case.refused:
+    if not is_new and (any(refused) or case.refused):
         return _judge_refusal(case, ours["says"], theirs["says"], all(refused))
     found = compare(work / "now" / case.name, work / "rev" / case.name)
     if not found.files:
         return Row(case.name, 0, 0, "FAILED", "nothing was written")
+    if is_new:
+        return Row(case.name, found.files, found.nbytes, "new", f"REV cannot merge {case.method} adapters")
     more = f"; {len(found.found) - NAMED} further files" if len(found.found) > NAMED else ""
     what = "; ".join(found.found[:NAMED]) + more
     return Row(case.name, found.files, found.nbytes, "DIFFERS" if found.found else "same", what)
+
+
+def _has_no_method(answer: Mapping[str, Any], method: str) -> bool:
+    """Whether a tree has refused an adapter because it knows of the method and cannot merge it."""
+    return (
+        answer["says"].startswith("UnsupportedError: ")
+        and f": {method} adapters are not supported yet" in answer["says"]
+    )
 
 
 def _judge_refusal(case: Case, ours: str, theirs: str, by_both: bool) -> Row:
