@@ -9,7 +9,7 @@ import pytest
 from streamconv.adapters.base import Parameter
 from streamconv.adapters.config import AdapterConfig
 from streamconv.adapters.orientation import is_transposed
-from streamconv.adapters.source import Base
+from streamconv.adapters.source import BaseParameters
 from streamconv.checkpoint.types import Shape
 from streamconv.errors import UnsupportedError
 
@@ -25,7 +25,7 @@ def told(
     parameter = Parameter(f"transformer.h.0.mlp.{layer}.weight", shape)
     config, base = (
         AdapterConfig("adapter_config.json", fields, b""),
-        Base({}, {"model_type": model_type}, None),
+        BaseParameters({}, {"model_type": model_type}, None),
     )
     return is_transposed(parameter, shape, outputs, inputs, config, base)
 
