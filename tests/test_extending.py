@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 MODULE = "model.layers.0.self_attn.q_proj"
 # Toy entries by the words of their test cases; torch alone, since loops of a copy would be compiled anew.
-CASES = "inward or blocks8 or row-scale or file-url or names_are_keys or there_is_has"
+CASES = "inward or blocks8 or row-scale or rowscale or file-url or names_are_keys or there_is_has"
+SUITES = ("tests/contracts", "tests/adapters/test_rowscale.py")
 ENVIRONMENT = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
 
 
@@ -73,9 +74,9 @@ def test_there_is_an_example_of_each() -> None:
 
 
 def test_examples_pass_the_contracts(extended: Path) -> None:
-    found = python(extended, "pytest", "-vv", "-p", "no:cacheprovider", "tests/contracts", "-k", CASES)
+    found = python(extended, "pytest", "-vv", "-p", "no:cacheprovider", *SUITES, "-k", CASES)
     assert found.returncode == 0, found.stdout + found.stderr
-    for name in ("row-scale", "inward", "blocks8", "file-url"):
+    for name in ("row-scale", "inward", "blocks8", "file-url", "dtype0"):
         assert re.search(rf"\[{name}\b.*\] PASSED", found.stdout), name
 
 
