@@ -14,7 +14,16 @@ import streamconv
 
 PACKAGE = Path(streamconv.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-NO_SUBJECT = re.compile(r"(?:What|Where|Of|Who|Whom|Whose|Which|How)\b")
+ASKING = "What Where Who Whom Whose Which How When"
+PREPOSITIONS = (
+    "About Above Across After Against Along Among As At Before Behind Below Beneath Beside Besides Between Beyond "
+    "By Despite During For From In Inside Into Like Near Of Off On Out Outside Over Per Since Through Throughout "
+    "To Toward Towards Under Until Up Upon Via With Within Without"
+)
+CONJUNCTIONS = (
+    "Although And Because But If Nor Once Or So Than That Though Unless Whenever Wherever While Yet"
+)
+NO_SUBJECT = re.compile(rf"(?:{'|'.join(f'{ASKING} {PREPOSITIONS} {CONJUNCTIONS}'.split())})\b")
 
 
 def name_of(path: Path) -> str:

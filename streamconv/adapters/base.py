@@ -64,7 +64,7 @@ class Update(Protocol):
 
     @property
     def mirror(self) -> Mapping[str, str]:
-        """By role, the role of a tied partner's update that holds the same values, transposed; empty if it has none."""
+        """Roles that hold the same values, transposed, in a tied partner's update, by role; empty if it has none."""
 
     def input_directions(self, parts: Parts) -> Tensor | None:
         """Return rows [r, in] that span the inputs of the layer that the change acts on; None if no part holds them."""

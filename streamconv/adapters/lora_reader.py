@@ -1,4 +1,4 @@
-"""From the keys of a LORA adapter to updates of base parameters; keys and shapes are `peft/tuners/lora/layer.py`'s."""
+"""Updates of base parameters from the keys of a LORA adapter; keys and shapes are `peft/tuners/lora/layer.py`'s."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class MoeLayout:
 
 @dataclass(frozen=True, slots=True)
 class Renaming:
-    """Between the names of the model that was trained and those of the base: pairs of prefixes, first match wins."""
+    """Pairs of prefixes, the trained model's and the base's, that translate names either way; first match wins."""
 
     reason: str
     pairs: tuple[tuple[str, str], ...]

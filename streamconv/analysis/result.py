@@ -105,7 +105,7 @@ class Analysis:
 
 
 def targets_of(measured: Sequence[Measured]) -> Mapping[str, TargetAnalysis]:
-    """By target, what was measured of all these weights together."""
+    """Analyses by target, each of all these weights together."""
     names = dict.fromkeys(target for each in measured for target in each.dense)
     return {name: _target(name, measured) for name in names}
 

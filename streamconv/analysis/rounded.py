@@ -92,7 +92,7 @@ class CodesWatch:
             self._grids[number] = GridSums(self._steps(own, scales), own.numel(), blocks)
 
     def rounded(self, kept: KeptDelta, effective: Tensor) -> RoundedSums:
-        """When all cells are done; `effective` are the final scales."""
+        """Sums when all cells are done; `effective` are the final scales."""
         found = total(self._cells[number] for number in sorted(self._cells))
         scales = effective.double() / self._grid.peak
         error = float(((scales * self._squares - 2 * self._products) * scales).sum()) + found.squares
@@ -100,7 +100,7 @@ class CodesWatch:
         return RoundedSums(kept.kept, kept.delta, max(error, 0.0), found.changed, count)
 
     def grid(self) -> GridSums:
-        """When all cells are done, where it was measured."""
+        """Sums of the grid when all cells are done, where it was measured."""
         return total(self._grids[number] for number in sorted(self._grids))
 
     def _own(self, seen: Seen) -> tuple[Tensor, Tensor]:

@@ -130,7 +130,7 @@ def plan_views(prepared: Prepared, options: AnalysisOptions) -> AnalysisPlan:
 
 
 def _own_group_size(prepared: Prepared, quant: str) -> int | None:
-    """That of a base in the very format, so that its grid is the same."""
+    """Group size of a base in the very format, so that its grid is the same; None for any other base."""
     name, size = group_of(prepared.base.quantized or "")
     return size if name == quant else None
 

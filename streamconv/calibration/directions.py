@@ -37,7 +37,7 @@ def directions_of(held: Held, target: Tensor) -> Tensor | None:
 
 
 def singular_directions(delta: Tensor, count: int) -> Tensor:
-    """About the first `count` right singular vectors [count, in] of `delta` [out, in], by subspace iteration.
+    """Right singular vectors [count, in] of `delta` [out, in], about the first `count`, by subspace iteration.
 
     Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithm 4.4; always from the same start.
     """

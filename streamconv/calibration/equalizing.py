@@ -162,7 +162,7 @@ class _Pass:
         norm = self._norm(pair, number)
 
         def real(scales: Tensor) -> Tensor:
-            """As the producer will have divided by them."""
+            """Scales that the producer will really have been divided by."""
             if norm is None:
                 return scales
             return stored_scales(pair, norm, scales, self._steps[pair.producer].encoder.dtype.torch)

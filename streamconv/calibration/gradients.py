@@ -193,7 +193,7 @@ class Gradients:
     # -- backward ------------------------------------------------------------------------------------------------
 
     def _step_back(self, passing: Passing, states: ActivationFile, number: int) -> None:
-        """From the gradient of what leaves a layer, those of what enters it and of its linear layers' outputs."""
+        """Find, from the gradient of what leaves a layer, those of what enters it and of its linears' outputs."""
         leaving = read_tensors(self.path(number + 1), [ENTERING])[ENTERING]
         entering, outputs = torch.empty_like(leaving), dict[str, list[Tensor]]()
         linears = self._model.linears(number)

@@ -40,7 +40,7 @@ class Recorder:
 
     @contextmanager
     def watching(self, linears: Linears, keep: Keep) -> Iterator[None]:
-        """For one forward pass. `keep` is called with every group that runs, and its input."""
+        """Watch one forward pass. `keep` is called with every group that runs, and its input."""
         # Held, so that no other tensor can come to lie in its place meanwhile.
         inputs: list[tuple[Tensor, Group]] = []
         runs: dict[str, int] = {}

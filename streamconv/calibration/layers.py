@@ -135,7 +135,7 @@ class _Calibration:
         self._tell(self.gradients.nbytes + sum(self._sizes[:layers]) + further)
 
     def _advance(self, nbytes: int) -> None:
-        """So many more bytes have been read to find gradients."""
+        """Say that `nbytes` more have been read to find gradients."""
         self.check_stop()
         if nbytes:
             self._advanced += nbytes

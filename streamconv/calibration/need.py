@@ -122,7 +122,7 @@ def _gradient_disk(model: Model, subject: Subject) -> int:
 
 
 def _inputs(model: Model, number: int) -> int:
-    """At most so many inputs have a layer's groups; which weights share theirs is not known yet."""
+    """Inputs of a layer's groups, at most; which weights share theirs is not known yet."""
     return sum(step.columns for step in model.layer_steps(number))
 
 

@@ -53,7 +53,7 @@ def release_freed_memory() -> None:
 
 @contextmanager
 def fixed_threads(count: int) -> Iterator[None]:
-    """As many threads for a matrix product, whatever the caller's setting: its last bits may depend on them."""
+    """Use `count` threads for a matrix product, whatever the caller's setting: its last bits may depend on them."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -32,7 +32,7 @@ def factor_tensors(module: str, found: Residual) -> Mapping[str, Tensor]:
 
 
 def removed_share(notes: Iterable[Mapping[str, float]]) -> float | None:
-    """By which share the adapter makes the loss of all calibrated weights smaller; None where there is none."""
+    """Share of the loss of all calibrated weights that the adapter removes; None where there is none."""
     pairs = [(each["loss"], each["repaired_loss"]) for each in notes if "loss" in each]
     before = sum(loss for loss, _ in pairs)
     return 1 - sum(loss for _, loss in pairs) / before if before else None

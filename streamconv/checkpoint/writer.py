@@ -147,7 +147,7 @@ class ShardWriter:
             hashing.result()
 
     def _hash(self, view: memoryview, end: int, release: Callable[[], None] | None) -> None:
-        """In the trailing thread: take in what was written up to `end`, and let the kernel write it out."""
+        """Take in, in the trailing thread, what was written up to `end`, and let the kernel write it out."""
         self._sha256.update(view)
         if release is not None:
             release()

@@ -74,7 +74,7 @@ class Store:
         self._write("made", name, key, asdict(made))
 
     def claim_model(self, name: str, digest: str, goes_on: bool) -> None:
-        """From here on the folder of a strategy is for the output whose plan has this digest. What lies there for
+        """Claim the folder of a strategy for the output whose plan has this digest. What lies there for
         another goes, and what cannot be gone on with; one that was to stay is replaced, and its successor stays.
         """
         if not self.model(name).exists():

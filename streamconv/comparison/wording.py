@@ -26,7 +26,7 @@ class Column:
 
 
 def columns(found: Compared) -> Sequence[Column]:
-    """In the order of the table; what nothing was measured of is left out."""
+    """Columns in the order of the table; what nothing was measured of is left out."""
     target = found.reference.target
     numbers = [row.numbers for row in found.rows if row.numbers is not None]
     digits = 3 if found.reference.perplexity < 20 else 2
@@ -153,7 +153,7 @@ def text_line(found: Compared) -> str:
 
 
 def text_table(found: Compared) -> str:
-    """For a terminal: columns under each other, and below what has no numbers."""
+    """Table for a terminal: columns under each other, and below what has no numbers."""
     shown = columns(found)
     head = ["", "of", *(column.title for column in shown)]
     rows = [

@@ -176,9 +176,9 @@ def _check_shapes(pair: WeightPair, shapes: Mapping[str, Shape]) -> None:
 
 
 def stored_scales(pair: WeightPair, norm: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """By how much a `norm` (float32) is really divided when what `scales` make of it is stored as `dtype`.
+    """Scales that a `norm` (float32) is really divided by when what `scales` make of it is stored as `dtype`.
 
-    That, its old value over the new one, is what consumers have to be multiplied by. Where it is far off what was
+    These, old values over new ones, are what consumers have to be multiplied by. Where one is far off what was
     wanted, as for a value that rounds to 0, nothing is done to that channel: its scale is 1.
     """
     before = norm + pair.shift

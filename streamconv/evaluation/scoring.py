@@ -175,7 +175,7 @@ def _kept(
 
 
 def _bytes_to_read(walks: Sequence[Walk], kept: KeptReference | None) -> int:
-    """In the main pass; of a reference whose states are kept, the head."""
+    """Bytes to read in the main pass; of a reference whose states are kept, the head's."""
     if kept is None or kept.states() is None:
         return sum(walk.bytes_of_a_pass for walk in walks)
     return walks[0].bytes_of_a_pass + walks[1].head_bytes

@@ -59,7 +59,7 @@ class Order(Protocol):
 def parts_of(
     name: str, names: Mapping[str, str], free: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """By role the tensors of the weight `name`, called as `names` says. Raises CheckpointError if one is missing."""
+    """Tensors of the weight `name` by role, called as `names` says. Raises CheckpointError if one is missing."""
     for part in names.values():
         if part not in free:
             raise CheckpointError(
@@ -169,7 +169,7 @@ class Encoder(Protocol):
 
     @property
     def parts(self) -> tuple[TensorSpec, ...]:
-        """In file order: the main part first, then those that `finish` returns; they lie together in the file."""
+        """Parts in file order: the main part first, then those that `finish` returns; they lie together in the file."""
 
     @property
     def order(self) -> Order | None:

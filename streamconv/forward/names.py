@@ -49,7 +49,7 @@ class Sources:
 
 
 def find_sources(skeleton: Skeleton, stored: Iterable[str]) -> Mapping[str, Sources]:
-    """By parameter of the model, what it is made of. Weights that the model has no use for are left out."""
+    """Sources of each parameter of the model, by its name. Weights that the model has no use for are left out."""
     mapping = get_model_conversion_mapping(skeleton.model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

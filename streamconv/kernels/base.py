@@ -36,7 +36,7 @@ class Kernels(Protocol):
 
     @property
     def name(self) -> str:
-        """As plans and reports call it."""
+        """Name that plans and reports call it by."""
 
     def starting_scales(self, values: Tensor, grid: Grid, out: Tensor) -> Tensor:
         """The scale of nearest rounding for every block of `values`, in `out`: its greatest magnitude, over the reach.
@@ -90,7 +90,7 @@ class Kernels(Protocol):
         noise: Tensor,
         codes: Tensor,
     ) -> Tensor:
-        """As `nearest`, but up or down as `noise` in [0, 1) has it; from `start` on, if it is given."""
+        """Round as `nearest` does, but up or down as `noise` in [0, 1) has it; from `start` on, if it is given."""
 
     def uniform(self, key: int, first: int, out: Tensor) -> None:
         """Fill `out` with the numbers from place `first` on of the stream `key`; see `rounding/noise.py`."""
@@ -105,7 +105,7 @@ class Kernels(Protocol):
         """Write the transpose of `words` to `out`: int32 [n, m] and [m, n], of any strides."""
 
     def turn_codes(self, words: Tensor, places: tuple[int, ...], out: Tensor) -> None:
-        """From words of eight columns to words of eight rows: int32 [8 n, m] to [8 m, n], of any strides.
+        """Turn words of eight columns into words of eight rows: int32 [8 n, m] to [8 m, n], of any strides.
 
         Four bits are a code. Code i of word [r, c] is that of row r and column 8 c + i; it goes to row 8 c + i of
         `out`, word r // 8, as code p where `places[p]` is r % 8.
@@ -127,7 +127,7 @@ class Kernels(Protocol):
         *,
         low_first: bool = False,
     ) -> None:
-        """As `decode`, for packed codes."""
+        """Decode packed codes, as `decode` does others."""
 
     def distance(self, left: Tensor, right: Tensor, block: int) -> Tensor:
         """||`left` - `right`||², float64, summed as in `kept`."""

@@ -293,7 +293,7 @@ def divide_by_scales(values: Tensor, scales: Tensor, block: int, peak: float = 1
 
 
 def code_steps(grid: Grid) -> Tensor:
-    """By code, the mean of the gaps beside its value, at an end the one gap: float32, in units of `scale / peak`."""
+    """Mean of the gaps beside a code's value, at an end the one gap, by code: float32, in units of `scale / peak`."""
     if not isinstance(grid, TableGrid):
         return torch.ones(256)  # integers
     values = torch.tensor(grid.values, dtype=torch.float64)

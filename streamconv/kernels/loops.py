@@ -146,7 +146,7 @@ def nearest_table(values: Array, scales: Array, midpoints: Array, ranks: Array) 
 
 @_compiled
 def nearest_in_any_table(values: Array, scales: Array, midpoints: Array, ranks: Array) -> None:
-    """By binary search among 255 midpoints."""
+    """Find ranks by binary search among 255 midpoints."""
     for b in range(values.shape[0]):
         factor = _factor(scales[b], _ONE, _FLOOR)
         for j in range(values.shape[1]):
@@ -324,7 +324,7 @@ def unpack(packed: Array, low_first: bool, pairs: Array) -> None:
 
 @_compiled
 def turn_words(words: Array, out: Array) -> None:
-    """By squares that lie in the first-level cache on both sides."""
+    """Transpose by squares that lie in the first-level cache on both sides."""
     for first in range(0, words.shape[0], 16):
         last = min(first + 16, words.shape[0])
         for left in range(0, words.shape[1], 16):

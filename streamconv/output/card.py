@@ -138,7 +138,7 @@ def _calibration(plan: Plan, text: CalibrationPlan) -> Iterator[str]:
 
 
 def _article(name: str) -> str:
-    """Before the name of a method, whose capitals are spelled: an IA3, an OFT, a LoRA."""
+    """Article before the name of a method, whose capitals are spelled: an IA3, an OFT, a LoRA."""
     return "An" if name[0] in "AEIO" else "A"
 
 

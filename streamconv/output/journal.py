@@ -289,7 +289,7 @@ def _read_progress(lines: Path) -> Progress:
 
 
 def _cut_torn_line(lines: Path) -> None:
-    """Or the next line would be glued to it."""
+    """Cut off a last line that was not written whole, or the next one would be glued to it."""
     whole = max((end for _, end in _records(lines)), default=0)
     if lines.exists() and whole < lines.stat().st_size:
         os.truncate(lines, whole)

@@ -164,7 +164,7 @@ def _scalar(event: yaml.ScalarEvent, key: str, path: str) -> Scalar:
 
 
 def _text(event: yaml.ScalarEvent) -> str:
-    """As it stands there; but what JSON writes as two escapes (`\\ud83d\\ude00`) is one character."""
+    """Text as it stands there; but what JSON writes as two escapes (`\\ud83d\\ude00`) is one character."""
     return str(event.value).encode("utf-16", "surrogatepass").decode("utf-16")
 
 

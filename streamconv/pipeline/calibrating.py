@@ -58,7 +58,7 @@ def read_grounds(base: Base, asked: Calibration) -> CalibrationFacts:
 
 
 def _pinned(data_set: DataSet) -> DataSet:
-    """At its present commit, whose name stands for content that may be larger than any disk.
+    """Data set at its present commit, whose name stands for content that may be larger than any disk.
 
     Raises OptionError where the library that reads it is missing.
     """

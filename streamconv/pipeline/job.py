@@ -1,4 +1,4 @@
-"""From options as they are given to a checked job; each has its type, default and meaning in `options`."""
+"""Make a checked job of options as they are given; each has its type, default and meaning in `options`."""
 
 from __future__ import annotations
 

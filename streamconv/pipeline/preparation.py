@@ -1,4 +1,4 @@
-"""From a job to its plan: everything is read that headers and configs tell, and nothing is written."""
+"""Plan a job: everything is read that headers and configs tell, and nothing is written."""
 
 from __future__ import annotations
 
@@ -149,5 +149,5 @@ def prepare(job: Job, grounds: CalibrationFacts | None = None) -> Prepared:
 
 
 def _with_passes(prepared: Prepared) -> Prepared:
-    """With the passes of its plan. Raises ResourceError where a budget cannot hold what they need."""
+    """Add the passes to its plan. Raises ResourceError where a budget cannot hold what they need."""
     return replace(prepared, plan=replace(prepared.plan, passes=plan_passes(prepared.subject)))

@@ -44,7 +44,7 @@ def push(
 def push_output(
     out: Folder, target: Target, show_progress: bool, on_progress: OnProgress, on_upload: OnProgress
 ) -> Pushed:
-    """As `push`, with the target parsed."""
+    """Push as `push` does, with the target parsed."""
     folder = output_folder(out)
     manifest = read_manifest(open_folder(str(folder)), MANIFEST)
     remote = check_target(target, MANIFEST)

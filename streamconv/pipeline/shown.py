@@ -213,7 +213,7 @@ def _further(prepared: Prepared) -> list[tuple[str, str]]:
 
 
 def _calibration_lines(plan: Plan) -> list[tuple[str, str]]:
-    """By what text the output is calibrated, and what that needs."""
+    """Lines on the text that the output is calibrated by, and on what that needs."""
     text = plan.calibration
     if text is None:
         return []
@@ -259,7 +259,7 @@ def _left(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _counted(modules: Sequence[str]) -> str:
-    """By name, or where these are many, by last component."""
+    """Modules by name, or where these are many, by last component."""
     if len(modules) <= _SHOWN:
         return ", ".join(modules)
     counts = Counter(name if name.startswith("re:") else name.rpartition(".")[2] for name in modules)

@@ -108,7 +108,7 @@ def _on_cpu(need: _Need, options: MergeOptions, shards: int) -> Memory:
 
 
 def _on_gpus(need: _Need, options: MergeOptions, shards: int, device: Device) -> Memory:
-    """At least a lane for each GPU where there are shards and memory for it. Buffers are powers of two, because
+    """Memory of a lane or more a GPU where there are shards and memory for it. Buffers are powers of two, because
     pinned memory is allocated in these.
     """
     gpus = len(device.names)

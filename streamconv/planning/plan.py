@@ -235,7 +235,7 @@ class Depth:
 
     @property
     def sources(self) -> tuple[int, ...]:
-        """By number of an output's layer, the layer of the base it is."""
+        """Layers of the base that the output's layers are, by number of the output's layer."""
         return tuple(layer for start, end in self.ranges for layer in range(start, end))
 
     def __str__(self) -> str:

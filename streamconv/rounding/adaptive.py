@@ -44,7 +44,7 @@ class Adaptive:
         raise AssertionError(f"{self.name} rounding was not settled before a weight's first cell")
 
     def settled(self, ratio: float | None) -> Rounding:
-        """For an update of that ratio; None where the base does not lie on the grid."""
+        """Rounding for an update of that ratio, which is None where the base does not lie on the grid."""
         return Nearest() if ratio is None or ratio >= NEAREST_FROM else Stochastic()
 
 

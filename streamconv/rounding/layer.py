@@ -125,7 +125,7 @@ def coded(layer: Layer, scales: Tensor, codes: Tensor) -> Solution:
 
 
 def solution(layer: Layer, scales: Tensor, codes: Tensor) -> Solution:
-    """With its loss: a sum of squares, which no cancellation can spoil."""
+    """Solution with its loss: a sum of squares, which no cancellation can spoil."""
     if layer.outputs is not None:
         return Solution(codes, losses(layer, errors_of(layer, scales, codes)))
     parts = shared(layer, lambda rows: losses(layer, errors_of(layer, scales, codes[:, rows], rows)))

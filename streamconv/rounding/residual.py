@@ -83,7 +83,7 @@ def residual(layer: Layer, errors: Tensor, rank: int) -> Residual:
 
 
 def nothing(target: Tensor, rank: int) -> Residual:
-    """For a `target` [out, in] without errors."""
+    """Residual of a `target` [out, in] without errors."""
     rows, columns = target.shape
     down, up = (
         target.new_zeros(shape, dtype=FACTOR_DTYPE.torch) for shape in ((rank, columns), (rows, rank))
@@ -98,7 +98,7 @@ def working_bytes(rows: int, columns: int, rank: int, two_sided: bool) -> int:
 
 
 def _leading(moments: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """About the `count` greatest eigenvalues, descending, and their vectors [in, count], float64 on the CPU."""
+    """Eigenvalues, about the `count` greatest, descending, and their vectors [in, count], float64 on the CPU."""
     width = min(2 * count + _SPARE, len(moments))
     start = torch.randn(len(moments), width, generator=torch.Generator().manual_seed(0))
     basis, _ = torch.linalg.qr(moments @ start.to(moments.device))

@@ -195,7 +195,7 @@ class WeightWork:
         self.workers.alone(lambda number: self._take_states(number, raw, rows))
 
     def end_reduce(self) -> None:
-        """Between the passes: from here on the rounded base's scales are known, and what updates had to learn."""
+        """Conclude the first pass: from here on the rounded base's scales are known, and what updates had to learn."""
         for number, update in enumerate(self.step.updates):
             if self._states[number]:
                 self._states[number] = update.conclude(self._states[number])

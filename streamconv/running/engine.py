@@ -29,7 +29,7 @@ class Engine(Protocol):
         """First pass over a tile whose bytes are `raw`, a part of a host buffer, which is free after the ticket."""
 
     def end_reduce(self, works: Sequence[WeightWork]) -> None:
-        """Between the passes."""
+        """Conclude the first pass."""
 
     def rewrite(self, raw: Tensor, rows: range, works: Sequence[tuple[WeightWork, Tensor]]) -> Ticket:
         """Second pass: each work's bytes for `rows` go to the host buffer beside it, some time before the ticket."""

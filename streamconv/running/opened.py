@@ -92,7 +92,7 @@ class OpenedWeight:
         return self._engine.reduce(raw, rows, self._reducing)
 
     def end_reduce(self) -> None:
-        """Between the passes; after that, and where there is no first pass, nothing is done."""
+        """Conclude the first pass; after that, and where there is none, do nothing."""
         if self._reducing:
             self._engine.end_reduce(self._reducing)
             self._reducing = []

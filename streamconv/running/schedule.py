@@ -1,4 +1,4 @@
-"""In which order the steps of one or several outputs are carried out, so that what they share is read once.
+"""Order in which the steps of one or several outputs are carried out, so that what they share is read once.
 
 Each output is a file order of its own, which must be kept. Outputs of one base go through its weights in nearly the
 same order: the one whose next weight comes first has the turn, and all whose next weight it is go along. Where

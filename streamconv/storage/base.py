@@ -37,7 +37,7 @@ class Storage(Protocol):
 
     @property
     def location(self) -> str:
-        """As the user gave it: for messages."""
+        """Location as the user gave it: for messages."""
 
     @property
     def origin(self) -> Origin | None:

@@ -36,7 +36,7 @@ def data_set_of(data: str | Path) -> DataSet | None:
 
 
 def pinned(data_set: DataSet) -> DataSet:
-    """At the commit (40 hex digits) that it is at now. Raises HubError where the Hub does not show it."""
+    """Data set at the commit (40 hex digits) that it is at now. Raises HubError where the Hub does not show it."""
     revision = data_set.revision or constants.DEFAULT_REVISION
     with hub_errors(f"datasets/{data_set.name}", revision):
         found = HfApi().dataset_info(data_set.name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
