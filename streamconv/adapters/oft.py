@@ -5,8 +5,8 @@ of a skew-symmetric Q, which is stored as its upper triangle, row by row (`peft/
     Neumann    R = I + 2Q + 2Q² + … + 2Qᵏ⁻² + Qᵏ⁻¹      of k terms (Qiu et al. 2025, arXiv 2506.19847, §4.2)
 
 The second is near (I + Q)(I - Q)⁻¹: to PEFT's adapters Q has another sign with either, and the config says which. COFT
-scales a block's Q to a norm of eps/√blocks at most; a shared block stands for all. Inputs are turned, so an embedding's
-rows are as outputs are: E R, and `Conv1D`, stored [in, out], is R W.
+scales a block's Q to a norm of eps/√blocks at most; a shared block stands for all. Inputs are rotated, so
+an embedding's rows are as outputs are: E R, and `Conv1D`, stored [in, out], is R W.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from streamconv.errors import AdapterError, UnsupportedError
 _KEY = re.compile(r"(?P<module>.+)\.(?P<role>oft_R|oft_embedding_R)\.weight")
 # PEFT up to 0.15.2: blocks of full matrices, and a scale.
 _OLD = re.compile(r".+\.oft_[rs](\..+)?")
-# Columns that are turned at a time: a cell's memory has no room for the product of all.
+# Columns that are rotated at a time: a cell's memory has no room for the product of all.
 _STRETCH = 4096
 # float64 matrices alive at once while a block is transformed: Q, two powers, the result, and what a solver takes.
 _COPIES = 6
@@ -100,8 +100,8 @@ class OftUpdate(ByRows):
         return {"blocks": (blocks if self.is_embedding else blocks.mT).float().contiguous()}
 
     def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
-        """`cell` turned, some blocks of columns at a time, in place."""
-        return _turn(cell, prepared["blocks"])
+        """`cell` rotated, some blocks of columns at a time, in place."""
+        return _rotate(cell, prepared["blocks"])
 
     def is_neutral(self, constants: Mapping[str, float]) -> bool:
         return _is_neutral(self.parts["triangles"], constants, self.cayley)
@@ -124,7 +124,7 @@ class WholeOftUpdate(ByRows):
 
     @property
     def held_bytes(self) -> int:
-        """The weight, a copy of it while it is turned, and the blocks."""
+        """The weight, a copy of it while it is rotated, and the blocks."""
         return 2 * 4 * math.prod(self.shape) + _held(self.parts["triangles"], self.size)
 
     def prepare(self, parts: Parts, device: torch.device) -> Parts:
@@ -136,11 +136,11 @@ class WholeOftUpdate(ByRows):
         return (*hold_rows(cell, rows, shape, state[:1]), prepared["blocks"])
 
     def conclude(self, state: State) -> State:
-        """The turned weight."""
+        """The rotated weight."""
         whole, blocks = state
         if self.transposed:
-            return (_turn(whole.T.contiguous(), blocks).T,)
-        return (_turn(whole.view(self.shape[0], -1), blocks).view(whole.shape),)
+            return (_rotate(whole.T.contiguous(), blocks).T,)
+        return (_rotate(whole.view(self.shape[0], -1), blocks).view(whole.shape),)
 
     def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
         return cell.copy_(state[0][rows.start : rows.stop])
@@ -149,7 +149,7 @@ class WholeOftUpdate(ByRows):
         return _is_neutral(self.parts["triangles"], constants, self.cayley)
 
 
-def _turn(rows: Tensor, blocks: Tensor) -> Tensor:
+def _rotate(rows: Tensor, blocks: Tensor) -> Tensor:
     """`rows` [n, in], each block of its columns times the block of `blocks` [blocks or 1, size, size], in place."""
     size = blocks.shape[-1]
     step = max(1, _STRETCH // size)
@@ -273,7 +273,7 @@ def _check_kernel(tensor: StoredTensor, parameter: Parameter, shape: Shape) -> N
     if shape[2:] != (1, 1):
         raise UnsupportedError(
             f"{tensor.name} is for {parameter.name}, a convolution with a kernel of {shape[2]} x {shape[3]}: in"
-            " training, PEFT adds up the turned patches of an image where they overlap, so no merged weights are equal"
+            " training, PEFT adds up the rotated patches of an image where they overlap, so no merged weights are equal"
             " to it, and PEFT's own merge is another model; serve it unmerged, with PEFT"
         )
 

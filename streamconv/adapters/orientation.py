@@ -27,11 +27,11 @@ def is_transposed(
     one, the model does. `fan_in_fan_out` decides last. PEFT sets it to what the last layer it wrapped needed, and the
     bitsandbytes layers leave a wrong value as it is. Raises UnsupportedError where it contradicts the model.
     """
-    plain, turned = (
+    plain, transposed = (
         len(shape) == 2 and _fits(shape, sides) for sides in ((outputs, inputs), (inputs, outputs))
     )
-    if plain != turned:
-        return turned
+    if plain != transposed:
+        return transposed
     if not plain:
         return None
     layer = parameter.name.split(".")[-2]

@@ -207,8 +207,8 @@ def _merge_base(target: str, ground: Ground) -> str:
     return ground.merge_base if target == T and not ground.quantized else "original"
 
 
-def _digest(grounds: object) -> str:
-    return hashlib.sha256(json.dumps(grounds, sort_keys=True).encode()).hexdigest()
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(text: Text) -> Sequence[object]:

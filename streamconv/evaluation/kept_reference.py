@@ -82,12 +82,12 @@ def kept_reference(
     folder: Path, plan: Plan, windows: Tensor, hidden: int, dtype: torch.dtype
 ) -> KeptReference:
     """Folder of the answers to `windows` [sequence, token] of the reference that `plan` makes, present or to come."""
-    grounds: Sequence[object] = (
+    identity: Sequence[object] = (
         plan.fingerprint,
         transformers.__version__,
         list(windows.shape),
         hashlib.sha256(tensor_bytes(windows.contiguous())).hexdigest(),
         str(dtype),
     )
-    key = hashlib.sha256(json.dumps(grounds, sort_keys=True).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     return KeptReference(folder, key, (windows.shape[0], windows.shape[1], hidden), dtype)

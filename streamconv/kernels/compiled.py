@@ -188,7 +188,7 @@ class CompiledKernels:
         if rows is None:
             loops.quantize_columns(*arrays, *look_up, *into)
         else:
-            loops.settle_in_turn(*arrays, rows.numpy(), *look_up, *into)
+            loops.quantize_columns_in_turn(*arrays, rows.numpy(), *look_up, *into)
 
     def add_product(self, sparse: Tensor, matrix: Tensor, out: Tensor) -> None:
         loops.add_product(sparse.numpy(), matrix.numpy(), out.numpy())

@@ -603,7 +603,7 @@ def _nearest_rank(x: Any, midpoints: Array) -> Any:
 
 
 @_compiled
-def settle_in_turn(
+def quantize_columns_in_turn(
     target: Array,
     pull: Array,
     coupling: Array,

@@ -21,7 +21,7 @@ from streamconv.storage.data_sets import DataSet, data_set_of, pinned
 _NEEDED = ("transformers", "accelerate")
 
 
-def read_grounds(base: Base, asked: Calibration) -> CalibrationFacts:
+def read_calibration_facts(base: Base, asked: Calibration) -> CalibrationFacts:
     """Facts that planning a calibration needs, the text's SHA-256 among them.
 
     Raises OptionError without the libraries, InputError without the text, UnsupportedError for a model that is none

@@ -22,7 +22,7 @@ from streamconv.output.sidecars import (
     choose_tokenizer,
     files_to_copy,
 )
-from streamconv.pipeline.calibrating import read_grounds
+from streamconv.pipeline.calibrating import read_calibration_facts
 from streamconv.pipeline.job import parse_moe_layout
 from streamconv.pipeline.passes import plan_passes
 from streamconv.planning.base import Base, read_base
@@ -104,10 +104,10 @@ class Prepared:
         return (*self.copied, *card)
 
 
-def prepare(job: Job, grounds: CalibrationFacts | None = None) -> Prepared:
+def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     """Read headers and configs and plan the run. Raises whatever would make it fail, as far as can be known.
 
-    `grounds` are those of a calibration whose text is not at hand, for a plan that will not be carried out.
+    `facts` are those of a calibration whose text is not at hand, for a plan that will not be carried out.
     """
     storage = open_storage(job.base, job.base_revision)
     index = read_index(storage)
@@ -130,11 +130,11 @@ def prepare(job: Job, grounds: CalibrationFacts | None = None) -> Prepared:
         )
         _log.info("read the adapter %s: %d updates", job.adapter, len(adapter.updates))
     options = options_alone(facts_of(base, adapter), job.options, (job.options.quant, *job.also))
-    is_recorded = grounds is not None
+    is_recorded = facts is not None
     asked = next((each.calibration for each in options if each.calibration), None)
-    if asked is not None and grounds is None:
-        grounds = read_grounds(base, asked)
-    plans = build_plans(base, adapter, options, resolve_device(job.device), grounds)
+    if asked is not None and facts is None:
+        facts = read_calibration_facts(base, asked)
+    plans = build_plans(base, adapter, options, resolve_device(job.device), facts)
     is_resized = plans[0].vocab_size is not None
     tokenizer = choose_tokenizer(job.tokenizer, storage, adapter_storage, is_resized)
     _log.info("tokenizer files come from %s", tokenizer.location)

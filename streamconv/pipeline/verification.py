@@ -111,7 +111,7 @@ def _compute_again(job: Job, found: Mapping[str, Any], out: Path, meter: Meter, 
     if is_calibrated:  # what was enough when it was made is not known; no more is taken than is needed
         options = replace(job.options, max_ram_bytes=_NO_LIMIT, max_vram_bytes=_NO_LIMIT)
         job = replace(job, options=options)
-    again = prepare(job, _recorded_grounds(content) if is_calibrated and not with_text else None)
+    again = prepare(job, _recorded_facts(content) if is_calibrated and not with_text else None)
     _check_inputs(found, again, out)
     for storage, files in again.downloads():
         storage.fetch(files, lambda _: None)
@@ -173,7 +173,7 @@ def _check_weighed(out: Path, name: str, found: Weighed, kept: float | None) -> 
         )
 
 
-def _recorded_grounds(content: Mapping[str, Any]) -> CalibrationFacts:
+def _recorded_facts(content: Mapping[str, Any]) -> CalibrationFacts:
     """Facts of the calibration as the output records them, where the text is not at hand."""
     text = content["fingerprint"]["calibration"]
     return CalibrationFacts(

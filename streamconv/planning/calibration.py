@@ -47,20 +47,20 @@ def plan_equalization(
     weights: Mapping[str, Weight],
     chosen: QuantizedSet,
     options: MergeOptions,
-    grounds: CalibrationFacts | None,
+    facts: CalibrationFacts | None,
 ) -> Equalization | None:
     """Pairs of weights that are equalized; None where that is not asked for. Raises UnsupportedError."""
     asked = options.calibration
     if asked is None or asked.rescale == "none":
         return None
-    assert grounds is not None
+    assert facts is not None
     return find_equalization(
         asked.rescale,
         base.index.storage.location,
-        grounds.model_type,
-        grounds.heads,
+        facts.model_type,
+        facts.heads,
         {name: weight.shape for name, weight in weights.items()},
-        grounds.weights,
+        facts.weights,
         chosen.weights,
     )
 
@@ -70,12 +70,12 @@ def plan_calibration(
     options: MergeOptions,
     feedback: FeedbackOptions | None,
     equalization: Equalization | None,
-    grounds: CalibrationFacts,
+    facts: CalibrationFacts,
 ) -> CalibrationPlan:
     """Raises OptionError for a text or sequences of a length that would not do, and where nothing is calibrated."""
     asked = options.calibration
     assert asked is not None
-    length = _sequence_length(asked, grounds)
+    length = _sequence_length(asked, facts)
     tokens = asked.tokens // length * length
     steps = [step for each in by_weight for step in each if isinstance(step, Rewrite) and step.calibrated]
     if feedback is not None:
@@ -83,15 +83,15 @@ def plan_calibration(
     threads = asked.threads or len(os.sched_getaffinity(0))
     has_gradients = feedback is not None and not feedback.searches
     return CalibrationPlan(
-        data=grounds.data,
-        name=grounds.name,
-        sha256=grounds.sha256,
-        is_data_set=grounds.is_data_set,
+        data=facts.data,
+        name=facts.name,
+        sha256=facts.sha256,
+        is_data_set=facts.is_data_set,
         tokens=tokens,
         sequence_length=length,
         options=feedback,
         threads=threads,
-        transformers=grounds.transformers,
+        transformers=facts.transformers,
         gradient_tokens=min(tokens, -(-asked.gradient_tokens // length) * length) if has_gradients else 0,
         equalization=equalization,
     )
@@ -125,13 +125,13 @@ def _check_rank(steps: Sequence[Rewrite], rank: int) -> None:
         )
 
 
-def _sequence_length(asked: Calibration, grounds: CalibrationFacts) -> int:
-    positions = grounds.positions or MAX_SEQUENCE_LENGTH
+def _sequence_length(asked: Calibration, facts: CalibrationFacts) -> int:
+    positions = facts.positions or MAX_SEQUENCE_LENGTH
     if asked.sequence_length is None:
         return min(MAX_SEQUENCE_LENGTH, positions)
-    if grounds.positions is not None and asked.sequence_length > grounds.positions:
+    if facts.positions is not None and asked.sequence_length > facts.positions:
         raise OptionError(
-            f"--calibration-sequence-length {asked.sequence_length} is more than the {grounds.positions} positions of "
+            f"--calibration-sequence-length {asked.sequence_length} is more than the {facts.positions} positions of "
             "the model; give that or less"
         )
     return asked.sequence_length

@@ -61,16 +61,16 @@ def build_plans(
     adapter: Adapter | None,
     options: Sequence[MergeOptions],
     device: Device,
-    grounds: CalibrationFacts | None = None,
+    facts: CalibrationFacts | None = None,
     equalizers: Mapping[str, Equalizer] = _NOT_EQUALIZED,
 ) -> tuple[Plan, ...]:
     """A plan for each of `options`, to be carried out in one pass: as it would be alone, but for the memory, which is
-    that of the whole run in each. `grounds` are there if one of `options` has a calibration; `equalizers` as for
+    that of the whole run in each. `facts` are there if one of `options` has a calibration; `equalizers` as for
     `build_plan`.
 
     Raises what `build_plan` does, and OptionError where two outputs would be the same.
     """
-    drafts = [_draft(base, adapter, each, grounds, equalizers) for each in options]
+    drafts = [_draft(base, adapter, each, facts, equalizers) for each in options]
     _check_different(drafts)
     steps, *further = ([placed.step for shard in draft.shards for placed in shard.steps] for draft in drafts)
     shards = 1 if further else len(drafts[0].shards)  # of several outputs, one shard each is in work at once
@@ -86,7 +86,7 @@ def _draft(
     base: Base,
     adapter: Adapter | None,
     options: MergeOptions,
-    grounds: CalibrationFacts | None,
+    facts: CalibrationFacts | None,
     equalizers: Mapping[str, Equalizer],
 ) -> _Draft:
     replaces = {whole.parameter: whole for whole in (adapter.replaces if adapter else ())}
@@ -96,15 +96,15 @@ def _draft(
     options = with_group_size(base, weights, replaces, options)
     choices = choose(facts_of(base, adapter), options)
     chosen = choose_quantized(base, weights, replaces, choices, options)
-    within = grounds.weights if grounds is not None and choices.feedback is not None else frozenset()
-    equalization = plan_equalization(base, weights, chosen, options, grounds)
+    within = facts.weights if facts is not None and choices.feedback is not None else frozenset()
+    equalization = plan_equalization(base, weights, chosen, options, facts)
     if equalization is not None:
         equalizers = equalization.equalizers({name: weight.shape for name, weight in weights.items()})
     by_weight = plan_steps(base, weights, updates, chosen.weights, choices, within, equalizers)
     calibration = None
     if options.calibration is not None and choices.quant is not None:
-        assert grounds is not None
-        calibration = plan_calibration(by_weight, options, choices.feedback, equalization, grounds)
+        assert facts is not None
+        calibration = plan_calibration(by_weight, options, choices.feedback, equalization, facts)
     shards = as_stored_shards(base.index, lay_out(split_steps(base, by_weight, choices, options)))
     return _Draft(options, choices, calibration, chosen, shards, _new_vocabulary(base, weights))
 

@@ -45,14 +45,14 @@ def fed(layer: Layer, scales: Tensor) -> Solution:
     if layer.outputs is not None:
         codes = torch.zeros_like(layer.target, dtype=torch.uint8)
         errors, mixed = torch.zeros_like(layer.target), torch.zeros_like(layer.target)
-        _settle_tiles(layer, layer.outputs, scales, mixed, codes, errors, is_first=True)
+        _quantize_tiles(layer, layer.outputs, scales, mixed, codes, errors, is_first=True)
         del mixed
         return Solution(codes, losses(layer, errors))
 
     def feed(rows: slice) -> Solution:
         errors = torch.zeros_like(layer.target[:, rows], memory_format=torch.contiguous_format)
         codes = torch.zeros_like(errors, dtype=torch.uint8)
-        _settle_rows(layer, rows, scales, codes, errors, is_first=True)
+        _quantize_rows(layer, rows, scales, codes, errors, is_first=True)
         return Solution(codes, losses(layer, errors))
 
     return _joined(shared(layer, feed))
@@ -69,7 +69,7 @@ def descended(layer: Layer, scales: Tensor, start: Solution, sweeps: int) -> Sol
         best = Solution(start.codes[:, rows].contiguous(), start.losses[rows])
         for _ in range(sweeps):
             codes, errors = best.codes.clone(), errors_of(layer, scales, best.codes, rows)
-            _settle_rows(layer, rows, scales, codes, errors, is_first=False)
+            _quantize_rows(layer, rows, scales, codes, errors, is_first=False)
             if torch.equal(codes, best.codes):
                 break
             best = better_rows(best, Solution(codes, losses(layer, errors)))
@@ -85,7 +85,7 @@ def _descended_together(
     mixed = errors @ outputs.matrix
     for _ in range(sweeps):
         before = codes.clone()
-        _settle_tiles(layer, outputs, scales, mixed, codes, errors, is_first=False)
+        _quantize_tiles(layer, outputs, scales, mixed, codes, errors, is_first=False)
         if torch.equal(codes, before):
             break
     del mixed
@@ -99,7 +99,7 @@ def _joined(parts: list[Solution]) -> Solution:
     )
 
 
-def _settle_rows(
+def _quantize_rows(
     layer: Layer, rows: slice, scales: Tensor, codes: Tensor, errors: Tensor, *, is_first: bool
 ) -> None:
     """Go through the columns of some rows, which are on their own; codes and errors are [in, rows]."""
@@ -123,7 +123,7 @@ def _settle_rows(
         )
 
 
-def _settle_tiles(
+def _quantize_tiles(
     layer: Layer,
     outputs: Metric,
     scales: Tensor,
@@ -152,7 +152,7 @@ def _settle_tiles(
             pull.add_(pulls[:, rows]).mul_(per_row[rows]).sub_(errors[panel, rows])
             tile = (codes[panel, rows], errors[panel, rows])
             given = (layer.target[panel, rows], pull, coupling, by_row[rows, rows] * per_row[rows])
-            changes = _settle_tile(layer, *given, spread[:, rows], *tile, is_first=is_first)
+            changes = _quantize_tile(layer, *given, spread[:, rows], *tile, is_first=is_first)
             reached = slice(rows.start if is_first else 0, layer.rows)  # a factor is 0 below its diagonal
             _mix(changes, by_row[rows, reached], mixed[panel, reached])
 
@@ -166,7 +166,7 @@ def _mix(changes: Tensor, by_row: Tensor, mixed: Tensor) -> None:
         mixed.addmm_(changes, by_row)
 
 
-def _settle_tile(
+def _quantize_tile(
     layer: Layer,
     target: Tensor,
     pull: Tensor,

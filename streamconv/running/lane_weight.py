@@ -22,7 +22,7 @@ class LaneWeight:
         seeds = [outputs[output].plan.options.seed for output in begin.outputs]
         self._opened = OpenedWeight(begin.loaded, engine, seeds)
         self._steps = dict(zip(begin.outputs, begin.loaded.steps, strict=True))
-        # What files hold in another order than by rows is turned when all of it is there.
+        # What files hold in another order than by rows is reordered when all of it is there.
         self._forms = {
             output: engine.host_buffer(step.encoder.row_offset(step.rows))
             for output, step in self._steps.items()
@@ -49,7 +49,7 @@ class LaneWeight:
         self._tickets.append(ticket)
         return ticket, ready
 
-    def turn(self, output: int, lines: range, written: Tensor) -> Tensor:
+    def reorder(self, output: int, lines: range, written: Tensor) -> Tensor:
         """The part of `written` to which these lines of an output's file have gone; all tiles are there by then."""
         for ticket in self._tickets:
             ticket.wait()

@@ -263,7 +263,7 @@ class Lane:
                     self._compute_tile(weight, message)
                 case Lines(slot, output, lines):
                     assert weight is not None
-                    piece = weight.turn(output, lines, slot.written[output])
+                    piece = weight.reorder(output, lines, slot.written[output])
                     self.to_writer.put(Computed(slot, DONE, [(output, piece)]))
                 case EndWeight(copies):
                     assert weight is not None

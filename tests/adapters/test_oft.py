@@ -112,7 +112,7 @@ def by_hand(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("shape", [(70, 130), (70, 70)])
 @pytest.mark.parametrize("shared", [False, True])
 def test_conv1d_follows_the_formula(tmp_path: Path, shape: tuple[int, int], shared: bool) -> None:
-    """PEFT trains none: inputs are turned before they meet W [in, out]; blocks of 5 lie across cells of 64."""
+    """PEFT trains none: inputs are rotated before they meet W [in, out]; blocks of 5 lie across cells of 64."""
     torch.manual_seed(0)
     triangles, weight = torch.randn(1 if shared else 14, 10), torch.randn(shape)
     config = by_hand(block_share=shared, fan_in_fan_out=True)
@@ -145,7 +145,7 @@ def test_coft_bounds_the_norm_of_a_block() -> None:
 
 
 def test_wide_weights_follow_the_formula(tmp_path: Path) -> None:
-    """More columns than are turned at a time."""
+    """More columns than are rotated at a time."""
     torch.manual_seed(0)
     triangles, weight = torch.randn(1800, 10), torch.randn(70, 9000)
     folder = save_by_hand(tmp_path / "a", by_hand(), {"c_fc.oft_R.weight": triangles})

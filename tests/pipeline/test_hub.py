@@ -163,8 +163,8 @@ def test_the_commits_are_in_manifest_and_card(stocked: Hub, tmp_path: Path) -> N
         "adapter": f"org/adapter@{adapter}",
     }
     card = ModelCard((tmp_path / "out" / "README.md").read_text())
-    assert card.data.base_model == ["org/base", "org/adapter"]  # type: ignore[attr-defined]
-    assert card.data.license == "apache-2.0"  # type: ignore[attr-defined]
+    assert card.data.base_model == ["org/base", "org/adapter"]  # type: ignore[attr-defined]  # set from the YAML head
+    assert card.data.license == "apache-2.0"  # type: ignore[attr-defined]  # set from the YAML head
     assert f"| base | org/base at commit {base} |" in card.text
     assert f"| adapter | org/adapter at commit {adapter} |" in card.text
 

@@ -180,7 +180,7 @@ def test_a_name_that_is_none_is_refused(function: Callable[..., Any]) -> None:
 
 def test_an_option_of_a_merge_alone_is_none_of_a_conversion() -> None:
     with pytest.raises(TypeError, match=r"convert\(\) got an unexpected keyword argument 'preserve_delta'"):
-        streamconv.convert("base", "out", preserve_delta=0.3)  # type: ignore[call-arg]
+        streamconv.convert("base", "out", preserve_delta=0.3)  # type: ignore[call-arg]  # what convert does not take
 
 
 # -- what is recorded --------------------------------------------------------------------------------------------

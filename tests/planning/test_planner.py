@@ -263,8 +263,8 @@ def test_what_the_adapter_leaves_alone_is_copied(folder: Path) -> None:
 def test_double_quantization_of_the_base_takes_a_pass_of_its_own(folder: Path) -> None:
     once = plan_of(folder, merge_base="nf4", quant="nf4")
     twice = plan_of(folder, merge_base="nf4-dq", quant="nf4-dq")
-    assert steps(once)[Q_PROJ].access is Access.ROW  # type: ignore[union-attr]
-    assert steps(twice)[Q_PROJ].access is Access.REDUCE_THEN_ROW  # type: ignore[union-attr]
+    assert steps(once)[Q_PROJ].access is Access.ROW  # type: ignore[union-attr]  # rewrites, not copies
+    assert steps(twice)[Q_PROJ].access is Access.REDUCE_THEN_ROW  # type: ignore[union-attr]  # rewrites, not copies
     assert bytes_read([twice]) > bytes_read([once]) == bytes_read([plan_of(folder)])
 
 
