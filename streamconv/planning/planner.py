@@ -1,4 +1,4 @@
-"""Make a Plan of options, headers and configs. Pure: reads no weights, and refuses all that can be refused."""
+"""Make a Plan of options, headers and configs, without reading a weight, and refuse all that can be refused."""
 
 from __future__ import annotations
 
