@@ -62,7 +62,7 @@ def updated(update: Update, weight: Tensor, parts: dict[str, Tensor], cell_rows:
     if update.access is not UpdateAccess.ROW:
         for rows in cells:
             state = update.reduce(weight[rows.start : rows.stop], rows, prepared, state)
-        state = update.conclude(state)
+        state = update.conclude(prepared, state)
     out = weight.clone()
     for rows in cells:
         out[rows.start : rows.stop] = update.apply(

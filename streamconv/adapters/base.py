@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -73,7 +74,7 @@ class Update(Protocol):
         """Return what `reduce` and `apply` are given, once a weight: the product of two factors, a Cayley transform.
 
         `parts` are the tensors of `self.parts` in float32 on `device`. May return them as they are, and where it makes
-        something of its own, `held_bytes` is not 0.
+        something of its own, `held_bytes` is not 0. Of several outputs, each has it done for itself.
         """
 
     def reduce(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> State:
@@ -82,7 +83,7 @@ class Update(Protocol):
         Neither `cell` nor a state of sums is written to: a cell may come a second time, with the state of before.
         """
 
-    def conclude(self, state: State) -> State:
+    def conclude(self, prepared: Parts, state: State) -> State:
         """Return what `apply` is given, from what `reduce` ended with, which may be used up."""
 
     def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
@@ -135,15 +136,41 @@ class ByRows:
     def reduce(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> State:
         raise AssertionError(f"{type(self).__name__} has nothing to learn before rows are updated")
 
-    def conclude(self, state: State) -> State:
+    def conclude(self, prepared: Parts, state: State) -> State:
+        del prepared
         return state
 
 
-def hold_rows(cell: Tensor, rows: range, shape: Shape, state: State) -> State:
-    """Write a cell to its place in the whole weight, float32 `shape` [rows, columns], which the state is."""
-    (whole,) = state or (torch.empty(shape, dtype=torch.float32, device=cell.device),)
-    whole[rows.start : rows.stop] = cell
-    return (whole,)
+class WholeWeight(ByRows):
+    """Defaults of Update, for one that needs all of a weight to change any of it; others give `changed`.
+
+    The state is the weight, float32 [rows, columns]: as it was, and from the end of the first pass as it becomes.
+    """
+
+    __slots__ = ()
+    shape: Shape
+
+    def changed(self, whole: Tensor, prepared: Parts) -> Tensor:
+        """Return the updated weight; `whole` may be used up."""
+        raise NotImplementedError
+
+    @property
+    def access(self) -> UpdateAccess:
+        return UpdateAccess.WHOLE
+
+    def reduce(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> State:
+        """Write a cell to its place."""
+        size = (math.prod(self.shape[:-1]), self.shape[-1])
+        (whole,) = state or (torch.empty(size, dtype=torch.float32, device=cell.device),)
+        whole[rows.start : rows.stop] = cell
+        return (whole,)
+
+    def conclude(self, prepared: Parts, state: State) -> State:
+        (whole,) = state
+        return (self.changed(whole, prepared),)
+
+    def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
+        return cell.copy_(state[0][rows.start : rows.stop])
 
 
 def has_zero_part(parts: Iterable[StoredTensor], constants: Mapping[str, float]) -> bool:

@@ -20,13 +20,13 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from streamconv.adapters.base import ByRows, Parts, State, UpdateAccess, hold_rows
+from streamconv.adapters.base import Parts, WholeWeight
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.dtypes import Dtype
 
 
 @dataclass(frozen=True, slots=True)
-class InitialUpdate(ByRows):
+class InitialUpdate(WholeWeight):
     """Turns the base's weight into the one trained on; no parts. `kind` is a key of INITIAL."""
 
     parameter: str
@@ -39,10 +39,6 @@ class InitialUpdate(ByRows):
     dtype: Dtype
 
     @property
-    def access(self) -> UpdateAccess:
-        return UpdateAccess.WHOLE
-
-    @property
     def held_bytes(self) -> int:
         """Weight, copy, factors, workspace and product of a decomposition in float32."""
         return 4 * (4 * math.prod(self.shape) + 6 * min(self.shape) ** 2)
@@ -52,18 +48,10 @@ class InitialUpdate(ByRows):
         """It was decomposed before it was quantized."""
         return True
 
-    def reduce(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> State:
-        """The weight so far, float32."""
-        return hold_rows(cell, rows, self.shape, state)
-
-    def conclude(self, state: State) -> State:
-        """The weight trained on, from the whole base weight."""
-        (whole,) = state
+    def changed(self, whole: Tensor, prepared: Parts) -> Tensor:
+        """The weight trained on."""
         weight = whole.T if self.transposed else whole
-        return (whole.sub_(self._taken_off(weight)).to(self.dtype.torch).float(),)
-
-    def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
-        return cell.copy_(state[0][rows.start : rows.stop])
+        return whole.sub_(self._taken_off(weight)).to(self.dtype.torch).float()
 
     def is_neutral(self, constants: Mapping[str, float]) -> bool:
         return False

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamconv.adapters.base import ByRows, Parameter, Parts, State, Update, UpdateAccess, hold_rows
+from streamconv.adapters.base import ByRows, Parameter, Parts, State, Update, WholeWeight
 from streamconv.adapters.config import COMMON_FIELDS, NO_EFFECT, USED, AdapterConfig, Neutral
 from streamconv.adapters.method import Method
 from streamconv.adapters.orientation import is_transposed
@@ -34,8 +34,10 @@ _KEY = re.compile(r"(?P<module>.+)\.(?P<role>oft_R|oft_embedding_R)\.weight")
 _OLD = re.compile(r".+\.oft_[rs](\..+)?")
 # Columns that are rotated at a time: a cell's memory has no room for the product of all.
 _STRETCH = 4096
-# float64 matrices alive at once while a block is transformed: Q, two powers, the result, and what a solver takes.
-_COPIES = 6
+# Entries of the blocks that are transformed together, or those of one.
+_ENTRIES = 1 << 18
+# float64 matrices alive at once while blocks are transformed: Q, its indices, two powers, the result, a solver's own.
+_COPIES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +50,15 @@ class Cayley:
     def blocks(self, triangles: Tensor, size: int) -> Tensor:
         """R [blocks, size, size] in float64, of the upper triangles [blocks, size·(size - 1)/2]."""
         q = torch.zeros(len(triangles), size, size, dtype=torch.float64, device=triangles.device)
-        rows, columns = torch.triu_indices(size, size, 1, device=triangles.device)
-        q[:, rows, columns] = triangles.double()
-        q = q - q.mT
+        q[:, *torch.triu_indices(size, size, 1, device=triangles.device)] = triangles.double()
+        q -= q.mT.clone()
         if self.norm is not None:
             norms = torch.linalg.matrix_norm(q, keepdim=True)
             q = torch.where(norms <= self.norm, q, q * (self.norm / norms))
         one = torch.eye(size, dtype=torch.float64, device=q.device)
         if self.terms is None:
-            exact: Tensor = torch.linalg.solve(one + q, one - q, left=False)
+            # I + Q is never singular; `solve` would have a GPU waited for to find that out.
+            exact: Tensor = torch.linalg.solve_ex(one + q, one - q, left=False).result
             return exact
         return _series(one, q, self.terms)
 
@@ -84,7 +86,6 @@ class OftUpdate(ByRows):
     """
 
     parameter: str
-    shape: Shape
     parts: Mapping[str, StoredTensor]
     cayley: Cayley
     size: int
@@ -92,12 +93,12 @@ class OftUpdate(ByRows):
 
     @property
     def held_bytes(self) -> int:
-        return _held(self.parts["triangles"], self.size)
+        return _held_bytes(self.parts["triangles"], self.size)
 
     def prepare(self, parts: Parts, device: torch.device) -> Parts:
         """The blocks that rows are multiplied by."""
-        blocks = self.cayley.blocks(parts["triangles"], self.size)
-        return {"blocks": (blocks if self.is_embedding else blocks.mT).float().contiguous()}
+        blocks = _rotations(self.cayley, parts["triangles"], self.size)
+        return {"blocks": blocks if self.is_embedding else blocks.mT}
 
     def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
         """`cell` rotated, some blocks of columns at a time, in place."""
@@ -108,7 +109,7 @@ class OftUpdate(ByRows):
 
 
 @dataclass(frozen=True, slots=True)
-class WholeOftUpdate(ByRows):
+class WholeOftUpdate(WholeWeight):
     """OFT of a weight whose rows are not those of outputs: [in, out] of Conv1D (`transposed`), or a 1 x 1 kernel."""
 
     parameter: str
@@ -119,31 +120,18 @@ class WholeOftUpdate(ByRows):
     transposed: bool
 
     @property
-    def access(self) -> UpdateAccess:
-        return UpdateAccess.WHOLE
-
-    @property
     def held_bytes(self) -> int:
         """The weight, a copy of it while it is rotated, and the blocks."""
-        return 2 * 4 * math.prod(self.shape) + _held(self.parts["triangles"], self.size)
+        return 2 * 4 * math.prod(self.shape) + _held_bytes(self.parts["triangles"], self.size)
 
     def prepare(self, parts: Parts, device: torch.device) -> Parts:
-        return {"blocks": self.cayley.blocks(parts["triangles"], self.size).mT.float().contiguous()}
+        return {"blocks": _rotations(self.cayley, parts["triangles"], self.size).mT}
 
-    def reduce(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> State:
-        """The weight so far, float32, and the blocks."""
-        shape = (math.prod(self.shape[:-1]), self.shape[-1])
-        return (*hold_rows(cell, rows, shape, state[:1]), prepared["blocks"])
-
-    def conclude(self, state: State) -> State:
+    def changed(self, whole: Tensor, prepared: Parts) -> Tensor:
         """The rotated weight."""
-        whole, blocks = state
         if self.transposed:
-            return (_rotate(whole.T.contiguous(), blocks).T,)
-        return (_rotate(whole.view(self.shape[0], -1), blocks).view(whole.shape),)
-
-    def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
-        return cell.copy_(state[0][rows.start : rows.stop])
+            return _rotate(whole.T.contiguous(), prepared["blocks"]).T
+        return _rotate(whole.view(self.shape[0], -1), prepared["blocks"]).view(whole.shape)
 
     def is_neutral(self, constants: Mapping[str, float]) -> bool:
         return _is_neutral(self.parts["triangles"], constants, self.cayley)
@@ -159,8 +147,24 @@ def _rotate(rows: Tensor, blocks: Tensor) -> Tensor:
     return rows
 
 
-def _held(triangles: StoredTensor, size: int) -> int:
-    return triangles.shape[0] * size * size * (4 + 8 * _COPIES)
+def _rotations(cayley: Cayley, triangles: Tensor, size: int) -> Tensor:
+    """R [blocks, size, size] in float32, made some blocks at a time."""
+    found = triangles.new_empty(len(triangles), size, size)
+    step = _blocks_at_once(size)
+    for first in range(0, len(triangles), step):
+        some = slice(first, first + step)
+        found[some] = cayley.blocks(triangles[some], size)
+    return found
+
+
+def _blocks_at_once(size: int) -> int:
+    return max(1, _ENTRIES // size**2)
+
+
+def _held_bytes(triangles: StoredTensor, size: int) -> int:
+    """Bytes of all blocks, and of those that are being transformed."""
+    blocks = triangles.shape[0]
+    return size**2 * (4 * blocks + 8 * _COPIES * min(blocks, _blocks_at_once(size)))
 
 
 def _is_neutral(triangles: StoredTensor, constants: Mapping[str, float], cayley: Cayley) -> bool:
@@ -213,7 +217,6 @@ def _update(module: str, role: str, tensor: StoredTensor, source: Source, base: 
     count = None if config.flag("block_share") else tensor.shape[0] * size
     parts = MappingProxyType({"triangles": tensor})
     cayley = _cayley(config, tensor.shape[0])
-    common = (parameter.name, shape, parts, cayley, size)
     if len(shape) > 2:
         _check_kernel(tensor, parameter, shape)
         inputs, transposed = shape[1], False
@@ -228,8 +231,8 @@ def _update(module: str, role: str, tensor: StoredTensor, source: Source, base: 
         raise _misfit(tensor, parameter)
     _check_size(config, tensor, inputs, size)
     if transposed or len(shape) > 2:
-        return WholeOftUpdate(*common, transposed)
-    return OftUpdate(*common, is_embedding)
+        return WholeOftUpdate(parameter.name, shape, parts, cayley, size, transposed)
+    return OftUpdate(parameter.name, parts, cayley, size, is_embedding)
 
 
 def _cayley(config: AdapterConfig, blocks: int) -> Cayley:

@@ -198,7 +198,7 @@ class WeightWork:
         """Conclude the first pass: from here on the rounded base's scales are known, and what updates had to learn."""
         for number, update in enumerate(self.step.updates):
             if self._states[number]:
-                self._states[number] = update.conclude(self._states[number])
+                self._states[number] = update.conclude(self._prepared[number], self._states[number])
         if self.step.merge_base is not None:
             self._base_scales = self.step.merge_base.effective_scales(self._absmax)
             self.scales = self._known_scales()

@@ -29,7 +29,7 @@ def concluded(weight: Tensor, kind: str, rank: int, transposed: bool, dtype: Dty
     state: State = ()
     for rows in cells:
         state = update.reduce(weight[rows.start : rows.stop], rows, {}, state)
-    state = update.conclude(state)
+    state = update.conclude({}, state)
     out = torch.empty_like(weight)
     for rows in reversed(cells):
         out[rows.start : rows.stop] = update.apply(weight[rows.start : rows.stop].clone(), rows, {}, state)

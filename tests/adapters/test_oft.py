@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from peft import OFTConfig, get_peft_model
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import streamconv
 from streamconv.adapters import ADAPTERS
@@ -120,7 +122,7 @@ def test_conv1d_follows_the_formula(tmp_path: Path, shape: tuple[int, int], shar
     adapter = read_for(folder, {"h.c_fc.weight": shape}, "gpt2")
     found = merged_by_hand(adapter, {"h.c_fc.weight": weight})["h.c_fc.weight"]
     blocks = Cayley(None, None).blocks(triangles, 5)
-    rotation = torch.block_diag(*blocks.expand(14, 5, 5))  # type: ignore[no-untyped-call]
+    rotation = torch.block_diag(*blocks.expand(14, 5, 5))  # type: ignore[no-untyped-call]  # torch leaves it without types
     torch.testing.assert_close(found, (rotation @ weight.double()).float(), rtol=1e-5, atol=1e-6)
 
 
@@ -241,15 +243,33 @@ def test_a_square_weight_of_an_unknown_model_is_refused_with_fan_in_fan_out(tmp_
         read_for(folder, {"c_fc.weight": (10, 10)})
 
 
-def test_what_is_held_is_counted(tmp_path: Path) -> None:
-    """Blocks of 256: their transform takes more than the weight's cells."""
-    triangles = torch.zeros(2, 256 * 255 // 2)
-    for fields, shape in ((by_hand(), (40, 512)), (by_hand(), (512, 40))):
-        folder = save_by_hand(
-            tmp_path / "a", fields | {"oft_block_size": 256}, {"c_fc.oft_R.weight": triangles + 1}
-        )
-        (update,) = read_for(folder, {"c_fc.weight": shape}).updates
-        assert update.held_bytes > 2 * 256 * 256 * 8 + (shape[0] == 512) * 8 * math.prod(shape)
+@pytest.mark.parametrize(("blocks", "size"), [(1, 512), (2, 256), (40, 64), (1, 1024)])
+@pytest.mark.parametrize("cayley", [Cayley(None, None), Cayley(None, 0.1), Cayley(5, None)], ids=str)
+def test_what_is_held_is_counted(tmp_path: Path, cayley: Cayley, blocks: int, size: int) -> None:
+    """Tensors that are alive at once while rotations are made, as torch's profiler counts them."""
+    config = by_hand() | {"oft_block_size": size, "use_cayley_neumann": cayley.terms is not None}
+    config |= {"num_cayley_neumann_terms": cayley.terms or 5}
+    config |= {"coft": cayley.norm is not None, "eps": (cayley.norm or 1) * math.sqrt(blocks)}
+    triangles = torch.full((blocks, size * (size - 1) // 2), 1e-4)
+    folder = save_by_hand(tmp_path / "a", config, {"c_fc.oft_R.weight": triangles})
+    (update,) = read_for(folder, {"c_fc.weight": (40, blocks * size)}).updates
+    peak = peak_bytes(lambda: update.prepare({"triangles": triangles}, torch.device("cpu")))
+    assert update.held_bytes / 2 < peak <= update.held_bytes
+    (whole,) = read_for(folder, {"c_fc.weight": (blocks * size, 40)}).updates
+    assert whole.held_bytes == update.held_bytes + 2 * 4 * blocks * size * 40
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Greatest sum of allocations, less what was given back, of all operations in `work`."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        kept = work()
+    del kept
+    now = peak = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
 
 
 def test_every_field_of_peft_is_known() -> None:

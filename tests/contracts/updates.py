@@ -545,7 +545,7 @@ def learn(work: Work, cells: Cells) -> Learnt:
         for _ in range(2 if cells.repeats else 1):
             found = update.reduce(work.weight[rows.start : rows.stop], rows, prepared, state)
         state = found
-    return Learnt(prepared, update.conclude(state))
+    return Learnt(prepared, update.conclude(prepared, state))
 
 
 def apply(work: Work, cell: Tensor, rows: range, learnt: Learnt) -> Tensor:
