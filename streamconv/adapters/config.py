@@ -56,7 +56,7 @@ COMMON_FIELDS: Mapping[str, Rule] = MappingProxyType(
         "exclude_modules": USED,
         "task_type": NO_EFFECT,
         "auto_mapping": NO_EFFECT,
-        "peft_version": NO_EFFECT,
+        "peft_version": USED,
         "base_model_name_or_path": NO_EFFECT,
         "revision": NO_EFFECT,
         "inference_mode": NO_EFFECT,

@@ -31,41 +31,43 @@ _KEY = re.compile(r"(?P<module>.+)\.(?P<role>ia3_l)")
 
 @dataclass(frozen=True, slots=True)
 class GainUpdate(ByRows):
-    """Part `gain`, one number for each row (`of_rows`) or for each column of the weight; any shape of so many."""
-
-    parameter: str
-    shape: Shape
-    parts: Mapping[str, StoredTensor]
-    of_rows: bool
-
-    def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
-        """`cell` times its gains, in place."""
-        gain = prepared["gain"].flatten()
-        return cell.mul_(gain[rows.start : rows.stop].unsqueeze(1) if self.of_rows else gain)
-
-    def is_neutral(self, constants: Mapping[str, float]) -> bool:
-        return constants.get(self.parts["gain"].name) == 1
-
-
-@dataclass(frozen=True, slots=True)
-class ConvGainUpdate(ByRows):
-    """Part `gain`, one number for each output (`of_outputs`) or each input channel of W [out, in/groups, *kernel]."""
+    """Part `gain`, a number for each output (`of_outputs`) or each input; W is [out, in], with `transposed` [in, out],
+    [out, in/groups, *kernel], or a bias [out].
+    """
 
     parameter: str
     shape: Shape
     parts: Mapping[str, StoredTensor]
     of_outputs: bool
+    transposed: bool = False
+
+    @property
+    def held_bytes(self) -> int:
+        """A gain for each line of a convolution's kernels, and the channels that these are of."""
+        return (4 + 3 * 8) * math.prod(self.shape[:-1]) if len(self.shape) > 2 else 0
+
+    def prepare(self, parts: Parts, device: torch.device) -> Parts:
+        """Gains of rows, or of columns, as the weight is stored."""
+        gain = parts["gain"].flatten()
+        if len(self.shape) > 2:
+            return {"rows": gain[self._channels(gain.numel(), device)]}
+        is_of_rows = len(self.shape) == 2 and self.of_outputs != self.transposed
+        return {"rows" if is_of_rows else "columns": gain}
+
+    def _channels(self, count: int, device: torch.device) -> Tensor:
+        """Channel, of `count`, that each line of the kernels' last axis belongs to."""
+        lines = torch.arange(math.prod(self.shape[:-1]), device=device) // math.prod(self.shape[2:-1])
+        outputs = lines // self.shape[1]
+        if self.of_outputs:
+            return outputs
+        groups = count // self.shape[1]
+        return outputs // (self.shape[0] // groups) * self.shape[1] + lines % self.shape[1]
 
     def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
-        """`cell`, lines of the kernels' last axis, times the gains of their channels, in place."""
-        gain = prepared["gain"].flatten()
-        lines = torch.arange(rows.start, rows.stop, device=cell.device) // math.prod(self.shape[2:-1])
-        outputs = lines // self.shape[1]
-        channels = outputs
-        if not self.of_outputs:
-            groups = gain.numel() // self.shape[1]
-            channels = outputs // (self.shape[0] // groups) * self.shape[1] + lines % self.shape[1]
-        return cell.mul_(gain[channels].unsqueeze(1))
+        """`cell` times its gains, in place."""
+        if "columns" in prepared:
+            return cell.mul_(prepared["columns"])
+        return cell.mul_(prepared["rows"][rows.start : rows.stop].unsqueeze(1))
 
     def is_neutral(self, constants: Mapping[str, float]) -> bool:
         return constants.get(self.parts["gain"].name) == 1
@@ -84,18 +86,18 @@ def _updates(module: str, gain: StoredTensor, source: Source, base: BaseParamete
     shape = trained_shape(source, parameter, f"{module}.base_layer.weight")
     of_inputs = is_feedforward(source.config, source.trained(module))
     parts = MappingProxyType({"gain": gain})
+    transposed = False
     if len(shape) > 2:
         _check_conv(gain, parameter, shape, of_inputs, source.config)
-        weight: Update = ConvGainUpdate(parameter.name, shape, parts, not of_inputs)
     else:
         transposed = _orientation(gain, parameter, shape, of_inputs, source.config, base)
-        weight = GainUpdate(parameter.name, shape, parts, of_inputs == transposed)
+    weight = GainUpdate(parameter.name, shape, parts, not of_inputs, transposed)
     bias = base.find(f"{module}.bias")
     if of_inputs or bias is None:
         return (weight,)
     if bias.shape != (math.prod(gain.shape),):
         raise _misfit(gain, bias, of_inputs, source.config)
-    return weight, GainUpdate(bias.name, bias.shape, parts, of_rows=False)
+    return weight, GainUpdate(bias.name, bias.shape, parts, of_outputs=True)
 
 
 def is_feedforward(config: AdapterConfig, module: str) -> bool:

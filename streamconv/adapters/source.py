@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -14,8 +14,7 @@ from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.dtypes import DENSE
 from streamconv.errors import AdapterError
 
-SHARED_PREFIX = "base_model."
-PREFIX = f"{SHARED_PREFIX}model."
+PREFIX = "base_model.model."
 _DTYPES = frozenset(DENSE.values())
 
 
@@ -94,9 +93,7 @@ class Renaming:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One adapter. `tensors` by their key without `base_model.model.`, in the names of the base, sorted; those that all
-    modules share keep `base_model.` in their key.
-    """
+    """One adapter. `tensors` by their key without `base_model.model.`, in the names of the base, sorted."""
 
     location: str
     config: AdapterConfig
@@ -124,20 +121,16 @@ def by_module(source: Source, pattern: re.Pattern[str]) -> Mapping[str, Mapping[
     return modules
 
 
-def by_key(
-    location: str, tensors: Iterable[StoredTensor], keys: str, shared: Collection[str] = ()
-) -> Mapping[str, StoredTensor]:
+def by_key(location: str, tensors: Iterable[StoredTensor], keys: str) -> Mapping[str, StoredTensor]:
     """Tensors by the key that PEFT's save_pretrained would have given them, without its prefix.
 
-    `keys` is the regular expression of the method's own tensors, `shared` names those that all modules share, whose
-    keys keep `base_model.`. Raises AdapterError for other keys and element types.
+    `keys` is the regular expression of the method's own tensors. Raises AdapterError for other keys and element types.
     """
     found: dict[str, StoredTensor] = {}
     named = _adapter_name(keys)
     for tensor in sorted(tensors, key=lambda tensor: tensor.name):
         name = plain_key(tensor.name, named)
-        is_shared = name.startswith(SHARED_PREFIX) and name.removeprefix(SHARED_PREFIX) in shared
-        if not name.startswith(PREFIX) and not is_shared:
+        if not name.startswith(PREFIX):
             raise AdapterError(
                 f"{location}: the tensor {tensor.name} does not belong to a PEFT adapter, whose names start"
                 f" with {PREFIX!r}; save the adapter with PEFT's save_pretrained"

@@ -13,7 +13,10 @@ import streamconv
 from streamconv.adapters import ADAPTERS
 
 PACKAGE = Path(streamconv.__file__).parent
-ROOMS = ("adapters", "planning", "running", "output", "pipeline", "calibration")
+ROOMS = (
+    *("adapters", "planning", "running", "output", "pipeline", "calibration", "forward"),
+    *("equalization", "rounding", "analysis", "evaluation"),
+)
 # Not after a letter: QLoRA is a way to train, of any method.
 NAMED = re.compile(
     rf"(?<![a-z])({'|'.join([*map(str.lower, ADAPTERS), 'lora', 'loha', 'hada', 'oft', 'ia3'])})",
@@ -48,11 +51,17 @@ def names_of_methods(tree: ast.Module) -> Iterator[tuple[int, str]]:
         match node:
             case ast.Constant(value=str(text)) if id(node) not in documents:
                 found = text
-            case ast.Name(id=text) | ast.Attribute(attr=text) | ast.ImportFrom(module=str(text)):
+            case (
+                ast.Name(id=text) | ast.Attribute(attr=text) | ast.arg(arg=text) | ast.keyword(arg=str(text))
+            ):
                 found = text
+            case ast.FunctionDef(name=text) | ast.ClassDef(name=text):
+                found = text
+            case ast.ImportFrom(module=str(text)) | ast.alias(name=text):
+                found = text.rpartition(".")[2]
             case _:
                 continue
-        if NAMED.search(found.rpartition(".")[2] if isinstance(node, ast.ImportFrom) else found):
+        if NAMED.search(found):
             yield node.lineno, found
 
 
@@ -72,7 +81,11 @@ def test_what_is_allowed_needs_it() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ['x = "lora_A"', "from streamconv.adapters.lora import f", "LoraUpdate", "parts.ia3_l", 'f"an {x} OFT"'],
+    [
+        *('x = "lora_A"', "LoraUpdate", "parts.ia3_l", 'f"an {x} OFT"', "f(lora=1)", "lambda oft: 1"),
+        *("from streamconv.adapters.lora import f", "import streamconv.adapters.lora", "from x import loha"),
+        *("def lora_x(): ...", "class Ia3: ..."),
+    ],
 )
 def test_names_are_noticed(line: str) -> None:
     assert list(names_of_methods(ast.parse(line)))

@@ -187,16 +187,19 @@ def test_parts_reduced_cells_and_states_are_never_written_to(ordinary: AllWorks,
 # -- the maths -----------------------------------------------------------------------------------------------------
 
 
-def merged(adapter: Adapter, weights: Tensors, zero: frozenset[str] = frozenset()) -> Tensors:
-    """Every weight after what the adapter does to it; tensors of the adapter named in `zero` are zeros."""
+def merged(
+    adapter: Adapter, weights: Tensors, constant: frozenset[str] = frozenset(), value: float = 0.0
+) -> Tensors:
+    """Every weight after what the adapter does to it; tensors of the adapter named in `constant` are all `value`."""
     found = dict(weights)
     for replace in adapter.replaces:
         tensor = load({"whole": replace.tensor})["whole"]
-        found[replace.parameter] = torch.zeros_like(tensor) if replace.tensor.name in zero else tensor
+        is_constant = replace.tensor.name in constant
+        found[replace.parameter] = torch.full_like(tensor, value) if is_constant else tensor
     for update in adapter.updates:
         shape, parts = found[update.parameter].shape, dict(load(update.parts))
-        zeroed = [role for role, stored in update.parts.items() if stored.name in zero]
-        parts |= {role: torch.zeros_like(parts[role]) for role in zeroed}
+        constants = [role for role, stored in update.parts.items() if stored.name in constant]
+        parts |= {role: torch.full_like(parts[role], value) for role in constants}
         work = Work(update.parameter, update, as_matrix(found[update.parameter]), parts)
         found[update.parameter] = plainly(work).reshape(shape)
     return found
@@ -228,20 +231,25 @@ def test_rescaling_follows_the_formula_in_float64(ordinary: AllWorks) -> None:
 # -- neutral updates -----------------------------------------------------------------------------------------------
 
 
-def zeroings(form: Form) -> Iterator[frozenset[str]]:
-    """Every choice of tensors that could have stayed zero."""
+def choices(form: Form) -> Iterator[frozenset[str]]:
+    """Every choice of tensors that could have stayed as they began."""
     for count in range(len(form.tensors) + 1):
         yield from map(frozenset, itertools.combinations(form.tensors, count))
 
 
 @every_form
-def test_what_says_it_was_never_trained_changes_nothing_and_all_else_does(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_what_says_it_was_never_trained_changes_nothing_and_all_else_does(
+    tmp_path: Path, name: str, value: float
+) -> None:
     form = FORMS[name]
     tensors, weights = drawn(form.tensors, 1), drawn(form.weights, 2)
     form.write(tmp_path / "trained", tensors)
     adapter = form.read(tmp_path / "trained")
-    for zero in zeroings(form):
-        saved = {key: torch.zeros_like(value) if key in zero else value for key, value in tensors.items()}
-        found = merged(adapter, weights, frozenset(f"base_model.model.{key}" for key in zero))
+    for kept in choices(form):
+        saved = {
+            key: torch.full_like(tensor, value) if key in kept else tensor for key, tensor in tensors.items()
+        }
+        found = merged(adapter, weights, frozenset(f"base_model.model.{key}" for key in kept), value)
         changes = any(not torch.equal(found[key], weight) for key, weight in weights.items())
-        assert says_untrained(form, tmp_path / "saved", saved) != changes, sorted(zero)
+        assert says_untrained(form, tmp_path / "saved", saved) != changes, sorted(kept)
