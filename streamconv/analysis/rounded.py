@@ -71,6 +71,7 @@ class CodesWatch:
         grid = step.encoder.grid
         assert grid is not None
         self._step, self._grid, self._height, self._measures_grid = step, grid, height, measures_grid
+        self._is_on_grid = is_on_grid(step)
         blocks = -(-step.rows * step.columns // grid.block)
         self._squares = torch.empty(blocks, dtype=torch.float64, device=device)
         self._products = torch.empty_like(self._squares)
@@ -106,7 +107,7 @@ class CodesWatch:
     def _own(self, seen: Seen) -> tuple[Tensor, Tensor]:
         """Codes and scales of the base: its own where it lies on the grid, else those of nearest rounding."""
         base = seen.base
-        if is_on_grid(self._step) and base.codes is not None:
+        if self._is_on_grid and base.codes is not None:
             scales = base.effective
             anchor = base.anchor.view(-1)
             return base.codes, block_absmax(anchor, self._grid.block) if scales is None else scales

@@ -83,7 +83,9 @@ def need_of(model: Model, subject: Subject) -> Need:
     )
     on_device = max(on_device, walk.layer_bytes(0) + forward + table_bytes(walk, tokens))
     held = max(
-        sum(_held_bytes(step, rank) for step in model.layer_steps(number)) for number in range(model.layers)
+        sum(_held_bytes(step, rank) for step in model.layer_steps(number))
+        + max((step.whole_bytes for step in model.layer_steps(number)), default=0)
+        for number in range(model.layers)
     )
     on_host = held + _FIXED_BYTES + 2 * 4 * batch * length * walk.hidden
     packed = subject.plan.calibrated_bytes
@@ -173,4 +175,6 @@ def _held_bytes(step: Rewrite, rank: int) -> int:
     adapter = sum(4 * math.prod(part.shape) for update in step.updates for part in update.parts.values())
     factors = rank * residual.FACTOR_DTYPE.itemsize * (step.rows + step.columns)
     scales = step.equalizer.nbytes if step.equalizer else 0
-    return stored + adapter + scales + sum(spec.nbytes for spec in step.specs) + factors
+    # What an update learns of a whole weight is that weight anew.
+    learnt = step.prepared_bytes + (4 * step.rows * step.columns if step.whole_bytes else 0)
+    return stored + adapter + learnt + scales + sum(spec.nbytes for spec in step.specs) + factors

@@ -43,7 +43,9 @@ def weigh(step: Rewrite, written: Weight, device: Device, reader: TensorReader, 
     on = device.torch
     scales = written.decoder.scales(load_side(reader, written, on))
     assert scales is not None, f"{written.name} is stored dense"
-    step, height = replace(step, scales=FRESH, calibrated=False), cell_rows(device, step.columns)
+    # Codes and scales are known: nothing is to be rounded, nor searched for before.
+    step = replace(step, rounding=None, scales=FRESH, calibrated=False)
+    height = cell_rows(device, step.columns)
     bases, stored = (_Stored(weight, step, height, on, reader) for weight in (step.weight, written))
     work = open_weight(reader, [step], DirectEngine(workers, on, height), bases.tiles()).works[0]
     codes = torch.empty(step.rows * step.columns, dtype=torch.uint8, device=on)

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streamconv.adapters.base import UpdateAccess
 from streamconv.errors import ResourceError
 from streamconv.formats.base import Order
 from streamconv.planning.devices import Device
@@ -61,6 +60,7 @@ def plan_memory(
         outputs=outputs,
         held=max((_held_bytes(step) for step in weights), default=0),
         blocks=sum(max((_block_bytes(step) for step in some), default=0) for some in each),
+        prepared=sum(max((step.prepared_bytes for step in some), default=0) for some in each),
         whole=sum(max((step.whole_bytes for step in some), default=0) for some in each),
         forms=_form_bytes(each, device),
         cell=max((_work_bytes(step, device) for step in weights), default=0) + decoded,
@@ -72,14 +72,15 @@ def plan_memory(
 
 @dataclass(frozen=True, slots=True)
 class _Need:
-    """Bytes that the largest weight of a run needs: its side parts and adapter, what is kept for its blocks and of
-    the whole of it, main parts that files hold in another order than by rows, one cell in work, and a buffer for one
-    stored cell, the least that a tile can be; and what its caller holds beside.
+    """Bytes that the largest weight of a run needs: its side parts and adapter, what is kept for its blocks, prepared
+    of the adapter, and kept of the whole of it, main parts that files hold in another order than by rows, one cell in
+    work, and a buffer for one stored cell, the least that a tile can be; and what its caller holds beside.
     """
 
     outputs: int
     held: int
     blocks: int
+    prepared: int
     whole: int
     forms: int
     cell: int
@@ -94,7 +95,8 @@ class _Need:
 
 def _on_cpu(need: _Need, options: MergeOptions, shards: int) -> Memory:
     cores = len(os.sched_getaffinity(0))
-    lane = WEIGHTS_HELD * need.held + need.blocks + need.whole + need.forms + need.beside
+    computed = need.blocks + need.prepared + need.whole + need.forms + need.beside
+    lane = WEIGHTS_HELD * need.held + computed
     buffers = SLOTS * need.buffers
     lanes = _lanes(lane + buffers * max(need.least, MAX_BUFFER_BYTES), options, shards, cores)
     fixed = FIXED_BYTES + lanes * lane
@@ -115,7 +117,13 @@ def _on_gpus(need: _Need, options: MergeOptions, shards: int, device: Device) ->
     lane = WEIGHTS_HELD * need.held + need.blocks + need.forms  # scales are nested and written in host memory
     buffers = SLOTS * need.buffers
     on_device = (
-        FIXED_VRAM_BYTES + need.outputs * need.held + need.blocks + need.whole + need.cell + need.beside
+        FIXED_VRAM_BYTES
+        + need.outputs * need.held
+        + need.blocks
+        + need.prepared
+        + need.whole
+        + need.cell
+        + need.beside
     )
     tiles = DEVICE_TILES * need.buffers
     full = max(need.least, MAX_BUFFER_BYTES)
@@ -199,7 +207,7 @@ def _block_bytes(step: Rewrite) -> int:
 
 
 def _held_bytes(step: Rewrite) -> int:
-    """Bytes kept while a weight is worked on: base side parts, adapter in float32, what is prepared of it."""
+    """Bytes kept while a weight is worked on: base side parts, adapter in float32."""
     main = step.weight.decoder.main
     side = sum(part.nbytes for role, part in step.weight.parts.items() if role != main)
     adapter = sum(
@@ -207,5 +215,4 @@ def _held_bytes(step: Rewrite) -> int:
         for update in step.updates
         for part in update.parts.values()
     )
-    prepared = sum(update.held_bytes for update in step.updates if update.access is not UpdateAccess.WHOLE)
-    return side + adapter + prepared + (step.equalizer.nbytes if step.equalizer else 0)
+    return side + adapter + (step.equalizer.nbytes if step.equalizer else 0)

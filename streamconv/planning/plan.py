@@ -107,6 +107,11 @@ class Rewrite:
         return max((update.held_bytes for update in whole), default=0)
 
     @property
+    def prepared_bytes(self) -> int:
+        """Bytes held of what other updates prepare."""
+        return sum(update.held_bytes for update in self.updates if update.access is not UpdateAccess.WHOLE)
+
+    @property
     def searches_first(self) -> bool:
         """Whether scales are searched for all of the weight, and stored, before codes are chosen."""
         return (
