@@ -59,7 +59,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "calibration/subject.py": ["calibration/test_layers.py"],
     "calibration/targets.py": ["calibration/test_layers.py"],
     "calibration/tensor_files.py": ["calibration/test_resume.py"],
-    "calibration/weighing.py": ["calibration/test_equalizing.py"],
+    "calibration/weighing.py": ["pipeline/test_calibrated.py"],
     "checkpoint/config.py": ["hostile/test_refusals.py", "checkpoint/test_index.py"],
     "checkpoint/pickled.py": ["hostile/test_refusals.py"],
     "checkpoint/types.py": ["checkpoint/test_header.py", "checkpoint/test_layout.py"],

@@ -122,8 +122,23 @@ def test_every_door_is_one() -> None:
 def test_no_module_of_ours_is_named_by_a_string(path: Path) -> None:
     """But in what is printed for people: `streamconv.merge` in a message is no module."""
     literals = [node.value for node in ast.walk(parsed(path)) if isinstance(node, ast.Constant)]
-    modules = {".".join(other.relative_to(PACKAGE.parent).with_suffix("").parts) for other in SOURCES}
+    modules = {
+        ".".join(other.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        for other in SOURCES
+    } - {PACKAGE.name}
     assert not modules & {value for value in literals if isinstance(value, str)}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=named)
+def test_no_module_takes_private_names_of_another(path: Path) -> None:
+    taken = [
+        alias.name
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.name.startswith("_")
+    ]
+    assert not taken
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=named)

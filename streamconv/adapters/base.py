@@ -23,7 +23,7 @@ State = tuple[Tensor, ...]
 
 
 class UpdateAccess(StrEnum):
-    """Values of a weight that an update must have seen before it may change the first row."""
+    """Parts of a weight that an update must have seen before it may change the first row."""
 
     ROW = "row"
     REDUCE_THEN_ROW = "reduce-then-row"  # sums over all of it

@@ -56,7 +56,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
     help="Show the version.",
 )
 def main() -> None:
-    """Merge LoRA and QLoRA adapters into models of any size, and quantize the result.
+    """Merge PEFT adapters, such as LoRA and QLoRA, into models of any size, and quantize the result.
 
     Weights stream from disk to disk in small tiles: memory does not grow with the model. Interrupted runs go on
     where they stopped when the same command is given again.

@@ -29,6 +29,10 @@ class KeptShares:
     base_error_to_delta: float | None
 
 
+Notes = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Notes of passes on weights: by the manifest's key, by weight, numbers by name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """Result of `merge` and `convert`. Sizes in bytes, times in seconds.
@@ -88,8 +92,7 @@ def manifest(
     plan: Plan,
     hashes: Mapping[str, str],
     kept: KeptShares | None,
-    calibrated: Mapping[str, Mapping[str, float]],
-    rescaled: Mapping[str, Mapping[str, float]],
+    notes: Notes,
     residual: Mapping[str, Any] | None,
     files: Mapping[str, bytes],
     large: Mapping[str, Mapping[str, Any]],
@@ -111,8 +114,7 @@ def manifest(
         "kept_by_weight": kept.weights if kept else {},
         "base_error_to_delta": kept.base_error_to_delta if kept else None,
         "calibration": plan.calibration.as_json() if plan.calibration else None,
-        "calibrated": calibrated,
-        "rescaled": rescaled,
+        **notes,
         "residual": residual,
         "adapted": plan.adapted,
         "replaced": plan.replaced,

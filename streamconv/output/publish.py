@@ -52,7 +52,7 @@ def publish_output(
     names |= {RESIDUAL_TENSORS} if residual else set()
     # What makes a folder a model goes first, so that old and new are never taken for one model.
     for stale in (CONFIG, INDEX, *_of_old_model(out, names)):
-        _remove(out / stale)
+        remove_file(out / stale)
     _settle_folder(out / CHAT_TEMPLATES, any(name.startswith(f"{CHAT_TEMPLATES}/") for name in names))
     _settle_folder(out / RESIDUAL, residual is not None)
     fsync_folder(out)
@@ -102,7 +102,8 @@ def is_of_model(name: str) -> bool:
     return name.endswith((".safetensors", ".safetensors.index.json")) or is_read_by_loaders(name)
 
 
-def _remove(path: Path) -> None:
+def remove_file(path: Path) -> None:
+    """Remove a file that may not be there. Raises OutputError."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:  # a folder of that name, say
@@ -112,7 +113,7 @@ def _remove(path: Path) -> None:
 def _copy(file: SourceFile, target: Path) -> None:
     """Copy a small file; beside the target first, so that the final name is never half a file."""
     temporary = target.with_name(f".{target.name}.partial")
-    _remove(temporary)
+    remove_file(temporary)
     with os.fdopen(open_file(file), "rb") as source, ShardWriter.create(temporary, b"", file.size) as writer:
         while chunk := source.read(_COPY_BYTES):
             writer.write(chunk)

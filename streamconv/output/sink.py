@@ -13,7 +13,7 @@ from streamconv.checkpoint.writer import (
     publish,
 )
 from streamconv.output.journal import Journal, Watermark
-from streamconv.output.publish import _remove
+from streamconv.output.publish import remove_file
 from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.running.cells import KeptDelta
 
@@ -44,7 +44,7 @@ class ShardSink:
         self._writer = self._resumed.pop(shard.name, None)
         if self._writer is None:
             path = self._journal.partial(shard.name)
-            _remove(path)
+            remove_file(path)
             self._writer = ShardWriter.create(path, shard.header, shard.size, shard.same_as)
         self._marked = self._boundary = self._writer.offset
 

@@ -15,7 +15,7 @@ from streamconv.output.manifest import MANIFEST, KeptShares, manifest
 from streamconv.output.publish import CONFIG, INDEX
 from streamconv.output.recipe import RECIPE, write_recipe
 from streamconv.output.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, RESIDUAL_TENSORS
-from streamconv.pipeline.passes import Passed, calibrate, equalize
+from streamconv.pipeline.passes import Passed
 from streamconv.pipeline.preparation import Prepared
 from streamconv.pipeline.residual import ResidualAdapter
 from streamconv.planning.options import CALIBRATION_KEYWORDS, CONVERT_DEFAULTS, MERGE_DEFAULTS, keywords_of
@@ -40,8 +40,7 @@ def generated_files(
         loaded[RESIDUAL_CONFIG] = residual.config
         told = residual.as_json()
     large = {RESIDUAL_TENSORS: residual.entry} if residual else {}
-    calibrated, rescaled = passed.notes(calibrate.NAME), passed.notes(equalize.NAME)
-    written = manifest(plan, hashes, kept, calibrated, rescaled, told, loaded, large)
+    written = manifest(plan, hashes, kept, passed.notes, told, loaded, large)
     contents = {INDEX: _index(plan), MANIFEST: written, **loaded}
     if prepared.job.card:
         contents["README.md"] = model_card(

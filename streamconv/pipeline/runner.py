@@ -14,13 +14,13 @@ from typing import Any
 from streamconv.checkpoint.writer import ShardWriter
 from streamconv.errors import VerificationError
 from streamconv.output.journal import Journal, remove_leftovers
-from streamconv.output.manifest import MANIFEST, KeptShares, Report, kept_delta
+from streamconv.output.manifest import MANIFEST, KeptShares, Notes, Report, kept_delta
 from streamconv.output.place import check_disk
 from streamconv.output.publish import publish_output
 from streamconv.output.sink import ShardSink, resume_points
 from streamconv.output.verifier import read_manifest, verify_layout
 from streamconv.pipeline.contents import generated_files
-from streamconv.pipeline.passes import Passed, calibrate, equalize, run_passes
+from streamconv.pipeline.passes import PASSES, Passed, run_passes
 from streamconv.pipeline.place import check_out, is_finished
 from streamconv.pipeline.preparation import Prepared
 from streamconv.pipeline.residual import ResidualAdapter, make_residual
@@ -116,8 +116,7 @@ def _make(todo: Sequence[tuple[Prepared, Path]], on_progress: OnProgress, stop: 
             each.work.out,
             each.hashes,
             each.kept,
-            each.work.passed.notes(calibrate.NAME),
-            each.work.passed.notes(equalize.NAME),
+            each.work.passed.notes,
             each.residual.as_json() if each.residual else None,
             seconds,
             meter.peak,
@@ -200,7 +199,7 @@ def _finished_before(prepared: Prepared, out: Path) -> Report | None:
     remove_leftovers(out)
     found = read_manifest(open_folder(str(out)), MANIFEST)
     kept = None
-    calibrated, rescaled = found.get("calibrated", {}), found.get("rescaled", {})
+    notes = {kind.told: found.get(kind.told, {}) for kind in PASSES.values()}
     if found["kept_delta"] is not None:
         weights = found["kept_by_weight"]
         kept = KeptShares(found["kept_delta"], weights, found["base_error_to_delta"])
@@ -208,7 +207,7 @@ def _finished_before(prepared: Prepared, out: Path) -> Report | None:
     hashes = {name: shard["sha256"] for name, shard in found["shards"].items()}
     residual = found.get("residual")
     read = bytes_read([prepared.plan])
-    return _report(prepared, out, hashes, kept, calibrated, rescaled, residual, 0.0, 0, read, resumed=True)
+    return _report(prepared, out, hashes, kept, notes, residual, 0.0, 0, read, resumed=True)
 
 
 def _check_kept(works: Sequence[_Work], shares: Sequence[KeptShares | None]) -> None:
@@ -244,8 +243,7 @@ def _report(
     out: Path,
     hashes: Mapping[str, str],
     kept: KeptShares | None,
-    calibrated: Mapping[str, Mapping[str, float]],
-    rescaled: Mapping[str, Mapping[str, float]],
+    notes: Notes,
     residual: Mapping[str, Any] | None,
     seconds: float,
     peak: int,
@@ -264,8 +262,8 @@ def _report(
         kept_by_weight=kept.weights if kept else {},
         base_error_to_delta=kept.base_error_to_delta if kept else None,
         calibration=plan.calibration.as_json() if plan.calibration else None,
-        calibrated=calibrated,
-        rescaled=rescaled,
+        calibrated=notes["calibrated"],
+        rescaled=notes["rescaled"],
         residual=residual,
         shards=dict(sorted(hashes.items())),
         bytes_read=read,

@@ -110,8 +110,9 @@ def _on_cpu(need: _Need, options: MergeOptions, shards: int) -> Memory:
 
 
 def _on_gpus(need: _Need, options: MergeOptions, shards: int, device: Device) -> Memory:
-    """Memory of a lane or more a GPU where there are shards and memory for it. Buffers are powers of two, because
-    pinned memory is allocated in these.
+    """Memory where GPUs compute: each has a lane at least, where there are shards and memory for it.
+
+    Buffers are powers of two, because pinned memory is allocated in these.
     """
     gpus = len(device.names)
     lane = WEIGHTS_HELD * need.held + need.blocks + need.forms  # scales are nested and written in host memory

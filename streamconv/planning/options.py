@@ -265,7 +265,8 @@ def keywords_of(job: Job) -> dict[str, Any]:
 
 def only(keywords: type[K], given: Mapping[str, Any]) -> K:
     """Keywords of one group, with their values, out of all that are given."""
-    return cast("K", {name: value for name, value in given.items() if name in get_type_hints(keywords)})
+    names = get_type_hints(keywords)
+    return cast("K", {name: value for name, value in given.items() if name in names})
 
 
 def fields_of(options: type[Calibration | MergeOptions | Job], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ WEIGHTS_HELD = 2
 
 
 class Access(StrEnum):
-    """Ways to read a weight: by rows, or once to learn something about all of it and again by rows.
+    """Ways to read a weight: by rows; or once to learn something about all of it, or to hold it, and again by rows.
 
     What is calibrated is read with its decoder layer, in a pass before: in the plan's own pass it is only copied.
     """

@@ -60,7 +60,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pat
     bases = {name: save_base(folder / name, config) for name, config in CONFIGS.items()}
     found = {}
     for form, (base, fields) in FORMS.items():
-        config = LoraConfig(r=4, task_type="CAUSAL_LM", **fields)  # type: ignore[arg-type]
+        config = LoraConfig(r=4, task_type="CAUSAL_LM", **fields)  # type: ignore[arg-type]  # of any field
         found[form] = (bases[base], save_adapter(folder / form, bases[base], config).path)
         read(*found[form])  # as it is, it is right
     return found

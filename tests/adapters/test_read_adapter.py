@@ -313,7 +313,7 @@ def test_a_rank_that_is_not_the_configs(bases: dict[str, Path], plain: Path, fie
 def test_a_rank_pattern_for_tensors_of_that_rank(bases: dict[str, Path], plain: Path) -> None:
     edit_tensors(plain / WEIGHTS, put={Q_A: torch.ones(8, 32), Q_B: torch.ones(32, 8)})
     edit_json(plain / CONFIG_NAME, rank_pattern={"layers.0.self_attn.q_proj": 8}, alpha_pattern={"q_proj": 3})
-    scalings = {update.parameter: update.scaling for update in read_llama(bases, plain).updates}  # type: ignore[attr-defined]
+    scalings = {update.parameter: update.scaling for update in read_llama(bases, plain).updates}  # type: ignore[attr-defined]  # all are LoRA
     assert scalings[f"{Q}.weight"] == 3 / 8
     assert scalings[f"{Q}.weight".replace("0", "1")] == 3 / 4
     assert scalings[f"{V}.weight"] == 6 / 4

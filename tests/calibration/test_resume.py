@@ -76,7 +76,7 @@ def test_killed_between_any_two_files(
         if number == 1:
             (tmp_path / "layer-00001.partial").write_bytes(b"half")
             raise KeyboardInterrupt
-        write(self, number, results)  # type: ignore[arg-type]
+        write(self, number, results)  # type: ignore[arg-type]  # passed on as it came
 
     with monkeypatch.context() as patched:
         patched.setattr(LayerFiles, "write", killed)

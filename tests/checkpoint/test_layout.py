@@ -104,7 +104,7 @@ def test_tensors_lie_together_and_each_is_aligned_as_the_official_library_reads_
             offset += spec.nbytes
             order.append(spec)
     assert layout.size == offset
-    found = deserialize(layout.header + bytes(layout.size - len(layout.header)))  # type: ignore[no-untyped-call]
+    found = deserialize(layout.header + bytes(layout.size - len(layout.header)))  # type: ignore[no-untyped-call]  # safetensors has no types
     assert {(name, tensor["dtype"], tuple(tensor["shape"])) for name, tensor in found} == {
         (spec.name, spec.dtype.code, spec.shape) for spec in order
     }

@@ -92,7 +92,7 @@ def when_publishing_begins() -> None:
 
     def filling(*given: object) -> None:
         fill()
-        publish(*given)  # type: ignore[arg-type]
+        publish(*given)  # type: ignore[arg-type]  # passed on as it came
 
     patches.setattr(runner, "publish_output", filling)
 

@@ -6,6 +6,7 @@ are stored relative to such a one; and divides them by it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from streamconv.checkpoint.types import StoredTensor
 from streamconv.equalization.equalizer import COLUMNS, Equalizer
 from streamconv.errors import OutputError, ResourceError, VerificationError
 from streamconv.output import place
+from streamconv.output.manifest import MANIFEST
 from streamconv.pipeline import Prepared, build_job, passes, prepare, runner
 from streamconv.pipeline.passes import PASSES, Found, PassKind
 from streamconv.pipeline.shown import plan_as_json
@@ -49,7 +51,7 @@ class Survey:
 
     @property
     def kind(self) -> PassKind:
-        return PassKind(self.plan, self.run)
+        return PassKind("surveyed", self.plan, self.run)
 
     def plan(self, subject: Subject) -> Pass | None:
         if subject.plan.options.quant != "keep":
@@ -173,6 +175,8 @@ def test_what_it_finds_is_in_the_output(inputs: Inputs, survey: Survey, tmp_path
     assert {total for _, total in progress} == {read + made.bytes_written}
     assert progress[-1][0] == progress[-1][1]
     assert made.bytes_read == plain.bytes_read + read
+    noted = json.loads((tmp_path / "out" / MANIFEST).read_text())["surveyed"]
+    assert noted == {name: {"shared": 2.0} for name in PARTNERS}
 
 
 def test_interrupted_it_is_not_made_again_and_not_discarded(

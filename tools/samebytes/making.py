@@ -24,9 +24,9 @@ from tools.samebytes.judging import Answers
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-DATA = ("tests/data", "examples")  # folders of the small real model, by the age of the tree
+DATA = ROOT / "tests" / "data"  # the small real model and its texts; REV is given those of this tree
 LIBRARIES = ("torch", "numpy", "numba", "safetensors", "bitsandbytes", "transformers", "peft")
-# They decide what REV makes; the cases themselves are looked at one by one.
+# They decide what REV makes, as the cases and the files of DATA do.
 SOURCES = ("inputs.py", "worker.py")
 
 Tell = Callable[[str], None]
@@ -45,6 +45,8 @@ def key_of(commit: str) -> str:
     known = hashlib.sha256()
     for name in SOURCES:
         known.update((HERE / name).read_bytes())
+    for path in sorted(each for each in DATA.rglob("*") if each.is_file()):
+        known.update(path.read_bytes())
     known.update(json.dumps([case.job() for case in [*all_cases(), *quantized_bases()]]).encode())
     known.update(json.dumps([platform.python_version(), *map(version, LIBRARIES)]).encode())
     known.update(_processor().encode())
@@ -80,8 +82,7 @@ def make_inputs(tree: Path, work: Path, tell: Tell) -> None:
     from tools.samebytes import inputs  # takes seconds: transformers
 
     shutil.rmtree(work / "inputs", ignore_errors=True)
-    data = next(ROOT / each for each in DATA if (ROOT / each / "faq-9m").is_dir())
-    inputs.make_inputs(work / "inputs", data)
+    inputs.make_inputs(work / "inputs", DATA)
     tell("models and adapters are made")
     with _worker(tree, quantized_bases(), work, "quantized") as process:
         process.wait()

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from streamconv.calibration.subject import Subject
 from streamconv.errors import ResourceError
 from streamconv.output.journal import make_folder
+from streamconv.output.manifest import Notes
 from streamconv.pipeline.passes import calibrate, equalize
 from streamconv.pipeline.passes.base import Found, PassKind
 from streamconv.planning.options import MergeOptions
@@ -36,10 +37,17 @@ class Passed:
     plan: Plan
     found: Mapping[str, Found] = field(default_factory=dict)
 
-    def notes(self, name: str) -> dict[str, dict[str, float]]:
-        """Notes of a pass on weights, for a report; none of a pass that was not carried out."""
-        notes = self.found[name].notes if name in self.found else {}
-        return {weight: dict(each) for weight, each in sorted(notes.items()) if each}
+    @property
+    def notes(self) -> Notes:
+        """Notes on weights, by what each kind of pass calls its own; none of those that were not carried out."""
+        return {
+            kind.told: _told(self.found[name].notes if name in self.found else {})
+            for name, kind in PASSES.items()
+        }
+
+
+def _told(notes: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping[str, float]]:
+    return {weight: dict(each) for weight, each in sorted(notes.items()) if each}
 
 
 def plan_passes(subject: Subject) -> tuple[Pass, ...]:
@@ -56,14 +64,12 @@ def _check_budgets(passes: Sequence[Pass], options: MergeOptions) -> None:
         ("--max-vram", options.max_vram_bytes, lambda each: each.need.vram),
     )
     for option, budget, needed in budgets:
-        for each in sorted(
-            passes, key=needed, reverse=True
-        ):  # what is enough for the first is enough for all
-            if needed(each) > budget:
-                raise ResourceError(
-                    f"{option} {format_size(budget)} is too small {each.holds} need "
-                    f"{math.ceil(needed(each) / 2**20)}MiB; allow that much, or {each.remedy}"
-                )
+        largest = max(passes, key=needed, default=None)
+        if largest is not None and needed(largest) > budget:
+            raise ResourceError(
+                f"{option} {format_size(budget)} is too small {largest.holds} need "
+                f"{math.ceil(needed(largest) / 2**20)}MiB; allow that much, or {largest.remedy}"
+            )
 
 
 def run_passes(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest) -> Passed:

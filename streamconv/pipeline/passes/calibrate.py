@@ -54,4 +54,4 @@ def _run(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest) -
     )
 
 
-CALIBRATE = PassKind(_plan, _run)
+CALIBRATE = PassKind("calibrated", _plan, _run)

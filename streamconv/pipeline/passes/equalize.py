@@ -43,4 +43,4 @@ def _run(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest) -
     )
 
 
-EQUALIZE = PassKind(_plan, _run)
+EQUALIZE = PassKind("rescaled", _plan, _run)
