@@ -203,7 +203,8 @@ class Adapter:
 
     `untie`: the result's head and embedding differ although the base ties them, so the output stores both. `label` is
     the method's name in sentences. `modules` counts the adapted modules by their last name (`q_proj`: 30), for plans
-    and reports; `renamed` says how its names were matched with the base's, where they are not the same.
+    and reports; `renamed` says how its names were matched with the base's, where they are not the same. `notes` are
+    sentences on what was left out, replaced or chosen, for people: shown in plan, output and model card.
     """
 
     location: str
@@ -217,6 +218,7 @@ class Adapter:
     modules: Mapping[str, int]
     sha256: str
     renamed: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

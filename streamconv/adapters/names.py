@@ -89,7 +89,7 @@ def _renamings(
 def _places(base: BaseParameters) -> frozenset[str]:
     """Paths of all parameters of the base, and of all modules that hold some."""
     places: set[str] = set()
-    for name in [*base.parameters, *((base.tie.head,) if base.tie else ())]:
+    for name in base.names():
         place = name
         while place and place not in places:
             places.add(place)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +25,12 @@ class BaseParameters:
     parameters: Mapping[str, Parameter]
     config: Mapping[str, Any]
     tie: Tie | None
+
+    def names(self) -> Iterator[str]:
+        """Names that `find` knows."""
+        yield from self.parameters
+        if self.tie is not None and self.tie.embedding in self.parameters:
+            yield self.tie.head
 
     def find(self, name: str) -> Parameter | None:
         """The parameter `name`; a tied head need not be stored and then has the embedding's shape."""

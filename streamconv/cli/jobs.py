@@ -162,6 +162,10 @@ def _show_plan(prepared: Prepared, out: str | None, as_json: bool, quiet: bool) 
 
 def _show_report(report: Report) -> None:
     """Show the outcome of each output, and the time of all that were made now."""
+    if report.renamed:
+        click.echo(f"names of adapter and base were matched: {report.renamed}")
+    for note in report.notes:
+        click.echo(f"note: {note}")
     reports = [report, *report.also.values()]
     made = [each for each in reports if each.seconds]
     for each in reports:

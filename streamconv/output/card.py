@@ -117,11 +117,17 @@ def _body(
             f"| residual adapter | rank {residual['rank']}, {format_size(residual['bytes'])} in `{RESIDUAL}`; it takes "
             f"away {residual['removed'] or 0:.1%} of the error of these codes, by the calibration text |"
         )
+    yield from _differences(plan)
+    yield ""
+
+
+def _differences(plan: Plan) -> Iterator[str]:
+    """Rows on where the output is not as the base, or the adapter not as trained."""
     if plan.depth:
         yield f"| depth | {plan.depth} |"
+    yield from (f"| note | {note} |" for note in plan.notes)
     if plan.untied:
         yield "| embeddings | input and output embeddings differ and are stored apart |"
-    yield ""
 
 
 def _calibration(plan: Plan, text: CalibrationPlan) -> Iterator[str]:

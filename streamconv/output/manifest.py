@@ -38,14 +38,14 @@ class Report:
     """Result of `merge` and `convert`. Sizes in bytes, times in seconds.
 
     `kernels` says what quantized (see `Plan.kernels`), `renamed` how names of adapter and base were matched where they
-    differ; `peak_ram_bytes` is anonymous memory above what the process had before planning; `kept_delta` is None where
-    nothing was quantized. `calibration` says by which text and how, None where there was none; `calibrated` has of each
-    weight the share of its update kept in its outputs (`kept_h`) and their relative error. `rescaled` has of each
-    weight that was divided to ease the rounding of others `alpha`, and the relative error of the outputs of these,
-    rounded to the nearest, with it and without (`unscaled_error`). `residual` tells of the residual adapter its rank,
-    its bytes, for how many weights it is, and which share of the calibration's loss it takes away (`removed`); None
-    where there is none. `also` are the reports of further outputs by format: what they share, `bytes_read`, `seconds`
-    and memory, is that of the run.
+    differ, `notes` what was left out, replaced or chosen, in sentences; `peak_ram_bytes` is anonymous memory above
+    what the process had before planning; `kept_delta` is None where nothing was quantized. `calibration` says by which
+    text and how, None where there was none; `calibrated` has of each weight the share of its update kept in its
+    outputs (`kept_h`) and their relative error. `rescaled` has of each weight that was divided to ease the rounding of
+    others `alpha`, and the relative error of the outputs of these, rounded to the nearest, with it and without
+    (`unscaled_error`). `residual` tells of the residual adapter its rank, its bytes, for how many weights it is, and
+    which share of the calibration's loss it takes away (`removed`); None where there is none. `also` are the reports
+    of further outputs by format: what they share, `bytes_read`, `seconds` and memory, is that of the run.
     """
 
     out: str
@@ -54,6 +54,7 @@ class Report:
     rounding: str | None
     kernels: str | None
     renamed: str | None
+    notes: tuple[str, ...]
     kept_delta: float | None
     kept_by_weight: Mapping[str, float]
     base_error_to_delta: float | None

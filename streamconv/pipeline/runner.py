@@ -258,6 +258,7 @@ def _report(
         rounding=plan.rounding.name if plan.rounding else None,
         kernels=plan.kernels,
         renamed=plan.renamed,
+        notes=plan.notes,
         kept_delta=kept.total if kept else None,
         kept_by_weight=kept.weights if kept else {},
         base_error_to_delta=kept.base_error_to_delta if kept else None,

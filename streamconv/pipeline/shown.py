@@ -38,6 +38,7 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
         "adapted_modules": dict(plan.adapted),
         "replaced": list(plan.replaced),
         "renamed": plan.renamed,
+        "notes": list(plan.notes),
         "layers": {"before": plan.depth.before, "sources": list(plan.depth.sources)} if plan.depth else None,
         "untied": plan.untied,
         "peak_ram_bytes": max(each.peak_ram for each in prepared.plans),
@@ -196,6 +197,7 @@ def plan_as_text(prepared: Prepared) -> str:
         lines.insert(4, ("layers", f"{plan.depth}"))
     if plan.renamed:
         lines.insert(4, ("names", f"of adapter and base were matched: {plan.renamed}"))
+    lines[4:4] = [("note", note) for note in plan.notes]
     if plan.untied:
         lines.insert(4, ("untied", "input and output embeddings will differ and are stored apart"))
     return "\n".join(f"{label:9} {text}".rstrip() for label, text in lines)

@@ -258,7 +258,7 @@ class Plan:
 
     `memory` is what its own pass needs; `passes` are those before it, in their order, none before a job is prepared.
     `calibration` tells of the text that some of these go by, None where there is none. `depth` is None where the output
-    has the layers of the base.
+    has the layers of the base. `notes` are sentences on what a merge leaves out, replaces or chooses, for people.
     """
 
     options: MergeOptions
@@ -283,6 +283,7 @@ class Plan:
     vocab_size: tuple[int, int] | None
     fingerprint: Mapping[str, Any]
     passes: tuple[Pass, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
