@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from streamconv.evaluation import Evaluation, evaluate
+    from streamconv.extraction import Extraction, extract
     from streamconv.output.manifest import Report
     from streamconv.pipeline import convert, merge, push, verify
     from streamconv.pipeline.inspection import inspect
@@ -38,6 +39,7 @@ __all__ = [  # noqa: PLE0604, RUF100  literal, so that type checkers see it
     "CheckpointError",
     "Compared",
     "Evaluation",
+    "Extraction",
     "HubError",
     "InputError",
     "OptionError",
@@ -53,6 +55,7 @@ __all__ = [  # noqa: PLE0604, RUF100  literal, so that type checkers see it
     "compare",
     "convert",
     "evaluate",
+    "extract",
     "inspect",
     "merge",
     "push",
@@ -84,6 +87,12 @@ def _evaluation() -> ModuleType:
     return evaluation
 
 
+def _extraction() -> ModuleType:
+    from streamconv import extraction
+
+    return extraction
+
+
 def _inspection() -> ModuleType:
     from streamconv.pipeline import inspection
 
@@ -112,6 +121,7 @@ _DOORS: dict[str, Callable[[], ModuleType]] = {
     **dict.fromkeys(("Analysis", "analyze"), _analysis),
     **dict.fromkeys(("Compared", "compare"), _comparison),
     **dict.fromkeys(("Evaluation", "evaluate"), _evaluation),
+    **dict.fromkeys(("Extraction", "extract"), _extraction),
     **dict.fromkeys(("convert", "merge", "push", "verify"), _pipeline),
     "Pushed": _upload,
     "Report": _report,

@@ -87,6 +87,16 @@ STORIES: Mapping[str, Sequence[str]] = {
     "evaluation/options.py": ["evaluation/test_evaluate.py"],
     "evaluation/result.py": ["evaluation/test_evaluate.py", "cli/test_evaluation.py"],
     "evaluation/scoring.py": ["evaluation/test_evaluate.py"],
+    # An extraction, from checkpoints to an adapter.
+    "extraction/__init__.py": ["extraction/test_extract.py"],
+    "extraction/assembling.py": ["extraction/test_extract.py"],
+    "extraction/checkpoints.py": ["extraction/test_extract.py"],
+    "extraction/differences.py": ["extraction/test_extract.py"],
+    "extraction/options.py": ["extraction/test_extract.py"],
+    "extraction/pairs.py": ["extraction/test_extract.py"],
+    "extraction/result.py": ["extraction/test_extract.py"],
+    "extraction/running.py": ["extraction/test_extract.py"],
+    "extraction/tensors.py": ["extraction/test_extract.py"],
     # What every format promises is one suite for all.
     "formats/__init__.py": ["formats/test_find_weights.py", "contracts/test_formats.py"],
     "formats/awq.py": ["formats/test_int4_words.py"],

@@ -27,7 +27,7 @@ LAYERS = [
     {"forward", "output"},
     {"calibration"},
     {"pipeline"},
-    {"evaluation", "analysis"},
+    {"evaluation", "analysis", "extraction"},
     {"comparison"},
     {"__init__"},
     {"cli"},

@@ -27,7 +27,7 @@ _APART: Mapping[str, Sequence[tuple[str, ...]]] = MappingProxyType(
     {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 )
 # Modules with `is_transposed`: PEFT since 0.19 takes lora_A for the middle axis of these, and before, of all.
-_TRANSPOSED = frozenset({"aria", "aria_text", "gpt_oss", "openai_privacy_filter"})
+TRANSPOSED = frozenset({"aria", "aria_text", "gpt_oss", "openai_privacy_filter"})
 # transformers 5 trains the transpose of what it stores of these, transformers 4 what is stored; both run PEFT 0.18.
 _STORED_TRANSPOSED = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
 
@@ -254,7 +254,7 @@ def _usual_axis(module: str, name: str, shape: Shape, settings: LoraSettings, ba
         return "middle"
     # 0.19.0 may do one or the other; a fused parameter of a model that is not known may be stored transposed.
     if version is not None and version >= (0, 19, 1):
-        if model_type in _TRANSPOSED:
+        if model_type in TRANSPOSED:
             return "middle"
         if base.find(f"{module}.{name}") is None:
             return "last"

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from streamconv.checkpoint.header import build_header
@@ -20,6 +21,7 @@ from streamconv.checkpoint.writer import ShardWriter
 from streamconv.rounding.residual import Residual
 
 _PREFIX = "base_model.model."
+_CHUNK_BYTES = 8 * 2**20
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -62,13 +64,17 @@ def adapter_config(rank: int, tensors: Iterable[str]) -> bytes:
 
 
 def write_adapter(path: Path, tensors: Iterable[StoredTensor]) -> str:
-    """Write adapter_model.safetensors to `path`, anew, a tensor at a time; its SHA-256. Durable when this returns."""
+    """Write adapter_model.safetensors to `path`, anew, in chunks; its SHA-256. Durable when this returns."""
     stored = sorted(tensors, key=lambda tensor: tensor.name)
     specs = [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in stored]
     header = build_header(specs, {"format": "pt"})
     path.unlink(missing_ok=True)
     size = len(header) + sum(spec.nbytes for spec in specs)
+    chunk = torch.empty(_CHUNK_BYTES, dtype=torch.uint8)
     with TensorReader() as reader, ShardWriter.create(path, header, size) as writer:
         for tensor in stored:
-            writer.write(tensor_bytes(reader.load(tensor)))
+            for start in range(0, tensor.nbytes, _CHUNK_BYTES):
+                length = min(_CHUNK_BYTES, tensor.nbytes - start)
+                reader.read_into(tensor, start, tensor_bytes(chunk[:length]))
+                writer.write(tensor_bytes(chunk[:length]))
         return writer.finish()

@@ -12,6 +12,7 @@ from streamconv.cli.analysis import analyze_command
 from streamconv.cli.comparison import compare_command
 from streamconv.cli.evaluation import eval_command
 from streamconv.cli.exits import Commands
+from streamconv.cli.extraction import extract_command
 from streamconv.cli.jobs import convert_command, merge_command, plan_command
 from streamconv.cli.listings import formats_command, inspect_command
 from streamconv.cli.outputs import push_command, verify_command
@@ -39,6 +40,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
         analyze_command,
         eval_command,
         compare_command,
+        extract_command,
         push_command,
         formats_command,
     ],

@@ -127,7 +127,7 @@ def select(
     quantized = []
     left = []
     for name, shape in shapes.items():
-        if not _may_be_linear(name, shape, has_experts=by_path):
+        if not may_be_linear(name, shape, has_experts=by_path):
             continue
         module = module_of(name)
         if module in dense or not _is_replaced(module, shapes, config) or matches(module, ignore):
@@ -166,7 +166,7 @@ def matches(module: str, patterns: Sequence[str]) -> bool:
     )
 
 
-def _may_be_linear(name: str, shape: Shape, *, has_experts: bool) -> bool:
+def may_be_linear(name: str, shape: Shape, *, has_experts: bool) -> bool:
     """Whether a weight may be an nn.Linear's: if it stays in 16 bit, the skip list had better name it.
 
     `has_experts`: those of experts that a file stores apart are such weights, too.

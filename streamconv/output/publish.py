@@ -62,7 +62,7 @@ def publish_output(
     if residual is not None:
         publish(residual, out / RESIDUAL_TENSORS)
     for file in copied:
-        _copy(file, out / file.name)
+        copy_file(file, out / file.name)
     for name, content in generated.items():
         write_file(out / name, content)
 
@@ -110,7 +110,7 @@ def remove_file(path: Path) -> None:
         raise write_error(error, path) from error
 
 
-def _copy(file: SourceFile, target: Path) -> None:
+def copy_file(file: SourceFile, target: Path) -> None:
     """Copy a small file; beside the target first, so that the final name is never half a file."""
     temporary = target.with_name(f".{target.name}.partial")
     remove_file(temporary)

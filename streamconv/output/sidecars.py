@@ -94,6 +94,11 @@ def _tokenizer_names(storage: Storage) -> list[str]:
     return [name for name in names if _matches(name, TOKENIZER)]
 
 
+def tokenizer_files(storage: Storage) -> tuple[SourceFile, ...]:
+    """The tokenizer's files, chat templates included, sorted by name."""
+    return tuple(storage.file(name) for name in sorted(_tokenizer_names(storage)))
+
+
 def _has_code(storage: Storage, config: Mapping[str, Any]) -> bool:
     """Whether model or tokenizer are of classes that the folder itself defines."""
     if config.get("auto_map"):

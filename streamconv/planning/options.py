@@ -209,6 +209,21 @@ class AnalyzeKeywords(BaseKeywords, AdapterKeywords, total=False):
     seed: int
 
 
+class ExtractKeywords(TypedDict, total=False):
+    """Options of `extract`."""
+
+    rank: str | int
+    share: float
+    max_rank: int
+    dtype: str
+    base_revision: str | None
+    finetuned_revision: str | None
+    device: str
+    max_ram: str | int
+    seed: int
+    resume: bool
+
+
 class EvaluateKeywords(ModelKeywords, total=False):
     """Options of `evaluate`."""
 
@@ -306,6 +321,17 @@ CONVERT_DEFAULTS = _defaults(ConvertKeywords, {})
 ANALYZE_DEFAULTS = _defaults(
     AnalyzeKeywords,
     {"formats": ("nf4-dq", "nf4", "int8"), "merge_base": "auto", "layers": None, "report": None},
+)
+EXTRACT_DEFAULTS = _defaults(
+    ExtractKeywords,
+    {
+        "rank": "auto",
+        "share": 0.95,
+        "max_rank": 256,
+        "dtype": "float32",
+        "finetuned_revision": None,
+        "max_ram": "4GiB",
+    },
 )
 EVALUATE_DEFAULTS = _defaults(
     EvaluateKeywords,

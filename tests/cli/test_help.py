@@ -11,7 +11,19 @@ import pytest
 from streamconv.cli import main
 from tests.cli.calls import succeed
 
-COMMANDS = ("merge", "convert", "plan", "inspect", "verify", "analyze", "eval", "compare", "push", "formats")
+COMMANDS = (
+    "merge",
+    "convert",
+    "plan",
+    "inspect",
+    "verify",
+    "analyze",
+    "eval",
+    "compare",
+    "extract",
+    "push",
+    "formats",
+)
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
