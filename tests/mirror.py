@@ -88,6 +88,12 @@ STORIES: Mapping[str, Sequence[str]] = {
     "evaluation/result.py": ["evaluation/test_evaluate.py", "cli/test_evaluation.py"],
     "evaluation/scoring.py": ["evaluation/test_evaluate.py"],
     # What every format promises is one suite for all.
+    # Storages that are only read.
+    "formats/compressed.py": ["formats/test_block_scaled.py"],
+    "formats/fp4.py": ["formats/test_block_scaled.py"],
+    "formats/fp8.py": ["formats/test_block_scaled.py"],
+    "formats/gpt_oss.py": ["formats/test_block_scaled.py"],
+    "formats/mlx.py": ["formats/test_block_scaled.py"],
     "formats/__init__.py": ["formats/test_find_weights.py", "contracts/test_formats.py"],
     "formats/awq.py": ["formats/test_int4_words.py"],
     "formats/base.py": ["contracts/test_formats.py"],
