@@ -98,6 +98,12 @@ STORIES: Mapping[str, Sequence[str]] = {
     "extraction/running.py": ["extraction/test_extract.py"],
     "extraction/tensors.py": ["extraction/test_extract.py"],
     # What every format promises is one suite for all.
+    # Storages that are only read.
+    "formats/compressed.py": ["formats/test_block_scaled.py"],
+    "formats/fp4.py": ["formats/test_block_scaled.py"],
+    "formats/fp8.py": ["formats/test_block_scaled.py"],
+    "formats/gpt_oss.py": ["formats/test_block_scaled.py"],
+    "formats/mlx.py": ["formats/test_block_scaled.py"],
     "formats/__init__.py": ["formats/test_find_weights.py", "contracts/test_formats.py"],
     "formats/awq.py": ["formats/test_int4_words.py"],
     "formats/base.py": ["contracts/test_formats.py"],

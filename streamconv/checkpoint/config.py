@@ -34,6 +34,8 @@ def edit_config(
     for level in _levels(edited):
         for key in quantization_keys:
             level.pop(key, None)
+        if isinstance(level.get("quantization"), dict):  # MLX's
+            del level["quantization"]
         for key in ("dtype", "torch_dtype"):
             if dtype is not None and isinstance(level.get(key), str):
                 level[key] = dtype

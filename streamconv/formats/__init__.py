@@ -8,14 +8,17 @@ from types import MappingProxyType
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.dtypes import BF16, F16, F32
 from streamconv.errors import CheckpointError, OptionError
-from streamconv.formats import int4_words
+from streamconv.formats import fp4, int4_words
 from streamconv.formats.awq import AwqFormat
-from streamconv.formats.base import Format, Grouped, Weight, group_of
+from streamconv.formats.base import Format, Grouped, Reader, Weight, group_of
 from streamconv.formats.bnb_4bit import Bnb4bitFormat
 from streamconv.formats.bnb_int8 import Int8Format
 from streamconv.formats.dense import DenseFormat, dense_weight
-from streamconv.formats.foreign import quantization_of, refuse_foreign
+from streamconv.formats.foreign import is_read_by, quantization_of, refuse_foreign
+from streamconv.formats.fp8 import Fp8Reader
+from streamconv.formats.gpt_oss import GptOssReader
 from streamconv.formats.gptq import GptqFormat
+from streamconv.formats.mlx import MlxReader
 from streamconv.formats.pack_quantized import PackQuantizedFormat
 from streamconv.kernels.grids import FP4, INT4, INT8_GROUPS, NF4
 
@@ -28,13 +31,13 @@ def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
     Raises UnsupportedError for a quantization that is recognised but not read, CheckpointError for parts that
     are missing, left over, or disagree.
     """
-    refuse_foreign(index, FORMATS.values())
+    refuse_foreign(index, _readers())
     free = dict(index.tensors)
     quantization = quantization_of(index)
     found: list[Weight] = []
     # The dense formats stand first in the table, but take what the others leave.
-    for storage_format in reversed(tuple(FORMATS.values())):
-        for weight in storage_format.find(MappingProxyType(free), quantization):
+    for reader in reversed(_readers()):
+        for weight in reader.find(MappingProxyType(free), quantization):
             found.append(weight)
             for part in weight.parts.values():
                 del free[part.name]
@@ -78,13 +81,12 @@ def with_groups(storage_format: Format, size: int | None) -> Format:
 def _check_config(index: CheckpointIndex, weights: Iterable[Weight]) -> None:
     """Raise CheckpointError where weights are stored otherwise than the config says, by which loaders go."""
     config, where = quantization_of(index), index.storage.location
-    method = config.get("quant_method")
-    for check in {each.marks.described for each in FORMATS.values() if method in each.marks.methods}:
+    for check in {reader.marks.described for reader in _readers() if is_read_by(reader, config, where)}:
         check(weights, config, where)
 
 
 def _refuse_orphans(weights: Iterable[Weight]) -> None:
-    marks = [each.marks for each in FORMATS.values()]
+    marks = [reader.marks for reader in _readers()]
     suffixes = tuple(suffix for each in marks for suffix in each.side_suffixes)
     codes_of = {dtype: words for each in reversed(marks) for dtype, words in each.codes.items()}
     for weight in weights:
@@ -100,6 +102,13 @@ def _refuse_orphans(weights: Iterable[Weight]) -> None:
                 " the checkpoint is incomplete, or quantized in a way that is not known"
             )
 
+
+def _readers() -> tuple[Reader, ...]:
+    return (*FORMATS.values(), *READERS)
+
+
+# Storages that are read and not written.
+READERS: tuple[Reader, ...] = (Fp8Reader(), fp4.PACKED, fp4.MODELOPT, MlxReader(), GptOssReader())
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {

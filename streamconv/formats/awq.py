@@ -44,7 +44,7 @@ from streamconv.formats.int4_words import (
 )
 from streamconv.formats.linear import HEAD_NAMES, module_of
 from streamconv.kernels import kernels_for
-from streamconv.kernels.grids import INT4, TableGrid, ZeroPointGrid
+from streamconv.kernels.grids import INT4, DecodedGrid, TableGrid
 
 PLACES = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -90,7 +90,7 @@ def _find_weight(
     if is_symmetric:
         decoder = SymmetricDecoder(name, columns, fmt.grid.of_block(group), product, order, MIDDLE)
     else:
-        grid = ZeroPointGrid(f"{fmt.grid.name} with zero points", group)
+        grid = DecodedGrid(f"{fmt.grid.name} with zero points", group)
         decoder = ZeroPointDecoder(name, columns, grid, product, order, PLACES, subtracted=0)
     return Weight(name, (rows, columns), dtype, described(fmt.name, group, remarks), decoder, parts)
 

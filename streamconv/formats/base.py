@@ -203,6 +203,12 @@ class Encoder(Protocol):
         """
 
 
+def wrong(tensor: StoredTensor, expected: str) -> CheckpointError:
+    """Error for a part that has another type or shape than `expected`, in words."""
+    found = f"{tensor.dtype} {list(tensor.shape)}"
+    return CheckpointError(f"{tensor.file.name}: {tensor.name}: found {found}, expected {expected}")
+
+
 def config_says(where: str) -> str:
     """Beginning of a message about the config of the checkpoint at `where`."""
     return f"{where}: config.json says that the checkpoint is"
@@ -306,6 +312,17 @@ class Format(Protocol):
         `quantized` are names of weights, `skipped` is the skip list that goes with them (`formats.linear`). Raises
         UnsupportedError where a config of this format cannot tell the ones from the others.
         """
+
+
+class Reader(Protocol):
+    """A storage that is read and not written; every Format is one."""
+
+    @property
+    def marks(self) -> Marks:
+        """See Format."""
+
+    def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
+        """See Format."""
 
 
 @runtime_checkable

@@ -29,7 +29,7 @@ from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import DENSE, F32, I8, U8, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
-from streamconv.formats.base import Constant, Json, Marks, Order, Weight, any_config, matrix_shape
+from streamconv.formats.base import Constant, Json, Marks, Order, Weight, any_config, matrix_shape, wrong
 from streamconv.formats.dense import largest_dtype
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import INT8, IntegerGrid
@@ -100,11 +100,11 @@ def _find_weight(
         )
     main = free[name]
     if main.dtype != I8 or len(main.shape) != 2 or not math.prod(main.shape):
-        raise _wrong(main, "I8 [out, in], to go with its SCB")
+        raise wrong(main, "I8 [out, in], to go with its SCB")
     rows, columns = main.shape
     parts = {MAIN: main, SCALES: free[_part_name(name, SCALES)]}
     if parts[SCALES].dtype != F32 or parts[SCALES].shape != (rows,):
-        raise _wrong(parts[SCALES], f"F32 [{rows}]")
+        raise wrong(parts[SCALES], f"F32 [{rows}]")
     layout = free.get(_part_name(name, LAYOUT))
     if layout is not None:  # older files have none
         _check_layout(layout, reader)
@@ -114,17 +114,12 @@ def _find_weight(
 
 def _check_layout(tensor: StoredTensor, reader: TensorReader) -> None:
     if tensor.dtype != U8 or tensor.nbytes != 1:
-        raise _wrong(tensor, "U8, one element")
+        raise wrong(tensor, "U8, one element")
     if reader.load(tensor).numpy().tobytes() != _ROW_BY_ROW:
         raise UnsupportedError(
             f"{tensor.name}: the weight is stored in the order of some GPU, which current bitsandbytes does not"
             " read either; give the 16-bit base model instead"
         )
-
-
-def _wrong(tensor: StoredTensor, expected: str) -> CheckpointError:
-    found = f"{tensor.dtype} {list(tensor.shape)}"
-    return CheckpointError(f"{tensor.file.name}: {tensor.name}: found {found}, expected {expected}")
 
 
 # -- writing -----------------------------------------------------------------------------------------------

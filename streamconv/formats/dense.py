@@ -159,7 +159,7 @@ class DenseFormat:
         return None
 
 
-def largest_dtype(tensors: Mapping[str, StoredTensor], but: str) -> Dtype:
+def largest_dtype(tensors: Mapping[str, StoredTensor], but: str | tuple[str, ...]) -> Dtype:
     """The type of the largest dense tensor whose name does not end in `but`; float16 where there is none.
 
     It stands for that of weights beside, where a file does not tell what they were before they were quantized.

@@ -13,7 +13,9 @@ from typing import Any
 
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.dtypes import Dtype
-from streamconv.formats.base import Format, config_says, refusal
+from streamconv.errors import UnsupportedError
+from streamconv.formats import mlx
+from streamconv.formats.base import Reader, config_says, refusal
 
 _BY_SUFFIX: Mapping[str, str] = MappingProxyType(
     {
@@ -29,12 +31,13 @@ _BY_SUFFIX: Mapping[str, str] = MappingProxyType(
 )
 
 
-def refuse_foreign(index: CheckpointIndex, formats: Collection[Format]) -> None:
+def refuse_foreign(index: CheckpointIndex, formats: Collection[Reader]) -> None:
     """Raise UnsupportedError if the checkpoint is quantized in a way that none of `formats` reads."""
     config = quantization_of(index)
     if config:
         _refuse_method(index.storage.location, config, formats)
-    owned = {each.marks.owned for each in formats if config.get("quant_method") in each.marks.methods}
+    where = index.storage.location
+    owned = {each.marks.owned for each in formats if is_read_by(each, config, where)}
     for name, tensor in index.tensors.items():
         if any(_is_owned(name, roles, index) for roles in owned):
             continue
@@ -47,8 +50,22 @@ def refuse_foreign(index: CheckpointIndex, formats: Collection[Format]) -> None:
 
 def quantization_of(index: CheckpointIndex) -> Mapping[str, Any]:
     """Settings of the quantization in config.json; empty if there are none."""
-    config = index.config.get("quantization_config") or index.config.get("compression_config")
-    return config if isinstance(config, Mapping) else {}
+    keys = ("quantization_config", "compression_config", "quantization")
+    found = next((index.config[key] for key in keys if index.config.get(key)), None)
+    if not isinstance(found, Mapping):
+        return {}
+    return {**found, "quant_method": mlx.METHOD} if mlx.is_mlx(found) else found
+
+
+def is_read_by(reader: Reader, config: Mapping[str, Any], where: str) -> bool:
+    """Whether a reader reads checkpoints of this quantization."""
+    check = reader.marks.methods.get(str(config.get("quant_method")))
+    try:
+        if check is not None:
+            check(config, where)
+    except UnsupportedError:
+        return False
+    return check is not None
 
 
 def _is_owned(name: str, roles: tuple[str, ...], index: CheckpointIndex) -> bool:
@@ -57,11 +74,12 @@ def _is_owned(name: str, roles: tuple[str, ...], index: CheckpointIndex) -> bool
     return role in roles and f"{module}.{roles[0]}" in index.tensors
 
 
-def _refuse_method(where: str, config: Mapping[str, Any], formats: Collection[Format]) -> None:
+def _refuse_method(where: str, config: Mapping[str, Any], formats: Collection[Reader]) -> None:
     method = config.get("quant_method")
-    checks = {check for each in formats for name, check in each.marks.methods.items() if name == method}
-    for check in checks:
-        check(config, where)
+    checks = [check for each in formats for name, check in each.marks.methods.items() if name == method]
+    if checks and not any(is_read_by(each, config, where) for each in formats):
+        for check in checks:  # each has a reason; the first is that of the format written
+            check(config, where)
     if not checks:
         raise refusal(config_says(where), str(method) if method else "quantized in an unnamed way")
 

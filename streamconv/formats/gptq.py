@@ -26,7 +26,17 @@ from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import F16, I32, Dtype
 from streamconv.errors import UnsupportedError
-from streamconv.formats.base import GROUP_SIZES, Decoder, Format, Json, Marks, Weight, grouped_name, parts_of
+from streamconv.formats.base import (
+    GROUP_SIZES,
+    Decoder,
+    Format,
+    Json,
+    Marks,
+    Weight,
+    grouped_name,
+    parts_of,
+    wrong,
+)
 from streamconv.formats.dense import largest_dtype
 from streamconv.formats.int4_words import (
     A_WORD,
@@ -47,12 +57,11 @@ from streamconv.formats.int4_words import (
     is_whole,
     part_name,
     word_of,
-    wrong,
     zeros_and_scales,
 )
 from streamconv.formats.linear import HEAD_NAMES, module_of
 from streamconv.kernels import kernels_for
-from streamconv.kernels.grids import INT4, TableGrid, ZeroPointGrid
+from streamconv.kernels.grids import INT4, DecodedGrid, TableGrid
 
 GROUPS = "g_idx"
 # By whether it is v2: the name here, and that in a config (GPTQModel `quantization/config.py`, FORMAT).
@@ -160,7 +169,7 @@ def _find_weight(
     if stored is not None and not groups:
         decoder = SymmetricDecoder(name, columns, found.grid, product, order, stored)
     else:
-        grid = ZeroPointGrid(f"{found.grid.name} with zero points", group)
+        grid = DecodedGrid(f"{found.grid.name} with zero points", group)
         subtracted = 0 if is_v2 else 1
         decoder = ZeroPointDecoder(name, columns, grid, product, order, IN_ORDER, subtracted, groups)
     return Weight(name, (rows, columns), dtype, described(found.name, group, remarks), decoder, parts)

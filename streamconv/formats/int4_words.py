@@ -27,9 +27,9 @@ from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import BF16, DENSE, F16, I32, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
-from streamconv.formats.base import Constant, Marks, Order, config_says, grouped_name, refusal
+from streamconv.formats.base import Constant, Marks, Order, config_says, grouped_name, refusal, wrong
 from streamconv.kernels import kernels_for
-from streamconv.kernels.grids import TableGrid, ZeroPointGrid
+from streamconv.kernels.grids import DecodedGrid, TableGrid
 
 MAIN = "qweight"
 ZEROS = "qzeros"
@@ -127,7 +127,7 @@ class ZeroPointDecoder:
 
     name: str
     columns: int
-    grid: ZeroPointGrid
+    grid: DecodedGrid
     dtype: Dtype
     order: Order
     places: tuple[int, ...]
@@ -204,11 +204,6 @@ def group_size_in(parts: Mapping[str, StoredTensor], rows: int, columns: int) ->
 def described(name: str, group: int, remarks: Mapping[str, bool]) -> str:
     """The format of a weight: its name, and those of `remarks` that hold, which keep it from being written so."""
     return ", ".join((grouped_name(name, group), *(remark for remark, holds in remarks.items() if holds)))
-
-
-def wrong(tensor: StoredTensor, expected: str) -> CheckpointError:
-    found = f"{tensor.dtype} {list(tensor.shape)}"
-    return CheckpointError(f"{tensor.file.name}: {tensor.name}: found {found}, expected {expected}")
 
 
 # -- writing -----------------------------------------------------------------------------------------------

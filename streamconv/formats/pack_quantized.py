@@ -41,6 +41,7 @@ from streamconv.formats.base import (
     config_says,
     grouped_name,
     parts_of,
+    wrong,
 )
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import TableGrid
@@ -143,7 +144,7 @@ def _find_weight(
     groups = scales.shape[1] if len(scales.shape) == 2 else 0
     is_whole = groups > 0 and columns % groups == 0
     if scales.dtype.name not in DENSE or scales.shape != (rows, groups) or not is_whole:
-        raise _wrong(scales, f"a float type and [{rows}, groups] for groups of the {columns} columns")
+        raise wrong(scales, f"a float type and [{rows}, groups] for groups of the {columns} columns")
     decoder = PackQuantizedDecoder(name, scales.dtype, columns, bits, grid.of_block(columns // groups))
     kind = grouped_name(format_name, decoder.grid.block)
     return Weight(name, (rows, columns), scales.dtype, kind, decoder, parts)
@@ -151,7 +152,7 @@ def _find_weight(
 
 def _read_shape(tensor: StoredTensor, reader: TensorReader) -> tuple[int, int]:
     if tensor.dtype not in (I64, I32) or tensor.shape != (2,):
-        raise _wrong(tensor, "I64 [2]")
+        raise wrong(tensor, "I64 [2]")
     rows, columns = reader.load(tensor).tolist()
     if rows < 1 or columns < 1:
         raise CheckpointError(
@@ -165,17 +166,12 @@ def _bits(tensor: StoredTensor, rows: int, columns: int) -> int:
     fitting = [bits for bits in _BITS if tensor.shape == (rows, _words(columns, bits))]
     if tensor.dtype != I32 or not fitting:
         expected = " or ".join(f"[{rows}, {_words(columns, bits)}]" for bits in _BITS)
-        raise _wrong(tensor, f"I32 {expected} for 4 or 8 bits of [{rows}, {columns}]")
+        raise wrong(tensor, f"I32 {expected} for 4 or 8 bits of [{rows}, {columns}]")
     if len(fitting) > 1:
         raise UnsupportedError(
             f"{tensor.name}: rows of {columns} are too short to tell 4 bits from 8; give the 16-bit base model instead"
         )
     return fitting[0]
-
-
-def _wrong(tensor: StoredTensor, expected: str) -> CheckpointError:
-    found = f"{tensor.dtype} {list(tensor.shape)}"
-    return CheckpointError(f"{tensor.file.name}: {tensor.name}: found {found}, expected {expected}")
 
 
 # -- the config --------------------------------------------------------------------------------------------

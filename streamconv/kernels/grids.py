@@ -134,10 +134,11 @@ class IntegerGrid:
 
 
 @dataclass(frozen=True, slots=True)
-class ZeroPointGrid:
-    """The integers from 0 to 15 less a zero point that each block has of its own, or columns in no order of blocks.
+class DecodedGrid:
+    """Values of weights that were quantized elsewhere: integers less a zero point that each block has of its own, or
+    scales in other blocks than runs of a row. They are decoded; nothing is rounded to such a grid.
 
-    Where weights lie that were quantized elsewhere. They are decoded; nothing is rounded to such a grid.
+    Scales are cut into blocks of `block` elements, whatever there is of them for one.
     """
 
     name: str

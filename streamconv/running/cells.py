@@ -29,7 +29,7 @@ from streamconv.dtypes import F32
 from streamconv.errors import InputError
 from streamconv.formats.base import CELL_ROWS, Encoder
 from streamconv.kernels import TORCH, kernels_for, pairwise_sum
-from streamconv.kernels.grids import Grid, ZeroPointGrid
+from streamconv.kernels.grids import DecodedGrid, Grid
 from streamconv.planning.plan import Rewrite
 from streamconv.planning.scales import FRESH, Fresh, OfBase
 from streamconv.rounding import uniform
@@ -404,7 +404,7 @@ class WeightWork:
         values = self._decode(raw, rows, scratch)
         if decoder.grid is None or step.encoder.grid is None or self._base_scales is None:
             return CellBase(values, values)
-        if isinstance(decoder.grid, ZeroPointGrid):  # no output has it
+        if isinstance(decoder.grid, DecodedGrid):  # no output has it
             return CellBase(values, values)
         codes = decoder.codes(raw, rows)
         scales = self._blocks(self._base_scales, rows, decoder.grid)

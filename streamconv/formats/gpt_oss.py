@@ -1,0 +1,129 @@
+"""MXFP4 experts of gpt-oss (`gpt_oss/torch/weights.py`; transformers `integrations/mxfp4.py`), for reading.
+
+    P_blocks   uint8 [experts, out, in/32, 16], the first of two codes of a row in the low half
+    P_scales   uint8 [experts, out, in/32], biased exponents of two
+
+The parameter P is [experts, in, out].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamconv.checkpoint.types import StoredTensor
+from streamconv.dtypes import U8
+from streamconv.formats.base import Marks, Weight, any_config, parts_of, wrong
+from streamconv.formats.block_scaled import BlockScaledDecoder, Scales, check_tensor, unpacked
+from streamconv.formats.dense import largest_dtype
+
+_BLOCKS, _SCALES = "_blocks", "_scales"
+_GROUP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsTurned:
+    """Line e · out + o of a file holds the codes of all inputs for output o of expert e.
+
+    In row form, row e · in + i has those of all outputs, the first of two in the low half.
+    """
+
+    experts: int
+    outputs: int
+    inputs: int
+
+    @property
+    def lines(self) -> int:
+        return self.experts * self.outputs
+
+    @property
+    def line_bytes(self) -> int:
+        return self.inputs // 2
+
+    def from_file(self, raw: Tensor, lines: range, form: Tensor) -> None:
+        """See Order."""
+        codes = unpacked(raw, 4).view(len(lines), self.inputs)
+        for expert, outputs, place in self._experts(lines):
+            rows, of_expert = self._rows(form, expert), codes[place]
+            low, high = (torch.arange(first, outputs.stop, 2) for first in _firsts(outputs))
+            rows[:, low // 2] = (rows[:, low // 2] & 0xF0) | of_expert[low - outputs.start].T
+            rows[:, high // 2] = (rows[:, high // 2] & 0x0F) | of_expert[high - outputs.start].T << 4
+
+    def to_file(self, form: Tensor, lines: range, out: Tensor) -> None:
+        """See Order."""
+        packed = out.view(len(lines), self.line_bytes)
+        for expert, outputs, place in self._experts(lines):
+            numbers = torch.arange(outputs.start, outputs.stop)
+            shifts = (numbers % 2 * 4).to(torch.uint8)
+            codes = (self._rows(form, expert)[:, numbers // 2] >> shifts & 0x0F).T
+            packed[place] = codes[:, 0::2] | codes[:, 1::2] << 4
+
+    def _rows(self, form: Tensor, expert: int) -> Tensor:
+        """The rows of an expert, [in, out / 2]."""
+        return form.view(self.experts, self.inputs, self.outputs // 2)[expert]
+
+    def _experts(self, lines: range) -> Iterator[tuple[int, range, slice]]:
+        """Expert, its outputs, and their places among `lines`, for every expert that has some."""
+        start = lines.start
+        while start < lines.stop:
+            expert, first = divmod(start, self.outputs)
+            stop = min(lines.stop, (expert + 1) * self.outputs)
+            outputs = range(first, first + stop - start)
+            yield expert, outputs, slice(start - lines.start, stop - lines.start)
+            start = stop
+
+
+def _firsts(outputs: range) -> tuple[int, int]:
+    """The first even and the first odd number from the start on."""
+    start = outputs.start
+    return (start, start + 1) if start % 2 == 0 else (start + 1, start)
+
+
+def _find_weight(name: str, free: Mapping[str, StoredTensor]) -> Weight:
+    parts = parts_of(name, {role: name + role for role in (_BLOCKS, _SCALES)}, free)
+    main = parts[_BLOCKS]
+    if len(main.shape) != 4 or main.dtype != U8 or main.shape[3] != _GROUP // 2 or main.shape[1] % 2:
+        raise wrong(main, f"U8 [experts, outputs, groups, {_GROUP // 2}]")
+    experts, outputs, groups, _ = main.shape
+    check_tensor(parts[_SCALES], ("U8",), ((experts, outputs, groups),))
+    inputs = groups * _GROUP
+    dtype = largest_dtype(free, but=_SCALES)
+    decoder = BlockScaledDecoder(
+        name,
+        _BLOCKS,
+        outputs,
+        "e2m1",
+        _GROUP,
+        1,
+        Scales(_SCALES, is_exponent=True, turned=True),
+        dtype,
+        ExpertsTurned(experts, outputs, inputs),
+    )
+    return Weight(name, (experts, inputs, outputs), dtype, "mxfp4 of gpt-oss", decoder, parts)
+
+
+_MARKS = Marks(
+    owned=("gate_up_proj_blocks", "gate_up_proj_scales", "down_proj_blocks", "down_proj_scales"),
+    methods=MappingProxyType({"mxfp4": any_config}),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GptOssReader:
+    """Reader of MXFP4 experts."""
+
+    marks: Marks = _MARKS
+
+    def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
+        """Parameters stored as blocks."""
+        del quantization
+        return [
+            _find_weight(name.removesuffix(_BLOCKS), free)
+            for name in free
+            if name.endswith(f"_proj{_BLOCKS}")
+        ]
