@@ -28,8 +28,8 @@ class EvaluationOptions:
     reference_cache: Path | None = None
 
 
-def subject_of(model: Folder | None, base: Folder | None, adapter: Folder | None) -> Folder:
-    """The checkpoint that is evaluated, with the adapter on it or without."""
+def subject_of(model: Folder | None, base: Folder | None, adapter: Folder | None) -> Folder | None:
+    """The checkpoint that is evaluated, with the adapter on it or without; None for the base that the adapter names."""
     if model is not None and base is not None:
         raise OptionError(
             "MODEL and --base are both given; name a finished model, or --base with --adapter for one not merged"
@@ -37,8 +37,10 @@ def subject_of(model: Folder | None, base: Folder | None, adapter: Folder | None
     if model is not None and adapter is not None:
         raise OptionError("--adapter needs --base, the model it was trained on; give that instead of MODEL")
     place = model if model is not None else base
-    if place is None:
-        raise OptionError("nothing to evaluate: name a MODEL, or give --base and --adapter")
+    if place is None and adapter is None:
+        raise OptionError(
+            "nothing to evaluate: name a MODEL, or give --adapter, with the --base it was trained on"
+        )
     return place
 
 

@@ -125,7 +125,9 @@ def _differences(plan: Plan) -> Iterator[str]:
     """Rows on where the output is not as the base, or the adapter not as trained."""
     if plan.depth:
         yield f"| depth | {plan.depth} |"
-    yield from (f"| note | {note} |" for note in plan.notes)
+    for note in plan.notes:  # tokens such as <|im_end|> stand in it
+        escaped = note.replace("|", r"\|").replace("<", "&lt;")
+        yield f"| note | {escaped} |"
     if plan.untied:
         yield "| embeddings | input and output embeddings differ and are stored apart |"
 

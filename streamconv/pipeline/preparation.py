@@ -24,6 +24,7 @@ from streamconv.output.sidecars import (
 )
 from streamconv.pipeline.calibrating import read_calibration_facts
 from streamconv.pipeline.job import parse_moe_layout
+from streamconv.pipeline.named_base import base_notes
 from streamconv.pipeline.passes import plan_passes
 from streamconv.planning.base import Base, read_base
 from streamconv.planning.calibration import CalibrationFacts
@@ -110,7 +111,7 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     `facts` are those of a calibration whose text is not at hand, for a plan that will not be carried out.
     """
     storage = open_storage(job.base, job.base_revision)
-    index = read_index(storage)
+    index = read_index(storage, allow_pickle=job.allow_pickle)
     base = read_base(index, find_weights(index))
     _log.info("read the base %s: %d weights in %d shards", job.base, len(base.weights), len(index.shards))
     adapter_storage = None
@@ -135,6 +136,9 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     if asked is not None and facts is None:
         facts = read_calibration_facts(base, asked)
     plans = build_plans(base, adapter, options, resolve_device(job.device), facts)
+    if adapter is not None:
+        notes = base_notes(adapter.config, storage, index.config, job.base, job.base_revision)
+        plans = tuple(replace(plan, notes=(*plan.notes, *notes)) for plan in plans)
     is_resized = plans[0].vocab_size is not None
     tokenizer = choose_tokenizer(job.tokenizer, storage, adapter_storage, is_resized)
     _log.info("tokenizer files come from %s", tokenizer.location)
