@@ -16,7 +16,8 @@ class EvaluationOptions:
     """Options checked and parsed as far as they can be without inputs.
 
     `subject` and `reference` are jobs whose output would be the dense weights that are evaluated. `reference_cache` is
-    the folder that keeps what the reference answers, None where nothing is kept.
+    the folder that keeps what the reference answers, None where nothing is kept. The text is read with the tokenizer
+    of the subject, or with that of the reference where `tokenizer_of_reference` is set.
     """
 
     subject: Job
@@ -26,6 +27,7 @@ class EvaluationOptions:
     sequences: int
     greedy_tokens: int
     reference_cache: Path | None = None
+    tokenizer_of_reference: bool = False
 
 
 def subject_of(model: Folder | None, base: Folder | None, adapter: Folder | None) -> Folder | None:
