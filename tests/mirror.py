@@ -27,7 +27,8 @@ STORIES: Mapping[str, Sequence[str]] = {
     "adapters/method.py": [
         "test_extending.py",
         "adapters/test_method_names.py",
-        "pipeline/test_inspection.py",
+        "output/tokenizer_files.py": ["output/test_tokenizer.py"],
+    "pipeline/test_inspection.py",
     ],
     "adapters/names.py": ["adapters/test_read_adapter.py", "parity/test_saved_elsewhere.py"],
     "adapters/saved.py": ["adapters/test_read_adapter.py", "parity/test_peft_lora.py"],
