@@ -27,8 +27,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "adapters/method.py": [
         "test_extending.py",
         "adapters/test_method_names.py",
-        "output/tokenizer_files.py": ["output/test_tokenizer.py"],
-    "pipeline/test_inspection.py",
+        "pipeline/test_inspection.py",
     ],
     "adapters/names.py": ["adapters/test_read_adapter.py", "parity/test_saved_elsewhere.py"],
     "adapters/saved.py": ["adapters/test_read_adapter.py", "parity/test_peft_lora.py"],
@@ -106,6 +105,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "kernels/in_torch.py": ["kernels/test_compiled.py"],
     "kernels/loops.py": ["kernels/test_compiled.py"],
     # Runs, from options to a verified output.
+    "output/tokenizer_files.py": ["output/test_tokenizer.py"],
     "pipeline/__init__.py": ["test_public_names.py"],
     "pipeline/calibrating.py": ["pipeline/test_calibrated.py", "pipeline/test_rescaled.py"],
     "pipeline/calls.py": ["test_public_names.py", "cli/test_jobs.py"],
