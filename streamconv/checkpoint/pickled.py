@@ -42,7 +42,12 @@ def read_pickled(file: SourceFile) -> Mapping[str, StoredTensor]:
         raise CheckpointError(
             f"{file.name} cannot be read as a file of tensors that torch.save wrote ({reason}); save it as safetensors"
         ) from error
-    if not isinstance(loaded, dict) or not loaded:
+    if isinstance(loaded, dict) and not loaded:
+        raise CheckpointError(
+            f"{file.name} holds no tensors; saving was interrupted, or every tensor was on another machine (DeepSpeed's "
+            "ZeRO-3): save it again from the trainer"
+        )
+    if not isinstance(loaded, dict):
         raise CheckpointError(f"{file.name} must hold tensors by name, found {type(loaded).__name__}")
     return MappingProxyType({str(name): _stored(str(name), value, file) for name, value in loaded.items()})
 

@@ -85,3 +85,8 @@ def test_bytes_that_are_not_the_tensors_own_are_refused(tmp_path: Path) -> None:
 def test_a_tensor_that_is_transposed_in_memory_is_named(tmp_path: Path) -> None:
     torch.save({"first": torch.ones(2), "turned": torch.ones(3, 4).T}, tmp_path / NAME)
     assert "the bytes of turned do not lie together" in refusal(tmp_path)
+
+
+def test_a_file_without_tensors_is_called_so(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / NAME)
+    assert "holds no tensors" in refusal(tmp_path)
