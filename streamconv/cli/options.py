@@ -214,8 +214,8 @@ TOKENIZER = option(
     "--tokenizer",
     defaults=MERGE_DEFAULTS,
     type=click.Choice(["auto", "base", "adapter"]),
-    help="Whose tokenizer files to copy; auto: the adapter's where it extends or changes the base's (chat template, end "
-    "token, added tokens) and the ids of the base's tokens stay the same, else the base's.",
+    help="Whose tokenizer files to copy; auto: the adapter's where it extends or changes the base's (chat template, "
+    "end token, added tokens) and the ids of the base's tokens stay the same, else the base's.",
 )
 MOE_LAYOUT = option(
     Section.MERGE,
