@@ -61,7 +61,6 @@ STORIES: Mapping[str, Sequence[str]] = {
     "calibration/tensor_files.py": ["calibration/test_resume.py"],
     "calibration/weighing.py": ["pipeline/test_calibrated.py"],
     "checkpoint/config.py": ["hostile/test_refusals.py", "checkpoint/test_index.py"],
-    "checkpoint/pickled.py": ["hostile/test_refusals.py"],
     "checkpoint/types.py": ["checkpoint/test_header.py", "checkpoint/test_layout.py"],
     "cli/__init__.py": ["cli/test_help.py"],
     "cli/blocks.py": ["cli/test_jobs.py", "cli/test_outputs.py"],
@@ -122,6 +121,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "kernels/in_torch.py": ["kernels/test_compiled.py"],
     "kernels/loops.py": ["kernels/test_compiled.py"],
     # Runs, from options to a verified output.
+    "output/tokenizer_files.py": ["output/test_tokenizer.py"],
     "pipeline/__init__.py": ["test_public_names.py"],
     "pipeline/calibrating.py": ["pipeline/test_calibrated.py", "pipeline/test_rescaled.py"],
     "pipeline/calls.py": ["test_public_names.py", "cli/test_jobs.py"],

@@ -32,9 +32,15 @@ __all__ = ["Analysis", "OnGrid", "Stored", "TargetAnalysis", "WeightAnalysis", "
 
 @takes(AnalyzeKeywords, ANALYZE_DEFAULTS)
 def analyze(
-    base: Folder, adapter: Folder, *, on_progress: OnProgress = quiet, **given: Unpack[AnalyzeKeywords]
+    base: Folder | None,
+    adapter: Folder,
+    *,
+    on_progress: OnProgress = quiet,
+    **given: Unpack[AnalyzeKeywords],
 ) -> Analysis:
     """Measure, weight by weight, what merging `adapter` into `base` does; nothing but plots is written.
+
+    Without a base (None) it is the one that the adapter names.
 
     Keywords are the options of `streamconv analyze`. `report` names a folder for plots, which need
     `streamconv[report]`: without it, raises OptionError; otherwise a StreamconvError, whose `exit_code` is what the

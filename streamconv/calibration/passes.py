@@ -22,9 +22,11 @@ def windows_of(subject: Subject) -> Tensor:
     """The calibration text [sequence, token]."""
     calibration = subject.calibration
     assert subject.tokenizer is not None, "there is no tokenizer to read a text with"
+    with subject.tokenizer.as_folder() as folder:
+        tokenizer = load_tokenizer(folder)
     return read_windows(
         calibration.data,
-        load_tokenizer(subject.tokenizer),
+        tokenizer,
         subject.sequences,
         calibration.sequence_length,
         "--calibration-tokens",

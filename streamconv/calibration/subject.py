@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from streamconv.adapters.base import Adapter
 from streamconv.equalization.pairs import Equalization
 from streamconv.planning.base import Base
 from streamconv.planning.plan import CalibrationPlan, Plan
 from streamconv.rounding.feedback import FeedbackOptions
+from streamconv.storage.file_set import FileSet
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model that passes go over: `plan` is the output's, `tokenizer` a folder, None where no text is to be read.
+    """A model that passes go over: `plan` is the output's, `tokenizer` has its files, None where no text is read.
 
     Weights whose step says `calibrated` are given codes, as far as they are linear layers of a decoder layer.
     """
@@ -22,7 +22,7 @@ class Subject:
     base: Base
     adapter: Adapter | None
     plan: Plan
-    tokenizer: Path | None
+    tokenizer: FileSet | None
 
     @property
     def calibration(self) -> CalibrationPlan:

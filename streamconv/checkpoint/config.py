@@ -6,6 +6,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+_END = "eos_token_id"
+
 
 def _levels(config: dict[str, Any]) -> list[dict[str, Any]]:
     """The config itself and every sub-config (`text_config`) in it."""
@@ -16,6 +18,12 @@ def _levels(config: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def with_end_token(stated: object, token: int) -> list[Any]:
+    """Value of `eos_token_id` that has `token` first, and what was `stated` after it."""
+    others = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    return [token, *(other for other in others if other != token)]
+
+
 def edit_config(
     config: Mapping[str, Any],
     *,
@@ -23,11 +31,13 @@ def edit_config(
     quantization: Mapping[str, Any] | None,
     untie: bool,
     vocab_size: tuple[int, int] | None,
+    end_token: int | None = None,
 ) -> dict[str, Any]:
     """config.json of the output: key order and unknown keys stay.
 
     `dtype` replaces `dtype`/`torch_dtype` wherever one stands; `quantization` is the new
-    `quantization_config`, None removes it at every level; `vocab_size` is (old, new) rows of the embedding.
+    `quantization_config`, None removes it at every level; `vocab_size` is (old, new) rows of the embedding; `end_token`
+    is an id that stands first in every `eos_token_id` there is.
     """
     edited = copy.deepcopy(dict(config))
     quantization_keys = ("quantization_config", "compression_config")
@@ -43,6 +53,10 @@ def edit_config(
             level["tie_word_embeddings"] = False
         if vocab_size is not None and level.get("vocab_size") == vocab_size[0]:
             level["vocab_size"] = vocab_size[1]
+        if end_token is not None and level.get(_END) is not None:
+            level[_END] = with_end_token(level[_END], end_token)
+    if end_token is not None and not any(_END in level for level in _levels(edited)):
+        edited[_END] = end_token
     if untie:
         edited["tie_word_embeddings"] = False
     if edited.get("_name_or_path"):

@@ -8,7 +8,9 @@ which know their place in the file and hold no memory; bytes are then read as th
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -19,11 +21,19 @@ from streamconv.dtypes import DTYPES
 from streamconv.errors import CheckpointError
 from streamconv.storage.base import SourceFile
 
+REWRITE = 'python -c "import sys, torch; f = sys.argv[1]; torch.save(torch.load(f, weights_only=True), f)"'
+"""Command that makes a file which an old torch.save wrote into a zip archive, in its place."""
+
+_ZIP = b"PK\x03\x04"
 _BY_TORCH = {dtype.torch: dtype for dtype in DTYPES.values()}
 
 
 def read_pickled(file: SourceFile) -> Mapping[str, StoredTensor]:
-    """Every tensor of a pickled state dict. Raises CheckpointError for what is not one, or not of this format."""
+    """Every tensor of a pickled state dict. Raises CheckpointError for what is not one, or not of this format.
+
+    Tensors that share memory, as tied ones do, share their place in the file.
+    """
+    _check_archive(file)
     try:
         with FakeTensorMode():
             loaded = torch.load(file.path, weights_only=True)
@@ -32,9 +42,49 @@ def read_pickled(file: SourceFile) -> Mapping[str, StoredTensor]:
         raise CheckpointError(
             f"{file.name} cannot be read as a file of tensors that torch.save wrote ({reason}); save it as safetensors"
         ) from error
-    if not isinstance(loaded, dict) or not loaded:
+    if isinstance(loaded, dict) and not loaded:
+        raise CheckpointError(
+            f"{file.name} holds no tensors; saving was interrupted, or every tensor was on another machine "
+            "(DeepSpeed's ZeRO-3): save it again from the trainer"
+        )
+    if not isinstance(loaded, dict):
         raise CheckpointError(f"{file.name} must hold tensors by name, found {type(loaded).__name__}")
     return MappingProxyType({str(name): _stored(str(name), value, file) for name, value in loaded.items()})
+
+
+def _check_archive(file: SourceFile) -> None:
+    """Raise CheckpointError unless it is a zip archive with the bytes of tensors as they are."""
+    try:
+        with zipfile.ZipFile(file.path) as archive:
+            entries = archive.infolist()
+            orders = [_start(archive, entry) for entry in entries if entry.filename.endswith("/byteorder")]
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        with Path(file.path).open("rb") as opened:
+            begun = opened.read(len(_ZIP)) == _ZIP
+        if begun:
+            raise CheckpointError(
+                f"{file.name} is no whole zip archive ({error}); it was cut short, copy it again"
+            ) from error
+        raise CheckpointError(
+            f"{file.name} is no zip archive, as torch.save writes since 1.6, so its tensors cannot be read one by one;"
+            f" rewrite it once, which holds it in memory: {REWRITE} {file.name}, or save it as safetensors"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{file.name} cannot be read: {error.strerror}") from error
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError(
+            f"{file.name} is compressed, which torch.save does not do, so its tensors cannot be read one by one;"
+            " rewrite it with torch.save, or as safetensors"
+        )
+    if any(order != b"little" for order in orders):
+        raise CheckpointError(
+            f"{file.name} was written on a big-endian machine; save it anew on this one, as safetensors"
+        )
+
+
+def _start(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    with archive.open(entry) as opened:
+        return opened.read(len("little") + 1)
 
 
 def _stored(name: str, value: object, file: SourceFile) -> StoredTensor:

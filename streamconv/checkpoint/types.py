@@ -46,7 +46,10 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file; `header` are its bytes before the data, and `header_sha256` their hash."""
+    """One safetensors file; `header` are its bytes before the data, and `header_sha256` their hash.
+
+    Of a file that `torch.save` wrote, the header is empty and the hash that of a listing of its tensors.
+    """
 
     file: SourceFile
     header: bytes

@@ -13,8 +13,10 @@ from streamconv.cli.blocks import group
 from streamconv.cli.options import (
     ADAPTER_HELP,
     ADAPTER_PLACE,
+    ALLOW_PICKLE,
     BASE,
     BASE_REVISION,
+    CONVERTED,
     OUT,
     PLACE,
     PUSH_TO,
@@ -63,7 +65,7 @@ def merge_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: 
 
 
 @click.command("convert", cls=JobCommand)
-@group(BASE, BASE_REVISION, OUT, RESULT, RESOURCES, PLACE, PUSH_TO, RECIPE, SHOW)
+@group(CONVERTED, BASE_REVISION, ALLOW_PICKLE, OUT, RESULT, RESOURCES, PLACE, PUSH_TO, RECIPE, SHOW)
 def convert_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
     """Quantize, dequantize or reshard a model, without an adapter.
 

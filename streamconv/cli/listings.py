@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from streamconv.cli.blocks import Command, Section, group, option
-from streamconv.cli.options import DEBUG, FOLDER, JSON
+from streamconv.cli.options import ALLOW_PICKLE, DEBUG, FOLDER, JSON
 from streamconv.sizes import format_size
 
 
@@ -18,14 +18,15 @@ from streamconv.sizes import format_size
     option(
         Section.INPUTS, "--revision", metavar="REV", help="Branch, tag or commit of a Hub id. Default: main."
     ),
+    ALLOW_PICKLE,
     JSON,
     DEBUG,
 )
-def inspect_command(path: str, revision: str | None, as_json: bool) -> None:
+def inspect_command(path: str, revision: str | None, allow_pickle: bool, as_json: bool) -> None:
     """Show what a checkpoint or adapter holds: a folder, or a Hub id, of which headers are enough."""
     from streamconv.pipeline.inspection import inspect
 
-    found = inspect(path, revision=revision)
+    found = inspect(path, revision=revision, allow_pickle=allow_pickle)
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return

@@ -54,8 +54,10 @@ def out_option(**attributes: Any) -> Callable[[F], F]:
 
 
 _BASE_HELP = "The base model: a folder, or a Hub id: org/name, org/name@revision."
+_NAMED_HELP = f"{_BASE_HELP} Default: the one that the adapter names."
 ADAPTER_HELP = "The PEFT adapter: a folder or a Hub id"
-BASE = base_option(required=True, help=_BASE_HELP)
+BASE = base_option(help=_NAMED_HELP)
+CONVERTED = base_option(required=True, help=_BASE_HELP)
 BASE_REVISION = option(
     Section.INPUTS,
     "--base-revision",
@@ -193,11 +195,11 @@ RESULT = group(
     ),
 )
 ALLOW_PICKLE = option(
-    Section.MERGE,
+    Section.INPUTS,
     "--allow-pickle",
     defaults=MERGE_DEFAULTS,
     is_flag=True,
-    help="Read adapter_model.bin: a pickle, opened so that it can hold nothing but tensors.",
+    help="Read pytorch_model.bin and adapter_model.bin: pickles, opened so that they can hold nothing but tensors.",
 )
 MERGE_BASE = option(
     Section.MERGE,
@@ -212,7 +214,8 @@ TOKENIZER = option(
     "--tokenizer",
     defaults=MERGE_DEFAULTS,
     type=click.Choice(["auto", "base", "adapter"]),
-    help="Whose tokenizer files to copy.",
+    help="Whose tokenizer files to copy; auto: the adapter's where it extends or changes the base's (chat template, "
+    "end token, added tokens) and the ids of the base's tokens stay the same, else the base's.",
 )
 MOE_LAYOUT = option(
     Section.MERGE,

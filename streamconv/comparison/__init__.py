@@ -19,7 +19,7 @@ from streamconv.comparison.result import Advice, Compared, Failure, Numbers, Row
 from streamconv.comparison.strategies import asked_strategies
 from streamconv.errors import OptionError
 from streamconv.evaluation.options import check_dtype, check_lengths
-from streamconv.pipeline.job import calibration_options, output_folder
+from streamconv.pipeline.job import calibration_options, fill_in_base, output_folder
 from streamconv.planning.options import (
     COMPARE_DEFAULTS,
     CompareKeywords,
@@ -46,7 +46,7 @@ __all__ = [
 
 @takes(CompareKeywords, COMPARE_DEFAULTS)
 def compare(
-    base: Folder,
+    base: Folder | None,
     adapter: Folder,
     out: Folder,
     *,
@@ -67,15 +67,23 @@ def compare(
 
 @takes(CompareKeywords, COMPARE_DEFAULTS)
 def build_options(
-    base: Folder, adapter: Folder, out: Folder, *, data: Folder, **given: Unpack[CompareKeywords]
+    base: Folder | None,
+    adapter: Folder,
+    out: Folder,
+    *,
+    data: Folder,
+    **given: Unpack[CompareKeywords],
 ) -> CompareOptions:
     """The options of `streamconv compare`, as they are given. Raises OptionError for what cannot be meant."""
     sequence_length, tokens = given["sequence_length"], given["tokens"]
     check_dtype(given["dtype"])
     check_lengths(sequence_length, tokens, given["greedy_tokens"])
     check_numbers(given["max_bits"], given["speed_tokens"], tokens, sequence_length)
+    shared = only(ModelKeywords, given)
+    found = fill_in_base(base, adapter, shared)
+    shared["base_revision"] = found["base_revision"]
     return CompareOptions(
-        inputs=Inputs(fspath(base), fspath(adapter), only(ModelKeywords, given)),
+        inputs=Inputs(found["base"], fspath(adapter), shared),
         out=output_folder(out),
         data=Path(fspath(data)).expanduser(),
         strategies=asked_strategies(given["strategies"]),

@@ -473,6 +473,7 @@ def _judged(work: Work, subject: Job, tensor_bytes: int, size_bytes: int, made: 
         options.sequences,
         options.greedy_tokens,
         work.store.reference,
+        tokenizer_of_reference=True,  # one text for all, the base without the adapter included
     )
     found = run_evaluation(asked, work.tell)
     compared = found.comparison

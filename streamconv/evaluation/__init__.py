@@ -54,7 +54,7 @@ def evaluate(
 
 
 def _options(
-    place: Folder, adapter: Folder | None, data: Folder, given: EvaluateKeywords
+    place: Folder | None, adapter: Folder | None, data: Folder, given: EvaluateKeywords
 ) -> EvaluationOptions:
     reference, cache = given["reference"], given["reference_cache"]
     sequence_length, tokens, greedy_tokens = given["sequence_length"], given["tokens"], given["greedy_tokens"]
@@ -77,7 +77,11 @@ def _options(
 
 
 def _job(
-    place: Folder, adapter: Folder | None, merge_base: str, given: EvaluateKeywords, revision: str | None
+    place: Folder | None,
+    adapter: Folder | None,
+    merge_base: str,
+    given: EvaluateKeywords,
+    revision: str | None,
 ) -> Job:
     """The job whose output would be the dense weights that are evaluated."""
     shared = only(ModelKeywords, given)

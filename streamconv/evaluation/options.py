@@ -16,7 +16,8 @@ class EvaluationOptions:
     """Options checked and parsed as far as they can be without inputs.
 
     `subject` and `reference` are jobs whose output would be the dense weights that are evaluated. `reference_cache` is
-    the folder that keeps what the reference answers, None where nothing is kept.
+    the folder that keeps what the reference answers, None where nothing is kept. The text is read with the tokenizer
+    of the subject, or with that of the reference where `tokenizer_of_reference` is set.
     """
 
     subject: Job
@@ -26,10 +27,11 @@ class EvaluationOptions:
     sequences: int
     greedy_tokens: int
     reference_cache: Path | None = None
+    tokenizer_of_reference: bool = False
 
 
-def subject_of(model: Folder | None, base: Folder | None, adapter: Folder | None) -> Folder:
-    """The checkpoint that is evaluated, with the adapter on it or without."""
+def subject_of(model: Folder | None, base: Folder | None, adapter: Folder | None) -> Folder | None:
+    """The checkpoint that is evaluated, with the adapter on it or without; None for the base that the adapter names."""
     if model is not None and base is not None:
         raise OptionError(
             "MODEL and --base are both given; name a finished model, or --base with --adapter for one not merged"
@@ -37,8 +39,10 @@ def subject_of(model: Folder | None, base: Folder | None, adapter: Folder | None
     if model is not None and adapter is not None:
         raise OptionError("--adapter needs --base, the model it was trained on; give that instead of MODEL")
     place = model if model is not None else base
-    if place is None:
-        raise OptionError("nothing to evaluate: name a MODEL, or give --base and --adapter")
+    if place is None and adapter is None:
+        raise OptionError(
+            "nothing to evaluate: name a MODEL, or give --adapter, with the --base it was trained on"
+        )
     return place
 
 

@@ -68,7 +68,8 @@ def run_evaluation(options: EvaluationOptions, on_progress: OnProgress) -> Evalu
     with ExitStack() as stack:
         subjects = [stack.enter_context(_open(prepared, gauge.add)) for prepared in everything]
         _check(subjects, options)
-        tokenizer = load_tokenizer(everything[0].tokenizer_folder)
+        with everything[-1 if options.tokenizer_of_reference else 0].tokenizer.as_folder() as folder:
+            tokenizer = load_tokenizer(folder)
         windows = read_windows(options.data, tokenizer, options.sequences, options.sequence_length)
         walks = [subject.walk for subject in subjects]
         budget = plan_budget(walks, windows, options.subject.options)

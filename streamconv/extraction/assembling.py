@@ -31,7 +31,7 @@ from streamconv.extraction.tensors import (
 from streamconv.formats.linear import may_be_linear, module_of
 from streamconv.output.journal import Journal
 from streamconv.output.publish import copy_file
-from streamconv.output.sidecars import tokenizer_files
+from streamconv.output.tokenizer_files import files_of
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -72,7 +72,8 @@ def publish_adapter(
     write_adapter(whole, tensors)
     size = whole.stat().st_size
     publish(whole, out / _TENSORS)
-    for file in tokenizer_files(subject.finetuned.index.storage):
+    tokenizer = files_of(subject.finetuned.index.storage)
+    for file in (tokenizer[name].file(name) for name in sorted(tokenizer)):
         (out / file.name).parent.mkdir(exist_ok=True)
         copy_file(file, out / file.name)
     write_file(out / _CONFIG, config)

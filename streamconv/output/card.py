@@ -18,7 +18,7 @@ from streamconv.output.recipe import RECIPE
 from streamconv.output.sidecars import RESIDUAL
 from streamconv.planning.plan import CalibrationPlan, Plan
 from streamconv.sizes import format_size
-from streamconv.storage.base import Origin, SourceFile, Storage
+from streamconv.storage.base import Origin, Storage
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
 _MAX_CARD_BYTES = 2 * 10**6
@@ -30,11 +30,11 @@ def model_card(
     plan: Plan,
     base: CheckpointIndex,
     adapter: Storage | None,
-    copied: Sequence[SourceFile],
+    names: Sequence[str],
     kept: KeptShares | None,
     residual: Mapping[str, Any] | None,
 ) -> bytes:
-    """README.md of the output; `copied` are the files that lie beside the weights, `residual` as in Report."""
+    """README.md of the output; `names` are those of the files beside the weights, `residual` as in Report."""
     origins = {"base": base.storage.origin, "adapter": adapter.origin if adapter else None}
     base_models = [origin.repo for origin in origins.values() if origin is not None]
     tags = ["streamconv", *(["merge", plan.method.lower()] if plan.method else [])]
@@ -48,7 +48,7 @@ def model_card(
         base_model_relation=("quantized" if plan.quant else "finetune") if base_models else None,
         **_inherited(base.storage),
     )
-    has_tokenizer = any(file.name.startswith("tokenizer") for file in copied)
+    has_tokenizer = any(name.startswith("tokenizer") for name in names)
     body = [
         *_body(plan, origins, kept, residual),
         "## Load it",
@@ -125,7 +125,9 @@ def _differences(plan: Plan) -> Iterator[str]:
     """Rows on where the output is not as the base, or the adapter not as trained."""
     if plan.depth:
         yield f"| depth | {plan.depth} |"
-    yield from (f"| note | {note} |" for note in plan.notes)
+    for note in plan.notes:  # tokens such as <|im_end|> stand in it
+        escaped = note.replace("|", r"\|").replace("<", "&lt;")
+        yield f"| note | {escaped} |"
     if plan.untied:
         yield "| embeddings | input and output embeddings differ and are stored apart |"
 

@@ -15,12 +15,12 @@ from streamconv.checkpoint.writer import (
 )
 from streamconv.output.journal import Journal
 from streamconv.output.sidecars import (
-    CHAT_TEMPLATES,
     RESIDUAL,
     RESIDUAL_CONFIG,
     RESIDUAL_TENSORS,
     is_read_by_loaders,
 )
+from streamconv.output.tokenizer_files import CHAT_TEMPLATES
 from streamconv.planning.plan import Plan
 from streamconv.storage.base import SourceFile
 from streamconv.storage.local import open_file

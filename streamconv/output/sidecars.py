@@ -13,32 +13,16 @@ from types import MappingProxyType
 from typing import Any
 
 from streamconv.checkpoint.strict_json import parse_object
-from streamconv.errors import InputError, OptionError
+from streamconv.errors import OptionError
 from streamconv.formats import FORMATS
+from streamconv.output.tokenizer import TokenizerChoice
+from streamconv.output.tokenizer_files import TOKENIZER
 from streamconv.storage.base import SourceFile, Storage
 
-# Where transformers saves the chat templates beside the default one (`transformers/utils/hub.py`).
-CHAT_TEMPLATES = "additional_chat_templates"
 # Where a residual adapter lies: beside config.json, transformers would load one unasked.
 RESIDUAL = "residual"
 RESIDUAL_CONFIG = f"{RESIDUAL}/adapter_config.json"
 RESIDUAL_TENSORS = f"{RESIDUAL}/adapter_model.safetensors"
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.tiktoken",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    f"{CHAT_TEMPLATES}/*.jinja",
-)
 SETTINGS = (
     "generation_config.json",
     "preprocessor_config.json",
@@ -77,9 +61,6 @@ NEVER = (
 _MAX_TOKENIZER_CONFIG_BYTES = 32_000_000
 
 
-TOKENIZERS = ("auto", "base", "adapter")
-
-
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
@@ -87,16 +68,6 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def is_read_by_loaders(name: str) -> bool:
     """Whether a loader opens a file of this name wherever it finds one beside the weights."""
     return _matches(name, (*TOKENIZER, *SETTINGS, *QUANTIZATION_COPIES.values(), "adapter_config.json"))
-
-
-def _tokenizer_names(storage: Storage) -> list[str]:
-    names = (*storage.names(), *storage.names(CHAT_TEMPLATES))
-    return [name for name in names if _matches(name, TOKENIZER)]
-
-
-def tokenizer_files(storage: Storage) -> tuple[SourceFile, ...]:
-    """The tokenizer's files, chat templates included, sorted by name."""
-    return tuple(storage.file(name) for name in sorted(_tokenizer_names(storage)))
 
 
 def _has_code(storage: Storage, config: Mapping[str, Any]) -> bool:
@@ -109,42 +80,18 @@ def _has_code(storage: Storage, config: Mapping[str, Any]) -> bool:
     return bool(parse_object(raw, f"{storage.location}: tokenizer_config.json").get("auto_map"))
 
 
-def choose_tokenizer(
-    wanted: str, base: Storage, adapter: Storage | None, vocabulary_changed: bool
-) -> Storage:
-    """Storage whose tokenizer files are copied: the adapter's where it trained another vocabulary, else the base's."""
-    if wanted not in TOKENIZERS:
-        raise OptionError(f"--tokenizer {wanted} is not known; use one of {', '.join(TOKENIZERS)}")
-    if wanted == "adapter":
-        if adapter is None:
-            raise OptionError("--tokenizer adapter was asked for, but there is no adapter")
-        if not _tokenizer_names(adapter):
-            raise InputError(
-                f"--tokenizer adapter was asked for, but {adapter.location} holds no tokenizer files"
-            )
-        return adapter
-    if wanted == "auto" and vocabulary_changed and adapter is not None:
-        if _tokenizer_names(adapter):
-            return adapter
-        raise InputError(
-            f"the adapter changed the vocabulary but {adapter.location} holds no tokenizer files; "
-            "put them there, or pass --tokenizer base if the base's tokenizer is right"
-        )
-    return base
-
-
 def files_to_copy(
-    base: Storage, tokenizer: Storage, config: Mapping[str, Any], extra: Sequence[str]
+    base: Storage, tokenizer: TokenizerChoice, config: Mapping[str, Any], extra: Sequence[str]
 ) -> tuple[SourceFile, ...]:
     """Files that go to the output unchanged, sorted by name."""
     names = base.names()
     chosen = {name: base for name in names if _matches(name, MODEL) and not _matches(name, NEVER)}
     if _has_code(base, config):  # its files may import each other: all of them or none
         chosen |= {name: base for name in names if name.endswith(".py")}
-    chosen |= dict.fromkeys(_tokenizer_names(tokenizer), tokenizer)
+    chosen |= tokenizer.files
     for pattern in extra:
         found = [name for name in names if fnmatch.fnmatchcase(name, pattern) and not _matches(name, NEVER)]
         if not found:
             raise OptionError(f"--copy-extra {pattern} matches no file of {base.location} that may be copied")
         chosen |= {name: chosen.get(name, base) for name in found}
-    return tuple(chosen[name].file(name) for name in sorted(chosen))
+    return tuple(chosen[name].file(name) for name in sorted(chosen) if name not in tokenizer.written)

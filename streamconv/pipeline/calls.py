@@ -23,7 +23,7 @@ from streamconv.progress import OnProgress, StopRequest, quiet
 
 @takes(MergeKeywords, MERGE_DEFAULTS)
 def merge(
-    base: Folder,
+    base: Folder | None,
     adapter: Folder,
     out: Folder,
     *,
@@ -33,7 +33,8 @@ def merge(
 ) -> Report:
     """Merge a PEFT adapter into a base checkpoint and write the result to the folder `out`.
 
-    `base` and `adapter` are folders or Hub ids (`org/model`, `org/model@revision`). `also` names formats of further
+    `base` and `adapter` are folders or Hub ids (`org/model`, `org/model@revision`); without a base (None) it is the one
+    that the adapter names. `also` names formats of further
     outputs, written to folders of these names in `out` from the same reading; the report has theirs, by format.
 
     Keywords are the options of `streamconv merge`; sizes are bytes or text such as "5GB". Raises a

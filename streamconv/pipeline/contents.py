@@ -32,7 +32,7 @@ def generated_files(
     """The small files of the output, in the order they appear."""
     plan, base = prepared.plan, prepared.base
     quantization = _quantization(prepared)
-    loaded = {RECIPE: _recipe(prepared), CONFIG: _config(prepared, quantization)}
+    loaded = {**prepared.written, RECIPE: _recipe(prepared), CONFIG: _config(prepared, quantization)}
     if plan.quant in QUANTIZATION_COPIES:
         loaded[QUANTIZATION_COPIES[plan.quant]] = _as_json(quantization)
     told = None
@@ -44,7 +44,7 @@ def generated_files(
     contents = {INDEX: _index(plan), MANIFEST: written, **loaded}
     if prepared.job.card:
         contents["README.md"] = model_card(
-            plan, base.index, prepared.adapter_storage, prepared.copied, kept, told
+            plan, base.index, prepared.adapter_storage, prepared.small_names, kept, told
         )
     return {name: contents[name] for name in prepared.generated}
 
@@ -151,6 +151,7 @@ def _config(prepared: Prepared, quantization: Json | None) -> bytes:
             quantization=quantization,
             untie=plan.untied,
             vocab_size=plan.vocab_size,
+            end_token=prepared.end_token,
         )
     )
 

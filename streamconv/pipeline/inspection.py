@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from os import PathLike, fspath
 from typing import Any
 
-from streamconv.adapters import ADAPTERS
+from streamconv.adapters import ADAPTERS, read_stored
 from streamconv.adapters.config import read_config
 from streamconv.adapters.replication import read_ranges
 from streamconv.checkpoint.index import CheckpointIndex, read_index
+from streamconv.checkpoint.types import StoredTensor
 from streamconv.formats import find_weights
 from streamconv.planning.base import read_base
 from streamconv.storage import open_storage
 from streamconv.storage.base import Storage
 
 
-def inspect(location: str | PathLike[str], *, revision: str | None = None) -> dict[str, Any]:
-    """Facts about the checkpoint or adapter at a folder or Hub id, as plain data. Reads no weights."""
+def inspect(
+    location: str | PathLike[str], *, revision: str | None = None, allow_pickle: bool = False
+) -> dict[str, Any]:
+    """Facts about the checkpoint or adapter at a folder or Hub id, as plain data. Reads no weights.
+
+    `allow_pickle`: also of files that torch.save wrote, which are downloaded for it.
+    """
     storage = open_storage(fspath(location), revision)
     names = storage.names()
     if "adapter_config.json" in names and "config.json" not in names:
-        return _adapter(storage)
-    return _checkpoint(read_index(storage))
+        return _adapter(storage, allow_pickle)
+    return _checkpoint(read_index(storage, allow_pickle=allow_pickle))
 
 
 def _checkpoint(index: CheckpointIndex) -> dict[str, Any]:
@@ -53,9 +60,9 @@ def _checkpoint(index: CheckpointIndex) -> dict[str, Any]:
     }
 
 
-def _adapter(storage: Storage) -> dict[str, Any]:
+def _adapter(storage: Storage, allow_pickle: bool) -> dict[str, Any]:
     config = read_config(storage)
-    tensors = read_index(storage, stem="adapter_model", require_config=False).tensors
+    tensors = _tensors(storage, allow_pickle)
     fields = config.fields
     method = ADAPTERS.get(config.peft_type)
     return {
@@ -72,3 +79,9 @@ def _adapter(storage: Storage) -> dict[str, Any]:
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "dtypes": sorted({tensor.dtype.name for tensor in tensors.values()}),
     }
+
+
+def _tensors(storage: Storage, allow_pickle: bool) -> Mapping[str, StoredTensor]:
+    if allow_pickle:
+        return read_stored(storage, allow_pickle)
+    return read_index(storage, stem="adapter_model", require_config=False).tensors

@@ -13,6 +13,7 @@ from streamconv.adapters.source import MoeLayout
 from streamconv.equalization import RESCALINGS
 from streamconv.errors import OptionError
 from streamconv.output.place import OUTPUT_FOLDERS
+from streamconv.pipeline.named_base import find_base
 from streamconv.planning.choices import check_text
 from streamconv.planning.options import (
     MERGE_DEFAULTS,
@@ -21,6 +22,7 @@ from streamconv.planning.options import (
     Job,
     MergeKeywords,
     MergeOptions,
+    ModelKeywords,
     fields_of,
     takes,
 )
@@ -30,18 +32,29 @@ LEAST_SEQUENCE_LENGTH = 16
 
 
 @takes(MergeKeywords, MERGE_DEFAULTS)
-def build_job(base: Folder, adapter: Folder | None = None, **given: Unpack[MergeKeywords]) -> Job:
+def build_job(base: Folder | None, adapter: Folder | None = None, **given: Unpack[MergeKeywords]) -> Job:
     """The job that the options of `streamconv merge`, as they are given, ask for; of `convert`, without an adapter.
 
-    Raises OptionError for what cannot be meant.
+    Without a base it is the one that the adapter names. Raises OptionError for what cannot be meant, and what opening
+    the adapter raises where it is to name its base.
     """
     options = merge_options(**given)
-    return Job(
-        **_parsed(Job, given),
-        base=fspath(base),
-        adapter=None if adapter is None else fspath(adapter),
-        options=options,
+    place = None if adapter is None else fspath(adapter)
+    found = fill_in_base(base, place, given)
+    return Job(**{**_parsed(Job, given), **found}, adapter=place, options=options)
+
+
+def fill_in_base(base: Folder | None, adapter: Folder | None, given: ModelKeywords) -> dict[str, Any]:
+    """Location and revision of the base by keyword: as given, else those that the adapter names."""
+    revision = given["base_revision"]
+    if base is not None:
+        return {"base": fspath(base), "base_revision": revision}
+    if adapter is None:
+        raise OptionError("there is no base model: give one with --base, a folder or a Hub id")
+    named, revision = find_base(
+        fspath(adapter), given["adapter_revision"], given["adapter_subfolder"], revision
     )
+    return {"base": named, "base_revision": revision}
 
 
 @takes(MergeKeywords, MERGE_DEFAULTS)

@@ -59,6 +59,8 @@ def _has_same_output(prepared: Prepared, out: Path) -> bool:
         return False
     if not isinstance(found, dict) or found.get("digest") != prepared.plan.digest:
         return False
+    if any((out / name).read_bytes() != content for name, content in prepared.written.items()):
+        return False
     copies = [(file.path, out / file.name) for file in prepared.copied]
     return all(
         copy.is_file() and Path(source).exists() and filecmp.cmp(source, copy, shallow=False)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from streamconv.adapters import read_adapter
 from streamconv.adapters.base import Adapter, Parameter
 from streamconv.adapters.config import read_config
+from streamconv.adapters.embeddings import find_embedding
 from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.index import read_index
 from streamconv.errors import InputError
@@ -19,11 +22,12 @@ from streamconv.output.recipe import RECIPE
 from streamconv.output.sidecars import (
     QUANTIZATION_COPIES,
     RESIDUAL_CONFIG,
-    choose_tokenizer,
     files_to_copy,
 )
+from streamconv.output.tokenizer import TokenizerChoice, choose_tokenizer, follow_end_token
 from streamconv.pipeline.calibrating import read_calibration_facts
 from streamconv.pipeline.job import parse_moe_layout
+from streamconv.pipeline.named_base import base_notes
 from streamconv.pipeline.passes import plan_passes
 from streamconv.planning.base import Base, read_base
 from streamconv.planning.calibration import CalibrationFacts
@@ -35,6 +39,7 @@ from streamconv.planning.plan import Plan
 from streamconv.planning.planner import build_plans, facts_of
 from streamconv.storage import open_storage
 from streamconv.storage.base import SourceFile, Storage
+from streamconv.storage.file_set import FileSet
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 _log = logging.getLogger(__name__)
@@ -44,7 +49,8 @@ _log = logging.getLogger(__name__)
 class Prepared:
     """A job read and planned: no weight has been read, nothing written.
 
-    `also` are the further outputs of the same run, each with the job that alone would make it.
+    `written` are small files like those copied, but made anew; `end_token` is the id of an end token that the base's
+    config does not have. `also` are the further outputs of the same run, each with the job that alone would make it.
     """
 
     job: Job
@@ -53,6 +59,8 @@ class Prepared:
     adapter: Adapter | None
     plan: Plan
     copied: tuple[SourceFile, ...]
+    written: Mapping[str, bytes] = field(default_factory=dict)
+    end_token: int | None = None
     also: tuple[Prepared, ...] = ()
 
     @property
@@ -71,7 +79,12 @@ class Prepared:
         card = ("README.md",) if self.job.card else ()
         copies = (QUANTIZATION_COPIES[self.plan.quant],) if self.plan.quant in QUANTIZATION_COPIES else ()
         residual = (RESIDUAL_CONFIG,) if self.plan.residual_rank else ()
-        return (*residual, *index, *card, RECIPE, MANIFEST, *copies, CONFIG)
+        return (*self.written, *residual, *index, *card, RECIPE, MANIFEST, *copies, CONFIG)
+
+    @property
+    def small_names(self) -> tuple[str, ...]:
+        """Names of the files beside the weights that come of the inputs."""
+        return (*self.written, *(file.name for file in self.copied))
 
     def downloads(self) -> tuple[tuple[Storage, tuple[SourceFile, ...]], ...]:
         """Files that must come from the Hub before the run can read them, by storage: of a base, mostly its shards."""
@@ -81,20 +94,25 @@ class Prepared:
         return tuple((storage, missing) for storage in storages if (missing := storage.missing(files)))
 
     @property
-    def tokenizer_folder(self) -> Path:
-        """Folder that the result's tokenizer lies in. Raises InputError where there is none."""
-        found = [Path(file.path) for file in self.copied if file.name in _TOKENIZER_FILES]
-        if not found:
+    def tokenizer(self) -> FileSet:
+        """Files of the result's tokenizer. Raises InputError where there is none."""
+        base = self.base.index
+        files = {file.name: Path(file.path) for file in self.copied}
+        if not any(name in _TOKENIZER_FILES for name in (*files, *self.written)):
             raise InputError(
-                f"{self.base.index.storage.location} has no tokenizer beside its weights "
+                f"{base.storage.location} has no tokenizer beside its weights "
                 f"({', '.join(_TOKENIZER_FILES)}); put its files there"
             )
-        return found[0].parent
+        home = Path(base.storage.file(CONFIG).path).parent
+        if not self.written and all(files[name].parent == home for name in _TOKENIZER_FILES if name in files):
+            return FileSet(files, folder=home)
+        config = json.dumps(dict(base.config)).encode()
+        return FileSet(files, {CONFIG: config, **self.written})
 
     @property
     def subject(self) -> Subject:
         """The job as passes see it. Raises InputError where a text is to be read and there is no tokenizer."""
-        tokenizer = self.tokenizer_folder if self.plan.calibration else None
+        tokenizer = self.tokenizer if self.plan.calibration else None
         return Subject(self.base, self.adapter, self.plan, tokenizer)
 
     def small_files(self) -> tuple[SourceFile, ...]:
@@ -110,7 +128,7 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     `facts` are those of a calibration whose text is not at hand, for a plan that will not be carried out.
     """
     storage = open_storage(job.base, job.base_revision)
-    index = read_index(storage)
+    index = read_index(storage, allow_pickle=job.allow_pickle)
     base = read_base(index, find_weights(index))
     _log.info("read the base %s: %d weights in %d shards", job.base, len(base.weights), len(index.shards))
     adapter_storage = None
@@ -135,17 +153,46 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     if asked is not None and facts is None:
         facts = read_calibration_facts(base, asked)
     plans = build_plans(base, adapter, options, resolve_device(job.device), facts)
-    is_resized = plans[0].vocab_size is not None
-    tokenizer = choose_tokenizer(job.tokenizer, storage, adapter_storage, is_resized)
-    _log.info("tokenizer files come from %s", tokenizer.location)
+    tokenizer = _tokenizer(job, base, adapter_storage, plans[0])
+    notes = (*_base_notes(job, base, adapter), *tokenizer.notes)
     copied = files_to_copy(storage, tokenizer, index.config, job.copy_extra)
     main, *also = (
-        Prepared(replace(job, options=plan.options, also=()), base, adapter_storage, adapter, plan, copied)
+        Prepared(
+            replace(job, options=plan.options, also=()),
+            base,
+            adapter_storage,
+            adapter,
+            replace(plan, notes=(*plan.notes, *notes)),
+            copied,
+            tokenizer.written,
+            tokenizer.end_token,
+        )
         for plan in plans
     )
     if is_recorded:
         return main
     return replace(_with_passes(main), also=tuple(map(_with_passes, also)))
+
+
+def _tokenizer(job: Job, base: Base, adapter: Storage | None, plan: Plan) -> TokenizerChoice:
+    """The output's tokenizer, and what of the base's settings follows from it."""
+    storage = base.index.storage
+    embedding = find_embedding(base.weights)
+    rows = base.weights[embedding].shape[0] if embedding else None
+    if plan.vocab_size is not None:
+        rows = plan.vocab_size[1]
+    chosen = choose_tokenizer(job.tokenizer, storage, adapter, plan.vocab_size is not None, rows)
+    _log.info(
+        "tokenizer files: %s", ", ".join(f"{name} of {at.location}" for name, at in chosen.files.items())
+    )
+    return follow_end_token(chosen, storage, base.index.config)
+
+
+def _base_notes(job: Job, base: Base, adapter: Adapter | None) -> tuple[str, ...]:
+    if adapter is None:
+        return ()
+    index = base.index
+    return base_notes(adapter.config, index.storage, index.config, job.base, job.base_revision)
 
 
 def _with_passes(prepared: Prepared) -> Prepared:

@@ -8,7 +8,8 @@ from pathlib import Path
 from streamconv.errors import InputError
 from streamconv.output.manifest import MANIFEST
 from streamconv.output.publish import is_of_model
-from streamconv.output.sidecars import CHAT_TEMPLATES, RESIDUAL
+from streamconv.output.sidecars import RESIDUAL
+from streamconv.output.tokenizer_files import CHAT_TEMPLATES
 from streamconv.output.verifier import hash_file, read_manifest
 from streamconv.pipeline.job import output_folder
 from streamconv.pipeline.verification import verify

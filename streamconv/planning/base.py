@@ -13,7 +13,7 @@ from streamconv.formats.linear import is_conv1d, module_of
 from streamconv.planning.plan import (
     Depth,
 )
-from streamconv.planning.ties import find_tie
+from streamconv.planning.ties import find_tie, without_shared_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,5 +47,5 @@ def read_base(index: CheckpointIndex, weights: Sequence[Weight]) -> Base:
                 f"{index.storage.location}: {weight.name} is a Conv1D, which bitsandbytes stores transposed once it is "
                 "quantized; this is not supported yet, give the 16-bit base model instead"
             )
-    by_name = {weight.name: weight for weight in weights}
+    by_name = without_shared_head({weight.name: weight for weight in weights}, index.config)
     return Base(index, by_name, find_tie(by_name, index.config), formats[0] if formats else None)

@@ -138,6 +138,7 @@ class BaseKeywords(TypedDict, total=False):
     """Options of all that reads a base."""
 
     base_revision: str | None
+    allow_pickle: bool
     device: str
     max_ram: str | int
     max_vram: str | int
@@ -149,7 +150,6 @@ class AdapterKeywords(TypedDict, total=False):
     adapter_revision: str | None
     adapter_subfolder: str | None
     moe_layout: str
-    allow_pickle: bool
 
 
 class ModelKeywords(BaseKeywords, AdapterKeywords, total=False):

@@ -47,7 +47,7 @@ def as_stored_shards(index: CheckpointIndex, shards: Sequence[ShardPlan]) -> tup
         if is_renamed or len(copies) < len(shard.steps) or len(files) != 1:
             return shard
         (file,) = files
-        if {copy.name for copy in copies} != names[file]:
+        if {copy.name for copy in copies} != names[file] or not stored[file].header:
             return shard
         copies.sort(key=lambda copy: copy.tensor.offset)
         steps: tuple[Placed[Step], ...] = tuple(

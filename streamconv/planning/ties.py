@@ -54,3 +54,17 @@ def find_tie(weights: Mapping[str, Weight], config: Mapping[str, Any]) -> Tie | 
     if head is None and has_head:
         return Tie(embedding, "lm_head.weight")
     return Tie(embedding, head) if head is not None and True in declared else None
+
+
+def without_shared_head(weights: dict[str, Weight], config: Mapping[str, Any]) -> dict[str, Weight]:
+    """`weights` without a tied head that is stored in the embedding's own bytes, as pickles have it."""
+    embedding = find_embedding(weights)
+    head = next((name for name in HEADS if name in weights), None)
+    if embedding is None or head is None or _place(weights[embedding]) != _place(weights[head]):
+        return weights
+    others = {name: weight for name, weight in weights.items() if name != head}
+    return weights if find_tie(others, config) is None else others
+
+
+def _place(weight: Weight) -> list[tuple[str, int, tuple[int, ...]]]:
+    return [(part.file.path, part.offset, part.shape) for part in weight.parts.values()]

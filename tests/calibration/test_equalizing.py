@@ -34,6 +34,7 @@ from streamconv.forward.weights import WeightSource
 from streamconv.pipeline import build_job, prepare
 from streamconv.planning.planner import build_plan
 from streamconv.progress import StopRequest
+from streamconv.storage.file_set import FileSet
 from tests.calibration.subjects import LENGTH, TOKENS, layer_bytes, save_subject, so_far
 from tests.forward.test_walk import SIZES, SLIDING
 from tests.forward.texts import save_tokenizer
@@ -85,7 +86,7 @@ def subject_in(folder: Path, *, quant: str = "nf4", rounding: str = "nearest", *
     )
     subject = prepare(job).subject
     plan = replace(subject.plan, calibration=replace(subject.calibration, threads=1))
-    return replace(subject, plan=plan, tokenizer=folder / "tokenizer")
+    return replace(subject, plan=plan, tokenizer=FileSet({}, folder=folder / "tokenizer"))
 
 
 def rescaled(

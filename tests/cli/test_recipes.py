@@ -187,7 +187,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path, case: str) -> None:
 
 
 def test_what_only_merging_knows_is_refused_by_convert(tmp_path: Path) -> None:
-    for key in ("adapter", "merge-base", "min-kept", "moe-layout", "allow-pickle", "tokenizer"):
+    for key in ("adapter", "merge-base", "min-kept", "moe-layout", "tokenizer"):
         path = stored(tmp_path, FOLDERS["convert"] | {key: "x"})
         result = run("convert", "--recipe", path)
         assert result.exit_code == 2

@@ -10,7 +10,7 @@ import pytest
 
 from streamconv.errors import CheckpointError, OutputError
 from streamconv.output.publish import publish_output
-from streamconv.output.sidecars import CHAT_TEMPLATES
+from streamconv.output.tokenizer_files import CHAT_TEMPLATES
 from streamconv.planning.plan import Plan
 from streamconv.storage import open_storage
 from tests.output.shards import content, opened, write_all

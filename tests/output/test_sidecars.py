@@ -22,15 +22,10 @@ from transformers import (
 
 import streamconv
 from streamconv.checkpoint.config import edit_config
-from streamconv.errors import CheckpointError, InputError, OptionError
-from streamconv.output.sidecars import (
-    CHAT_TEMPLATES,
-    MODEL,
-    NEVER,
-    TOKENIZER,
-    choose_tokenizer,
-    files_to_copy,
-)
+from streamconv.errors import CheckpointError, OptionError
+from streamconv.output.sidecars import MODEL, NEVER, files_to_copy
+from streamconv.output.tokenizer import TokenizerChoice
+from streamconv.output.tokenizer_files import CHAT_TEMPLATES, TOKENIZER, files_of
 from streamconv.storage import open_storage
 from tests.tiny import llama_config, save_base
 
@@ -88,7 +83,12 @@ def names(
     extra: tuple[str, ...] = (),
     tokenizer: Path | None = None,
 ) -> set[str]:
-    files = files_to_copy(open_storage(str(base)), open_storage(str(tokenizer or base)), config or {}, extra)
+    files = files_to_copy(
+        open_storage(str(base)),
+        TokenizerChoice(files_of(open_storage(str(tokenizer or base)))),
+        config or {},
+        extra,
+    )
     assert [file.name for file in files] == sorted(file.name for file in files)
     return {file.name for file in files}
 
@@ -214,31 +214,10 @@ def test_files_come_out_byte_for_byte(tmp_path: Path) -> None:
 # -- whose tokenizer -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    (folder / "tokenizer.json").write_text("grown")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("wanted", "grown", "taken"),
-    [
-        ("auto", False, "base"),
-        ("auto", True, "adapter"),
-        ("base", False, "base"),
-        ("base", True, "base"),
-        ("adapter", False, "adapter"),
-        ("adapter", True, "adapter"),
-    ],
-)
-def test_whose_tokenizer_is_taken(base: Path, adapter: Path, wanted: str, grown: bool, taken: str) -> None:
-    chosen = choose_tokenizer(wanted, open_storage(str(base)), open_storage(str(adapter)), grown)
-    assert Path(chosen.location).name == taken
-
-
-def test_no_file_of_the_other_tokenizer_is_mixed_in(base: Path, adapter: Path) -> None:
+def test_no_file_of_the_other_tokenizer_is_mixed_in(base: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "tokenizer.json").write_text("grown")
     assert names(base, tokenizer=adapter) == {
         "LICENSE",
         "LICENSE.md",
@@ -250,20 +229,27 @@ def test_no_file_of_the_other_tokenizer_is_mixed_in(base: Path, adapter: Path) -
     }
 
 
-def test_a_tokenizer_that_is_not_there(base: Path, adapter: Path) -> None:
-    (adapter / "tokenizer.json").unlink()
-    stores = open_storage(str(base)), open_storage(str(adapter))
-    with pytest.raises(InputError, match=r"changed the vocabulary but .*adapter .*--tokenizer base"):
-        choose_tokenizer("auto", *stores, True)
-    with pytest.raises(InputError, match=r"--tokenizer adapter .*adapter holds no tokenizer files"):
-        choose_tokenizer("adapter", *stores, False)
-    with pytest.raises(OptionError, match="--tokenizer mine is not known; use one of auto, base, adapter"):
-        choose_tokenizer("mine", *stores, False)
-    with pytest.raises(OptionError, match="--tokenizer adapter was asked for, but there is no adapter"):
-        choose_tokenizer("adapter", stores[0], None, False)
+def test_what_is_written_anew_is_not_copied(base: Path) -> None:
+    storage = open_storage(str(base))
+    written = {"generation_config.json": b"{}", "chat_template.jinja": b"x"}
+    files = files_to_copy(storage, TokenizerChoice(files_of(storage), written), {}, ())
+    assert {file.name for file in files} == COPIED - written.keys()
 
 
 # -- config.json ---------------------------------------------------------------------------------------------------
+
+
+def test_another_end_token_stands_first() -> None:
+    config = {"eos_token_id": 2, "text_config": {"eos_token_id": [7, 2], "model_type": "x"}}
+    assert edited(config, end_token=7) == {
+        "eos_token_id": [7, 2],
+        "text_config": {"eos_token_id": [7, 2], "model_type": "x"},
+    }
+    assert edited({"text_config": {"eos_token_id": 2}}, end_token=7) == {
+        "text_config": {"eos_token_id": [7, 2]}
+    }
+    assert edited({}, end_token=7) == {"eos_token_id": 7}
+    assert edited(config) == config
 
 
 def edited(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:

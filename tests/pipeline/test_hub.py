@@ -22,7 +22,8 @@ from peft import LoraConfig
 import streamconv
 from streamconv.cli import main
 from streamconv.errors import HubError, InputError, OptionError, OutputError, ResourceError, VerificationError
-from streamconv.output.sidecars import CHAT_TEMPLATES, RESIDUAL_CONFIG, RESIDUAL_TENSORS
+from streamconv.output.sidecars import RESIDUAL_CONFIG, RESIDUAL_TENSORS
+from streamconv.output.tokenizer_files import CHAT_TEMPLATES
 from streamconv.pipeline import downloads, runner
 from streamconv.sizes import format_size
 from tests.forward.texts import save_tokenizer, write_text

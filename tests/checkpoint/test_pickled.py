@@ -1,0 +1,92 @@
+"""Files that torch.save wrote: tensors by their place in it, and what cannot be read so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamconv.checkpoint.pickled import read_pickled
+from streamconv.checkpoint.reader import TensorReader
+from streamconv.errors import CheckpointError
+from streamconv.storage import open_storage
+from streamconv.storage.base import SourceFile
+
+NAME = "pytorch_model.bin"
+
+
+def file_of(folder: Path) -> SourceFile:
+    return open_storage(str(folder)).file(NAME)
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(CheckpointError, match=NAME) as caught:
+        read_pickled(file_of(folder))
+    return str(caught.value)
+
+
+def rewrite(folder: Path, compression: int = zipfile.ZIP_STORED, byteorder: bytes | None = None) -> None:
+    path = folder / NAME
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in contents.items():
+            is_order = name.endswith("byteorder") and byteorder is not None
+            archive.writestr(name, byteorder if is_order and byteorder else content)
+
+
+def test_views_and_shared_memory_are_read_where_they_lie(tmp_path: Path) -> None:
+    whole = torch.randn(6, 5)
+    state = {
+        "whole": whole,
+        "rows": whole[2:4],
+        "alone": torch.arange(7, dtype=torch.int64),
+        "half": torch.randn(3, 4).to(torch.bfloat16),
+        "parameter": torch.nn.Parameter(torch.randn(4)),
+        "scalar": torch.tensor(2.5),
+        "flags": torch.tensor([True, False]),
+    }
+    torch.save(state, tmp_path / NAME)
+    found = read_pickled(file_of(tmp_path))
+    assert found["rows"].offset == found["whole"].offset + 2 * 5 * 4
+    with TensorReader() as reader:
+        for name, tensor in state.items():
+            assert reader.load(found[name]).equal(tensor.detach()), name
+
+
+def test_what_an_old_torch_wrote_is_refused_with_the_command_that_rewrites_it(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(2)}, tmp_path / NAME, _use_new_zipfile_serialization=False)
+    said = refusal(tmp_path)
+    assert 'python -c "import sys, torch' in said
+    command = said.partition('python -c "')[2].partition('"')[0]
+    subprocess.run([sys.executable, "-c", command, str(tmp_path / NAME)], check=True)
+    assert list(read_pickled(file_of(tmp_path))) == ["x"]
+
+
+def test_a_file_cut_short_is_named(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(2000)}, tmp_path / NAME)
+    content = (tmp_path / NAME).read_bytes()
+    (tmp_path / NAME).write_bytes(content[: len(content) // 2])
+    assert "cut short" in refusal(tmp_path)
+
+
+def test_bytes_that_are_not_the_tensors_own_are_refused(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(2000)}, tmp_path / NAME)
+    rewrite(tmp_path, zipfile.ZIP_DEFLATED)
+    assert "compressed" in refusal(tmp_path)
+    rewrite(tmp_path, byteorder=b"big")
+    assert "big-endian" in refusal(tmp_path)
+
+
+def test_a_tensor_that_is_transposed_in_memory_is_named(tmp_path: Path) -> None:
+    torch.save({"first": torch.ones(2), "turned": torch.ones(3, 4).T}, tmp_path / NAME)
+    assert "the bytes of turned do not lie together" in refusal(tmp_path)
+
+
+def test_a_file_without_tensors_is_called_so(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / NAME)
+    assert "holds no tensors" in refusal(tmp_path)
