@@ -24,6 +24,13 @@ def with_end_token(stated: object, token: int) -> list[Any]:
     return [token, *(other for other in others if other != token)]
 
 
+def _forget_quantization(level: dict[str, Any]) -> None:
+    for key in ("quantization_config", "compression_config"):
+        level.pop(key, None)
+    if isinstance(level.get("quantization"), dict):  # MLX's
+        del level["quantization"]
+
+
 def edit_config(
     config: Mapping[str, Any],
     *,
@@ -40,12 +47,8 @@ def edit_config(
     is an id that stands first in every `eos_token_id` there is.
     """
     edited = copy.deepcopy(dict(config))
-    quantization_keys = ("quantization_config", "compression_config")
     for level in _levels(edited):
-        for key in quantization_keys:
-            level.pop(key, None)
-        if isinstance(level.get("quantization"), dict):  # MLX's
-            del level["quantization"]
+        _forget_quantization(level)
         for key in ("dtype", "torch_dtype"):
             if dtype is not None and isinstance(level.get(key), str):
                 level[key] = dtype
