@@ -67,6 +67,9 @@ class Update(Protocol):
     def mirror(self) -> Mapping[str, str]:
         """Roles that hold the same values, transposed, in a tied partner's update, by role; empty if it has none."""
 
+    def weighed(self, weight: float) -> Update | None:
+        """Return what adds `weight` times as much; None where what is added depends on the weight it is added to."""
+
     def input_directions(self, parts: Parts) -> Tensor | None:
         """Return rows [r, in] that span the inputs of the layer that the change acts on; None if no part holds them."""
 
@@ -124,6 +127,10 @@ class ByRows:
     @property
     def mirror(self) -> Mapping[str, str]:
         return {}
+
+    def weighed(self, weight: float) -> Update | None:
+        del weight
+        return None
 
     def input_directions(self, parts: Parts) -> Tensor | None:
         del parts
@@ -198,6 +205,17 @@ class Tie:
 
 
 @dataclass(frozen=True, slots=True)
+class Member:
+    """One of several adapters, or one that is weighed: `label` is its method's name, `sha256` that of its content."""
+
+    location: str
+    origin: Origin | None
+    label: str
+    weight: float
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """A PEFT adapter, read and checked against a base model.
 
@@ -205,6 +223,10 @@ class Adapter:
     the method's name in sentences. `modules` counts the adapted modules by their last name (`q_proj`: 30), for plans
     and reports; `renamed` says how its names were matched with the base's, where they are not the same. `notes` are
     sentences on what was left out, replaced or chosen, for people: shown in plan, output and model card.
+
+    `multiplies`: its updates scale or rotate a weight instead of adding to it. `records` are the parameters among those
+    replaced whose tensor is not trained, but what was trained on. `members` are the adapters that it combines, by
+    `combination` where one was asked for; none of an adapter by itself.
     """
 
     location: str
@@ -219,6 +241,10 @@ class Adapter:
     sha256: str
     renamed: str | None = None
     notes: tuple[str, ...] = ()
+    multiplies: bool = False
+    records: frozenset[str] = frozenset()
+    members: tuple[Member, ...] = ()
+    combination: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from streamconv.adapters import read_adapter
-from streamconv.adapters.base import Adapter, Parameter
-from streamconv.adapters.config import read_config
+from streamconv.adapters.base import Adapter
 from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.index import read_index
 from streamconv.errors import InputError
@@ -23,12 +21,11 @@ from streamconv.output.sidecars import (
     files_to_copy,
 )
 from streamconv.pipeline.calibrating import read_calibration_facts
-from streamconv.pipeline.job import parse_moe_layout
+from streamconv.pipeline.mixture import deepen_once, open_adapters, read_adapters, tokenizer_storage
 from streamconv.pipeline.passes import plan_passes
 from streamconv.planning.base import Base, read_base
 from streamconv.planning.calibration import CalibrationFacts
 from streamconv.planning.choices import options_alone
-from streamconv.planning.depth import deepen
 from streamconv.planning.devices import resolve_device
 from streamconv.planning.options import Job
 from streamconv.planning.plan import Plan
@@ -49,11 +46,16 @@ class Prepared:
 
     job: Job
     base: Base
-    adapter_storage: Storage | None
+    adapter_storages: tuple[Storage, ...]
     adapter: Adapter | None
     plan: Plan
     copied: tuple[SourceFile, ...]
     also: tuple[Prepared, ...] = ()
+
+    @property
+    def adapter_storage(self) -> Storage | None:
+        """Place of the one adapter, or of the first of several; None without one."""
+        return next(iter(self.adapter_storages), None)
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -76,7 +78,7 @@ class Prepared:
     def downloads(self) -> tuple[tuple[Storage, tuple[SourceFile, ...]], ...]:
         """Files that must come from the Hub before the run can read them, by storage: of a base, mostly its shards."""
         base = self.base.index.storage
-        storages = [storage for storage in (base, self.adapter_storage) if storage is not None]
+        storages = (base, *self.adapter_storages)
         files = [*self.small_files(), *(shard.file for shard in self.base.index.shards)]
         return tuple((storage, missing) for storage in storages if (missing := storage.missing(files)))
 
@@ -113,22 +115,9 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     index = read_index(storage)
     base = read_base(index, find_weights(index))
     _log.info("read the base %s: %d weights in %d shards", job.base, len(base.weights), len(index.shards))
-    adapter_storage = None
-    if job.adapter is not None:
-        adapter_storage = open_storage(job.adapter, job.adapter_revision, job.adapter_subfolder)
-        base = deepen(base, read_config(adapter_storage))
-        if base.depth is not None:
-            _log.info("the adapter repeats layers of the base: %s", base.depth)
-    adapter = None
-    if adapter_storage is not None:
-        parameters = {
-            name: Parameter(name, weight.shape, weight.dtype) for name, weight in base.weights.items()
-        }
-        moe = parse_moe_layout(job.options.moe_layout)
-        adapter = read_adapter(
-            adapter_storage, parameters, base.index.config, base.tie, moe, job.allow_pickle
-        )
-        _log.info("read the adapter %s: %d updates", job.adapter, len(adapter.updates))
+    adapter_storages = open_adapters(job)
+    base = deepen_once(base, adapter_storages)
+    adapter = read_adapters(job, base, adapter_storages)
     options = options_alone(facts_of(base, adapter), job.options, (job.options.quant, *job.also))
     is_recorded = facts is not None
     asked = next((each.calibration for each in options if each.calibration), None)
@@ -136,11 +125,12 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
         facts = read_calibration_facts(base, asked)
     plans = build_plans(base, adapter, options, resolve_device(job.device), facts)
     is_resized = plans[0].vocab_size is not None
+    adapter_storage = tokenizer_storage(adapter, adapter_storages)
     tokenizer = choose_tokenizer(job.tokenizer, storage, adapter_storage, is_resized)
     _log.info("tokenizer files come from %s", tokenizer.location)
     copied = files_to_copy(storage, tokenizer, index.config, job.copy_extra)
     main, *also = (
-        Prepared(replace(job, options=plan.options, also=()), base, adapter_storage, adapter, plan, copied)
+        Prepared(replace(job, options=plan.options, also=()), base, adapter_storages, adapter, plan, copied)
         for plan in plans
     )
     if is_recorded:
