@@ -62,8 +62,8 @@ def _check_mixture(options: MergeOptions, adapters: Sequence[str]) -> None:
     """Raise OptionError for weights and a combination that are not for so many adapters."""
     if options.weight and len(options.weight) != len(adapters):
         raise OptionError(
-            f"--weight is given {len(options.weight)} times, and --adapter {len(adapters)} times; a weight stands after the"
-            " --adapter that it belongs to, and the default is 1"
+            f"--weight is given {len(options.weight)} times, and --adapter {len(adapters)} times; a weight stands after"
+            " the --adapter that it belongs to, and the default is 1"
         )
     if options.combine is None:
         if options.density is not None:
