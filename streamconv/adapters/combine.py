@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from streamconv.adapters.base import Adapter, Member, Replace, Update
 from streamconv.adapters.combinations import COMBINATIONS
-from streamconv.adapters.combined import DeltasUpdate, FactorsUpdate, Rule, factors_update
+from streamconv.adapters.combined import DeltasUpdate, FactorsUpdate, Rule, factors_update, rank_of
 from streamconv.adapters.overlaps import check_overlaps, common_replaces, distinct_rows
 from streamconv.adapters.shares import Share, SharesUpdate, WholeSharesUpdate
 from streamconv.adapters.source import BaseParameters
@@ -176,13 +176,13 @@ def _made(parameter: str, shares: Sequence[Share], rule: Rule | None, shape: Sha
     found = factors_update(shares, rule)
     if found is not None:
         return (found,)
-    if len(shape) > 1 and COMBINATIONS[rule.name].cuts:
+    cuts = COMBINATIONS[rule.name].cuts
+    if len(shape) > 1 and cuts and any(rank_of(share) is None for share in shares):
         raise UnsupportedError(
-            f"{parameter}: --combine {rule.name} cuts a sum of LoRA's products to the greatest of their ranks, and one"
-            " of the adapters changes this weight in another way, by no low rank; leave --combine out, which adds all"
-            " as it is"
+            f"{parameter}: --combine {rule.name} cuts the sum of what adapters add to the greatest of their ranks, and"
+            " one of them changes this weight in a way that has no rank; leave --combine out, which adds all as it is"
         )
-    if rule.name in ("linear", "svd"):
+    if rule.name == "linear" or (cuts and len(shape) == 1):
         return _added(parameter, shares, shape)  # of whole updates, this is their sum
     return (DeltasUpdate(parameter, shape, tuple(shares), rule),)
 

@@ -125,13 +125,38 @@ class DeltasUpdate(OfShares, WholeWeight):
 
     @property
     def held_bytes(self) -> int:
-        """The weight, what each share changes of it, and what is needed to make and join these."""
-        return (1 + len(self.shares)) * 4 * math.prod(self.shape) + self.members_bytes + _PIECE_BYTES
+        """The weight, what each share changes of it, and what is needed to make and join these, or to cut their sum."""
+        size = 4 * math.prod(self.shape)
+        if COMBINATIONS[self.rule.name].cuts:
+            return 6 * size + 4 * 6 * min(self.shape[0], math.prod(self.shape[1:])) ** 2 + self.members_bytes
+        return (1 + len(self.shares)) * size + self.members_bytes + _PIECE_BYTES
+
+    @property
+    def low_rank(self) -> int | None:
+        """The greatest rank of a share, where all are known."""
+        ranks = [rank_of(share) for share in self.shares]
+        known = [rank for rank in ranks if rank is not None]
+        return max(known) if len(known) == len(ranks) else None
 
     def changed(self, whole: Tensor, prepared: Parts) -> Tensor:
-        changes = [change_of(share, number, whole, prepared) for number, share in enumerate(self.shares)]
+        changes = (change_of(share, number, whole, prepared) for number, share in enumerate(self.shares))
         weights = [share.weight for share in self.shares]
-        return whole.add_(self.rule.join(changes, self.shares, weights, self.parameter))
+        if not COMBINATIONS[self.rule.name].cuts:
+            return whole.add_(self.rule.join(list(changes), self.shares, weights, self.parameter))
+        total = torch.zeros_like(whole)
+        for change, weight in zip(changes, weights, strict=True):
+            total.add_(change, alpha=weight)
+        rank = self.low_rank
+        assert rank is not None, f"{self.parameter}: a sum is cut to a rank that is known"
+        u, s, vh = torch.linalg.svd(total.view(self.shape[0], -1), full_matrices=False)
+        return whole.add_(((u[:, :rank] * s[:rank]) @ vh[:rank]).view_as(whole))
+
+
+def rank_of(share: Share) -> int | None:
+    """Rank of a share's factors; None where one of its updates has none."""
+    ranks = [update.low_rank for update in share.updates]
+    known = [rank for rank in ranks if rank is not None]
+    return max(known) if len(known) == len(ranks) else None
 
 
 def plain_lora(share: Share) -> LoraUpdate | ConvUpdate | None:

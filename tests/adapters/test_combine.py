@@ -273,6 +273,18 @@ def test_a_rule_is_for_whole_updates_where_there_are_no_factors(tmp_path: Path) 
     assert any("there ties is of the whole of what each changes" in note for note in together.notes)
 
 
+def test_a_sum_with_dora_is_cut_by_a_decomposition(tmp_path: Path) -> None:
+    for number, forms in enumerate(([FORMS["dora"], LORA], [FORMS["conv-dora"], FORMS["conv"]])):
+        (tmp_path / str(number)).mkdir()
+        several = mixed(tmp_path / str(number), forms, [0.7, -0.3])
+        values = drawn(forms[0].weights, 2)
+        before = values["layer.weight"].double()
+        delta = several.by_definition(values)["layer.weight"] - before
+        u, s, vh = torch.linalg.svd(delta.flatten(1), full_matrices=False)
+        expected = before + ((u[:, :4] * s[:4]) @ vh[:4]).view_as(before)
+        check(run(several.together(Rule("svd", 1.0, 0)), values), {"layer.weight": expected}, 2**-16)
+
+
 @pytest.mark.parametrize("name", ["linear", "cat"])
 def test_of_whole_updates_linear_is_the_sum(tmp_path: Path, name: str) -> None:
     """Of DoRA, and of the bias that is trained with a factor, PEFT loses what is not in the factors."""
@@ -340,7 +352,7 @@ def test_rows_of_two_are_one_or_refused(tmp_path: Path) -> None:
     [
         (("lora", "lora"), (0.0, 0.0), None, "every --weight is 0"),
         (("lora", "ia3"), (1.0, 1.0), "ties", "rule for what adapters add to a weight, and IA3 multiplies"),
-        (("lora", "loha"), (1.0, 1.0), "svd", "one of the adapters changes this weight in another way"),
+        (("lora", "loha"), (1.0, 1.0), "svd", "changes this weight in a way that has no rank"),
         (("lora", "rows"), (1.0, 1.0), "linear", "holds trained rows, which are taken whole"),
     ],
 )
