@@ -30,6 +30,18 @@ class UpdateAccess(StrEnum):
     WHOLE = "whole"  # every value, held until the last row is changed
 
 
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Change that is `scaling` times the product of two parts: their roles are `left` [out, r] and `right` [r, in],
+    kernels after these. `alone` has no parts and adds a product as it is; those that are equal add it alike.
+    """
+
+    left: str
+    right: str
+    scaling: float
+    alone: Update
+
+
 class Update(Protocol):
     """A change of one parameter by an adapter; plain data from headers and config.
 
@@ -66,6 +78,10 @@ class Update(Protocol):
     @property
     def mirror(self) -> Mapping[str, str]:
         """Roles that hold the same values, transposed, in a tied partner's update, by role; empty if it has none."""
+
+    @property
+    def product(self) -> Product | None:
+        """The change as a product of two parts; None where it is more than that, or another."""
 
     def weighed(self, weight: float) -> Update | None:
         """Return what adds `weight` times as much; None where what is added depends on the weight it is added to."""
@@ -127,6 +143,10 @@ class ByRows:
     @property
     def mirror(self) -> Mapping[str, str]:
         return {}
+
+    @property
+    def product(self) -> Product | None:
+        return None
 
     def weighed(self, weight: float) -> Update | None:
         del weight

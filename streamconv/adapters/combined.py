@@ -1,4 +1,4 @@
-"""Several adapters on one weight, combined by a rule: of LoRA on its factors, as PEFT does it, of others on the whole
+"""Several adapters on one weight, combined by a rule: products on their factors, as PEFT does it, others on the whole
 of what they change.
 """
 
@@ -6,20 +6,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from streamconv.adapters.base import ByRows, Parts, State, Update, WholeWeight
+from streamconv.adapters.base import ByRows, Parts, Product, State, WholeWeight
 from streamconv.adapters.combinations import COMBINATIONS, Draw
-from streamconv.adapters.conv import ConvUpdate
-from streamconv.adapters.lora import LoraUpdate
 from streamconv.adapters.shares import OfShares, Share, change_of
 from streamconv.checkpoint.types import Shape
 
-_FACTORS = ("lora_A", "lora_B")
 _DOUBLE = 8
 # Tensors as large as a piece of the sum that a rule holds while it joins: see Combination.join.
 _PIECE_BYTES = 2**22 * 4 * 8
@@ -43,75 +40,74 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class FactorsUpdate(OfShares, ByRows):
-    """LoRA whose factors are those of several, combined; `like` is one of the updates, with a scaling of 1.
-
-    Every share is one update of the same kind by `lora_A` and `lora_B`.
-    """
+    """One product whose factors are those of several, combined; `products` has those of the shares, one each."""
 
     parameter: str
     shares: tuple[Share, ...]
+    products: tuple[Product, ...]
     rule: Rule
-    like: LoraUpdate | ConvUpdate
 
     @property
     def held_bytes(self) -> int:
-        """Copies of the factors, and of two more of them; or what a decomposition of their product takes."""
+        """Copies of the factors, and what is needed to join them; or what a decomposition of their product takes."""
         sizes = [math.prod(part.shape) for part in self.parts.values()]
         if not COMBINATIONS[self.rule.name].cuts:
             return 4 * sum(sizes) + min(_PIECE_BYTES, 8 * 4 * max(sizes))
-        ranks = sum(share.updates[0].parts["lora_A"].shape[0] for share in self.shares)
+        ranks = sum(rank_of(share) or 0 for share in self.shares)
         return _DOUBLE * (4 * sum(sizes) + 8 * ranks**2)
 
     @property
     def low_rank(self) -> int:
-        return max(share.updates[0].parts["lora_A"].shape[0] for share in self.shares)
+        return max(rank_of(share) or 0 for share in self.shares)
 
     def input_directions(self, parts: Parts) -> Tensor | None:
-        return self.like.input_directions(self._combined(parts))
+        return self.products[0].alone.input_directions(self._combined(parts))
 
     def prepare(self, parts: Parts, device: torch.device) -> Parts:
-        """The combined factors, by their roles."""
+        """The combined factors, by the roles of the first."""
         del device
         return self._combined(parts)
 
     def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
-        return self.like.apply(cell, rows, prepared, state)
+        return self.products[0].alone.apply(cell, rows, prepared, state)
 
     def _combined(self, parts: Parts) -> Parts:
-        scales = [share.weight * plain.scaling for share in self.shares if (plain := plain_lora(share))]
+        each = list(enumerate(self.products))
+        left = [parts[f"{number}.0.{product.left}"] for number, product in each]
+        right = [parts[f"{number}.0.{product.right}"] for number, product in each]
+        pairs = zip(self.shares, self.products, strict=True)
+        scales = [share.weight * product.scaling for share, product in pairs]
         if COMBINATIONS[self.rule.name].cuts:
-            return _cut(self._of(parts, "lora_A"), self._of(parts, "lora_B"), scales, self.low_rank)
-        roots = [math.sqrt(abs(scale)) for scale in scales]
-        signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
-        return {
-            role: self.rule.join(
-                [each.clone() for each in self._of(parts, role)],
-                self.shares,
-                weights,
-                f"{self.parameter} {role}",
-            )
-            for role, weights in zip(_FACTORS, (signed, roots), strict=True)
-        }
+            found = _cut(left, right, scales, self.low_rank)
+        else:
+            roots = [math.sqrt(abs(scale)) for scale in scales]
+            signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
+            found = (self._joined(left, roots, "left"), self._joined(right, signed, "right"))
+        return dict(zip((self.products[0].left, self.products[0].right), found, strict=True))
 
-    def _of(self, parts: Parts, role: str) -> list[Tensor]:
-        return [parts[f"{number}.0.{role}"] for number in range(len(self.shares))]
+    def _joined(self, factors: Sequence[Tensor], weights: Sequence[float], side: str) -> Tensor:
+        copies = [factor.clone() for factor in factors]
+        return self.rule.join(copies, self.shares, weights, f"{self.parameter} {side}")
 
 
-def _cut(a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float], rank: int) -> Parts:
+def _cut(
+    left: Sequence[Tensor], right: Sequence[Tensor], scales: Sequence[float], rank: int
+) -> tuple[Tensor, Tensor]:
     """Factors of the best approximation of Σ s B A by that rank (Eckart and Young 1936), in float64.
 
     With B = Q R and Aᵀ = P S it is that of the small R Sᵀ between Q and Pᵀ.
     """
-    scaled = [each.flatten(1).double() * scale for each, scale in zip(b, scales, strict=True)]
+    scaled = [each.flatten(1).double() * scale for each, scale in zip(left, scales, strict=True)]
     q, r = torch.linalg.qr(torch.cat(scaled, dim=1))
-    p, s = torch.linalg.qr(torch.cat([each.flatten(1).double() for each in a]).T)
-    left, singular, right = torch.linalg.svd(r @ s.T, full_matrices=False)
+    p, s = torch.linalg.qr(torch.cat([each.flatten(1).double() for each in right]).T)
+    u, singular, vh = torch.linalg.svd(r @ s.T, full_matrices=False)
     rank = min(rank, singular.numel())
-    found_a, found_b = right[:rank] @ p.T, q @ (left[:, :rank] * singular[:rank])
-    return {
-        "lora_A": found_a.float().reshape(rank, *a[0].shape[1:]),
-        "lora_B": found_b.float().reshape(b[0].shape[0], rank, *b[0].shape[2:]),
-    }
+    found = (q @ (u[:, :rank] * singular[:rank]), vh[:rank] @ p.T)
+    outputs, kernel = left[0].shape[0], left[0].shape[2:]
+    return (
+        found[0].float().reshape(outputs, rank, *kernel),
+        found[1].float().reshape(rank, *right[0].shape[1:]),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,23 +155,14 @@ def rank_of(share: Share) -> int | None:
     return max(known) if len(known) == len(ranks) else None
 
 
-def plain_lora(share: Share) -> LoraUpdate | ConvUpdate | None:
-    """The update of a share that is B A and nothing else; None where it is more."""
-    update: Update = share.updates[0]
-    if len(share.updates) > 1 or not isinstance(update, LoraUpdate | ConvUpdate):
-        return None
-    return update if update.parts.keys() == set(_FACTORS) else None
-
-
 def factors_update(shares: Sequence[Share], rule: Rule) -> FactorsUpdate | None:
     """The update by combined factors; None where the shares' factors cannot be combined as the rule has it."""
-    found = [update for share in shares if (update := plain_lora(share)) is not None]
-    if len(found) < len(shares):
+    products = [share.updates[0].product for share in shares if len(share.updates) == 1]
+    found = [product for product in products if product is not None]
+    if len(found) < len(shares) or any(one.alone != other.alone for one, other in pairwise(found)):
         return None
-    alike = [replace(update, parts=found[0].parts, scaling=1.0) for update in found]
-    if any(one != other for one, other in pairwise(alike)):
+    pairs = [(share.updates[0].parts, product) for share, product in zip(shares, found, strict=True)]
+    shapes = {(parts[product.left].shape, parts[product.right].shape) for parts, product in pairs}
+    if not COMBINATIONS[rule.name].cuts and len(shapes) > 1:
         return None
-    shapes = {tuple(update.parts[role].shape for role in _FACTORS) for update in found}
-    if len(shapes) > 1 and not COMBINATIONS[rule.name].cuts:
-        return None
-    return FactorsUpdate(found[0].parameter, tuple(shares), rule, alike[0])
+    return FactorsUpdate(shares[0].updates[0].parameter, tuple(shares), tuple(found), rule)

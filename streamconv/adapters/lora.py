@@ -12,14 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 
-from streamconv.adapters.base import ByRows, Parts, State, Update, UpdateAccess, has_zero_part
+from streamconv.adapters.base import ByRows, Parts, Product, State, Update, UpdateAccess, has_zero_part
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
+
+NO_PARTS: Mapping[str, StoredTensor] = MappingProxyType({})
 
 
 class OfFactors(ByRows):
@@ -60,6 +63,12 @@ class LoraUpdate(OfFactors):
     def mirror(self) -> Mapping[str, str]:
         """An embedding's factors are saved again as those of a head that is tied to it."""
         return {"lora_A": "lora_B", "lora_B": "lora_A"}
+
+    @property
+    def product(self) -> Product | None:
+        if "diagonal" in self.parts:
+            return None
+        return Product("lora_B", "lora_A", self.scaling, replace(self, parts=NO_PARTS, scaling=1.0))
 
     def input_directions(self, parts: Parts) -> Tensor | None:
         return None if self.transposed else parts["lora_A"]

@@ -104,6 +104,7 @@ def test_every_form_is_weighed_and_added(tmp_path: Path, name: str, weights: tup
         ("dora-conv1d", "oft-conv1d", "ia3"),
         ("oft", "pissa", "ia3-feedforward"),
         ("ia3", "lora", "dora"),
+        ("lora", "ia3", "dora"),
         ("loha", "rows", "lora"),
     ],
     ids="+".join,
