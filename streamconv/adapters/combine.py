@@ -66,7 +66,6 @@ def combine(adapters: Sequence[Adapter], mixture: Mixture, base: BaseParameters)
             Member(each.location, each.origin, each.label, weight, each.sha256)
             for each, weight in zip(adapters, mixture.weights, strict=True)
         ),
-        combination=mixture.rule.name if mixture.rule else None,
     )
 
 
