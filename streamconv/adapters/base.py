@@ -245,8 +245,8 @@ class Adapter:
     sentences on what was left out, replaced or chosen, for people: shown in plan, output and model card.
 
     `multiplies`: its updates scale or rotate a weight instead of adding to it. `records` are the parameters among those
-    replaced whose tensor is not trained, but what was trained on. `members` are the adapters that it combines, or the one
-    that is weighed; none of an adapter by itself.
+    replaced whose tensor is not trained, but what was trained on. `members` are the adapters that it combines, or the
+    one that is weighed; none of an adapter by itself.
     """
 
     location: str
