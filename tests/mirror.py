@@ -17,6 +17,8 @@ STORIES: Mapping[str, Sequence[str]] = {
     # An adapter is read as a whole.
     "adapters/__init__.py": ["adapters/test_read_adapter.py"],
     "adapters/base.py": ["adapters/test_read_adapter.py", "adapters/test_lora.py"],
+    "adapters/combinations.py": ["adapters/test_combine.py"],
+    "adapters/combined.py": ["adapters/test_combine.py", "pipeline/test_mixture.py"],
     "adapters/conv.py": ["parity/test_forms.py"],
     "adapters/embeddings.py": ["parity/test_forms.py"],
     "adapters/experts.py": ["parity/test_experts.py"],
@@ -30,7 +32,9 @@ STORIES: Mapping[str, Sequence[str]] = {
         "pipeline/test_inspection.py",
     ],
     "adapters/names.py": ["adapters/test_read_adapter.py", "parity/test_saved_elsewhere.py"],
+    "adapters/overlaps.py": ["adapters/test_combine.py"],
     "adapters/saved.py": ["adapters/test_read_adapter.py", "parity/test_peft_lora.py"],
+    "adapters/shares.py": ["adapters/test_combine.py"],
     "adapters/source.py": ["adapters/test_read_adapter.py"],
     "adapters/targets.py": ["adapters/test_read_adapter.py"],
     "adapters/ties.py": ["adapters/test_read_adapter.py", "parity/test_peft_lora.py"],

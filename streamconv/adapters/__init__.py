@@ -20,7 +20,7 @@ from streamconv.adapters.saved import Saved, check_saved, read_saved
 from streamconv.adapters.scan import Scan, scan_tensors
 from streamconv.adapters.source import BaseParameters, MoeLayout, Source
 from streamconv.adapters.targets import check_targets
-from streamconv.adapters.ties import settle_tie
+from streamconv.adapters.ties import Settled, settle_tie
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.pickled import read_pickled
 from streamconv.checkpoint.types import StoredTensor
@@ -85,6 +85,8 @@ def read_adapter(
         modules=MappingProxyType(dict(counts)),
         renamed=source.renaming.reason if source.renaming else None,
         sha256=scan.sha256,
+        multiplies=method.multiplies,
+        records=_records(saved, settled),
     )
 
 
@@ -130,6 +132,12 @@ def find_method(config: AdapterConfig) -> Method:
 
 def _trained(source: Source, modules: Iterable[str]) -> frozenset[str]:
     return frozenset(source.trained(module) for module in modules)
+
+
+def _records(saved: Saved, settled: Settled) -> frozenset[str]:
+    """Parameters that are replaced by what was trained on, those of a tie's other side included."""
+    tensors = {replace.tensor for replace in saved.replaces if replace.parameter in saved.records}
+    return frozenset(replace.parameter for replace in settled.replaces if replace.tensor in tensors)
 
 
 def _module(parameter: str) -> str:

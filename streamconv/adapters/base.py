@@ -30,6 +30,18 @@ class UpdateAccess(StrEnum):
     WHOLE = "whole"  # every value, held until the last row is changed
 
 
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Change that is `scaling` times the product of two parts: their roles are `left` [out, r] and `right` [r, in],
+    kernels after these. `alone` has no parts and adds a product as it is; those that are equal add it alike.
+    """
+
+    left: str
+    right: str
+    scaling: float
+    alone: Update
+
+
 class Update(Protocol):
     """A change of one parameter by an adapter; plain data from headers and config.
 
@@ -66,6 +78,13 @@ class Update(Protocol):
     @property
     def mirror(self) -> Mapping[str, str]:
         """Roles that hold the same values, transposed, in a tied partner's update, by role; empty if it has none."""
+
+    @property
+    def product(self) -> Product | None:
+        """The change as a product of two parts; None where it is more than that, or another."""
+
+    def weighed(self, weight: float) -> Update | None:
+        """Return what adds `weight` times as much; None where what is added depends on the weight it is added to."""
 
     def input_directions(self, parts: Parts) -> Tensor | None:
         """Return rows [r, in] that span the inputs of the layer that the change acts on; None if no part holds them."""
@@ -124,6 +143,14 @@ class ByRows:
     @property
     def mirror(self) -> Mapping[str, str]:
         return {}
+
+    @property
+    def product(self) -> Product | None:
+        return None
+
+    def weighed(self, weight: float) -> Update | None:
+        del weight
+        return None
 
     def input_directions(self, parts: Parts) -> Tensor | None:
         del parts
@@ -198,6 +225,17 @@ class Tie:
 
 
 @dataclass(frozen=True, slots=True)
+class Member:
+    """One of several adapters, or one that is weighed: `label` is its method's name, `sha256` that of its content."""
+
+    location: str
+    origin: Origin | None
+    label: str
+    weight: float
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """A PEFT adapter, read and checked against a base model.
 
@@ -205,6 +243,10 @@ class Adapter:
     the method's name in sentences. `modules` counts the adapted modules by their last name (`q_proj`: 30), for plans
     and reports; `renamed` says how its names were matched with the base's, where they are not the same. `notes` are
     sentences on what was left out, replaced or chosen, for people: shown in plan, output and model card.
+
+    `multiplies`: its updates scale or rotate a weight instead of adding to it. `records` are the parameters among those
+    replaced whose tensor is not trained, but what was trained on. `members` are the adapters that it combines, or the
+    one that is weighed; none of an adapter by itself.
     """
 
     location: str
@@ -219,6 +261,9 @@ class Adapter:
     sha256: str
     renamed: str | None = None
     notes: tuple[str, ...] = ()
+    multiplies: bool = False
+    records: frozenset[str] = frozenset()
+    members: tuple[Member, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

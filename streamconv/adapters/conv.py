@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from streamconv.adapters.base import Parts, State, UpdateAccess
-from streamconv.adapters.lora import OfFactors, dora_gain
+from streamconv.adapters.base import Parts, Product, State, Update, UpdateAccess
+from streamconv.adapters.lora import NO_PARTS, OfFactors, dora_gain
 from streamconv.checkpoint.types import Shape, StoredTensor
 
 
@@ -62,6 +62,15 @@ class ConvUpdate(OfFactors):
             for run in self._runs(rows):
                 updated[run.cell] *= gain[run.output]
         return cell
+
+    @property
+    def product(self) -> Product | None:
+        if self.is_dora:
+            return None
+        return Product("lora_B", "lora_A", self.scaling, replace(self, parts=NO_PARTS, scaling=1.0))
+
+    def weighed(self, weight: float) -> Update | None:
+        return None if self.is_dora else replace(self, scaling=weight * self.scaling)
 
     def is_neutral(self, constants: Mapping[str, float]) -> bool:
         return not self.is_dora and OfFactors.is_neutral(self, constants)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -69,6 +69,9 @@ class LohaUpdate(ByRows):
             )
             cell[:, columns].addcmul_(one, other, value=self.scaling)
         return cell
+
+    def weighed(self, weight: float) -> Self | None:
+        return replace(self, scaling=weight * self.scaling)
 
     def is_neutral(self, constants: Mapping[str, float]) -> bool:
         return self.scaling == 0 or has_zero_part(self.parts.values(), constants)

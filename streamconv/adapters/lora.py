@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 
-from streamconv.adapters.base import ByRows, Parts, State, UpdateAccess, has_zero_part
+from streamconv.adapters.base import ByRows, Parts, Product, State, Update, UpdateAccess, has_zero_part
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
+
+NO_PARTS: Mapping[str, StoredTensor] = MappingProxyType({})
 
 
 class OfFactors(ByRows):
@@ -32,6 +36,10 @@ class OfFactors(ByRows):
     @property
     def low_rank(self) -> int | None:
         return self.parts["lora_A"].shape[0]
+
+    def weighed(self, weight: float) -> Update | None:
+        found: Any = replace(self, scaling=weight * self.scaling)  # type: ignore[type-var]  # each is a dataclass
+        return cast("Update", found)
 
     def is_neutral(self, constants: Mapping[str, float]) -> bool:
         return self.scaling == 0 or has_zero_part(self.parts.values(), constants)
@@ -55,6 +63,12 @@ class LoraUpdate(OfFactors):
     def mirror(self) -> Mapping[str, str]:
         """An embedding's factors are saved again as those of a head that is tied to it."""
         return {"lora_A": "lora_B", "lora_B": "lora_A"}
+
+    @property
+    def product(self) -> Product | None:
+        if "diagonal" in self.parts:
+            return None
+        return Product("lora_B", "lora_A", self.scaling, replace(self, parts=NO_PARTS, scaling=1.0))
 
     def input_directions(self, parts: Parts) -> Tensor | None:
         return None if self.transposed else parts["lora_A"]
@@ -109,6 +123,9 @@ class DoraUpdate(OfFactors):
         gain = dora_gain(self.parameter, magnitude[rows.start : rows.stop], norms, rows.start)
         return updated.mul_(gain.unsqueeze(1))
 
+    def weighed(self, weight: float) -> Update | None:
+        return None
+
     def is_neutral(self, constants: Mapping[str, float]) -> bool:
         """Whether norms are those of the base is not known before the base is read."""
         return False
@@ -126,6 +143,9 @@ class LoraBiasUpdate(ByRows):
     def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
         """`cell` [1, out], the whole bias, plus s·bias, in place."""
         return cell.add_(prepared["bias"], alpha=self.scaling)
+
+    def weighed(self, weight: float) -> Self | None:
+        return replace(self, scaling=weight * self.scaling)
 
     def is_neutral(self, constants: Mapping[str, float]) -> bool:
         return self.scaling == 0 or has_zero_part(self.parts.values(), constants)

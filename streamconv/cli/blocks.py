@@ -12,6 +12,7 @@ import click
 
 from streamconv.sizes import parse_size
 
+_ORDER = "streamconv.order"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -69,10 +70,22 @@ class Command(click.Command):
         # Also of its own: click keeps the option that the first context made, be it one without a parent.
         self.context_settings.setdefault("help_option_names", ["-h", "--help"])
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Note in which order options stand, which click keeps to itself, and parse as usual."""
+        if not ctx.resilient_parsing:
+            _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+            ctx.meta[_ORDER] = [param.name for param in order]
+        return super().parse_args(ctx, args)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for section, records in sections(self, ctx).items():
             with formatter.section(section):
                 formatter.write_dl(records)
+
+
+def given_order(ctx: click.Context) -> list[str]:
+    """Names of adapters' options on the command line, `adapter` and `weight`, in the order in which they stand."""
+    return [name for name in ctx.meta.get(_ORDER, ()) if name in ("adapter", "weight")]
 
 
 def sections(command: click.Command, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:

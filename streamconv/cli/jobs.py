@@ -24,7 +24,7 @@ from streamconv.cli.options import (
     RESULT,
     SHOW,
     TARGET,
-    adapter_option,
+    adapters_option,
     out_option,
 )
 from streamconv.cli.progress import progress
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 @group(
     BASE,
     BASE_REVISION,
-    adapter_option(required=True, help=f"{ADAPTER_HELP}."),
+    adapters_option(required=True, help=f"{ADAPTER_HELP}. Repeatable, each with a --weight after it."),
     ADAPTER_PLACE,
     OUT,
     RESULT,
@@ -59,6 +59,7 @@ def merge_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: 
     \b
     streamconv merge --base ./llama --adapter ./my-lora -o ./merged
     streamconv merge --base ./llama --adapter ./my-qlora --merge-base nf4-dq --quant nf4-dq -o ./merged-4bit
+    streamconv merge --base ./llama --adapter ./sft --weight 0.7 --adapter ./dpo --weight 0.3 -o ./merged
     streamconv merge --base org/llama --adapter me/my-lora@v2 --push-to me/merged -o ./merged
     """
     _run_job(given, out, dry_run, as_json, quiet)
@@ -80,7 +81,7 @@ def convert_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given
 @group(
     BASE,
     BASE_REVISION,
-    adapter_option(help=f"{ADAPTER_HELP}; without it: as `convert`."),
+    adapters_option(help=f"{ADAPTER_HELP}; without it: as `convert`. Repeatable."),
     ADAPTER_PLACE,
     out_option(help="Folder the result would go to: checked, not touched."),
     RESULT,

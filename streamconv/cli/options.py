@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from streamconv.cli.blocks import F, Place, Section, Size, group, option
+from streamconv.cli.blocks import F, Place, Section, Size, given_order, group, option
 from streamconv.cli.exits import set_debug
 from streamconv.planning.options import MERGE_DEFAULTS
 
@@ -24,9 +26,34 @@ def _only_one(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]
     """The one adapter given. Of an option that is given twice, click alone would drop the first and say nothing."""
     if len(value) > 1:
         raise click.BadParameter(
-            "several adapters are not supported yet; merge them one after another", ctx, param
+            f"{ctx.command.name} is about one adapter; merge several first, with `streamconv merge`",
+            ctx,
+            param,
         )
     return value[0] if value else None
+
+
+def _any_number(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> Any:
+    """The adapters given: one by itself, several in their order, None without one."""
+    del ctx, param
+    return value if len(value) > 1 else next(iter(value), None)
+
+
+def _by_adapter(ctx: click.Context, param: click.Parameter, value: tuple[float, ...]) -> tuple[float, ...]:
+    """A weight for each adapter of the command line, 1 for one that none follows; others as they are given."""
+    order = given_order(ctx)
+    if "adapter" not in order or ctx.get_parameter_source(str(param.name)) is not ParameterSource.COMMANDLINE:
+        return value
+    weights, left = list[float](), iter(value)
+    for before, name in pairwise(("", *order)):
+        if name == "weight" and before != "adapter":
+            where = "a second one stands after the same --adapter" if weights else "none stands before it"
+            raise click.BadParameter(f"a weight belongs to the --adapter before it, and {where}", ctx, param)
+        if name == "adapter":
+            weights.append(1.0)
+        else:
+            weights[-1] = next(left)
+    return tuple(weights)
 
 
 FOLDER = Place(readable=False)
@@ -44,9 +71,13 @@ def adapter_option(**attributes: Any) -> Callable[[F], F]:
         type=FOLDER,
         metavar="ADAPTER",
         multiple=True,
-        callback=_only_one,
-        **attributes,
+        **{"callback": _only_one, **attributes},
     )
+
+
+def adapters_option(**attributes: Any) -> Callable[[F], F]:
+    """The same, of which there may be several."""
+    return adapter_option(callback=_any_number, **attributes)
 
 
 def out_option(**attributes: Any) -> Callable[[F], F]:
@@ -175,7 +206,7 @@ RESULT = group(
         Section.RESULT,
         "--seed",
         defaults=MERGE_DEFAULTS,
-        help="Seed of stochastic and adaptive rounding.",
+        help="Seed of stochastic and adaptive rounding, and of --combine dare_linear and dare_ties.",
     ),
     option(
         Section.RESULT,
@@ -226,6 +257,32 @@ MOE_LAYOUT = option(
     "along), rank-major or expert-major (lora_B), or one of each with a comma between.",
 )
 TARGET = group(
+    option(
+        Section.MERGE,
+        "--weight",
+        defaults=MERGE_DEFAULTS,
+        type=float,
+        multiple=True,
+        callback=_by_adapter,
+        metavar="W",
+        help="How much the --adapter before it counts; negative ones take its update away. Default: 1.",
+    ),
+    option(
+        Section.MERGE,
+        "--combine",
+        defaults=MERGE_DEFAULTS,
+        metavar="NAME",
+        help="How several adapters are combined, as PEFT's add_weighted_adapter has it: linear, cat, ties, "
+        "dare_linear, dare_ties, magnitude_prune, svd. Default: their updates are added.",
+    ),
+    option(
+        Section.MERGE,
+        "--density",
+        defaults=MERGE_DEFAULTS,
+        type=float,
+        metavar="SHARE",
+        help="With --combine ties, magnitude_prune or one of dare: the share of values that is kept.",
+    ),
     MERGE_BASE,
     option(
         Section.MERGE,

@@ -14,7 +14,7 @@ from streamconv.cli.options import (
     BASE_REVISION,
     FOLDER,
     SHOW,
-    adapter_option,
+    adapters_option,
     base_option,
     push_options,
 )
@@ -35,7 +35,10 @@ from streamconv.sizes import format_size
     ),
     base_option(allow_from_autoenv=False, help="The base it was made from; for --full."),
     BASE_REVISION,
-    adapter_option(allow_from_autoenv=False, help="The adapter it was made from; for --full."),
+    adapters_option(
+        allow_from_autoenv=False,
+        help="The adapter it was made from; for --full. Repeatable, in the order of then; weights are recorded.",
+    ),
     ADAPTER_PLACE,
     option(
         Section.INPUTS,

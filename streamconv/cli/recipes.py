@@ -88,6 +88,10 @@ def _checked(setting: Option, value: Value, where: str, ctx: click.Context) -> A
     """The value for click, of the type the option has. Raises OptionError."""
     if setting.multiple:
         items = value if isinstance(value, list) else [value]
+        if isinstance(setting.type, type(click.FLOAT)):
+            if not all(type(item) in (int, float) for item in items):
+                raise OptionError(f"{where} must be a number or a list of numbers")
+            return tuple(items)
         if not all(isinstance(item, str) for item in items):
             raise OptionError(f"{where} must be text or a list of texts; put quotes around what is not")
         return tuple(str(item) for item in items)

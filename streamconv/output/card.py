@@ -29,15 +29,17 @@ _MAX_NAMES = 1000
 def model_card(
     plan: Plan,
     base: CheckpointIndex,
-    adapter: Storage | None,
+    adapters: Sequence[Storage],
     names: Sequence[str],
     kept: KeptShares | None,
     residual: Mapping[str, Any] | None,
 ) -> bytes:
     """README.md of the output; `names` are those of the files beside the weights, `residual` as in Report."""
-    origins = {"base": base.storage.origin, "adapter": adapter.origin if adapter else None}
+    origins = {"base": base.storage.origin}
+    for number, adapter in enumerate(adapters, 1):
+        origins["adapter" if len(adapters) == 1 else f"adapter {number}"] = adapter.origin
     base_models = [origin.repo for origin in origins.values() if origin is not None]
-    tags = ["streamconv", *(["merge", plan.method.lower()] if plan.method else [])]
+    tags = ["streamconv", *(["merge", *_methods(plan)] if plan.method else [])]
     quant = FORMATS[plan.quant] if plan.quant else None
     if quant is not None and quant.library is not None:
         tags += ["4-bit" if quant.bits_per_weight < 8 else "8-bit", quant.library]
@@ -89,7 +91,9 @@ def _body(
     residual: Mapping[str, Any] | None,
 ) -> Iterator[str]:
     yield from (f"# {'Merged' if plan.method else 'Converted'} model", "")
-    if plan.method:
+    if len(plan.members) > 1:
+        yield f"{len(plan.members)} adapters ({plan.method}) that {_changes(plan)} were merged into their base model."
+    elif plan.method:
         yield f"{_article(plan.method)} {plan.method} adapter that {_changes(plan)} was merged into its base model."
     yield (
         f"Made with streamconv {plan.fingerprint['streamconv']} by the options in `{RECIPE}`; `streamconv verify` "
@@ -150,12 +154,18 @@ def _article(name: str) -> str:
     return "An" if name[0] in "AEIO" else "A"
 
 
+def _methods(plan: Plan) -> Sequence[str]:
+    """Methods of the adapters as tags, each once."""
+    return list(dict.fromkeys(each.label.lower() for each in plan.members)) or [str(plan.method).lower()]
+
+
 def _changes(plan: Plan) -> str:
-    changes = []
+    changes, singular = [], "" if len(plan.members) > 1 else "s"
     if plan.adapted:
-        changes.append(f"updates {sum(plan.adapted.values())} modules ({', '.join(sorted(plan.adapted))})")
+        modules = ", ".join(sorted(plan.adapted))
+        changes.append(f"update{singular} {sum(plan.adapted.values())} modules ({modules})")
     if plan.replaced:
-        changes.append(f"replaces {_some(plan.replaced)}")
+        changes.append(f"replace{singular} {_some(plan.replaced)}")
     return " and ".join(changes)
 
 

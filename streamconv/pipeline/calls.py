@@ -14,6 +14,7 @@ from streamconv.planning.options import (
     MERGE_DEFAULTS,
     ConvertKeywords,
     Folder,
+    Folders,
     Job,
     MergeKeywords,
     takes,
@@ -24,7 +25,7 @@ from streamconv.progress import OnProgress, StopRequest, quiet
 @takes(MergeKeywords, MERGE_DEFAULTS)
 def merge(
     base: Folder | None,
-    adapter: Folder,
+    adapter: Folders,
     out: Folder,
     *,
     on_progress: OnProgress = quiet,
@@ -33,9 +34,9 @@ def merge(
 ) -> Report:
     """Merge a PEFT adapter into a base checkpoint and write the result to the folder `out`.
 
-    `base` and `adapter` are folders or Hub ids (`org/model`, `org/model@revision`); without a base (None) it is the one
-    that the adapter names. `also` names formats of further
-    outputs, written to folders of these names in `out` from the same reading; the report has theirs, by format.
+    `base` and `adapter` are folders or Hub ids (`org/model`, `org/model@revision`); of several adapters, a list.
+    Without a base (None) it is the one that the first adapter names. `also` names formats of further outputs, written
+    to folders of these names in `out` from the same reading; the report has theirs, by format.
 
     Keywords are the options of `streamconv merge`; sizes are bytes or text such as "5GB". Raises a
     StreamconvError, whose `exit_code` is what the command would have ended with. Calling it again with the same

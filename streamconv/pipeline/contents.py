@@ -44,7 +44,7 @@ def generated_files(
     contents = {INDEX: _index(plan), MANIFEST: written, **loaded}
     if prepared.job.card:
         contents["README.md"] = model_card(
-            plan, base.index, prepared.adapter_storage, prepared.small_names, kept, told
+            plan, base.index, prepared.adapter_storages, prepared.small_names, kept, told
         )
     return {name: contents[name] for name in prepared.generated}
 
@@ -121,8 +121,10 @@ def _resolved(prepared: Prepared) -> Mapping[str, Any]:
     plan = prepared.plan
     origins, text = plan.fingerprint["from"], plan.calibration
     found = {name: origins[name] for name in ("base", "adapter")}
-    if origins["adapter"] is None:
-        found["adapter_subfolder"] = None
+    # Folders have no place in it; and of several adapters a part would be taken for all.
+    commits = origins["adapter"] if isinstance(origins["adapter"], list) else [origins["adapter"]]
+    if None in commits:
+        found["adapter"] = found["adapter_subfolder"] = None
     if text is None:
         return {**found, **dict.fromkeys(CALIBRATION_KEYWORDS)}
     feedback = text.options

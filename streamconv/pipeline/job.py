@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from os import fspath
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Unpack
 
+from streamconv.adapters.combinations import COMBINATIONS
 from streamconv.adapters.source import MoeLayout
 from streamconv.equalization import RESCALINGS
 from streamconv.errors import OptionError
@@ -19,6 +20,7 @@ from streamconv.planning.options import (
     MERGE_DEFAULTS,
     Calibration,
     Folder,
+    Folders,
     Job,
     MergeKeywords,
     MergeOptions,
@@ -32,16 +34,22 @@ LEAST_SEQUENCE_LENGTH = 16
 
 
 @takes(MergeKeywords, MERGE_DEFAULTS)
-def build_job(base: Folder | None, adapter: Folder | None = None, **given: Unpack[MergeKeywords]) -> Job:
+def build_job(base: Folder | None, adapter: Folders | None = None, **given: Unpack[MergeKeywords]) -> Job:
     """The job that the options of `streamconv merge`, as they are given, ask for; of `convert`, without an adapter.
 
     Without a base it is the one that the adapter names. Raises OptionError for what cannot be meant, and what opening
     the adapter raises where it is to name its base.
     """
     options = merge_options(**given)
-    place = None if adapter is None else fspath(adapter)
-    found = fill_in_base(base, place, given)
-    return Job(**{**_parsed(Job, given), **found}, adapter=place, options=options)
+    adapters = listed(adapter)
+    _check_mixture(options, adapters)
+    found = fill_in_base(base, adapters[0] if adapters else None, given)
+    return Job(
+        **{**_parsed(Job, given), **found},
+        adapter=adapters[0] if adapters else None,
+        options=options,
+        more_adapters=adapters[1:],
+    )
 
 
 def fill_in_base(base: Folder | None, adapter: Folder | None, given: ModelKeywords) -> dict[str, Any]:
@@ -55,6 +63,46 @@ def fill_in_base(base: Folder | None, adapter: Folder | None, given: ModelKeywor
         fspath(adapter), given["adapter_revision"], given["adapter_subfolder"], revision
     )
     return {"base": named, "base_revision": revision}
+
+
+def listed(adapter: Folders | None) -> tuple[str, ...]:
+    """Adapters as they are given: none, one, or several in their order."""
+    if adapter is None:
+        return ()
+    return (
+        (fspath(adapter),) if isinstance(adapter, str | PathLike) else tuple(fspath(each) for each in adapter)
+    )
+
+
+def _check_mixture(options: MergeOptions, adapters: Sequence[str]) -> None:
+    """Raise OptionError for weights and a combination that are not for so many adapters."""
+    if options.weight and len(options.weight) != len(adapters):
+        raise OptionError(
+            f"--weight is given {len(options.weight)} times, and --adapter {len(adapters)} times; a weight stands after"
+            " the --adapter that it belongs to, and the default is 1"
+        )
+    if options.combine is None:
+        if options.density is not None:
+            raise OptionError("--density is for --combine ties and its like; add that, or leave it out")
+        return
+    if options.combine not in COMBINATIONS:
+        raise OptionError(f"--combine {options.combine} is not known; use one of {', '.join(COMBINATIONS)}")
+    if len(adapters) < 2:
+        raise OptionError(
+            f"--combine {options.combine} is a rule for several adapters; give another --adapter, or leave it out"
+        )
+    _check_density(options.combine, options.density)
+
+
+def _check_density(name: str, density: float | None) -> None:
+    needs = COMBINATIONS[name].needs_density
+    if not needs and density is not None:
+        raise OptionError(f"--combine {name} keeps all values; leave --density out")
+    if needs and (density is None or not 0 < density <= 1):
+        found = "needs --density" if density is None else f"cannot have --density {density:g}"
+        raise OptionError(
+            f"--combine {name} {found}: the share of values to keep, more than 0 and at most 1, such as 0.5"
+        )
 
 
 @takes(MergeKeywords, MERGE_DEFAULTS)
@@ -165,6 +213,20 @@ def _share(min_kept: float | None) -> float | None:
     return min_kept
 
 
+def _weights(weight: float | Iterable[float]) -> tuple[float, ...]:
+    """A number for each adapter; () where all are 1."""
+    given = (weight,) if isinstance(weight, int | float) else tuple(weight)
+    found = tuple(map(float, given))
+    for number in found:
+        if not math.isfinite(number):
+            raise OptionError(f"--weight {number} is not a finite number; give one such as 0.5 or -1")
+    return () if all(number == 1 for number in found) else found
+
+
+def _combination(name: str | None) -> str | None:
+    return None if name is None else name.lower()
+
+
 def _moe_layout(text: str) -> str:
     parse_moe_layout(text.lower())
     return text.lower()
@@ -201,6 +263,8 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "min_kept": _share,
     "ignore": tuple,
     "moe_layout": _moe_layout,
+    "weight": _weights,
+    "combine": _combination,
     "max_ram_bytes": _size("--max-ram"),
     "max_vram_bytes": _size("--max-vram"),
     "max_shard_bytes": _size("--max-shard-size"),

@@ -19,8 +19,8 @@ def check_out(prepared: Prepared, out: Path) -> None:
     Such a one overlaps an input or another output, or holds something else.
     """
     inputs = {"base": Path(prepared.job.base).expanduser().resolve()}
-    if prepared.job.adapter is not None:
-        inputs["adapter"] = Path(prepared.job.adapter).expanduser().resolve()
+    for number, adapter in enumerate(prepared.job.adapters):
+        inputs["adapter" if not number else f"adapter {number + 1}"] = Path(adapter).expanduser().resolve()
     places = prepared.places(out)
     try:
         for each, folder in places:

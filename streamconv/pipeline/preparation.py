@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from streamconv.adapters import read_adapter
-from streamconv.adapters.base import Adapter, Parameter
+from streamconv.adapters.base import Adapter
 from streamconv.adapters.config import read_config
 from streamconv.adapters.embeddings import find_embedding
 from streamconv.calibration.subject import Subject
@@ -26,13 +25,12 @@ from streamconv.output.sidecars import (
 )
 from streamconv.output.tokenizer import TokenizerChoice, choose_tokenizer, follow_end_token
 from streamconv.pipeline.calibrating import read_calibration_facts
-from streamconv.pipeline.job import parse_moe_layout
-from streamconv.pipeline.named_base import base_notes
+from streamconv.pipeline.mixture import deepen_once, open_adapters, read_adapters, tokenizer_storage
+from streamconv.pipeline.named_base import base_notes, named_base
 from streamconv.pipeline.passes import plan_passes
 from streamconv.planning.base import Base, read_base
 from streamconv.planning.calibration import CalibrationFacts
 from streamconv.planning.choices import options_alone
-from streamconv.planning.depth import deepen
 from streamconv.planning.devices import resolve_device
 from streamconv.planning.options import Job
 from streamconv.planning.plan import Plan
@@ -55,13 +53,18 @@ class Prepared:
 
     job: Job
     base: Base
-    adapter_storage: Storage | None
+    adapter_storages: tuple[Storage, ...]
     adapter: Adapter | None
     plan: Plan
     copied: tuple[SourceFile, ...]
     written: Mapping[str, bytes] = field(default_factory=dict)
     end_token: int | None = None
     also: tuple[Prepared, ...] = ()
+
+    @property
+    def adapter_storage(self) -> Storage | None:
+        """Place of the one adapter, or of the first of several; None without one."""
+        return next(iter(self.adapter_storages), None)
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -89,7 +92,7 @@ class Prepared:
     def downloads(self) -> tuple[tuple[Storage, tuple[SourceFile, ...]], ...]:
         """Files that must come from the Hub before the run can read them, by storage: of a base, mostly its shards."""
         base = self.base.index.storage
-        storages = [storage for storage in (base, self.adapter_storage) if storage is not None]
+        storages = (base, *self.adapter_storages)
         files = [*self.small_files(), *(shard.file for shard in self.base.index.shards)]
         return tuple((storage, missing) for storage in storages if (missing := storage.missing(files)))
 
@@ -131,36 +134,23 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     index = read_index(storage, allow_pickle=job.allow_pickle)
     base = read_base(index, find_weights(index))
     _log.info("read the base %s: %d weights in %d shards", job.base, len(base.weights), len(index.shards))
-    adapter_storage = None
-    if job.adapter is not None:
-        adapter_storage = open_storage(job.adapter, job.adapter_revision, job.adapter_subfolder)
-        base = deepen(base, read_config(adapter_storage))
-        if base.depth is not None:
-            _log.info("the adapter repeats layers of the base: %s", base.depth)
-    adapter = None
-    if adapter_storage is not None:
-        parameters = {
-            name: Parameter(name, weight.shape, weight.dtype) for name, weight in base.weights.items()
-        }
-        moe = parse_moe_layout(job.options.moe_layout)
-        adapter = read_adapter(
-            adapter_storage, parameters, base.index.config, base.tie, moe, job.allow_pickle
-        )
-        _log.info("read the adapter %s: %d updates", job.adapter, len(adapter.updates))
+    adapter_storages = open_adapters(job)
+    base = deepen_once(base, adapter_storages)
+    adapter = read_adapters(job, base, adapter_storages)
     options = options_alone(facts_of(base, adapter), job.options, (job.options.quant, *job.also))
     is_recorded = facts is not None
     asked = next((each.calibration for each in options if each.calibration), None)
     if asked is not None and facts is None:
         facts = read_calibration_facts(base, asked)
     plans = build_plans(base, adapter, options, resolve_device(job.device), facts)
-    tokenizer = _tokenizer(job, base, adapter_storage, plans[0])
-    notes = (*_base_notes(job, base, adapter), *tokenizer.notes)
+    tokenizer = _tokenizer(job, base, tokenizer_storage(adapter, adapter_storages), plans[0])
+    notes = (*_base_notes(job, base, adapter_storages), *tokenizer.notes)
     copied = files_to_copy(storage, tokenizer, index.config, job.copy_extra)
     main, *also = (
         Prepared(
             replace(job, options=plan.options, also=()),
             base,
-            adapter_storage,
+            adapter_storages,
             adapter,
             replace(plan, notes=(*plan.notes, *notes)),
             copied,
@@ -188,11 +178,18 @@ def _tokenizer(job: Job, base: Base, adapter: Storage | None, plan: Plan) -> Tok
     return follow_end_token(chosen, storage, base.index.config)
 
 
-def _base_notes(job: Job, base: Base, adapter: Adapter | None) -> tuple[str, ...]:
-    if adapter is None:
-        return ()
+def _base_notes(job: Job, base: Base, adapters: Sequence[Storage]) -> tuple[str, ...]:
+    """What is to be said of the bases that adapters name; one that names another of them is trained on top of it."""
     index = base.index
-    return base_notes(adapter.config, index.storage, index.config, job.base, job.base_revision)
+    own = {*job.adapters, *(each.origin.repo for each in adapters if each.origin)}
+    found: dict[str, None] = {}
+    for adapter in adapters:
+        fields = read_config(adapter).fields
+        named = named_base(fields)
+        if named is not None and named.name not in own:
+            notes = base_notes(fields, index.storage, index.config, job.base, job.base_revision)
+            found |= dict.fromkeys(notes)
+    return tuple(found)
 
 
 def _with_passes(prepared: Prepared) -> Prepared:

@@ -30,6 +30,10 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
         "digest": plan.digest,
         "base": prepared.job.base,
         "adapter": prepared.job.adapter,
+        "adapters": [
+            {"adapter": each.location, "method": each.label, "weight": each.weight} for each in plan.members
+        ],
+        "combine": plan.options.combine,
         "from": plan.fingerprint["from"],
         "device": plan.device.name,
         "devices": list(plan.device.names),
@@ -169,7 +173,7 @@ def plan_as_text(prepared: Prepared) -> str:
     adapted = ", ".join(f"{count} {name}" for name, count in sorted(plan.adapted.items()))
     lines = [
         ("base", plan.fingerprint["from"]["base"] or prepared.job.base),
-        ("adapter", plan.fingerprint["from"]["adapter"] or prepared.job.adapter or "-"),
+        *_adapters(prepared),
         ("adapted", adapted or "-"),
         ("replaced", ", ".join(plan.replaced) or "-"),
         ("output", _stored(plan)),
@@ -183,24 +187,37 @@ def plan_as_text(prepared: Prepared) -> str:
         ("files", _shards(plan.shards)),
         ("", _small_files(prepared)),
     ]
+    at = 1 + [label for label, _ in lines].index("replaced")
     if downloads := prepared.downloads():
         lines.insert(-2, ("download", "; ".join(_download(storage, files) for storage, files in downloads)))
     lines += [line for other in prepared.also for line in _further(other)]
     if plan.rounding:
-        lines.insert(6, ("rounding", f"{plan.rounding.name}: {plan.rounding.reason}"))
+        lines.insert(at + 2, ("rounding", f"{plan.rounding.name}: {plan.rounding.reason}"))
         if plan.device.is_cpu and plan.kernels == TORCH.name:
             slow = "torch alone quantizes, at a fraction of the speed: numba is not there, or is told not to compile"
-            lines.insert(7, ("kernels", slow))
-        lines[7:7] = _left(plan)
-        lines[7:7] = _calibration_lines(plan)
+            lines.insert(at + 3, ("kernels", slow))
+        lines[at + 3 : at + 3] = _left(plan)
+        lines[at + 3 : at + 3] = _calibration_lines(plan)
     if plan.depth:
-        lines.insert(4, ("layers", f"{plan.depth}"))
+        lines.insert(at, ("layers", f"{plan.depth}"))
     if plan.renamed:
-        lines.insert(4, ("names", f"of adapter and base were matched: {plan.renamed}"))
-    lines[4:4] = [("note", note) for note in plan.notes]
+        lines.insert(at, ("names", f"of adapter and base were matched: {plan.renamed}"))
+    lines[at:at] = [("note", note) for note in plan.notes]
     if plan.untied:
-        lines.insert(4, ("untied", "input and output embeddings will differ and are stored apart"))
+        lines.insert(at, ("untied", "input and output embeddings will differ and are stored apart"))
     return "\n".join(f"{label:9} {text}".rstrip() for label, text in lines)
+
+
+def _adapters(prepared: Prepared) -> list[tuple[str, str]]:
+    """A line for each adapter, with its weight where there are several or one is weighed."""
+    origin, job = prepared.plan.fingerprint["from"]["adapter"], prepared.job
+    if not prepared.plan.members:
+        return [("adapter", origin or job.adapter or "-")]
+    commits = origin if isinstance(origin, list) else [origin]
+    return [
+        ("adapter", f"{commit or place} x {each.weight:g}")
+        for commit, place, each in zip(commits, job.adapters, prepared.plan.members, strict=True)
+    ]
 
 
 def _further(prepared: Prepared) -> list[tuple[str, str]]:

@@ -25,12 +25,12 @@ from streamconv.output.verifier import (
     verify_exactly,
     verify_output,
 )
-from streamconv.pipeline.job import output_folder
+from streamconv.pipeline.job import listed, output_folder
 from streamconv.pipeline.passes import run_passes
 from streamconv.pipeline.preparation import Prepared, prepare
 from streamconv.pipeline.residual import make_residual
 from streamconv.planning.calibration import CalibrationFacts
-from streamconv.planning.options import Calibration, Folder, Job, MergeOptions
+from streamconv.planning.options import Calibration, Folder, Folders, Job, MergeOptions
 from streamconv.progress import Meter, OnProgress, StopRequest, quiet
 from streamconv.running.workers import Workers
 from streamconv.storage.local import open_folder
@@ -48,7 +48,7 @@ def verify(
     *,
     full: bool = False,
     base: Folder | None = None,
-    adapter: Folder | None = None,
+    adapter: Folders | None = None,
     calibration: Folder | None = None,
     allow_pickle: bool = False,
     base_revision: str | None = None,
@@ -78,7 +78,7 @@ def verify(
         return checked
     found = _fingerprint(fspath(out))
     job = replace(
-        _job_of(found, fspath(base), _path(adapter), _path(calibration), device),
+        _job_of(found, fspath(base), listed(adapter), _path(calibration), device),
         base_revision=base_revision,
         adapter_revision=adapter_revision,
         adapter_subfolder=adapter_subfolder,
@@ -195,24 +195,32 @@ def _fingerprint(out: str) -> Mapping[str, Any]:
 
 
 def _job_of(
-    fingerprint: Mapping[str, Any], base: str, adapter: str | None, calibration: str | None, device: str
+    fingerprint: Mapping[str, Any], base: str, adapters: tuple[str, ...], calibration: str | None, device: str
 ) -> Job:
     """The job that an output with this fingerprint came from, with the inputs given."""
-    if fingerprint["adapter"] and adapter is None:
+    commits = fingerprint["from"]["adapter"] if isinstance(fingerprint.get("from"), dict) else None
+    count = len(commits) if isinstance(commits, list) else 1
+    if fingerprint["adapter"] and not adapters:
         raise OptionError("this output was made with an adapter; give it with --adapter")
-    if adapter is not None and not fingerprint["adapter"]:
+    if adapters and fingerprint["adapter"] and len(adapters) != count:
+        raise OptionError(
+            f"this output was made with {'an adapter' if count == 1 else f'{count} adapters'}, and {len(adapters)} are"
+            " given; give all, in their order, with --adapter, and no weights: those are recorded"
+        )
+    if adapters and not fingerprint["adapter"]:
         raise OptionError("this output was made without an adapter; leave --adapter out")
     options, text = fingerprint["options"], fingerprint.get("calibration")
     if calibration is not None and text is None:
         raise OptionError("this output was made without calibration text; leave --calibration out")
     return Job(
         base,
-        adapter,
+        adapters[0] if adapters else None,
         MergeOptions.from_json(
             {**options, "rounding": options["rounding"] or "auto"},
             None if text is None else Calibration.from_json(text, calibration),
         ),
         device,
+        more_adapters=adapters[1:],
     )
 
 
@@ -221,7 +229,7 @@ def _check_inputs(found: Mapping[str, Any], again: Prepared, out: Path) -> None:
     now = again.plan.fingerprint
     if found["adapter"] != now["adapter"]:
         raise InputError(
-            f"--adapter {again.job.adapter} is not the one {out} was made with; give {_recorded(found, 'adapter')}"
+            f"--adapter {_given(again.job)} {out} was made with; give {_recorded(found, 'adapter')}"
         )
     text, given = found.get("calibration"), again.plan.calibration
     if text is not None and given is not None and text["sha256"] != given.sha256:
@@ -237,6 +245,12 @@ def _check_inputs(found: Mapping[str, Any], again: Prepared, out: Path) -> None:
         raise InputError(
             f"--base {again.job.base} is not the model {out} was made from; give {_recorded(found, 'base')}"
         )
+
+
+def _given(job: Job) -> str:
+    if len(job.adapters) == 1:
+        return f"{job.adapter} is not the one"
+    return f"{', '.join(job.adapters)} are not the ones, or not in the order, that"
 
 
 def _recorded(found: Mapping[str, Any], role: str) -> str:

@@ -48,7 +48,7 @@ def fingerprint(
         # They stand in the output's card.
         "from": {
             "base": _commit(index.storage.origin),
-            "adapter": _commit(adapter.origin) if adapter else None,
+            "adapter": _commits(adapter) if adapter else None,
         },
         # Rounding as it was chosen: what `auto` comes to may differ from version to version.
         "options": {**options.as_json(), "rounding": rounding.name if rounding else None},
@@ -56,6 +56,13 @@ def fingerprint(
         # Headers hold every output tensor's name, type, shape and place.
         "output": {shard.name: hashlib.sha256(shard.header).hexdigest() for shard in shards},
     }
+
+
+def _commits(adapter: Adapter) -> str | list[str | None] | None:
+    """Commit of an adapter, or those of several."""
+    if len(adapter.members) < 2:
+        return _commit(adapter.origin)
+    return [_commit(member.origin) for member in adapter.members]
 
 
 def _commit(origin: Origin | None) -> str | None:

@@ -16,6 +16,8 @@ from typing import Any, Self, TypedDict, TypeVar, cast, get_type_hints
 from streamconv.sizes import exact_size
 
 Folder = str | PathLike[str]
+Folders = Folder | Iterable[Folder]
+"""One place, or several in their order."""
 F = TypeVar("F", bound=Callable[..., Any])
 K = TypeVar("K")
 
@@ -72,7 +74,8 @@ class MergeOptions:
     """The options of `merge` and `convert` that planning and execution use; names as on the command line.
 
     `group_size`: None stands for the largest, up to the format's own 128, that most weights' rows are whole groups of,
-    or for that of a base that keeps its format.
+    or for that of a base that keeps its format. `weight` has a number for each adapter, () where all count fully;
+    `combine` is None where their updates are just added.
     """
 
     quant: str = "keep"
@@ -83,6 +86,9 @@ class MergeOptions:
     seed: int = 0
     ignore: tuple[str, ...] = ()
     moe_layout: str = "auto"
+    weight: tuple[float, ...] = ()
+    combine: str | None = None
+    density: float | None = None
     max_shard_bytes: int | None = None
     min_kept: float | None = None
     calibration: Calibration | None = None
@@ -103,15 +109,20 @@ class MergeOptions:
     def from_json(cls, found: Mapping[str, Any], calibration: Calibration | None) -> Self:
         """The options that a fingerprint records; those it does not know of have their defaults."""
         names = {each.name for each in fields(cls)} - _NOT_RECORDED
-        given = {name: value for name, value in found.items() if name in names}
-        return cls(**{**given, "ignore": tuple(found["ignore"]), "calibration": calibration})
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in found.items()
+            if name in names
+        }
+        return cls(**{**given, "calibration": calibration})
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """All options of one run, checked and parsed as far as they can be without its inputs.
 
-    `also` are formats of further outputs; `options` are those of the main one.
+    `also` are formats of further outputs; `options` are those of the main one. `more_adapters` are merged together with
+    `adapter`.
     """
 
     base: str
@@ -129,6 +140,12 @@ class Job:
     base_revision: str | None = None
     adapter_revision: str | None = None
     adapter_subfolder: str | None = None
+    more_adapters: tuple[str, ...] = ()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """All adapters, in their order."""
+        return (*(() if self.adapter is None else (self.adapter,)), *self.more_adapters)
 
 
 # -- as they are given by name -----------------------------------------------------------------------------------------
@@ -194,6 +211,9 @@ class ConvertKeywords(BaseKeywords, TextKeywords, ResultKeywords, total=False):
 class MergeKeywords(ModelKeywords, TextKeywords, ResultKeywords, total=False):
     """Options of `merge`."""
 
+    weight: float | Iterable[float]
+    combine: str | None
+    density: float | None
     merge_base: str
     preserve_delta: str | float
     min_kept: float | None

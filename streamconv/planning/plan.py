@@ -13,7 +13,7 @@ from enum import StrEnum
 from itertools import accumulate
 from typing import Any
 
-from streamconv.adapters.base import Update, UpdateAccess
+from streamconv.adapters.base import Member, Update, UpdateAccess
 from streamconv.checkpoint.layout import ShardLayout
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
 from streamconv.equalization.equalizer import Equalizer
@@ -259,6 +259,7 @@ class Plan:
     `memory` is what its own pass needs; `passes` are those before it, in their order, none before a job is prepared.
     `calibration` tells of the text that some of these go by, None where there is none. `depth` is None where the output
     has the layers of the base. `notes` are sentences on what a merge leaves out, replaces or chooses, for people.
+    `members` are the adapters where there are several, or one that is weighed.
     """
 
     options: MergeOptions
@@ -284,6 +285,7 @@ class Plan:
     fingerprint: Mapping[str, Any]
     passes: tuple[Pass, ...] = ()
     notes: tuple[str, ...] = ()
+    members: tuple[Member, ...] = ()
 
     @property
     def size(self) -> int:

@@ -136,6 +136,7 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
             base.index, adapter, options, choices.rounding_choice, draft.calibration, device, shards
         ),
         notes=adapter.notes if adapter else (),
+        members=adapter.members if adapter else (),
     )
 
 

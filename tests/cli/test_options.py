@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,9 +42,64 @@ def test_the_command_line_wins_over_the_environment(inputs: Inputs) -> None:
 
 
 def test_a_second_adapter_is_not_dropped_in_silence(inputs: Inputs) -> None:
-    result = run("plan", *inputs.options, "--adapter", inputs.adapter)
+    """By a command that is about one; and a merge does not take one twice."""
+    result = run("analyze", *inputs.options, "--adapter", inputs.adapter)
     assert result.exit_code == 2
-    assert "'--adapter': several adapters are not supported yet" in result.stderr
+    assert "'--adapter': analyze is about one adapter; merge several first" in result.stderr
+    result = run("plan", *inputs.options, "--adapter", inputs.adapter)
+    assert result.exit_code == 3
+    assert "are the same adapter; give it once" in result.stderr
+
+
+def weights_of(*words: str) -> Any:
+    """Adapters and weights of a command line, as a recipe has them."""
+    given = ["merge", "--base", "b", "-o", "o", *words, "--print-recipe"]
+    found = json.loads(succeed(*given).stdout)
+    return found["adapter"], found["weight"]
+
+
+def test_a_weight_belongs_to_the_adapter_before_it() -> None:
+    assert weights_of("--adapter", "A") == ("A", [])
+    assert weights_of("--adapter", "A", "--adapter", "B") == (["A", "B"], [])
+    assert weights_of("--adapter", "A", "--weight", "0.5") == ("A", [0.5])
+    words = "--adapter A --weight 0.7 --quant nf4 --adapter B --adapter=C --weight=-3e-1"
+    assert weights_of(*words.split()) == (["A", "B", "C"], [0.7, 1.0, -0.3])
+    assert weights_of("--adapter", "A", "--adapter", "B", "--weight", "2") == (["A", "B"], [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--weight 1 --adapter A", "none stands before it"),
+        ("--adapter A --weight 1 --weight 2", "a second one stands after the same --adapter"),
+        ("--adapter A --weight nan", "--weight nan is not a finite number"),
+        ("--adapter A --weight 0.5x", "not a valid float"),
+        ("--adapter A --combine ties --density 0.5", "is a rule for several adapters"),
+        ("--adapter A --adapter B --combine slerp", "use one of linear, cat, ties"),
+        ("--adapter A --adapter B --combine ties", "--combine ties needs --density"),
+        ("--adapter A --adapter B --combine dare_ties --density 0", "cannot have --density 0"),
+        ("--adapter A --adapter B --combine linear --density 0.5", "leave --density out"),
+        ("--adapter A --density 0.5", "--density is for --combine"),
+    ],
+)
+def test_weights_and_rules_that_cannot_be_meant_are_refused(words: str, said: str) -> None:
+    result = run("merge", "--base", "b", "-o", "o", *words.split())
+    assert result.exit_code == 2
+    assert said in result.stderr.replace("\n", " ")
+
+
+def test_weights_of_elsewhere_are_as_many_as_there_are_adapters(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("base: b\nadapter: [A, B]\nweight: [0.5, 2]\nout: o\n")
+    assert json.loads(succeed("merge", "--recipe", recipe, "--print-recipe").stdout)["weight"] == [0.5, 2]
+    result = run("merge", "--recipe", recipe, "--adapter", "C")
+    assert result.exit_code == 2
+    assert "--weight is given 2 times, and --adapter 1 times" in result.stderr
+    recipe.write_text("base: b\nadapter: A\nweight: much\nout: o\n")
+    assert "weight must be a number or a list of numbers" in run("merge", "--recipe", recipe).stderr
+    env = {"STREAMCONV_ADAPTER": "A:B", "STREAMCONV_WEIGHT": "0.5 2"}
+    given = ["merge", "--base", "b", "-o", "o", "--print-recipe"]
+    assert json.loads(succeed(*given, env=env).stdout)["weight"] == [0.5, 2]
 
 
 def test_verbose_tells_what_is_done(inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

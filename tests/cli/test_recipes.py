@@ -55,8 +55,8 @@ def a_value(option: Option) -> Any:
     match option.type:
         case Size():
             return "7GB"
-        case click.FloatRange():
-            return 0.5
+        case click.FloatRange() | click.types.FloatParamType():
+            return [0.5] if option.multiple else 0.5
         case click.Choice():
             return option.type.choices[-1]
         case number if number is click.INT:

@@ -19,6 +19,7 @@ from streamconv.formats.base import CELL_ROWS
 from tests.contracts.implementations import implementations
 from tests.contracts.updates import (
     FORMS,
+    MIXTURES,
     Cells,
     Form,
     Tensors,
@@ -32,11 +33,12 @@ from tests.contracts.updates import (
     run_update,
     says_untrained,
     scalings,
+    several,
     works,
 )
 
 SCALINGS = "scalings"
-every_work = pytest.mark.parametrize("name", [*FORMS, SCALINGS])
+every_work = pytest.mark.parametrize("name", [*FORMS, *MIXTURES, SCALINGS])
 every_form = pytest.mark.parametrize("name", FORMS)
 
 AllWorks = Mapping[str, Sequence[Work]]
@@ -52,9 +54,11 @@ def one_thread() -> Iterator[None]:
 
 
 def all_works(folder: Path, draw: Callable[..., Tensors]) -> AllWorks:
-    return {SCALINGS: scalings(draw)} | {
-        name: works(folder / name, form, draw) for name, form in FORMS.items()
-    }
+    return (
+        {SCALINGS: scalings(draw)}
+        | {name: works(folder / name, form, draw) for name, form in FORMS.items()}
+        | {name: several(folder / name, mixture, draw) for name, mixture in MIXTURES.items()}
+    )
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from streamconv.adapters import read_adapter
 from streamconv.adapters.base import Adapter, Parameter, Parts, State, Update, UpdateAccess
-from streamconv.adapters.source import MoeLayout
+from streamconv.adapters.combine import Mixture, combine
+from streamconv.adapters.combined import Rule
+from streamconv.adapters.source import BaseParameters, MoeLayout
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.equalization.equalizer import COLUMNS as SCALES_OF_COLUMNS
@@ -450,6 +452,29 @@ FORMS: Mapping[str, Form] = MappingProxyType(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Several adapters of forms, each with a weight, and the rule by which they are combined, if there is one.
+
+    Weights are such that the roots of their products with a scaling are whole.
+    """
+
+    forms: Sequence[str]
+    weights: tuple[float, ...]
+    rule: Rule | None = None
+
+
+MIXTURES: Mapping[str, Together] = MappingProxyType(
+    {
+        "several": Together(("dora", "ia3-feedforward", "loha"), (0.5, 2.0, -0.5)),
+        "several-reduce": Together(("lora", "ia3-feedforward", "dora-conv1d"), (0.5, 2.0, -0.5)),
+        "several-whole": Together(("dora-conv1d", "oft-conv1d"), (0.5, 2.0)),
+        "several-factors": Together(("lora", "lora"), (8.0, -2.0), Rule("ties", 0.5, 0)),
+        "several-deltas": Together(("dora", "lora"), (1.0, -2.0), Rule("dare_ties", 0.5, 0)),
+    }
+)
+
+
 # -- updates at work -----------------------------------------------------------------------------------------------
 
 
@@ -475,6 +500,29 @@ def works(folder: Path, form: Form, draw: Callable[[Mapping[str, Shape], int], T
             load(update.parts),
         )
         for update in form.read(folder).updates
+    ]
+
+
+def several(
+    folder: Path, mixture: Together, draw: Callable[[Mapping[str, Shape], int], Tensors]
+) -> Sequence[Work]:
+    """The updates of several adapters, made one."""
+    folder.mkdir()
+    forms = [FORMS[name] for name in mixture.forms]
+    for number, form in enumerate(forms):
+        form.write(folder / str(number), draw(form.tensors, 3 + number))
+    adapters = [form.read(folder / str(number)) for number, form in enumerate(forms)]
+    parameters = {name: Parameter(name, shape) for form in forms for name, shape in form.weights.items()}
+    base = BaseParameters(parameters, {}, None)
+    weights = draw(forms[0].weights, 2)
+    return [
+        Work(
+            f"{type(update).__name__} of {update.parameter}",
+            update,
+            as_matrix(weights[update.parameter]),
+            load(update.parts),
+        )
+        for update in combine(adapters, Mixture(mixture.weights, mixture.rule), base).updates
     ]
 
 

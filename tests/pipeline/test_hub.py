@@ -170,6 +170,29 @@ def test_the_commits_are_in_manifest_and_card(stocked: Hub, tmp_path: Path) -> N
     assert f"| adapter | org/adapter at commit {adapter} |" in card.text
 
 
+def test_several_adapters_are_named_each_by_its_commit(stocked: Hub, inputs: Inputs, tmp_path: Path) -> None:
+    """In recipe and card; but beside one of a folder, a recipe that named the other alone would be another's."""
+    second = save_adapter(tmp_path / "second", inputs.base, LORA, seed=5).path
+    stocked.add("org/second", second, f"{SUBFOLDER}/")
+    given = [*INPUTS, "--weight", "0.5", "--adapter", "org/second"]
+    succeed("merge", *given, "-o", tmp_path / "out")
+    commits = [f"org/{name}@{stocked.repos[f'org/{name}'].refs['main']}" for name in ("adapter", "second")]
+    recipe = tmp_path / "out" / "streamconv-recipe.json"
+    found = json.loads(recipe.read_text())
+    assert (found["adapter"], found["weight"]) == (commits, [0.5, 1.0])
+    card = ModelCard((tmp_path / "out" / "README.md").read_text())
+    assert card.data.base_model == ["org/base", "org/adapter", "org/second"]  # type: ignore[attr-defined]
+    assert f"| adapter 2 | {commits[1].replace('@', ' at commit ')} |" in card.text
+    succeed("merge", "--recipe", recipe, "-o", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+    stocked.add("org/flat", inputs.adapter)
+    streamconv.merge("org/base", ["org/flat", second], tmp_path / "mixed", weight=[0.5, 1])
+    found = json.loads((tmp_path / "mixed" / "streamconv-recipe.json").read_text())
+    assert "adapter" not in found
+    assert found["weight"] == [0.5, 1.0]
+
+
 def test_planning_reads_headers_only(stocked: Hub, inputs: Inputs, tmp_path: Path) -> None:
     shown = succeed("plan", *INPUTS, "-o", tmp_path / "out").stdout
     assert stocked.downloaded() & inputs.shards == set()

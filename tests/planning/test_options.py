@@ -39,12 +39,14 @@ COMMANDS: dict[str, tuple[Callable[..., Any], type, Mapping[str, Any]]] = {
 NOT_KEYWORDS = {
     (Job, "base"): "an argument of its own",
     (Job, "adapter"): "the same",
+    (Job, "more_adapters"): "are of that argument, too",
     (Job, "options"): "holds those that planning reads",
     (Calibration, "data"): "is the keyword calibration",
     (Calibration, "threads"): "is the machine's; a full verification takes what the output records",
 }
 # Declared in another way on the command line, which cannot say `resume=False` by leaving an option out.
 NEGATED = {"resume": "no_resume"}
+ADAPTERS = ("adapter", "another")
 # One value of each option of a merge that is not the default.
 OTHERS: dict[str, Any] = {
     "base_revision": "v2",
@@ -75,6 +77,9 @@ OTHERS: dict[str, Any] = {
     "verify": False,
     "card": False,
     "copy_extra": ("*.py",),
+    "weight": (0.7, -0.3),
+    "combine": "ties",
+    "density": 0.5,
     "merge_base": "nf4-dq",
     "preserve_delta": 0.5,
     "min_kept": 0.5,
@@ -149,9 +154,10 @@ def test_a_job_is_told_by_its_keywords() -> None:
     """Every option reaches the job, and comes back as it was given."""
     assert OTHERS.keys() == MERGE_DEFAULTS.keys()
     assert all(MERGE_DEFAULTS[name] != value for name, value in OTHERS.items())
-    job = build_job("base", "adapter", **OTHERS)
+    job = build_job("base", ADAPTERS, **OTHERS)
     assert keywords_of(job) == OTHERS
-    assert build_job("base", "adapter", **keywords_of(job)) == job
+    assert build_job("base", ADAPTERS, **keywords_of(job)) == job
+    assert job.adapters == ADAPTERS
 
 
 def test_texts_may_come_from_a_generator() -> None:
@@ -161,8 +167,12 @@ def test_texts_may_come_from_a_generator() -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_an_option_alone_changes_the_job(name: str) -> None:
-    text: dict[str, Any] = {} if name == "calibration" else {"calibration": "text.txt"}
-    assert build_job("base", **text, **{name: OTHERS[name]}) != build_job("base", **text)
+    others: dict[str, Any] = {} if name == "calibration" else {"calibration": "text.txt"}
+    if name in ("combine", "density"):  # neither is without the other
+        others |= {"combine": "dare_ties", "density": 0.25}
+    assert build_job("base", ADAPTERS, **{**others, name: OTHERS[name]}) != build_job(
+        "base", ADAPTERS, **others
+    )
 
 
 @pytest.mark.parametrize("function", [function for function, _, _ in COMMANDS.values()])
