@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -69,7 +70,9 @@ def table_keys() -> frozenset[str]:
 
 
 def _installed(key: str) -> Table | None:
-    """The table of the installed transformers; None where it has none, or is missing or older than 5."""
+    """The table of the installed transformers; None where it has none, is missing, older than 5 or the extract's."""
+    if _is_installed_what_was_extracted():
+        return None  # its import takes seconds
     try:
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     except ImportError:
@@ -102,9 +105,22 @@ def _operation(operation: Any) -> Operation:
 
 
 @cache
+def _is_installed_what_was_extracted() -> bool:
+    try:
+        return bool(version("transformers") == _file()["transformers"])
+    except PackageNotFoundError:
+        return False
+
+
+@cache
+def _file() -> Mapping[str, Any]:
+    extract: Mapping[str, Any] = json.loads(Path(__file__).with_name(EXTRACT).read_text(encoding="utf-8"))
+    return extract
+
+
+@cache
 def _extracted() -> Mapping[str, Table]:
-    text = Path(__file__).with_name(EXTRACT).read_text(encoding="utf-8")
-    return MappingProxyType(dict(parse_extract(json.loads(text))))
+    return MappingProxyType(dict(parse_extract(_file())))
 
 
 def parse_extract(extract: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
