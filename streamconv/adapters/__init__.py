@@ -85,6 +85,7 @@ def read_adapter(
         modules=MappingProxyType(dict(counts)),
         renamed=source.renaming.reason if source.renaming else None,
         sha256=scan.sha256,
+        notes=source.notes,
     )
 
 
