@@ -38,6 +38,7 @@ _HOUSE = (
         (r"^(vision_tower|vision_model|image_tower|video_tower|audio_tower|multi_modal_projector|visual)\.",),
         (r"model.\1.",),
     ),
+    Conversion((r"\.language_model\.model\.",), (".language_model.",)),
     Conversion((r"\.block_sparse_moe\.",), (".mlp.",)),
 )
 _VISION = "CLIPVisionModel"
@@ -62,7 +63,13 @@ def rule_sets(config: Mapping[str, Any]) -> Sequence[Lines]:
     parts = tuple(line for key in _part_keys(config) for line in _lines(key, Scope.PART))
     legacy = tuple(_lines("legacy", Scope.MODEL))
     house = tuple(filter(None, (_line(line, Scope.MODEL) for line in _HOUSE)))
-    sets = ((*whole, *parts, *legacy), (*whole, *legacy), (*house, *parts), house)
+    sets = (
+        (*whole, *parts, *legacy),
+        (*whole, *legacy),
+        (*whole, *parts, *house),
+        (*house, *parts),
+        house,
+    )
     return tuple(dict.fromkeys(lines for lines in sets if lines))
 
 

@@ -141,6 +141,10 @@ def _forms(stored: Sequence[str], as_it_is: Places, paths: Collection[str], line
     if names != alike:
         yield _Form(canonical_places, names)
         yield _Form(as_it_is, names)
+        # Lines of one part change names of another that are canonical already.
+        yield _Form(
+            canonical_places, {path: path if path in canonical_places else names[path] for path in paths}
+        )
 
 
 def _places(names: Sequence[str], stored: Sequence[str]) -> Places:
