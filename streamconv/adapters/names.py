@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from streamconv.adapters.canonical import Lines, canonical, rule_sets
+from streamconv.adapters.canonical import Lines, Names, canonical, read_names, rule_sets
 from streamconv.adapters.config import AdapterConfig
 from streamconv.adapters.method import Method
 from streamconv.adapters.source import BaseParameters, MoeLayout, Renaming, Source, by_key
@@ -114,15 +114,16 @@ class _Form:
 
 def _find(base: BaseParameters, paths: Collection[str]) -> list[Renaming]:
     """Renamings that give each of `paths` a place, of the likeliest kind that there are; none if all have one."""
-    stored = list(base.names())
-    as_it_is = _places(stored, stored)
+    stored = read_names(base.names())
+    as_it_is = _places(stored.names, stored.names)
     if all(path in as_it_is for path in paths):
         return []
-    sets = [list(_forms(stored, as_it_is, paths, lines)) for lines in rule_sets(base.config)]
-    for forms in sets:
-        if found := _distinct(_renaming(form, ("", "")) for form in forms):
+    seen: list[Sequence[_Form]] = [[_Form(as_it_is, {path: path for path in paths})]]
+    for lines in rule_sets(base.config):
+        seen.append(list(_forms(stored, as_it_is, paths, lines)))
+        if found := _distinct(_renaming(form, ("", "")) for form in seen[-1]):
             return found
-    for forms in ([_Form(as_it_is, {path: path for path in paths})], *sets):
+    for forms in seen:
         candidates = [(pair, _renaming(form, pair)) for form in forms for pair in _pairs(form)]
         likely = _distinct(found for (_, within), found in candidates if not _SIDE.search(within))
         if found := likely or _distinct(found for _, found in candidates):
@@ -130,21 +131,19 @@ def _find(base: BaseParameters, paths: Collection[str]) -> list[Renaming]:
     return []
 
 
-def _forms(stored: Sequence[str], as_it_is: Places, paths: Collection[str], lines: Lines) -> Iterator[_Form]:
+def _forms(stored: Names, as_it_is: Places, paths: Collection[str], lines: Lines) -> Iterator[_Form]:
     """Names of the base made canonical, of the adapter, and of both: either may have them already."""
-    canonical_places = _places(canonical(stored, lines), stored)
+    places = _places(canonical(stored, lines), stored.names)
     alike = {path: path for path in paths}
     # Some lines end in a parameter's name.
-    weights = canonical([f"{path}.weight" for path in paths], lines)
+    weights = canonical(read_names(f"{path}.weight" for path in paths), lines)
     names = {path: name.removesuffix(".weight") for path, name in zip(paths, weights, strict=True)}
-    yield _Form(canonical_places, alike)
+    yield _Form(places, alike)
     if names != alike:
-        yield _Form(canonical_places, names)
+        yield _Form(places, names)
         yield _Form(as_it_is, names)
         # Lines of one part change names of another that are canonical already.
-        yield _Form(
-            canonical_places, {path: path if path in canonical_places else names[path] for path in paths}
-        )
+        yield _Form(places, {path: path if path in places else names[path] for path in paths})
 
 
 def _places(names: Sequence[str], stored: Sequence[str]) -> Places:
