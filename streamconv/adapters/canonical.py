@@ -155,7 +155,9 @@ def _lines_of_model(config: Mapping[str, Any]) -> Iterator[_Line]:
     architectures = [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
     model_type = str(config.get("model_type", ""))
     heads = [name for name in architectures if renamings(name)]
-    classes = _classes(model_type)
+    # Of a class the model type may have other letters: ASTModel is an audio-spectrogram-transformer.
+    bodies = [re.sub(r"(For[A-Z].*|Model|Backbone)$", "", name) + "Model" for name in architectures]
+    classes = list(dict.fromkeys([*_classes(model_type), *(name for name in bodies if renamings(name))]))
     if not heads and not set(architectures) & set(classes):
         heads = [name for name in classes if _HEADED.search(name)][:1]
     for key in heads or [model_type]:

@@ -88,6 +88,7 @@ FAMILIES = {
     "nemotron_h": "NemotronHForCausalLM",
     "vit": "ViTForImageClassification",
     "deit": "DeiTForImageClassification",
+    "audio-spectrogram-transformer": "ASTForAudioClassification",
     "dinov2": "Dinov2ForImageClassification",
     "swin": "SwinForImageClassification",
     "segformer": "SegformerForImageClassification",
@@ -114,6 +115,7 @@ def test_names_of_classes_and_of_files(model_type: str, class_name: str) -> None
 NOT_MATCHED = {
     *("grounding-dino", "mm-grounding-dino", "mask2former", "oneformer", "rf_detr", "sam3_video"),
     *("pi0", "sapiens2", "tipsv2", "tipsv2_dpt", "ultrabert", "ultravbert", "dots3_note", "mistral_large4"),
+    *("jev", "zoedepth"),
 }
 AUTO = [name for name in dir(modeling_auto) if name.endswith("_MAPPING_NAMES")]
 CLASSES = sorted(
@@ -129,7 +131,7 @@ CLASSES = sorted(
 @pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "class_name"), CLASSES, ids=[name for _, name in CLASSES])
 def test_names_of_every_class_that_transformers_has(model_type: str, class_name: str) -> None:
-    if model_type in NOT_MATCHED:
+    if model_type in NOT_MATCHED or class_name == "SwinBackbone":
         pytest.skip("known as not matched")
     try:
         names = weight_names(model_type, class_name)
