@@ -31,7 +31,6 @@ STORIES: Mapping[str, Sequence[str]] = {
         "adapters/test_method_names.py",
         "pipeline/test_inspection.py",
     ],
-    "adapters/names.py": ["adapters/test_read_adapter.py", "parity/test_saved_elsewhere.py"],
     "adapters/overlaps.py": ["adapters/test_combine.py"],
     "adapters/saved.py": ["adapters/test_read_adapter.py", "parity/test_peft_lora.py"],
     "adapters/shares.py": ["adapters/test_combine.py"],

@@ -37,6 +37,7 @@ RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 # Where heavy modules are imported late, by plain imports inside functions; and the whole command line.
 DOORS = {
     "__init__.py": "torch takes seconds to import",
+    "adapters/conversions.py": "transformers is an extra",
     "analysis/__init__.py": "matplotlib is an extra",
     "comparison/__init__.py": "transformers is an extra",
     "evaluation/__init__.py": "transformers is an extra",
@@ -195,6 +196,7 @@ NOT_OURS = {
     "_dequantize_4bit_compute": "bitsandbytes has no other name for it",
     "_get_4bit_code": "bitsandbytes has no other name for it",
     "_hf_peft_config_loaded": "transformers has no other sign",
+    "_weight_conversions": "transformers has no other name for what a save reverts",
     "_version": "torch has no other count of the writes to a tensor",
 }
 

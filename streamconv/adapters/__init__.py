@@ -87,6 +87,7 @@ def read_adapter(
         sha256=scan.sha256,
         multiplies=method.multiplies,
         records=_records(saved, settled),
+        notes=source.notes,
     )
 
 
