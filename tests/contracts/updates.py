@@ -64,12 +64,17 @@ class Form:
         """The adapter as PEFT would save it."""
         folder.mkdir(exist_ok=True)
         (folder / "adapter_config.json").write_text(json.dumps(self.config))
-        named = {f"base_model.model.{key}": tensor for key, tensor in tensors.items()}
+        named = {saved_name(key): tensor for key, tensor in tensors.items()}
         save_file(named, folder / "adapter_model.safetensors")
 
     def read(self, folder: Path) -> Adapter:
         parameters = {name: Parameter(name, shape) for name, shape in self.weights.items()}
         return read_adapter(open_storage(str(folder)), parameters, {}, None, self.moe)
+
+
+def saved_name(key: str) -> str:
+    """The name of a tensor in the file: one whose key is no path belongs to all modules."""
+    return f"base_model.model.{key}" if "." in key else f"base_model.{key}"
 
 
 def drawn(shapes: Mapping[str, Shape], seed: int) -> Tensors:
@@ -323,6 +328,13 @@ OFT = {
 }
 
 
+def _vera(weights: Tensors, tensors: Tensors) -> Tensors:
+    """The shared projections are larger than the layer."""
+    a, b = tensors["vera_A"][:, :COLUMNS], tensors["vera_B"][:ROWS]
+    scale, gain = (tensors[f"layer.vera_lambda_{role}"].unsqueeze(1) for role in "db")
+    return {"layer.weight": weights["layer.weight"] + (gain * b) @ (scale * a)}
+
+
 # -- the forms -----------------------------------------------------------------------------------------------------
 
 LINEAR = {"layer.weight": (ROWS, COLUMNS)}
@@ -444,6 +456,17 @@ FORMS: Mapping[str, Form] = MappingProxyType(
         "oft-embedding": Form(LINEAR, {"layer.oft_embedding_R.weight": (24, 6)}, _oft_of_embedding, OFT),
         "oft-conv1d": Form(
             LINEAR, {"layer.oft_R.weight": (30, 10)}, _oft_of_conv1d, {**OFT, "oft_block_size": 5}
+        ),
+        "vera": Form(
+            LINEAR,
+            {
+                "layer.vera_lambda_b": (ROWS,),
+                "layer.vera_lambda_d": (RANK,),
+                "vera_A": (RANK, COLUMNS + 7),
+                "vera_B": (ROWS + 7, RANK),
+            },
+            _vera,
+            {"peft_type": "VERA", "lora_alpha": None},
         ),
         "oft-conv": Form({"layer.weight": (13, 8, 1, 1)}, {"layer.oft_R.weight": (2, 6)}, _oft, OFT),
     }

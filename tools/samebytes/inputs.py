@@ -16,7 +16,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftConfig
+from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -194,6 +194,12 @@ ADAPTERS: Mapping[str, Adapter] = {
     "oft": Adapter("llama", {"oft_block_size": 32, "target_modules": [*QV, "down_proj"]}, config=OFTConfig),
     "oft-shared": Adapter(
         "qwen2", {"oft_block_size": 16, "target_modules": QV, "block_share": True}, config=OFTConfig
+    ),
+    "vera": Adapter("llama", {"r": 16, "target_modules": [*QV, "down_proj"]}, config=VeraConfig),
+    "vera-conv1d": Adapter(
+        "gpt2",
+        {"r": 16, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+        config=VeraConfig,
     ),
 }
 FAQ_ADAPTERS = ("faq-kjv-light", "faq-kjv-heavy")
