@@ -11,6 +11,7 @@ from streamconv.adapters.base import Adapter, Parameter, Tie, Update
 from streamconv.adapters.config import AdapterConfig, check_fields, read_config
 from streamconv.adapters.ia3 import IA3
 from streamconv.adapters.loha import LOHA
+from streamconv.adapters.lokr import LOKR
 from streamconv.adapters.lora_reader import LORA
 from streamconv.adapters.method import Method
 from streamconv.adapters.names import read_source
@@ -187,6 +188,7 @@ ADAPTERS: Mapping[str, Method] = MappingProxyType(
     {
         "LORA": LORA,
         "LOHA": LOHA,
+        "LOKR": LOKR,
         "IA3": IA3,
         "OFT": OFT,
         "VERA": VERA,
@@ -214,7 +216,6 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
         "HIRA": "",
         "HRA": "",
         "LN_TUNING": "",
-        "LOKR": "",
         "MISS": "",
         "OSF": _FROM_BASE_SVD,
         "PEANUT": "",

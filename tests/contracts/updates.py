@@ -328,6 +328,26 @@ OFT = {
 }
 
 
+def _lokr(weights: Tensors, tensors: Tensors) -> Tensors:
+    """The right factor has the kernel, in the file flattened."""
+    left = tensors["layer.lokr_w1_a"] @ tensors["layer.lokr_w1_b"]
+    right = tensors["layer.lokr_w2_a"] @ tensors["layer.lokr_w2_b"]
+    weight = weights["layer.weight"]
+    return {"layer.weight": weight + SCALING * torch.kron(left, right).reshape(weight.shape)}
+
+
+def _lokr_whole(weights: Tensors, tensors: Tensors) -> Tensors:
+    product = torch.kron(tensors["layer.lokr_w1"], tensors["layer.lokr_w2"])
+    return {"layer.weight": weights["layer.weight"] + SCALING * product}
+
+
+def _lokr_tucker(weights: Tensors, tensors: Tensors) -> Tensors:
+    core, a, b = (tensors[f"layer.lokr_{role}"] for role in ("t2", "w2_a", "w2_b"))
+    right = torch.einsum("ijkl,io,jc->ockl", core, a, b).contiguous()
+    product = torch.kron(tensors["layer.lokr_w1"][:, :, None, None], right)
+    return {"layer.weight": weights["layer.weight"] + SCALING * product}
+
+
 def _vera(weights: Tensors, tensors: Tensors) -> Tensors:
     """The shared projections are larger than the layer."""
     a, b = tensors["vera_A"][:, :COLUMNS], tensors["vera_B"][:ROWS]
@@ -377,6 +397,19 @@ HADA_TUCKER = {
 
 def _hada(roles: Mapping[str, Shape]) -> Mapping[str, Shape]:
     return {f"layer.hada_{role}": shape for role, shape in roles.items()}
+
+
+LOKR = {"peft_type": "LOKR", "lora_alpha": None, "alpha": ALPHA}
+
+
+def _lokr_factors(a: int, c: int, b: int, d: int) -> Mapping[str, Shape]:
+    """Of a left factor [a, c] and a right one [b, d]."""
+    return {
+        "layer.lokr_w1_a": (a, RANK),
+        "layer.lokr_w1_b": (RANK, c),
+        "layer.lokr_w2_a": (b, RANK),
+        "layer.lokr_w2_b": (RANK, d),
+    }
 
 
 QALORA = {"use_qalora": True, "qalora_group_size": GROUP}
@@ -456,6 +489,20 @@ FORMS: Mapping[str, Form] = MappingProxyType(
         "oft-embedding": Form(LINEAR, {"layer.oft_embedding_R.weight": (24, 6)}, _oft_of_embedding, OFT),
         "oft-conv1d": Form(
             LINEAR, {"layer.oft_R.weight": (30, 10)}, _oft_of_conv1d, {**OFT, "oft_block_size": 5}
+        ),
+        "lokr": Form(LINEAR, _lokr_factors(15, 12, 10, 8), _lokr, LOKR),
+        "lokr-whole": Form(LINEAR, {"layer.lokr_w1": (10, 8), "layer.lokr_w2": (15, 12)}, _lokr_whole, LOKR),
+        "lokr-conv": Form({"layer.weight": (12, 6, 3, 5)}, _lokr_factors(4, 3, 3, 30), _lokr, LOKR),
+        "lokr-tucker": Form(
+            {"layer.weight": (12, 6, 3, 5)},
+            {
+                "layer.lokr_w1": (4, 3),
+                "layer.lokr_t2": (RANK, RANK, 3, 5),
+                "layer.lokr_w2_a": (RANK, 3),
+                "layer.lokr_w2_b": (RANK, 2),
+            },
+            _lokr_tucker,
+            LOKR,
         ),
         "vera": Form(
             LINEAR,

@@ -16,7 +16,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -194,6 +194,22 @@ ADAPTERS: Mapping[str, Adapter] = {
     "oft": Adapter("llama", {"oft_block_size": 32, "target_modules": [*QV, "down_proj"]}, config=OFTConfig),
     "oft-shared": Adapter(
         "qwen2", {"oft_block_size": 16, "target_modules": QV, "block_share": True}, config=OFTConfig
+    ),
+    "lokr": Adapter(
+        "llama",
+        {"r": 4, "alpha": 6, "target_modules": [*QV, "down_proj"], "init_weights": False},
+        config=LoKrConfig,
+    ),
+    "lokr-conv": Adapter(
+        "convnext",
+        {
+            "r": 2,
+            "target_modules": CONV,
+            "task_type": None,
+            "use_effective_conv2d": True,
+            "init_weights": False,
+        },
+        config=LoKrConfig,
     ),
     "vera": Adapter("llama", {"r": 16, "target_modules": [*QV, "down_proj"]}, config=VeraConfig),
     "vera-conv1d": Adapter(
