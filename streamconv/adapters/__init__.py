@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from streamconv.adapters.adalora import ADALORA
 from streamconv.adapters.base import Adapter, Parameter, Tie, Update
 from streamconv.adapters.config import AdapterConfig, check_fields, read_config
 from streamconv.adapters.ia3 import IA3
@@ -188,6 +189,7 @@ ADAPTERS: Mapping[str, Method] = MappingProxyType(
     {
         "LORA": LORA,
         "LOHA": LOHA,
+        "ADALORA": ADALORA,
         "LOKR": LOKR,
         "IA3": IA3,
         "OFT": OFT,
@@ -201,7 +203,6 @@ _FROM_SEED = ": its projections are drawn anew from a seed"
 # Known to PEFT 0.21.2 or an earlier version, with a weight-space merge that is not built; the note says more.
 NOT_BUILT: Mapping[str, str] = MappingProxyType(
     {
-        "ADALORA": "",
         "ADAMSS": _FROM_BASE_SVD,
         "BEFT": "",
         "BOFT": "",

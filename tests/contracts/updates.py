@@ -328,6 +328,25 @@ OFT = {
 }
 
 
+def _adalora(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Of convolutions the kernels are flattened."""
+    a, b, values = (tensors[f"layer.lora_{role}"] for role in "ABE")
+    weight = weights["layer.weight"]
+    delta = ADALORA_ALPHA / (RANK + 1e-5) * b @ (values * a)
+    return {"layer.weight": weight + delta.reshape(weight.shape)}
+
+
+def _adalora_pruned(weights: Tensors, tensors: Tensors) -> Tensors:
+    a, b, values = (tensors[f"layer.lora_{role}"] for role in "ABE")
+    kept = {"layer.lora_A": a[[0, 3]], "layer.lora_B": b[:, [0, 3]], "layer.lora_E": values[[0, 3]]}
+    return _adalora(weights, kept)
+
+
+def _adalora_of_conv1d(weights: Tensors, tensors: Tensors) -> Tensors:
+    found = _adalora({"layer.weight": weights["layer.weight"].T}, tensors)
+    return {"layer.weight": found["layer.weight"].T}
+
+
 def _lokr(weights: Tensors, tensors: Tensors) -> Tensors:
     """The right factor has the kernel, in the file flattened."""
     left = tensors["layer.lokr_w1_a"] @ tensors["layer.lokr_w1_b"]
@@ -397,6 +416,15 @@ HADA_TUCKER = {
 
 def _hada(roles: Mapping[str, Shape]) -> Mapping[str, Shape]:
     return {f"layer.hada_{role}": shape for role, shape in roles.items()}
+
+
+# A scaling without rounding, so that what is exact stays so.
+ADALORA_ALPHA = SCALING * (RANK + 1e-5)
+ADALORA = {"peft_type": "ADALORA", "r": None, "init_r": RANK, "lora_alpha": ADALORA_ALPHA}
+
+
+def _singular(inputs: int, outputs: int) -> Mapping[str, Shape]:
+    return {"layer.lora_A": (RANK, inputs), "layer.lora_B": (outputs, RANK), "layer.lora_E": (RANK, 1)}
 
 
 LOKR = {"peft_type": "LOKR", "lora_alpha": None, "alpha": ALPHA}
@@ -489,6 +517,15 @@ FORMS: Mapping[str, Form] = MappingProxyType(
         "oft-embedding": Form(LINEAR, {"layer.oft_embedding_R.weight": (24, 6)}, _oft_of_embedding, OFT),
         "oft-conv1d": Form(
             LINEAR, {"layer.oft_R.weight": (30, 10)}, _oft_of_conv1d, {**OFT, "oft_block_size": 5}
+        ),
+        "adalora": Form(LINEAR, _singular(COLUMNS, ROWS), _adalora, ADALORA),
+        "adalora-conv1d": Form(LINEAR, _singular(ROWS, COLUMNS), _adalora_of_conv1d, ADALORA),
+        "adalora-conv": Form(CONV, _singular(105, 13), _adalora, ADALORA),
+        "adalora-pruned": Form(
+            LINEAR,
+            _singular(COLUMNS, ROWS),
+            _adalora_pruned,
+            {**ADALORA, "rank_pattern": {"layer.lora_E": [True, False, False, True]}},
         ),
         "lokr": Form(LINEAR, _lokr_factors(15, 12, 10, 8), _lokr, LOKR),
         "lokr-whole": Form(LINEAR, {"layer.lokr_w1": (10, 8), "layer.lokr_w2": (15, 12)}, _lokr_whole, LOKR),

@@ -171,6 +171,7 @@ def _other_methods() -> list[Case]:
         "LOHA": [("llama", "loha"), ("convnext", "loha-conv")],
         "IA3": [("llama", "ia3"), ("gpt2", "ia3-conv1d")],
         "OFT": [("llama", "oft"), ("qwen2", "oft-shared")],
+        "ADALORA": [("llama", "adalora")],
         "LOKR": [("llama", "lokr"), ("convnext", "lokr-conv")],
         "VERA": [("llama", "vera"), ("gpt2", "vera-conv1d")],
     }

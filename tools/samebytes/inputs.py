@@ -16,7 +16,16 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    VeraConfig,
+)
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -194,6 +203,11 @@ ADAPTERS: Mapping[str, Adapter] = {
     "oft": Adapter("llama", {"oft_block_size": 32, "target_modules": [*QV, "down_proj"]}, config=OFTConfig),
     "oft-shared": Adapter(
         "qwen2", {"oft_block_size": 16, "target_modules": QV, "block_share": True}, config=OFTConfig
+    ),
+    "adalora": Adapter(
+        "llama",
+        {"init_r": 6, "target_r": 3, "total_step": 10, "target_modules": [*QV, "down_proj"]},
+        config=AdaLoraConfig,
     ),
     "lokr": Adapter(
         "llama",
