@@ -23,6 +23,7 @@ from streamconv.adapters.scan import Scan, scan_tensors
 from streamconv.adapters.source import BaseParameters, MoeLayout, Source
 from streamconv.adapters.targets import check_targets
 from streamconv.adapters.ties import settle_tie
+from streamconv.adapters.trainable_tokens import TRAINABLE_TOKENS
 from streamconv.adapters.vera import VERA
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.pickled import read_pickled
@@ -194,6 +195,7 @@ ADAPTERS: Mapping[str, Method] = MappingProxyType(
         "IA3": IA3,
         "OFT": OFT,
         "VERA": VERA,
+        "TRAINABLE_TOKENS": TRAINABLE_TOKENS,
     }
 )
 
@@ -227,7 +229,6 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
         "SHIRA": "",
         "SUPERTUNING": "",
         "TINYLORA": _FROM_SEED,
-        "TRAINABLE_TOKENS": "",
         "UNILORA": _FROM_SEED,
         "VBLORA": "",
         "WAVEFT": _FROM_SEED,

@@ -248,6 +248,12 @@ def _rows(weights: Tensors, tensors: Tensors) -> Tensors:
     return {"layer.weight": found}
 
 
+def _rows_alone(weights: Tensors, tensors: Tensors) -> Tensors:
+    found = weights["layer.weight"].clone()
+    found[list(TOKENS)] = tensors["layer.trainable_tokens_delta"]
+    return {"layer.weight": found}
+
+
 def _saved(weights: Tensors, tensors: Tensors) -> Tensors:
     return {**_lora(weights, tensors), "norm.weight": tensors["norm.weight"]}
 
@@ -496,6 +502,12 @@ FORMS: Mapping[str, Form] = MappingProxyType(
             _rows,
             {"trainable_token_indices": list(TOKENS)},
             targets=(),
+        ),
+        "rows-alone": Form(
+            LINEAR,
+            {"layer.trainable_tokens_delta": (len(TOKENS), COLUMNS)},
+            _rows_alone,
+            {"peft_type": "TRAINABLE_TOKENS", "r": None, "lora_alpha": None, "token_indices": list(TOKENS)},
         ),
         "saved": Form(
             {**LINEAR, "norm.weight": (COLUMNS,)},

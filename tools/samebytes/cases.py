@@ -173,6 +173,7 @@ def _other_methods() -> list[Case]:
         "OFT": [("llama", "oft"), ("qwen2", "oft-shared")],
         "ADALORA": [("llama", "adalora")],
         "LOKR": [("llama", "lokr"), ("convnext", "lokr-conv")],
+        "TRAINABLE_TOKENS": [("tied", "tokens-alone")],
         "VERA": [("llama", "vera"), ("gpt2", "vera-conv1d")],
     }
     cases = [

@@ -24,6 +24,7 @@ from peft import (
     LoraConfig,
     OFTConfig,
     PeftConfig,
+    TrainableTokensConfig,
     VeraConfig,
 )
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
@@ -225,6 +226,7 @@ ADAPTERS: Mapping[str, Adapter] = {
         },
         config=LoKrConfig,
     ),
+    "tokens-alone": Adapter("tied", {"token_indices": [5, 3, 10]}, config=TrainableTokensConfig),
     "vera": Adapter("llama", {"r": 16, "target_modules": [*QV, "down_proj"]}, config=VeraConfig),
     "vera-conv1d": Adapter(
         "gpt2",
