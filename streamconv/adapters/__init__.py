@@ -9,12 +9,15 @@ from typing import Any
 
 from streamconv.adapters.adalora import ADALORA
 from streamconv.adapters.base import Adapter, Parameter, Tie, Update
+from streamconv.adapters.boft import BOFT
 from streamconv.adapters.config import AdapterConfig, check_fields, read_config
 from streamconv.adapters.ia3 import IA3
+from streamconv.adapters.ln_tuning import LN_TUNING
 from streamconv.adapters.loha import LOHA
 from streamconv.adapters.lokr import LOKR
 from streamconv.adapters.lora_reader import LORA
 from streamconv.adapters.method import Method
+from streamconv.adapters.miss import BONE, MISS
 from streamconv.adapters.names import read_source
 from streamconv.adapters.oft import OFT
 from streamconv.adapters.replication import check_every_layer
@@ -194,6 +197,10 @@ ADAPTERS: Mapping[str, Method] = MappingProxyType(
         "LOKR": LOKR,
         "IA3": IA3,
         "OFT": OFT,
+        "BOFT": BOFT,
+        "MISS": MISS,
+        "BONE": BONE,
+        "LN_TUNING": LN_TUNING,
         "VERA": VERA,
         "TRAINABLE_TOKENS": TRAINABLE_TOKENS,
     }
@@ -207,8 +214,6 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
     {
         "ADAMSS": _FROM_BASE_SVD,
         "BEFT": "",
-        "BOFT": "",
-        "BONE": ", nor is MISS, its later name",
         "C3A": "",
         "DEFT": "",
         "DELORA": "",
@@ -218,8 +223,6 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
         "GRALORA": "",
         "HIRA": "",
         "HRA": "",
-        "LN_TUNING": "",
-        "MISS": "",
         "OSF": _FROM_BASE_SVD,
         "PEANUT": "",
         "PSOFT": _FROM_BASE_SVD,

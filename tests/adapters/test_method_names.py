@@ -19,7 +19,7 @@ ROOMS = (
 )
 # Not after a letter: QLoRA is a way to train, of any method.
 NAMED = re.compile(
-    rf"(?<![a-z])({'|'.join([*map(str.lower, ADAPTERS), 'lora', 'loha', 'hada', 'oft', 'ia3'])})",
+    rf"(?<![a-z])({'|'.join([*map(str.lower, ADAPTERS), 'lora', 'loha', 'hada', 'oft', 'ia3'])})(?<!miss(?=ing))",
     re.IGNORECASE,
 )
 OWN_FILES = (

@@ -88,6 +88,8 @@ def drawn_small(shapes: Mapping[str, Shape], seed: int) -> Tensors:
     """Integers from -3 to 3: of these, sums and products have no rounding in any order, and zeros are among them."""
     torch.manual_seed(seed)
     found = {name: torch.randint(-3, 4, shape).float() for name, shape in shapes.items()}
+    # Of two rows and so skew-symmetric, the Cayley transform is a rotation by nothing or a right angle.
+    found |= {name: 2 * tensor.sign().triu(1) for name, tensor in found.items() if name.endswith("boft_R")}
     return {name: tensor.abs() + 1 if "magnitude" in name else tensor for name, tensor in found.items()}
 
 
@@ -373,6 +375,46 @@ def _lokr_tucker(weights: Tensors, tensors: Tensors) -> Tensors:
     return {"layer.weight": weights["layer.weight"] + SCALING * product}
 
 
+def _ln_tuning(weights: Tensors, tensors: Tensors) -> Tensors:
+    return {f"layer.{role}": tensors[f"layer.ln_tuning_layers.{role}"] for role in ("weight", "bias")}
+
+
+def _miss(weights: Tensors, tensors: Tensors) -> Tensors:
+    block = tensors["layer.miss_block"]
+    rows, columns = torch.arange(ROWS) % block.shape[1], torch.arange(COLUMNS) % block.shape[0]
+    return {"layer.weight": weights["layer.weight"] + block[columns][:, rows].T}
+
+
+def _bat(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Blocks of five outputs and inputs."""
+    blocks = tensors["layer.bone_block"]
+    count, rank, _ = blocks.shape
+    weight = weights["layer.weight"].reshape(count, rank, -1, rank)
+    found = weight + torch.einsum("aqbt,ats->aqbs", weight, blocks) + blocks[:, :, None]
+    return {"layer.weight": found.reshape(count * rank, -1)}
+
+
+def _boft(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Permutations as matrices; kernels are flattened."""
+    weight, raw = weights["layer.weight"], tensors["layer.boft_R"]
+    flat = weight.flatten(1)
+    inputs, size = flat.shape[1], raw.shape[-1]
+    skew = (raw - raw.mT) / 2
+    one = torch.eye(size, dtype=torch.float64)
+    turned = (one - skew) @ torch.linalg.inv(one + skew)
+    for number, blocks in enumerate(turned):
+        order = list(range(inputs))
+        if number:
+            halves = [order[start : start + size // 2] for start in range(0, inputs, size // 2)]
+            width = 2 << number
+            groups = [halves[start : start + width] for start in range(0, len(halves), width)]
+            order = [place for group in groups for half in (*group[::2], *group[1::2]) for place in half]
+        permutation = torch.eye(inputs, dtype=torch.float64)[order]
+        flat = flat @ (permutation @ _block_diagonal(blocks.flatten(0, 1), len(blocks)) @ permutation.T).T
+    scaled = flat * tensors["layer.boft_s"].reshape(-1, 1)
+    return {"layer.weight": scaled.reshape(weight.shape)}
+
+
 def _vera(weights: Tensors, tensors: Tensors) -> Tensors:
     """The shared projections are larger than the layer."""
     a, b = tensors["vera_A"][:, :COLUMNS], tensors["vera_B"][:ROWS]
@@ -433,6 +475,8 @@ def _singular(inputs: int, outputs: int) -> Mapping[str, Shape]:
     return {"layer.lora_A": (RANK, inputs), "layer.lora_B": (outputs, RANK), "layer.lora_E": (RANK, 1)}
 
 
+MISS = {"peft_type": "MISS", "lora_alpha": None}
+BOFT = {"peft_type": "BOFT", "r": None, "lora_alpha": None, "boft_block_size": 2, "boft_block_num": 0}
 LOKR = {"peft_type": "LOKR", "lora_alpha": None, "alpha": ALPHA}
 
 
@@ -552,6 +596,35 @@ FORMS: Mapping[str, Form] = MappingProxyType(
             },
             _lokr_tucker,
             LOKR,
+        ),
+        "ln-tuning": Form(
+            {"layer.weight": (COLUMNS,), "layer.bias": (COLUMNS,)},
+            {"layer.ln_tuning_layers.weight": (COLUMNS,), "layer.ln_tuning_layers.bias": (COLUMNS,)},
+            _ln_tuning,
+            {"peft_type": "LN_TUNING", "r": None, "lora_alpha": None},
+        ),
+        "miss": Form(LINEAR, {"layer.miss_block": (7, ROWS)}, _miss, {**MISS, "r": 7}),
+        "miss-mini": Form(
+            LINEAR,
+            {"layer.miss_block": (8, 15)},
+            _miss,
+            {**MISS, "r": 8, "init_weights": "mini", "mini_r": 15},
+        ),
+        "bone-bat": Form(
+            {"layer.weight": (150, 95)},
+            {"layer.bone_block": (30, 5, 5)},
+            _bat,
+            {**MISS, "peft_type": "BONE", "r": 5, "init_weights": "bat"},
+        ),
+        "boft": Form(
+            LINEAR, {"layer.boft_R": (3, 48, 2, 2), "layer.boft_s": (ROWS, 1)}, _boft, BOFT, 2.0**-20
+        ),
+        "boft-conv": Form(
+            {"layer.weight": (13, 6, 3, 3)},
+            {"layer.boft_R": (1, 27, 2, 2), "layer.boft_s": (1, 13)},
+            _boft,
+            BOFT,
+            2.0**-20,
         ),
         "vera": Form(
             LINEAR,

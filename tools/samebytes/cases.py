@@ -174,6 +174,10 @@ def _other_methods() -> list[Case]:
         "ADALORA": [("llama", "adalora")],
         "LOKR": [("llama", "lokr"), ("convnext", "lokr-conv")],
         "TRAINABLE_TOKENS": [("tied", "tokens-alone")],
+        "BOFT": [("llama", "boft")],
+        "MISS": [("llama", "miss"), ("llama", "miss-bat")],
+        "BONE": [("llama", "bone")],
+        "LN_TUNING": [("llama", "norms")],
         "VERA": [("llama", "vera"), ("gpt2", "vera-conv1d")],
     }
     cases = [

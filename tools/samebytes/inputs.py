@@ -18,10 +18,13 @@ import torch
 import transformers
 from peft import (
     AdaLoraConfig,
+    BOFTConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    MissConfig,
     OFTConfig,
     PeftConfig,
     TrainableTokensConfig,
@@ -227,6 +230,12 @@ ADAPTERS: Mapping[str, Adapter] = {
         config=LoKrConfig,
     ),
     "tokens-alone": Adapter("tied", {"token_indices": [5, 3, 10]}, config=TrainableTokensConfig),
+    "boft": Adapter("llama", {"boft_block_size": 8, "target_modules": [*QV, "down_proj"]}, config=BOFTConfig),
+    "miss": Adapter("llama", {"r": 12, "target_modules": [*QV, "down_proj"]}, config=MissConfig),
+    "miss-bat": Adapter(
+        "llama", {"r": 16, "target_modules": [*QV, "down_proj"], "init_weights": "bat"}, config=MissConfig
+    ),
+    "norms": Adapter("llama", {"target_modules": ["norm", "input_layernorm"]}, config=LNTuningConfig),
     "vera": Adapter("llama", {"r": 16, "target_modules": [*QV, "down_proj"]}, config=VeraConfig),
     "vera-conv1d": Adapter(
         "gpt2",
@@ -305,7 +314,9 @@ def _save_adapter(folder: Path, name: str, adapter: Adapter) -> None:
 
 
 def _derive_adapters(adapters: Path) -> None:
-    """Expert adapters of which nothing tells the packing, in both ones; one of Unsloth; a pickle; a subfolder."""
+    """Expert adapters of which nothing tells the packing, in both ones; one of Unsloth; a pickle; a subfolder; a
+    method by its older name.
+    """
     square = adapters / "square-experts"
     _edit(square / CONFIG, peft_version=None)
     _copy(square, adapters / "square-experts-middle")
@@ -316,6 +327,12 @@ def _derive_adapters(adapters: Path) -> None:
     torch.save(load_file(adapters / "pickled" / WEIGHTS), adapters / "pickled" / "adapter_model.bin")
     (adapters / "pickled" / WEIGHTS).unlink()
     _copy(adapters / "lora", adapters / "checkpoints" / "checkpoint-12")
+    _copy(adapters / "miss", adapters / "bone")
+    _edit(adapters / "bone" / CONFIG, peft_type="BONE")
+    blocks = load_file(adapters / "bone" / WEIGHTS)
+    save_file(
+        {name.replace("miss", "bone"): block for name, block in blocks.items()}, adapters / "bone" / WEIGHTS
+    )
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -341,5 +358,5 @@ def _swap_factors(path: Path, rank: int = 4) -> None:
 
 def names_of_inputs() -> tuple[Sequence[str], Sequence[str]]:
     """Bases and adapters that `make_inputs` makes, by name."""
-    derived = ("square-experts-middle", "unsloth-experts", "pickled", "checkpoints")
+    derived = ("square-experts-middle", "unsloth-experts", "pickled", "checkpoints", "bone")
     return (*BASES, "faq-9m"), (*ADAPTERS, *derived, *FAQ_ADAPTERS)
