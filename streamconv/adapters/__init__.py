@@ -129,9 +129,14 @@ def find_method(config: AdapterConfig) -> Method:
             " equal to it; serve it unmerged, with PEFT"
         )
     if name in NOT_BUILT:
+        convert = (
+            "convert it with PEFT's convert_to_lora (save_as_lora writes it), which comes as near as the rank that you"
+            " choose allows, and merge that, or "
+        )
         raise UnsupportedError(
-            f"{config.name}: {name} adapters are not supported yet{NOT_BUILT[name]}; merge it with PEFT's"
-            " merge_and_unload, which needs the whole model in memory"
+            f"{config.name}: {name} adapters are not supported yet{NOT_BUILT[name]};"
+            f" {convert if name in CONVERTIBLE else ''}merge it with PEFT's merge_and_unload, which needs the whole"
+            " model in memory"
         )
     raise UnsupportedError(
         f"{config.name}: the peft_type {name!r} is not known here; supported are {', '.join(ADAPTERS)}"
@@ -235,6 +240,14 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
         "UNILORA": _FROM_SEED,
         "VBLORA": "",
         "WAVEFT": _FROM_SEED,
+    }
+)
+
+# Those whose layers PEFT 0.21.2 approximates by LoRA (`supports_lora_conversion`).
+CONVERTIBLE = frozenset(
+    {
+        *("C3A", "DELORA", "FOURIERFT", "GRALORA", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA"),
+        "WAVEFT",
     }
 )
 
