@@ -27,8 +27,10 @@ from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
 
 _KEY = re.compile(r"(?P<module>.+)\.(?P<role>boft_[Rs])")
-# Entries of the rows that are turned together: a cell's memory has no room for a second of its size.
-_ENTRIES = 64 * 4096
+# Columns that are turned at a time: a cell's memory has no room for another of its size.
+_STRETCH = 4096
+# Rows of a whole weight that are turned together.
+_ROWS = 64
 # Entries of the blocks that are transformed together, or those of one.
 _BLOCK_ENTRIES = 1 << 18
 # float64 matrices alive at once while blocks are transformed: S, two sums, the result, a solver's own.
@@ -50,7 +52,7 @@ class BoftUpdate(ByRows):
         return _prepared(parts, device)
 
     def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
-        """`cell` turned, some rows at a time, and scaled, in place."""
+        """`cell` turned and scaled, in place."""
         return _turn(cell, prepared).mul_(prepared["scales"][rows.start : rows.stop])
 
     def is_neutral(self, constants: Mapping[str, float]) -> bool:
@@ -67,8 +69,9 @@ class WholeBoftUpdate(WholeWeight):
 
     @property
     def held_bytes(self) -> int:
-        """The weight, a copy of the rows that are turned, at most all, and the blocks."""
-        return 2 * 4 * math.prod(self.shape) + _held_bytes(self.parts["boft_R"].shape)
+        """The weight, what some rows of it are turned in, and the blocks."""
+        some = 3 * _ROWS * math.prod(self.shape[1:])
+        return 4 * (math.prod(self.shape) + some) + _held_bytes(self.parts["boft_R"].shape)
 
     def prepare(self, parts: Parts, device: torch.device) -> Parts:
         return _prepared(parts, device)
@@ -76,26 +79,34 @@ class WholeBoftUpdate(WholeWeight):
     def changed(self, whole: Tensor, prepared: Parts) -> Tensor:
         """The turned and scaled weight."""
         rows = whole.view(self.shape[0], -1)
-        return _turn(rows, prepared).mul_(prepared["scales"]).view(whole.shape)
+        for first in range(0, len(rows), _ROWS):
+            _turn(rows[first : first + _ROWS], prepared)
+        return rows.mul_(prepared["scales"]).view(whole.shape)
 
     def is_neutral(self, constants: Mapping[str, float]) -> bool:
         return _is_neutral(self.parts, constants)
 
 
 def _prepared(parts: Parts, device: torch.device) -> Parts:
-    """Rᵀ of all blocks [factors, blocks, size, size], the places that columns are taken from before each factor and
-    after the last, [factors + 1, in], and scales [out, 1].
+    """R of all blocks [factors, blocks, size, size], the places that columns of a strip are taken from before each
+    factor and after the last, [factors + 1, strip], and scales [out, 1].
     """
     raw = parts["boft_R"]
     factors, blocks, size, _ = raw.shape
-    turned = torch.empty_like(raw)
-    flat, out = raw.flatten(0, 1), turned.flatten(0, 1)
+    found = torch.empty_like(raw)
+    flat, out = raw.flatten(0, 1), found.flatten(0, 1)
     step = _blocks_at_once(size)
     for first in range(0, len(flat), step):
-        out[first : first + step] = _rotations(flat[first : first + step]).mT
-    places = _places(factors, blocks * size, size)
+        out[first : first + step] = _rotations(flat[first : first + step])
+    places = _places(factors, _strip(factors, blocks, size), size)
     scales = parts["boft_s"].reshape(-1, 1)
-    return {"blocks": turned, "places": places.to(device), "scales": scales}
+    return {"blocks": found, "places": places.to(device), "scales": scales}
+
+
+def _strip(factors: int, blocks: int, size: int) -> int:
+    """Columns that are turned together: no factor takes one farther than the blocks of the last."""
+    farthest = size << (factors - 1)
+    return min(blocks * size, farthest * max(1, _STRETCH // farthest))
 
 
 def _rotations(raw: Tensor) -> Tensor:
@@ -108,39 +119,46 @@ def _rotations(raw: Tensor) -> Tensor:
     return found
 
 
-def _places(factors: int, inputs: int, size: int) -> Tensor:
+def _places(factors: int, columns: int, size: int) -> Tensor:
     """Row k: where the columns before factor k are taken from, of those after the factor before it; last: after all."""
-    found = torch.empty(factors + 1, inputs, dtype=torch.long)
-    last = torch.arange(inputs)
+    found = torch.empty(factors + 1, columns, dtype=torch.long)
+    last = torch.arange(columns)
     for number in range(factors):
-        order = _butterfly(inputs, size << number, size // 2) if number else torch.arange(inputs)
+        order = _butterfly(columns, size << number, size // 2) if number else torch.arange(columns)
         found[number] = last[torch.argsort(order)]
         last = order
     found[factors] = last
     return found
 
 
-def _butterfly(inputs: int, block: int, half: int) -> Tensor:
+def _butterfly(columns: int, block: int, half: int) -> Tensor:
     """Columns in the order that P has them: in each block the even halves, then the odd ones."""
-    halves = torch.arange(inputs).view(-1, block // (2 * half), 2, half)
+    halves = torch.arange(columns).view(-1, block // (2 * half), 2, half)
     return halves.transpose(1, 2).reshape(-1)
 
 
 def _turn(rows: Tensor, prepared: Parts) -> Tensor:
-    """`rows` [n, in] times Mᵀ, in place."""
-    blocks, places = prepared["blocks"], prepared["places"]
-    factors, count, size, _ = blocks.shape
-    step = max(1, _ENTRIES // rows.shape[1])
-    for first in range(0, len(rows), step):
-        some = rows[first : first + step]
-        found = some
-        for number in range(factors):
-            if number:
-                found = found.index_select(1, places[number])
-            split = found.view(len(some), count, size).transpose(0, 1)
-            found = torch.bmm(split, blocks[number]).transpose(0, 1).reshape(len(some), -1)
-        some.copy_(found if factors == 1 else found.index_select(1, places[factors]))
+    """`rows` [n, in] times Mᵀ, in place, a strip of columns at a time, or of some rows where a strip is wide."""
+    places = prepared["places"]
+    width = places.shape[1]
+    height = max(1, len(rows) * _STRETCH // width) if width > _STRETCH else len(rows)
+    for first in range(0, rows.shape[1], width):
+        for top in range(0, len(rows), height):
+            some = rows[top : top + height, first : first + width]
+            some.copy_(_turned(some.T.contiguous(), first, prepared).T)
     return rows
+
+
+def _turned(columns: Tensor, first: int, prepared: Parts) -> Tensor:
+    """M times `columns` [strip, n], which are those of a weight from `first` on, one below the other."""
+    blocks, places = prepared["blocks"], prepared["places"][:, : len(columns)]
+    factors, _, size, _ = blocks.shape
+    own = slice(first // size, (first + len(columns)) // size)
+    for number in range(factors):
+        if number:
+            columns = columns.index_select(0, places[number])
+        columns = torch.bmm(blocks[number, own], columns.view(-1, size, columns.shape[1])).view(columns.shape)
+    return columns if factors == 1 else columns.index_select(0, places[factors])
 
 
 def _blocks_at_once(size: int) -> int:
@@ -151,7 +169,8 @@ def _held_bytes(shape: Shape) -> int:
     """Bytes of all blocks, of those that are being transformed, and of the places, here and on the device."""
     factors, blocks, size, _ = shape
     transformed = 8 * _COPIES * min(factors * blocks, _blocks_at_once(size)) * size**2
-    return 4 * math.prod(shape) + transformed + 2 * 8 * (factors + 1) * blocks * size
+    places = 2 * 8 * (factors + 4) * _strip(factors, blocks, size)
+    return 4 * math.prod(shape) + transformed + places
 
 
 def _is_neutral(parts: Mapping[str, StoredTensor], constants: Mapping[str, float]) -> bool:
