@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from streamconv.adapters.adalora import ADALORA
 from streamconv.adapters.base import Adapter, Parameter, Tie, Update
+from streamconv.adapters.boft import BOFT
 from streamconv.adapters.config import AdapterConfig, check_fields, read_config
 from streamconv.adapters.ia3 import IA3
+from streamconv.adapters.ln_tuning import LN_TUNING
 from streamconv.adapters.loha import LOHA
+from streamconv.adapters.lokr import LOKR
 from streamconv.adapters.lora_reader import LORA
 from streamconv.adapters.method import Method
+from streamconv.adapters.miss import BONE, MISS
 from streamconv.adapters.names import read_source
 from streamconv.adapters.oft import OFT
 from streamconv.adapters.replication import check_every_layer
@@ -21,6 +26,8 @@ from streamconv.adapters.scan import Scan, scan_tensors
 from streamconv.adapters.source import BaseParameters, MoeLayout, Source
 from streamconv.adapters.targets import check_targets
 from streamconv.adapters.ties import Settled, settle_tie
+from streamconv.adapters.trainable_tokens import TRAINABLE_TOKENS
+from streamconv.adapters.vera import VERA
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.pickled import read_pickled
 from streamconv.checkpoint.types import StoredTensor
@@ -61,7 +68,10 @@ def read_adapter(
     saved = read_saved(source, base, rest, updated, scan.digests)
     taken |= {replace.tensor.name for replace in saved.replaces}
     taken |= {source.tensors[key].name for key in saved.repeated}
-    _check_leftovers(source, base, [key for key in rest if source.tensors[key].name not in taken])
+    left = [key for key in rest if source.tensors[key].name not in taken]
+    _check_leftovers(
+        source, base, left, [each.name for each in source.shared.values() if each.name not in taken]
+    )
     adapted = [_module(update.parameter) for update in updates]
     trained = [_module(replace.parameter) for replace in saved.replaces]
     check_targets(
@@ -122,9 +132,14 @@ def find_method(config: AdapterConfig) -> Method:
             " equal to it; serve it unmerged, with PEFT"
         )
     if name in NOT_BUILT:
+        convert = (
+            "convert it with PEFT's convert_to_lora (save_as_lora writes it), which comes as near as the rank that you"
+            " choose allows, and merge that, or "
+        )
         raise UnsupportedError(
-            f"{config.name}: {name} adapters are not supported yet{NOT_BUILT[name]}; merge it with PEFT's"
-            " merge_and_unload, which needs the whole model in memory"
+            f"{config.name}: {name} adapters are not supported yet{NOT_BUILT[name]};"
+            f" {convert if name in CONVERTIBLE else ''}merge it with PEFT's merge_and_unload, which needs the whole"
+            " model in memory"
         )
     raise UnsupportedError(
         f"{config.name}: the peft_type {name!r} is not known here; supported are {', '.join(ADAPTERS)}"
@@ -157,9 +172,11 @@ def _unused(source: Source, method: Method) -> set[str]:
     }
 
 
-def _check_leftovers(source: Source, base: BaseParameters, keys: Iterable[str]) -> None:
-    """Raise AdapterError if some tensors of the file would not be used."""
-    names = [source.tensors[key].name for key in keys]
+def _check_leftovers(
+    source: Source, base: BaseParameters, keys: Collection[str], shared: Collection[str]
+) -> None:
+    """Raise AdapterError if some tensors of the file would not be used: those of `keys`, or `shared` ones, by name."""
+    names = [*(source.tensors[key].name for key in keys), *shared]
     if not names:
         return
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
@@ -190,8 +207,16 @@ ADAPTERS: Mapping[str, Method] = MappingProxyType(
     {
         "LORA": LORA,
         "LOHA": LOHA,
+        "ADALORA": ADALORA,
+        "LOKR": LOKR,
         "IA3": IA3,
         "OFT": OFT,
+        "BOFT": BOFT,
+        "MISS": MISS,
+        "BONE": BONE,
+        "LN_TUNING": LN_TUNING,
+        "VERA": VERA,
+        "TRAINABLE_TOKENS": TRAINABLE_TOKENS,
     }
 )
 
@@ -201,11 +226,8 @@ _FROM_SEED = ": its projections are drawn anew from a seed"
 # Known to PEFT 0.21.2 or an earlier version, with a weight-space merge that is not built; the note says more.
 NOT_BUILT: Mapping[str, str] = MappingProxyType(
     {
-        "ADALORA": "",
         "ADAMSS": _FROM_BASE_SVD,
         "BEFT": "",
-        "BOFT": "",
-        "BONE": ", nor is MISS, its later name",
         "C3A": "",
         "DEFT": "",
         "DELORA": "",
@@ -215,9 +237,6 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
         "GRALORA": "",
         "HIRA": "",
         "HRA": "",
-        "LN_TUNING": "",
-        "LOKR": "",
-        "MISS": "",
         "OSF": _FROM_BASE_SVD,
         "PEANUT": "",
         "PSOFT": _FROM_BASE_SVD,
@@ -227,11 +246,17 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
         "SHIRA": "",
         "SUPERTUNING": "",
         "TINYLORA": _FROM_SEED,
-        "TRAINABLE_TOKENS": "",
         "UNILORA": _FROM_SEED,
         "VBLORA": "",
-        "VERA": _FROM_SEED,
         "WAVEFT": _FROM_SEED,
+    }
+)
+
+# Those whose layers PEFT 0.21.2 approximates by LoRA (`supports_lora_conversion`).
+CONVERTIBLE = frozenset(
+    {
+        *("C3A", "DELORA", "FOURIERFT", "GRALORA", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA"),
+        "WAVEFT",
     }
 )
 

@@ -15,7 +15,15 @@ from types import MappingProxyType
 from streamconv.adapters.canonical import Lines, Names, canonical, read_names, rule_sets
 from streamconv.adapters.config import AdapterConfig
 from streamconv.adapters.method import Method
-from streamconv.adapters.source import BaseParameters, MoeLayout, Renaming, Source, by_key
+from streamconv.adapters.source import (
+    SHARED_PREFIX,
+    BaseParameters,
+    MoeLayout,
+    Renaming,
+    Source,
+    apart,
+    by_key,
+)
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import AdapterError, UnsupportedError
 
@@ -38,7 +46,9 @@ def read_source(
     method: Method,
 ) -> Source:
     """The adapter's tensors in the names of the base. Raises AdapterError for keys that PEFT does not give."""
-    keys = _without_modules(by_key(location, tensors, method.keys), base)
+    own_tensors, common = apart(tensors, method.shared)
+    shared = by_key(location, common, method.shared, SHARED_PREFIX)
+    keys = _without_modules(by_key(location, own_tensors, method.keys), base)
     ends = _ends(method)
     paths = {key: ends.sub("", key) for key in keys}
     own = _own_heads(config, keys)
@@ -47,10 +57,10 @@ def read_source(
     def source(renaming: Renaming) -> Source:
         moved = {renaming.to_base(path) + key.removeprefix(path): keys[key] for key, path in paths.items()}
         ordered = MappingProxyType(dict(sorted(moved.items())))
-        return Source(location, config, ordered, renaming, moe, _dumped(ordered, base))
+        return Source(location, config, ordered, renaming, moe, _dumped(ordered, base), shared)
 
     if not found:  # as they are; what does not fit is refused with the names
-        return Source(location, config, keys, None, moe, _dumped(keys, base))
+        return Source(location, config, keys, None, moe, _dumped(keys, base), shared)
     if len(found) > 1:
         found = [each for each in found if _is_read(source(each), base, method)] or found
     if len(found) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +15,7 @@ from streamconv.dtypes import DENSE
 from streamconv.errors import AdapterError
 
 PREFIX = "base_model.model."
+SHARED_PREFIX = "base_model."
 _DTYPES = frozenset(DENSE.values())
 
 
@@ -108,7 +109,8 @@ class Renaming:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One adapter. `tensors` by their key without `base_model.model.`, in the names of the base, sorted.
+    """One adapter. `tensors` by their key without `base_model.model.`, in the names of the base, sorted; `shared` are
+    those that belong to all modules, by their key without `base_model.`.
 
     `dumped`: parameters of the base, where the file is a dump of the whole model that was trained, with all of them.
     """
@@ -119,6 +121,7 @@ class Source:
     renaming: Renaming | None = None
     moe: MoeLayout = MoeLayout()
     dumped: frozenset[str] = frozenset()
+    shared: Mapping[str, StoredTensor] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -146,7 +149,19 @@ def by_module(source: Source, pattern: re.Pattern[str]) -> Mapping[str, Mapping[
     return modules
 
 
-def by_key(location: str, tensors: Iterable[StoredTensor], keys: str) -> Mapping[str, StoredTensor]:
+def apart(tensors: Iterable[StoredTensor], shared: str) -> tuple[list[StoredTensor], list[StoredTensor]]:
+    """Tensors of single modules, and those that all share: `base_model.` and what the expression `shared` matches."""
+    found: tuple[list[StoredTensor], list[StoredTensor]] = ([], [])
+    pattern = re.compile(rf"{re.escape(SHARED_PREFIX)}({shared})(\.default)?")
+    for tensor in tensors:
+        is_shared = bool(shared) and pattern.fullmatch(plain_key(tensor.name)) is not None
+        found[is_shared].append(tensor)
+    return found
+
+
+def by_key(
+    location: str, tensors: Iterable[StoredTensor], keys: str, prefix: str = PREFIX
+) -> Mapping[str, StoredTensor]:
     """Tensors by the key that PEFT's save_pretrained would have given them, without its prefix.
 
     `keys` is the regular expression of the method's own tensors. Raises AdapterError for other keys and element types,
@@ -155,7 +170,7 @@ def by_key(location: str, tensors: Iterable[StoredTensor], keys: str) -> Mapping
     trained = [tensor for tensor in tensors if not _COMPUTED.search(tensor.name)]
     plain = {tensor.name: plain_key(tensor.name) for tensor in trained}
     named = _adapter_name(location, plain.values(), keys)
-    before = _prefix(plain.values(), keys)
+    before = _prefix(plain.values(), keys) if prefix == PREFIX else prefix
     found: dict[str, StoredTensor] = {}
     for tensor in sorted(trained, key=lambda tensor: tensor.name):
         name = plain[tensor.name]
@@ -169,7 +184,7 @@ def by_key(location: str, tensors: Iterable[StoredTensor], keys: str) -> Mapping
                 f"{location}: {tensor.name} is stored as {tensor.dtype}, expected F32, F16 or BF16; a"
                 " quantized adapter must be saved in floating point first"
             )
-        key = named.sub(r".\1", name.removeprefix(before))
+        key = named.sub(r".\1", f".{name.removeprefix(before)}")[1:]
         if key in found:
             raise AdapterError(
                 f"{location}: {found[key].name} and {tensor.name} are the same thing twice; keep one of them"

@@ -11,7 +11,6 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 from torch import Tensor
 
@@ -53,7 +52,8 @@ def read_tokens(source: Source, base: BaseParameters) -> tuple[Update, ...]:
     for key, tensor in source.tensors.items():
         match = _KEY.fullmatch(key)
         if match is not None:
-            found.append(_update(match["module"], tensor, indices, source, base))
+            module = match["module"]
+            found.append(rows_update(module, tensor, _FIELD, f"{module}.token_adapter", source, base))
     if indices and not found:
         raise AdapterError(
             f"{source.config.name}: {_FIELD} lists trained tokens, but the adapter holds no tensor of them; the"
@@ -62,34 +62,38 @@ def read_tokens(source: Source, base: BaseParameters) -> tuple[Update, ...]:
     return tuple(found)
 
 
-def _update(
-    module: str, tensor: StoredTensor, indices: Any, source: Source, base: BaseParameters
+def rows_update(
+    module: str, tensor: StoredTensor, field: str, wrapper: str, source: Source, base: BaseParameters
 ) -> RowsUpdate:
+    """The update by `tensor`, whose rows the config's `field` lists; below `wrapper` the weight is saved if it was
+    resized. Raises AdapterError where config and tensor disagree.
+    """
     parameter = base.get(f"{module}.weight", tensor.name)
-    shape = trained_shape(source, parameter, f"{module}.token_adapter.base_layer.weight")
-    rows = _indices(source.config, source.trained(module), tensor, indices)
+    shape = trained_shape(source, parameter, f"{wrapper}.base_layer.weight")
+    rows = _indices(source.config, source.trained(module), tensor, field)
     if len(shape) != 2 or tensor.shape != (len(rows), shape[1]):
         raise AdapterError(
             f"{tensor.name} has shape {list(tensor.shape)}, expected [{len(rows)}, {shape[-1]}]: a row for each of"
-            f" the {len(rows)} tokens that {_FIELD} in {source.config.name} lists"
+            f" the {len(rows)} tokens that {field} in {source.config.name} lists"
         )
     if rows and max(rows) >= shape[0]:
         raise AdapterError(
-            f"{source.config.name}: {_FIELD} lists token {max(rows)}, but {parameter.name} has {shape[0]} rows; the"
+            f"{source.config.name}: {field} lists token {max(rows)}, but {parameter.name} has {shape[0]} rows; the"
             " vocabulary was resized in training: resize the base in the same way and save it first"
         )
     places = tuple(sorted((row, place) for place, row in enumerate(rows)))
     return RowsUpdate(parameter.name, shape, MappingProxyType({"rows": tensor}), places)
 
 
-def _indices(config: AdapterConfig, module: str, tensor: StoredTensor, value: Any) -> Sequence[int]:
+def _indices(config: AdapterConfig, module: str, tensor: StoredTensor, field: str) -> Sequence[int]:
     """The rows of `module`: a list is for the embedding, an object has lists by the end of a module's path."""
+    value = config.fields.get(field)
     if isinstance(value, dict):
         ends = [name for name in value if module == name or module.endswith(f".{name}")]
         # Tied modules with the same rows are saved as one, and after a resize as both.
         value = value[ends[0]] if ends else next(iter(value.values()), None) if len(value) == 1 else None
     if not isinstance(value, list) or not all(type(row) is int and row >= 0 for row in value):
-        raise AdapterError(f"{config.name}: {_FIELD} must list the rows of {tensor.name}, found {value!r}")
+        raise AdapterError(f"{config.name}: {field} must list the rows of {tensor.name}, found {value!r}")
     if len(set(value)) != len(value):
-        raise AdapterError(f"{config.name}: {_FIELD} lists a token twice for {tensor.name}")
+        raise AdapterError(f"{config.name}: {field} lists a token twice for {tensor.name}")
     return value

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from streamconv.formats.base import matrix_shape
 from streamconv.storage import open_storage
 from tests.merging import updated
 from tests.parity.opening import logits_differ_by, open_model, relative_difference, tensors
-from tests.tiny import Adapter, save_adapter
+from tests.tiny import Adapter, load_base, save_adapter
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -50,6 +51,13 @@ def merge_as_peft(folder: Path, base: Path, config: PeftConfig, quantizes: bool 
     assert codes.keys() == wanted.keys()
     assert all(torch.equal(codes[name], wanted[name]) for name in wanted)
     return adapter
+
+
+def load_live(base: Path, adapter: Path) -> PeftModel:
+    """PEFT's model of base and adapter, from files."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(load_base(base), adapter).eval()
 
 
 def save_by_hand(folder: Path, config: Mapping[str, Any], adapter: Mapping[str, Tensor]) -> Path:

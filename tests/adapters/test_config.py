@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import peft
 import pytest
 from peft.utils.other import get_pattern_key
 
-from streamconv.adapters import ADAPTERS, NO_WEIGHTS, NOT_BUILT
+from streamconv.adapters import ADAPTERS, CONVERTIBLE, NO_WEIGHTS, NOT_BUILT
 from streamconv.adapters.base import Adapter
 from streamconv.adapters.config import CONFIG_NAME, AdapterConfig, Neutral
 from streamconv.adapters.lora_config import LORA_FIELDS, LoraSettings
@@ -44,6 +45,20 @@ def test_every_method_of_peft_is_known() -> None:
     known = [set(ADAPTERS), set(NOT_BUILT), set(NO_WEIGHTS)]
     assert {peft_type.value for peft_type in peft.PeftType} <= set().union(*known)
     assert sum(map(len, known)) == len(set().union(*known))
+
+
+@pytest.mark.parametrize("name", NOT_BUILT)
+def test_what_peft_converts_is_told_so(plain: Path, read_plain: Read, name: str) -> None:
+    """Where one of the method's layers says that it can be converted, which is asked of PEFT."""
+    layer = importlib.util.find_spec(f"peft.tuners.{name.lower()}.layer")
+    assert layer is not None or name not in CONVERTIBLE
+    source = Path(layer.origin).read_text() if layer is not None and layer.origin else ""
+    says = source.partition("def supports_lora_conversion")[2].partition("return ")[2].partition("\n")[0]
+    assert (name in CONVERTIBLE) == (says in ("True", "not isinstance(self.get_base_layer(), Conv1D)"))
+    edit_json(plain / CONFIG_NAME, peft_type=name)
+    with pytest.raises(UnsupportedError) as error:
+        read_plain()
+    assert ("convert_to_lora" in str(error.value)) == (name in CONVERTIBLE)
 
 
 @pytest.mark.parametrize(

@@ -19,15 +19,17 @@ ROOMS = (
 )
 # Not after a letter: QLoRA is a way to train, of any method.
 NAMED = re.compile(
-    rf"(?<![a-z])({'|'.join([*map(str.lower, ADAPTERS), 'lora', 'loha', 'hada', 'oft', 'ia3'])})",
+    rf"(?<![a-z])({'|'.join([*map(str.lower, ADAPTERS), 'lora', 'loha', 'hada', 'oft', 'ia3'])})(?<!miss(?=ing))",
     re.IGNORECASE,
 )
 OWN_FILES = (
     *(f"adapters/{name.lower()}" for name in ADAPTERS),
     # LoRA's, by what its variants do.
     *(f"adapters/{name}" for name in ("conv", "experts", "folded", "initial")),
+    "adapters/tokens",  # rows trained beside another method have the same tensors
 )
 ALLOWED = {
+    "adapters/source.py": "trained rows, which may be beside any method",
     "adapters/__init__.py": "the table, and the names of methods that are refused",
     "calibration/residual_adapter.py": "writes an adapter, which is a LoRA whatever was merged",
 }

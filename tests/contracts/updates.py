@@ -66,12 +66,17 @@ class Form:
         """The adapter as PEFT would save it."""
         folder.mkdir(exist_ok=True)
         (folder / "adapter_config.json").write_text(json.dumps(self.config))
-        named = {f"base_model.model.{key}": tensor for key, tensor in tensors.items()}
+        named = {saved_name(key): tensor for key, tensor in tensors.items()}
         save_file(named, folder / "adapter_model.safetensors")
 
     def read(self, folder: Path) -> Adapter:
         parameters = {name: Parameter(name, shape) for name, shape in self.weights.items()}
         return read_adapter(open_storage(str(folder)), parameters, {}, None, self.moe)
+
+
+def saved_name(key: str) -> str:
+    """The name of a tensor in the file: one whose key is no path belongs to all modules."""
+    return f"base_model.model.{key}" if "." in key else f"base_model.{key}"
 
 
 def drawn(shapes: Mapping[str, Shape], seed: int) -> Tensors:
@@ -85,6 +90,8 @@ def drawn_small(shapes: Mapping[str, Shape], seed: int) -> Tensors:
     """Integers from -3 to 3: of these, sums and products have no rounding in any order, and zeros are among them."""
     torch.manual_seed(seed)
     found = {name: torch.randint(-3, 4, shape).float() for name, shape in shapes.items()}
+    # Of two rows and so skew-symmetric, the Cayley transform is a rotation by nothing or a right angle.
+    found |= {name: 2 * tensor.sign().triu(1) for name, tensor in found.items() if name.endswith("boft_R")}
     return {name: tensor.abs() + 1 if "magnitude" in name else tensor for name, tensor in found.items()}
 
 
@@ -245,6 +252,12 @@ def _rows(weights: Tensors, tensors: Tensors) -> Tensors:
     return {"layer.weight": found}
 
 
+def _rows_alone(weights: Tensors, tensors: Tensors) -> Tensors:
+    found = weights["layer.weight"].clone()
+    found[list(TOKENS)] = tensors["layer.trainable_tokens_delta"]
+    return {"layer.weight": found}
+
+
 def _saved(weights: Tensors, tensors: Tensors) -> Tensors:
     return {**_lora(weights, tensors), "norm.weight": tensors["norm.weight"]}
 
@@ -325,6 +338,92 @@ OFT = {
 }
 
 
+def _adalora(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Of convolutions the kernels are flattened."""
+    a, b, values = (tensors[f"layer.lora_{role}"] for role in "ABE")
+    weight = weights["layer.weight"]
+    delta = ADALORA_ALPHA / (RANK + 1e-5) * b @ (values * a)
+    return {"layer.weight": weight + delta.reshape(weight.shape)}
+
+
+def _adalora_pruned(weights: Tensors, tensors: Tensors) -> Tensors:
+    a, b, values = (tensors[f"layer.lora_{role}"] for role in "ABE")
+    kept = {"layer.lora_A": a[[0, 3]], "layer.lora_B": b[:, [0, 3]], "layer.lora_E": values[[0, 3]]}
+    return _adalora(weights, kept)
+
+
+def _adalora_of_conv1d(weights: Tensors, tensors: Tensors) -> Tensors:
+    found = _adalora({"layer.weight": weights["layer.weight"].T}, tensors)
+    return {"layer.weight": found["layer.weight"].T}
+
+
+def _lokr(weights: Tensors, tensors: Tensors) -> Tensors:
+    """The right factor has the kernel, in the file flattened."""
+    left = tensors["layer.lokr_w1_a"] @ tensors["layer.lokr_w1_b"]
+    right = tensors["layer.lokr_w2_a"] @ tensors["layer.lokr_w2_b"]
+    weight = weights["layer.weight"]
+    return {"layer.weight": weight + SCALING * torch.kron(left, right).reshape(weight.shape)}
+
+
+def _lokr_whole(weights: Tensors, tensors: Tensors) -> Tensors:
+    product = torch.kron(tensors["layer.lokr_w1"], tensors["layer.lokr_w2"])
+    return {"layer.weight": weights["layer.weight"] + SCALING * product}
+
+
+def _lokr_tucker(weights: Tensors, tensors: Tensors) -> Tensors:
+    core, a, b = (tensors[f"layer.lokr_{role}"] for role in ("t2", "w2_a", "w2_b"))
+    right = torch.einsum("ijkl,io,jc->ockl", core, a, b).contiguous()
+    product = torch.kron(tensors["layer.lokr_w1"][:, :, None, None], right)
+    return {"layer.weight": weights["layer.weight"] + SCALING * product}
+
+
+def _ln_tuning(weights: Tensors, tensors: Tensors) -> Tensors:
+    return {f"layer.{role}": tensors[f"layer.ln_tuning_layers.{role}"] for role in ("weight", "bias")}
+
+
+def _miss(weights: Tensors, tensors: Tensors) -> Tensors:
+    block = tensors["layer.miss_block"]
+    rows, columns = torch.arange(ROWS) % block.shape[1], torch.arange(COLUMNS) % block.shape[0]
+    return {"layer.weight": weights["layer.weight"] + block[columns][:, rows].T}
+
+
+def _bat(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Blocks of five outputs and inputs."""
+    blocks = tensors["layer.bone_block"]
+    count, rank, _ = blocks.shape
+    weight = weights["layer.weight"].reshape(count, rank, -1, rank)
+    found = weight + torch.einsum("aqbt,ats->aqbs", weight, blocks) + blocks[:, :, None]
+    return {"layer.weight": found.reshape(count * rank, -1)}
+
+
+def _boft(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Permutations as matrices; kernels are flattened."""
+    weight, raw = weights["layer.weight"], tensors["layer.boft_R"]
+    flat = weight.flatten(1)
+    inputs, size = flat.shape[1], raw.shape[-1]
+    skew = (raw - raw.mT) / 2
+    one = torch.eye(size, dtype=torch.float64)
+    turned = (one - skew) @ torch.linalg.inv(one + skew)
+    for number, blocks in enumerate(turned):
+        order = list(range(inputs))
+        if number:
+            halves = [order[start : start + size // 2] for start in range(0, inputs, size // 2)]
+            width = 2 << number
+            groups = [halves[start : start + width] for start in range(0, len(halves), width)]
+            order = [place for group in groups for half in (*group[::2], *group[1::2]) for place in half]
+        permutation = torch.eye(inputs, dtype=torch.float64)[order]
+        flat = flat @ (permutation @ _block_diagonal(blocks.flatten(0, 1), len(blocks)) @ permutation.T).T
+    scaled = flat * tensors["layer.boft_s"].reshape(-1, 1)
+    return {"layer.weight": scaled.reshape(weight.shape)}
+
+
+def _vera(weights: Tensors, tensors: Tensors) -> Tensors:
+    """The shared projections are larger than the layer."""
+    a, b = tensors["vera_A"][:, :COLUMNS], tensors["vera_B"][:ROWS]
+    scale, gain = (tensors[f"layer.vera_lambda_{role}"].unsqueeze(1) for role in "db")
+    return {"layer.weight": weights["layer.weight"] + (gain * b) @ (scale * a)}
+
+
 # -- the forms -----------------------------------------------------------------------------------------------------
 
 LINEAR = {"layer.weight": (ROWS, COLUMNS)}
@@ -367,6 +466,30 @@ HADA_TUCKER = {
 
 def _hada(roles: Mapping[str, Shape]) -> Mapping[str, Shape]:
     return {f"layer.hada_{role}": shape for role, shape in roles.items()}
+
+
+# A scaling without rounding, so that what is exact stays so.
+ADALORA_ALPHA = SCALING * (RANK + 1e-5)
+ADALORA = {"peft_type": "ADALORA", "r": None, "init_r": RANK, "lora_alpha": ADALORA_ALPHA}
+
+
+def _singular(inputs: int, outputs: int) -> Mapping[str, Shape]:
+    return {"layer.lora_A": (RANK, inputs), "layer.lora_B": (outputs, RANK), "layer.lora_E": (RANK, 1)}
+
+
+MISS = {"peft_type": "MISS", "lora_alpha": None}
+BOFT = {"peft_type": "BOFT", "r": None, "lora_alpha": None, "boft_block_size": 2, "boft_block_num": 0}
+LOKR = {"peft_type": "LOKR", "lora_alpha": None, "alpha": ALPHA}
+
+
+def _lokr_factors(a: int, c: int, b: int, d: int) -> Mapping[str, Shape]:
+    """Of a left factor [a, c] and a right one [b, d]."""
+    return {
+        "layer.lokr_w1_a": (a, RANK),
+        "layer.lokr_w1_b": (RANK, c),
+        "layer.lokr_w2_a": (b, RANK),
+        "layer.lokr_w2_b": (RANK, d),
+    }
 
 
 QALORA = {"use_qalora": True, "qalora_group_size": GROUP}
@@ -426,6 +549,12 @@ FORMS: Mapping[str, Form] = MappingProxyType(
             {"trainable_token_indices": list(TOKENS)},
             targets=(),
         ),
+        "rows-alone": Form(
+            LINEAR,
+            {"layer.trainable_tokens_delta": (len(TOKENS), COLUMNS)},
+            _rows_alone,
+            {"peft_type": "TRAINABLE_TOKENS", "r": None, "lora_alpha": None, "token_indices": list(TOKENS)},
+        ),
         "saved": Form(
             {**LINEAR, "norm.weight": (COLUMNS,)},
             {**FACTORS, "norm.weight": (COLUMNS,)},
@@ -446,6 +575,69 @@ FORMS: Mapping[str, Form] = MappingProxyType(
         "oft-embedding": Form(LINEAR, {"layer.oft_embedding_R.weight": (24, 6)}, _oft_of_embedding, OFT),
         "oft-conv1d": Form(
             LINEAR, {"layer.oft_R.weight": (30, 10)}, _oft_of_conv1d, {**OFT, "oft_block_size": 5}
+        ),
+        "adalora": Form(LINEAR, _singular(COLUMNS, ROWS), _adalora, ADALORA),
+        "adalora-conv1d": Form(LINEAR, _singular(ROWS, COLUMNS), _adalora_of_conv1d, ADALORA),
+        "adalora-conv": Form(CONV, _singular(105, 13), _adalora, ADALORA),
+        "adalora-pruned": Form(
+            LINEAR,
+            _singular(COLUMNS, ROWS),
+            _adalora_pruned,
+            {**ADALORA, "rank_pattern": {"layer.lora_E": [True, False, False, True]}},
+        ),
+        "lokr": Form(LINEAR, _lokr_factors(15, 12, 10, 8), _lokr, LOKR),
+        "lokr-whole": Form(LINEAR, {"layer.lokr_w1": (10, 8), "layer.lokr_w2": (15, 12)}, _lokr_whole, LOKR),
+        "lokr-conv": Form({"layer.weight": (12, 6, 3, 5)}, _lokr_factors(4, 3, 3, 30), _lokr, LOKR),
+        "lokr-tucker": Form(
+            {"layer.weight": (12, 6, 3, 5)},
+            {
+                "layer.lokr_w1": (4, 3),
+                "layer.lokr_t2": (RANK, RANK, 3, 5),
+                "layer.lokr_w2_a": (RANK, 3),
+                "layer.lokr_w2_b": (RANK, 2),
+            },
+            _lokr_tucker,
+            LOKR,
+        ),
+        "ln-tuning": Form(
+            {"layer.weight": (COLUMNS,), "layer.bias": (COLUMNS,)},
+            {"layer.ln_tuning_layers.weight": (COLUMNS,), "layer.ln_tuning_layers.bias": (COLUMNS,)},
+            _ln_tuning,
+            {"peft_type": "LN_TUNING", "r": None, "lora_alpha": None},
+        ),
+        "miss": Form(LINEAR, {"layer.miss_block": (7, ROWS)}, _miss, {**MISS, "r": 7}),
+        "miss-mini": Form(
+            LINEAR,
+            {"layer.miss_block": (8, 15)},
+            _miss,
+            {**MISS, "r": 8, "init_weights": "mini", "mini_r": 15},
+        ),
+        "bone-bat": Form(
+            {"layer.weight": (150, 95)},
+            {"layer.bone_block": (30, 5, 5)},
+            _bat,
+            {**MISS, "peft_type": "BONE", "r": 5, "init_weights": "bat"},
+        ),
+        "boft": Form(
+            LINEAR, {"layer.boft_R": (3, 48, 2, 2), "layer.boft_s": (ROWS, 1)}, _boft, BOFT, 2.0**-20
+        ),
+        "boft-conv": Form(
+            {"layer.weight": (13, 6, 3, 3)},
+            {"layer.boft_R": (1, 27, 2, 2), "layer.boft_s": (1, 13)},
+            _boft,
+            BOFT,
+            2.0**-20,
+        ),
+        "vera": Form(
+            LINEAR,
+            {
+                "layer.vera_lambda_b": (ROWS,),
+                "layer.vera_lambda_d": (RANK,),
+                "vera_A": (RANK, COLUMNS + 7),
+                "vera_B": (ROWS + 7, RANK),
+            },
+            _vera,
+            {"peft_type": "VERA", "lora_alpha": None},
         ),
         "oft-conv": Form({"layer.weight": (13, 8, 1, 1)}, {"layer.oft_R.weight": (2, 6)}, _oft, OFT),
     }

@@ -447,7 +447,10 @@ CASES: dict[str, Case] = {
     "method of prompts": Case(
         UnsupportedError, ("PROMPT_TUNING", "serve it unmerged"), config(peft_type="PROMPT_TUNING")
     ),
-    "method not built": Case(UnsupportedError, ("ADALORA", "merge_and_unload"), config(peft_type="ADALORA")),
+    "method not built": Case(UnsupportedError, ("HIRA", "merge_and_unload"), config(peft_type="HIRA")),
+    "method not built that PEFT converts": Case(
+        UnsupportedError, ("DELORA", "convert_to_lora", "merge_and_unload"), config(peft_type="DELORA")
+    ),
     "randomized PiSSA": Case(
         UnsupportedError,
         ("init_lora_weights is 'pissa_niter_4'", "path_initial_model_for_weight_conversion"),

@@ -171,6 +171,14 @@ def _other_methods() -> list[Case]:
         "LOHA": [("llama", "loha"), ("convnext", "loha-conv")],
         "IA3": [("llama", "ia3"), ("gpt2", "ia3-conv1d")],
         "OFT": [("llama", "oft"), ("qwen2", "oft-shared")],
+        "ADALORA": [("llama", "adalora")],
+        "LOKR": [("llama", "lokr"), ("convnext", "lokr-conv")],
+        "TRAINABLE_TOKENS": [("tied", "tokens-alone")],
+        "BOFT": [("llama", "boft")],
+        "MISS": [("llama", "miss"), ("llama", "miss-bat")],
+        "BONE": [("llama", "bone")],
+        "LN_TUNING": [("llama", "norms")],
+        "VERA": [("llama", "vera"), ("gpt2", "vera-conv1d")],
     }
     cases = [
         Case(adapter, base, adapter, method=method)

@@ -16,7 +16,20 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftConfig
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    PeftConfig,
+    TrainableTokensConfig,
+    VeraConfig,
+)
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -195,6 +208,40 @@ ADAPTERS: Mapping[str, Adapter] = {
     "oft-shared": Adapter(
         "qwen2", {"oft_block_size": 16, "target_modules": QV, "block_share": True}, config=OFTConfig
     ),
+    "adalora": Adapter(
+        "llama",
+        {"init_r": 6, "target_r": 3, "total_step": 10, "target_modules": [*QV, "down_proj"]},
+        config=AdaLoraConfig,
+    ),
+    "lokr": Adapter(
+        "llama",
+        {"r": 4, "alpha": 6, "target_modules": [*QV, "down_proj"], "init_weights": False},
+        config=LoKrConfig,
+    ),
+    "lokr-conv": Adapter(
+        "convnext",
+        {
+            "r": 2,
+            "target_modules": CONV,
+            "task_type": None,
+            "use_effective_conv2d": True,
+            "init_weights": False,
+        },
+        config=LoKrConfig,
+    ),
+    "tokens-alone": Adapter("tied", {"token_indices": [5, 3, 10]}, config=TrainableTokensConfig),
+    "boft": Adapter("llama", {"boft_block_size": 8, "target_modules": [*QV, "down_proj"]}, config=BOFTConfig),
+    "miss": Adapter("llama", {"r": 12, "target_modules": [*QV, "down_proj"]}, config=MissConfig),
+    "miss-bat": Adapter(
+        "llama", {"r": 16, "target_modules": [*QV, "down_proj"], "init_weights": "bat"}, config=MissConfig
+    ),
+    "norms": Adapter("llama", {"target_modules": ["norm", "input_layernorm"]}, config=LNTuningConfig),
+    "vera": Adapter("llama", {"r": 16, "target_modules": [*QV, "down_proj"]}, config=VeraConfig),
+    "vera-conv1d": Adapter(
+        "gpt2",
+        {"r": 16, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+        config=VeraConfig,
+    ),
 }
 FAQ_ADAPTERS = ("faq-kjv-light", "faq-kjv-heavy")
 
@@ -267,7 +314,9 @@ def _save_adapter(folder: Path, name: str, adapter: Adapter) -> None:
 
 
 def _derive_adapters(adapters: Path) -> None:
-    """Expert adapters of which nothing tells the packing, in both ones; one of Unsloth; a pickle; a subfolder."""
+    """Expert adapters of which nothing tells the packing, in both ones; one of Unsloth; a pickle; a subfolder; a
+    method by its older name.
+    """
     square = adapters / "square-experts"
     _edit(square / CONFIG, peft_version=None)
     _copy(square, adapters / "square-experts-middle")
@@ -278,6 +327,12 @@ def _derive_adapters(adapters: Path) -> None:
     torch.save(load_file(adapters / "pickled" / WEIGHTS), adapters / "pickled" / "adapter_model.bin")
     (adapters / "pickled" / WEIGHTS).unlink()
     _copy(adapters / "lora", adapters / "checkpoints" / "checkpoint-12")
+    _copy(adapters / "miss", adapters / "bone")
+    _edit(adapters / "bone" / CONFIG, peft_type="BONE")
+    blocks = load_file(adapters / "bone" / WEIGHTS)
+    save_file(
+        {name.replace("miss", "bone"): block for name, block in blocks.items()}, adapters / "bone" / WEIGHTS
+    )
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -303,5 +358,5 @@ def _swap_factors(path: Path, rank: int = 4) -> None:
 
 def names_of_inputs() -> tuple[Sequence[str], Sequence[str]]:
     """Bases and adapters that `make_inputs` makes, by name."""
-    derived = ("square-experts-middle", "unsloth-experts", "pickled", "checkpoints")
+    derived = ("square-experts-middle", "unsloth-experts", "pickled", "checkpoints", "bone")
     return (*BASES, "faq-9m"), (*ADAPTERS, *derived, *FAQ_ADAPTERS)
