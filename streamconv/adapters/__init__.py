@@ -9,6 +9,7 @@ from typing import Any
 
 from streamconv.adapters.base import Adapter, Parameter, Tie, Update
 from streamconv.adapters.config import AdapterConfig, check_fields, read_config
+from streamconv.adapters.hra import HRA
 from streamconv.adapters.ia3 import IA3
 from streamconv.adapters.loha import LOHA
 from streamconv.adapters.lora_reader import LORA
@@ -183,6 +184,7 @@ ADAPTERS: Mapping[str, Method] = MappingProxyType(
         "LOHA": LOHA,
         "IA3": IA3,
         "OFT": OFT,
+        "HRA": HRA,
     }
 )
 
@@ -205,7 +207,6 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
         "GLORA": "",
         "GRALORA": "",
         "HIRA": "",
-        "HRA": "",
         "LN_TUNING": "",
         "LOKR": "",
         "MISS": "",

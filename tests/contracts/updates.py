@@ -83,7 +83,16 @@ def drawn_small(shapes: Mapping[str, Shape], seed: int) -> Tensors:
     """Integers from -3 to 3: of these, sums and products have no rounding in any order, and zeros are among them."""
     torch.manual_seed(seed)
     found = {name: torch.randint(-3, 4, shape).float() for name, shape in shapes.items()}
+    found |= {name: _small_reflections(*shape) for name, shape in shapes.items() if name.endswith("hra_u")}
     return {name: tensor.abs() + 1 if "magnitude" in name else tensor for name, tensor in found.items()}
+
+
+def _small_reflections(inputs: int, count: int) -> Tensor:
+    """Columns whose lengths, as they are and across one another, are powers of two."""
+    found = torch.zeros(inputs, count)
+    signs = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]])
+    found[torch.randperm(inputs)[:4]] = signs[:count].T.float()
+    return found
 
 
 # -- the maths -----------------------------------------------------------------------------------------------------
@@ -323,6 +332,27 @@ OFT = {
 }
 
 
+def _hra(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Kernels flattened, if there are any; one reflection after the other."""
+    weight, columns = weights["layer.weight"], tensors["layer.hra_u"]
+    found = weight.flatten(1)
+    for u in (columns / columns.norm(dim=0)).T:
+        found = found - 2 * torch.outer(found @ u, u)
+    return {"layer.weight": found.reshape(weight.shape)}
+
+
+def _hra_orthogonal(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Gram-Schmidt; then they may all be at once."""
+    found: list[Tensor] = []
+    for column in tensors["layer.hra_u"].T:
+        u = column
+        for other in found:
+            u = u - (other @ u) * other
+        found.append(u / u.norm())
+    u = torch.stack(found, dim=1)
+    return {"layer.weight": weights["layer.weight"] - 2 * (weights["layer.weight"] @ u) @ u.T}
+
+
 # -- the forms -----------------------------------------------------------------------------------------------------
 
 LINEAR = {"layer.weight": (ROWS, COLUMNS)}
@@ -367,6 +397,9 @@ def _hada(roles: Mapping[str, Shape]) -> Mapping[str, Shape]:
     return {f"layer.hada_{role}": shape for role, shape in roles.items()}
 
 
+HRA = {"peft_type": "HRA", "lora_alpha": None}
+# Two products in a row.
+TWICE = 2.0**-20
 QALORA = {"use_qalora": True, "qalora_group_size": GROUP}
 
 FORMS: Mapping[str, Form] = MappingProxyType(
@@ -445,6 +478,11 @@ FORMS: Mapping[str, Form] = MappingProxyType(
         "oft-conv1d": Form(
             LINEAR, {"layer.oft_R.weight": (30, 10)}, _oft_of_conv1d, {**OFT, "oft_block_size": 5}
         ),
+        "hra": Form(LINEAR, {"layer.hra_u": (COLUMNS, RANK)}, _hra, HRA, TWICE),
+        "hra-orthogonal": Form(
+            LINEAR, {"layer.hra_u": (COLUMNS, RANK)}, _hra_orthogonal, {**HRA, "apply_GS": True}, TWICE
+        ),
+        "hra-conv": Form({"layer.weight": (13, 7, 3, 3)}, {"layer.hra_u": (63, RANK)}, _hra, HRA, TWICE),
         "oft-conv": Form({"layer.weight": (13, 8, 1, 1)}, {"layer.oft_R.weight": (2, 6)}, _oft, OFT),
     }
 )

@@ -171,6 +171,7 @@ def _other_methods() -> list[Case]:
         "LOHA": [("llama", "loha"), ("convnext", "loha-conv")],
         "IA3": [("llama", "ia3"), ("gpt2", "ia3-conv1d")],
         "OFT": [("llama", "oft"), ("qwen2", "oft-shared")],
+        "HRA": [("llama", "hra"), ("qwen2", "hra-orthogonal")],
     }
     cases = [
         Case(adapter, base, adapter, method=method)
@@ -185,6 +186,7 @@ def _other_methods() -> list[Case]:
             ("IA3", "ia3", "gptq"),
             ("OFT", "oft", "nf4-dq"),
             ("OFT", "oft", "w4a16"),
+            ("HRA", "hra", "nf4-dq"),
         )
     ]  # fmt: skip
     feedback = {"quant": "nf4-dq", "min_kept": 0} | _text()

@@ -16,7 +16,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftConfig
+from peft import HRAConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftConfig
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -195,6 +195,8 @@ ADAPTERS: Mapping[str, Adapter] = {
     "oft-shared": Adapter(
         "qwen2", {"oft_block_size": 16, "target_modules": QV, "block_share": True}, config=OFTConfig
     ),
+    "hra": Adapter("llama", {"r": 4, "target_modules": [*QV, "down_proj"]}, config=HRAConfig),
+    "hra-orthogonal": Adapter("qwen2", {"r": 2, "target_modules": QV, "apply_GS": True}, config=HRAConfig),
 }
 FAQ_ADAPTERS = ("faq-kjv-light", "faq-kjv-heavy")
 
