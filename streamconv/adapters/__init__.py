@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from streamconv.adapters.base import Adapter, Parameter, Tie, Update
+from streamconv.adapters.c3a import C3A
 from streamconv.adapters.config import AdapterConfig, check_fields, read_config
 from streamconv.adapters.hra import HRA
 from streamconv.adapters.ia3 import IA3
@@ -22,6 +23,7 @@ from streamconv.adapters.scan import Scan, scan_tensors
 from streamconv.adapters.source import BaseParameters, MoeLayout, Source
 from streamconv.adapters.targets import check_targets
 from streamconv.adapters.ties import settle_tie
+from streamconv.adapters.vera import VERA
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.pickled import read_pickled
 from streamconv.checkpoint.types import StoredTensor
@@ -62,7 +64,10 @@ def read_adapter(
     saved = read_saved(source, base, rest, updated, scan.digests)
     taken |= {replace.tensor.name for replace in saved.replaces}
     taken |= {source.tensors[key].name for key in saved.repeated}
-    _check_leftovers(source, base, [key for key in rest if source.tensors[key].name not in taken])
+    left = [key for key in rest if source.tensors[key].name not in taken]
+    _check_leftovers(
+        source, base, left, [each.name for each in source.shared.values() if each.name not in taken]
+    )
     adapted = [_module(update.parameter) for update in updates]
     trained = [_module(replace.parameter) for replace in saved.replaces]
     check_targets(
@@ -149,9 +154,11 @@ def _unused(source: Source, method: Method) -> set[str]:
     }
 
 
-def _check_leftovers(source: Source, base: BaseParameters, keys: Iterable[str]) -> None:
-    """Raise AdapterError if some tensors of the file would not be used."""
-    names = [source.tensors[key].name for key in keys]
+def _check_leftovers(
+    source: Source, base: BaseParameters, keys: Collection[str], shared: Collection[str]
+) -> None:
+    """Raise AdapterError if some tensors of the file would not be used: those of `keys`, or `shared` ones, by name."""
+    names = [*(source.tensors[key].name for key in keys), *shared]
     if not names:
         return
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
@@ -185,6 +192,8 @@ ADAPTERS: Mapping[str, Method] = MappingProxyType(
         "IA3": IA3,
         "OFT": OFT,
         "HRA": HRA,
+        "C3A": C3A,
+        "VERA": VERA,
     }
 )
 
@@ -199,7 +208,6 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
         "BEFT": "",
         "BOFT": "",
         "BONE": ", nor is MISS, its later name",
-        "C3A": "",
         "DEFT": "",
         "DELORA": "",
         "FOURIERFT": _FROM_SEED,
@@ -222,7 +230,6 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
         "TRAINABLE_TOKENS": "",
         "UNILORA": _FROM_SEED,
         "VBLORA": "",
-        "VERA": _FROM_SEED,
         "WAVEFT": _FROM_SEED,
     }
 )

@@ -67,7 +67,7 @@ class LoraUpdate(OfFactors):
 
     def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
         """`cell` plus its rows of s·B A, in place; one rounding to the stored type happens later."""
-        left, right = _factors(rows, prepared, self.transposed)
+        left, right = factor_rows(rows, prepared, self.transposed)
         return torch.addmm(cell, left, right, alpha=self.scaling, out=cell)
 
 
@@ -92,7 +92,7 @@ class DoraUpdate(OfFactors):
 
     def reduce(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> State:
         """Sum of squares of each column so far, float64 [out]."""
-        left, right = _factors(rows, prepared, self.transposed)
+        left, right = factor_rows(rows, prepared, self.transposed)
         updated = torch.addmm(cell, left, right, alpha=self.scaling)
         squares = updated.double().square_().sum(dim=0)
         return (state[0] + squares,) if state else (squares,)
@@ -100,7 +100,7 @@ class DoraUpdate(OfFactors):
     def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
         """`cell` as rows of m ⊙ V / ‖V‖, in place."""
         magnitude = prepared["magnitude"].double()
-        left, right = _factors(rows, prepared, self.transposed)
+        left, right = factor_rows(rows, prepared, self.transposed)
         updated = torch.addmm(cell, left, right, alpha=self.scaling, out=cell)
         if self.transposed:
             (squares,) = state
@@ -146,7 +146,7 @@ def dora_gain(parameter: str, magnitude: Tensor, norms: Tensor, first: int) -> T
     return magnitude.div(norms).float()
 
 
-def _factors(rows: range, prepared: Parts, transposed: bool) -> tuple[Tensor, Tensor]:
+def factor_rows(rows: range, prepared: Parts, transposed: bool) -> tuple[Tensor, Tensor]:
     """Views of the factors whose product is `rows` of B A, or of its transpose."""
     a, b = prepared["lora_A"], prepared["lora_B"]
     if transposed:

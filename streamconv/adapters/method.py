@@ -29,7 +29,8 @@ class Method:
     `label`: its name in sentences (`LoRA`). `read`: the updates of an adapter, whose config `fields` has allowed.
     `keys`: regular expression of what its tensors are called below the path of a module (`lora_\\w+`); it may take in
     more than `read` uses, the rest is refused. `neutral`: how updates are that were never trained, after "every update
-    is". `unused`: tensors that training alone needs, by the field of the config that switches them on. `facts`: what
+    is". `unused`: tensors that training alone needs, by the field of the config that switches them on. `shared`: what
+    tensors are called that belong to all modules, `base_model.NAME`; updates use each, or it is refused. `facts`: what
     `inspect` tells of config and tensors.
     """
 
@@ -39,4 +40,5 @@ class Method:
     keys: str
     neutral: str
     unused: Mapping[str, re.Pattern[str]] = field(default_factory=lambda: MappingProxyType({}))
+    shared: str = ""
     facts: Facts = no_facts

@@ -12,7 +12,15 @@ from types import MappingProxyType
 
 from streamconv.adapters.config import AdapterConfig
 from streamconv.adapters.method import Method
-from streamconv.adapters.source import BaseParameters, MoeLayout, Renaming, Source, by_key
+from streamconv.adapters.source import (
+    SHARED_PREFIX,
+    BaseParameters,
+    MoeLayout,
+    Renaming,
+    Source,
+    apart,
+    by_key,
+)
 from streamconv.checkpoint.types import StoredTensor
 
 _HEAD = ("lm_head.", "lm_head.")
@@ -54,12 +62,14 @@ def read_source(
     method: Method,
 ) -> Source:
     """The adapter's tensors in the names of the base. Raises AdapterError for keys that PEFT does not give."""
-    by_trained_key = by_key(location, tensors, method.keys)
+    own, common = apart(tensors, method.shared)
+    shared = by_key(location, common, method.shared, SHARED_PREFIX)
+    by_trained_key = by_key(location, own, method.keys)
     found = _renamings(by_trained_key, base, _ends(method))
     if len(found) != 1:  # as they are; what does not fit is refused with the names
-        return Source(location, config, by_trained_key, None, moe)
+        return Source(location, config, by_trained_key, None, moe, shared)
     ((renaming, keys),) = found
-    return Source(location, config, keys, renaming, moe)
+    return Source(location, config, keys, renaming, moe, shared)
 
 
 def _ends(method: Method) -> re.Pattern[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +15,7 @@ from streamconv.dtypes import DENSE
 from streamconv.errors import AdapterError
 
 PREFIX = "base_model.model."
+SHARED_PREFIX = "base_model."
 _DTYPES = frozenset(DENSE.values())
 
 
@@ -99,13 +100,16 @@ class Renaming:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One adapter. `tensors` by their key without `base_model.model.`, in the names of the base, sorted."""
+    """One adapter. `tensors` by their key without `base_model.model.`, in the names of the base, sorted; `shared` are
+    those that belong to all modules, by their key without `base_model.`.
+    """
 
     location: str
     config: AdapterConfig
     tensors: Mapping[str, StoredTensor]
     renaming: Renaming | None = None
     moe: MoeLayout = MoeLayout()
+    shared: Mapping[str, StoredTensor] = field(default_factory=lambda: MappingProxyType({}))
 
     def trained(self, module: str) -> str:
         """The path that `module` of the base had in training, for which the config's patterns are meant."""
@@ -127,7 +131,19 @@ def by_module(source: Source, pattern: re.Pattern[str]) -> Mapping[str, Mapping[
     return modules
 
 
-def by_key(location: str, tensors: Iterable[StoredTensor], keys: str) -> Mapping[str, StoredTensor]:
+def apart(tensors: Iterable[StoredTensor], shared: str) -> tuple[list[StoredTensor], list[StoredTensor]]:
+    """Tensors of single modules, and those that all share: `base_model.` and what the expression `shared` matches."""
+    found: tuple[list[StoredTensor], list[StoredTensor]] = ([], [])
+    pattern, named = re.compile(rf"{re.escape(SHARED_PREFIX)}({shared})"), _adapter_name(shared)
+    for tensor in tensors:
+        is_shared = bool(shared) and pattern.fullmatch(plain_key(tensor.name, named)) is not None
+        found[is_shared].append(tensor)
+    return found
+
+
+def by_key(
+    location: str, tensors: Iterable[StoredTensor], keys: str, prefix: str = PREFIX
+) -> Mapping[str, StoredTensor]:
     """Tensors by the key that PEFT's save_pretrained would have given them, without its prefix.
 
     `keys` is the regular expression of the method's own tensors. Raises AdapterError for other keys and element types.
@@ -136,7 +152,7 @@ def by_key(location: str, tensors: Iterable[StoredTensor], keys: str) -> Mapping
     named = _adapter_name(keys)
     for tensor in sorted(tensors, key=lambda tensor: tensor.name):
         name = plain_key(tensor.name, named)
-        if not name.startswith(PREFIX):
+        if not name.startswith(prefix):
             raise AdapterError(
                 f"{location}: the tensor {tensor.name} does not belong to a PEFT adapter, whose names start"
                 f" with {PREFIX!r}; save the adapter with PEFT's save_pretrained"
@@ -146,7 +162,7 @@ def by_key(location: str, tensors: Iterable[StoredTensor], keys: str) -> Mapping
                 f"{location}: {tensor.name} is stored as {tensor.dtype}, expected F32, F16 or BF16; a"
                 " quantized adapter must be saved in floating point first"
             )
-        key = name.removeprefix(PREFIX)
+        key = name.removeprefix(prefix)
         if key in found:
             raise AdapterError(
                 f"{location}: {found[key].name} and {tensor.name} are the same thing twice; keep one of them"

@@ -30,6 +30,7 @@ from tests.contracts.updates import (
     learn,
     load,
     run_update,
+    saved_name,
     says_untrained,
     scalings,
     works,
@@ -250,6 +251,6 @@ def test_what_says_it_was_never_trained_changes_nothing_and_all_else_does(
         saved = {
             key: torch.full_like(tensor, value) if key in kept else tensor for key, tensor in tensors.items()
         }
-        found = merged(adapter, weights, frozenset(f"base_model.model.{key}" for key in kept), value)
+        found = merged(adapter, weights, frozenset(map(saved_name, kept)), value)
         changes = any(not torch.equal(found[key], weight) for key, weight in weights.items())
         assert says_untrained(form, tmp_path / "saved", saved) != changes, sorted(kept)

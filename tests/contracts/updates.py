@@ -64,12 +64,17 @@ class Form:
         """The adapter as PEFT would save it."""
         folder.mkdir(exist_ok=True)
         (folder / "adapter_config.json").write_text(json.dumps(self.config))
-        named = {f"base_model.model.{key}": tensor for key, tensor in tensors.items()}
+        named = {saved_name(key): tensor for key, tensor in tensors.items()}
         save_file(named, folder / "adapter_model.safetensors")
 
     def read(self, folder: Path) -> Adapter:
         parameters = {name: Parameter(name, shape) for name, shape in self.weights.items()}
         return read_adapter(open_storage(str(folder)), parameters, {}, None, self.moe)
+
+
+def saved_name(key: str) -> str:
+    """The name of a tensor in the file: one whose key is no path belongs to all modules."""
+    return f"base_model.model.{key}" if "." in key else f"base_model.{key}"
 
 
 def drawn(shapes: Mapping[str, Shape], seed: int) -> Tensors:
@@ -341,6 +346,14 @@ def _hra(weights: Tensors, tensors: Tensors) -> Tensors:
     return {"layer.weight": found.reshape(weight.shape)}
 
 
+def _c3a(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Kernel [(j - p) mod n] in row p and column j of its block."""
+    kernels = tensors["layer.c3a_kernel"]
+    place = torch.arange(kernels.shape[2])
+    blocks = kernels[:, :, (place - place[:, None]) % len(place)]
+    return {"layer.weight": weights["layer.weight"] + blocks.transpose(1, 2).reshape(ROWS, COLUMNS) / COLUMNS}
+
+
 def _hra_orthogonal(weights: Tensors, tensors: Tensors) -> Tensors:
     """Gram-Schmidt; then they may all be at once."""
     found: list[Tensor] = []
@@ -351,6 +364,13 @@ def _hra_orthogonal(weights: Tensors, tensors: Tensors) -> Tensors:
         found.append(u / u.norm())
     u = torch.stack(found, dim=1)
     return {"layer.weight": weights["layer.weight"] - 2 * (weights["layer.weight"] @ u) @ u.T}
+
+
+def _vera(weights: Tensors, tensors: Tensors) -> Tensors:
+    """The shared projections are larger than the layer."""
+    a, b = tensors["vera_A"][:, :COLUMNS], tensors["vera_B"][:ROWS]
+    scale, gain = (tensors[f"layer.vera_lambda_{role}"].unsqueeze(1) for role in "db")
+    return {"layer.weight": weights["layer.weight"] + (gain * b) @ (scale * a)}
 
 
 # -- the forms -----------------------------------------------------------------------------------------------------
@@ -397,6 +417,7 @@ def _hada(roles: Mapping[str, Shape]) -> Mapping[str, Shape]:
     return {f"layer.hada_{role}": shape for role, shape in roles.items()}
 
 
+NO_RANK = {"r": None, "lora_alpha": None}
 HRA = {"peft_type": "HRA", "lora_alpha": None}
 # Two products in a row.
 TWICE = 2.0**-20
@@ -479,10 +500,24 @@ FORMS: Mapping[str, Form] = MappingProxyType(
             LINEAR, {"layer.oft_R.weight": (30, 10)}, _oft_of_conv1d, {**OFT, "oft_block_size": 5}
         ),
         "hra": Form(LINEAR, {"layer.hra_u": (COLUMNS, RANK)}, _hra, HRA, TWICE),
+        "c3a": Form(
+            LINEAR, {"layer.c3a_kernel": (50, 32, 3)}, _c3a, {"peft_type": "C3A", "block_size": 3, **NO_RANK}
+        ),
         "hra-orthogonal": Form(
             LINEAR, {"layer.hra_u": (COLUMNS, RANK)}, _hra_orthogonal, {**HRA, "apply_GS": True}, TWICE
         ),
         "hra-conv": Form({"layer.weight": (13, 7, 3, 3)}, {"layer.hra_u": (63, RANK)}, _hra, HRA, TWICE),
+        "vera": Form(
+            LINEAR,
+            {
+                "layer.vera_lambda_b": (ROWS,),
+                "layer.vera_lambda_d": (RANK,),
+                "vera_A": (RANK, COLUMNS + 7),
+                "vera_B": (ROWS + 7, RANK),
+            },
+            _vera,
+            {"peft_type": "VERA", "lora_alpha": None},
+        ),
         "oft-conv": Form({"layer.weight": (13, 8, 1, 1)}, {"layer.oft_R.weight": (2, 6)}, _oft, OFT),
     }
 )

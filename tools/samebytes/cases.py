@@ -171,7 +171,9 @@ def _other_methods() -> list[Case]:
         "LOHA": [("llama", "loha"), ("convnext", "loha-conv")],
         "IA3": [("llama", "ia3"), ("gpt2", "ia3-conv1d")],
         "OFT": [("llama", "oft"), ("qwen2", "oft-shared")],
+        "C3A": [("llama", "c3a")],
         "HRA": [("llama", "hra"), ("qwen2", "hra-orthogonal")],
+        "VERA": [("llama", "vera"), ("gpt2", "vera-conv1d")],
     }
     cases = [
         Case(adapter, base, adapter, method=method)
@@ -187,6 +189,7 @@ def _other_methods() -> list[Case]:
             ("OFT", "oft", "nf4-dq"),
             ("OFT", "oft", "w4a16"),
             ("HRA", "hra", "nf4-dq"),
+            ("C3A", "c3a", "w4a16"),
         )
     ]  # fmt: skip
     feedback = {"quant": "nf4-dq", "min_kept": 0} | _text()

@@ -16,7 +16,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft import HRAConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftConfig
+from peft import C3AConfig, HRAConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -195,8 +195,19 @@ ADAPTERS: Mapping[str, Adapter] = {
     "oft-shared": Adapter(
         "qwen2", {"oft_block_size": 16, "target_modules": QV, "block_share": True}, config=OFTConfig
     ),
+    "c3a": Adapter(
+        "llama",
+        {"block_size": 32, "target_modules": [*QV, "down_proj"], "block_size_pattern": {"v_proj": 64}},
+        config=C3AConfig,
+    ),
     "hra": Adapter("llama", {"r": 4, "target_modules": [*QV, "down_proj"]}, config=HRAConfig),
     "hra-orthogonal": Adapter("qwen2", {"r": 2, "target_modules": QV, "apply_GS": True}, config=HRAConfig),
+    "vera": Adapter("llama", {"r": 16, "target_modules": [*QV, "down_proj"]}, config=VeraConfig),
+    "vera-conv1d": Adapter(
+        "gpt2",
+        {"r": 16, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+        config=VeraConfig,
+    ),
 }
 FAQ_ADAPTERS = ("faq-kjv-light", "faq-kjv-heavy")
 
