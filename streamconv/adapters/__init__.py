@@ -20,6 +20,7 @@ from streamconv.adapters.oft import OFT
 from streamconv.adapters.replication import check_every_layer
 from streamconv.adapters.saved import Saved, check_saved, read_saved
 from streamconv.adapters.scan import Scan, scan_tensors
+from streamconv.adapters.shira import SHIRA
 from streamconv.adapters.source import BaseParameters, MoeLayout, Source
 from streamconv.adapters.targets import check_targets
 from streamconv.adapters.ties import settle_tie
@@ -192,6 +193,7 @@ ADAPTERS: Mapping[str, Method] = MappingProxyType(
         "IA3": IA3,
         "OFT": OFT,
         "HRA": HRA,
+        "SHIRA": SHIRA,
         "C3A": C3A,
         "VERA": VERA,
     }
@@ -224,7 +226,6 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
         "PVERA": _FROM_SEED,
         "RANDLORA": _FROM_SEED,
         "ROAD": "",
-        "SHIRA": "",
         "SUPERTUNING": "",
         "TINYLORA": _FROM_SEED,
         "TRAINABLE_TOKENS": "",

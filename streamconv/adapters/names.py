@@ -64,7 +64,7 @@ def read_source(
     """The adapter's tensors in the names of the base. Raises AdapterError for keys that PEFT does not give."""
     own, common = apart(tensors, method.shared)
     shared = by_key(location, common, method.shared, SHARED_PREFIX)
-    by_trained_key = by_key(location, own, method.keys)
+    by_trained_key = by_key(location, own, method.keys, indices=method.indices)
     found = _renamings(by_trained_key, base, _ends(method))
     if len(found) != 1:  # as they are; what does not fit is refused with the names
         return Source(location, config, by_trained_key, None, moe, shared)

@@ -80,16 +80,23 @@ def saved_name(key: str) -> str:
 def drawn(shapes: Mapping[str, Shape], seed: int) -> Tensors:
     """Normally distributed values. DoRA's magnitudes are norms, and positive."""
     torch.manual_seed(seed)
-    found = {name: torch.randn(shape) for name, shape in shapes.items()}
+    found = {name: torch.randn(shape) for name, shape in shapes.items()} | _indices(shapes)
     return {name: tensor.abs() if "magnitude" in name else tensor for name, tensor in found.items()}
 
 
 def drawn_small(shapes: Mapping[str, Shape], seed: int) -> Tensors:
     """Integers from -3 to 3: of these, sums and products have no rounding in any order, and zeros are among them."""
     torch.manual_seed(seed)
-    found = {name: torch.randint(-3, 4, shape).float() for name, shape in shapes.items()}
+    found = {name: torch.randint(-3, 4, shape).float() for name, shape in shapes.items()} | _indices(shapes)
     found |= {name: _small_reflections(*shape) for name, shape in shapes.items() if name.endswith("hra_u")}
     return {name: tensor.abs() + 1 if "magnitude" in name else tensor for name, tensor in found.items()}
+
+
+def _indices(shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """Whole numbers, for tensors of indices alone, that any axis of a weight has."""
+    return {
+        name: torch.randint(0, 5, shape).float() for name, shape in shapes.items() if name.endswith("indices")
+    }
 
 
 def _small_reflections(inputs: int, count: int) -> Tensor:
@@ -354,6 +361,14 @@ def _c3a(weights: Tensors, tensors: Tensors) -> Tensors:
     return {"layer.weight": weights["layer.weight"] + blocks.transpose(1, 2).reshape(ROWS, COLUMNS) / COLUMNS}
 
 
+def _shira(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Places that are listed twice get both numbers."""
+    rows, columns = tensors["layer.shira_indices"].long()
+    found = weights["layer.weight"].clone()
+    found.index_put_((rows, columns), tensors["layer.shira_weight"], accumulate=True)
+    return {"layer.weight": found}
+
+
 def _hra_orthogonal(weights: Tensors, tensors: Tensors) -> Tensors:
     """Gram-Schmidt; then they may all be at once."""
     found: list[Tensor] = []
@@ -502,6 +517,12 @@ FORMS: Mapping[str, Form] = MappingProxyType(
         "hra": Form(LINEAR, {"layer.hra_u": (COLUMNS, RANK)}, _hra, HRA, TWICE),
         "c3a": Form(
             LINEAR, {"layer.c3a_kernel": (50, 32, 3)}, _c3a, {"peft_type": "C3A", "block_size": 3, **NO_RANK}
+        ),
+        "shira": Form(
+            LINEAR,
+            {"layer.shira_weight": (ROWS + COLUMNS,), "layer.shira_indices": (2, ROWS + COLUMNS)},
+            _shira,
+            {"peft_type": "SHIRA", "r": 1, "lora_alpha": None},
         ),
         "hra-orthogonal": Form(
             LINEAR, {"layer.hra_u": (COLUMNS, RANK)}, _hra_orthogonal, {**HRA, "apply_GS": True}, TWICE

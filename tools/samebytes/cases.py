@@ -172,6 +172,7 @@ def _other_methods() -> list[Case]:
         "IA3": [("llama", "ia3"), ("gpt2", "ia3-conv1d")],
         "OFT": [("llama", "oft"), ("qwen2", "oft-shared")],
         "C3A": [("llama", "c3a")],
+        "SHIRA": [("llama", "shira")],
         "HRA": [("llama", "hra"), ("qwen2", "hra-orthogonal")],
         "VERA": [("llama", "vera"), ("gpt2", "vera-conv1d")],
     }
@@ -189,6 +190,7 @@ def _other_methods() -> list[Case]:
             ("OFT", "oft", "nf4-dq"),
             ("OFT", "oft", "w4a16"),
             ("HRA", "hra", "nf4-dq"),
+            ("SHIRA", "shira", "nf4-dq"),
             ("C3A", "c3a", "w4a16"),
         )
     ]  # fmt: skip

@@ -16,7 +16,17 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft import C3AConfig, HRAConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig
+from peft import (
+    C3AConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    ShiraConfig,
+    VeraConfig,
+)
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -199,6 +209,9 @@ ADAPTERS: Mapping[str, Adapter] = {
         "llama",
         {"block_size": 32, "target_modules": [*QV, "down_proj"], "block_size_pattern": {"v_proj": 64}},
         config=C3AConfig,
+    ),
+    "shira": Adapter(
+        "llama", {"r": 4, "target_modules": [*QV, "down_proj"], "random_seed": 3}, config=ShiraConfig
     ),
     "hra": Adapter("llama", {"r": 4, "target_modules": [*QV, "down_proj"]}, config=HRAConfig),
     "hra-orthogonal": Adapter("qwen2", {"r": 2, "target_modules": QV, "apply_GS": True}, config=HRAConfig),
