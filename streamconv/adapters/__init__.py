@@ -10,6 +10,7 @@ from typing import Any
 from streamconv.adapters.base import Adapter, Parameter, Tie, Update
 from streamconv.adapters.c3a import C3A
 from streamconv.adapters.config import AdapterConfig, check_fields, read_config
+from streamconv.adapters.fourierft import FOURIERFT
 from streamconv.adapters.hra import HRA
 from streamconv.adapters.ia3 import IA3
 from streamconv.adapters.loha import LOHA
@@ -193,6 +194,7 @@ ADAPTERS: Mapping[str, Method] = MappingProxyType(
         "IA3": IA3,
         "OFT": OFT,
         "HRA": HRA,
+        "FOURIERFT": FOURIERFT,
         "SHIRA": SHIRA,
         "C3A": C3A,
         "VERA": VERA,
@@ -212,7 +214,6 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
         "BONE": ", nor is MISS, its later name",
         "DEFT": "",
         "DELORA": "",
-        "FOURIERFT": _FROM_SEED,
         "FROD": _FROM_BASE_SVD,
         "GLORA": "",
         "GRALORA": "",

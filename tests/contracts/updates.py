@@ -369,6 +369,19 @@ def _shira(weights: Tensors, tensors: Tensors) -> Tensors:
     return {"layer.weight": found}
 
 
+def _fourier_delta(tensors: Tensors, outputs: int, inputs: int) -> Tensor:
+    spectrum = torch.zeros(outputs * inputs, dtype=torch.float64)
+    places = torch.randperm(outputs * inputs, generator=torch.Generator().manual_seed(777))
+    numbers = tensors["layer.fourierft_spectrum"]
+    spectrum[places[: len(numbers)]] = numbers
+    delta: Tensor = 150 * torch.fft.ifft2(spectrum.reshape(outputs, inputs)).real
+    return delta
+
+
+def _fourier(weights: Tensors, tensors: Tensors) -> Tensors:
+    return {"layer.weight": weights["layer.weight"] + _fourier_delta(tensors, ROWS, COLUMNS)}
+
+
 def _hra_orthogonal(weights: Tensors, tensors: Tensors) -> Tensors:
     """Gram-Schmidt; then they may all be at once."""
     found: list[Tensor] = []
@@ -433,6 +446,13 @@ def _hada(roles: Mapping[str, Shape]) -> Mapping[str, Shape]:
 
 
 NO_RANK = {"r": None, "lora_alpha": None}
+FOURIER = {
+    "peft_type": "FOURIERFT",
+    "n_frequency": 700,
+    "scaling": 150,
+    "random_loc_seed": 777,
+    **NO_RANK,
+}
 HRA = {"peft_type": "HRA", "lora_alpha": None}
 # Two products in a row.
 TWICE = 2.0**-20
@@ -524,6 +544,7 @@ FORMS: Mapping[str, Form] = MappingProxyType(
             _shira,
             {"peft_type": "SHIRA", "r": 1, "lora_alpha": None},
         ),
+        "fourier": Form(LINEAR, {"layer.fourierft_spectrum": (700,)}, _fourier, FOURIER),
         "hra-orthogonal": Form(
             LINEAR, {"layer.hra_u": (COLUMNS, RANK)}, _hra_orthogonal, {**HRA, "apply_GS": True}, TWICE
         ),

@@ -173,6 +173,7 @@ def _other_methods() -> list[Case]:
         "OFT": [("llama", "oft"), ("qwen2", "oft-shared")],
         "C3A": [("llama", "c3a")],
         "SHIRA": [("llama", "shira")],
+        "FOURIERFT": [("llama", "fourierft"), ("gpt2", "fourierft-conv1d")],
         "HRA": [("llama", "hra"), ("qwen2", "hra-orthogonal")],
         "VERA": [("llama", "vera"), ("gpt2", "vera-conv1d")],
     }
@@ -190,6 +191,7 @@ def _other_methods() -> list[Case]:
             ("OFT", "oft", "nf4-dq"),
             ("OFT", "oft", "w4a16"),
             ("HRA", "hra", "nf4-dq"),
+            ("FOURIERFT", "fourierft", "int8"),
             ("SHIRA", "shira", "nf4-dq"),
             ("C3A", "c3a", "w4a16"),
         )

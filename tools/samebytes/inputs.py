@@ -18,6 +18,7 @@ import torch
 import transformers
 from peft import (
     C3AConfig,
+    FourierFTConfig,
     HRAConfig,
     IA3Config,
     LoHaConfig,
@@ -212,6 +213,21 @@ ADAPTERS: Mapping[str, Adapter] = {
     ),
     "shira": Adapter(
         "llama", {"r": 4, "target_modules": [*QV, "down_proj"], "random_seed": 3}, config=ShiraConfig
+    ),
+    "fourierft": Adapter(
+        "llama",
+        {
+            "n_frequency": 500,
+            "target_modules": [*QV, "down_proj"],
+            "n_frequency_pattern": {"v_proj": 200},
+            "init_weights": True,
+        },
+        config=FourierFTConfig,
+    ),
+    "fourierft-conv1d": Adapter(
+        "gpt2",
+        {"n_frequency": 500, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+        config=FourierFTConfig,
     ),
     "hra": Adapter("llama", {"r": 4, "target_modules": [*QV, "down_proj"]}, config=HRAConfig),
     "hra-orthogonal": Adapter("qwen2", {"r": 2, "target_modules": QV, "apply_GS": True}, config=HRAConfig),
