@@ -18,6 +18,7 @@ from streamconv.adapters.lora_reader import LORA
 from streamconv.adapters.method import Method
 from streamconv.adapters.names import read_source
 from streamconv.adapters.oft import OFT
+from streamconv.adapters.randlora import RANDLORA
 from streamconv.adapters.replication import check_every_layer
 from streamconv.adapters.saved import Saved, check_saved, read_saved
 from streamconv.adapters.scan import Scan, scan_tensors
@@ -25,6 +26,7 @@ from streamconv.adapters.shira import SHIRA
 from streamconv.adapters.source import BaseParameters, MoeLayout, Source
 from streamconv.adapters.targets import check_targets
 from streamconv.adapters.ties import settle_tie
+from streamconv.adapters.vblora import VBLORA
 from streamconv.adapters.vera import VERA
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.pickled import read_pickled
@@ -194,6 +196,8 @@ ADAPTERS: Mapping[str, Method] = MappingProxyType(
         "IA3": IA3,
         "OFT": OFT,
         "HRA": HRA,
+        "VBLORA": VBLORA,
+        "RANDLORA": RANDLORA,
         "FOURIERFT": FOURIERFT,
         "SHIRA": SHIRA,
         "C3A": C3A,
@@ -225,13 +229,11 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
         "PEANUT": "",
         "PSOFT": _FROM_BASE_SVD,
         "PVERA": _FROM_SEED,
-        "RANDLORA": _FROM_SEED,
         "ROAD": "",
         "SUPERTUNING": "",
         "TINYLORA": _FROM_SEED,
         "TRAINABLE_TOKENS": "",
         "UNILORA": _FROM_SEED,
-        "VBLORA": "",
         "WAVEFT": _FROM_SEED,
     }
 )

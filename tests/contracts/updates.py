@@ -88,6 +88,9 @@ def drawn_small(shapes: Mapping[str, Shape], seed: int) -> Tensors:
     """Integers from -3 to 3: of these, sums and products have no rounding in any order, and zeros are among them."""
     torch.manual_seed(seed)
     found = {name: torch.randint(-3, 4, shape).float() for name, shape in shapes.items()} | _indices(shapes)
+    found |= {
+        name: _far_apart(shape) for name, shape in shapes.items() if name.endswith(("logits_A", "logits_B"))
+    }
     found |= {name: _small_reflections(*shape) for name, shape in shapes.items() if name.endswith("hra_u")}
     return {name: tensor.abs() + 1 if "magnitude" in name else tensor for name, tensor in found.items()}
 
@@ -97,6 +100,11 @@ def _indices(shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
     return {
         name: torch.randint(0, 5, shape).float() for name, shape in shapes.items() if name.endswith("indices")
     }
+
+
+def _far_apart(shape: Shape) -> Tensor:
+    """Logits of which the greatest has all of the softmax."""
+    return 1000 * torch.rand(shape).argsort(dim=-1).float()
 
 
 def _small_reflections(inputs: int, count: int) -> Tensor:
@@ -382,6 +390,40 @@ def _fourier(weights: Tensors, tensors: Tensors) -> Tensors:
     return {"layer.weight": weights["layer.weight"] + _fourier_delta(tensors, ROWS, COLUMNS)}
 
 
+def _mixed(logits: Tensor, bank: Tensor) -> Tensor:
+    """Pieces of a factor, each of the two vectors with the greatest logits."""
+    greatest, indices = logits.topk(2, dim=-1)
+    return (greatest.softmax(-1).unsqueeze(-1) * bank[indices]).sum(-2)
+
+
+def _chosen(tensors: Tensors, role: str) -> Tensor:
+    indices = tensors[f"layer.vblora_logits_{role}_topk_indices"].long()
+    stored = tensors[f"layer.vblora_logits_{role}_topk_weights"]
+    weights = torch.cat([stored, 1 - stored], dim=-1)
+    return (weights.unsqueeze(-1) * tensors["vblora_vector_bank"][indices]).sum(-2)
+
+
+def _vblora(weights: Tensors, tensors: Tensors) -> Tensors:
+    a, b = (_mixed(tensors[f"layer.vblora_logits_{role}"], tensors["vblora_vector_bank"]) for role in "AB")
+    delta = b.transpose(1, 2).reshape(ROWS, RANK) @ a.reshape(RANK, COLUMNS)
+    return {"layer.weight": weights["layer.weight"] + delta}
+
+
+def _vblora_chosen(weights: Tensors, tensors: Tensors) -> Tensors:
+    a, b = (_chosen(tensors, role) for role in "AB")
+    delta = b.transpose(1, 2).reshape(ROWS, RANK) @ a.reshape(RANK, COLUMNS)
+    return {"layer.weight": weights["layer.weight"] + delta}
+
+
+def _randlora(weights: Tensors, tensors: Tensors) -> Tensors:
+    """The shared projections are larger than the layer; rows of one and columns of the other are in other orders."""
+    scales, gains = tensors["layer.randlora_lambda"], tensors["layer.randlora_gamma"]
+    a = torch.einsum("kb,ky,by->kby", scales, tensors["randlora_A"][:, 0, :COLUMNS], gains)
+    b = tensors["randlora_B"][:ROWS, : scales.shape[1]]
+    delta = b.reshape(ROWS, -1) @ a.reshape(-1, COLUMNS)
+    return {"layer.weight": weights["layer.weight"] + SCALING * delta}
+
+
 def _hra_orthogonal(weights: Tensors, tensors: Tensors) -> Tensors:
     """Gram-Schmidt; then they may all be at once."""
     found: list[Tensor] = []
@@ -453,6 +495,7 @@ FOURIER = {
     "random_loc_seed": 777,
     **NO_RANK,
 }
+VBLORA = {"peft_type": "VBLORA", "lora_alpha": None, "topk": 2, "num_vectors": 8, "vector_length": 3}
 HRA = {"peft_type": "HRA", "lora_alpha": None}
 # Two products in a row.
 TWICE = 2.0**-20
@@ -545,6 +588,40 @@ FORMS: Mapping[str, Form] = MappingProxyType(
             {"peft_type": "SHIRA", "r": 1, "lora_alpha": None},
         ),
         "fourier": Form(LINEAR, {"layer.fourierft_spectrum": (700,)}, _fourier, FOURIER),
+        "vblora": Form(
+            LINEAR,
+            {
+                "layer.vblora_logits_A": (RANK, 32, 8),
+                "layer.vblora_logits_B": (50, RANK, 8),
+                "vblora_vector_bank": (8, 3),
+            },
+            _vblora,
+            VBLORA,
+        ),
+        "vblora-chosen": Form(
+            LINEAR,
+            {
+                "layer.vblora_logits_A_topk_indices": (RANK, 32, 2),
+                "layer.vblora_logits_A_topk_weights": (RANK, 32, 1),
+                "layer.vblora_logits_B_topk_indices": (50, RANK, 2),
+                "layer.vblora_logits_B_topk_weights": (50, RANK, 1),
+                "vblora_vector_bank": (8, 3),
+            },
+            _vblora_chosen,
+            {**VBLORA, "save_only_topk_weights": True},
+        ),
+        "randlora": Form(
+            LINEAR,
+            {
+                "layer.randlora_lambda": (RANK, 24),
+                "layer.randlora_gamma": (24, COLUMNS),
+                "randlora_A": (RANK, 1, COLUMNS + 7),
+                "randlora_B": (ROWS + 7, 26, RANK),
+            },
+            _randlora,
+            {"peft_type": "RANDLORA", "lora_alpha": None, "randlora_alpha": ALPHA},
+            TWICE,
+        ),
         "hra-orthogonal": Form(
             LINEAR, {"layer.hra_u": (COLUMNS, RANK)}, _hra_orthogonal, {**HRA, "apply_GS": True}, TWICE
         ),

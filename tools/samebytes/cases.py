@@ -174,6 +174,8 @@ def _other_methods() -> list[Case]:
         "C3A": [("llama", "c3a")],
         "SHIRA": [("llama", "shira")],
         "FOURIERFT": [("llama", "fourierft"), ("gpt2", "fourierft-conv1d")],
+        "VBLORA": [("llama", "vblora"), ("gpt2", "vblora-chosen")],
+        "RANDLORA": [("llama", "randlora")],
         "HRA": [("llama", "hra"), ("qwen2", "hra-orthogonal")],
         "VERA": [("llama", "vera"), ("gpt2", "vera-conv1d")],
     }

@@ -25,7 +25,9 @@ from peft import (
     LoraConfig,
     OFTConfig,
     PeftConfig,
+    RandLoraConfig,
     ShiraConfig,
+    VBLoRAConfig,
     VeraConfig,
 )
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
@@ -228,6 +230,25 @@ ADAPTERS: Mapping[str, Adapter] = {
         "gpt2",
         {"n_frequency": 500, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
         config=FourierFTConfig,
+    ),
+    "vblora": Adapter(
+        "llama",
+        {"num_vectors": 20, "vector_length": 32, "target_modules": [*QV, "down_proj"]},
+        config=VBLoRAConfig,
+    ),
+    "vblora-chosen": Adapter(
+        "gpt2",
+        {
+            "num_vectors": 20,
+            "vector_length": 16,
+            "target_modules": ["c_attn", "c_proj"],
+            "fan_in_fan_out": True,
+            "save_only_topk_weights": True,
+        },
+        config=VBLoRAConfig,
+    ),
+    "randlora": Adapter(
+        "llama", {"r": 16, "randlora_alpha": 8, "target_modules": [*QV, "down_proj"]}, config=RandLoraConfig
     ),
     "hra": Adapter("llama", {"r": 4, "target_modules": [*QV, "down_proj"]}, config=HRAConfig),
     "hra-orthogonal": Adapter("qwen2", {"r": 2, "target_modules": QV, "apply_GS": True}, config=HRAConfig),
