@@ -10,7 +10,9 @@ from typing import Any
 from streamconv.adapters.base import Adapter, Parameter, Tie, Update
 from streamconv.adapters.c3a import C3A
 from streamconv.adapters.config import AdapterConfig, check_fields, read_config
+from streamconv.adapters.delora import DELORA
 from streamconv.adapters.fourierft import FOURIERFT
+from streamconv.adapters.hira import HIRA
 from streamconv.adapters.hra import HRA
 from streamconv.adapters.ia3 import IA3
 from streamconv.adapters.loha import LOHA
@@ -196,6 +198,8 @@ ADAPTERS: Mapping[str, Method] = MappingProxyType(
         "IA3": IA3,
         "OFT": OFT,
         "HRA": HRA,
+        "HIRA": HIRA,
+        "DELORA": DELORA,
         "VBLORA": VBLORA,
         "RANDLORA": RANDLORA,
         "FOURIERFT": FOURIERFT,
@@ -217,11 +221,9 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
         "BOFT": "",
         "BONE": ", nor is MISS, its later name",
         "DEFT": "",
-        "DELORA": "",
         "FROD": _FROM_BASE_SVD,
         "GLORA": "",
         "GRALORA": "",
-        "HIRA": "",
         "LN_TUNING": "",
         "LOKR": "",
         "MISS": "",

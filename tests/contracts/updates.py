@@ -91,6 +91,9 @@ def drawn_small(shapes: Mapping[str, Shape], seed: int) -> Tensors:
     found |= {
         name: _far_apart(shape) for name, shape in shapes.items() if name.endswith(("logits_A", "logits_B"))
     }
+    found |= {
+        name: _of_length_two(shape) for name, shape in shapes.items() if "delora_" in name and RANK in shape
+    }
     found |= {name: _small_reflections(*shape) for name, shape in shapes.items() if name.endswith("hra_u")}
     return {name: tensor.abs() + 1 if "magnitude" in name else tensor for name, tensor in found.items()}
 
@@ -100,6 +103,13 @@ def _indices(shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
     return {
         name: torch.randint(0, 5, shape).float() for name, shape in shapes.items() if name.endswith("indices")
     }
+
+
+def _of_length_two(shape: Shape) -> Tensor:
+    """Rows of A, or columns of B, with ones in four places."""
+    longer = torch.rand(max(shape), RANK).argsort(dim=0)
+    found = (longer < 4).float()
+    return found if shape[1] == RANK else found.T.contiguous()
 
 
 def _far_apart(shape: Shape) -> Tensor:
@@ -424,6 +434,24 @@ def _randlora(weights: Tensors, tensors: Tensors) -> Tensors:
     return {"layer.weight": weights["layer.weight"] + SCALING * delta}
 
 
+def _hira(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Kernels flattened, if there are any."""
+    weight = weights["layer.weight"]
+    product = tensors["layer.hira_B"].flatten(1) @ tensors["layer.hira_A"].flatten(1)
+    return {"layer.weight": weight * (1 + product.reshape(weight.shape))}
+
+
+def _hira_of_embedding(weights: Tensors, tensors: Tensors) -> Tensors:
+    product = tensors["layer.hira_embedding_B"] @ tensors["layer.hira_embedding_A"]
+    return {"layer.weight": weights["layer.weight"] * (1 + product.T)}
+
+
+def _delora(weights: Tensors, tensors: Tensors) -> Tensors:
+    a, b, bound, norms = (tensors[f"layer.delora_{role}"] for role in ("A", "B", "lambda", "w_norm"))
+    sizes = a.norm(dim=1).clamp(min=1e-4) * b.norm(dim=0).clamp(min=1e-4)
+    return {"layer.weight": weights["layer.weight"] + b @ torch.diag(bound / RANK / sizes) @ a * norms}
+
+
 def _hra_orthogonal(weights: Tensors, tensors: Tensors) -> Tensors:
     """Gram-Schmidt; then they may all be at once."""
     found: list[Tensor] = []
@@ -496,6 +524,7 @@ FOURIER = {
     **NO_RANK,
 }
 VBLORA = {"peft_type": "VBLORA", "lora_alpha": None, "topk": 2, "num_vectors": 8, "vector_length": 3}
+HIRA = {"peft_type": "HIRA", "lora_alpha": None}
 HRA = {"peft_type": "HRA", "lora_alpha": None}
 # Two products in a row.
 TWICE = 2.0**-20
@@ -621,6 +650,27 @@ FORMS: Mapping[str, Form] = MappingProxyType(
             _randlora,
             {"peft_type": "RANDLORA", "lora_alpha": None, "randlora_alpha": ALPHA},
             TWICE,
+        ),
+        "hira": Form(LINEAR, {"layer.hira_A": (RANK, COLUMNS), "layer.hira_B": (ROWS, RANK)}, _hira, HIRA),
+        "hira-conv": Form(
+            CONV, {"layer.hira_A": (RANK, 7, 3, 5), "layer.hira_B": (13, RANK, 1, 1)}, _hira, HIRA
+        ),
+        "hira-embedding": Form(
+            LINEAR,
+            {"layer.hira_embedding_A": (RANK, ROWS), "layer.hira_embedding_B": (COLUMNS, RANK)},
+            _hira_of_embedding,
+            HIRA,
+        ),
+        "delora": Form(
+            LINEAR,
+            {
+                "layer.delora_A": (RANK, COLUMNS),
+                "layer.delora_B": (ROWS, RANK),
+                "layer.delora_lambda": (1,),
+                "layer.delora_w_norm": (COLUMNS,),
+            },
+            _delora,
+            {"peft_type": "DELORA", "lora_alpha": None},
         ),
         "hra-orthogonal": Form(
             LINEAR, {"layer.hra_u": (COLUMNS, RANK)}, _hra_orthogonal, {**HRA, "apply_GS": True}, TWICE

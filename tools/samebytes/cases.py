@@ -176,6 +176,8 @@ def _other_methods() -> list[Case]:
         "FOURIERFT": [("llama", "fourierft"), ("gpt2", "fourierft-conv1d")],
         "VBLORA": [("llama", "vblora"), ("gpt2", "vblora-chosen")],
         "RANDLORA": [("llama", "randlora")],
+        "HIRA": [("llama", "hira"), ("convnext", "hira-conv")],
+        "DELORA": [("llama", "delora")],
         "HRA": [("llama", "hra"), ("qwen2", "hra-orthogonal")],
         "VERA": [("llama", "vera"), ("gpt2", "vera-conv1d")],
     }

@@ -18,7 +18,9 @@ import torch
 import transformers
 from peft import (
     C3AConfig,
+    DeloraConfig,
     FourierFTConfig,
+    HiraConfig,
     HRAConfig,
     IA3Config,
     LoHaConfig,
@@ -250,6 +252,13 @@ ADAPTERS: Mapping[str, Adapter] = {
     "randlora": Adapter(
         "llama", {"r": 16, "randlora_alpha": 8, "target_modules": [*QV, "down_proj"]}, config=RandLoraConfig
     ),
+    "hira": Adapter("llama", {"r": 4, "target_modules": [*QV, "embed_tokens"]}, config=HiraConfig),
+    "hira-conv": Adapter(
+        "convnext",
+        {"r": 3, "target_modules": r".*downsampling_layer\.1", "task_type": None},
+        config=HiraConfig,
+    ),
+    "delora": Adapter("llama", {"r": 4, "target_modules": [*QV, "down_proj"]}, config=DeloraConfig),
     "hra": Adapter("llama", {"r": 4, "target_modules": [*QV, "down_proj"]}, config=HRAConfig),
     "hra-orthogonal": Adapter("qwen2", {"r": 2, "target_modules": QV, "apply_GS": True}, config=HRAConfig),
     "vera": Adapter("llama", {"r": 16, "target_modules": [*QV, "down_proj"]}, config=VeraConfig),
