@@ -57,7 +57,8 @@ class FourierUpdate(ByRows):
 
     def prepare(self, parts: Parts, device: torch.device) -> Parts:
         """Frequencies down the rows (`turns`), and along them (`bins`, up to half of the columns); shares in the cosine
-        and the sine of each number; cosines and sines of all rows' angles.
+        and the sine of each number; cosines and sines of all rows' angles; on the CPU how many numbers each of the
+        passes has in which no two are of one bin.
         """
         rows, columns = self.shape
         turns, bins = self._frequencies(parts["spectrum"].shape[0])
@@ -69,14 +70,11 @@ class FourierUpdate(ByRows):
         sign = torch.where(single, 0.0, torch.where(above, -1.0, 1.0))
         cosine = parts["spectrum"] * share.float().to(device)
         angles = torch.arange(rows, dtype=torch.float64, device=device).mul_(2 * math.pi / rows)
-        return {
-            "turns": turns.to(device),
-            "bins": bins.to(device),
-            "cosine": cosine,
-            "sine": cosine * sign.to(device),
-            "cosines": angles.cos().float(),
-            "sines": angles.sin().float(),
-        }
+        order, passes = _passes(bins)
+        numbers = {"turns": turns.to(device), "bins": bins.to(device), "cosine": cosine}
+        numbers["sine"] = cosine * sign.to(device)
+        found = {name: each[order.to(device)] for name, each in numbers.items()}
+        return found | {"cosines": angles.cos().float(), "sines": angles.sin().float(), "passes": passes}
 
     def _frequencies(self, count: int) -> tuple[Tensor, Tensor]:
         """Down the rows and along them, of each number: the places are of a spectrum [out, in]."""
@@ -98,19 +96,36 @@ class FourierUpdate(ByRows):
         """_ROWS rows of the update from `start` on; beyond the last they begin again."""
         rows, columns = self.shape
         turns, bins = prepared["turns"], prepared["bins"]
-        own = torch.arange(_ROWS, device=turns.device).unsqueeze(1)
-        spectrum = torch.zeros(_ROWS, columns // 2 + 1, dtype=torch.complex64, device=turns.device)
-        for begin in range(0, len(turns), _STRETCH):
-            some = slice(begin, begin + _STRETCH)
-            angle = (own + start) * turns[some] % rows
-            real = prepared["cosines"][angle] * prepared["cosine"][some]
-            imaginary = prepared["sines"][angle] * prepared["sine"][some]
-            spectrum.index_put_((own, bins[some]), torch.complex(real, imaginary), accumulate=True)
-        delta: Tensor = torch.fft.irfft(spectrum, n=columns, norm="forward")
+        own = torch.arange(start, start + _ROWS, device=turns.device)
+        spectrum = torch.zeros(columns // 2 + 1, _ROWS, 2, device=turns.device)
+        first = 0
+        for count in prepared["passes"].tolist():
+            for begin in range(first, first + count, _STRETCH):
+                some = slice(begin, min(begin + _STRETCH, first + count))
+                angle = (turns[some].unsqueeze(1) * own % rows).flatten()
+                parts = [
+                    prepared[table].index_select(0, angle).view(-1, _ROWS)
+                    * prepared[share][some].unsqueeze(1)
+                    for table, share in (("cosines", "cosine"), ("sines", "sine"))
+                ]
+                spectrum.index_add_(0, bins[some], torch.stack(parts, dim=2))
+            first += count
+        of_rows = torch.view_as_complex(spectrum).T.contiguous()
+        delta: Tensor = torch.fft.irfft(of_rows, n=columns, norm="forward")
         return delta
 
     def is_neutral(self, constants: Mapping[str, float]) -> bool:
         return self.scaling == 0 or has_zero_part(self.parts.values(), constants)
+
+
+def _passes(bins: Tensor) -> tuple[Tensor, Tensor]:
+    """Order of the numbers, and how many are in each pass: the first of every bin, the second of those that have one,
+    and so on. A sum then has one order, on a GPU too.
+    """
+    order = torch.sort(bins, stable=True).indices
+    ordered = bins[order]
+    place = torch.arange(len(bins)) - torch.searchsorted(ordered, ordered)
+    return order[torch.sort(place, stable=True).indices], torch.bincount(place)
 
 
 # -- reading -------------------------------------------------------------------------------------------------------

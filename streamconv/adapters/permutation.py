@@ -14,8 +14,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-# Entries from which on torch takes the second way, found by trying.
-LONG = 214_748_363
+# Entries from which on torch takes the second way.
+LONG = (2**32 - 1) // 20
 # Random numbers at a time.
 CHUNK = 1 << 16
 HELD_BYTES = 64 * CHUNK
