@@ -86,14 +86,15 @@ class FourierUpdate(ByRows):
 
     def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
         """`cell` plus its rows of the update, in place."""
+        delta = cell.new_empty(_ROWS, cell.shape[1])
         for start in range(rows.start // _ROWS * _ROWS, rows.stop, _ROWS):
             first, last = max(start, rows.start), min(start + _ROWS, rows.stop)
-            delta = self._delta(start, prepared)
+            self._write_rows(start, prepared, delta)
             cell[first - rows.start : last - rows.start].add_(delta[first - start : last - start])
         return cell
 
-    def _delta(self, start: int, prepared: Parts) -> Tensor:
-        """_ROWS rows of the update from `start` on; beyond the last they begin again."""
+    def _write_rows(self, start: int, prepared: Parts, out: Tensor) -> None:
+        """Write _ROWS rows of the update from `start` on; beyond the last they begin again."""
         rows, columns = self.shape
         turns, bins = prepared["turns"], prepared["bins"]
         own = torch.arange(start, start + _ROWS, device=turns.device)
@@ -111,8 +112,7 @@ class FourierUpdate(ByRows):
                 spectrum.index_add_(0, bins[some], torch.stack(parts, dim=2))
             first += count
         of_rows = torch.view_as_complex(spectrum).T.contiguous()
-        delta: Tensor = torch.fft.irfft(of_rows, n=columns, norm="forward")
-        return delta
+        torch.fft.irfft(of_rows, n=columns, norm="forward", out=out)
 
     def is_neutral(self, constants: Mapping[str, float]) -> bool:
         return self.scaling == 0 or has_zero_part(self.parts.values(), constants)
