@@ -61,8 +61,10 @@ DTYPES: Mapping[str, Dtype] = MappingProxyType(
     }
 )
 
-U8, I8, I32, I64 = (DTYPES[code] for code in ("U8", "I8", "I32", "I64"))
+U8, I8, I16, I32, I64 = (DTYPES[code] for code in ("U8", "I8", "I16", "I32", "I64"))
 F16, BF16, F32 = (DTYPES[code] for code in ("F16", "BF16", "F32"))
 
 # What a dense weight may be: the types a LoRA merge reads, adds to and rounds to.
 DENSE: Mapping[str, Dtype] = MappingProxyType({dtype.name: dtype for dtype in (F32, F16, BF16)})
+# What a tensor of indices may be; they are read as float32, which holds whole numbers up to 2**24.
+WHOLE: Mapping[str, Dtype] = MappingProxyType({dtype.name: dtype for dtype in (U8, I16, I32, I64)})

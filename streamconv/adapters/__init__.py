@@ -10,7 +10,12 @@ from typing import Any
 from streamconv.adapters.adalora import ADALORA
 from streamconv.adapters.base import Adapter, Parameter, Tie, Update
 from streamconv.adapters.boft import BOFT
+from streamconv.adapters.c3a import C3A
 from streamconv.adapters.config import AdapterConfig, check_fields, read_config
+from streamconv.adapters.delora import DELORA
+from streamconv.adapters.fourierft import FOURIERFT
+from streamconv.adapters.hira import HIRA
+from streamconv.adapters.hra import HRA
 from streamconv.adapters.ia3 import IA3
 from streamconv.adapters.ln_tuning import LN_TUNING
 from streamconv.adapters.loha import LOHA
@@ -20,13 +25,16 @@ from streamconv.adapters.method import Method
 from streamconv.adapters.miss import BONE, MISS
 from streamconv.adapters.names import read_source
 from streamconv.adapters.oft import OFT
+from streamconv.adapters.randlora import RANDLORA
 from streamconv.adapters.replication import check_every_layer
 from streamconv.adapters.saved import Saved, check_saved, read_saved
 from streamconv.adapters.scan import Scan, scan_tensors
+from streamconv.adapters.shira import SHIRA
 from streamconv.adapters.source import BaseParameters, MoeLayout, Source
 from streamconv.adapters.targets import check_targets
 from streamconv.adapters.ties import Settled, settle_tie
 from streamconv.adapters.trainable_tokens import TRAINABLE_TOKENS
+from streamconv.adapters.vblora import VBLORA
 from streamconv.adapters.vera import VERA
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.pickled import read_pickled
@@ -203,20 +211,29 @@ def _check_effect(
     )
 
 
+# In the order of use: what adapters on the Hub are, and what papers propose.
 ADAPTERS: Mapping[str, Method] = MappingProxyType(
     {
         "LORA": LORA,
-        "LOHA": LOHA,
+        "TRAINABLE_TOKENS": TRAINABLE_TOKENS,
         "ADALORA": ADALORA,
-        "LOKR": LOKR,
-        "IA3": IA3,
         "OFT": OFT,
-        "BOFT": BOFT,
+        "IA3": IA3,
+        "LOKR": LOKR,
+        "LOHA": LOHA,
+        "VERA": VERA,
+        "LN_TUNING": LN_TUNING,
         "MISS": MISS,
         "BONE": BONE,
-        "LN_TUNING": LN_TUNING,
-        "VERA": VERA,
-        "TRAINABLE_TOKENS": TRAINABLE_TOKENS,
+        "BOFT": BOFT,
+        "HRA": HRA,
+        "FOURIERFT": FOURIERFT,
+        "RANDLORA": RANDLORA,
+        "VBLORA": VBLORA,
+        "SHIRA": SHIRA,
+        "C3A": C3A,
+        "HIRA": HIRA,
+        "DELORA": DELORA,
     }
 )
 
@@ -228,37 +245,24 @@ NOT_BUILT: Mapping[str, str] = MappingProxyType(
     {
         "ADAMSS": _FROM_BASE_SVD,
         "BEFT": "",
-        "C3A": "",
         "DEFT": "",
-        "DELORA": "",
-        "FOURIERFT": _FROM_SEED,
         "FROD": _FROM_BASE_SVD,
         "GLORA": "",
         "GRALORA": "",
-        "HIRA": "",
-        "HRA": "",
         "OSF": _FROM_BASE_SVD,
         "PEANUT": "",
         "PSOFT": _FROM_BASE_SVD,
         "PVERA": _FROM_SEED,
-        "RANDLORA": _FROM_SEED,
         "ROAD": "",
-        "SHIRA": "",
         "SUPERTUNING": "",
         "TINYLORA": _FROM_SEED,
         "UNILORA": _FROM_SEED,
-        "VBLORA": "",
         "WAVEFT": _FROM_SEED,
     }
 )
 
 # Those whose layers PEFT 0.21.2 approximates by LoRA (`supports_lora_conversion`).
-CONVERTIBLE = frozenset(
-    {
-        *("C3A", "DELORA", "FOURIERFT", "GRALORA", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA", "VBLORA"),
-        "WAVEFT",
-    }
-)
+CONVERTIBLE = frozenset({"GRALORA", "PSOFT", "TINYLORA", "UNILORA", "WAVEFT"})
 
 _VIRTUAL_TOKENS = "it puts virtual tokens before the input"
 _ROUTING = "it chooses among weights for each input"

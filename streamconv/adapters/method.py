@@ -30,9 +30,10 @@ class Method:
     `keys`: regular expression of what its tensors are called below the path of a module (`lora_\\w+`); it may take in
     more than `read` uses, the rest is refused. `neutral`: how updates are that were never trained, after "every update
     is". `unused`: tensors that training alone needs, by the field of the config that switches them on. `shared`: what
-    tensors are called that belong to all modules, `base_model.NAME`; updates use each, or it is refused. `facts`: what
-    `inspect` tells of config and tensors. `multiplies`: whether updates scale or rotate a weight instead of adding to
-    it, so that of several adapters each changes what those before it made.
+    tensors are called that belong to all modules, `base_model.NAME`; updates use each, or it is refused. `indices`:
+    those that may be stored as whole numbers, below 2²⁴, as parts are float32. `facts`: what `inspect` tells of config
+    and tensors. `multiplies`: whether updates scale or rotate a weight instead of adding to it, so that of several
+    adapters each changes what those before it made.
     """
 
     label: str
@@ -42,5 +43,6 @@ class Method:
     neutral: str
     unused: Mapping[str, re.Pattern[str]] = field(default_factory=lambda: MappingProxyType({}))
     shared: str = ""
+    indices: str = ""
     facts: Facts = no_facts
     multiplies: bool = False

@@ -48,7 +48,7 @@ def read_source(
     """The adapter's tensors in the names of the base. Raises AdapterError for keys that PEFT does not give."""
     own_tensors, common = apart(tensors, method.shared)
     shared = by_key(location, common, method.shared, SHARED_PREFIX)
-    keys = _without_modules(by_key(location, own_tensors, method.keys), base)
+    keys = _without_modules(by_key(location, own_tensors, method.keys, indices=method.indices), base)
     ends = _ends(method)
     paths = {key: ends.sub("", key) for key in keys}
     own = _own_heads(config, keys)

@@ -65,3 +65,21 @@ def module_pattern(config: AdapterConfig, field: str, text: str) -> re.Pattern[s
         raise AdapterError(
             f"{config.name}: {text!r} in {field} is not a regular expression: {error}"
         ) from error
+
+
+def by_pattern(config: AdapterConfig, field: str, module: str, default: int) -> int:
+    """The number that `field`, an object by pattern, gives `module`, else `default`.
+
+    As PEFT's methods with a pattern of their own look it up (`_create_and_replace` in their models): a pattern stands
+    below at least one name of the path, and only the whole path may leave that out.
+    """
+    entries = config.ranks(field)
+    for text, number in entries.items():
+        try:
+            if re.match(rf".*\.{text}$", module):
+                return number
+        except re.error as error:
+            raise AdapterError(
+                f"{config.name}: {text!r} in {field} is not a regular expression: {error}"
+            ) from error
+    return entries.get(module, default)

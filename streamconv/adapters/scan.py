@@ -13,7 +13,7 @@ import torch
 
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import StoredTensor
-from streamconv.dtypes import DENSE
+from streamconv.dtypes import DENSE, WHOLE
 from streamconv.errors import AdapterError
 
 CHUNK_BYTES = 4 * 2**20
@@ -50,7 +50,7 @@ class _Buffer:
     def __init__(self) -> None:
         memory = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
         self.raw = tensor_bytes(memory)
-        self.values = {dtype: memory.view(dtype.torch) for dtype in DENSE.values()}
+        self.values = {dtype: memory.view(dtype.torch) for dtype in (*DENSE.values(), *WHOLE.values())}
 
 
 def _entry(tensor: StoredTensor, digest: str) -> str:

@@ -11,12 +11,13 @@ from typing import Any
 from streamconv.adapters.base import Parameter, Tie
 from streamconv.adapters.config import AdapterConfig
 from streamconv.checkpoint.types import Shape, StoredTensor
-from streamconv.dtypes import DENSE
+from streamconv.dtypes import DENSE, WHOLE
 from streamconv.errors import AdapterError
 
 PREFIX = "base_model.model."
 SHARED_PREFIX = "base_model."
 _DTYPES = frozenset(DENSE.values())
+_INDICES = _DTYPES | frozenset(WHOLE.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,12 +161,12 @@ def apart(tensors: Iterable[StoredTensor], shared: str) -> tuple[list[StoredTens
 
 
 def by_key(
-    location: str, tensors: Iterable[StoredTensor], keys: str, prefix: str = PREFIX
+    location: str, tensors: Iterable[StoredTensor], keys: str, prefix: str = PREFIX, indices: str = ""
 ) -> Mapping[str, StoredTensor]:
     """Tensors by the key that PEFT's save_pretrained would have given them, without its prefix.
 
-    `keys` is the regular expression of the method's own tensors. Raises AdapterError for other keys and element types,
-    and for the tensors of several adapters.
+    `keys` is the regular expression of the method's own tensors, `indices` of those that may be stored as whole
+    numbers. Raises AdapterError for other keys and element types, and for the tensors of several adapters.
     """
     trained = [tensor for tensor in tensors if not _COMPUTED.search(tensor.name)]
     plain = {tensor.name: plain_key(tensor.name) for tensor in trained}
@@ -179,7 +180,8 @@ def by_key(
                 f"{location}: the tensor {tensor.name} does not belong to a PEFT adapter, whose names start"
                 f" with {PREFIX!r}; save the adapter with PEFT's save_pretrained"
             )
-        if tensor.dtype not in _DTYPES:
+        is_index = bool(indices) and re.search(rf"\.({indices})$", name) is not None
+        if tensor.dtype not in (_INDICES if is_index else _DTYPES):
             raise AdapterError(
                 f"{location}: {tensor.name} is stored as {tensor.dtype}, expected F32, F16 or BF16; a"
                 " quantized adapter must be saved in floating point first"

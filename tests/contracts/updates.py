@@ -82,17 +82,51 @@ def saved_name(key: str) -> str:
 def drawn(shapes: Mapping[str, Shape], seed: int) -> Tensors:
     """Normally distributed values. DoRA's magnitudes are norms, and positive."""
     torch.manual_seed(seed)
-    found = {name: torch.randn(shape) for name, shape in shapes.items()}
+    found = {name: torch.randn(shape) for name, shape in shapes.items()} | _indices(shapes)
     return {name: tensor.abs() if "magnitude" in name else tensor for name, tensor in found.items()}
 
 
 def drawn_small(shapes: Mapping[str, Shape], seed: int) -> Tensors:
     """Integers from -3 to 3: of these, sums and products have no rounding in any order, and zeros are among them."""
     torch.manual_seed(seed)
-    found = {name: torch.randint(-3, 4, shape).float() for name, shape in shapes.items()}
+    found = {name: torch.randint(-3, 4, shape).float() for name, shape in shapes.items()} | _indices(shapes)
     # Of two rows and so skew-symmetric, the Cayley transform is a rotation by nothing or a right angle.
     found |= {name: 2 * tensor.sign().triu(1) for name, tensor in found.items() if name.endswith("boft_R")}
+    found |= {
+        name: _far_apart(shape) for name, shape in shapes.items() if name.endswith(("logits_A", "logits_B"))
+    }
+    found |= {
+        name: _of_length_two(shape) for name, shape in shapes.items() if "delora_" in name and RANK in shape
+    }
+    found |= {name: _small_reflections(*shape) for name, shape in shapes.items() if name.endswith("hra_u")}
     return {name: tensor.abs() + 1 if "magnitude" in name else tensor for name, tensor in found.items()}
+
+
+def _indices(shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """Whole numbers, for tensors of indices alone, that any axis of a weight has."""
+    return {
+        name: torch.randint(0, 5, shape).float() for name, shape in shapes.items() if name.endswith("indices")
+    }
+
+
+def _of_length_two(shape: Shape) -> Tensor:
+    """Rows of A, or columns of B, with ones in four places."""
+    longer = torch.rand(max(shape), RANK).argsort(dim=0)
+    found = (longer < 4).float()
+    return found if shape[1] == RANK else found.T.contiguous()
+
+
+def _far_apart(shape: Shape) -> Tensor:
+    """Logits of which the greatest has all of the softmax."""
+    return 1000 * torch.rand(shape).argsort(dim=-1).float()
+
+
+def _small_reflections(inputs: int, count: int) -> Tensor:
+    """Columns whose lengths, as they are and across one another, are powers of two."""
+    found = torch.zeros(inputs, count)
+    signs = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]])
+    found[torch.randperm(inputs)[:4]] = signs[:count].T.float()
+    return found
 
 
 # -- the maths -----------------------------------------------------------------------------------------------------
@@ -417,6 +451,108 @@ def _boft(weights: Tensors, tensors: Tensors) -> Tensors:
     return {"layer.weight": scaled.reshape(weight.shape)}
 
 
+def _hra(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Kernels flattened, if there are any; one reflection after the other."""
+    weight, columns = weights["layer.weight"], tensors["layer.hra_u"]
+    found = weight.flatten(1)
+    for u in (columns / columns.norm(dim=0)).T:
+        found = found - 2 * torch.outer(found @ u, u)
+    return {"layer.weight": found.reshape(weight.shape)}
+
+
+def _c3a(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Kernel [(j - p) mod n] in row p and column j of its block."""
+    kernels = tensors["layer.c3a_kernel"]
+    place = torch.arange(kernels.shape[2])
+    blocks = kernels[:, :, (place - place[:, None]) % len(place)]
+    return {"layer.weight": weights["layer.weight"] + blocks.transpose(1, 2).reshape(ROWS, COLUMNS) / COLUMNS}
+
+
+def _shira(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Places that are listed twice get both numbers."""
+    rows, columns = tensors["layer.shira_indices"].long()
+    found = weights["layer.weight"].clone()
+    found.index_put_((rows, columns), tensors["layer.shira_weight"], accumulate=True)
+    return {"layer.weight": found}
+
+
+def _fourier_delta(tensors: Tensors, outputs: int, inputs: int) -> Tensor:
+    spectrum = torch.zeros(outputs * inputs, dtype=torch.float64)
+    places = torch.randperm(outputs * inputs, generator=torch.Generator().manual_seed(777))
+    numbers = tensors["layer.fourierft_spectrum"]
+    spectrum[places[: len(numbers)]] = numbers
+    delta: Tensor = 150 * torch.fft.ifft2(spectrum.reshape(outputs, inputs)).real
+    return delta
+
+
+def _fourier(weights: Tensors, tensors: Tensors) -> Tensors:
+    return {"layer.weight": weights["layer.weight"] + _fourier_delta(tensors, ROWS, COLUMNS)}
+
+
+def _mixed(logits: Tensor, bank: Tensor) -> Tensor:
+    """Pieces of a factor, each of the two vectors with the greatest logits."""
+    greatest, indices = logits.topk(2, dim=-1)
+    return (greatest.softmax(-1).unsqueeze(-1) * bank[indices]).sum(-2)
+
+
+def _chosen(tensors: Tensors, role: str) -> Tensor:
+    indices = tensors[f"layer.vblora_logits_{role}_topk_indices"].long()
+    stored = tensors[f"layer.vblora_logits_{role}_topk_weights"]
+    weights = torch.cat([stored, 1 - stored], dim=-1)
+    return (weights.unsqueeze(-1) * tensors["vblora_vector_bank"][indices]).sum(-2)
+
+
+def _vblora(weights: Tensors, tensors: Tensors) -> Tensors:
+    a, b = (_mixed(tensors[f"layer.vblora_logits_{role}"], tensors["vblora_vector_bank"]) for role in "AB")
+    delta = b.transpose(1, 2).reshape(ROWS, RANK) @ a.reshape(RANK, COLUMNS)
+    return {"layer.weight": weights["layer.weight"] + delta}
+
+
+def _vblora_chosen(weights: Tensors, tensors: Tensors) -> Tensors:
+    a, b = (_chosen(tensors, role) for role in "AB")
+    delta = b.transpose(1, 2).reshape(ROWS, RANK) @ a.reshape(RANK, COLUMNS)
+    return {"layer.weight": weights["layer.weight"] + delta}
+
+
+def _randlora(weights: Tensors, tensors: Tensors) -> Tensors:
+    """The shared projections are larger than the layer; rows of one and columns of the other are in other orders."""
+    scales, gains = tensors["layer.randlora_lambda"], tensors["layer.randlora_gamma"]
+    a = torch.einsum("kb,ky,by->kby", scales, tensors["randlora_A"][:, 0, :COLUMNS], gains)
+    b = tensors["randlora_B"][:ROWS, : scales.shape[1]]
+    delta = b.reshape(ROWS, -1) @ a.reshape(-1, COLUMNS)
+    return {"layer.weight": weights["layer.weight"] + SCALING * delta}
+
+
+def _hira(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Kernels flattened, if there are any."""
+    weight = weights["layer.weight"]
+    product = tensors["layer.hira_B"].flatten(1) @ tensors["layer.hira_A"].flatten(1)
+    return {"layer.weight": weight * (1 + product.reshape(weight.shape))}
+
+
+def _hira_of_embedding(weights: Tensors, tensors: Tensors) -> Tensors:
+    product = tensors["layer.hira_embedding_B"] @ tensors["layer.hira_embedding_A"]
+    return {"layer.weight": weights["layer.weight"] * (1 + product.T)}
+
+
+def _delora(weights: Tensors, tensors: Tensors) -> Tensors:
+    a, b, bound, norms = (tensors[f"layer.delora_{role}"] for role in ("A", "B", "lambda", "w_norm"))
+    sizes = a.norm(dim=1).clamp(min=1e-4) * b.norm(dim=0).clamp(min=1e-4)
+    return {"layer.weight": weights["layer.weight"] + b @ torch.diag(bound / RANK / sizes) @ a * norms}
+
+
+def _hra_orthogonal(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Gram-Schmidt; then they may all be at once."""
+    found: list[Tensor] = []
+    for column in tensors["layer.hra_u"].T:
+        u = column
+        for other in found:
+            u = u - (other @ u) * other
+        found.append(u / u.norm())
+    u = torch.stack(found, dim=1)
+    return {"layer.weight": weights["layer.weight"] - 2 * (weights["layer.weight"] @ u) @ u.T}
+
+
 def _vera(weights: Tensors, tensors: Tensors) -> Tensors:
     """The shared projections are larger than the layer."""
     a, b = tensors["vera_A"][:, :COLUMNS], tensors["vera_B"][:ROWS]
@@ -492,6 +628,19 @@ def _lokr_factors(a: int, c: int, b: int, d: int) -> Mapping[str, Shape]:
     }
 
 
+NO_RANK = {"r": None, "lora_alpha": None}
+FOURIER = {
+    "peft_type": "FOURIERFT",
+    "n_frequency": 700,
+    "scaling": 150,
+    "random_loc_seed": 777,
+    **NO_RANK,
+}
+VBLORA = {"peft_type": "VBLORA", "lora_alpha": None, "topk": 2, "num_vectors": 8, "vector_length": 3}
+HIRA = {"peft_type": "HIRA", "lora_alpha": None}
+HRA = {"peft_type": "HRA", "lora_alpha": None}
+# Two products in a row.
+TWICE = 2.0**-20
 QALORA = {"use_qalora": True, "qalora_group_size": GROUP}
 
 FORMS: Mapping[str, Form] = MappingProxyType(
@@ -628,6 +777,76 @@ FORMS: Mapping[str, Form] = MappingProxyType(
             BOFT,
             2.0**-20,
         ),
+        "hra": Form(LINEAR, {"layer.hra_u": (COLUMNS, RANK)}, _hra, HRA, TWICE),
+        "c3a": Form(
+            LINEAR, {"layer.c3a_kernel": (50, 32, 3)}, _c3a, {"peft_type": "C3A", "block_size": 3, **NO_RANK}
+        ),
+        "shira": Form(
+            LINEAR,
+            {"layer.shira_weight": (ROWS + COLUMNS,), "layer.shira_indices": (2, ROWS + COLUMNS)},
+            _shira,
+            {"peft_type": "SHIRA", "r": 1, "lora_alpha": None},
+        ),
+        "fourier": Form(LINEAR, {"layer.fourierft_spectrum": (700,)}, _fourier, FOURIER),
+        "vblora": Form(
+            LINEAR,
+            {
+                "layer.vblora_logits_A": (RANK, 32, 8),
+                "layer.vblora_logits_B": (50, RANK, 8),
+                "vblora_vector_bank": (8, 3),
+            },
+            _vblora,
+            VBLORA,
+        ),
+        "vblora-chosen": Form(
+            LINEAR,
+            {
+                "layer.vblora_logits_A_topk_indices": (RANK, 32, 2),
+                "layer.vblora_logits_A_topk_weights": (RANK, 32, 1),
+                "layer.vblora_logits_B_topk_indices": (50, RANK, 2),
+                "layer.vblora_logits_B_topk_weights": (50, RANK, 1),
+                "vblora_vector_bank": (8, 3),
+            },
+            _vblora_chosen,
+            {**VBLORA, "save_only_topk_weights": True},
+        ),
+        "randlora": Form(
+            LINEAR,
+            {
+                "layer.randlora_lambda": (RANK, 24),
+                "layer.randlora_gamma": (24, COLUMNS),
+                "randlora_A": (RANK, 1, COLUMNS + 7),
+                "randlora_B": (ROWS + 7, 26, RANK),
+            },
+            _randlora,
+            {"peft_type": "RANDLORA", "lora_alpha": None, "randlora_alpha": ALPHA},
+            TWICE,
+        ),
+        "hira": Form(LINEAR, {"layer.hira_A": (RANK, COLUMNS), "layer.hira_B": (ROWS, RANK)}, _hira, HIRA),
+        "hira-conv": Form(
+            CONV, {"layer.hira_A": (RANK, 7, 3, 5), "layer.hira_B": (13, RANK, 1, 1)}, _hira, HIRA
+        ),
+        "hira-embedding": Form(
+            LINEAR,
+            {"layer.hira_embedding_A": (RANK, ROWS), "layer.hira_embedding_B": (COLUMNS, RANK)},
+            _hira_of_embedding,
+            HIRA,
+        ),
+        "delora": Form(
+            LINEAR,
+            {
+                "layer.delora_A": (RANK, COLUMNS),
+                "layer.delora_B": (ROWS, RANK),
+                "layer.delora_lambda": (1,),
+                "layer.delora_w_norm": (COLUMNS,),
+            },
+            _delora,
+            {"peft_type": "DELORA", "lora_alpha": None},
+        ),
+        "hra-orthogonal": Form(
+            LINEAR, {"layer.hra_u": (COLUMNS, RANK)}, _hra_orthogonal, {**HRA, "apply_GS": True}, TWICE
+        ),
+        "hra-conv": Form({"layer.weight": (13, 7, 3, 3)}, {"layer.hra_u": (63, RANK)}, _hra, HRA, TWICE),
         "vera": Form(
             LINEAR,
             {

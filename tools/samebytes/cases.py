@@ -178,6 +178,14 @@ def _other_methods() -> list[Case]:
         "MISS": [("llama", "miss"), ("llama", "miss-bat")],
         "BONE": [("llama", "bone")],
         "LN_TUNING": [("llama", "norms")],
+        "C3A": [("llama", "c3a")],
+        "SHIRA": [("llama", "shira")],
+        "FOURIERFT": [("llama", "fourierft"), ("gpt2", "fourierft-conv1d")],
+        "VBLORA": [("llama", "vblora"), ("gpt2", "vblora-chosen")],
+        "RANDLORA": [("llama", "randlora")],
+        "HIRA": [("llama", "hira"), ("convnext", "hira-conv")],
+        "DELORA": [("llama", "delora")],
+        "HRA": [("llama", "hra"), ("qwen2", "hra-orthogonal")],
         "VERA": [("llama", "vera"), ("gpt2", "vera-conv1d")],
     }
     cases = [
@@ -193,6 +201,10 @@ def _other_methods() -> list[Case]:
             ("IA3", "ia3", "gptq"),
             ("OFT", "oft", "nf4-dq"),
             ("OFT", "oft", "w4a16"),
+            ("HRA", "hra", "nf4-dq"),
+            ("FOURIERFT", "fourierft", "int8"),
+            ("SHIRA", "shira", "nf4-dq"),
+            ("C3A", "c3a", "w4a16"),
         )
     ]  # fmt: skip
     feedback = {"quant": "nf4-dq", "min_kept": 0} | _text()

@@ -19,6 +19,11 @@ import transformers
 from peft import (
     AdaLoraConfig,
     BOFTConfig,
+    C3AConfig,
+    DeloraConfig,
+    FourierFTConfig,
+    HiraConfig,
+    HRAConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
@@ -27,7 +32,10 @@ from peft import (
     MissConfig,
     OFTConfig,
     PeftConfig,
+    RandLoraConfig,
+    ShiraConfig,
     TrainableTokensConfig,
+    VBLoRAConfig,
     VeraConfig,
 )
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig
@@ -236,6 +244,57 @@ ADAPTERS: Mapping[str, Adapter] = {
         "llama", {"r": 16, "target_modules": [*QV, "down_proj"], "init_weights": "bat"}, config=MissConfig
     ),
     "norms": Adapter("llama", {"target_modules": ["norm", "input_layernorm"]}, config=LNTuningConfig),
+    "c3a": Adapter(
+        "llama",
+        {"block_size": 32, "target_modules": [*QV, "down_proj"], "block_size_pattern": {"v_proj": 64}},
+        config=C3AConfig,
+    ),
+    "shira": Adapter(
+        "llama", {"r": 4, "target_modules": [*QV, "down_proj"], "random_seed": 3}, config=ShiraConfig
+    ),
+    "fourierft": Adapter(
+        "llama",
+        {
+            "n_frequency": 500,
+            "target_modules": [*QV, "down_proj"],
+            "n_frequency_pattern": {"v_proj": 200},
+            "init_weights": True,
+        },
+        config=FourierFTConfig,
+    ),
+    "fourierft-conv1d": Adapter(
+        "gpt2",
+        {"n_frequency": 500, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+        config=FourierFTConfig,
+    ),
+    "vblora": Adapter(
+        "llama",
+        {"num_vectors": 20, "vector_length": 32, "target_modules": [*QV, "down_proj"]},
+        config=VBLoRAConfig,
+    ),
+    "vblora-chosen": Adapter(
+        "gpt2",
+        {
+            "num_vectors": 20,
+            "vector_length": 16,
+            "target_modules": ["c_attn", "c_proj"],
+            "fan_in_fan_out": True,
+            "save_only_topk_weights": True,
+        },
+        config=VBLoRAConfig,
+    ),
+    "randlora": Adapter(
+        "llama", {"r": 16, "randlora_alpha": 8, "target_modules": [*QV, "down_proj"]}, config=RandLoraConfig
+    ),
+    "hira": Adapter("llama", {"r": 4, "target_modules": [*QV, "embed_tokens"]}, config=HiraConfig),
+    "hira-conv": Adapter(
+        "convnext",
+        {"r": 3, "target_modules": r".*downsampling_layer\.1", "task_type": None},
+        config=HiraConfig,
+    ),
+    "delora": Adapter("llama", {"r": 4, "target_modules": [*QV, "down_proj"]}, config=DeloraConfig),
+    "hra": Adapter("llama", {"r": 4, "target_modules": [*QV, "down_proj"]}, config=HRAConfig),
+    "hra-orthogonal": Adapter("qwen2", {"r": 2, "target_modules": QV, "apply_GS": True}, config=HRAConfig),
     "vera": Adapter("llama", {"r": 16, "target_modules": [*QV, "down_proj"]}, config=VeraConfig),
     "vera-conv1d": Adapter(
         "gpt2",
