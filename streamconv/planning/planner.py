@@ -25,6 +25,7 @@ from streamconv.planning.quantized import QuantizedSet, choose_quantized, with_g
 from streamconv.planning.shards import as_stored_shards, split_steps
 from streamconv.planning.steps import plan_steps
 from streamconv.planning.ties import check_unknown_tie
+from streamconv.planning.unmerged import notes_on_factors
 
 _NOT_EQUALIZED: Mapping[str, Equalizer] = MappingProxyType({})
 
@@ -135,7 +136,7 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
         fingerprint=fingerprint(
             base.index, adapter, options, choices.rounding_choice, draft.calibration, device, shards
         ),
-        notes=adapter.notes if adapter else (),
+        notes=(*notes_on_factors(base.index), *(adapter.notes if adapter else ())),
     )
 
 
