@@ -9,6 +9,7 @@ from typing import Any
 
 from streamconv.adapters.base import Adapter, Parameter, Tie, Update
 from streamconv.adapters.config import AdapterConfig, check_fields, read_config
+from streamconv.adapters.heads import find_head, notes_on_head
 from streamconv.adapters.ia3 import IA3
 from streamconv.adapters.loha import LOHA
 from streamconv.adapters.lora_reader import LORA
@@ -53,12 +54,15 @@ def read_adapter(
     source = read_source(storage.location, config, stored.values(), base, moe, method)
 
     check_fields(config, method.fields)
+    head = find_head(source, base)
+    if head is not None:
+        base = base.without(head.left_out)
     updates = method.read(source, base)
     updated = frozenset(update.parameter for update in updates)
     taken = {tensor.name for update in updates for tensor in update.parts.values()} | _unused(source, method)
     rest = [key for key, tensor in source.tensors.items() if tensor.name not in taken]
     scan = scan_tensors(config.raw, stored.values())
-    saved = read_saved(source, base, rest, updated, scan.digests)
+    saved = read_saved(source, base, rest, updated, scan.digests, head.parameters if head else ())
     taken |= {replace.tensor.name for replace in saved.replaces}
     taken |= {source.tensors[key].name for key in saved.repeated}
     _check_leftovers(source, base, [key for key in rest if source.tensors[key].name not in taken])
@@ -85,6 +89,8 @@ def read_adapter(
         modules=MappingProxyType(dict(counts)),
         renamed=source.renaming.reason if source.renaming else None,
         sha256=scan.sha256,
+        notes=notes_on_head(head),
+        head=head,
     )
 
 

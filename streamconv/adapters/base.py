@@ -198,6 +198,18 @@ class Tie:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskHead:
+    """Head of another task, or with other labels than the base's: the output's class, how many labels it tells apart,
+    saved parameters that the base lacks or has with other rows, and those of the base that the class does not have.
+    """
+
+    architecture: str
+    labels: int
+    parameters: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """A PEFT adapter, read and checked against a base model.
 
@@ -219,6 +231,7 @@ class Adapter:
     sha256: str
     renamed: str | None = None
     notes: tuple[str, ...] = ()
+    head: TaskHead | None = None
 
 
 @dataclass(frozen=True, slots=True)

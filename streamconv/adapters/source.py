@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -45,6 +45,11 @@ class BaseParameters:
         if found is None:
             raise AdapterError(f"{key} is for {name}, which the base model does not have{self._hint(name)}")
         return found
+
+    def without(self, names: Collection[str]) -> BaseParameters:
+        """All but `names`; a tie to one of them is none any more, nor is one to a head that was not stored."""
+        kept = {name: parameter for name, parameter in self.parameters.items() if name not in names}
+        return BaseParameters(MappingProxyType(kept), self.config, None)
 
     def _hint(self, name: str) -> str:
         """Names that differ by a prefix only: the adapter was trained on another class of the same model."""

@@ -23,11 +23,14 @@ def edit_config(
     quantization: Mapping[str, Any] | None,
     untie: bool,
     vocab_size: tuple[int, int] | None,
+    architecture: str | None = None,
+    labels: int | None = None,
 ) -> dict[str, Any]:
     """config.json of the output: key order and unknown keys stay.
 
     `dtype` replaces `dtype`/`torch_dtype` wherever one stands; `quantization` is the new
-    `quantization_config`, None removes it at every level; `vocab_size` is (old, new) rows of the embedding.
+    `quantization_config`, None removes it at every level; `vocab_size` is (old, new) rows of the embedding;
+    `architecture` is the class of the output and `labels` how many it tells apart, None where they are the base's.
     """
     edited = copy.deepcopy(dict(config))
     quantization_keys = ("quantization_config", "compression_config")
@@ -45,6 +48,22 @@ def edit_config(
         edited["tie_word_embeddings"] = False
     if edited.get("_name_or_path"):
         edited["_name_or_path"] = ""  # a local path would tell who made it
+    if architecture is not None:
+        edited["architectures"] = [architecture]
+    if labels is not None:
+        _set_labels(edited, labels)
     if quantization is not None:
         edited["quantization_config"] = dict(quantization)
     return edited
+
+
+def _set_labels(config: dict[str, Any], labels: int) -> None:
+    """Give `config` names of so many labels, as transformers writes them; two without names are its default."""
+    names = config.get("id2label")
+    if len(names) == labels if isinstance(names, dict) else labels == 2:
+        return
+    config["id2label"] = {str(label): f"LABEL_{label}" for label in range(labels)}
+    config["label2id"] = {f"LABEL_{label}": label for label in range(labels)}
+    for key in ("num_labels", "_num_labels"):  # of versions that wrote the number, too
+        if key in config:
+            config[key] = labels

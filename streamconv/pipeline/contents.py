@@ -151,6 +151,8 @@ def _config(prepared: Prepared, quantization: Json | None) -> bytes:
             quantization=quantization,
             untie=plan.untied,
             vocab_size=plan.vocab_size,
+            architecture=plan.head.architecture if plan.head else None,
+            labels=plan.head.labels if plan.head else None,
         )
     )
 

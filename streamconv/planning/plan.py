@@ -13,7 +13,7 @@ from enum import StrEnum
 from itertools import accumulate
 from typing import Any
 
-from streamconv.adapters.base import Update, UpdateAccess
+from streamconv.adapters.base import TaskHead, Update, UpdateAccess
 from streamconv.checkpoint.layout import ShardLayout
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
 from streamconv.equalization.equalizer import Equalizer
@@ -284,6 +284,7 @@ class Plan:
     fingerprint: Mapping[str, Any]
     passes: tuple[Pass, ...] = ()
     notes: tuple[str, ...] = ()
+    head: TaskHead | None = None
 
     @property
     def size(self) -> int:
