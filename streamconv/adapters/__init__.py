@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from streamconv.adapters.base import Adapter, Parameter, Tie, Update
+from streamconv.adapters.beside import read_beside, with_beside
 from streamconv.adapters.config import AdapterConfig, check_fields, read_config
 from streamconv.adapters.heads import find_head, notes_on_head
 from streamconv.adapters.ia3 import IA3
@@ -38,20 +40,24 @@ def read_adapter(
     tie: Tie | None,
     moe: MoeLayout = MoeLayout(),  # noqa: B008  a frozen value
     allow_pickle: bool = False,
+    ignore_extra: Collection[str] = (),
 ) -> Adapter:
     """The adapter in `storage`, checked against the base it is for; reads its tensors once, in chunks.
 
     `parameters` are the base's, its layers repeated as `layer_replication` has it (`depth.deepen`); `tie` says what
-    its config ties, `moe` what is not left to find out of fused experts; `allow_pickle`
-    lets adapter_model.bin be read. Raises AdapterError where adapter and base do not fit or something in the file
-    would not be used, UnsupportedError for methods and variants that are not built, CheckpointError where a file is
-    broken.
+    its config ties, `moe` what is not left to find out of fused experts; `allow_pickle` lets adapter_model.bin and
+    files of weights beside it be read, but for those in `ignore_extra`. Raises AdapterError where adapter and base do
+    not fit or something in the folder would not be used, UnsupportedError for methods and variants that are not built,
+    CheckpointError where a file is broken.
     """
     config = read_config(storage)
     method = find_method(config)
     stored = read_stored(storage, allow_pickle)
     base = BaseParameters(parameters, base_config, tie)
     source = read_source(storage.location, config, stored.values(), base, moe, method)
+    read = {tensor.file for tensor in stored.values()}
+    beside = read_beside(storage, source, base, read, allow_pickle, ignore_extra)
+    source = with_beside(source, beside)
 
     check_fields(config, method.fields)
     head = find_head(source, base)
@@ -61,7 +67,7 @@ def read_adapter(
     updated = frozenset(update.parameter for update in updates)
     taken = {tensor.name for update in updates for tensor in update.parts.values()} | _unused(source, method)
     rest = [key for key, tensor in source.tensors.items() if tensor.name not in taken]
-    scan = scan_tensors(config.raw, stored.values())
+    scan = scan_tensors(config.raw, (*stored.values(), *beside.tensors.values()))
     saved = read_saved(source, base, rest, updated, scan.digests, head.parameters if head else ())
     taken |= {replace.tensor.name for replace in saved.replaces}
     taken |= {source.tensors[key].name for key in saved.repeated}
@@ -89,7 +95,7 @@ def read_adapter(
         modules=MappingProxyType(dict(counts)),
         renamed=source.renaming.reason if source.renaming else None,
         sha256=scan.sha256,
-        notes=notes_on_head(head),
+        notes=(*notes_on_head(head), *beside.notes),
         head=head,
     )
 
@@ -97,9 +103,8 @@ def read_adapter(
 def read_stored(storage: Storage, allow_pickle: bool) -> Mapping[str, StoredTensor]:
     """The adapter's tensors by name: safetensors where there are any, else a pickle if that is allowed."""
     names = storage.names()
-    if _PICKLE not in names or any(
-        name.endswith((".safetensors", ".safetensors.index.json")) for name in names
-    ):
+    is_safe = any(fnmatch.fnmatchcase(name, "adapter_model*.safetensors*") for name in names)
+    if _PICKLE not in names or is_safe:
         index = read_index(storage, stem="adapter_model", require_config=False)
         storage.fetch((shard.file for shard in index.shards), lambda _: None)
         return index.tensors

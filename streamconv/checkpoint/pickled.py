@@ -32,7 +32,12 @@ def read_pickled(file: SourceFile) -> Mapping[str, StoredTensor]:
         raise CheckpointError(
             f"{file.name} cannot be read as a file of tensors that torch.save wrote ({reason}); save it as safetensors"
         ) from error
-    if not isinstance(loaded, dict) or not loaded:
+    if loaded == {}:
+        raise CheckpointError(
+            f"{file.name} holds no tensors, as a save leaves it that was interrupted, or that did not gather what"
+            " DeepSpeed ZeRO-3 keeps apart; save it again, or take an earlier checkpoint"
+        )
+    if not isinstance(loaded, dict):
         raise CheckpointError(f"{file.name} must hold tensors by name, found {type(loaded).__name__}")
     return MappingProxyType({str(name): _stored(str(name), value, file) for name, value in loaded.items()})
 

@@ -197,7 +197,15 @@ ALLOW_PICKLE = option(
     "--allow-pickle",
     defaults=MERGE_DEFAULTS,
     is_flag=True,
-    help="Read adapter_model.bin: a pickle, opened so that it can hold nothing but tensors.",
+    help="Read adapter_model.bin and pickles of weights beside it, opened so that they can hold nothing but tensors.",
+)
+IGNORE_EXTRA = option(
+    Section.MERGE,
+    "--ignore-extra",
+    defaults=MERGE_DEFAULTS,
+    multiple=True,
+    metavar="FILE",
+    help="File of trained weights beside the adapter that is left out. Repeatable.",
 )
 MERGE_BASE = option(
     Section.MERGE,
@@ -244,6 +252,7 @@ TARGET = group(
     TOKENIZER,
     MOE_LAYOUT,
     ALLOW_PICKLE,
+    IGNORE_EXTRA,
 )
 
 

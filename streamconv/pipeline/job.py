@@ -187,6 +187,7 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "preserve_delta": _preserve_delta,
     "min_kept": _share,
     "ignore": tuple,
+    "ignore_extra": tuple,
     "moe_layout": _moe_layout,
     "max_ram_bytes": _size("--max-ram"),
     "max_vram_bytes": _size("--max-vram"),

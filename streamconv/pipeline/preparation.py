@@ -33,6 +33,7 @@ from streamconv.planning.devices import resolve_device
 from streamconv.planning.options import Job
 from streamconv.planning.plan import Plan
 from streamconv.planning.planner import build_plans, facts_of
+from streamconv.planning.unmerged import refuse_unmerged
 from streamconv.storage import open_storage
 from streamconv.storage.base import SourceFile, Storage
 
@@ -111,6 +112,7 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     """
     storage = open_storage(job.base, job.base_revision)
     index = read_index(storage)
+    refuse_unmerged(index)
     base = read_base(index, find_weights(index))
     _log.info("read the base %s: %d weights in %d shards", job.base, len(base.weights), len(index.shards))
     adapter_storage = None
@@ -126,7 +128,13 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
         }
         moe = parse_moe_layout(job.options.moe_layout)
         adapter = read_adapter(
-            adapter_storage, parameters, base.index.config, base.tie, moe, job.allow_pickle
+            adapter_storage,
+            parameters,
+            base.index.config,
+            base.tie,
+            moe,
+            job.allow_pickle,
+            job.options.ignore_extra,
         )
         _log.info("read the adapter %s: %d updates", job.adapter, len(adapter.updates))
     options = options_alone(facts_of(base, adapter), job.options, (job.options.quant, *job.also))

@@ -14,7 +14,6 @@ from streamconv.planning.plan import (
     Depth,
 )
 from streamconv.planning.ties import find_tie
-from streamconv.planning.unmerged import refuse_unmerged
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +33,8 @@ class Base:
 def read_base(index: CheckpointIndex, weights: Sequence[Weight]) -> Base:
     """The base of a plan.
 
-    Raises UnsupportedError where its quantized weights are of more than one format, or transposed, and where it holds
-    factors of an adapter.
+    Raises UnsupportedError where its quantized weights are of more than one format, or transposed.
     """
-    refuse_unmerged(index)
     formats = sorted({weight.format for weight in weights if weight.decoder.grid is not None})
     if len(formats) > 1:
         raise UnsupportedError(

@@ -83,6 +83,7 @@ class MergeOptions:
     seed: int = 0
     ignore: tuple[str, ...] = ()
     moe_layout: str = "auto"
+    ignore_extra: tuple[str, ...] = ()
     max_shard_bytes: int | None = None
     min_kept: float | None = None
     calibration: Calibration | None = None
@@ -104,7 +105,8 @@ class MergeOptions:
         """The options that a fingerprint records; those it does not know of have their defaults."""
         names = {each.name for each in fields(cls)} - _NOT_RECORDED
         given = {name: value for name, value in found.items() if name in names}
-        return cls(**{**given, "ignore": tuple(found["ignore"]), "calibration": calibration})
+        lists = {name: tuple(found.get(name, ())) for name in ("ignore", "ignore_extra")}
+        return cls(**{**given, **lists, "calibration": calibration})
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,7 @@ class AdapterKeywords(TypedDict, total=False):
     adapter_subfolder: str | None
     moe_layout: str
     allow_pickle: bool
+    ignore_extra: Iterable[str]
 
 
 class ModelKeywords(BaseKeywords, AdapterKeywords, total=False):
