@@ -23,7 +23,7 @@ from streamconv.adapters.saved import Saved, check_saved, read_saved
 from streamconv.adapters.scan import Scan, scan_tensors
 from streamconv.adapters.source import BaseParameters, MoeLayout, Source
 from streamconv.adapters.targets import check_targets
-from streamconv.adapters.ties import settle_tie
+from streamconv.adapters.ties import refuse_unstored_head, settle_tie
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.pickled import read_pickled
 from streamconv.checkpoint.types import StoredTensor
@@ -53,6 +53,7 @@ def read_adapter(
     config = read_config(storage)
     method = find_method(config)
     stored = read_stored(storage, allow_pickle)
+    _check_gathered(storage, stored.values())
     base = BaseParameters(parameters, base_config, tie)
     source = read_source(storage.location, config, stored.values(), base, moe, method)
     read = {tensor.file for tensor in stored.values()}
@@ -63,6 +64,8 @@ def read_adapter(
     head = find_head(source, base)
     if head is not None:
         base = base.without(head.left_out)
+    else:
+        refuse_unstored_head(source, base)
     updates = method.read(source, base)
     updated = frozenset(update.parameter for update in updates)
     taken = {tensor.name for update in updates for tensor in update.parts.values()} | _unused(source, method)
@@ -117,6 +120,18 @@ def read_stored(storage: Storage, allow_pickle: bool) -> Mapping[str, StoredTens
     file = storage.file(_PICKLE)
     storage.fetch((file,), lambda _: None)
     return read_pickled(file)
+
+
+def _check_gathered(storage: Storage, tensors: Iterable[StoredTensor]) -> None:
+    """Raise AdapterError for tensors without elements, which a save of DeepSpeed's ZeRO-3 leaves."""
+    empty = [tensor.name for tensor in tensors if not tensor.nbytes and tensor.shape == (0,)]
+    if empty:
+        shown = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
+        raise AdapterError(
+            f"{storage.location}: {len(empty)} tensors have shape [0] ({shown}): DeepSpeed ZeRO-3 keeps weights in"
+            " parts, and this save did not gather them; save again with stage3_gather_16bit_weights_on_model_save, or"
+            " gather the checkpoint with its zero_to_fp32.py"
+        )
 
 
 def find_method(config: AdapterConfig) -> Method:

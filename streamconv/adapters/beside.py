@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from types import MappingProxyType
 
 from streamconv.adapters.saved import find_vocabulary
@@ -154,8 +153,7 @@ def _placed(
 ) -> dict[str, StoredTensor]:
     """Tensors of a file by key; all of them have one, or the file is refused."""
     plain = {_plain(tensor.name): tensor for tensor in tensors if ".original_module." not in tensor.name}
-    for rename in _renamings(source, plain, base):
-        parameters = {rename(key): tensor for key, tensor in plain.items()}
+    for parameters in _namings(plain, name.partition(".")[0], source, base):
         fit = all(_fits(tensor, parameter, base) for parameter, tensor in parameters.items())
         if fit and len(parameters) == len(plain):
             keys = {_key(parameter): tensor for parameter, tensor in parameters.items()}
@@ -174,21 +172,35 @@ def _plain(name: str) -> str:
     return _WRAPPED.sub("", plain_key(name, _NO_NAME).removeprefix(PREFIX))
 
 
-def _renamings(source: Source, names: Iterable[str], base: BaseParameters) -> Iterator[Callable[[str], str]]:
-    """Changes of names that may bring them to those of the base: the adapter's own, none, one prefix."""
+def _namings(
+    plain: Mapping[str, StoredTensor], stem: str, source: Source, base: BaseParameters
+) -> Iterator[Mapping[str, StoredTensor]]:
+    """Tensors by what they may be called in the base: renamed as the adapter's are, as they are, with one prefix more
+    or less, under the name of the file. Of prefixes there must be one that fits.
+    """
     if source.renaming is not None:
-        yield source.renaming.to_base
-    yield str
-    first = next(iter(names), "")
+        yield {source.renaming.to_base(name): tensor for name, tensor in plain.items()}
+    yield plain
+    yield {f"{stem}.{name}": tensor for name, tensor in plain.items()}
+    fitting = [
+        changed
+        for changed in _with_other_prefixes(plain, base)
+        if all(_fits(tensor, name, base) for name, tensor in changed.items())
+    ]
+    yield from fitting if len(fitting) == 1 else ()
+
+
+def _with_other_prefixes(
+    plain: Mapping[str, StoredTensor], base: BaseParameters
+) -> Iterator[Mapping[str, StoredTensor]]:
+    first = next(iter(plain), "")
     for other in base.names():
-        if other.endswith(f".{first}"):
-            yield partial(_with_prefix, "", other.removesuffix(first))
+        if "." in first and other.endswith(f".{first}"):
+            prefix = other.removesuffix(first)
+            yield {prefix + name: tensor for name, tensor in plain.items()}
         elif first.endswith(f".{other}"):
-            yield partial(_with_prefix, first.removesuffix(other), "")
-
-
-def _with_prefix(old: str, new: str, name: str) -> str:
-    return new + name.removeprefix(old)
+            prefix = first.removesuffix(other)
+            yield {name.removeprefix(prefix): tensor for name, tensor in plain.items()}
 
 
 def _fits(tensor: StoredTensor, parameter: str, base: BaseParameters) -> bool:

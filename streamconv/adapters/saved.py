@@ -75,7 +75,10 @@ def read_saved(
             repeated.add(key)
             continue
         if parameter in updated and not is_record and not key.endswith(_UNDER):
-            raise AdapterError(f"{source.location}: {key} replaces {parameter}, which also has an update")
+            raise AdapterError(
+                f"{source.location}: {key} of {tensor.file.name} replaces {parameter}, which also has an update; they"
+                " are not of one training run"
+            )
         if parameter not in of_head:
             _check_shape(tensor, base.get(parameter, tensor.name))
         found[parameter] = Replace(parameter, tensor)
@@ -116,6 +119,7 @@ def saved_names(source: Source, base: BaseParameters) -> tuple[str, ...]:
 def find_vocabulary(base: BaseParameters) -> frozenset[str]:
     """The embedding and the head: the two parameters whose rows are the vocabulary."""
     found = {find_embedding(base.parameters), *(name for name in HEADS if base.find(name) is not None)}
+    found |= {base.tie.head} if base.tie is not None else set()
     return frozenset(name for name in found if name is not None)
 
 

@@ -37,7 +37,11 @@ class BaseParameters:
         if self.tie is not None and name == self.tie.head:
             embedding = self.parameters.get(self.tie.embedding)
             return None if embedding is None else Parameter(name, embedding.shape)
-        return self.parameters.get(name)
+        found = self.parameters.get(name)
+        if found is None and self.tie is not None and name == self.tie.head.replace(".weight", ".bias"):
+            # BERT's head shares the bias that is stored one level up, too.
+            return self.parameters.get(name.replace(".decoder.bias", ".bias"))
+        return found
 
     def get(self, name: str, key: str) -> Parameter:
         """The parameter `name`, for the adapter's tensor `key`. Raises AdapterError with the nearest name."""

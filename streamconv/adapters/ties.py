@@ -12,11 +12,59 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from streamconv.adapters.base import Replace, Update
+from streamconv.adapters.embeddings import find_embedding
 from streamconv.adapters.saved import Saved, are_equal
 from streamconv.adapters.source import BaseParameters, Source
 from streamconv.adapters.tokens import RowsUpdate
 from streamconv.checkpoint.reader import TensorReader
-from streamconv.errors import AdapterError
+from streamconv.checkpoint.types import StoredTensor
+from streamconv.errors import AdapterError, UnsupportedError
+
+# Heads over the vocabulary by the last of their names, and the architectures that have them.
+_TIED = (
+    "lm_head",
+    "proj_out",
+    "embed_out",
+    "output_projection",
+    "decoder",
+    "vocab_projector",
+    "generator_lm_head",
+)
+_LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
+
+
+def refuse_unstored_head(source: Source, base: BaseParameters) -> None:
+    """Raise UnsupportedError for a change of what the base does not store, as loading ties it to its embedding."""
+    ties = [level.get("tie_word_embeddings") for level in (base.config, base.config.get("text_config") or {})]
+    architectures = base.config.get("architectures") or ()
+    if False in ties or not any(str(name).endswith(_LANGUAGE) for name in architectures):
+        return
+    shared = next((name for name in base.parameters if name.endswith("shared.weight")), None)
+    unstored = _unstored(source, base, _TIED if shared is None else (*_TIED, "embed_tokens"))
+    for name, tensor in unstored.items():
+        partner = shared or find_embedding(base.parameters) or "the embedding"
+        raise UnsupportedError(
+            f"{tensor.name} is for {name}, which the base does not store: in a model of type"
+            f" {base.config.get('model_type')!r} it is tied to {partner}, and a change of the one without the other is"
+            " not handled; train without this module in target_modules and modules_to_save"
+        )
+
+
+def _unstored(source: Source, base: BaseParameters, names: Collection[str]) -> Mapping[str, StoredTensor]:
+    """Weights of modules called one of `names` that the adapter has tensors for and the base has nothing of."""
+    found: dict[str, StoredTensor] = {}
+    for key, tensor in source.tensors.items():
+        parts = key.split(".")
+        for place in (place for place, part in enumerate(parts[:-1]) if part in names):
+            found.setdefault(".".join(parts[: place + 1]), tensor)
+    known = [name.split(".") for name in base.names()] if found else ()
+    places = {".".join(parts[:end]) for parts in known for end in range(1, len(parts))}
+    last = {parts[-2] for parts in known if len(parts) > 1 and parts[-1] == "weight"}
+    return {
+        f"{module}.weight": tensor
+        for module, tensor in found.items()
+        if module not in places and module.rpartition(".")[2] not in last
+    }
 
 
 @dataclass(frozen=True, slots=True)

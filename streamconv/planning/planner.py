@@ -13,6 +13,7 @@ from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import AdapterError, OptionError
 from streamconv.formats import dense_weight
 from streamconv.formats.base import Grouped, Weight
+from streamconv.formats.linear import module_of
 from streamconv.planning.base import Base
 from streamconv.planning.calibration import CalibrationFacts, plan_calibration, plan_equalization
 from streamconv.planning.choices import Choices, Facts, choose
@@ -169,6 +170,10 @@ def _output_weights(
         assert base.tie is not None
         # A head that is stored though the config ties it counts: transformers 5 uses it where the two differ.
         weights.setdefault(base.tie.head, base.weights[base.tie.embedding])
+        # Untied by its config, BERT's head no longer has the bias that is stored one level up, either.
+        module, _, last = module_of(base.tie.head).rpartition(".")
+        if last == "decoder" and f"{module}.bias" in base.weights:
+            weights.setdefault(f"{module}.{last}.bias", base.weights[f"{module}.bias"])
     for name in adapter.head.left_out if adapter is not None and adapter.head is not None else ():
         del weights[name]
     for name, whole in replaces.items():
@@ -186,7 +191,8 @@ def _new_vocabulary(
     Raises AdapterError where a weight changes its shape and the config could not follow.
     """
     embedding = find_embedding(base.weights)
-    heads = [name for name in HEADS if name in weights] if embedding else []
+    tied = () if base.tie is None else (base.tie.head,)
+    heads = [name for name in {*HEADS, *tied} if name in weights] if embedding else []
     for name, weight in weights.items():
         shape = base.weights[name].shape if name in base.weights else weight.shape
         if weight.shape != shape and name not in (embedding, *heads, *of_head):
