@@ -18,6 +18,7 @@ from streamconv.adapters.source import BaseParameters, Source
 from streamconv.adapters.tokens import RowsUpdate
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
+from streamconv.dtypes import BF16, F16
 from streamconv.errors import AdapterError, UnsupportedError
 
 # Heads over the vocabulary by the last of their names, and the architectures that have them.
@@ -100,7 +101,8 @@ def settle_tie(
     others = tuple(update for update in updates if update.parameter not in pair)
     own = {side: [update for update in updates if update.parameter == side] for side in pair}
     head_is_saved = tie.head in replaces.keys() - records
-    shared = _take_shared(own[tie.embedding], own[tie.head], head_is_saved, source, digests)
+    is_in_16_bit = _is_in_16_bit(base, source, tie.embedding)
+    shared = _take_shared(own[tie.embedding], own[tie.head], head_is_saved, is_in_16_bit, source, digests)
     # PEFT wraps rows before LoRA, so a LoRA of the head is added to the new rows, too.
     both: dict[str, list[Update]] = {
         side: [*(dataclasses.replace(update, parameter=side) for update in shared.rows), *factors]
@@ -165,6 +167,7 @@ def _take_shared(
     embedding: list[Update],
     head: list[Update],
     head_is_saved: bool,
+    is_in_16_bit: bool,
     source: Source,
     digests: Mapping[str, str],
 ) -> _Shared:
@@ -185,7 +188,16 @@ def _take_shared(
             head.remove(update)
     factors = [u for u in (*embedding, *head) if u.mirror]
     if source.config.flag("ensure_weight_tying") and len(factors) == 2:
-        _check_transposes(factors[0], factors[1])
+        unequal = _unequal(factors[0], factors[1])
+        if unequal is not None and is_in_16_bit:
+            # PEFT casts factors on such a base to float32, each for itself: they part, and are trained so.
+            return shared
+        if unequal is not None:
+            left, right = unequal
+            raise AdapterError(
+                f"ensure_weight_tying is set, so {right.name} must be {left.name} transposed, and it is not; if"
+                " the head was trained by itself, set ensure_weight_tying to false"
+            )
         shared.embedding.append(factors[0])
         shared.head.append(factors[1])
         embedding.remove(factors[0])
@@ -197,13 +209,17 @@ def _are_same_rows(one: RowsUpdate, other: RowsUpdate, digests: Mapping[str, str
     return one.places == other.places and are_equal(one.parts["rows"], other.parts["rows"], digests)
 
 
-def _check_transposes(embedding: Update, head: Update) -> None:
-    """Raise AdapterError unless the head's factors are the embedding's, transposed."""
+def _unequal(embedding: Update, head: Update) -> tuple[StoredTensor, StoredTensor] | None:
+    """A factor of the embedding and the head's that is not the same, transposed; None where all are."""
     with TensorReader() as reader:
         for ours, theirs in embedding.mirror.items():
             left, right = embedding.parts[ours], head.parts[theirs]
             if not reader.load(left).T.equal(reader.load(right)):
-                raise AdapterError(
-                    f"ensure_weight_tying is set, so {right.name} must be {left.name} transposed, and it is not; if"
-                    " the head was trained by itself, set ensure_weight_tying to false"
-                )
+                return left, right
+    return None
+
+
+def _is_in_16_bit(base: BaseParameters, source: Source, embedding: str) -> bool:
+    """Whether training had the embedding in 16 bit: as it is saved under its factors, else as the base has it."""
+    under = source.tensors.get(f"{embedding.removesuffix('.weight')}.base_layer.weight")
+    return (base.parameters[embedding].dtype if under is None else under.dtype) in (F16, BF16)

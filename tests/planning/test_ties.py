@@ -26,12 +26,21 @@ from transformers import (
 
 import streamconv
 from streamconv.adapters.base import Tie
-from streamconv.errors import UnsupportedError
+from streamconv.errors import AdapterError, UnsupportedError
 from streamconv.formats import find_weights
 from streamconv.planning.ties import find_tie
 from tests.checkpoint.files import index_of
 from tests.models import Sizes, write_base
-from tests.tiny import TOKENS, edit_tensors, llama_config, load_base, logits, save_adapter, save_base
+from tests.tiny import (
+    TOKENS,
+    edit_tensors,
+    llama_config,
+    load_base,
+    logits,
+    read_tensors,
+    save_adapter,
+    save_base,
+)
 
 SIZES = Sizes(hidden=64, inner=96, layers=2, vocabulary=300)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -197,6 +206,20 @@ def test_tying_that_is_ensured_on_a_base_in_16_bit(tmp_path: Path, options: Mapp
     base = save_base(tmp_path / "base", llama_config(tied=True), dtype=torch.bfloat16)
     adapter = save_adapter(tmp_path / "adapter", base, LoraConfig(r=4, **options, ensure_weight_tying=True))
     streamconv.merge(base, adapter.path, tmp_path / "out", dtype="float32")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+    # On such a base PEFT casts the factors of embedding and head, which parts them.
+    is_tied = json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+    assert is_tied is ("modules_to_save" in options)
     found = load_base(tmp_path / "out").float()
     assert (logits(found) - logits(adapter.live.float())).abs().max() < 1e-4
+
+
+def test_factors_that_only_a_cast_can_part(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", llama_config(tied=True))
+    lora = LoraConfig(r=4, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    adapter = save_adapter(tmp_path / "adapter", base, lora)
+    streamconv.merge(base, adapter.path, tmp_path / "out")
+    name = "base_model.model.lm_head.lora_A.weight"
+    file = adapter.path / "adapter_model.safetensors"
+    edit_tensors(file, put={name: read_tensors(file)[name] + 1})
+    with pytest.raises(AdapterError, match=r"lm_head\.lora_A\.weight must be .* transposed, and it is not"):
+        streamconv.merge(base, adapter.path, tmp_path / "other")
