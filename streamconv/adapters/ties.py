@@ -222,4 +222,5 @@ def _unequal(embedding: Update, head: Update) -> tuple[StoredTensor, StoredTenso
 def _is_in_16_bit(base: BaseParameters, source: Source, embedding: str) -> bool:
     """Whether training had the embedding in 16 bit: as it is saved under its factors, else as the base has it."""
     under = source.tensors.get(f"{embedding.removesuffix('.weight')}.base_layer.weight")
-    return (base.parameters[embedding].dtype if under is None else under.dtype) in (F16, BF16)
+    stored = under or base.parameters.get(embedding)
+    return stored is not None and stored.dtype in (F16, BF16)
