@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
@@ -9,11 +10,13 @@ from typing import Any
 
 from streamconv.adapters.adalora import ADALORA
 from streamconv.adapters.base import Adapter, Parameter, Tie, Update
+from streamconv.adapters.beside import read_beside, with_beside
 from streamconv.adapters.boft import BOFT
 from streamconv.adapters.c3a import C3A
 from streamconv.adapters.config import AdapterConfig, check_fields, read_config
 from streamconv.adapters.delora import DELORA
 from streamconv.adapters.fourierft import FOURIERFT
+from streamconv.adapters.heads import find_head, notes_on_head
 from streamconv.adapters.hira import HIRA
 from streamconv.adapters.hra import HRA
 from streamconv.adapters.ia3 import IA3
@@ -32,7 +35,7 @@ from streamconv.adapters.scan import Scan, scan_tensors
 from streamconv.adapters.shira import SHIRA
 from streamconv.adapters.source import BaseParameters, MoeLayout, Source
 from streamconv.adapters.targets import check_targets
-from streamconv.adapters.ties import Settled, settle_tie
+from streamconv.adapters.ties import Settled, refuse_unstored_head, settle_tie
 from streamconv.adapters.trainable_tokens import TRAINABLE_TOKENS
 from streamconv.adapters.vblora import VBLORA
 from streamconv.adapters.vera import VERA
@@ -52,28 +55,38 @@ def read_adapter(
     tie: Tie | None,
     moe: MoeLayout = MoeLayout(),  # noqa: B008  a frozen value
     allow_pickle: bool = False,
+    ignore_extra: Collection[str] = (),
 ) -> Adapter:
     """The adapter in `storage`, checked against the base it is for; reads its tensors once, in chunks.
 
     `parameters` are the base's, its layers repeated as `layer_replication` has it (`depth.deepen`); `tie` says what
-    its config ties, `moe` what is not left to find out of fused experts; `allow_pickle`
-    lets adapter_model.bin be read. Raises AdapterError where adapter and base do not fit or something in the file
-    would not be used, UnsupportedError for methods and variants that are not built, CheckpointError where a file is
-    broken.
+    its config ties, `moe` what is not left to find out of fused experts; `allow_pickle` lets adapter_model.bin and
+    files of weights beside it be read, but for those in `ignore_extra`. Raises AdapterError where adapter and base do
+    not fit or something in the folder would not be used, UnsupportedError for methods and variants that are not built,
+    CheckpointError where a file is broken.
     """
     config = read_config(storage)
     method = find_method(config)
     stored = read_stored(storage, allow_pickle)
+    _check_gathered(storage, stored.values())
     base = BaseParameters(parameters, base_config, tie)
     source = read_source(storage.location, config, stored.values(), base, moe, method)
+    read = {tensor.file for tensor in stored.values()}
+    beside = read_beside(storage, source, base, read, allow_pickle, ignore_extra)
+    source = with_beside(source, beside)
 
     check_fields(config, method.fields)
+    head = find_head(source, base)
+    if head is not None:
+        base = base.without(head.left_out)
+    else:
+        refuse_unstored_head(source, base)
     updates = method.read(source, base)
     updated = frozenset(update.parameter for update in updates)
     taken = {tensor.name for update in updates for tensor in update.parts.values()} | _unused(source, method)
     rest = [key for key, tensor in source.tensors.items() if tensor.name not in taken]
-    scan = scan_tensors(config.raw, stored.values())
-    saved = read_saved(source, base, rest, updated, scan.digests)
+    scan = scan_tensors(config.raw, (*stored.values(), *beside.tensors.values()))
+    saved = read_saved(source, base, rest, updated, scan.digests, head.parameters if head else ())
     taken |= {replace.tensor.name for replace in saved.replaces}
     taken |= {source.tensors[key].name for key in saved.repeated}
     left = [key for key in rest if source.tensors[key].name not in taken]
@@ -105,16 +118,16 @@ def read_adapter(
         sha256=scan.sha256,
         multiplies=method.multiplies,
         records=_records(saved, settled),
-        notes=source.notes,
+        notes=(*source.notes, *notes_on_head(head), *beside.notes),
+        head=head,
     )
 
 
 def read_stored(storage: Storage, allow_pickle: bool) -> Mapping[str, StoredTensor]:
     """The adapter's tensors by name: safetensors where there are any, else a pickle if that is allowed."""
     names = storage.names()
-    if _PICKLE not in names or any(
-        name.endswith((".safetensors", ".safetensors.index.json")) for name in names
-    ):
+    is_safe = any(fnmatch.fnmatchcase(name, "adapter_model*.safetensors*") for name in names)
+    if _PICKLE not in names or is_safe:
         index = read_index(storage, stem="adapter_model", require_config=False)
         storage.fetch((shard.file for shard in index.shards), lambda _: None)
         return index.tensors
@@ -127,6 +140,18 @@ def read_stored(storage: Storage, allow_pickle: bool) -> Mapping[str, StoredTens
     file = storage.file(_PICKLE)
     storage.fetch((file,), lambda _: None)
     return read_pickled(file)
+
+
+def _check_gathered(storage: Storage, tensors: Iterable[StoredTensor]) -> None:
+    """Raise AdapterError for tensors without elements, which a save of DeepSpeed's ZeRO-3 leaves."""
+    empty = [tensor.name for tensor in tensors if not tensor.nbytes and tensor.shape == (0,)]
+    if empty:
+        shown = ", ".join(empty[:3]) + (", ..." if len(empty) > 3 else "")
+        raise AdapterError(
+            f"{storage.location}: {len(empty)} tensors have shape [0] ({shown}): DeepSpeed ZeRO-3 keeps weights in"
+            " parts, and this save did not gather them; save again with stage3_gather_16bit_weights_on_model_save, or"
+            " gather the checkpoint with its zero_to_fp32.py"
+        )
 
 
 def find_method(config: AdapterConfig) -> Method:

@@ -236,6 +236,18 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskHead:
+    """Head of another task, or with other labels than the base's: the output's class, how many labels it tells apart,
+    saved parameters that the base lacks or has with other rows, and those of the base that the class does not have.
+    """
+
+    architecture: str
+    labels: int
+    parameters: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """A PEFT adapter, read and checked against a base model.
 
@@ -264,6 +276,7 @@ class Adapter:
     multiplies: bool = False
     records: frozenset[str] = frozenset()
     members: tuple[Member, ...] = ()
+    head: TaskHead | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from streamconv.adapters.base import Adapter, Member, Replace, Update
+from streamconv.adapters.base import Adapter, Member, Replace, TaskHead, Update
 from streamconv.adapters.combinations import COMBINATIONS
 from streamconv.adapters.combined import DeltasUpdate, FactorsUpdate, Rule, factors_update, rank_of
 from streamconv.adapters.overlaps import check_overlaps, common_replaces, distinct_rows
@@ -62,6 +62,7 @@ def combine(adapters: Sequence[Adapter], mixture: Mixture, base: BaseParameters)
         notes=(*_notes(adapters, mixture, above, updates), *_own_notes(adapters)),
         multiplies=any(adapter.multiplies for adapter in adapters),
         records=frozenset(name for adapter in adapters for name in adapter.records),
+        head=_head(adapters),
         members=tuple(
             Member(each.location, each.origin, each.label, weight, each.sha256)
             for each, weight in zip(adapters, mixture.weights, strict=True)
@@ -70,6 +71,17 @@ def combine(adapters: Sequence[Adapter], mixture: Mixture, base: BaseParameters)
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------
+
+
+def _head(adapters: Sequence[Adapter]) -> TaskHead | None:
+    """The head that one of them brings. Raises AdapterError where they bring several."""
+    found = {adapter.head: adapter.location for adapter in adapters if adapter.head is not None}
+    if len(found) > 1:
+        raise AdapterError(
+            f"{' and '.join(found.values())} were trained for different tasks or labels, and a model has one head;"
+            " merge adapters of one task"
+        )
+    return next(iter(found), None)
 
 
 def _check(adapters: Sequence[Adapter], mixture: Mixture) -> None:

@@ -193,8 +193,10 @@ def _missing(storage: Storage) -> str:
     if "config.json" in storage.names():
         return f"{where}, and config.json is there: this is a model, not an adapter; give it with --base"
     parent = Path(storage.location).expanduser()
-    found = sorted(path.parent for path in parent.glob(f"checkpoint-*/{CONFIG_NAME}"))
+    found = sorted(path.parent for path in parent.glob(f"*/{CONFIG_NAME}"))
     if found:
         listed = ", ".join(str(path) for path in found[:5]) + (", ..." if len(found) > 5 else "")
-        return f"{where}, but there are {len(found)} adapters in folders below; give one of them: {listed}"
+        are = "is an adapter in a folder" if len(found) == 1 else f"are {len(found)} adapters in folders"
+        ways = "give it" if len(found) == 1 else "give one of them"
+        return f"{where}, but there {are} below; {ways}: {listed}"
     return f"{where}; give the folder of a PEFT adapter, with {CONFIG_NAME} and adapter_model.safetensors"

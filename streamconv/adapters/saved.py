@@ -46,19 +46,21 @@ def read_saved(
     keys: Collection[str],
     updated: Collection[str],
     digests: Mapping[str, str],
+    of_head: Collection[str] = (),
 ) -> Saved:
     """Replacements among `keys`, which no update has taken.
 
-    `updated` are the parameters with updates, `digests` those of every tensor's bytes. Keys that are neither are
-    left for the caller to refuse. Raises AdapterError for a replacement that does not fit the base.
+    `updated` are the parameters with updates, `digests` those of every tensor's bytes, `of_head` the parameters of a
+    head of another task, which the base need not have. Keys that are neither are left for the caller to refuse. Raises
+    AdapterError for a replacement that does not fit the base.
     """
-    trained, recorded = _saved_names(source, base), _embeddings(base) | source.dumped
+    trained, recorded = saved_names(source, base), find_vocabulary(base) | source.dumped
     biases = str(source.config.fields.get("bias")).endswith(("all", "_only"))  # `lora_only`: its method's
     found: dict[str, Replace] = {}
     records: set[str] = set()
     repeated = set()
     for key in keys:
-        parameter = _trained(key, source.trained(key), trained) or (_bias(key) if biases else None)
+        parameter = saved_parameter(key, source.trained(key), trained) or (_bias(key) if biases else None)
         is_record = parameter is None
         parameter = parameter or _recorded(key, recorded, updated)
         if parameter is None:
@@ -73,8 +75,12 @@ def read_saved(
             repeated.add(key)
             continue
         if parameter in updated and not is_record and not key.endswith(_UNDER):
-            raise AdapterError(f"{source.location}: {key} replaces {parameter}, which also has an update")
-        _check_shape(tensor, base.get(parameter, tensor.name))
+            raise AdapterError(
+                f"{source.location}: {key} of {tensor.file.name} replaces {parameter}, which also has an update; they"
+                " are not of one training run"
+            )
+        if parameter not in of_head:
+            _check_shape(tensor, base.get(parameter, tensor.name))
         found[parameter] = Replace(parameter, tensor)
         records |= {parameter} if is_record else set()
     for key in keys:
@@ -99,7 +105,7 @@ def check_saved(source: Source, base: BaseParameters, replaces: Iterable[Replace
         )
 
 
-def _saved_names(source: Source, base: BaseParameters) -> tuple[str, ...]:
+def saved_names(source: Source, base: BaseParameters) -> tuple[str, ...]:
     """modules_to_save; under ensure_weight_tying PEFT saves the tied partner too and does not list it."""
     names = source.config.names("modules_to_save")
     if base.tie is None or not source.config.flag("ensure_weight_tying"):
@@ -110,13 +116,14 @@ def _saved_names(source: Source, base: BaseParameters) -> tuple[str, ...]:
     return names
 
 
-def _embeddings(base: BaseParameters) -> frozenset[str]:
+def find_vocabulary(base: BaseParameters) -> frozenset[str]:
     """The embedding and the head: the two parameters whose rows are the vocabulary."""
     found = {find_embedding(base.parameters), *(name for name in HEADS if base.find(name) is not None)}
+    found |= {base.tie.head} if base.tie is not None else set()
     return frozenset(name for name in found if name is not None)
 
 
-def _trained(key: str, trained: str, names: tuple[str, ...]) -> str | None:
+def saved_parameter(key: str, trained: str, names: tuple[str, ...]) -> str | None:
     """The parameter that `key`, `trained` in training, holds as modules_to_save has it; None if it is none."""
     if _ORIGINAL.fullmatch(key):
         return None

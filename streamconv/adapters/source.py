@@ -39,7 +39,11 @@ class BaseParameters:
         if self.tie is not None and name == self.tie.head:
             embedding = self.parameters.get(self.tie.embedding)
             return None if embedding is None else Parameter(name, embedding.shape)
-        return self.parameters.get(name)
+        found = self.parameters.get(name)
+        if found is None and self.tie is not None and name == self.tie.head.replace(".weight", ".bias"):
+            # BERT's head shares the bias that is stored one level up, too.
+            return self.parameters.get(name.replace(".decoder.bias", ".bias"))
+        return found
 
     def get(self, name: str, key: str) -> Parameter:
         """The parameter `name`, for the adapter's tensor `key`. Raises AdapterError with the nearest name."""
@@ -47,6 +51,11 @@ class BaseParameters:
         if found is None:
             raise AdapterError(f"{key} is for {name}, which the base model does not have{self._hint(name)}")
         return found
+
+    def without(self, names: Collection[str]) -> BaseParameters:
+        """All but `names`; a tie to one of them is none any more, nor is one to a head that was not stored."""
+        kept = {name: parameter for name, parameter in self.parameters.items() if name not in names}
+        return BaseParameters(MappingProxyType(kept), self.config, None)
 
     def _hint(self, name: str) -> str:
         """Names that differ by a prefix only: the adapter was trained on another class of the same model."""

@@ -12,11 +12,60 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from streamconv.adapters.base import Replace, Update
+from streamconv.adapters.embeddings import find_embedding
 from streamconv.adapters.saved import Saved, are_equal
 from streamconv.adapters.source import BaseParameters, Source
 from streamconv.adapters.tokens import RowsUpdate
 from streamconv.checkpoint.reader import TensorReader
-from streamconv.errors import AdapterError
+from streamconv.checkpoint.types import StoredTensor
+from streamconv.dtypes import BF16, F16
+from streamconv.errors import AdapterError, UnsupportedError
+
+# Heads over the vocabulary by the last of their names, and the architectures that have them.
+_TIED = (
+    "lm_head",
+    "proj_out",
+    "embed_out",
+    "output_projection",
+    "decoder",
+    "vocab_projector",
+    "generator_lm_head",
+)
+_LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
+
+
+def refuse_unstored_head(source: Source, base: BaseParameters) -> None:
+    """Raise UnsupportedError for a change of what the base does not store, as loading ties it to its embedding."""
+    ties = [level.get("tie_word_embeddings") for level in (base.config, base.config.get("text_config") or {})]
+    architectures = base.config.get("architectures") or ()
+    if False in ties or not any(str(name).endswith(_LANGUAGE) for name in architectures):
+        return
+    shared = next((name for name in base.parameters if name.endswith("shared.weight")), None)
+    unstored = _unstored(source, base, _TIED if shared is None else (*_TIED, "embed_tokens"))
+    for name, tensor in unstored.items():
+        partner = shared or find_embedding(base.parameters) or "the embedding"
+        raise UnsupportedError(
+            f"{tensor.name} is for {name}, which the base does not store: in a model of type"
+            f" {base.config.get('model_type')!r} it is tied to {partner}, and a change of the one without the other is"
+            " not handled; train without this module in target_modules and modules_to_save"
+        )
+
+
+def _unstored(source: Source, base: BaseParameters, names: Collection[str]) -> Mapping[str, StoredTensor]:
+    """Weights of modules called one of `names` that the adapter has tensors for and the base has nothing of."""
+    found: dict[str, StoredTensor] = {}
+    for key, tensor in source.tensors.items():
+        parts = key.split(".")
+        for place in (place for place, part in enumerate(parts[:-1]) if part in names):
+            found.setdefault(".".join(parts[: place + 1]), tensor)
+    known = [name.split(".") for name in base.names()] if found else ()
+    places = {".".join(parts[:end]) for parts in known for end in range(1, len(parts))}
+    last = {parts[-2] for parts in known if len(parts) > 1 and parts[-1] == "weight"}
+    return {
+        f"{module}.weight": tensor
+        for module, tensor in found.items()
+        if module not in places and module.rpartition(".")[2] not in last
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +101,8 @@ def settle_tie(
     others = tuple(update for update in updates if update.parameter not in pair)
     own = {side: [update for update in updates if update.parameter == side] for side in pair}
     head_is_saved = tie.head in replaces.keys() - records
-    shared = _take_shared(own[tie.embedding], own[tie.head], head_is_saved, source, digests)
+    is_in_16_bit = _is_in_16_bit(base, source, tie.embedding)
+    shared = _take_shared(own[tie.embedding], own[tie.head], head_is_saved, is_in_16_bit, source, digests)
     # PEFT wraps rows before LoRA, so a LoRA of the head is added to the new rows, too.
     both: dict[str, list[Update]] = {
         side: [*(dataclasses.replace(update, parameter=side) for update in shared.rows), *factors]
@@ -117,6 +167,7 @@ def _take_shared(
     embedding: list[Update],
     head: list[Update],
     head_is_saved: bool,
+    is_in_16_bit: bool,
     source: Source,
     digests: Mapping[str, str],
 ) -> _Shared:
@@ -137,7 +188,16 @@ def _take_shared(
             head.remove(update)
     factors = [u for u in (*embedding, *head) if u.mirror]
     if source.config.flag("ensure_weight_tying") and len(factors) == 2:
-        _check_transposes(factors[0], factors[1])
+        unequal = _unequal(factors[0], factors[1])
+        if unequal is not None and is_in_16_bit:
+            # PEFT casts factors on such a base to float32, each for itself: they part, and are trained so.
+            return shared
+        if unequal is not None:
+            left, right = unequal
+            raise AdapterError(
+                f"ensure_weight_tying is set, so {right.name} must be {left.name} transposed, and it is not; if"
+                " the head was trained by itself, set ensure_weight_tying to false"
+            )
         shared.embedding.append(factors[0])
         shared.head.append(factors[1])
         embedding.remove(factors[0])
@@ -149,13 +209,18 @@ def _are_same_rows(one: RowsUpdate, other: RowsUpdate, digests: Mapping[str, str
     return one.places == other.places and are_equal(one.parts["rows"], other.parts["rows"], digests)
 
 
-def _check_transposes(embedding: Update, head: Update) -> None:
-    """Raise AdapterError unless the head's factors are the embedding's, transposed."""
+def _unequal(embedding: Update, head: Update) -> tuple[StoredTensor, StoredTensor] | None:
+    """A factor of the embedding and the head's that is not the same, transposed; None where all are."""
     with TensorReader() as reader:
         for ours, theirs in embedding.mirror.items():
             left, right = embedding.parts[ours], head.parts[theirs]
             if not reader.load(left).T.equal(reader.load(right)):
-                raise AdapterError(
-                    f"ensure_weight_tying is set, so {right.name} must be {left.name} transposed, and it is not; if"
-                    " the head was trained by itself, set ensure_weight_tying to false"
-                )
+                return left, right
+    return None
+
+
+def _is_in_16_bit(base: BaseParameters, source: Source, embedding: str) -> bool:
+    """Whether training had the embedding in 16 bit: as it is saved under its factors, else as the base has it."""
+    under = source.tensors.get(f"{embedding.removesuffix('.weight')}.base_layer.weight")
+    stored = under or base.parameters.get(embedding)
+    return stored is not None and stored.dtype in (F16, BF16)

@@ -39,12 +39,15 @@ def edit_config(
     untie: bool,
     vocab_size: tuple[int, int] | None,
     end_token: int | None = None,
+    architecture: str | None = None,
+    labels: int | None = None,
 ) -> dict[str, Any]:
     """config.json of the output: key order and unknown keys stay.
 
     `dtype` replaces `dtype`/`torch_dtype` wherever one stands; `quantization` is the new
     `quantization_config`, None removes it at every level; `vocab_size` is (old, new) rows of the embedding; `end_token`
-    is an id that stands first in every `eos_token_id` there is.
+    is an id that stands first in every `eos_token_id` there is; `architecture` is the class of the output and `labels`
+    how many it tells apart, None where they are the base's.
     """
     edited = copy.deepcopy(dict(config))
     for level in _levels(edited):
@@ -56,14 +59,37 @@ def edit_config(
             level["tie_word_embeddings"] = False
         if vocab_size is not None and level.get("vocab_size") == vocab_size[0]:
             level["vocab_size"] = vocab_size[1]
-        if end_token is not None and level.get(_END) is not None:
-            level[_END] = with_end_token(level[_END], end_token)
-    if end_token is not None and not any(_END in level for level in _levels(edited)):
-        edited[_END] = end_token
+    if end_token is not None:
+        _set_end(edited, end_token)
     if untie:
         edited["tie_word_embeddings"] = False
     if edited.get("_name_or_path"):
         edited["_name_or_path"] = ""  # a local path would tell who made it
+    if architecture is not None:
+        edited["architectures"] = [architecture]
+    if labels is not None:
+        _set_labels(edited, labels)
     if quantization is not None:
         edited["quantization_config"] = dict(quantization)
     return edited
+
+
+def _set_end(config: dict[str, Any], token: int) -> None:
+    """Put an end token first wherever one stands, and where none does, into the config itself."""
+    levels = [level for level in _levels(config) if level.get(_END) is not None]
+    for level in levels:
+        level[_END] = with_end_token(level[_END], token)
+    if not any(_END in level for level in _levels(config)):
+        config[_END] = token
+
+
+def _set_labels(config: dict[str, Any], labels: int) -> None:
+    """Give `config` names of so many labels, as transformers writes them; two without names are its default."""
+    names = config.get("id2label")
+    if len(names) == labels if isinstance(names, dict) else labels == 2:
+        return
+    config["id2label"] = {str(label): f"LABEL_{label}" for label in range(labels)}
+    config["label2id"] = {f"LABEL_{label}": label for label in range(labels)}
+    for key in ("num_labels", "_num_labels"):  # of versions that wrote the number, too
+        if key in config:
+            config[key] = labels

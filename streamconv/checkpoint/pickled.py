@@ -44,8 +44,8 @@ def read_pickled(file: SourceFile) -> Mapping[str, StoredTensor]:
         ) from error
     if isinstance(loaded, dict) and not loaded:
         raise CheckpointError(
-            f"{file.name} holds no tensors; saving was interrupted, or every tensor was on another machine "
-            "(DeepSpeed's ZeRO-3): save it again from the trainer"
+            f"{file.name} holds no tensors, as a save leaves it that was interrupted, or that did not gather what"
+            " DeepSpeed ZeRO-3 keeps apart; save it again, or take an earlier checkpoint"
         )
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{file.name} must hold tensors by name, found {type(loaded).__name__}")

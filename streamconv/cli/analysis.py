@@ -15,6 +15,7 @@ from streamconv.cli.options import (
     ALLOW_PICKLE,
     BASE,
     BASE_REVISION,
+    IGNORE_EXTRA,
     MOE_LAYOUT,
     RESOURCES,
     SHOW,
@@ -84,6 +85,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
     ),
     MOE_LAYOUT,
     ALLOW_PICKLE,
+    IGNORE_EXTRA,
     RESOURCES,
     SHOW,
 )

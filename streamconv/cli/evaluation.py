@@ -13,6 +13,7 @@ from streamconv.cli.options import (
     ALLOW_PICKLE,
     BASE_REVISION,
     FOLDER,
+    IGNORE_EXTRA,
     MERGE_BASE,
     MOE_LAYOUT,
     SHOW,
@@ -109,6 +110,7 @@ TEXT = group(
     TOKENIZER,
     MOE_LAYOUT,
     ALLOW_PICKLE,
+    IGNORE_EXTRA,
     option(
         Section.RESOURCES,
         "--dtype",

@@ -230,7 +230,16 @@ ALLOW_PICKLE = option(
     "--allow-pickle",
     defaults=MERGE_DEFAULTS,
     is_flag=True,
-    help="Read pytorch_model.bin and adapter_model.bin: pickles, opened so that they can hold nothing but tensors.",
+    help="Read pytorch_model.bin, adapter_model.bin and pickles of weights beside it, opened so that they can hold "
+    "nothing but tensors.",
+)
+IGNORE_EXTRA = option(
+    Section.MERGE,
+    "--ignore-extra",
+    defaults=MERGE_DEFAULTS,
+    multiple=True,
+    metavar="FILE",
+    help="File of trained weights beside the adapter that is left out. Repeatable.",
 )
 MERGE_BASE = option(
     Section.MERGE,
@@ -304,6 +313,7 @@ TARGET = group(
     TOKENIZER,
     MOE_LAYOUT,
     ALLOW_PICKLE,
+    IGNORE_EXTRA,
 )
 
 

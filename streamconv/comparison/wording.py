@@ -222,20 +222,22 @@ def merge_command(options: CompareOptions, strategy: Strategy) -> str:
     for name, value in options.merge_options(strategy).items():
         if name == "min_kept" and not _has_gate(strategy):
             continue
-        said, usual = _said(name, value), _said(name, MERGE_DEFAULTS.get(name))
-        if said != usual:
-            flag = f"--{name.replace('_', '-')}"
-            words += [flag] if value is True else [flag, said]
+        said, usual = (_said(name, each) for each in (value, MERGE_DEFAULTS.get(name)))
+        flag = f"--{name.replace('_', '-')}"
+        for each in said if said != usual else ():
+            words += [flag] if value is True else [flag, each]
     return shlex.join([*words, "-o", "merged"])
 
 
-def _said(name: str, value: object) -> str:
-    """A value as it stands on a command line; "" for none."""
+def _said(name: str, value: object) -> list[str]:
+    """A value as it stands on a command line, once for each time that its option does."""
+    if isinstance(value, list | tuple):
+        return [said for each in value for said in _said(name, each)]
     if name in _SIZES and isinstance(value, str | int):
-        return exact_size(parse_size(value))
+        return [exact_size(parse_size(value))]
     if isinstance(value, float):
-        return f"{value:g}"
-    return "" if value is None or value is False else str(value)
+        return [f"{value:g}"]
+    return [] if value is None or value is False else [str(value)]
 
 
 def _has_gate(strategy: Strategy) -> bool:

@@ -76,6 +76,11 @@ def build_skeleton(config: Mapping[str, Any], location: str, dtype: torch.dtype)
 
 def build_planned(plan: Plan, index: CheckpointIndex, dtype: torch.dtype) -> Skeleton:
     """The model that `plan` makes of the base in `index`, unquantized. Raises what `build_skeleton` does."""
+    if plan.head is not None:
+        raise UnsupportedError(
+            f"the adapter makes a {plan.head.architecture} of {index.storage.location}, and only language models are"
+            " run; merge it first, and evaluate it with the library it was trained with"
+        )
     config = edit_config(
         index.config, dtype=None, quantization=None, untie=plan.untied, vocab_size=plan.vocab_size
     )

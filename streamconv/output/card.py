@@ -171,7 +171,7 @@ def _changes(plan: Plan) -> str:
 
 def _snippet(plan: Plan, config: Mapping[str, Any], has_tokenizer: bool) -> Iterator[str]:
     """Lines that load the output with transformers, run in its folder."""
-    loader = _loader(config)
+    loader = _loader(config) if plan.head is None else plan.head.architecture
     names = [loader, *(["AutoTokenizer"] if has_tokenizer else [])]
     trust = ", trust_remote_code=True" if config.get("auto_map") else ""
     library = FORMATS[plan.quant].library if plan.quant else None

@@ -154,6 +154,8 @@ def _config(prepared: Prepared, quantization: Json | None) -> bytes:
             untie=plan.untied,
             vocab_size=plan.vocab_size,
             end_token=prepared.end_token,
+            architecture=plan.head.architecture if plan.head else None,
+            labels=plan.head.labels if plan.head else None,
         )
     )
 

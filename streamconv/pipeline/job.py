@@ -262,6 +262,7 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "preserve_delta": _preserve_delta,
     "min_kept": _share,
     "ignore": tuple,
+    "ignore_extra": tuple,
     "moe_layout": _moe_layout,
     "weight": _weights,
     "combine": _combination,

@@ -35,6 +35,7 @@ from streamconv.planning.devices import resolve_device
 from streamconv.planning.options import Job
 from streamconv.planning.plan import Plan
 from streamconv.planning.planner import build_plans, facts_of
+from streamconv.planning.unmerged import refuse_unmerged
 from streamconv.storage import open_storage
 from streamconv.storage.base import SourceFile, Storage
 from streamconv.storage.file_set import FileSet
@@ -132,6 +133,7 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     """
     storage = open_storage(job.base, job.base_revision)
     index = read_index(storage, allow_pickle=job.allow_pickle)
+    refuse_unmerged(index)
     base = read_base(index, find_weights(index))
     _log.info("read the base %s: %d weights in %d shards", job.base, len(base.weights), len(index.shards))
     adapter_storages = open_adapters(job)

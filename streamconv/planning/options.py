@@ -89,6 +89,7 @@ class MergeOptions:
     weight: tuple[float, ...] = ()
     combine: str | None = None
     density: float | None = None
+    ignore_extra: tuple[str, ...] = ()
     max_shard_bytes: int | None = None
     min_kept: float | None = None
     calibration: Calibration | None = None
@@ -167,6 +168,7 @@ class AdapterKeywords(TypedDict, total=False):
     adapter_revision: str | None
     adapter_subfolder: str | None
     moe_layout: str
+    ignore_extra: Iterable[str]
 
 
 class ModelKeywords(BaseKeywords, AdapterKeywords, total=False):

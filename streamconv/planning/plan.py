@@ -13,7 +13,7 @@ from enum import StrEnum
 from itertools import accumulate
 from typing import Any
 
-from streamconv.adapters.base import Member, Update, UpdateAccess
+from streamconv.adapters.base import Member, TaskHead, Update, UpdateAccess
 from streamconv.checkpoint.layout import ShardLayout
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
 from streamconv.equalization.equalizer import Equalizer
@@ -286,6 +286,7 @@ class Plan:
     passes: tuple[Pass, ...] = ()
     notes: tuple[str, ...] = ()
     members: tuple[Member, ...] = ()
+    head: TaskHead | None = None
 
     @property
     def size(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -13,6 +13,7 @@ from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import AdapterError, OptionError
 from streamconv.formats import dense_weight
 from streamconv.formats.base import Grouped, Weight
+from streamconv.formats.linear import module_of
 from streamconv.planning.base import Base
 from streamconv.planning.calibration import CalibrationFacts, plan_calibration, plan_equalization
 from streamconv.planning.choices import Choices, Facts, choose
@@ -25,6 +26,7 @@ from streamconv.planning.quantized import QuantizedSet, choose_quantized, with_g
 from streamconv.planning.shards import as_stored_shards, split_steps
 from streamconv.planning.steps import plan_steps
 from streamconv.planning.ties import check_unknown_tie
+from streamconv.planning.unmerged import notes_on_factors
 
 _NOT_EQUALIZED: Mapping[str, Equalizer] = MappingProxyType({})
 
@@ -93,6 +95,11 @@ def _draft(
     updates = _updates_by_parameter(adapter)
     check_unknown_tie(base.weights, base.index.config, (*replaces, *updates))
     weights = _output_weights(base, adapter, replaces)
+    if adapter is not None and adapter.head is not None and options.calibration is not None:
+        raise OptionError(
+            f"--calibration runs a language model, and the adapter makes a {adapter.head.architecture} of the base;"
+            " leave it out"
+        )
     options = with_group_size(base, weights, replaces, options)
     choices = choose(facts_of(base, adapter), options)
     chosen = choose_quantized(base, weights, replaces, choices, options)
@@ -105,8 +112,9 @@ def _draft(
     if options.calibration is not None and choices.quant is not None:
         assert facts is not None
         calibration = plan_calibration(by_weight, options, choices.feedback, equalization, facts)
+    of_head = adapter.head.parameters if adapter is not None and adapter.head is not None else ()
     shards = as_stored_shards(base.index, lay_out(split_steps(base, by_weight, choices, options)))
-    return _Draft(options, choices, calibration, chosen, shards, _new_vocabulary(base, weights))
+    return _Draft(options, choices, calibration, chosen, shards, _new_vocabulary(base, weights, of_head))
 
 
 def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, memory: Memory) -> Plan:
@@ -130,12 +138,13 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
         renamed=adapter.renamed if adapter else None,
         depth=base.depth,
         untied=bool(adapter and adapter.untie),
+        head=adapter.head if adapter else None,
         dtype=_config_dtype(base, choices),
         vocab_size=draft.vocab_size,
         fingerprint=fingerprint(
             base.index, adapter, options, choices.rounding_choice, draft.calibration, device, shards
         ),
-        notes=adapter.notes if adapter else (),
+        notes=(*notes_on_factors(base.index), *(adapter.notes if adapter else ())),
         members=adapter.members if adapter else (),
     )
 
@@ -162,21 +171,32 @@ def _output_weights(
         assert base.tie is not None
         # A head that is stored though the config ties it counts: transformers 5 uses it where the two differ.
         weights.setdefault(base.tie.head, base.weights[base.tie.embedding])
+        # Untied by its config, BERT's head no longer has the bias that is stored one level up, either.
+        module, _, last = module_of(base.tie.head).rpartition(".")
+        if last == "decoder" and f"{module}.bias" in base.weights:
+            weights.setdefault(f"{module}.{last}.bias", base.weights[f"{module}.bias"])
+    for name in adapter.head.left_out if adapter is not None and adapter.head is not None else ():
+        del weights[name]
     for name, whole in replaces.items():
         weights[name] = dense_weight(name, whole.tensor)
     return weights
 
 
-def _new_vocabulary(base: Base, weights: Mapping[str, Weight]) -> tuple[int, int] | None:
+def _new_vocabulary(
+    base: Base, weights: Mapping[str, Weight], of_head: Collection[str]
+) -> tuple[int, int] | None:
     """Rows of the embedding before and after, if the adapter brought other tokens; None if it did not.
+
+    `of_head` are parameters whose rows are labels.
 
     Raises AdapterError where a weight changes its shape and the config could not follow.
     """
     embedding = find_embedding(base.weights)
-    heads = [name for name in HEADS if name in weights] if embedding else []
+    tied = () if base.tie is None else (base.tie.head,)
+    heads = [name for name in {*HEADS, *tied} if name in weights] if embedding else []
     for name, weight in weights.items():
         shape = base.weights[name].shape if name in base.weights else weight.shape
-        if weight.shape != shape and name not in (embedding, *heads):
+        if weight.shape != shape and name not in (embedding, *heads, *of_head):
             raise AdapterError(
                 f"{name} has shape {list(weight.shape)} in the adapter and {list(shape)} in the base; only a "
                 "vocabulary can be resized: give the base that the adapter was trained on"

@@ -66,7 +66,8 @@ def _left_out(
     base: Base, replaces: Mapping[str, Replace], options: MergeOptions
 ) -> tuple[Sequence[str], frozenset[str]]:
     """Patterns of modules that stay in 16 bit, and paths of such."""
-    whole = {module_of(name) for name in replaces}  # exactly these, no pattern
+    # Exactly these, no pattern. A bias that the adapter holds whole says nothing of the weight beside it.
+    whole = {module_of(name) for name in replaces if name.endswith(".weight")}
     if not base.quantized:
         return (*options.ignore, *DEFAULT_IGNORE), frozenset(whole)
     # What it leaves in 16 bit stays so, what it quantizes does too.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -62,7 +63,10 @@ def _own_dtype(base: Base, name: str, weight: Weight) -> Dtype:
     original = base.weights.get(name)
     if original is None and base.tie is not None and name == base.tie.head:
         original = base.weights[base.tie.embedding]
-    return original.dtype if original is not None and original.dtype.name in DENSE else weight.dtype
+    if original is None:  # a head that only the adapter has is stored as most of the base
+        counts = Counter(each.dtype for each in base.weights.values() if each.dtype.name in DENSE)
+        return counts.most_common(1)[0][0] if counts else weight.dtype
+    return original.dtype if original.dtype.name in DENSE else weight.dtype
 
 
 def weight_steps(

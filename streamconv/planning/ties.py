@@ -3,12 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from streamconv.adapters.base import Tie
 from streamconv.adapters.embeddings import HEADS, find_embedding
 from streamconv.errors import UnsupportedError
 from streamconv.formats.base import Weight
+
+_LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_MASKED = ("ForMaskedLM", "ForPreTraining")
+# Heads of other names than `lm_head`, with the families whose embedding they are tied to: `_tied_weights_keys` in the
+# models of transformers 5.24.
+_HEADS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "proj_out": frozenset({"canary", "cohere_asr", "moonshine", "moonshine_streaming", "whisper"}),
+        "output_projection": frozenset({"biogpt", "trocr"}),
+        "predictions.decoder": frozenset({"albert"}),
+        "vocab_projector": frozenset({"distilbert"}),
+        "generator_lm_head": frozenset({"convbert", "electra"}),
+        "lm_head.decoder": frozenset(
+            {
+                *(
+                    "bert-generation",
+                    "camembert",
+                    "data2vec-text",
+                    "esm",
+                    "gte",
+                    "ibert",
+                    "longformer",
+                    "mpnet",
+                ),
+                *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+            }
+        ),
+        "cls.predictions.decoder": frozenset(
+            {
+                *(
+                    "bert",
+                    "big_bird",
+                    "deberta",
+                    "deberta-v2",
+                    "ernie",
+                    "fnet",
+                    "layoutlm",
+                    "lxmert",
+                    "megatron-bert",
+                ),
+                *(
+                    "mobilebert",
+                    "mra",
+                    "nomic_bert",
+                    "nystromformer",
+                    "roc_bert",
+                    "roformer",
+                    "squeezebert",
+                    "tapas",
+                ),
+                *("rembert", "visual_bert", "yoso"),
+            }
+        ),
+    }
+)
 
 
 def check_unknown_tie(
@@ -47,12 +103,12 @@ def find_tie(weights: Mapping[str, Weight], config: Mapping[str, Any]) -> Tie | 
     declared = _declared_ties(config)
     if embedding is None or False in declared:
         return None
-    architectures = [str(name) for name in config.get("architectures") or ()]
-    has_head = any(
-        name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
-    )
+    own = _head_of(config)
+    head = own if own in weights else head
+    ends = _LANGUAGE if own is None else (*_LANGUAGE, *_MASKED)
+    has_head = any(str(name).endswith(ends) for name in config.get("architectures") or ())
     if head is None and has_head:
-        return Tie(embedding, "lm_head.weight")
+        return Tie(embedding, own or "lm_head.weight")
     return Tie(embedding, head) if head is not None and True in declared else None
 
 
@@ -68,3 +124,10 @@ def without_shared_head(weights: dict[str, Weight], config: Mapping[str, Any]) -
 
 def _place(weight: Weight) -> list[tuple[str, int, tuple[int, ...]]]:
     return [(part.file.path, part.offset, part.shape) for part in weight.parts.values()]
+
+
+def _head_of(config: Mapping[str, Any]) -> str | None:
+    """The head of a family whose weight is not lm_head.weight."""
+    family = str(config.get("model_type"))
+    module = next((module for module, families in _HEADS.items() if family in families), None)
+    return None if module is None else f"{module}.weight"

@@ -57,9 +57,7 @@ def test_biases_that_were_trained_replace_the_bases(tmp_path: Path) -> None:
     config = llama_config()
     config.attention_bias = True
     base = save_base(tmp_path / "base", config)
-    # A module that the adapter holds in part is not quantized.
-    config_of_adapter = OFTConfig(oft_block_size=8, target_modules=["q_proj"], bias="oft_only")
-    merge_as_peft(tmp_path, base, config_of_adapter, quantizes=False)
+    merge_as_peft(tmp_path, base, OFTConfig(oft_block_size=8, target_modules=["q_proj"], bias="oft_only"))
 
 
 class Convolutions(nn.Module):

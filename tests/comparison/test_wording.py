@@ -28,6 +28,7 @@ EVERYTHING = {
     "seed": 5,
     "moe_layout": "last,rank-major",
     "allow_pickle": True,
+    "ignore_extra": ["value_head.safetensors"],
     "tokenizer": "adapter",
     "device": "cpu",
     "max_ram": "3500MiB",

@@ -57,6 +57,7 @@ OTHERS: dict[str, Any] = {
     "adapter_subfolder": "checkpoint-2",
     "moe_layout": "last",
     "allow_pickle": True,
+    "ignore_extra": ("value_head.safetensors",),
     "tokenizer": "base",
     "calibration": "text.txt",
     "calibration_tokens": 4096,
