@@ -9,11 +9,12 @@ from typing import Any
 
 from streamconv.adapters.base import Adapter, Parameter, Tie, Update
 from streamconv.adapters.config import AdapterConfig, check_fields, read_config
+from streamconv.adapters.dialects import find_dialect
 from streamconv.adapters.ia3 import IA3
 from streamconv.adapters.loha import LOHA
 from streamconv.adapters.lora_reader import LORA
 from streamconv.adapters.method import Method
-from streamconv.adapters.names import read_source
+from streamconv.adapters.names import read_source, read_translated
 from streamconv.adapters.oft import OFT
 from streamconv.adapters.replication import check_every_layer
 from streamconv.adapters.saved import Saved, check_saved, read_saved
@@ -46,11 +47,17 @@ def read_adapter(
     would not be used, UnsupportedError for methods and variants that are not built, CheckpointError where a file is
     broken.
     """
-    config = read_config(storage)
+    dialect = find_dialect(storage)
+    config = read_config(storage) if dialect is None else dialect.read_config(storage)
     method = find_method(config)
-    stored = read_stored(storage, allow_pickle)
     base = BaseParameters(parameters, base_config, tie)
-    source = read_source(storage.location, config, stored.values(), base, moe, method)
+    if dialect is None:
+        stored = read_stored(storage, allow_pickle)
+        source = read_source(storage.location, config, stored.values(), base, moe, method)
+    else:
+        keyed = dialect.read_tensors(storage, config, base)
+        stored = {tensor.name: tensor for tensor in keyed.values()}
+        source = read_translated(storage.location, config, keyed, base, moe, method)
 
     check_fields(config, method.fields)
     updates = method.read(source, base)
@@ -85,6 +92,7 @@ def read_adapter(
         modules=MappingProxyType(dict(counts)),
         renamed=source.renaming.reason if source.renaming else None,
         sha256=scan.sha256,
+        notes=(dialect.note(config),) if dialect else (),
     )
 
 

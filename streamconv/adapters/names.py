@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from streamconv.adapters.config import AdapterConfig
@@ -60,6 +61,21 @@ def read_source(
         return Source(location, config, by_trained_key, None, moe)
     ((renaming, keys),) = found
     return Source(location, config, keys, renaming, moe)
+
+
+def read_translated(
+    location: str,
+    config: AdapterConfig,
+    keyed: Mapping[str, StoredTensor],
+    base: BaseParameters,
+    moe: MoeLayout,
+    method: Method,
+) -> Source:
+    """`read_source` of tensors whose keys are not their names in the file, which messages go on to use."""
+    named = (replace(tensor, name=key) for key, tensor in keyed.items())
+    source = read_source(location, config, named, base, moe, method)
+    tensors = {key: keyed[tensor.name] for key, tensor in source.tensors.items()}
+    return replace(source, tensors=MappingProxyType(tensors))
 
 
 def _ends(method: Method) -> re.Pattern[str]:

@@ -8,7 +8,7 @@ from os import PathLike, fspath
 from typing import Any
 
 from streamconv.adapters import ADAPTERS
-from streamconv.adapters.config import read_config
+from streamconv.adapters.dialects import find_dialect, read_config
 from streamconv.adapters.replication import read_ranges
 from streamconv.checkpoint.index import CheckpointIndex, read_index
 from streamconv.formats import find_weights
@@ -21,7 +21,7 @@ def inspect(location: str | PathLike[str], *, revision: str | None = None) -> di
     """Facts about the checkpoint or adapter at a folder or Hub id, as plain data. Reads no weights."""
     storage = open_storage(fspath(location), revision)
     names = storage.names()
-    if "adapter_config.json" in names and "config.json" not in names:
+    if "config.json" not in names and ("adapter_config.json" in names or find_dialect(storage)):
         return _adapter(storage)
     return _checkpoint(read_index(storage))
 
@@ -55,12 +55,17 @@ def _checkpoint(index: CheckpointIndex) -> dict[str, Any]:
 
 def _adapter(storage: Storage) -> dict[str, Any]:
     config = read_config(storage)
-    tensors = read_index(storage, stem="adapter_model", require_config=False).tensors
+    dialect = find_dialect(storage)
+    if dialect is None:
+        tensors = read_index(storage, stem="adapter_model", require_config=False).tensors
+    else:
+        tensors = dialect.read_tensors(storage, config, None)
     fields = config.fields
     method = ADAPTERS.get(config.peft_type)
     return {
         "kind": "adapter",
         "location": storage.location,
+        **({"dialect": dialect.name} if dialect else {}),
         "peft_type": config.peft_type,
         "base_model": fields.get("base_model_name_or_path"),
         **(method.facts(fields, tensors) if method else {}),

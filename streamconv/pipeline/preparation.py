@@ -8,7 +8,7 @@ from pathlib import Path
 
 from streamconv.adapters import read_adapter
 from streamconv.adapters.base import Adapter, Parameter
-from streamconv.adapters.config import read_config
+from streamconv.adapters.dialects import read_config
 from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.index import read_index
 from streamconv.errors import InputError

@@ -26,6 +26,7 @@ OWN_FILES = (
     *(f"adapters/{name.lower()}" for name in ADAPTERS),
     # LoRA's, by what its variants do.
     *(f"adapters/{name}" for name in ("conv", "experts", "folded", "initial")),
+    "adapters/dialects/",  # other programs' LoRA, by their own names
 )
 ALLOWED = {
     "adapters/__init__.py": "the table, and the names of methods that are refused",
