@@ -20,7 +20,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "adapters/conv.py": ["parity/test_forms.py"],
     "adapters/dialects/__init__.py": ["adapters/dialects/test_mlx.py", "pipeline/test_inspection.py"],
     "adapters/dialects/base.py": ["adapters/dialects/test_mlx.py"],
-    "adapters/dialects/parts.py": ["adapters/dialects/test_mlx.py"],
+    "adapters/dialects/parts.py": ["adapters/dialects/test_mlx.py", "adapters/dialects/test_gguf.py"],
     "adapters/embeddings.py": ["parity/test_forms.py"],
     "adapters/experts.py": ["parity/test_experts.py"],
     "adapters/experts_reader.py": ["parity/test_experts.py", "parity/test_experts_of_peft_018.py"],

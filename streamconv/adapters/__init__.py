@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import Any
 
 from streamconv.adapters.base import Adapter, Parameter, Tie, Update
-from streamconv.adapters.config import AdapterConfig, check_fields, read_config
-from streamconv.adapters.dialects import find_dialect
+from streamconv.adapters.config import AdapterConfig, check_fields
+from streamconv.adapters.dialects import find_dialect, read_config
 from streamconv.adapters.ia3 import IA3
 from streamconv.adapters.loha import LOHA
 from streamconv.adapters.lora_reader import LORA
@@ -48,7 +48,7 @@ def read_adapter(
     broken.
     """
     dialect = find_dialect(storage)
-    config = read_config(storage) if dialect is None else dialect.read_config(storage)
+    config = read_config(storage)
     method = find_method(config)
     base = BaseParameters(parameters, base_config, tie)
     if dialect is None:

@@ -13,13 +13,13 @@ from streamconv.adapters.replication import read_ranges
 from streamconv.checkpoint.index import CheckpointIndex, read_index
 from streamconv.formats import find_weights
 from streamconv.planning.base import read_base
-from streamconv.storage import open_storage
+from streamconv.storage import open_adapter
 from streamconv.storage.base import Storage
 
 
 def inspect(location: str | PathLike[str], *, revision: str | None = None) -> dict[str, Any]:
     """Facts about the checkpoint or adapter at a folder or Hub id, as plain data. Reads no weights."""
-    storage = open_storage(fspath(location), revision)
+    storage = open_adapter(fspath(location), revision)
     names = storage.names()
     if "config.json" not in names and ("adapter_config.json" in names or find_dialect(storage)):
         return _adapter(storage)

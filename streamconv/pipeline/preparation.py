@@ -33,7 +33,7 @@ from streamconv.planning.devices import resolve_device
 from streamconv.planning.options import Job
 from streamconv.planning.plan import Plan
 from streamconv.planning.planner import build_plans, facts_of
-from streamconv.storage import open_storage
+from streamconv.storage import open_adapter, open_storage
 from streamconv.storage.base import SourceFile, Storage
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
@@ -115,7 +115,7 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     _log.info("read the base %s: %d weights in %d shards", job.base, len(base.weights), len(index.shards))
     adapter_storage = None
     if job.adapter is not None:
-        adapter_storage = open_storage(job.adapter, job.adapter_revision, job.adapter_subfolder)
+        adapter_storage = open_adapter(job.adapter, job.adapter_revision, job.adapter_subfolder)
         base = deepen(base, read_config(adapter_storage))
         if base.depth is not None:
             _log.info("the adapter repeats layers of the base: %s", base.depth)
