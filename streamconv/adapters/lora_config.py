@@ -130,6 +130,8 @@ _SECTIONS: Mapping[str, frozenset[str]] = MappingProxyType(
     }
 )
 
+_OF_SWIFT = "adapters of ms-swift 1.x are supported where they are its plain LoRA"
+
 LORA_FIELDS: Mapping[str, Rule] = MappingProxyType(
     {
         **COMMON_FIELDS,
@@ -175,6 +177,20 @@ LORA_FIELDS: Mapping[str, Rule] = MappingProxyType(
         # Of PEFT before 0.4, which split fused attention layers: lora_B is then a convolution.
         "enable_lora": Neutral("adapters of MergedLinear (PEFT before 0.3) are not supported"),
         "merge_weights": NO_EFFECT,
+        # Of ms-swift, whose first versions added them here; later ones have a file of their own for them.
+        "lora_dtype": NO_EFFECT,
+        "lorap_emb_lr": NO_EFFECT,
+        "lorap_lr_ratio": NO_EFFECT,
+        "swift_type": Neutral(_OF_SWIFT, ("LORA",)),
+        "use_qa_lora": Neutral(_OF_SWIFT),
+        "use_merged_linear": Neutral(_OF_SWIFT),
+        "model_key_mapping": NO_EFFECT,
+        # Of axolotl (`utils/callbacks/merge_aware.py`).
+        "nvfp4_merge_aware": Neutral(
+            "axolotl trained this adapter with its merge into NVFP4 in every forward pass, so the trained model is the"
+            " sum of base and update rounded to NVFP4, and nothing else: the sum itself, or rounded to another format,"
+            " is another model; merge it with axolotl merge-lora"
+        ),
     }
 )
 
