@@ -27,6 +27,7 @@ from streamconv.storage.base import Storage
 _WEIGHTS = "adapters.safetensors"
 _OLD_WEIGHTS = "adapters.npz"
 _FIELDS = frozenset({"fine_tune_type", "lora_parameters", "lora_layers"})
+_STACKS = frozenset({"switch_mlp", "experts"})
 _TYPES = ("lora", "dora", "full")
 # mlx-vlm before 2026 called the factors A and B.
 _ROLES = {"lora_a": "a", "lora_b": "b", "m": "m", "A": "a", "B": "b"}
@@ -95,9 +96,7 @@ def _factor_fields(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
         "lora_alpha": _scale(fields, parameters, rank, name) * rank,
         "ensure_weight_tying": True,
         # Experts are stacked in MLX under a name that no checkpoint of transformers has.
-        "target_modules": [
-            key for key in targets if not key.startswith(("mlp.", "block_sparse_moe.", "feed_forward."))
-        ],
+        "target_modules": [key for key in targets if _STACKS.isdisjoint(key.split("."))],
     }
 
 
