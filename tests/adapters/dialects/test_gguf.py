@@ -9,7 +9,11 @@ import pytest
 import torch
 
 import streamconv
+from streamconv.adapters.base import Parameter
+from streamconv.adapters.dialects.gguf import GGUF
+from streamconv.adapters.source import BaseParameters
 from streamconv.errors import AdapterError, UnsupportedError
+from streamconv.storage import open_adapter
 from tests.adapters.methods import read_for
 from tests.checkpoint.gguf_files import FLOAT32, STRING, UINT32, gguf_bytes
 from tests.parity.opening import tensors
@@ -88,10 +92,12 @@ def test_scale_is_alpha_by_rank_or_one(tmp_path: Path, alpha: float, scaling: fl
 
 
 def test_a_base_of_several_kinds_has_its_text_part_deeper(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.gguf", factors("blk.0.ffn_up.weight"))
+    file = open_adapter(str(write(tmp_path / "a.gguf", factors("blk.0.ffn_up.weight"))))
     name = "model.language_model.layers.0.mlp.gate_up_proj.weight"
-    with pytest.raises(AdapterError, match=r"model\.layers\.0\.mlp\.gate_up_proj\.weight"):
-        read_for(file, {name: (4, 6)})
+    base = BaseParameters({name: Parameter(name, (4, 6))}, {}, None)
+    assert set(GGUF.read_tensors(file, GGUF.read_config(file), base)) == {
+        f"base_model.model.model.layers.0.mlp.gate_up_proj.lora_{side}.weight" for side in "AB"
+    }
 
 
 @pytest.mark.parametrize(
