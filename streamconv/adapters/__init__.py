@@ -10,11 +10,12 @@ from typing import Any
 
 from streamconv.adapters.adalora import ADALORA
 from streamconv.adapters.base import Adapter, Parameter, Tie, Update
-from streamconv.adapters.beside import read_beside, with_beside
+from streamconv.adapters.beside import Beside, read_beside, with_beside
 from streamconv.adapters.boft import BOFT
 from streamconv.adapters.c3a import C3A
-from streamconv.adapters.config import AdapterConfig, check_fields, read_config
+from streamconv.adapters.config import AdapterConfig, check_fields
 from streamconv.adapters.delora import DELORA
+from streamconv.adapters.dialects import find_dialect, read_config
 from streamconv.adapters.fourierft import FOURIERFT
 from streamconv.adapters.heads import find_head, notes_on_head
 from streamconv.adapters.hira import HIRA
@@ -26,7 +27,7 @@ from streamconv.adapters.lokr import LOKR
 from streamconv.adapters.lora_reader import LORA
 from streamconv.adapters.method import Method
 from streamconv.adapters.miss import BONE, MISS
-from streamconv.adapters.names import read_source
+from streamconv.adapters.names import read_source, read_translated
 from streamconv.adapters.oft import OFT
 from streamconv.adapters.randlora import RANDLORA
 from streamconv.adapters.replication import check_every_layer
@@ -65,15 +66,22 @@ def read_adapter(
     not fit or something in the folder would not be used, UnsupportedError for methods and variants that are not built,
     CheckpointError where a file is broken.
     """
+    dialect = find_dialect(storage)
     config = read_config(storage)
     method = find_method(config)
-    stored = read_stored(storage, allow_pickle)
-    _check_gathered(storage, stored.values())
     base = BaseParameters(parameters, base_config, tie)
-    source = read_source(storage.location, config, stored.values(), base, moe, method)
-    read = {tensor.file for tensor in stored.values()}
-    beside = read_beside(storage, source, base, read, allow_pickle, ignore_extra)
-    source = with_beside(source, beside)
+    beside = Beside(MappingProxyType({}), ())
+    if dialect is None:
+        stored = read_stored(storage, allow_pickle)
+        _check_gathered(storage, stored.values())
+        source = read_source(storage.location, config, stored.values(), base, moe, method)
+        read = {tensor.file for tensor in stored.values()}
+        beside = read_beside(storage, source, base, read, allow_pickle, ignore_extra)
+        source = with_beside(source, beside)
+    else:
+        keyed = dialect.read_tensors(storage, config, base)
+        stored = {tensor.name: tensor for tensor in keyed.values()}
+        source = read_translated(storage.location, config, keyed, base, moe, method)
 
     check_fields(config, method.fields)
     head = find_head(source, base)
@@ -118,7 +126,12 @@ def read_adapter(
         sha256=scan.sha256,
         multiplies=method.multiplies,
         records=_records(saved, settled),
-        notes=(*source.notes, *notes_on_head(head), *beside.notes),
+        notes=(
+            *((dialect.note(config),) if dialect else ()),
+            *source.notes,
+            *notes_on_head(head),
+            *beside.notes,
+        ),
         head=head,
     )
 

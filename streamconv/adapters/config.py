@@ -18,7 +18,7 @@ from streamconv.errors import AdapterError, CheckpointError, UnsupportedError
 from streamconv.storage.base import Storage
 
 CONFIG_NAME = "adapter_config.json"
-_MAX_CONFIG_BYTES = 32_000_000
+MAX_CONFIG_BYTES = 32_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ def read_config(storage: Storage) -> AdapterConfig:
     if CONFIG_NAME not in storage.names():
         raise AdapterError(_missing(storage))
     name = f"{storage.location}: {CONFIG_NAME}"
-    raw = storage.read_bytes(CONFIG_NAME, _MAX_CONFIG_BYTES)
+    raw = storage.read_bytes(CONFIG_NAME, MAX_CONFIG_BYTES)
     try:
         return AdapterConfig(name, MappingProxyType(parse_object(raw, name)), raw)
     except CheckpointError as error:

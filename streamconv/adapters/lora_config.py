@@ -178,13 +178,19 @@ LORA_FIELDS: Mapping[str, Rule] = MappingProxyType(
         "enable_lora": Neutral("adapters of MergedLinear (PEFT before 0.3) are not supported"),
         "merge_weights": NO_EFFECT,
         # ms-swift 1.x: rates of learning, the type that factors were trained in, and kinds of layers of its own.
-        "swift_type": NO_EFFECT,
+        "swift_type": Neutral(_OF_SWIFT, ("LORA",)),
         "lora_dtype": NO_EFFECT,
         "lorap_lr_ratio": NO_EFFECT,
         "lorap_emb_lr": NO_EFFECT,
         "use_qa_lora": Neutral(_OF_SWIFT),
         "use_merged_linear": Neutral(_OF_SWIFT),
         "model_key_mapping": Neutral("names that ms-swift changed in training are not known here"),
+        # Of axolotl (`utils/callbacks/merge_aware.py`).
+        "nvfp4_merge_aware": Neutral(
+            "axolotl trained this adapter with its merge into NVFP4 in every forward pass, so the trained model is the"
+            " sum of base and update rounded to NVFP4, and nothing else: the sum itself, or rounded to another format,"
+            " is another model; merge it with axolotl merge-lora"
+        ),
     }
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from streamconv.adapters.canonical import Lines, Names, canonical, read_names, rule_sets
@@ -93,6 +93,21 @@ def _dumped(keys: Iterable[str], base: BaseParameters) -> frozenset[str]:
     plain = {key.replace(".base_layer.", ".").replace(".original_module.", ".") for key in keys}
     names = frozenset(base.parameters)
     return names if plain >= names else frozenset()
+
+
+def read_translated(
+    location: str,
+    config: AdapterConfig,
+    keyed: Mapping[str, StoredTensor],
+    base: BaseParameters,
+    moe: MoeLayout,
+    method: Method,
+) -> Source:
+    """`read_source` of tensors whose keys are not their names in the file, which messages go on to use."""
+    named = (replace(tensor, name=key) for key, tensor in keyed.items())
+    source = read_source(location, config, named, base, moe, method)
+    tensors = {key: keyed[tensor.name] for key, tensor in source.tensors.items()}
+    return replace(source, tensors=MappingProxyType(tensors))
 
 
 def _ends(method: Method) -> re.Pattern[str]:

@@ -169,6 +169,8 @@ def recognise(start: bytes | bytearray) -> str | None:
 
 
 def _metadata(found: object, file_name: str) -> dict[str, str]:
+    if found is None:  # as MLX writes where there is none
+        return {}
     if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
         return found
     raise CheckpointError(f"{file_name}: __metadata__ must map strings to strings, found {shown(found)}")

@@ -59,14 +59,20 @@ class TensorReader:
         self._readers.share(len(view), read)
 
     def load(self, tensor: StoredTensor) -> torch.Tensor:
-        """The whole tensor in memory of its own: for small ones."""
+        """The whole tensor in memory of its own, in its logical order: for small ones.
+
+        A transposed one is a view of its bytes, so that it takes no more memory than any other.
+        """
         raw = torch.empty(tensor.nbytes, dtype=torch.uint8)
         self.read_into(tensor, 0, tensor_bytes(raw))
         if tensor.dtype.torch is torch.bool and bool((raw > 1).any()):
             raise CheckpointError(
                 f"{tensor.file.name}: tensor {tensor.name} is BOOL and has bytes other than 0 and 1"
             )
-        return raw.view(tensor.dtype.torch).reshape(tensor.shape)
+        values, order = raw.view(tensor.dtype.torch), tensor.order
+        if order is not None:
+            values = values.reshape(order.stored).permute(order.axes)
+        return values.reshape(tensor.shape)
 
     def drop_cache(self, tensor: StoredTensor, start: int, length: int) -> None:
         """Let the kernel forget these bytes of the tensor: they will not be read again."""

@@ -26,14 +26,29 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class AxisOrder:
+    """Order of elements that lie otherwise than row after row: the axes of `stored`, in the order `axes`, flattened.
+
+    `stored` (in, r) with `axes` (1, 0) is a matrix [r, in] that lies transposed.
+    """
+
+    stored: Shape
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a checkpoint and where its bytes are: `offset` counts from the start of the file."""
+    """One tensor of a checkpoint and where its bytes are: `offset` counts from the start of the file.
+
+    `order` is None where its bytes are its elements, row after row, as everything but a foreign adapter's factor is.
+    """
 
     name: str
     dtype: Dtype
     shape: Shape
     file: SourceFile
     offset: int
+    order: AxisOrder | None = None
 
     @property
     def nbytes(self) -> int:

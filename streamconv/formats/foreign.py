@@ -34,6 +34,11 @@ _BY_SUFFIX: Mapping[str, str] = MappingProxyType(
 def refuse_foreign(index: CheckpointIndex, formats: Collection[Reader]) -> None:
     """Raise UnsupportedError if the checkpoint is quantized in a way that none of `formats` reads."""
     config = quantization_of(index)
+    if _is_mlx(config or index.config.get("quantization")):
+        raise refusal(
+            config_says(index.storage.location),
+            "quantized by MLX (its original is the model that mlx_lm.convert was given)",
+        )
     if config:
         _refuse_method(index.storage.location, config, formats)
     where = index.storage.location
@@ -82,6 +87,15 @@ def _refuse_method(where: str, config: Mapping[str, Any], formats: Collection[Re
             check(config, where)
     if not checks:
         raise refusal(config_says(where), str(method) if method else "quantized in an unnamed way")
+
+
+def _is_mlx(config: object) -> bool:
+    """Whether these settings are as `mlx_lm.convert` writes them: under `quantization`, and in newer versions twice."""
+    return (
+        isinstance(config, Mapping)
+        and "quant_method" not in config
+        and {"group_size", "bits"} <= config.keys()
+    )
 
 
 def _is_fp8(dtype: Dtype) -> bool:

@@ -9,13 +9,13 @@ from os import PathLike, fspath
 from typing import Any
 
 from streamconv.adapters import ADAPTERS, read_stored
-from streamconv.adapters.config import read_config
+from streamconv.adapters.dialects import find_dialect, read_config
 from streamconv.adapters.replication import read_ranges
 from streamconv.checkpoint.index import CheckpointIndex, read_index
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.formats import find_weights
 from streamconv.planning.base import read_base
-from streamconv.storage import open_storage
+from streamconv.storage import open_adapter
 from streamconv.storage.base import Storage
 
 
@@ -26,9 +26,9 @@ def inspect(
 
     `allow_pickle`: also of files that torch.save wrote, which are downloaded for it.
     """
-    storage = open_storage(fspath(location), revision)
+    storage = open_adapter(fspath(location), revision)
     names = storage.names()
-    if "adapter_config.json" in names and "config.json" not in names:
+    if "config.json" not in names and ("adapter_config.json" in names or find_dialect(storage)):
         return _adapter(storage, allow_pickle)
     return _checkpoint(read_index(storage, allow_pickle=allow_pickle))
 
@@ -62,12 +62,16 @@ def _checkpoint(index: CheckpointIndex) -> dict[str, Any]:
 
 def _adapter(storage: Storage, allow_pickle: bool) -> dict[str, Any]:
     config = read_config(storage)
-    tensors = _tensors(storage, allow_pickle)
+    dialect = find_dialect(storage)
+    tensors = (
+        _tensors(storage, allow_pickle) if dialect is None else dialect.read_tensors(storage, config, None)
+    )
     fields = config.fields
     method = ADAPTERS.get(config.peft_type)
     return {
         "kind": "adapter",
         "location": storage.location,
+        **({"dialect": dialect.name} if dialect else {}),
         "peft_type": config.peft_type,
         "base_model": fields.get("base_model_name_or_path"),
         **(method.facts(fields, tensors) if method else {}),

@@ -9,7 +9,7 @@ from streamconv.adapters import read_adapter
 from streamconv.adapters.base import Adapter, Parameter
 from streamconv.adapters.combine import Mixture, combine
 from streamconv.adapters.combined import Rule
-from streamconv.adapters.config import read_config
+from streamconv.adapters.dialects import read_config
 from streamconv.adapters.embeddings import EMBEDDINGS, HEADS
 from streamconv.adapters.replication import read_ranges
 from streamconv.adapters.source import BaseParameters
@@ -18,7 +18,7 @@ from streamconv.pipeline.job import parse_moe_layout
 from streamconv.planning.base import Base
 from streamconv.planning.depth import deepen
 from streamconv.planning.options import Job, MergeOptions
-from streamconv.storage import open_storage
+from streamconv.storage import open_adapter
 from streamconv.storage.base import Storage
 
 _TOKENIZER = "tokenizer_config.json"
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 def open_adapters(job: Job) -> tuple[Storage, ...]:
     """Places of the job's adapters, in their order; revision and subfolder are the same of all."""
-    return tuple(open_storage(each, job.adapter_revision, job.adapter_subfolder) for each in job.adapters)
+    return tuple(open_adapter(each, job.adapter_revision, job.adapter_subfolder) for each in job.adapters)
 
 
 def deepen_once(base: Base, storages: Sequence[Storage]) -> Base:

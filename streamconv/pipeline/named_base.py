@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamconv.adapters.config import read_config
+from streamconv.adapters.dialects import read_config
 from streamconv.checkpoint.strict_json import parse_object
 from streamconv.errors import CheckpointError, OptionError
 from streamconv.output.manifest import MANIFEST
-from streamconv.storage import open_storage, storage_kind
+from streamconv.storage import open_adapter, storage_kind
 from streamconv.storage.base import Storage
 
 _HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
@@ -64,7 +64,7 @@ def find_base(
 
     `base_revision` is the user's and wins. Raises OptionError where the adapter names none, or one that is not here.
     """
-    storage = open_storage(adapter, adapter_revision, adapter_subfolder)
+    storage = open_adapter(adapter, adapter_revision, adapter_subfolder)
     named = named_base(read_config(storage).fields)
     if named is None:
         raise OptionError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from streamconv.adapters.base import Adapter
-from streamconv.adapters.config import read_config
+from streamconv.adapters.dialects import read_config
 from streamconv.adapters.embeddings import find_embedding
 from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.index import read_index

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from streamconv.errors import OptionError
 from streamconv.storage.base import Storage
 from streamconv.storage.hub import HF, open_hub
-from streamconv.storage.local import LocalFolder, open_subfolder
+from streamconv.storage.local import LocalFolder, find_file, open_subfolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,13 @@ def open_storage(location: str, revision: str | None = None, subfolder: str | No
     folder does not exist, HubError if the Hub does not show the model, OptionError for what is neither.
     """
     return STORAGES[storage_kind(location)].open(location, revision, subfolder)
+
+
+def open_adapter(location: str, revision: str | None = None, subfolder: str | None = None) -> Storage:
+    """`open_storage` of an adapter, which may also be one file of its own, such as `lora.gguf`."""
+    if revision is None and subfolder is None and (found := find_file(location)) is not None:
+        return found
+    return open_storage(location, revision, subfolder)
 
 
 def storage_kind(location: str) -> str:

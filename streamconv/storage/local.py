@@ -24,15 +24,20 @@ from streamconv.storage.base import Origin, SourceFile
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 _CACHED_MODEL = re.compile(r"models--(?:(.+?)--)?(.+)")  # an organization's name has no two hyphens in a row
+_WHOLE_FILES = (".gguf", ".nemo", ".ckpt")  # adapters of one file, read or refused by what they are
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True, slots=True)
 class LocalFolder:
-    """The folder `path` (absolute, links resolved), which the user called `location`."""
+    """The folder `path` (absolute, links resolved), which the user called `location`.
+
+    Where the user named one file in it, `only` is its name: the others are none of the checkpoint.
+    """
 
     location: str
     path: Path
+    only: str | None = None
 
     @property
     def origin(self) -> Origin | None:
@@ -45,6 +50,8 @@ class LocalFolder:
 
     def names(self, subfolder: str | None = None) -> tuple[str, ...]:
         """Names of all entries that are not folders, sorted; `file` says what is wrong with an odd one."""
+        if self.only is not None:
+            return () if subfolder else (self.only,)
         folder, prefix = (self.path / subfolder, f"{subfolder}/") if subfolder else (self.path, "")
         if subfolder and not folder.is_dir():
             return ()
@@ -138,6 +145,15 @@ def open_folder(location: str) -> LocalFolder:
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{location} is one file of a checkpoint; give its folder: {path.parent}")
     raise CheckpointError(f"{location} must be a folder with a checkpoint, found {_kind(mode)}")
+
+
+def find_file(location: str) -> LocalFolder | None:
+    """The file `location` alone, where it is one that an adapter may consist of; None where it is not."""
+    # Unlike those of Path, these do not fail for a name that is too long, or `~` of an unknown user.
+    path = os.path.expanduser(location)  # noqa: PTH111
+    if not location.endswith(_WHOLE_FILES) or not os.path.isfile(path):  # noqa: PTH113
+        return None
+    return LocalFolder(location, Path(path).parent.resolve(), Path(path).name)
 
 
 def open_subfolder(location: str, subfolder: str | None) -> LocalFolder:

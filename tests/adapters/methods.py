@@ -20,7 +20,7 @@ from streamconv.adapters.base import Parameter
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import Shape
 from streamconv.formats.base import matrix_shape
-from streamconv.storage import open_storage
+from streamconv.storage import open_adapter
 from tests.merging import updated
 from tests.parity.opening import logits_differ_by, open_model, relative_difference, tensors
 from tests.tiny import Adapter, load_base, save_adapter
@@ -71,7 +71,7 @@ def save_by_hand(folder: Path, config: Mapping[str, Any], adapter: Mapping[str, 
 def read_for(folder: Path, shapes: Mapping[str, Shape], model_type: str = "llama") -> Found:
     """The adapter in `folder`, read for a base with parameters of these shapes."""
     parameters = {name: Parameter(name, shape) for name, shape in shapes.items()}
-    return read_adapter(open_storage(str(folder)), parameters, {"model_type": model_type}, None)
+    return read_adapter(open_adapter(str(folder)), parameters, {"model_type": model_type}, None)
 
 
 def merged_by_hand(found: Found, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

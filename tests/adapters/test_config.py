@@ -94,6 +94,8 @@ def test_other_methods_are_refused_by_name(
         ("use_qa_lora", True),
         ("use_merged_linear", True),
         ("model_key_mapping", {"query": "q"}),
+        ("swift_type", "LONGLORA"),
+        ("nvfp4_merge_aware", True),
         ("a_field_of_tomorrow", "on"),
         ("a_field_of_tomorrow", 0),
         ("a_field_of_tomorrow", {"deep": False}),
@@ -268,3 +270,40 @@ def test_scaling_takes_the_rank_of_the_module(use_rslora: bool, expected: float)
     settings = LoraSettings("config", 8, 16.0, ((q, 3),), ((q, 7.0),), use_rslora, False, False)
     assert settings.scaling("model.q", settings.rank("model.q")) == pytest.approx(expected, rel=1e-15)
     assert settings.scaling("model.k", 4) == (8.0 if use_rslora else 4.0)
+
+
+# -- fields of other programs ----------------------------------------------------------------------------------------
+
+
+def test_fields_of_ms_swift(plain: Path, read_plain: Read) -> None:
+    before = read_plain()
+    of_training: dict[str, Any] = {"lora_dtype": "bf16", "lorap_emb_lr": 1e-6, "lorap_lr_ratio": 16.0}
+    edit_json(
+        plain / CONFIG_NAME, **of_training, swift_type="LORA", use_qa_lora=False, use_merged_linear=False
+    )
+    assert read_plain().updates == before.updates
+    edit_json(plain / CONFIG_NAME, use_qa_lora=True)
+    with pytest.raises(UnsupportedError, match=r"use_qa_lora is True: adapters of ms-swift 1\.x"):
+        read_plain()
+
+
+@pytest.mark.parametrize(
+    "stamp",
+    [
+        True,
+        {
+            "scale_mode": "fresh",
+            "pts_policy": "base_fused_max",
+            "encoder": "torchao-0.15",
+            "start_step": None,
+        },
+    ],
+)
+def test_an_adapter_trained_for_one_merge_is_refused_for_others(
+    plain: Path, read_plain: Read, stamp: object
+) -> None:
+    edit_json(plain / CONFIG_NAME, nvfp4_merge_aware=stamp)
+    with pytest.raises(
+        UnsupportedError, match=r"nvfp4_merge_aware .* merge into NVFP4 .* axolotl merge-lora"
+    ):
+        read_plain()

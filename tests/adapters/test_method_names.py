@@ -27,6 +27,7 @@ OWN_FILES = (
     # LoRA's, by what its variants do.
     *(f"adapters/{name}" for name in ("conv", "experts", "folded", "initial")),
     "adapters/tokens",  # rows trained beside another method have the same tensors
+    "adapters/dialects/",  # other programs' LoRA, by their own names
 )
 ALLOWED = {
     "adapters/source.py": "trained rows, which may be beside any method",

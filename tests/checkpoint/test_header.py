@@ -107,6 +107,13 @@ def test_tensors_come_in_file_order_whatever_the_order_of_the_names(tmp_path: Pa
     assert [tensor.name for tensor in header.tensors] == ["z", "none", "a"]
 
 
+def test_metadata_may_be_null() -> None:
+    """MLX writes so where there is none, and the format's own reader takes it for none."""
+    text = b'{"__metadata__":null,"t":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'
+    raw = len(text).to_bytes(8, "little") + text
+    assert parse_header(raw, len(raw) + 4, "x").metadata == {}
+
+
 def test_a_scalar_and_an_empty_file_are_fine() -> None:
     raw = build_header([TensorSpec("scalar", F32, ())], {})
     assert parse_header(raw, len(raw) + 4, "x").tensors[0].shape == ()

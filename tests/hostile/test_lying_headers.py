@@ -82,7 +82,7 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
     "metadata not text": ({"__metadata__": {"n": 1}, "t": entry()}, "__metadata__ must map strings"),
     "metadata nested": ({"__metadata__": {"n": {"a": "b"}}, "t": entry()}, "__metadata__ must map strings"),
     "metadata a list": ({"__metadata__": ["a"], "t": entry()}, "__metadata__ must map strings"),
-    "metadata null": ({"__metadata__": None, "t": entry()}, "__metadata__ must map strings"),
+    "metadata a number": ({"__metadata__": 0, "t": entry()}, "__metadata__ must map strings"),
     "long name": ({"x" * 100_000: entry(1, 5)}, "tensor 'xxx"),
 }
 

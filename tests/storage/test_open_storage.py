@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from streamconv.errors import CheckpointError, OptionError
-from streamconv.storage import open_storage, storage_kind
+from streamconv.storage import open_adapter, open_storage, storage_kind
 
 
 def test_an_existing_folder_is_opened(tmp_path: Path) -> None:
@@ -79,6 +79,18 @@ def test_a_subfolder(tmp_path: Path) -> None:
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="is a folder here and has no revision v1"):
         open_storage(str(tmp_path), "v1")
+
+
+def test_an_adapter_may_be_a_file(tmp_path: Path) -> None:
+    for name in ("lora.gguf", "other.gguf", "model.safetensors"):
+        (tmp_path / name).touch()
+    found = open_adapter(str(tmp_path / "lora.gguf"))
+    assert (found.names(), found.names("deeper"), found.origin) == (("lora.gguf",), (), None)
+    assert found.file("lora.gguf").path == str(tmp_path / "lora.gguf")
+    assert open_adapter(str(tmp_path)).names() == ("lora.gguf", "model.safetensors", "other.gguf")
+    for name in ("model.safetensors", "none.gguf"):
+        with pytest.raises(CheckpointError, match="folder"):
+            open_adapter(str(tmp_path / name))
 
 
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
