@@ -1,4 +1,4 @@
-"""C3A: W + Δ / in with Δ of circulant blocks (Chen et al. 2024, arXiv 2407.19342, §3.2), as `peft/tuners/c3a/layer.py`
+"""C3A: W + Δ / in with Δ of circulant blocks (Chen et al. 2024, arXiv 2407.19342), as `peft/tuners/c3a/layer.py`
 has it. Block m, n of Δ is n_b x n_b, made of a kernel w of n_b numbers:
 
     Δ[m·n_b + p, n·n_b + j] = w[m, n, (j - p) mod n_b]

@@ -1,5 +1,5 @@
 """DeLoRA: W + B diag(λ / (r ‖a‖ ‖b‖)) A diag(w), a and b the rows of A and the columns of B, λ a trained bound and
-w the norms of the weight's columns when training began (Bini et al. 2025, arXiv 2503.18225, eq. 8), as
+w the norms of the weight's columns when training began (Bini et al. 2025, arXiv 2503.18225), as
 `peft/tuners/delora/layer.py` has it. w is saved with the adapter: on a quantized base it is that base's.
 """
 

@@ -1,5 +1,5 @@
 """FourierFT: W + s·Re F⁻¹(S), the inverse Fourier transform of a spectrum [out, in] of which n numbers are trained and
-the rest is zero (Gao et al. 2024, arXiv 2405.03003, eq. 3), as `peft/tuners/fourierft/layer.py` has it:
+the rest is zero (Gao et al. 2024, arXiv 2405.03003), as `peft/tuners/fourierft/layer.py` has it:
 
     Δ[p, q] = s / (out·in) · Σ_k S_k cos 2π(u_k p / out + v_k q / in)
 

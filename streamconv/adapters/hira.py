@@ -1,4 +1,4 @@
-"""HiRA: W ∘ (1 + B A), a Hadamard product with the weight itself (Huang et al. 2025, ICLR, eq. 3), as
+"""HiRA: W ∘ (1 + B A), a Hadamard product with the weight itself (Huang et al. 2025, ICLR), as
 `peft/tuners/hira/layer.py` has it; `Conv1D` and embeddings by (B A)ᵀ, convolutions by Σ B[o, r] A[r, i, *kernel].
 """
 

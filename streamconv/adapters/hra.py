@@ -1,5 +1,5 @@
 """HRA: W H₁ … H_r, a chain of Householder reflections H = I - 2 û ûᵀ of inputs, û = u / ‖u‖ (Yuan et al. 2024, arXiv
-2405.17484, eq. 3), as `peft/tuners/hra/layer.py` has it. u are the columns of U [in, r]; with `apply_GS` they are made
+2405.17484), as `peft/tuners/hra/layer.py` has it. u are the columns of U [in, r]; with `apply_GS` they are made
 orthonormal first, in their order.
 
 No matrix [in, in] is made of them. A chain of reflections is I - U T Uᵀ with T [r, r] upper triangular (the compact WY

@@ -1,5 +1,5 @@
 """RandLoRA: W + s·Σ_b B_b Λ_b A Γ_b, as many products of random factors as make it full rank, of which the diagonals
-are trained (Albert et al. 2025, arXiv 2502.00987, eq. 4), as `peft/tuners/randlora/layer.py` has it.
+are trained (Albert et al. 2025, arXiv 2502.00987), as `peft/tuners/randlora/layer.py` has it.
 
 A [r, m] and B_b [M, r] are the same for all layers, m and M the shorter and the longer side of the largest; a layer
 takes the first numbers of each. PEFT puts the products into one, with the rows of A and the columns of B in different

@@ -1,4 +1,4 @@
-"""SHiRA: W plus a sparse matrix (Bhardwaj et al. 2024, arXiv 2406.13175, §3), as `peft/tuners/shira/layer.py` has it:
+"""SHiRA: W plus a sparse matrix (Bhardwaj et al. 2024, arXiv 2406.13175), as `peft/tuners/shira/layer.py` has it:
 n numbers, and the row and the column of each. Where a place is listed twice, both are added.
 """
 

@@ -1,5 +1,5 @@
 """VB-LoRA: W + B A, factors whose pieces of L numbers are mixed from one bank of N vectors (Li et al. 2024, arXiv
-2405.15179, §3.2), as `peft/tuners/vblora/layer.py` has it: the k vectors of the greatest logits, by their softmax.
+2405.15179), as `peft/tuners/vblora/layer.py` has it: the k vectors of the greatest logits, by their softmax.
 
     A[ρ, n·L + l] = Σ_k w[ρ, n, k] bank[i[ρ, n, k], l]      B[m·L + l, ρ] alike
 
