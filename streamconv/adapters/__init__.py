@@ -18,6 +18,7 @@ from streamconv.adapters.oft import OFT
 from streamconv.adapters.replication import check_every_layer
 from streamconv.adapters.saved import Saved, check_saved, read_saved
 from streamconv.adapters.scan import Scan, scan_tensors
+from streamconv.adapters.slices import place_updates
 from streamconv.adapters.source import BaseParameters, MoeLayout, Source
 from streamconv.adapters.targets import check_targets
 from streamconv.adapters.ties import settle_tie
@@ -53,7 +54,8 @@ def read_adapter(
     source = read_source(storage.location, config, stored.values(), base, moe, method)
 
     check_fields(config, method.fields)
-    updates = method.read(source, base)
+    read = method.read(source, base)
+    updates = place_updates(read, source, base, method.orients)
     updated = frozenset(update.parameter for update in updates)
     taken = {tensor.name for update in updates for tensor in update.parts.values()} | _unused(source, method)
     rest = [key for key, tensor in source.tensors.items() if tensor.name not in taken]

@@ -20,11 +20,16 @@ from streamconv.adapters.source import BaseParameters, Source
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError, UnsupportedError
 
-# In the order in which modules of transformers register them.
-_REGISTERED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+# In the order in which modules of transformers register them; the last three are DBRX's.
+_REGISTERED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "v1", "w2")
 # What the parts of a fused parameter are called where every expert is stored apart, in the order of their rows.
 _APART: Mapping[str, Sequence[tuple[str, ...]]] = MappingProxyType(
-    {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+    {
+        "gate_up_proj": (("gate_proj", "up_proj"), ("fc1", "fc3")),
+        "gate_proj": (("gate_proj",),),
+        "up_proj": (("up_proj",),),
+        "down_proj": (("down_proj",), ("fc2",)),
+    }
 )
 # Modules with `is_transposed`: PEFT since 0.19 takes lora_A for the middle axis of these, and before, of all.
 _TRANSPOSED = frozenset({"aria", "aria_text", "gpt_oss", "openai_privacy_filter"})
@@ -62,8 +67,8 @@ def read_experts(
     taken: set[str] = set()
     seen: set[str] = set()
     for module, keys in _by_wrapped_module(factors).items():
-        names = _targets_of(source.trained(module), settings.target_parameters)
-        if not names or names == ["weight"]:
+        names = _targets_of(module, settings.target_parameters, source, base)
+        if not names:
             seen |= {f"{source.trained(module)}.weight"}
             continue
         if len(names) != len(keys):
@@ -96,14 +101,34 @@ def _by_wrapped_module(factors: Mapping[str, Factors]) -> Mapping[str, list[str]
     return {module: sorted(keys, key=len, reverse=True) for module, keys in modules.items()}
 
 
-def _targets_of(module: str, targets: Sequence[str]) -> list[str]:
-    """Names of the parameters of `module` among target_parameters, which are ends of paths."""
-    names = []
+def _targets_of(module: str, targets: Sequence[str], source: Source, base: BaseParameters) -> list[str]:
+    """Names of the parameters of `module` among target_parameters; none where it is a layer that has but a weight.
+
+    A target is the end of a parameter's path, so one without a path is that parameter of any module that has it.
+    """
+    trained, names = source.trained(module), []
     for target in targets:
         inside, _, name = target.rpartition(".")
-        if inside and (module == inside or module.endswith(f".{inside}")) and name not in names:
+        means = trained == inside or trained.endswith(f".{inside}") if inside else _has(module, name, base)
+        if means and name not in names:
             names.append(name)
+    if names == ["weight"]:
+        found = base.find(f"{module}.weight")
+        return names if found is not None and len(found.shape) == 3 else []
     return names
+
+
+def _has(module: str, name: str, base: BaseParameters) -> bool:
+    """Whether `module` has the parameter, fused or with every expert apart."""
+    return base.find(f"{module}.{name}") is not None or _names_apart(module, name, base) is not None
+
+
+def _names_apart(module: str, name: str, base: BaseParameters) -> Sequence[str] | None:
+    """What parts of the parameter are called in the base, where it stores every expert apart; None where it does not."""
+    for names in _APART.get(name, ()):
+        if all(base.find(f"{module}.0.{each}.weight") is not None for each in names):
+            return names
+    return None
 
 
 def _in_order(names: Sequence[str], source: Source) -> Sequence[str]:
@@ -169,17 +194,16 @@ def _rows(tensor: StoredTensor, first: int, count: int) -> StoredTensor:
 
 def _find(module: str, name: str, key: StoredTensor, base: BaseParameters) -> _Stored:
     """The parameter where the base has it: fused, or every expert apart."""
-    for place in (module, module.replace(".mlp.", ".block_sparse_moe.")):
-        whole = base.find(f"{place}.{name}")
-        if whole is not None:
-            if len(whole.shape) == 2:
-                return _Stored((1, *whole.shape), ((whole, 0, 0),))
-            if len(whole.shape) == 3:
-                return _Stored(whole.shape, ((whole, 0, 0),))
-            raise UnsupportedError(f"{key.name} is for {whole.name}, which has shape {list(whole.shape)}")
-        for names in _APART.get(name, ()):
-            if base.find(f"{place}.0.{names[0]}.weight") is not None:
-                return _apart(place, names, base)
+    whole = base.find(f"{module}.{name}")
+    if whole is not None:
+        if len(whole.shape) == 2:
+            return _Stored((1, *whole.shape), ((whole, 0, 0),))
+        if len(whole.shape) == 3:
+            return _Stored(whole.shape, ((whole, 0, 0),))
+        raise UnsupportedError(f"{key.name} is for {whole.name}, which has shape {list(whole.shape)}")
+    names = _names_apart(module, name, base)
+    if names is not None:
+        return _apart(module, names, base)
     raise AdapterError(
         f"{key.name} is for {module}.{name}, which the base model does not have, neither fused nor expert by expert; is"
         " this the base the adapter was trained on?"

@@ -172,4 +172,5 @@ IA3 = Method(
     ),
     keys=r"ia3_\w+",
     neutral="one (all ia3_l)",
+    orients=True,
 )

@@ -348,4 +348,5 @@ LORA = Method(
     neutral="zero (all lora_B, or all lora_A, or alpha)",
     unused=UNUSED,
     facts=_facts,
+    orients=True,
 )

@@ -30,7 +30,8 @@ class Method:
     `keys`: regular expression of what its tensors are called below the path of a module (`lora_\\w+`); it may take in
     more than `read` uses, the rest is refused. `neutral`: how updates are that were never trained, after "every update
     is". `unused`: tensors that training alone needs, by the field of the config that switches them on. `facts`: what
-    `inspect` tells of config and tensors.
+    `inspect` tells of config and tensors. `orients`: whether its reader asks how a weight is stored (`orientation`), so
+    that it can be for one stored as [in, out].
     """
 
     label: str
@@ -40,3 +41,4 @@ class Method:
     neutral: str
     unused: Mapping[str, re.Pattern[str]] = field(default_factory=lambda: MappingProxyType({}))
     facts: Facts = no_facts
+    orients: bool = False

@@ -75,13 +75,17 @@ def _renamings(
 ) -> list[tuple[Renaming, Mapping[str, StoredTensor]]]:
     """Renamings that fit, and the tensors by their new keys; none if the keys fit as they are."""
     places = _places(base)
-    if all(ends.sub("", key) in places for key in tensors):
+
+    def has(place: str) -> bool:
+        return place in places or base.has_place(place)
+
+    if all(has(ends.sub("", key)) for key in tensors):
         return []
     found: dict[tuple[str, ...], tuple[Renaming, Mapping[str, StoredTensor]]] = {}
     for renaming in RENAMINGS:
         keys = {renaming.to_base(key): tensor for key, tensor in tensors.items()}
         is_reversible = all(renaming.to_trained(renaming.to_base(key)) == key for key in tensors)
-        if is_reversible and len(keys) == len(tensors) and all(ends.sub("", key) in places for key in keys):
+        if is_reversible and len(keys) == len(tensors) and all(has(ends.sub("", key)) for key in keys):
             found[tuple(sorted(keys))] = (renaming, MappingProxyType(dict(sorted(keys.items()))))
     return list(found.values())
 
@@ -94,5 +98,4 @@ def _places(base: BaseParameters) -> frozenset[str]:
         while place and place not in places:
             places.add(place)
             place = place.rpartition(".")[0]
-    # transformers 5 has another name for the experts of Mixtral and its like than files have.
-    return frozenset(places | {place.replace(".block_sparse_moe.", ".mlp.") for place in places})
+    return frozenset(places)

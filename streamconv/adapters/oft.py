@@ -319,4 +319,5 @@ OFT = Method(
     keys=r"oft_\w+",
     neutral="a rotation by nothing (all oft_R are zero)",
     facts=_facts,
+    orients=True,
 )
