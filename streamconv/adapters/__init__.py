@@ -20,7 +20,7 @@ from streamconv.adapters.saved import Saved, check_saved, read_saved
 from streamconv.adapters.scan import Scan, scan_tensors
 from streamconv.adapters.slices import place_updates
 from streamconv.adapters.source import BaseParameters, MoeLayout, Source
-from streamconv.adapters.targets import check_targets
+from streamconv.adapters.targets import Reached, check_targets
 from streamconv.adapters.ties import settle_tie
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.pickled import read_pickled
@@ -38,12 +38,14 @@ def read_adapter(
     tie: Tie | None,
     moe: MoeLayout = MoeLayout(),  # noqa: B008  a frozen value
     allow_pickle: bool = False,
+    allow_missing: bool = False,
 ) -> Adapter:
     """The adapter in `storage`, checked against the base it is for; reads its tensors once, in chunks.
 
     `parameters` are the base's, its layers repeated as `layer_replication` has it (`depth.deepen`); `tie` says what
     its config ties, `moe` what is not left to find out of fused experts; `allow_pickle`
-    lets adapter_model.bin be read. Raises AdapterError where adapter and base do not fit or something in the file
+    lets adapter_model.bin be read; `allow_missing` lets the base's weights stay where a target has no tensors.
+    Raises AdapterError where adapter and base do not fit or something in the file
     would not be used, UnsupportedError for methods and variants that are not built, CheckpointError where a file is
     broken.
     """
@@ -66,9 +68,12 @@ def read_adapter(
     _check_leftovers(source, base, [key for key in rest if source.tensors[key].name not in taken])
     adapted = [_module(update.parameter) for update in updates]
     trained = [_module(replace.parameter) for replace in saved.replaces]
-    check_targets(
-        config, *(_trained(source, names) for names in (map(_module, parameters), adapted, trained))
+    reached = Reached(
+        adapted=frozenset(_module(update.parameter) for update in (*read, *updates)),
+        saved=frozenset(trained),
+        parameters=updated,
     )
+    notes = check_targets(source, base, reached, allow_missing)
     check_every_layer(source, map(_module, parameters), {*adapted, *trained})
     check_saved(source, base, saved.replaces)
     _check_effect(source, method, updates, saved, scan)
@@ -87,6 +92,7 @@ def read_adapter(
         modules=MappingProxyType(dict(counts)),
         renamed=source.renaming.reason if source.renaming else None,
         sha256=scan.sha256,
+        notes=notes,
     )
 
 
@@ -128,10 +134,6 @@ def find_method(config: AdapterConfig) -> Method:
     raise UnsupportedError(
         f"{config.name}: the peft_type {name!r} is not known here; supported are {', '.join(ADAPTERS)}"
     )
-
-
-def _trained(source: Source, modules: Iterable[str]) -> frozenset[str]:
-    return frozenset(source.trained(module) for module in modules)
 
 
 def _module(parameter: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 
 import torch
@@ -231,9 +232,7 @@ def _check(update: Update, view: View, source: Source, orients: bool) -> None:
 
 
 def _slice_update(update: Update, piece: Piece) -> SliceUpdate:
-    return SliceUpdate(
-        piece.stored.name, piece.stored.shape, update, piece.rows, piece.columns, piece.first
-    )
+    return SliceUpdate(piece.stored.name, piece.stored.shape, update, piece.rows, piece.columns, piece.first)
 
 
 def _grouped(name: str, updates: Sequence[Update]) -> Sequence[Update]:
@@ -244,7 +243,7 @@ def _grouped(name: str, updates: Sequence[Update]) -> Sequence[Update]:
     if any(each.access is not UpdateAccess.ROW for each in slices):
         return updates
     slices.sort(key=lambda each: (each.rows.start, each.rows.stop))
-    if any(one.rows.stop > other.rows.stop for one, other in zip(slices, slices[1:], strict=False)):
+    if any(one.rows.stop > other.rows.stop for one, other in pairwise(slices)):
         return updates
     parts = {_role(n, role): part for n, each in enumerate(slices) for role, part in each.parts.items()}
     return (SlicesUpdate(name, slices[0].shape, tuple(slices), MappingProxyType(parts)),)

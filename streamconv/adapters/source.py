@@ -69,10 +69,11 @@ class BaseParameters:
         """Another form of the same, or names that differ by a prefix only, as of another class of the same model."""
         fused = other_form(name, self.parameters)
         if fused is not None:
+            model = self.config.get("model_type")
             return (
-                f", but it has {fused} {list(self.parameters[fused].shape)}: it fuses what the adapter has apart, or"
-                f" the other way, and how it is laid out in a {self.config.get('model_type')!r} model is not known here;"
-                " save the base in the form that the adapter was trained on"
+                f", but it has {fused} {list(self.parameters[fused].shape)}: one of adapter and base has fused what"
+                f" the other has apart, and in which order is not known here for {model!r} models; save the base in"
+                " the form that the adapter was trained on"
             )
         for other in self.parameters:
             if other.endswith(f".{name}"):

@@ -69,20 +69,24 @@ def is_unembedding(name: str) -> bool:
     return _HEAD.fullmatch(name) is not None and name.endswith(".weight")
 
 
-def names_inside(parameter: Parameter) -> Iterator[str]:
-    """Names that parts of a stored parameter may have in other classes; not all of them need be parts of it."""
+def other_names(parameter: Parameter) -> Iterator[str]:
+    """Names that other classes may have for parts of a stored parameter, or for what it is part of.
+
+    Not each need be in a class, nor in the base: `find_view` tells.
+    """
     parent, _, last = parameter.name.rpartition(".")
     if len(parameter.shape) == 3:
         places = dict.fromkeys(each.rpartition(".")[0] for each in _spellings(parameter.name))
         for number in range(parameter.shape[0]):
-            for part in _ROLES:
-                yield from (f"{place}.{number}.{part}.weight" for place in places)
-        for number in range(parameter.shape[0]):
-            yield from (f"{place}.{part}s.{number}.weight" for place in places for part in _FUSED)
+            for place in places:
+                yield from (f"{place}.{number}.{part}.weight" for part in _ROLES)
+                yield from (f"{place}.{part}s.{number}.weight" for part in _FUSED)
     place, _, part = parent.rpartition(".")
     for whole, parts in _JOINED:
         if part == whole:
             yield from (f"{place}.{each}.{last}" for each in parts)
+        elif part in parts:
+            yield f"{place}.{whole}.{last}"
 
 
 def other_form(name: str, stored: Stored) -> str | None:
@@ -123,7 +127,7 @@ _HEAD = re.compile(r"(.*\.)?unembed_tokens\.(?P<kind>weight|bias)")
 
 
 def _spellings(name: str) -> Iterator[str]:
-    """Names for the same: `name` first, then with one pair of _SAME swapped, then each with an expert's part swapped."""
+    """Names for the same: `name` first, then with a pair of _SAME swapped, then with an expert's part swapped, too."""
     names = [name]
     for pair in _SAME:
         for one, other in (pair, pair[::-1]):
@@ -171,7 +175,9 @@ def _of_expert(name: str, stored: Stored, config: Config) -> View | None:
     number, part = int(match["number"] or match["index"]), match["part"] or match["parts"]
     suffix = "_bias" if match["kind"] == "bias" else ""
     role = _ROLES.get(part, "")
-    wholes = (part, "gate_up_proj") if role in ("gate", "up") else ("down_proj",) if role == "down" else (part,)
+    wholes = (
+        (part, "gate_up_proj") if role in ("gate", "up") else ("down_proj",) if role == "down" else (part,)
+    )
     for whole in wholes:
         fused = find_stored(f"{match['place']}.{whole}{suffix}", stored)
         if fused is not None and number < (fused.shape or (0,))[0] and whole in _FUSED:
@@ -216,7 +222,7 @@ def _is_in_out(shape: Shape, is_down: bool, config: Config) -> bool | None:
     """
     if len(shape) != 3:
         return None
-    hidden = {each for section in _sections(config) if _is_size(each := section.get("hidden_size"))}
+    hidden = {size for section in _sections(config) if (size := _size(section, "hidden_size"))}
     inputs_last, inputs_first = shape[2] in hidden, shape[1] in hidden
     if hidden and not inputs_last and not inputs_first:
         return None
@@ -278,25 +284,19 @@ def _sizes(place: str, count: int, stored: Stored, config: Config) -> Sequence[i
 
 
 def _heads(section: Config) -> tuple[int, int, int] | None:
-    heads, hidden = section.get("num_attention_heads"), section.get("hidden_size")
-    shared = section.get("num_key_value_heads", heads)
-    size = section.get("head_dim")
-    if size is None and _is_size(heads) and _is_size(hidden):
-        size = hidden // heads
-    if not (_is_size(heads) and _is_size(shared) and _is_size(size)):
-        return None
-    return heads * size, shared * size, shared * size
+    heads, hidden = _size(section, "num_attention_heads"), _size(section, "hidden_size")
+    shared = _size(section, "num_key_value_heads") or heads
+    size = _size(section, "head_dim") or (hidden // heads if heads else 0)
+    return (heads * size, shared * size, shared * size) if heads and size else None
 
 
 def _linear_heads(section: Config) -> tuple[int, int, int] | None:
     """Rows of queries, keys and values of a gated delta net (Qwen3.5)."""
     keys, values = (
-        (section.get(f"linear_num_{each}_heads"), section.get(f"linear_{each}_head_dim"))
+        _size(section, f"linear_num_{each}_heads") * _size(section, f"linear_{each}_head_dim")
         for each in ("key", "value")
     )
-    if not all(map(_is_size, (*keys, *values))):
-        return None
-    return keys[0] * keys[1], keys[0] * keys[1], values[0] * values[1]
+    return (keys, keys, values) if keys and values else None
 
 
 def _joined(name: str, stored: Stored) -> View | None:
@@ -340,5 +340,7 @@ def _model_type(config: Config) -> str:
     return str(config.get("model_type"))
 
 
-def _is_size(value: object) -> bool:
-    return type(value) is int and value > 0
+def _size(section: Config, field: str) -> int:
+    """A positive whole number of a config; 0 where it is none, such as a list with one for each layer."""
+    value = section.get(field)
+    return value if type(value) is int and value > 0 else 0
