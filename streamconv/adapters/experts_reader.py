@@ -124,7 +124,7 @@ def _has(module: str, name: str, base: BaseParameters) -> bool:
 
 
 def _names_apart(module: str, name: str, base: BaseParameters) -> Sequence[str] | None:
-    """What parts of the parameter are called in the base, where it stores every expert apart; None where it does not."""
+    """What parts of the parameter are called where the base has every expert apart; None where it has not."""
     for names in _APART.get(name, ()):
         if all(base.find(f"{module}.0.{each}.weight") is not None for each in names):
             return names

@@ -1,48 +1,32 @@
-"""Renamings that match an adapter's names with the base's where the two were saved from different classes.
+"""Renamings that match an adapter's names with the base's where the two were saved from different classes or versions.
 
 A renaming is taken only if it gives every key of the adapter a place in the base, no two the same, and if it is the
-only one that does; shapes are checked as for any adapter.
+only one that does: first by names that mean the same in transformers' conversion tables (`canonical.py`), then with
+one prefix for another, as a class inside the base's or one around it has it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 
+from streamconv.adapters.canonical import Lines, canonical, rule_sets
 from streamconv.adapters.config import AdapterConfig
 from streamconv.adapters.method import Method
 from streamconv.adapters.source import BaseParameters, MoeLayout, Renaming, Source, by_key
 from streamconv.checkpoint.types import StoredTensor
+from streamconv.errors import AdapterError
 
-_HEAD = ("lm_head.", "lm_head.")
-_VISION = (
-    ("model.vision_tower.", "vision_tower."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-)
-_LANGUAGE = ("model.language_model.", "language_model.model.")
+Places = Mapping[str, str]
+"""Paths of the base's modules and parameters, by the name that an adapter may have for them."""
 
-
-def _both_ways(reason: str, *pairs: tuple[str, str]) -> tuple[Renaming, Renaming]:
-    return Renaming(reason, pairs), Renaming(reason, tuple((base, trained) for trained, base in pairs))
-
-
-RENAMINGS = (
-    *_both_ways(
-        "the one of a headless class such as AutoModel, the other with 'model.' before", _HEAD, ("", "model.")
-    ),
-    *_both_ways(
-        "the one without the prefix 'transformer.', as GPT-2 on the Hub", _HEAD, ("", "transformer.")
-    ),
-    # transformers 5 renamed vision-language models; files on the Hub keep the names of before.
-    *_both_ways(
-        "vision-language names before and since transformers 5",
-        _LANGUAGE,
-        ("lm_head.", "language_model.lm_head."),
-        *_VISION,
-    ),
-    *_both_ways("vision-language names before and since transformers 5", _LANGUAGE, _HEAD, *_VISION),
-)
+# Parts of a model that text adapters are not for, where the text model fits as well.
+_SIDE = re.compile(r"vision|visual|image|video|audio|speech|talker|mtp|draft|teacher|code2wav")
+# Tasks whose heads are the adapter's own; a base saved for another task has no place for them.
+_CLASSIFYING = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"})
+_CLASSIFIERS = frozenset({"score", "classifier", "qa_outputs"})
 
 
 def read_source(
@@ -54,12 +38,20 @@ def read_source(
     method: Method,
 ) -> Source:
     """The adapter's tensors in the names of the base. Raises AdapterError for keys that PEFT does not give."""
-    by_trained_key = by_key(location, tensors, method.keys)
-    found = _renamings(by_trained_key, base, _ends(method))
-    if len(found) != 1:  # as they are; what does not fit is refused with the names
-        return Source(location, config, by_trained_key, None, moe)
-    ((renaming, keys),) = found
-    return Source(location, config, keys, renaming, moe)
+    keys = by_key(location, tensors, method.keys)
+    ends = _ends(method)
+    paths = {key: ends.sub("", key) for key in keys}
+    own = _own_heads(config, keys)
+    found = _find(base, {path: key for key, path in paths.items() if key not in own})
+    if len(found) > 1:
+        found = [each for each in found if _fits(each, paths, keys, base)] or found
+    if len(found) > 1:
+        raise AdapterError(_ambiguous(location, found))
+    if not found:  # as they are; what does not fit is refused with the names
+        return Source(location, config, keys, None, moe)
+    (renaming,) = found
+    moved = {renaming.to_base(path) + key.removeprefix(path): keys[key] for key, path in paths.items()}
+    return Source(location, config, MappingProxyType(dict(sorted(moved.items()))), renaming, moe)
 
 
 def _ends(method: Method) -> re.Pattern[str]:
@@ -70,32 +62,210 @@ def _ends(method: Method) -> re.Pattern[str]:
     )
 
 
-def _renamings(
-    tensors: Mapping[str, StoredTensor], base: BaseParameters, ends: re.Pattern[str]
-) -> list[tuple[Renaming, Mapping[str, StoredTensor]]]:
-    """Renamings that fit, and the tensors by their new keys; none if the keys fit as they are."""
-    places = _places(base)
+def _own_heads(config: AdapterConfig, keys: Iterable[str]) -> frozenset[str]:
+    """Keys of a head that a classification task brings along, which the base need not have."""
+    if config.fields.get("task_type") not in _CLASSIFYING:
+        return frozenset()
+    names = _CLASSIFIERS | frozenset(config.names("modules_to_save"))
+    return frozenset(key for key in keys if not names.isdisjoint(key.split(".")))
 
-    def has(place: str) -> bool:
-        return place in places or base.has_place(place)
 
-    if all(has(ends.sub("", key)) for key in tensors):
+# -- renamings that fit ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """Places of the base by name, and the name under which each path of the adapter is looked up there."""
+
+    places: Places
+    names: Mapping[str, str]
+
+
+def _find(base: BaseParameters, paths: Collection[str]) -> list[Renaming]:
+    """Renamings that give each of `paths` a place, of the likeliest kind that there are; none if all have one."""
+    stored = list(base.names())
+    as_it_is = _places(stored, stored)
+    if all(path in as_it_is or base.has_place(path) for path in paths):
         return []
-    found: dict[tuple[str, ...], tuple[Renaming, Mapping[str, StoredTensor]]] = {}
-    for renaming in RENAMINGS:
-        keys = {renaming.to_base(key): tensor for key, tensor in tensors.items()}
-        is_reversible = all(renaming.to_trained(renaming.to_base(key)) == key for key in tensors)
-        if is_reversible and len(keys) == len(tensors) and all(has(ends.sub("", key)) for key in keys):
-            found[tuple(sorted(keys))] = (renaming, MappingProxyType(dict(sorted(keys.items()))))
+    sets = [list(_forms(stored, as_it_is, paths, lines)) for lines in rule_sets(base.config)]
+    for forms in sets:
+        if found := _distinct(_renaming(form, ("", ""), base) for form in forms):
+            return found
+    for forms in ([_Form(as_it_is, {path: path for path in paths})], *sets):
+        candidates = [(pair, _renaming(form, pair, base)) for form in forms for pair in _pairs(form)]
+        likely = _distinct(found for (_, within), found in candidates if not _SIDE.search(within))
+        if found := likely or _distinct(found for _, found in candidates):
+            return found
+    return []
+
+
+def _forms(stored: Sequence[str], as_it_is: Places, paths: Collection[str], lines: Lines) -> Iterator[_Form]:
+    """Names of the base made canonical, of the adapter, and of both: either may have them already."""
+    canonical_places = _places(canonical(stored, lines), stored)
+    alike = {path: path for path in paths}
+    # Some lines end in a parameter's name.
+    weights = canonical([f"{path}.weight" for path in paths], lines)
+    names = {path: name.removesuffix(".weight") for path, name in zip(paths, weights, strict=True)}
+    yield _Form(canonical_places, alike)
+    if names != alike:
+        yield _Form(canonical_places, names)
+        yield _Form(as_it_is, names)
+
+
+def _places(names: Sequence[str], stored: Sequence[str]) -> Places:
+    """Paths of all parameters of the base and of all modules that hold some, by `names` for those that are stored.
+
+    A name that would stand for two places is left out.
+    """
+    found: dict[str, str] = {}
+    unclear = set()
+    for name, place in zip(names, stored, strict=True):
+        while name and place and found.get(name) != place:
+            if found.setdefault(name, place) != place:
+                unclear.add(name)
+            name, _, last = name.rpartition(".")  # noqa: PLW2901
+            place, _, same = place.rpartition(".")  # noqa: PLW2901
+            if last != same:
+                break
+    return {name: place for name, place in found.items() if name not in unclear}
+
+
+def _place(name: str, places: Places, base: BaseParameters) -> str | None:
+    """The path of `name` in the base: a place, or what another class has in one; None if there is neither."""
+    above, below = name, ""
+    while above and above not in places:
+        above, _, last = above.rpartition(".")
+        below = f".{last}{below}"
+    if not above:
+        return None
+    path = places[above] + below
+    return path if not below or base.has_place(path) else None
+
+
+def _pairs(form: _Form) -> Iterator[tuple[str, str]]:
+    """Prefixes of the adapter's names, each with one that the base has in its stead, as far as one name tells.
+
+    Whatever comes before the number of a layer may differ, but for the last module before it.
+    """
+    name = max(form.names.values(), key=lambda name: (_layer(name) is not None, name))
+    number = _layer(name)
+    while not (found := list(_pairs_of(name, form))) and number is not None and name.count(".") > number + 1:
+        name = name.rpartition(".")[0]  # of another class: what holds it is in the base
+    yield from found
+
+
+def _pairs_of(name: str, form: _Form) -> Iterator[tuple[str, str]]:
+    modules = name.split(".")
+    number = _layer(name)
+    for skipped in range(len(modules) if number is None else number):
+        rest = ".".join(modules[skipped:])
+        prefix = name.removesuffix(rest)
+        for place in form.places:
+            if place.endswith(rest) and place[: -len(rest)][-1:] in ("", "."):
+                within = place.removesuffix(rest)
+                if within != prefix and _layer(within) is None:
+                    yield prefix, within
+
+
+def _layer(name: str) -> int | None:
+    """Position of the first number among the modules of a path."""
+    return next((place for place, module in enumerate(name.split(".")) if module.isdecimal()), None)
+
+
+def _renaming(form: _Form, pair: tuple[str, str], base: BaseParameters) -> Renaming | None:
+    """The renaming by a form and a pair of prefixes; None if it leaves a path without a place, or two with one."""
+    prefix, within = pair
+    bases = {}
+    for path, name in form.names.items():
+        moved = within + name.removeprefix(prefix) if name.startswith(prefix) else name
+        place = _place(moved, form.places, base)
+        if place is None and not prefix and "." not in name:
+            place = form.places.get(name)  # a head stands beside what has the prefix
+        if place is None:
+            return None
+        bases[path] = place
+    if len(set(bases.values())) < len(bases):
+        return None
+    trained = {place: path for path, place in bases.items()}
+    if all(path == name for path, name in form.names.items()):  # other modules had names of the same kind
+        others = {
+            place: prefix + name.removeprefix(within) if name.startswith(within) else name
+            for name, place in form.places.items()
+        }
+        trained = others | trained
+    heads = _heads(bases)
+    usual = tuple(sorted(((base, path) for path, base in heads), key=lambda pair: -len(pair[0])))
+    return Renaming(_reason(heads), MappingProxyType(bases), MappingProxyType(trained), usual)
+
+
+def _distinct(renamings: Iterable[Renaming | None]) -> list[Renaming]:
+    """Renamings that are some, without those that do the same as an earlier one."""
+    found: dict[tuple[tuple[str, str], ...], Renaming] = {}
+    for renaming in renamings:
+        if renaming is not None:
+            found.setdefault(tuple(renaming.bases.items()), renaming)
     return list(found.values())
 
 
-def _places(base: BaseParameters) -> frozenset[str]:
-    """Paths of all parameters of the base, and of all modules that hold some."""
-    places: set[str] = set()
-    for name in base.names():
-        place = name
-        while place and place not in places:
-            places.add(place)
-            place = place.rpartition(".")[0]
-    return frozenset(places)
+# -- shapes and words ------------------------------------------------------------------------------------------------
+
+
+def _fits(
+    renaming: Renaming, paths: Mapping[str, str], keys: Mapping[str, StoredTensor], base: BaseParameters
+) -> bool:
+    """Whether factors have a side in common with the weights that this renaming gives them."""
+    for key, tensor in keys.items():
+        role = key.removeprefix(paths[key])
+        parameter = base.find(f"{renaming.to_base(paths[key])}.weight")
+        if parameter is None or len(parameter.shape) != 2 or len(tensor.shape) != 2:
+            continue
+        side = tensor.shape[1] if "lora_A" in role or "embedding_A" in role else tensor.shape[0]
+        if "lora_" in role and side not in parameter.shape:
+            return False
+    return True
+
+
+def _heads(bases: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Beginnings that differ, of paths in training and in the base, the most frequent first."""
+    count: dict[tuple[str, str], int] = {}
+    for path, place in bases.items():
+        pair = _beginnings(path, place)
+        if pair[0] != pair[1]:
+            count[pair] = count.get(pair, 0) + 1
+    return sorted(count, key=lambda pair: -count[pair])
+
+
+def _beginnings(path: str, place: str) -> tuple[str, str]:
+    """Both without the modules at their ends that are the same, and with a dot where there are some."""
+    trained, base = path.split("."), place.split(".")
+    while trained and base and trained[-1] == base[-1]:
+        trained.pop()
+        base.pop()
+    return "".join(f"{module}." for module in trained), "".join(f"{module}." for module in base)
+
+
+def _reason(heads: Sequence[tuple[str, str]]) -> str:
+    """A sentence on how names differ; layers are shown as N."""
+    shown = dict.fromkeys((_numberless(path), _numberless(place)) for path, place in heads)
+    parts = []
+    for path, place in list(shown)[:3]:
+        if not place:
+            parts.append(f"the adapter's have {path!r} before")
+        elif not path:
+            parts.append(f"the base's have {place!r} before")
+        else:
+            parts.append(f"{path!r} of the adapter is {place!r} of the base")
+    return ", ".join(parts) + (", ..." if len(shown) > 3 else "")
+
+
+def _numberless(name: str) -> str:
+    return ".".join("N" if module.isdecimal() else module for module in name.split("."))
+
+
+def _ambiguous(location: str, found: Sequence[Renaming]) -> str:
+    path = next(path for path in found[0].bases if len({each.to_base(path) for each in found}) > 1)
+    places = " or ".join(sorted({each.to_base(path) for each in found}))
+    return (
+        f"{location}: the adapter is for {path}, which could be {places} of the base, and names and shapes do not tell"
+        " which was trained; put the names of the base into the adapter's tensors"
+    )

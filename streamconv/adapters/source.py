@@ -106,22 +106,32 @@ class MoeLayout:
 
 @dataclass(frozen=True, slots=True)
 class Renaming:
-    """Pairs of prefixes, the trained model's and the base's, that translate names either way; first match wins."""
+    """Paths of the adapter's modules and parameters in the base and in training, where these differ.
+
+    `bases` has the path in the base of each that the adapter is for; `trained` has the path in training by that in
+    the base, of others too as far as known, and `heads` the beginnings of those that are not, longest first.
+    """
 
     reason: str
-    pairs: tuple[tuple[str, str], ...]
+    bases: Mapping[str, str]
+    trained: Mapping[str, str]
+    heads: tuple[tuple[str, str], ...] = ()
 
-    def to_base(self, name: str) -> str:
-        return self._change(name, 0, 1)
+    def to_base(self, path: str) -> str:
+        return self.bases.get(path, path)
 
-    def to_trained(self, name: str) -> str:
-        return self._change(name, 1, 0)
-
-    def _change(self, name: str, before: int, after: int) -> str:
-        for pair in self.pairs:
-            if name.startswith(pair[before]):
-                return pair[after] + name.removeprefix(pair[before])
-        return name
+    def to_trained(self, path: str) -> str:
+        """The path in training of a module or parameter of the base, or of one below it."""
+        above, below = path, ""
+        while above and above not in self.trained:
+            above, _, last = above.rpartition(".")
+            below = f".{last}{below}"
+        if above:
+            return self.trained[above] + below
+        for base, trained in self.heads:
+            if path.startswith(base):
+                return trained + path.removeprefix(base)
+        return path
 
 
 @dataclass(frozen=True, slots=True)
