@@ -9,8 +9,10 @@ Hub checkpoints of Mixtral, Qwen-MoE, DeepSeek and others store every expert apa
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from types import MappingProxyType
 
 from streamconv.adapters.base import Parameter, Update
@@ -88,6 +90,48 @@ def read_experts(
                 " is not complete, or the entry matched nothing in training: then remove it"
             )
     return tuple(updates), frozenset(taken)
+
+
+def take_apart(
+    modules: Mapping[str, Mapping[str, StoredTensor]], base: BaseParameters
+) -> Mapping[str, Mapping[str, StoredTensor]]:
+    """`modules` with those of one projection of all experts, as Tinker trains them, in place of which each expert has
+    its own.
+
+    Their lora_A is [E, r, in] and lora_B [E, out, r], or for a factor that all experts share [1, ...]; the module is
+    `experts.w1`. Raises AdapterError where they are not for the experts of the base.
+    """
+    found: dict[str, Mapping[str, StoredTensor]] = {}
+    for module, parts in modules.items():
+        place, _, name = module.rpartition(".")
+        is_stacked = parts.keys() == {"lora_A", "lora_B"} and all(
+            len(part.shape) == 3 for part in parts.values()
+        )
+        if not is_stacked or base.find(f"{module}.weight") or not base.find(f"{place}.0.{name}.weight"):
+            found[module] = parts
+            continue
+        experts = _count(place, name, base)
+        for part in parts.values():
+            if part.shape[0] not in (1, experts):
+                raise AdapterError(
+                    f"{part.name} has shape {list(part.shape)}, expected [{experts}, ...], one for each expert of {place}"
+                    " of the base, or [1, ...] for all of them; was the adapter trained on this base?"
+                )
+        for expert in range(experts):
+            own = {role: _matrix(part, expert % part.shape[0]) for role, part in parts.items()}
+            found[f"{place}.{expert}.{name}"] = own
+    return found
+
+
+def _count(place: str, name: str, base: BaseParameters) -> int:
+    """Number of experts that the base has at `place`."""
+    return next(expert for expert in count() if base.find(f"{place}.{expert}.{name}.weight") is None)
+
+
+def _matrix(tensor: StoredTensor, number: int) -> StoredTensor:
+    """One of the matrices of a stored tensor [n, rows, columns], bytes of its own."""
+    nbytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+    return dataclasses.replace(tensor, shape=tensor.shape[1:], offset=tensor.offset + number * nbytes)
 
 
 def _by_wrapped_module(factors: Mapping[str, Factors]) -> Mapping[str, list[str]]:
