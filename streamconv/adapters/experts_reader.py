@@ -114,8 +114,8 @@ def take_apart(
         for part in parts.values():
             if part.shape[0] not in (1, experts):
                 raise AdapterError(
-                    f"{part.name} has shape {list(part.shape)}, expected [{experts}, ...], one for each expert of {place}"
-                    " of the base, or [1, ...] for all of them; was the adapter trained on this base?"
+                    f"{part.name} has shape {list(part.shape)}, expected [{experts}, ...], one for each expert of"
+                    f" {place} of the base, or [1, ...] for all of them; was the adapter trained on this base?"
                 )
         for expert in range(experts):
             own = {role: _matrix(part, expert % part.shape[0]) for role, part in parts.items()}
@@ -168,7 +168,7 @@ def _has(module: str, name: str, base: BaseParameters) -> bool:
 
 
 def _names_apart(module: str, name: str, base: BaseParameters) -> Sequence[str] | None:
-    """What parts of the parameter are called where the base has every expert apart; None where it has not."""
+    """Names of the parameter's parts where the base has every expert apart; None where it has not."""
     for names in _APART.get(name, ()):
         if all(base.find(f"{module}.0.{each}.weight") is not None for each in names):
             return names

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from streamconv.adapters.base import ByRows, Parts, State, Update, UpdateAccess
 from streamconv.adapters.source import BaseParameters, Source
-from streamconv.adapters.views import Piece, View
+from streamconv.adapters.views import Piece, ParameterView
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError, UnsupportedError
 
@@ -137,11 +137,11 @@ class SlicesUpdate(ByRows):
 
     def prepare(self, parts: Parts, device: torch.device) -> Parts:
         pairs = zip(self.slices, self._own(parts), strict=True)
-        return Grouped([one.prepare(own, device) for one, own in pairs])
+        return GroupedParts([one.prepare(own, device) for one, own in pairs])
 
     def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
         """`cell` with the parts in its rows updated, in place."""
-        assert isinstance(prepared, Grouped), f"{self.parameter}: not what was prepared"
+        assert isinstance(prepared, GroupedParts), f"{self.parameter}: not what was prepared"
         first = bisect_right(self.slices, rows.start, key=lambda each: each.rows.stop)
         last = bisect_left(self.slices, rows.stop, key=lambda each: each.rows.start)
         for number in range(first, last):
@@ -161,7 +161,7 @@ def _role(number: int, role: str) -> str:
     return f"{number}.{role}"
 
 
-class Grouped(Mapping[str, Tensor]):
+class GroupedParts(Mapping[str, Tensor]):
     """Parts that slices have prepared, each group by itself."""
 
     def __init__(self, groups: Sequence[Parts]) -> None:
@@ -208,7 +208,7 @@ def place_updates(
     return tuple(update for name, each in placed.items() for update in _grouped(name, each))
 
 
-def _check(update: Update, view: View, source: Source, orients: bool) -> None:
+def _check(update: Update, view: ParameterView, source: Source, orients: bool) -> None:
     names = [piece.stored.name for piece in view.pieces]
     shown = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
     form = f"{source.location}: {update.parameter} is " + (

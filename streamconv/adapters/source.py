@@ -10,7 +10,14 @@ from typing import Any
 
 from streamconv.adapters.base import Parameter, Tie
 from streamconv.adapters.config import AdapterConfig
-from streamconv.adapters.views import View, find_stored, find_view, is_unembedding, names_at, other_form
+from streamconv.adapters.views import (
+    ParameterView,
+    find_stored,
+    find_view,
+    is_unembedding,
+    names_at,
+    other_form,
+)
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.dtypes import DENSE
 from streamconv.errors import AdapterError
@@ -48,8 +55,8 @@ class BaseParameters:
         view = self.view(name)
         return None if view is None else view.parameter
 
-    def view(self, name: str) -> View | None:
-        """Where `name` of another class lies in stored parameters; None if it is stored itself, or not to be found."""
+    def view(self, name: str) -> ParameterView | None:
+        """Find where `name` of another class lies in stored parameters; None if it is stored itself, or not there."""
         if find_stored(name, self.parameters) is not None:
             return None
         return find_view(name, self.parameters, self.config)

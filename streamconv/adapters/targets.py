@@ -181,7 +181,7 @@ def _kind(path: str) -> str:
 
 
 def _stack(module: str) -> str:
-    """What comes before the first number: `model.language_model.layers`."""
+    """Path before the first number: `model.language_model.layers`."""
     found = _NUMBER.search(module)
     return module[: found.start()] if found else ""
 

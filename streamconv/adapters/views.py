@@ -37,7 +37,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class ParameterView:
     """A parameter of another class of the model, in pieces of stored ones."""
 
     parameter: Parameter
@@ -49,7 +49,7 @@ def find_stored(name: str, stored: Stored) -> Parameter | None:
     return next((stored[each] for each in _spellings(name) if each in stored), None)
 
 
-def find_view(name: str, stored: Stored, config: Config) -> View | None:
+def find_view(name: str, stored: Stored, config: Config) -> ParameterView | None:
     """Find `name` as part of a stored parameter, or as made of several; None if it is neither."""
     return _of_expert(name, stored, config) or _split(name, stored, config) or _joined(name, stored)
 
@@ -167,7 +167,7 @@ _IN_OUT = _IN_TURNS | {
 }
 
 
-def _of_expert(name: str, stored: Stored, config: Config) -> View | None:
+def _of_expert(name: str, stored: Stored, config: Config) -> ParameterView | None:
     """Part of one expert in a parameter [E, out, in] or [E, in, out], or in a bias [E, out]."""
     match = _APART.fullmatch(name)
     if match is None:
@@ -188,7 +188,7 @@ def _of_expert(name: str, stored: Stored, config: Config) -> View | None:
 
 def _expert_view(
     name: str, fused: Parameter, number: int, share: str | None, is_down: bool, config: Config
-) -> View | None:
+) -> ParameterView | None:
     """All of expert `number`, or its `share` of gate and up."""
     is_bias = len(fused.shape) == 2 and name.endswith(".bias")
     in_out = None if is_bias else _is_in_out(fused.shape, is_down, config)
@@ -202,7 +202,7 @@ def _expert_view(
         rows = _share(rows, share, config)
     shape = (len(columns),) if is_bias else (len(rows), len(columns))
     parameter = Parameter(name, shape, fused.dtype, in_out)
-    return View(parameter, (Piece(fused, rows, columns),))
+    return ParameterView(parameter, (Piece(fused, rows, columns),))
 
 
 def _share(outputs: range, share: str | None, config: Config) -> range:
@@ -246,7 +246,7 @@ _JOINED = (
 _MIXED = frozenset({"codegen", "persimmon", "fuyu"})
 
 
-def _split(name: str, stored: Stored, config: Config) -> View | None:
+def _split(name: str, stored: Stored, config: Config) -> ParameterView | None:
     """Rows of a fused matrix, or of its bias."""
     module, _, kind = name.rpartition(".")
     parent, _, part = module.rpartition(".")
@@ -263,7 +263,7 @@ def _split(name: str, stored: Stored, config: Config) -> View | None:
             continue
         is_bias = len(fused.shape) == 1
         piece = Piece(fused, range(1), some) if is_bias else Piece(fused, some, range(fused.shape[1]))
-        return View(Parameter(name, (len(some), *fused.shape[1:]), fused.dtype, False), (piece,))
+        return ParameterView(Parameter(name, (len(some), *fused.shape[1:]), fused.dtype, False), (piece,))
     return None
 
 
@@ -299,7 +299,7 @@ def _linear_heads(section: Config) -> tuple[int, int, int] | None:
     return (keys, keys, values) if keys and values else None
 
 
-def _joined(name: str, stored: Stored) -> View | None:
+def _joined(name: str, stored: Stored) -> ParameterView | None:
     """Several stored matrices, or biases, one below the other."""
     module, _, kind = name.rpartition(".")
     parent, _, whole = module.rpartition(".")
@@ -315,7 +315,7 @@ def _joined(name: str, stored: Stored) -> View | None:
         if len(shape) > 2:
             continue
         firsts = accumulate(sizes, initial=0)
-        return View(
+        return ParameterView(
             Parameter(name, shape, pieces[0].dtype, False),
             tuple(
                 Piece(part, range(part.shape[0]), range(math.prod(part.shape[1:])), first)

@@ -126,7 +126,13 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
         }
         moe = parse_moe_layout(job.options.moe_layout)
         adapter = read_adapter(
-            adapter_storage, parameters, base.index.config, base.tie, moe, job.allow_pickle
+            adapter_storage,
+            parameters,
+            base.index.config,
+            base.tie,
+            moe,
+            job.allow_pickle,
+            job.options.allow_missing,
         )
         _log.info("read the adapter %s: %d updates", job.adapter, len(adapter.updates))
     options = options_alone(facts_of(base, adapter), job.options, (job.options.quant, *job.also))

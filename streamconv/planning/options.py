@@ -83,6 +83,7 @@ class MergeOptions:
     seed: int = 0
     ignore: tuple[str, ...] = ()
     moe_layout: str = "auto"
+    allow_missing: bool = False
     max_shard_bytes: int | None = None
     min_kept: float | None = None
     calibration: Calibration | None = None
@@ -149,6 +150,7 @@ class AdapterKeywords(TypedDict, total=False):
     adapter_revision: str | None
     adapter_subfolder: str | None
     moe_layout: str
+    allow_missing: bool
     allow_pickle: bool
 
 

@@ -54,6 +54,7 @@ OTHERS: dict[str, Any] = {
     "adapter_revision": "main",
     "adapter_subfolder": "checkpoint-2",
     "moe_layout": "last",
+    "allow_missing": True,
     "allow_pickle": True,
     "tokenizer": "base",
     "calibration": "text.txt",
