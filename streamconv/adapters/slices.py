@@ -17,7 +17,7 @@ from torch import Tensor
 
 from streamconv.adapters.base import ByRows, Parts, State, Update, UpdateAccess
 from streamconv.adapters.source import BaseParameters, Source
-from streamconv.adapters.views import Piece, ParameterView
+from streamconv.adapters.views import ParameterView, Piece
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError, UnsupportedError
 

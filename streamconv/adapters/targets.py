@@ -15,7 +15,7 @@ from typing import Any
 
 from streamconv.adapters.config import AdapterConfig, is_empty
 from streamconv.adapters.source import BaseParameters, Source
-from streamconv.adapters.views import other_names
+from streamconv.adapters.views import names_of_parameter, other_names
 from streamconv.errors import AdapterError
 
 ALL_LINEAR = "all-linear"
@@ -52,9 +52,14 @@ def check_targets(
         _check_pattern(source, targets, reached)
     missing = sorted(_missing(source, base, reached))
     absent, unmatched = _entries(source, base, reached)
-    notes = [] if not unmatched else [_unmatched_note(unmatched)]
-    for entry, module in absent.items():
-        of = f"target_modules lists {entry!r}, but the adapter holds no tensors of such a module"
+    notes = _unmatched_notes("target_modules", unmatched)
+    parameters, unmatched = _parameters(source, base, reached)
+    notes += _unmatched_notes("target_parameters", unmatched)
+    for field, entry, module in (
+        *(("target_modules", *each) for each in absent.items()),
+        *(("target_parameters", *each) for each in parameters.items()),
+    ):
+        of = f"{field} lists {entry!r}, but the adapter holds no tensors of it"
         if not allow_missing:
             raise AdapterError(
                 f"{source.config.name}: {of}, and the base has {module}; the file is not complete: get it whole, or"
@@ -76,10 +81,10 @@ def check_targets(
     )
 
 
-def _unmatched_note(entries: Collection[str]) -> str:
+def _unmatched_notes(field: str, entries: Collection[str]) -> list[str]:
     verb = "matches" if len(entries) == 1 else "match"
     names = ", ".join(sorted(entries))
-    return f"{names} in target_modules {verb} nothing in this base that the adapter was trained on"
+    return [f"{names} in {field} {verb} nothing in this base that the adapter was trained on"] * bool(entries)
 
 
 # -- entries of a list ---------------------------------------------------------------------------------------------
@@ -108,6 +113,29 @@ def _entries(
         elif not any(_is_excluded(config, source.trained(module)) for module in meant):
             unmatched.append(name)
     return absent, tuple(unmatched)
+
+
+def _parameters(
+    source: Source, base: BaseParameters, reached: Reached
+) -> tuple[Mapping[str, str], tuple[str, ...]]:
+    """Entries of target_parameters in the same way."""
+    absent: dict[str, str] = {}
+    unmatched: list[str] = []
+    names = list(source.config.names("target_parameters"))
+    for name in names:
+        if any(_means(name, each, source) for each in reached.parameters):
+            continue
+        lost = next((each for each in base.names() if _means(name, each, source)), None)
+        if lost is None:
+            unmatched.append(name)
+        else:
+            absent[name] = lost
+    return absent, tuple(unmatched)
+
+
+def _means(target: str, name: str, source: Source) -> bool:
+    """Whether target_parameters' entry is the end of what the parameter `name` of the base may be in training."""
+    return any(f".{each}".endswith(f".{target}") for each in names_of_parameter(source.trained(name)))
 
 
 def _must_be_there(module: str, source: Source, base: BaseParameters, reached: Reached) -> bool:

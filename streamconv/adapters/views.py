@@ -69,6 +69,16 @@ def is_unembedding(name: str) -> bool:
     return _HEAD.fullmatch(name) is not None and name.endswith(".weight")
 
 
+def names_of_parameter(name: str) -> Iterator[str]:
+    """Names that a stored parameter, or the fused one that it is a part of, may have in classes of the model."""
+    yield from _spellings(name)
+    match = _APART.fullmatch(name)
+    role = _ROLES.get(match["part"] or "", "") if match is not None else ""
+    if match is not None and role:
+        for whole in ("down_proj",) if role == "down" else ("gate_up_proj", f"{role}_proj"):
+            yield from _spellings(f"{match['place']}.{whole}")
+
+
 def other_names(parameter: Parameter) -> Iterator[str]:
     """Names that other classes may have for parts of a stored parameter, or for what it is part of.
 
