@@ -32,7 +32,6 @@ STORIES: Mapping[str, Sequence[str]] = {
     "adapters/names.py": ["adapters/test_read_adapter.py", "parity/test_saved_elsewhere.py"],
     "adapters/saved.py": ["adapters/test_read_adapter.py", "parity/test_peft_lora.py"],
     "adapters/source.py": ["adapters/test_read_adapter.py"],
-    "adapters/targets.py": ["adapters/test_read_adapter.py"],
     "adapters/ties.py": ["adapters/test_read_adapter.py", "parity/test_peft_lora.py"],
     "adapters/tokens.py": ["parity/test_forms.py"],
     # An analysis, from weights to pages.

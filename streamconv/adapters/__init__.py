@@ -72,6 +72,7 @@ def read_adapter(
         adapted=frozenset(_module(update.parameter) for update in (*read, *updates)),
         saved=frozenset(trained),
         parameters=updated,
+        modules=frozenset((*(_module(update.parameter) for update in (*read, *updates)), *trained)),
     )
     notes = check_targets(source, base, reached, allow_missing)
     check_every_layer(source, map(_module, parameters), {*adapted, *trained})

@@ -52,7 +52,7 @@ class BaseParameters:
         stored = find_stored(name, self.parameters)
         if stored is not None:
             return stored
-        view = self.view(name)
+        view = find_view(name, self.parameters, self.config)
         return None if view is None else view.parameter
 
     def view(self, name: str) -> ParameterView | None:

@@ -29,15 +29,12 @@ _OF_EXPERT = re.compile(r".+\.\d+\..+\.\d+\.[^.]+|.+\.\d+\..+s\.\d+")
 @dataclass(frozen=True, slots=True)
 class Reached:
     """Paths of modules in the names of the base: `adapted` by updates, in the adapter's class and as stored, and
-    `saved` whole; `parameters` are the stored ones that updates change."""
+    `saved` whole, `modules` either; `parameters` are the stored ones that updates change."""
 
     adapted: frozenset[str]
     saved: frozenset[str]
     parameters: frozenset[str]
-
-    @property
-    def modules(self) -> frozenset[str]:
-        return self.adapted | self.saved
+    modules: frozenset[str]
 
 
 def check_targets(
@@ -190,7 +187,9 @@ def _candidates(base: BaseParameters, reached: Reached, kinds: Collection[str]) 
             continue
         for other in other_names(base.parameters[name]) if name in base.parameters else ():
             module = other.removesuffix(".weight")
-            if module != other and _kind(module) in virtual and base.find(other) is not None:
+            if module in reached.modules or module == other or _kind(module) not in virtual:
+                continue
+            if base.find(other) is not None:
                 yield module
 
 

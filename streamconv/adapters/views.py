@@ -186,7 +186,7 @@ def _of_expert(name: str, stored: Stored, config: Config) -> ParameterView | Non
     suffix = "_bias" if match["kind"] == "bias" else ""
     role = _ROLES.get(part, "")
     wholes = (
-        (part, "gate_up_proj") if role in ("gate", "up") else ("down_proj",) if role == "down" else (part,)
+        ("gate_up_proj", part) if role in ("gate", "up") else ("down_proj",) if role == "down" else (part,)
     )
     for whole in wholes:
         fused = find_stored(f"{match['place']}.{whole}{suffix}", stored)
