@@ -29,7 +29,6 @@ STORIES: Mapping[str, Sequence[str]] = {
         "adapters/test_method_names.py",
         "pipeline/test_inspection.py",
     ],
-    "adapters/names.py": ["adapters/test_read_adapter.py", "parity/test_saved_elsewhere.py"],
     "adapters/saved.py": ["adapters/test_read_adapter.py", "parity/test_peft_lora.py"],
     "adapters/source.py": ["adapters/test_read_adapter.py"],
     "adapters/ties.py": ["adapters/test_read_adapter.py", "parity/test_peft_lora.py"],

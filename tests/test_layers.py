@@ -196,6 +196,7 @@ NOT_OURS = {
     "_dequantize_4bit_compute": "bitsandbytes has no other name for it",
     "_get_4bit_code": "bitsandbytes has no other name for it",
     "_hf_peft_config_loaded": "transformers has no other sign",
+    "_weight_conversions": "transformers has no other name for what a save reverts",
     "_version": "torch has no other count of the writes to a tensor",
 }
 

@@ -93,7 +93,7 @@ def read_adapter(
         modules=MappingProxyType(dict(counts)),
         renamed=source.renaming.reason if source.renaming else None,
         sha256=scan.sha256,
-        notes=notes,
+        notes=(*source.notes, *notes),
     )
 
 

@@ -8,8 +8,9 @@ done to both.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -38,6 +39,7 @@ _HOUSE = (
         (r"^(vision_tower|vision_model|image_tower|video_tower|audio_tower|multi_modal_projector|visual)\.",),
         (r"model.\1.",),
     ),
+    Conversion((r"\.language_model\.model\.",), (".language_model.",)),
     Conversion((r"\.block_sparse_moe\.",), (".mlp.",)),
 )
 _VISION = "CLIPVisionModel"
@@ -62,12 +64,64 @@ def rule_sets(config: Mapping[str, Any]) -> Sequence[Lines]:
     parts = tuple(line for key in _part_keys(config) for line in _lines(key, Scope.PART))
     legacy = tuple(_lines("legacy", Scope.MODEL))
     house = tuple(filter(None, (_line(line, Scope.MODEL) for line in _HOUSE)))
-    sets = ((*whole, *parts, *legacy), (*whole, *legacy), (*house, *parts), house)
+    sets = (
+        (*whole, *parts, *legacy),
+        (*whole, *legacy),
+        (*whole, *parts, *house),
+        (*house, *parts),
+        house,
+    )
     return tuple(dict.fromkeys(lines for lines in sets if lines))
 
 
-def canonical(names: Sequence[str], lines: Lines) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Names in an order, and few that stand for them: of layers and experts by the thousand, those below ten.
+
+    No line knows a number of two digits and more, so `alike` has others for these, and `numbers` what they are.
+    """
+
+    names: tuple[str, ...]
+    alike: tuple[str, ...]
+    numbers: tuple[tuple[str, ...], ...]
+
+
+def read_names(names: Iterable[str]) -> Names:
+    """Names as `canonical` takes them."""
+    found = tuple(names)
+    numbers = tuple(tuple(_NUMBER.findall(name)) for name in found)
+    alike = (_alike(name) if any(inside) else name for name, inside in zip(found, numbers, strict=True))
+    return Names(found, tuple(alike), numbers)
+
+
+def canonical(names: Names, lines: Lines) -> list[str]:
     """Canonical names, in the order of `names`."""
+    if any(line.offset for line in lines):
+        return _canonical(names.names, lines)
+    few = list(dict.fromkeys(names.alike))
+    changed = dict(zip(few, _canonical(few, lines), strict=True))
+    return [
+        _numbered(changed[name], inside) if inside else changed[name]
+        for name, inside in zip(names.alike, names.numbers, strict=True)
+    ]
+
+
+_NUMBER = re.compile(r"(?<![^.])(\d{2,})(?![^.])")
+_STAND_IN = re.compile(r"(?<![^.])9999(\d+)(?![^.])")
+
+
+def _alike(name: str) -> str:
+    """`name` with 99990, 99991 and so on for its numbers of two digits and more."""
+    count = itertools.count()
+    return _NUMBER.sub(lambda _: f"9999{next(count)}", name)
+
+
+def _numbered(name: str, numbers: Sequence[str]) -> str:
+    """`name` with its own numbers again."""
+    return _STAND_IN.sub(lambda match: numbers[int(match[1])], name)
+
+
+def _canonical(names: Sequence[str], lines: Lines) -> list[str]:
     found = list(names)
     for line in lines:
         patterns = line.patterns
@@ -101,7 +155,9 @@ def _lines_of_model(config: Mapping[str, Any]) -> Iterator[_Line]:
     architectures = [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
     model_type = str(config.get("model_type", ""))
     heads = [name for name in architectures if renamings(name)]
-    classes = _classes(model_type)
+    # Of a class the model type may have other letters: ASTModel is an audio-spectrogram-transformer.
+    bodies = [re.sub(r"(For[A-Z].*|Model|Backbone)$", "", name) + "Model" for name in architectures]
+    classes = list(dict.fromkeys([*_classes(model_type), *(name for name in bodies if renamings(name))]))
     if not heads and not set(architectures) & set(classes):
         heads = [name for name in classes if _HEADED.search(name)][:1]
     for key in heads or [model_type]:

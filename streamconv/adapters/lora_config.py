@@ -130,6 +130,8 @@ _SECTIONS: Mapping[str, frozenset[str]] = MappingProxyType(
     }
 )
 
+_OF_SWIFT = "this kind of layer of ms-swift 1.x is not supported; merge the adapter with ms-swift"
+
 LORA_FIELDS: Mapping[str, Rule] = MappingProxyType(
     {
         **COMMON_FIELDS,
@@ -175,6 +177,14 @@ LORA_FIELDS: Mapping[str, Rule] = MappingProxyType(
         # Of PEFT before 0.4, which split fused attention layers: lora_B is then a convolution.
         "enable_lora": Neutral("adapters of MergedLinear (PEFT before 0.3) are not supported"),
         "merge_weights": NO_EFFECT,
+        # ms-swift 1.x: rates of learning, the type that factors were trained in, and kinds of layers of its own.
+        "swift_type": NO_EFFECT,
+        "lora_dtype": NO_EFFECT,
+        "lorap_lr_ratio": NO_EFFECT,
+        "lorap_emb_lr": NO_EFFECT,
+        "use_qa_lora": Neutral(_OF_SWIFT),
+        "use_merged_linear": Neutral(_OF_SWIFT),
+        "model_key_mapping": Neutral("names that ms-swift changed in training are not known here"),
     }
 )
 

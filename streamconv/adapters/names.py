@@ -12,12 +12,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from streamconv.adapters.canonical import Lines, canonical, rule_sets
+from streamconv.adapters.canonical import Lines, Names, canonical, read_names, rule_sets
 from streamconv.adapters.config import AdapterConfig
 from streamconv.adapters.method import Method
 from streamconv.adapters.source import BaseParameters, MoeLayout, Renaming, Source, by_key
 from streamconv.checkpoint.types import StoredTensor
-from streamconv.errors import AdapterError
+from streamconv.errors import AdapterError, UnsupportedError
 
 Places = Mapping[str, str]
 """Paths of the base's modules and parameters, by the name that an adapter may have for them."""
@@ -38,20 +38,51 @@ def read_source(
     method: Method,
 ) -> Source:
     """The adapter's tensors in the names of the base. Raises AdapterError for keys that PEFT does not give."""
-    keys = by_key(location, tensors, method.keys)
+    keys = _without_modules(by_key(location, tensors, method.keys), base)
     ends = _ends(method)
     paths = {key: ends.sub("", key) for key in keys}
     own = _own_heads(config, keys)
     found = _find(base, {path: key for key, path in paths.items() if key not in own})
+
+    def source(renaming: Renaming) -> Source:
+        moved = {renaming.to_base(path) + key.removeprefix(path): keys[key] for key, path in paths.items()}
+        ordered = MappingProxyType(dict(sorted(moved.items())))
+        return Source(location, config, ordered, renaming, moe, _dumped(ordered, base))
+
+    if not found:  # as they are; what does not fit is refused with the names
+        return Source(location, config, keys, None, moe, _dumped(keys, base))
     if len(found) > 1:
-        found = [each for each in found if _fits(each, paths, keys, base)] or found
+        found = [each for each in found if _is_read(source(each), base, method)] or found
     if len(found) > 1:
         raise AdapterError(_ambiguous(location, found))
-    if not found:  # as they are; what does not fit is refused with the names
-        return Source(location, config, keys, None, moe)
-    (renaming,) = found
-    moved = {renaming.to_base(path) + key.removeprefix(path): keys[key] for key, path in paths.items()}
-    return Source(location, config, MappingProxyType(dict(sorted(moved.items()))), renaming, moe)
+    return source(found[0])
+
+
+def _is_read(source: Source, base: BaseParameters, method: Method) -> bool:
+    """Whether the method's tensors fit the weights that they come to be for, in shapes, too."""
+    try:
+        method.read(source, base)
+    except AdapterError:
+        return False
+    except UnsupportedError:
+        return True  # for another reason than names, which is given when the adapter is read
+    return True
+
+
+def _without_modules(keys: Mapping[str, StoredTensor], base: BaseParameters) -> Mapping[str, StoredTensor]:
+    """Keys without `module`, which wrappers put anywhere, where the base has none and no two become the same."""
+    if not any("module" in key.split(".") for key in keys):
+        return keys
+    plain = {".".join(part for part in key.split(".") if part != "module"): keys[key] for key in keys}
+    is_clear = len(plain) == len(keys) and not any("module" in name.split(".") for name in base.names())
+    return MappingProxyType(dict(sorted(plain.items()))) if is_clear else keys
+
+
+def _dumped(keys: Iterable[str], base: BaseParameters) -> frozenset[str]:
+    """Parameters of the base if all of them are among `keys`, as in a dump of the whole model."""
+    plain = {key.replace(".base_layer.", ".").replace(".original_module.", ".") for key in keys}
+    names = frozenset(base.parameters)
+    return names if plain >= names else frozenset()
 
 
 def _ends(method: Method) -> re.Pattern[str]:
@@ -83,15 +114,16 @@ class _Form:
 
 def _find(base: BaseParameters, paths: Collection[str]) -> list[Renaming]:
     """Renamings that give each of `paths` a place, of the likeliest kind that there are; none if all have one."""
-    stored = list(base.names())
-    as_it_is = _places(stored, stored)
+    stored = read_names(base.names())
+    as_it_is = _places(stored.names, stored.names)
     if all(path in as_it_is or base.has_place(path) for path in paths):
         return []
-    sets = [list(_forms(stored, as_it_is, paths, lines)) for lines in rule_sets(base.config)]
-    for forms in sets:
-        if found := _distinct(_renaming(form, ("", ""), base) for form in forms):
+    seen: list[Sequence[_Form]] = [[_Form(as_it_is, {path: path for path in paths})]]
+    for lines in rule_sets(base.config):
+        seen.append(list(_forms(stored, as_it_is, paths, lines)))
+        if found := _distinct(_renaming(form, ("", ""), base) for form in seen[-1]):
             return found
-    for forms in ([_Form(as_it_is, {path: path for path in paths})], *sets):
+    for forms in seen:
         candidates = [(pair, _renaming(form, pair, base)) for form in forms for pair in _pairs(form)]
         likely = _distinct(found for (_, within), found in candidates if not _SIDE.search(within))
         if found := likely or _distinct(found for _, found in candidates):
@@ -99,17 +131,19 @@ def _find(base: BaseParameters, paths: Collection[str]) -> list[Renaming]:
     return []
 
 
-def _forms(stored: Sequence[str], as_it_is: Places, paths: Collection[str], lines: Lines) -> Iterator[_Form]:
+def _forms(stored: Names, as_it_is: Places, paths: Collection[str], lines: Lines) -> Iterator[_Form]:
     """Names of the base made canonical, of the adapter, and of both: either may have them already."""
-    canonical_places = _places(canonical(stored, lines), stored)
+    places = _places(canonical(stored, lines), stored.names)
     alike = {path: path for path in paths}
     # Some lines end in a parameter's name.
-    weights = canonical([f"{path}.weight" for path in paths], lines)
+    weights = canonical(read_names(f"{path}.weight" for path in paths), lines)
     names = {path: name.removesuffix(".weight") for path, name in zip(paths, weights, strict=True)}
-    yield _Form(canonical_places, alike)
+    yield _Form(places, alike)
     if names != alike:
-        yield _Form(canonical_places, names)
+        yield _Form(places, names)
         yield _Form(as_it_is, names)
+        # Lines of one part change names of another that are canonical already.
+        yield _Form(places, {path: path if path in places else names[path] for path in paths})
 
 
 def _places(names: Sequence[str], stored: Sequence[str]) -> Places:
@@ -207,22 +241,7 @@ def _distinct(renamings: Iterable[Renaming | None]) -> list[Renaming]:
     return list(found.values())
 
 
-# -- shapes and words ------------------------------------------------------------------------------------------------
-
-
-def _fits(
-    renaming: Renaming, paths: Mapping[str, str], keys: Mapping[str, StoredTensor], base: BaseParameters
-) -> bool:
-    """Whether factors have a side in common with the weights that this renaming gives them."""
-    for key, tensor in keys.items():
-        role = key.removeprefix(paths[key])
-        parameter = base.find(f"{renaming.to_base(paths[key])}.weight")
-        if parameter is None or len(parameter.shape) != 2 or len(tensor.shape) != 2:
-            continue
-        side = tensor.shape[1] if "lora_A" in role or "embedding_A" in role else tensor.shape[0]
-        if "lora_" in role and side not in parameter.shape:
-            return False
-    return True
+# -- words ------------------------------------------------------------------------------------------------
 
 
 def _heads(bases: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -52,7 +52,7 @@ def read_saved(
     `updated` are the parameters with updates, `digests` those of every tensor's bytes. Keys that are neither are
     left for the caller to refuse. Raises AdapterError for a replacement that does not fit the base.
     """
-    trained, recorded = _saved_names(source, base), _embeddings(base)
+    trained, recorded = _saved_names(source, base), _embeddings(base) | source.dumped
     biases = str(source.config.fields.get("bias")).endswith(("all", "_only"))  # `lora_only`: its method's
     found: dict[str, Replace] = {}
     records: set[str] = set()

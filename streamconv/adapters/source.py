@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -86,15 +86,14 @@ class BaseParameters:
             if other.endswith(f".{name}"):
                 prefix = other.removesuffix(name)
                 return (
-                    f", but it has {other}: the adapter was trained on a class without {prefix!r} in its"
-                    f" names, such as AutoModel; put {prefix!r} after {PREFIX!r} in the adapter's tensor"
-                    " names"
+                    f", but it has {other}: the adapter was trained on a class without {prefix!r} in its names, as"
+                    " AutoModel, but not all of its tensors fit the base with it"
                 )
             if name.endswith(f".{other}"):
                 prefix = name.removesuffix(other)
                 return (
-                    f", but it has {other}: the base was saved without {prefix!r} in its names; save it again"
-                    " with the class that the adapter was trained on"
+                    f", but it has {other}: the adapter has {prefix!r} more in this name, but not all of its tensors"
+                    " fit the base without it"
                 )
         return "; is this the base the adapter was trained on, and of the same class?"
 
@@ -143,13 +142,23 @@ class Renaming:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One adapter. `tensors` by their key without `base_model.model.`, in the names of the base, sorted."""
+    """One adapter. `tensors` by their key without `base_model.model.`, in the names of the base, sorted.
+
+    `dumped`: parameters of the base, where the file is a dump of the whole model that was trained, with all of them.
+    """
 
     location: str
     config: AdapterConfig
     tensors: Mapping[str, StoredTensor]
     renaming: Renaming | None = None
     moe: MoeLayout = MoeLayout()
+    dumped: frozenset[str] = frozenset()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if not self.dumped:
+            return ()
+        return ("the adapter's file holds the whole model; its weights are taken in place of the base's",)
 
     def trained(self, module: str) -> str:
         """The path that `module` of the base had in training, for which the config's patterns are meant."""
@@ -174,13 +183,17 @@ def by_module(source: Source, pattern: re.Pattern[str]) -> Mapping[str, Mapping[
 def by_key(location: str, tensors: Iterable[StoredTensor], keys: str) -> Mapping[str, StoredTensor]:
     """Tensors by the key that PEFT's save_pretrained would have given them, without its prefix.
 
-    `keys` is the regular expression of the method's own tensors. Raises AdapterError for other keys and element types.
+    `keys` is the regular expression of the method's own tensors. Raises AdapterError for other keys and element types,
+    and for the tensors of several adapters.
     """
+    trained = [tensor for tensor in tensors if not _COMPUTED.search(tensor.name)]
+    plain = {tensor.name: plain_key(tensor.name) for tensor in trained}
+    named = _adapter_name(location, plain.values(), keys)
+    before = _prefix(plain.values(), keys)
     found: dict[str, StoredTensor] = {}
-    named = _adapter_name(keys)
-    for tensor in sorted(tensors, key=lambda tensor: tensor.name):
-        name = plain_key(tensor.name, named)
-        if not name.startswith(PREFIX):
+    for tensor in sorted(trained, key=lambda tensor: tensor.name):
+        name = plain[tensor.name]
+        if not name.startswith(before):
             raise AdapterError(
                 f"{location}: the tensor {tensor.name} does not belong to a PEFT adapter, whose names start"
                 f" with {PREFIX!r}; save the adapter with PEFT's save_pretrained"
@@ -190,7 +203,7 @@ def by_key(location: str, tensors: Iterable[StoredTensor], keys: str) -> Mapping
                 f"{location}: {tensor.name} is stored as {tensor.dtype}, expected F32, F16 or BF16; a"
                 " quantized adapter must be saved in floating point first"
             )
-        key = name.removeprefix(PREFIX)
+        key = named.sub(r".\1", name.removeprefix(before))
         if key in found:
             raise AdapterError(
                 f"{location}: {found[key].name} and {tensor.name} are the same thing twice; keep one of them"
@@ -199,18 +212,47 @@ def by_key(location: str, tensors: Iterable[StoredTensor], keys: str) -> Mapping
     return MappingProxyType(dict(sorted(found.items())))
 
 
+# Buffers that a model computes by itself, which dumps of old versions have; training changes none.
+_COMPUTED = re.compile(r"\.((original_)?inv_freq|position_ids|masked_bias)$")
 # What wrappers put into names when a state dict is saved without unwrapping: torch.compile, FSDP, activation
 # checkpointing anywhere, DataParallel and DeepSpeed before all else.
 _WRAPPERS = re.compile(r"^(module\.)+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
-# A state dict has the name of the adapter in it (`lora_A.default.weight`), which save_pretrained leaves out.
-def _adapter_name(keys: str) -> re.Pattern[str]:
-    return re.compile(rf"\.({keys}|trainable_tokens_delta)\.default(?=\.|$)")
+def plain_key(name: str) -> str:
+    """`name` without what wrappers put into it."""
+    return _WRAPPERS.sub("", name) if "module" in name or "_orig_mod" in name else name
 
 
-def plain_key(name: str, named: re.Pattern[str]) -> str:
-    """`name` without what wrappers and the name of the adapter, if it is PEFT's default, put into it."""
-    if "module" in name or "_orig_mod" in name:
-        name = _WRAPPERS.sub("", name)
-    return named.sub(r".\1", name) if ".default" in name else name
+def _prefix(names: Collection[str], keys: str) -> str:
+    """All that names have before the module's path: PEFT's prefix, once or more, after the name of a module around it.
+
+    It is empty where no name has PEFT's prefix and all are of the method's own tensors.
+    """
+    if not any(PREFIX in name for name in names):
+        own = re.compile(rf"\.({keys})(\.|$)")
+        return "" if all(own.search(name) for name in names) else PREFIX
+    around = {name.partition(PREFIX)[0] for name in names}
+    before = (around.pop() if len(around) == 1 else "") + PREFIX
+    while all(name.startswith(before + PREFIX) for name in names):
+        before += PREFIX
+    return before
+
+
+def _adapter_name(location: str, names: Iterable[str], keys: str) -> re.Pattern[str]:
+    """Pattern of the adapter's own name in keys, as a state dict has it (`lora_A.default.weight`).
+
+    A name other than `default` is one if all of the method's tensors have it. Raises AdapterError for several names.
+    """
+    own = re.compile(rf"\.(?:{keys})\.(?!(?:weight|bias)$)([^.]+)(?:\.weight|\.bias)?$|\.(?:{keys})(?:\.|$)")
+    found = {match[1] for name in names if (match := own.search(name))}
+    if len(found) > 1 and None not in found:
+        listed = ", ".join(sorted(found))
+        raise AdapterError(
+            f"{location}: the file holds several adapters ({listed}), which are not merged at once; choose one and save"
+            " it alone, with PEFT's save_pretrained(..., selected_adapters=[NAME])"
+        )
+    name = found.pop() if len(found) == 1 else None
+    if name is None or name == "default":
+        return re.compile(rf"\.({keys}|trainable_tokens_delta)\.default(?=\.|$)")
+    return re.compile(rf"\.({keys}|trainable_tokens_delta|modules_to_save)\.{re.escape(name)}(?=\.|$)")
