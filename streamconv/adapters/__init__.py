@@ -63,6 +63,7 @@ def read_adapter(
     rest = [key for key, tensor in source.tensors.items() if tensor.name not in taken]
     scan = scan_tensors(config.raw, stored.values())
     saved = read_saved(source, base, rest, updated, scan.digests)
+    _check_stored(source, base, saved)
     taken |= {replace.tensor.name for replace in saved.replaces}
     taken |= {source.tensors[key].name for key in saved.repeated}
     _check_leftovers(source, base, [key for key in rest if source.tensors[key].name not in taken])
@@ -151,6 +152,18 @@ def _unused(source: Source, method: Method) -> set[str]:
         for key, tensor in source.tensors.items()
         if any(pattern.fullmatch(key) for pattern in patterns)
     }
+
+
+def _check_stored(source: Source, base: BaseParameters, saved: Saved) -> None:
+    """Raise UnsupportedError if a whole parameter in the file is but a part of one of the base."""
+    for replace in saved.replaces:
+        view = base.view(replace.parameter)
+        if view is not None and replace.parameter not in base.parameters:
+            raise UnsupportedError(
+                f"{source.location}: {replace.tensor.name} replaces {replace.parameter}, and the base has"
+                f" {view.pieces[0].stored.name} in another form, which cannot be replaced in part; save the base in the"
+                " form that the adapter was trained on"
+            )
 
 
 def _check_leftovers(source: Source, base: BaseParameters, keys: Iterable[str]) -> None:

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import streamconv
-from streamconv.errors import AdapterError
+from streamconv.errors import AdapterError, UnsupportedError
 from tests.parity.opening import tensors
 from tests.tiny import VOCABULARY, edit_json, edit_tensors, load_base, read_tensors, save_adapter, save_base
 
@@ -296,3 +296,14 @@ def test_a_form_that_is_not_known_is_named(tmp_path: Path) -> None:
     ):
         streamconv.merge(fused, adapter.path, tmp_path / "out")
     assert read_tensors(adapter.path / WEIGHTS)
+
+
+def test_a_part_of_a_stored_weight_is_not_replaced(tmp_path: Path) -> None:
+    fused = save_base(tmp_path / "fused", PHI3)
+    apart = save_base(tmp_path / "apart", LLAMA)
+    config = lora(target_modules=["o_proj"], modules_to_save=["k_proj"])
+    adapter = save_adapter(tmp_path / "adapter", apart, config)
+    with pytest.raises(
+        UnsupportedError, match=r"k_proj\.weight, and the base has .+qkv_proj\.weight in another form"
+    ):
+        streamconv.merge(fused, adapter.path, tmp_path / "out")
