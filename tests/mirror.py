@@ -38,7 +38,6 @@ STORIES: Mapping[str, Sequence[str]] = {
     "adapters/saved.py": ["adapters/test_read_adapter.py", "parity/test_peft_lora.py"],
     "adapters/shares.py": ["adapters/test_combine.py"],
     "adapters/source.py": ["adapters/test_read_adapter.py"],
-    "adapters/targets.py": ["adapters/test_read_adapter.py"],
     "adapters/ties.py": ["adapters/test_read_adapter.py", "parity/test_peft_lora.py"],
     "adapters/tokens.py": ["parity/test_forms.py"],
     # An analysis, from weights to pages.

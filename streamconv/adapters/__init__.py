@@ -34,8 +34,9 @@ from streamconv.adapters.replication import check_every_layer
 from streamconv.adapters.saved import Saved, check_saved, read_saved
 from streamconv.adapters.scan import Scan, scan_tensors
 from streamconv.adapters.shira import SHIRA
+from streamconv.adapters.slices import place_updates
 from streamconv.adapters.source import BaseParameters, MoeLayout, Source
-from streamconv.adapters.targets import check_targets
+from streamconv.adapters.targets import Reached, check_targets
 from streamconv.adapters.ties import Settled, refuse_unstored_head, settle_tie
 from streamconv.adapters.trainable_tokens import TRAINABLE_TOKENS
 from streamconv.adapters.vblora import VBLORA
@@ -57,14 +58,16 @@ def read_adapter(
     moe: MoeLayout = MoeLayout(),  # noqa: B008  a frozen value
     allow_pickle: bool = False,
     ignore_extra: Collection[str] = (),
+    allow_missing: bool = False,
 ) -> Adapter:
     """The adapter in `storage`, checked against the base it is for; reads its tensors once, in chunks.
 
     `parameters` are the base's, its layers repeated as `layer_replication` has it (`depth.deepen`); `tie` says what
     its config ties, `moe` what is not left to find out of fused experts; `allow_pickle` lets adapter_model.bin and
-    files of weights beside it be read, but for those in `ignore_extra`. Raises AdapterError where adapter and base do
-    not fit or something in the folder would not be used, UnsupportedError for methods and variants that are not built,
-    CheckpointError where a file is broken.
+    files of weights beside it be read, but for those in `ignore_extra`; `allow_missing` lets the base's weights stay
+    where a target has no tensors. Raises AdapterError where adapter and base do not fit or something in the folder
+    would not be used, UnsupportedError for methods and variants that are not built, CheckpointError where a file is
+    broken.
     """
     dialect = find_dialect(storage)
     config = read_config(storage)
@@ -75,8 +78,8 @@ def read_adapter(
         stored = read_stored(storage, allow_pickle)
         _check_gathered(storage, stored.values())
         source = read_source(storage.location, config, stored.values(), base, moe, method)
-        read = {tensor.file for tensor in stored.values()}
-        beside = read_beside(storage, source, base, read, allow_pickle, ignore_extra)
+        files = {tensor.file for tensor in stored.values()}
+        beside = read_beside(storage, source, base, files, allow_pickle, ignore_extra)
         source = with_beside(source, beside)
     else:
         keyed = dialect.read_tensors(storage, config, base)
@@ -89,12 +92,14 @@ def read_adapter(
         base = base.without(head.left_out)
     else:
         refuse_unstored_head(source, base)
-    updates = method.read(source, base)
+    read = method.read(source, base)
+    updates = place_updates(read, source, base, method.orients)
     updated = frozenset(update.parameter for update in updates)
     taken = {tensor.name for update in updates for tensor in update.parts.values()} | _unused(source, method)
     rest = [key for key, tensor in source.tensors.items() if tensor.name not in taken]
     scan = scan_tensors(config.raw, (*stored.values(), *beside.tensors.values()))
     saved = read_saved(source, base, rest, updated, scan.digests, head.parameters if head else ())
+    _check_stored(source, base, saved)
     taken |= {replace.tensor.name for replace in saved.replaces}
     taken |= {source.tensors[key].name for key in saved.repeated}
     left = [key for key in rest if source.tensors[key].name not in taken]
@@ -103,9 +108,13 @@ def read_adapter(
     )
     adapted = [_module(update.parameter) for update in updates]
     trained = [_module(replace.parameter) for replace in saved.replaces]
-    check_targets(
-        config, *(_trained(source, names) for names in (map(_module, parameters), adapted, trained))
+    reached = Reached(
+        adapted=frozenset(_module(update.parameter) for update in (*read, *updates)),
+        saved=frozenset(trained),
+        parameters=updated,
+        modules=frozenset((*(_module(update.parameter) for update in (*read, *updates)), *trained)),
     )
+    notes = check_targets(source, base, reached, allow_missing)
     check_every_layer(source, map(_module, parameters), {*adapted, *trained})
     check_saved(source, base, saved.replaces)
     _check_effect(source, method, updates, saved, scan)
@@ -131,6 +140,7 @@ def read_adapter(
             *source.notes,
             *notes_on_head(head),
             *beside.notes,
+            *notes,
         ),
         head=head,
     )
@@ -192,10 +202,6 @@ def find_method(config: AdapterConfig) -> Method:
     )
 
 
-def _trained(source: Source, modules: Iterable[str]) -> frozenset[str]:
-    return frozenset(source.trained(module) for module in modules)
-
-
 def _records(saved: Saved, settled: Settled) -> frozenset[str]:
     """Parameters that are replaced by what was trained on, those of a tie's other side included."""
     tensors = {replace.tensor for replace in saved.replaces if replace.parameter in saved.records}
@@ -216,6 +222,18 @@ def _unused(source: Source, method: Method) -> set[str]:
         for key, tensor in source.tensors.items()
         if any(pattern.fullmatch(key) for pattern in patterns)
     }
+
+
+def _check_stored(source: Source, base: BaseParameters, saved: Saved) -> None:
+    """Raise UnsupportedError if a whole parameter in the file is but a part of one of the base."""
+    for replace in saved.replaces:
+        view = base.view(replace.parameter)
+        if view is not None and replace.parameter not in base.parameters:
+            raise UnsupportedError(
+                f"{source.location}: {replace.tensor.name} replaces {replace.parameter}, and the base has"
+                f" {view.pieces[0].stored.name} in another form, which cannot be replaced in part; save the base in the"
+                " form that the adapter was trained on"
+            )
 
 
 def _check_leftovers(

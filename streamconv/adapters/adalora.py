@@ -194,6 +194,7 @@ ADALORA = Method(
         }
     ),
     keys=r"lora_\w+",
+    orients=True,
     neutral="zero (all lora_E, or lora_A, or lora_B)",
     facts=_facts,
 )

@@ -281,8 +281,12 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """Name, logical shape and type of a base parameter: all that an adapter reader needs to know of it."""
+    """Name, logical shape and type of a base parameter: all that an adapter reader needs to know of it.
+
+    `transposed`: whether it is a linear layer's weight stored as [in, out]; None leaves that to shapes and the model.
+    """
 
     name: str
     shape: Shape
     dtype: Dtype = F32
+    transposed: bool | None = None

@@ -131,6 +131,7 @@ C3A = Method(
         }
     ),
     keys=r"c3a_\w+",
+    orients=True,
     neutral="zero (all c3a_kernel)",
     facts=_facts,
 )

@@ -131,6 +131,7 @@ DELORA = Method(
         }
     ),
     keys=r"delora_\w+",
+    orients=True,
     neutral="zero (all delora_A, delora_B or delora_lambda)",
     facts=_facts,
 )

@@ -9,8 +9,10 @@ Hub checkpoints of Mixtral, Qwen-MoE, DeepSeek and others store every expert apa
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from types import MappingProxyType
 
 from streamconv.adapters.base import Parameter, Update
@@ -20,11 +22,16 @@ from streamconv.adapters.source import BaseParameters, Source
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError, UnsupportedError
 
-# In the order in which modules of transformers register them.
-_REGISTERED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+# In the order in which modules of transformers register them; the last three are DBRX's.
+_REGISTERED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "v1", "w2")
 # What the parts of a fused parameter are called where every expert is stored apart, in the order of their rows.
 _APART: Mapping[str, Sequence[tuple[str, ...]]] = MappingProxyType(
-    {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+    {
+        "gate_up_proj": (("gate_proj", "up_proj"), ("fc1", "fc3")),
+        "gate_proj": (("gate_proj",),),
+        "up_proj": (("up_proj",),),
+        "down_proj": (("down_proj",), ("fc2",)),
+    }
 )
 # Modules with `is_transposed`: PEFT since 0.19 takes lora_A for the middle axis of these, and before, of all.
 TRANSPOSED = frozenset({"aria", "aria_text", "gpt_oss", "openai_privacy_filter"})
@@ -55,16 +62,13 @@ def read_experts(
 ) -> tuple[tuple[Update, ...], frozenset[str]]:
     """The updates of `target_parameters`, and the keys of `factors` they took.
 
-    Raises AdapterError where a target has no tensors or they do not fit, UnsupportedError where the packing cannot be
-    told.
+    Raises AdapterError where tensors do not fit, UnsupportedError where the packing cannot be told.
     """
     updates: list[Update] = []
     taken: set[str] = set()
-    seen: set[str] = set()
     for module, keys in _by_wrapped_module(factors).items():
-        names = _targets_of(source.trained(module), settings.target_parameters)
-        if not names or names == ["weight"]:
-            seen |= {f"{source.trained(module)}.weight"}
+        names = _targets_of(module, settings.target_parameters, source, base)
+        if not names:
             continue
         if len(names) != len(keys):
             raise AdapterError(
@@ -74,15 +78,50 @@ def read_experts(
             )
         for name, key in zip(_in_order(names, source), keys, strict=True):
             updates += _updates(module, name, factors[key], settings, source, base)
-            seen.add(f"{source.trained(module)}.{name}")
         taken |= set(keys)
-    for target in settings.target_parameters:
-        if not any(name == target or name.endswith(f".{target}") for name in seen):
-            raise AdapterError(
-                f"{settings.name}: target_parameters lists {target!r}, but the adapter holds no tensors of it; the file"
-                " is not complete, or the entry matched nothing in training: then remove it"
-            )
     return tuple(updates), frozenset(taken)
+
+
+def take_apart(
+    modules: Mapping[str, Mapping[str, StoredTensor]], base: BaseParameters
+) -> Mapping[str, Mapping[str, StoredTensor]]:
+    """`modules` with those of one projection of all experts, as Tinker trains them, in place of which each expert has
+    its own.
+
+    Their lora_A is [E, r, in] and lora_B [E, out, r], or for a factor that all experts share [1, ...]; the module is
+    `experts.w1`. Raises AdapterError where they are not for the experts of the base.
+    """
+    found: dict[str, Mapping[str, StoredTensor]] = {}
+    for module, parts in modules.items():
+        place, _, name = module.rpartition(".")
+        is_stacked = parts.keys() == {"lora_A", "lora_B"} and all(
+            len(part.shape) == 3 for part in parts.values()
+        )
+        if not is_stacked or base.find(f"{module}.weight") or not base.find(f"{place}.0.{name}.weight"):
+            found[module] = parts
+            continue
+        experts = _count(place, name, base)
+        for part in parts.values():
+            if part.shape[0] not in (1, experts):
+                raise AdapterError(
+                    f"{part.name} has shape {list(part.shape)}, expected [{experts}, ...], one for each expert of"
+                    f" {place} of the base, or [1, ...] for all of them; was the adapter trained on this base?"
+                )
+        for expert in range(experts):
+            own = {role: _matrix(part, expert % part.shape[0]) for role, part in parts.items()}
+            found[f"{place}.{expert}.{name}"] = own
+    return found
+
+
+def _count(place: str, name: str, base: BaseParameters) -> int:
+    """Number of experts that the base has at `place`."""
+    return next(expert for expert in count() if base.find(f"{place}.{expert}.{name}.weight") is None)
+
+
+def _matrix(tensor: StoredTensor, number: int) -> StoredTensor:
+    """One of the matrices of a stored tensor [n, rows, columns], bytes of its own."""
+    nbytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+    return dataclasses.replace(tensor, shape=tensor.shape[1:], offset=tensor.offset + number * nbytes)
 
 
 def _by_wrapped_module(factors: Mapping[str, Factors]) -> Mapping[str, list[str]]:
@@ -96,14 +135,36 @@ def _by_wrapped_module(factors: Mapping[str, Factors]) -> Mapping[str, list[str]
     return {module: sorted(keys, key=len, reverse=True) for module, keys in modules.items()}
 
 
-def _targets_of(module: str, targets: Sequence[str]) -> list[str]:
-    """Names of the parameters of `module` among target_parameters, which are ends of paths."""
-    names = []
+def _targets_of(module: str, targets: Sequence[str], source: Source, base: BaseParameters) -> list[str]:
+    """Names of the parameters of `module` among target_parameters; none where it is a layer that has but a weight.
+
+    A target is the end of a parameter's path, so one without a path is that parameter of any module that has it.
+    """
+    trained, names = source.trained(module), []
     for target in targets:
         inside, _, name = target.rpartition(".")
-        if inside and (module == inside or module.endswith(f".{inside}")) and name not in names:
+        means = trained == inside or trained.endswith(f".{inside}") if inside else _has(module, name, base)
+        if means and name not in names:
             names.append(name)
+    if "gate_up_proj" in names:  # a class has that, or the two apart
+        names = [name for name in names if name not in ("gate_proj", "up_proj")]
+    if names == ["weight"]:
+        found = base.find(f"{module}.weight")
+        return names if found is not None and len(found.shape) == 3 else []
     return names
+
+
+def _has(module: str, name: str, base: BaseParameters) -> bool:
+    """Whether `module` has the parameter, fused or with every expert apart."""
+    return base.find(f"{module}.{name}") is not None or _names_apart(module, name, base) is not None
+
+
+def _names_apart(module: str, name: str, base: BaseParameters) -> Sequence[str] | None:
+    """Names of the parameter's parts where the base has every expert apart; None where it has not."""
+    for names in _APART.get(name, ()):
+        if all(base.find(f"{module}.0.{each}.weight") is not None for each in names):
+            return names
+    return None
 
 
 def _in_order(names: Sequence[str], source: Source) -> Sequence[str]:
@@ -169,17 +230,16 @@ def _rows(tensor: StoredTensor, first: int, count: int) -> StoredTensor:
 
 def _find(module: str, name: str, key: StoredTensor, base: BaseParameters) -> _Stored:
     """The parameter where the base has it: fused, or every expert apart."""
-    for place in (module, module.replace(".mlp.", ".block_sparse_moe.")):
-        whole = base.find(f"{place}.{name}")
-        if whole is not None:
-            if len(whole.shape) == 2:
-                return _Stored((1, *whole.shape), ((whole, 0, 0),))
-            if len(whole.shape) == 3:
-                return _Stored(whole.shape, ((whole, 0, 0),))
-            raise UnsupportedError(f"{key.name} is for {whole.name}, which has shape {list(whole.shape)}")
-        for names in _APART.get(name, ()):
-            if base.find(f"{place}.0.{names[0]}.weight") is not None:
-                return _apart(place, names, base)
+    whole = base.find(f"{module}.{name}")
+    if whole is not None:
+        if len(whole.shape) == 2:
+            return _Stored((1, *whole.shape), ((whole, 0, 0),))
+        if len(whole.shape) == 3:
+            return _Stored(whole.shape, ((whole, 0, 0),))
+        raise UnsupportedError(f"{key.name} is for {whole.name}, which has shape {list(whole.shape)}")
+    names = _names_apart(module, name, base)
+    if names is not None:
+        return _apart(module, names, base)
     raise AdapterError(
         f"{key.name} is for {module}.{name}, which the base model does not have, neither fused nor expert by expert; is"
         " this the base the adapter was trained on?"

@@ -191,6 +191,7 @@ FOURIERFT = Method(
         }
     ),
     keys=r"fourierft_\w+",
+    orients=True,
     neutral="zero (all fourierft_spectrum, or scaling)",
     facts=_facts,
 )

@@ -144,6 +144,7 @@ HIRA = Method(
         }
     ),
     keys=r"hira_\w+",
+    orients=True,
     neutral="zero (all hira_A, or all hira_B)",
     facts=_facts,
 )

@@ -178,6 +178,7 @@ HRA = Method(
         }
     ),
     keys=r"hra_\w+",
+    orients=True,
     neutral="a chain of reflections that undo each other",
     facts=_facts,
 )

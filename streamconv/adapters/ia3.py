@@ -173,4 +173,5 @@ IA3 = Method(
     keys=r"ia3_\w+",
     neutral="one (all ia3_l)",
     multiplies=True,
+    orients=True,
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from streamconv.adapters.base import Parameter, Update
 from streamconv.adapters.conv import ConvUpdate
-from streamconv.adapters.experts_reader import Factors, read_experts
+from streamconv.adapters.experts_reader import Factors, read_experts, take_apart
 from streamconv.adapters.folded import BlockLoraUpdate, PooledLoraUpdate
 from streamconv.adapters.initial import InitialUpdate
 from streamconv.adapters.lora import DoraUpdate, LoraBiasUpdate, LoraUpdate
@@ -42,7 +42,7 @@ def read_lora(source: Source, base: BaseParameters) -> tuple[Update, ...]:
     Raises AdapterError where tensors are missing or do not fit, UnsupportedError for what is not built.
     """
     settings = read_settings(source.config)
-    modules = _by_module(source)
+    modules = take_apart(_by_module(source), base)
     factors = {
         module: Factors(parts["lora_A"], parts["lora_B"])
         for module, parts in modules.items()
@@ -348,4 +348,5 @@ LORA = Method(
     neutral="zero (all lora_B, or all lora_A, or alpha)",
     unused=UNUSED,
     facts=_facts,
+    orients=True,
 )

@@ -33,7 +33,8 @@ class Method:
     tensors are called that belong to all modules, `base_model.NAME`; updates use each, or it is refused. `indices`:
     those that may be stored as whole numbers, below 2²⁴, as parts are float32. `facts`: what `inspect` tells of config
     and tensors. `multiplies`: whether updates scale or rotate a weight instead of adding to it, so that of several
-    adapters each changes what those before it made.
+    adapters each changes what those before it made. `orients`: whether its reader asks how a weight is stored
+    (`orientation`), so that it can be for one stored as [in, out].
     """
 
     label: str
@@ -46,3 +47,4 @@ class Method:
     indices: str = ""
     facts: Facts = no_facts
     multiplies: bool = False
+    orients: bool = False

@@ -141,15 +141,15 @@ def _find(base: BaseParameters, paths: Collection[str]) -> list[Renaming]:
     """Renamings that give each of `paths` a place, of the likeliest kind that there are; none if all have one."""
     stored = read_names(base.names())
     as_it_is = _places(stored.names, stored.names)
-    if all(path in as_it_is for path in paths):
+    if all(path in as_it_is or base.has_place(path) for path in paths):
         return []
     seen: list[Sequence[_Form]] = [[_Form(as_it_is, {path: path for path in paths})]]
     for lines in rule_sets(base.config):
         seen.append(list(_forms(stored, as_it_is, paths, lines)))
-        if found := _distinct(_renaming(form, ("", "")) for form in seen[-1]):
+        if found := _distinct(_renaming(form, ("", ""), base) for form in seen[-1]):
             return found
     for forms in seen:
-        candidates = [(pair, _renaming(form, pair)) for form in forms for pair in _pairs(form)]
+        candidates = [(pair, _renaming(form, pair, base)) for form in forms for pair in _pairs(form)]
         likely = _distinct(found for (_, within), found in candidates if not _SIDE.search(within))
         if found := likely or _distinct(found for _, found in candidates):
             return found
@@ -189,12 +189,31 @@ def _places(names: Sequence[str], stored: Sequence[str]) -> Places:
     return {name: place for name, place in found.items() if name not in unclear}
 
 
+def _place(name: str, places: Places, base: BaseParameters) -> str | None:
+    """The path of `name` in the base: a place, or what another class has in one; None if there is neither."""
+    above, below = name, ""
+    while above and above not in places:
+        above, _, last = above.rpartition(".")
+        below = f".{last}{below}"
+    if not above:
+        return None
+    path = places[above] + below
+    return path if not below or base.has_place(path) else None
+
+
 def _pairs(form: _Form) -> Iterator[tuple[str, str]]:
     """Prefixes of the adapter's names, each with one that the base has in its stead, as far as one name tells.
 
     Whatever comes before the number of a layer may differ, but for the last module before it.
     """
     name = max(form.names.values(), key=lambda name: (_layer(name) is not None, name))
+    number = _layer(name)
+    while not (found := list(_pairs_of(name, form))) and number is not None and name.count(".") > number + 1:
+        name = name.rpartition(".")[0]  # of another class: what holds it is in the base
+    yield from found
+
+
+def _pairs_of(name: str, form: _Form) -> Iterator[tuple[str, str]]:
     modules = name.split(".")
     number = _layer(name)
     for skipped in range(len(modules) if number is None else number):
@@ -212,17 +231,18 @@ def _layer(name: str) -> int | None:
     return next((place for place, module in enumerate(name.split(".")) if module.isdecimal()), None)
 
 
-def _renaming(form: _Form, pair: tuple[str, str]) -> Renaming | None:
+def _renaming(form: _Form, pair: tuple[str, str], base: BaseParameters) -> Renaming | None:
     """The renaming by a form and a pair of prefixes; None if it leaves a path without a place, or two with one."""
     prefix, within = pair
     bases = {}
     for path, name in form.names.items():
         moved = within + name.removeprefix(prefix) if name.startswith(prefix) else name
-        if moved not in form.places and not prefix and "." not in name:
-            moved = name  # a head stands beside what has the prefix
-        if moved not in form.places:
+        place = _place(moved, form.places, base)
+        if place is None and not prefix and "." not in name:
+            place = form.places.get(name)  # a head stands beside what has the prefix
+        if place is None:
             return None
-        bases[path] = form.places[moved]
+        bases[path] = place
     if len(set(bases.values())) < len(bases):
         return None
     trained = {place: path for path, place in bases.items()}

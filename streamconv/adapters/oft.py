@@ -320,4 +320,5 @@ OFT = Method(
     neutral="a rotation by nothing (all oft_R are zero)",
     facts=_facts,
     multiplies=True,
+    orients=True,
 )

@@ -23,13 +23,16 @@ def is_transposed(
 ) -> bool | None:
     """Whether the weight, of `shape` in training, is stored as [in, out]; None where it has another shape than either.
 
-    `outputs` or `inputs` are None where the adapter does not tell. The shape says, or where both fit, as in a square
-    one, the model does. `fan_in_fan_out` decides last. PEFT sets it to what the last layer it wrapped needed, and the
-    bitsandbytes layers leave a wrong value as it is. Raises UnsupportedError where it contradicts the model.
+    `outputs` or `inputs` are None where the adapter does not tell. The parameter may know; else the shape says, or
+    where both fit, as in a square one, the model does. `fan_in_fan_out` decides last. PEFT sets it to what the last
+    layer it wrapped needed, and the bitsandbytes layers leave a wrong value as it is. Raises UnsupportedError where it
+    contradicts the model.
     """
     plain, transposed = (
         len(shape) == 2 and _fits(shape, sides) for sides in ((outputs, inputs), (inputs, outputs))
     )
+    if parameter.transposed is not None:
+        return parameter.transposed if (transposed if parameter.transposed else plain) else None
     if plain != transposed:
         return transposed
     if not plain:

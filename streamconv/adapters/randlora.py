@@ -174,6 +174,7 @@ RANDLORA = Method(
         }
     ),
     keys=r"randlora_\w+",
+    orients=True,
     neutral="zero (all randlora_lambda, or all randlora_gamma)",
     unused=MappingProxyType({"save_projection": re.compile(r".+\.randlora_[AB]")}),
     shared=r"randlora_[AB]",

@@ -128,6 +128,7 @@ SHIRA = Method(
         }
     ),
     keys=r"shira_\w+",
+    orients=True,
     neutral="zero (all shira_weight)",
     indices="shira_indices",
     facts=_facts,

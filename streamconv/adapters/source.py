@@ -10,6 +10,14 @@ from typing import Any
 
 from streamconv.adapters.base import Parameter, Tie
 from streamconv.adapters.config import AdapterConfig
+from streamconv.adapters.views import (
+    ParameterView,
+    find_stored,
+    find_view,
+    is_unembedding,
+    names_at,
+    other_form,
+)
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.dtypes import DENSE, WHOLE
 from streamconv.errors import AdapterError
@@ -29,21 +37,38 @@ class BaseParameters:
     tie: Tie | None
 
     def names(self) -> Iterator[str]:
-        """Names that `find` knows."""
+        """Names of parameters that are stored, or tied; `find` knows more."""
         yield from self.parameters
         if self.tie is not None and self.tie.embedding in self.parameters:
             yield self.tie.head
 
     def find(self, name: str) -> Parameter | None:
-        """The parameter `name`; a tied head need not be stored and then has the embedding's shape."""
-        if self.tie is not None and name == self.tie.head:
+        """The parameter `name`; a tied head need not be stored and then has the embedding's shape.
+
+        What another class calls otherwise comes with the name that is stored. What is a part of stored parameters, or
+        made of several, comes as `name`, which is not stored: `view` tells where it lies.
+        """
+        if self.tie is not None and (name == self.tie.head or is_unembedding(name)):
             embedding = self.parameters.get(self.tie.embedding)
-            return None if embedding is None else Parameter(name, embedding.shape)
-        found = self.parameters.get(name)
-        if found is None and self.tie is not None and name == self.tie.head.replace(".weight", ".bias"):
+            return None if embedding is None else Parameter(self.tie.head, embedding.shape)
+        stored = find_stored(name, self.parameters)
+        if stored is None and self.tie is not None and name == self.tie.head.replace(".weight", ".bias"):
             # BERT's head shares the bias that is stored one level up, too.
-            return self.parameters.get(name.replace(".decoder.bias", ".bias"))
-        return found
+            stored = self.parameters.get(name.replace(".decoder.bias", ".bias"))
+        if stored is not None:
+            return stored
+        view = find_view(name, self.parameters, self.config)
+        return None if view is None else view.parameter
+
+    def view(self, name: str) -> ParameterView | None:
+        """Find where `name` of another class lies in stored parameters; None if it is stored itself, or not there."""
+        if find_stored(name, self.parameters) is not None:
+            return None
+        return find_view(name, self.parameters, self.config)
+
+    def has_place(self, path: str) -> bool:
+        """Whether `path` is a module or a parameter of another class, to be found in stored parameters."""
+        return any(self.find(name) is not None for name in names_at(path))
 
     def get(self, name: str, key: str) -> Parameter:
         """The parameter `name`, for the adapter's tensor `key`. Raises AdapterError with the nearest name."""
@@ -58,7 +83,15 @@ class BaseParameters:
         return BaseParameters(MappingProxyType(kept), self.config, None)
 
     def _hint(self, name: str) -> str:
-        """Names that differ by a prefix only: the adapter was trained on another class of the same model."""
+        """Another form of the same, or names that differ by a prefix only, as of another class of the same model."""
+        fused = other_form(name, self.parameters)
+        if fused is not None:
+            model = self.config.get("model_type")
+            return (
+                f", but it has {fused} {list(self.parameters[fused].shape)}: one of adapter and base has fused what"
+                f" the other has apart, and in which order is not known here for {model!r} models; save the base in"
+                " the form that the adapter was trained on"
+            )
         for other in self.parameters:
             if other.endswith(f".{name}"):
                 prefix = other.removesuffix(name)

@@ -193,6 +193,7 @@ VBLORA = Method(
         }
     ),
     keys=r"vblora_logits_\w+",
+    orients=True,
     neutral="zero (vblora_vector_bank)",
     shared=_BANK,
     indices=r"vblora_logits_[AB]_topk_indices",

@@ -227,6 +227,7 @@ VERA = Method(
         }
     ),
     keys=r"vera_lambda_\w+",
+    orients=True,
     neutral="zero (all vera_lambda_b, or all vera_lambda_d)",
     shared=r"vera_[AB]",
     facts=_facts,

@@ -12,6 +12,7 @@ from streamconv.cli.blocks import Command, Section, group, option
 from streamconv.cli.options import (
     ADAPTER_HELP,
     ADAPTER_PLACE,
+    ALLOW_MISSING,
     ALLOW_PICKLE,
     BASE,
     BASE_REVISION,
@@ -84,6 +85,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
         "original: leave T out; auto: nf4-dq, or a quantized base as it is.",
     ),
     MOE_LAYOUT,
+    ALLOW_MISSING,
     ALLOW_PICKLE,
     IGNORE_EXTRA,
     RESOURCES,

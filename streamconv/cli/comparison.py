@@ -14,6 +14,7 @@ from streamconv.cli.evaluation import TEXT
 from streamconv.cli.options import (
     ADAPTER_HELP,
     ADAPTER_PLACE,
+    ALLOW_MISSING,
     ALLOW_PICKLE,
     BASE,
     BASE_REVISION,
@@ -187,6 +188,7 @@ _PLACE = group(
     _JUDGING,
     TOKENIZER,
     MOE_LAYOUT,
+    ALLOW_MISSING,
     ALLOW_PICKLE,
     IGNORE_EXTRA,
     resources(COMPARE_DEFAULTS),

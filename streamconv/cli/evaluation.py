@@ -10,6 +10,7 @@ import click
 from streamconv.cli.blocks import Command, Section, group, option
 from streamconv.cli.options import (
     ADAPTER_PLACE,
+    ALLOW_MISSING,
     ALLOW_PICKLE,
     BASE_REVISION,
     FOLDER,
@@ -109,6 +110,7 @@ TEXT = group(
     MERGE_BASE,
     TOKENIZER,
     MOE_LAYOUT,
+    ALLOW_MISSING,
     ALLOW_PICKLE,
     IGNORE_EXTRA,
     option(

@@ -265,6 +265,14 @@ MOE_LAYOUT = option(
     help="How LoRA factors of fused experts are packed where nothing tells: last or middle (the axis lora_A runs "
     "along), rank-major or expert-major (lora_B), or one of each with a comma between.",
 )
+ALLOW_MISSING = option(
+    Section.MERGE,
+    "--allow-missing",
+    defaults=MERGE_DEFAULTS,
+    is_flag=True,
+    help="Leave weights as they are that the adapter targets and holds no tensors for, and say which, in place of "
+    "refusing it.",
+)
 TARGET = group(
     option(
         Section.MERGE,
@@ -312,6 +320,7 @@ TARGET = group(
     ),
     TOKENIZER,
     MOE_LAYOUT,
+    ALLOW_MISSING,
     ALLOW_PICKLE,
     IGNORE_EXTRA,
 )

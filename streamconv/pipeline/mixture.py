@@ -55,11 +55,17 @@ def read_adapters(job: Job, base: Base, storages: Sequence[Storage]) -> Adapter 
     config, moe = base.index.config, parse_moe_layout(job.options.moe_layout)
     adapters = []
     for place, storage in zip(job.adapters, storages, strict=True):
-        adapters.append(
-            read_adapter(
-                storage, parameters, config, base.tie, moe, job.allow_pickle, job.options.ignore_extra
-            )
+        read = read_adapter(
+            storage,
+            parameters,
+            config,
+            base.tie,
+            moe,
+            job.allow_pickle,
+            job.options.ignore_extra,
+            job.options.allow_missing,
         )
+        adapters.append(read)
         _log.info("read the adapter %s: %d updates", place, len(adapters[-1].updates))
     return combine(
         adapters, mixture_of(job.options, len(adapters)), BaseParameters(parameters, config, base.tie)

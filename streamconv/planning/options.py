@@ -90,6 +90,7 @@ class MergeOptions:
     combine: str | None = None
     density: float | None = None
     ignore_extra: tuple[str, ...] = ()
+    allow_missing: bool = False
     max_shard_bytes: int | None = None
     min_kept: float | None = None
     calibration: Calibration | None = None
@@ -169,6 +170,7 @@ class AdapterKeywords(TypedDict, total=False):
     adapter_subfolder: str | None
     moe_layout: str
     ignore_extra: Iterable[str]
+    allow_missing: bool
 
 
 class ModelKeywords(BaseKeywords, AdapterKeywords, total=False):

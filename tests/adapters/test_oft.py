@@ -286,7 +286,7 @@ def test_conv1d_is_merged_from_files_to_files(tmp_path: Path) -> None:
     triangles = {
         f"transformer.h.0.attn.{name}.oft_R.weight": torch.randn(4, 28) for name in ("c_attn", "c_proj")
     }
-    config = by_hand(oft_block_size=8, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    config = by_hand(oft_block_size=8, target_modules=["0.attn.c_attn", "0.attn.c_proj"], fan_in_fan_out=True)
     streamconv.merge(base, save_by_hand(tmp_path / "adapter", config, triangles), tmp_path / "out")
     after = tensors(tmp_path / "out")
     changed = {name for name in before if not torch.equal(before[name], after[name])}

@@ -240,10 +240,18 @@ def test_a_listed_target_without_tensors_is_refused(bases: dict[str, Path], plai
     refuse(bases, plain, CONFIG_NAME, "'v_proj'")
 
 
-@pytest.mark.parametrize("target", ["k_proj", "proj", "attn.q_proj", "model.layers.1.self_attn"])
-def test_targets_match_whole_names(bases: dict[str, Path], plain: Path, target: str) -> None:
+@pytest.mark.parametrize("target", ["k_proj", "self_attn.k_proj", "model.layers.1.mlp.up_proj"])
+def test_a_target_of_the_base_without_tensors(bases: dict[str, Path], plain: Path, target: str) -> None:
     edit_json(plain / CONFIG_NAME, target_modules=["q_proj", "v_proj", target])
-    refuse(bases, plain, repr(target))
+    refuse(bases, plain, repr(target), "--allow-missing")
+
+
+@pytest.mark.parametrize("target", ["proj", "attn.q_proj", "model.layers.1.self_attn"])
+def test_targets_match_whole_names(bases: dict[str, Path], plain: Path, target: str) -> None:
+    """What the base has no module for cannot be missing, so it is said."""
+    edit_json(plain / CONFIG_NAME, target_modules=["q_proj", "v_proj", target])
+    (note,) = read_llama(bases, plain).notes
+    assert note.startswith(f"{target} in target_modules matches nothing")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ EVERYTHING = {
     "merge_base": "fp4",
     "seed": 5,
     "moe_layout": "last,rank-major",
+    "allow_missing": True,
     "allow_pickle": True,
     "ignore_extra": ["value_head.safetensors"],
     "tokenizer": "adapter",

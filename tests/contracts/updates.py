@@ -150,6 +150,17 @@ def _lora_of_embedding(weights: Tensors, tensors: Tensors) -> Tensors:
     return {"layer.weight": weights["layer.weight"] + delta.T}
 
 
+def _lora_of_parts(weights: Tensors, tensors: Tensors) -> Tensors:
+    """Of the gate, the first half of the rows, or of up, the second, or of both."""
+    weight = weights["layer.gate_up_proj.weight"].clone()
+    for half, name in zip(weight.chunk(2), ("gate_proj", "up_proj"), strict=True):
+        if f"layer.{name}.lora_A.weight" in tensors:
+            half.add_(
+                SCALING * tensors[f"layer.{name}.lora_B.weight"] @ tensors[f"layer.{name}.lora_A.weight"]
+            )
+    return {"layer.gate_up_proj.weight": weight}
+
+
 def _lora_with_bias(weights: Tensors, tensors: Tensors) -> Tensors:
     bias = weights["layer.bias"] + SCALING * tensors["layer.lora_B.bias"]
     return {**_lora(weights, tensors), "layer.bias": bias}
@@ -643,6 +654,13 @@ HRA = {"peft_type": "HRA", "lora_alpha": None}
 TWICE = 2.0**-20
 QALORA = {"use_qalora": True, "qalora_group_size": GROUP}
 
+TWO_IN_ONE: Mapping[str, Shape] = {"layer.gate_up_proj.weight": (ROWS, COLUMNS)}
+
+
+def _of_part(name: str) -> Mapping[str, Shape]:
+    return {f"layer.{name}.lora_A.weight": (RANK, COLUMNS), f"layer.{name}.lora_B.weight": (ROWS // 2, RANK)}
+
+
 FORMS: Mapping[str, Form] = MappingProxyType(
     {
         "lora": Form(LINEAR, FACTORS, _lora),
@@ -690,6 +708,13 @@ FORMS: Mapping[str, Form] = MappingProxyType(
             _target("gate_up_proj"),
             targets=(),
             moe=MoeLayout(order="expert-major"),
+        ),
+        "a-part": Form(TWO_IN_ONE, _of_part("up_proj"), _lora_of_parts, targets=("up_proj",)),
+        "parts": Form(
+            TWO_IN_ONE,
+            {**_of_part("gate_proj"), **_of_part("up_proj")},
+            _lora_of_parts,
+            targets=("gate_proj", "up_proj"),
         ),
         "rows": Form(
             LINEAR,

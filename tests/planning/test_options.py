@@ -56,6 +56,7 @@ OTHERS: dict[str, Any] = {
     "adapter_revision": "main",
     "adapter_subfolder": "checkpoint-2",
     "moe_layout": "last",
+    "allow_missing": True,
     "allow_pickle": True,
     "ignore_extra": ("value_head.safetensors",),
     "tokenizer": "base",

@@ -9,6 +9,7 @@ flat, [E·r, in]) and `lora_b` [E, out, r]. A full fine-tuning saves whole weigh
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -35,6 +36,8 @@ _ROLES = {"lora_a": "a", "lora_b": "b", "m": "m", "A": "a", "B": "b"}
 _APART: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"gate_proj": ("gate_proj", "w1"), "up_proj": ("up_proj", "w3"), "down_proj": ("down_proj", "w2")}
 )
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 Factors = Mapping[str, StoredTensor]
 Named = Iterator[tuple[str, StoredTensor]]
@@ -68,6 +71,7 @@ def read_config(storage: Storage) -> AdapterConfig:
         "base_model_name_or_path": fields.get("model"),
         "use_dora": kind == "dora",
         **(_saved_modules(storage) if kind == "full" else _factor_fields(fields, name)),
+        "layers_to_transform": _last_layers(storage),
     }
     return AdapterConfig(name, MappingProxyType(translated), raw)
 
@@ -79,6 +83,14 @@ def _read_fields(storage: Storage) -> tuple[dict[str, Any], bytes]:
         return parse_object(raw, name), raw
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
+
+
+def _last_layers(storage: Storage) -> list[int] | None:
+    """Layers that were trained, where they follow each other: the last `num_layers`, 16 by default."""
+    if _WEIGHTS not in storage.names():
+        return None
+    found = {int(match[1]) for name in _read_stored(storage) if (match := _LAYER.search(name))}
+    return sorted(found) if found and len(found) == max(found) - min(found) + 1 else None
 
 
 def _factor_fields(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
