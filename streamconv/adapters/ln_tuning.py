@@ -63,4 +63,6 @@ LN_TUNING = Method(
     fields=COMMON_FIELDS,
     keys="ln_tuning_layers",
     neutral="of no parameter",
+    formula="the trained parameters in place of W",
+    layers=("norms",),
 )
