@@ -150,6 +150,21 @@ def test_the_guide_to_comparing_makes_what_it_says(tmp_path: Path, monkeypatch: 
     }
 
 
+@pytest.mark.parametrize("name", ["guide-several-adapters", "guide-extract", "behaves-like-the-base"])
+def test_a_page_on_files_of_this_repository_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commands one after the other, each with the exit code that stands behind it, 0 where none does."""
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in blocks(ROOT / "docs" / f"{name}.md", "sh") for line in LINES.findall(block)]
+    assert len(lines) >= 3
+    for line in lines:
+        expected = re.search(r"# exit (\d+)$", line)
+        result = CliRunner().invoke(main, shlex.split(line.replace("\\\n", " "), comments=True)[1:])
+        assert result.exit_code == int(expected[1] if expected else 0), f"{line}\n{result.output}"
+
+
 @pytest.mark.parametrize("block", pythons())
 def test_a_call_from_python_has_the_keywords_it_gives(block: str) -> None:
     for call in ast.walk(ast.parse(block)):
