@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from streamconv.adapters.config import AdapterConfig, is_empty
 from streamconv.adapters.source import BaseParameters, Source
 from streamconv.adapters.views import names_of_parameter, other_names
+from streamconv.checkpoint.config import language_levels
+from streamconv.checkpoint.strict_json import shown
 from streamconv.errors import AdapterError
 
 ALL_LINEAR = "all-linear"
@@ -225,8 +226,7 @@ def _is_trained(path: str, base: BaseParameters) -> bool:
     """Whether classes of the model have it: no layer for predicting further tokens, which files have after the others,
     nor keys and values of layers that share those of earlier ones."""
     found = _LAYER.match(path)
-    text = base.config.get("text_config")
-    config: Mapping[str, Any] = text if isinstance(text, Mapping) else base.config
+    config = language_levels(base.config)[-1]
     count, shared = (config.get(field) for field in ("num_hidden_layers", "num_kv_shared_layers"))
     if found is None or type(count) is not int or "vision" in path or "visual" in path:
         return True
@@ -250,15 +250,26 @@ def _is_target(config: AdapterConfig, module: str) -> bool:
 
 
 def _is_in_layers(config: AdapterConfig, module: str) -> bool:
-    """Whether the module is in a layer that layers_to_transform lists, or that is not set."""
+    """Whether the module is in a layer that layers_to_transform lists, or that is not set.
+
+    Raises AdapterError where that field or layers_pattern has another form than PEFT gives it.
+    """
     layers = config.fields.get("layers_to_transform")
     if layers is None or layers == []:
         return True
-    patterns = config.fields.get("layers_pattern")
-    each = [patterns] if isinstance(patterns, str) else patterns
-    numbers = [re.match(rf"(?:^|.*?\.){one}\.(?P<idx>\d+)\.", module) for one in each or ()]
+    listed = [layers] if isinstance(layers, int) else layers
+    if not isinstance(listed, list) or not all(type(layer) is int for layer in listed):
+        raise AdapterError(
+            f"{config.name}: layers_to_transform must be the numbers of layers, found {shown(layers)}"
+        )
+    field = "layers_pattern"
+    patterns = config.fields.get(field) or ()
+    each = (patterns,) if isinstance(patterns, str) else config.names(field)
+    numbers = [
+        _compiled(config, field, one, rf"(?:^|.*?\.){one}\.(?P<idx>\d+)\.").match(module) for one in each
+    ]
     found = next(filter(None, numbers), None) if each else _ANY_LAYER.match(module)
-    return found is not None and int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
+    return found is not None and int(found["idx"]) in listed
 
 
 def _is_excluded(config: AdapterConfig, module: str) -> bool:
@@ -282,11 +293,16 @@ def _ends(module: str) -> Iterator[str]:
 
 
 def _matches(config: AdapterConfig, field: str, pattern: str, module: str) -> bool:
+    return _compiled(config, field, pattern, pattern).fullmatch(module) is not None
+
+
+def _compiled(config: AdapterConfig, field: str, text: str, pattern: str) -> re.Pattern[str]:
+    """The regular expression `pattern`, which is made of `text` in the config's `field`."""
     try:
-        return re.fullmatch(pattern, module) is not None
+        return re.compile(pattern)
     except re.error as error:
         raise AdapterError(
-            f"{config.name}: {field} {pattern!r} is not a regular expression: {error}"
+            f"{config.name}: {field} {shown(text)} is not a regular expression: {error}"
         ) from error
 
 

@@ -184,6 +184,27 @@ def test_a_layer_that_the_config_leaves_out(folder: Path, fields: dict[str, Any]
     assert read(folder, q_of(0, 1, 3), LLAMA, **fields).notes == ()
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"layers_to_transform": 1.5}, "layers_to_transform must be the numbers of layers, found 1.5"),
+        ({"layers_to_transform": ["0"]}, "layers_to_transform must be the numbers of layers"),
+        ({"layers_to_transform": [0, 1, 3], "layers_pattern": "("}, "layers_pattern .* not a regular"),
+        ({"layers_to_transform": [0, 1, 3], "layers_pattern": 5}, "layers_pattern must be a list of names"),
+    ],
+    ids=str,
+)
+def test_layers_of_a_wrong_type(folder: Path, fields: dict[str, Any], expected: str) -> None:
+    with pytest.raises(AdapterError, match=expected):
+        read(folder, q_of(0, 1, 3), LLAMA, **fields)
+
+
+@pytest.mark.parametrize("config", [{"text_config": "none"}, {"text_config": [1]}], ids=str)
+def test_a_text_config_that_is_no_object(folder: Path, config: dict[str, Any]) -> None:
+    config["architectures"] = ["LlamaForCausalLM"]
+    assert read(folder, q_of(0, 1, 2, 3), LLAMA, config, task_type=["CAUSAL_LM"]).notes == ()
+
+
 def test_a_layer_that_is_meant_by_number(folder: Path) -> None:
     assert read(folder, q_of(2), LLAMA, layers_to_transform=2).notes == ()
     refused(
