@@ -30,7 +30,7 @@ REWRITE = 'python -c "import sys, torch; f = sys.argv[1]; torch.save(torch.load(
 
 _ZIP = b"PK\x03\x04"
 # The pickle says names, types and shapes alone: 100 bytes or so a tensor.
-_MAX_PICKLE_BYTES = 256_000_000
+MAX_PICKLE_BYTES = 256_000_000
 # A pickle is a program, and one that is damaged, or meant to do harm, may fail at any step.
 _FAILURES = (
     RuntimeError,
@@ -100,9 +100,9 @@ def _check_archive(file: SourceFile) -> None:
             f"{file.name} is compressed, which torch.save does not do, so its tensors cannot be read one by one;"
             " rewrite it with torch.save, or as safetensors"
         )
-    if any(entry.filename.endswith("/data.pkl") and entry.file_size > _MAX_PICKLE_BYTES for entry in entries):
+    if any(entry.filename.endswith("/data.pkl") and entry.file_size > MAX_PICKLE_BYTES for entry in entries):
         raise CheckpointError(
-            f"{file.name} says what its tensors are in more than {_MAX_PICKLE_BYTES} bytes, which none needs"
+            f"{file.name} says what its tensors are in more than {MAX_PICKLE_BYTES} bytes, which none needs"
         )
     if any(order != b"little" for order in orders):
         raise CheckpointError(

@@ -126,5 +126,5 @@ def test_names_are_texts(tmp_path: Path) -> None:
 
 def test_a_pickle_without_measure_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"x": torch.ones(2)}, tmp_path / NAME)
-    monkeypatch.setattr("streamconv.checkpoint.pickled._MAX_PICKLE_BYTES", 50)
+    monkeypatch.setattr("streamconv.checkpoint.pickled.MAX_PICKLE_BYTES", 50)
     assert "in more than 50 bytes, which none needs" in refusal(tmp_path)
