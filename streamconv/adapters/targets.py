@@ -29,11 +29,11 @@ _OF_EXPERT = re.compile(r".+\.\d+\..+\.\d+\.[^.]+|.+\.\d+\..+s\.\d+")
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """Paths of modules in the names of the base: `adapted` by updates, in the adapter's class and as stored, and
-    `saved` whole, `modules` either; `parameters` are the stored ones that updates change."""
+    """Paths of modules in the names of the base: `adapted` by updates, in the adapter's class and as stored, `modules`
+    these and those saved whole; `parameters` are the stored ones that updates change.
+    """
 
     adapted: frozenset[str]
-    saved: frozenset[str]
     parameters: frozenset[str]
     modules: frozenset[str]
 
