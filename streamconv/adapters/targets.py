@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from streamconv.adapters.config import AdapterConfig, is_empty
 from streamconv.adapters.source import BaseParameters, Source
-from streamconv.adapters.views import names_of_parameter, other_names
+from streamconv.adapters.views import names_of_parameter, other_names, spellings
 from streamconv.checkpoint.config import language_levels
 from streamconv.checkpoint.strict_json import shown
 from streamconv.errors import AdapterError
@@ -102,9 +102,12 @@ def _entries(
     unmatched: list[str] = []
     ends = {end for module in reached.modules for end in _ends(source.trained(module))}
     names = [name for name in config.names("target_modules") if name not in ends]
+    if names:  # others that the same modules have in another class
+        ends = {end for module in reached.modules for each in _trained(module, source) for end in _ends(each)}
+        names = [name for name in names if name not in ends]
     modules = list(_modules(base)) if names else []
     for name in names:
-        meant = [module for module in modules if name in _ends(source.trained(module))]
+        meant = [module for module in modules if any(name in _ends(e) for e in _trained(module, source))]
         lost = [module for module in meant if _must_be_there(module, source, base, reached)]
         if lost:
             absent[name] = lost[0]
@@ -164,9 +167,9 @@ def _missing(source: Source, base: BaseParameters, reached: Reached) -> Iterator
     for module in _candidates(base, reached, kinds):
         if module in reached.modules or module in seen or not _is_trained(module, base):
             continue
-        trained = source.trained(module)
-        means = _kind(f"{module}.weight") in parameters or _is_target(config, trained)
-        if means and not _is_excluded(config, trained):
+        trained = _trained(module, source)
+        means = _kind(f"{module}.weight") in parameters or any(_is_target(config, each) for each in trained)
+        if means and not any(_is_excluded(config, each) for each in trained):
             seen.add(module)
             yield module
     for name in base.names():
@@ -285,6 +288,12 @@ def _is_excluded(config: AdapterConfig, module: str) -> bool:
     return not frozenset(config.names("exclude_modules")).isdisjoint(_ends(module))
 
 
+def _trained(module: str, source: Source) -> tuple[str, ...]:
+    """Paths that `module` of the base may have had in training: Mixtral's `w1` is `gate_proj` in other classes."""
+    names = spellings(f"{source.trained(module)}.weight")
+    return tuple(dict.fromkeys(name.removesuffix(".weight") for name in names))
+
+
 def _ends(module: str) -> Iterator[str]:
     """`a.b.c`, `b.c`, `c`."""
     while module:
@@ -308,9 +317,10 @@ def _compiled(config: AdapterConfig, field: str, text: str, pattern: str) -> re.
 
 def _check_pattern(source: Source, pattern: str, reached: Reached) -> None:
     """Raise AdapterError where a regular expression matches none of the adapted modules."""
-    config, adapted = source.config, [source.trained(module) for module in reached.adapted]
+    config = source.config
+    adapted = (name for module in reached.adapted for name in _trained(module, source))
     if pattern.lower() == ALL_LINEAR:
-        found = bool(adapted)
+        found = bool(reached.adapted)
     else:
         found = any(_matches(config, "target_modules", pattern, module) for module in adapted)
     if not found:

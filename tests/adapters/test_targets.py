@@ -199,6 +199,32 @@ def test_layers_of_a_wrong_type(folder: Path, fields: dict[str, Any], expected: 
         read(folder, q_of(0, 1, 3), LLAMA, **fields)
 
 
+MIXTRAL: Mapping[str, Shape] = {
+    f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}.weight": shape
+    for layer in range(2)
+    for expert in range(3)
+    for name, shape in (("w1", (6, 8)), ("w3", (6, 8)), ("w2", (8, 6)))
+}
+
+
+@pytest.mark.parametrize("targets", [["gate_proj"], r".*\.mlp\.experts\.\d+\.gate_proj", "all-linear"])
+def test_targets_by_the_names_of_another_class(folder: Path, targets: Any) -> None:
+    """Trained with `gate_proj`, of which the base's file says `w1`: reached, and missed where one is not there."""
+    gates = some(APART, lambda name: "gate_proj" in name)
+    adapter = read(folder, gates, MIXTRAL, target_modules=targets)
+    assert len(adapter.updates) == 6
+    assert adapter.notes == ()
+    lost = "model.layers.1.mlp.experts.2.gate_proj"
+    stored = "model.layers.1.block_sparse_moe.experts.2.w1"
+    refused(
+        folder,
+        stored,
+        modules={name: shape for name, shape in gates.items() if name != lost},
+        base=MIXTRAL,
+        target_modules=targets,
+    )
+
+
 @pytest.mark.parametrize("config", [{"text_config": "none"}, {"text_config": [1]}], ids=str)
 def test_a_text_config_that_is_no_object(folder: Path, config: dict[str, Any]) -> None:
     config["architectures"] = ["LlamaForCausalLM"]
