@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from streamconv.adapters.config import AdapterConfig, is_empty
 from streamconv.adapters.source import BaseParameters, Source
-from streamconv.adapters.views import names_of_parameter, other_names, spellings
+from streamconv.adapters.views import names_of_parameter, other_names
 from streamconv.checkpoint.config import language_levels
 from streamconv.checkpoint.strict_json import shown
 from streamconv.errors import AdapterError
@@ -289,9 +289,8 @@ def _is_excluded(config: AdapterConfig, module: str) -> bool:
 
 
 def _trained(module: str, source: Source) -> tuple[str, ...]:
-    """Paths that `module` of the base may have had in training: Mixtral's `w1` is `gate_proj` in other classes."""
-    names = spellings(f"{source.trained(module)}.weight")
-    return tuple(dict.fromkeys(name.removesuffix(".weight") for name in names))
+    """Paths that `module` of the base may have had in training."""
+    return tuple(name.removesuffix(".weight") for name in source.trained_names(f"{module}.weight"))
 
 
 def _ends(module: str) -> Iterator[str]:

@@ -17,7 +17,7 @@ from streamconv.adapters.base import Adapter, Parameter
 from streamconv.errors import AdapterError
 from streamconv.storage import open_storage
 from tests.parity.opening import tensors
-from tests.tiny import edit_tensors, read_tensors
+from tests.tiny import edit_json, edit_tensors, read_tensors
 
 Shape = tuple[int, ...]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -223,6 +223,23 @@ def test_targets_by_the_names_of_another_class(folder: Path, targets: Any) -> No
         base=MIXTRAL,
         target_modules=targets,
     )
+
+
+@pytest.mark.parametrize("router", ["mlp.gate", "mlp.router", "block_sparse_moe.gate"])
+@pytest.mark.parametrize("spelling", ["", ".modules_to_save", ".modules_to_save.default"])
+def test_whole_weights_by_the_names_of_another_class(folder: Path, router: str, spelling: str) -> None:
+    """A router that was trained whole replaces the base's, whatever the class calls it, and adds none beside it."""
+    stored = "model.layers.0.block_sparse_moe.gate.weight"
+    base = {**MIXTRAL, stored: (3, 8)}
+    gates = some(APART, lambda name: "gate_proj" in name)
+    read(folder, gates, base, target_modules=["gate_proj"], modules_to_save=None)
+    key = f"{PREFIX}model.layers.0.{router}{spelling}.weight"
+    edit_tensors(folder / WEIGHTS, put={key: torch.ones(3, 8)})
+    edit_json(folder / CONFIG, modules_to_save=[router.rpartition(".")[2]])
+    parameters = {name: Parameter(name, shape) for name, shape in base.items()}
+    config = {"model_type": "mixtral", "hidden_size": 8, "num_hidden_layers": 2}
+    adapter = read_adapter(open_storage(str(folder)), parameters, config, None)
+    assert [replace.parameter for replace in adapter.replaces] == [stored]
 
 
 @pytest.mark.parametrize("config", [{"text_config": "none"}, {"text_config": [1]}], ids=str)
