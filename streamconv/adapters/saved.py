@@ -67,11 +67,7 @@ def read_saved(
             continue
         parameter, tensor = _stored_name(parameter, base), source.tensors[key]
         if parameter in found:
-            if not are_equal(found[parameter].tensor, tensor, digests):
-                raise AdapterError(
-                    f"{source.location}: {parameter} is saved twice, the second time as {key}, and the two differ;"
-                    " remove the one that was not trained"
-                )
+            _check_same(source, found[parameter], key, digests)
             repeated.add(key)
             continue
         if parameter in updated and not is_record and not key.endswith(_UNDER):
@@ -90,6 +86,15 @@ def read_saved(
         if _stored_name(f"{original['module']}.{original['rest']}", base) in found:
             repeated.add(key)
     return Saved(tuple(found.values()), frozenset(records), frozenset(repeated))
+
+
+def _check_same(source: Source, before: Replace, key: str, digests: Mapping[str, str]) -> None:
+    """Raise AdapterError if the tensor of `key` differs from the one that was found for the same parameter before."""
+    if not are_equal(before.tensor, source.tensors[key], digests):
+        raise AdapterError(
+            f"{source.location}: {before.parameter} is saved twice, the second time as {key}, and the two differ;"
+            " remove the one that was not trained"
+        )
 
 
 def check_saved(source: Source, base: BaseParameters, replaces: Iterable[Replace]) -> None:
