@@ -8,6 +8,7 @@ which know their place in the file and hold no memory; bytes are then read as th
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,15 +17,35 @@ from types import MappingProxyType
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.dtypes import DTYPES
 from streamconv.errors import CheckpointError
 from streamconv.storage.base import SourceFile
 
+_SHOWN = 300
+
 REWRITE = 'python -c "import sys, torch; f = sys.argv[1]; torch.save(torch.load(f, weights_only=True), f)"'
 """Command that makes a file which an old torch.save wrote into a zip archive, in its place."""
 
 _ZIP = b"PK\x03\x04"
+# The pickle says names, types and shapes alone: 100 bytes or so a tensor.
+MAX_PICKLE_BYTES = 256_000_000
+# A pickle is a program, and one that is damaged, or meant to do harm, may fail at any step.
+_FAILURES = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    pickle.UnpicklingError,
+    struct.error,
+)
 _BY_TORCH = {dtype.torch: dtype for dtype in DTYPES.values()}
 
 
@@ -37,8 +58,8 @@ def read_pickled(file: SourceFile) -> Mapping[str, StoredTensor]:
     try:
         with FakeTensorMode():
             loaded = torch.load(file.path, weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
+    except _FAILURES as error:
+        reason = f"{type(error).__name__}: {str(error).strip()}".split("\n", 1)[0][:_SHOWN]
         raise CheckpointError(
             f"{file.name} cannot be read as a file of tensors that torch.save wrote ({reason}); save it as safetensors"
         ) from error
@@ -49,7 +70,10 @@ def read_pickled(file: SourceFile) -> Mapping[str, StoredTensor]:
         )
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{file.name} must hold tensors by name, found {type(loaded).__name__}")
-    return MappingProxyType({str(name): _stored(str(name), value, file) for name, value in loaded.items()})
+    for name in loaded:
+        if not isinstance(name, str):
+            raise CheckpointError(f"{file.name} must hold tensors by name, found {shown(name)} as a name")
+    return MappingProxyType({name: _stored(name, value, file) for name, value in loaded.items()})
 
 
 def _check_archive(file: SourceFile) -> None:
@@ -75,6 +99,10 @@ def _check_archive(file: SourceFile) -> None:
         raise CheckpointError(
             f"{file.name} is compressed, which torch.save does not do, so its tensors cannot be read one by one;"
             " rewrite it with torch.save, or as safetensors"
+        )
+    if any(entry.filename.endswith("/data.pkl") and entry.file_size > MAX_PICKLE_BYTES for entry in entries):
+        raise CheckpointError(
+            f"{file.name} says what its tensors are in more than {MAX_PICKLE_BYTES} bytes, which none needs"
         )
     if any(order != b"little" for order in orders):
         raise CheckpointError(

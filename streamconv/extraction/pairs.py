@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from streamconv.adapters.embeddings import HEADS, find_embedding
+from streamconv.adapters.embeddings import EMBEDDINGS, HEADS, find_embedding
 from streamconv.dtypes import DENSE
 from streamconv.errors import InputError
 from streamconv.formats.base import Weight, matrix_shape
@@ -100,12 +100,7 @@ def _check_names(base: Base, finetuned: Base) -> None:
 
 def _check_grown(name: str, before: Weight | None, after: Weight) -> None:
     """Raise InputError unless a parameter of another shape is one with more or fewer rows of the vocabulary."""
-    if before is None or (
-        name.endswith(
-            (*HEADS, "embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-        )
-        and before.shape[1:] == after.shape[1:]
-    ):
+    if before is None or (name.endswith((*HEADS, *EMBEDDINGS)) and before.shape[1:] == after.shape[1:]):
         return
     raise InputError(
         f"{name} has shape {list(before.shape)} in the base and {list(after.shape)} in the fine-tuned model; only a"

@@ -14,8 +14,7 @@ import torch
 
 from streamconv.calibration.tensor_files import write_tensors
 from streamconv.checkpoint.index import CheckpointIndex
-from streamconv.checkpoint.reader import TensorReader, tensor_bytes
-from streamconv.checkpoint.types import StoredTensor
+from streamconv.checkpoint.reader import TensorReader
 from streamconv.dtypes import DENSE
 from streamconv.errors import InputError, OutputError, Stopped
 from streamconv.extraction.assembling import as_work_tensors, found_in, publish_adapter, work_file
@@ -174,21 +173,8 @@ def _differs(pair: ParameterPair, reader: TensorReader) -> bool:
         difference = WeightDifference(reader, pair.before, pair.after, _CHUNK_BYTES, torch.device("cpu"))
         return any(bool(tile.any()) for _, tile in difference.tiles())
     return any(
-        not _are_equal(reader, part, pair.after.parts[role]) for role, part in pair.before.parts.items()
+        not reader.have_same_bytes(part, pair.after.parts[role]) for role, part in pair.before.parts.items()
     )
-
-
-def _are_equal(reader: TensorReader, one: StoredTensor, other: StoredTensor) -> bool:
-    if one.nbytes != other.nbytes:
-        return False
-    buffers = [torch.empty(min(_CHUNK_BYTES, one.nbytes), dtype=torch.uint8) for _ in range(2)]
-    for start in range(0, one.nbytes, _CHUNK_BYTES):
-        length = min(_CHUNK_BYTES, one.nbytes - start)
-        for tensor, buffer in zip((one, other), buffers, strict=True):
-            reader.read_into(tensor, start, tensor_bytes(buffer[:length]))
-        if not buffers[0][:length].equal(buffers[1][:length]):
-            return False
-    return True
 
 
 # -- what is checked and said ----------------------------------------------------------------------------------------
