@@ -149,7 +149,9 @@ def _bias(key: str) -> str | None:
 def _stored_name(parameter: str, base: BaseParameters) -> str:
     """The name that the base's file has for what other classes call `parameter`, as Mixtral's router is `mlp.gate`."""
     found = base.find(parameter)
-    return parameter if found is None else found.name
+    # The bias of a head that is tied to the embedding is kept under its own name: untied, both are stored.
+    is_shared = base.tie is not None and parameter == base.tie.head.replace(".weight", ".bias")
+    return parameter if found is None or is_shared else found.name
 
 
 def _recorded(
