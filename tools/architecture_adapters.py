@@ -3,7 +3,8 @@
     python -m tools.architecture_adapters FOLDER FORM[,FORM] ARCHITECTURE ...
 
 Each architecture's folder gets `base/`, and for each form a folder with `adapter/`, `merged/` (what PEFT's own merge
-saves) and `expected.safetensors` (inputs, and the logits of the live model). One that an environment does not know,
+saves) and `expected.safetensors` (inputs, and the logits of the
+base and of the live model). One that an environment does not know,
 or a form that it cannot train, is left out, with the reason in `left_out.txt`. Nothing of streamconv is imported:
 versions of libraries that it does not work with are meant to run this.
 """
@@ -102,6 +103,9 @@ def lora_config(form: str, architecture: Architecture, model: nn.Module) -> Any:
 
 def save_adapter(folder: Path, base: Path, form: str, architecture: Architecture) -> None:
     model = open_model(base, architecture)
+    inputs = INPUTS[architecture.inputs](torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        base_logits = model(**inputs).logits
     live = peft.get_peft_model(model, lora_config(form, architecture, model)).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -109,10 +113,10 @@ def save_adapter(folder: Path, base: Path, form: str, architecture: Architecture
             if "lora_" in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     live.save_pretrained(folder / "adapter")
-    inputs = INPUTS[architecture.inputs](torch.Generator().manual_seed(2))
     with torch.no_grad():
         logits = live(**inputs).logits
-    save_file(inputs | {"logits": logits.contiguous()}, folder / "expected.safetensors")
+    answers = {"base_logits": base_logits.contiguous(), "logits": logits.contiguous()}
+    save_file(inputs | answers, folder / "expected.safetensors")
     live.merge_and_unload().save_pretrained(folder / "merged")
 
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-VOCABULARY = 96
+# A prime, so that no other size is taken for the number of tokens.
+VOCABULARY = 101
 IMAGE_TOKEN = 5
 Values = Mapping[str, Any]
 
@@ -546,4 +547,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         projector_patch_to_query_dict={4: 4},
         image_token_index=IMAGE_TOKEN,
     ),
+}
+
+_DT_PROJ = (
+    "transformers multiplies by the weight of dt_proj without calling that module, so that PEFT's live model leaves "
+    "its factors out; PEFT's own merge has them in"
+)
+# Architectures whose live model under PEFT is another than PEFT's own merge of it, and why.
+LIVE_DIFFERS: Mapping[str, str] = {
+    "falcon_mamba": _DT_PROJ,
+    "jamba": _DT_PROJ,
+    "mamba": _DT_PROJ,
+    "longcat_flash": "transformers multiplies by the weight of the router's classifier without calling that module, so "
+    "that PEFT's live model leaves its factors out; PEFT's own merge has them in",
 }

@@ -1,4 +1,7 @@
-"""Writes docs/cli.md from the commands themselves; with --check, says whether it is up to date."""
+"""Writes docs/cli.md from the commands themselves, and docs/architectures.md from the results that it shows.
+
+With --check, says whether they are up to date.
+"""
 
 import inspect
 import sys
@@ -10,6 +13,7 @@ import click
 from streamconv import errors
 from streamconv.cli import main as streamconv
 from streamconv.cli.blocks import sections
+from tools import architecture_page
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 HEAD = "<!-- Made by tools/fix from streamconv/cli; edits here are lost. -->"
@@ -75,12 +79,15 @@ def _cell(text: str) -> str:
 
 
 def main() -> int:
+    pages = {TARGET: page(), architecture_page.TARGET: architecture_page.page()}
     if "--check" not in sys.argv:
-        TARGET.write_text(page())
-    elif not TARGET.exists() or TARGET.read_text() != page():
-        print(f"{TARGET.relative_to(TARGET.parent.parent)} is not up to date; run tools/fix", file=sys.stderr)
-        return 1
-    return 0
+        for target, text in pages.items():
+            target.write_text(text)
+        return 0
+    old = [target for target, text in pages.items() if not target.exists() or target.read_text() != text]
+    for target in old:
+        print(f"{target.relative_to(target.parent.parent)} is not up to date; run tools/fix", file=sys.stderr)
+    return 1 if old else 0
 
 
 if __name__ == "__main__":
