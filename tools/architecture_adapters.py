@@ -126,7 +126,9 @@ def make(folder: Path, model_type: str, forms: list[str]) -> None:
     for name, save in _steps(folder, model_type, forms, architecture):
         (folder / name).mkdir(parents=True, exist_ok=True)
         try:
-            save()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                save()
         except Exception as error:  # whatever stops this library on this model is a finding
             last = traceback.extract_tb(error.__traceback__)[-1]
             said = " ".join(str(error).split())[:300]
@@ -151,7 +153,6 @@ def main() -> None:
     parser.add_argument("forms")
     parser.add_argument("architectures", nargs="+")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     versions = {module.__name__: str(module.__version__) for module in (peft, torch, transformers)}

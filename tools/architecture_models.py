@@ -46,6 +46,8 @@ EXPERTS: Values = {
     "n_group": 1,
     "topk_group": 1,
 }
+SHARED: Values = {**EXPERTS, "num_shared_experts": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
+INDEXED: Values = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4}
 LATENT: Values = {
     "kv_lora_rank": 16,
     "q_lora_rank": 16,
@@ -455,6 +457,58 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ("q_proj", "v_proj", "fc1", "fc2"),
         "sequences",
     ),
+    # Rarer ones: sizes that any of these asks for, under the names that it has for them.
+    "axk1": _experts({**SIZES, **SHARED, **LATENT}),
+    "axk2": _experts({**SIZES, **SHARED, **LATENT}),
+    "bailing_hybrid": _experts(
+        {**SIZES, **SHARED, **LATENT, "head_dim": 8, "layer_group_size": 2, "num_mtp_layers": 0}
+    ),
+    "beam": _experts({**HEADED, **SHARED}),
+    "deepseek_v32": _experts({**SIZES, **SHARED, **LATENT, **INDEXED}),
+    "deepseek_v4": _experts(
+        {
+            **SIZES,
+            **SHARED,
+            **INDEXED,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "q_lora_rank": 16,
+            "o_groups": 2,
+            "o_lora_rank": 8,
+            "index_head_dim": 8,
+            "sliding_window": 16,
+            "num_nextn_predict_layers": 0,
+            "qk_rope_head_dim": 4,
+            "partial_rotary_factor": 0.5,
+        }
+    ),
+    "doge": _experts(
+        {**GROUPED, "is_moe": True, "num_experts": 16, "num_experts_per_tok": 4, "keep_window_size": 16}
+    ),
+    "flint": _experts({**HEADED, **SHARED}),
+    "gemma4_text": _experts(
+        {
+            **HEADED,
+            **SHARED,
+            "enable_moe_block": True,
+            "top_k_experts": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "global_head_dim": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        }
+    ),
+    "glm_moe_dsa": _experts({**SIZES, **SHARED, **LATENT, **INDEXED}),
+    "granitemoe_swa": _experts({**GROUPED, **SHARED, "sliding_window": 16}),
+    "hy_v3": _experts({**HEADED, **SHARED}),
+    "hy_v4": _experts({**HEADED, **SHARED}),
+    "kimi_linear": _experts(
+        {**SIZES, **SHARED, **LATENT, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+    ),
+    "kolibri1": _experts({**HEADED, **SHARED}),
+    "laguna": _experts({**HEADED, **SHARED}),
+    "mellum": _experts({**HEADED, **SHARED}),
+    "zaya": _experts({**HEADED, **SHARED, "num_experts_per_tok": 1}),
     # Vision and text.
     "llava": _vision({**GROUPED, "model_type": "llama"}, CLIP, image_token_index=IMAGE_TOKEN),
     "qwen2_vl": _vision(
@@ -533,6 +587,20 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "pixel_shuffle_ratio": 0.5,
             "intermediate_size": 64,
         },
+    ),
+    "minimax_m3_vl": _vision_experts({**HEADED, **SHARED}, TOWER),
+    "step3p7": _vision_experts({**HEADED, **SHARED, "sliding_window": 16}, TOWER),
+    "ernie4_5_vl_moe": _vision_experts(
+        {
+            **GROUPED,
+            **SHARED,
+            **SECTIONS,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": [24, 24],
+            "moe_num_shared_experts": 1,
+        },
+        QWEN_TOWER,
     ),
     "aria": _vision_experts(
         {

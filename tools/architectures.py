@@ -264,6 +264,21 @@ def attempt_all(environment: Environment, names: Sequence[str], place: Path, job
             yield outcome
 
 
+def record(results: dict[str, Any], names: Sequence[str]) -> None:
+    """Put `results` in place of what is recorded; where they are of some `names` alone, of those."""
+    if names:
+        kept = [
+            each for each in json.loads(TARGET.read_text())["outcomes"] if each["architecture"] not in names
+        ]
+        order = {environment.name: place for place, environment in enumerate(ENVIRONMENTS)}
+        rows = {name: place for place, name in enumerate(ARCHITECTURES)}
+        results["outcomes"] = sorted(
+            [*kept, *results["outcomes"]],
+            key=lambda each: (order[each["environment"]], rows[each["architecture"]]),
+        )
+    TARGET.write_text(json.dumps(results, indent=1) + "\n")
+
+
 def _line(outcome: Outcome) -> tuple[str, ...]:
     measured = "" if outcome.logits is None else f"{outcome.logits:.1e} {outcome.weights:.1e}"
     said = outcome.said if outcome.outcome in ("wrong", "refused") else ""
@@ -273,7 +288,7 @@ def _line(outcome: Outcome) -> tuple[str, ...]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tools/architectures", description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "names", nargs="*", metavar="ARCHITECTURE", help="only these; nothing is recorded then"
+        "names", nargs="*", metavar="ARCHITECTURE", help="only these; the record keeps the others"
     )
     parser.add_argument("--environments", type=Path, default=ROOT / ".venv" / "architectures")
     parser.add_argument(
@@ -291,8 +306,7 @@ def main() -> int:
     outcomes = results["outcomes"]
     counts = {key: sum(each["outcome"] == key for each in outcomes) for key in OUTCOMES}
     print(f"{counts} in {time.monotonic() - started:.0f} s")
-    if not given.names:
-        TARGET.write_text(json.dumps(results, indent=1) + "\n")
+    record(results, given.names)
     return int(counts["wrong"] > 0)
 
 
