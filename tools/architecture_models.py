@@ -625,7 +625,6 @@ _DT_PROJ = (
 LIVE_DIFFERS: Mapping[str, str] = {
     "falcon_mamba": _DT_PROJ,
     "jamba": _DT_PROJ,
-    "mamba": _DT_PROJ,
     "longcat_flash": "transformers multiplies by the weight of the router's classifier without calling that module, so "
     "that PEFT's live model leaves its factors out; PEFT's own merge has them in",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ factors by PEFT. `streamconv merge` gets the files; transformers {transformers} 
 every weight of PEFT's own merge and the logits of PEFT's live model, both within a relative error of {tolerance:.0e} in
 float32. `tools/architectures` does it all again (also with some names: `tools/architectures mixtral llama`), and writes
 `docs/results/architectures.json`, from which this page is made."""
+MESSAGES = {
+    "Unrecognized model identifier": "this version of transformers does not have it",
+    r"Target modules \{": "PEFT takes the letters of all-linear for names of modules where it converts targets",
+    "incompatible with Mamba-based models": "PEFT does not adapt out_proj of Mamba's layers, which all-linear includes",
+    "'tuple' object has no attribute 'dtype'": "PEFT's layer does not take the inputs of this model's router",
+}
 FORMS = {
     "usual": "the usual seven targets (`q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, `down_proj`), "
     "or what an architecture has in their place",
@@ -70,6 +77,14 @@ def _table(environments: Sequence[str], outcomes: Sequence[Mapping[str, Any]]) -
         yield f"| {architecture} | {kind} | {forms} |"
 
 
+def _said(text: str) -> str:
+    """A library's message short, and the same where it differs by names alone."""
+    for pattern, instead in MESSAGES.items():
+        if re.search(pattern, text):
+            return instead
+    return re.sub(r" \(\w+\.py:\d+\)$", "", text.removeprefix("Error: "))
+
+
 def _is_for_lack_of_experts(each: Mapping[str, Any]) -> bool:
     """Whether the form needs parameters that hold several experts, and the libraries give each expert its own."""
     return each["form"] == "parameters" and "no parameter of this model holds" in each["said"]
@@ -86,7 +101,7 @@ def _reasons(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         found: dict[str, dict[str, list[str]]] = {}
         for each in outcomes:
             if each["outcome"] == outcome and not _is_for_lack_of_experts(each):
-                cases = found.setdefault(each["said"], {})
+                cases = found.setdefault(_said(each["said"]), {})
                 cases.setdefault(each["architecture"], []).append(f"{each['environment']} {each['form']}")
         if found:
             yield from (f"{meaning}:", "")
