@@ -25,6 +25,7 @@ from streamconv.formats import FORMATS
 from streamconv.rounding import ROUNDINGS
 from tests.forward.texts import save_tokenizer, write_text
 from tests.tiny import llama_config, save_adapter, save_base
+from tools import architecture_page
 from tools.make_docs import END, METHODS, TABLE, TARGET, methods_page, page
 
 ROOT = Path(__file__).parents[1]
@@ -203,14 +204,29 @@ def test_the_command_line_is_documented_as_it_is() -> None:
     assert TARGET.read_text() == page(), "run tools/fix"
 
 
+def test_the_architectures_are_documented_as_they_were_tried() -> None:
+    assert architecture_page.TARGET.read_text() == architecture_page.page(), "run tools/fix"
+
+
+def test_the_architectures_that_were_tried_are_enough_and_right() -> None:
+    results = json.loads(architecture_page.RESULTS.read_text())
+    right = [each for each in results["outcomes"] if each["outcome"] == "right"]
+    assert len({each["architecture"] for each in right}) >= 34
+    assert all(max(each["logits"], each["weights"]) < results["tolerance"] <= 1e-5 for each in right)
+    assert not [each for each in results["outcomes"] if each["outcome"] == "wrong"]
+    assert {versions["peft"][:4] for versions in results["environments"].values()} == {"0.18", "0.19", "0.21"}
+
+
 def test_the_check_notices_an_old_page(tmp_path: Path) -> None:
     script = (
         "import sys, pathlib, tools.make_docs as docs\n"
-        "docs.TARGET = pathlib.Path(sys.argv[1]); sys.exit(docs.main())"
+        "docs.TARGET = pathlib.Path(sys.argv[1]); docs.architecture_page.TARGET = docs.TARGET.parent / 'others.md'\n"
+        "sys.exit(docs.main())"
     )
     old = tmp_path / "docs" / "cli.md"
     old.parent.mkdir()
     old.write_text(page() + "\n")
+    old.with_name("others.md").write_text(architecture_page.page())
     line = [sys.executable, "-c", script, str(old)]
     found = subprocess.run([*line, "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (found.returncode, found.stderr) == (1, "docs/cli.md is not up to date; run tools/fix\n")

@@ -1,5 +1,5 @@
-"""Writes docs/cli.md from the commands and the table of docs/adapters.md from the methods; --check says whether both
-are up to date.
+"""Writes docs/cli.md from the commands, the table of docs/adapters.md from the methods, and docs/architectures.md from
+the results that it shows; --check says whether they are up to date.
 """
 
 import inspect
@@ -20,6 +20,7 @@ from streamconv.cli import main as streamconv
 from streamconv.cli.blocks import sections
 from tests.contracts.updates import FORMS, Form, drawn
 from tests.mirror import STORIES
+from tools import architecture_page
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 TARGET = DOCS / "cli.md"
@@ -163,7 +164,11 @@ def _tests(method: Method) -> str:
 
 
 def main() -> int:
-    made = {TARGET: page(), METHODS: methods_page(METHODS.read_text())}
+    made = {
+        TARGET: page(),
+        METHODS: methods_page(METHODS.read_text()),
+        architecture_page.TARGET: architecture_page.page(),
+    }
     old = [file for file, text in made.items() if not file.exists() or file.read_text() != text]
     if "--check" not in sys.argv:
         for file in old:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from streamconv.adapters.config import AdapterConfig, is_empty
+from streamconv.adapters.conversions import fusions
 from streamconv.adapters.source import BaseParameters, Source
 from streamconv.adapters.views import names_of_parameter, other_names
 from streamconv.checkpoint.config import language_levels
@@ -150,7 +151,17 @@ def _must_be_there(module: str, source: Source, base: BaseParameters, reached: R
         return False
     if _is_excluded(source.config, trained) or not _is_in_layers(source.config, trained):
         return False
+    if _is_joined_in_training(module, base):
+        return False
     return source.renaming is None or _stack(module) in {_stack(each) for each in reached.modules}
+
+
+def _is_joined_in_training(module: str, base: BaseParameters) -> bool:
+    """Whether transformers joins the module's weight with others when it loads the base, so that PEFT sees no such
+    module: gate_proj and up_proj of MiniMax-M3-VL."""
+    lines = fusions(str(base.config.get("model_type")))
+    joined = [line for line in lines if any(operation.name == "Concatenate" for operation in line.operations)]
+    return any(re.search(source, f"{module}.weight") for line in joined for source in line.sources)
 
 
 # -- modules of one kind -------------------------------------------------------------------------------------------

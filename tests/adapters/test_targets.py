@@ -121,6 +121,18 @@ def test_a_part_of_a_stored_parameter_is_no_module_of_the_base(folder: Path) -> 
     assert note.startswith("q_proj in target_modules matches nothing")
 
 
+def test_weights_that_loading_joins_are_no_modules_of_the_trained_class(folder: Path) -> None:
+    """transformers joins gate_proj and up_proj of MiniMax-M3-VL, whose files have them apart; Llama's it does not."""
+    base = {**LLAMA, **{f"model.layers.{n}.mlp.gate_proj.weight": (8, 8) for n in range(4)}}
+    targets = ["q_proj", "up_proj", "gate_proj"]
+    (note,) = read(
+        folder, q_of(0, 1, 2, 3), base, {"model_type": "minimax_m3_vl"}, target_modules=targets
+    ).notes
+    assert note.startswith("gate_proj, up_proj in target_modules match nothing")
+    with pytest.raises(AdapterError, match="lists 'up_proj', but the adapter holds no tensors of it"):
+        read(folder, q_of(0, 1, 2, 3), base, target_modules=targets)
+
+
 def test_experts_of_the_base_may_have_been_fused_in_training(folder: Path) -> None:
     base = {**LLAMA, **APART}
     (note,) = read(folder, q_of(0, 1, 2, 3), base, target_modules=["q_proj", "gate_proj"]).notes
