@@ -103,8 +103,8 @@ def _stated(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-def _nothing_to_check(config: Mapping[str, Any], where: str) -> None:
-    """Check of `fp8` and `fbgemm_fp8`: only E4M3 is read, and the tensors say whether they are that."""
+def _check_codes(config: Mapping[str, Any], where: str) -> None:
+    """Refuse what `fp8` and `fbgemm_fp8` may say of codes other than E4M3; the tensors tell the rest."""
     fmt = config.get("fmt", "e4m3")
     if fmt != "e4m3":
         raise refusal(config_says(where), f"fp8 with fmt {shown(fmt)}")
@@ -130,8 +130,8 @@ _MARKS = Marks(
     owned=("weight", *_SCALES, *ACTIVATIONS),
     methods=MappingProxyType(
         {
-            "fp8": _nothing_to_check,
-            "fbgemm_fp8": _nothing_to_check,
+            "fp8": _check_codes,
+            "fbgemm_fp8": _check_codes,
             "modelopt": _check_modelopt,
             METHOD: _check_compressed,
         }
