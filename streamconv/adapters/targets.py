@@ -101,7 +101,7 @@ def _entries(
     unmatched: list[str] = []
     ends = {end for module in reached.modules for end in _ends(source.trained(module))}
     names = [name for name in config.names("target_modules") if name not in ends]
-    modules = list(_modules(base)) if names else []
+    modules = list(_modules(base, _least_axes(base, reached))) if names else []
     for name in names:
         meant = [module for module in modules if name in _ends(source.trained(module))]
         lost = [module for module in meant if _must_be_there(module, source, base, reached)]
@@ -213,12 +213,18 @@ def _stack(module: str) -> str:
     return module[: found.start()] if found else ""
 
 
-def _modules(base: BaseParameters) -> Iterator[str]:
-    """Paths of layers that may be adapted: their weight has two axes or more."""
+def _modules(base: BaseParameters, axes: int) -> Iterator[str]:
+    """Paths of layers that may be adapted: their weight has so many axes or more."""
     for name in base.names():
         parameter = base.find(name)
-        if name.endswith(".weight") and parameter is not None and len(parameter.shape) > 1:
+        if name.endswith(".weight") and parameter is not None and len(parameter.shape) >= axes:
             yield name.removesuffix(".weight")
+
+
+def _least_axes(base: BaseParameters, reached: Reached) -> int:
+    """Axes that weights have which the method adapts: two, but where it adapts norms."""
+    found = [base.parameters[name] for name in reached.parameters if name in base.parameters]
+    return min((len(each.shape) for each in found if each.name.endswith(".weight")), default=2)
 
 
 def _is_trained(path: str, base: BaseParameters) -> bool:
