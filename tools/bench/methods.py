@@ -21,7 +21,7 @@ from torch import Tensor
 
 from streamconv.checkpoint.types import Shape
 from tools.bench.models import WEIGHT_STD
-from tools.bench.results import FOLDER, RESULTS, machine, save
+from tools.bench.results import FOLDER, RESULTS, load, machine, save
 from tools.measure import Cost, measure, torch_anon_bytes
 
 OUT, IN = 8192, 28672
@@ -272,14 +272,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shutil.rmtree(options.folder, ignore_errors=True)
     write_base(options.folder / "base")
     torch_bytes, about = torch_anon_bytes(), {"machine": machine(options.folder)}
-    rows = []
+    found = {one["name"]: one for one in load(options.results).get("rows", ())}
     print("\n".join(HEADER), flush=True)
     for name in options.method or CASES:
-        rows.append(asdict(time_case(name, options.folder, torch_bytes, options.runs)))
+        found[name] = asdict(time_case(name, options.folder, torch_bytes, options.runs))
+        rows = [found[each] for each in CASES if each in found]
         save(options.results, "tools/bench/methods", {**about, "rows": rows})
-        print(row(rows[-1]), flush=True)
+        print(row(found[name]), flush=True)
     shutil.rmtree(options.folder)
-    if over := list(broken(rows)):
+    if over := list(broken([*found.values()])):
         sys.exit("\n".join(over))
 
 
