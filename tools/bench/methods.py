@@ -36,7 +36,7 @@ NO_RANK: Mapping[str, Any] = {"r": None, "lora_alpha": None}
 class Case:
     """An adapter: shapes of its tensors below the module, or of all modules, and what its config has.
 
-    `reason`: why it may take more than `TIME_LIMIT` times as long as plain LoRA.
+    `reason`: why it may take more than `TIME_LIMIT` times as long as plain LoRA. `max_ram` is what the merge may need.
     """
 
     peft_type: str
@@ -44,6 +44,7 @@ class Case:
     tensors: Mapping[str, Shape]
     shared: Mapping[str, Shape] = field(default_factory=dict)
     reason: str = ""
+    max_ram: str = "2GiB"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,7 @@ CASES: Mapping[str, Case] = {
         {"randlora_lambda": (32, OUT // 32), "randlora_gamma": (OUT // 32, OUT)},
         {"randlora_A": (32, 1, OUT), "randlora_B": (IN, OUT // 32, 32)},
         reason="a product of full rank: 512 times the operations of LoRA of rank 16",
+        max_ram="8GiB",
     ),
     "VB-LoRA, r = 4": Case(
         "VBLORA",
@@ -187,14 +189,13 @@ def _drawn(name: str, shape: Shape) -> Tensor:
     return found.abs() + 1 if "magnitude" in name or "norm" in name else found
 
 
-def merge(folder: Path) -> Cost:
+def merge(folder: Path, case: Case) -> Cost:
     """A merge of `base` and `adapter` in a process of its own; its standard output is the result as JSON."""
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
-    options = ("--base", str(folder / "base"), "--adapter", str(folder / "adapter"), "--out", str(out))
-    return checked(
-        measure((sys.executable, "-m", "streamconv", "merge", *options, "--device", "cpu", "--json"))
-    )
+    paths = ("--base", str(folder / "base"), "--adapter", str(folder / "adapter"), "--out", str(out))
+    options = (*paths, "--max-ram", case.max_ram, "--device", "cpu", "--json")
+    return checked(measure((sys.executable, "-m", "streamconv", "merge", *options)))
 
 
 def start() -> Cost:
@@ -217,7 +218,7 @@ def time_case(name: str, folder: Path, torch_bytes: int, runs: int) -> Measured:
         for found, adapter in ((lora, CASES[PLAIN]), (own, case)):
             shutil.rmtree(folder / "adapter", ignore_errors=True)
             write_adapter(folder / "adapter", adapter)
-            found.append(merge(folder))
+            found.append(merge(folder, adapter))
         if own[-1].cpu_s > SLOW_S:
             break
     start_s = min(cost.cpu_s for cost in starts)
