@@ -32,7 +32,7 @@ from streamconv.adapters.names import read_source, read_translated
 from streamconv.adapters.oft import OFT
 from streamconv.adapters.randlora import RANDLORA
 from streamconv.adapters.replication import check_every_layer
-from streamconv.adapters.saved import Saved, check_saved, read_saved
+from streamconv.adapters.saved import Saved, check_saved, check_saved_whole, read_saved
 from streamconv.adapters.scan import Scan, scan_tensors
 from streamconv.adapters.shira import SHIRA
 from streamconv.adapters.slices import place_updates
@@ -88,6 +88,8 @@ def read_adapter(
     notes = check_targets(source, base, _reached(read, updates, saved), allow_missing)
     check_every_layer(source, map(_module, parameters), _modules((*updates, *saved.replaces)))
     check_saved(source, base, saved.replaces)
+    changed = frozenset(update.parameter for update in updates)
+    notes += check_saved_whole(source, base, saved.replaces, changed, allow_missing)
     _check_effect(source, method, updates, saved, scan)
 
     settled = settle_tie(base, source, updates, saved, scan.digests)

@@ -38,13 +38,26 @@ class TrainedUpdate(ByRows):
 
 
 def read_ln_tuning(source: Source, base: BaseParameters) -> tuple[Update, ...]:
-    """One update for every parameter of a trained module. Raises AdapterError where one does not fit the base."""
+    """One update for every parameter of a trained module. Raises AdapterError where one is missing or does not fit."""
     modules = by_module(source, _KEY).items()
+    for module, parts in modules:
+        _check_whole(module, parts, base)
     return tuple(
         _update(f"{module}.{role}", tensor, base)
         for module, parts in modules
         for role, tensor in parts.items()
     )
+
+
+def _check_whole(module: str, parts: Mapping[str, StoredTensor], base: BaseParameters) -> None:
+    """Raise AdapterError where the file has a module's weight without its bias, or the other way."""
+    for role in ("weight", "bias"):
+        if role not in parts and base.find(f"{module}.{role}") is not None:
+            there = next(iter(parts.values())).name
+            raise AdapterError(
+                f"{module}.ln_tuning_layers.{role} is missing, though {there} is there and the base has"
+                f" {module}.{role}; the file is not complete"
+            )
 
 
 def _update(name: str, tensor: StoredTensor, base: BaseParameters) -> Update:

@@ -243,7 +243,7 @@ def _renaming(form: _Form, pair: tuple[str, str], base: BaseParameters) -> Renam
         if place is None:
             return None
         bases[path] = place
-    if len(set(bases.values())) < len(bases):
+    if len(set(bases.values())) < len(bases) or _parts_a_stack(bases):
         return None
     trained = {place: path for path, place in bases.items()}
     if all(path == name for path, name in form.names.items()):  # other modules had names of the same kind
@@ -255,6 +255,18 @@ def _renaming(form: _Form, pair: tuple[str, str], base: BaseParameters) -> Renam
     heads = _heads(bases)
     usual = tuple(sorted(((base, path) for path, base in heads), key=lambda pair: -len(pair[0])))
     return Renaming(_reason(heads), MappingProxyType(bases), MappingProxyType(trained), usual)
+
+
+def _parts_a_stack(bases: Mapping[str, str]) -> bool:
+    """Whether layers of one stack of the base, by its path before their number, have several names in the adapter: no
+    class calls them so, but a key that was changed does.
+    """
+    pairs = set()
+    for path, place in bases.items():
+        own, number = _layer(path), _layer(place)
+        if own is not None and number is not None:
+            pairs.add((tuple(place.split(".")[:number]), tuple(path.split(".")[:own])))
+    return len({stack for stack, _ in pairs}) < len(pairs)
 
 
 def _distinct(renamings: Iterable[Renaming | None]) -> list[Renaming]:

@@ -16,8 +16,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from streamconv.adapters.base import Parameter, Replace
+from streamconv.adapters.config import is_empty
 from streamconv.adapters.embeddings import HEADS, find_embedding
-from streamconv.adapters.source import BaseParameters, Source
+from streamconv.adapters.source import COMPUTED, BaseParameters, Source
+from streamconv.adapters.targets import is_trained
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import AdapterError
 
@@ -113,6 +115,43 @@ def check_saved(source: Source, base: BaseParameters, replaces: Iterable[Replace
         )
 
 
+def check_saved_whole(
+    source: Source,
+    base: BaseParameters,
+    replaces: Iterable[Replace],
+    updated: Collection[str],
+    allow_missing: bool,
+) -> tuple[str, ...]:
+    """Sentences on parameters of saved modules that the file lacks, though it has others of theirs, or the same of
+    modules that differ by numbers alone.
+
+    Raises AdapterError for such, unless `allow_missing`. `updated` are the parameters with updates.
+    """
+    names = source.config.names("modules_to_save")
+    if not names or not is_empty(source.config.fields.get("layer_replication")):
+        return ()
+    found = {replace.parameter for replace in replaces}
+    kinds = {_kind(module) for name in found if (module := _saved_module(source.trained(name), names))}
+    missing = [
+        name
+        for name in base.parameters
+        if name not in found | frozenset(updated)
+        and _kind(_saved_module(source.trained(name), names)) in kinds
+        and not _is_buffer(name, base)
+        and is_trained(name, base)
+    ]
+    if not missing:
+        return ()
+    shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    if not allow_missing:
+        raise AdapterError(
+            f"{source.location}: the adapter holds no tensors for {shown}, though modules_to_save of"
+            f" {source.config.name} lists them and it has others of their kind; the file is not complete: get it whole,"
+            " or leave the base's there as they are with --allow-missing"
+        )
+    return (f"the adapter holds no tensors for {shown}, which it saves; the base's stay as they are",)
+
+
 def saved_names(source: Source, base: BaseParameters) -> tuple[str, ...]:
     """modules_to_save; under ensure_weight_tying PEFT saves the tied partner too and does not list it."""
     names = source.config.names("modules_to_save")
@@ -170,8 +209,26 @@ def _recorded(
 
 def _is_inside(parameter: str, names: tuple[str, ...]) -> bool:
     """Whether it belongs to a module that PEFT would take for one of `names`: by the end of its path."""
+    return bool(_saved_module(parameter, names))
+
+
+def _saved_module(parameter: str, names: tuple[str, ...]) -> str:
+    """The outermost module around it that PEFT would take for one of `names`; empty if there is none."""
     parts = parameter.split(".")
-    return any(".".join(parts[:end]).endswith(names) for end in range(1, len(parts)))
+    paths = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((path for path in paths if path.endswith(names)), "")
+
+
+def _is_buffer(name: str, base: BaseParameters) -> bool:
+    """Whether files of old versions have it and classes of the model may not: positions, or the mask of an attention,
+    which is called its bias."""
+    is_mask = name.endswith(".bias") and f"{name.removesuffix('bias')}weight" not in base.parameters
+    return is_mask or COMPUTED.search(name) is not None
+
+
+def _kind(path: str) -> str:
+    """`path` with a mark in place of each number."""
+    return ".".join("#" if part.isdecimal() else part for part in path.split("."))
 
 
 def _check_shape(tensor: StoredTensor, parameter: Parameter) -> None:

@@ -215,7 +215,7 @@ def by_key(
     `keys` is the regular expression of the method's own tensors, `indices` of those that may be stored as whole
     numbers. Raises AdapterError for other keys and element types, and for the tensors of several adapters.
     """
-    trained = [tensor for tensor in tensors if not _COMPUTED.search(tensor.name)]
+    trained = [tensor for tensor in tensors if not COMPUTED.search(tensor.name)]
     plain = {tensor.name: plain_key(tensor.name) for tensor in trained}
     named = _adapter_name(location, plain.values(), keys)
     before = _prefix(plain.values(), keys) if prefix == PREFIX else prefix
@@ -243,7 +243,7 @@ def by_key(
 
 
 # Buffers that a model computes by itself, which dumps of old versions have; training changes none.
-_COMPUTED = re.compile(r"\.((original_)?inv_freq|position_ids|masked_bias)$")
+COMPUTED = re.compile(r"\.((original_)?inv_freq|position_ids|masked_bias)$")
 # What wrappers put into names when a state dict is saved without unwrapping: torch.compile, FSDP, activation
 # checkpointing anywhere, DataParallel and DeepSpeed before all else.
 _WRAPPERS = re.compile(r"^(module\.)+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")

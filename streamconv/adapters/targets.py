@@ -147,7 +147,7 @@ def _must_be_there(module: str, source: Source, base: BaseParameters, reached: R
     the stacks of layers that the adapter reaches.
     """
     trained = source.trained(module)
-    if module in reached.modules or _OF_EXPERT.fullmatch(module) or not _is_trained(module, base):
+    if module in reached.modules or _OF_EXPERT.fullmatch(module) or not is_trained(module, base):
         return False
     if _is_excluded(source.config, trained) or not _is_in_layers(source.config, trained):
         return False
@@ -176,7 +176,7 @@ def _missing(source: Source, base: BaseParameters, reached: Reached) -> Iterator
     parameters = {_kind(name) for name in reached.parameters if _is_by_parameter(name, source)}
     seen = set()
     for module in _candidates(base, reached, kinds):
-        if module in reached.modules or module in seen or not _is_trained(module, base):
+        if module in reached.modules or module in seen or not is_trained(module, base):
             continue
         trained = _trained(module, source)
         means = _kind(f"{module}.weight") in parameters or any(_is_target(config, each) for each in trained)
@@ -184,7 +184,7 @@ def _missing(source: Source, base: BaseParameters, reached: Reached) -> Iterator
             seen.add(module)
             yield module
     for name in base.names():
-        if _kind(name) in parameters and name not in reached.parameters and _is_trained(name, base):
+        if _kind(name) in parameters and name not in reached.parameters and is_trained(name, base):
             module = name.removesuffix(".weight")
             if module not in seen:
                 yield module
@@ -242,7 +242,7 @@ def _least_axes(base: BaseParameters, reached: Reached) -> int:
     return min((len(each.shape) for each in found if each.name.endswith(".weight")), default=2)
 
 
-def _is_trained(path: str, base: BaseParameters) -> bool:
+def is_trained(path: str, base: BaseParameters) -> bool:
     """Whether classes of the model have it: no layer for predicting further tokens, which files have after the others,
     nor keys and values of layers that share those of earlier ones."""
     found = _LAYER.match(path)

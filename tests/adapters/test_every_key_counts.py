@@ -1,13 +1,17 @@
 """Whatever key is taken from, renamed in or added to a valid adapter: it is refused, and the message names it.
 
-So it is where all keys of a module are taken.
+So it is where all keys of a module are taken. LoRA as PEFT saves it, on models; and every form of every method, on two
+layers of bare weights.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +22,8 @@ from peft.tuners.lora.config import KasaConfig
 from transformers import MixtralConfig, Phi3Config
 
 from streamconv.errors import InputError
+from tests.contracts.updates import FORMS as FORMS_OF_METHODS
+from tests.contracts.updates import Form, drawn
 from tests.merging import read
 from tests.tiny import (
     VOCABULARY,
@@ -123,3 +129,55 @@ def test_a_changed_key_is_refused_by_name(
         [] if change in ("drop", "lose") else [other, words_of(other)]
     )
     assert any(name in message or name.rpartition(".")[2] in message for name in names if name), message
+
+
+# -- every method --------------------------------------------------------------------------------------------------
+
+
+def on_two_layers(form: Form) -> Form:
+    """The form twice, below `layers.0` and `layers.1`; what belongs to all modules is there once."""
+
+    def twice(entries: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            f"model.layers.{layer}.{key}" if "." in key else key: value
+            for key, value in entries.items()
+            for layer in range(2)
+        }
+
+    patterns = {key: twice(form.fields[key]) for key in ("rank_pattern",) if key in form.fields}
+    return dataclasses.replace(
+        form, weights=twice(form.weights), tensors=twice(form.tensors), fields={**form.fields, **patterns}
+    )
+
+
+def module_of(key: str, form: Form) -> str:
+    """Path of the module that `key` belongs to, as far as one of the form's weights says; the key of what is shared."""
+    modules = {name.rpartition(".")[0] for name in form.weights}
+    return max((module for module in modules if key.startswith(f"{module}.")), key=len, default=key)
+
+
+# A list of tokens means the one embedding; such an adapter is above, with a LoRA beside it.
+@pytest.mark.parametrize("name", sorted(FORMS_OF_METHODS.keys() - {"rows"}))
+@settings(max_examples=12, deadline=None)
+@given(change=st.sampled_from(["drop", "lose", "rename", "add"]), data=st.data())
+def test_a_changed_key_of_any_method_is_refused_by_name(name: str, change: str, data: st.DataObject) -> None:
+    form = on_two_layers(FORMS_OF_METHODS[name])
+    values = dict(drawn(form.tensors, 1))
+    key = data.draw(st.sampled_from(sorted(values)))
+    place = data.draw(st.integers(0, len(key)))
+    other = key[:place] + data.draw(st.sampled_from(["x", ".x", ".lora_C", "_"])) + key[place:]
+    module = module_of(key, form)
+    match change:
+        case "drop":
+            del values[key]
+        case "lose":
+            values = {each: value for each, value in values.items() if module_of(each, form) != module}
+        case "rename":
+            values[other] = values.pop(key)
+        case "add":
+            values[other] = values[key].clone()
+    with tempfile.TemporaryDirectory() as folder:
+        form.write(Path(folder), values)
+        with pytest.raises(InputError) as caught:
+            form.read(Path(folder))
+    assert any(found in str(caught.value) for found in (module, key, other)), str(caught.value)

@@ -100,3 +100,11 @@ def test_unknown_fields_are_refused(base: Path, adapter: Path, field: str) -> No
 
 def test_every_field_of_peft_is_known() -> None:
     assert {field.name for field in dataclasses.fields(LNTuningConfig)} <= set(ADAPTERS["LN_TUNING"].fields)
+
+
+def test_a_norm_without_its_bias_is_refused(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", gpt2_config())
+    adapter = save_adapter(tmp_path / "adapter", base, LNTuningConfig(target_modules=["ln_1"])).path
+    key = "base_model.model.transformer.h.1.ln_1.ln_tuning_layers.bias"
+    edit_tensors(adapter / TENSORS, drop=[key])
+    refuse(base, adapter, AdapterError, r"transformer.h.1.ln_1.ln_tuning_layers.bias is missing")

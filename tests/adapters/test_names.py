@@ -330,3 +330,13 @@ def test_a_dump_of_the_whole_model() -> None:
     part = source(stored, [key for key in dump if "norm" not in key])
     assert part.dumped == frozenset()
     assert part.notes == ()
+
+
+@pytest.mark.parametrize("path", ["xmodel.layers.0.q_proj", "model.x.layers.0.q_proj"])
+def test_a_stack_of_layers_has_one_name(path: str) -> None:
+    """A single key that was changed is no renaming, even where it alone would fit."""
+    stored = layers("model.layers", "q_proj")
+    keys = lora([path, *(each for each in stored if ".0." not in each)])
+    found = source(weights(*stored), keys)
+    assert found.renaming is None
+    assert f"{path}.lora_A.weight" in found.tensors

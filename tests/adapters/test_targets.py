@@ -328,3 +328,32 @@ def test_what_is_missing_stays_as_it_is(bases: dict[str, Path], plain: Path, tmp
     assert f"{lost}.weight" not in changed
     assert lost in (tmp_path / "out/README.md").read_text()
     streamconv.verify(tmp_path / "out", full=True, base=bases["llama"], adapter=plain)
+
+
+SAVED: Mapping[str, Shape] = {
+    **LLAMA,
+    **{f"model.layers.{layer}.norm.{role}": (8,) for layer in range(2) for role in ("weight", "bias")},
+    "model.layers.0.norm.position_ids": (8,),
+    "vision_tower.norm.weight": (8,),
+}
+
+
+@pytest.mark.parametrize("lost", ["0.norm.weight", "1.norm.bias", "1.norm"])
+def test_a_saved_module_is_there_whole_and_in_all_layers(tmp_path: Path, lost: str) -> None:
+    """One of another kind may not have been in the model that was trained, nor a table that is computed."""
+    tensors = {
+        f"{PREFIX}{name}": torch.ones(shape)
+        for name, shape in SAVED.items()
+        if "layers" in name and "norm" in name and lost not in name and "position" not in name
+    }
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "modules_to_save": ["norm"]}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    save_file(tensors, tmp_path / WEIGHTS)
+    parameters = {name: Parameter(name, shape) for name, shape in SAVED.items()}
+    storage = open_storage(str(tmp_path))
+    with pytest.raises(AdapterError, match=rf"no tensors for model.layers.{lost}.*--allow-missing"):
+        read_adapter(storage, parameters, {}, None)
+    (note,) = read_adapter(storage, parameters, {}, None, allow_missing=True).notes
+    assert f"layers.{lost}" in note
+    assert "vision" not in note
+    assert "position_ids" not in note

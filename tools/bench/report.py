@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tools.bench import calibration, encode, outofcore, plan
+from tools.bench import calibration, encode, methods, outofcore, plan
 from tools.bench.merge import COPY, RAW, RIVALS, STREAMCONV, ratio, table, to_bound
 from tools.bench.results import RESULTS, ROOT, load
 
@@ -184,6 +184,10 @@ def calibration_block(results: Results) -> str:
     return "\n".join([*calibration.HEADER, *map(calibration.row, results["peaks"]), "", _machine(results)])
 
 
+def methods_block(results: Results) -> str:
+    return "\n".join([*methods.HEADER, *map(methods.row, results["rows"]), "", _machine(results)])
+
+
 def _machine(results: Results) -> str:
     """The machine of a result, in one line."""
     machine = results["machine"]
@@ -211,6 +215,7 @@ BLOCKS: Mapping[str, tuple[Sequence[str], Callable[..., str]]] = {
     "encode": (("bench-encode.json",), encode_block),
     "outofcore": (("bench-outofcore.json",), outofcore_block),
     "plan": (("bench-plan.json",), plan_block),
+    "methods": (("bench-methods.json",), methods_block),
     "calibration": (("bench-calibration.json",), calibration_block),
 }
 
