@@ -7,7 +7,9 @@ which know their place in the file and hold no memory; bytes are then read as th
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +26,16 @@ from streamconv.storage.base import SourceFile
 REWRITE = 'python -c "import sys, torch; f = sys.argv[1]; torch.save(torch.load(f, weights_only=True), f)"'
 """Command that makes a file which an old torch.save wrote into a zip archive, in its place."""
 
+MAX_PLAIN_BYTES = 2**20
+"""Size of the largest file that `holds_plain_values` is meant for."""
 _ZIP = b"PK\x03\x04"
+# Opcodes by which a pickle names a class or a function, calls one, or points to the bytes of a tensor.
+_MAKING = frozenset(
+    {
+        *("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"),
+        *("PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4", "BYTEARRAY8", "NEXT_BUFFER"),
+    }
+)
 _BY_TORCH = {dtype.torch: dtype for dtype in DTYPES.values()}
 
 
@@ -48,8 +59,24 @@ def read_pickled(file: SourceFile) -> Mapping[str, StoredTensor]:
             " DeepSpeed ZeRO-3 keeps apart; save it again, or take an earlier checkpoint"
         )
     if not isinstance(loaded, dict):
-        raise CheckpointError(f"{file.name} must hold tensors by name, found {type(loaded).__name__}")
+        kind = "a tensor without a name" if isinstance(loaded, torch.Tensor) else type(loaded).__name__
+        raise CheckpointError(f"{file.name} must hold tensors by name, found {kind}")
     return MappingProxyType({str(name): _stored(str(name), value, file) for name, value in loaded.items()})
+
+
+def holds_plain_values(raw: bytes) -> bool:
+    """Whether a file that torch.save wrote, given whole, holds numbers, texts and containers of them alone.
+
+    The pickle is not loaded, its opcodes are looked through. False for what is no such file.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            names = archive.namelist()
+            pickles = [archive.read(name) for name in names if name.endswith("/data.pkl")]
+        opcodes = {opcode.name for each in pickles for opcode, _, _ in pickletools.genops(each)}
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError, EOFError):
+        return False
+    return len(pickles) == 1 and not opcodes & _MAKING and not any("/data/" in name for name in names)
 
 
 def _check_archive(file: SourceFile) -> None:
