@@ -28,7 +28,11 @@ STORIES: Mapping[str, Sequence[str]] = {
     "adapters/experts_reader.py": ["parity/test_experts.py", "parity/test_experts_of_peft_018.py"],
     "adapters/folded.py": ["adapters/test_variants.py"],
     "adapters/lora_config.py": ["adapters/test_config.py", "adapters/test_every_key_counts.py"],
-    "adapters/lora_reader.py": ["adapters/test_read_adapter.py", "adapters/test_variants.py"],
+    "adapters/lora_reader.py": [
+        "parity/test_forms.py",
+        "adapters/test_read_adapter.py",
+        "adapters/test_variants.py",
+    ],
     "adapters/method.py": [
         "test_extending.py",
         "adapters/test_method_names.py",

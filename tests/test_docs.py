@@ -25,7 +25,7 @@ from streamconv.formats import FORMATS
 from streamconv.rounding import ROUNDINGS
 from tests.forward.texts import save_tokenizer, write_text
 from tests.tiny import llama_config, save_adapter, save_base
-from tools.make_docs import TARGET, page
+from tools.make_docs import END, METHODS, TABLE, TARGET, methods_page, page
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -150,6 +150,21 @@ def test_the_guide_to_comparing_makes_what_it_says(tmp_path: Path, monkeypatch: 
     }
 
 
+@pytest.mark.parametrize("name", ["guide-several-adapters", "guide-extract", "behaves-like-the-base"])
+def test_a_page_on_files_of_this_repository_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commands one after the other, each with the exit code that stands behind it, 0 where none does."""
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in blocks(ROOT / "docs" / f"{name}.md", "sh") for line in LINES.findall(block)]
+    assert len(lines) >= 3
+    for line in lines:
+        expected = re.search(r"# exit (\d+)$", line)
+        result = CliRunner().invoke(main, shlex.split(line.replace("\\\n", " "), comments=True)[1:])
+        assert result.exit_code == int(expected[1] if expected else 0), f"{line}\n{result.output}"
+
+
 @pytest.mark.parametrize("block", pythons())
 def test_a_call_from_python_has_the_keywords_it_gives(block: str) -> None:
     for call in ast.walk(ast.parse(block)):
@@ -177,10 +192,11 @@ def test_every_format_and_rounding_is_documented(name: str, page: str) -> None:
     assert f"`{name}`" in (ROOT / "docs" / f"{page}.md").read_text()
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_every_kind_of_adapter_has_a_row(name: str) -> None:
-    rows = (ROOT / "docs/adapters.md").read_text()
-    assert re.search(rf"^\| .*\b{re.escape(ADAPTERS[name].label)}\b", rows, re.MULTILINE)
+def test_the_table_of_methods_is_as_the_methods_are() -> None:
+    text = METHODS.read_text()
+    assert text == methods_page(text), "run tools/fix"
+    table = text.partition(TABLE)[2].partition(END)[0]
+    assert re.findall(r"^\| [^|]* \| `(\w+)` \|", table, re.MULTILINE)[1:] == list(ADAPTERS)
 
 
 def test_the_command_line_is_documented_as_it_is() -> None:
@@ -201,6 +217,13 @@ def test_the_check_notices_an_old_page(tmp_path: Path) -> None:
     subprocess.run(line, cwd=ROOT, check=True)
     assert old.read_text() == page()
     subprocess.run([*line, "--check"], cwd=ROOT, check=True)
+
+
+def test_a_row_that_was_changed_by_hand_is_made_anew() -> None:
+    text = METHODS.read_text()
+    changed = text.replace("`LOHA`", "`LOHO`")
+    assert changed != text
+    assert methods_page(changed) == text
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from streamconv.adapters.adalora import ADALORA
-from streamconv.adapters.base import Adapter, Parameter, Tie, Update
-from streamconv.adapters.beside import Beside, read_beside, with_beside
+from streamconv.adapters.base import Adapter, Parameter, Replace, TaskHead, Tie, Update
+from streamconv.adapters.beside import read_beside, with_beside
 from streamconv.adapters.boft import BOFT
 from streamconv.adapters.c3a import C3A
 from streamconv.adapters.config import AdapterConfig, check_fields
@@ -69,23 +70,11 @@ def read_adapter(
     would not be used, UnsupportedError for methods and variants that are not built, CheckpointError where a file is
     broken.
     """
-    dialect = find_dialect(storage)
     config = read_config(storage)
     method = find_method(config)
     base = BaseParameters(parameters, base_config, tie)
-    beside = Beside(MappingProxyType({}), ())
-    if dialect is None:
-        stored = read_stored(storage, allow_pickle)
-        _check_gathered(storage, stored.values())
-        source = read_source(storage.location, config, stored.values(), base, moe, method)
-        files = {tensor.file for tensor in stored.values()}
-        beside = read_beside(storage, source, base, files, allow_pickle, ignore_extra)
-        source = with_beside(source, beside)
-    else:
-        keyed = dialect.read_tensors(storage, config, base)
-        stored = {tensor.name: tensor for tensor in keyed.values()}
-        source = read_translated(storage.location, config, keyed, base, moe, method)
-
+    files = _read_files(storage, config, method, base, moe, allow_pickle, ignore_extra)
+    source = files.source
     check_fields(config, method.fields)
     head = find_head(source, base)
     if head is not None:
@@ -94,33 +83,15 @@ def read_adapter(
         refuse_unstored_head(source, base)
     read = method.read(source, base)
     updates = place_updates(read, source, base, method.orients)
-    updated = frozenset(update.parameter for update in updates)
-    taken = {tensor.name for update in updates for tensor in update.parts.values()} | _unused(source, method)
-    rest = [key for key, tensor in source.tensors.items() if tensor.name not in taken]
-    scan = scan_tensors(config.raw, (*stored.values(), *beside.tensors.values()))
-    saved = read_saved(source, base, rest, updated, scan.digests, head.parameters if head else ())
-    _check_stored(source, base, saved)
-    taken |= {replace.tensor.name for replace in saved.replaces}
-    taken |= {source.tensors[key].name for key in saved.repeated}
-    left = [key for key in rest if source.tensors[key].name not in taken]
-    _check_leftovers(
-        source, base, left, [each.name for each in source.shared.values() if each.name not in taken]
-    )
-    adapted = [_module(update.parameter) for update in updates]
-    trained = [_module(replace.parameter) for replace in saved.replaces]
-    reached = Reached(
-        adapted=frozenset(_module(update.parameter) for update in (*read, *updates)),
-        saved=frozenset(trained),
-        parameters=updated,
-        modules=frozenset((*(_module(update.parameter) for update in (*read, *updates)), *trained)),
-    )
-    notes = check_targets(source, base, reached, allow_missing)
-    check_every_layer(source, map(_module, parameters), {*adapted, *trained})
+    scan = scan_tensors(config.raw, files.tensors)
+    saved = _read_whole(source, base, method, updates, scan, head)
+    notes = check_targets(source, base, _reached(read, updates, saved), allow_missing)
+    check_every_layer(source, map(_module, parameters), _modules((*updates, *saved.replaces)))
     check_saved(source, base, saved.replaces)
     _check_effect(source, method, updates, saved, scan)
 
     settled = settle_tie(base, source, updates, saved, scan.digests)
-    counts = Counter(module.rpartition(".")[2] for module in sorted(set(adapted)))
+    counts = Counter(module.rpartition(".")[2] for module in sorted(_modules(updates)))
     return Adapter(
         location=storage.location,
         origin=storage.origin,
@@ -135,14 +106,79 @@ def read_adapter(
         sha256=scan.sha256,
         multiplies=method.multiplies,
         records=_records(saved, settled),
-        notes=(
-            *((dialect.note(config),) if dialect else ()),
-            *source.notes,
-            *notes_on_head(head),
-            *beside.notes,
-            *notes,
-        ),
+        notes=(*files.notes_before, *source.notes, *notes_on_head(head), *files.notes_after, *notes),
         head=head,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """All that the adapter's folder holds: `tensors` of every file, and the `source` that they make.
+
+    `notes_before` say what was read, `notes_after` which files beside the adapter's own were, too.
+    """
+
+    source: Source
+    tensors: Sequence[StoredTensor]
+    notes_before: tuple[str, ...] = ()
+    notes_after: tuple[str, ...] = ()
+
+
+def _read_files(
+    storage: Storage,
+    config: AdapterConfig,
+    method: Method,
+    base: BaseParameters,
+    moe: MoeLayout,
+    allow_pickle: bool,
+    ignore_extra: Collection[str],
+) -> _Files:
+    """The adapter as PEFT, or another program, has saved it, in the names of the base."""
+    dialect = find_dialect(storage)
+    if dialect is not None:
+        keyed = dialect.read_tensors(storage, config, base)
+        source = read_translated(storage.location, config, keyed, base, moe, method)
+        by_name = {tensor.name: tensor for tensor in keyed.values()}
+        return _Files(source, tuple(by_name.values()), notes_before=(dialect.note(config),))
+    stored = read_stored(storage, allow_pickle)
+    _check_gathered(storage, stored.values())
+    source = read_source(storage.location, config, stored.values(), base, moe, method)
+    own = {tensor.file for tensor in stored.values()}
+    beside = read_beside(storage, source, base, own, allow_pickle, ignore_extra)
+    tensors = (*stored.values(), *beside.tensors.values())
+    return _Files(with_beside(source, beside), tensors, notes_after=beside.notes)
+
+
+def _read_whole(
+    source: Source,
+    base: BaseParameters,
+    method: Method,
+    updates: Iterable[Update],
+    scan: Scan,
+    head: TaskHead | None,
+) -> Saved:
+    """Whole parameters among the tensors that no update has taken. Raises AdapterError if then one is left over."""
+    updated = frozenset(update.parameter for update in updates)
+    taken = {tensor.name for update in updates for tensor in update.parts.values()} | _unused(source, method)
+    rest = [key for key, tensor in source.tensors.items() if tensor.name not in taken]
+    saved = read_saved(source, base, rest, updated, scan.digests, head.parameters if head else ())
+    _check_stored(source, base, saved)
+    taken |= {replace.tensor.name for replace in saved.replaces}
+    taken |= {source.tensors[key].name for key in saved.repeated}
+    left = [key for key in rest if source.tensors[key].name not in taken]
+    shared = [tensor.name for tensor in source.shared.values() if tensor.name not in taken]
+    _check_leftovers(source, base, left, shared)
+    return saved
+
+
+def _reached(read: Iterable[Update], placed: Iterable[Update], saved: Saved) -> Reached:
+    """Modules that the adapter reaches: by updates as they were `read` and as they are `placed`, and whole."""
+    placed = tuple(placed)
+    adapted, trained = _modules((*read, *placed)), _modules(saved.replaces)
+    return Reached(
+        adapted=adapted,
+        parameters=frozenset(update.parameter for update in placed),
+        modules=adapted | trained,
     )
 
 
@@ -206,6 +242,10 @@ def _records(saved: Saved, settled: Settled) -> frozenset[str]:
     """Parameters that are replaced by what was trained on, those of a tie's other side included."""
     tensors = {replace.tensor for replace in saved.replaces if replace.parameter in saved.records}
     return frozenset(replace.parameter for replace in settled.replaces if replace.tensor in tensors)
+
+
+def _modules(changes: Iterable[Update | Replace]) -> frozenset[str]:
+    return frozenset(_module(change.parameter) for change in changes)
 
 
 def _module(parameter: str) -> str:

@@ -196,5 +196,7 @@ ADALORA = Method(
     keys=r"lora_\w+",
     orients=True,
     neutral="zero (all lora_E, or lora_A, or lora_B)",
+    formula="W + alpha / (init_r + 10⁻⁵) · B diag(E) A",
+    layers=("Linear", "Conv1D", "convolutions"),
     facts=_facts,
 )

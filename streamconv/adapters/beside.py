@@ -99,12 +99,16 @@ def read_beside(
 
 
 def with_beside(source: Source, beside: Beside) -> Source:
-    """The adapter with the weights beside it among its tensors. Raises AdapterError for what both hold and differs."""
+    """The adapter with the weights beside it among its tensors. Raises AdapterError for a key that both have."""
     if not beside.tensors:
         return source
-    return replace(
-        source, tensors=MappingProxyType(dict(sorted({**source.tensors, **beside.tensors}.items())))
-    )
+    for key in source.tensors.keys() & beside.tensors.keys():
+        raise AdapterError(
+            f"{source.location}: {source.tensors[key].name} of {source.tensors[key].file.name} is in"
+            f" {beside.tensors[key].file.name}, too; leave that out with --ignore-extra"
+        )
+    tensors = {**source.tensors, **beside.tensors}
+    return replace(source, tensors=MappingProxyType(dict(sorted(tensors.items()))))
 
 
 def _candidates(names: Iterable[str], known: Collection[str]) -> Iterator[str]:
@@ -154,11 +158,15 @@ def _placed(
     storage: Storage, name: str, tensors: Collection[StoredTensor], source: Source, base: BaseParameters
 ) -> dict[str, StoredTensor]:
     """Tensors of a file by key; all of them have one, or the file is refused."""
-    plain = {_plain(tensor.name): tensor for tensor in tensors if ".original_module." not in tensor.name}
+    plain = _by_plain_name(storage, name, tensors)
     for parameters in _namings(plain, name.partition(".")[0], source, base):
         fit = all(_fits(tensor, parameter, base) for parameter, tensor in parameters.items())
         if fit and len(parameters) == len(plain):
-            keys = {_key(parameter): tensor for parameter, tensor in parameters.items()}
+            known = {
+                *source.tensors,
+                *(tensor.name.removeprefix(PREFIX) for tensor in source.tensors.values()),
+            }
+            keys = {_key(parameter, known): tensor for parameter, tensor in parameters.items()}
             # Named by their key, as other files may have the same names.
             return {key: replace(tensor, name=PREFIX + key) for key, tensor in keys.items()}
     missing = [key for key, tensor in plain.items() if not _fits(tensor, key, base)]
@@ -167,6 +175,24 @@ def _placed(
         f" for {len(missing)} of its {len(plain)} tensors ({_some(missing)}), by name and shape; give the base that the"
         f" adapter was trained on, or leave the file out with --ignore-extra {name}"
     )
+
+
+def _by_plain_name(
+    storage: Storage, name: str, tensors: Collection[StoredTensor]
+) -> Mapping[str, StoredTensor]:
+    """Tensors of a file by their plain names. Raises AdapterError where two of them have one."""
+    found: dict[str, StoredTensor] = {}
+    for tensor in tensors:
+        if ".original_module." in tensor.name:
+            continue
+        other = found.setdefault(_plain(tensor.name), tensor)
+        if other is not tensor:
+            raise AdapterError(
+                f"{storage.location}: {name} beside the adapter holds {other.name} and {tensor.name}, which are for the"
+                " same parameter of the base; remove the one that was not trained, or leave the file out with"
+                f" --ignore-extra {name}"
+            )
+    return found
 
 
 def _plain(name: str) -> str:
@@ -215,10 +241,13 @@ def _fits(tensor: StoredTensor, parameter: str, base: BaseParameters) -> bool:
     )
 
 
-def _key(parameter: str) -> str:
-    """The key of a parameter in an adapter whose module was trained whole."""
+def _key(parameter: str, known: Collection[str]) -> str:
+    """The key of a parameter in an adapter whose module was trained whole: in the second of PEFT's two spellings where
+    the adapter has the first itself, so that neither hides the other.
+    """
     module, _, last = parameter.rpartition(".")
-    return f"{module}.modules_to_save.{last}"
+    key = f"{module}.modules_to_save.{last}"
+    return key if key not in known else f"{module}.modules_to_save.default.{last}"
 
 
 def _check_once(name: str, placed: Mapping[str, StoredTensor], found: Mapping[str, StoredTensor]) -> None:

@@ -265,5 +265,7 @@ BOFT = Method(
     ),
     keys=r"boft_\w+",
     neutral="a rotation by nothing (all boft_R are symmetric, and all boft_s one)",
+    formula="diag(s) W Mᵀ, M a product of butterfly factors",
+    layers=("Linear", "convolutions"),
     facts=_facts,
 )

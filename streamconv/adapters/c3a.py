@@ -133,5 +133,6 @@ C3A = Method(
     keys=r"c3a_\w+",
     orients=True,
     neutral="zero (all c3a_kernel)",
+    formula="W + Δ / in, Δ of circulant blocks",
     facts=_facts,
 )

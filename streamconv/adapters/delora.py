@@ -133,5 +133,6 @@ DELORA = Method(
     keys=r"delora_\w+",
     orients=True,
     neutral="zero (all delora_A, delora_B or delora_lambda)",
+    formula="W + B diag(λ / (r ‖a‖ ‖b‖)) A diag(w)",
     facts=_facts,
 )

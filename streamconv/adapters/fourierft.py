@@ -193,5 +193,7 @@ FOURIERFT = Method(
     keys=r"fourierft_\w+",
     orients=True,
     neutral="zero (all fourierft_spectrum, or scaling)",
+    formula="W + scaling · Re F⁻¹(S), S a spectrum of n trained numbers",
+    layers=("Linear", "Conv1D"),
     facts=_facts,
 )

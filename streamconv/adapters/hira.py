@@ -146,5 +146,7 @@ HIRA = Method(
     keys=r"hira_\w+",
     orients=True,
     neutral="zero (all hira_A, or all hira_B)",
+    formula="W ∘ (1 + B A)",
+    layers=("Linear", "Conv1D", "convolutions", "Embedding"),
     facts=_facts,
 )

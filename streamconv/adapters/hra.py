@@ -180,5 +180,7 @@ HRA = Method(
     keys=r"hra_\w+",
     orients=True,
     neutral="a chain of reflections that undo each other",
+    formula="W H₁ … H_r, H = I - 2 û ûᵀ",
+    layers=("Linear", "convolutions"),
     facts=_facts,
 )

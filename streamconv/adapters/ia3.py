@@ -172,6 +172,8 @@ IA3 = Method(
     ),
     keys=r"ia3_\w+",
     neutral="one (all ia3_l)",
+    formula="diag(l) W and l ∘ b; W diag(l) for feedforward_modules",
+    layers=("Linear", "Conv1D", "convolutions"),
     multiplies=True,
     orients=True,
 )

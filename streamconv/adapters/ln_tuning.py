@@ -54,7 +54,7 @@ def _update(name: str, tensor: StoredTensor, base: BaseParameters) -> Update:
             f"{tensor.name} has shape {list(tensor.shape)}, which cannot replace {name} of the base,"
             f" {list(parameter.shape)}; was the adapter trained on this base?"
         )
-    return TrainedUpdate(name, MappingProxyType({"trained": tensor}))
+    return TrainedUpdate(parameter.name, MappingProxyType({"trained": tensor}))
 
 
 LN_TUNING = Method(
@@ -63,4 +63,6 @@ LN_TUNING = Method(
     fields=COMMON_FIELDS,
     keys="ln_tuning_layers",
     neutral="of no parameter",
+    formula="the trained parameters in place of W",
+    layers=("norms",),
 )

@@ -168,5 +168,7 @@ LOHA = Method(
     ),
     keys=r"hada_\w+",
     neutral="zero (one of the factors hada_*, or alpha)",
+    formula="W + s · (A₁ B₁) ∘ (A₂ B₂)",
+    layers=("Linear", "convolutions"),
     facts=_facts,
 )

@@ -214,5 +214,7 @@ LOKR = Method(
     ),
     keys=r"lokr_\w+",
     neutral="zero (one of the factors lokr_*, or alpha)",
+    formula="W + s · C ⊗ D, each whole or a product",
+    layers=("Linear", "convolutions"),
     facts=_facts,
 )

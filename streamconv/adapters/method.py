@@ -29,12 +29,13 @@ class Method:
     `label`: its name in sentences (`LoRA`). `read`: the updates of an adapter, whose config `fields` has allowed.
     `keys`: regular expression of what its tensors are called below the path of a module (`lora_\\w+`); it may take in
     more than `read` uses, the rest is refused. `neutral`: how updates are that were never trained, after "every update
-    is". `unused`: tensors that training alone needs, by the field of the config that switches them on. `shared`: what
-    tensors are called that belong to all modules, `base_model.NAME`; updates use each, or it is refused. `indices`:
-    those that may be stored as whole numbers, below 2²⁴, as parts are float32. `facts`: what `inspect` tells of config
-    and tensors. `multiplies`: whether updates scale or rotate a weight instead of adding to it, so that of several
-    adapters each changes what those before it made. `orients`: whether its reader asks how a weight is stored
-    (`orientation`), so that it can be for one stored as [in, out].
+    is". `formula`: the merged weight in the letters of docs/adapters.md, whose table is made of it and of `layers`, the
+    kinds of layer that the method's tests merge. `unused`: tensors that training alone needs, by the field of the
+    config that switches them on. `shared`: what tensors are called that belong to all modules, `base_model.NAME`;
+    updates use each, or it is refused. `indices`: those that may be stored as whole numbers, below 2²⁴, as parts are
+    float32. `facts`: what `inspect` tells of config and tensors. `multiplies`: whether updates scale or rotate a weight
+    instead of adding to it, so that of several adapters each changes what those before it made. `orients`: whether its
+    reader asks how a weight is stored (`orientation`), so that it can be for one stored as [in, out].
     """
 
     label: str
@@ -42,6 +43,8 @@ class Method:
     fields: Mapping[str, Rule]
     keys: str
     neutral: str
+    formula: str
+    layers: tuple[str, ...] = ("Linear",)
     unused: Mapping[str, re.Pattern[str]] = field(default_factory=lambda: MappingProxyType({}))
     shared: str = ""
     indices: str = ""

@@ -170,5 +170,7 @@ _FIELDS: Mapping[str, Rule] = MappingProxyType(
 )
 _KEYS = r"(?:miss|bone)_\w+"
 
-MISS = Method("MiSS", read_miss, _FIELDS, _KEYS, "zero (all miss_block)", facts=_facts)
-BONE = Method("Bone", read_miss, _FIELDS, _KEYS, "zero (all bone_block)", facts=_facts)
+_FORMULA = "W + M repeated along the inputs; bat: W + W D + D, block by block"
+
+MISS = Method("MiSS", read_miss, _FIELDS, _KEYS, "zero (all miss_block)", _FORMULA, facts=_facts)
+BONE = Method("Bone", read_miss, _FIELDS, _KEYS, "zero (all bone_block)", _FORMULA, facts=_facts)

@@ -120,7 +120,7 @@ def _ends(method: Method) -> re.Pattern[str]:
 
 def _own_heads(config: AdapterConfig, keys: Iterable[str]) -> frozenset[str]:
     """Keys of a head that a classification task brings along, which the base need not have."""
-    if config.fields.get("task_type") not in _CLASSIFYING:
+    if str(config.fields.get("task_type")) not in _CLASSIFYING:
         return frozenset()
     names = _CLASSIFIERS | frozenset(config.names("modules_to_save"))
     return frozenset(key for key in keys if not names.isdisjoint(key.split(".")))

@@ -318,6 +318,8 @@ OFT = Method(
     ),
     keys=r"oft_\w+",
     neutral="a rotation by nothing (all oft_R are zero)",
+    formula="W Rᵀ, R orthogonal and block-diagonal",
+    layers=("Linear", "Conv1D", "convolutions", "Embedding"),
     facts=_facts,
     multiplies=True,
     orients=True,

@@ -7,14 +7,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from streamconv.adapters.base import Adapter, Replace
-from streamconv.adapters.scan import CHUNK_BYTES
 from streamconv.adapters.source import BaseParameters
 from streamconv.adapters.tokens import RowsUpdate
-from streamconv.checkpoint.reader import TensorReader, tensor_bytes
+from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import AdapterError, UnsupportedError
 
@@ -112,14 +110,5 @@ def _check_tie(adapter: Adapter, others: Iterable[Adapter], base: BaseParameters
 
 
 def _have_same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    buffers = torch.empty(2, min(CHUNK_BYTES, max(one.nbytes, 1)), dtype=torch.uint8)
     with TensorReader() as reader:
-        for start in range(0, one.nbytes, CHUNK_BYTES):
-            length = min(CHUNK_BYTES, one.nbytes - start)
-            for tensor, buffer in zip((one, other), buffers, strict=True):
-                reader.read_into(tensor, start, tensor_bytes(buffer[:length]))
-            if not buffers[0, :length].equal(buffers[1, :length]):
-                return False
-    return True
+        return (one.dtype, one.shape) == (other.dtype, other.shape) and reader.have_same_bytes(one, other)

@@ -62,16 +62,12 @@ def read_saved(
     for key in keys:
         parameter = saved_parameter(key, source.trained(key), trained) or (_bias(key) if biases else None)
         is_record = parameter is None
-        parameter = parameter or _recorded(key, recorded, updated)
+        parameter = parameter or _recorded(key, recorded, updated, base)
         if parameter is None:
             continue
-        tensor = source.tensors[key]
+        parameter, tensor = _stored_name(parameter, base), source.tensors[key]
         if parameter in found:
-            if not are_equal(found[parameter].tensor, tensor, digests):
-                raise AdapterError(
-                    f"{source.location}: {parameter} is saved twice, the second time as {key}, and the two differ;"
-                    " remove the one that was not trained"
-                )
+            _check_same(source, found[parameter], key, digests)
             repeated.add(key)
             continue
         if parameter in updated and not is_record and not key.endswith(_UNDER):
@@ -85,7 +81,9 @@ def read_saved(
         records |= {parameter} if is_record else set()
     for key in keys:
         original = _ORIGINAL.fullmatch(key)
-        if original is not None and f"{original['module']}.{original['rest']}" in found:
+        if original is None:
+            continue
+        if _stored_name(f"{original['module']}.{original['rest']}", base) in found:
             repeated.add(key)
     return Saved(tuple(found.values()), frozenset(records), frozenset(repeated))
 
@@ -101,9 +99,19 @@ def _way_out(tensor: StoredTensor) -> str:
     )
 
 
+def _check_same(source: Source, before: Replace, key: str, digests: Mapping[str, str]) -> None:
+    """Raise AdapterError if the tensor of `key` differs from the one that was found for the same parameter before."""
+    if not are_equal(before.tensor, source.tensors[key], digests):
+        raise AdapterError(
+            f"{source.location}: {before.parameter} is saved twice, the second time as {key}, and the two differ;"
+            " remove the one that was not trained"
+        )
+
+
 def check_saved(source: Source, base: BaseParameters, replaces: Iterable[Replace]) -> None:
     """Raise AdapterError for an entry of modules_to_save that has no tensor in the file."""
-    config, found = source.config, [source.trained(replace.parameter) for replace in replaces]
+    config = source.config
+    found = [name for replace in replaces for name in source.trained_names(replace.parameter)]
     for name in config.names("modules_to_save"):
         if any(_is_inside(parameter, (name,)) for parameter in found):
             continue
@@ -149,15 +157,25 @@ def _bias(key: str) -> str | None:
     return key.replace(_BIAS_UNDER, ".bias") if key.endswith(".bias") else None
 
 
-def _recorded(key: str, embeddings: Collection[str], updated: Collection[str]) -> str | None:
+def _stored_name(parameter: str, base: BaseParameters) -> str:
+    """The name that the base's file has for what other classes call `parameter`, as Mixtral's router is `mlp.gate`."""
+    found = base.find(parameter)
+    # The bias of a head that is tied to the embedding is kept under its own name: untied, both are stored.
+    is_shared = base.tie is not None and parameter == base.tie.head.replace(".weight", ".bias")
+    return parameter if found is None or is_shared else found.name
+
+
+def _recorded(
+    key: str, embeddings: Collection[str], updated: Collection[str], base: BaseParameters
+) -> str | None:
     """The parameter that `key` holds as it was when training began."""
     for under in _WEIGHTS_UNDER:
         if key.endswith(under):
             parameter = key.removesuffix(under) + ".weight"
-            return parameter if parameter in updated else None
+            return parameter if _stored_name(parameter, base) in updated else None
     if key.endswith(_BIAS_UNDER):
         module = key.removesuffix(_BIAS_UNDER)
-        return f"{module}.bias" if f"{module}.weight" in updated else None
+        return f"{module}.bias" if _stored_name(f"{module}.weight", base) in updated else None
     return key if key in embeddings and key not in updated else None
 
 

@@ -130,6 +130,7 @@ SHIRA = Method(
     keys=r"shira_\w+",
     orients=True,
     neutral="zero (all shira_weight)",
+    formula="W + a sparse matrix",
     indices="shira_indices",
     facts=_facts,
 )

@@ -6,6 +6,7 @@ of the parts of one stored parameter changes what comes out.
 
 from __future__ import annotations
 
+import dataclasses
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,10 @@ class SliceUpdate(ByRows):
     @property
     def low_rank(self) -> int | None:
         return self.update.low_rank
+
+    def weighed(self, weight: float) -> SliceUpdate | None:
+        found = self.update.weighed(weight)
+        return None if found is None else dataclasses.replace(self, update=found)
 
     def input_directions(self, parts: Parts) -> Tensor | None:
         """Those of the update, where its inputs are all that the stored layer has."""
@@ -129,6 +134,11 @@ class SlicesUpdate(ByRows):
         known = [rank for rank in ranks if rank is not None]
         return sum(known) if len(known) == len(ranks) else None
 
+    def weighed(self, weight: float) -> SlicesUpdate | None:
+        found = tuple(each.weighed(weight) for each in self.slices)
+        kept = tuple(each for each in found if each is not None)
+        return dataclasses.replace(self, slices=kept) if len(kept) == len(found) else None
+
     def input_directions(self, parts: Parts) -> Tensor | None:
         pairs = zip(self.slices, self._own(parts), strict=True)
         each = [one.input_directions(own) for one, own in pairs]
@@ -141,11 +151,10 @@ class SlicesUpdate(ByRows):
 
     def apply(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> Tensor:
         """`cell` with the parts in its rows updated, in place."""
-        assert isinstance(prepared, GroupedParts), f"{self.parameter}: not what was prepared"
         first = bisect_right(self.slices, rows.start, key=lambda each: each.rows.stop)
         last = bisect_left(self.slices, rows.stop, key=lambda each: each.rows.start)
         for number in range(first, last):
-            cell = self.slices[number].apply(cell, rows, prepared.groups[number], state)
+            cell = self.slices[number].apply(cell, rows, _group(prepared, number), state)
         return cell
 
     def is_neutral(self, constants: Mapping[str, float]) -> bool:
@@ -155,6 +164,14 @@ class SlicesUpdate(ByRows):
         """Parts of each slice by their roles there."""
         for number, each in enumerate(self.slices):
             yield {role: parts[_role(number, role)] for role in each.parts}
+
+
+def _group(prepared: Parts, number: int) -> Parts:
+    """Parts that one slice has prepared; in a copy, as several adapters have it, by the beginning of their roles."""
+    if isinstance(prepared, GroupedParts):
+        return prepared.groups[number]
+    place = _role(number, "")
+    return {key.removeprefix(place): tensor for key, tensor in prepared.items() if key.startswith(place)}
 
 
 def _role(number: int, role: str) -> str:

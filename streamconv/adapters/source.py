@@ -17,6 +17,7 @@ from streamconv.adapters.views import (
     is_unembedding,
     names_at,
     other_form,
+    spellings,
 )
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.dtypes import DENSE, WHOLE
@@ -175,6 +176,10 @@ class Source:
     def trained(self, module: str) -> str:
         """The path that `module` of the base had in training, for which the config's patterns are meant."""
         return module if self.renaming is None else self.renaming.to_trained(module)
+
+    def trained_names(self, parameter: str) -> tuple[str, ...]:
+        """Names that `parameter` of the base may have had in training: Mixtral's `w1` is `gate_proj` elsewhere."""
+        return tuple(dict.fromkeys(spellings(self.trained(parameter))))
 
 
 def trained_shape(source: Source, parameter: Parameter, key: str) -> Shape:

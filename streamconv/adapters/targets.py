@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from streamconv.adapters.config import AdapterConfig, is_empty
 from streamconv.adapters.source import BaseParameters, Source
 from streamconv.adapters.views import names_of_parameter, other_names
+from streamconv.checkpoint.config import language_levels
+from streamconv.checkpoint.strict_json import shown
 from streamconv.errors import AdapterError
 
 ALL_LINEAR = "all-linear"
@@ -28,11 +29,11 @@ _OF_EXPERT = re.compile(r".+\.\d+\..+\.\d+\.[^.]+|.+\.\d+\..+s\.\d+")
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """Paths of modules in the names of the base: `adapted` by updates, in the adapter's class and as stored, and
-    `saved` whole, `modules` either; `parameters` are the stored ones that updates change."""
+    """Paths of modules in the names of the base: `adapted` by updates, in the adapter's class and as stored, `modules`
+    these and those saved whole; `parameters` are the stored ones that updates change.
+    """
 
     adapted: frozenset[str]
-    saved: frozenset[str]
     parameters: frozenset[str]
     modules: frozenset[str]
 
@@ -101,9 +102,12 @@ def _entries(
     unmatched: list[str] = []
     ends = {end for module in reached.modules for end in _ends(source.trained(module))}
     names = [name for name in config.names("target_modules") if name not in ends]
-    modules = list(_modules(base)) if names else []
+    if names:  # others that the same modules have in another class
+        ends = {end for module in reached.modules for each in _trained(module, source) for end in _ends(each)}
+        names = [name for name in names if name not in ends]
+    modules = list(_modules(base, _least_axes(base, reached))) if names else []
     for name in names:
-        meant = [module for module in modules if name in _ends(source.trained(module))]
+        meant = [module for module in modules if any(name in _ends(e) for e in _trained(module, source))]
         lost = [module for module in meant if _must_be_there(module, source, base, reached)]
         if lost:
             absent[name] = lost[0]
@@ -163,9 +167,9 @@ def _missing(source: Source, base: BaseParameters, reached: Reached) -> Iterator
     for module in _candidates(base, reached, kinds):
         if module in reached.modules or module in seen or not _is_trained(module, base):
             continue
-        trained = source.trained(module)
-        means = _kind(f"{module}.weight") in parameters or _is_target(config, trained)
-        if means and not _is_excluded(config, trained):
+        trained = _trained(module, source)
+        means = _kind(f"{module}.weight") in parameters or any(_is_target(config, each) for each in trained)
+        if means and not any(_is_excluded(config, each) for each in trained):
             seen.add(module)
             yield module
     for name in base.names():
@@ -213,20 +217,25 @@ def _stack(module: str) -> str:
     return module[: found.start()] if found else ""
 
 
-def _modules(base: BaseParameters) -> Iterator[str]:
-    """Paths of layers that may be adapted: their weight has two axes or more."""
+def _modules(base: BaseParameters, axes: int) -> Iterator[str]:
+    """Paths of layers that may be adapted: their weight has so many axes or more."""
     for name in base.names():
         parameter = base.find(name)
-        if name.endswith(".weight") and parameter is not None and len(parameter.shape) > 1:
+        if name.endswith(".weight") and parameter is not None and len(parameter.shape) >= axes:
             yield name.removesuffix(".weight")
+
+
+def _least_axes(base: BaseParameters, reached: Reached) -> int:
+    """Axes that weights have which the method adapts: two, but where it adapts norms."""
+    found = [base.parameters[name] for name in reached.parameters if name in base.parameters]
+    return min((len(each.shape) for each in found if each.name.endswith(".weight")), default=2)
 
 
 def _is_trained(path: str, base: BaseParameters) -> bool:
     """Whether classes of the model have it: no layer for predicting further tokens, which files have after the others,
     nor keys and values of layers that share those of earlier ones."""
     found = _LAYER.match(path)
-    text = base.config.get("text_config")
-    config: Mapping[str, Any] = text if isinstance(text, Mapping) else base.config
+    config = language_levels(base.config)[-1]
     count, shared = (config.get(field) for field in ("num_hidden_layers", "num_kv_shared_layers"))
     if found is None or type(count) is not int or "vision" in path or "visual" in path:
         return True
@@ -250,15 +259,26 @@ def _is_target(config: AdapterConfig, module: str) -> bool:
 
 
 def _is_in_layers(config: AdapterConfig, module: str) -> bool:
-    """Whether the module is in a layer that layers_to_transform lists, or that is not set."""
+    """Whether the module is in a layer that layers_to_transform lists, or that is not set.
+
+    Raises AdapterError where that field or layers_pattern has another form than PEFT gives it.
+    """
     layers = config.fields.get("layers_to_transform")
     if layers is None or layers == []:
         return True
-    patterns = config.fields.get("layers_pattern")
-    each = [patterns] if isinstance(patterns, str) else patterns
-    numbers = [re.match(rf"(?:^|.*?\.){one}\.(?P<idx>\d+)\.", module) for one in each or ()]
+    listed = [layers] if isinstance(layers, int) else layers
+    if not isinstance(listed, list) or not all(type(layer) is int for layer in listed):
+        raise AdapterError(
+            f"{config.name}: layers_to_transform must be the numbers of layers, found {shown(layers)}"
+        )
+    field = "layers_pattern"
+    patterns = config.fields.get(field) or ()
+    each = (patterns,) if isinstance(patterns, str) else config.names(field)
+    numbers = [
+        _compiled(config, field, one, rf"(?:^|.*?\.){one}\.(?P<idx>\d+)\.").match(module) for one in each
+    ]
     found = next(filter(None, numbers), None) if each else _ANY_LAYER.match(module)
-    return found is not None and int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
+    return found is not None and int(found["idx"]) in listed
 
 
 def _is_excluded(config: AdapterConfig, module: str) -> bool:
@@ -274,6 +294,11 @@ def _is_excluded(config: AdapterConfig, module: str) -> bool:
     return not frozenset(config.names("exclude_modules")).isdisjoint(_ends(module))
 
 
+def _trained(module: str, source: Source) -> tuple[str, ...]:
+    """Paths that `module` of the base may have had in training."""
+    return tuple(name.removesuffix(".weight") for name in source.trained_names(f"{module}.weight"))
+
+
 def _ends(module: str) -> Iterator[str]:
     """`a.b.c`, `b.c`, `c`."""
     while module:
@@ -282,19 +307,25 @@ def _ends(module: str) -> Iterator[str]:
 
 
 def _matches(config: AdapterConfig, field: str, pattern: str, module: str) -> bool:
+    return _compiled(config, field, pattern, pattern).fullmatch(module) is not None
+
+
+def _compiled(config: AdapterConfig, field: str, text: str, pattern: str) -> re.Pattern[str]:
+    """The regular expression `pattern`, which is made of `text` in the config's `field`."""
     try:
-        return re.fullmatch(pattern, module) is not None
+        return re.compile(pattern)
     except re.error as error:
         raise AdapterError(
-            f"{config.name}: {field} {pattern!r} is not a regular expression: {error}"
+            f"{config.name}: {field} {shown(text)} is not a regular expression: {error}"
         ) from error
 
 
 def _check_pattern(source: Source, pattern: str, reached: Reached) -> None:
     """Raise AdapterError where a regular expression matches none of the adapted modules."""
-    config, adapted = source.config, [source.trained(module) for module in reached.adapted]
+    config = source.config
+    adapted = (name for module in reached.adapted for name in _trained(module, source))
     if pattern.lower() == ALL_LINEAR:
-        found = bool(adapted)
+        found = bool(reached.adapted)
     else:
         found = any(_matches(config, "target_modules", pattern, module) for module in adapted)
     if not found:

@@ -16,6 +16,7 @@ from streamconv.adapters.embeddings import find_embedding
 from streamconv.adapters.saved import Saved, are_equal
 from streamconv.adapters.source import BaseParameters, Source
 from streamconv.adapters.tokens import RowsUpdate
+from streamconv.checkpoint.config import language_levels
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.dtypes import BF16, F16
@@ -36,7 +37,7 @@ _LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaske
 
 def refuse_unstored_head(source: Source, base: BaseParameters) -> None:
     """Raise UnsupportedError for a change of what the base does not store, as loading ties it to its embedding."""
-    ties = [level.get("tie_word_embeddings") for level in (base.config, base.config.get("text_config") or {})]
+    ties = [level.get("tie_word_embeddings") for level in language_levels(base.config)]
     architectures = base.config.get("architectures") or ()
     if False in ties or not any(str(name).endswith(_LANGUAGE) for name in architectures):
         return

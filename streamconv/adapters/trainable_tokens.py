@@ -45,5 +45,7 @@ TRAINABLE_TOKENS = Method(
     fields=MappingProxyType({**COMMON_FIELDS, "token_indices": USED, "init_weights": NO_EFFECT}),
     keys="trainable_tokens_delta",
     neutral="of no row",
+    formula="the trained rows in place of those of W",
+    layers=("Embedding",),
     facts=_facts,
 )

@@ -229,6 +229,8 @@ VERA = Method(
     keys=r"vera_lambda_\w+",
     orients=True,
     neutral="zero (all vera_lambda_b, or all vera_lambda_d)",
+    formula="W + diag(b) B diag(d) A",
+    layers=("Linear", "Conv1D"),
     shared=r"vera_[AB]",
     facts=_facts,
 )

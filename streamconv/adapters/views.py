@@ -46,7 +46,7 @@ class ParameterView:
 
 def find_stored(name: str, stored: Stored) -> Parameter | None:
     """The stored parameter that is `name`, or that another class calls so; None if none is."""
-    return next((stored[each] for each in _spellings(name) if each in stored), None)
+    return next((stored[each] for each in spellings(name) if each in stored), None)
 
 
 def find_view(name: str, stored: Stored, config: Config) -> ParameterView | None:
@@ -71,12 +71,12 @@ def is_unembedding(name: str) -> bool:
 
 def names_of_parameter(name: str) -> Iterator[str]:
     """Names that a stored parameter, or the fused one that it is a part of, may have in classes of the model."""
-    yield from _spellings(name)
+    yield from spellings(name)
     match = _APART.fullmatch(name)
     role = _ROLES.get(match["part"] or "", "") if match is not None else ""
     if match is not None and role:
         for whole in ("down_proj",) if role == "down" else ("gate_up_proj", f"{role}_proj"):
-            yield from _spellings(f"{match['place']}.{whole}")
+            yield from spellings(f"{match['place']}.{whole}")
 
 
 def other_names(parameter: Parameter) -> Iterator[str]:
@@ -86,7 +86,7 @@ def other_names(parameter: Parameter) -> Iterator[str]:
     """
     parent, _, last = parameter.name.rpartition(".")
     if len(parameter.shape) == 3:
-        places = dict.fromkeys(each.rpartition(".")[0] for each in _spellings(parameter.name))
+        places = dict.fromkeys(each.rpartition(".")[0] for each in spellings(parameter.name))
         for number in range(parameter.shape[0]):
             for place in places:
                 yield from (f"{place}.{number}.{part}.weight" for part in _ROLES)
@@ -136,7 +136,7 @@ _SAME_PARTS: Mapping[str, str] = MappingProxyType(
 _HEAD = re.compile(r"(.*\.)?unembed_tokens\.(?P<kind>weight|bias)")
 
 
-def _spellings(name: str) -> Iterator[str]:
+def spellings(name: str) -> Iterator[str]:
     """Names for the same: `name` first, then with a pair of _SAME swapped, then with an expert's part swapped, too."""
     names = [name]
     for pair in _SAME:

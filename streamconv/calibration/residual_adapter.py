@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from streamconv.adapters.source import PREFIX
 from streamconv.checkpoint.header import build_header
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
 from streamconv.checkpoint.writer import ShardWriter
 from streamconv.rounding.residual import Residual
 
-_PREFIX = "base_model.model."
 _CHUNK_BYTES = 8 * 2**20
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
@@ -28,8 +28,8 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 def factor_tensors(module: str, found: Residual) -> Mapping[str, Tensor]:
     """The factors for the linear layer at the path `module`, in host memory, under PEFT's names."""
     return {
-        f"{_PREFIX}{module}{_A}": found.down.cpu(),
-        f"{_PREFIX}{module}{_B}": found.up.cpu(),
+        f"{PREFIX}{module}{_A}": found.down.cpu(),
+        f"{PREFIX}{module}{_B}": found.up.cpu(),
     }
 
 
@@ -42,7 +42,7 @@ def removed_share(notes: Iterable[Mapping[str, float]]) -> float | None:
 
 def adapter_config(rank: int, tensors: Iterable[str]) -> bytes:
     """Content of adapter_config.json for tensors of these names; of weights without any it says nothing."""
-    modules = sorted(name.removeprefix(_PREFIX).removesuffix(_A) for name in tensors if name.endswith(_A))
+    modules = sorted(name.removeprefix(PREFIX).removesuffix(_A) for name in tensors if name.endswith(_A))
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -18,6 +18,12 @@ def _levels(config: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def language_levels(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """The config, and its `text_config` where it has one: the levels that may speak of a language model."""
+    text = config.get("text_config")
+    return (config, text) if isinstance(text, Mapping) and text else (config,)
+
+
 def with_end_token(stated: object, token: int) -> list[Any]:
     """Value of `eos_token_id` that has `token` first, and what was `stated` after it."""
     others = stated if isinstance(stated, list) else [] if stated is None else [stated]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +19,13 @@ from types import MappingProxyType
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.dtypes import DTYPES
 from streamconv.errors import CheckpointError
 from streamconv.storage.base import SourceFile
+
+_SHOWN = 300
 
 REWRITE = 'python -c "import sys, torch; f = sys.argv[1]; torch.save(torch.load(f, weights_only=True), f)"'
 """Command that makes a file which an old torch.save wrote into a zip archive, in its place."""
@@ -36,6 +40,23 @@ _MAKING = frozenset(
         *("PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4", "BYTEARRAY8", "NEXT_BUFFER"),
     }
 )
+# The pickle says names, types and shapes alone: 100 bytes or so a tensor.
+MAX_PICKLE_BYTES = 256_000_000
+# A pickle is a program, and one that is damaged, or meant to do harm, may fail at any step.
+_FAILURES = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    pickle.UnpicklingError,
+    struct.error,
+)
 _BY_TORCH = {dtype.torch: dtype for dtype in DTYPES.values()}
 
 
@@ -48,8 +69,8 @@ def read_pickled(file: SourceFile) -> Mapping[str, StoredTensor]:
     try:
         with FakeTensorMode():
             loaded = torch.load(file.path, weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
+    except _FAILURES as error:
+        reason = f"{type(error).__name__}: {str(error).strip()}".split("\n", 1)[0][:_SHOWN]
         raise CheckpointError(
             f"{file.name} cannot be read as a file of tensors that torch.save wrote ({reason}); save it as safetensors"
         ) from error
@@ -61,7 +82,10 @@ def read_pickled(file: SourceFile) -> Mapping[str, StoredTensor]:
     if not isinstance(loaded, dict):
         kind = "a tensor without a name" if isinstance(loaded, torch.Tensor) else type(loaded).__name__
         raise CheckpointError(f"{file.name} must hold tensors by name, found {kind}")
-    return MappingProxyType({str(name): _stored(str(name), value, file) for name, value in loaded.items()})
+    for name in loaded:
+        if not isinstance(name, str):
+            raise CheckpointError(f"{file.name} must hold tensors by name, found {shown(name)} as a name")
+    return MappingProxyType({name: _stored(name, value, file) for name, value in loaded.items()})
 
 
 def holds_plain_values(raw: bytes) -> bool:
@@ -71,10 +95,13 @@ def holds_plain_values(raw: bytes) -> bool:
     """
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            names = archive.namelist()
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                return False
+            names = [entry.filename for entry in entries]
             pickles = [archive.read(name) for name in names if name.endswith("/data.pkl")]
         opcodes = {opcode.name for each in pickles for opcode, _, _ in pickletools.genops(each)}
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError, EOFError):
+    except (zipfile.BadZipFile, *_FAILURES):
         return False
     return len(pickles) == 1 and not opcodes & _MAKING and not any("/data/" in name for name in names)
 
@@ -102,6 +129,10 @@ def _check_archive(file: SourceFile) -> None:
         raise CheckpointError(
             f"{file.name} is compressed, which torch.save does not do, so its tensors cannot be read one by one;"
             " rewrite it with torch.save, or as safetensors"
+        )
+    if any(entry.filename.endswith("/data.pkl") and entry.file_size > MAX_PICKLE_BYTES for entry in entries):
+        raise CheckpointError(
+            f"{file.name} says what its tensors are in more than {MAX_PICKLE_BYTES} bytes, which none needs"
         )
     if any(order != b"little" for order in orders):
         raise CheckpointError(

@@ -20,6 +20,7 @@ from streamconv.storage.base import SourceFile
 from streamconv.storage.local import check_unchanged, open_file
 
 _PAGE = 4096
+_CHUNK_BYTES = 4 * 2**20
 
 
 class TensorReader:
@@ -73,6 +74,19 @@ class TensorReader:
         if order is not None:
             values = values.reshape(order.stored).permute(order.axes)
         return values.reshape(tensor.shape)
+
+    def have_same_bytes(self, one: StoredTensor, other: StoredTensor) -> bool:
+        """Whether two tensors are stored alike, byte for byte, whatever their shapes; read in chunks."""
+        if one.nbytes != other.nbytes:
+            return False
+        buffers = [torch.empty(min(_CHUNK_BYTES, one.nbytes), dtype=torch.uint8) for _ in range(2)]
+        for start in range(0, one.nbytes, _CHUNK_BYTES):
+            length = min(_CHUNK_BYTES, one.nbytes - start)
+            for tensor, buffer in zip((one, other), buffers, strict=True):
+                self.read_into(tensor, start, tensor_bytes(buffer[:length]))
+            if not buffers[0][:length].equal(buffers[1][:length]):
+                return False
+        return True
 
     def drop_cache(self, tensor: StoredTensor, start: int, length: int) -> None:
         """Let the kernel forget these bytes of the tensor: they will not be read again."""

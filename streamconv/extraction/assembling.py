@@ -18,7 +18,7 @@ from streamconv.checkpoint.types import StoredTensor
 from streamconv.checkpoint.writer import publish, write_file
 from streamconv.extraction.checkpoints import Checkpoints
 from streamconv.extraction.decomposition import LowRank
-from streamconv.extraction.pairs import Kind, ParameterPair, task_of
+from streamconv.extraction.pairs import DifferenceKind, ParameterPair, task_of
 from streamconv.extraction.tensors import (
     Extracted,
     adapter_config,
@@ -112,7 +112,7 @@ def _tensors(
                     )
                 continue
             factors = _loaded(work_file(journal, pair), reader)
-            if pair.kind is Kind.EXPERTS:
+            if pair.kind is DifferenceKind.EXPERTS:
                 named = expert_tensors(pair, factors, transposed, pair.name in inner)
             else:
                 named = factor_tensors(pair, factors[0])

@@ -1,4 +1,4 @@
-"""Difference of one parameter between two checkpoints, read in tiles, whatever format either is stored in."""
+"""WeightDifference of one parameter between two checkpoints, read in tiles, whatever format either is stored in."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DecodedRows:
         return self._scales[first // grid.block : -(-last // grid.block)]
 
 
-class Difference:
+class WeightDifference:
     """`after` minus `before`, two weights of one shape, as a matrix of rows.
 
     It is held in memory, float32, where that takes no more than `budget` bytes; else it is read anew for each pass, in

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from streamconv.adapters.embeddings import HEADS, find_embedding
+from streamconv.adapters.embeddings import EMBEDDINGS, HEADS, find_embedding
 from streamconv.dtypes import DENSE
 from streamconv.errors import InputError
 from streamconv.formats.base import Weight, matrix_shape
@@ -18,7 +18,7 @@ EXPERTS = ("gate_up_proj", "down_proj")
 """Fused experts, in the order that modules of transformers register them."""
 
 
-class Kind(StrEnum):
+class DifferenceKind(StrEnum):
     """Forms of a difference in an adapter."""
 
     LINEAR = "linear"
@@ -35,7 +35,7 @@ class ParameterPair:
     name: str
     before: Weight | None
     after: Weight
-    kind: Kind
+    kind: DifferenceKind
 
     @property
     def module(self) -> str:
@@ -68,22 +68,22 @@ def pair_up(base: Base, finetuned: Base, rank: int) -> tuple[ParameterPair, ...]
     )
 
 
-def _kind(name: str, base: Base, finetuned: Base, rank: int) -> Kind:
+def _kind(name: str, base: Base, finetuned: Base, rank: int) -> DifferenceKind:
     before, after = base.weights.get(name), finetuned.weights[name]
     if before is None or before.shape != after.shape:
         _check_grown(name, before, after)
-        return Kind.WHOLE
+        return DifferenceKind.WHOLE
     shape = after.shape
     if len(shape) == 3 and name.rpartition(".")[2] in EXPERTS:
-        return Kind.EXPERTS
+        return DifferenceKind.EXPERTS
     rows, columns = matrix_shape(shape)
     if len(shape) != 2 or rank * (rows + columns) >= rows * columns:
-        return Kind.WHOLE
+        return DifferenceKind.WHOLE
     if name == find_embedding(finetuned.weights):
-        return Kind.EMBEDDING
+        return DifferenceKind.EMBEDDING
     if is_conv1d(module_of(name), finetuned.index.config):
-        return Kind.CONV1D
-    return Kind.LINEAR if may_be_linear(name, shape, has_experts=True) else Kind.WHOLE
+        return DifferenceKind.CONV1D
+    return DifferenceKind.LINEAR if may_be_linear(name, shape, has_experts=True) else DifferenceKind.WHOLE
 
 
 def _check_names(base: Base, finetuned: Base) -> None:
@@ -100,12 +100,7 @@ def _check_names(base: Base, finetuned: Base) -> None:
 
 def _check_grown(name: str, before: Weight | None, after: Weight) -> None:
     """Raise InputError unless a parameter of another shape is one with more or fewer rows of the vocabulary."""
-    if before is None or (
-        name.endswith(
-            (*HEADS, "embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-        )
-        and before.shape[1:] == after.shape[1:]
-    ):
+    if before is None or (name.endswith((*HEADS, *EMBEDDINGS)) and before.shape[1:] == after.shape[1:]):
         return
     raise InputError(
         f"{name} has shape {list(before.shape)} in the base and {list(after.shape)} in the fine-tuned model; only a"

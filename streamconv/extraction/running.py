@@ -14,8 +14,7 @@ import torch
 
 from streamconv.calibration.tensor_files import write_tensors
 from streamconv.checkpoint.index import CheckpointIndex
-from streamconv.checkpoint.reader import TensorReader, tensor_bytes
-from streamconv.checkpoint.types import StoredTensor
+from streamconv.checkpoint.reader import TensorReader
 from streamconv.dtypes import DENSE
 from streamconv.errors import InputError, OutputError, Stopped
 from streamconv.extraction.assembling import as_work_tensors, found_in, publish_adapter, work_file
@@ -27,9 +26,9 @@ from streamconv.extraction.decomposition import (
     decompose_to_share,
     sum_of_squares,
 )
-from streamconv.extraction.differences import Difference
+from streamconv.extraction.differences import WeightDifference
 from streamconv.extraction.options import ExtractOptions
-from streamconv.extraction.pairs import Kind, ParameterPair, check_saved, new_parameters
+from streamconv.extraction.pairs import DifferenceKind, ParameterPair, check_saved, new_parameters
 from streamconv.extraction.result import ExtractedWeight, Extraction, total_residual
 from streamconv.extraction.tensors import Extracted
 from streamconv.output.journal import WORK_FOLDER, Journal
@@ -108,7 +107,7 @@ def _extract(
     pair: ParameterPair, subject: Checkpoints, options: ExtractOptions, journal: Journal, reader: TensorReader
 ) -> None:
     """Finish one pair: its factors, or that it is the same in both, or is to be saved whole."""
-    if pair.kind is Kind.WHOLE or pair.before is None:
+    if pair.kind is DifferenceKind.WHOLE or pair.before is None:
         if _differs(pair, reader):
             check_saved(pair)
             journal.finish(pair.name, "whole", {})
@@ -116,7 +115,7 @@ def _extract(
             journal.finish(pair.name, "same", {})
         return
     on = subject.device.torch
-    difference = Difference(reader, pair.before, pair.after, options.max_ram_bytes // 2, on).hold()
+    difference = WeightDifference(reader, pair.before, pair.after, options.max_ram_bytes // 2, on).hold()
     factors = list(_factors(pair, difference, options, on))
     squares = sum(each.squares for each in factors)
     if not squares:
@@ -128,7 +127,7 @@ def _extract(
 
 
 def _factors(
-    pair: ParameterPair, difference: Difference, options: ExtractOptions, on: torch.device
+    pair: ParameterPair, difference: WeightDifference, options: ExtractOptions, on: torch.device
 ) -> Iterator[LowRank]:
     """LowRank of a matrix; of every expert, of one rank, where it is a parameter of experts."""
     matrices = [_matrix(difference, rows, pair, options, on) for rows in _parts(pair)]
@@ -153,13 +152,13 @@ def _factors(
 def _parts(pair: ParameterPair) -> Sequence[range]:
     """Rows of each matrix that is decomposed on its own."""
     shape = pair.after.shape
-    if pair.kind is not Kind.EXPERTS:
+    if pair.kind is not DifferenceKind.EXPERTS:
         return [range(shape[0])]
     return [range(expert * shape[1], (expert + 1) * shape[1]) for expert in range(shape[0])]
 
 
 def _matrix(
-    difference: Difference, rows: range, pair: ParameterPair, options: ExtractOptions, on: torch.device
+    difference: WeightDifference, rows: range, pair: ParameterPair, options: ExtractOptions, on: torch.device
 ) -> Matrix:
     digest = hashlib.sha256(f"{options.seed} {pair.name} {rows.start}".encode()).digest()
     seed = int.from_bytes(digest[:7], "little")
@@ -171,24 +170,11 @@ def _differs(pair: ParameterPair, reader: TensorReader) -> bool:
     if pair.before is None or pair.before.shape != pair.after.shape:
         return True
     if not pair.is_same_storage:
-        difference = Difference(reader, pair.before, pair.after, _CHUNK_BYTES, torch.device("cpu"))
+        difference = WeightDifference(reader, pair.before, pair.after, _CHUNK_BYTES, torch.device("cpu"))
         return any(bool(tile.any()) for _, tile in difference.tiles())
     return any(
-        not _are_equal(reader, part, pair.after.parts[role]) for role, part in pair.before.parts.items()
+        not reader.have_same_bytes(part, pair.after.parts[role]) for role, part in pair.before.parts.items()
     )
-
-
-def _are_equal(reader: TensorReader, one: StoredTensor, other: StoredTensor) -> bool:
-    if one.nbytes != other.nbytes:
-        return False
-    buffers = [torch.empty(min(_CHUNK_BYTES, one.nbytes), dtype=torch.uint8) for _ in range(2)]
-    for start in range(0, one.nbytes, _CHUNK_BYTES):
-        length = min(_CHUNK_BYTES, one.nbytes - start)
-        for tensor, buffer in zip((one, other), buffers, strict=True):
-            reader.read_into(tensor, start, tensor_bytes(buffer[:length]))
-        if not buffers[0][:length].equal(buffers[1][:length]):
-            return False
-    return True
 
 
 # -- what is checked and said ----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 from streamconv.adapters.base import Tie
 from streamconv.adapters.source import PREFIX
 from streamconv.extraction.decomposition import LowRank
-from streamconv.extraction.pairs import EXPERTS, Kind, ParameterPair
+from streamconv.extraction.pairs import EXPERTS, DifferenceKind, ParameterPair
 
 _PEFT_VERSION = "0.21.2"
 
@@ -34,9 +34,9 @@ def factor_tensors(pair: ParameterPair, factors: LowRank) -> Mapping[str, Tensor
     """LowRank of a matrix under PEFT's names, in host memory."""
     up, down = factors.up.cpu(), factors.down.cpu()
     path = f"{PREFIX}{pair.module}"
-    if pair.kind is Kind.EMBEDDING:
+    if pair.kind is DifferenceKind.EMBEDDING:
         found = {f"{path}.lora_embedding_A": up.T, f"{path}.lora_embedding_B": down.T}
-    elif pair.kind is Kind.CONV1D:
+    elif pair.kind is DifferenceKind.CONV1D:
         found = {f"{path}.lora_A.weight": up.T, f"{path}.lora_B.weight": down.T}
     else:
         found = {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
@@ -77,8 +77,8 @@ def adapter_config(
 ) -> bytes:
     """Content of adapter_config.json. `all_linear` are the modules of the model that could have had factors."""
     ranked = [(each.pair, each.rank) for each in found if each.rank is not None]
-    modules = {pair.module: rank for pair, rank in ranked if pair.kind is not Kind.EXPERTS}
-    parameters = {pair.name: rank for pair, rank in ranked if pair.kind is Kind.EXPERTS}
+    modules = {pair.module: rank for pair, rank in ranked if pair.kind is not DifferenceKind.EXPERTS}
+    parameters = {pair.name: rank for pair, rank in ranked if pair.kind is DifferenceKind.EXPERTS}
     r = max((rank for _, rank in ranked), default=1)
     others = {path: rank for path, rank in {**modules, **parameters}.items() if rank != r}
     saved = sorted(each.pair.module for each in found if _is_saved(each))
@@ -97,7 +97,7 @@ def adapter_config(
         "use_dora": False,
         "lora_dropout": 0.0,
         "bias": "all" if any(_is_bias(each) for each in found) else "none",
-        "fan_in_fan_out": any(pair.kind is Kind.CONV1D for pair, _ in ranked),
+        "fan_in_fan_out": any(pair.kind is DifferenceKind.CONV1D for pair, _ in ranked),
         "init_lora_weights": True,
         "modules_to_save": saved or None,
         "target_modules": _targets(modules, all_linear),
@@ -119,7 +119,7 @@ def inner_experts(found: Iterable[Extracted]) -> frozenset[str]:
     """Names of fused parameters whose factors lie below those of another parameter of the same module."""
     by_module: dict[str, list[str]] = {}
     for each in found:
-        if each.pair.kind is Kind.EXPERTS and each.rank is not None:
+        if each.pair.kind is DifferenceKind.EXPERTS and each.rank is not None:
             by_module.setdefault(each.pair.module, []).append(each.pair.name)
     return frozenset(min(names, key=_registration) for names in by_module.values() if len(names) > 1)
 

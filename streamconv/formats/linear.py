@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from streamconv.checkpoint.config import language_levels
 from streamconv.checkpoint.types import Shape
 from streamconv.errors import OptionError, UnsupportedError
 
@@ -192,9 +193,7 @@ def _is_replaced(module: str, shapes: Mapping[str, Shape], config: Mapping[str, 
     if _HEADS.fullmatch(module):
         return not any(level.get("tie_word_embeddings") for level in _levels(config))
     # An embedding under a name that is not known here still has the size of the vocabulary.
-    text = config.get("text_config")
-    language = text if isinstance(text, Mapping) else config
-    return shapes[f"{module}.weight"][0] != language.get("vocab_size")
+    return shapes[f"{module}.weight"][0] != language_levels(config)[-1].get("vocab_size")
 
 
 def is_conv1d(module: str, config: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from streamconv.checkpoint.config import edit_config
+from streamconv.checkpoint.config import edit_config, language_levels
 from streamconv.dtypes import BF16, DENSE, Dtype
 from streamconv.formats import FORMATS, with_groups
 from streamconv.formats.base import Json
@@ -176,7 +176,7 @@ def _as_json(content: Json | None) -> bytes:
 def _compute_dtype(prepared: Prepared) -> Dtype:
     """Dtype that a quantized model computes in: as the base's quantization says, else the weights' own."""
     config = prepared.base.index.config
-    text = config.get("text_config") or {}
+    text = language_levels(config)[-1]
     quantization = config.get("quantization_config") or {}
     names = (
         prepared.plan.dtype,

@@ -11,6 +11,7 @@ from typing import Any
 from streamconv.adapters import ADAPTERS, read_stored
 from streamconv.adapters.dialects import find_dialect, read_config
 from streamconv.adapters.replication import read_ranges
+from streamconv.checkpoint.config import language_levels
 from streamconv.checkpoint.index import CheckpointIndex, read_index
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.formats import find_weights
@@ -42,7 +43,7 @@ def _checkpoint(index: CheckpointIndex) -> dict[str, Any]:
         formats[weight.format] += 1
         nbytes[weight.format] += sum(part.nbytes for part in weight.parts.values())
     config = index.config
-    text = config.get("text_config") or config
+    text = language_levels(config)[-1]
     return {
         "kind": "checkpoint",
         "location": index.storage.location,

@@ -183,7 +183,7 @@ def _tokenizer(job: Job, base: Base, adapter: Storage | None, plan: Plan) -> Tok
 
 
 def _base_notes(job: Job, base: Base, adapters: Sequence[Storage]) -> tuple[str, ...]:
-    """What is to be said of the bases that adapters name; one that names another of them is trained on top of it."""
+    """Notes on the bases that adapters name; one that names another of them is trained on top of it."""
     index = base.index
     own = {*job.adapters, *(each.origin.repo for each in adapters if each.origin)}
     found: dict[str, None] = {}

@@ -177,9 +177,22 @@ def _output_weights(
             weights.setdefault(f"{module}.{last}.bias", base.weights[f"{module}.bias"])
     for name in adapter.head.left_out if adapter is not None and adapter.head is not None else ():
         del weights[name]
+    known = {*weights, *(adapter.head.parameters if adapter is not None and adapter.head is not None else ())}
     for name, whole in replaces.items():
+        _check_known(name, known, adapter)
         weights[name] = dense_weight(name, whole.tensor)
+    for update in adapter.updates if adapter is not None else ():
+        _check_known(update.parameter, weights, adapter)
     return weights
+
+
+def _check_known(name: str, known: Collection[str], adapter: Adapter | None) -> None:
+    """Raise AdapterError for a parameter that no class of the output has: beside the base's it would lie unused."""
+    if name not in known:
+        raise AdapterError(
+            f"{adapter.location if adapter else ''}: the adapter changes {name}, which the base does not store, nor"
+            " does a head that it brings; give the base that the adapter was trained on"
+        )
 
 
 def _new_vocabulary(

@@ -8,6 +8,7 @@ from typing import Any
 
 from streamconv.adapters.base import Tie
 from streamconv.adapters.embeddings import HEADS, find_embedding
+from streamconv.checkpoint.config import language_levels
 from streamconv.errors import UnsupportedError
 from streamconv.formats.base import Weight
 
@@ -73,7 +74,7 @@ def check_unknown_tie(
     """Raise UnsupportedError where the adapter changes what may be tied, and what is tied to what is not known."""
     if find_embedding(weights) is not None or True not in _declared_ties(config):
         return
-    sizes = {level.get("vocab_size") for level in _levels(config)}
+    sizes = {level.get("vocab_size") for level in language_levels(config)}
     for name in touched:
         weight = weights.get(name)
         if weight is not None and len(weight.shape) == 2 and weight.shape[0] in sizes:
@@ -83,13 +84,8 @@ def check_unknown_tie(
             )
 
 
-def _levels(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    text = config.get("text_config")
-    return [config, text] if isinstance(text, Mapping) else [config]
-
-
 def _declared_ties(config: Mapping[str, Any]) -> list[Any]:
-    return [level.get("tie_word_embeddings") for level in _levels(config)]
+    return [level.get("tie_word_embeddings") for level in language_levels(config)]
 
 
 def find_tie(weights: Mapping[str, Weight], config: Mapping[str, Any]) -> Tie | None:

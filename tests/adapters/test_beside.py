@@ -230,3 +230,28 @@ def test_an_adapter_one_folder_below(base: Path, adapter: Adapter, names: list[s
         (above / name / "adapter_config.json").write_text("{}")
     with pytest.raises(AdapterError, match="below; give (it|one of them): .*" + ", .*".join(names)):
         streamconv.merge(base, above, above / "out")
+
+
+@pytest.mark.parametrize("spelling", ["modules_to_save", "modules_to_save.default"])
+def test_what_the_adapter_holds_itself_is_not_lost(base: Path, adapter: Adapter, spelling: str) -> None:
+    """The adapter's file and one beside it hold the same parameter under one key: they must be the same."""
+    key = f"base_model.model.{NORM.removesuffix('.weight')}.{spelling}.weight"
+    own = trained(base, NORM)[NORM]
+    weights = adapter.path / "adapter_model.safetensors"
+    write(weights, read_tensors(weights) | {key: own})
+    write(adapter.path / "norms.safetensors", {NORM: own})
+    found, _ = merged(base, adapter)
+    assert torch.equal(found[NORM], own)
+    write(adapter.path / "norms.safetensors", {NORM: own + 1})
+    with pytest.raises(AdapterError, match=f"{NORM} is saved twice.* the two differ"):
+        merged(base, adapter)
+
+
+def test_two_names_of_one_parameter_are_refused(base: Path, adapter: Adapter) -> None:
+    module = NORM.removesuffix(".weight")
+    new = trained(base, NORM)[NORM]
+    names = [f"{module}.base_layer.weight", f"{module}.modules_to_save.default.weight"]
+    write(adapter.path / "norms.safetensors", {names[0]: new, names[1]: new + 1})
+    with pytest.raises(AdapterError, match="which are for the same parameter of the base") as caught:
+        merged(base, adapter)
+    assert all(word in str(caught.value) for word in (*names, "--ignore-extra norms.safetensors"))

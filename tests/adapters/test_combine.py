@@ -23,7 +23,7 @@ from streamconv.errors import AdapterError, UnsupportedError
 from tests.contracts.updates import FORMS, Cells, Form, Tensors, Work, as_matrix, drawn, load, run_update
 
 # Tensors of these take the place of the base's.
-REPLACING = ("rows", "saved")
+REPLACING = ("rows", "rows-alone", "saved")
 LORA = FORMS["lora"]
 
 

@@ -283,7 +283,7 @@ def test_fields_of_ms_swift(plain: Path, read_plain: Read) -> None:
     )
     assert read_plain().updates == before.updates
     edit_json(plain / CONFIG_NAME, use_qa_lora=True)
-    with pytest.raises(UnsupportedError, match=r"use_qa_lora is True: adapters of ms-swift 1\.x"):
+    with pytest.raises(UnsupportedError, match=r"use_qa_lora is True: this kind of layer of ms-swift 1\.x"):
         read_plain()
 
 

@@ -17,7 +17,7 @@ from streamconv.adapters.base import Adapter, Parameter
 from streamconv.errors import AdapterError
 from streamconv.storage import open_storage
 from tests.parity.opening import tensors
-from tests.tiny import edit_tensors, read_tensors
+from tests.tiny import edit_json, edit_tensors, read_tensors
 
 Shape = tuple[int, ...]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -182,6 +182,70 @@ def test_one_layer_without_tensors(folder: Path, targets: Any) -> None:
 )
 def test_a_layer_that_the_config_leaves_out(folder: Path, fields: dict[str, Any]) -> None:
     assert read(folder, q_of(0, 1, 3), LLAMA, **fields).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"layers_to_transform": 1.5}, "layers_to_transform must be the numbers of layers, found 1.5"),
+        ({"layers_to_transform": ["0"]}, "layers_to_transform must be the numbers of layers"),
+        ({"layers_to_transform": [0, 1, 3], "layers_pattern": "("}, "layers_pattern .* not a regular"),
+        ({"layers_to_transform": [0, 1, 3], "layers_pattern": 5}, "layers_pattern must be a list of names"),
+    ],
+    ids=str,
+)
+def test_layers_of_a_wrong_type(folder: Path, fields: dict[str, Any], expected: str) -> None:
+    with pytest.raises(AdapterError, match=expected):
+        read(folder, q_of(0, 1, 3), LLAMA, **fields)
+
+
+MIXTRAL: Mapping[str, Shape] = {
+    f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}.weight": shape
+    for layer in range(2)
+    for expert in range(3)
+    for name, shape in (("w1", (6, 8)), ("w3", (6, 8)), ("w2", (8, 6)))
+}
+
+
+@pytest.mark.parametrize("targets", [["gate_proj"], r".*\.mlp\.experts\.\d+\.gate_proj", "all-linear"])
+def test_targets_by_the_names_of_another_class(folder: Path, targets: Any) -> None:
+    """Trained with `gate_proj`, of which the base's file says `w1`: reached, and missed where one is not there."""
+    gates = some(APART, lambda name: "gate_proj" in name)
+    adapter = read(folder, gates, MIXTRAL, target_modules=targets)
+    assert len(adapter.updates) == 6
+    assert adapter.notes == ()
+    lost = "model.layers.1.mlp.experts.2.gate_proj"
+    stored = "model.layers.1.block_sparse_moe.experts.2.w1"
+    refused(
+        folder,
+        stored,
+        modules={name: shape for name, shape in gates.items() if name != lost},
+        base=MIXTRAL,
+        target_modules=targets,
+    )
+
+
+@pytest.mark.parametrize("router", ["mlp.gate", "mlp.router", "block_sparse_moe.gate"])
+@pytest.mark.parametrize("spelling", ["", ".modules_to_save", ".modules_to_save.default"])
+def test_whole_weights_by_the_names_of_another_class(folder: Path, router: str, spelling: str) -> None:
+    """A router that was trained whole replaces the base's, whatever the class calls it, and adds none beside it."""
+    stored = "model.layers.0.block_sparse_moe.gate.weight"
+    base = {**MIXTRAL, stored: (3, 8)}
+    gates = some(APART, lambda name: "gate_proj" in name)
+    read(folder, gates, base, target_modules=["gate_proj"], modules_to_save=None)
+    key = f"{PREFIX}model.layers.0.{router}{spelling}.weight"
+    edit_tensors(folder / WEIGHTS, put={key: torch.ones(3, 8)})
+    edit_json(folder / CONFIG, modules_to_save=[router.rpartition(".")[2]])
+    parameters = {name: Parameter(name, shape) for name, shape in base.items()}
+    config = {"model_type": "mixtral", "hidden_size": 8, "num_hidden_layers": 2}
+    adapter = read_adapter(open_storage(str(folder)), parameters, config, None)
+    assert [replace.parameter for replace in adapter.replaces] == [stored]
+
+
+@pytest.mark.parametrize("config", [{"text_config": "none"}, {"text_config": [1]}], ids=str)
+def test_a_text_config_that_is_no_object(folder: Path, config: dict[str, Any]) -> None:
+    config["architectures"] = ["LlamaForCausalLM"]
+    assert read(folder, q_of(0, 1, 2, 3), LLAMA, config, task_type=["CAUSAL_LM"]).notes == ()
 
 
 def test_a_layer_that_is_meant_by_number(folder: Path) -> None:

@@ -30,14 +30,19 @@ def refusal(folder: Path) -> str:
     return str(caught.value)
 
 
-def rewrite(folder: Path, compression: int = zipfile.ZIP_STORED, byteorder: bytes | None = None) -> None:
+def rewrite(
+    folder: Path,
+    compression: int = zipfile.ZIP_STORED,
+    byteorder: bytes | None = None,
+    pickled: bytes | None = None,
+) -> None:
     path = folder / NAME
     with zipfile.ZipFile(path) as archive:
         contents = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, content in contents.items():
-            is_order = name.endswith("byteorder") and byteorder is not None
-            archive.writestr(name, byteorder if is_order and byteorder else content)
+            others = {"byteorder": byteorder, "data.pkl": pickled}
+            archive.writestr(name, others.get(name.rpartition("/")[2]) or content)
 
 
 def test_views_and_shared_memory_are_read_where_they_lie(tmp_path: Path) -> None:
@@ -115,3 +120,36 @@ def test_a_file_of_settings_is_told_without_loading_it(tmp_path: Path, value: ob
 def test_a_tensor_without_a_name_is_called_so(tmp_path: Path) -> None:
     torch.save(torch.ones(2), tmp_path / NAME)
     assert "found a tensor without a name" in refusal(tmp_path)
+
+
+def test_a_damaged_pickle_is_refused_wherever_it_fails(tmp_path: Path) -> None:
+    torch.save({f"{name}.weight": torch.ones(2, 3) for name in "ab"}, tmp_path / NAME)
+    with zipfile.ZipFile(tmp_path / NAME) as archive:
+        (name,) = (each for each in archive.namelist() if each.endswith("data.pkl"))
+        whole = archive.read(name)
+    refused = 0
+    for place in range(0, len(whole), 3):
+        rewrite(tmp_path, pickled=whole[:place] + bytes([whole[place] ^ 0x15]) + whole[place + 1 :])
+        try:
+            read_pickled(file_of(tmp_path))
+        except CheckpointError:
+            refused += 1
+    assert refused > len(whole) // 12
+
+
+@pytest.mark.parametrize("pickled", [b"\x80\x02h\x05.", b"\x80\x02]e.", b"\x80\x02K\x01Q.", b"\x80\x02."])
+def test_steps_that_need_what_is_not_there(tmp_path: Path, pickled: bytes) -> None:
+    torch.save({"x": torch.ones(2)}, tmp_path / NAME)
+    rewrite(tmp_path, pickled=pickled)
+    assert "cannot be read as a file of tensors that torch.save wrote" in refusal(tmp_path)
+
+
+def test_names_are_texts(tmp_path: Path) -> None:
+    torch.save({1: torch.ones(2), "1": torch.zeros(2)}, tmp_path / NAME)
+    assert "must hold tensors by name, found 1 as a name" in refusal(tmp_path)
+
+
+def test_a_pickle_without_measure_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"x": torch.ones(2)}, tmp_path / NAME)
+    monkeypatch.setattr("streamconv.checkpoint.pickled.MAX_PICKLE_BYTES", 50)
+    assert "in more than 50 bytes, which none needs" in refusal(tmp_path)

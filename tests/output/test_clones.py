@@ -18,6 +18,7 @@ from streamconv.checkpoint.writer import ShardWriter
 from streamconv.pipeline import Job, prepare
 from streamconv.planning.options import MergeOptions
 from tests.models import SHARD, Sizes, write_adapter, write_base
+from tests.tiny import edit_json
 
 SIZES = Sizes(hidden=64, inner=96, layers=3, vocabulary=300)
 FICLONE = 0x40049409  # linux/fs.h: file systems are asked to share blocks with it
@@ -29,7 +30,9 @@ def write_inputs(folder: Path) -> tuple[Path, Path]:
     base = write_base(folder / "base", SIZES.shapes)
     last = {name: shape for name, shape in SIZES.shapes.items() if ".layers.2." in name}
     assert all(name in load_file(base / LAST) for name in last if "down_proj" in name)
-    return base, write_adapter(folder / "adapter", last, targets=("down_proj",))
+    adapter = write_adapter(folder / "adapter", last, targets=("down_proj",))
+    edit_json(adapter / "adapter_config.json", layers_to_transform=[2])
+    return base, adapter
 
 
 def sha256(path: Path) -> str:

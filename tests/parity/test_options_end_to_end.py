@@ -337,7 +337,7 @@ def test_half_a_grown_vocabulary_is_refused(lost: str, tmp_path: Path) -> None:
         streamconv.merge(str(base), str(adapter.path), str(tmp_path / "out"))
 
 
-def test_a_classifier_of_more_classes_is_refused(tmp_path: Path) -> None:
+def test_a_classifier_of_more_classes_has_them_all(tmp_path: Path) -> None:
     config = llama_config()
     config.num_labels, config.pad_token_id = 3, 0
     base = save_base(tmp_path / "base", config, auto_class=AutoModelForSequenceClassification)
@@ -345,5 +345,7 @@ def test_a_classifier_of_more_classes_is_refused(tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", base, lora, auto_class=AutoModelForSequenceClassification)
     score = "base_model.model.score.weight"
     edit_tensors(adapter.path / "adapter_model.safetensors", put={score: torch.ones(5, config.hidden_size)})
-    with pytest.raises(AdapterError, match=r"score\.weight has shape \[5, 32\].*\[3, 32\]"):
-        streamconv.merge(str(base), str(adapter.path), str(tmp_path / "out"))
+    streamconv.merge(str(base), str(adapter.path), str(tmp_path / "out"))
+    merged = load_base(tmp_path / "out", AutoModelForSequenceClassification)
+    assert merged.config.num_labels == 5
+    assert torch.equal(merged.get_parameter("score.weight").data, torch.ones(5, config.hidden_size))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, PeftConfig, WaveFTConfig
+from peft import GraloraConfig, LoHaConfig, LoraConfig, PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,7 +29,7 @@ QV = ["q_proj", "v_proj"]
         LoraConfig(r=4, target_modules=["embed_tokens"]),
         LoraConfig(r=4, target_modules=QV, modules_to_save=["lm_head"]),
         LoHaConfig(r=4, target_modules=QV),
-        WaveFTConfig(n_frequency=8, target_modules=QV),
+        GraloraConfig(r=4, gralora_k=2, target_modules=QV),
     ],
     ids=["lora", "embedding", "saved", "loha", "a method that is not built"],
 )

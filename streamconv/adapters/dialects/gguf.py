@@ -22,6 +22,7 @@ from streamconv.adapters.config import CONFIG_NAME, AdapterConfig, is_number
 from streamconv.adapters.dialects.base import Dialect, peft_key
 from streamconv.adapters.dialects.parts import entry, transposed
 from streamconv.adapters.source import BaseParameters
+from streamconv.checkpoint.config import language_levels
 from streamconv.checkpoint.gguf import GgufFile, read_gguf
 from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import AxisOrder, StoredTensor
@@ -206,11 +207,9 @@ def _is_there(module: str, base: BaseParameters | None) -> bool:
 
 
 def _heads(where: str, name: str, base: BaseParameters) -> int:
-    config = base.config
-    nested = config.get("text_config")
-    for fields in (config, nested if isinstance(nested, dict) else {}):
+    for fields in language_levels(base.config):
         for field in (_HEADS[name], "num_attention_heads"):
-            if isinstance(found := fields.get(field), int):
+            if type(found := fields.get(field)) is int:
                 return found
     raise AdapterError(
         f"{where}: the base's config.json does not say num_attention_heads, which orders {name}"

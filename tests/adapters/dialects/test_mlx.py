@@ -224,7 +224,7 @@ def test_a_dora_of_a_tied_embedding_is_refused(tmp_path: Path) -> None:
 def test_a_base_that_is_quantized_is_refused(tmp_path: Path, fields: list[str]) -> None:
     """Its original is what to merge into; the adapter does not change."""
     shutil.copytree(WRITTEN / "dense", tmp_path / "base")
-    settings = {"group_size": 64, "bits": 4, "mode": "affine"}
+    settings = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
     edit_json(tmp_path / "base" / "config.json", **dict.fromkeys(fields, settings))
     with pytest.raises(UnsupportedError, match="quantized by MLX"):
         streamconv.merge(tmp_path / "base", WRITTEN / "lora", tmp_path / "out")
