@@ -17,7 +17,7 @@ from types import MappingProxyType
 from streamconv.adapters.saved import find_vocabulary
 from streamconv.adapters.source import PREFIX, BaseParameters, Source, plain_key
 from streamconv.checkpoint.header import read_header
-from streamconv.checkpoint.pickled import read_pickled
+from streamconv.checkpoint.pickled import MAX_PLAIN_BYTES, holds_plain_values, read_pickled
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import AdapterError, CheckpointError, OptionError, UnsupportedError
 from streamconv.storage.base import SourceFile, Storage
@@ -45,6 +45,7 @@ _NO_WEIGHTS = (
         "dataloader*",
         "dl_state*",
         "*_optim_states.pt",
+        "extra_state_*",
     ),
     *("adapter_model*", "adapters.safetensors", "*_adapters.safetensors", "tokenizer*", "vocab*"),
 )
@@ -119,7 +120,7 @@ def _candidates(names: Iterable[str], known: Collection[str]) -> Iterator[str]:
 
 
 def _tensors(storage: Storage, name: str, allow_pickle: bool) -> Collection[StoredTensor]:
-    """All tensors of a file, from its header."""
+    """All tensors of a file, from its header; none of a pickle of settings, as trainers save their state."""
     file = storage.file(name)
     try:
         if name.endswith(_SAFETENSORS):
@@ -129,6 +130,8 @@ def _tensors(storage: Storage, name: str, allow_pickle: bool) -> Collection[Stor
                 StoredTensor(each.name, each.dtype, each.shape, file, header.data_start + each.start)
                 for each in header.tensors
             ]
+        if file.size <= MAX_PLAIN_BYTES and holds_plain_values(storage.read_start(file, file.size)):
+            return ()
         if not allow_pickle:
             raise UnsupportedError(
                 f"{storage.location}: {name} beside the adapter may hold weights that training changed, and is a"

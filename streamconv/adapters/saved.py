@@ -75,7 +75,7 @@ def read_saved(
         if parameter in updated and not is_record and not key.endswith(_UNDER):
             raise AdapterError(
                 f"{source.location}: {key} of {tensor.file.name} replaces {parameter}, which also has an update; they"
-                " are not of one training run"
+                f" are not of one training run{_way_out(tensor)}"
             )
         if parameter not in of_head:
             _check_shape(tensor, base.get(parameter, tensor.name))
@@ -88,6 +88,17 @@ def read_saved(
         if _stored_name(f"{original['module']}.{original['rest']}", base) in found:
             repeated.add(key)
     return Saved(tuple(found.values()), frozenset(records), frozenset(repeated))
+
+
+def _way_out(tensor: StoredTensor) -> str:
+    """The option that leaves out a file beside the adapter's own, such as a copy of the whole model."""
+    name = tensor.file.name
+    is_own = name.startswith(("adapter_model", "adapters"))
+    return (
+        ""
+        if is_own
+        else f"; if {name} was not trained with the adapter, leave it out with --ignore-extra {name}"
+    )
 
 
 def _check_same(source: Source, before: Replace, key: str, digests: Mapping[str, str]) -> None:

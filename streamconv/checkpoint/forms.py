@@ -167,6 +167,13 @@ def _no_weights(
         )
     pickles = [name for name in names if name.endswith(_OTHER_PICKLES)]
     others = [name for name in names if name.endswith(_OTHER_WEIGHTS)]
+    native = [name for name in pickles if name.startswith("consolidated.")]
+    if native:
+        return UnsupportedError(
+            f"{missing}; {_some(native)} {'is' if len(native) == 1 else 'are'} the model in its maker's own form (Meta,"
+            " Mistral), whose names of tensors no adapter of PEFT has; give the checkpoint of transformers: the model's"
+            " -hf repository on the Hub, or what transformers' convert_llama_weights_to_hf.py makes of it"
+        )
     if pickles:
         return UnsupportedError(
             f"{missing}; the weights there are pickles ({_some(pickles)}), which may run code when loaded and are not"

@@ -7,7 +7,9 @@ which know their place in the file and hold no memory; bytes are then read as th
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -28,7 +30,16 @@ _SHOWN = 300
 REWRITE = 'python -c "import sys, torch; f = sys.argv[1]; torch.save(torch.load(f, weights_only=True), f)"'
 """Command that makes a file which an old torch.save wrote into a zip archive, in its place."""
 
+MAX_PLAIN_BYTES = 2**20
+"""Size of the largest file that `holds_plain_values` is meant for."""
 _ZIP = b"PK\x03\x04"
+# Opcodes by which a pickle names a class or a function, calls one, or points to the bytes of a tensor.
+_MAKING = frozenset(
+    {
+        *("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"),
+        *("PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4", "BYTEARRAY8", "NEXT_BUFFER"),
+    }
+)
 # The pickle says names, types and shapes alone: 100 bytes or so a tensor.
 MAX_PICKLE_BYTES = 256_000_000
 # A pickle is a program, and one that is damaged, or meant to do harm, may fail at any step.
@@ -69,11 +80,30 @@ def read_pickled(file: SourceFile) -> Mapping[str, StoredTensor]:
             " DeepSpeed ZeRO-3 keeps apart; save it again, or take an earlier checkpoint"
         )
     if not isinstance(loaded, dict):
-        raise CheckpointError(f"{file.name} must hold tensors by name, found {type(loaded).__name__}")
+        kind = "a tensor without a name" if isinstance(loaded, torch.Tensor) else type(loaded).__name__
+        raise CheckpointError(f"{file.name} must hold tensors by name, found {kind}")
     for name in loaded:
         if not isinstance(name, str):
             raise CheckpointError(f"{file.name} must hold tensors by name, found {shown(name)} as a name")
     return MappingProxyType({name: _stored(name, value, file) for name, value in loaded.items()})
+
+
+def holds_plain_values(raw: bytes) -> bool:
+    """Whether a file that torch.save wrote, given whole, holds numbers, texts and containers of them alone.
+
+    The pickle is not loaded, its opcodes are looked through. False for what is no such file.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                return False
+            names = [entry.filename for entry in entries]
+            pickles = [archive.read(name) for name in names if name.endswith("/data.pkl")]
+        opcodes = {opcode.name for each in pickles for opcode, _, _ in pickletools.genops(each)}
+    except (zipfile.BadZipFile, *_FAILURES):
+        return False
+    return len(pickles) == 1 and not opcodes & _MAKING and not any("/data/" in name for name in names)
 
 
 def _check_archive(file: SourceFile) -> None:

@@ -6,6 +6,7 @@ nesting and integers of thousands of digits with RecursionError and ValueError. 
 
 from __future__ import annotations
 
+import codecs
 import json
 import reprlib
 from collections.abc import Mapping
@@ -23,6 +24,11 @@ def parse_object(raw: bytes, where: str, allow_nonfinite: bool = False) -> dict[
     `allow_nonfinite` lets `Infinity` and `NaN` pass: transformers wrote them to config.json for years
     (Mamba2's `time_step_limit`). Raises CheckpointError.
     """
+    if raw.startswith(codecs.BOM_UTF8):
+        raise CheckpointError(
+            f"{where} is not valid JSON: it begins with a byte order mark, which editors of Windows write; save it as"
+            " UTF-8 without one"
+        )
     try:
         value = json.loads(
             raw.decode("utf-8"),

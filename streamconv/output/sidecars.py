@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from streamconv.checkpoint.strict_json import parse_object
-from streamconv.errors import OptionError
+from streamconv.errors import CheckpointError, OptionError
 from streamconv.formats import FORMATS
 from streamconv.output.tokenizer import TokenizerChoice
 from streamconv.output.tokenizer_files import TOKENIZER
@@ -23,11 +23,14 @@ from streamconv.storage.base import SourceFile, Storage
 RESIDUAL = "residual"
 RESIDUAL_CONFIG = f"{RESIDUAL}/adapter_config.json"
 RESIDUAL_TENSORS = f"{RESIDUAL}/adapter_model.safetensors"
-SETTINGS = (
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+SETTINGS = ("generation_config.json", *PROCESSORS)
+# Fields of processors that say which class or version wrote the file.
+_OF_CLASS = frozenset(
+    {
+        *("processor_class", "image_processor_type", "feature_extractor_type", "video_processor_type"),
+        *("auto_map", "transformers_version", "_valid_processor_keys"),
+    }
 )
 MODEL = (
     *SETTINGS,
@@ -78,6 +81,33 @@ def _has_code(storage: Storage, config: Mapping[str, Any]) -> bool:
         return False
     raw = storage.read_bytes("tokenizer_config.json", _MAX_TOKENIZER_CONFIG_BYTES)
     return bool(parse_object(raw, f"{storage.location}: tokenizer_config.json").get("auto_map"))
+
+
+def notes_on_processors(base: Storage, adapters: Sequence[Storage]) -> tuple[str, ...]:
+    """A sentence on each file of a processor beside an adapter, such as the size of images, that is not the base's."""
+    found: dict[str, str] = {}
+    for adapter in adapters:
+        for name in sorted({*PROCESSORS} & {*base.names()} & {*adapter.names()}):
+            if changed := _changed(base, adapter, name):
+                found[name] = ", ".join(changed)
+    return tuple(
+        f"{name} of the adapter has other values than the base's ({fields}), and the base's goes along; put the"
+        " adapter's in its place if the model was trained with it"
+        for name, fields in found.items()
+    )
+
+
+def _changed(base: Storage, adapter: Storage, name: str) -> list[str]:
+    """Fields that both files state, with other values; none of a file that is not JSON."""
+    try:
+        ours, theirs = (
+            parse_object(each.read_bytes(name, _MAX_TOKENIZER_CONFIG_BYTES), name, allow_nonfinite=True)
+            for each in (base, adapter)
+        )
+    except CheckpointError:
+        return []
+    stated = ours.keys() & theirs.keys() - _OF_CLASS
+    return sorted(field for field in stated if ours[field] != theirs[field])
 
 
 def files_to_copy(

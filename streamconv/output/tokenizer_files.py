@@ -30,10 +30,22 @@ DEFAULT = "default"
 
 FAST = "tokenizer.json"
 _INDEXED = ("tokenizer.model", "spiece.model")  # ids are places in the list of pieces
-_OPAQUE = ("sentencepiece.bpe.model", "*.tiktoken")  # ids are known to their loader alone
+# Ids are known to their loader alone: sentencepiece of classes that move its ids, tiktoken (Kimi), Mistral's tekken,
+# and what the classes of single families read (`VOCAB_FILES_NAMES` of transformers).
+_OPAQUE = (
+    *("sentencepiece.bpe.model", "sentencepiece.model", "spm.model", "spm_char.model", "*.spm"),
+    *("*.tiktoken", "tiktoken.model", "tekken.json"),
+    *("bpe.codes", "vocab-src.json", "vocab-tgt.json", "target_vocab.json", "prophetnet.tokenizer"),
+)
 VOCABULARIES = (FAST, "vocab.json", "vocab.txt", "merges.txt", *_INDEXED, *_OPAQUE)
+# Read beside a vocabulary: Whisper's spelling, emoji, names of entities, shapes and sounds of words.
+_COMPANIONS = (
+    *("normalizer.json", "emoji.json", "entity_vocab.json", "dict.txt", "byte_maps.json"),
+    *("word_shape.json", "word_pronunciation.json"),
+)
 TOKENIZER = (
     *VOCABULARIES,
+    *_COMPANIONS,
     CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
@@ -90,7 +102,8 @@ def has_vocabulary(files: Files) -> bool:
 
 
 def is_vocabulary(name: str) -> bool:
-    return _matches(name, VOCABULARIES)
+    """Whether it is one, or is read beside one."""
+    return _matches(name, (*VOCABULARIES, *_COMPANIONS))
 
 
 def read_bytes(files: Files, name: str) -> bytes:

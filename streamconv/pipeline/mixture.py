@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from streamconv.adapters import read_adapter
 from streamconv.adapters.base import Adapter, Parameter
@@ -14,6 +14,7 @@ from streamconv.adapters.embeddings import EMBEDDINGS, HEADS
 from streamconv.adapters.replication import read_ranges
 from streamconv.adapters.source import BaseParameters
 from streamconv.errors import AdapterError
+from streamconv.output.tokenizer_files import files_of
 from streamconv.pipeline.job import parse_moe_layout
 from streamconv.planning.base import Base
 from streamconv.planning.depth import deepen
@@ -21,7 +22,6 @@ from streamconv.planning.options import Job, MergeOptions
 from streamconv.storage import open_adapter
 from streamconv.storage.base import Storage
 
-_TOKENIZER = "tokenizer_config.json"
 _log = logging.getLogger(__name__)
 
 
@@ -82,14 +82,22 @@ def mixture_of(options: MergeOptions, count: int) -> Mixture:
 
 
 def tokenizer_storage(adapter: Adapter | None, storages: Sequence[Storage]) -> Storage | None:
-    """The adapter whose tokenizer may be the output's: of several the one that holds the output's embedding or head,
-    else the last that has a tokenizer.
+    """The adapter whose tokenizer may be the output's: of several the one that trained the output's embedding or
+    head, else the last that has a tokenizer, one first whose embedding is grown.
     """
     if adapter is None or len(storages) == 1:
         return next(iter(storages), None)
-    files = {
-        each.tensor.file.path for each in adapter.replaces if each.parameter.endswith((*EMBEDDINGS, *HEADS))
-    }
-    holds = [each for each in storages if any(each.file(name).path in files for name in each.names())]
-    has_one = [each for each in storages if _TOKENIZER in each.names()]
-    return [storages[0], *has_one, *holds][-1]
+    vocabulary = [each for each in adapter.replaces if each.parameter.endswith((*EMBEDDINGS, *HEADS))]
+    trained = {each.tensor.file.path for each in vocabulary if each.parameter not in adapter.records}
+    recorded = {each.tensor.file.path for each in vocabulary}
+    has_one = [each for each in storages if files_of(each)]
+    return [
+        storages[0],
+        *has_one,
+        *(each for each in has_one if _has_file(each, recorded)),
+        *(each for each in storages if _has_file(each, trained)),
+    ][-1]
+
+
+def _has_file(storage: Storage, paths: Collection[str]) -> bool:
+    return any(storage.file(name).path in paths for name in storage.names())

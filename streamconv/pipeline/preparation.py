@@ -22,6 +22,7 @@ from streamconv.output.sidecars import (
     QUANTIZATION_COPIES,
     RESIDUAL_CONFIG,
     files_to_copy,
+    notes_on_processors,
 )
 from streamconv.output.tokenizer import TokenizerChoice, choose_tokenizer, follow_end_token
 from streamconv.pipeline.calibrating import read_calibration_facts
@@ -146,7 +147,8 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
         facts = read_calibration_facts(base, asked)
     plans = build_plans(base, adapter, options, resolve_device(job.device), facts)
     tokenizer = _tokenizer(job, base, tokenizer_storage(adapter, adapter_storages), plans[0])
-    notes = (*_base_notes(job, base, adapter_storages), *tokenizer.notes)
+    processors = notes_on_processors(storage, adapter_storages)
+    notes = (*_base_notes(job, base, adapter_storages), *tokenizer.notes, *processors)
     copied = files_to_copy(storage, tokenizer, index.config, job.copy_extra)
     main, *also = (
         Prepared(

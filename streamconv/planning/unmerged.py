@@ -46,7 +46,7 @@ def notes_on_factors(index: CheckpointIndex) -> tuple[str, ...]:
     if not _holds_by_design(index.config) or not (factors := _factors(index.tensors)):
         return ()
     told = f"the base holds {len(factors)} factors of its own, which its code chooses among for each input"
-    return (f"{told}; they are kept as they are, not merged",)
+    return (f"{told}; they go along, not merged",)
 
 
 def _holds_by_design(config: Mapping[str, Any]) -> bool:

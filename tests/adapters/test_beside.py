@@ -156,6 +156,9 @@ def test_what_has_no_place_is_refused_and_can_be_left_out(
         ("moments.safetensors", {f"{NORM}.exp_avg": torch.ones(32), f"{NORM}.step": torch.ones(1)}),
         ("rng_state.safetensors", {"step": torch.zeros(1)}),
         ("counts.safetensors", {"ids": torch.arange(9)}),
+        ("extra_state_world_size_2_rank_0.pt", {"rng": torch.ones(4)}),
+        ("client_state.pt", {"epoch": 1, "losses": [0.5, 0.25], "run": "a"}),
+        ("progress.bin", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -175,7 +178,8 @@ def test_a_file_to_leave_out_that_is_not_there(base: Path, adapter: Adapter) -> 
 def test_what_the_adapter_changes_too(base: Path, adapter: Adapter) -> None:
     write(adapter.path / "more.safetensors", trained(base, "model.layers.0.self_attn.q_proj.weight"))
     with pytest.raises(
-        AdapterError, match=r"q_proj.* of more\.safetensors replaces .*which also has an update"
+        AdapterError,
+        match=r"q_proj.* of more\.safetensors replaces .*which also has an update.*--ignore-extra more\.saf",
     ):
         merged(base, adapter)
 

@@ -246,6 +246,13 @@ def test_a_shard_without_its_index_is_not_the_model(shard: str, tmp_path: Path) 
         index_of(tmp_path, allow_pickle=True)
 
 
+def test_a_model_in_its_makers_own_form_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "consolidated.00.pth").touch()
+    with pytest.raises(UnsupportedError, match=r"consolidated\.00\.pth is the model in its maker's own form"):
+        index_of(tmp_path, allow_pickle=True)
+
+
 # -- the Hub ---------------------------------------------------------------------------------------------------------
 
 

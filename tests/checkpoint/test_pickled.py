@@ -7,10 +7,11 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
-from streamconv.checkpoint.pickled import read_pickled
+from streamconv.checkpoint.pickled import holds_plain_values, read_pickled
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.errors import CheckpointError
 from streamconv.storage import open_storage
@@ -95,6 +96,30 @@ def test_a_tensor_that_is_transposed_in_memory_is_named(tmp_path: Path) -> None:
 def test_a_file_without_tensors_is_called_so(tmp_path: Path) -> None:
     torch.save({}, tmp_path / NAME)
     assert "holds no tensors" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "is_plain"),
+    [
+        ({"epoch": 1, "losses": [0.5, None], "run": ("a", True)}, True),
+        ({}, True),
+        ({"deep": {"weight": torch.ones(2)}}, False),
+        (torch.ones(2), False),
+        ({"weight": numpy.ones(2)}, False),
+        ({"object": Path("a")}, False),
+    ],
+)
+def test_a_file_of_settings_is_told_without_loading_it(tmp_path: Path, value: object, is_plain: bool) -> None:
+    torch.save(value, tmp_path / NAME)
+    assert holds_plain_values((tmp_path / NAME).read_bytes()) is is_plain
+    assert not holds_plain_values((tmp_path / NAME).read_bytes()[:100])
+    torch.save(value, tmp_path / NAME, _use_new_zipfile_serialization=False)
+    assert not holds_plain_values((tmp_path / NAME).read_bytes())
+
+
+def test_a_tensor_without_a_name_is_called_so(tmp_path: Path) -> None:
+    torch.save(torch.ones(2), tmp_path / NAME)
+    assert "found a tensor without a name" in refusal(tmp_path)
 
 
 def test_a_damaged_pickle_is_refused_wherever_it_fails(tmp_path: Path) -> None:

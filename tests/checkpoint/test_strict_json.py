@@ -24,7 +24,7 @@ def test_an_object_comes_back_in_file_order() -> None:
         (b'{"a": 1} x', "not valid JSON"),
         (b"[1]", r"must hold a JSON object, found \[1\]"),
         (b"\xff{}", "not valid JSON"),
-        (b'\xef\xbb\xbf{"a": 1}', "not valid JSON"),
+        (b'\xef\xbb\xbf{"a": 1}', "not valid JSON: it begins with a byte order mark"),
         (b'{"a": NaN}', "NaN is not a JSON number"),
         (b'{"a": -Infinity}', "-Infinity is not a JSON number"),
         (b'{"a": 1, "b": 2, "a": 1}', "'a' stands twice"),

@@ -23,7 +23,7 @@ from transformers import (
 import streamconv
 from streamconv.checkpoint.config import edit_config
 from streamconv.errors import CheckpointError, OptionError
-from streamconv.output.sidecars import MODEL, NEVER, files_to_copy
+from streamconv.output.sidecars import MODEL, NEVER, files_to_copy, notes_on_processors
 from streamconv.output.tokenizer import TokenizerChoice
 from streamconv.output.tokenizer_files import CHAT_TEMPLATES, TOKENIZER, files_of
 from streamconv.storage import open_storage
@@ -38,9 +38,14 @@ COPIED = {
     "chat_template.jinja",
     "generation_config.json",
     "merges.txt",
+    "normalizer.json",
     "preprocessor_config.json",
     "qwen.tiktoken",
+    "source.spm",
     "special_tokens_map.json",
+    "spm.model",
+    "tekken.json",
+    "tiktoken.model",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -227,6 +232,21 @@ def test_no_file_of_the_other_tokenizer_is_mixed_in(base: Path, tmp_path: Path) 
         "preprocessor_config.json",
         "tokenizer.json",
     }
+
+
+def test_other_settings_of_the_processor_are_said(base: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    name = "preprocessor_config.json"
+    (base / name).write_text('{"size": 336, "do_resize": true, "image_processor_type": "A"}')
+    (adapter / name).write_text('{"size": 448, "do_resize": true, "image_processor_type": "AFast", "new": 1}')
+    notes = notes_on_processors(open_storage(str(base)), [open_storage(str(adapter))] * 2)
+    assert [note.partition(", and")[0] for note in notes] == [
+        "preprocessor_config.json of the adapter has other values than the base's (size)"
+    ]
+    for same in ('{"size": 336, "image_processor_type": "AFast"}', "no JSON"):
+        (adapter / name).write_text(same)
+        assert notes_on_processors(open_storage(str(base)), [open_storage(str(adapter))]) == ()
 
 
 def test_what_is_written_anew_is_not_copied(base: Path) -> None:

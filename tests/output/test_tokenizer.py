@@ -423,14 +423,28 @@ def test_slow_files_are_compared(folders: tuple[Path, Path]) -> None:
     assert "lacks the token 'b'" in choose(folders).notes[0]
 
 
-def test_vocabularies_that_are_not_read_are_compared_whole(folders: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize(
+    "name", ["qwen.tiktoken", "tiktoken.model", "tekken.json", "spm.model", "source.spm"]
+)
+def test_vocabularies_that_are_not_read_are_compared_whole(folders: tuple[Path, Path], name: str) -> None:
     for folder in folders:
-        (folder / "qwen.tiktoken").write_text("YQ== 0")
+        (folder / name).write_text("YQ== 0")
     (folders[1] / "chat_template.jinja").write_text(TEMPLATE)
     assert "is the adapter's" in choose(folders).notes[0]
-    (folders[1] / "qwen.tiktoken").write_text("YQ== 1")
+    assert name in choose(folders).files
+    (folders[1] / name).write_text("YQ== 1")
     assert is_base(choose(folders), folders)
     assert "cannot be compared" in choose(folders).notes[0]
+
+
+def test_what_stands_beside_a_vocabulary_stays(folders: tuple[Path, Path]) -> None:
+    """As Whisper's spelling, which trainers do not save again."""
+    save(llama_like, folders, has_template)
+    for name in ("normalizer.json", "tekken.json"):
+        (folders[0] / name).write_text("{}")
+    files = choose(folders).files
+    assert files["normalizer.json"].location == files["tekken.json"].location == str(folders[0])
+    assert files["tokenizer.json"].location == str(folders[1])
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,16 @@ def test_dora_of_conv1d_is_summed_within_memory(tmp_path: Path) -> None:
     assert relative_difference(tensors(tmp_path / "out")[key].double(), expected) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+def test_the_last_adapter_that_has_a_template_gives_it(tmp_path: Path, folder: Path, name: str) -> None:
+    two = Path(shutil.copytree(folder / "two", tmp_path / "two"))
+    text = "{{ 1 }}" if name.endswith("jinja") else json.dumps({"chat_template": "{{ 1 }}"})
+    (two / name).write_text(text)
+    for order in ([folder / "one", two], [two, folder / "one"]):
+        notes = prepare(build_job(folder / "base", order)).plan.notes
+        assert any("has a chat template" in note for note in notes)
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
