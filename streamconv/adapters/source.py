@@ -223,6 +223,9 @@ def by_key(
                 f" with {PREFIX!r}; save the adapter with PEFT's save_pretrained"
             )
         is_index = bool(indices) and re.search(rf"\.({indices})$", name) is not None
+        is_index |= name.endswith(
+            ".num_batches_tracked"
+        )  # which batch norm counts; a saved module holds it, too
         if tensor.dtype not in (_INDICES if is_index else _DTYPES):
             raise AdapterError(
                 f"{location}: {tensor.name} is stored as {tensor.dtype}, expected F32, F16 or BF16; a"

@@ -171,6 +171,17 @@ def test_a_renaming_is_one_to_one_for_any_part_of_an_adapter(kept: set[int], dat
 
 # -- classes around and inside ---------------------------------------------------------------------------------------
 
+
+def test_an_encoder_is_none_s_decoder() -> None:
+    """Names of a class that has the encoder alone fit the decoder, too, with more of them changed."""
+    stored = weights(*layers("model.encoder.layers"), *layers("model.decoder.layers"))
+    found = matched(stored, layers("encoder.layers"))
+    assert found.to_base("encoder.layers.0.mlp.up_proj") == "model.encoder.layers.0.mlp.up_proj"
+    stored = weights(*layers("encoder.block"), *layers("decoder.block"))
+    found = matched(stored, layers("transformer.encoder.block"))
+    assert found.to_base("transformer.encoder.block.1.mlp.up_proj") == "encoder.block.1.mlp.up_proj"
+
+
 OMNI = {
     "model_type": "qwen2_5_omni",
     "architectures": ["Qwen2_5OmniForConditionalGeneration"],
