@@ -59,6 +59,25 @@ CAUSAL = ["LlamaForCausalLM"]
         ({"architectures": ["LlamaModel"]}, False, False),
         ({"text_config": {"tie_word_embeddings": True}}, True, True),
         ({"text_config": {"tie_word_embeddings": False}, "architectures": CAUSAL}, False, False),
+        (
+            {
+                "tie_word_embeddings": True,
+                "text_config": {"tie_word_embeddings": False},
+                "architectures": CAUSAL,
+            },
+            False,
+            True,
+        ),
+        ({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}, True, False),
+        (
+            {
+                "tie_word_embeddings": False,
+                "text_config": {"tie_word_embeddings": True},
+                "architectures": CAUSAL,
+            },
+            False,
+            False,
+        ),
     ],
     ids=json.dumps,
 )
