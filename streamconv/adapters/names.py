@@ -33,6 +33,8 @@ Places = Mapping[str, str]
 
 # Parts of a model that text adapters are not for, where the text model fits as well.
 _SIDE = re.compile(r"vision|visual|image|video|audio|speech|talker|mtp|draft|teacher|code2wav")
+# The head that reinforcement learning trains beside the language model (`AutoModelForCausalLMWithValueHead`).
+_VALUE_HEAD = re.compile(r"(.+\.)?v_head\.summary\.(weight|bias)")
 # Heads that PEFT saves for every task of labels, whatever modules_to_save was set to.
 _CLASSIFIERS = frozenset({"score", "classifier", "qa_outputs"})
 
@@ -46,7 +48,8 @@ def read_source(
     method: Method,
 ) -> Source:
     """The adapter's tensors in the names of the base. Raises AdapterError for keys that PEFT does not give."""
-    own_tensors, common = apart(tensors, method.shared)
+    trained, values = _without_value_head(tensors, base)
+    own_tensors, common = apart(trained, method.shared)
     shared = by_key(location, common, method.shared, SHARED_PREFIX)
     keys = _without_modules(by_key(location, own_tensors, method.keys, indices=method.indices), base)
     ends = _ends(method)
@@ -58,16 +61,27 @@ def read_source(
     def source(renaming: Renaming) -> Source:
         moved = {renaming.to_base(path) + key.removeprefix(path): keys[key] for key, path in paths.items()}
         ordered = MappingProxyType(dict(sorted(moved.items())))
-        return Source(location, config, ordered, renaming, moe, _dumped(ordered, base), shared)
+        return Source(location, config, ordered, renaming, moe, _dumped(ordered, base), shared, values)
 
     if not found:  # as they are; what does not fit is refused with the names
-        return Source(location, config, keys, None, moe, _dumped(keys, base), shared)
+        return Source(location, config, keys, None, moe, _dumped(keys, base), shared, values)
     if len(found) > 1:
         found = [each for each in found if _is_read(source(each), base, method)] or found
         found = _keeping_most(found)
     if len(found) > 1:
         raise AdapterError(_ambiguous(location, found))
     return source(found[0])
+
+
+def _without_value_head(
+    tensors: Iterable[StoredTensor], base: BaseParameters
+) -> tuple[list[StoredTensor], tuple[str, ...]]:
+    """Tensors without those of TRL's value head around the model, where the base has none; and the names of these."""
+    found = list(tensors)
+    names = {tensor.name for tensor in found if _VALUE_HEAD.fullmatch(tensor.name)}
+    if not names or any(_VALUE_HEAD.fullmatch(name) for name in base.names()):
+        return found, ()
+    return [tensor for tensor in found if tensor.name not in names], tuple(sorted(names))
 
 
 def _is_read(source: Source, base: BaseParameters, method: Method) -> bool:

@@ -172,6 +172,18 @@ def test_a_renaming_is_one_to_one_for_any_part_of_an_adapter(kept: set[int], dat
 # -- classes around and inside ---------------------------------------------------------------------------------------
 
 
+def test_a_value_head_around_the_model_is_left_out_and_said() -> None:
+    stored = weights(*layers("model.layers"))
+    keys = lora(layers("model.layers"), before="pretrained_model.base_model.model.")
+    head = ["v_head.summary.weight", "v_head.summary.bias"]
+    found = source(stored, [*keys, *head])
+    assert set(found.tensors) == {key.removeprefix("pretrained_model.base_model.model.") for key in keys}
+    (note,) = found.notes
+    assert all(name in note for name in head)
+    with pytest.raises(AdapterError, match=r"v_head\.other\.weight does not belong"):
+        source(stored, [*keys, "v_head.other.weight"])
+
+
 def test_an_encoder_is_none_s_decoder() -> None:
     """Names of a class that has the encoder alone fit the decoder, too, with more of them changed."""
     stored = weights(*layers("model.encoder.layers"), *layers("model.decoder.layers"))
