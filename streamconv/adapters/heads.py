@@ -82,9 +82,26 @@ def find_head(source: Source, base: BaseParameters) -> TaskHead | None:
         return None
     labels = _labels(source, shapes)
     architecture = _trained_class(source, base, task)
+    _check_names(source, architecture)
     left_out = tuple(name for name in base.parameters if name not in shapes and _is_head(name, base.config))
     _check_complete(source, base, task, {*shapes, *base.parameters} - {*left_out})
     return TaskHead(architecture, labels, tuple(sorted(shapes)), left_out, are_tokens=task == _TOKENS)
+
+
+def _check_names(source: Source, architecture: str) -> None:
+    """Raise UnsupportedError where the class has its body under a name that the base's has not, as loaders see it.
+
+    A class opens a base without a name around its body, and one with its own; under another it finds nothing and draws
+    every weight at random, in training, too.
+    """
+    heads = source.renaming.heads if source.renaming is not None else ()
+    for base, trained in heads:
+        if (trained, base) == ("transformer.", "model."):
+            raise UnsupportedError(
+                f"{source.location}: {architecture} has its weights under {trained!r}, and the base under {base!r},"
+                " where transformers does not look for them when it opens that class: it draws them at random; save the base"
+                f" with the names of {architecture}, train on that, and merge into it"
+            )
 
 
 def notes_on_head(head: TaskHead | None) -> tuple[str, ...]:

@@ -101,9 +101,13 @@ def check_saved(source: Source, base: BaseParameters, replaces: Iterable[Replace
         in_base = any(_is_inside(source.trained(parameter), (name,)) for parameter in base.parameters)
         if name in _CLASSIFIERS and not in_base and (found or _is_labelled(base)):
             continue
+        listed = (
+            "; PEFT lists 'classifier' and 'score' for any task of labels, and saves no head of another name: where the"
+            " model's has one, such as classification_head of T5 and BART, train with it in modules_to_save"
+        )
         raise AdapterError(
             f"{config.name}: modules_to_save lists {name!r}, but the adapter holds no tensor of it; the file"
-            " is not complete, or the name is wrong"
+            f" is not complete, or the name is wrong{'' if in_base or name not in _CLASSIFIERS else listed}"
         )
 
 

@@ -318,6 +318,18 @@ def test_a_head_that_is_lost(tmp_path: Path) -> None:
         streamconv.merge(base, adapter.path, tmp_path / "out")
 
 
+def test_a_class_that_does_not_open_the_base(tmp_path: Path) -> None:
+    """transformers' LlamaForQuestionAnswering has `transformer.`, so it opens none of LlamaForCausalLM's weights."""
+    case = Case(
+        "LlamaForCausalLM", "LlamaForQuestionAnswering", LLAMA, {**QV, "task_type": "QUESTION_ANS"}, None
+    )
+    base, adapter = saved(tmp_path, case)
+    with pytest.raises(
+        UnsupportedError, match=r"has its weights under 'transformer\.', and the base under 'model\.'"
+    ):
+        streamconv.merge(base, adapter.path, tmp_path / "out")
+
+
 def test_labels_that_are_tokens_of_speech(tmp_path: Path) -> None:
     """CTC on a base without head: its rows are the vocabulary, which config.json counts."""
     sound = Wav2Vec2Config(
