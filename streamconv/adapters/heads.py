@@ -99,8 +99,8 @@ def _check_names(source: Source, architecture: str) -> None:
         if (trained, base) == ("transformer.", "model."):
             raise UnsupportedError(
                 f"{source.location}: {architecture} has its weights under {trained!r}, and the base under {base!r},"
-                " where transformers does not look for them when it opens that class: it draws them at random; save the base"
-                f" with the names of {architecture}, train on that, and merge into it"
+                " where transformers does not look for them when it opens that class: it draws them at random; save the"
+                f" base with the names of {architecture}, train on that, and merge into it"
             )
 
 
