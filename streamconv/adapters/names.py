@@ -33,6 +33,8 @@ Places = Mapping[str, str]
 
 # Parts of a model that text adapters are not for, where the text model fits as well.
 _SIDE = re.compile(r"vision|visual|image|video|audio|speech|talker|mtp|draft|teacher|code2wav")
+# Names that PEFT's wrappers put around a weight of the base.
+_AROUND = re.compile(r"(\.token_adapter)?\.base_layer(?=\.)|\.original_module(?=\.)")
 # The head that reinforcement learning trains beside the language model (`AutoModelForCausalLMWithValueHead`).
 _VALUE_HEAD = re.compile(r"(.+\.)?v_head\.summary\.(weight|bias)")
 # Heads that PEFT saves for every task of labels, whatever modules_to_save was set to.
@@ -123,7 +125,7 @@ def _without_modules(keys: Mapping[str, StoredTensor], base: BaseParameters) -> 
 
 def _dumped(keys: Iterable[str], base: BaseParameters) -> frozenset[str]:
     """Parameters of the base if all of them are among `keys`, as in a dump of the whole model."""
-    plain = {key.replace(".base_layer.", ".").replace(".original_module.", ".") for key in keys}
+    plain = {_AROUND.sub("", key) for key in keys}
     names = frozenset(base.parameters)
     return names if plain >= names else frozenset()
 

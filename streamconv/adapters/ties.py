@@ -31,7 +31,9 @@ _TIED = (
     "vocab_projector",
     "generator_lm_head",
 )
-_LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
+_LANGUAGE = (
+    *("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "MTModel"),
+)
 
 
 def refuse_unstored_head(source: Source, base: BaseParameters) -> None:

@@ -353,3 +353,7 @@ def test_a_dump_of_the_whole_model() -> None:
     part = source(stored, [key for key in dump if "norm" not in key])
     assert part.dumped == frozenset()
     assert part.notes == ()
+    # The head's rows are trained, too, so its weight is below two wrappers.
+    under = "base_model.model.lm_head.token_adapter.base_layer.weight"
+    rows = [under if key == "base_model.model.lm_head.weight" else key for key in dump]
+    assert source(stored, rows).dumped == frozenset(stored)

@@ -16,6 +16,8 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    MarianConfig,
+    MarianMTModel,
     RobertaConfig,
     RobertaForMaskedLM,
     T5Config,
@@ -131,6 +133,19 @@ BART = BartConfig(
     decoder_ffn_dim=72,
     vocab_size=40,
 )
+MARIAN = MarianConfig(
+    d_model=32,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=72,
+    decoder_ffn_dim=72,
+    vocab_size=40,
+    pad_token_id=0,
+    decoder_start_token_id=0,
+    max_position_embeddings=64,
+)
 HANDLED: dict[str, tuple[type[Any], Any, Mapping[str, Any], Mapping[str, Any]]] = {
     "Whisper, head saved": (
         WhisperForConditionalGeneration,
@@ -199,6 +214,12 @@ def test_a_tied_head_of_another_name_is_pefts(tmp_path: Path, case: Any) -> None
         (
             BartForConditionalGeneration,
             BART,
+            {"modules_to_save": ["lm_head"]},
+            "is tied to model.shared.weight",
+        ),
+        (
+            MarianMTModel,
+            MARIAN,
             {"modules_to_save": ["lm_head"]},
             "is tied to model.shared.weight",
         ),
