@@ -239,12 +239,15 @@ class Member:
 class TaskHead:
     """Head of another task, or with other labels than the base's: the output's class, how many labels it tells apart,
     saved parameters that the base lacks or has with other rows, and those of the base that the class does not have.
+
+    `are_tokens`: whether the labels are a vocabulary, that of speech recognition by CTC.
     """
 
     architecture: str
     labels: int
     parameters: tuple[str, ...]
     left_out: tuple[str, ...]
+    are_tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from types import MappingProxyType
@@ -37,6 +37,19 @@ _APART: Mapping[str, Sequence[tuple[str, ...]]] = MappingProxyType(
 TRANSPOSED = frozenset({"aria", "aria_text", "gpt_oss", "openai_privacy_filter"})
 # transformers 5 trains the transpose of what it stores of these, transformers 4 what is stored; both run PEFT 0.18.
 _STORED_TRANSPOSED = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
+# Those whose classes and files have [E, out, in] alike, without their `_text` (`gate_up_proj` in `modeling_*.py`).
+_PLAIN = frozenset(
+    {
+        *("afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_ocr2", "deepseek_v2"),
+        *("deepseek_v3", "deepseek_v32", "diffusion_gemma", "dots1", "dots3_note", "ernie4_5_moe"),
+        *("ernie4_5_vl_moe", "exaone_moe", "flex_olmo", "flint", "gemma4", "glm4_moe", "glm4_moe_lite"),
+        *("glm4v_moe", "glm5_next", "glm_moe_dsa", "granitemoe", "granitemoe_swa", "granitemoehybrid"),
+        *("granitemoeshared", "hunyuan_v1_moe", "hy_v3", "hy_v4", "jamba", "kimi_linear", "kolibri1"),
+        *("laguna", "lfm2_moe", "longcat_flash", "mellum", "mimo_v2_flash", "minimax", "minimax_m2"),
+        *("mistral4", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next"),
+        *("qwen3_omni_moe", "qwen4_exp", "solar_open", "step3p7", "zaya"),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,13 +329,20 @@ def _usual_axis(module: str, name: str, shape: Shape, settings: LoraSettings, ba
     if version is not None and version >= (0, 19, 1):
         if model_type in TRANSPOSED:
             return "middle"
-        if base.find(f"{module}.{name}") is None:
+        if base.find(f"{module}.{name}") is None or not _PLAIN.isdisjoint(_model_types(base)):
             return "last"
     raise UnsupportedError(
         f"{module}.{name} has square experts, {list(shape)}, so shapes do not tell along which axis lora_A runs, and"
         f" neither do peft_version in {settings.name} and the model's type; say it with --moe-layout last or middle"
         " (PEFT before 0.19: middle)"
     )
+
+
+def _model_types(base: BaseParameters) -> Iterator[str]:
+    """Types of the model and of those in it, without the `_text` of a text model's own."""
+    for section in (base.config, *base.config.values()):
+        if isinstance(section, Mapping):
+            yield str(section.get("model_type")).removesuffix("_text")
 
 
 def _usual_order(source: Source, module: str) -> str:

@@ -12,7 +12,8 @@ from types import MappingProxyType
 from typing import Any
 
 from streamconv.adapters.base import TaskHead
-from streamconv.adapters.saved import find_vocabulary, saved_names, saved_parameter
+from streamconv.adapters.config import AdapterConfig
+from streamconv.adapters.saved import LABELLED, find_vocabulary, saved_names, saved_parameter
 from streamconv.adapters.source import BaseParameters, Source
 from streamconv.checkpoint.types import Shape
 from streamconv.errors import AdapterError, UnsupportedError
@@ -25,7 +26,8 @@ _TASKS = MappingProxyType(
         "QUESTION_ANS": "QuestionAnswering",
     }
 )
-_LABELLED = re.compile(r".+For(?P<task>\w*Classification|QuestionAnswering|SemanticSegmentation)\w*")
+# The task whose labels are tokens, as many as config.json gives in vocab_size.
+_TOKENS = "CTC"
 # What follows the family's name in a class.
 _ENDS = re.compile(r"(For(?!mer)[A-Z]\w*|WithLMHeadModel|LMHeadModel|ModelWithLMHead|Model)$")
 # Language models that have the name of the whole which they are a part of, and classifiers with one of their own.
@@ -74,15 +76,32 @@ def find_head(source: Source, base: BaseParameters) -> TaskHead | None:
 
     Raises AdapterError where the head lacks a module, UnsupportedError where the class that has it cannot be told.
     """
-    task = _task(source)
+    task = trained_task(source.config)
     shapes = dict(_new_shapes(source, base)) if task is not None else {}
     if task is None or not shapes:
         return None
     labels = _labels(source, shapes)
     architecture = _trained_class(source, base, task)
+    _check_names(source, architecture)
     left_out = tuple(name for name in base.parameters if name not in shapes and _is_head(name, base.config))
     _check_complete(source, base, task, {*shapes, *base.parameters} - {*left_out})
-    return TaskHead(architecture, labels, tuple(sorted(shapes)), left_out)
+    return TaskHead(architecture, labels, tuple(sorted(shapes)), left_out, are_tokens=task == _TOKENS)
+
+
+def _check_names(source: Source, architecture: str) -> None:
+    """Raise UnsupportedError where the class has its body under a name that the base's has not, as loaders see it.
+
+    A class opens a base without a name around its body, and one with its own; under another it finds nothing and draws
+    every weight at random, in training, too.
+    """
+    heads = source.renaming.heads if source.renaming is not None else ()
+    for base, trained in heads:
+        if (trained, base) == ("transformer.", "model."):
+            raise UnsupportedError(
+                f"{source.location}: {architecture} has its weights under {trained!r}, and the base under {base!r},"
+                " where transformers does not look for them when it opens that class: it draws them at random; save the"
+                f" base with the names of {architecture}, train on that, and merge into it"
+            )
 
 
 def notes_on_head(head: TaskHead | None) -> tuple[str, ...]:
@@ -102,16 +121,16 @@ def notes_on_head(head: TaskHead | None) -> tuple[str, ...]:
     return (told + gone,)
 
 
-def _task(source: Source) -> str | None:
+def trained_task(config: AdapterConfig) -> str | None:
     """The task, as classes of transformers are called, that the adapter was trained for; None for those of language."""
-    named = _auto_class(source)
-    match = _LABELLED.fullmatch(named) if named else None
-    return match["task"] if match else _TASKS.get(str(source.config.fields.get("task_type")))
+    named = _auto_class(config)
+    match = LABELLED.fullmatch(named) if named else None
+    return match["task"] if match else _TASKS.get(str(config.fields.get("task_type")))
 
 
-def _auto_class(source: Source) -> str | None:
+def _auto_class(config: AdapterConfig) -> str | None:
     """The class that was trained, which PEFT writes down where it is given no task."""
-    auto = source.config.fields.get("auto_mapping")
+    auto = config.fields.get("auto_mapping")
     name = auto.get("base_model_class") if isinstance(auto, Mapping) else None
     return name if isinstance(name, str) else None
 
@@ -148,7 +167,7 @@ def _labels(source: Source, shapes: Mapping[str, Shape]) -> int:
 def _trained_class(source: Source, base: BaseParameters, task: str) -> str:
     """The class of transformers that was trained. Raises UnsupportedError where nothing tells it."""
     auto = source.config.fields.get("auto_mapping")
-    named = _auto_class(source)
+    named = _auto_class(source.config)
     library = auto.get("parent_library") if isinstance(auto, Mapping) else None
     if named is not None and str(library).partition(".")[0] == "transformers":
         return named

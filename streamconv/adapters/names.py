@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from streamconv.adapters.canonical import Lines, Names, canonical, read_names, rule_sets
 from streamconv.adapters.config import AdapterConfig
+from streamconv.adapters.heads import trained_task
 from streamconv.adapters.method import Method
 from streamconv.adapters.source import (
     SHARED_PREFIX,
@@ -32,8 +33,11 @@ Places = Mapping[str, str]
 
 # Parts of a model that text adapters are not for, where the text model fits as well.
 _SIDE = re.compile(r"vision|visual|image|video|audio|speech|talker|mtp|draft|teacher|code2wav")
-# Tasks whose heads are the adapter's own; a base saved for another task has no place for them.
-_CLASSIFYING = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"})
+# Names that PEFT's wrappers put around a weight of the base.
+_AROUND = re.compile(r"(\.token_adapter)?\.base_layer(?=\.)|\.original_module(?=\.)")
+# The head that reinforcement learning trains beside the language model (`AutoModelForCausalLMWithValueHead`).
+_VALUE_HEAD = re.compile(r"(.+\.)?v_head\.summary\.(weight|bias)")
+# Heads that PEFT saves for every task of labels, whatever modules_to_save was set to.
 _CLASSIFIERS = frozenset({"score", "classifier", "qa_outputs"})
 
 
@@ -46,26 +50,40 @@ def read_source(
     method: Method,
 ) -> Source:
     """The adapter's tensors in the names of the base. Raises AdapterError for keys that PEFT does not give."""
-    own_tensors, common = apart(tensors, method.shared)
+    trained, values = _without_value_head(tensors, base)
+    own_tensors, common = apart(trained, method.shared)
     shared = by_key(location, common, method.shared, SHARED_PREFIX)
     keys = _without_modules(by_key(location, own_tensors, method.keys, indices=method.indices), base)
     ends = _ends(method)
     paths = {key: ends.sub("", key) for key in keys}
     own = _own_heads(config, keys)
-    found = _find(base, {path: key for key, path in paths.items() if key not in own})
+    split = _Paths.of(paths, own)
+    found = _placing_most(_find(base, split), split, base)
 
     def source(renaming: Renaming) -> Source:
         moved = {renaming.to_base(path) + key.removeprefix(path): keys[key] for key, path in paths.items()}
         ordered = MappingProxyType(dict(sorted(moved.items())))
-        return Source(location, config, ordered, renaming, moe, _dumped(ordered, base), shared)
+        return Source(location, config, ordered, renaming, moe, _dumped(ordered, base), shared, values)
 
     if not found:  # as they are; what does not fit is refused with the names
-        return Source(location, config, keys, None, moe, _dumped(keys, base), shared)
+        return Source(location, config, keys, None, moe, _dumped(keys, base), shared, values)
     if len(found) > 1:
         found = [each for each in found if _is_read(source(each), base, method)] or found
+        found = _keeping_most(found)
     if len(found) > 1:
         raise AdapterError(_ambiguous(location, found))
     return source(found[0])
+
+
+def _without_value_head(
+    tensors: Iterable[StoredTensor], base: BaseParameters
+) -> tuple[list[StoredTensor], tuple[str, ...]]:
+    """Tensors without those of TRL's value head around the model, where the base has none; and the names of these."""
+    found = list(tensors)
+    names = {tensor.name for tensor in found if _VALUE_HEAD.fullmatch(tensor.name)}
+    if not names or any(_VALUE_HEAD.fullmatch(name) for name in base.names()):
+        return found, ()
+    return [tensor for tensor in found if tensor.name not in names], tuple(sorted(names))
 
 
 def _is_read(source: Source, base: BaseParameters, method: Method) -> bool:
@@ -79,6 +97,23 @@ def _is_read(source: Source, base: BaseParameters, method: Method) -> bool:
     return True
 
 
+def _placing_most(found: Sequence[Renaming], paths: _Paths, base: BaseParameters) -> Sequence[Renaming]:
+    """Renamings that give the most modules saved whole a place in the base, and then change the most of the new."""
+    if len(found) < 2 or not paths.heads:
+        return found
+    counts = []
+    for each in found:
+        placed = sum(base.has_place(each.to_base(path)) for path in paths.heads)
+        counts.append((placed, sum(each.to_base(path) != path for path in paths.heads)))
+    return [each for each, count in zip(found, counts, strict=True) if count == max(counts)]
+
+
+def _keeping_most(found: Sequence[Renaming]) -> list[Renaming]:
+    """Renamings that take the least away from the adapter's names: what is an encoder there is none's decoder."""
+    replaced = [max(path.count(".") for path, _ in each.heads) if each.heads else 0 for each in found]
+    return [each for each, count in zip(found, replaced, strict=True) if count == min(replaced)]
+
+
 def _without_modules(keys: Mapping[str, StoredTensor], base: BaseParameters) -> Mapping[str, StoredTensor]:
     """Keys without `module`, which wrappers put anywhere, where the base has none and no two become the same."""
     if not any("module" in key.split(".") for key in keys):
@@ -90,7 +125,7 @@ def _without_modules(keys: Mapping[str, StoredTensor], base: BaseParameters) -> 
 
 def _dumped(keys: Iterable[str], base: BaseParameters) -> frozenset[str]:
     """Parameters of the base if all of them are among `keys`, as in a dump of the whole model."""
-    plain = {key.replace(".base_layer.", ".").replace(".original_module.", ".") for key in keys}
+    plain = {_AROUND.sub("", key) for key in keys}
     names = frozenset(base.parameters)
     return names if plain >= names else frozenset()
 
@@ -119,8 +154,8 @@ def _ends(method: Method) -> re.Pattern[str]:
 
 
 def _own_heads(config: AdapterConfig, keys: Iterable[str]) -> frozenset[str]:
-    """Keys of a head that a classification task brings along, which the base need not have."""
-    if str(config.fields.get("task_type")) not in _CLASSIFYING:
+    """Keys of modules saved whole for a task of labels: a base saved for another task may have no place for them."""
+    if trained_task(config) is None:
         return frozenset()
     names = _CLASSIFIERS | frozenset(config.names("modules_to_save"))
     return frozenset(key for key in keys if not names.isdisjoint(key.split(".")))
@@ -130,20 +165,38 @@ def _own_heads(config: AdapterConfig, keys: Iterable[str]) -> frozenset[str]:
 
 
 @dataclass(frozen=True, slots=True)
+class _Paths:
+    """Paths of the adapter: those that need a place in the base, and those that a new head may have without one."""
+
+    needed: Collection[str]
+    heads: Collection[str]
+
+    @classmethod
+    def of(cls, paths: Mapping[str, str], own: Collection[str]) -> _Paths:
+        """Split `paths` by key; keys in `own` may be of a new head."""
+        needed = dict.fromkeys(path for key, path in paths.items() if key not in own)
+        return cls(needed, [path for path in dict.fromkeys(paths.values()) if path not in needed])
+
+
+@dataclass(frozen=True, slots=True)
 class _Form:
     """Places of the base by name, and the name under which each path of the adapter is looked up there."""
 
     places: Places
     names: Mapping[str, str]
+    heads: Mapping[str, str]
 
 
-def _find(base: BaseParameters, paths: Collection[str]) -> list[Renaming]:
-    """Renamings that give each of `paths` a place, of the likeliest kind that there are; none if all have one."""
+def _find(base: BaseParameters, paths: _Paths) -> list[Renaming]:
+    """Renamings that give all of `paths` a place that need one, of the likeliest kind that there are.
+
+    There are none if all have one as they are.
+    """
     stored = read_names(base.names())
     as_it_is = _places(stored.names, stored.names)
-    if all(path in as_it_is or base.has_place(path) for path in paths):
+    if all(path in as_it_is or base.has_place(path) for path in paths.needed):
         return []
-    seen: list[Sequence[_Form]] = [[_Form(as_it_is, {path: path for path in paths})]]
+    seen: list[Sequence[_Form]] = [[_Form(as_it_is, _alike(paths.needed), _alike(paths.heads))]]
     for lines in rule_sets(base.config):
         seen.append(list(_forms(stored, as_it_is, paths, lines)))
         if found := _distinct(_renaming(form, ("", ""), base) for form in seen[-1]):
@@ -156,19 +209,28 @@ def _find(base: BaseParameters, paths: Collection[str]) -> list[Renaming]:
     return []
 
 
-def _forms(stored: Names, as_it_is: Places, paths: Collection[str], lines: Lines) -> Iterator[_Form]:
+def _forms(stored: Names, as_it_is: Places, paths: _Paths, lines: Lines) -> Iterator[_Form]:
     """Names of the base made canonical, of the adapter, and of both: either may have them already."""
     places = _places(canonical(stored, lines), stored.names)
-    alike = {path: path for path in paths}
-    # Some lines end in a parameter's name.
-    weights = canonical(read_names(f"{path}.weight" for path in paths), lines)
-    names = {path: name.removesuffix(".weight") for path, name in zip(paths, weights, strict=True)}
-    yield _Form(places, alike)
+    alike, heads = _alike(paths.needed), _alike(paths.heads)
+    names, heads_names = _canonical_paths(paths.needed, lines), _canonical_paths(paths.heads, lines)
+    yield _Form(places, alike, heads)
     if names != alike:
-        yield _Form(places, names)
-        yield _Form(as_it_is, names)
+        yield _Form(places, names, heads_names)
+        yield _Form(as_it_is, names, heads_names)
         # Lines of one part change names of another that are canonical already.
-        yield _Form(places, {path: path if path in places else names[path] for path in paths})
+        mixed = {path: path if path in places else name for path, name in names.items()}
+        yield _Form(places, mixed, heads_names)
+
+
+def _alike(paths: Iterable[str]) -> Mapping[str, str]:
+    return {path: path for path in paths}
+
+
+def _canonical_paths(paths: Collection[str], lines: Lines) -> Mapping[str, str]:
+    """The canonical name of each path: that of a weight there, as some lines end in a parameter's name."""
+    weights = canonical(read_names(f"{path}.weight" for path in paths), lines)
+    return {path: name.removesuffix(".weight") for path, name in zip(paths, weights, strict=True)}
 
 
 def _places(names: Sequence[str], stored: Sequence[str]) -> Places:
@@ -243,6 +305,7 @@ def _renaming(form: _Form, pair: tuple[str, str], base: BaseParameters) -> Renam
         if place is None:
             return None
         bases[path] = place
+    bases |= dict(_head_places(form, pair, base))
     if len(set(bases.values())) < len(bases) or _parts_a_stack(bases):
         return None
     trained = {place: path for path, place in bases.items()}
@@ -267,6 +330,16 @@ def _parts_a_stack(bases: Mapping[str, str]) -> bool:
         if own is not None and number is not None:
             pairs.add((tuple(place.split(".")[:number]), tuple(path.split(".")[:own])))
     return len({stack for stack, _ in pairs}) < len(pairs)
+
+
+def _head_places(form: _Form, pair: tuple[str, str], base: BaseParameters) -> Iterator[tuple[str, str]]:
+    """Paths of modules that the base may lack, with their places: what is new there stands where it stood."""
+    prefix, within = pair
+    for path, name in form.heads.items():
+        is_within = bool(prefix) and name.startswith(prefix)
+        moved = within + name.removeprefix(prefix) if is_within or not prefix else name
+        place = _place(moved, form.places, base) or _place(name, form.places, base)
+        yield path, place or (moved if is_within else path)
 
 
 def _distinct(renamings: Iterable[Renaming | None]) -> list[Renaming]:

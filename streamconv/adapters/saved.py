@@ -30,6 +30,8 @@ _BIAS_UNDER = ".base_layer.bias"
 _UNDER = (*_WEIGHTS_UNDER, _BIAS_UNDER)
 # PEFT lists both for every classification task; a model has one of them (`peft/peft_model.py`).
 _CLASSIFIERS = frozenset({"classifier", "score"})
+# Classes of models with labels end so.
+LABELLED = re.compile(r".+For(?P<task>\w*Classification|QuestionAnswering|SemanticSegmentation|CTC)\w*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +120,15 @@ def check_saved(source: Source, base: BaseParameters, replaces: Iterable[Replace
         if any(_is_inside(parameter, (name,)) for parameter in found):
             continue
         in_base = any(_is_inside(source.trained(parameter), (name,)) for parameter in base.parameters)
-        if name in _CLASSIFIERS and not in_base and found:
+        if name in _CLASSIFIERS and not in_base and (found or _is_labelled(base)):
             continue
+        listed = (
+            "; PEFT lists 'classifier' and 'score' for any task of labels, and saves no head of another name: where the"
+            " model's has one, such as classification_head of T5 and BART, train with it in modules_to_save"
+        )
         raise AdapterError(
             f"{config.name}: modules_to_save lists {name!r}, but the adapter holds no tensor of it; the file"
-            " is not complete, or the name is wrong"
+            f" is not complete, or the name is wrong{'' if in_base or name not in _CLASSIFIERS else listed}"
         )
 
 
@@ -163,6 +169,11 @@ def check_saved_whole(
     return (f"the adapter holds no tensors for {shown}, which it saves; the base's stay as they are",)
 
 
+def _is_labelled(base: BaseParameters) -> bool:
+    """Whether the base has a head of its own for labels, which may have another name than PEFT lists."""
+    return any(LABELLED.fullmatch(str(name)) for name in base.config.get("architectures") or ())
+
+
 def saved_names(source: Source, base: BaseParameters) -> tuple[str, ...]:
     """modules_to_save; under ensure_weight_tying PEFT saves the tied partner too and does not list it."""
     names = source.config.names("modules_to_save")
@@ -193,7 +204,9 @@ def saved_parameter(key: str, trained: str, names: tuple[str, ...]) -> str | Non
 
 def _bias(key: str) -> str | None:
     """The bias of the base that was trained where `bias` is `all` or `lora_only`."""
-    return key.replace(_BIAS_UNDER, ".bias") if key.endswith(".bias") else None
+    if not key.endswith(".bias") or _ORIGINAL.fullmatch(key):  # of a saved module it is not the trained one
+        return None
+    return key.replace(_BIAS_UNDER, ".bias")
 
 
 def _stored_name(parameter: str, base: BaseParameters) -> str:

@@ -156,7 +156,8 @@ class Source:
     """One adapter. `tensors` by their key without `base_model.model.`, in the names of the base, sorted; `shared` are
     those that belong to all modules, by their key without `base_model.`.
 
-    `dumped`: parameters of the base, where the file is a dump of the whole model that was trained, with all of them.
+    `dumped`: parameters of the base, where the file is a dump of the whole model that was trained, with all of them;
+    `left_out`: names of tensors of what was trained around the model and is no part of it.
     """
 
     location: str
@@ -166,12 +167,16 @@ class Source:
     moe: MoeLayout = MoeLayout()
     dumped: frozenset[str] = frozenset()
     shared: Mapping[str, StoredTensor] = field(default_factory=lambda: MappingProxyType({}))
+    left_out: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        if not self.dumped:
-            return ()
-        return ("the adapter's file holds the whole model; its weights are taken in place of the base's",)
+        dumped = "the adapter's file holds the whole model; its weights are taken in place of the base's"
+        valued = (
+            f"{', '.join(self.left_out)} in the adapter's file are of a value head, which reinforcement learning trains"
+            " beside a language model and which is no part of it; they are left out"
+        )
+        return (*([dumped] if self.dumped else ()), *([valued] if self.left_out else ()))
 
     def trained(self, module: str) -> str:
         """The path that `module` of the base had in training, for which the config's patterns are meant."""
@@ -228,6 +233,9 @@ def by_key(
                 f" with {PREFIX!r}; save the adapter with PEFT's save_pretrained"
             )
         is_index = bool(indices) and re.search(rf"\.({indices})$", name) is not None
+        is_index |= name.endswith(
+            ".num_batches_tracked"
+        )  # which batch norm counts; a saved module holds it, too
         if tensor.dtype not in (_INDICES if is_index else _DTYPES):
             raise AdapterError(
                 f"{location}: {tensor.name} is stored as {tensor.dtype}, expected F32, F16 or BF16; a"
@@ -262,7 +270,7 @@ def _prefix(names: Collection[str], keys: str) -> str:
     if not any(PREFIX in name for name in names):
         own = re.compile(rf"\.({keys})(\.|$)")
         return "" if all(own.search(name) for name in names) else PREFIX
-    around = {name.partition(PREFIX)[0] for name in names}
+    around = {name.partition(PREFIX)[0] for name in names if PREFIX in name}
     before = (around.pop() if len(around) == 1 else "") + PREFIX
     while all(name.startswith(before + PREFIX) for name in names):
         before += PREFIX

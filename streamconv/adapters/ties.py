@@ -32,14 +32,17 @@ _TIED = (
     "vocab_projector",
     "generator_lm_head",
 )
-_LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
+_LANGUAGE = (
+    *("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "MTModel"),
+)
 
 
 def refuse_unstored_head(source: Source, base: BaseParameters) -> None:
     """Raise UnsupportedError for a change of what the base does not store, as loading ties it to its embedding."""
     ties = [level.get("tie_word_embeddings") for level in language_levels(base.config)]
     architectures = base.config.get("architectures") or ()
-    if False in ties or not any(str(name).endswith(_LANGUAGE) for name in architectures):
+    is_untied = False in ties and ties[0] is not True  # the whole model's own config decides
+    if is_untied or not any(str(name).endswith(_LANGUAGE) for name in architectures):
         return
     shared = next((name for name in base.parameters if name.endswith("shared.weight")), None)
     unstored = _unstored(source, base, _TIED if shared is None else (*_TIED, "embed_tokens"))

@@ -105,6 +105,8 @@ def other_form(name: str, stored: Stored) -> str | None:
     parent, _, part = module.rpartition(".")
     near = [f"{parent}.{whole}.{kind}" for whole, parts in _JOINED if part in parts]
     near += [f"{parent}.{each}.{kind}" for whole, parts in _JOINED if part == whole for each in parts]
+    if part in _QUERIES_ETC:
+        near += [f"{parent}.{whole}.{kind}" for whole in _MIXED_NAMES]
     match = _APART.fullmatch(name)
     if match is not None:
         near += [f"{match['place']}.{each}" for each in _FUSED]
@@ -252,6 +254,9 @@ _JOINED = (
     ("in_proj_qkv", ("in_proj_q", "in_proj_k", "in_proj_v")),
     ("gate_up_proj", ("gate_proj", "up_proj")),
 )
+_QUERIES_ETC = ("q_proj", "k_proj", "v_proj")
+# Fused matrices in an order of their own, by heads or as columns: GPT-NeoX, Falcon and BLOOM; InternLM2; GPT-2.
+_MIXED_NAMES = ("query_key_value", "wqkv", "c_attn")
 # Models whose fused matrix has its parts in another order: head by head, or in shards.
 _MIXED = frozenset({"codegen", "persimmon", "fuyu"})
 

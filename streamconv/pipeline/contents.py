@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from streamconv.adapters.base import TaskHead
 from streamconv.checkpoint.config import edit_config, language_levels
 from streamconv.dtypes import BF16, DENSE, Dtype
 from streamconv.formats import FORMATS, with_groups
@@ -145,19 +146,25 @@ def _resolved(prepared: Prepared) -> Mapping[str, Any]:
 
 
 def _config(prepared: Prepared, quantization: Json | None) -> bytes:
-    plan = prepared.plan
+    plan, head = prepared.plan, prepared.plan.head
     return _as_json(
         edit_config(
             prepared.base.index.config,
             dtype=plan.dtype,
             quantization=quantization,
             untie=plan.untied,
-            vocab_size=plan.vocab_size,
+            vocab_size=_vocabulary(head, prepared.base.index.config) or plan.vocab_size,
             end_token=prepared.end_token,
-            architecture=plan.head.architecture if plan.head else None,
-            labels=plan.head.labels if plan.head else None,
+            architecture=head.architecture if head else None,
+            labels=head.labels if head and not head.are_tokens else None,
         )
     )
+
+
+def _vocabulary(head: TaskHead | None, config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Numbers of tokens before and after, where a new head's labels are tokens."""
+    before = config.get("vocab_size")
+    return (before, head.labels) if head and head.are_tokens and isinstance(before, int) else None
 
 
 def _quantization(prepared: Prepared) -> Json | None:

@@ -92,15 +92,18 @@ def find_tie(weights: Mapping[str, Weight], config: Mapping[str, Any]) -> Tie | 
     """Embedding and head that share one tensor, or None.
 
     They do where the config says so, and where a language model's head is not stored at all: saving leaves
-    out what loading ties again, and the key is absent where it has the model's default.
+    out what loading ties again, and the key is absent where it has the model's default. Of a head that is not stored
+    the config of the whole model decides (`tie_weights` in `transformers/modeling_utils.py`); its text model's own may
+    say otherwise.
     """
     embedding = find_embedding(weights)
     head = next((name for name in HEADS if name in weights), None)
     declared = _declared_ties(config)
-    if embedding is None or False in declared:
-        return None
     own = _head_of(config)
     head = own if own in weights else head
+    is_tied_by_the_whole = head is None and declared[0] is True
+    if embedding is None or (False in declared and not is_tied_by_the_whole):
+        return None
     ends = _LANGUAGE if own is None else (*_LANGUAGE, *_MASKED)
     has_head = any(str(name).endswith(ends) for name in config.get("architectures") or ())
     if head is None and has_head:

@@ -15,7 +15,18 @@ import torch
 import transformers
 from peft import LoraConfig
 from torch import Tensor
-from transformers import BertConfig, LlamaConfig, PretrainedConfig, Qwen2Config, RobertaConfig, ViTConfig
+from transformers import (
+    BertConfig,
+    Dinov2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    ResNetConfig,
+    RobertaConfig,
+    T5Config,
+    ViTConfig,
+    Wav2Vec2Config,
+)
 from transformers.models.auto import modeling_auto
 
 import streamconv
@@ -119,6 +130,43 @@ CASES = {
         4,
         inputs=PIXELS,
     ),
+    "BERT without head and prefix": Case(
+        "BertModel",
+        "BertForSequenceClassification",
+        BertConfig(**WORDS),
+        {**QUERY, "modules_to_save": ["classifier", "pooler", "LayerNorm"]},
+        3,
+    ),
+    "all biases beside a head": Case(
+        "BertModel",
+        "BertForSequenceClassification",
+        BertConfig(**WORDS),
+        {**QUERY, "use_dora": True, "bias": "all", "task_type": "SEQ_CLS"},
+        3,
+    ),
+    "a reward on a base without head, its embedding saved": Case(
+        "LlamaModel",
+        "LlamaForSequenceClassification",
+        LLAMA,
+        {**QV, "modules_to_save": ["embed_tokens"], "task_type": "SEQ_CLS"},
+        1,
+    ),
+    "images, without head and prefix": Case(
+        "Dinov2Model",
+        "Dinov2ForImageClassification",
+        Dinov2Config(**SIZES, image_size=8, patch_size=4),
+        {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]},
+        4,
+        inputs=PIXELS,
+    ),
+    "batch norms": Case(
+        "ResNetModel",
+        "ResNetForImageClassification",
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]),
+        {"target_modules": ["convolution"], "modules_to_save": ["normalization", "classifier"]},
+        4,
+        inputs=PIXELS,
+    ),
     "a classifier with other labels": Case(
         "LlamaForSequenceClassification",
         "LlamaForSequenceClassification",
@@ -152,6 +200,16 @@ class Named:
 
     def from_config(self, config: PretrainedConfig) -> Any:
         return getattr(transformers, self.name)(config)
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """An auto class that has its model already."""
+
+    model: Any
+
+    def from_pretrained(self, folder: Path, **options: Any) -> Any:
+        return self.model
 
 
 def saved(folder: Path, case: Case) -> tuple[Path, Any]:
@@ -258,6 +316,56 @@ def test_a_head_that_is_lost(tmp_path: Path) -> None:
         AdapterError, match="modules_to_save lists 'classifier', but the adapter holds no tensor"
     ):
         streamconv.merge(base, adapter.path, tmp_path / "out")
+
+
+def test_a_class_that_does_not_open_the_base(tmp_path: Path) -> None:
+    """transformers' LlamaForQuestionAnswering has `transformer.`, so it opens none of LlamaForCausalLM's weights."""
+    case = Case(
+        "LlamaForCausalLM", "LlamaForQuestionAnswering", LLAMA, {**QV, "task_type": "QUESTION_ANS"}, None
+    )
+    base, adapter = saved(tmp_path, case)
+    with pytest.raises(
+        UnsupportedError, match=r"has its weights under 'transformer\.', and the base under 'model\.'"
+    ):
+        streamconv.merge(base, adapter.path, tmp_path / "out")
+
+
+def test_labels_that_are_tokens_of_speech(tmp_path: Path) -> None:
+    """CTC on a base without head: its rows are the vocabulary, which config.json counts."""
+    sound = Wav2Vec2Config(
+        **SIZES, conv_dim=[8], conv_kernel=[3], conv_stride=[2], num_feat_extract_layers=1, vocab_size=21,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, apply_spec_augment=False,
+    )  # fmt: skip
+    base = save_base(tmp_path / "base", sound, auto_class=Named("Wav2Vec2Model"))
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = transformers.Wav2Vec2ForCTC.from_pretrained(base)
+    adapter = save_adapter(tmp_path / "adapter", base, config, auto_class=Given(model))
+    edit_json(base / "config.json", vocab_size=32)
+    streamconv.merge(base, adapter.path, tmp_path / "out")
+    merged = transformers.Wav2Vec2ForCTC.from_pretrained(tmp_path / "out").eval()
+    waves = {"input_values": torch.linspace(-1, 1, 80)[None]}
+    with torch.no_grad():
+        assert (merged(**waves).logits - adapter.live(**waves).logits).abs().max() < 1e-5
+    assert merged.config.vocab_size == 21
+
+
+def test_names_that_peft_lists_beside_a_head_of_the_base_s_own(tmp_path: Path) -> None:
+    """PEFT lists `classifier` and `score` for any such task; T5's head is called otherwise and stays as it is."""
+    config = T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=40, num_labels=3, decoder_start_token_id=0
+    )  # fmt: skip
+    case = Case(
+        "T5ForSequenceClassification",
+        "T5ForSequenceClassification",
+        config,
+        {"target_modules": ["q"], "task_type": "SEQ_CLS"},
+        3,
+        inputs={"input_ids": torch.tensor([[5, 6, 7, 1]])},
+    )
+    base, adapter = saved(tmp_path, case)
+    streamconv.merge(base, adapter.path, tmp_path / "out")
+    model = transformers.T5ForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert (outputs(model, case) - outputs(adapter.live, case)).abs().max() < 1e-5
 
 
 def test_text_is_for_language_models(tmp_path: Path) -> None:

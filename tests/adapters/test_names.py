@@ -171,6 +171,29 @@ def test_a_renaming_is_one_to_one_for_any_part_of_an_adapter(kept: set[int], dat
 
 # -- classes around and inside ---------------------------------------------------------------------------------------
 
+
+def test_a_value_head_around_the_model_is_left_out_and_said() -> None:
+    stored = weights(*layers("model.layers"))
+    keys = lora(layers("model.layers"), before="pretrained_model.base_model.model.")
+    head = ["v_head.summary.weight", "v_head.summary.bias"]
+    found = source(stored, [*keys, *head])
+    assert set(found.tensors) == {key.removeprefix("pretrained_model.base_model.model.") for key in keys}
+    (note,) = found.notes
+    assert all(name in note for name in head)
+    with pytest.raises(AdapterError, match=r"v_head\.other\.weight does not belong"):
+        source(stored, [*keys, "v_head.other.weight"])
+
+
+def test_an_encoder_is_none_s_decoder() -> None:
+    """Names of a class that has the encoder alone fit the decoder, too, with more of them changed."""
+    stored = weights(*layers("model.encoder.layers"), *layers("model.decoder.layers"))
+    found = matched(stored, layers("encoder.layers"))
+    assert found.to_base("encoder.layers.0.mlp.up_proj") == "model.encoder.layers.0.mlp.up_proj"
+    stored = weights(*layers("encoder.block"), *layers("decoder.block"))
+    found = matched(stored, layers("transformer.encoder.block"))
+    assert found.to_base("transformer.encoder.block.1.mlp.up_proj") == "encoder.block.1.mlp.up_proj"
+
+
 OMNI = {
     "model_type": "qwen2_5_omni",
     "architectures": ["Qwen2_5OmniForConditionalGeneration"],
@@ -330,6 +353,10 @@ def test_a_dump_of_the_whole_model() -> None:
     part = source(stored, [key for key in dump if "norm" not in key])
     assert part.dumped == frozenset()
     assert part.notes == ()
+    # The head's rows are trained, too, so its weight is below two wrappers.
+    under = "base_model.model.lm_head.token_adapter.base_layer.weight"
+    rows = [under if key == "base_model.model.lm_head.weight" else key for key in dump]
+    assert source(stored, rows).dumped == frozenset(stored)
 
 
 @pytest.mark.parametrize("path", ["xmodel.layers.0.q_proj", "model.x.layers.0.q_proj"])

@@ -15,6 +15,7 @@ from torch import Tensor
 from streamconv.adapters.base import Parameter
 from streamconv.adapters.source import BaseParameters
 from streamconv.adapters.views import ParameterView, find_stored, find_view, names_of_parameter, other_names
+from streamconv.errors import AdapterError
 
 LAYER = "model.layers.0"
 EXPERTS = f"{LAYER}.mlp.experts"
@@ -197,3 +198,12 @@ def test_a_base_has_places_for_what_other_classes_have() -> None:
     assert base.has_place(f"{LAYER}.self_attn.v_proj")
     assert not base.has_place(f"{LAYER}.self_attn.o_proj")
     assert not base.has_place(f"{EXPERTS}.2.w1")
+
+
+@pytest.mark.parametrize("whole", ["query_key_value", "wqkv", "c_attn"])
+def test_a_fused_matrix_in_an_order_of_its_own_is_named(whole: str) -> None:
+    base = BaseParameters(stored({f"h.0.attn.{whole}.weight": (24, 8)}), {"model_type": "falcon"}, None)
+    with pytest.raises(
+        AdapterError, match=rf"but it has h\.0\.attn\.{whole}\.weight .* in which order is not known"
+    ):
+        base.get("h.0.attn.k_proj.weight", "a key")

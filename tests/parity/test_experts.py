@@ -114,6 +114,17 @@ def test_the_version_tells_where_experts_are_square(
     check(base, adapter.path, adapter.logits(), tmp_path / "out")
 
 
+@pytest.mark.parametrize("version", ["0.19.1", "0.18.1"])
+def test_square_experts_that_the_base_has_fused(version: str, tmp_path: Path) -> None:
+    """As transformers 5 saves a model that it does not write in the form of its files."""
+    base, adapter = make(tmp_path, SQUARE)
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(base, save_original_format=False)
+    edit_json(adapter.path / CONFIG, peft_version=version)
+    if version == "0.18.1":
+        swap(adapter.path)
+    check(base, adapter.path, adapter.logits(), tmp_path / "out")
+
+
 @pytest.mark.parametrize("version", [None, "0.19.0", "new"])
 def test_what_nothing_tells_must_be_said(version: str | None, tmp_path: Path) -> None:
     base, adapter = make(tmp_path, SQUARE)

@@ -16,6 +16,8 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
+    MarianConfig,
+    MarianMTModel,
     RobertaConfig,
     RobertaForMaskedLM,
     T5Config,
@@ -59,6 +61,25 @@ CAUSAL = ["LlamaForCausalLM"]
         ({"architectures": ["LlamaModel"]}, False, False),
         ({"text_config": {"tie_word_embeddings": True}}, True, True),
         ({"text_config": {"tie_word_embeddings": False}, "architectures": CAUSAL}, False, False),
+        (
+            {
+                "tie_word_embeddings": True,
+                "text_config": {"tie_word_embeddings": False},
+                "architectures": CAUSAL,
+            },
+            False,
+            True,
+        ),
+        ({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}, True, False),
+        (
+            {
+                "tie_word_embeddings": False,
+                "text_config": {"tie_word_embeddings": True},
+                "architectures": CAUSAL,
+            },
+            False,
+            False,
+        ),
     ],
     ids=json.dumps,
 )
@@ -111,6 +132,19 @@ BART = BartConfig(
     encoder_ffn_dim=72,
     decoder_ffn_dim=72,
     vocab_size=40,
+)
+MARIAN = MarianConfig(
+    d_model=32,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=72,
+    decoder_ffn_dim=72,
+    vocab_size=40,
+    pad_token_id=0,
+    decoder_start_token_id=0,
+    max_position_embeddings=64,
 )
 HANDLED: dict[str, tuple[type[Any], Any, Mapping[str, Any], Mapping[str, Any]]] = {
     "Whisper, head saved": (
@@ -180,6 +214,12 @@ def test_a_tied_head_of_another_name_is_pefts(tmp_path: Path, case: Any) -> None
         (
             BartForConditionalGeneration,
             BART,
+            {"modules_to_save": ["lm_head"]},
+            "is tied to model.shared.weight",
+        ),
+        (
+            MarianMTModel,
+            MARIAN,
             {"modules_to_save": ["lm_head"]},
             "is tied to model.shared.weight",
         ),
