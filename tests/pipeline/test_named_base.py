@@ -121,8 +121,8 @@ def notes(
         (REPO.lower(), "llama-3.1-8b"),
         (REPO, "llama_3_1_8b"),
         ("/workspace/models/Llama-3.1-8B/", "Llama-3.1-8B"),
-        ("/root/.cache/huggingface/hub/models--meta-llama--Llama-3.1-8B/snapshots/0a1b", "Llama-3.1-8B"),
-        ("/root/.cache/modelscope/hub/models/LLM-Research/Llama-3___1-8B", "Llama-3.1-8B"),
+        ("/data/hf/hub/models--meta-llama--Llama-3.1-8B/snapshots/0a1b", "Llama-3.1-8B"),
+        ("/data/modelscope/hub/models/LLM-Research/Llama-3___1-8B", "Llama-3.1-8B"),
     ],
 )
 def test_one_name_is_no_reason_to_speak(name: str, folder: str, tmp_path: Path) -> None:
