@@ -25,7 +25,7 @@ from streamconv.adapters.lora import OfFactors, factor_rows
 from streamconv.adapters.lora_config import LORA_FIELDS
 from streamconv.adapters.method import Method
 from streamconv.adapters.orientation import is_transposed
-from streamconv.adapters.source import BaseParameters, Source, by_module, trained_shape
+from streamconv.adapters.source import BaseParameters, Source, by_module, check_roles, trained_shape
 from streamconv.adapters.tokens import read_tokens
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
@@ -94,12 +94,7 @@ def _update(
     source: Source,
     base: BaseParameters,
 ) -> Update:
-    for role in _ROLES:
-        if role not in parts:
-            raise AdapterError(
-                f"{module}.{role} is missing, though {next(iter(parts.values())).name} is there; the file is not"
-                " complete"
-            )
+    check_roles(module, parts, _ROLES)
     a, b, values = (parts[role] for role in _ROLES)
     parameter = base.get(f"{module}.weight", a.name)
     shape = trained_shape(source, parameter, f"{module}.base_layer.weight")

@@ -22,7 +22,7 @@ from torch import Tensor
 from streamconv.adapters.base import ByRows, Parameter, Parts, State, Update, WholeWeight
 from streamconv.adapters.config import COMMON_FIELDS, NO_EFFECT, USED, AdapterConfig, Neutral
 from streamconv.adapters.method import Method
-from streamconv.adapters.source import BaseParameters, Source, by_module, trained_shape
+from streamconv.adapters.source import BaseParameters, Source, by_module, check_roles, trained_shape
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
 
@@ -188,12 +188,7 @@ def read_boft(source: Source, base: BaseParameters) -> tuple[Update, ...]:
 
 
 def _update(module: str, parts: Mapping[str, StoredTensor], source: Source, base: BaseParameters) -> Update:
-    for role in ("boft_R", "boft_s"):
-        if role not in parts:
-            raise AdapterError(
-                f"{module}.{role} is missing, though {next(iter(parts.values())).name} is there; the file is not"
-                " complete"
-            )
+    check_roles(module, parts, ("boft_R", "boft_s"))
     blocks, scales = parts["boft_R"], parts["boft_s"]
     parameter = base.get(f"{module}.weight", blocks.name)
     shape = trained_shape(source, parameter, f"{module}.base_layer.weight")

@@ -21,7 +21,7 @@ from streamconv.adapters.lora import factor_rows
 from streamconv.adapters.method import Method
 from streamconv.adapters.orientation import is_transposed
 from streamconv.adapters.ranks import Ranks, rank_patterns
-from streamconv.adapters.source import BaseParameters, Source, by_module, trained_shape
+from streamconv.adapters.source import BaseParameters, Source, by_module, check_roles, trained_shape
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import AdapterError
 
@@ -85,11 +85,7 @@ def _update(
     there = next(iter(parts.values()))
     parameter = base.get(f"{module}.weight", there.name)
     shape = trained_shape(source, parameter, f"{module}.base_layer.weight")
-    for role in _ROLES:
-        if role not in parts:
-            raise AdapterError(
-                f"{module}.delora_{role} is missing, though {there.name} is there; the file is not complete"
-            )
+    check_roles(module, parts, _ROLES, "delora_")
     a = parts["A"]
     rank = a.shape[0] if a.shape else 0
     is_linear = is_transposed(parameter, shape, None, None, source.config, base) is False

@@ -20,7 +20,7 @@ from streamconv.adapters.lora import factor_rows
 from streamconv.adapters.method import Method
 from streamconv.adapters.orientation import is_transposed
 from streamconv.adapters.ranks import Ranks, rank_patterns
-from streamconv.adapters.source import BaseParameters, Source, by_module, trained_shape
+from streamconv.adapters.source import BaseParameters, Source, by_module, check_roles, trained_shape
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
 
@@ -83,11 +83,7 @@ def _update(
     shape = trained_shape(source, parameter, f"{module}.base_layer.weight")
     is_embedding = any(role.startswith("embedding") for role in stored)
     roles = ("embedding_A", "embedding_B") if is_embedding else ("A", "B")
-    for role in roles:
-        if role not in stored:
-            raise AdapterError(
-                f"{module}.hira_{role} is missing, though {there.name} is there; the file is not complete"
-            )
+    check_roles(module, stored, roles, "hira_")
     a, b = (stored[role] for role in roles)
     rank = a.shape[0] if a.shape else 0
     transposed = _orientation(a, b, shape, is_embedding, source, base, parameter.name)

@@ -23,7 +23,7 @@ from streamconv.adapters.base import ByRows, Parameter, Parts, State, Update, ha
 from streamconv.adapters.config import COMMON_FIELDS, NO_EFFECT, USED, AdapterConfig
 from streamconv.adapters.method import Method
 from streamconv.adapters.ranks import Ranks, read_ranks
-from streamconv.adapters.source import BaseParameters, Source, by_module, trained_shape
+from streamconv.adapters.source import BaseParameters, Source, by_module, check_roles, trained_shape
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
 
@@ -110,12 +110,7 @@ def _update(
 def _check_roles(
     module: str, parts: Mapping[str, StoredTensor], config: AdapterConfig, is_tucker: bool
 ) -> None:
-    for role in (*_FACTORS, *(_CORES if is_tucker else ())):
-        if role not in parts:
-            raise AdapterError(
-                f"{module}.hada_{role} is missing, though {next(iter(parts.values())).name} is there; the file is not"
-                " complete"
-            )
+    check_roles(module, parts, (*_FACTORS, *(_CORES if is_tucker else ())), "hada_")
     if is_tucker and not config.flag("use_effective_conv2d"):
         raise AdapterError(
             f"{parts['t1'].name} belongs to use_effective_conv2d, which is not set in {config.name}; config and tensors"

@@ -27,7 +27,7 @@ from streamconv.adapters.config import COMMON_FIELDS, NO_EFFECT, USED, Neutral
 from streamconv.adapters.lora import factor_rows
 from streamconv.adapters.method import Method
 from streamconv.adapters.orientation import is_transposed
-from streamconv.adapters.source import BaseParameters, Source, by_module, trained_shape
+from streamconv.adapters.source import BaseParameters, Source, by_module, check_roles, trained_shape
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError, UnsupportedError
 
@@ -89,11 +89,7 @@ def _update(module: str, stored: Mapping[str, StoredTensor], source: Source, bas
     parameter = base.get(f"{module}.weight", there.name)
     shape = trained_shape(source, parameter, f"{module}.base_layer.weight")
     config = source.config
-    for role in _TRAINED:
-        if role not in stored:
-            raise AdapterError(
-                f"{module}.randlora_{role} is missing, though {there.name} is there; the file is not complete"
-            )
+    check_roles(module, stored, _TRAINED, "randlora_")
     transposed = is_transposed(parameter, shape, None, None, config, base)
     if transposed is None:
         raise _misfit(stored["lambda"], "the weight of a linear layer", parameter.name, shape)

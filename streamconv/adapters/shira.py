@@ -18,7 +18,7 @@ from streamconv.adapters.base import ByRows, Parts, State, Update
 from streamconv.adapters.config import COMMON_FIELDS, NO_EFFECT, USED
 from streamconv.adapters.method import Method
 from streamconv.adapters.orientation import is_transposed
-from streamconv.adapters.source import BaseParameters, Source, by_module, trained_shape
+from streamconv.adapters.source import BaseParameters, Source, by_module, check_roles, trained_shape
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
 
@@ -85,11 +85,7 @@ def _update(module: str, parts: Mapping[str, StoredTensor], source: Source, base
     there = next(iter(parts.values()))
     parameter = base.get(f"{module}.weight", there.name)
     shape = trained_shape(source, parameter, f"{module}.base_layer.weight")
-    for role in _ROLES:
-        if role not in parts:
-            raise AdapterError(
-                f"{module}.shira_{role} is missing, though {there.name} is there; the file is not complete"
-            )
+    check_roles(module, parts, _ROLES, "shira_")
     numbers, indices = parts["weight"], parts["indices"]
     count = math.prod(numbers.shape)
     is_linear = is_transposed(parameter, shape, None, None, source.config, base) is False

@@ -202,6 +202,18 @@ def by_module(source: Source, pattern: re.Pattern[str]) -> Mapping[str, Mapping[
     return modules
 
 
+def check_roles(
+    module: str, parts: Mapping[str, StoredTensor], roles: Iterable[str], before: str = ""
+) -> None:
+    """Raise AdapterError for the first of `roles` without a tensor; in keys, `before` stands before it."""
+    for role in roles:
+        if role not in parts:
+            there = next(iter(parts.values())).name
+            raise AdapterError(
+                f"{module}.{before}{role} is missing, though {there} is there; the file is not complete"
+            )
+
+
 def apart(tensors: Iterable[StoredTensor], shared: str) -> tuple[list[StoredTensor], list[StoredTensor]]:
     """Tensors of single modules, and those that all share: `base_model.` and what the expression `shared` matches."""
     found: tuple[list[StoredTensor], list[StoredTensor]] = ([], [])

@@ -23,7 +23,7 @@ from streamconv.adapters.config import COMMON_FIELDS, NO_EFFECT, USED, AdapterCo
 from streamconv.adapters.lora import factor_rows
 from streamconv.adapters.method import Method
 from streamconv.adapters.orientation import is_transposed
-from streamconv.adapters.source import BaseParameters, Source, by_module, trained_shape
+from streamconv.adapters.source import BaseParameters, Source, by_module, check_roles, trained_shape
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
 
@@ -140,11 +140,7 @@ def _layer(module: str, parts: Mapping[str, StoredTensor], source: Source, base:
     there = next(iter(parts.values()))
     parameter = base.get(f"{module}.weight", there.name)
     shape = trained_shape(source, parameter, f"{module}.base_layer.weight")
-    for role in _ROLES:
-        if role not in parts:
-            raise AdapterError(
-                f"{module}.vera_{role} is missing, though {there.name} is there; the file is not complete"
-            )
+    check_roles(module, parts, _ROLES, "vera_")
     gain, scale = parts["lambda_b"], parts["lambda_d"]
     outputs = math.prod(gain.shape)
     found = is_transposed(parameter, shape, outputs, None, source.config, base)
@@ -167,12 +163,7 @@ def _with_saved(layer: _Layer, saved: Mapping[str, StoredTensor], config: Adapte
     """The update of a layer with its part of the projections, of B the rows that it needs alone."""
     outputs, inputs = layer.shape
     rank = layer.parts["lambda_d"].shape[0]
-    for role in _SAVED:
-        if role not in saved:
-            there = next(iter(saved.values())).name
-            raise AdapterError(
-                f"base_model.{role} is missing, though {there} is there; the file is not complete"
-            )
+    check_roles("base_model", saved, _SAVED)
     a, b = (saved[role] for role in _SAVED)
     for tensor, fits, expected in (
         (a, _covers(a.shape, (rank, inputs), 1), f"[{rank}, {inputs} or more]"),

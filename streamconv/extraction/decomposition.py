@@ -6,7 +6,6 @@ Of a matrix D [m, n] whose rank is at most the number of columns sketched, the f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -132,8 +131,3 @@ def _factors(
         rest = torch.addmm(tile, up[rows.start : rows.stop], down, alpha=-1)
         left += rest.double().square().sum().item()
     return LowRank(up, down, squares, left)
-
-
-def share_of_norm(factors: LowRank) -> float:
-    """Norm of what the factors leave by that of the matrix."""
-    return math.sqrt(factors.left / factors.squares) if factors.squares else 0.0

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamconv.extraction.decomposition import (
+    LowRank,
     Matrix,
     decompose,
     decompose_to_share,
-    share_of_norm,
     sum_of_squares,
 )
 
@@ -26,6 +26,11 @@ def matrix(whole: Tensor, height: int = 7, seed: int = 0) -> Matrix:
             yield rows, whole[rows.start : rows.stop]
 
     return Matrix((whole.shape[0], whole.shape[1]), tiles, seed, torch.device("cpu"))
+
+
+def share_of_norm(factors: LowRank) -> float:
+    """Norm of what the factors leave by that of the matrix."""
+    return float((factors.left / factors.squares) ** 0.5)
 
 
 def of_spectrum(rows: int, columns: int, singular: Tensor, seed: int = 0) -> Tensor:
