@@ -75,7 +75,7 @@ _PREDICTIONS = (
     "yoso",
 )
 # Heads under other names than `lm_head`. A tied head has no tensor in the file, but is a Linear once loaded.
-_HEAD_BY_FAMILY: Mapping[str, str] = MappingProxyType(
+HEAD_BY_FAMILY: Mapping[str, str] = MappingProxyType(
     {
         "albert": "predictions.decoder",
         "biogpt": "output_projection",
@@ -140,7 +140,7 @@ def select(
             )
         else:
             quantized.append(name)
-    head = next((head for family, head in _HEAD_BY_FAMILY.items() if family in _families(config)), "lm_head")
+    head = next((head for family, head in HEAD_BY_FAMILY.items() if family in _families(config)), "lm_head")
     modules = [module_of(name) for name in quantized]
     if by_path:
         _check_experts(left)
@@ -209,7 +209,7 @@ def _refuse_model(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Non
             f"{family} models cannot be quantized yet, because {_REFUSED[family]}: choose a 16-bit output"
         )
     for name in map(str, config.get("architectures") or ()):
-        is_known = families & _HEAD_BY_FAMILY.keys() or any("lm_head" in weight for weight in shapes)
+        is_known = families & HEAD_BY_FAMILY.keys() or any("lm_head" in weight for weight in shapes)
         if name.endswith("ForMaskedLM") and not is_known:
             raise UnsupportedError(
                 f"{name} models cannot be quantized yet, because the name of their output head, which stays in 16 bit, "

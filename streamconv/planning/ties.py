@@ -11,58 +11,22 @@ from streamconv.adapters.embeddings import HEADS, find_embedding
 from streamconv.checkpoint.config import language_levels
 from streamconv.errors import UnsupportedError
 from streamconv.formats.base import Weight
+from streamconv.formats.linear import HEAD_BY_FAMILY
 
 _LANGUAGE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _MASKED = ("ForMaskedLM", "ForPreTraining")
-# Heads of other names than `lm_head`, with the families whose embedding they are tied to: `_tied_weights_keys` in the
-# models of transformers 5.24.
-_HEADS: Mapping[str, frozenset[str]] = MappingProxyType(
+# Tied heads under other names than `lm_head`, by family (`_tied_weights_keys` in the models of transformers 5.24):
+# those that a skip list must name, and further ones.
+_HEADS: Mapping[str, str] = MappingProxyType(
     {
-        "proj_out": frozenset({"canary", "cohere_asr", "moonshine", "moonshine_streaming", "whisper"}),
-        "output_projection": frozenset({"biogpt", "trocr"}),
-        "predictions.decoder": frozenset({"albert"}),
-        "vocab_projector": frozenset({"distilbert"}),
-        "generator_lm_head": frozenset({"convbert", "electra"}),
-        "lm_head.decoder": frozenset(
-            {
-                *(
-                    "bert-generation",
-                    "camembert",
-                    "data2vec-text",
-                    "esm",
-                    "gte",
-                    "ibert",
-                    "longformer",
-                    "mpnet",
-                ),
-                *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
-            }
+        **HEAD_BY_FAMILY,
+        **dict.fromkeys(("canary", "cohere_asr", "moonshine", "moonshine_streaming"), "proj_out"),
+        **dict.fromkeys(
+            ("bert-generation", "camembert", "data2vec-text", "esm", "gte", "ibert", "longformer", "mpnet"),
+            "lm_head.decoder",
         ),
-        "cls.predictions.decoder": frozenset(
-            {
-                *(
-                    "bert",
-                    "big_bird",
-                    "deberta",
-                    "deberta-v2",
-                    "ernie",
-                    "fnet",
-                    "layoutlm",
-                    "lxmert",
-                    "megatron-bert",
-                ),
-                *(
-                    "mobilebert",
-                    "mra",
-                    "nomic_bert",
-                    "nystromformer",
-                    "roc_bert",
-                    "roformer",
-                    "squeezebert",
-                    "tapas",
-                ),
-                *("rembert", "visual_bert", "yoso"),
-            }
+        **dict.fromkeys(
+            ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"), "lm_head.decoder"
         ),
     }
 )
@@ -127,6 +91,5 @@ def _place(weight: Weight) -> list[tuple[str, int, tuple[int, ...]]]:
 
 def _head_of(config: Mapping[str, Any]) -> str | None:
     """The head of a family whose weight is not lm_head.weight."""
-    family = str(config.get("model_type"))
-    module = next((module for module, families in _HEADS.items() if family in families), None)
+    module = _HEADS.get(str(config.get("model_type")))
     return None if module is None else f"{module}.weight"
