@@ -49,6 +49,21 @@ _NO_WEIGHTS = (
     ),
     *("adapter_model*", "adapters.safetensors", "*_adapters.safetensors", "tokenizer*", "vocab*"),
 )
+# Folders below an adapter's that are something of their own: another adapter, a model, a state of training.
+_OWN_CONFIGS = frozenset({"config.json", "adapter_config.json", "model_index.json", "params.json"})
+_OF_TRAINING = (
+    *(
+        ".*",
+        "checkpoint*",
+        "global_step*",
+        "step*",
+        "epoch*",
+        "optimizer*",
+        "scheduler*",
+        "pytorch_model_fsdp*",
+    ),
+    *("runs", "log*", "wandb", "tensorboard*"),
+)
 _OPTIMIZER = re.compile(r"(.+\.)?(exp_avg\w*|max_exp_avg\w*|momentum_buffer|step|square_avg|param_groups.*)")
 # What PEFT's wrappers put before the name of a parameter that they hold.
 _WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
@@ -76,7 +91,7 @@ def read_beside(
     Raises AdapterError for a file that the base has no place for, UnsupportedError for a pickle that is not allowed,
     OptionError where an ignored file is not there.
     """
-    names = storage.names()
+    names = _names(storage)
     for name in ignored:
         if name not in names:
             raise OptionError(
@@ -98,6 +113,17 @@ def read_beside(
     return Beside(MappingProxyType(found), tuple(notes))
 
 
+def _names(storage: Storage) -> list[str]:
+    """Files of the adapter's folder, and of those below it that hold neither a model nor the state of training."""
+    found = list(storage.names())
+    for folder in storage.folders():
+        inside = storage.names(folder)
+        is_own = any(name.rpartition("/")[2] in _OWN_CONFIGS for name in inside)
+        if not is_own and not any(fnmatch.fnmatchcase(folder.lower(), pattern) for pattern in _OF_TRAINING):
+            found += inside
+    return found
+
+
 def with_beside(source: Source, beside: Beside) -> Source:
     """The adapter with the weights beside it among its tensors. Raises AdapterError for a key that both have."""
     if not beside.tensors:
@@ -114,7 +140,8 @@ def with_beside(source: Source, beside: Beside) -> Source:
 def _candidates(names: Iterable[str], known: Collection[str]) -> Iterator[str]:
     """Files that may hold weights."""
     for name in names:
-        is_state = any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in _NO_WEIGHTS)
+        last = name.rpartition("/")[2].lower()
+        is_state = any(fnmatch.fnmatchcase(last, pattern) for pattern in _NO_WEIGHTS)
         if name.endswith((_SAFETENSORS, *_PICKLES)) and name not in known and not is_state:
             yield name
 
@@ -159,7 +186,8 @@ def _placed(
 ) -> dict[str, StoredTensor]:
     """Tensors of a file by key; all of them have one, or the file is refused."""
     plain = _by_plain_name(storage, name, tensors)
-    for parameters in _namings(plain, name.partition(".")[0], source, base):
+    stem = name.partition("/" if "/" in name else ".")[0]
+    for parameters in _namings(plain, stem, source, base):
         fit = all(_fits(tensor, parameter, base) for parameter, tensor in parameters.items())
         if fit and len(parameters) == len(plain):
             known = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeGuard
 
@@ -192,10 +191,10 @@ def _missing(storage: Storage) -> str:
     where = f"{storage.location}: {CONFIG_NAME} is missing"
     if "config.json" in storage.names():
         return f"{where}, and config.json is there: this is a model, not an adapter; give it with --base"
-    parent = Path(storage.location).expanduser()
-    found = sorted(path.parent for path in parent.glob(f"*/{CONFIG_NAME}"))
+    found = [each for each in storage.folders() if f"{each}/{CONFIG_NAME}" in storage.names(each)]
     if found:
-        listed = ", ".join(str(path) for path in found[:5]) + (", ..." if len(found) > 5 else "")
+        listed = ", ".join(f"{storage.location}/{each}" for each in found[:5])
+        listed += ", ..." if len(found) > 5 else ""
         are = "is an adapter in a folder" if len(found) == 1 else f"are {len(found)} adapters in folders"
         ways = "give it" if len(found) == 1 else "give one of them"
         return f"{where}, but there {are} below; {ways}: {listed}"

@@ -46,6 +46,9 @@ class Storage(Protocol):
     def names(self, subfolder: str | None = None) -> tuple[str, ...]:
         """Names of the files directly inside, sorted; or `subfolder/name` of those in a subfolder, if it is there."""
 
+    def folders(self) -> tuple[str, ...]:
+        """Names of the folders directly inside, sorted; `names` lists the files of each."""
+
     def file(self, name: str) -> SourceFile:
         """The file `name`. Raises CheckpointError if it is missing, not a regular file, or leads outside."""
 

@@ -83,6 +83,10 @@ class HubFolder:
         """Names of the files directly inside, or inside `subfolder`, sorted."""
         return tuple(sorted(name for name in self.files if name.rpartition("/")[0] == (subfolder or "")))
 
+    def folders(self) -> tuple[str, ...]:
+        """Names of the folders directly inside, sorted."""
+        return tuple(sorted({name.partition("/")[0] for name in self.files if "/" in name}))
+
     def file(self, name: str) -> SourceFile:
         """The file `name`, whether it is here already or not."""
         check_name(name, self.location)

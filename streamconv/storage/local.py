@@ -55,11 +55,21 @@ class LocalFolder:
         folder, prefix = (self.path / subfolder, f"{subfolder}/") if subfolder else (self.path, "")
         if subfolder and not folder.is_dir():
             return ()
+        return tuple(prefix + entry.name for entry in self._entries(folder) if not entry.is_dir())
+
+    def folders(self) -> tuple[str, ...]:
+        """Names of the folders directly inside, sorted."""
+        if self.only is not None:
+            return ()
+        return tuple(entry.name for entry in self._entries(self.path) if entry.is_dir())
+
+    def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
+        """All that is directly inside a folder, by name."""
         try:
             with os.scandir(folder) as entries:
-                return tuple(sorted(prefix + entry.name for entry in entries if not entry.is_dir()))
+                return sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            where = f"{self.location}: {subfolder}" if subfolder else self.location
+            where = self.location if folder == self.path else f"{self.location}: {folder.name}"
             raise CheckpointError(f"{where}: cannot be listed: {error.strerror}") from error
 
     def file(self, name: str) -> SourceFile:

@@ -69,6 +69,23 @@ def test_they_replace_the_bases(base: Path, adapter: Adapter, name: str, prefix:
     assert f"{name} beside the adapter holds trained weights, which replace 2 of the base's" in card
 
 
+def test_those_in_a_folder_below_count_too(base: Path, adapter: Adapter) -> None:
+    """But not what is a model, an adapter, or a state of training of its own."""
+    for folder, own in (("merged", "config.json"), ("reward", "adapter_config.json"), ("checkpoint-5", "x")):
+        (adapter.path / folder).mkdir()
+        (adapter.path / folder / own).write_text("{}")
+        write(adapter.path / folder / "other.safetensors", {"nothing.weight": torch.ones(3, 3)})
+    (adapter.path / "norms").mkdir()
+    new = trained(base, NORM)
+    write(adapter.path / "norms/model.safetensors", new)
+    found, card = merged(base, adapter)
+    assert torch.equal(found[NORM], new[NORM])
+    assert "norms/model.safetensors beside the adapter holds trained weights" in card
+    found, card = merged(base, adapter, ignore_extra=["norms/model.safetensors"])
+    assert torch.equal(found[NORM], read_tensors(base / "model.safetensors")[NORM])
+    assert "norms/model.safetensors beside the adapter is left out" in card
+
+
 @pytest.mark.parametrize("name", ["model.mm_projector.0.weight", "mm_projector.0.weight", "0.weight"])
 def test_a_prefix_that_the_file_lacks_is_found(tmp_path: Path, base: Path, name: str) -> None:
     """As LLaVA's `mm_projector.bin`, whose names may begin anywhere."""

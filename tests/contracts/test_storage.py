@@ -154,6 +154,7 @@ def test_names_are_those_directly_inside_sorted(world: World, kind: Kind) -> Non
     storage = kind.put(world, FILES)
     assert storage.names() == TOP
     assert storage.names("sub") == SUB
+    assert storage.folders() == ("sub",)
     assert storage.names("su") == storage.names("none") == storage.names("a.bin") == ()
 
 
