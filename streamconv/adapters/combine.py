@@ -17,7 +17,7 @@ from streamconv.adapters.shares import Share, SharesUpdate, WholeSharesUpdate
 from streamconv.adapters.source import BaseParameters
 from streamconv.adapters.tokens import RowsUpdate
 from streamconv.checkpoint.types import Shape
-from streamconv.errors import AdapterError, UnsupportedError
+from streamconv.errors import AdapterError, UnsupportedError, some
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ def _check_weight(adapter: Adapter, weight: float) -> None:
     trained = [each.parameter for each in adapter.replaces if each.parameter not in adapter.records]
     rows = [update.parameter for update in adapter.updates if isinstance(update, RowsUpdate)]
     if trained or rows:
-        what = f"whole tensors ({_some(trained)})" if trained else f"rows of {_some(rows)}"
+        what = f"whole tensors ({some(trained)})" if trained else f"rows of {some(rows)}"
         raise UnsupportedError(
             f"{adapter.location} holds {what} that take the place of the base's, which --weight {weight:g} cannot"
             " scale as it scales an update; give this adapter no --weight"
@@ -291,7 +291,7 @@ def _notes(
     apart = {each.parameter for each in updates if not isinstance(each, FactorsUpdate | RowsUpdate)}
     if apart and mixture.rule is not None and not COMBINATIONS[mixture.rule.name].adds:
         notes.append(
-            f"the adapters have no two factors of one rank to combine for {_some(sorted(apart))} (a bias, DoRA, another"
+            f"the adapters have no two factors of one rank to combine for {some(sorted(apart))} (a bias, DoRA, another"
             f" method, or ranks that differ): there {mixture.rule.name} is of the whole of what each changes"
         )
     return notes
@@ -307,7 +307,3 @@ def _how(rule: Rule | None) -> str:
         f"their factors are combined by {rule.name}{density}, as PEFT's add_weighted_adapter does, which is not the"
         " same rule on their updates"
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

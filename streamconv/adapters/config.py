@@ -92,6 +92,11 @@ class AdapterConfig:
         value = self.fields.get(field)
         return value if is_rank(value) else self._refuse(field, "a positive whole number")
 
+    def seed(self, field: str, drawn: str) -> int:
+        """The seed of a torch.Generator; `drawn` says for messages what was drawn from it."""
+        value = self.fields.get(field)
+        return value if is_seed(value) else self._refuse(field, f"the whole number that {drawn}")
+
     def number(self, field: str) -> float:
         value = self.fields.get(field)
         return float(value) if is_number(value) else self._refuse(field, "a number")
@@ -180,6 +185,11 @@ def is_empty(value: object) -> bool:
 def is_number(value: object) -> TypeGuard[float]:
     # JSON has integers that no float can hold; NaN is greater and less than nothing.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_seed(value: object) -> TypeGuard[int]:
+    """Whether a torch.Generator takes it."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**64
 
 
 def is_rank(value: object) -> TypeGuard[int]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from streamconv.adapters.base import ByRows, Parts, State, Update, has_zero_part
-from streamconv.adapters.config import COMMON_FIELDS, NO_EFFECT, USED, AdapterConfig, Neutral
+from streamconv.adapters.config import COMMON_FIELDS, NO_EFFECT, USED, Neutral
 from streamconv.adapters.method import Method
 from streamconv.adapters.orientation import is_transposed
 from streamconv.adapters.permutation import HELD_BYTES, first_of_permutation
@@ -155,17 +155,15 @@ def _update(module: str, spectrum: StoredTensor, source: Source, base: BaseParam
             " n_frequency_pattern); config and tensors are not of one adapter"
         )
     parts = MappingProxyType({"spectrum": spectrum})
-    return FourierUpdate(parameter.name, shape, parts, config.number("scaling"), _seed(config), transposed)
-
-
-def _seed(config: AdapterConfig) -> int:
-    seed = config.fields.get("random_loc_seed")
-    if type(seed) is not int or not -(2**63) <= seed < 2**64:
-        raise AdapterError(
-            f"{config.name}: random_loc_seed must be the whole number that the places of the spectrum were drawn from,"
-            f" found {seed!r}"
-        )
-    return seed
+    seed = config.seed("random_loc_seed", "the places of the spectrum were drawn from")
+    return FourierUpdate(
+        parameter.name,
+        shape,
+        parts,
+        config.number("scaling"),
+        seed,
+        transposed,
+    )
 
 
 def _facts(fields: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Mapping[str, Any]:

@@ -129,7 +129,12 @@ def read_vera(source: Source, base: BaseParameters) -> tuple[Update, ...]:
             f" {config.name} says that they were saved; the file is not complete"
         )
     outputs, inputs = (max(layer.shape[axis] for layer in layers) for axis in (0, 1))
-    drawn = Projections(_seed(config), config.rank("r"), outputs, inputs)
+    drawn = Projections(
+        config.seed("projection_prng_key", "the projections were drawn from, as they are not saved"),
+        config.rank("r"),
+        outputs,
+        inputs,
+    )
     return tuple(
         VeraUpdate(layer.parameter.name, layer.shape, layer.parts, drawn, layer.transposed)
         for layer in layers
@@ -181,16 +186,6 @@ def _with_saved(layer: _Layer, saved: Mapping[str, StoredTensor], config: Adapte
 def _covers(shape: Sequence[int], needed: tuple[int, int], axis: int) -> bool:
     """Whether a shared matrix has what a layer needs; along `axis` it may have more."""
     return len(shape) == 2 and shape[axis] >= needed[axis] and shape[1 - axis] == needed[1 - axis]
-
-
-def _seed(config: AdapterConfig) -> int:
-    seed = config.fields.get("projection_prng_key")
-    if type(seed) is not int or not -(2**63) <= seed < 2**64:
-        raise AdapterError(
-            f"{config.name}: projection_prng_key must be the whole number that the projections were drawn from, as they"
-            f" are not saved, found {seed!r}"
-        )
-    return seed
 
 
 def _facts(fields: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Mapping[str, Any]:

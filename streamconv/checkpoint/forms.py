@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from streamconv.errors import CheckpointError, UnsupportedError
+from streamconv.errors import CheckpointError, UnsupportedError, some
 from streamconv.storage.base import Storage
 
 _OTHER_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -153,35 +153,35 @@ def _no_weights(
     storage: Storage, names: Sequence[str], usual: _Names, candidates: Sequence[str]
 ) -> Exception:
     missing = f"{storage.location}: {usual.single} is missing"
-    readable = _pickles(names)
+    readable = sorted(_pickles(names))
     if readable and usual.stem == "model":
         return UnsupportedError(
-            f"{missing}; the weights there are pickles ({_some(readable)}), which may run code when loaded: allow them"
+            f"{missing}; the weights there are pickles ({some(readable)}), which may run code when loaded: allow them"
             " with --allow-pickle, which opens them so that they can hold nothing but tensors, or convert them to"
             f" safetensors once: streamconv convert --base {storage.location} --allow-pickle -o NEW_FOLDER"
         )
     if candidates:
         return CheckpointError(
             f"{storage.location}: neither {usual.single} nor an index is there, and the model could be any of"
-            f" {_some(candidates)}; name the right one {usual.single}"
+            f" {some(sorted(candidates))}; name the right one {usual.single}"
         )
-    pickles = [name for name in names if name.endswith(_OTHER_PICKLES)]
-    others = [name for name in names if name.endswith(_OTHER_WEIGHTS)]
+    pickles = [name for name in sorted(names) if name.endswith(_OTHER_PICKLES)]
+    others = [name for name in sorted(names) if name.endswith(_OTHER_WEIGHTS)]
     native = [name for name in pickles if name.startswith("consolidated.")]
     if native:
         return UnsupportedError(
-            f"{missing}; {_some(native)} {'is' if len(native) == 1 else 'are'} the model in its maker's own form (Meta,"
+            f"{missing}; {some(native)} {'is' if len(native) == 1 else 'are'} the model in its maker's own form (Meta,"
             " Mistral), whose names of tensors no adapter of PEFT has; give the checkpoint of transformers: the model's"
             " -hf repository on the Hub, or what transformers' convert_llama_weights_to_hf.py makes of it"
         )
     if pickles:
         return UnsupportedError(
-            f"{missing}; the weights there are pickles ({_some(pickles)}), which may run code when loaded and are not"
+            f"{missing}; the weights there are pickles ({some(pickles)}), which may run code when loaded and are not"
             " read; convert them to safetensors first"
         )
     if others:
         return UnsupportedError(
-            f"{missing}; the weights there ({_some(others)}) are in a format that is not read; give a safetensors"
+            f"{missing}; the weights there ({some(others)}) are in a format that is not read; give a safetensors"
             " checkpoint"
         )
     return CheckpointError(f"{storage.location}: no weights found, neither {usual.single} nor {usual.index}")
@@ -193,10 +193,3 @@ def is_adapter(storage: Storage) -> CheckpointError:
         f"{storage.location} is an adapter (it has adapter_config.json), expected a base model;"
         " give it with --adapter, and with --base the model it was trained on"
     )
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first names of a long list."""
-    found = sorted(names)
-    rest = len(found) - 3
-    return ", ".join(found[:3]) + (f" and {rest} more" if rest > 0 else "")

@@ -9,7 +9,7 @@ from typing import Any
 
 from streamconv.adapters.embeddings import EMBEDDINGS, HEADS, find_embedding
 from streamconv.dtypes import DENSE
-from streamconv.errors import InputError
+from streamconv.errors import InputError, some
 from streamconv.formats.base import Weight, matrix_shape
 from streamconv.formats.linear import is_conv1d, may_be_linear, module_of
 from streamconv.planning.base import Base
@@ -91,7 +91,7 @@ def _check_names(base: Base, finetuned: Base) -> None:
     lost = [name for name in base.weights if name not in finetuned.weights and name not in tied]
     if not lost and any(name in base.weights for name in finetuned.weights):
         return
-    what = f"{_some(lost)} of the base" if lost else "any tensor of the base"
+    what = f"{some(lost)} of the base" if lost else "any tensor of the base"
     raise InputError(
         f"{finetuned.index.storage.location} does not have {what} ({base.index.storage.location}); the two must be"
         " checkpoints of one model, with the same names: save both by the same version of the same library"
@@ -134,7 +134,3 @@ def task_of(config: Mapping[str, Any]) -> str | None:
         "ForQuestionAnswering": "QUESTION_ANS",
     }
     return next((task for end, task in ends.items() if name.endswith(end)), None)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

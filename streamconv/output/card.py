@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from streamconv.checkpoint.index import CheckpointIndex
+from streamconv.errors import some
 from streamconv.formats import FORMATS
 from streamconv.output.manifest import KeptShares
 from streamconv.output.recipe import RECIPE
@@ -113,7 +114,7 @@ def _body(
     if plan.calibration:
         yield from _calibration(plan, plan.calibration)
     if plan.skipped:
-        yield f"| left in 16 bit | {_some(plan.skipped)} |"
+        yield f"| left in 16 bit | {some(plan.skipped, 6)} |"
     if kept:
         yield f"| share of the update kept by quantization | {kept.total:.3f} |"
     if residual:
@@ -165,7 +166,7 @@ def _changes(plan: Plan) -> str:
         modules = ", ".join(sorted(plan.adapted))
         changes.append(f"update{singular} {sum(plan.adapted.values())} modules ({modules})")
     if plan.replaced:
-        changes.append(f"replace{singular} {_some(plan.replaced)}")
+        changes.append(f"replace{singular} {some(plan.replaced, 6)}")
     return " and ".join(changes)
 
 
@@ -200,8 +201,3 @@ def _loader(config: Mapping[str, Any]) -> str:
         config.get("auto_map") or {}
     )
     return "AutoModelForCausalLM" if is_causal else name
-
-
-def _some(names: tuple[str, ...]) -> str:
-    rest = len(names) - 6
-    return ", ".join(names[:6]) + (f" and {rest} more" if rest > 0 else "")
