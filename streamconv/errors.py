@@ -15,8 +15,6 @@ Misspelt options (exit 2, too) belong to click. A message names the file or tens
 expected, and what to do.
 """
 
-from collections.abc import Sequence
-
 
 class StreamconvError(Exception):
     """Base of all deliberate errors; `exit_code` is what the command line ends with."""
@@ -78,9 +76,3 @@ class Stopped(StreamconvError):  # noqa: N818  a signal asked for it; nothing is
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
-
-
-def some(names: Sequence[str], most: int = 3) -> str:
-    """The first names of a list, and how many more there are: for messages."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -16,8 +16,9 @@ from streamconv.adapters.overlaps import check_overlaps, common_replaces, distin
 from streamconv.adapters.shares import Share, SharesUpdate, WholeSharesUpdate
 from streamconv.adapters.source import BaseParameters
 from streamconv.adapters.tokens import RowsUpdate
+from streamconv.checkpoint.strict_json import some
 from streamconv.checkpoint.types import Shape
-from streamconv.errors import AdapterError, UnsupportedError, some
+from streamconv.errors import AdapterError, UnsupportedError
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from streamconv.errors import CheckpointError, UnsupportedError, some
+from streamconv.checkpoint.strict_json import some
+from streamconv.errors import CheckpointError, UnsupportedError
 from streamconv.storage.base import Storage
 
 _OTHER_PICKLES = (".bin", ".pt", ".pth", ".ckpt")

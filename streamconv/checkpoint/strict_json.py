@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamconv.errors import CheckpointError
@@ -66,3 +66,9 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list, and how many more there are: for messages."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

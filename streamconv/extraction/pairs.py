@@ -8,8 +8,9 @@ from enum import StrEnum
 from typing import Any
 
 from streamconv.adapters.embeddings import EMBEDDINGS, HEADS, find_embedding
+from streamconv.checkpoint.strict_json import some
 from streamconv.dtypes import DENSE
-from streamconv.errors import InputError, some
+from streamconv.errors import InputError
 from streamconv.formats.base import Weight, matrix_shape
 from streamconv.formats.linear import is_conv1d, may_be_linear, module_of
 from streamconv.planning.base import Base

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from streamconv.checkpoint.index import CheckpointIndex
-from streamconv.errors import some
+from streamconv.checkpoint.strict_json import some
 from streamconv.formats import FORMATS
 from streamconv.output.manifest import KeptShares
 from streamconv.output.recipe import RECIPE
