@@ -22,6 +22,7 @@ from streamconv.cli.options import (
     SHOW,
     adapter_option,
 )
+from streamconv.cli.printing import say
 from streamconv.cli.progress import progress
 from streamconv.planning.options import ANALYZE_DEFAULTS
 from streamconv.sizes import format_size
@@ -104,7 +105,7 @@ def analyze_command(as_json: bool, quiet: bool, **given: Any) -> None:
     with progress("analyze", quiet) as on_progress:
         found = analyze(**given, on_progress=on_progress)
     if as_json:
-        click.echo(json.dumps(found.as_json(), indent=1))
+        say(json.dumps(found.as_json(), indent=1))
     elif not quiet:
         _show(found)
 
@@ -114,7 +115,7 @@ def analyze_command(as_json: bool, quiet: bool, **given: Any) -> None:
 
 def _show(found: Analysis) -> None:
     for target, reason in found.targets.items():
-        click.echo(f"{target}: {reason}\n")
+        say(f"{target}: {reason}\n")
         _show_table(
             ("", "weights", "|D|/|B|", "16 bit", "kurtosis", "after", ">6 sigma", "after", "|W-B|/|D|"),
             [(name, f"{count}", *_update(of_kind)) for name, count, of_kind in _kinds(found, target)],
@@ -122,10 +123,10 @@ def _show(found: Analysis) -> None:
         for name in found.total[target].formats:
             _show_format(found, target, name)
     for sentence in found.advice:
-        click.echo(f"* {sentence}")
+        say(f"* {sentence}")
     for path in found.plots:
-        click.echo(f"drew {path}")
-    click.echo(
+        say(f"drew {path}")
+    say(
         f"read {format_size(found.bytes_read)} in {found.seconds:.1f} s, "
         f"peak memory {format_size(found.peak_ram_bytes)}"
     )
@@ -183,5 +184,5 @@ def _show_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
         numbers = [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
-        click.echo("  ".join((row[0].ljust(widths[0]), *numbers)))
-    click.echo("")
+        say("  ".join((row[0].ljust(widths[0]), *numbers)))
+    say("")

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from streamconv.cli.printing import printable, say
 from streamconv.errors import Stopped, StreamconvError
 
 _DEBUG = "streamconv.debug"
@@ -27,16 +28,11 @@ class Commands(click.Group):
             if ctx.meta.get(_DEBUG):
                 raise
             prefix = "" if isinstance(error, Stopped) else "Error: "
-            click.echo(f"{prefix}{_one_line(str(error))}", err=True)
+            say(f"{prefix}{printable(str(error))}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
+            say("Interrupted.", err=True)
             sys.exit(128 + signal.SIGINT)
-
-
-def _one_line(message: str) -> str:
-    """Names come from files that anyone may have written: none may break the line or steer the terminal."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
 
 
 def set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:

@@ -18,6 +18,7 @@ from streamconv.cli.options import (
     base_option,
     push_options,
 )
+from streamconv.cli.printing import say
 from streamconv.cli.progress import progress
 from streamconv.cli.uploads import hush_hub, push_verified, show_pushed
 from streamconv.planning.options import MERGE_DEFAULTS
@@ -66,7 +67,7 @@ def verify_command(out: str, as_json: bool, quiet: bool, **given: Any) -> None:
     with progress("verify", quiet) as on_progress:
         checked = verify(out, on_progress=on_progress, **given)
     if as_json:
-        click.echo(json.dumps(asdict(checked)))
+        say(json.dumps(asdict(checked)))
     elif not quiet:
         how = "computed again, equal byte for byte" if checked.exact else "sizes, hashes and layout are right"
         if checked.calibrated:
@@ -74,11 +75,11 @@ def verify_command(out: str, as_json: bool, quiet: bool, **given: Any) -> None:
                 f"computed again, equal byte for byte, but for {checked.calibrated} calibrated weights: they come near "
                 "their targets and keep as much of the update as is stated (--calibration compares their bytes)"
             )
-        click.echo(
+        say(
             f"{out}: {checked.tensors} tensors in {_shards(checked.shards)}, {format_size(checked.bytes)}: {how}"
         )
         for folder in further_outputs(output_folder(out)):
-            click.echo(f"{folder} is an output of its own and was not looked at")
+            say(f"{folder} is an output of its own and was not looked at")
 
 
 @click.command("push", cls=Command)
@@ -104,7 +105,7 @@ def push_command(out: str, repo: str, as_json: bool, quiet: bool, **given: Any) 
         hush_hub()
     pushed = push_verified(out, target, quiet)
     if as_json:
-        click.echo(json.dumps(asdict(pushed), indent=1))
+        say(json.dumps(asdict(pushed), indent=1))
     elif not quiet:
         show_pushed(pushed)
 
