@@ -27,7 +27,7 @@ from streamconv.cli.options import (
     out_option,
     resources,
 )
-from streamconv.cli.printing import say
+from streamconv.cli.printing import answer, hand_over, say
 from streamconv.cli.progress import progress
 from streamconv.cli.signals import stop_on_signals
 from streamconv.planning.options import COMPARE_DEFAULTS
@@ -51,8 +51,8 @@ def _list(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        say(line.rstrip())
-    say("own: the format that training had the base in, --merge-base or that of the base itself")
+        answer(line.rstrip())
+    answer("own: the format that training had the base in, --merge-base or that of the base itself")
     ctx.exit()
 
 
@@ -210,7 +210,7 @@ def compare_command(as_json: bool, quiet: bool, **given: Any) -> None:
     with stop_on_signals() as stop, _stages(quiet) as (on_step, on_progress):
         found = run_options(options, on_step, on_progress, stop)
     if as_json:
-        say(json.dumps(found.as_json(), indent=1))
+        hand_over(json.dumps(found.as_json(), indent=1))
     elif not quiet:
         _show(found)
     if found.exit_code:

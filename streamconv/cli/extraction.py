@@ -9,7 +9,7 @@ import click
 
 from streamconv.cli.blocks import Command, Section, group, option
 from streamconv.cli.options import BASE, BASE_REVISION, FOLDER, OUT, SHOW
-from streamconv.cli.printing import say
+from streamconv.cli.printing import hand_over, say
 from streamconv.cli.progress import progress
 from streamconv.cli.signals import stop_on_signals
 from streamconv.planning.options import EXTRACT_DEFAULTS
@@ -108,7 +108,7 @@ def extract_command(as_json: bool, quiet: bool, no_resume: bool, **given: Any) -
     with stop_on_signals() as stop, progress("extract", quiet) as on_progress:
         found = extract(**given, resume=not no_resume, on_progress=on_progress, stop=stop)
     if as_json:
-        say(json.dumps(found.as_json(), indent=1))
+        hand_over(json.dumps(found.as_json(), indent=1))
     elif not quiet:
         _show(found)
 

@@ -27,7 +27,7 @@ from streamconv.cli.options import (
     adapters_option,
     out_option,
 )
-from streamconv.cli.printing import say
+from streamconv.cli.printing import answer, hand_over, say
 from streamconv.cli.progress import progress
 from streamconv.cli.recipes import RECIPE, JobCommand
 from streamconv.cli.signals import stop_on_signals
@@ -127,7 +127,7 @@ def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, q
     pushed = None if target is None else push_verified(out, target, quiet)
     if as_json:
         found = report.as_json() | ({"pushed": asdict(pushed)} if pushed else {})
-        say(json.dumps(found, indent=1))
+        hand_over(json.dumps(found, indent=1))
     elif pushed is not None and not quiet:
         show_pushed(pushed)
         for further in report.also.values():
@@ -157,9 +157,9 @@ def _show_plan(prepared: Prepared, out: str | None, as_json: bool, quiet: bool) 
     if out is not None:
         check_out(prepared, output_folder(out))
     if as_json:
-        say(json.dumps(plan_as_json(prepared), indent=1))
+        answer(json.dumps(plan_as_json(prepared), indent=1))
     elif not quiet:
-        say(plan_as_text(prepared))
+        answer(plan_as_text(prepared))
 
 
 def _show_report(report: Report) -> None:

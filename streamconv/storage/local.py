@@ -151,7 +151,7 @@ def open_folder(location: str) -> LocalFolder:
     except (ValueError, RuntimeError) as error:  # a NUL in the name; `~` of an unknown user
         raise CheckpointError(f"{location!r} cannot be a folder: {error}") from error
     if stat.S_ISDIR(mode):
-        return LocalFolder(location, path.resolve())
+        return LocalFolder(location, real_path(path))
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{location} is one file of a checkpoint; give its folder: {path.parent}")
     raise CheckpointError(f"{location} must be a folder with a checkpoint, found {_kind(mode)}")
@@ -163,7 +163,7 @@ def find_file(location: str) -> LocalFolder | None:
     path = os.path.expanduser(location)  # noqa: PTH111
     if not location.endswith(_WHOLE_FILES) or not os.path.isfile(path):  # noqa: PTH113
         return None
-    return LocalFolder(location, Path(path).parent.resolve(), Path(path).name)
+    return LocalFolder(location, real_path(Path(path).parent), Path(path).name)
 
 
 def open_subfolder(location: str, subfolder: str | None) -> LocalFolder:
@@ -180,6 +180,14 @@ def check_subfolder(subfolder: str) -> None:
         raise OptionError(
             f"--adapter-subfolder {subfolder!r} must name a folder inside the adapter's, such as checkpoint-1200"
         )
+
+
+def real_path(location: str | Path) -> Path:
+    """The place that `location` leads to, `~` expanded and links followed as far as they lead anywhere.
+
+    `Path` alone would raise RuntimeError for a loop of links, or `~` of an unknown user.
+    """
+    return Path(os.path.realpath(os.path.expanduser(location)))  # noqa: PTH111
 
 
 def existing_folder(path: Path) -> Path:
