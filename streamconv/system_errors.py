@@ -31,6 +31,8 @@ _NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 _LOOP = re.compile(r"Symlink loop from '(.*)'")
+_OF_TORCH = re.compile(r"unable to .*?<(.*?)>.*\((\d+)\)")
+_NO_HOME = "Could not determine home directory"
 _NO_THREAD = re.compile(r"can't start new thread|thread creation failed|pthread_create", re.IGNORECASE)
 
 
@@ -50,15 +52,28 @@ def as_ours(error: BaseException, out: Path | None = None) -> StreamconvError | 
     """An error of ours for what the system refused; None for one that is ours already, or a bug."""
     if isinstance(error, StreamconvError):
         return None
-    if isinstance(error, RuntimeError) and (loop := _LOOP.match(str(error))):  # of Path.resolve
-        error = OSError(errno.ELOOP, os.strerror(errno.ELOOP), loop[1])
+    error = _as_os_error(error)
     lack = lacking(error)
+    if lack is None and isinstance(error, RuntimeError) and _NO_HOME in str(error):
+        return InputError(f"a path begins with ~ and a name that is no user's, or there is no home ({error})")
     return _refused(error, out) if lack is None and isinstance(error, OSError) else lack
+
+
+def _as_os_error(error: BaseException) -> BaseException:
+    """The OSError that a RuntimeError stands for: a loop of links, of Path.resolve, or a file that torch cannot map."""
+    if isinstance(error, RuntimeError) and (loop := _LOOP.match(str(error))):
+        return OSError(errno.ELOOP, os.strerror(errno.ELOOP), loop[1])
+    if isinstance(error, RuntimeError) and (refused := _OF_TORCH.match(str(error))):
+        number = int(refused[2])
+        return OSError(number, os.strerror(number), refused[1])
+    return error
 
 
 def _refused(error: OSError, out: Path | None) -> StreamconvError:
     reason = error.strerror or str(error) or type(error).__name__
     if error.filename is None:
+        if error.errno == errno.EAGAIN:  # of fork and clone, at a limit of processes
+            return no_thread(reason)
         if isinstance(error, ConnectionError | TimeoutError | socket.gaierror) or error.errno in _NETWORK:
             return HubError(f"the network failed: {reason}; run the same command again to go on")
         if error.errno is None:  # a library's own words
@@ -87,12 +102,11 @@ def lacking(error: BaseException) -> ResourceError | None:
             f"too many files are open ({error.strerror}); raise the limit (ulimit -n) and run the same command again"
         )
     text = str(error)
-    # EAGAIN is what fork and clone say at a limit of processes.
-    if _NO_THREAD.search(text) or (isinstance(error, OSError) and error.errno == errno.EAGAIN):
-        return no_thread(_first_line(error))
+    if _NO_THREAD.search(text):
+        return no_thread(first_line(error))
     is_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     if is_memory or (isinstance(error, RuntimeError | ImportError | OSError) and _NO_MEMORY.search(text)):
-        return no_memory(_first_line(error))
+        return no_memory(first_line(error))
     return None
 
 
@@ -116,5 +130,6 @@ def no_memory(reason: str) -> ResourceError:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")
+def first_line(error: BaseException) -> str:
+    """The first line of its text, or its class where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
