@@ -18,6 +18,8 @@ PACKAGE = Path(streamconv.__file__).parent
 # Low to high; parts of one layer do not know each other.
 LAYERS = [
     {"errors", "sizes", "dtypes", "progress"},
+    {"system_errors"},
+    {"threads"},
     {"storage", "kernels"},
     {"checkpoint", "rounding"},
     {"formats", "adapters"},

@@ -24,6 +24,8 @@ from streamconv.checkpoint.types import StoredTensor
 from streamconv.dtypes import DTYPES
 from streamconv.errors import CheckpointError
 from streamconv.storage.base import SourceFile
+from streamconv.storage.local import reading
+from streamconv.system_errors import lacking
 
 _SHOWN = 300
 
@@ -113,7 +115,7 @@ def _check_archive(file: SourceFile) -> None:
             entries = archive.infolist()
             orders = [_start(archive, entry) for entry in entries if entry.filename.endswith("/byteorder")]
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-        with Path(file.path).open("rb") as opened:
+        with reading(file.name), Path(file.path).open("rb") as opened:
             begun = opened.read(len(_ZIP)) == _ZIP
         if begun:
             raise CheckpointError(
@@ -124,7 +126,7 @@ def _check_archive(file: SourceFile) -> None:
             f" rewrite it once, which holds it in memory: {REWRITE} {file.name}, or save it as safetensors"
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{file.name} cannot be read: {error.strerror}") from error
+        raise lacking(error) or CheckpointError(f"{file.name} cannot be read: {error.strerror}") from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CheckpointError(
             f"{file.name} is compressed, which torch.save does not do, so its tensors cannot be read one by one;"

@@ -18,7 +18,9 @@ from streamconv.cli.options import (
     base_option,
     push_options,
 )
+from streamconv.cli.printing import hand_over, say
 from streamconv.cli.progress import progress
+from streamconv.cli.signals import interrupt_on_signals
 from streamconv.cli.uploads import hush_hub, push_verified, show_pushed
 from streamconv.planning.options import MERGE_DEFAULTS
 from streamconv.sizes import format_size
@@ -63,10 +65,10 @@ def verify_command(out: str, as_json: bool, quiet: bool, **given: Any) -> None:
 
     from streamconv.pipeline import further_outputs, output_folder, verify
 
-    with progress("verify", quiet) as on_progress:
+    with interrupt_on_signals(), progress("verify", quiet) as on_progress:
         checked = verify(out, on_progress=on_progress, **given)
     if as_json:
-        click.echo(json.dumps(asdict(checked)))
+        hand_over(json.dumps(asdict(checked)))
     elif not quiet:
         how = "computed again, equal byte for byte" if checked.exact else "sizes, hashes and layout are right"
         if checked.calibrated:
@@ -74,11 +76,11 @@ def verify_command(out: str, as_json: bool, quiet: bool, **given: Any) -> None:
                 f"computed again, equal byte for byte, but for {checked.calibrated} calibrated weights: they come near "
                 "their targets and keep as much of the update as is stated (--calibration compares their bytes)"
             )
-        click.echo(
+        say(
             f"{out}: {checked.tensors} tensors in {_shards(checked.shards)}, {format_size(checked.bytes)}: {how}"
         )
         for folder in further_outputs(output_folder(out)):
-            click.echo(f"{folder} is an output of its own and was not looked at")
+            say(f"{folder} is an output of its own and was not looked at")
 
 
 @click.command("push", cls=Command)
@@ -104,7 +106,7 @@ def push_command(out: str, repo: str, as_json: bool, quiet: bool, **given: Any) 
         hush_hub()
     pushed = push_verified(out, target, quiet)
     if as_json:
-        click.echo(json.dumps(asdict(pushed), indent=1))
+        hand_over(json.dumps(asdict(pushed), indent=1))
     elif not quiet:
         show_pushed(pushed)
 

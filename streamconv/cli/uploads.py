@@ -6,8 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import click
-
+from streamconv.cli.printing import say
 from streamconv.cli.progress import progress
 from streamconv.cli.signals import leave, on_signals
 from streamconv.errors import OptionError
@@ -66,4 +65,4 @@ def show_pushed(pushed: Pushed) -> None:
     seen = "private" if pushed.private else "public"
     sent = f"{format_size(pushed.bytes)} uploaded" if pushed.bytes else "was complete already"
     where = pushed.pull_request or pushed.url
-    click.echo(f"{where}: {pushed.files} files as on disk, {sent}, {seen}, commit {pushed.commit}")
+    say(f"{where}: {pushed.files} files as on disk, {sent}, {seen}, commit {pushed.commit}")

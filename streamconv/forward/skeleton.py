@@ -19,6 +19,7 @@ from streamconv.checkpoint.config import edit_config
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.errors import UnsupportedError
 from streamconv.planning.plan import Plan
+from streamconv.system_errors import lacking
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ def _build(config: Mapping[str, Any], location: str, dtype: torch.dtype) -> Any:
             )
     except Exception as error:  # every config class and model raises its own
         reason = " ".join(str(error).split())
-        raise UnsupportedError(
+        raise lacking(error) or UnsupportedError(
             f"{location}: transformers {transformers.__version__} cannot build the model of config.json: {reason}"
         ) from error
     return model.eval()

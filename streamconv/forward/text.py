@@ -23,6 +23,7 @@ from torch import Tensor
 
 from streamconv.errors import InputError, OptionError
 from streamconv.storage.data_sets import DataSet, data_set_of
+from streamconv.system_errors import first_line, lacking
 
 # More characters than any run of natural text has in a token: so much is enough, of however long a file.
 _CHARACTERS_A_TOKEN = 64
@@ -35,8 +36,8 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise all kinds, even plain Exception
-        raise InputError(
-            f"{folder}: transformers cannot open the tokenizer there: {str(error).splitlines()[0]}; a checkpoint must "
+        raise lacking(error) or InputError(
+            f"{folder}: transformers cannot open the tokenizer there: {first_line(error)}; a checkpoint must "
             "have its tokenizer's files beside it to be evaluated on text"
         ) from error
 
@@ -91,8 +92,9 @@ def _rows(data_set: DataSet) -> Iterator[Document]:
     except InputError:
         raise
     except Exception as error:  # the library and the network raise all kinds
-        reason = (str(error).splitlines() or ["?"])[0]
-        raise InputError(f"the data set {data_set} cannot be read: {reason}") from error
+        raise lacking(error) or InputError(
+            f"the data set {data_set} cannot be read: {first_line(error)}"
+        ) from error
 
 
 def _pieces(path: Path, characters: int) -> Iterator[Document]:
@@ -110,7 +112,7 @@ def _pieces(path: Path, characters: int) -> Iterator[Document]:
                 f"{path}: text is read from .txt and .jsonl files; rename it if it is one of them"
             )
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        raise lacking(error) or InputError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from error
 
@@ -138,7 +140,7 @@ def _tokens(document: Document, tokenizer: Any, data: str | Path) -> list[int]:
     try:
         chat: list[int] = tokenizer.apply_chat_template(document, tokenize=True, return_dict=False)
     except Exception as error:  # a template raises what it likes
-        raise InputError(
-            f"{data}: the chat template of the tokenizer does not take its messages: {str(error).splitlines()[0]}"
+        raise lacking(error) or InputError(
+            f"{data}: the chat template of the tokenizer does not take its messages: {first_line(error)}"
         ) from error
     return chat

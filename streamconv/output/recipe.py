@@ -17,6 +17,7 @@ import yaml
 
 from streamconv.checkpoint.strict_json import parse_object, shown
 from streamconv.errors import CheckpointError, OptionError
+from streamconv.system_errors import lacking
 
 Scalar = str | bool | int | float | None
 Value = Scalar | list[Scalar]
@@ -48,7 +49,9 @@ def read_recipe(path: str) -> dict[str, Value]:
         with Path(path).expanduser().open("rb") as file:
             raw = file.read(_MAX_BYTES + 1)
     except OSError as error:
-        raise OptionError(f"--recipe {path} cannot be read: {error.strerror}") from error
+        raise lacking(error) or OptionError(f"--recipe {path} cannot be read: {error.strerror}") from error
+    except RuntimeError as error:  # `~` of an unknown user
+        raise OptionError(f"--recipe {path}: {error}") from error
     if len(raw) > _MAX_BYTES:
         raise OptionError(f"--recipe {path} is larger than 256 KiB, so it is no recipe")
     found = _PARSERS[suffix](raw, path)

@@ -40,6 +40,7 @@ from streamconv.planning.unmerged import refuse_unmerged
 from streamconv.storage import open_storage
 from streamconv.storage.base import SourceFile, Storage
 from streamconv.storage.file_set import FileSet
+from streamconv.system_errors import translated
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 _log = logging.getLogger(__name__)
@@ -127,6 +128,7 @@ class Prepared:
         return (*self.copied, *card)
 
 
+@translated()
 def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     """Read headers and configs and plan the run. Raises whatever would make it fail, as far as can be known.
 

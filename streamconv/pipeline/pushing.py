@@ -17,6 +17,7 @@ from streamconv.planning.options import Folder
 from streamconv.progress import OnProgress, quiet
 from streamconv.storage.local import open_folder
 from streamconv.storage.upload import LocalFile, Pushed, Target, check_target, parse_target, upload
+from streamconv.system_errors import translated
 
 
 def push(
@@ -42,6 +43,7 @@ def push(
     return push_output(out, target, show_progress, on_progress, on_upload)
 
 
+@translated()
 def push_output(
     out: Folder, target: Target, show_progress: bool, on_progress: OnProgress, on_upload: OnProgress
 ) -> Pushed:

@@ -32,6 +32,7 @@ from streamconv.running.schedule import bytes_read
 from streamconv.running.sink import Output
 from streamconv.sizes import format_size
 from streamconv.storage.local import open_folder
+from streamconv.system_errors import translated
 
 _log = logging.getLogger(__name__)
 
@@ -41,11 +42,12 @@ def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopReques
 
     Its outputs are published together: when all are complete and have passed the gate.
     """
-    check_out(prepared, out)
-    places = prepared.places(out)
-    before = [_finished_before(each, folder) for each, folder in places]
-    todo = [place for place, report in zip(places, before, strict=True) if report is None]
-    now = iter(_make(todo, on_progress, stop) if todo else ())
+    with translated(out):
+        check_out(prepared, out)
+        places = prepared.places(out)
+        before = [_finished_before(each, folder) for each, folder in places]
+        todo = [place for place, report in zip(places, before, strict=True) if report is None]
+        now = iter(_make(todo, on_progress, stop) if todo else ())
     main, *also = (report or next(now) for report in before)
     names = [each.job.options.quant for each in prepared.also]
     return replace(main, also=dict(zip(names, also, strict=True)))

@@ -34,6 +34,7 @@ from streamconv.planning.options import Calibration, Folder, Folders, Job, Merge
 from streamconv.progress import Meter, OnProgress, StopRequest, quiet
 from streamconv.running.workers import Workers
 from streamconv.storage.local import open_folder
+from streamconv.system_errors import translated
 
 _ENVIRONMENT = ("streamconv", "torch", "machine", "device")
 _NO_LIMIT = 2**60
@@ -43,6 +44,7 @@ _FAR = 0.5
 _FINGERPRINT = {"base", "adapter", "options", *_ENVIRONMENT}
 
 
+@translated()
 def verify(
     out: Folder,
     *,
