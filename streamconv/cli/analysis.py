@@ -106,7 +106,7 @@ def analyze_command(as_json: bool, quiet: bool, **given: Any) -> None:
     with interrupt_on_signals(), progress("analyze", quiet) as on_progress:
         found = analyze(**given, on_progress=on_progress)
     if as_json:
-        answer(json.dumps(found.as_json(), indent=1))
+        answer(*json.dumps(found.as_json(), indent=1).splitlines())
     elif not quiet:
         _show(found)
 
@@ -116,7 +116,7 @@ def analyze_command(as_json: bool, quiet: bool, **given: Any) -> None:
 
 def _show(found: Analysis) -> None:
     for target, reason in found.targets.items():
-        answer(f"{target}: {reason}\n")
+        answer(f"{target}: {reason}", "")
         _show_table(
             ("", "weights", "|D|/|B|", "16 bit", "kurtosis", "after", ">6 sigma", "after", "|W-B|/|D|"),
             [(name, f"{count}", *_update(of_kind)) for name, count, of_kind in _kinds(found, target)],

@@ -210,7 +210,7 @@ def compare_command(as_json: bool, quiet: bool, **given: Any) -> None:
     with stop_on_signals() as stop, _stages(quiet) as (on_step, on_progress):
         found = run_options(options, on_step, on_progress, stop)
     if as_json:
-        hand_over(json.dumps(found.as_json(), indent=1))
+        hand_over(*json.dumps(found.as_json(), indent=1).splitlines())
     elif not quiet:
         _show(found)
     if found.exit_code:
@@ -241,7 +241,7 @@ def _stages(quiet: bool) -> Iterator[tuple[Callable[[str], None], OnProgress]]:
 def _show(found: Compared) -> None:
     from streamconv.comparison.wording import advice_lines, machine_line, text_line, text_table
 
-    say(text_table(found))
+    say(*text_table(found).split("\n"))
     say("")
     for sentence in advice_lines(found):
         say(f"* {sentence}")

@@ -138,7 +138,7 @@ def eval_command(as_json: bool, quiet: bool, **given: Any) -> None:
     with interrupt_on_signals(), progress("eval", quiet) as on_progress:
         found = evaluate(**given, on_progress=on_progress)
     if as_json:
-        answer(json.dumps(found.as_json(), indent=1))
+        answer(*json.dumps(found.as_json(), indent=1).splitlines())
     elif not quiet:
         _show(found)
 

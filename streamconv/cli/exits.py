@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import click
 
-from streamconv.cli.printing import printable, safe_streams, say
+from streamconv.cli.printing import safe_streams, say
 from streamconv.cli.signals import Interrupted, leave, on_signals
 from streamconv.errors import Stopped, StreamconvError
 from streamconv.system_errors import translated
@@ -54,7 +54,7 @@ class Commands(click.Group):
 
 def _leave(error: StreamconvError) -> NoReturn:
     prefix = "" if isinstance(error, Stopped) else "Error: "
-    say(f"{prefix}{printable(str(error))}", err=True)
+    say(f"{prefix}{error}", err=True)
     sys.exit(error.exit_code)
 
 

@@ -108,7 +108,7 @@ def extract_command(as_json: bool, quiet: bool, no_resume: bool, **given: Any) -
     with stop_on_signals() as stop, progress("extract", quiet) as on_progress:
         found = extract(**given, resume=not no_resume, on_progress=on_progress, stop=stop)
     if as_json:
-        hand_over(json.dumps(found.as_json(), indent=1))
+        hand_over(*json.dumps(found.as_json(), indent=1).splitlines())
     elif not quiet:
         _show(found)
 

@@ -127,7 +127,7 @@ def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, q
     pushed = None if target is None else push_verified(out, target, quiet)
     if as_json:
         found = report.as_json() | ({"pushed": asdict(pushed)} if pushed else {})
-        hand_over(json.dumps(found, indent=1))
+        hand_over(*json.dumps(found, indent=1).splitlines())
     elif pushed is not None and not quiet:
         show_pushed(pushed)
         for further in report.also.values():
@@ -157,9 +157,9 @@ def _show_plan(prepared: Prepared, out: str | None, as_json: bool, quiet: bool) 
     if out is not None:
         check_out(prepared, output_folder(out))
     if as_json:
-        answer(json.dumps(plan_as_json(prepared), indent=1))
+        answer(*json.dumps(plan_as_json(prepared), indent=1).splitlines())
     elif not quiet:
-        answer(plan_as_text(prepared))
+        answer(*plan_as_text(prepared).split("\n"))
 
 
 def _show_report(report: Report) -> None:

@@ -29,7 +29,7 @@ def inspect_command(path: str, revision: str | None, allow_pickle: bool, as_json
 
     found = inspect(path, revision=revision, allow_pickle=allow_pickle)
     if as_json:
-        answer(json.dumps(found, indent=1))
+        answer(*json.dumps(found, indent=1).splitlines())
         return
     for key, value in found.items():
         answer(f"{key.replace('_', ' '):16} {_fact(key, value)}")
@@ -67,7 +67,7 @@ def formats_command(as_json: bool) -> None:
         for fmt in FORMATS.values()
     ]
     if as_json:
-        answer(json.dumps(rows, indent=1))
+        answer(*json.dumps(rows, indent=1).splitlines())
         return
     answer(f"{'name':10} {'bits/weight':>11}  {'calibration':11}  opened by")
     for row in rows:

@@ -68,7 +68,7 @@ def verify_command(out: str, as_json: bool, quiet: bool, **given: Any) -> None:
     with interrupt_on_signals(), progress("verify", quiet) as on_progress:
         checked = verify(out, on_progress=on_progress, **given)
     if as_json:
-        hand_over(json.dumps(asdict(checked)))
+        hand_over(*json.dumps(asdict(checked)).splitlines())
     elif not quiet:
         how = "computed again, equal byte for byte" if checked.exact else "sizes, hashes and layout are right"
         if checked.calibrated:
@@ -106,7 +106,7 @@ def push_command(out: str, repo: str, as_json: bool, quiet: bool, **given: Any) 
         hush_hub()
     pushed = push_verified(out, target, quiet)
     if as_json:
-        hand_over(json.dumps(asdict(pushed), indent=1))
+        hand_over(*json.dumps(asdict(pushed), indent=1).splitlines())
     elif not quiet:
         show_pushed(pushed)
 

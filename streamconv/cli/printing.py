@@ -11,44 +11,41 @@ import contextlib
 import errno
 import io
 import os
+import re
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 from streamconv.errors import OutputError, ResourceError
+from streamconv.escapes import one_line
 
+# Bars need the beginning of a line, and tqdm's several of them the line above.
+_BARS = re.compile(r"([\n\r\t]|\x1b\[A)")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def say(text: str, err: bool = False) -> None:
-    """Print lines that may get lost. Line breaks are the caller's; what else would steer a terminal is spelt out."""
+def say(*lines: str, err: bool = False) -> None:
+    """Print lines that may get lost. What would end one or steer a terminal is spelt out in it."""
     with contextlib.suppress(OSError, ValueError):
-        _write(sys.stderr if err else sys.stdout, text)
+        _write(sys.stderr if err else sys.stdout, lines)
 
 
-def answer(text: str) -> None:
+def answer(*lines: str) -> None:
     """Print the result of a command that does nothing but show something; otherwise as `hand_over`.
 
     Raises OutputError where standard output is closed, too.
     """
-    _show(text, closed_is_wrong=True)
+    _show(lines, closed_is_wrong=True)
 
 
-def hand_over(text: str) -> None:
+def hand_over(*lines: str) -> None:
     """Print what a script asked to know of something that was made.
 
     A reader that has left (`| head`) has seen what it wanted, and who closes standard output wants to see nothing.
     Raises ResourceError where the disk is full, and OutputError where it cannot be written for another reason.
     """
-    _show(text, closed_is_wrong=False)
-
-
-def printable(text: str) -> str:
-    """One line. Names come from files that anyone may have written: none may break it or steer the terminal."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    _show(lines, closed_is_wrong=False)
 
 
 @contextlib.contextmanager
@@ -75,7 +72,8 @@ def safe_streams() -> Iterator[None]:
 class Forgiving(io.TextIOBase):
     """A stream for those who cannot know that it may fail: bars, warnings, log handlers, click.
 
-    It is silent about errors that `forgives` is true of, and where there is no stream.
+    It is silent about errors that `forgives` is true of, and where there is no stream. Warnings and logs repeat what
+    stands in files, so it spells out what would steer a terminal, but for what bars need.
     """
 
     def __init__(self, stream: TextIO | None, forgives: Callable[[OSError, TextIO], bool]) -> None:
@@ -97,7 +95,7 @@ class Forgiving(io.TextIOBase):
     def write(self, text: str) -> int:
         with self._forgiving() as stream:
             if stream is not None:
-                stream.write(text)
+                stream.write(_harmless(text))
         return len(text)
 
     def flush(self) -> None:
@@ -130,12 +128,17 @@ class Forgiving(io.TextIOBase):
             return
 
 
-def _show(text: str, closed_is_wrong: bool) -> None:
+def _harmless(text: str) -> str:
+    """Text of a library, with all but line ends and what bars need spelt out."""
+    return "".join(part if i % 2 else one_line(part) for i, part in enumerate(_BARS.split(text)))
+
+
+def _show(lines: Sequence[str], closed_is_wrong: bool) -> None:
     stream = sys.stdout
     if closed_is_wrong and isinstance(stream, Forgiving) and stream.is_closed:
         raise OutputError("standard output is closed, so there is nowhere to show the result")
     try:
-        _write(stream, text)
+        _write(stream, lines)
     except OSError as error:
         if error.errno in _FULL:
             raise ResourceError(
@@ -147,9 +150,9 @@ def _show(text: str, closed_is_wrong: bool) -> None:
         ) from error
 
 
-def _write(stream: TextIO, text: str) -> None:
-    lines = "".join(f"{printable(line)}\n" for line in text.split("\n"))
-    stream.write(lines.encode(stream.encoding, "backslashreplace").decode(stream.encoding))
+def _write(stream: TextIO, lines: Sequence[str]) -> None:
+    text = "".join(f"{one_line(line)}\n" for line in lines)
+    stream.write(text.encode(stream.encoding, "backslashreplace").decode(stream.encoding))
     stream.flush()
 
 

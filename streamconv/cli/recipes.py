@@ -27,7 +27,7 @@ class JobCommand(Command):
             return super().invoke(ctx)
         from streamconv.output.recipe import write_recipe
 
-        return answer(write_recipe(dict(_resolved(self, ctx.params))))
+        return answer(*write_recipe(dict(_resolved(self, ctx.params))).split("\n"))
 
 
 def _load(ctx: click.Context, param: click.Parameter, paths: tuple[str, ...]) -> None:

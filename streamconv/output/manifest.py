@@ -121,6 +121,7 @@ def manifest(
         "replaced": plan.replaced,
         "skipped": plan.skipped,
         "untied": plan.untied,
+        "notes": list(plan.notes),
         "layers": list(plan.depth.sources) if plan.depth else None,
         "files": {
             name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}

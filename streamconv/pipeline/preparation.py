@@ -21,6 +21,7 @@ from streamconv.output.recipe import RECIPE
 from streamconv.output.sidecars import (
     QUANTIZATION_COPIES,
     RESIDUAL_CONFIG,
+    custom_code,
     files_to_copy,
     notes_on_processors,
 )
@@ -151,7 +152,9 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     tokenizer = _tokenizer(job, base, tokenizer_storage(adapter, adapter_storages), plans[0])
     processors = notes_on_processors(storage, adapter_storages)
     notes = (*_base_notes(job, base, adapter_storages), *tokenizer.notes, *processors)
-    copied = files_to_copy(storage, tokenizer, index.config, job.copy_extra)
+    code = custom_code(storage, index.config)
+    copied = files_to_copy(storage, tokenizer, code, job.copy_extra)
+    notes = (*notes, *code.notes(copied))
     main, *also = (
         Prepared(
             replace(job, options=plan.options, also=()),
