@@ -18,6 +18,9 @@ from pathlib import Path
 from streamconv.errors import HubError, InputError, OutputError, ResourceError, StreamconvError
 from streamconv.sizes import format_size
 
+LEAST_ADDRESS_SPACE = 10**9
+"""Bytes that a process must be allowed to address for torch, numpy and a few threads."""
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OPEN_FILES = (errno.EMFILE, errno.ENFILE)
 _NETWORK = (
@@ -108,6 +111,16 @@ def lacking(error: BaseException) -> ResourceError | None:
     if is_memory or (isinstance(error, RuntimeError | ImportError | OSError) and _NO_MEMORY.search(text)):
         return no_memory(first_line(error))
     return None
+
+
+def check_address_space() -> None:
+    """Raise ResourceError under a limit in which the libraries cannot even be loaded.
+
+    OpenBLAS, of numpy, would end the process in its own way, without an error that could be told.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < LEAST_ADDRESS_SPACE:
+        raise no_memory("the libraries alone take 1 GB of addresses")
 
 
 def no_thread(reason: str) -> ResourceError:

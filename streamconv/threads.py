@@ -6,16 +6,16 @@ frame never does, and the whole run would hang: here it is another thread that w
 
 from __future__ import annotations
 
-import _thread
 import functools
 import queue
 import threading
+from _thread import allocate_lock, start_new_thread
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, ParamSpec, Self, TypeVar, cast
+from typing import Any, Generic, Self, TypeVar, TypeVarTuple, cast
 
 from streamconv.system_errors import no_thread
 
-P = ParamSpec("P")
+Given = TypeVarTuple("Given")
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
@@ -27,7 +27,7 @@ def start_thread(work: Callable[[], None], name: str) -> threading.Thread:
     """A thread that runs `work`, and does not keep the process alive. Raises ResourceError where none can be had."""
     thread = threading.Thread(target=work, name=f"streamconv-{name}", daemon=True)
     refused: list[BaseException] = []
-    has_begun = _thread.allocate_lock()  # to set an Event takes memory; to release a lock does not
+    has_begun = allocate_lock()  # to set an Event takes memory; to release a lock does not
     has_begun.acquire()
 
     def start() -> None:
@@ -39,7 +39,7 @@ def start_thread(work: Callable[[], None], name: str) -> threading.Thread:
             has_begun.release()
 
     try:
-        _thread.start_new_thread(start, ())
+        start_new_thread(start, ())
     except (RuntimeError, MemoryError) as error:
         raise no_thread(str(error) or "no memory") from error
     if not has_begun.acquire(timeout=START_S):
@@ -56,7 +56,7 @@ class Future(Generic[Found]):
         self._work: Callable[[], Found] | None = work
         self._outcome: Found | None = None
         self._error: BaseException | None = None
-        self._is_open = _thread.allocate_lock()
+        self._is_open = allocate_lock()
         self._is_open.acquire()
 
     def result(self) -> Found:
@@ -87,7 +87,7 @@ class Future(Generic[Found]):
 
 
 class Pool:
-    """Up to `count` threads that do what is submitted, in its order; each is started when it is first needed.
+    """Threads, at most `count`, that do what is submitted, in its order; each is started when it is first needed.
 
     `prepare` is called in every thread before anything else. Use as a context manager, or call `shutdown`.
     """
@@ -105,9 +105,9 @@ class Pool:
     def __exit__(self, *exc: object) -> None:
         self.shutdown()
 
-    def submit(self, work: Callable[P, Found], *args: P.args, **kwargs: P.kwargs) -> Future[Found]:
+    def submit(self, work: Callable[[*Given], Found], *given: *Given) -> Future[Found]:
         """Have `work` done. Raises ResourceError where it needs a thread that cannot be had."""
-        future = Future(functools.partial(work, *args, **kwargs))
+        future = Future(functools.partial(work, *given))
         with self._changing:
             if self._free:
                 self._free -= 1

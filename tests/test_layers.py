@@ -39,6 +39,7 @@ RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 # Where heavy modules are imported late, by plain imports inside functions; and the whole command line.
 DOORS = {
     "__init__.py": "torch takes seconds to import",
+    "__main__.py": "signals are heard before anything else is imported",
     "adapters/conversions.py": "transformers is an extra",
     "analysis/__init__.py": "matplotlib is an extra",
     "comparison/__init__.py": "transformers is an extra",

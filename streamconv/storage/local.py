@@ -216,13 +216,17 @@ def open_file(file: SourceFile) -> int:
     """A read-only descriptor of `file`; raises CheckpointError if it is no longer what was planned with."""
     # Should a FIFO have taken the file's place, opening it without O_NONBLOCK would wait for a writer.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-    with reading(file.name, f"opened ({file.path})"):
+    try:
         descriptor = os.open(file.path, flags)
-        try:
+    except OSError as error:
+        told = CheckpointError(f"{file.name} cannot be opened: {error.strerror} ({file.path})")
+        raise lacking(error) or told from error
+    try:
+        with reading(file.name):
             check_unchanged(file, os.fstat(descriptor))
-        except BaseException:
-            close_file(descriptor)
-            raise
+    except BaseException:
+        close_file(descriptor)
+        raise
     return descriptor
 
 

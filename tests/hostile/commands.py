@@ -12,9 +12,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class Request:
     `signal` is raised before the call number `at`, the first one or the first named `since` (as in Outcome.calls)
     being number 1, or if that one writes and `tears` is set, after half of it; with `again`, before the next call too.
     `kill_after_s` kills by the clock instead. `slow_s` is how long each write of a shard takes. `goes_on` is the
-    process id of a stopped run that shall continue, all else ignored.
+    process id of a stopped run that shall continue, all else ignored. `streams` are what descriptors 0, 1 and 2 are
+    instead of a file: `closed`, `full`, or `gone`, a pipe that nobody reads. `ignored` signals come to nothing.
     """
 
     arguments: tuple[str, ...] = ()
@@ -42,6 +43,8 @@ class Request:
     watermark_bytes: int = 2**28
     grace_s: float = 5.0
     goes_on: int | None = None
+    streams: Mapping[str, str] = field(default_factory=dict)
+    ignored: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
