@@ -1,7 +1,7 @@
 """The folder a calibration works in: a file for every decoder layer that is done, and hidden states between two.
 
     calibration.json         what the files beside it belong to
-    digests                  SHA-256 of those that a later run would read (see `checkpoint/recorded.py`)
+    hashes                   SHA-256 of those that a later run would read (see `checkpoint/recorded.py`)
     layer-N.safetensors      the final parts of all calibrated weights of layer N, and what repairs their errors; or the
                              factors of all equalized ones; its metadata say what became of them
     gradient*, inputs-*      see `gradients.py`, `kept_inputs.py`

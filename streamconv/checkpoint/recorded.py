@@ -1,6 +1,6 @@
 """Files of a work folder that a later run goes on with, checked against the SHA-256 that was recorded of each.
 
-    digests    a line `SHA-256  NAME` for each file, as sha256sum writes them; of two with one name the later counts
+    hashes    a line `SHA-256  NAME` for each file, as sha256sum writes them; of two with one name the later counts
 
 A line is on the disk before its file has its name. What a file system, a disk or a person has changed since then is
 so not taken for what was written: it is made again. A damaged line is as good as none.
@@ -18,7 +18,7 @@ from pathlib import Path
 from streamconv.checkpoint.writer import write_error
 from streamconv.errors import OutputError
 
-DIGESTS = "digests"
+DIGESTS = "hashes"
 _LINE = re.compile(rb"([0-9a-f]{64})  ([^\n]+)\n")
 _CHUNK_BYTES = 4 * 2**20
 _MOST_BYTES = 64 * 2**20
