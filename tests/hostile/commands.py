@@ -19,6 +19,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+MODEL_MODULES = (
+    "streamconv.calibration.layers",
+    "streamconv.calibration.need",
+    "streamconv.calibration.equalizing",
+    "streamconv.forward.linears",
+    "streamconv.evaluation.scoring",
+    "streamconv.comparison.running",
+)
+"""Imports of a fork server whose commands run models."""
 
 
 @dataclass(frozen=True, slots=True)
