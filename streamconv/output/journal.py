@@ -71,6 +71,28 @@ def is_owned(out: Path) -> bool:
     return (out / WORK_FOLDER / _PLAN).exists()
 
 
+def lock_holder(out: Path) -> str | None:
+    """Process that is at work on the output at this moment, in the words of its lock; None if there is none.
+
+    Looking takes the lock for an instant: only where a run has a plan, so that none that begins is in its way.
+    """
+    if not is_owned(out):
+        return None
+    try:
+        lock = os.open(out / WORK_FOLDER / _LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(lock, 200, 0).decode(errors="replace").strip()
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(lock)
+    return None
+
+
 def remove_leftovers(out: Path) -> None:
     """Delete the work folder of a run that was killed when there was nothing left to do but that."""
     if not (out / WORK_FOLDER).exists():
