@@ -67,3 +67,5 @@ def show_pushed(pushed: Pushed) -> None:
     sent = f"{format_size(pushed.bytes)} uploaded" if pushed.bytes else "was complete already"
     where = pushed.pull_request or pushed.url
     click.echo(f"{where}: {pushed.files} files as on disk, {sent}, {seen}, commit {pushed.commit}")
+    if pushed.edited:
+        click.echo(f"{where}: changed since it was written, as people may: {', '.join(pushed.edited)}")

@@ -29,7 +29,9 @@ JSON_OBJECT, TEXT = "json", "text"
 EDITED_BYTES = 16 * 2**20
 """Size up to which the form of a file is looked at."""
 
-_CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 8 * 2**20
+"""Bytes of a file that are read at once."""
+
 _MOST_COMMAS, _MOST_BRACKETS = 1_000_000, 500_000
 _EDITABLE = (
     *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", TEMPLATE, OLD_TEMPLATE, f"{CHAT_TEMPLATES}/*"),
@@ -37,19 +39,8 @@ _EDITABLE = (
 )
 # Weights and code in forms that transformers leaves alone where there are safetensors.
 _MODEL_LIKE = (
-    *(
-        "*.bin",
-        "*.bin.index.json",
-        "*.pt",
-        "*.pth",
-        "*.ckpt",
-        "*.gguf",
-        "*.pkl",
-        "*.h5",
-        "*.msgpack",
-        "*.onnx",
-    ),
-    *("*.py", "params.json", f"{RESIDUAL}/*"),
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt"),
+    *("*.gguf", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.py", "params.json", f"{RESIDUAL}/*"),
 )
 
 
@@ -90,7 +81,7 @@ def describe_file(file: SourceFile) -> dict[str, Any]:
 
 def read_chunks(file: SourceFile) -> Iterator[memoryview]:
     """Content of a file, in one buffer. Raises CheckpointError for what cannot be read or is no regular file."""
-    buffer = bytearray(min(_CHUNK_BYTES, file.size + 1))
+    buffer = bytearray(min(CHUNK_BYTES, file.size + 1))
     view = memoryview(buffer)
     try:
         with os.fdopen(open_file(file), "rb", buffering=0) as stream:

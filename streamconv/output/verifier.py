@@ -19,7 +19,14 @@ from streamconv.checkpoint.strict_json import some
 from streamconv.errors import CheckpointError, InputError, VerificationError
 from streamconv.output.listing import Entry, Listing, read_listing
 from streamconv.output.manifest import MANIFEST
-from streamconv.output.published import EDITED_BYTES, Strangers, files_beside, lacks_form, read_chunks
+from streamconv.output.published import (
+    CHUNK_BYTES,
+    EDITED_BYTES,
+    Strangers,
+    files_beside,
+    lacks_form,
+    read_chunks,
+)
 from streamconv.output.sidecars import RESIDUAL
 from streamconv.output.tokenizer_files import CHAT_TEMPLATES
 from streamconv.planning.plan import Plan, ShardPlan
@@ -30,7 +37,6 @@ from streamconv.running.sink import Output
 from streamconv.storage.base import SourceFile, Storage
 from streamconv.storage.local import open_folder
 
-_CHUNK_BYTES = 8 * 2**20
 _CHANGED, _REMOVED = "changed", "removed"
 _SINCE = "{}: the weights are as they were written, but {}; restore it if that was not meant"
 
@@ -252,8 +258,8 @@ class ComparingSink:
                 f"{self._out / self._shard.name}: {self._offset + len(data)} bytes were computed, and it was planned "
                 f"with {self._shard.size}"
             )
-        for start in range(0, len(data), _CHUNK_BYTES):
-            wanted = data[start : start + _CHUNK_BYTES]
+        for start in range(0, len(data), CHUNK_BYTES):
+            wanted = data[start : start + CHUNK_BYTES]
             if self._read(len(wanted)) != wanted:
                 raise VerificationError(
                     f"{self._out}: tensor {self._tensor()} differs from what base, adapter and options give; "

@@ -81,7 +81,7 @@ def test_a_file_is_described_as_its_content_is(tmp_path: Path, monkeypatch: pyte
     expected = {"size": 3008, "sha256": hashlib.sha256(content).hexdigest()}
     assert describe_file(file) == describe(file.name, content) == expected | {"form": "json"}
     assert describe("tokenizer.json", content) == expected
-    monkeypatch.setattr(published, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(published, "CHUNK_BYTES", 1000)
     assert describe_file(file) == expected | {"form": "json"}
     monkeypatch.setattr(published, "EDITED_BYTES", 3007)
     assert describe_file(file) == describe(file.name, content) == expected
