@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamconv.checkpoint.strict_json import some
 from streamconv.cli.blocks import Command, Section, group, option
 from streamconv.cli.options import (
     ADAPTER_PLACE,
@@ -21,14 +20,12 @@ from streamconv.cli.options import (
     push_options,
 )
 from streamconv.cli.progress import progress
-from streamconv.cli.uploads import hush_hub, push_verified, show_pushed
+from streamconv.cli.uploads import hush_hub, named, push_verified, show_pushed
 from streamconv.planning.options import MERGE_DEFAULTS
 from streamconv.sizes import format_size
 
 if TYPE_CHECKING:
     from streamconv.output.verifier import Verified
-
-_NAMED = 20
 
 
 @click.command("verify", cls=Command)
@@ -126,14 +123,9 @@ def beside_lines(checked: Verified) -> Iterator[str]:
     """Lines on files of an output that are not as they were written, and on files beside it."""
     for done, names in (("changed", checked.edited), ("removed", checked.removed), ("added", checked.added)):
         if names:
-            yield f"{done} since it was written, as people may: {_named(names)}"
+            yield f"{done} since it was written, as people may: {named(names)}"
     if checked.others:
-        yield f"not of this output, and not looked at: {_named(checked.others)}"
-
-
-def _named(names: Sequence[str]) -> str:
-    """Names for a terminal, which anybody may have given to files."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in some(names, _NAMED))
+        yield f"not of this output, and not looked at: {named(checked.others)}"
 
 
 def _shards(count: int) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from streamconv.checkpoint.strict_json import some
 from streamconv.cli.progress import progress
 from streamconv.cli.signals import leave, on_signals
 from streamconv.errors import OptionError
@@ -15,6 +16,8 @@ from streamconv.sizes import format_size
 
 if TYPE_CHECKING:
     from streamconv.storage.upload import Pushed, Target
+
+_MOST_NAMED = 20
 
 PUSHING = ("push_to", "private", "create_pr", "commit_message", "push_revision")
 """Names of the options that say how and where to push."""
@@ -68,4 +71,9 @@ def show_pushed(pushed: Pushed) -> None:
     where = pushed.pull_request or pushed.url
     click.echo(f"{where}: {pushed.files} files as on disk, {sent}, {seen}, commit {pushed.commit}")
     if pushed.edited:
-        click.echo(f"{where}: changed since it was written, as people may: {', '.join(pushed.edited)}")
+        click.echo(f"{where}: changed since it was written, as people may: {named(pushed.edited)}")
+
+
+def named(names: Sequence[str]) -> str:
+    """Names for a terminal, which anybody may have given to files."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in some(names, _MOST_NAMED))

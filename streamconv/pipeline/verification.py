@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import fspath
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from streamconv.calibration.calibrated import Calibrated, calibrated_plan
 from streamconv.calibration.weighing import Weighed, weigh
@@ -17,7 +18,7 @@ from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.errors import InputError, OptionError, OutputError, VerificationError
 from streamconv.formats import find_weights
-from streamconv.output.journal import lock_holder
+from streamconv.output.journal import is_publishing, lock_holder
 from streamconv.output.listing import Listing, read_listing
 from streamconv.output.manifest import MANIFEST
 from streamconv.output.sidecars import RESIDUAL_TENSORS
@@ -74,10 +75,6 @@ def verify(
         raise OptionError(
             "a full verification computes the result again: give the --base (and --adapter) it was made from"
         )
-    refuse_written(output_folder(out))
-    storage = open_folder(fspath(out))
-    listing = read_listing(storage, MANIFEST)
-    before = look(storage, listing)
     given = _Given(
         None if base is None else fspath(base),
         listed(adapter),
@@ -88,19 +85,39 @@ def verify(
         adapter_revision,
         adapter_subfolder,
     )
-    try:
-        found = _verify(storage, listing, given, on_progress)
-    except (InputError, VerificationError):
+    folder = output_folder(out)
+    refuse_written(folder)
+    storage = open_folder(fspath(out))
+    with _in_words_of_what_was_interrupted(folder):
+        listing = read_listing(storage, MANIFEST)
+        before = look(storage, listing)
+        try:
+            found = _verify(storage, listing, given, on_progress)
+        except (InputError, VerificationError):
+            _refuse_changed(storage, listing, before)
+            raise
         _refuse_changed(storage, listing, before)
-        raise
-    _refuse_changed(storage, listing, before)
-    return found
+        return found
 
 
 def refuse_written(out: Path) -> None:
     """Raise OutputError where a run is writing into an output folder at this moment."""
     if (holder := lock_holder(out)) is not None:
         raise OutputError(f"{out} is being written by another run ({holder}); wait for it to end")
+
+
+@contextmanager
+def _in_words_of_what_was_interrupted(out: Path) -> Iterator[None]:
+    """Where a run was interrupted while it put its output in place, what is wrong there is no damage."""
+    try:
+        yield
+    except (InputError, VerificationError) as error:
+        if is_publishing(out):
+            raise OutputError(
+                f"{out}: a run was interrupted while it put its output in place here ({error}); give its command again,"
+                " which finishes it"
+            ) from error
+        raise
 
 
 def _refuse_changed(storage: LocalFolder, listing: Listing, before: Sight) -> None:
@@ -171,6 +188,10 @@ def _prepare_again(
     is_calibrated, has_text = found.get("calibration") is not None, given.calibration is not None
     with _damaged_where_odd(out):
         job = _job_of(found, given)
+        _check_types(job.options)
+        if job.options.calibration is not None:
+            _check_types(job.options.calibration)
+        facts = _recorded_facts(content) if is_calibrated and not has_text else None
     asked = job.options.calibration
     if is_calibrated and not has_text and asked and asked.rescale != "none":
         raise OptionError(
@@ -179,9 +200,8 @@ def _prepare_again(
     if is_calibrated:  # what was enough when it was made is not known; no more is taken than is needed
         options = replace(job.options, max_ram_bytes=_NO_LIMIT, max_vram_bytes=_NO_LIMIT)
         job = replace(job, options=options)
+    again = prepare(job, facts)
     with _damaged_where_odd(out):
-        facts = _recorded_facts(content) if is_calibrated and not has_text else None
-        again = prepare(job, facts)
         _check_inputs(found, again, out)
     return again
 
@@ -193,6 +213,25 @@ def _damaged_where_odd(out: Path) -> Iterator[None]:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise _damaged(out) from error
+
+
+def _check_types(options: MergeOptions | Calibration) -> None:
+    """Raise TypeError unless every field of these options has the type that it is declared with."""
+    for name, hint in get_type_hints(type(options)).items():
+        value = getattr(options, name)
+        if not _is_of(value, hint):
+            raise TypeError(f"{name} cannot be {value!r}")
+
+
+def _is_of(value: object, hint: Any) -> bool:
+    """Whether a value is of a type such as `int | None` or `tuple[str, ...]`; true and false are no numbers."""
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_of(each, get_args(hint)[0]) for each in value)
+    if get_origin(hint) is UnionType:
+        return any(_is_of(value, each) for each in get_args(hint))
+    if hint is float:
+        hint = int | float
+    return isinstance(value, hint) and (not isinstance(value, bool) or hint is bool)
 
 
 def _damaged(out: Path) -> VerificationError:

@@ -61,8 +61,8 @@ class LocalFile:
 class Pushed:
     """Result of an upload: `commit` holds the output's files, `bytes` of them were not there before.
 
-    `pull_request` is the page of the pull request that proposes the commit, None where it is on the branch. `edited` are
-    files that people may edit, and that are not as they were written.
+    `pull_request` is the page of the pull request that proposes the commit, None where it is on the branch. `edited`
+    are files that people may edit, and that are not as they were written.
     """
 
     repo: str
