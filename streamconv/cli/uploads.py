@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from streamconv.checkpoint.strict_json import some
 from streamconv.cli.printing import say
 from streamconv.cli.progress import progress
 from streamconv.cli.signals import leave, on_signals
@@ -14,6 +15,9 @@ from streamconv.sizes import format_size
 
 if TYPE_CHECKING:
     from streamconv.storage.upload import Pushed, Target
+
+MOST_NAMED = 20
+"""Files that a line names before it says how many more there are."""
 
 PUSHING = ("push_to", "private", "create_pr", "commit_message", "push_revision")
 """Names of the options that say how and where to push."""
@@ -66,3 +70,5 @@ def show_pushed(pushed: Pushed) -> None:
     sent = f"{format_size(pushed.bytes)} uploaded" if pushed.bytes else "was complete already"
     where = pushed.pull_request or pushed.url
     say(f"{where}: {pushed.files} files as on disk, {sent}, {seen}, commit {pushed.commit}")
+    if pushed.edited:
+        say(f"{where}: changed since it was written, as people may: {some(pushed.edited, MOST_NAMED)}")

@@ -14,6 +14,7 @@ from streamconv.formats.base import Json
 from streamconv.output.card import model_card
 from streamconv.output.manifest import MANIFEST, KeptShares, manifest
 from streamconv.output.publish import CONFIG, INDEX
+from streamconv.output.published import describe, describe_file
 from streamconv.output.recipe import RECIPE, write_recipe
 from streamconv.output.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, RESIDUAL_TENSORS
 from streamconv.pipeline.passes import Passed
@@ -36,17 +37,23 @@ def generated_files(
     loaded = {**prepared.written, RECIPE: _recipe(prepared), CONFIG: _config(prepared, quantization)}
     if plan.quant in QUANTIZATION_COPIES:
         loaded[QUANTIZATION_COPIES[plan.quant]] = _as_json(quantization)
-    told = None
+    told = residual.as_json() if residual else None
     if residual is not None:
         loaded[RESIDUAL_CONFIG] = residual.config
-        told = residual.as_json()
-    large = {RESIDUAL_TENSORS: residual.entry} if residual else {}
-    written = manifest(plan, hashes, kept, passed.notes, told, loaded, large)
-    contents = {INDEX: _index(plan), MANIFEST: written, **loaded}
+    contents = {INDEX: _index(plan), **loaded}
     if prepared.job.card:
         contents["README.md"] = model_card(
             plan, base.index, prepared.adapter_storages, prepared.small_names, kept, told
         )
+    described: dict[str, Mapping[str, Any]] = {
+        name: describe(name, contents[name]) for name in prepared.generated if name != MANIFEST
+    }
+    files = {name: entry for name, entry in described.items() if name in loaded}
+    if residual is not None:
+        files[RESIDUAL_TENSORS] = residual.entry
+    sidecars = {name: entry for name, entry in described.items() if name not in loaded}
+    sidecars |= {file.name: describe_file(file) for file in prepared.copied}
+    contents[MANIFEST] = manifest(plan, hashes, kept, passed.notes, told, files, sidecars)
     return {name: contents[name] for name in prepared.generated}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from streamconv.errors import InputError
@@ -12,7 +13,7 @@ from streamconv.output.sidecars import RESIDUAL
 from streamconv.output.tokenizer_files import CHAT_TEMPLATES
 from streamconv.output.verifier import hash_file, read_manifest
 from streamconv.pipeline.job import output_folder
-from streamconv.pipeline.verification import verify
+from streamconv.pipeline.verification import refuse_written, verify
 from streamconv.planning.options import Folder
 from streamconv.progress import OnProgress, quiet
 from streamconv.storage.local import open_folder
@@ -49,14 +50,16 @@ def push_output(
 ) -> Pushed:
     """Push as `push` does, with the target parsed."""
     folder = output_folder(out)
+    refuse_written(folder)
     manifest = read_manifest(open_folder(str(folder)), MANIFEST)
     remote = check_target(target, MANIFEST)
-    verify(folder, on_progress=on_progress)
+    checked = verify(folder, on_progress=on_progress)
     listed = {name: entry["sha256"] for key in ("shards", "files") for name, entry in manifest[key].items()}
     message = f"Upload {manifest['quant']} model made with streamconv {manifest['streamconv']}"
     files = _files_to_push(folder, listed)
     message = message.replace("none ", "16-bit ")
-    return upload(target, remote, files, is_of_model, message, show_progress, on_upload)
+    pushed = upload(target, remote, files, is_of_model, message, show_progress, on_upload)
+    return replace(pushed, edited=checked.edited)
 
 
 def _files_to_push(folder: Path, listed: Mapping[str, str]) -> dict[str, LocalFile]:

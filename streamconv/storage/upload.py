@@ -61,7 +61,8 @@ class LocalFile:
 class Pushed:
     """Result of an upload: `commit` holds the output's files, `bytes` of them were not there before.
 
-    `pull_request` is the page of the pull request that proposes the commit, None where it is on the branch.
+    `pull_request` is the page of the pull request that proposes the commit, None where it is on the branch. `edited`
+    are files that people may edit, and that are not as they were written.
     """
 
     repo: str
@@ -71,6 +72,7 @@ class Pushed:
     pull_request: str | None
     files: int
     bytes: int
+    edited: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

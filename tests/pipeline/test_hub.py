@@ -22,6 +22,7 @@ from peft import LoraConfig
 import streamconv
 from streamconv.cli import main
 from streamconv.errors import HubError, InputError, OptionError, OutputError, ResourceError, VerificationError
+from streamconv.output.manifest import sealed
 from streamconv.output.sidecars import RESIDUAL_CONFIG, RESIDUAL_TENSORS
 from streamconv.output.tokenizer_files import CHAT_TEMPLATES
 from streamconv.pipeline import downloads, runner
@@ -720,7 +721,7 @@ def test_a_residual_adapter_travels_with_its_model(hub: Hub, output: Path, tmp_p
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_bytes(b"{}")
         manifest["files"][name] = {"size": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
-    path.write_text(json.dumps(manifest))
+    path.write_bytes(sealed(manifest))
     (out / RESIDUAL_TENSORS).with_name("notes.txt").write_text("mine")
     streamconv.push(out, "me/out")
     assert set(hub.head("me/out")) == {*contents(output), ".gitattributes", RESIDUAL_CONFIG, RESIDUAL_TENSORS}
