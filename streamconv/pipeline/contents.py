@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from streamconv.adapters.base import TaskHead
@@ -48,6 +49,19 @@ def generated_files(
             plan, base.index, prepared.adapter_storages, prepared.small_names, kept, told
         )
     return {name: contents[name] for name in prepared.generated}
+
+
+def check_contents(prepared: Prepared) -> None:
+    """Make the small files of all outputs once, without what the run will add, and keep none.
+
+    They depend on fields of strangers' files, and are written when all weights are done: what cannot be made is to be
+    known before the first weight is read. Raises what `generated_files` does.
+    """
+    for each in (prepared, *prepared.also):
+        rank = each.plan.residual_rank
+        residual = ResidualAdapter(Path(), "", 0, b"", rank, 0, None) if rank else None
+        hashes = {shard.name: "" for shard in each.plan.shards}
+        generated_files(each, hashes, None, Passed(each.plan), residual)
 
 
 def _index(plan: Plan) -> bytes:
