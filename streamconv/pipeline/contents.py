@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,13 @@ def check_contents(prepared: Prepared) -> None:
     """Make the small files of all outputs once, without what the run will add, and keep none.
 
     They depend on fields of strangers' files, and are written when all weights are done: what cannot be made is to be
-    known before the first weight is read. Raises what `generated_files` does.
+    known before the first weight is read. A card that is still on the Hub is not fetched for it. Raises what
+    `generated_files` does.
     """
-    for each in (prepared, *prepared.also):
+    storage = prepared.base.index.storage
+    has_card = prepared.job.card and not storage.missing(prepared.small_files())
+    for planned in (prepared, *prepared.also):
+        each = replace(planned, job=replace(planned.job, card=has_card))
         rank = each.plan.residual_rank
         residual = ResidualAdapter(Path(), "", 0, b"", rank, 0, None) if rank else None
         hashes = {shard.name: "" for shard in each.plan.shards}
