@@ -72,9 +72,25 @@ def _stored_forms() -> Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any
     nibbles = torch.randint(0, 256, (128, 64), dtype=torch.uint8)
     words = torch.randint(0, 2**31, (128, 16), dtype=torch.int32).view(torch.uint32)
     pairs, ones = torch.rand(128, 2).bfloat16(), torch.ones(1, 1)
-    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3", "activation_scheme": "dynamic"}
-    modelopt = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"], "kv_cache_scheme": None}
-    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+    fp8 = {
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+    }
+    modelopt = {
+        "quant_method": "modelopt",
+        "quant_algo": "FP8",
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+    }
+    weights = {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "tensor_group",
+        "group_size": 16,
+        "symmetric": True,
+    }
     nvfp4 = {
         "quant_method": "compressed-tensors",
         "format": "nvfp4-pack-quantized",
@@ -126,16 +142,22 @@ def nested(depth: int) -> Any:
     return value
 
 
-VALUES: tuple[Callable[[], Any], ...] = (
-    *((lambda value=value: value) for value in (None, True, False, 0, 1, -1, 3, 0.5, 10**30, 10**400, 1e308)),
-    *((lambda value=value: value) for value in (float("nan"), float("inf"), "", "x", "2", "\x1b]0;x\x07\u202e")),
-    *((lambda value=value: value) for value in ([], [None], [[]], ["x"], [1, 2], {}, {"x": 1}, {"": None})),
+_SHORT: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 3, 0.5, 10**30, 10**400, 1e308, float("nan"), float("inf")),
+    *("", "x", "2", "\x1b]0;x\x07\u202e", [], [None], [[]], ["x"], [1, 2], {}, {"x": 1}, {"": None}),
+)
+_LONG: tuple[Callable[[], Any], ...] = (
     lambda: nested(60),
     lambda: nested(400),
     lambda: "long " * 20_000,
     lambda: ["x"] * 5_000,
     lambda: {f"key {number}": number for number in range(5_000)},
 )
+
+
+def value_of(chance: random.Random) -> Any:
+    """A value of any type, mostly short."""
+    return chance.choice(_SHORT) if chance.random() < 0.85 else chance.choice(_LONG)()
 
 
 def places(value: Any, path: FieldPath = ()) -> Iterator[FieldPath]:
@@ -170,9 +192,9 @@ def change(content: dict[str, Any], chance: random.Random, extra: tuple[str, ...
         del where[key]
         return Change(path, "removed", json.dumps(content))
     if kind == 1 and len(path) == 1:
-        twice = json.dumps({key: content.get(key)})
+        twice = json.dumps({key: where.get(key)})
         return Change(path, "twice", f"{twice[:-1]}, {json.dumps(content)[1:]}")
-    value = chance.choice(VALUES)()
+    value = value_of(chance)
     where[key] = value
     return Change(path, repr(value)[:40], json.dumps(content))
 

@@ -38,8 +38,23 @@ FIELDS = (
 ADAPTER_FIELDS = (
     *("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform"),
     *("target_parameters", "exclude_modules", "layer_replication", "trainable_token_indices", "bias", "r"),
-    *("init_lora_weights", "fan_in_fan_out", "auto_mapping", "task_type", "base_model_name_or_path", "revision"),
-    *("eva_config", "corda_config", "loftq_config", "megatron_config", "peft_version", "lora_bias", "peft_type"),
+    *(
+        "init_lora_weights",
+        "fan_in_fan_out",
+        "auto_mapping",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+    ),
+    *(
+        "eva_config",
+        "corda_config",
+        "loftq_config",
+        "megatron_config",
+        "peft_version",
+        "lora_bias",
+        "peft_type",
+    ),
 )
 TOKENIZER_FIELDS = ("added_tokens_decoder", "chat_template", "auto_map", "eos_token", "extra_special_tokens")
 # File by folder, and fields that may be put in.
@@ -49,7 +64,12 @@ FILES: Mapping[tuple[str, str], tuple[str, ...]] = {
     **{
         (folder, name): TOKENIZER_FIELDS
         for folder in ("llama", "adapter")
-        for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+        for name in (
+            "tokenizer_config.json",
+            "tokenizer.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+        )
     },
     ("llama", "generation_config.json"): ("eos_token_id",),
     **{(folder, "preprocessor_config.json"): () for folder in ("llama", "adapter")},
@@ -81,7 +101,7 @@ def draw(inputs: Path, seed: int) -> Trial:
     chance = random.Random(seed)
     if chance.random() < 0.55:
         base = folder = chance.choice(("llama", *stranger.WRITTEN, *READ_ONLY))
-        name, extra = stranger.CONFIG, FIELDS
+        name, extra = stranger.CONFIG, tuple(FIELDS)
         content = json.loads((inputs / folder / name).read_text())
         if folder == "llama":
             content = chance.choice([content, *stranger.configs().values()])
@@ -99,10 +119,12 @@ def refusal(call: Any) -> StreamconvError | None:
     try:
         call()
     except StreamconvError as error:
-        assert isinstance(error, InputError | OptionError | VerificationError), error
-        assert 20 < len(str(error)) < LONGEST
-        return error
-    return None
+        found = error
+    else:
+        return None
+    assert isinstance(found, InputError | OptionError | VerificationError), found
+    assert 20 < len(str(found)) < LONGEST
+    return found
 
 
 def examine(inputs: Path, trial: Trial, out: Path, runs: bool) -> None:
