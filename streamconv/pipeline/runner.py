@@ -15,7 +15,7 @@ from streamconv.checkpoint.writer import ShardWriter
 from streamconv.errors import VerificationError
 from streamconv.output.journal import Journal, remove_leftovers
 from streamconv.output.manifest import MANIFEST, KeptShares, Notes, Report, kept_delta
-from streamconv.output.place import SPARE_DISK_BYTES, check_disk
+from streamconv.output.place import check_disk
 from streamconv.output.publish import publish_output
 from streamconv.output.sink import ShardSink, resume_points
 from streamconv.output.verifier import read_manifest, verify_layout
@@ -136,7 +136,7 @@ def _produce(works: Sequence[_Work], meter: Meter, stop: StopRequest) -> list[_W
     """
     copied = max(sum(file.size for file in work.prepared.copied) for work in works)
     disks = [(work.out, work.plan, work.unfinished, work.journal) for work in works]
-    check_disk(disks, SPARE_DISK_BYTES + copied)
+    check_disk(disks, copied_bytes=copied)
     meter.start(sum(work.there for work in works))
     done = [
         replace(work, passed=run_passes(work.prepared.subject, work.journal.folder, meter.add, stop))
