@@ -163,5 +163,5 @@ def _tokens(document: Document, tokenizer: Any, data: str | Path) -> list[int]:
 
 
 def _first_line(error: BaseException) -> str:
-    """What an error of another library says, or its name where it says nothing."""
+    """First line of an error of another library, or its name where it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)
