@@ -69,7 +69,6 @@ STORIES: Mapping[str, Sequence[str]] = {
     "calibration/targets.py": ["calibration/test_layers.py"],
     "calibration/tensor_files.py": ["calibration/test_resume.py"],
     "calibration/weighing.py": ["pipeline/test_calibrated.py"],
-    "checkpoint/config.py": ["hostile/test_refusals.py", "checkpoint/test_index.py"],
     "checkpoint/types.py": ["checkpoint/test_header.py", "checkpoint/test_layout.py"],
     "cli/__init__.py": ["cli/test_help.py"],
     "cli/blocks.py": ["cli/test_jobs.py", "cli/test_outputs.py"],

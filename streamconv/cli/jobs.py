@@ -151,11 +151,12 @@ def _fetch(prepared: Prepared, out: Path, quiet: bool) -> None:
 
 
 def _show_plan(prepared: Prepared, out: str | None, as_json: bool, quiet: bool) -> None:
-    from streamconv.pipeline import check_out, output_folder
+    from streamconv.pipeline import check_contents, check_out, output_folder
     from streamconv.pipeline.shown import plan_as_json, plan_as_text
 
     if out is not None:
         check_out(prepared, output_folder(out))
+    check_contents(prepared)
     if as_json:
         answer(*json.dumps(plan_as_json(prepared), indent=1).splitlines())
     elif not quiet:

@@ -28,6 +28,9 @@ from streamconv.system_errors import first_line, lacking
 # More characters than any run of natural text has in a token: so much is enough, of however long a file.
 _CHARACTERS_A_TOKEN = 64
 
+_MAX_LINE = 32_000_000
+"""Characters of a document: far more than any book has."""
+
 Document = str | list[Any]
 
 
@@ -35,7 +38,10 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in `folder`. Raises InputError where transformers cannot make one of its files."""
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise all kinds, even plain Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # transformers and tokenizers raise all kinds, even plain Exception; a panic of Rust is not even that.
+    except BaseException as error:
         raise lacking(error) or InputError(
             f"{folder}: transformers cannot open the tokenizer there: {first_line(error)}; a checkpoint must "
             "have its tokenizer's files beside it to be evaluated on text"
@@ -104,7 +110,11 @@ def _pieces(path: Path, characters: int) -> Iterator[Document]:
                 yield file.read(characters)
         elif path.suffix == ".jsonl":
             with path.open(encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
+                for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE + 1), ""), 1):
+                    if len(line) > _MAX_LINE:
+                        raise InputError(
+                            f"{path}, line {number} has more than {_MAX_LINE} characters; give a document a line"
+                        )
                     if line.strip():
                         yield _document(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
         else:
@@ -120,6 +130,8 @@ def _pieces(path: Path, characters: int) -> Iterator[Document]:
 def _parsed(line: str, where: str) -> object:
     try:
         return json.loads(line)
+    except RecursionError as error:
+        raise InputError(f"{where} is not JSON: nested too deeply") from error
     except ValueError as error:
         raise InputError(f"{where} is not JSON: {error}") from error
 
@@ -134,7 +146,12 @@ def _document(found: object, where: str) -> Document:
 
 def _tokens(document: Document, tokenizer: Any, data: str | Path) -> list[int]:
     if isinstance(document, str):
-        ids: list[int] = tokenizer(document, add_special_tokens=False).input_ids
+        try:
+            ids: list[int] = tokenizer(document, add_special_tokens=False).input_ids
+        except Exception as error:  # halves of a character (\ud800), a tokenizer that was changed by hand
+            raise lacking(error) or InputError(
+                f"{data}: the tokenizer does not take its text: {first_line(error)}"
+            ) from error
         ends = Path(data).suffix != ".txt" and tokenizer.eos_token_id is not None
         return [*ids, tokenizer.eos_token_id] if ends else ids
     try:

@@ -18,6 +18,7 @@ from streamconv.errors import CheckpointError, OptionError
 from streamconv.formats import FORMATS
 from streamconv.output.tokenizer import TokenizerChoice
 from streamconv.output.tokenizer_files import TOKENIZER
+from streamconv.sizes import format_size
 from streamconv.storage.base import SourceFile, Storage
 
 # Where a residual adapter lies: beside config.json, transformers would load one unasked.
@@ -64,6 +65,8 @@ NEVER = (
 )
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _MAX_TOKENIZER_CONFIG_BYTES = 32_000_000
+_MAX_COPIED_BYTES = 10**9
+"""Of a file that is copied unasked; the largest that is known, a tokenizer, has 34 MB."""
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -170,15 +173,28 @@ def _changed(base: Storage, adapter: Storage, name: str) -> list[str]:
 def files_to_copy(
     base: Storage, tokenizer: TokenizerChoice, code: CustomCode, extra: Sequence[str]
 ) -> tuple[SourceFile, ...]:
-    """Files that go to the output unchanged, sorted by name."""
+    """Files that go to the output unchanged, sorted by name.
+
+    Raises CheckpointError for one that is none, or larger than any of its name is, as a file with a hole is.
+    """
     names = base.names()
     chosen = {name: base for name in names if _matches(name, MODEL) and not _matches(name, NEVER)}
     if code.is_named:  # its files may import each other: all of them or none
         chosen |= dict.fromkeys(code.files, base)
     chosen |= tokenizer.files
+    asked: set[str] = set()
     for pattern in extra:
         found = [name for name in names if fnmatch.fnmatchcase(name, pattern) and not _matches(name, NEVER)]
         if not found:
             raise OptionError(f"--copy-extra {pattern} matches no file of {base.location} that may be copied")
         chosen |= {name: chosen.get(name, base) for name in found}
-    return tuple(chosen[name].file(name) for name in sorted(chosen) if name not in tokenizer.written)
+        asked |= {*found}
+    files = [chosen[name].file(name) for name in sorted(chosen) if name not in tokenizer.written]
+    for file in files:
+        if file.size > _MAX_COPIED_BYTES and file.name not in asked:
+            raise CheckpointError(
+                f"{chosen[file.name].location}: {file.name} has {format_size(file.size)}, and no file that goes along"
+                f" unasked is larger than {format_size(_MAX_COPIED_BYTES)}; move it away, or pass --copy-extra"
+                f" {file.name} if the output needs it"
+            )
+    return tuple(files)

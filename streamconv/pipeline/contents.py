@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from streamconv.adapters.base import TaskHead
@@ -55,6 +57,23 @@ def generated_files(
     sidecars |= {file.name: describe_file(file) for file in prepared.copied}
     contents[MANIFEST] = manifest(plan, hashes, kept, passed.notes, told, files, sidecars)
     return {name: contents[name] for name in prepared.generated}
+
+
+def check_contents(prepared: Prepared) -> None:
+    """Make the small files of all outputs once, without what the run will add, and keep none.
+
+    They depend on fields of strangers' files, and are written when all weights are done: what cannot be made is to be
+    known before the first weight is read. A card that is still on the Hub is not fetched for it. Raises what
+    `generated_files` does.
+    """
+    storage = prepared.base.index.storage
+    has_card = prepared.job.card and not storage.missing(prepared.small_files())
+    for planned in (prepared, *prepared.also):
+        each = replace(planned, job=replace(planned.job, card=has_card))
+        rank = each.plan.residual_rank
+        residual = ResidualAdapter(Path(), "", 0, b"", rank, 0, None) if rank else None
+        hashes = {shard.name: "" for shard in each.plan.shards}
+        generated_files(each, hashes, None, Passed(each.plan), residual)
 
 
 def _index(plan: Plan) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 from streamconv.checkpoint.writer import free_bytes
 from streamconv.errors import ResourceError
 from streamconv.output.journal import is_owned
+from streamconv.pipeline.contents import check_contents
 from streamconv.pipeline.place import check_out, unfinished
 from streamconv.pipeline.preparation import Prepared
 from streamconv.progress import Meter, OnProgress
@@ -30,6 +31,7 @@ def fetch(prepared: Prepared, out: Path, on_progress: OnProgress) -> None:
         check_out(prepared, out)
         if not (todo := unfinished(prepared, out)):
             return
+        check_contents(prepared)
         downloads = prepared.downloads()
         _check_room(todo, out, [file for _, files in downloads for file in files])
         meter = Meter(sum(file.size for _, files in downloads for file in files), on_progress)

@@ -309,6 +309,18 @@ def test_what_is_written_anew_is_not_copied(base: Path) -> None:
     assert {file.name for file in files} == COPIED - written.keys()
 
 
+def test_a_file_with_a_hole_is_told_before_the_disk_is_full_of_it(base: Path) -> None:
+    storage = open_storage(str(base))
+    with (base / "LICENSE").open("wb") as file:
+        file.truncate(8 * 10**12)
+    with pytest.raises(
+        CheckpointError, match=r"LICENSE has 8 TB, .* unasked is larger than 1 GB; .* LICENSE if"
+    ):
+        files_to_copy(storage, TokenizerChoice({}), custom_code(storage, {}), ())
+    found = files_to_copy(storage, TokenizerChoice({}), custom_code(storage, {}), ("LICENSE",))
+    assert max(file.size for file in found) == 8 * 10**12
+
+
 # -- config.json ---------------------------------------------------------------------------------------------------
 
 
