@@ -17,7 +17,7 @@ from streamconv.planning import options
 PACKAGE = Path(streamconv.__file__).parent
 # Low to high; parts of one layer do not know each other.
 LAYERS = [
-    {"errors", "sizes", "dtypes", "progress"},
+    {"errors", "sizes", "dtypes", "progress", "credentials"},
     {"storage", "kernels"},
     {"checkpoint", "rounding"},
     {"formats", "adapters"},

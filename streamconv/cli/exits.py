@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from streamconv.cli.hiding import hidden, hide_credentials
 from streamconv.errors import Stopped, StreamconvError
 
 _DEBUG = "streamconv.debug"
@@ -21,13 +22,14 @@ class Commands(click.Group):
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
+        hide_credentials()
         try:
             return super().invoke(ctx)
         except StreamconvError as error:
             if ctx.meta.get(_DEBUG):
                 raise
             prefix = "" if isinstance(error, Stopped) else "Error: "
-            click.echo(f"{prefix}{_one_line(str(error))}", err=True)
+            click.echo(f"{prefix}{_one_line(hidden(str(error)))}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)

@@ -26,8 +26,9 @@ from huggingface_hub.utils import (
 
 from streamconv.errors import HubError, OptionError, OutputError, VerificationError
 from streamconv.sizes import format_size
-from streamconv.storage.hub import HubFile, list_commit
+from streamconv.storage.blobs import HubFile
 from streamconv.storage.hub_errors import hub_errors
+from streamconv.storage.listing import list_commit
 from streamconv.storage.local import is_inside
 
 _CHUNK_BYTES = 8 * 2**20
