@@ -288,7 +288,9 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.body)
         repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
         if repo in self.hub.repos:
-            self.answer({"error": "You already created this model repo"}, 409)
+            self.answer(
+                {"error": "You already created this model repo", "url": f"{self.hub.url}/{repo}"}, 409
+            )
             return
         self.hub.repos[repo] = Repo(private=asked.get("visibility") == "private")
         self.hub.repos[repo].commit({".gitattributes": b"*.safetensors filter=lfs\n"})
@@ -340,6 +342,12 @@ class Handler(BaseHTTPRequestHandler):
             item = json.loads(line)
             value = item["value"]
             match item["key"]:
+                case "header":
+                    if value.get("parentCommit", parent) != parent:
+                        self.answer(
+                            {"error": "A commit has happened since. Please refresh and try again."}, 412
+                        )
+                        return
                 case "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 case "lfsFile":

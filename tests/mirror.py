@@ -177,6 +177,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "storage/base.py": ["storage/test_open_storage.py"],
     "storage/blobs.py": ["storage/test_hub.py"],
     "storage/cache.py": ["storage/test_hub.py"],
+    "storage/held.py": ["pipeline/test_hub.py"],
     "storage/hub_errors.py": ["storage/test_hub.py"],
     "storage/listing.py": ["storage/test_hub.py"],
     "storage/ranges.py": ["storage/test_hub.py"],

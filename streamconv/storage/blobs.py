@@ -11,6 +11,8 @@ from typing import BinaryIO
 BLOB_ID = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
 _CHUNK_BYTES = 4 * 2**20
 _GIT_DIGITS = 40
+GIT, SHA256 = "0" * _GIT_DIGITS, "0" * 64
+"""Ids of no content, for `content_id` to take the form of."""
 
 
 @dataclass(frozen=True, slots=True)

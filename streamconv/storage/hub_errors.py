@@ -176,6 +176,11 @@ def _refused(error: HfHubHTTPError, repo: str) -> str:
             f"{repo}: the token in use may not do this; give it the permission (to push: write) at"
             f" {endpoint()}/settings/tokens, or log in with another"
         )
+    if status in (409, 412):
+        return (
+            f"{repo}: somebody else changed it at the same time (status {status}), so nothing was committed; look at"
+            " what it holds now, then run the same command again: what was sent need not be sent again"
+        )
     if status == 429:
         return f"{repo}: the Hub asks for fewer requests (status 429); wait some minutes and run again"
     if status >= 500:
