@@ -174,6 +174,11 @@ STORIES: Mapping[str, Sequence[str]] = {
     "running/workers.py": ["running/test_cells.py"],
     "storage/__init__.py": ["storage/test_open_storage.py"],
     "storage/base.py": ["storage/test_open_storage.py"],
+    "storage/blobs.py": ["storage/test_hub.py"],
+    "storage/cache.py": ["storage/test_hub.py"],
+    "storage/held.py": ["pipeline/test_hub.py"],
     "storage/hub_errors.py": ["storage/test_hub.py"],
+    "storage/listing.py": ["storage/test_hub.py"],
+    "storage/ranges.py": ["storage/test_hub.py"],
     "storage/upload.py": ["storage/test_hub.py", "pipeline/test_hub.py"],
 }

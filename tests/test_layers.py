@@ -17,7 +17,7 @@ from streamconv.planning import options
 PACKAGE = Path(streamconv.__file__).parent
 # Low to high; parts of one layer do not know each other.
 LAYERS = [
-    {"errors", "sizes", "dtypes", "progress", "escapes"},
+    {"errors", "sizes", "dtypes", "progress", "escapes", "credentials"},
     {"system_errors"},
     {"threads"},
     {"storage", "kernels"},

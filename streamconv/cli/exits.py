@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import click
 
+from streamconv.cli.hiding import hidden, hide_credentials
 from streamconv.cli.printing import safe_streams, say
 from streamconv.cli.signals import Interrupted, leave, on_signals
 from streamconv.errors import Stopped, StreamconvError
@@ -37,6 +38,7 @@ class Commands(click.Group):
             _leave(error)
 
     def invoke(self, ctx: click.Context) -> Any:
+        hide_credentials()
         try:
             with translated():
                 return super().invoke(ctx)
@@ -54,7 +56,7 @@ class Commands(click.Group):
 
 def _leave(error: StreamconvError) -> NoReturn:
     prefix = "" if isinstance(error, Stopped) else "Error: "
-    say(f"{prefix}{error}", err=True)
+    say(f"{prefix}{hidden(str(error))}", err=True)
     sys.exit(error.exit_code)
 
 

@@ -31,7 +31,7 @@ from streamconv.cli.printing import answer, hand_over, say
 from streamconv.cli.progress import progress
 from streamconv.cli.recipes import RECIPE, JobCommand
 from streamconv.cli.signals import stop_on_signals
-from streamconv.cli.uploads import PUSHING, check_before, hush_hub, push_target, push_verified, show_pushed
+from streamconv.cli.uploads import PUSHING, check_before, hush_hub, push_made, push_target, show_pushed
 from streamconv.sizes import format_size
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, q
         report = run(prepared, folder, on_progress, stop)
     if not as_json and not quiet:
         _show_report(report)
-    pushed = None if target is None else push_verified(out, target, quiet)
+    pushed = None if target is None else push_made(out, target, quiet)
     if as_json:
         found = report.as_json() | ({"pushed": asdict(pushed)} if pushed else {})
         hand_over(*json.dumps(found, indent=1).splitlines())

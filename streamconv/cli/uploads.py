@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from streamconv.checkpoint.strict_json import some
 from streamconv.cli.printing import say
 from streamconv.cli.progress import progress
 from streamconv.cli.signals import leave, on_signals
-from streamconv.errors import OptionError
+from streamconv.errors import HubError, OptionError, OutputError, ResourceError
 from streamconv.sizes import format_size
 
 if TYPE_CHECKING:
@@ -63,6 +64,25 @@ def push_verified(out: str, target: Target, quiet: bool) -> Pushed:
         progress("upload", quiet or draws) as on_upload,
     ):
         return push_output(out, target, draws, on_progress, on_upload)
+
+
+def push_made(out: str, target: Target, quiet: bool) -> Pushed:
+    """Push an output that was made just now; where that fails, say that the output is there, and how to push it."""
+    try:
+        return push_verified(out, target, quiet)
+    except (HubError, OutputError, ResourceError) as error:
+        raise type(error)(
+            f"{error}. The output in {out} is complete; to push it, run `{_push_command(out, target)}`"
+        ) from error
+
+
+def _push_command(out: str, target: Target) -> str:
+    words = ["streamconv", "push", out, target.repo]
+    words += {None: [], True: ["--private"], False: ["--public"]}[target.private]
+    words += ["--create-pr"] if target.create_pr else []
+    words += ["--commit-message", target.commit_message] if target.commit_message else []
+    words += ["--revision", target.revision] if target.revision else []
+    return shlex.join(words)
 
 
 def show_pushed(pushed: Pushed) -> None:
