@@ -14,6 +14,7 @@ import torch
 
 from streamconv.calibration.tensor_files import write_tensors
 from streamconv.checkpoint.index import CheckpointIndex
+from streamconv.checkpoint.own_files import identify
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.dtypes import DENSE
 from streamconv.errors import InputError, OutputError, Stopped
@@ -92,7 +93,7 @@ def _extract_all(
                     f"stopped by signal {stop.signal_number}; the same command goes on where it was",
                     stop.signal_number,
                 )
-            if pair.name not in journal.progress.finished:
+            if not _is_extracted(pair, journal):
                 _extract(pair, subject, options, journal, reader)
             meter.add(pair.nbytes)
     sums = journal.progress.sums
@@ -121,9 +122,22 @@ def _extract(
     if not squares:
         journal.finish(pair.name, "same", {})
         return
-    write_tensors(work_file(journal, pair), as_work_tensors(factors))
+    path = work_file(journal, pair)
+    write_tensors(path, as_work_tensors(factors))
     sums = [float(factors[0].rank), squares, sum(each.left for each in factors)]
-    journal.finish(pair.name, "factors", {pair.name: sums})
+    found = identify(path, lambda _: None)
+    if found is None:
+        raise OutputError(f"{path} was removed while this run was at work; run the same command again")
+    journal.finish(pair.name, found.sha256, {pair.name: sums})
+
+
+def _is_extracted(pair: ParameterPair, journal: Journal) -> bool:
+    """Whether an earlier run finished the pair, and its factors are still what they were."""
+    sha256 = journal.progress.finished.get(pair.name)
+    if sha256 in (None, "same", "whole"):
+        return sha256 is not None
+    found = identify(work_file(journal, pair), lambda _: None)
+    return found is not None and found.sha256 == sha256
 
 
 def _factors(
