@@ -17,10 +17,15 @@ import torch
 import transformers
 from torch import Tensor
 
+from streamconv.checkpoint.own_files import read_own
 from streamconv.checkpoint.reader import tensor_bytes
+from streamconv.checkpoint.strict_json import parse_object
 from streamconv.checkpoint.writer import write_file
+from streamconv.errors import CheckpointError
 from streamconv.output.journal import make_folder
 from streamconv.planning.plan import Plan
+
+_MAX_DRAFT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +70,12 @@ class KeptReference:
 
     def draft(self, tokens: int) -> Draft | None:
         """Continuations of `tokens` tokens; None where they are not kept yet."""
-        path = self._draft_path(tokens)
-        if not path.is_file():
+        content = read_own(self._draft_path(tokens), _MAX_DRAFT_BYTES)
+        try:
+            found = parse_object(content or b"", self.key)
+            return Draft(torch.tensor(found["tokens"]), int(found["passes"]))
+        except (CheckpointError, KeyError, TypeError, ValueError):  # damaged: it is made again
             return None
-        found = json.loads(path.read_bytes())
-        return Draft(torch.tensor(found["tokens"]), found["passes"])
 
     def keep_draft(self, draft: Draft) -> None:
         """Raises OutputError or ResourceError where they cannot be written."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -14,7 +15,7 @@ import torch
 
 from streamconv.calibration.tensor_files import write_tensors
 from streamconv.checkpoint.index import CheckpointIndex
-from streamconv.checkpoint.own_files import identify
+from streamconv.checkpoint.own_files import identify, read_error
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.dtypes import DENSE
 from streamconv.errors import InputError, OutputError, Stopped
@@ -32,7 +33,9 @@ from streamconv.extraction.options import ExtractOptions
 from streamconv.extraction.pairs import DifferenceKind, ParameterPair, check_saved, new_parameters
 from streamconv.extraction.result import ExtractedWeight, Extraction, total_residual
 from streamconv.extraction.tensors import Extracted
-from streamconv.output.journal import WORK_FOLDER, Journal
+from streamconv.output.journal import WORK_FOLDER, Journal, is_publishing
+from streamconv.output.place import check_reachable
+from streamconv.output.work_folder import check_entries
 from streamconv.progress import Meter, OnProgress, StopRequest
 
 _CHUNK_BYTES = 8 * 2**20
@@ -196,6 +199,7 @@ def _differs(pair: ParameterPair, reader: TensorReader) -> bool:
 
 def _check_place(out: Path, subject: Checkpoints) -> None:
     """Raise OutputError where `out` is an input or holds anything but an unfinished extraction."""
+    check_reachable(out)
     real = out.resolve()
     for role, side in (("base", subject.base), ("fine-tuned model", subject.finetuned)):
         place = Path(side.index.storage.location).expanduser().resolve()
@@ -205,9 +209,12 @@ def _check_place(out: Path, subject: Checkpoints) -> None:
             )
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is not a folder; choose another --out")
-    work = out / WORK_FOLDER
-    others = sorted(entry.name for entry in out.iterdir() if entry != work) if out.is_dir() else []
-    if others and not work.exists():
+    try:
+        others = sorted({*os.listdir(out)} - {WORK_FOLDER}) if out.is_dir() else []
+    except OSError as error:
+        raise read_error(error, out) from error
+    check_entries(out / WORK_FOLDER)
+    if others and not is_publishing(out):
         raise OutputError(f"{out} is not empty ({', '.join(others[:3])}); choose another --out")
 
 

@@ -3,6 +3,7 @@
     lock           held (flock) while a run is alive; names it by process, host and a number of its own
     plan.json      the fingerprint of the run that owns the folder
     journal.jsonl  append-only; every line is on disk before the next is written (see journal_lines.py)
+    publishing     empty; files under final names are of a run that was not through, whoever goes on with what
     *.partial      shards being written; a finished one loses the suffix, still inside this folder; and small files
                    before they are put in place
     <pass>/        a folder for each pass of the plan (`Pass.folder`), with what it has made: `calibration`, `rescaling`
@@ -49,6 +50,7 @@ from streamconv.output.work_folder import (
     LINES,
     LOCK,
     PLAN,
+    PUBLISHING,
     WORK_FOLDER,
     check_entries,
     check_ours_alone,
@@ -78,6 +80,8 @@ def is_publishing(out: Path) -> bool:
     folder = out / WORK_FOLDER
     if not is_there(folder, PLAN):
         return False
+    if is_there(folder, PUBLISHING):
+        return True
     plan = _read_plan(folder / PLAN)
     return plan is not None and read_lines(folder / LINES, fingerprint_digest(plan)).progress.publishing
 
@@ -145,6 +149,11 @@ class Journal:
         """Whether a pass of any plan, be it another one's than this run's, has left a whole file."""
         return any(self.folder.glob("*/*.safetensors"))
 
+    @property
+    def is_publishing(self) -> bool:
+        """Whether this run, or one that it took over from, had begun to put files under their final names."""
+        return self.progress.publishing or is_there(self.folder, PUBLISHING)
+
     def partial(self, shard: str) -> Path:
         """Path of a shard before it is whole."""
         return self.folder / f"{shard}.partial"
@@ -161,10 +170,14 @@ class Journal:
 
     def publish(self) -> None:
         """Record that from here on files appear under their final names."""
+        self.check_owner()
         if not self.progress.publishing:
             self._append({"publishing": True})
-        else:
-            self.check_owner()
+        note = self.folder / PUBLISHING
+        if kind_at(note) is None:  # beside the journal, whose lines are lost behind one that is damaged
+            with _typed_errors(note):
+                os.close(open_own(note, os.O_WRONLY | os.O_CREAT))
+            fsync_folder(self.folder)
 
     def reject(self) -> None:
         """Record that the result was refused for its quality: another run may discard it without asking."""
@@ -271,7 +284,9 @@ class Journal:
                 self._take_up(lines)
             else:
                 self._check = fingerprint_digest(self.fingerprint)
-                remove_entries(self.folder, keep=frozenset({LOCK}))
+                # Where publishing had begun, that is never forgotten: what lies in the output's folder is ours.
+                keep = {PLAN, PUBLISHING} if is_publishing(self.folder.parent) else set()
+                remove_entries(self.folder, keep=frozenset({LOCK, *keep}))
                 self.check_owner()
                 write_file(plan, json.dumps(self.fingerprint, indent=1, sort_keys=True).encode())
             self._lines = open_own(lines, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

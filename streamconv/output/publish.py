@@ -98,7 +98,7 @@ def _check_waiting(out: Path, plan: Plan, journal: Journal) -> None:
     journal.check_owner()
     for shard in plan.shards:
         waiting = journal.finished(shard.name)
-        is_placed = journal.progress.publishing and kind_at(waiting) is None
+        is_placed = journal.is_publishing and kind_at(waiting) is None
         journal.check_finished(shard.name, out / shard.name if is_placed else waiting)
 
 

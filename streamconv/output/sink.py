@@ -121,7 +121,7 @@ def resume_points(
         if shard.name in journal.progress.finished:
             if _take_finished(out, shard, journal, on_bytes):
                 continue
-            if journal.progress.publishing:
+            if journal.is_publishing:
                 remove_file(out / CONFIG)  # without its shard, what is there must be no model
             journal.restart(shard.name)
         mark = journal.progress.watermarks.get(shard.name)
@@ -143,7 +143,7 @@ def _take_finished(out: Path, shard: ShardPlan, journal: Journal, on_bytes: OnBy
     name, sha256 = shard.name, journal.progress.finished[shard.name]
     places = [journal.finished(name), journal.partial(name)]
     # Before publishing, what stands under the final name is the model that --overwrite will replace.
-    places += [out / name] if journal.progress.publishing else []
+    places += [out / name] if journal.is_publishing else []
     for path in places:
         found = identify(path, on_bytes) if _has_size(path, shard.size) else None
         if found is None or found.sha256 != sha256 or found.size != shard.size:

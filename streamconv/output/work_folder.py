@@ -16,13 +16,13 @@ from streamconv.checkpoint.writer import write_error
 from streamconv.errors import OutputError
 
 WORK_FOLDER = ".streamconv"
-PLAN, LINES, LOCK = "plan.json", "journal.jsonl", "lock"
+PLAN, LINES, LOCK, PUBLISHING = "plan.json", "journal.jsonl", "lock", "publishing"
 _PASSES = ("calibration", "rescaling", "parts")
 """Folders that need no note beside them: those of passes, and the one in which an adapter is put together."""
 
 _NOTE = ".folder"
 _TOP = re.compile(
-    r"plan\.json|journal\.jsonl|lock|[\w-]+\.folder"
+    r"plan\.json|journal\.jsonl|lock|publishing|[\w-]+\.folder"
     r"|(model(-\d+-of-\d+)?|adapter_model|factors-[0-9a-f]{32})(\.safetensors(\.partial)?|\.partial)"
     r"|\..+\.partial"
 )
@@ -69,12 +69,11 @@ def check_ours_alone(folder: Path) -> None:
 
 
 def remove_entries(folder: Path, keep: frozenset[str]) -> None:
-    """Delete what is a run's own in the work folder, the plan first; what is somebody else's stays.
+    """Delete what is a run's own in the work folder, plan and journal first; what is somebody else's stays.
 
     Raises OutputError where something cannot be deleted.
     """
-    first = [path for path in _entries(folder) if path.name == PLAN]
-    for path in (*first, *_entries(folder)):
+    for path in (folder / PLAN, folder / LINES, *_entries(folder)):
         if path.name in keep and path.parent == folder:
             continue
         if _is_ours(folder, path):
