@@ -31,6 +31,7 @@ WATCHED = (
     "fsync",
     "fdatasync",
     "replace",
+    "rename",
     "unlink",
     "rmdir",
     "mkdir",
