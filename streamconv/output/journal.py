@@ -77,9 +77,9 @@ def lock_holder(out: Path) -> str | None:
 
     Looking takes the lock for an instant, which `Journal.lock` waits for.
     """
-    if not is_owned(out):
-        return None
     try:
+        if not is_owned(out):
+            return None
         lock = os.open(out / WORK_FOLDER / _LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None

@@ -53,15 +53,15 @@ class LocalFolder:
         if self.only is not None:
             return () if subfolder else (self.only,)
         folder, prefix = (self.path / subfolder, f"{subfolder}/") if subfolder else (self.path, "")
-        if subfolder and not folder.is_dir():
+        if subfolder and not _is_folder(folder):
             return ()
-        return tuple(prefix + entry.name for entry in self._entries(folder) if not entry.is_dir())
+        return tuple(prefix + entry.name for entry in self._entries(folder) if not _is_folder(entry))
 
     def folders(self) -> tuple[str, ...]:
         """Names of the folders directly inside, sorted."""
         if self.only is not None:
             return ()
-        return tuple(entry.name for entry in self._entries(self.path) if entry.is_dir())
+        return tuple(entry.name for entry in self._entries(self.path) if _is_folder(entry))
 
     def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
         """All that is directly inside a folder, by name."""
@@ -135,6 +135,13 @@ class LocalFolder:
                 f"{self.location}: {name} must be a regular file, found {_kind(found.st_mode)}"
             )
         return found
+
+
+def _is_folder(entry: Path | os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links, no permission: whatever it is, its files cannot be reached
+        return False
 
 
 def open_folder(location: str) -> LocalFolder:
