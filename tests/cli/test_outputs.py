@@ -295,6 +295,20 @@ def test_an_output_of_before_is_verified_as_before(copy: Path) -> None:
     assert run("verify", copy).exit_code == 7
 
 
+@pytest.mark.parametrize("odd", [None, -1, "x", [[]]], ids=repr)
+def test_a_fingerprint_of_anything_ends_in_a_sentence(inputs: Inputs, copy: Path, odd: object) -> None:
+    """A full verification takes the options from there."""
+    whole = json.loads((copy / "streamconv.json").read_text())["fingerprint"]
+    places = [(key,) for key in whole] + [("options", key) for key in whole["options"]]
+    for place in places:
+        fingerprint = json.loads(json.dumps(whole))
+        (fingerprint["options"] if len(place) > 1 else fingerprint)[place[-1]] = odd
+        edit_manifest(copy, fingerprint=fingerprint)
+        result = run("verify", copy, "--full", *inputs.options)
+        assert result.exit_code in (0, 2, 3, 7), (place, result.exception)
+        assert result.exit_code == 0 or len(result.stderr) < 2000
+
+
 def test_an_odd_name_of_a_published_file_is_verified(inputs: Inputs, tmp_path: Path) -> None:
     base = Path(shutil.copytree(inputs.base, tmp_path / "base"))
     (base / os.fsdecode(b"LICENSE-\xff")).write_text("Do as you like.")
