@@ -30,7 +30,8 @@ class TensorReader:
         self._max_open = max_open
         self._open: OrderedDict[str, int] = OrderedDict()  # path -> descriptor, least recently used first
         self._readers = Readers()
-        self._used: dict[str, tuple[SourceFile, int]] = {}  # path -> the file, its mtime when first opened
+        self._recent: set[str] = set()  # those that were read since they were last looked at
+        self._used: dict[str, tuple[SourceFile, int]] = {}  # path -> the file, its ctime when first opened
 
     def __enter__(self) -> Self:
         return self
@@ -95,26 +96,38 @@ class TensorReader:
         advise(self._descriptor(tensor.file), offset - offset % _PAGE, offset % _PAGE + length, "DONTNEED")
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError if a file that was read has another size or modification time by now."""
-        for path, (file, mtime_ns) in self._used.items():
-            try:
-                found = os.stat(path)  # noqa: PTH116  a path as text, straight to the kernel
-            except OSError as error:
-                raise CheckpointError(
-                    f"{file.name} vanished while it was in use: {error.strerror}"
-                ) from error
-            check_unchanged(file, found)
-            if found.st_mtime_ns != mtime_ns:
-                raise CheckpointError(f"{file.name} was written to while it was in use; start again")
+        """Raise CheckpointError if a file that was read has been changed or replaced by now."""
+        for path in self._used:
+            self._check(path)
+
+    def check_recent(self) -> None:
+        """Raise CheckpointError as `check_unchanged` does, of the files that were read since this was last called.
+
+        For whoever is about to record what was made of them: later changes come too late for that.
+        """
+        for path in self._recent:
+            self._check(path)
+        self._recent.clear()
+
+    def _check(self, path: str) -> None:
+        file, changed_ns = self._used[path]
+        try:
+            found = os.stat(path)  # noqa: PTH116  a path as text, straight to the kernel
+        except OSError as error:
+            raise CheckpointError(f"{file.name} vanished while it was in use: {error.strerror}") from error
+        check_unchanged(file, found)
+        if found.st_ctime_ns != changed_ns:
+            raise CheckpointError(f"{file.name} was written to while it was in use; start again")
 
     def _descriptor(self, file: SourceFile) -> int:
+        self._recent.add(file.path)
         if file.path in self._open:
             self._open.move_to_end(file.path)
             return self._open[file.path]
         if len(self._open) >= self._max_open:
             os.close(self._open.popitem(last=False)[1])
         descriptor = self._open[file.path] = open_file(file)
-        self._used.setdefault(file.path, (file, os.fstat(descriptor).st_mtime_ns))
+        self._used.setdefault(file.path, (file, os.fstat(descriptor).st_ctime_ns))
         advise(descriptor, 0, 0, "SEQUENTIAL")
         return descriptor
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from os import fspath
@@ -33,6 +32,7 @@ from streamconv.planning.calibration import CalibrationFacts
 from streamconv.planning.options import Calibration, Folder, Folders, Job, MergeOptions
 from streamconv.progress import Meter, OnProgress, StopRequest, quiet
 from streamconv.running.workers import Workers
+from streamconv.storage.file_set import temporary_folder
 from streamconv.storage.local import open_folder
 
 _ENVIRONMENT = ("streamconv", "torch", "machine", "device")
@@ -129,10 +129,10 @@ def _compute_again(job: Job, found: Mapping[str, Any], out: Path, meter: Meter, 
 
 
 def _make_again(again: Prepared, out: Path, meter: Meter) -> None:
-    with tempfile.TemporaryDirectory(prefix="streamconv-") as folder:
-        passed = run_passes(again.subject, Path(folder), lambda _: None, StopRequest())
+    with temporary_folder() as folder:
+        passed = run_passes(again.subject, folder, lambda _: None, StopRequest())
         verify_exactly(out, passed.plan, meter.add, StopRequest())
-        residual = make_residual(passed, Path(folder))
+        residual = make_residual(passed, folder)
         if residual is not None and residual.sha256 != hash_file(str(out / RESIDUAL_TENSORS), lambda _: None):
             raise VerificationError(
                 f"{out / RESIDUAL_TENSORS} differs from what base, adapter, text and options give; do not use it"

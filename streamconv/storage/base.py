@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from streamconv.progress import OnBytes
@@ -15,13 +15,16 @@ class SourceFile:
 
     `name` is relative to the input's folder and is what messages and plans show; `path` is where the bytes
     are, or will be once they are fetched; `version` changes when the content does (a Hub blob id, else the
-    modification time), and never depends on where the folder lies.
+    modification time), and never depends on where the folder lies. `changed_ns` is the time of its last change of
+    whatever kind (ctime, see inode(7)), which nobody can set; None for what is not here yet. It is no part of what
+    makes two files the same.
     """
 
     name: str
     path: str
     size: int
     version: str
+    changed_ns: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ class LocalFolder:
         found = self._stat(real, name)
         blob = _blob_id(self.path / name, repo) if repo else None
         version = f"blob:{blob}" if blob else f"mtime:{found.st_mtime_ns}"
-        return SourceFile(name, str(real), found.st_size, version)
+        return SourceFile(name, str(real), found.st_size, version, found.st_ctime_ns)
 
     def read_bytes(self, name: str, limit: int) -> bytes:
         """The whole content of a small file. Raises CheckpointError if it is longer than `limit` bytes."""
@@ -221,7 +221,7 @@ def open_file(file: SourceFile) -> int:
 
 
 def check_unchanged(file: SourceFile, found: os.stat_result) -> None:
-    """Raise CheckpointError unless `found` is a regular file of the planned size and modification time."""
+    """Raise CheckpointError unless `found` is a regular file of the planned size, and unchanged since."""
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{file.name} must be a regular file, found {_kind(found.st_mode)}")
     same_time = not file.version.startswith("mtime:") or file.version == f"mtime:{found.st_mtime_ns}"
@@ -229,6 +229,12 @@ def check_unchanged(file: SourceFile, found: os.stat_result) -> None:
         raise CheckpointError(
             f"{file.name} changed while it was in use: it had {file.size} bytes, now it has {found.st_size}"
             f" and modification time {found.st_mtime_ns} ns (was {file.version}); start again"
+        )
+    # Another file with size and time of this one, which `cp -p` and rsync make, has another time of change.
+    if file.changed_ns not in (None, found.st_ctime_ns):
+        raise CheckpointError(
+            f"{file.name} was replaced or changed while it was in use, though its size and modification time are the"
+            " same; start again"
         )
 
 
