@@ -233,8 +233,8 @@ def check_unchanged(file: SourceFile, found: os.stat_result) -> None:
     # Another file with size and time of this one, which `cp -p` and rsync make, has another time of change.
     if file.changed_ns not in (None, found.st_ctime_ns):
         raise CheckpointError(
-            f"{file.name} was replaced or changed while it was in use, though its size and modification time are the"
-            " same; start again"
+            f"{file.name} was written to or replaced while it was in use, as its time of change (ctime) says; put the"
+            " file that the run began with back, or start again"
         )
 
 
