@@ -214,6 +214,7 @@ class Lane:
             slot = self.free.get()
             reader.read_into(tensor, first, tensor_bytes(slot.read[:nbytes]))
             reader.drop_cache(tensor, first, nbytes)
+            reader.check_recent()  # a watermark may follow
             self.to_compute.put(Chunk(slot, nbytes, outputs))
 
     def _read_weight(
@@ -239,6 +240,7 @@ class Lane:
             if step.encoder.order is not None:
                 for lines in runs(step.encoder.order, self.memory.buffer):
                     self.to_compute.put(Lines(self.free.get(), output, lines))
+        reader.check_recent()
         self.to_compute.put(EndWeight(copies))
 
     def _stored_rows(self, reader: TensorReader, weight: Weight) -> StoredRows:
