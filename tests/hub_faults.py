@@ -28,6 +28,11 @@ SLOWEST_S = 60.0
 _UNNEEDED = "/api/agent-harnesses"  # huggingface_hub asks once a day, and does without an answer
 
 
+# In the environment, and of no use on the loopback.
+PROXY_PASSWORD = "proxyCANARY%2Fproxy"
+SECRETS = (TOKEN, PROXY_PASSWORD, "proxyCANARY/proxy")
+
+
 def refused(status: int, **headers: str) -> Callable[[Request], Answer]:
     """An error that repeats the login it was sent, as text and in a header."""
 
@@ -55,6 +60,9 @@ ANSWERS: Mapping[str, Callable[[Request], Answer]] = {
     "404 EntryNotFound": refused(404, X_Error_Code="EntryNotFound"),
     "404 RevisionNotFound": refused(404, X_Error_Code="RevisionNotFound"),
     "page": constant(200, "text/html", PAGE),
+    "redirect elsewhere": lambda request: Answer(
+        307, {"Location": f"http://localhost:{(request.host or '').partition(':')[2]}{request.path}"}
+    ),
     "page 302": constant(302, "text/html", PAGE, Location="http://127.0.0.1:9/login"),
     "redirect in a circle": constant(302, "text/html", b"", Location="/api/whoami-v2/../x"),
     "empty": constant(200, "application/json", b""),
@@ -109,10 +117,11 @@ class World:
     expected: Mapping[str, bytes]
     requests: Sequence[Request]
 
-    def command(self) -> Outcome:
+    def command(self, *more: str) -> Outcome:
+        """A merge from the Hub and the push of it."""
         return self.commands.run(
             *("merge", "--base", "org/base", "--adapter", "org/adapter", "-o", self.folder / "out"),
-            *("--push-to", TARGET, "--quiet"),
+            *("--push-to", TARGET, "--quiet", *more),
         )
 
     def reset(self) -> None:
@@ -147,9 +156,7 @@ class World:
     def _wrong(self, outcome: Outcome) -> Iterator[str]:
         if "Traceback" in outcome.text:
             yield "traceback"
-        files = [path for path in self.folder.rglob("*") if path.is_file() and not path.is_symlink()]
-        if TOKEN in outcome.text or any(TOKEN.encode() in path.read_bytes() for path in files):
-            yield "token shown"
+        yield from self.shown(outcome)
         if outcome.code == 0 and self.output() != self.expected:
             yield "wrong success"
         if outcome.code == 0 and not self._pushed():
@@ -160,6 +167,12 @@ class World:
         elsewhere = [each for each in self.hub.requests if each.host and each.host not in self.hub.url]
         if any(each.authorization for each in elsewhere):
             yield "token sent elsewhere"
+
+    def shown(self, outcome: Outcome) -> Iterator[str]:
+        """Secrets in what a run said, and in all files that it wrote."""
+        files = [path for path in self.folder.rglob("*") if path.is_file() and path.name != "token"]
+        texts = [outcome.text, *(path.read_bytes().decode("latin-1") for path in files)]
+        yield from (f"{secret} is shown" for secret in SECRETS if any(secret in text for text in texts))
 
     def output(self) -> dict[str, bytes]:
         """All files of the output by name; none if there is no output."""
@@ -245,7 +258,13 @@ def world(folder: Path) -> Iterator[World]:
         hub.add("org/adapter", adapter)
         for name, value in environment(hub, work).items():
             patch.setenv(name, value)
-        with fork_server("tests.no_waiting", "streamconv.pipeline", "streamconv.storage.upload") as commands:
+        patch.delenv("HF_TOKEN")
+        (work / "home").mkdir()
+        (work / "home" / "token").write_text(TOKEN)
+        patch.setenv("HTTPS_PROXY", f"http://me:{PROXY_PASSWORD}@127.0.0.1:9")
+        patch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        patch.setenv("HF_HUB_VERBOSITY", "debug")
+        with fork_server("tests.hub_process", "streamconv.pipeline", "streamconv.storage.upload") as commands:
             first = World(hub, commands, work, {}, ())
             outcome = first.command()
             if outcome.code:

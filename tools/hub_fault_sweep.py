@@ -11,12 +11,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.hub_faults import FAULTS, Case, Found, world
 
 RESULT = Path(__file__).parents[1] / "docs" / "results" / "hub-faults.json"
+_WRITTEN_EVERY = 20
 
 
 def cases(requests: int, count: int | None, seed: int) -> list[Case]:
@@ -63,20 +64,27 @@ def summary(requests: int, seed: int, found: Sequence[Found], seconds: float) ->
     }
 
 
+def write(told: Mapping[str, object]) -> None:
+    RESULT.write_text(json.dumps(told, indent=1) + "\n")
+
+
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else None
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     began = time.monotonic()
     found: list[Found] = []
     with tempfile.TemporaryDirectory() as folder, world(Path(folder)) as given:
-        for case in cases(len(given.requests), count, seed):
+        requests = len(given.requests)
+        for case in cases(requests, count, seed):
             found.append(given.try_case(case))
             if found[-1].wrong:
                 print(found[-1].case, found[-1].struck, found[-1].wrong, found[-1].sentence, flush=True)
-    told = summary(len(given.requests), seed, found, time.monotonic() - began)
-    RESULT.write_text(json.dumps(told, indent=1) + "\n")
-    print(f"{len(found)} cases, {len(told['wrong'])} wrong")  # type: ignore[arg-type]  # a list
-    sys.exit(bool(told["wrong"]))
+            if not len(found) % _WRITTEN_EVERY:
+                write(summary(requests, seed, found, time.monotonic() - began))
+    write(summary(requests, seed, found, time.monotonic() - began))
+    wrong = sum(bool(each.wrong) for each in found)
+    print(f"{len(found)} cases, {wrong} wrong")
+    sys.exit(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 
 import pytest
 
-from tests.hub_faults import FAULTS, Case, World, world
+from tests.hub_faults import FAULTS, Case, World, struck, world
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,23 @@ def test_a_fault_ends_in_success_or_a_sentence_and_the_same_command_goes_on(
     found = given.try_case(Case(fault, at, forever))
     assert not found.wrong, found
     assert found.code == code, found
+
+
+@pytest.mark.parametrize("fault", ["418", "401", "too short", "redirect elsewhere"])
+def test_no_traceback_and_no_log_shows_a_login(given: World, fault: str) -> None:
+    """The stub repeats the login, in texts and headers; every library logs at its lowest level."""
+    given.reset()
+    at = 1 + next(number for number, each in enumerate(given.requests) if fnmatch(each.path, "*/preupload/*"))
+    with struck(given.hub, Case(fault, at, forever=True)) as where:
+        outcome = given.command("--debug")
+    assert where
+    assert "streamconv.errors.HubError: me/merged: " in outcome.text
+    assert "Traceback (most recent call last)" in outcome.text
+    assert "receive_response_headers.complete" in outcome.text
+    assert not [*given.shown(outcome)]
+    assert (given.folder / "out" / "streamconv.json").exists()
+    if fault in ("418", "401"):
+        assert "Bearer (token)" in outcome.text
 
 
 @pytest.mark.sweep

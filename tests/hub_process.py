@@ -1,7 +1,11 @@
-"""Imported by a fork server: what its runs wait before they try again takes no time."""
+"""Imported by a fork server whose runs speak with a stub of the Hub.
+
+What they wait before they try again takes no time, and every library logs all that it has to say.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 
@@ -15,3 +19,4 @@ def _nap(seconds: float) -> None:
 
 
 vars(time)["sleep"] = _nap
+logging.basicConfig(level=logging.DEBUG)  # the HTTP library's headers, for one
