@@ -55,13 +55,13 @@ class LocalFolder:
         folder, prefix = (self.path / subfolder, f"{subfolder}/") if subfolder else (self.path, "")
         if subfolder and not folder.is_dir():
             return ()
-        return tuple(prefix + entry.name for entry in self._entries(folder) if not entry.is_dir())
+        return tuple(prefix + entry.name for entry in self._entries(folder) if not _is_folder(entry))
 
     def folders(self) -> tuple[str, ...]:
         """Names of the folders directly inside, sorted."""
         if self.only is not None:
             return ()
-        return tuple(entry.name for entry in self._entries(self.path) if entry.is_dir())
+        return tuple(entry.name for entry in self._entries(self.path) if _is_folder(entry))
 
     def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
         """All that is directly inside a folder, by name."""
@@ -242,6 +242,14 @@ def is_inside(name: str) -> bool:
     """Whether `name`, by its text, is a path that stays inside the folder it is relative to."""
     bad = "\\" in name or _DRIVE.match(name) or _UNPRINTABLE.search(name)
     return not bad and not any(part in {"", ".", ".."} for part in name.split("/"))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is one, or a link to one; a link that leads nowhere, or to itself, is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _snapshot(folder: Path) -> Path | None:

@@ -17,7 +17,7 @@ def commands() -> Iterator[Commands]:
 
 @pytest.fixture(scope="session")
 def model_commands() -> Iterator[Commands]:
-    """Of a process that has what runs models imported, too."""
+    """Of a process that has what runs models imported, too, and what torch imports to open a pickle."""
     with fork_server(
         "streamconv.calibration.layers",
         "streamconv.calibration.need",
@@ -25,5 +25,6 @@ def model_commands() -> Iterator[Commands]:
         "streamconv.forward.linears",
         "streamconv.evaluation.scoring",
         "streamconv.comparison.running",
+        "torch._dynamo",
     ) as server:
         yield server
