@@ -486,7 +486,8 @@ def test_a_thread_that_cannot_be_had_ends_the_run_and_all_others(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """As at the limit of processes of a container: one of the three of a lane, or of those that compute."""
-    start, calls = vars(threads)["start_new_thread"], list[int]()
+    start: Callable[..., int] = vars(threads)["start_new_thread"]
+    calls: list[int] = []
 
     def refuse(*given: Any) -> int:
         calls.append(1)
