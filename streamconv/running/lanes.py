@@ -58,7 +58,8 @@ from streamconv.threads import start_thread
 # How long a stop request may wait for the weight in work to end, so that no work is lost.
 GRACE_S = 5.0
 
-_LOOK_EVERY_S = 5.0
+# How often threads are looked after that tell nothing.
+LOOK_EVERY_S = 5.0
 
 
 class Run:
@@ -111,7 +112,7 @@ class Run:
         ended = 0
         while ended < len(threads):
             try:
-                nbytes = self.written.get(timeout=_LOOK_EVERY_S)
+                nbytes = self.written.get(timeout=LOOK_EVERY_S)
             except queue.Empty:  # a thread without memory may end and not even tell
                 if not any(thread.is_alive() for thread in threads):
                     raise no_memory("a thread ended without a word") from None
