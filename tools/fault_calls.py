@@ -27,7 +27,7 @@ ERRORS: Mapping[str, tuple[str, ...]] = {
     "readv": _READ,
     "pread64": (*_READ, SHORT),
     "preadv": (*_READ, SHORT),
-    "preadv2": _READ,
+    "preadv2": (*_READ, SHORT),
     "write": (*_WRITE, SHORT),
     "writev": _WRITE,
     "pwrite64": (*_WRITE, "EROFS", SHORT),
@@ -73,14 +73,20 @@ ERRORS: Mapping[str, tuple[str, ...]] = {
     "fadvise64": ("EIO",),
 }
 # Functions of `os` in which the seam cuts what is done.
-SEAMS = {"read": "read", "pread64": "pread", "preadv": "preadv", "write": "write", "pwrite64": "pwrite"}
+SEAMS = {
+    "read": "read",
+    "pread64": "pread",
+    "preadv": "preadv",
+    "preadv2": "preadv",
+    "write": "write",
+    "pwrite64": "pwrite",
+}
 # Repeated for ever by Python and others, as it should be (PEP 475).
 ONCE_ONLY = ("EINTR",)
 
 _RESOURCE = {"ENOSPC", "EDQUOT", "ENOMEM", "EMFILE"}
 _ABSORBED = {"EINTR", "EOPNOTSUPP", SHORT}
 _PLACES = {"output": {4}, "input": {3}, "terminal": set[int](), "system": {3, 4, 5, 6}}
-_CUT = {"output": {4}, "input": {3}, "terminal": set[int](), "system": {3, 4, 5, 6}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +145,6 @@ def allowed(fault: Fault, roles: Iterable[str]) -> set[int]:
         elif fault.error in _RESOURCE or fault.call in ("clone", "clone3"):
             # Only files that are written fill a disk; of one that is read it is an error like any other.
             codes |= {5} | ({3} if each == "input" and fault.error in ("ENOSPC", "EDQUOT") else set())
-        elif fault.error not in _ABSORBED:
+        elif fault.error not in _ABSORBED or fault.call == "close":
             codes |= _PLACES[each]
     return codes

@@ -1,4 +1,4 @@
-"""Commands of the fault sweep: tiny inputs, what stands in the output folder before, and what an undisturbed run makes."""
+"""Commands of the fault sweep, and their tiny inputs."""
 
 from __future__ import annotations
 

@@ -143,7 +143,8 @@ def undisturbed(command: Command, place: Place) -> Tree:
 def attempt(command: Command, fault: Fault, place: Place, inputs: Tree) -> Row:
     """Run it with the fault, and then without; judge both."""
     assert command.complete is not None
-    made = Made(command.complete, command.before and tree(command.before), command.outputs)
+    old = None if command.before is None else tree(command.before)
+    made = Made(command.complete, old, command.outputs)
     with fresh(command, place) as hub:
         ended = run(command, place, hub, fault)
         found = _found(command, place, hub)
@@ -226,19 +227,26 @@ def _answer(command: Command, place: Place, hub: str, fault: Fault | None) -> in
     os.dup2(text, 2)
     os.close(text)
     sink.WATERMARK_BYTES = WATERMARK_BYTES
-    request = Request(command.line(place.out), watermark_bytes=WATERMARK_BYTES)
-    # What the process that is forked must not do, so that it has no other threads.
+    # What the process that is forked must not have, lest it has other threads.
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
     tqdm.monitor_interval = 10
-    child = Child(request)
+    child = Child(_request(command.line(place.out), fault))
     if fault is not None and fault.error == SHORT:
-        child = _with_seam(request, fault)
+        child.install()
     os.kill(os.getpid(), signal.SIGSTOP)
-    return child.run()
+    code = child.run()
+    if child.hits:
+        place.lines.write_text("".join(f"{hit} (INJECTED)\n" for hit in child.hits))
+    return code
 
 
-def _with_seam(request: Request, fault: Fault) -> Child:
-    raise NotImplementedError(f"{fault} {SEAMS[fault.call]} {request}")
+def _request(line: tuple[str, ...], fault: Fault | None) -> Request:
+    if fault is None or fault.error != SHORT:
+        return Request(line)
+    of = SEAMS[fault.call]
+    return Request(
+        line, fault=SHORT, of=of, at=fault.at, onward=fault.onward, watermark_bytes=WATERMARK_BYTES
+    )
 
 
 def _fork(answer: Callable[[], int]) -> int:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +29,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from tools.fault_calls import ERRORS, KILL, ONCE_ONLY, SHORT, Fault
+from tools.fault_calls import ERRORS, KILL, ONCE_ONLY, Fault
 from tools.fault_commands import NAMES, Command, commands, write_inputs, write_old
 from tools.fault_judge import Tree, tree
 from tools.fault_runs import Place, Row, attempt, calls_of, fresh, run, undisturbed, warm_up
@@ -36,48 +37,45 @@ from tools.fault_runs import Place, Row, attempt, calls_of, fresh, run, undistur
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "results" / "faults.json"
 LIMIT = 5000
-# What only checks and shows stops being called, not working; a few of their errors are enough.
-MOST_POINTS = 60
+LOOKING = ("ioctl", "lseek", "fadvise64")
 _CORES = os.sched_getaffinity(0)
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """Faults of one kind: an error in one call of one command, once or from then on, at up to `calls` places."""
-
-    command: str
-    call: str
-    error: str
-    onward: bool
-    calls: int
-
-    def faults(self, most: int) -> Iterator[Fault]:
-        """At every call, or at `most` of them, evenly from the first to the last."""
-        points = min(self.calls, most)
-        for place in range(points):
-            at = 1 + (place * (self.calls - 1) // (points - 1) if points > 1 else 0)
-            yield Fault(self.command, self.call, self.error, at, self.onward)
+def kinds(call: str) -> list[tuple[str, bool]]:
+    """Errors of a call, once and from then on."""
+    once = [(error, False) for error in ERRORS[call]]
+    return once + [(error, True) for error in ERRORS[call] if error not in (KILL, *ONCE_ONLY)]
 
 
-def cells(counts: Mapping[str, Mapping[str, int]]) -> list[Cell]:
-    """All kinds of faults for commands that make so many calls."""
-    return [
-        Cell(command, call, error, onward, calls)
-        for command, made in counts.items()
-        for call, calls in sorted(made.items())
-        for error in ERRORS[call]
-        if error != SHORT
-        for onward in (False, True)
-        if not (onward and error in (KILL, *ONCE_ONLY))
-    ]
+def spread(command: str, call: str, calls: int, most: int) -> Iterator[Fault]:
+    """Faults of one call: every kind at every place, or `most`, at places from the first to the last, kinds in turn."""
+    errors = kinds(call)
+    if len(errors) * calls <= most:
+        for error, onward in errors:
+            for at in range(1, calls + 1):
+                yield Fault(command, call, error, at, onward)
+        return
+    for place in range(most):
+        error, onward = errors[place % len(errors)]
+        yield Fault(command, call, error, 1 + place * (calls - 1) // max(1, most - 1), onward)
 
 
-def planned(kinds: Sequence[Cell], limit: int) -> tuple[list[Fault], int]:
-    """Faults, not more than `limit` if there are fewer kinds than that; and how many a kind has at most."""
-    most = MOST_POINTS
-    while most > 1 and sum(min(cell.calls, most) for cell in kinds) > limit:
-        most -= 1
-    return [fault for cell in kinds for fault in cell.faults(most)], most
+def planned(counts: Mapping[str, Mapping[str, int]], limit: int) -> tuple[list[Fault], int]:
+    """Faults for commands that make so many calls, about `limit` in all; and how many a call has at most.
+
+    Calls that only look get a quarter of that.
+    """
+
+    def all_with(most: int) -> list[Fault]:
+        return [
+            fault
+            for command, made in counts.items()
+            for call, calls in made.items()
+            for fault in spread(command, call, calls, max(1, most // 4) if call in LOOKING else most)
+        ]
+
+    most = bisect_right(range(1, limit + 1), limit, key=lambda most: len(all_with(most)))
+    return all_with(max(1, most)), max(1, most)
 
 
 def make_commands(names: Sequence[str], place: Place) -> dict[str, Command]:
@@ -154,7 +152,7 @@ def results(
         "seconds": round(seconds),
         "faults": len(hit),
         "not reached": len(rows) - len(hit),
-        "most points of a kind": most,
+        "most faults of a call": most,
         "commands": {name: dict(sorted(made.items())) for name, made in counts.items()},
         "outcomes": outcomes(row for _, row in hit),
         "table": table(hit),
@@ -222,9 +220,9 @@ def main() -> int:
         place = Place(Path(scratch, "run"), Path(scratch, "inputs"))
         known = make_commands(names, place)
         counts = {name: calls_of(command, place) for name, command in known.items()}
-        faults, most = planned(cells(counts), given.limit)
+        faults, most = planned(counts, given.limit)
         faults = only or chosen(faults, given.calls, given.sample, given.seed)
-        tell(f"{len(faults)} faults in {len(known)} commands; up to {most} points of a kind", began)
+        tell(f"{len(faults)} faults in {len(known)} commands; up to {most} of a call", began)
         rows = []
         for fault, row in sweep(known, faults, place, given.jobs):
             rows.append((fault, replace(row, text=row.text.replace(scratch, ""))))

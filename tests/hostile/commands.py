@@ -27,6 +27,8 @@ class Request:
 
     `signal` is raised before the call number `at`, the first one or the first named `since` (as in Outcome.calls)
     being number 1, or if that one writes and `tears` is set, after half of it; with `again`, before the next call too.
+    With a `fault`, such as "EIO", "short" (half of it is done) or "end" (nothing is read), the call fails instead, and
+    with `onward` all after it; `of` names the function, such as "pread", whose calls alone are counted then.
     `kill_after_s` kills by the clock instead. `slow_s` is how long each write of a shard takes. `goes_on` is the
     process id of a stopped run that shall continue, all else ignored.
     """
@@ -37,6 +39,9 @@ class Request:
     signal: int = signal.SIGKILL
     tears: bool = False
     again: bool = False
+    fault: str = ""
+    of: str | None = None
+    onward: bool = False
     kill_after_s: float | None = None
     slow_s: float = 0.0
     watermark_bytes: int = 2**28
@@ -50,7 +55,7 @@ class Outcome:
 
     Unless it ended at once: `calls` are those that change the disk, such as `replace config.json`, and `starts` tell
     of each shard that was worked on the length of its header and the offset from which it was made; its format stands
-    before its name if there were several outputs.
+    before its name if there were several outputs; `hits` are the calls that failed.
     """
 
     code: int
@@ -59,6 +64,7 @@ class Outcome:
     process: int
     calls: tuple[str, ...]
     starts: dict[str, tuple[int, int]]
+    hits: tuple[str, ...] = ()
 
     @property
     def resumed_inside(self) -> bool:
@@ -84,7 +90,13 @@ class Commands:
         answer = json.loads(self._server.stdout.readline())
         starts = {name: (header, start) for name, (header, start) in answer.pop("starts").items()}
         text = (self._folder / f"{answer['process']}.text").read_text()
-        return Outcome(text=text, calls=tuple(answer.pop("calls")), starts=starts, **answer)
+        return Outcome(
+            text=text,
+            calls=tuple(answer.pop("calls")),
+            hits=tuple(answer.pop("hits")),
+            starts=starts,
+            **answer,
+        )
 
 
 @contextmanager
