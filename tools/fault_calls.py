@@ -55,7 +55,7 @@ ERRORS: Mapping[str, tuple[str, ...]] = {
     "truncate": _WRITE,
     "ftruncate": (*_WRITE, "EROFS"),
     "fallocate": (*_WRITE, "EOPNOTSUPP"),
-    "mmap": ("ENOMEM", "EACCES", KILL),
+    "mmap": ("ENOMEM", KILL),
     "flock": ("ENOLCK", "EIO", "EINTR", "EAGAIN", KILL),
     "statfs": (*_LOOK, "ENOSYS", KILL),
     "fstatfs": (*_LOOK, "ENOSYS", KILL),
@@ -123,7 +123,7 @@ class Fault:
 
 def role(line: str, roots: Mapping[str, str]) -> str:
     """Which of `roots` (role by folder or file) the first path in a line of strace lies in, or "system"."""
-    found = re.search(r'[<"](/[^>"]*)[>"]', line)
+    found = re.search(r'(?<!AT_FDCWD)[<"](/[^>"]*)[>"]', line)
     if found is None:
         return "system"
     for root, name in roots.items():

@@ -243,7 +243,7 @@ def _answer(command: Command, place: Place, hub: str, fault: Fault | None) -> in
 def _request(line: tuple[str, ...], fault: Fault | None) -> Request:
     if fault is None or fault.error != SHORT:
         return Request(line)
-    of = SEAMS[fault.call]
+    of = (SEAMS[fault.call],)
     return Request(
         line, fault=SHORT, of=of, at=fault.at, onward=fault.onward, watermark_bytes=WATERMARK_BYTES
     )

@@ -28,7 +28,7 @@ class Request:
     `signal` is raised before the call number `at`, the first one or the first named `since` (as in Outcome.calls)
     being number 1, or if that one writes and `tears` is set, after half of it; with `again`, before the next call too.
     With a `fault`, such as "EIO", "short" (half of it is done) or "end" (nothing is read), the call fails instead, and
-    with `onward` all after it; `of` names the function, such as "pread", whose calls alone are counted then.
+    with `onward` all after it; `of` are functions, such as "preadv", whose calls alone are counted then.
     `kill_after_s` kills by the clock instead. `slow_s` is how long each write of a shard takes. `goes_on` is the
     process id of a stopped run that shall continue, all else ignored.
     """
@@ -40,7 +40,7 @@ class Request:
     tears: bool = False
     again: bool = False
     fault: str = ""
-    of: str | None = None
+    of: tuple[str, ...] = ()
     onward: bool = False
     kill_after_s: float | None = None
     slow_s: float = 0.0

@@ -74,7 +74,7 @@ class Child:
         self.starts: dict[str, tuple[int, int]] = {}
 
     def install(self) -> None:
-        for name in WATCHED if self.request.of is None else (self.request.of,):
+        for name in self.request.of or WATCHED:
             setattr(FAULTY[name], name, self._watched(name, getattr(FAULTY[name], name)))
         vars(runner)["run_plans"] = self._noting_starts(executor.run_plans)
         sink.WATERMARK_BYTES = self.request.watermark_bytes
@@ -118,7 +118,7 @@ class Child:
 
     def _fail(self, name: str, call: Callable[..., Any], given: Sequence[Any]) -> Any:
         """End the call as the fault says: with an error, or with less done than was asked for."""
-        self.hits.append(f"{name} {_name_of(given[0] if given else '.')}")
+        self.hits.append(f'{name} "{_path_of(given[0] if given else ".")}"')
         if self.request.fault == "short":
             return call(given[0], _half(name, given[1]), *given[2:])
         if self.request.fault == "end":
@@ -154,8 +154,16 @@ def _half(name: str, asked: Any) -> Any:
 
 def _name_of(target: object) -> str:
     """The last name of a path, or of the file behind a descriptor."""
-    path = Path(f"/proc/self/fd/{target}").readlink() if isinstance(target, int) else Path(str(target))
-    return path.name
+    return _path_of(target).name
+
+
+def _path_of(target: object) -> Path:
+    if not isinstance(target, int):
+        return Path(str(target))
+    try:
+        return Path(f"/proc/self/fd/{target}").readlink()
+    except FileNotFoundError:  # it was closed by a call that failed
+        return Path("closed")
 
 
 def fork(request: Request, folder: Path) -> int:
