@@ -17,9 +17,20 @@ expected, and what to do.
 
 
 class StreamconvError(Exception):
-    """Base of all deliberate errors; `exit_code` is what the command line ends with."""
+    """Base of all deliberate errors; `exit_code` is what the command line ends with.
+
+    Names and values in a message come from files that anyone may have written, so of one that is long the middle is
+    left out: it begins with the place, and ends with the remedy.
+    """
 
     exit_code = 1
+    longest = 1400
+
+    def __init__(self, message: str) -> None:
+        end = self.longest // 3
+        if len(message) > self.longest:
+            message = f"{message[: self.longest - end]} [...] {message[-end:]}"
+        super().__init__(message)
 
 
 class OptionError(StreamconvError):

@@ -12,6 +12,7 @@ import fnmatch
 import hashlib
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -56,9 +57,22 @@ class Request:
     size: int
 
 
+@dataclass(frozen=True)
+class Answer:
+    """An answer of a test's own: `_` in names of headers stands for `-`, and `length` for the content's."""
+
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    content: bytes = b""
+    length: int | None = None
+
+
 @dataclass
 class Hub:
-    """The stub's state. `refuse` may answer a request with a status instead of serving it; `delay` waits first."""
+    """The stub's state. `refuse` may answer a request with a status instead of serving it, `instead` with anything;
+    `delay` waits first. `tamper` changes the content of files on their way, by the path that was asked for, and
+    `relist` what is told of a repository. `drop` cuts the connection instead of an answer.
+    """
 
     url: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
@@ -69,6 +83,10 @@ class Hub:
     role: str = "write"
     delay_s: float = 0
     ranges: bool = True
+    instead: Callable[[Request], Answer | None] | None = None
+    drop: Callable[[Request], bool] = lambda _: False
+    tamper: Callable[[str, bytes], bytes] | None = None
+    relist: Callable[[dict[str, Any]], Any] = lambda found: found
     cut_at: int | None = None  # end the next answer after so many bytes of its content
 
     def add(self, repo: str, folder: Path, prefix: str = "", **settings: Any) -> str:
@@ -159,6 +177,13 @@ class Handler(BaseHTTPRequestHandler):
         if (status := self.hub.refuse(request)) is not None:
             self.answer({"error": f"refused {request.authorization}"}, status)
             return
+        if self.hub.drop(request):
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        if self.hub.instead is not None and (own := self.hub.instead(request)) is not None:
+            self.send(own.content, own.status, own.headers, own.length)
+            return
         for method, pattern, serve_route in ROUTES:
             match = re.fullmatch(pattern, url.path)
             if match and method == ("GET" if self.command == "HEAD" else self.command):
@@ -171,18 +196,18 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, content: Any, status: int = 200, **headers: str) -> None:
         self.send(json.dumps(content).encode(), status, headers | {"Content-Type": "application/json"})
 
-    def send(self, raw: bytes, status: int, headers: Mapping[str, str]) -> None:
+    def send(self, raw: bytes, status: int, headers: Mapping[str, str], length: int | None = None) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(raw)))
+        self.send_header("Content-Length", str(len(raw) if length is None else length))
         self.end_headers()
         if self.command == "HEAD":
             return
         cut, self.hub.cut_at = self.hub.cut_at, None
         with contextlib.suppress(ConnectionError):  # a client that stopped waiting, or was killed
             self.wfile.write(raw[:cut])
-        self.close_connection = self.close_connection or cut is not None
+        self.close_connection = self.close_connection or cut is not None or length is not None
 
     def find(self, repo: str, revision: str) -> tuple[Repo, str] | None:
         """Repository and commit; None after an error was answered."""
@@ -208,18 +233,17 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"name": "me", "type": "user", "auth": {"accessToken": {"role": self.hub.role}}})
 
     def info(self, repo: str, revision: str = "main") -> None:
-        if (found := self.find(repo, revision)) is None:
+        if (known := self.find(repo, revision)) is None:
             return
-        state, commit = found
+        state, commit = known
         siblings = []
         for name, content in state.commits[commit].items():
             sibling: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": git_id(content)}
             if is_large(name):
                 sibling["lfs"] = {"sha256": sha256(content), "size": len(content), "pointerSize": 130}
             siblings.append(sibling)
-        self.answer(
-            {"id": repo, "sha": commit, "private": state.private, "gated": state.gated, "siblings": siblings}
-        )
+        found = {"id": repo, "sha": commit, "private": state.private, "gated": state.gated}
+        self.answer(self.hub.relist(found | {"siblings": siblings}))
 
     def tree(self, repo: str, revision: str) -> None:
         if (found := self.find(repo, revision)) is None:
@@ -249,6 +273,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
             return
         etag = sha256(content) if is_large(name) else git_id(content)
+        if self.hub.tamper is not None:
+            content = self.hub.tamper(name, content)
         headers = {"ETag": f'"{etag}"', "X_Repo_Commit": commit, "Accept_Ranges": "bytes"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked is None or not self.hub.ranges:
@@ -262,7 +288,9 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.body)
         repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
         if repo in self.hub.repos:
-            self.answer({"error": "You already created this model repo"}, 409)
+            self.answer(
+                {"error": "You already created this model repo", "url": f"{self.hub.url}/{repo}"}, 409
+            )
             return
         self.hub.repos[repo] = Repo(private=asked.get("visibility") == "private")
         self.hub.repos[repo].commit({".gitattributes": b"*.safetensors filter=lfs\n"})
@@ -314,6 +342,12 @@ class Handler(BaseHTTPRequestHandler):
             item = json.loads(line)
             value = item["value"]
             match item["key"]:
+                case "header":
+                    if value.get("parentCommit", parent) != parent:
+                        self.answer(
+                            {"error": "A commit has happened since. Please refresh and try again."}, 412
+                        )
+                        return
                 case "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 case "lfsFile":

@@ -17,7 +17,9 @@ from streamconv.planning import options
 PACKAGE = Path(streamconv.__file__).parent
 # Low to high; parts of one layer do not know each other.
 LAYERS = [
-    {"errors", "sizes", "dtypes", "progress"},
+    {"errors", "sizes", "dtypes", "progress", "escapes", "credentials"},
+    {"system_errors"},
+    {"threads"},
     {"storage", "kernels"},
     {"checkpoint", "rounding"},
     {"formats", "adapters"},
@@ -37,6 +39,7 @@ RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
 # Where heavy modules are imported late, by plain imports inside functions; and the whole command line.
 DOORS = {
     "__init__.py": "torch takes seconds to import",
+    "__main__.py": "signals are heard before anything else is imported",
     "adapters/conversions.py": "transformers is an extra",
     "analysis/__init__.py": "matplotlib is an extra",
     "comparison/__init__.py": "transformers is an extra",

@@ -6,7 +6,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 from streamconv.adapters.base import Adapter, Member, Replace, TaskHead, Update
@@ -19,6 +18,7 @@ from streamconv.adapters.tokens import RowsUpdate
 from streamconv.checkpoint.strict_json import some
 from streamconv.checkpoint.types import Shape
 from streamconv.errors import AdapterError, UnsupportedError
+from streamconv.storage.local import real_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +151,8 @@ def _names(adapter: Adapter, below: Adapter) -> bool:
     if below.origin is not None:
         return name.removeprefix("hf://") == below.origin.repo
     try:
-        return Path(name).expanduser().resolve() == Path(below.location).expanduser().resolve()
-    except (OSError, RuntimeError):
+        return real_path(name) == real_path(below.location)
+    except ValueError:  # a NUL in the name
         return False
 
 

@@ -22,6 +22,7 @@ from streamconv.adapters.base import ByRows, Parameter, Parts, State, Update
 from streamconv.adapters.config import COMMON_FIELDS, NO_EFFECT, USED, AdapterConfig
 from streamconv.adapters.method import Method
 from streamconv.adapters.orientation import is_transposed
+from streamconv.adapters.ranks import expression_of
 from streamconv.adapters.source import BaseParameters, Source, by_module, trained_shape
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
@@ -108,12 +109,7 @@ def is_feedforward(config: AdapterConfig, module: str) -> bool:
     if not isinstance(config.fields.get(field), str):
         return module.endswith(config.names(field)) if config.names(field) else False
     pattern = config.text(field)
-    try:
-        return re.fullmatch(pattern, module) is not None
-    except re.error as error:
-        raise AdapterError(
-            f"{config.name}: {field} {pattern!r} is not a regular expression: {error}"
-        ) from error
+    return expression_of(config, field, pattern, pattern).fits_all_of(module)
 
 
 def _orientation(

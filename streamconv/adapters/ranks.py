@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from streamconv.adapters.config import AdapterConfig
+from streamconv.checkpoint.expressions import Expression
+from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import AdapterError
 
@@ -17,14 +18,14 @@ class Ranks:
     name: str
     r: int
     alpha: float
-    rank_pattern: tuple[tuple[re.Pattern[str], int], ...]
-    alpha_pattern: tuple[tuple[re.Pattern[str], float], ...]
+    rank_pattern: tuple[tuple[Expression, int], ...]
+    alpha_pattern: tuple[tuple[Expression, float], ...]
 
     def rank(self, module: str) -> int:
-        return next((rank for pattern, rank in self.rank_pattern if pattern.match(module)), self.r)
+        return next((rank for pattern, rank in self.rank_pattern if pattern.fits(module)), self.r)
 
     def alpha_of(self, module: str) -> float:
-        return next((alpha for pattern, alpha in self.alpha_pattern if pattern.match(module)), self.alpha)
+        return next((alpha for pattern, alpha in self.alpha_pattern if pattern.fits(module)), self.alpha)
 
     def check_rank(self, module: str, tensor: StoredTensor, rank: int) -> None:
         """Raise AdapterError unless `rank`, that of `tensor`, is the one the config gives `module`."""
@@ -47,24 +48,27 @@ def read_ranks(config: AdapterConfig, alpha: str) -> Ranks:
     )
 
 
-def rank_patterns(config: AdapterConfig) -> tuple[tuple[re.Pattern[str], int], ...]:
+def rank_patterns(config: AdapterConfig) -> tuple[tuple[Expression, int], ...]:
     entries = config.ranks("rank_pattern").items()
     return tuple((module_pattern(config, "rank_pattern", text), rank) for text, rank in entries)
 
 
-def alpha_patterns(config: AdapterConfig) -> tuple[tuple[re.Pattern[str], float], ...]:
+def alpha_patterns(config: AdapterConfig) -> tuple[tuple[Expression, float], ...]:
     entries = config.numbers("alpha_pattern").items()
     return tuple((module_pattern(config, "alpha_pattern", text), alpha) for text, alpha in entries)
 
 
-def module_pattern(config: AdapterConfig, field: str, text: str) -> re.Pattern[str]:
+def module_pattern(config: AdapterConfig, field: str, text: str) -> Expression:
     """`get_pattern_key` of `peft/utils/other.py`: a pattern may leave out the top of a module's path."""
-    try:
-        return re.compile(rf"(.*\.)?({text})$")
-    except re.error as error:
-        raise AdapterError(
-            f"{config.name}: {text!r} in {field} is not a regular expression: {error}"
-        ) from error
+    return expression_of(config, field, text, rf"(.*\.)?({text})$")
+
+
+def expression_of(config: AdapterConfig, field: str, text: str, pattern: str) -> Expression:
+    """The regular expression `pattern`, which is made of `text` in the config's `field`.
+
+    It raises AdapterError, also when it is matched.
+    """
+    return Expression(pattern, lambda why: AdapterError(f"{config.name}: {shown(text)} in {field} {why}"))
 
 
 def by_pattern(config: AdapterConfig, field: str, module: str, default: int) -> int:
@@ -75,11 +79,6 @@ def by_pattern(config: AdapterConfig, field: str, module: str, default: int) -> 
     """
     entries = config.ranks(field)
     for text, number in entries.items():
-        try:
-            if re.match(rf".*\.{text}$", module):
-                return number
-        except re.error as error:
-            raise AdapterError(
-                f"{config.name}: {text!r} in {field} is not a regular expression: {error}"
-            ) from error
+        if expression_of(config, field, text, rf".*\.{text}$").fits(module):
+            return number
     return entries.get(module, default)

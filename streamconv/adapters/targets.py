@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from streamconv.adapters.config import AdapterConfig, is_empty
 from streamconv.adapters.conversions import fusions
+from streamconv.adapters.ranks import expression_of
 from streamconv.adapters.source import BaseParameters, Source
 from streamconv.adapters.views import names_of_parameter, other_names
 from streamconv.checkpoint.config import language_levels
@@ -286,10 +287,12 @@ def _is_in_layers(config: AdapterConfig, module: str) -> bool:
     patterns = config.fields.get(field) or ()
     each = (patterns,) if isinstance(patterns, str) else config.names(field)
     numbers = [
-        _compiled(config, field, one, rf"(?:^|.*?\.){one}\.(?P<idx>\d+)\.").match(module) for one in each
+        expression_of(config, field, one, rf"(?:^|.*?\.){one}\.(?P<idx>\d+)\.").group("idx", module)
+        for one in each
     ]
-    found = next(filter(None, numbers), None) if each else _ANY_LAYER.match(module)
-    return found is not None and int(found["idx"]) in listed
+    first = _ANY_LAYER.match(module) if not each else None
+    found = first["idx"] if first else next(filter(None, numbers), None)
+    return found is not None and int(found) in listed
 
 
 def _is_excluded(config: AdapterConfig, module: str) -> bool:
@@ -318,17 +321,7 @@ def _ends(module: str) -> Iterator[str]:
 
 
 def _matches(config: AdapterConfig, field: str, pattern: str, module: str) -> bool:
-    return _compiled(config, field, pattern, pattern).fullmatch(module) is not None
-
-
-def _compiled(config: AdapterConfig, field: str, text: str, pattern: str) -> re.Pattern[str]:
-    """The regular expression `pattern`, which is made of `text` in the config's `field`."""
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise AdapterError(
-            f"{config.name}: {field} {shown(text)} is not a regular expression: {error}"
-        ) from error
+    return expression_of(config, field, pattern, pattern).fits_all_of(module)
 
 
 def _check_pattern(source: Source, pattern: str, reached: Reached) -> None:
@@ -341,6 +334,6 @@ def _check_pattern(source: Source, pattern: str, reached: Reached) -> None:
         found = any(_matches(config, "target_modules", pattern, module) for module in adapted)
     if not found:
         raise AdapterError(
-            f"{config.name}: target_modules is {pattern!r}, but no module in the adapter matches it; the file"
+            f"{config.name}: target_modules is {shown(pattern)}, but no module in the adapter matches it; the file"
             " is not complete"
         )

@@ -26,11 +26,13 @@ from streamconv.planning.options import (
     takes,
 )
 from streamconv.progress import OnProgress, quiet
+from streamconv.system_errors import translated
 
 __all__ = ["Analysis", "OnGrid", "Stored", "TargetAnalysis", "WeightAnalysis", "analyze"]
 
 
 @takes(AnalyzeKeywords, ANALYZE_DEFAULTS)
+@translated()
 def analyze(
     base: Folder | None,
     adapter: Folder,

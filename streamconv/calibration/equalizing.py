@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,7 +53,8 @@ def equalize(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopReques
         windows = windows_of(subject)
         layers = len(walk.skeleton.layers)
         shape = (*windows.shape, walk.hidden)
-        files = LayerFiles(folder, key_of(subject, windows), layers, shape, ("reference",))
+        key, on_chunk = key_of(subject, windows), partial(check_stop, stop)
+        files = LayerFiles(folder, key, layers, shape, ("reference",), on_chunk=on_chunk)
         with telling_of_memory(subject.plan.device):
             _Pass(subject, walk, windows, files, on_bytes, stop).run()
         files.remove_states()
@@ -123,7 +125,6 @@ class _Pass:
                 for number in range(first, len(self._sizes)):
                     with passing.layer(number) as module:
                         results = self._equalize(passing, number, module, stream)
-                    stream.leaving(number).sync()
                     self._files.write(number, results)
                     release_freed_memory()
                     self._on_bytes(self._sizes[number])

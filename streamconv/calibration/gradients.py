@@ -12,13 +12,14 @@ vocabulary; then every layer is read once more, last first, and differentiated o
                              hidden]; and dY of its calibrated weights by name, bfloat16 [token, out]. Those of the
                              number after the last layer hold what comes out of the head.
 
-What is done has its file, so that a killed run goes on at the next layer.
+What is done has its file, so that a killed run goes on at the next layer, or where a file is not what was written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from streamconv.calibration.groups import Linears
 from streamconv.calibration.model import Model
 from streamconv.calibration.need import HEAD_ROWS, batch_of
 from streamconv.calibration.tensor_files import read_tensors, write_tensors
+from streamconv.checkpoint.recorded import RecordedFiles, remove_own
 from streamconv.forward.activations import ActivationFile
 from streamconv.forward.walk import Passing, in_batches
 from streamconv.rounding.noise import uniform
@@ -61,16 +63,22 @@ def gradients_path(folder: Path, number: int) -> Path:
 
 
 class Gradients:
-    """Gradients of `model` on the tokens `windows` [sequence, token], in `folder`.
+    """Gradients of `model` on the tokens `windows` [sequence, token], in files of `folder` that are `recorded`.
 
     `advance` is called with bytes that have been read, 0 to ask whether to go on, and raises to stop.
     """
 
     def __init__(
-        self, model: Model, folder: Path, windows: Tensor, seed: int, advance: Callable[[int], None]
+        self,
+        model: Model,
+        folder: Path,
+        recorded: RecordedFiles,
+        windows: Tensor,
+        seed: int,
+        advance: Callable[[int], None],
     ) -> None:
         self._model, self._folder, self._windows, self._seed = model, folder, windows, seed
-        self._advance = advance
+        self._recorded, self._advance = recorded, advance
         self._batches = in_batches(windows, batch_of(windows.shape[1])) if len(windows) else []
 
     @property
@@ -83,7 +91,16 @@ class Gradients:
     def next(self) -> int:
         """The number whose gradients come next, downwards from that of the head; -1 if all are there."""
         numbers = range(self._model.layers, -1, -1)
-        return next((number for number in numbers if not self.path(number).exists()), -1)
+        first = next((number for number in numbers if not self._is_whole(self.path(number))), -1)
+        has_states = first in (-1, self._model.layers) or self._is_whole(self._states_path)
+        return first if has_states else self._model.layers
+
+    @property
+    def _states_path(self) -> Path:
+        return self._folder / "gradient-states"
+
+    def _is_whole(self, path: Path) -> bool:
+        return self._recorded.is_whole(path, on_chunk=partial(self._advance, 0))
 
     def path(self, number: int) -> Path:
         return gradients_path(self._folder, number)
@@ -95,14 +112,14 @@ class Gradients:
             return
         is_new = begin == layers
         shape = ((layers + 1) * len(self._windows), self._windows.shape[1], self._model.walk.hidden)
-        with ActivationFile(self._folder / "gradient-states", shape) as states:
+        with ActivationFile(self._states_path, shape, hashes=is_new) as states:
             passing = self._forward(states, is_new)
             if is_new:
-                states.sync()
-                write_tensors(self.path(layers), {ENTERING: self._leave(states)})
+                self._recorded.record({self._states_path.name: states.sync()})
+                self._write(layers, {ENTERING: self._leave(states)})
             for number in reversed(range(min(begin + 1, layers))):
                 self._step_back(passing, states, number)
-        (self._folder / "gradient-states").unlink()
+        remove_own(self._states_path)
 
     def output_hessian(self, number: int, name: str) -> Tensor | None:
         """G [out, out] of a weight, on the device; None where no token came to it."""
@@ -114,7 +131,11 @@ class Gradients:
         return shrunk_moments(found.to(self._model.walk.device.torch).float())
 
     def remove(self, number: int) -> None:
-        self.path(number).unlink(missing_ok=True)
+        remove_own(self.path(number))
+
+    def _write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        path = self.path(number)
+        write_tensors(path, tensors, lambda sha256: self._recorded.record({path.name: sha256}))
 
     # -- forward -------------------------------------------------------------------------------------------------
 
@@ -207,7 +228,7 @@ class Gradients:
                 for name, gradient in found:
                     outputs.setdefault(name, []).append(gradient)
         joined = {name: torch.cat(parts) for name, parts in outputs.items()}
-        write_tensors(self.path(number), {ENTERING: entering, **joined})
+        self._write(number, {ENTERING: entering, **joined})
         self._end_layer(number)
 
 

@@ -1,6 +1,7 @@
 """The folder a calibration works in: a file for every decoder layer that is done, and hidden states between two.
 
     calibration.json         what the files beside it belong to
+    hashes                   SHA-256 of those that a later run would read (see `checkpoint/recorded.py`)
     layer-N.safetensors      the final parts of all calibrated weights of layer N, and what repairs their errors; or the
                              factors of all equalized ones; its metadata say what became of them
     gradient*, inputs-*      see `gradients.py`, `kept_inputs.py`
@@ -9,12 +10,14 @@
 
 A layer is done when its file has its name: the hidden states that it wrote are on the disk by then, and what is read by
 the next one is not written before that is done in turn. Files of another subject, text or machine are removed.
+
+Whoever goes on hashes all that will be read. A layer whose file is not what was written is done again, and those after
+it: from the hidden states that enter it while these are there, or else all from the first.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from streamconv.calibration.tensor_files import stored_in, write_file
 from streamconv.checkpoint.reader import tensor_bytes
+from streamconv.checkpoint.recorded import OnChunk, RecordedFiles, read_error, read_own, remove_own
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
 from streamconv.checkpoint.writer import Bytes, free_bytes, write_error
 from streamconv.checkpoint.writer import write_file as write_small
@@ -88,30 +92,35 @@ class LayerFiles:
         layers: int,
         shape: tuple[int, int, int],
         streams: Sequence[str],
-        needed: Callable[[int], bool] = lambda _: True,
+        needed: Callable[[RecordedFiles, int], bool] = lambda _, __: True,
+        on_chunk: OnChunk = lambda: None,
     ) -> None:
-        """`streams` are by name; `needed` says whether a layer has what it takes beside these, once others are done."""
+        """Find how many layers are `done`, and have the others begin with files of their own.
+
+        `streams` are by name; `needed` says whether a layer has what it takes beside these, once others are done.
+        """
         self._folder, self._layers, self._shape, self._has_more = folder, layers, shape, needed
-        self._names = streams
+        self._names, self._on_chunk = streams, on_chunk
+        self._opened: Sequence[Stream] = ()
         content = (json.dumps({"key": key}) + "\n").encode()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if not _holds(folder / _KEY, content) or not self._is_whole():
-                _empty(folder)
-                write_small(folder / _KEY, content)
         except OSError as error:
             raise write_error(error, folder) from error
-
-    @property
-    def done(self) -> int:
-        """Number of layers that are done, from the first on."""
-        return next(
-            (number for number in range(self._layers) if not self._path(number).exists()), self._layers
-        )
+        self.recorded = RecordedFiles(folder)
+        is_ours = read_own(folder / _KEY) == content
+        self.done = self._resumed() if is_ours else 0
+        if not is_ours or (not self.done and self._has_layers()):
+            _empty(folder)
+            self.recorded = RecordedFiles(folder)
+            write_small(folder / _KEY, content)
 
     def check_disk(self, needed: int) -> None:
         """Raise ResourceError where there is no room for all that is still to be written, of `needed` bytes in all."""
-        there = sum(path.stat().st_blocks * 512 for path in self._folder.iterdir())
+        try:
+            there = sum(path.lstat().st_blocks * 512 for path in self._folder.iterdir())
+        except OSError as error:
+            raise read_error(error, self._folder) from error
         missing, free = needed - there, free_bytes(self._folder / _KEY)
         if missing > free:
             raise ResourceError(
@@ -124,35 +133,44 @@ class LayerFiles:
         """All streams, in the order of their names."""
         with ExitStack() as stack:
             opened = (
-                [stack.enter_context(ActivationFile(path, self._shape)) for path in self._states(name)]
+                [stack.enter_context(ActivationFile(path, self._shape, True)) for path in self._states(name)]
                 for name in self._names
             )
-            yield [Stream((even, odd)) for even, odd in opened]
+            self._opened = [Stream((even, odd)) for even, odd in opened]
+            yield self._opened
 
     def write(self, number: int, results: Sequence[Result]) -> None:
-        """Have layer `number` done; what left it must be on the disk."""
+        """Have layer `number` done, and what left it on the disk."""
+        left = {
+            _entering(name, number + 1): stream.leaving(number).sync()
+            for name, stream in zip(self._names, self._opened, strict=True)
+        }
         specs = [spec for result in results for spec in result.specs]
         parts: list[Bytes] = [part for result in results for part in result.parts]
         for name, factor in (item for result in results for item in result.residual.items()):
             specs.append(TensorSpec(name, FACTOR_DTYPE, tuple(factor.shape)))
             parts.append(tensor_bytes(factor))
         about = {_WEIGHTS: json.dumps({each.name: _described(each) for each in results})}
-        write_file(self._path(number), specs, parts, about)
+        path = self._path(number)
+        write_file(
+            path, specs, parts, about, lambda sha256: self.recorded.record({**left, path.name: sha256})
+        )
 
     def read(self) -> Mapping[str, StoredResult]:
-        """All results of the layers that are done, by name of the weight."""
+        """All results, once all layers are done, by name of the weight."""
         found: dict[str, StoredResult] = {}
-        for number in range(self.done):
+        for number in range(self._layers):
             found |= _read(self._path(number))
         return found
 
     def remove_states(self) -> None:
         """Hidden states and gradients are of no use once all layers are done."""
-        for path in self._folder.glob("gradient*"):
-            path.unlink()
+        for path in _listed(self._folder):
+            if path.name.startswith("gradient"):
+                remove_own(path)
         for name in self._names:
             for path in self._states(name):
-                path.unlink(missing_ok=True)
+                remove_own(path)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"layer-{number:05}.safetensors"
@@ -160,27 +178,44 @@ class LayerFiles:
     def _states(self, stream: str) -> tuple[Path, Path]:
         return self._folder / f"{stream}-0", self._folder / f"{stream}-1"
 
-    def _is_whole(self) -> bool:
-        """Whether the hidden states are there that the next layer reads."""
-        nbytes = 4 * self._shape[0] * self._shape[1] * self._shape[2]
-        done = self.done
-        needed = [self._states(name)[done % 2] for name in self._names] if 0 < done < self._layers else []
-        has_states = all(path.exists() and path.stat().st_size == nbytes for path in needed)
-        return has_states and (not needed or self._has_more(done))
+    def _has_layers(self) -> bool:
+        return any(path.match("layer-*.safetensors") for path in _listed(self._folder))
+
+    def _resumed(self) -> int:
+        """The layer to go on with: the first whose file is not as it was written, if what enters it is there."""
+        layers = range(self._layers)
+        first = next((number for number in layers if not self._is_whole(self._path(number))), self._layers)
+        if first in (0, self._layers):
+            return first
+        # The states that entered the layer before lie there until the next one writes.
+        return next((number for number in (first, first - 1) if number and self._can_go_on(number)), 0)
+
+    def _can_go_on(self, number: int) -> bool:
+        states = [(self._states(name)[number % 2], _entering(name, number)) for name in self._names]
+        has_states = all(self._is_whole(path, name) for path, name in states)
+        return has_states and self._has_more(self.recorded, number)
+
+    def _is_whole(self, path: Path, name: str | None = None) -> bool:
+        return self.recorded.is_whole(path, name, self._on_chunk)
 
 
-def _holds(path: Path, content: bytes) -> bool:
-    return path.exists() and path.read_bytes() == content
+def _entering(stream: str, number: int) -> str:
+    """Name under which the hidden states of a stream are recorded that enter a layer."""
+    return f"{stream} entering layer {number}"
 
 
 def _empty(folder: Path) -> None:
-    """Remove all that lies in `folder`, what says whose it is first."""
-    (folder / _KEY).unlink(missing_ok=True)
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    """Remove all files that lie in `folder`, what says whose it is first. Raises OutputError where that fails."""
+    remove_own(folder / _KEY)
+    for path in _listed(folder):
+        remove_own(path)
+
+
+def _listed(folder: Path) -> Sequence[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise read_error(error, folder) from error
 
 
 def _described(result: Result) -> Mapping[str, object]:

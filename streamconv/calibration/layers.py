@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from streamconv.calibration.passes import (
 )
 from streamconv.calibration.residual_adapter import factor_tensors
 from streamconv.calibration.subject import Subject
+from streamconv.checkpoint.recorded import RecordedFiles
 from streamconv.formats.base import Encoder
 from streamconv.forward.walk import Passing, assign, in_batches
 from streamconv.kernels import kernels_for
@@ -63,7 +65,8 @@ def calibrate(
             model.layers,
             (*windows.shape, model.walk.hidden),
             ("reference", "quantized"),
-            lambda number: not subject.gradient_sequences or gradients_path(folder, number).exists(),
+            partial(_has_gradients, subject, model.layers, folder),
+            partial(check_stop, stop),
         )
         with telling_of_memory(subject.plan.device):
             _Calibration(subject, model, windows, files, folder, on_bytes, stop).run()
@@ -72,6 +75,13 @@ def calibrate(
             name: Calibrated(each.parts, each.kept, each.notes, each.residual)
             for name, each in files.read().items()
         }
+
+
+def _has_gradients(subject: Subject, layers: int, folder: Path, recorded: RecordedFiles, number: int) -> bool:
+    """Whether the gradients of all layers from `number` on are there, where the subject wants any."""
+    return not subject.gradient_sequences or all(
+        recorded.is_whole(gradients_path(folder, each)) for each in range(number, layers)
+    )
 
 
 class _Calibration:
@@ -95,7 +105,7 @@ class _Calibration:
         self._sizes = [model.stored_bytes(number) for number in range(model.layers)]
         self._on_bytes, self._told = on_bytes, 0
         seed, chosen = subject.plan.options.seed, windows[: subject.gradient_sequences]
-        self.gradients = Gradients(model, folder, chosen, seed, self._advance)
+        self.gradients = Gradients(model, folder, files.recorded, chosen, seed, self._advance)
         self._advanced = 0
 
     def run(self) -> None:
@@ -122,8 +132,6 @@ class _Calibration:
                             self, passing, number, module, self.model.linears(number), reference, quantized
                         ).calibrate()
                         self.model.targets.held.clear()
-                    for stream in streams:
-                        stream.leaving(number).sync()
                     self.files.write(number, results)
                     del results
                     release_freed_memory()

@@ -17,6 +17,7 @@ from torch import Tensor
 from streamconv.adapters.source import PREFIX
 from streamconv.checkpoint.header import build_header
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
+from streamconv.checkpoint.recorded import remove_own
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
 from streamconv.checkpoint.writer import ShardWriter
 from streamconv.rounding.residual import Residual
@@ -68,7 +69,7 @@ def write_adapter(path: Path, tensors: Iterable[StoredTensor]) -> str:
     stored = sorted(tensors, key=lambda tensor: tensor.name)
     specs = [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in stored]
     header = build_header(specs, {"format": "pt"})
-    path.unlink(missing_ok=True)
+    remove_own(path)
     size = len(header) + sum(spec.nbytes for spec in specs)
     chunk = torch.empty(_CHUNK_BYTES, dtype=torch.uint8)
     with TensorReader() as reader, ShardWriter.create(path, header, size) as writer:

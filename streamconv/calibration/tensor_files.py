@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from streamconv.checkpoint.header import build_header, read_header
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
+from streamconv.checkpoint.recorded import remove_own
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
 from streamconv.checkpoint.writer import Bytes, ShardWriter, publish
 from streamconv.dtypes import DENSE
@@ -16,17 +17,26 @@ from streamconv.storage.local import open_folder
 
 
 def write_file(
-    path: Path, specs: Sequence[TensorSpec], parts: Sequence[Bytes], metadata: Mapping[str, str]
-) -> None:
-    """Tensors of these `specs`, whose bytes are `parts`; durable when this returns."""
+    path: Path,
+    specs: Sequence[TensorSpec],
+    parts: Sequence[Bytes],
+    metadata: Mapping[str, str],
+    record: Callable[[str], None] = lambda _: None,
+) -> str:
+    """Write tensors of these `specs`, whose bytes are `parts`; the file's SHA-256. Durable when this returns.
+
+    `record` is called with the digest before the file has its name.
+    """
     header = build_header(specs, metadata)
     partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)  # of a run that was killed
+    remove_own(partial)  # of a run that was killed
     with ShardWriter.create(partial, header, len(header) + sum(spec.nbytes for spec in specs)) as writer:
         for part in parts:
             writer.write(part)
-        writer.finish()
+        sha256 = writer.finish()
+    record(sha256)
     publish(partial, path)
+    return sha256
 
 
 def stored_in(path: Path) -> tuple[Mapping[str, StoredTensor], Mapping[str, str]]:
@@ -42,11 +52,14 @@ def stored_in(path: Path) -> tuple[Mapping[str, StoredTensor], Mapping[str, str]
     return tensors, header.metadata
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """`tensors`, in host memory, of float types; durable when this returns."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], record: Callable[[str], None] = lambda _: None
+) -> str:
+    """Write `tensors`, in host memory, of float types, as `write_file` does."""
     dtypes = {dtype.torch: dtype for dtype in DENSE.values()}
     specs = [TensorSpec(name, dtypes[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
-    write_file(path, specs, [tensor_bytes(tensor.contiguous()) for tensor in tensors.values()], {})
+    parts = [tensor_bytes(tensor.contiguous()) for tensor in tensors.values()]
+    return write_file(path, specs, parts, {}, record)
 
 
 def read_tensors(path: Path, names: Sequence[str]) -> Mapping[str, Tensor]:

@@ -1,12 +1,89 @@
-"""config.json of a model as it is written anew."""
+"""config.json of a model: the types of its fields, and how it is written anew."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+from streamconv.checkpoint.strict_json import shown
+from streamconv.errors import CheckpointError
+
 _END = "eos_token_id"
+
+
+@dataclass(frozen=True, slots=True)
+class FieldType:
+    """JSON type of a field, in words and as a check."""
+
+    words: str
+    fits: Callable[[object], bool]
+
+
+_TEXT = FieldType("text", lambda value: isinstance(value, str))
+_FLAG = FieldType("true or false", lambda value: isinstance(value, bool))
+_WHOLE = FieldType("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool))
+_OBJECT = FieldType("an object", lambda value: isinstance(value, dict))
+_NAMES = FieldType(
+    "a list of names",
+    lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+)
+# Fields that are read here, each of one type, or null (`PreTrainedConfig` of transformers). What is read with a check
+# of its own, or goes along as it is, may be of any.
+_OF_MODEL: Mapping[str, FieldType] = MappingProxyType(
+    {
+        "architectures": _NAMES,
+        "auto_map": _OBJECT,
+        "dtype": _TEXT,
+        "id2label": _OBJECT,
+        "model_type": _TEXT,
+        "text_config": _OBJECT,
+        "tie_word_embeddings": _FLAG,
+        "torch_dtype": _TEXT,
+        "vocab_size": _WHOLE,
+    }
+)
+_OF_PART: Mapping[str, FieldType] = MappingProxyType(
+    {name: _OF_MODEL[name] for name in ("model_type", "tie_word_embeddings")}
+)
+_OF_QUANTIZATION: Mapping[str, FieldType] = MappingProxyType(
+    {
+        "bnb_4bit_compute_dtype": _TEXT,
+        "load_in_4bit": _FLAG,
+        "quant_method": _TEXT,
+        "sparsity_config": _OBJECT,
+    }
+)
+_QUANTIZATIONS = ("quantization_config", "compression_config")
+_LABELS = ("id2label", "label2id")  # whose keys are a user's words
+
+
+def check_types(config: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError for the first field that is read here and not of its type, `where` naming the file.
+
+    Checked once, where the file is read: later a field may be looked at in hours, when all weights are made.
+    """
+    for level, rules, path in _typed_levels(config):
+        for name, expected in rules.items():
+            if (value := level.get(name)) is not None and not expected.fits(value):
+                raise CheckpointError(
+                    f"{where}: {path}{name} must be {expected.words}, found {shown(value)}; correct it, or download the"
+                    " file again"
+                )
+
+
+def _typed_levels(
+    config: Mapping[str, Any],
+) -> Iterator[tuple[Mapping[str, Any], Mapping[str, FieldType], str]]:
+    """Objects of a config that are read, each with types of its fields and the path before their names."""
+    yield config, {**_OF_MODEL, **dict.fromkeys(_QUANTIZATIONS, _OBJECT)}, ""
+    for name, part in config.items():
+        if isinstance(part, dict) and name not in _LABELS:
+            is_quantization = name in (*_QUANTIZATIONS, "quantization")
+            rules = _OF_QUANTIZATION if is_quantization else _OF_MODEL if name == "text_config" else _OF_PART
+            yield part, rules, f"{shown(name)[1:-1]}."
 
 
 def _levels(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -31,7 +108,7 @@ def with_end_token(stated: object, token: int) -> list[Any]:
 
 
 def _forget_quantization(level: dict[str, Any]) -> None:
-    for key in ("quantization_config", "compression_config"):
+    for key in _QUANTIZATIONS:
         level.pop(key, None)
     if isinstance(level.get("quantization"), dict):  # MLX's
         del level["quantization"]

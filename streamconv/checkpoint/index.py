@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from streamconv.checkpoint.config import check_types
 from streamconv.checkpoint.forms import find_form, is_adapter
 from streamconv.checkpoint.header import read_header, recognise
 from streamconv.checkpoint.pickled import read_pickled
@@ -69,7 +70,9 @@ def read_index(
 
 def _read_config(storage: Storage, names: Sequence[str], required: bool) -> dict[str, Any]:
     if "config.json" in names:
-        return _read_object(storage, "config.json", _MAX_CONFIG_BYTES, allow_nonfinite=True)
+        config = _read_object(storage, "config.json", _MAX_CONFIG_BYTES, allow_nonfinite=True)
+        check_types(config, f"{storage.location}: config.json")
+        return config
     if not required:
         return {}
     if "adapter_config.json" in names:

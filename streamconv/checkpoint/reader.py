@@ -17,7 +17,8 @@ from streamconv.checkpoint.readers import Readers
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import CheckpointError
 from streamconv.storage.base import SourceFile
-from streamconv.storage.local import check_unchanged, open_file
+from streamconv.storage.local import check_unchanged, close_file, open_file, reading
+from streamconv.system_errors import lacking
 
 _PAGE = 4096
 _CHUNK_BYTES = 4 * 2**20
@@ -41,7 +42,7 @@ class TensorReader:
     def close(self) -> None:
         self._readers.__exit__()
         while self._open:
-            os.close(self._open.popitem()[1])
+            close_file(self._open.popitem()[1])
 
     def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from byte `start` on.
@@ -112,9 +113,10 @@ class TensorReader:
             self._open.move_to_end(file.path)
             return self._open[file.path]
         if len(self._open) >= self._max_open:
-            os.close(self._open.popitem(last=False)[1])
+            close_file(self._open.popitem(last=False)[1])
         descriptor = self._open[file.path] = open_file(file)
-        self._used.setdefault(file.path, (file, os.fstat(descriptor).st_mtime_ns))
+        with reading(file.name):
+            self._used.setdefault(file.path, (file, os.fstat(descriptor).st_mtime_ns))
         advise(descriptor, 0, 0, "SEQUENTIAL")
         return descriptor
 
@@ -133,7 +135,7 @@ def read_exactly(descriptor: int, offset: int, buffer: memoryview, where: str) -
         try:
             count = os.preadv(descriptor, [buffer[done:]], offset + done)
         except OSError as error:
-            raise CheckpointError(f"{where} cannot be read: {error.strerror}") from error
+            raise lacking(error) or CheckpointError(f"{where} cannot be read: {error.strerror}") from error
         if not count:
             raise CheckpointError(
                 f"{where}: the file ends at byte {offset + done}, {len(buffer) - done} bytes too early;"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Self
+
+from streamconv.threads import Future, Pool
 
 MAX_READERS = 8
 PIECE_BYTES = 512 << 10
@@ -34,7 +35,7 @@ class Readers:
         self.count = 1
         self._most = most
         self._clock = clock
-        self._pool = ThreadPoolExecutor(most, "streamconv-readers")  # starts no thread before it is used
+        self._pool = Pool(most, "readers")  # starts no thread before it is used
         self._bytes, self._seconds = 0, 0.0
         self._best = (1, 0.0)  # readers, bytes a second
         self._settled = 0  # windows until the next trial
@@ -51,8 +52,10 @@ class Readers:
         pieces = max(1, min(self.count, nbytes // PIECE_BYTES))
         size = -(-nbytes // pieces)
         starts = range(0, nbytes, size) if nbytes else ()
-        futures = [self._pool.submit(read, start, min(start + size, nbytes)) for start in starts[1:]]
+        futures: list[Future[None]] = []
         try:
+            for start in starts[1:]:
+                futures.append(self._pool.submit(read, start, min(start + size, nbytes)))  # noqa: PERF401  see below
             if nbytes:
                 read(0, size)
         finally:

@@ -1,7 +1,8 @@
 """JSON as the checkpoint files may use it, where Python's own parser is too lenient for a stranger's file.
 
 Python's `json` takes NaN, keeps the last of repeated keys, lets lone surrogates through, and answers deep
-nesting and integers of thousands of digits with RecursionError and ValueError. Here all are bad input.
+nesting and integers of thousands of digits with RecursionError and ValueError. Here all are bad input, and so is
+nesting that the parser takes and `copy.deepcopy` does not.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from streamconv.errors import CheckpointError
 
+_MAX_DEPTH = 100  # tokenizer.json, the deepest that is known, has 8
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 
@@ -41,9 +43,24 @@ def parse_object(raw: bytes, where: str, allow_nonfinite: bool = False) -> dict[
         raise CheckpointError(f"{where} is not valid JSON: nested too deeply") from error
     except ValueError as error:
         raise CheckpointError(f"{where} is not valid JSON: {str(error)[:300]}") from error
+    if _is_deep(raw, value):
+        raise CheckpointError(f"{where} is not valid JSON: nested too deeply")
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} must hold a JSON object, found {shown(value)}")
     return value
+
+
+def _is_deep(raw: bytes, value: object) -> bool:
+    """Whether containers are nested in more than `_MAX_DEPTH` levels, each of which needs a bracket of its own."""
+    if raw.count(b"{") + raw.count(b"[") <= _MAX_DEPTH:
+        return False
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH):
+        inside = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for values in inside for each in values if isinstance(each, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def shown(value: object) -> str:

@@ -14,7 +14,6 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -23,6 +22,7 @@ from streamconv.checkpoint.reader import advise, flat_bytes
 from streamconv.errors import OutputError, ResourceError, StreamconvError, VerificationError
 from streamconv.storage.base import SourceFile
 from streamconv.storage.local import open_file
+from streamconv.threads import Future, Pool
 
 # Left alone, the kernel lets dirty pages pile up until a sync has to wait for them all: 1 GiB with a sync
 # every 256 MiB took 2.1 to 3.2 s so, and 1.3 to 1.9 s with write-back every 32 MiB (ext4 on a cloud disk).
@@ -66,8 +66,8 @@ class ShardWriter:
         self._window = offset
         self._is_clone = False
         self._failure: StreamconvError | None = None
-        self._trail = ThreadPoolExecutor(1, "streamconv-sha256")  # starts no thread before it is used
-        self._flusher = ThreadPoolExecutor(1, "streamconv-flush")
+        self._trail = Pool(1, "sha256")  # starts no thread before it is used
+        self._flusher = Pool(1, "flush")
         self._flushing: deque[Future[None]] = deque()
 
     @classmethod

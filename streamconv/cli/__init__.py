@@ -16,6 +16,7 @@ from streamconv.cli.extraction import extract_command
 from streamconv.cli.jobs import convert_command, merge_command, plan_command
 from streamconv.cli.listings import formats_command, inspect_command
 from streamconv.cli.outputs import push_command, verify_command
+from streamconv.cli.printing import answer
 
 
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -25,7 +26,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
         from platform import python_version
 
         libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "bitsandbytes", "safetensors"))
-        click.echo(f"streamconv {version('streamconv')} (Python {python_version()}, {libraries})")
+        answer(f"streamconv {version('streamconv')} (Python {python_version()}, {libraries})")
         ctx.exit()
 
 

@@ -22,7 +22,9 @@ from streamconv.cli.options import (
     SHOW,
     adapter_option,
 )
+from streamconv.cli.printing import answer
 from streamconv.cli.progress import progress
+from streamconv.cli.signals import interrupt_on_signals
 from streamconv.planning.options import ANALYZE_DEFAULTS
 from streamconv.sizes import format_size
 
@@ -101,10 +103,10 @@ def analyze_command(as_json: bool, quiet: bool, **given: Any) -> None:
     """
     from streamconv.analysis import analyze
 
-    with progress("analyze", quiet) as on_progress:
+    with interrupt_on_signals(), progress("analyze", quiet) as on_progress:
         found = analyze(**given, on_progress=on_progress)
     if as_json:
-        click.echo(json.dumps(found.as_json(), indent=1))
+        answer(*json.dumps(found.as_json(), indent=1).splitlines())
     elif not quiet:
         _show(found)
 
@@ -114,7 +116,7 @@ def analyze_command(as_json: bool, quiet: bool, **given: Any) -> None:
 
 def _show(found: Analysis) -> None:
     for target, reason in found.targets.items():
-        click.echo(f"{target}: {reason}\n")
+        answer(f"{target}: {reason}", "")
         _show_table(
             ("", "weights", "|D|/|B|", "16 bit", "kurtosis", "after", ">6 sigma", "after", "|W-B|/|D|"),
             [(name, f"{count}", *_update(of_kind)) for name, count, of_kind in _kinds(found, target)],
@@ -122,10 +124,10 @@ def _show(found: Analysis) -> None:
         for name in found.total[target].formats:
             _show_format(found, target, name)
     for sentence in found.advice:
-        click.echo(f"* {sentence}")
+        answer(f"* {sentence}")
     for path in found.plots:
-        click.echo(f"drew {path}")
-    click.echo(
+        answer(f"drew {path}")
+    answer(
         f"read {format_size(found.bytes_read)} in {found.seconds:.1f} s, "
         f"peak memory {format_size(found.peak_ram_bytes)}"
     )
@@ -183,5 +185,5 @@ def _show_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
         numbers = [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
-        click.echo("  ".join((row[0].ljust(widths[0]), *numbers)))
-    click.echo("")
+        answer("  ".join((row[0].ljust(widths[0]), *numbers)))
+    answer("")

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from streamconv.sizes import parse_size
+from streamconv.system_errors import check_address_space
 
 _ORDER = "streamconv.order"
 F = TypeVar("F", bound=Callable[..., Any])
@@ -76,6 +77,10 @@ class Command(click.Command):
             _, _, order = self.make_parser(ctx).parse_args(args=list(args))
             ctx.meta[_ORDER] = [param.name for param in order]
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        check_address_space()
+        return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for section, records in sections(self, ctx).items():

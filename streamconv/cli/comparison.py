@@ -27,6 +27,7 @@ from streamconv.cli.options import (
     out_option,
     resources,
 )
+from streamconv.cli.printing import answer, hand_over, say
 from streamconv.cli.progress import progress
 from streamconv.cli.signals import stop_on_signals
 from streamconv.planning.options import COMPARE_DEFAULTS
@@ -50,8 +51,8 @@ def _list(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        click.echo(line.rstrip())
-    click.echo("own: the format that training had the base in, --merge-base or that of the base itself")
+        answer(line.rstrip())
+    answer("own: the format that training had the base in, --merge-base or that of the base itself")
     ctx.exit()
 
 
@@ -209,12 +210,12 @@ def compare_command(as_json: bool, quiet: bool, **given: Any) -> None:
     with stop_on_signals() as stop, _stages(quiet) as (on_step, on_progress):
         found = run_options(options, on_step, on_progress, stop)
     if as_json:
-        click.echo(json.dumps(found.as_json(), indent=1))
+        hand_over(*json.dumps(found.as_json(), indent=1).splitlines())
     elif not quiet:
         _show(found)
     if found.exit_code:
         failed = [row.name for row in found.rows if row.failure is not None]
-        click.echo(f"{len(failed)} of {len(found.rows)} strategies failed: {', '.join(failed)}", err=True)
+        say(f"{len(failed)} of {len(found.rows)} strategies failed: {', '.join(failed)}", err=True)
         raise SystemExit(found.exit_code)
 
 
@@ -227,7 +228,7 @@ def _stages(quiet: bool) -> Iterator[tuple[Callable[[str], None], OnProgress]]:
         def enter(title: str) -> None:
             stack.close()
             if not quiet:
-                click.echo(title, err=True)
+                say(title, err=True)
             shown[:] = [stack.enter_context(progress(title, quiet))]
 
         def tell(done: int, total: int) -> None:
@@ -240,12 +241,12 @@ def _stages(quiet: bool) -> Iterator[tuple[Callable[[str], None], OnProgress]]:
 def _show(found: Compared) -> None:
     from streamconv.comparison.wording import advice_lines, machine_line, text_line, text_table
 
-    click.echo(text_table(found))
-    click.echo("")
+    say(*text_table(found).split("\n"))
+    say("")
     for sentence in advice_lines(found):
-        click.echo(f"* {sentence}")
+        say(f"* {sentence}")
     for advice in found.advice:
         if advice.name is not None:
-            click.echo(f"  {found.row(advice.name).command}")
-    click.echo(f"{text_line(found)}; {machine_line(found)}")
-    click.echo(f"{found.out}/comparison.html shows it, {found.out}/comparison.json has every number")
+            say(f"  {found.row(advice.name).command}")
+    say(f"{text_line(found)}; {machine_line(found)}")
+    say(f"{found.out}/comparison.html shows it, {found.out}/comparison.json has every number")

@@ -23,7 +23,9 @@ from streamconv.cli.options import (
     base_option,
     resources,
 )
+from streamconv.cli.printing import answer
 from streamconv.cli.progress import progress
+from streamconv.cli.signals import interrupt_on_signals
 from streamconv.planning.options import EVALUATE_DEFAULTS
 from streamconv.sizes import format_size
 
@@ -133,24 +135,24 @@ def eval_command(as_json: bool, quiet: bool, **given: Any) -> None:
     """
     from streamconv.evaluation import evaluate
 
-    with progress("eval", quiet) as on_progress:
+    with interrupt_on_signals(), progress("eval", quiet) as on_progress:
         found = evaluate(**given, on_progress=on_progress)
     if as_json:
-        click.echo(json.dumps(found.as_json(), indent=1))
+        answer(*json.dumps(found.as_json(), indent=1).splitlines())
     elif not quiet:
         _show(found)
 
 
 def _show(found: Evaluation) -> None:
     adapter = f" + {found.adapter}" if found.adapter else ""
-    click.echo(f"{found.model}{adapter}: {found.target}")
-    click.echo(
+    answer(f"{found.model}{adapter}: {found.target}")
+    answer(
         f"perplexity {found.perplexity:.4f} on {found.predicted_tokens} tokens of {found.data} "
         f"({found.sequences} x {found.sequence_length}, {found.dtype})"
     )
     if found.comparison is not None:
         _show_comparison(found.comparison)
-    click.echo(
+    answer(
         f"read {format_size(found.bytes_read)} in {found.seconds:.1f} s, "
         f"peak memory {format_size(found.peak_ram_bytes)}"
     )
@@ -158,14 +160,14 @@ def _show(found: Evaluation) -> None:
 
 def _show_comparison(found: Comparison) -> None:
     adapter = f" + {found.reference_adapter}" if found.reference_adapter else ""
-    click.echo(f"reference {found.reference}{adapter}: {found.reference_target}")
-    click.echo(
+    answer(f"reference {found.reference}{adapter}: {found.reference_target}")
+    answer(
         f"perplexity {found.reference_perplexity:.4f}; KL(reference || model) {found.kl:.5f} nats a token; "
         f"the same most likely token at {found.top1_agreement:.2%}"
     )
     if found.greedy is not None:
         parted = [place for place in found.greedy.first_differing if place is not None]
         mean = f", first differing at token {sum(parted) / len(parted):.1f} on average" if parted else ""
-        click.echo(
+        answer(
             f"{found.greedy.identical:.0%} of greedy continuations identical over {found.greedy.tokens} tokens{mean}"
         )

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
+from streamconv.cli.hiding import hidden, hide_credentials
+from streamconv.cli.printing import safe_streams, say
+from streamconv.cli.signals import Interrupted, leave, on_signals
 from streamconv.errors import Stopped, StreamconvError
+from streamconv.system_errors import translated
 
 _DEBUG = "streamconv.debug"
 
@@ -20,23 +24,40 @@ class Commands(click.Group):
         del ctx
         return list(self.commands)
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run a command line, whatever streams and signals come from outside."""
+        # Where nothing else is said, nothing is written that a signal could leave half done: it ends the process.
+        with safe_streams(), on_signals(leave):
+            return super().main(*args, **extra)
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
         try:
-            return super().invoke(ctx)
+            with translated():
+                return super().make_context(*args, **extra)
+        except StreamconvError as error:  # of help, or of the version, that could not be printed
+            _leave(error)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        hide_credentials()
+        try:
+            with translated():
+                return super().invoke(ctx)
         except StreamconvError as error:
             if ctx.meta.get(_DEBUG):
                 raise
-            prefix = "" if isinstance(error, Stopped) else "Error: "
-            click.echo(f"{prefix}{_one_line(str(error))}", err=True)
+            _leave(error)
+        except Interrupted as error:
+            say("Interrupted.", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
+            say("Interrupted.", err=True)
             sys.exit(128 + signal.SIGINT)
 
 
-def _one_line(message: str) -> str:
-    """Names come from files that anyone may have written: none may break the line or steer the terminal."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
+def _leave(error: StreamconvError) -> NoReturn:
+    prefix = "" if isinstance(error, Stopped) else "Error: "
+    say(f"{prefix}{hidden(str(error))}", err=True)
+    sys.exit(error.exit_code)
 
 
 def set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:

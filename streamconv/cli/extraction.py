@@ -9,6 +9,7 @@ import click
 
 from streamconv.cli.blocks import Command, Section, group, option
 from streamconv.cli.options import BASE, BASE_REVISION, FOLDER, OUT, SHOW
+from streamconv.cli.printing import hand_over, say
 from streamconv.cli.progress import progress
 from streamconv.cli.signals import stop_on_signals
 from streamconv.planning.options import EXTRACT_DEFAULTS
@@ -107,7 +108,7 @@ def extract_command(as_json: bool, quiet: bool, no_resume: bool, **given: Any) -
     with stop_on_signals() as stop, progress("extract", quiet) as on_progress:
         found = extract(**given, resume=not no_resume, on_progress=on_progress, stop=stop)
     if as_json:
-        click.echo(json.dumps(found.as_json(), indent=1))
+        hand_over(*json.dumps(found.as_json(), indent=1).splitlines())
     elif not quiet:
         _show(found)
 
@@ -117,14 +118,14 @@ def _show(found: Extraction) -> None:
     shown = (
         f"{ranks[0]}" if ranks and ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}" if ranks else "-"
     )
-    click.echo(
+    say(
         f"{found.out}: {format_size(found.bytes_written)} in {found.seconds:.1f} s; {len(ranks)} weights with"
         f" factors of rank {shown}, {len(found.saved)} saved whole, {found.unchanged} the same in both"
     )
     if found.residual is not None:
-        click.echo(f"{found.residual:.2%} of the norm of the difference is left out")
+        say(f"{found.residual:.2%} of the norm of the difference is left out")
     worst = sorted(found.weights.items(), key=lambda pair: -pair[1].residual)[:_WORST]
     for name, each in worst:
-        click.echo(f"  {each.residual:.2%} of {name}, rank {each.rank}")
+        say(f"  {each.residual:.2%} of {name}, rank {each.rank}")
     for note in found.notes:
-        click.echo(f"note: {note}")
+        say(f"note: {note}")

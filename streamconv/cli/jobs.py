@@ -27,10 +27,11 @@ from streamconv.cli.options import (
     adapters_option,
     out_option,
 )
+from streamconv.cli.printing import answer, hand_over, say
 from streamconv.cli.progress import progress
 from streamconv.cli.recipes import RECIPE, JobCommand
 from streamconv.cli.signals import stop_on_signals
-from streamconv.cli.uploads import PUSHING, check_before, hush_hub, push_target, push_verified, show_pushed
+from streamconv.cli.uploads import PUSHING, check_before, hush_hub, push_made, push_target, show_pushed
 from streamconv.sizes import format_size
 
 if TYPE_CHECKING:
@@ -123,16 +124,14 @@ def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, q
         report = run(prepared, folder, on_progress, stop)
     if not as_json and not quiet:
         _show_report(report)
-    pushed = None if target is None else push_verified(out, target, quiet)
+    pushed = None if target is None else push_made(out, target, quiet)
     if as_json:
         found = report.as_json() | ({"pushed": asdict(pushed)} if pushed else {})
-        click.echo(json.dumps(found, indent=1))
+        hand_over(*json.dumps(found, indent=1).splitlines())
     elif pushed is not None and not quiet:
         show_pushed(pushed)
         for further in report.also.values():
-            click.echo(
-                f"{further.out} was not uploaded; `streamconv push` does that, to a repository of its own"
-            )
+            say(f"{further.out} was not uploaded; `streamconv push` does that, to a repository of its own")
 
 
 def _job(given: Mapping[str, Any]) -> Job:
@@ -152,45 +151,42 @@ def _fetch(prepared: Prepared, out: Path, quiet: bool) -> None:
 
 
 def _show_plan(prepared: Prepared, out: str | None, as_json: bool, quiet: bool) -> None:
-    from streamconv.pipeline import check_out, output_folder
+    from streamconv.pipeline import check_contents, check_out, output_folder
     from streamconv.pipeline.shown import plan_as_json, plan_as_text
 
     if out is not None:
         check_out(prepared, output_folder(out))
+    check_contents(prepared)
     if as_json:
-        click.echo(json.dumps(plan_as_json(prepared), indent=1))
+        answer(*json.dumps(plan_as_json(prepared), indent=1).splitlines())
     elif not quiet:
-        click.echo(plan_as_text(prepared))
+        answer(*plan_as_text(prepared).split("\n"))
 
 
 def _show_report(report: Report) -> None:
     """Show the outcome of each output, and the time of all that were made now."""
     if report.renamed:
-        click.echo(f"names of adapter and base were matched: {report.renamed}")
+        say(f"names of adapter and base were matched: {report.renamed}")
     for note in report.notes:
-        click.echo(f"note: {note}")
+        say(f"note: {note}")
     reports = [report, *report.also.values()]
     made = [each for each in reports if each.seconds]
     for each in reports:
         size = format_size(each.bytes_written)
         if each not in made:
-            click.echo(f"{each.out}: was complete already, {size}")
+            say(f"{each.out}: was complete already, {size}")
         elif len(made) == 1:
-            click.echo(f"{each.out}: {size} {_pace(made)}")
+            say(f"{each.out}: {size} {_pace(made)}")
         else:
-            click.echo(f"{each.out}: {size}")
+            say(f"{each.out}: {size}")
         if each.kept_delta is not None:
-            click.echo(
-                f"{each.kept_delta:.1%} of the fine-tune kept by {each.rounding} rounding to {each.quant}"
-            )
+            say(f"{each.kept_delta:.1%} of the fine-tune kept by {each.rounding} rounding to {each.quant}")
         if each.rescaled:
-            click.echo(_rescaled(each.rescaled))
+            say(_rescaled(each.rescaled))
         if each.residual is not None:
-            click.echo(_residual(each.out, each.residual))
+            say(_residual(each.out, each.residual))
     if len(made) > 1:
-        click.echo(
-            f"{len(made)} outputs: {format_size(sum(each.bytes_written for each in made))} {_pace(made)}"
-        )
+        say(f"{len(made)} outputs: {format_size(sum(each.bytes_written for each in made))} {_pace(made)}")
 
 
 def _rescaled(pairs: Mapping[str, Mapping[str, float]]) -> str:

@@ -9,6 +9,7 @@ import click
 
 from streamconv.cli.blocks import Command, Section, group, option
 from streamconv.cli.options import ALLOW_PICKLE, DEBUG, FOLDER, JSON
+from streamconv.cli.printing import answer
 from streamconv.sizes import format_size
 
 
@@ -28,10 +29,10 @@ def inspect_command(path: str, revision: str | None, allow_pickle: bool, as_json
 
     found = inspect(path, revision=revision, allow_pickle=allow_pickle)
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        answer(*json.dumps(found, indent=1).splitlines())
         return
     for key, value in found.items():
-        click.echo(f"{key.replace('_', ' '):16} {_fact(key, value)}")
+        answer(f"{key.replace('_', ' '):16} {_fact(key, value)}")
 
 
 def _fact(key: str, value: Any) -> str:
@@ -66,9 +67,9 @@ def formats_command(as_json: bool) -> None:
         for fmt in FORMATS.values()
     ]
     if as_json:
-        click.echo(json.dumps(rows, indent=1))
+        answer(*json.dumps(rows, indent=1).splitlines())
         return
-    click.echo(f"{'name':10} {'bits/weight':>11}  {'calibration':11}  opened by")
+    answer(f"{'name':10} {'bits/weight':>11}  {'calibration':11}  opened by")
     for row in rows:
         use = "if given" if row["takes_calibration"] else "not used"
-        click.echo(f"{row['name']:10} {row['bits_per_weight']:11.3f}  {use:11}  {row['loaders']}")
+        answer(f"{row['name']:10} {row['bits_per_weight']:11.3f}  {use:11}  {row['loaders']}")

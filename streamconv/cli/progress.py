@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import click
-
+from streamconv.cli.printing import say
 from streamconv.sizes import format_size
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def _plain_lines(title: str) -> OnProgress:
             last, is_told = now, done >= total
             speed = (done - first) / max(now - started, 1e-9)
             left = (total - done) / max(speed, 1.0)
-            click.echo(
+            say(
                 f"{title}: {format_size(done)} of {format_size(total)}, {format_size(speed)}/s, {left:.0f} s left",
                 err=True,
             )

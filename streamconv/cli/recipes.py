@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamconv.cli.blocks import Command, Option, Section, Size, group, option
+from streamconv.cli.printing import answer
 from streamconv.errors import OptionError
 from streamconv.sizes import exact_size
 
@@ -26,7 +27,7 @@ class JobCommand(Command):
             return super().invoke(ctx)
         from streamconv.output.recipe import write_recipe
 
-        return click.echo(write_recipe(dict(_resolved(self, ctx.params))))
+        return answer(*write_recipe(dict(_resolved(self, ctx.params))).split("\n"))
 
 
 def _load(ctx: click.Context, param: click.Parameter, paths: tuple[str, ...]) -> None:

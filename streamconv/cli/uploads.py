@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import click
-
+from streamconv.checkpoint.strict_json import some
+from streamconv.cli.printing import say
 from streamconv.cli.progress import progress
 from streamconv.cli.signals import leave, on_signals
-from streamconv.errors import OptionError
+from streamconv.errors import HubError, OptionError, OutputError, ResourceError
 from streamconv.sizes import format_size
 
 if TYPE_CHECKING:
     from streamconv.storage.upload import Pushed, Target
+
+MOST_NAMED = 20
+"""Files that a line names before it says how many more there are."""
 
 PUSHING = ("push_to", "private", "create_pr", "commit_message", "push_revision")
 """Names of the options that say how and where to push."""
@@ -62,8 +66,29 @@ def push_verified(out: str, target: Target, quiet: bool) -> Pushed:
         return push_output(out, target, draws, on_progress, on_upload)
 
 
+def push_made(out: str, target: Target, quiet: bool) -> Pushed:
+    """Push an output that was made just now; where that fails, say that the output is there, and how to push it."""
+    try:
+        return push_verified(out, target, quiet)
+    except (HubError, OutputError, ResourceError) as error:
+        raise type(error)(
+            f"{error}. The output in {out} is complete; to push it, run `{_push_command(out, target)}`"
+        ) from error
+
+
+def _push_command(out: str, target: Target) -> str:
+    words = ["streamconv", "push", out, target.repo]
+    words += {None: [], True: ["--private"], False: ["--public"]}[target.private]
+    words += ["--create-pr"] if target.create_pr else []
+    words += ["--commit-message", target.commit_message] if target.commit_message else []
+    words += ["--revision", target.revision] if target.revision else []
+    return shlex.join(words)
+
+
 def show_pushed(pushed: Pushed) -> None:
     seen = "private" if pushed.private else "public"
     sent = f"{format_size(pushed.bytes)} uploaded" if pushed.bytes else "was complete already"
     where = pushed.pull_request or pushed.url
-    click.echo(f"{where}: {pushed.files} files as on disk, {sent}, {seen}, commit {pushed.commit}")
+    say(f"{where}: {pushed.files} files as on disk, {sent}, {seen}, commit {pushed.commit}")
+    if pushed.edited:
+        say(f"{where}: changed since it was written, as people may: {some(pushed.edited, MOST_NAMED)}")

@@ -30,6 +30,7 @@ from streamconv.planning.options import (
     takes,
 )
 from streamconv.progress import OnProgress, StopRequest, quiet
+from streamconv.system_errors import translated
 
 __all__ = [
     "Advice",
@@ -114,7 +115,8 @@ def run_options(
         )
     from streamconv.comparison.running import run_comparison
 
-    return run_comparison(options, on_step, on_progress, stop)
+    with translated(options.out):
+        return run_comparison(options, on_step, on_progress, stop)
 
 
 # Libraries of the extra `eval`, which the comparison itself imports.

@@ -54,6 +54,8 @@ from streamconv.progress import OnProgress, StopRequest
 from streamconv.sizes import format_size
 from streamconv.storage import storage_kind
 from streamconv.storage.base import Storage
+from streamconv.storage.local import real_path
+from streamconv.system_errors import as_ours
 
 OnStep = Callable[[str], None]
 """Called with a line of text when a stage begins."""
@@ -115,8 +117,8 @@ def run_comparison(
     started = time.monotonic()
     survey = _survey(options)
     inputs = {
-        "base": Path(options.inputs.base).expanduser().resolve(),
-        "adapter": Path(options.inputs.adapter).expanduser().resolve(),
+        "base": real_path(options.inputs.base),
+        "adapter": real_path(options.inputs.adapter),
     }
     subject = _digest(
         [survey.reference.prepared.plan.fingerprint[name] for name in ("base", "config", "adapter")]
@@ -312,7 +314,8 @@ def _run(work: Work, case: Case, number: int, row: Row, reference: Numbers) -> R
         _put_away(work, case)
     except Stopped:
         raise
-    except Exception as error:  # also a bug: it must not cost what the others found
+    except Exception as raised:  # also a bug: it must not cost what the others found
+        error = as_ours(raised, work.options.out) or raised
         with suppress(StreamconvError, OSError):
             _make_room(work, case, error, plans[number:])
         return _failed(row, stage[0], error)

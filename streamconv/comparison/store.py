@@ -1,5 +1,7 @@
 """Store of finished parts of a comparison: files in `OUT/.comparison/`, each whole once it is there.
 
+A note has the SHA-256 of what it says: a damaged one counts as not there, and what it said is done again.
+
     subject.json      base and adapter that the folder is about
     rows/NAME.json    the numbers of a strategy, with the key that stands for all that they depend on
     making/NAME.json  for which output its folder is
@@ -12,17 +14,20 @@ The output of a strategy lies in `OUT/models/NAME` and goes on by its own journa
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from streamconv.checkpoint.recorded import read_own, remove_own
+from streamconv.checkpoint.strict_json import parse_object
 from streamconv.checkpoint.writer import write_error, write_file
 from streamconv.comparison.result import Numbers, numbers_of
-from streamconv.errors import OutputError
+from streamconv.errors import CheckpointError, OutputError
 from streamconv.output.journal import Journal, make_folder
 from streamconv.output.place import check_place
 
@@ -78,14 +83,14 @@ class Store:
         another goes, and what cannot be gone on with; one that was to stay is replaced, and its successor stays.
         """
         if not self.model(name).exists():
-            self._note("kept", name).unlink(missing_ok=True)
+            remove_own(self._note("kept", name))
         if not goes_on or self._read("making", name, digest) is None:
             self.remove_model(name)
         self._write("making", name, digest, {})
 
     def is_kept(self, name: str) -> bool:
         """Whether the output is there to stay."""
-        return self._note("kept", name).is_file() and self.model(name).exists()
+        return self._read("kept", name, "") is not None and self.model(name).exists()
 
     def keep_model(self, name: str) -> None:
         """Let the output stay, in later runs, too."""
@@ -100,7 +105,7 @@ class Store:
         """Raises OutputError where that is not possible."""
         _remove(self.model(name))
         for kind in ("making", "made"):
-            self._note(kind, name).unlink(missing_ok=True)
+            remove_own(self._note(kind, name))
 
     def clear_up(self) -> None:
         """All has been judged: remove what only helped."""
@@ -113,15 +118,24 @@ class Store:
 
     def _read(self, kind: str, name: str, key: str) -> dict[str, Any] | None:
         path = self._note(kind, name)
-        if not path.is_file():
+        content = read_own(path)
+        if content is None:
             return None
-        found = json.loads(path.read_bytes())
-        return found["found"] if found["key"] == key else None
+        with suppress(CheckpointError):
+            note = parse_object(content, str(path), allow_nonfinite=True)
+            if note.get("sha256") == _digest(note.get("key"), note.get("found")) and note["key"] == key:
+                return cast("dict[str, Any]", note["found"])
+        return None
 
     def _write(self, kind: str, name: str, key: str, found: Mapping[str, Any]) -> None:
         path = self._note(kind, name)
         make_folder(path.parent)
-        write_file(path, (json.dumps({"key": key, "found": found}) + "\n").encode())
+        note = {"key": key, "found": found, "sha256": _digest(key, found)}
+        write_file(path, (json.dumps(note) + "\n").encode())
+
+
+def _digest(key: object, found: object) -> str:
+    return hashlib.sha256(json.dumps([key, found]).encode()).hexdigest()
 
 
 @contextmanager
@@ -147,7 +161,7 @@ def open_store(out: Path, inputs: Mapping[str, Path], subject: str, overwrite: b
     lock = Journal(store.folder, {}, resume=True)
     lock.lock()
     try:
-        if not overwrite and known.exists() and known.read_text() != subject:
+        if not overwrite and read_own(known) not in (None, subject.encode()):
             raise OutputError(
                 f"{out} holds the comparison of another base or adapter; choose another --out, or --overwrite"
             )

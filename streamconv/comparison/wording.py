@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from streamconv.comparison.options import CompareOptions
 from streamconv.comparison.result import DONE, FAILED, Compared, Numbers, Row, Speed
 from streamconv.comparison.strategies import Strategy
+from streamconv.escapes import one_line
 from streamconv.formats import FORMATS
 from streamconv.planning.options import MERGE_DEFAULTS
 from streamconv.sizes import exact_size, format_size, parse_size
@@ -171,7 +172,7 @@ def text_table(found: Compared) -> str:
     ]
     lines += [f"{row.name}: {why(row)}" for row in found.rows if row.numbers is None]
     lines += [f"{name}: {problem}" for name, problem in problems(found).items()]
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def markdown(found: Compared) -> str:

@@ -27,11 +27,13 @@ from streamconv.planning.options import (
     takes,
 )
 from streamconv.progress import OnProgress, quiet
+from streamconv.system_errors import translated
 
 __all__ = ["Comparison", "Evaluation", "EvaluationOptions", "Greedy", "evaluate"]
 
 
 @takes(EvaluateKeywords, EVALUATE_DEFAULTS)
+@translated()
 def evaluate(
     model: Folder | None = None,
     *,

@@ -2,7 +2,8 @@
 
 Kept are the hidden states that leave its last layer (a file `KEY.states`, as they lie in memory) and its greedy
 continuations (`KEY-greedy-N.json`). Logits are made of the states anew, so that results are the same to the last bit.
-The key stands for all that the states depend on; a file appears under its name once it is whole.
+The key stands for all that the states depend on; a file appears under its name once it is whole, and one that is not
+what was recorded then is made again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import transformers
 from torch import Tensor
 
 from streamconv.checkpoint.reader import tensor_bytes
-from streamconv.checkpoint.writer import write_file
+from streamconv.checkpoint.recorded import RecordedFiles, read_own
+from streamconv.checkpoint.writer import Bytes, write_file
+from streamconv.forward.activations import map_file
 from streamconv.output.journal import make_folder
 from streamconv.planning.plan import Plan
 
@@ -52,30 +55,36 @@ class KeptReference:
         return self.folder / f"{self.key}-greedy-{tokens}.json"
 
     def states(self) -> Tensor | None:
-        """The states, mapped from their file; None where they are not kept yet."""
-        path, count = self._states_path, torch.Size(self.shape).numel()
-        if not path.is_file() or path.stat().st_size != count * self.dtype.itemsize:
+        """The states, mapped from their file; None where they are not kept yet.
+
+        Raises OutputError where something else has the file's name, ResourceError where it cannot be mapped.
+        """
+        if not RecordedFiles(self.folder).is_whole(self._states_path):
             return None
-        return torch.from_file(str(path), shared=False, size=count, dtype=self.dtype).view(self.shape)
+        return map_file(self._states_path, self.shape, self.dtype, shared=False)
 
     def keep_states(self, states: Tensor) -> None:
         """Raises OutputError or ResourceError where they cannot be written."""
+        self._keep(self._states_path, tensor_bytes(states))
+
+    def _keep(self, path: Path, content: Bytes) -> None:
         make_folder(self.folder)
-        write_file(self._states_path, tensor_bytes(states))
+        RecordedFiles(self.folder).record({path.name: hashlib.sha256(content).hexdigest()})
+        write_file(path, content)
 
     def draft(self, tokens: int) -> Draft | None:
         """Continuations of `tokens` tokens; None where they are not kept yet."""
         path = self._draft_path(tokens)
-        if not path.is_file():
+        content = read_own(path) if RecordedFiles(self.folder).is_whole(path) else None
+        if content is None:
             return None
-        found = json.loads(path.read_bytes())
+        found = json.loads(content)
         return Draft(torch.tensor(found["tokens"]), found["passes"])
 
     def keep_draft(self, draft: Draft) -> None:
         """Raises OutputError or ResourceError where they cannot be written."""
-        make_folder(self.folder)
         content = {"tokens": draft.tokens.tolist(), "passes": draft.passes}
-        write_file(self._draft_path(draft.tokens.shape[1]), json.dumps(content).encode())
+        self._keep(self._draft_path(draft.tokens.shape[1]), json.dumps(content).encode())
 
 
 def kept_reference(

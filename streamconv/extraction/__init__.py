@@ -12,6 +12,7 @@ from streamconv.extraction.running import run_extraction
 from streamconv.pipeline.job import output_folder
 from streamconv.planning.options import EXTRACT_DEFAULTS, ExtractKeywords, Folder, takes
 from streamconv.progress import OnProgress, StopRequest, quiet
+from streamconv.system_errors import translated
 
 __all__ = ["ExtractedWeight", "Extraction", "extract"]
 
@@ -33,7 +34,8 @@ def extract(
     """
     options = read_options(given)
     folder = output_folder(out)
-    subject = open_checkpoints(
-        fspath(base), fspath(finetuned), given["base_revision"], given["finetuned_revision"], options
-    )
-    return run_extraction(subject, options, folder, on_progress, stop or StopRequest())
+    with translated(folder):
+        subject = open_checkpoints(
+            fspath(base), fspath(finetuned), given["base_revision"], given["finetuned_revision"], options
+        )
+        return run_extraction(subject, options, folder, on_progress, stop or StopRequest())

@@ -33,6 +33,7 @@ from streamconv.extraction.result import ExtractedWeight, Extraction, total_resi
 from streamconv.extraction.tensors import Extracted
 from streamconv.output.journal import WORK_FOLDER, Journal
 from streamconv.progress import Meter, OnProgress, StopRequest
+from streamconv.storage.local import real_path
 
 _CHUNK_BYTES = 8 * 2**20
 
@@ -182,9 +183,9 @@ def _differs(pair: ParameterPair, reader: TensorReader) -> bool:
 
 def _check_place(out: Path, subject: Checkpoints) -> None:
     """Raise OutputError where `out` is an input or holds anything but an unfinished extraction."""
-    real = out.resolve()
+    real = real_path(out)
     for role, side in (("base", subject.base), ("fine-tuned model", subject.finetuned)):
-        place = Path(side.index.storage.location).expanduser().resolve()
+        place = real_path(side.index.storage.location)
         if real == place or place in real.parents or real in place.parents:
             raise OutputError(
                 f"--out {out} and the {role} {place} overlap, and inputs are never written to; choose another --out"

@@ -15,9 +15,13 @@ from types import MappingProxyType
 from typing import Any
 
 from streamconv.checkpoint.config import language_levels
+from streamconv.checkpoint.expressions import Expression
+from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import Shape
 from streamconv.errors import OptionError, UnsupportedError
 
+# Names that mean themselves as regular expressions.
+_PLAIN = re.compile(r"[\w.-]*")
 # Output heads stay in 16 bit, as in bitsandbytes' own default. (`output` only at the root: BERT has others.)
 DEFAULT_IGNORE = ("lm_head", "embed_out", "score", "re:output$")
 
@@ -157,12 +161,10 @@ def matches(module: str, patterns: Sequence[str]) -> bool:
     """Whether a pattern names the module path `module`.
 
     A plain pattern is a run of whole components anywhere in the path (`lm_head`, `mlp.gate`, `layers.0`); one
-    after `re:` is a regular expression matched from the start.
+    after `re:` is a regular expression matched from the start. Raises OptionError for one that is none.
     """
     return any(
-        re.match(pattern[3:], module) is not None
-        if pattern.startswith("re:")
-        else f".{pattern}." in f".{module}."
+        _expression(pattern).fits(module) if pattern.startswith("re:") else f".{pattern}." in f".{module}."
         for pattern in patterns
     )
 
@@ -228,10 +230,12 @@ def _families(config: Mapping[str, Any]) -> frozenset[str]:
 
 def _check_patterns(patterns: Sequence[str]) -> None:
     for pattern in patterns:
-        try:
-            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-        except re.error as error:
-            raise OptionError(f"--ignore {pattern} is not a regular expression: {error}") from error
+        if pattern.startswith("re:"):
+            _expression(pattern)
+
+
+def _expression(pattern: str) -> Expression:
+    return Expression(pattern[3:], lambda why: OptionError(f"--ignore {pattern[:200]} {why}"))
 
 
 def _skip_list(head: str, quantized: Collection[str], left: Sequence[str]) -> tuple[str, ...]:
@@ -240,6 +244,7 @@ def _skip_list(head: str, quantized: Collection[str], left: Sequence[str]) -> tu
     Short where it can be: a last component (`lm_head`, `gate`) that means no quantized module, else the path.
     """
     entries = {} if head in quantized else {head: None}
+    _check_names(left)
     names = {module: module.rpartition(".")[2] for module in left}
     unclear = {last for last in set(names.values()) if any(_means(last, other) for other in quantized)}
     entries |= {module if last in unclear else last: None for module, last in names.items()}
@@ -253,6 +258,16 @@ def _skip_list(head: str, quantized: Collection[str], left: Sequence[str]) -> tu
                     f" quantize both or neither: --ignore {module}"
                 )
     return tuple(entries)
+
+
+def _check_names(modules: Sequence[str]) -> None:
+    """Raise UnsupportedError for a module whose name loaders would take for another expression than itself."""
+    unsafe = next((module for module in modules if not _PLAIN.fullmatch(module)), None)
+    if unsafe is not None:
+        raise UnsupportedError(
+            f"{shown(unsafe)} would stay in 16 bit, and loaders read the names of such modules as regular expressions, "
+            "which this one would not mean: choose a 16-bit output, or name the module in letters, digits, _ and -"
+        )
 
 
 def _check_experts(left: Sequence[str]) -> None:

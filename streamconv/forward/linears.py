@@ -12,7 +12,7 @@ from torch import nn
 
 from streamconv.equalization.base import Heads
 from streamconv.forward.names import find_sources
-from streamconv.forward.skeleton import Skeleton, build_skeleton
+from streamconv.forward.skeleton import Skeleton, build_skeleton, check_counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,13 @@ def find_layers(config: Mapping[str, Any], location: str, names: Iterable[str]) 
 
     Raises UnsupportedError for a model that cannot be walked layer by layer.
     """
+    stored = tuple(names)
+    check_counts(config, len(stored), location)
     skeleton = build_skeleton(config, location, torch.float32)
     inside = tuple(f"{path}." for path in skeleton.layers)
     weights = {
         sources.weights[0][0]
-        for parameter, sources in find_sources(skeleton, names).items()
+        for parameter, sources in find_sources(skeleton, stored).items()
         if sources.converter is None and parameter.startswith(inside) and _is_linear(skeleton, parameter)
     }
     positions = getattr(skeleton.text_config, "max_position_embeddings", None)

@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
 
 from streamconv.errors import UnsupportedError
 from streamconv.forward.skeleton import Skeleton
+from streamconv.system_errors import lacking
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Sources:
         try:
             made = converter.convert(self.parameter, model=skeleton.model, config=skeleton.model.config)
         except (RuntimeError, ValueError, KeyError, IndexError) as error:
-            raise UnsupportedError(
+            raise lacking(error) or UnsupportedError(
                 f"{skeleton.location}: {self.parameter} cannot be made of {self.weights[0][0]} and its like: {error}"
             ) from error
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}

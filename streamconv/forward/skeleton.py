@@ -17,8 +17,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from streamconv.checkpoint.config import edit_config
 from streamconv.checkpoint.index import CheckpointIndex
-from streamconv.errors import UnsupportedError
+from streamconv.checkpoint.strict_json import shown
+from streamconv.errors import CheckpointError, UnsupportedError
 from streamconv.planning.plan import Plan
+from streamconv.system_errors import lacking
+
+# So many layers or experts a config may count whatever the checkpoint holds, which may have fused them.
+_MOST_WITHOUT_TENSORS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +86,26 @@ def build_planned(plan: Plan, index: CheckpointIndex, dtype: torch.dtype) -> Ske
             f"the adapter makes a {plan.head.architecture} of {index.storage.location}, and only language models are"
             " run; merge it first, and evaluate it with the library it was trained with"
         )
+    check_counts(index.config, len(index.tensors), index.storage.location)
     config = edit_config(
         index.config, dtype=None, quantization=None, untie=plan.untied, vocab_size=plan.vocab_size
     )
     return build_skeleton(config, index.storage.location, dtype)
+
+
+def check_counts(config: Mapping[str, Any], tensors: int, location: str) -> None:
+    """Raise CheckpointError for a number of layers or experts that a checkpoint of so many `tensors` cannot have.
+
+    transformers makes an object of each before it looks at any.
+    """
+    for level in (config, *(each for each in config.values() if isinstance(each, Mapping))):
+        for name, value in level.items():
+            is_count = isinstance(value, int) and ("layer" in name or "expert" in name)
+            if is_count and value > max(_MOST_WITHOUT_TENSORS, tensors):
+                raise CheckpointError(
+                    f"{location}: config.json: {name} is {shown(value)}, and the checkpoint has {tensors} tensors;"
+                    " correct it, or download the file again"
+                )
 
 
 def _build(config: Mapping[str, Any], location: str, dtype: torch.dtype) -> Any:
@@ -104,7 +125,7 @@ def _build(config: Mapping[str, Any], location: str, dtype: torch.dtype) -> Any:
             )
     except Exception as error:  # every config class and model raises its own
         reason = " ".join(str(error).split())
-        raise UnsupportedError(
+        raise lacking(error) or UnsupportedError(
             f"{location}: transformers {transformers.__version__} cannot build the model of config.json: {reason}"
         ) from error
     return model.eval()

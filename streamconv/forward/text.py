@@ -23,9 +23,13 @@ from torch import Tensor
 
 from streamconv.errors import InputError, OptionError
 from streamconv.storage.data_sets import DataSet, data_set_of
+from streamconv.system_errors import first_line, lacking
 
 # More characters than any run of natural text has in a token: so much is enough, of however long a file.
 _CHARACTERS_A_TOKEN = 64
+
+_MAX_LINE = 32_000_000
+"""Characters of a document: far more than any book has."""
 
 Document = str | list[Any]
 
@@ -34,9 +38,12 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in `folder`. Raises InputError where transformers cannot make one of its files."""
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise all kinds, even plain Exception
-        raise InputError(
-            f"{folder}: transformers cannot open the tokenizer there: {str(error).splitlines()[0]}; a checkpoint must "
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # transformers and tokenizers raise all kinds, even plain Exception; a panic of Rust is not even that.
+    except BaseException as error:
+        raise lacking(error) or InputError(
+            f"{folder}: transformers cannot open the tokenizer there: {first_line(error)}; a checkpoint must "
             "have its tokenizer's files beside it to be evaluated on text"
         ) from error
 
@@ -91,8 +98,9 @@ def _rows(data_set: DataSet) -> Iterator[Document]:
     except InputError:
         raise
     except Exception as error:  # the library and the network raise all kinds
-        reason = (str(error).splitlines() or ["?"])[0]
-        raise InputError(f"the data set {data_set} cannot be read: {reason}") from error
+        raise lacking(error) or InputError(
+            f"the data set {data_set} cannot be read: {first_line(error)}"
+        ) from error
 
 
 def _pieces(path: Path, characters: int) -> Iterator[Document]:
@@ -102,7 +110,11 @@ def _pieces(path: Path, characters: int) -> Iterator[Document]:
                 yield file.read(characters)
         elif path.suffix == ".jsonl":
             with path.open(encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
+                for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE + 1), ""), 1):
+                    if len(line) > _MAX_LINE:
+                        raise InputError(
+                            f"{path}, line {number} has more than {_MAX_LINE} characters; give a document a line"
+                        )
                     if line.strip():
                         yield _document(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
         else:
@@ -110,7 +122,7 @@ def _pieces(path: Path, characters: int) -> Iterator[Document]:
                 f"{path}: text is read from .txt and .jsonl files; rename it if it is one of them"
             )
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        raise lacking(error) or InputError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from error
 
@@ -118,6 +130,8 @@ def _pieces(path: Path, characters: int) -> Iterator[Document]:
 def _parsed(line: str, where: str) -> object:
     try:
         return json.loads(line)
+    except RecursionError as error:
+        raise InputError(f"{where} is not JSON: nested too deeply") from error
     except ValueError as error:
         raise InputError(f"{where} is not JSON: {error}") from error
 
@@ -132,13 +146,18 @@ def _document(found: object, where: str) -> Document:
 
 def _tokens(document: Document, tokenizer: Any, data: str | Path) -> list[int]:
     if isinstance(document, str):
-        ids: list[int] = tokenizer(document, add_special_tokens=False).input_ids
+        try:
+            ids: list[int] = tokenizer(document, add_special_tokens=False).input_ids
+        except Exception as error:  # halves of a character (\ud800), a tokenizer that was changed by hand
+            raise lacking(error) or InputError(
+                f"{data}: the tokenizer does not take its text: {first_line(error)}"
+            ) from error
         ends = Path(data).suffix != ".txt" and tokenizer.eos_token_id is not None
         return [*ids, tokenizer.eos_token_id] if ends else ids
     try:
         chat: list[int] = tokenizer.apply_chat_template(document, tokenize=True, return_dict=False)
     except Exception as error:  # a template raises what it likes
-        raise InputError(
-            f"{data}: the chat template of the tokenizer does not take its messages: {str(error).splitlines()[0]}"
+        raise lacking(error) or InputError(
+            f"{data}: the chat template of the tokenizer does not take its messages: {first_line(error)}"
         ) from error
     return chat

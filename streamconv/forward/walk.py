@@ -23,6 +23,7 @@ from streamconv.forward.names import Sources, find_sources
 from streamconv.forward.skeleton import Skeleton
 from streamconv.forward.weights import Weights
 from streamconv.planning.devices import Device
+from streamconv.system_errors import lacking
 
 Forward = Callable[[Tensor, "Call"], Any]
 Visit = Callable[[int, Tensor], None]
@@ -372,7 +373,9 @@ class Walk:
             raise
         # What torch and a model's code raise where shapes, arguments or operations do not fit.
         except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            raise self._unwalkable(f"its own code fails: {(str(error).splitlines() or ['?'])[0]}") from error
+            raise lacking(error) or self._unwalkable(
+                f"its own code fails: {(str(error).splitlines() or ['?'])[0]}"
+            ) from error
 
     def _take_apart(
         self, _: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]

@@ -6,6 +6,7 @@ is inherited, since that is what readers look for first.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.checkpoint.strict_json import some
+from streamconv.escapes import is_class_name, markdown_text
 from streamconv.formats import FORMATS
 from streamconv.output.manifest import KeptShares
 from streamconv.output.recipe import RECIPE
@@ -25,6 +27,9 @@ _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_t
 _MAX_CARD_BYTES = 2 * 10**6
 _MAX_HEAD_BYTES = 64 * 2**10
 _MAX_NAMES = 1000
+_MAX_NAME = 1000
+_HUB_ID = re.compile(r"([A-Za-z0-9_.-]+/)?[A-Za-z0-9_.-]+")
+_AUTO = re.compile(r"AutoModel(For[A-Za-z0-9]+)?")
 
 
 def model_card(
@@ -39,7 +44,10 @@ def model_card(
     origins = {"base": base.storage.origin}
     for number, adapter in enumerate(adapters, 1):
         origins["adapter" if len(adapters) == 1 else f"adapter {number}"] = adapter.origin
-    base_models = [origin.repo for origin in origins.values() if origin is not None]
+    repos = [origin.repo for origin in origins.values() if origin is not None]
+    base_models = [
+        repo for repo in repos if _HUB_ID.fullmatch(repo)
+    ]  # of a cache's folder, it may be anything
     tags = ["streamconv", *(["merge", *_methods(plan)] if plan.method else [])]
     quant = FORMATS[plan.quant] if plan.quant else None
     if quant is not None and quant.library is not None:
@@ -82,7 +90,9 @@ def _inherited(base: Storage) -> Mapping[str, Any]:
 def _is_plain(value: object) -> bool:
     """A name or a list of names, as the Hub has them; what else YAML allows can grow without limit when written."""
     items = value if isinstance(value, list) else [value]
-    return len(items) <= _MAX_NAMES and all(isinstance(item, str) and item for item in items)
+    return len(items) <= _MAX_NAMES and all(
+        isinstance(item, str) and item.isprintable() and 0 < len(item) <= _MAX_NAME for item in items
+    )
 
 
 def _body(
@@ -106,15 +116,15 @@ def _body(
     yield f"| weights | {stored_as}{groups}, {format_size(plan.size)} |"
     for role, origin in origins.items():
         if origin is not None:
-            yield f"| {role} | {origin.repo} at commit {origin.commit} |"
+            yield f"| {role} | {markdown_text(origin.repo)} at commit {markdown_text(origin.commit)} |"
     if plan.method:
-        yield f"| target | {plan.target.reason} |"
+        yield f"| target | {markdown_text(plan.target.reason)} |"
     if plan.rounding:
-        yield f"| rounding | {plan.rounding.name}: {plan.rounding.reason} |"
+        yield f"| rounding | {plan.rounding.name}: {markdown_text(plan.rounding.reason)} |"
     if plan.calibration:
         yield from _calibration(plan, plan.calibration)
     if plan.skipped:
-        yield f"| left in 16 bit | {some(plan.skipped, 6)} |"
+        yield f"| left in 16 bit | {markdown_text(some(plan.skipped, 6))} |"
     if kept:
         yield f"| share of the update kept by quantization | {kept.total:.3f} |"
     if residual:
@@ -131,8 +141,7 @@ def _differences(plan: Plan) -> Iterator[str]:
     if plan.depth:
         yield f"| depth | {plan.depth} |"
     for note in plan.notes:  # tokens such as <|im_end|> stand in it
-        escaped = note.replace("|", r"\|").replace("<", "&lt;")
-        yield f"| note | {escaped} |"
+        yield f"| note | {markdown_text(note)} |"
     if plan.untied:
         yield "| embeddings | input and output embeddings differ and are stored apart |"
 
@@ -145,8 +154,8 @@ def _calibration(plan: Plan, text: CalibrationPlan) -> Iterator[str]:
             "another model fits this one |"
         )
     yield (
-        f"| calibration text | {text.name} (SHA-256 {text.sha256}), {text.tokens} tokens in sequences of "
-        f"{text.sequence_length}; {len(plan.calibrated)} weights |"
+        f"| calibration text | {markdown_text(text.name)} (SHA-256 {text.sha256}), {text.tokens} tokens in "
+        f"sequences of {text.sequence_length}; {len(plan.calibrated)} weights |"
     )
 
 
@@ -167,12 +176,12 @@ def _changes(plan: Plan) -> str:
         changes.append(f"update{singular} {sum(plan.adapted.values())} modules ({modules})")
     if plan.replaced:
         changes.append(f"replace{singular} {some(plan.replaced, 6)}")
-    return " and ".join(changes)
+    return markdown_text(" and ".join(changes))
 
 
 def _snippet(plan: Plan, config: Mapping[str, Any], has_tokenizer: bool) -> Iterator[str]:
     """Lines that load the output with transformers, run in its folder."""
-    loader = _loader(config) if plan.head is None else plan.head.architecture
+    loader = _loader(config) if plan.head is None else _class_name(plan.head.architecture)
     names = [loader, *(["AutoTokenizer"] if has_tokenizer else [])]
     trust = ", trust_remote_code=True" if config.get("auto_map") else ""
     library = FORMATS[plan.quant].library if plan.quant else None
@@ -195,9 +204,18 @@ def _residual_snippet() -> Iterator[str]:
 
 def _loader(config: Mapping[str, Any]) -> str:
     """The class of transformers that loads the model: of another class, its head would be new and random."""
-    architectures = config.get("architectures") or ["AutoModel"]
-    name = str(architectures[0])
-    is_causal = name.endswith(("ForCausalLM", "LMHeadModel")) or "AutoModelForCausalLM" in (
-        config.get("auto_map") or {}
-    )
-    return "AutoModelForCausalLM" if is_causal else name
+    architectures, own = config.get("architectures"), config.get("auto_map")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    is_causal = isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel"))
+    if not isinstance(own, dict) or not own:
+        return "AutoModelForCausalLM" if is_causal else _class_name(name)
+    if is_causal or "AutoModelForCausalLM" in own:
+        return "AutoModelForCausalLM"
+    return next(
+        (auto for auto in own if _AUTO.fullmatch(auto)), "AutoModel"
+    )  # transformers has no such class
+
+
+def _class_name(name: object) -> str:
+    """A class to import: whatever else stands in a config would be code that readers paste."""
+    return str(name) if is_class_name(name) else "AutoModel"

@@ -24,6 +24,7 @@ import os
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,28 @@ def is_publishing(out: Path) -> bool:
 def is_owned(out: Path) -> bool:
     """Whether `out` has a work folder that belongs to an unfinished run."""
     return (out / WORK_FOLDER / _PLAN).exists()
+
+
+def lock_holder(out: Path) -> str | None:
+    """Process that is at work on the output at this moment, in the words of its lock; None if there is none.
+
+    Looking takes the lock for an instant, which `Journal.lock` waits for.
+    """
+    if not is_owned(out):
+        return None
+    try:
+        lock = os.open(out / WORK_FOLDER / _LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(lock, 200, 0).decode(errors="replace").strip()
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(lock)
+    return None
 
 
 def remove_leftovers(out: Path) -> None:
@@ -180,7 +203,7 @@ class Journal:
     def _lock_descriptor(self, lock: int) -> None:
         path = self.folder / _LOCK
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_patiently(lock)
         except BlockingIOError as error:
             holder = os.pread(lock, 200, 0).decode(errors="replace").strip()
             self.close()
@@ -247,6 +270,18 @@ def _typed_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise write_error(error, path) from error
+
+
+def _lock_patiently(lock: int) -> None:
+    """Take a lock, also where `lock_holder` has it for an instant. Raises OSError as flock(2) does."""
+    for pause_s in (0.01, 0.05):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(pause_s)
+        else:
+            return
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _is_still_at(path: Path, descriptor: int) -> bool:

@@ -1,13 +1,15 @@
 """The numbers of one run, and the manifest `streamconv.json` that is stored beside the weights.
 
 The manifest holds nothing that changes from run to run (no path, no time but those of the base's files), so that
-equal inputs and options give equal folders. It is what `streamconv verify` checks an output against.
+equal inputs and options give equal folders. It is what `streamconv verify` checks an output against: it lists every
+file of it, and is sealed with a hash of its own bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -17,7 +19,13 @@ from streamconv.planning.plan import Plan
 from streamconv.running.cells import KeptDelta
 
 MANIFEST = "streamconv.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+"""Since 2, every published file is listed, and the manifest is sealed."""
+
+SEAL = "manifest_sha256"
+SIDECARS = "sidecars"
+"""Key of the files that have nothing to do with how weights are stored, and of the index."""
+_BLANK = "0" * 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +103,12 @@ def manifest(
     kept: KeptShares | None,
     notes: Notes,
     residual: Mapping[str, Any] | None,
-    files: Mapping[str, bytes],
-    large: Mapping[str, Mapping[str, Any]],
+    files: Mapping[str, Mapping[str, Any]],
+    sidecars: Mapping[str, Mapping[str, Any]],
 ) -> bytes:
     """Content of `streamconv.json`. `files` are those beside the shards that decide how weights are loaded.
 
-    `large` are more of these, already described by size and SHA-256.
+    `sidecars` are all others; both are described by size and SHA-256.
     """
     content = {
         "manifest_version": MANIFEST_VERSION,
@@ -121,12 +129,35 @@ def manifest(
         "replaced": plan.replaced,
         "skipped": plan.skipped,
         "untied": plan.untied,
+        "notes": list(plan.notes),
         "layers": list(plan.depth.sources) if plan.depth else None,
-        "files": {
-            name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            for name, content in files.items()
-        }
-        | dict(large),
+        "files": dict(files),
+        SIDECARS: dict(sidecars),
         "shards": {shard.name: {"size": shard.size, "sha256": hashes[shard.name]} for shard in plan.shards},
     }
-    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+    return sealed(content)
+
+
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """A manifest as it is stored: JSON, sorted, with the SHA-256 of its bytes, which has zeros in the hash's place."""
+    blank = json.dumps({**content, SEAL: _BLANK}, indent=1, sort_keys=True) + "\n"
+    digest = hashlib.sha256(blank.encode()).hexdigest()
+    return blank.replace(_seal_line(_BLANK), _seal_line(digest), 1).encode()
+
+
+def is_sealed(raw: bytes, seal: object) -> bool:
+    """Whether these bytes are those that were sealed with the SHA-256 `seal`, to the last bit."""
+    if not isinstance(seal, str) or not is_sha256(seal):
+        return False
+    blank = raw.replace(_seal_line(seal).encode(), _seal_line(_BLANK).encode(), 1)
+    return hashlib.sha256(blank).hexdigest() == seal
+
+
+def is_sha256(text: object) -> bool:
+    """Whether it is a SHA-256 as it is written here."""
+    return isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
+def _seal_line(seal: str) -> str:
+    # No text in JSON has a line break: this is at the top level, and nowhere else.
+    return f'\n "{SEAL}": "{seal}"'

@@ -68,15 +68,17 @@ def check_apart(out: Path, further: Sequence[Path]) -> None:
 
 
 def check_disk(
-    outputs: Sequence[tuple[Path, Plan, Sequence[ShardPlan], Journal]], spare_bytes: int = SPARE_DISK_BYTES
+    outputs: Sequence[tuple[Path, Plan, Sequence[ShardPlan], Journal]],
+    spare_bytes: int = SPARE_DISK_BYTES,
+    copied_bytes: int = 0,
 ) -> None:
     """Raise ResourceError unless what is still to be written of each plan fits the file systems that outputs lie on:
-    these shards, what passes before make, and `spare_bytes` of small files for each.
+    these shards, what passes before make, and for each `copied_bytes` of copies and `spare_bytes` of small files.
     """
     needed: dict[int, int] = {}
     for out, plan, shards, journal in outputs:
         disk = out.stat().st_dev
-        needed[disk] = needed.get(disk, 0) + spare_bytes + _disk_need(plan, shards, journal)
+        needed[disk] = needed.get(disk, 0) + spare_bytes + copied_bytes + _disk_need(plan, shards, journal)
         free = free_bytes(out / WORK_FOLDER)
         if needed[disk] > free:
             what = f"{out} with the other outputs" if len(outputs) > 1 else f"{out}"

@@ -17,6 +17,7 @@ import yaml
 
 from streamconv.checkpoint.strict_json import parse_object, shown
 from streamconv.errors import CheckpointError, OptionError
+from streamconv.system_errors import lacking
 
 Scalar = str | bool | int | float | None
 Value = Scalar | list[Scalar]
@@ -44,11 +45,18 @@ def read_recipe(path: str) -> dict[str, Value]:
     suffix = Path(path).suffix.lower()
     if suffix not in _PARSERS:
         raise OptionError(f"--recipe {path}: a recipe is a file that ends in .json, .yaml or .yml")
+    file_path = Path(path).expanduser()
     try:
-        with Path(path).expanduser().open("rb") as file:
+        if (
+            file_path.exists() and not file_path.is_file()
+        ):  # to open a named pipe would wait for somebody to write
+            raise OptionError(f"--recipe {path} must be a file, and it is none")
+        with file_path.open("rb") as file:
             raw = file.read(_MAX_BYTES + 1)
     except OSError as error:
-        raise OptionError(f"--recipe {path} cannot be read: {error.strerror}") from error
+        raise lacking(error) or OptionError(f"--recipe {path} cannot be read: {error.strerror}") from error
+    except RuntimeError as error:  # `~` of an unknown user
+        raise OptionError(f"--recipe {path}: {error}") from error
     if len(raw) > _MAX_BYTES:
         raise OptionError(f"--recipe {path} is larger than 256 KiB, so it is no recipe")
     found = _PARSERS[suffix](raw, path)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from streamconv.checkpoint.strict_json import parse_object
+from streamconv.checkpoint.strict_json import parse_object, some
 from streamconv.errors import CheckpointError, OptionError
 from streamconv.formats import FORMATS
 from streamconv.output.tokenizer import TokenizerChoice
 from streamconv.output.tokenizer_files import TOKENIZER
+from streamconv.sizes import format_size
 from streamconv.storage.base import SourceFile, Storage
 
 # Where a residual adapter lies: beside config.json, transformers would load one unasked.
@@ -61,7 +63,10 @@ NEVER = (
     "streamconv.json",
     "streamconv-recipe.json",
 )
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 _MAX_TOKENIZER_CONFIG_BYTES = 32_000_000
+_MAX_COPIED_BYTES = 10**9
+"""Of a file that is copied unasked; the largest that is known, a tokenizer, has 34 MB."""
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -73,14 +78,69 @@ def is_read_by_loaders(name: str) -> bool:
     return _matches(name, (*TOKENIZER, *SETTINGS, *QUANTIZATION_COPIES.values(), "adapter_config.json"))
 
 
-def _has_code(storage: Storage, config: Mapping[str, Any]) -> bool:
-    """Whether model or tokenizer are of classes that the folder itself defines."""
-    if config.get("auto_map"):
-        return True
-    if "tokenizer_config.json" not in storage.names():
-        return False
-    raw = storage.read_bytes("tokenizer_config.json", _MAX_TOKENIZER_CONFIG_BYTES)
-    return bool(parse_object(raw, f"{storage.location}: tokenizer_config.json").get("auto_map"))
+@dataclass(frozen=True, slots=True)
+class CustomCode:
+    """Code of model, tokenizer and processors that is not transformers' own, as their configs name it.
+
+    `files` are all that the folder has; `is_named`: whether a config names one of them. `elsewhere` are repositories
+    of the Hub whose code the configs name.
+    """
+
+    files: tuple[str, ...]
+    is_named: bool
+    elsewhere: tuple[str, ...]
+
+    def notes(self, copied: Sequence[SourceFile]) -> tuple[str, ...]:
+        """Sentences on what becomes of it in an output with the files `copied`."""
+        found = []
+        names = {file.name for file in copied}
+        along, left = ([name for name in self.files if (name in names) is is_in] for is_in in (True, False))
+        if along:
+            found.append(
+                f"custom code {some(along, 6)} is copied and was not run; loading the model needs "
+                "trust_remote_code=True, which runs it: read it before"
+            )
+        if self.elsewhere:
+            found.append(
+                f"configs name code of {some(self.elsewhere, 6)}, which is no part of the model; loading it needs "
+                "trust_remote_code=True, which fetches that from the Hub and runs it"
+            )
+        if left:
+            found.append(f"code {some(left, 6)} beside the base is not copied, as no config names it")
+        return tuple(found)
+
+
+def custom_code(storage: Storage, config: Mapping[str, Any]) -> CustomCode:
+    """Custom code in a folder. Raises CheckpointError for a tokenizer_config.json that is not JSON."""
+    others = [name for name in (_TOKENIZER_CONFIG, *PROCESSORS) if name in storage.names()]
+    configs = [
+        config,
+        *(part for part in config.values() if isinstance(part, Mapping)),
+        *(_object(storage, name) for name in others),
+    ]
+    named = [one for each in configs for one in _references(each.get("auto_map"))]
+    # transformers' own form: repository--module.Class.
+    repos = {one.partition("--")[0]: None for one in named if "--" in one}
+    files = tuple(sorted(name for name in storage.names() if name.endswith(".py")))
+    return CustomCode(files, any("--" not in one for one in named), tuple(repos))
+
+
+def _references(auto_map: object) -> list[str]:
+    """References to classes: of a tokenizer, pairs of which one may be missing."""
+    values = auto_map.values() if isinstance(auto_map, Mapping) else [auto_map]
+    each = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    return [item for item in each if isinstance(item, str) and item]
+
+
+def _object(storage: Storage, name: str) -> Mapping[str, Any]:
+    """The file's JSON object; nothing of a processor's file that holds none, which is copied as it is."""
+    try:
+        raw = storage.read_bytes(name, _MAX_TOKENIZER_CONFIG_BYTES)
+        return parse_object(raw, f"{storage.location}: {name}", allow_nonfinite=True)
+    except CheckpointError:
+        if name == _TOKENIZER_CONFIG:
+            raise
+        return {}
 
 
 def notes_on_processors(base: Storage, adapters: Sequence[Storage]) -> tuple[str, ...]:
@@ -111,17 +171,30 @@ def _changed(base: Storage, adapter: Storage, name: str) -> list[str]:
 
 
 def files_to_copy(
-    base: Storage, tokenizer: TokenizerChoice, config: Mapping[str, Any], extra: Sequence[str]
+    base: Storage, tokenizer: TokenizerChoice, code: CustomCode, extra: Sequence[str]
 ) -> tuple[SourceFile, ...]:
-    """Files that go to the output unchanged, sorted by name."""
+    """Files that go to the output unchanged, sorted by name.
+
+    Raises CheckpointError for one that is none, or larger than any of its name is, as a file with a hole is.
+    """
     names = base.names()
     chosen = {name: base for name in names if _matches(name, MODEL) and not _matches(name, NEVER)}
-    if _has_code(base, config):  # its files may import each other: all of them or none
-        chosen |= {name: base for name in names if name.endswith(".py")}
+    if code.is_named:  # its files may import each other: all of them or none
+        chosen |= dict.fromkeys(code.files, base)
     chosen |= tokenizer.files
+    asked: set[str] = set()
     for pattern in extra:
         found = [name for name in names if fnmatch.fnmatchcase(name, pattern) and not _matches(name, NEVER)]
         if not found:
             raise OptionError(f"--copy-extra {pattern} matches no file of {base.location} that may be copied")
         chosen |= {name: chosen.get(name, base) for name in found}
-    return tuple(chosen[name].file(name) for name in sorted(chosen) if name not in tokenizer.written)
+        asked |= {*found}
+    files = [chosen[name].file(name) for name in sorted(chosen) if name not in tokenizer.written]
+    for file in files:
+        if file.size > _MAX_COPIED_BYTES and file.name not in asked:
+            raise CheckpointError(
+                f"{chosen[file.name].location}: {file.name} has {format_size(file.size)}, and no file that goes along"
+                f" unasked is larger than {format_size(_MAX_COPIED_BYTES)}; move it away, or pass --copy-extra"
+                f" {file.name} if the output needs it"
+            )
+    return tuple(files)

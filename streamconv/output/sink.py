@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from streamconv.output.journal import Journal, Watermark
 from streamconv.output.publish import remove_file
 from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.running.cells import KeptDelta
+from streamconv.threads import Future, Pool
 
 WATERMARK_BYTES = 256 * 2**20
 
@@ -36,7 +36,7 @@ class ShardSink:
         self._writer: ShardWriter | None = None
         self._marked = 0
         self._boundary = 0
-        self._syncer = ThreadPoolExecutor(1, "streamconv-sync")
+        self._syncer = Pool(1, "sync")
         self._syncing: Future[None] | None = None
 
     def begin(self, shard: ShardPlan) -> None:

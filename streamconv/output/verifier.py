@@ -8,25 +8,37 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint.index import read_index
-from streamconv.checkpoint.strict_json import parse_object
-from streamconv.errors import InputError, VerificationError
+from streamconv.checkpoint.strict_json import some
+from streamconv.errors import CheckpointError, InputError, VerificationError
+from streamconv.output.listing import Entry, Listing, read_listing
+from streamconv.output.manifest import MANIFEST
+from streamconv.output.published import (
+    CHUNK_BYTES,
+    EDITED_BYTES,
+    Strangers,
+    files_beside,
+    lacks_form,
+    read_chunks,
+)
 from streamconv.output.sidecars import RESIDUAL
+from streamconv.output.tokenizer_files import CHAT_TEMPLATES
 from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.progress import OnBytes, StopRequest
 from streamconv.running.cells import KeptDelta
 from streamconv.running.executor import run_plans
 from streamconv.running.sink import Output
-from streamconv.storage.base import Storage
+from streamconv.storage.base import SourceFile, Storage
 from streamconv.storage.local import open_folder
 
-_MAX_MANIFEST_BYTES = 64 * 2**20
-_CHUNK_BYTES = 8 * 2**20
+_CHANGED, _REMOVED = "changed", "removed"
+_SINCE = "{}: the weights are as they were written, but {}; restore it if that was not meant"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +46,8 @@ class Verified:
     """Extent of a check: number of shards, tensors and bytes; `exact` if the maths was done again, for every byte.
 
     Without their text, so many `calibrated` weights were not made again, but decoded and compared with their targets.
+    Of files that people may edit, `edited` are changed since, `removed` are gone, `added` were not there. `others` are
+    weights and code beside the output that are none of it, and that loaders leave alone.
     """
 
     shards: int
@@ -41,13 +55,19 @@ class Verified:
     bytes: int
     exact: bool
     calibrated: int = 0
+    edited: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+
+Sight = Mapping[str, SourceFile | None]
+"""Files of an output as they were at one moment, by name."""
 
 
 def read_manifest(storage: Storage, name: str) -> Mapping[str, Any]:
-    """The manifest of an output. Raises InputError where there is none."""
-    if name not in storage.names():
-        raise InputError(f"{storage.location} has no {name}, so it is no finished output of streamconv")
-    return parse_object(storage.read_bytes(name, _MAX_MANIFEST_BYTES), f"{storage.location}: {name}")
+    """Content of an output's manifest. Raises InputError where there is none, VerificationError as `read_listing`."""
+    return read_listing(storage, name).content
 
 
 def verify_layout(out: Path, plan: Plan) -> None:
@@ -58,7 +78,7 @@ def verify_layout(out: Path, plan: Plan) -> None:
     index = read_index(open_folder(str(out)))
     for shard in plan.shards:
         path = out / shard.name
-        found = path.stat().st_size
+        found = index.storage.file(shard.name).size
         if found != shard.size:
             raise VerificationError(
                 f"{path} has {found} bytes, expected {shard.size}; do not use this output"
@@ -72,79 +92,139 @@ def verify_layout(out: Path, plan: Plan) -> None:
         raise VerificationError(f"{out}: tensor {name} is not stored as planned; do not use this output")
 
 
-def verify_output(location: str, manifest_name: str, on_bytes: OnBytes) -> Verified:
-    """Reread every shard of an output, its index, config.json and recipe, and compare with its manifest.
+def verify_output(storage: Storage, listing: Listing, on_bytes: OnBytes) -> Verified:
+    """Reread every file of an output and compare with its manifest; shards with the index, too.
 
-    Other files beside the weights may be edited freely. Raises VerificationError where something differs,
-    InputError where there is no manifest.
+    Files that people may edit may differ, which is told, unless they do not have their form any more. Raises
+    VerificationError where another differs, or where a loader would take a file that is none of the output.
     """
-    storage = open_folder(location)
-    content = read_manifest(storage, manifest_name)
-    shards = _listed(content, "shards", f"{location}: {manifest_name}")
-    files = _listed(content, "files", f"{location}: {manifest_name}")
+    where = storage.location
     try:
-        total = sum(_check_file(storage, name, *listed, on_bytes) for name, listed in shards.items())
+        total = sum(_check_shard(storage, name, entry, on_bytes) for name, entry in listing.shards.items())
         index = read_index(storage)
     except InputError as error:
         raise VerificationError(f"{error}; do not use this output") from error
-    strange = {shard.file.name for shard in index.shards} ^ set(shards)
+    strange = {shard.file.name for shard in index.shards} ^ set(listing.shards)
     if strange:
         raise VerificationError(
-            f"{location}: {min(strange)} is in only one of index and {manifest_name}; do not use this output"
+            f"{where}: {min(strange)} is in only one of index and {MANIFEST}; do not use this output"
         )
-    there = (*storage.names(), *storage.names(RESIDUAL))
-    for name, (_, sha256) in files.items():
-        if name not in there or hash_file(storage.file(name).path, lambda _: None) != sha256:
-            done = "changed" if name in there else "removed"
-            raise VerificationError(
-                f"{location}: the weights are as they were written, but {name} was {done} since; "
-                "restore it if that was not meant"
-            )
-    return Verified(len(shards), len(index.tensors), total, exact=False)
+    for name, entry in listing.files.items():
+        if state := _state(storage, name, entry, on_bytes):
+            raise VerificationError(_SINCE.format(where, f"{name} was {state} since"))
+    states = {
+        name: state
+        for name, entry in listing.editable.items()
+        if (state := _state(storage, name, entry, on_bytes))
+    }
+    beside = _beside(storage, listing)
+    return Verified(
+        len(listing.shards),
+        len(index.tensors),
+        total,
+        exact=False,
+        edited=tuple(name for name, state in states.items() if state == _CHANGED),
+        removed=tuple(name for name, state in states.items() if state == _REMOVED),
+        added=beside.added,
+        others=beside.others,
+    )
 
 
-def _listed(content: Mapping[str, Any], key: str, where: str) -> Mapping[str, tuple[int, str]]:
-    """Size and SHA-256 by file name, as the manifest lists them under `key`."""
-    found = content.get(key)
+def _beside(storage: Storage, listing: Listing) -> Strangers:
+    """Files beside the output. Raises VerificationError for one that a loader would take."""
+    if not listing.is_complete:  # which files are the output's is not known
+        return Strangers((), (), ())
+    folders = (None, RESIDUAL, CHAT_TEMPLATES)
+    names = {name for folder in folders for name in storage.names(folder) if not name.startswith(".")}
+    found = files_beside(names, {*listing.all, MANIFEST})
+    if found.taken:
+        raise VerificationError(
+            f"{storage.location}: {some(found.taken)} is not of this output, and loaders would take it instead of the "
+            "output's own files, or on top of them; move it elsewhere"
+        )
+    return found
+
+
+def _state(storage: Storage, name: str, entry: Entry, on_bytes: OnBytes) -> str | None:
+    """Whether a file was changed or removed since; None if not.
+
+    Raises VerificationError for one that is damaged, CheckpointError where a pipe, say, has its name.
+    """
     try:
-        if not isinstance(found, dict) or not found:
-            raise TypeError
-        return {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in found.items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise VerificationError(
-            f"{where} must list {key} with size and sha256; it is damaged, do not use this output"
-        ) from error
+        file = storage.file(name)
+        if file.size == entry.size and _hash(file, on_bytes) == entry.sha256:
+            return None
+        reason = None if entry.form is None else _lacks_form(file, entry.form)
+    except CheckpointError:
+        if _is_missing(storage, name):
+            return _REMOVED
+        raise
+    if reason:
+        raise VerificationError(_SINCE.format(storage.location, f"{name} was damaged since: {reason}"))
+    return _CHANGED
 
 
-def _check_file(storage: Storage, name: str, size: int, sha256: str, on_bytes: OnBytes) -> int:
-    """Bytes of the file. Raises VerificationError unless it has that size and hash."""
+def _lacks_form(file: SourceFile, form: str) -> str | None:
+    if file.size > EDITED_BYTES:
+        return f"it has {file.size} bytes, more than such a file has"
+    return lacks_form(b"".join(map(bytes, read_chunks(file))), form)
+
+
+def _is_missing(storage: Storage, name: str) -> bool:
+    """Whether nothing has that name: no folder, no pipe, no link."""
+    folder = name.rpartition("/")[0] or None
+    return name not in (*storage.names(folder), *(() if folder else storage.folders()))
+
+
+def _check_shard(storage: Storage, name: str, entry: Entry, on_bytes: OnBytes) -> int:
+    """Bytes of the shard. Raises VerificationError unless it has its size and hash, CheckpointError as `file` does."""
     file = storage.file(name)
-    if file.size != size:
+    if file.size != entry.size:
         raise VerificationError(
-            f"{storage.location}: {name} has {file.size} bytes, expected {size}; do not use this output"
+            f"{storage.location}: {name} has {file.size} bytes, expected {entry.size}; do not use this output"
         )
-    digest = hash_file(file.path, on_bytes)
-    if digest != sha256:
+    digest = _hash(file, on_bytes)
+    if digest != entry.sha256:
         raise VerificationError(
-            f"{storage.location}: {name} hashes to {digest}, expected {sha256}; do not use this output"
+            f"{storage.location}: {name} hashes to {digest}, expected {entry.sha256}; do not use this output"
         )
-    return size
+    return entry.size
+
+
+def look(storage: Storage, listing: Listing) -> Sight:
+    """Files as they are at this moment, by name: size, and the time of the last change; None for one that is none."""
+    return {name: _seen(storage, name) for name in (MANIFEST, *listing.all)}
+
+
+def _seen(storage: Storage, name: str) -> SourceFile | None:
+    try:
+        return storage.file(name)
+    except CheckpointError:
+        return None
 
 
 def hash_file(path: str, on_bytes: OnBytes) -> str:
-    """SHA-256 of a file in hexadecimal; `on_bytes` is told how many bytes were read."""
+    """SHA-256 of a file in hexadecimal; `on_bytes` is told how many bytes were read.
+
+    Raises CheckpointError for what is no regular file or cannot be read.
+    """
+    try:
+        found = Path(path).stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return _hash(SourceFile(path, path, found.st_size, f"mtime:{found.st_mtime_ns}"), on_bytes)
+
+
+def _hash(file: SourceFile, on_bytes: OnBytes) -> str:
     digest = hashlib.sha256()
-    buffer = bytearray(_CHUNK_BYTES)
-    view = memoryview(buffer)
-    with Path(path).open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(view[:count])
-            on_bytes(count)
+    for chunk in read_chunks(file):
+        digest.update(chunk)
+        on_bytes(len(chunk))
     return digest.hexdigest()
 
 
 class ComparingSink:
-    """Takes the bytes of a plan and compares them with the files of an output."""
+    """Takes the bytes of a plan and compares them with the files of an output, raising VerificationError."""
 
     def __init__(self, out: Path) -> None:
         self._out = out
@@ -153,20 +233,34 @@ class ComparingSink:
         self._offset = 0
 
     def begin(self, shard: ShardPlan) -> None:
-        self._shard = shard
-        self._descriptor = os.open(self._out / shard.name, os.O_RDONLY | os.O_CLOEXEC)
-        found = os.pread(self._descriptor, len(shard.header), 0)
-        if found != shard.header:
+        self._shard, self._offset = shard, 0
+        path = self._out / shard.name
+        try:
+            # A pipe in the place of the file would wait for a writer.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            found = os.fstat(self._descriptor)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        if not stat.S_ISREG(found.st_mode):
+            raise VerificationError(f"{path} must be a regular file; do not use this output")
+        if found.st_size != shard.size:
             raise VerificationError(
-                f"{self._out / shard.name}: its header is not as planned; do not use this output"
+                f"{path} has {found.st_size} bytes, expected {shard.size}; do not use this output"
             )
+        if self._read(len(shard.header)) != shard.header:
+            raise VerificationError(f"{path}: its header is not as planned; do not use this output")
         self._offset = len(shard.header)
 
     def write(self, data: memoryview, release: Callable[[], None]) -> None:
-        assert self._descriptor is not None
-        for start in range(0, len(data), _CHUNK_BYTES):
-            wanted = data[start : start + _CHUNK_BYTES]
-            if os.pread(self._descriptor, len(wanted), self._offset) != wanted:
+        assert self._shard is not None
+        if self._offset + len(data) > self._shard.size:
+            raise VerificationError(
+                f"{self._out / self._shard.name}: {self._offset + len(data)} bytes were computed, and it was planned "
+                f"with {self._shard.size}"
+            )
+        for start in range(0, len(data), CHUNK_BYTES):
+            wanted = data[start : start + CHUNK_BYTES]
+            if self._read(len(wanted)) != wanted:
                 raise VerificationError(
                     f"{self._out}: tensor {self._tensor()} differs from what base, adapter and options give; "
                     "do not use this output"
@@ -178,6 +272,12 @@ class ComparingSink:
         del sums
 
     def end(self) -> None:
+        assert self._shard is not None
+        if self._offset != self._shard.size:
+            raise VerificationError(
+                f"{self._out / self._shard.name}: only {self._offset} bytes were computed, and it was planned with "
+                f"{self._shard.size}"
+            )
         self.close()
 
     def halt(self) -> None:
@@ -191,16 +291,29 @@ class ComparingSink:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _tensor(self) -> str:
-        """The tensor at the present offset."""
+    def _read(self, length: int) -> bytes:
+        assert self._descriptor is not None
         assert self._shard is not None
+        try:
+            return os.pread(self._descriptor, length, self._offset)
+        except OSError as error:
+            raise _unreadable(self._out / self._shard.name, error) from error
+
+    def _tensor(self) -> str:
+        """The tensor at the present offset, or the last one."""
+        assert self._shard is not None
+        name = ""
         for placed in self._shard.steps:
             end = placed.offset
             for spec in placed.step.specs:
-                end += spec.nbytes
+                end, name = end + spec.nbytes, spec.name
                 if self._offset < end:
-                    return spec.name
-        raise AssertionError(f"{self._shard.name} has no tensor at {self._offset}")
+                    return name
+        return name
+
+
+def _unreadable(path: Path, error: OSError) -> VerificationError:
+    return VerificationError(f"{path} cannot be read: {error.strerror}; do not use this output")
 
 
 def verify_exactly(out: Path, plan: Plan, on_bytes: OnBytes, stop: StopRequest) -> None:

@@ -1,6 +1,7 @@
 """One call from inputs to a published, verified output: job → plan → download → run → publish → verify."""
 
 from streamconv.pipeline.calls import convert, merge
+from streamconv.pipeline.contents import check_contents
 from streamconv.pipeline.downloads import fetch
 from streamconv.pipeline.job import build_job, merge_options, output_folder
 from streamconv.pipeline.place import check_out, further_outputs
@@ -14,6 +15,7 @@ __all__ = [
     "Job",
     "Prepared",
     "build_job",
+    "check_contents",
     "check_out",
     "convert",
     "fetch",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from streamconv.adapters.base import TaskHead
@@ -14,6 +16,7 @@ from streamconv.formats.base import Json
 from streamconv.output.card import model_card
 from streamconv.output.manifest import MANIFEST, KeptShares, manifest
 from streamconv.output.publish import CONFIG, INDEX
+from streamconv.output.published import describe, describe_file
 from streamconv.output.recipe import RECIPE, write_recipe
 from streamconv.output.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, RESIDUAL_TENSORS
 from streamconv.pipeline.passes import Passed
@@ -36,18 +39,41 @@ def generated_files(
     loaded = {**prepared.written, RECIPE: _recipe(prepared), CONFIG: _config(prepared, quantization)}
     if plan.quant in QUANTIZATION_COPIES:
         loaded[QUANTIZATION_COPIES[plan.quant]] = _as_json(quantization)
-    told = None
+    told = residual.as_json() if residual else None
     if residual is not None:
         loaded[RESIDUAL_CONFIG] = residual.config
-        told = residual.as_json()
-    large = {RESIDUAL_TENSORS: residual.entry} if residual else {}
-    written = manifest(plan, hashes, kept, passed.notes, told, loaded, large)
-    contents = {INDEX: _index(plan), MANIFEST: written, **loaded}
+    contents = {INDEX: _index(plan), **loaded}
     if prepared.job.card:
         contents["README.md"] = model_card(
             plan, base.index, prepared.adapter_storages, prepared.small_names, kept, told
         )
+    described: dict[str, Mapping[str, Any]] = {
+        name: describe(name, contents[name]) for name in prepared.generated if name != MANIFEST
+    }
+    files = {name: entry for name, entry in described.items() if name in loaded}
+    if residual is not None:
+        files[RESIDUAL_TENSORS] = residual.entry
+    sidecars = {name: entry for name, entry in described.items() if name not in loaded}
+    sidecars |= {file.name: describe_file(file) for file in prepared.copied}
+    contents[MANIFEST] = manifest(plan, hashes, kept, passed.notes, told, files, sidecars)
     return {name: contents[name] for name in prepared.generated}
+
+
+def check_contents(prepared: Prepared) -> None:
+    """Make the small files of all outputs once, without what the run will add, and keep none.
+
+    They depend on fields of strangers' files, and are written when all weights are done: what cannot be made is to be
+    known before the first weight is read. A card that is still on the Hub is not fetched for it. Raises what
+    `generated_files` does.
+    """
+    storage = prepared.base.index.storage
+    has_card = prepared.job.card and not storage.missing(prepared.small_files())
+    for planned in (prepared, *prepared.also):
+        each = replace(planned, job=replace(planned.job, card=has_card))
+        rank = each.plan.residual_rank
+        residual = ResidualAdapter(Path(), "", 0, b"", rank, 0, None) if rank else None
+        hashes = {shard.name: "" for shard in each.plan.shards}
+        generated_files(each, hashes, None, Passed(each.plan), residual)
 
 
 def _index(plan: Plan) -> bytes:

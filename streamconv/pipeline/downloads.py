@@ -8,12 +8,14 @@ from pathlib import Path
 from streamconv.checkpoint.writer import free_bytes
 from streamconv.errors import ResourceError
 from streamconv.output.journal import is_owned
+from streamconv.pipeline.contents import check_contents
 from streamconv.pipeline.place import check_out, unfinished
 from streamconv.pipeline.preparation import Prepared
 from streamconv.progress import Meter, OnProgress
 from streamconv.sizes import format_size
 from streamconv.storage.base import SourceFile
 from streamconv.storage.local import existing_folder
+from streamconv.system_errors import translated
 
 
 def fetch(prepared: Prepared, out: Path, on_progress: OnProgress) -> None:
@@ -22,17 +24,19 @@ def fetch(prepared: Prepared, out: Path, on_progress: OnProgress) -> None:
     What would make the run fail is refused before: a place that cannot be written to, a disk that is too small.
     An interrupted download goes on with the next call.
     """
-    small = prepared.small_files()
-    for storage, _ in prepared.downloads():
-        storage.fetch(small, lambda _: None)
-    check_out(prepared, out)
-    if not (todo := unfinished(prepared, out)):
-        return
-    downloads = prepared.downloads()
-    _check_room(todo, out, [file for _, files in downloads for file in files])
-    meter = Meter(sum(file.size for _, files in downloads for file in files), on_progress)
-    for storage, files in downloads:
-        storage.fetch(files, meter.add)
+    with translated(out):
+        small = prepared.small_files()
+        for storage, _ in prepared.downloads():
+            storage.fetch(small, lambda _: None)
+        check_out(prepared, out)
+        if not (todo := unfinished(prepared, out)):
+            return
+        check_contents(prepared)
+        downloads = prepared.downloads()
+        _check_room(todo, out, [file for _, files in downloads for file in files])
+        meter = Meter(sum(file.size for _, files in downloads for file in files), on_progress)
+        for storage, files in downloads:
+            storage.fetch(files, meter.add)
 
 
 def _check_room(todo: Sequence[tuple[Prepared, Path]], out: Path, downloads: Sequence[SourceFile]) -> None:

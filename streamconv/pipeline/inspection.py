@@ -18,8 +18,10 @@ from streamconv.formats import find_weights
 from streamconv.planning.base import read_base
 from streamconv.storage import open_adapter
 from streamconv.storage.base import Storage
+from streamconv.system_errors import translated
 
 
+@translated()
 def inspect(
     location: str | PathLike[str], *, revision: str | None = None, allow_pickle: bool = False
 ) -> dict[str, Any]:

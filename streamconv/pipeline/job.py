@@ -253,7 +253,10 @@ def output_folder(out: Folder) -> Path:
     """`out` as a path, `~` expanded. Raises OptionError for an empty name, which would be the current folder."""
     if not fspath(out).strip():
         raise OptionError("--out is empty, probably an unset variable; name the folder to write to")
-    return Path(out).expanduser()
+    try:
+        return Path(out).expanduser()
+    except RuntimeError as error:  # `~` of an unknown user
+        raise OptionError(f"--out {fspath(out)}: {error}") from error
 
 
 # By field, how values are read that are not taken as they are given; names in any case.

@@ -21,6 +21,7 @@ from streamconv.errors import CheckpointError, OptionError
 from streamconv.output.manifest import MANIFEST
 from streamconv.storage import open_adapter, storage_kind
 from streamconv.storage.base import Storage
+from streamconv.storage.local import real_path
 
 _HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
 _IN_CACHE = re.compile(r"(?:^|/)models--([\w.-]+?)--([\w.-]+)(?:/|$)")
@@ -141,7 +142,7 @@ def _twin(called: str, key: str, own: set[str]) -> str:
 def _names(base: Storage, config: Mapping[str, Any], given: str) -> set[str]:
     """Names by which the base given may be known."""
     loaded_from = config.get("_name_or_path")
-    found = {base.origin.repo if base.origin else Path(given).expanduser().resolve().name}
+    found = {base.origin.repo if base.origin else real_path(given).name}
     return found | ({loaded_from} if isinstance(loaded_from, str) and loaded_from else set())
 
 

@@ -21,6 +21,7 @@ from streamconv.output.recipe import RECIPE
 from streamconv.output.sidecars import (
     QUANTIZATION_COPIES,
     RESIDUAL_CONFIG,
+    custom_code,
     files_to_copy,
     notes_on_processors,
 )
@@ -40,6 +41,7 @@ from streamconv.planning.unmerged import refuse_unmerged
 from streamconv.storage import open_storage
 from streamconv.storage.base import SourceFile, Storage
 from streamconv.storage.file_set import FileSet
+from streamconv.system_errors import translated
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 _log = logging.getLogger(__name__)
@@ -127,6 +129,7 @@ class Prepared:
         return (*self.copied, *card)
 
 
+@translated()
 def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     """Read headers and configs and plan the run. Raises whatever would make it fail, as far as can be known.
 
@@ -149,7 +152,9 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     tokenizer = _tokenizer(job, base, tokenizer_storage(adapter, adapter_storages), plans[0])
     processors = notes_on_processors(storage, adapter_storages)
     notes = (*_base_notes(job, base, adapter_storages), *tokenizer.notes, *processors)
-    copied = files_to_copy(storage, tokenizer, index.config, job.copy_extra)
+    code = custom_code(storage, index.config)
+    copied = files_to_copy(storage, tokenizer, code, job.copy_extra)
+    notes = (*notes, *code.notes(copied))
     main, *also = (
         Prepared(
             replace(job, options=plan.options, also=()),

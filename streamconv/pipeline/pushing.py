@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from streamconv.errors import InputError
@@ -10,13 +11,16 @@ from streamconv.output.manifest import MANIFEST
 from streamconv.output.publish import is_of_model
 from streamconv.output.sidecars import RESIDUAL
 from streamconv.output.tokenizer_files import CHAT_TEMPLATES
-from streamconv.output.verifier import hash_file, read_manifest
+from streamconv.output.verifier import read_manifest
 from streamconv.pipeline.job import output_folder
-from streamconv.pipeline.verification import verify
+from streamconv.pipeline.verification import refuse_written, verify
 from streamconv.planning.options import Folder
 from streamconv.progress import OnProgress, quiet
+from streamconv.storage.blobs import SHA256, content_id
+from streamconv.storage.held import HeldFile, hold
 from streamconv.storage.local import open_folder
 from streamconv.storage.upload import LocalFile, Pushed, Target, check_target, parse_target, upload
+from streamconv.system_errors import translated
 
 
 def push(
@@ -42,37 +46,54 @@ def push(
     return push_output(out, target, show_progress, on_progress, on_upload)
 
 
+@translated()
 def push_output(
     out: Folder, target: Target, show_progress: bool, on_progress: OnProgress, on_upload: OnProgress
 ) -> Pushed:
     """Push as `push` does, with the target parsed."""
     folder = output_folder(out)
+    refuse_written(folder)
     manifest = read_manifest(open_folder(str(folder)), MANIFEST)
-    remote = check_target(target, MANIFEST)
-    verify(folder, on_progress=on_progress)
     listed = {name: entry["sha256"] for key in ("shards", "files") for name, entry in manifest[key].items()}
-    message = f"Upload {manifest['quant']} model made with streamconv {manifest['streamconv']}"
-    files = _files_to_push(folder, listed)
-    message = message.replace("none ", "16-bit ")
-    return upload(target, remote, files, is_of_model, message, show_progress, on_upload)
+    with hold(folder, _names_to_push(folder, listed)) as held:
+        remote = check_target(target, MANIFEST)
+        checked = verify(folder, on_progress=on_progress)
+        for each in held.values():
+            each.check(by_name=True)
+        files = {
+            name: LocalFile(each.path, each.size, _sha256(name, each, listed)) for name, each in held.items()
+        }
+        message = f"Upload {manifest['quant']} model made with streamconv {manifest['streamconv']}"
+        message = message.replace("none ", "16-bit ")
+
+        def check() -> None:
+            for each in held.values():
+                each.check()
+
+        pushed = upload(
+            target, remote, files, is_of_model, MANIFEST, message, show_progress, on_upload, check
+        )
+        return replace(pushed, edited=checked.edited)
 
 
-def _files_to_push(folder: Path, listed: Mapping[str, str]) -> dict[str, LocalFile]:
-    """All files of an output but hidden ones; `listed` are those with a known SHA-256.
+def _names_to_push(folder: Path, listed: Collection[str]) -> list[str]:
+    """All files of an output but hidden ones; `listed` are those that its manifest has.
 
-    Of folders only those of chat templates and of a residual adapter are ours.
+    Of folders only those of chat templates and of a residual adapter are ours; a link to a folder is none of ours.
     """
-    files = {}
     storage = open_folder(str(folder))
-    inside = [name for name in storage.names(RESIDUAL) if name in listed]
-    inside += storage.names(CHAT_TEMPLATES)
-    ours = [storage.file(name).name for name in inside]  # no links to elsewhere
-    for path in (*sorted(folder.iterdir()), *(folder / name for name in ours)):
-        name = str(path.relative_to(folder))
-        if path.name.startswith(".") or not path.is_file():
-            continue
+    names = [path.name for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir()]
+    names += [name for name in storage.names(RESIDUAL) if name in listed]
+    names += [name for name in storage.names(CHAT_TEMPLATES) if not name.rpartition("/")[2].startswith(".")]
+    for name in names:
         if name.endswith(".safetensors") and name not in listed:
-            raise InputError(f"{path} is not of this output; move it elsewhere before you push")
-        sha256 = listed.get(name) or hash_file(str(path), lambda _: None)
-        files[name] = LocalFile(path, path.stat().st_size, sha256)
-    return files
+            raise InputError(f"{folder / name} is not of this output; move it elsewhere before you push")
+    return sorted(names)
+
+
+def _sha256(name: str, file: HeldFile, listed: Mapping[str, str]) -> str:
+    """SHA-256 of a file: of weights, as they were verified; of others, which people may edit, as they are."""
+    if name.endswith(".safetensors") and name in listed:
+        return listed[name]
+    with open(file.descriptor, "rb", buffering=0, closefd=False) as stream:
+        return content_id(stream, file.size, SHA256)

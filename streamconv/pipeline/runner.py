@@ -19,7 +19,7 @@ from streamconv.output.place import check_disk
 from streamconv.output.publish import publish_output
 from streamconv.output.sink import ShardSink, resume_points
 from streamconv.output.verifier import read_manifest, verify_layout
-from streamconv.pipeline.contents import generated_files
+from streamconv.pipeline.contents import check_contents, generated_files
 from streamconv.pipeline.passes import PASSES, Passed, run_passes
 from streamconv.pipeline.place import check_out, is_finished
 from streamconv.pipeline.preparation import Prepared
@@ -32,6 +32,7 @@ from streamconv.running.schedule import bytes_read
 from streamconv.running.sink import Output
 from streamconv.sizes import format_size
 from streamconv.storage.local import open_folder
+from streamconv.system_errors import translated
 
 _log = logging.getLogger(__name__)
 
@@ -41,11 +42,14 @@ def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopReques
 
     Its outputs are published together: when all are complete and have passed the gate.
     """
-    check_out(prepared, out)
-    places = prepared.places(out)
-    before = [_finished_before(each, folder) for each, folder in places]
-    todo = [place for place, report in zip(places, before, strict=True) if report is None]
-    now = iter(_make(todo, on_progress, stop) if todo else ())
+    with translated(out):
+        check_out(prepared, out)
+        places = prepared.places(out)
+        before = [_finished_before(each, folder) for each, folder in places]
+        todo = [place for place, report in zip(places, before, strict=True) if report is None]
+        if todo:
+            check_contents(prepared)
+        now = iter(_make(todo, on_progress, stop) if todo else ())
     main, *also = (report or next(now) for report in before)
     names = [each.job.options.quant for each in prepared.also]
     return replace(main, also=dict(zip(names, also, strict=True)))
@@ -132,7 +136,9 @@ def _produce(works: Sequence[_Work], meter: Meter, stop: StopRequest) -> list[_W
 
     All shards are complete then, and none is published.
     """
-    check_disk([(work.out, work.plan, work.unfinished, work.journal) for work in works])
+    copied = max(sum(file.size for file in work.prepared.copied) for work in works)
+    disks = [(work.out, work.plan, work.unfinished, work.journal) for work in works]
+    check_disk(disks, copied_bytes=copied)
     meter.start(sum(work.there for work in works))
     done = [
         replace(work, passed=run_passes(work.prepared.subject, work.journal.folder, meter.add, stop))

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any, assert_never
 
 from streamconv.equalization.pairs import Equalization
+from streamconv.escapes import one_line
 from streamconv.formats.base import Constant
 from streamconv.kernels import TORCH
 from streamconv.output.sidecars import RESIDUAL
@@ -205,7 +206,7 @@ def plan_as_text(prepared: Prepared) -> str:
     lines[at:at] = [("note", note) for note in plan.notes]
     if plan.untied:
         lines.insert(at, ("untied", "input and output embeddings will differ and are stored apart"))
-    return "\n".join(f"{label:9} {text}".rstrip() for label, text in lines)
+    return "\n".join(one_line(f"{label:9} {text}".rstrip()) for label, text in lines)
 
 
 def _adapters(prepared: Prepared) -> list[tuple[str, str]]:

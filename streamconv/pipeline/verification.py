@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from os import fspath
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from streamconv.calibration.calibrated import Calibrated, calibrated_plan
 from streamconv.calibration.weighing import Weighed, weigh
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.reader import TensorReader
-from streamconv.errors import InputError, OptionError, VerificationError
+from streamconv.errors import InputError, OptionError, OutputError, VerificationError
 from streamconv.formats import find_weights
+from streamconv.output.journal import is_publishing, lock_holder
+from streamconv.output.listing import Listing, read_listing
 from streamconv.output.manifest import MANIFEST
 from streamconv.output.sidecars import RESIDUAL_TENSORS
 from streamconv.output.verifier import (
+    Sight,
     Verified,
     hash_file,
-    read_manifest,
+    look,
     verify_exactly,
     verify_output,
 )
@@ -31,9 +36,11 @@ from streamconv.pipeline.preparation import Prepared, prepare
 from streamconv.pipeline.residual import make_residual
 from streamconv.planning.calibration import CalibrationFacts
 from streamconv.planning.options import Calibration, Folder, Folders, Job, MergeOptions
+from streamconv.planning.plan import Rewrite
 from streamconv.progress import Meter, OnProgress, StopRequest, quiet
 from streamconv.running.workers import Workers
-from streamconv.storage.local import open_folder
+from streamconv.storage.local import LocalFolder, open_folder
+from streamconv.system_errors import translated
 
 _ENVIRONMENT = ("streamconv", "torch", "machine", "device")
 _NO_LIMIT = 2**60
@@ -43,6 +50,7 @@ _FAR = 0.5
 _FINGERPRINT = {"base", "adapter", "options", *_ENVIRONMENT}
 
 
+@translated()
 def verify(
     out: Folder,
     *,
@@ -69,68 +77,172 @@ def verify(
         raise OptionError(
             "a full verification computes the result again: give the --base (and --adapter) it was made from"
         )
-    folder = output_folder(out)
-    total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    meter = Meter(total * (2 if full else 1), on_progress)
-    meter.start(0)
-    checked = verify_output(fspath(out), MANIFEST, meter.add)
-    if base is None:
-        return checked
-    found = _fingerprint(fspath(out))
-    job = replace(
-        _job_of(found, fspath(base), listed(adapter), _path(calibration), device),
-        base_revision=base_revision,
-        adapter_revision=adapter_revision,
-        adapter_subfolder=adapter_subfolder,
-        allow_pickle=allow_pickle,
+    given = _Given(
+        None if base is None else fspath(base),
+        listed(adapter),
+        None if calibration is None else fspath(calibration),
+        device,
+        allow_pickle,
+        base_revision,
+        adapter_revision,
+        adapter_subfolder,
     )
-    weighed = _compute_again(job, found, folder, meter, with_text=calibration is not None)
-    return replace(checked, exact=not weighed, calibrated=weighed)
+    folder = output_folder(out)
+    refuse_written(folder)
+    storage = open_folder(fspath(out))
+    with _in_words_of_what_was_interrupted(folder):
+        listing = read_listing(storage, MANIFEST)
+        before = look(storage, listing)
+        try:
+            found = _verify(storage, listing, given, on_progress)
+        except (InputError, VerificationError):
+            _refuse_changed(storage, listing, before)
+            raise
+        _refuse_changed(storage, listing, before)
+        return found
 
 
-def _path(folder: Folder | None) -> str | None:
-    return None if folder is None else fspath(folder)
+def refuse_written(out: Path) -> None:
+    """Raise OutputError where a run is writing into an output folder at this moment."""
+    if (holder := lock_holder(out)) is not None:
+        raise OutputError(f"{out} is being written by another run ({holder}); wait for it to end")
 
 
-def _compute_again(job: Job, found: Mapping[str, Any], out: Path, meter: Meter, with_text: bool) -> int:
-    """Raise VerificationError unless the job, done again, gives the output with the fingerprint `found`.
+@contextmanager
+def _in_words_of_what_was_interrupted(out: Path) -> Iterator[None]:
+    """Where a run was interrupted while it put its output in place, what is wrong there is no damage."""
+    try:
+        yield
+    except (InputError, VerificationError) as error:
+        if is_publishing(out):
+            raise OutputError(
+                f"{out}: a run was interrupted while it put its output in place here ({error}); give its command again,"
+                " which finishes it"
+            ) from error
+        raise
 
-    Returns how many weights were weighed instead of made again, for want of the text.
-    """
-    content = read_manifest(open_folder(fspath(out)), MANIFEST)
-    is_calibrated = found.get("calibration") is not None
-    if (
-        is_calibrated
-        and not with_text
-        and job.options.calibration
-        and job.options.calibration.rescale != "none"
-    ):
+
+def _refuse_changed(storage: LocalFolder, listing: Listing, before: Sight) -> None:
+    """Raise OutputError where files were replaced while they were looked at, which proves nothing of either."""
+    out = output_folder(storage.location)
+    refuse_written(out)
+    now = look(storage, listing)
+    changed = [name for name in now if now[name] != before[name]]
+    if changed:
+        raise OutputError(f"{out}: {changed[0]} was changed while the output was verified; verify it again")
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """Inputs of a full verification, as they were given; without a base there is none."""
+
+    base: str | None
+    adapters: tuple[str, ...]
+    calibration: str | None
+    device: str
+    allow_pickle: bool
+    base_revision: str | None
+    adapter_revision: str | None
+    adapter_subfolder: str | None
+
+
+def _verify(storage: LocalFolder, listing: Listing, given: _Given, on_progress: OnProgress) -> Verified:
+    """Recheck the output in a folder; where a base is given, compute it anew and compare."""
+    if given.base is None:
+        meter = Meter(listing.size, on_progress)
+        meter.start(0)
+        return verify_output(storage, listing, meter.add)
+    out, found = output_folder(storage.location), _fingerprint(listing, storage.location)
+    weighs = found.get("calibration") is not None and given.calibration is None
+    again = _prepare_again(given, found, listing.content, out)
+    meter = Meter(listing.size + _work(again, weighs), on_progress)
+    meter.start(0)
+    checked = verify_output(storage, listing, meter.add)
+    for place, files in again.downloads():
+        place.fetch(files, lambda _: None)
+    meter.add(sum(len(shard.header) for shard in again.plan.shards))
+    try:
+        if weighs:
+            return replace(checked, calibrated=_weigh_again(again, listing.content, out, meter))
+        if again.plan.passes:
+            _make_again(again, out, meter)
+        else:  # no folder is needed
+            verify_exactly(out, again.plan, meter.add, StopRequest())
+        return replace(checked, exact=True)
+    except VerificationError as error:
+        raise VerificationError(f"{error}{_environment_note(found, again.plan.fingerprint)}") from error
+
+
+def _work(again: Prepared, weighs: bool) -> int:
+    """Bytes that progress counts while an output is computed anew."""
+    plan = again.plan
+    return plan.size + (sum(map(_nbytes, plan.calibrated)) if weighs else plan.passes_need.read)
+
+
+def _nbytes(step: Rewrite) -> int:
+    return sum(spec.nbytes for spec in step.specs)
+
+
+def _prepare_again(
+    given: _Given, found: Mapping[str, Any], content: Mapping[str, Any], out: Path
+) -> Prepared:
+    """The job that made the output with the fingerprint `found`, planned anew with the inputs given."""
+    is_calibrated, has_text = found.get("calibration") is not None, given.calibration is not None
+    with _damaged_where_odd(out):
+        job = _job_of(found, given)
+        _check_types(job.options)
+        if job.options.calibration is not None:
+            _check_types(job.options.calibration)
+        facts = _recorded_facts(content) if is_calibrated and not has_text else None
+    asked = job.options.calibration
+    if is_calibrated and not has_text and asked and asked.rescale != "none":
         raise OptionError(
             f"{out} was rescaled by its calibration text, which alone says by how much; give it with --calibration"
         )
     if is_calibrated:  # what was enough when it was made is not known; no more is taken than is needed
         options = replace(job.options, max_ram_bytes=_NO_LIMIT, max_vram_bytes=_NO_LIMIT)
         job = replace(job, options=options)
-    again = prepare(job, _recorded_facts(content) if is_calibrated and not with_text else None)
-    _check_inputs(found, again, out)
-    for storage, files in again.downloads():
-        storage.fetch(files, lambda _: None)
-    meter.add(sum(len(shard.header) for shard in again.plan.shards))
+    again = prepare(job, facts)
+    with _damaged_where_odd(out):
+        _check_inputs(found, again, out)
+    return again
+
+
+@contextmanager
+def _damaged_where_odd(out: Path) -> Iterator[None]:
+    """A fingerprint that somebody wrote by hand may have any value in any place; one of ours has none of these."""
     try:
-        if is_calibrated and not with_text:
-            return _weigh_again(again, content, out, meter)
-        if not again.plan.passes:  # and no folder is needed
-            verify_exactly(out, again.plan, meter.add, StopRequest())
-            return 0
-        _make_again(again, out, meter)
-        return 0
-    except VerificationError as error:
-        raise VerificationError(f"{error}{_environment_note(found, again.plan.fingerprint)}") from error
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise _damaged(out) from error
+
+
+def _check_types(options: MergeOptions | Calibration) -> None:
+    """Raise TypeError unless every field of these options has the type that it is declared with."""
+    for name, hint in get_type_hints(type(options)).items():
+        value = getattr(options, name)
+        if not _is_of(value, hint):
+            raise TypeError(f"{name} cannot be {value!r}")
+
+
+def _is_of(value: object, hint: Any) -> bool:
+    """Whether a value is of a type such as `int | None` or `tuple[str, ...]`; true and false are no numbers."""
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_of(each, get_args(hint)[0]) for each in value)
+    if get_origin(hint) is UnionType:
+        return any(_is_of(value, each) for each in get_args(hint))
+    if hint is float:
+        hint = int | float
+    return isinstance(value, hint) and (not isinstance(value, bool) or hint is bool)
+
+
+def _damaged(out: Path) -> VerificationError:
+    return VerificationError(f"{out}: the fingerprint in {MANIFEST} is damaged; do not use this output")
 
 
 def _make_again(again: Prepared, out: Path, meter: Meter) -> None:
     with tempfile.TemporaryDirectory(prefix="streamconv-") as folder:
-        passed = run_passes(again.subject, Path(folder), lambda _: None, StopRequest())
+        passed = run_passes(again.subject, Path(folder), meter.add, StopRequest())
         verify_exactly(out, passed.plan, meter.add, StopRequest())
         residual = make_residual(passed, Path(folder))
         if residual is not None and residual.sha256 != hash_file(str(out / RESIDUAL_TENSORS), lambda _: None):
@@ -153,6 +265,7 @@ def _weigh_again(again: Prepared, content: Mapping[str, Any], out: Path, meter: 
         for step in steps:
             found = weigh(step, weights[step.name], again.plan.device, reader, workers)
             _check_weighed(out, step.name, found, content["kept_by_weight"].get(step.name))
+            meter.add(_nbytes(step))
     return len(steps)
 
 
@@ -187,17 +300,16 @@ def _recorded_facts(content: Mapping[str, Any]) -> CalibrationFacts:
     )
 
 
-def _fingerprint(out: str) -> Mapping[str, Any]:
-    found = read_manifest(open_folder(out), MANIFEST).get("fingerprint")
-    if not isinstance(found, dict) or not found.keys() >= _FINGERPRINT:
-        raise VerificationError(f"{out}: the fingerprint in {MANIFEST} is damaged; do not use this output")
+def _fingerprint(listing: Listing, location: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = listing.content["fingerprint"]
+    if not found.keys() >= _FINGERPRINT:
+        raise _damaged(output_folder(location))
     return found
 
 
-def _job_of(
-    fingerprint: Mapping[str, Any], base: str, adapters: tuple[str, ...], calibration: str | None, device: str
-) -> Job:
+def _job_of(fingerprint: Mapping[str, Any], given: _Given) -> Job:
     """The job that an output with this fingerprint came from, with the inputs given."""
+    adapters = given.adapters
     commits = fingerprint["from"]["adapter"] if isinstance(fingerprint.get("from"), dict) else None
     count = len(commits) if isinstance(commits, list) else 1
     if fingerprint["adapter"] and not adapters:
@@ -210,16 +322,21 @@ def _job_of(
     if adapters and not fingerprint["adapter"]:
         raise OptionError("this output was made without an adapter; leave --adapter out")
     options, text = fingerprint["options"], fingerprint.get("calibration")
-    if calibration is not None and text is None:
+    if given.calibration is not None and text is None:
         raise OptionError("this output was made without calibration text; leave --calibration out")
+    assert given.base is not None
     return Job(
-        base,
+        given.base,
         adapters[0] if adapters else None,
         MergeOptions.from_json(
             {**options, "rounding": options["rounding"] or "auto"},
-            None if text is None else Calibration.from_json(text, calibration),
+            None if text is None else Calibration.from_json(text, given.calibration),
         ),
-        device,
+        given.device,
+        allow_pickle=given.allow_pickle,
+        base_revision=given.base_revision,
+        adapter_revision=given.adapter_revision,
+        adapter_subfolder=given.adapter_subfolder,
         more_adapters=adapters[1:],
     )
 

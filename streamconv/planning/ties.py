@@ -38,7 +38,7 @@ def check_unknown_tie(
     """Raise UnsupportedError where the adapter changes what may be tied, and what is tied to what is not known."""
     if find_embedding(weights) is not None or True not in _declared_ties(config):
         return
-    sizes = {level.get("vocab_size") for level in language_levels(config)}
+    sizes = [level.get("vocab_size") for level in language_levels(config)]
     for name in touched:
         weight = weights.get(name)
         if weight is not None and len(weight.shape) == 2 and weight.shape[0] in sizes:

@@ -6,8 +6,8 @@ tr(G E H Eᵀ) = ||M_Gᵀ E M_H||². Without G rows count alike and do not know 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import Grid
 from streamconv.kernels.in_torch import dequantized
 from streamconv.rounding.metric import Metric, stretches
+from streamconv.threads import Pool
 
 # Columns gone through one by one before a matrix product carries their errors to the others.
 PANEL = 64
@@ -185,5 +186,5 @@ def shared(layer: Layer, work: Callable[[slice], Part], most: int = _DEVICE_ROWS
     parts = stretches(layer.rows, min(most, ROWS))
     # The setting is a thread's own: with more, products would be split as the number of threads has it.
     threads = min(torch.get_num_threads(), len(parts))
-    with ThreadPoolExecutor(threads, "streamconv-rows", torch.set_num_threads, (1,)) as pool:
-        return list(pool.map(work, parts))
+    with Pool(threads, "rows", functools.partial(torch.set_num_threads, 1)) as pool:
+        return pool.map(work, parts)

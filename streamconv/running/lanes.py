@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import assert_never
 
 import torch
@@ -51,9 +52,13 @@ from streamconv.running.opened import load_weight
 from streamconv.running.schedule import Begin, Cursor, End, Todo, walk
 from streamconv.running.sink import Output, Sink
 from streamconv.running.workers import DONE
+from streamconv.system_errors import no_memory
+from streamconv.threads import start_thread
 
 # How long a stop request may wait for the weight in work to end, so that no work is lost.
 GRACE_S = 5.0
+
+_LOOK_EVERY_S = 5.0
 
 
 class Run:
@@ -71,11 +76,11 @@ class Run:
         ]
 
     def run(self, on_bytes: OnBytes) -> None:
-        threads = [thread for lane in self.lanes for thread in lane.threads]
-        for thread in threads:
-            thread.start()
+        threads: list[threading.Thread] = []
         try:
-            self._report(on_bytes, len(threads))
+            for name, work in [each for lane in self.lanes for each in lane.work]:
+                threads.append(start_thread(partial(self.guarded, work), name))
+            self._report(on_bytes, threads)
         except BaseException as error:  # of the caller's own function, or Ctrl-C
             self.fail(error)
         finally:  # no thread may outlive the files it works on
@@ -102,11 +107,17 @@ class Run:
         finally:
             self.written.put(None)
 
-    def _report(self, on_bytes: OnBytes, threads: int) -> None:
-        while threads:
-            nbytes = self.written.get()
+    def _report(self, on_bytes: OnBytes, threads: Sequence[threading.Thread]) -> None:
+        ended = 0
+        while ended < len(threads):
+            try:
+                nbytes = self.written.get(timeout=_LOOK_EVERY_S)
+            except queue.Empty:  # a thread without memory may end and not even tell
+                if not any(thread.is_alive() for thread in threads):
+                    raise no_memory("a thread ended without a word") from None
+                continue
             if nbytes is None:
-                threads -= 1
+                ended += 1
             elif not self.errors:
                 on_bytes(nbytes)
 
@@ -158,8 +169,8 @@ class Lane:
         self.to_compute: Pipe[ToCompute] = Pipe(SLOTS, self.closed)
         self.to_writer: Pipe[ToWriter] = Pipe(SLOTS, self.closed)
         suffix = f"-{number}" if memory.lanes > 1 else ""
-        self.threads = [
-            threading.Thread(target=run.guarded, args=(work,), name=f"streamconv-{name}{suffix}", daemon=True)
+        self.work = [
+            (f"{name}{suffix}", work)
             for name, work in (("reader", self.read), ("compute", self.compute), ("writer", self.write))
         ]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from streamconv.formats.base import CELL_ROWS
+from streamconv.threads import Future, Pool
 
 
 class Scratch:
@@ -60,13 +60,13 @@ class Workers:
         self.scratch = tuple(Scratch() for _ in range(count))
         self._numbers = itertools.count()
         self._own = threading.local()
-        self._pool = ThreadPoolExecutor(count, "streamconv-cells", self._take_number)
+        self._pool = Pool(count, "cells", self._take_number)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown()
 
     def map(self, work: Callable[[int, range], None], rows: range) -> None:
         """Have `work` done for all of `rows`; the first error in row order is raised."""

@@ -10,15 +10,15 @@ HF_HUB_OFFLINE).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, get_cached_repo_tree, hf_hub_download, hf_hub_url
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, hf_hub_download
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     HfUriError,
@@ -26,21 +26,17 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RevisionResolutionError,
 )
-from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import (
-    build_hf_headers,
-    hf_raise_for_status,
-    http_stream_backoff,
-    parse_hf_uri,
-    validate_repo_id,
-)
+from huggingface_hub.utils import parse_hf_uri, validate_repo_id
 from tqdm import tqdm
 
 from streamconv.errors import CheckpointError, HubError, OptionError, ResourceError
 from streamconv.progress import OnBytes
 from streamconv.sizes import format_size
 from streamconv.storage.base import Origin, SourceFile
+from streamconv.storage.blobs import HubFile
+from streamconv.storage.cache import cache_folder, contents_checked, is_cached, mark_unchecked
 from streamconv.storage.hub_errors import hub_errors
+from streamconv.storage.listing import COMMIT, list_commit
 from streamconv.storage.local import (
     check_name,
     check_subfolder,
@@ -49,27 +45,20 @@ from streamconv.storage.local import (
     open_folder,
     read_start,
 )
+from streamconv.storage.ranges import request_start
 
 HF = "hf://"
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SPARE_DISK_BYTES = 64 * 2**20
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class HubFile:
-    """A file of a repository: bytes, and what the Hub calls its content (SHA-256 of large files, else git's id)."""
-
-    size: int
-    blob: str
-
-
-@dataclass(frozen=True, slots=True)
 class HubFolder:
     """One commit of a model repository, or a subfolder of it; `folder` is where the cache keeps its files.
 
-    `revision` is what was asked for; `files` are relative to the subfolder.
+    `revision` is what was asked for; `files` are relative to the subfolder. `starts` has length and SHA-256 of what
+    was read of a file by a ranged request, by name: it must be what the whole file then begins with.
     """
 
     location: str
@@ -78,6 +67,7 @@ class HubFolder:
     subfolder: str | None
     folder: Path
     files: Mapping[str, HubFile]
+    starts: dict[str, tuple[int, str]] = field(default_factory=dict, compare=False)
 
     def names(self, subfolder: str | None = None) -> tuple[str, ...]:
         """Names of the files directly inside, or inside `subfolder`, sorted."""
@@ -110,36 +100,57 @@ class HubFolder:
         length = min(length, file.size)
         if not length or not self.missing((file,)):
             return read_start(file, length) if length else b""
-        url = hf_hub_url(self.origin.repo, self._path(file.name), revision=self.origin.commit)
-        headers = build_hf_headers() | {"Range": f"bytes=0-{length - 1}", "Accept-Encoding": "identity"}
         with hub_errors(self.origin.repo):
-            return _request_start(url, headers, length)
+            start = request_start(self.origin, self._path(file.name), self.files[file.name], length)
+        if length > self.starts.get(file.name, (0, ""))[0]:
+            self.starts[file.name] = (length, hashlib.sha256(start).hexdigest())
+        return start
 
     def missing(self, files: Iterable[SourceFile]) -> tuple[SourceFile, ...]:
         """Those of `files` that are of this repository and not in the cache."""
-        own = [file for file in files if file.path == str(self.folder / file.name)]
-        return tuple(file for file in own if not Path(file.path).exists())
+        repo = self.origin.repo
+        return tuple(file for file in self._own(files) if not is_cached(file, self.location, repo))
 
     def fetch(self, files: Iterable[SourceFile], on_bytes: OnBytes) -> None:
-        """Download the missing ones, one after another, straight into the cache.
+        """Download the missing ones, one after another, straight into the cache, and check every content.
 
         One at a time: each is already cut into parallel pieces where the Hub's Xet storage serves it, and an
-        interrupt then ends the one download there is. What was begun is continued by the next call.
+        interrupt then ends the one download there is. What was begun is continued by the next call. Each is read
+        once more while the next one comes, to compare it with what the Hub lists.
         """
-        missing = self.missing(files)
-        _check_space(self.folder, sum(file.size for file in missing))
-        for file in missing:
-            _log.info("downloading %s of %s (%s)", file.name, self.location, format_size(file.size))
-            with hub_errors(self.origin.repo):
-                path = hf_hub_download(
-                    self.origin.repo,
-                    self._path(file.name),
-                    revision=self.origin.commit,
-                    tqdm_class=_counter(on_bytes, file.size),
-                )
-            _check_download(file, Path(path), self.location)
+        own = self._own(files)
+        missing = self.missing(own)
+        repo = self.origin.repo
+        with hub_errors(repo):
+            _check_space(self.folder, sum(file.size for file in missing))
+            with contents_checked(self.location, repo) as check:
+                for file in missing:
+                    _log.info("downloading %s of %s (%s)", file.name, self.location, format_size(file.size))
+                    mark_unchecked(file, repo)
+                    path = hf_hub_download(
+                        repo,
+                        self._path(file.name),
+                        revision=self.origin.commit,
+                        tqdm_class=_counter(on_bytes, file.size),
+                    )
+                    check(file, Path(path))
         if missing:
             _note_commit(self.folder, self.subfolder, self.revision, self.origin.commit)
+        for file in own:
+            self._check_start(file)
+
+    def _own(self, files: Iterable[SourceFile]) -> tuple[SourceFile, ...]:
+        return tuple(file for file in files if file.path == str(self.folder / file.name))
+
+    def _check_start(self, file: SourceFile) -> None:
+        """Raise HubError unless the file begins with what was read before it was here."""
+        length, sha256 = self.starts.pop(file.name, (0, ""))
+        if length and hashlib.sha256(read_start(file, length)).hexdigest() != sha256:
+            raise HubError(
+                f"{self.location}: the first {length} bytes of {file.name} were other ones when its header was read"
+                " than in the file that was downloaded, whose content is as the Hub lists it; run the same command"
+                " again"
+            )
 
     def _path(self, name: str) -> str:
         return f"{self.subfolder}/{name}" if self.subfolder else name
@@ -169,7 +180,7 @@ def open_hub(location: str, revision: str | None, subfolder: str | None) -> HubF
     if subfolder and not inside:
         raise HubError(f"{repo} has no folder {subfolder} at commit {origin.commit}")
     _log.info("%s: the Hub's %s at commit %s", location, repo, origin.commit)
-    folder = _cache_folder(repo) / "snapshots" / origin.commit / prefix
+    folder = cache_folder(repo) / "snapshots" / origin.commit / prefix
     return HubFolder(location, origin, revision, subfolder, folder, inside)
 
 
@@ -209,19 +220,6 @@ def _parse_id(location: str) -> tuple[str, str | None]:
     return repo, revision if at else None
 
 
-def list_commit(repo: str, revision: str) -> tuple[Origin, dict[str, HubFile], Any]:
-    """Commit of a revision, its files by path, and all else the Hub tells of the repository, in one request."""
-    found = HfApi().model_info(
-        repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
-    )
-    files = {}
-    for file in found.siblings or ():
-        blob = file.lfs.sha256 if file.lfs else file.blob_id
-        if file.size is not None and blob is not None:
-            files[file.rfilename] = HubFile(file.size, blob)
-    return Origin(repo, str(found.sha)), files, found
-
-
 def _cached_listing(repo: str, revision: str) -> tuple[Origin, dict[str, HubFile]]:
     """The same from the cache alone: all files of the commit where a download noted them, else those there are."""
     try:
@@ -229,7 +227,7 @@ def _cached_listing(repo: str, revision: str) -> tuple[Origin, dict[str, HubFile
     except RevisionResolutionError as error:
         raise _not_cached(repo, revision) from error
     origin = Origin(repo, commit)
-    snapshot = _cache_folder(repo) / "snapshots" / commit
+    snapshot = cache_folder(repo) / "snapshots" / commit
     if not snapshot.is_dir():
         raise _not_cached(repo, revision)
     files: dict[str, HubFile] = {}
@@ -240,7 +238,8 @@ def _cached_listing(repo: str, revision: str) -> tuple[Origin, dict[str, HubFile
     for path in snapshot.rglob("*"):
         if not path.is_dir():
             file = cached.file(str(path.relative_to(snapshot)))
-            files[file.name] = HubFile(file.size, file.version.partition(":")[2])
+            size = files[file.name].size if file.name in files else file.size
+            files[file.name] = HubFile(size, file.version.partition(":")[2])
     return origin, files
 
 
@@ -249,26 +248,6 @@ def _not_cached(repo: str, revision: str) -> HubError:
         f"{repo} at {revision} is not in the Hub cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set; unset"
         " it, or download the model first with `hf download`"
     )
-
-
-def _cache_folder(repo: str) -> Path:
-    cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
-    return cache / repo_folder_name(repo_id=repo, repo_type="model")
-
-
-def _request_start(url: str, headers: Mapping[str, str], length: int) -> bytes:
-    """The first bytes of `url`; stops reading where a server answers with the whole file all the same."""
-    parts, left = [], length
-    with http_stream_backoff(
-        "GET", url, headers=dict(headers), timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, max_retries=3
-    ) as response:
-        hf_raise_for_status(response)
-        for part in response.iter_bytes():
-            parts.append(part[:left])
-            left -= len(parts[-1])
-            if not left:
-                break
-    return b"".join(parts)
 
 
 def _check_space(folder: Path, nbytes: int) -> None:
@@ -283,28 +262,21 @@ def _check_space(folder: Path, nbytes: int) -> None:
         )
 
 
-def _check_download(file: SourceFile, path: Path, location: str) -> None:
-    if path != Path(file.path) or path.stat().st_size != file.size:
-        raise HubError(
-            f"{location}: {file.name} came to {path} with {path.stat().st_size} bytes, expected {file.path} with"
-            f" {file.size}; remove it and run again"
-        )
-
-
 def _note_commit(folder: Path, subfolder: str | None, revision: str, commit: str) -> None:
     """Note which commit a revision's name stood for, as the library does, so that it is found when offline.
 
     The library notes it for files it fetches by that name; here they are fetched by commit, lest the name move
     in between.
     """
-    if _COMMIT.fullmatch(revision):
+    if COMMIT.fullmatch(revision):
         return
     depth = len(Path(subfolder).parts) if subfolder else 0
     note = folder.parents[depth + 1] / "refs" / revision
-    note.parent.mkdir(parents=True, exist_ok=True)
-    temporary = note.with_name(f".{note.name}.streamconv")
-    temporary.write_text(commit)
-    temporary.replace(note)
+    with contextlib.suppress(OSError):  # a convenience: what was downloaded is here all the same
+        note.parent.mkdir(parents=True, exist_ok=True)
+        temporary = note.with_name(f".{note.name}.streamconv")
+        temporary.write_text(commit)
+        temporary.replace(note)
 
 
 def _counter(on_bytes: Callable[[int], None], size: int) -> type[tqdm]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from json import JSONDecodeError
+from urllib.request import getproxies
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     DisabledRepoError,
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     OfflineModeIsEnabled,
@@ -20,11 +23,27 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from streamconv.credentials import secrets_of_address, without_credentials
 from streamconv.errors import HubError, ResourceError, StreamconvError
 
 _AGAIN = "check the connection and run the same command again: it continues where it stopped"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_HUB = (
+    "{repo}: what answers as the Hub ({hub}) gave something else than the Hub does ({error}); is a login page of this"
+    " network, a proxy or a wrong HF_ENDPOINT in the way? Run the same command again once it is not"
+)
 _BAD_TOKEN = (
     "{repo}: the Hub does not accept the token in use; log in again with `hf auth login`, or correct HF_TOKEN"
+)
+# A page where JSON is expected, and JSON of another shape: what the library makes of them.
+_ODD_ANSWERS = (
+    FileMetadataError,
+    JSONDecodeError,
+    UnicodeDecodeError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RecursionError,
 )
 # The first kind that fits holds: a gated repository is also one that was not found.
 _SENTENCES: Sequence[tuple[type[Exception], str]] = (
@@ -66,20 +85,33 @@ def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
     except StreamconvError:
         raise
     # What a request can raise is not one family: HTTP errors, the transport's own, OSError, ValueError for a
-    # refused blob, and RuntimeError around any of them where an upload fails in a thread.
+    # refused blob, TypeError for an answer of another shape, and RuntimeError around any of them where an upload
+    # fails in a thread.
     except Exception as error:
         raise _translated(error, repo, revision) from error
 
 
+def endpoint() -> str:
+    """Address of the Hub, for messages: without a login that it may hold."""
+    return without_token(constants.ENDPOINT)
+
+
 def _translated(error: Exception, repo: str, revision: str | None) -> StreamconvError:
     chain = list(_chain(error))
-    if any(isinstance(link, OSError) and link.errno == errno.ENOSPC for link in chain):
+    if any(isinstance(link, OSError) and link.errno in _DISK_FULL for link in chain):
         return ResourceError(
             f"{repo}: the disk of the Hub cache ({constants.HF_HUB_CACHE}) is full; free some, or set HF_HOME to a"
             " folder on another disk, then run again"
         )
+    if any(isinstance(link, MemoryError) or "can't start new thread" in str(link) for link in chain):
+        return ResourceError(
+            f"{repo}: no memory or no thread is left for the transfer; end other programs or raise the limits, then"
+            " run the same command again: it continues where it stopped"
+        )
     told = next((text for link in chain if (text := _told(link, repo, revision))), None)
-    return HubError(without_token(told or f"{repo}: the Hub could not do this: {_first_line(error)}"))
+    return HubError(
+        without_token(told or f"{repo}: the Hub could not do this: {_first_line(error)}; {_AGAIN}")
+    )
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -93,9 +125,11 @@ def _told(error: BaseException, repo: str, revision: str | None) -> str | None:
     """Message that `error` gives about `repo`; None where one that it came from may say more."""
     where = {
         "repo": repo,
-        "page": f"{constants.ENDPOINT}/{repo}",
+        "hub": endpoint(),
+        "page": f"{endpoint()}/{repo}",
         "revision": revision,
         "cache": constants.HF_HUB_CACHE,
+        "error": _first_line(error),
     }
     if isinstance(error, HfHubHTTPError) and error.response.status_code == 401 and get_token():
         return _BAD_TOKEN.format(**where)
@@ -104,12 +138,32 @@ def _told(error: BaseException, repo: str, revision: str | None) -> str | None:
             return sentence.format(**where)
     if isinstance(error, HfHubHTTPError):
         return _refused(error, repo)
+    return _transported(error, repo) or (_NO_HUB.format(**where) if isinstance(error, _ODD_ANSWERS) else None)
+
+
+def _transported(error: BaseException, repo: str) -> str | None:
+    """Message of an error of the transport, or of the cache; None for any other."""
     # The transport's classes belong to the HTTP library that huggingface_hub has chosen: known here by name.
     names = {base.__name__ for base in type(error).__mro__}
+    if names & {"LocalProtocolError", "UnicodeEncodeError"}:  # a header that cannot be sent: the login's
+        return (
+            f"{repo}: the token in use has characters that no token has, such as a line break; log in again with `hf"
+            " auth login`, or correct HF_TOKEN"
+        )
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return (
+            f"{repo}: the certificate of the Hub ({endpoint()}) is not accepted ({_first_line(error)}); check the clock"
+            " and the proxy, and name the proxy's certificates in SSL_CERT_FILE"
+        )
     if "TimeoutException" in names:
-        return f"{repo}: the Hub ({constants.ENDPOINT}) did not answer in time; {_AGAIN}"
-    if "TransportError" in names or type(error) is ConnectionError:
-        return f"{repo}: the Hub ({constants.ENDPOINT}) cannot be reached; {_AGAIN}"
+        return f"{repo}: the Hub ({endpoint()}) did not answer in time; {_AGAIN}"
+    if "TransportError" in names or isinstance(error, ConnectionError):
+        return f"{repo}: the Hub ({endpoint()}) cannot be reached; {_AGAIN}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return (
+            f"{repo}: the Hub cache ({constants.HF_HUB_CACHE}) cannot be used: {error.strerror} ({error.filename});"
+            " make it readable and writable, or set HF_HOME to another folder"
+        )
     return None
 
 
@@ -120,7 +174,12 @@ def _refused(error: HfHubHTTPError, repo: str) -> str:
     if status == 403:
         return (
             f"{repo}: the token in use may not do this; give it the permission (to push: write) at"
-            f" {constants.ENDPOINT}/settings/tokens, or log in with another"
+            f" {endpoint()}/settings/tokens, or log in with another"
+        )
+    if status in (409, 412):
+        return (
+            f"{repo}: somebody else changed it at the same time (status {status}), so nothing was committed; look at"
+            " what it holds now, then run the same command again: what was sent need not be sent again"
         )
     if status == 429:
         return f"{repo}: the Hub asks for fewer requests (status 429); wait some minutes and run again"
@@ -132,9 +191,13 @@ def _refused(error: HfHubHTTPError, repo: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """First line of what an error says, with the next where it only announces that."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 1 + lines[0].endswith(":")]) if lines else type(error).__name__
 
 
 def without_token(text: str) -> str:
-    token = get_token()
-    return text.replace(token, "(token)") if token else text
+    """`text` without the token in use, passwords of the Hub's address and of proxies, and any other login."""
+    addresses = (constants.ENDPOINT, *getproxies().values())
+    secrets = [secret for address in addresses for secret in secrets_of_address(address)]
+    return without_credentials(text, [get_token() or "", *secrets])

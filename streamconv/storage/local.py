@@ -10,17 +10,20 @@ folder, or inside the same `models--org--name`, or to the store that all models 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.errors import CheckpointError, OptionError
+from streamconv.errors import CheckpointError, OptionError, StreamconvError
 from streamconv.progress import OnBytes
 from streamconv.storage.base import Origin, SourceFile
+from streamconv.system_errors import lacking
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 _CACHED_MODEL = re.compile(r"models--(?:(.+?)--)?(.+)")  # an organization's name has no two hyphens in a row
@@ -53,24 +56,25 @@ class LocalFolder:
         if self.only is not None:
             return () if subfolder else (self.only,)
         folder, prefix = (self.path / subfolder, f"{subfolder}/") if subfolder else (self.path, "")
-        if subfolder and not folder.is_dir():
-            return ()
-        return tuple(prefix + entry.name for entry in self._entries(folder) if not entry.is_dir())
+        with reading(self._called(folder), "listed"):
+            if subfolder and not folder.is_dir():
+                return ()
+            return tuple(prefix + entry.name for entry in self._entries(folder) if not entry.is_dir())
 
     def folders(self) -> tuple[str, ...]:
         """Names of the folders directly inside, sorted."""
         if self.only is not None:
             return ()
-        return tuple(entry.name for entry in self._entries(self.path) if entry.is_dir())
+        with reading(self.location, "listed"):
+            return tuple(entry.name for entry in self._entries(self.path) if entry.is_dir())
 
     def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
         """All that is directly inside a folder, by name."""
-        try:
-            with os.scandir(folder) as entries:
-                return sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
-            where = self.location if folder == self.path else f"{self.location}: {folder.name}"
-            raise CheckpointError(f"{where}: cannot be listed: {error.strerror}") from error
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+
+    def _called(self, folder: Path) -> str:
+        return self.location if folder == self.path else f"{self.location}: {folder.name}"
 
     def file(self, name: str) -> SourceFile:
         """The file `name`, which may lie in a subfolder (`shards/a.safetensors`). Opens nothing."""
@@ -85,7 +89,8 @@ class LocalFolder:
                 " put the file itself there, or give the folder it lies in"
             )
         found = self._stat(real, name)
-        blob = _blob_id(self.path / name, repo) if repo else None
+        with reading(f"{self.location}: {name}"):
+            blob = _blob_id(self.path / name, repo) if repo else None
         version = f"blob:{blob}" if blob else f"mtime:{found.st_mtime_ns}"
         return SourceFile(name, str(real), found.st_size, version)
 
@@ -96,7 +101,7 @@ class LocalFolder:
             raise CheckpointError(
                 f"{self.location}: {name} has {file.size} bytes, more than the {limit} such a file may have"
             )
-        with open(open_file(file), "rb") as stream:
+        with reading(f"{self.location}: {name}"), open(open_file(file), "rb") as stream:
             return stream.read(limit)
 
     def read_start(self, file: SourceFile, length: int) -> bytes:
@@ -117,19 +122,17 @@ class LocalFolder:
         try:
             return Path(os.path.realpath(path, strict=True))
         except FileNotFoundError as error:
-            if path.is_symlink():
+            if os.path.islink(path):  # noqa: PTH114  that of Path may raise
                 raise CheckpointError(
                     f"{self.location}: {name} is a link to a file that is not there; complete the download"
                 ) from error
             raise CheckpointError(f"{self.location}: {name} is missing") from error
         except OSError as error:  # a loop of links, a name too long, no permission
-            raise CheckpointError(f"{self.location}: {name} cannot be read: {error.strerror}") from error
+            raise _unreadable(error, f"{self.location}: {name}") from error
 
     def _stat(self, real: Path, name: str) -> os.stat_result:
-        try:
+        with reading(f"{self.location}: {name}"):
             found = real.stat()
-        except OSError as error:
-            raise CheckpointError(f"{self.location}: {name} cannot be read: {error.strerror}") from error
         if not stat.S_ISREG(found.st_mode):
             raise CheckpointError(
                 f"{self.location}: {name} must be a regular file, found {_kind(found.st_mode)}"
@@ -147,11 +150,11 @@ def open_folder(location: str) -> LocalFolder:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{location}: no such folder") from error
     except OSError as error:
-        raise CheckpointError(f"{location}: cannot be opened: {error.strerror}") from error
+        raise _unreadable(error, location, "opened") from error
     except (ValueError, RuntimeError) as error:  # a NUL in the name; `~` of an unknown user
         raise CheckpointError(f"{location!r} cannot be a folder: {error}") from error
     if stat.S_ISDIR(mode):
-        return LocalFolder(location, path.resolve())
+        return LocalFolder(location, real_path(path))
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{location} is one file of a checkpoint; give its folder: {path.parent}")
     raise CheckpointError(f"{location} must be a folder with a checkpoint, found {_kind(mode)}")
@@ -163,7 +166,7 @@ def find_file(location: str) -> LocalFolder | None:
     path = os.path.expanduser(location)  # noqa: PTH111
     if not location.endswith(_WHOLE_FILES) or not os.path.isfile(path):  # noqa: PTH113
         return None
-    return LocalFolder(location, Path(path).parent.resolve(), Path(path).name)
+    return LocalFolder(location, real_path(Path(path).parent), Path(path).name)
 
 
 def open_subfolder(location: str, subfolder: str | None) -> LocalFolder:
@@ -182,18 +185,23 @@ def check_subfolder(subfolder: str) -> None:
         )
 
 
+def real_path(location: str | Path) -> Path:
+    """The place that `location` leads to, `~` expanded and links followed as far as they lead anywhere.
+
+    `Path` alone would raise RuntimeError for a loop of links, or `~` of an unknown user.
+    """
+    return Path(os.path.realpath(os.path.expanduser(location)))  # noqa: PTH111
+
+
 def existing_folder(path: Path) -> Path:
     """The folder nearest to `path` that exists: itself, or one it lies in."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    return next(folder for folder in (path, *path.absolute().parents) if os.path.isdir(folder))  # noqa: PTH112
 
 
 def read_start(file: SourceFile, length: int) -> bytes:
     """The first `length` bytes of `file`, or all of it if it is shorter."""
-    try:
-        with open(open_file(file), "rb", buffering=0) as stream:
-            return _read_all(stream, length)
-    except OSError as error:
-        raise CheckpointError(f"{file.name} cannot be read: {error.strerror}") from error
+    with reading(file.name), open(open_file(file), "rb", buffering=0) as stream:
+        return _read_all(stream, length)
 
 
 def _read_all(stream: io.FileIO, length: int) -> bytes:
@@ -211,13 +219,34 @@ def open_file(file: SourceFile) -> int:
     try:
         descriptor = os.open(file.path, flags)
     except OSError as error:
-        raise CheckpointError(f"{file.name} cannot be opened: {error.strerror} ({file.path})") from error
+        told = CheckpointError(f"{file.name} cannot be opened: {error.strerror} ({file.path})")
+        raise lacking(error) or told from error
     try:
-        check_unchanged(file, os.fstat(descriptor))
+        with reading(file.name):
+            check_unchanged(file, os.fstat(descriptor))
     except BaseException:
-        os.close(descriptor)
+        close_file(descriptor)
         raise
     return descriptor
+
+
+def close_file(descriptor: int) -> None:
+    """Close a file that was only read: should that fail, there is nothing to lose."""
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
+
+
+@contextmanager
+def reading(where: str, doing: str = "read") -> Iterator[None]:
+    """Raise CheckpointError, or ResourceError for want of descriptors or memory, where the system refuses to read."""
+    try:
+        yield
+    except OSError as error:
+        raise _unreadable(error, where, doing) from error
+
+
+def _unreadable(error: OSError, where: str, doing: str = "read") -> StreamconvError:
+    return lacking(error) or CheckpointError(f"{where} cannot be {doing}: {error.strerror}")
 
 
 def check_unchanged(file: SourceFile, found: os.stat_result) -> None:

@@ -8,7 +8,6 @@ minutes it commits what it has by then (`_upload_pipeline.py`, MAX_COMMIT_INTERV
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,11 +25,11 @@ from huggingface_hub.utils import (
 
 from streamconv.errors import HubError, OptionError, OutputError, VerificationError
 from streamconv.sizes import format_size
-from streamconv.storage.hub import HubFile, list_commit
-from streamconv.storage.hub_errors import hub_errors
+from streamconv.storage.blobs import GIT, HubFile, content_id
+from streamconv.storage.hub_errors import endpoint, hub_errors, without_token
+from streamconv.storage.listing import list_commit
 from streamconv.storage.local import is_inside
 
-_CHUNK_BYTES = 8 * 2**20
 _SENT_AT_ONCE = 5  # create_commit's own number
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
@@ -61,7 +60,8 @@ class LocalFile:
 class Pushed:
     """Result of an upload: `commit` holds the output's files, `bytes` of them were not there before.
 
-    `pull_request` is the page of the pull request that proposes the commit, None where it is on the branch.
+    `pull_request` is the page of the pull request that proposes the commit, None where it is on the branch. `edited`
+    are files that people may edit, and that are not as they were written.
     """
 
     repo: str
@@ -71,6 +71,7 @@ class Pushed:
     pull_request: str | None
     files: int
     bytes: int
+    edited: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,21 +118,26 @@ def check_target(target: Target, manifest_name: str) -> Remote:
     if role == "read":
         raise HubError(
             f"{target.repo}: the token in use may only read; make one that may write at"
-            f" {constants.ENDPOINT}/settings/tokens and log in with `hf auth login`"
+            f" {endpoint()}/settings/tokens and log in with `hf auth login`"
         )
     if remote.exists and target.private is not None and remote.private is not target.private:
         found, wanted = ("private", "--public") if remote.private else ("public", "--private")
         raise OutputError(
             f"{target.repo} exists and is {found}, and {wanted} was given; change it at"
-            f" {constants.ENDPOINT}/{target.repo}/settings, or leave {wanted} out"
+            f" {endpoint()}/{target.repo}/settings, or leave {wanted} out"
         )
+    _check_model(target, remote, manifest_name)
+    return remote
+
+
+def _check_model(target: Target, remote: Remote, manifest_name: str) -> None:
+    """Raise OutputError if another model's files would be written over."""
     others = [name for name in remote.files if name in _MODEL_FILES or name.endswith(".safetensors")]
     if others and manifest_name not in remote.files and not target.create_pr:
         raise OutputError(
             f"{target.repo} holds another model ({', '.join(sorted(others)[:3])}), which would be written over; push"
             " to a new repository, or add --create-pr to propose the change"
         )
-    return remote
 
 
 def upload(
@@ -139,14 +145,18 @@ def upload(
     remote: Remote,
     files: Mapping[str, LocalFile],
     is_stale: Callable[[str], bool],
+    manifest_name: str,
     message: str,
     show_progress: bool,
     on_progress: Callable[[int, int], None],
+    check: Callable[[], None] = lambda: None,
 ) -> Pushed:
     """Bring `files` to the target in one commit, and compare what the Hub then lists with them.
 
     Remote files that `is_stale` are removed in the same commit. `on_progress` is told of bytes sent, and of all that
-    are to be, after every few large files. Raises HubError, VerificationError.
+    are to be, after every few large files. `check` is called when all contents are sent, before the commit, and may
+    raise. The commit is made only on top of what was compared: should another have been made meanwhile, it is refused.
+    Raises HubError, VerificationError.
     """
     repo = target.repo
     changed = {name: file for name, file in files.items() if not _is_same(remote.files.get(name), file)}
@@ -154,23 +164,25 @@ def upload(
     with hub_errors(repo, target.revision), _bars(show_progress):
         commit, pull_request = remote.commit, None
         if changed or stale or commit is None:
-            _make_place(target, remote)
+            remote = _make_place(target, remote, manifest_name)
             _log.info("uploading %d files to %s", len(changed), repo)
             additions = [CommitOperationAdd(name, str(file.path)) for name, file in sorted(changed.items())]
             _send(target, additions, changed, on_progress)
+            check()
             info = HfApi().create_commit(
                 repo,
                 [*additions, *(CommitOperationDelete(name) for name in stale)],
                 commit_message=target.commit_message or message,
                 revision=target.revision,
                 create_pr=target.create_pr,
+                parent_commit=None if target.create_pr else remote.commit,
             )
-            commit, pull_request = info.oid, info.pr_url
+            commit, pull_request = info.oid, info.pr_url and without_token(info.pr_url)
         _, listed, found = list_commit(repo, commit)
     _compare(repo, listed, files)
     return Pushed(
         repo=repo,
-        url=f"{constants.ENDPOINT}/{repo}",
+        url=f"{endpoint()}/{repo}",
         commit=commit,
         private=bool(found.private),
         pull_request=pull_request,
@@ -228,28 +240,29 @@ def _is_missing(error: BaseException | None) -> bool:
     return type(error) is RepositoryNotFoundError and error.response.status_code == 404
 
 
-def _make_place(target: Target, remote: Remote) -> None:
+def _make_place(target: Target, remote: Remote, manifest_name: str) -> Remote:
+    """Make the repository and branch where they are missing; the target as it is then."""
+    if remote.exists and remote.has_revision:
+        return remote
     if not remote.exists:
         private = target.private is not False
         _log.info("creating %s (%s)", target.repo, "private" if private else "public")
         HfApi().create_repo(target.repo, private=private, exist_ok=True)
     if target.revision is not None and not remote.has_revision:
         HfApi().create_branch(target.repo, branch=target.revision, exist_ok=True)
+    made = _look(target)
+    _check_model(target, made, manifest_name)  # somebody may have made it meanwhile, and filled it
+    return made
 
 
 def _is_same(remote: HubFile | None, file: LocalFile) -> bool:
     """Whether the Hub has the file: it names large ones by SHA-256, small ones by git's id of a blob."""
     if remote is None or remote.size != file.size:
         return False
-    return remote.blob in (file.sha256, _git_id(file))
-
-
-def _git_id(file: LocalFile) -> str:
-    digest = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
-    with file.path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+    if len(remote.blob) == len(GIT):
+        with file.path.open("rb", buffering=0) as stream:
+            return remote.blob == content_id(stream, file.size, GIT)
+    return remote.blob == file.sha256
 
 
 def _compare(repo: str, listed: Mapping[str, HubFile], files: Mapping[str, LocalFile]) -> None:

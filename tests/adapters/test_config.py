@@ -19,6 +19,7 @@ from streamconv.adapters.base import Adapter
 from streamconv.adapters.config import CONFIG_NAME, AdapterConfig, Neutral
 from streamconv.adapters.lora_config import LORA_FIELDS, LoraSettings
 from streamconv.adapters.ranks import module_pattern
+from streamconv.checkpoint.expressions import Expression
 from streamconv.errors import AdapterError, UnsupportedError
 from tests.merging import read
 from tests.tiny import edit_json
@@ -247,7 +248,7 @@ MODULES = [
 ]
 
 
-def compile_pattern(text: str) -> re.Pattern[str]:
+def compile_pattern(text: str) -> Expression:
     return module_pattern(AdapterConfig("config", {}, b""), "rank_pattern", text)
 
 

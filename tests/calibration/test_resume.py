@@ -13,7 +13,8 @@ from streamconv.calibration.kept_inputs import KeptInputs
 from streamconv.calibration.layer_files import LayerFiles
 from streamconv.calibration.need import calibrating_need
 from streamconv.calibration.subject import Subject
-from streamconv.errors import ResourceError, Stopped
+from streamconv.checkpoint.recorded import DIGESTS, hash_file
+from streamconv.errors import OutputError, ResourceError, Stopped
 from streamconv.forward.activations import ActivationFile
 from streamconv.progress import StopRequest
 from tests.calibration import subjects
@@ -92,7 +93,8 @@ def test_a_finished_one_is_read(
     before = calibrated(subject_in(folder), folder / "whole")
     monkeypatch.setattr(LayerFiles, "streams", None)
     assert calibrated(subject_in(folder), folder / "whole") == before
-    assert not [path for path in (folder / "whole").iterdir() if path.suffix not in (".json", ".safetensors")]
+    left = {path.name for path in (folder / "whole").iterdir() if path.suffix != ".safetensors"}
+    assert left == {"calibration.json", DIGESTS}
 
 
 @pytest.mark.parametrize("other", ["text", "states", "torn states"])
@@ -153,3 +155,38 @@ def test_inputs_that_were_not_kept_are_computed_again(
     monkeypatch.setattr(KeptInputs, "read", lambda *_: None)
     calibrated(subject_in(folder), tmp_path)
     assert layer_bytes(tmp_path) == whole
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [0, 2, 1]])
+def test_hidden_states_are_hashed_as_they_lie_in_their_file(tmp_path: Path, order: list[int]) -> None:
+    states, path = torch.randn(5, 3, 4), tmp_path / "a"
+    chosen = [slice(0, 2), slice(2, 4), slice(4, 6)]
+    with ActivationFile(path, (5, 3, 4), hashes=True) as file:
+        for _ in range(2):  # of another layer, in the same file
+            for each in order:
+                file.write(chosen[each], states[chosen[each]])
+            assert file.sync() == hash_file(path)
+            states = torch.randn(5, 3, 4)
+
+
+def test_hidden_states_that_are_cut_short_while_in_use(tmp_path: Path) -> None:
+    with ActivationFile(tmp_path / "a", (5, 3, 4)) as file:
+        (tmp_path / "a").write_bytes(b"cut")
+        with pytest.raises(OutputError, match="ended at byte 3 of 240 while it was in use; run again"):
+            file.read(slice(0, 2))
+
+
+def test_a_layer_before_the_last_is_done_again_from_what_enters_it(
+    folder: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """What entered it is there until the next one writes; without that, all begins anew."""
+    size = calibrating_need(subject_in(folder)).read // 3
+    for layer, begins in ((1, 1), (0, 0)):
+        work = tmp_path / str(layer)
+        stopped_after(folder, work, 2 * size)
+        path = work / f"layer-{layer:05}.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        seen: list[int] = []
+        calibrated(subject_in(folder), work, seen.append)
+        assert seen[0] == begins * size
+        assert layer_bytes(work) == whole

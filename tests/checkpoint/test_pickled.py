@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -16,6 +17,7 @@ from streamconv.checkpoint.reader import TensorReader
 from streamconv.errors import CheckpointError
 from streamconv.storage import open_storage
 from streamconv.storage.base import SourceFile
+from tests.checkpoint.pickles import state, tensor, write_archive
 
 NAME = "pytorch_model.bin"
 
@@ -153,3 +155,43 @@ def test_a_pickle_without_measure_is_not_read(tmp_path: Path, monkeypatch: pytes
     torch.save({"x": torch.ones(2)}, tmp_path / NAME)
     monkeypatch.setattr("streamconv.checkpoint.pickled.MAX_PICKLE_BYTES", 50)
     assert "in more than 50 bytes, which none needs" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"numel": 2**60}, "the bytes of a must be 4611686018427387904, and its place in the file has 64"),
+        ({"numel": 32, "shape": (8, 4)}, "the bytes of a must be 128, and its place in the file has 64"),
+        ({"numel": 8, "shape": (2, 4)}, "the bytes of a must be 32, and its place in the file has 64"),
+        ({"offset": 2**62}, "a ends beyond its place in the file"),
+        ({"offset": 1}, "a must be 68, and its place in the file has 64"),
+        ({"stride": (1, 4)}, "the bytes of a do not lie together"),
+        ({"stride": (2**50, 1)}, "the bytes of a do not lie together"),
+        ({"shape": (2**30,), "stride": (0,)}, "the bytes of a do not lie together"),
+        ({"shape": (2**32, 2**32), "stride": (2**32, 1)}, "overflow"),
+        ({"shape": (-4, 4)}, "overflow"),
+        ({"key": b"../../x"}, "failed locating file"),
+    ],
+    ids=str,
+)
+def test_a_lie_about_a_tensor(tmp_path: Path, fields: dict[str, Any], says: str) -> None:
+    write_archive(tmp_path / NAME, state(tensor(**fields)), {"data/1": bytes(400)})
+    assert says in refusal(tmp_path)
+
+
+def test_a_value_that_is_another_than_its_bytes(tmp_path: Path) -> None:
+    """Of a conjugate the file holds the bytes of the original."""
+    torch.save({"x": torch.ones(3, dtype=torch.complex64).conj()}, tmp_path / NAME)
+    assert "the bytes of x do not lie together" in refusal(tmp_path)
+
+
+def test_a_directory_without_measure_is_not_read(tmp_path: Path) -> None:
+    end = b"PK\x05\x06" + bytes(8) + (2 * 10**8).to_bytes(4, "little") + bytes(6)
+    (tmp_path / NAME).write_bytes(b"PK\x03\x04" + bytes(100) + end)
+    assert "has a directory of 200000000 bytes" in refusal(tmp_path)
+
+
+def test_an_entry_without_measure_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_archive(tmp_path / NAME, state(tensor()), {"extra/x": bytes(5000)})
+    monkeypatch.setattr("streamconv.checkpoint.pickled.MAX_PICKLE_BYTES", 1000)
+    assert "says archive/extra/x in more than 1000 bytes" in refusal(tmp_path)

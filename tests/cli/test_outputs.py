@@ -7,11 +7,13 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import streamconv
 from streamconv.checkpoint.header import read_header
+from streamconv.output.manifest import sealed
 from streamconv.storage import open_storage
 from tests.cli.calls import Inputs, run, sha256, succeed
 from tests.tiny import edit_json, edit_tensors, read_tensors
@@ -47,7 +49,13 @@ def forge(out: Path, offset: int) -> None:
     flip(first(out), offset)
     manifest = json.loads((out / "streamconv.json").read_text())
     manifest["shards"][first(out).name]["sha256"] = sha256(first(out))
-    (out / "streamconv.json").write_text(json.dumps(manifest))
+    (out / "streamconv.json").write_bytes(sealed(manifest))
+
+
+def edit_manifest(out: Path, **fields: Any) -> None:
+    """Set fields of the manifest, and seal it as if it had been written so."""
+    content = json.loads((out / "streamconv.json").read_text()) | fields
+    (out / "streamconv.json").write_bytes(sealed(content))
 
 
 def test_a_good_output_is_verified(merged: Path) -> None:
@@ -85,10 +93,25 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda out: (out / "streamconv-recipe.json").unlink(),
         "streamconv-recipe.json was removed",
     ),
-    "a manifest of no shards": (lambda out: edit_json(out / "streamconv.json", shards={}), "streamconv.json"),
-    "a manifest that is odd": (
-        lambda out: edit_json(out / "streamconv.json", shards={"a": 5}),
-        "streamconv.json",
+    "a manifest of no shards": (lambda out: edit_manifest(out, shards={}), "shards cannot be {}"),
+    "a manifest that is odd": (lambda out: edit_manifest(out, shards={"a": 5}), "must have a size in bytes"),
+    "an edited manifest": (lambda out: edit_json(out / "streamconv.json", shards={}), "streamconv.json"),
+    "the tokenizer edited": (
+        lambda out: (out / "tokenizer.json").write_text("{}"),
+        "tokenizer.json was changed since; restore it",
+    ),
+    "the tokenizer missing": (lambda out: (out / "tokenizer.json").unlink(), "tokenizer.json was removed"),
+    "settings that are no JSON any more": (
+        lambda out: (out / "generation_config.json").write_text("edited"),
+        "generation_config.json was damaged since: it is not valid JSON",
+    ),
+    "a card that is no text any more": (
+        lambda out: (out / "README.md").write_bytes(b"caf\xe9"),
+        "README.md was damaged since: it is not UTF-8",
+    ),
+    "a card of zeros, as crashes leave them": (
+        lambda out: (out / "README.md").write_bytes(bytes(2000)),
+        "README.md was damaged since: it has a NUL in it",
     ),
 }
 
@@ -102,10 +125,27 @@ def test_verify_notices(copy: Path, damage: str) -> None:
     assert says in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["README.md", "generation_config.json", "tokenizer.json"])
-def test_verify_lets_people_edit_what_holds_no_weights(copy: Path, name: str) -> None:
-    (copy / name).write_text("edited")
-    succeed("verify", copy)
+def test_what_people_may_edit_is_told_when_they_did(copy: Path) -> None:
+    (copy / "README.md").write_text("edited")
+    (copy / "processor_config.json").write_text("{}")
+    edit_json(copy / "generation_config.json", do_sample=True)
+    lines = succeed("verify", copy).stdout.splitlines()[1:]
+    assert lines == [
+        f"{copy}: changed since it was written, as people may: README.md, generation_config.json",
+        f"{copy}: added since it was written, as people may: processor_config.json",
+    ]
+    (copy / "generation_config.json").unlink()
+    assert (
+        "removed since it was written, as people may: generation_config.json"
+        in succeed("verify", copy).stdout
+    )
+    found = json.loads(succeed("verify", copy, "--json").stdout)
+    told = {
+        "edited": ["README.md"],
+        "removed": ["generation_config.json"],
+        "added": ["processor_config.json"],
+    }
+    assert {name: found[name] for name in told} == told
 
 
 def test_what_is_no_output_cannot_be_verified(inputs: Inputs) -> None:
@@ -143,7 +183,7 @@ def test_only_full_verification_finds_a_consistent_forgery(inputs: Inputs, copy:
 def test_a_difference_is_not_blamed_on_the_output_where_versions_differ(inputs: Inputs, copy: Path) -> None:
     forge(copy, -1)
     manifest = json.loads((copy / "streamconv.json").read_text())
-    edit_json(copy / "streamconv.json", fingerprint=manifest["fingerprint"] | {"torch": "1.0"})
+    edit_manifest(copy, fingerprint=manifest["fingerprint"] | {"torch": "1.0"})
     result = run("verify", copy, "--full", *inputs.options)
     assert result.exit_code == 7
     assert "made with torch 1.0, now 2" in result.stderr

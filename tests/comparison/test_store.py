@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from streamconv.comparison.store import Store, open_store
+from streamconv.comparison.store import Made, Store, open_store
+from streamconv.errors import OutputError
 
 
 @pytest.fixture
@@ -60,3 +61,26 @@ def test_what_the_user_removed_is_not_kept_any_more(store: Store) -> None:
     store.drop_model("one")
     store.clear_up()
     assert not folder.parent.exists()
+
+
+def test_a_damaged_note_counts_as_none(store: Store) -> None:
+    made = Made(0.987, 12.5, False, 1 << 30)
+    store.keep_made("one", "key", made)
+    assert store.made("one", "key") == made
+    assert store.made("one", "another") is None
+    path = store.folder / "made" / "one.json"
+    content = path.read_bytes()
+    for change in (b"0.187", b"0.987", b"12.6", b"\xff", b"["):
+        damaged = content.replace(b"0.987", change) if change != b"[" else b"[" * 100_000
+        path.write_bytes(damaged)
+        assert store.made("one", "key") == (made if damaged == content else None)
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_what_is_no_file_in_place_of_a_note_is_refused(store: Store, tmp_path: Path, kind: str) -> None:
+    store.keep_made("one", "key", Made(None, None, False, None))
+    path = store.folder / "made" / "one.json"
+    path.rename(tmp_path / "other")
+    path.symlink_to(tmp_path / "other") if kind == "link" else path.mkdir()
+    with pytest.raises(OutputError, match=f"must be a file that streamconv wrote, found a {kind}"):
+        store.made("one", "key")

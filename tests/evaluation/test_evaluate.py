@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -232,9 +232,16 @@ def test_a_reference_that_is_kept_answers_the_same(base: Path, tmp_path: Path, t
     assert other.comparison is not None
     assert abs(other.comparison.kl) < 1e-9
     (states,) = cache.glob("*.states")
-    states.write_bytes(states.read_bytes()[:-1])
-    cut = streamconv.evaluate(tmp_path / "4bit", reference_cache=cache, **asked)
-    assert (cut.comparison, len([*cache.glob("*.states")])) == (plain.comparison, 1)
+    (draft,) = cache.glob("*-greedy-4.json")
+    damages: Sequence[tuple[Path, Callable[[bytes], bytes]]] = (
+        (states, lambda content: content[:-1]),
+        (states, lambda content: content[:-1] + bytes([content[-1] ^ 64])),
+        (draft, lambda content: content.replace(b"[", b"[1, ", 1)),
+    )
+    for path, damage in damages:
+        path.write_bytes(damage(path.read_bytes()))
+        cut = streamconv.evaluate(tmp_path / "4bit", reference_cache=cache, **asked)
+        assert (cut.comparison, len([*cache.glob("*.states")])) == (plain.comparison, 1)
     shorter = asked | {"tokens": LENGTH * 3}
     assert streamconv.evaluate(base, reference_cache=cache, **shorter).sequences == 3
     assert len([*cache.glob("*.states")]) == 2

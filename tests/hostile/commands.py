@@ -12,13 +12,22 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+MODEL_MODULES = (
+    "streamconv.calibration.layers",
+    "streamconv.calibration.need",
+    "streamconv.calibration.equalizing",
+    "streamconv.forward.linears",
+    "streamconv.evaluation.scoring",
+    "streamconv.comparison.running",
+)
+"""Imports of a fork server whose commands run models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +39,8 @@ class Request:
     With a `fault`, such as "EIO", "short" (half of it is done) or "end" (nothing is read), the call fails instead, and
     with `onward` all after it; `of` are functions, such as "preadv", whose calls alone are counted then.
     `kill_after_s` kills by the clock instead. `slow_s` is how long each write of a shard takes. `goes_on` is the
-    process id of a stopped run that shall continue, all else ignored.
+    process id of a stopped run that shall continue, all else ignored. `streams` are what descriptors 0, 1 and 2 are
+    instead of a file: `closed`, `full`, or `gone`, a pipe that nobody reads. `ignored` signals come to nothing.
     """
 
     arguments: tuple[str, ...] = ()
@@ -47,6 +57,8 @@ class Request:
     watermark_bytes: int = 2**28
     grace_s: float = 5.0
     goes_on: int | None = None
+    streams: Mapping[str, str] = field(default_factory=dict)
+    ignored: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

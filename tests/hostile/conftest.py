@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.hostile.commands import Commands, fork_server
+from tests.hostile.commands import MODEL_MODULES, Commands, fork_server
 
 
 @pytest.fixture(scope="session")
@@ -18,12 +18,5 @@ def commands() -> Iterator[Commands]:
 @pytest.fixture(scope="session")
 def model_commands() -> Iterator[Commands]:
     """Of a process that has what runs models imported, too."""
-    with fork_server(
-        "streamconv.calibration.layers",
-        "streamconv.calibration.need",
-        "streamconv.calibration.equalizing",
-        "streamconv.forward.linears",
-        "streamconv.evaluation.scoring",
-        "streamconv.comparison.running",
-    ) as server:
+    with fork_server(*MODEL_MODULES) as server:
         yield server

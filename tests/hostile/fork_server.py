@@ -166,6 +166,20 @@ def _path_of(target: object) -> Path:
         return Path("closed")
 
 
+def replace(number: int, kind: str) -> None:
+    """Make a standard stream what it may be where a program is started; Python has none where its number is free."""
+    if kind == "closed":
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+    elif kind == "full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+    else:
+        reads, writes = os.pipe()
+        os.dup2(writes, number)
+        os.close(reads)
+        os.close(writes)
+
+
 def fork(request: Request, folder: Path) -> int:
     """The process id of a child that runs the request; its answer will be in FOLDER/PID.json."""
     process = os.fork()
@@ -175,14 +189,19 @@ def fork(request: Request, folder: Path) -> int:
     text = os.open(folder / f"{os.getpid()}.text", os.O_WRONLY | os.O_CREAT)
     os.dup2(text, 1)
     os.dup2(text, 2)
+    for number, kind in request.streams.items():
+        replace(int(number), kind)
+    for ignored in request.ignored:
+        signal.signal(ignored, signal.SIG_IGN)
     child = Child(request)
     try:
         child.install()
         code = child.run()
     except BaseException:
         sys.excepthook(*sys.exc_info())
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()  # which fails where the program has left what cannot be written
     answer = {"code": code, "calls": list(child.calls), "hits": child.hits, "starts": child.starts}
     (folder / f"{os.getpid()}.json").write_text(json.dumps(answer))
     os._exit(0)

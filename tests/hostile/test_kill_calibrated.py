@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,3 +105,90 @@ def test_another_text_does_not_go_on_with_what_was_done(case: Case, tmp_path: Pa
     assert refused.code == 4
     assert "holds an unfinished run with other inputs or options (calibration.name: then" in refused.text
     assert layers(out) == {"layer-00000.safetensors"}
+
+
+def flip(path: Path, place: float) -> None:
+    """Turn one bit round, at that share of the file's length."""
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 16
+    path.write_bytes(content)
+
+
+def passed(out: Path) -> list[Path]:
+    """All files of passes over the text, by name."""
+    return sorted(path for path in (out / ".streamconv").glob("*/*") if not path.name.startswith("."))
+
+
+def check_flips(case: Case, folder: Path, at: int, flips: Iterable[tuple[int, float]]) -> None:
+    """Killed before call `at`, a bit turned round in the file of that number, and run again: the same bytes."""
+    stopped = folder / f"stopped {at}"
+    if not stopped.exists():
+        assert case.run(stopped, at).code == -signal.SIGKILL
+    for number, place in flips:
+        out = folder / "flipped"
+        shutil.copytree(stopped, out)
+        path = passed(out)[number % len(passed(out))]
+        flip(path, place)
+        again = case.run(out)
+        assert again.code == 0, f"killed at {at}, {path.name} flipped at {place}: {again.text}"
+        assert tree(out) == case.complete, f"killed at {at}, {path.name} flipped at {place}"
+        shutil.rmtree(out)
+
+
+def ends(case: Case) -> list[int]:
+    """Numbers of the calls that give a layer its name."""
+    return [at for at, call in enumerate(case.calls, 1) if call.startswith("replace layer-")]
+
+
+def test_a_bit_of_a_stopped_calibration_flips(case: Case, tmp_path: Path) -> None:
+    """In gradients that are half there, after a layer, and once all of them are done."""
+    first, last = ends(case)
+    half = 1 + [at for at, call in enumerate(case.calls, 1) if call.startswith("replace gradients-")][1]
+    check_flips(case, tmp_path, half, [(2, 0.9), (3, 0.5), (4, 0.7)])
+    check_flips(case, tmp_path, first + 1, [(2, 0.1), (3, 0.5), (5, 0.5), (6, 0.01)])
+    check_flips(case, tmp_path, last + 5, [(2, 0.9)])
+
+
+@pytest.mark.sweep
+def test_any_bit_of_a_stopped_calibration_flips(case: Case, tmp_path: Path) -> None:
+    points = [
+        at for at, call in enumerate(case.calls, 1) if call.startswith(("replace gradient", "replace layer"))
+    ]
+    for at in [1 + each for each in points]:
+        check_flips(case, tmp_path, at, [(number, place) for number in range(8) for place in (0.01, 0.6)])
+
+
+def put_in_place(path: Path, kind: str, other: Path) -> None:
+    """Something of this kind where a file was; a link leads to `other`."""
+    path.unlink()
+    match kind:
+        case "link":
+            path.symlink_to(other)
+        case "pipe":
+            os.mkfifo(path)
+        case _:
+            path.mkdir()
+
+
+def test_what_is_no_file_in_place_of_one_is_refused(case: Case, tmp_path: Path) -> None:
+    stopped, other = tmp_path / "stopped", tmp_path / "precious"
+    assert case.run(stopped, ends(case)[0] + 1).code == -signal.SIGKILL
+    for name, kind in [
+        ("reference-1", "link"),
+        ("quantized-1", "pipe"),
+        ("layer-00000.safetensors", "link"),
+        ("layer-00000.safetensors", "folder"),
+        ("hashes", "pipe"),
+        ("calibration.json", "link"),
+    ]:
+        out = tmp_path / f"{name} {kind}"
+        shutil.copytree(stopped, out)
+        path = out / ".streamconv/calibration" / name
+        other.write_bytes(content := path.read_bytes())  # the very bytes do not make a link the file
+        put_in_place(path, kind, other)
+        refused = case.run(out)
+        assert refused.code == 4, refused.text
+        said = " ".join(refused.text.split())
+        assert str(path) in said
+        assert f"a {'named pipe' if kind == 'pipe' else kind}" in said
+        assert other.read_bytes() == content

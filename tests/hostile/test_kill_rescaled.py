@@ -12,7 +12,7 @@ from peft import LoraConfig
 from tests.forward.texts import save_tokenizer, write_text
 from tests.hostile.commands import Commands
 from tests.hostile.test_kill import check_final_names, spread, tree
-from tests.hostile.test_kill_calibrated import Case
+from tests.hostile.test_kill_calibrated import Case, check_flips, ends
 from tests.tiny import llama_config, save_adapter, save_base
 
 POINTS = 5
@@ -42,20 +42,31 @@ def layers(out: Path) -> int:
 
 def test_killed_anywhere_and_run_again_the_folder_is_the_same(case: Case, tmp_path: Path) -> None:
     assert case.complete is not None
-    ends = [at for at, call in enumerate(case.calls, 1) if call.startswith("replace layer-")]
-    assert len(ends) == 4  # two layers, in two passes
+    named = ends(case)
+    assert len(named) == 4  # two layers, in two passes
     # In the midst of each pass, and from there to the end.
-    points = [ends[0], ends[1], ends[2], *list(spread(len(case.calls) - ends[2], POINTS - 2))[1:]]
-    points[3:] = [ends[2] + at for at in points[3:]]
+    points = [named[0], named[1], named[2], *list(spread(len(case.calls) - named[2], POINTS - 2))[1:]]
+    points[3:] = [named[2] + at for at in points[3:]]
     for number, at in enumerate(points):
-        out, done = tmp_path / str(at), sum(end < at for end in ends)
+        out, done = tmp_path / str(at), sum(end < at for end in named)
         killed = case.run(out, at, tears=number % 2 == 0)
         assert killed.code == -signal.SIGKILL
         check_final_names(out, case.complete)
-        if at <= ends[-1]:
+        if at <= named[-1]:
             assert layers(out) == done
         again = case.run(out)
         assert again.code == 0, f"killed at {at}, {case.calls[at - 1]}: {again.text}"
         assert tree(out) == case.complete, f"killed at {at}, {case.calls[at - 1]}"
         # What was done is not done again.
-        assert sum(call.startswith("replace layer-") for call in again.calls) == len(ends) - done
+        assert sum(call.startswith("replace layer-") for call in again.calls) == len(named) - done
+
+
+def test_a_bit_of_a_stopped_rescaling_flips(case: Case, tmp_path: Path) -> None:
+    check_flips(case, tmp_path, ends(case)[0] + 1, [(2, 0.9), (4, 0.5)])
+    check_flips(case, tmp_path, ends(case)[2] + 1, [(-2, 0.02)])
+
+
+@pytest.mark.sweep
+def test_any_bit_of_a_stopped_rescaling_flips(case: Case, tmp_path: Path) -> None:
+    for at in [1 + each for each in ends(case)]:
+        check_flips(case, tmp_path, at, [(number, place) for number in range(12) for place in (0.01, 0.6)])

@@ -172,6 +172,55 @@ def test_the_card_is_the_same_each_time_and_says_nothing_of_this_machine(
         assert private not in card
 
 
+HOSTILE_CLASS = "x import y\nimport os; os.system('id')  # ForX"
+
+
+@pytest.mark.parametrize(
+    ("architectures", "own", "loader"),
+    [
+        ([HOSTILE_CLASS], None, "AutoModel"),
+        (["LlamaForCausalLM\nimport os"], None, "AutoModel"),
+        (["__import__('os')"], None, "AutoModel"),
+        (["x; ForCausalLM"], None, "AutoModelForCausalLM"),
+        (["LlamaForSequenceClassification"], None, "LlamaForSequenceClassification"),
+        (
+            ["OwnForX"],
+            {"AutoModel\n": "x.Y", "AutoModelForImageTextToText": "x.Y"},
+            "AutoModelForImageTextToText",
+        ),
+        (["OwnForX"], {"import os; os": "x.Y"}, "AutoModel"),
+    ],
+)
+def test_only_a_class_stands_in_the_code(
+    folder: Path, tmp_path: Path, architectures: list[str], own: dict[str, str] | None, loader: str
+) -> None:
+    base = shutil.copytree(folder / "base", tmp_path / "base")
+    edit_json(base / "config.json", architectures=architectures, **({"auto_map": own} if own else {}))
+    streamconv.convert(base, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"from transformers import {', '.join(sorted((loader, 'AutoTokenizer')))}\n" in card
+    assert f"\nmodel = {loader}.from_pretrained(" in card
+    assert "os" not in re.findall(r"\w+", card)
+
+
+def test_names_do_nothing_in_markdown_and_yaml(folder: Path, tmp_path: Path) -> None:
+    """Hub ids come from folders' names, which anyone may have chosen."""
+    evil = "x`|<img src=y>[z](javascript:w) --- # Heading\x1b]0;t\x07\u202e__b__: {a: 1}"
+    base = as_hub_snapshot(folder / "base", tmp_path / f"models--org--{evil}")
+    head = 'license: |\n  mit\n  ---\n  # Heading\nlanguage: "en\\n---\\nfr"\n'
+    (base / "README.md").write_text(f"---\n{head}---\n")
+    streamconv.merge(base, folder / "adapter", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(char.isprintable() or char == "\n" for char in card)
+    body = card.partition("\n---\n")[2]
+    assert "base_model" not in metadata(card)
+    assert "license" not in metadata(card)
+    assert "language" not in metadata(card)
+    assert [line for line in card.split("\n") if line.startswith("#")] == ["# Merged model", "## Load it"]
+    assert "<img" not in body
+    assert not re.search(r"(?<!\\)[\[`|]", body.split("| base |")[1].split(" at commit")[0])
+
+
 def test_no_card_if_not_wanted(folder: Path, tmp_path: Path) -> None:
     streamconv.merge(folder / "base", folder / "adapter", tmp_path / "out", card=False)
     assert not (tmp_path / "out" / "README.md").exists()

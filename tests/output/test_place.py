@@ -71,6 +71,8 @@ def test_free_space_is_compared_with_what_is_still_to_be_taken(
         check_disk([(out, plan, plan.shards[:1], journal)])
         monkeypatch.setattr(place, "free_bytes", lambda path: spare)
         check_disk([(out, plan, (), journal)])
+        with pytest.raises(ResourceError, match="1 B are missing"):
+            check_disk([(out, plan, (), journal)], copied_bytes=1)
 
 
 def test_a_sparse_partial_file_has_taken_nothing(

@@ -23,7 +23,14 @@ from transformers import (
 import streamconv
 from streamconv.checkpoint.config import edit_config
 from streamconv.errors import CheckpointError, OptionError
-from streamconv.output.sidecars import MODEL, NEVER, files_to_copy, notes_on_processors
+from streamconv.output.sidecars import (
+    MODEL,
+    NEVER,
+    PROCESSORS,
+    custom_code,
+    files_to_copy,
+    notes_on_processors,
+)
 from streamconv.output.tokenizer import TokenizerChoice
 from streamconv.output.tokenizer_files import CHAT_TEMPLATES, TOKENIZER, files_of
 from streamconv.storage import open_storage
@@ -88,12 +95,9 @@ def names(
     extra: tuple[str, ...] = (),
     tokenizer: Path | None = None,
 ) -> set[str]:
-    files = files_to_copy(
-        open_storage(str(base)),
-        TokenizerChoice(files_of(open_storage(str(tokenizer or base)))),
-        config or {},
-        extra,
-    )
+    storage = open_storage(str(base))
+    chosen = TokenizerChoice(files_of(open_storage(str(tokenizer or base))))
+    files = files_to_copy(storage, chosen, custom_code(storage, config or {}), extra)
     assert [file.name for file in files] == sorted(file.name for file in files)
     return {file.name for file in files}
 
@@ -105,6 +109,55 @@ def test_just_the_listed_files_are_copied(base: Path) -> None:
     assert names(base) == COPIED
     (base / "tokenizer_config.json").unlink()
     assert names(base) == COPIED - {"tokenizer_config.json"}
+
+
+def code_notes(base: Path, config: Mapping[str, Any], extra: tuple[str, ...] = ()) -> tuple[str, ...]:
+    storage = open_storage(str(base))
+    code = custom_code(storage, config)
+    return code.notes(files_to_copy(storage, TokenizerChoice(files_of(storage)), code, extra))
+
+
+STRANGE: tuple[Any, ...] = (3, True, [], {}, {"x": None}, {"x": [3, {}]}, "")
+OWN = {"AutoModel": "modeling_own.Own"}
+RUNS_OWN = (
+    "custom code modeling_own.py is copied and was not run; loading the model needs trust_remote_code=True, which runs "
+    "it: read it before"
+)
+LEAVES_OWN = "code modeling_own.py beside the base is not copied, as no config names it"
+FETCHES = (
+    "configs name code of org/repo, which is no part of the model; loading it needs trust_remote_code=True, which "
+    "fetches that from the Hub and runs it"
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"auto_map": OWN}, (RUNS_OWN,)),
+        ({"vision_config": {"auto_map": OWN}}, (RUNS_OWN,)),
+        ({}, (LEAVES_OWN,)),
+        ({"auto_map": {"AutoModel": "org/repo--modeling_own.Own"}}, (FETCHES, LEAVES_OWN)),
+        ({"auto_map": OWN | {"AutoConfig": "org/repo--modeling_own.Own"}}, (RUNS_OWN, FETCHES)),
+        *(({"auto_map": strange}, (LEAVES_OWN,)) for strange in STRANGE),
+    ],
+)
+def test_what_becomes_of_code_is_said(
+    base: Path, config: Mapping[str, Any], expected: tuple[str, ...]
+) -> None:
+    assert code_notes(base, config) == expected
+    assert ("modeling_own.py" in names(base, config)) is (RUNS_OWN in expected)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_code_of_processors_goes_along(base: Path, name: str) -> None:
+    (base / name).write_text(json.dumps({"auto_map": {"AutoProcessor": "modeling_own.Own"}}))
+    assert code_notes(base, {}) == (RUNS_OWN,)
+    (base / name).write_text("no JSON")
+    assert code_notes(base, {}) == (LEAVES_OWN,)
+
+
+def test_code_that_is_asked_for_is_said(base: Path) -> None:
+    assert code_notes(base, {}, ("modeling_*",)) == (RUNS_OWN,)
 
 
 @pytest.mark.parametrize("where", ["config", "tokenizer"])
@@ -252,8 +305,20 @@ def test_other_settings_of_the_processor_are_said(base: Path, tmp_path: Path) ->
 def test_what_is_written_anew_is_not_copied(base: Path) -> None:
     storage = open_storage(str(base))
     written = {"generation_config.json": b"{}", "chat_template.jinja": b"x"}
-    files = files_to_copy(storage, TokenizerChoice(files_of(storage), written), {}, ())
+    files = files_to_copy(storage, TokenizerChoice(files_of(storage), written), custom_code(storage, {}), ())
     assert {file.name for file in files} == COPIED - written.keys()
+
+
+def test_a_file_with_a_hole_is_told_before_the_disk_is_full_of_it(base: Path) -> None:
+    storage = open_storage(str(base))
+    with (base / "LICENSE").open("wb") as file:
+        file.truncate(8 * 10**12)
+    with pytest.raises(
+        CheckpointError, match=r"LICENSE has 8 TB, .* unasked is larger than 1 GB; .* LICENSE if"
+    ):
+        files_to_copy(storage, TokenizerChoice({}), custom_code(storage, {}), ())
+    found = files_to_copy(storage, TokenizerChoice({}), custom_code(storage, {}), ("LICENSE",))
+    assert max(file.size for file in found) == 8 * 10**12
 
 
 # -- config.json ---------------------------------------------------------------------------------------------------

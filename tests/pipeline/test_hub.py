@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +26,7 @@ from peft import LoraConfig
 import streamconv
 from streamconv.cli import main
 from streamconv.errors import HubError, InputError, OptionError, OutputError, ResourceError, VerificationError
+from streamconv.output.manifest import sealed
 from streamconv.output.sidecars import RESIDUAL_CONFIG, RESIDUAL_TENSORS
 from streamconv.output.tokenizer_files import CHAT_TEMPLATES
 from streamconv.pipeline import downloads, runner
@@ -508,6 +513,187 @@ def test_a_hub_that_lists_other_content(hub: Hub, output: Path) -> None:
         streamconv.push(output, "me/merged")
 
 
+# -- only what is in the folder -------------------------------------------------------------------------------------
+
+SECRET = "-----BEGIN OPENSSH PRIVATE KEY-----"
+
+
+def nowhere(hub: Hub, text: str = SECRET) -> bool:
+    """Whether no part of the Hub has the text."""
+    commits = [
+        content
+        for repo in hub.repos.values()
+        for files in repo.commits.values()
+        for content in files.values()
+    ]
+    return not any(text.encode() in content for content in [*commits, *hub.blobs.values()])
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    folder = tmp_path / "home" / ".ssh"
+    folder.mkdir(parents=True)
+    (folder / "id_rsa").write_text(SECRET)
+    return folder / "id_rsa"
+
+
+@pytest.mark.parametrize("link", ["notes.txt", "README.md", "more.json", "residual/adapter_config.json"])
+@pytest.mark.parametrize("how", ["link", "link to a link", "relative", "folder", "broken", "pipe", "socket"])
+def test_what_is_no_file_of_the_folder_is_not_pushed(
+    hub: Hub, output: Path, secret: Path, tmp_path: Path, link: str, how: str
+) -> None:
+    path = output / link
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    if path.parent != output:  # only files that the manifest lists are pushed from there
+        manifest = json.loads((output / "streamconv.json").read_text())
+        manifest["files"][link] = {"size": len(SECRET), "sha256": hashlib.sha256(SECRET.encode()).hexdigest()}
+        (output / "streamconv.json").write_text(json.dumps(manifest))
+    told = rf"{re.escape(str(path))} is a link that leads outside the output, to .*; remove the link, or put a copy"
+    match how:
+        case "link":
+            path.symlink_to(secret)
+        case "link to a link":
+            (output / ".other").symlink_to(secret)
+            path.symlink_to(output / ".other")
+        case "relative":
+            path.symlink_to(Path(os.path.relpath(secret, path.parent)))
+        case "folder":
+            if path.parent == output:
+                path.symlink_to(secret.parent)  # as other folders: left here
+                streamconv.push(output, "me/merged")
+                assert link not in hub.head("me/merged")
+                assert nowhere(hub)
+                return
+            path.parent.rmdir()
+            path.parent.symlink_to(secret.parent)
+            secret.rename(secret.with_name(path.name))
+        case "broken":
+            path.symlink_to(tmp_path / "nowhere")
+        case "pipe":
+            os.mkfifo(path)
+            told = "must be a regular file, found a named pipe; move it elsewhere, then push again"
+        case "socket":
+            with socket.socket(socket.AF_UNIX) as made, contextlib.chdir(path.parent):
+                made.bind(path.name)
+            told = "must be a regular file, found a socket; move it elsewhere, then push again"
+    result = run("push", output, "me/merged")
+    assert result.exit_code == 3, result.output
+    assert re.search(told, result.stderr), result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not hub.repos
+    assert nowhere(hub)
+
+
+def test_a_link_that_stays_inside_is_pushed_as_its_file(hub: Hub, output: Path) -> None:
+    (output / "notes.txt").write_text("mine")
+    (output / "more.txt").symlink_to("notes.txt")
+    streamconv.push(output, "me/merged")
+    assert hub.head("me/merged")["more.txt"] == b"mine"
+
+
+@pytest.mark.parametrize(
+    "when", ["*/whoami-v2", "*/preupload/*", "*/objects/batch", "/blobs/*", "*/validate-yaml"]
+)
+@pytest.mark.parametrize("name", ["notes.txt", "README.md", "large.bin", "shard"])
+def test_a_name_that_becomes_a_link_meanwhile(
+    hub: Hub, output: Path, secret: Path, name: str, when: str
+) -> None:
+    """The file that was looked at is sent, whatever its name leads to by then; or nothing is."""
+    path = min(output.glob("*.safetensors")) if name == "shard" else output / name
+    if not path.exists():
+        path.write_text("mine")
+    before = path.read_bytes()
+
+    def swap(request: Request) -> None:
+        if request in hub.asked(when) and not path.is_symlink():
+            path.rename(output.parent / path.name)
+            path.symlink_to(secret)
+
+    hub.before = swap
+    result = run("push", output, "me/merged")
+    assert path.is_symlink()
+    assert nowhere(hub)
+    assert TOKEN not in result.output
+    if result.exit_code == 0:
+        assert hub.head("me/merged")[path.name] == before
+    else:
+        assert result.exit_code in (3, 7), result.output
+        assert not hub.repos
+
+
+def test_a_file_that_is_written_to_meanwhile_is_not_committed(hub: Hub, output: Path) -> None:
+    def write(request: Request) -> None:
+        if request.method == "PUT":
+            (output / "README.md").write_text("# Other")
+
+    hub.before = write
+    result = run("push", output, "me/merged")
+    assert result.exit_code == 3
+    assert "README.md changed while it was pushed; push again once nothing writes to it" in result.stderr
+    assert set(hub.head("me/merged")) == {".gitattributes"}
+    hub.before = lambda _: None
+    succeed("push", output, "me/merged")
+
+
+# -- others at the same time ----------------------------------------------------------------------------------------
+
+
+def test_a_branch_that_moved_since_it_was_looked_at(hub: Hub, output: Path) -> None:
+    """Else the commit would mix two models, or undo somebody's."""
+    streamconv.push(output, "me/merged")
+    (output / "README.md").write_text("# Mine")
+    theirs = hub.head("me/merged") | {"README.md": b"# Theirs"}
+
+    def move(request: Request) -> None:
+        if "/preupload/" in request.path and hub.head("me/merged") != theirs:
+            hub.repos["me/merged"].commit(theirs)
+
+    hub.before = move
+    result = run("push", output, "me/merged", "-q")
+    assert (result.exit_code, result.stderr.count("\n")) == (6, 1)
+    assert (
+        "me/merged: somebody else changed it at the same time (status 412), so nothing was" in result.stderr
+    )
+    assert hub.head("me/merged") == theirs
+    hub.before = lambda _: None
+    succeed("push", output, "me/merged")
+    assert hub.head("me/merged")["README.md"] == b"# Mine"
+
+
+def test_a_repository_that_somebody_else_makes_and_fills_meanwhile(
+    hub: Hub, inputs: Inputs, output: Path
+) -> None:
+    def make(request: Request) -> None:
+        if request.path == "/api/repos/create":
+            hub.add("me/merged", inputs.base)
+
+    hub.before = make
+    result = run("push", output, "me/merged")
+    assert result.exit_code == 4, result.output
+    assert "me/merged holds another model" in result.stderr
+    assert hub.head("me/merged").keys() == contents(inputs.base).keys()
+
+
+def test_a_push_that_fails_after_the_merge_says_what_is_there(
+    stocked: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    stocked.refuse = lambda request: 503 if "/preupload/" in request.path else None
+    out = tmp_path / "my out"
+    result = run(
+        "merge", *INPUTS, "-o", out, "--push-to", "me/merged", "--public", "--push-revision", "v2", "-q"
+    )
+    assert (result.exit_code, result.stderr.count("\n")) == (6, 1)
+    command = f"streamconv push '{out}' me/merged --public --revision v2"
+    assert "the Hub has a problem (status 503)" in result.stderr
+    assert result.stderr.endswith(f". The output in {out} is complete; to push it, run `{command}`\n")
+    succeed("verify", out)
+    stocked.refuse = lambda _: None
+    succeed(*shlex.split(command)[1:])
+    assert contents(out).items() <= stocked.head("me/merged", "v2").items()
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -653,7 +839,8 @@ from streamconv.storage.upload import LocalFile, check_target, parse_target, upl
 target = parse_target("me/merged", None, False, None, None)
 files = {path.name: LocalFile(path, path.stat().st_size, "") for path in Path(sys.argv[1]).glob("*.safetensors")}
 with on_signals(leave):
-    upload(target, check_target(target, "streamconv.json"), files, lambda _: False, "message", False, lambda *_: None)
+    remote = check_target(target, "streamconv.json")
+    upload(target, remote, files, lambda _: False, "streamconv.json", "message", False, lambda *_: None)
 """
 
 
@@ -682,7 +869,7 @@ def test_a_download_killed_midway_goes_on(stocked: Hub, inputs: Inputs, tmp_path
 
     stocked.before = kill
     code, text = wait(process)
-    assert code == -signal.SIGTERM
+    assert (code, text) == (143, "\nstopped; the same command goes on\n")
     assert not (tmp_path / "out").exists()
     stocked.before = lambda _: None
     stocked.requests.clear()
@@ -720,7 +907,7 @@ def test_a_residual_adapter_travels_with_its_model(hub: Hub, output: Path, tmp_p
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_bytes(b"{}")
         manifest["files"][name] = {"size": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
-    path.write_text(json.dumps(manifest))
+    path.write_bytes(sealed(manifest))
     (out / RESIDUAL_TENSORS).with_name("notes.txt").write_text("mine")
     streamconv.push(out, "me/out")
     assert set(hub.head("me/out")) == {*contents(output), ".gitattributes", RESIDUAL_CONFIG, RESIDUAL_TENSORS}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
 from streamconv.errors import CheckpointError, HubError, OptionError, ResourceError
-from streamconv.storage import open_storage
+from streamconv.storage import cache, open_storage
 from streamconv.storage.hub import HubFolder, open_hub, parse_hub_id
-from tests.hub_stub import TOKEN, Hub, Repo, Request, git_id, sha256
+from tests.hub_stub import TOKEN, Answer, Hub, Repo, Request, git_id, sha256
 from tests.hubs import hub
 
 __all__ = ["hub"]
@@ -174,8 +175,302 @@ def test_a_file_that_is_not_what_was_listed(hub: Hub) -> None:
     commit = add(hub)
     found = open_hub("org/model", None, None)
     hub.repos["org/model"].commits[commit] = FILES | {"config.json": b"{  }"}
-    with pytest.raises(HubError, match=r"config\.json came to .* with 4 bytes, expected .* with 2"):
+    with pytest.raises(
+        HubError, match=r"config\.json came to .* with 4 bytes, expected .* with 2; it was removed"
+    ):
         found.read_bytes("config.json", 10)
+
+
+# -- what came is what the Hub lists -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_another_content_of_the_same_size_is_not_kept(hub: Hub, name: str) -> None:
+    """A large file by its SHA-256, a small one by git's id; the next call downloads it again."""
+    add(hub)
+    found = open_hub("org/model", None, None)
+    file = found.file(name)
+    hub.tamper = flipped
+    with pytest.raises(
+        HubError, match=rf"{name} came to .* with another content than the Hub lists: [0-9a-f]+,"
+    ) as caught:
+        found.fetch([file], lambda _: None)
+    assert "it was removed from the Hub cache: the same command then downloads it again" in str(caught.value)
+    cache = found.folder.parents[1]
+    assert not [path for path in cache.rglob("*") if path.is_file() and path.stat().st_size == file.size]
+    assert found.missing([file]) == (file,)
+    hub.tamper = None
+    open_hub("org/model", None, None).fetch([file], lambda _: None)
+    assert Path(file.path).read_bytes() == FILES[name]
+
+
+def test_all_files_before_the_last_are_checked_too(hub: Hub) -> None:
+    """The check of one runs beside the download of the next."""
+    for bad in range(3):
+        files = {f"{number}.safetensors": bytes([bad, number]) * 25_000 for number in range(3)}
+        hub.repos["org/model"] = Repo()
+        hub.repos["org/model"].commit(files)
+        found = open_hub("org/model", None, None)
+        hub.tamper = lambda name, content, bad=f"{bad}.safetensors": (
+            flipped(name, content) if name == bad else content
+        )
+        with pytest.raises(HubError, match=rf"{bad}\.safetensors came to"):
+            found.fetch([found.file(name) for name in files], lambda _: None)
+        assert not Path(found.file(f"{bad}.safetensors").path).exists()
+
+
+def test_a_download_that_was_never_checked_is_checked_by_the_next_run(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the last byte and before the check."""
+    add(hub)
+    found = open_hub("org/model", None, None)
+    file = found.file("model.safetensors")
+    hub.tamper = flipped
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "content_id", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            found.fetch([file], lambda _: None)
+    assert Path(file.path).exists()
+    hub.tamper = None
+    again = open_hub("org/model", None, None)
+    with pytest.raises(HubError, match="with another content than the Hub lists"):
+        again.fetch([file], lambda _: None)
+    again.fetch([file], lambda _: None)
+    assert Path(file.path).read_bytes() == FILES[file.name]
+    assert again.missing([file]) == ()
+
+
+def test_what_cannot_be_removed_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(hub)
+    found = open_hub("org/model", None, None)
+    hub.tamper = flipped
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    blob = found.folder.parents[1] / "blobs" / sha256(FILES["model.safetensors"])
+    monkeypatch.setattr(cache, "Path", type("Kept", (type(blob),), {"unlink": refuse}))
+    with pytest.raises(HubError, match="came to") as caught:
+        found.fetch([found.file("model.safetensors")], lambda _: None)
+    assert f"; remove {blob}: the same command" in str(caught.value)
+
+
+def test_links_that_lead_out_of_the_cache_are_not_followed(hub: Hub, tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    (root / "blobs").mkdir(parents=True)
+    mine = tmp_path / "mine"
+    mine.write_text("precious")
+    (root / "blobs" / "b").symlink_to(mine)
+    (root / "pointer").symlink_to("blobs/b")
+    assert cache.remove_cached(root / "pointer") is None
+    assert (mine.read_text(), [*root.rglob("*")]) == ("precious", [root / "blobs"])
+
+
+@pytest.mark.parametrize("size", [0, 100, 200_001, None])
+@pytest.mark.parametrize("is_offline", [False, True])
+def test_a_cached_file_of_another_size_is_named_with_its_path(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, size: int | None, is_offline: bool
+) -> None:
+    """It was cut when it was downloaded, or written to since; nothing but removing it helps."""
+    from huggingface_hub import snapshot_download
+
+    add(hub)
+    snapshot_download("org/model")
+    found = open_hub("org/model", None, None)
+    file = found.file("model.safetensors")
+    blob = Path(file.path).resolve()
+    blob.unlink()
+    blob.mkdir() if size is None else blob.write_bytes(bytes(size))
+    if is_offline:
+        if size is None:
+            pytest.skip("a folder is no file of the listing that the cache has")
+        offline(monkeypatch)
+        found = open_hub("org/model", None, None)
+    has = "something that is no file" if size is None else f"{size} bytes"
+    told = (
+        rf"model\.safetensors in the Hub cache is not whole: it has {has}, and the Hub lists 200000 bytes;"
+        rf" remove {blob} "
+    )
+    for use in (start, whole_model, lambda each: each.missing([file])):
+        with pytest.raises(CheckpointError, match=told):
+            use(found)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    blob.rmdir() if size is None else blob.unlink()
+    assert whole_model(open_hub("org/model", None, None)) == FILES["model.safetensors"]
+
+
+def flipped(path: str, content: bytes) -> bytes:
+    del path
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+def whole_model(found: HubFolder) -> bytes:
+    return found.read_bytes("model.safetensors", 10**6)
+
+
+# -- ranged requests -----------------------------------------------------------------------------------------------
+
+COMMIT = "0123456789" * 4
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "content", "told"),
+    [
+        (206, {"Content_Range": "bytes 0-8/200000"}, bytes(8), "8 of the first 9 bytes"),
+        (206, {"Content_Range": "bytes 0-8/200000"}, b"", "0 of the first 9 bytes"),
+        (
+            206,
+            {"Content_Range": "bytes 100-108/200000"},
+            bytes(9),
+            "range 'bytes 100-108/200000', which was not asked",
+        ),
+        (
+            206,
+            {"Content_Range": "bytes 0-8/200001"},
+            bytes(9),
+            "200001 bytes in all, where 200000 are listed",
+        ),
+        (206, {"Content_Range": "bytes"}, bytes(9), "the range 'bytes'"),
+        (206, {}, bytes(9), "the range ''"),
+        (200, {}, bytes(9), "9 bytes in all, where 200000 are listed"),
+        (200, {"Content_Type": "text/html; charset=utf-8"}, b"<html>...", "a web page"),
+        (206, {"Content_Range": "bytes 0-8/200000", "X_Repo_Commit": COMMIT}, bytes(9), f"commit '{COMMIT}'"),
+        (
+            206,
+            {"Content_Range": "bytes 0-8/200000", "ETag": f'"{"a" * 64}"'},
+            bytes(9),
+            f"the content {'a' * 64}, where",
+        ),
+        (
+            206,
+            {"Content_Range": "bytes 0-8/200000", "X_Linked_Etag": f'W/"{"b" * 64}"'},
+            bytes(9),
+            f"the content {'b' * 64}",
+        ),
+        (204, {}, b"", "0 bytes in all"),
+        (304, {}, b"", "0 of the first 9 bytes"),
+    ],
+)
+def test_an_answer_that_is_not_the_start_is_refused(
+    hub: Hub, status: int, headers: dict[str, str], content: bytes, told: str
+) -> None:
+    add(hub)
+    found = open_hub("org/model", None, None)
+    hub.instead = lambda request: Answer(status, headers, content) if request.range else None
+    with pytest.raises(HubError) as caught:
+        start(found)
+    assert told in str(caught.value)
+    assert "run the same command again" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [
+        (206, {"Content_Range": "bytes 0-8/*"}),
+        (206, {"Content_Range": "bytes 0-8/200000", "ETag": '"5d41402abc4b2a76b9719d911017c592"'}),
+    ],
+)
+def test_stores_behind_the_hub_may_have_headers_of_their_own(
+    hub: Hub, status: int, headers: dict[str, str]
+) -> None:
+    add(hub)
+    found = open_hub("org/model", None, None)
+    hub.instead = lambda request: Answer(status, headers, bytes(9)) if request.range else None
+    assert start(found) == bytes(9)
+
+
+def test_a_header_that_was_read_otherwise_than_it_came(hub: Hub) -> None:
+    """What is planned by it would be another model's."""
+    add(hub)
+    found = open_hub("org/model", None, None)
+    file = found.file("model.safetensors")
+    hub.instead = lambda request: (
+        Answer(206, {"Content_Range": "bytes 0-8/200000"}, b"12345678\n") if request.range else None
+    )
+    start(found)
+    with pytest.raises(
+        HubError, match=r"the first 9 bytes of model\.safetensors were other ones when its header was read"
+    ):
+        found.fetch([file], lambda _: None)
+    found.fetch([file], lambda _: None)
+    start(found)
+
+
+# -- listings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"size": -1}, "lists config.json with -1 bytes"),
+        ({"size": "2"}, "lists config.json with '2' bytes"),
+        ({"size": True}, "lists config.json with True bytes"),
+        ({"size": 2.0}, "lists config.json with 2.0 bytes"),
+        ({"size": None}, "lists config.json with None bytes"),
+        ({"blobId": None}, "lists config.json with the content None"),
+        ({"blobId": 3}, "lists config.json with the content 3"),
+        ({"blobId": "../../../x"}, "lists config.json with the content '../../../x'"),
+        ({"blobId": "A" * 40}, "lists config.json with the content 'AAAA"),
+        (
+            {"lfs": {"sha256": "a" * 40 + "/", "size": 2, "pointerSize": 1}},
+            "lists config.json with the content 'aaaa",
+        ),
+        ({"lfs": 3}, "gave something else than the Hub does"),
+        ({"lfs": {}, "blobId": []}, "lists config.json with the content []"),
+        ({"rfilename": None}, "lists a file named None"),
+        ({"rfilename": ["a"]}, "lists a file named ['a']"),
+    ],
+)
+def test_a_file_that_is_listed_oddly(hub: Hub, change: dict[str, Any], told: str) -> None:
+    add(hub)
+    hub.relist = lambda found: found | {"siblings": [*found["siblings"][1:], found["siblings"][0] | change]}
+    assert told in refusal(HubError)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"sha": None}, "lists the commit None, expected 40"),
+        ({"sha": "../../../../tmp"}, "lists the commit '../../../../tmp'"),
+        ({"sha": ["a" * 40]}, "lists the commit ['aaa"),
+        ({"siblings": "config.json"}, "gave something else than the Hub does"),
+        ({"siblings": [1, 2]}, "gave something else than the Hub does"),
+        ({"siblings": {"a": 1}}, "gave something else than the Hub does"),
+        ({"siblings": None}, "config.json is missing"),
+    ],
+)
+def test_a_repository_that_is_listed_oddly(hub: Hub, change: dict[str, Any], told: str) -> None:
+    add(hub)
+    hub.relist = lambda found: found | change
+    assert told in refusal(CheckpointError if "missing" in told else HubError)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"<!DOCTYPE html><h1>Welcome to the hotel</h1>",
+        b"[]",
+        b"3",
+        b'"x"',
+        b"",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b"null",
+    ],
+)
+def test_a_login_page_of_a_network(hub: Hub, content: bytes) -> None:
+    add(hub)
+    hub.instead = lambda _: Answer(200, {"Content_Type": "text/html"}, content)
+    message = refusal(HubError)
+    assert "gave something else than the Hub does" in message
+    assert "is a login page of this network, a proxy or a wrong HF_ENDPOINT in the way?" in message
+    hub.instead = lambda request: (
+        Answer(200, {"Content_Type": "text/html"}, content) if "/resolve/" in request.path else None
+    )
+    assert "org/model" in refusal(HubError)
+    hub.instead = None
+    assert open_hub("org/model", None, None).read_bytes("config.json", 9) == b"{}"
 
 
 # -- offline -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""The tool that kills at random moments: its record, and a short run of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.hostile.commands import Commands
+from tools import kills
+
+
+def chain(command: str, *places: str, failure: str = "") -> kills.Chain:
+    return kills.Chain(command, places, tuple('{"at": 1}' for _ in places), failure)
+
+
+def test_what_is_recorded_says_that_nothing_was_lost() -> None:
+    found = json.loads(kills.RESULTS.read_text())
+    assert found["kills"] >= 300
+    assert found["failures"] == []
+    assert found["kills"] == sum(sum(counts.values()) for counts in found["by_command"].values())
+    assert sum("--overwrite" in command for command in found["by_command"]) >= 2
+    for place in kills.PLACES[1:4]:
+        assert sum(counts[place] for counts in found["by_command"].values()) >= 20, place
+
+
+def test_counts_are_of_kills_and_failures_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kills, "RESULTS", tmp_path / "kills.json")
+    chains = [chain("a", "shards", "publishing"), chain("b", "shards", failure="exit 1")]
+    assert kills.main(["--seed", "7"], lambda kills_, seed, jobs, names: kills.summary(chains, seed)) == 1
+    found = json.loads((tmp_path / "kills.json").read_text())
+    assert (found["seed"], found["kills"], found["runs_to_the_end"], found["killed_again"]) == (7, 3, 2, 1)
+    assert [each["command"] for each in found["failures"]] == ["b"]
+    assert "| a | 0 | 0 | 1 | 1 | 0 |" in capsys.readouterr().out
+
+
+def test_what_is_damaged_after_a_kill_is_seen(commands: Commands, tmp_path: Path) -> None:
+    """A shard that is not whole, a model that is neither, and an end that is another."""
+    case = kills.undisturbed(commands, kills.make_cases(tmp_path, calibrated=False)[0], tmp_path)
+    out = tmp_path / "out"
+    done = case.run(commands, out)
+    kills.check_kill(case, out)
+    assert kills.ended(case, done, out) == ""
+    for name in ("model-00001-of-00003.safetensors", "tokenizer.json"):
+        content = (out / name).read_bytes()
+        (out / name).write_bytes(content[:-1] + b"?")
+        with pytest.raises(AssertionError):
+            kills.check_kill(case, out)
+        assert kills.ended(case, done, out) == f"run again: {name} differ"
+        (out / name).write_bytes(content)
+
+
+@pytest.mark.sweep
+def test_kills_at_random_lose_nothing() -> None:
+    assert kills.try_kills(40, seed=1, jobs=2)["failures"] == []
