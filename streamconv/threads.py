@@ -19,7 +19,7 @@ Given = TypeVarTuple("Given")
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
-START_S = 60.0
+START_S = 30.0
 """Seconds that a new thread may take to run: a busy machine takes some, one without memory all of them."""
 
 
