@@ -110,7 +110,7 @@ def refuse_written(out: Path) -> None:
 
 @contextmanager
 def _in_words_of_what_was_interrupted(out: Path) -> Iterator[None]:
-    """Where a run was interrupted while it put its output in place, what is wrong there is no damage."""
+    """Errors, in other words where a run was interrupted while it put its output in place: that is no damage."""
     try:
         yield
     except (InputError, VerificationError) as error:

@@ -325,6 +325,20 @@ def test_what_goes_wrong_is_told_by_the_time_it_is_drained(
     bench.close()
 
 
+@every_kind
+@pytest.mark.parametrize("change", [-1, 1], ids=["one-less", "one-more"])
+def test_bytes_that_are_not_as_many_as_planned_are_refused(
+    tmp_path: Path, plan: Plan, kind: str, change: int
+) -> None:
+    bench, lent, shard = KINDS[kind](tmp_path, plan), Lent(), plan.shards[0]
+    body = (body_of(shard) + b".")[: shard.size - len(shard.header) + change]
+    sink = bench.open()
+    with pytest.raises(VerificationError, match=r"planned with|were planned"):
+        do([*calls_for(sink, lent, shard, pieces_of(body, (500,))), sink.drain])
+    sink.close()
+    bench.close()
+
+
 # -- sinks that a run can go on from -------------------------------------------------------------------------------
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from streamconv.checkpoint.header import build_header, read_header
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.errors import CheckpointError, InputError, VerificationError
-from streamconv.output.verifier import read_manifest, verify_exactly, verify_layout
+from streamconv.output.verifier import hash_file, read_manifest, verify_exactly, verify_layout
 from streamconv.pipeline import Job, Prepared, merge_options, prepare, run
 from streamconv.progress import StopRequest
 from streamconv.storage import open_storage
@@ -119,6 +121,65 @@ def test_a_byte_of_any_tensor_is_noticed_and_the_tensor_named(
         os.pwrite(descriptor, right, place)
     os.close(descriptor)
     verify_exactly(copy, done[0].plan, ignore, StopRequest())
+
+
+def put_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def put_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def put_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+def grow(path: Path) -> None:
+    os.truncate(path, path.stat().st_size + 1)
+
+
+def shrink(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+PLACES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "nothing": (Path.unlink, "cannot be read: No such file"),
+    "a folder": (put_folder, "must be a regular file"),
+    "a named pipe": (put_pipe, "must be a regular file"),
+    "a link to itself": (put_loop, "cannot be read: Too many"),
+    "a longer file": (grow, r"has \d+ bytes, expected"),
+    "a shorter file": (shrink, r"has \d+ bytes, expected"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_in_the_place_of_a_shard_is_told(done: tuple[Prepared, Path], copy: Path, place: str) -> None:
+    """And nothing is waited for."""
+    put, says = PLACES[place]
+    put(first(copy))
+    with pytest.raises(VerificationError, match=f"{first(done[1]).name} {says}"):
+        verify_exactly(copy, done[0].plan, ignore, StopRequest())
+
+
+def test_an_error_of_the_disk_is_told(done: tuple[Prepared, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(VerificationError, match="cannot be read: Input/output error"):
+        verify_exactly(done[1], done[0].plan, ignore, StopRequest())
+
+
+@pytest.mark.parametrize("put", [put_folder, put_pipe, put_loop])
+def test_only_files_are_hashed(tmp_path: Path, put: Callable[[Path], None]) -> None:
+    (tmp_path / "odd").touch()
+    put(tmp_path / "odd")
+    with pytest.raises(CheckpointError, match="odd"):
+        hash_file(str(tmp_path / "odd"), ignore)
 
 
 def test_a_folder_without_a_manifest_is_no_output(tmp_path: Path) -> None:
