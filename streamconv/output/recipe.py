@@ -47,10 +47,8 @@ def read_recipe(path: str) -> dict[str, Value]:
         raise OptionError(f"--recipe {path}: a recipe is a file that ends in .json, .yaml or .yml")
     file_path = Path(path).expanduser()
     try:
-        if (
-            file_path.exists() and not file_path.is_file()
-        ):  # to open a named pipe would wait for somebody to write
-            raise OptionError(f"--recipe {path} must be a file, and it is none")
+        if file_path.is_fifo():  # to open it would wait for somebody to write
+            raise OptionError(f"--recipe {path} must be a file, found a named pipe")
         with file_path.open("rb") as file:
             raw = file.read(_MAX_BYTES + 1)
     except OSError as error:
