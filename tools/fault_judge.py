@@ -12,6 +12,10 @@ from tools.fault_calls import KILL, Fault, allowed
 # SHA-256 by name of file; folders end in a slash and have none.
 Tree = Mapping[str, str]
 WORK = ".streamconv/"
+LLVM = "LLVM ends a process that gets no memory for compiled code by itself (abort); the next run goes on"
+LEFT = (
+    "a refused unlink or rmdir leaves an empty .streamconv beside a complete output; the next run removes it"
+)
 HANG = None
 
 
@@ -91,11 +95,20 @@ def is_complete(found: Tree, made: Made) -> bool:
     return {name: sha256 for name, sha256 in found.items() if not name.endswith(WORK)} == made.complete
 
 
+def accepted(ended: Ended, found: Tree, made: Made) -> str:
+    """Why an end that is not as it should be is accepted; nothing if it need not be."""
+    if ended.code == -6 and "LLVM ERROR" in ended.text:
+        return LLVM
+    return LEFT if ended.code == 0 and found != made.complete and is_complete(found, made) else ""
+
+
 def judge(fault: Fault, ended: Ended, found: Tree, made: Made, roles: Sequence[str]) -> list[str]:
     """Problems of the run with the fault, each in a few words; none if it is right. `roles` are those of the hits."""
     problems = wrong_files(found, made)
     if ended.code is HANG:
         return [*problems, "hang"]
+    if accepted(ended, found, made):
+        return problems
     if "Traceback (most recent call last)" in ended.text:
         problems.append("traceback")
     if ended.code == 0 and not is_complete(found, made):

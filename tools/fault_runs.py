@@ -34,7 +34,7 @@ from tests.hostile.fork_server import Child
 from tests.hub_stub import TOKEN, Hub, serve
 from tools.fault_calls import ERRORS, SEAMS, SHORT, Fault, role
 from tools.fault_commands import REPOSITORY, WATERMARK_BYTES, Command
-from tools.fault_judge import Ended, Made, Tree, judge, judge_again, tree, was_hit
+from tools.fault_judge import Ended, Made, Tree, accepted, judge, judge_again, tree, was_hit
 
 LIMIT_S = 20.0
 # How Python ends if what was printed cannot be written at the end.
@@ -56,6 +56,7 @@ class Row:
     text_again: str
     seconds: float
     role: str
+    accepted: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +165,7 @@ def attempt(command: Command, fault: Fault, place: Place, inputs: Tree) -> Row:
         again.text[-1500:] if problems else "",
         ended.seconds,
         "+".join(sorted(set(roles))),
+        accepted(ended, found, made),
     )
 
 

@@ -146,7 +146,7 @@ def results(
 ) -> dict[str, Any]:
     """Contents of docs/results/faults.json."""
     hit = [(fault, row) for fault, row in rows if row.hit]
-    bad = [row for _, row in rows if row.problems]
+    bad = [row for _, row in sorted(rows, key=lambda each: str(each[0])) if row.problems]
     return {
         "machine": machine(),
         "seconds": round(seconds),
@@ -156,6 +156,7 @@ def results(
         "commands": {name: dict(sorted(made.items())) for name, made in counts.items()},
         "outcomes": outcomes(row for _, row in hit),
         "table": table(hit),
+        "accepted": dict(Counter(row.accepted for _, row in hit if row.accepted)),
         "bad": [asdict(row) for row in bad],
     }
 
@@ -201,10 +202,8 @@ def machine() -> dict[str, Any]:
 
 def write(found: Mapping[str, Any], target: Path) -> None:
     """As JSON, one line for each kind of fault."""
-    text = json.dumps(found, indent=1)
     lines = ",\n  ".join(json.dumps(row) for row in found["table"])
     head, tail = json.dumps({**found, "table": ["HERE"]}, indent=1).split('"HERE"')
-    del text
     target.write_text(f"{head.rstrip()}\n  {lines}\n {tail.lstrip()}\n")
 
 

@@ -15,6 +15,7 @@ from tools.fault_calls import END, ERRORS, KILL, ONCE_ONLY, SHORT, Fault, allowe
 from tools.fault_judge import (
     Ended,
     Made,
+    accepted,
     is_complete,
     judge,
     judge_again,
@@ -147,6 +148,18 @@ def test_a_refused_rmdir_may_leave_an_empty_work_folder() -> None:
     assert not is_complete(COMPLETE | {".streamconv/": "", ".streamconv/lock": "x"}, MADE)
 
 
+def test_what_is_accepted_has_a_reason_and_no_wrong_byte() -> None:
+    left = COMPLETE | {".streamconv/": ""}
+    assert "leaves an empty .streamconv" in accepted(Ended(0, "", 1), left, MADE)
+    assert judge(EIO, Ended(0, "", 1), left, MADE, ["output"]) == []
+    aborted = Ended(-6, "LLVM ERROR: Unable to allocate section memory!", 1, ("hit",))
+    assert "LLVM ends a process" in accepted(aborted, {}, MADE)
+    assert judge(EIO, aborted, {}, MADE, ["output"]) == []
+    assert judge(EIO, aborted, {"config.json": "c"}, MADE, ["output"]) != []
+    for ended in (Ended(-6, "Fatal Python error", 1), REFUSED, Ended(0, "", 1)):
+        assert not accepted(ended, COMPLETE, MADE)
+
+
 def test_what_is_being_written_is_not_seen(tmp_path: Path) -> None:
     for name in ("a.txt", ".a.txt.partial", ".streamconv/plan.json", "int8/.streamconv/x/y"):
         path = tmp_path / name
@@ -188,12 +201,12 @@ def test_a_plan_keeps_to_its_limit_and_has_every_call() -> None:
 
 
 def row(fault: Fault, code: int | None, *problems: str) -> tuple[Fault, Row]:
-    return fault, Row(str(fault), True, code, problems, (), "", "", 0.1, "output")
+    return fault, Row(str(fault), True, code, problems, (), "", "", 0.1, "output", "")
 
 
 def test_the_table_counts_calls_by_fault_and_exits(tmp_path: Path) -> None:
     onward = Fault("push", "pwrite64", "EIO", 1, onward=True)
-    missed = (EIO, Row(str(EIO), False, 0, (), (), "", "", 0.1, ""))
+    missed = (EIO, Row(str(EIO), False, 0, (), (), "", "", 0.1, "", ""))
     rows = [row(EIO, 4), row(EIO, 0), row(onward, None, "hang"), missed]
     cell = {"call": "pwrite64", "error": "EIO"}
     assert table(rows[:3]) == [
