@@ -7,6 +7,7 @@ on once strace is attached, so that its calls are counted from the command's fir
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import json
 import os
@@ -27,7 +28,7 @@ from pathlib import Path
 from huggingface_hub import constants
 from tqdm import tqdm
 
-from streamconv import cli
+from streamconv import cli, threads
 from streamconv.output import sink
 from tests.hostile.commands import Request
 from tests.hostile.fork_server import Child
@@ -37,6 +38,7 @@ from tools.fault_commands import REPOSITORY, WATERMARK_BYTES, Command
 from tools.fault_judge import Ended, Made, Tree, accepted, judge, judge_again, tree, was_hit
 
 LIMIT_S = 20.0
+START_S = 8.0  # how long a run waits here for a thread that does not begin
 # How Python ends if what was printed cannot be written at the end.
 AT_EXIT = 120
 BEGUN = re.compile(r"^(\d+) +(\w+)\(", re.MULTILINE)
@@ -161,8 +163,8 @@ def attempt(command: Command, fault: Fault, place: Place, inputs: Tree) -> Row:
         ended.code,
         tuple(problems),
         tuple(line[:300] for line in (*ended.hits[:3], *ended.hits[3:][-1:])),
-        ended.text[-3000:],
-        again.text[-1500:] if problems else "",
+        _shortened(ended.text),
+        _shortened(again.text) if problems else "",
         ended.seconds,
         "+".join(sorted(set(roles))),
         accepted(ended, found, made),
@@ -228,7 +230,9 @@ def _answer(command: Command, place: Place, hub: str, fault: Fault | None) -> in
     os.dup2(text, 1)
     os.dup2(text, 2)
     os.close(text)
+    faulthandler.register(signal.SIGUSR2)  # to see where a run hangs
     sink.WATERMARK_BYTES = WATERMARK_BYTES
+    threads.START_S = START_S
     # What the process that is forked must not have, lest it has other threads.
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
     tqdm.monitor_interval = 10
@@ -302,6 +306,13 @@ def _wait(child: int) -> int | None:
     finally:
         os.close(watched)
     if not is_over:
+        os.kill(child, signal.SIGUSR2)
+        time.sleep(0.5)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status) if is_over else None
+
+
+def _shortened(text: str) -> str:
+    """Its ends: how it began to fail, and what was said last."""
+    return text if len(text) <= 4000 else f"{text[:2500]}\n...\n{text[-1500:]}"
