@@ -26,8 +26,9 @@ from pathlib import Path
 from torch import Tensor
 
 from streamconv.calibration.tensor_files import stored_in, write_file
+from streamconv.checkpoint.own_files import read_error, read_own
 from streamconv.checkpoint.reader import tensor_bytes
-from streamconv.checkpoint.recorded import OnChunk, RecordedFiles, read_error, read_own, remove_own
+from streamconv.checkpoint.recorded import OnChunk, RecordedFiles, remove_own
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
 from streamconv.checkpoint.writer import Bytes, free_bytes, write_error
 from streamconv.checkpoint.writer import write_file as write_small
@@ -108,7 +109,7 @@ class LayerFiles:
         except OSError as error:
             raise write_error(error, folder) from error
         self.recorded = RecordedFiles(folder)
-        is_ours = read_own(folder / _KEY) == content
+        is_ours = read_own(folder / _KEY, len(content)) == content
         self.done = self._resumed() if is_ours else 0
         if not is_ours or (not self.done and self._has_layers()):
             _empty(folder)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from streamconv.checkpoint.own_files import identify, open_own, read_error, read_own
 from streamconv.checkpoint.writer import write_error
 from streamconv.errors import OutputError
 
@@ -42,7 +42,7 @@ class RecordedFiles:
     def record(self, digests: Mapping[str, str]) -> None:
         """Record the SHA-256 of files by name; durable when this returns."""
         lines = "".join(f"{sha256}  {name}\n" for name, sha256 in digests.items()).encode()
-        descriptor = open_own(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        descriptor = open_recorded(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
@@ -64,15 +64,8 @@ class RecordedFiles:
 
 def hash_file(path: Path, on_chunk: OnChunk = lambda: None) -> str | None:
     """SHA-256 of a file of our own; None where there is none. Raises OutputError where it is something else."""
-    if not _exists(path):
-        return None
-    descriptor = open_own(path, os.O_RDONLY)
-    try:
-        return hash_descriptor(descriptor, on_chunk)
-    except OSError as error:
-        raise read_error(error, path) from error
-    finally:
-        close_own(descriptor, path)
+    found = identify(path, lambda _: on_chunk())
+    return found.sha256 if found is not None else None
 
 
 def hash_descriptor(descriptor: int, on_chunk: OnChunk = lambda: None) -> str:
@@ -93,35 +86,12 @@ def hash_range(
         on_chunk()
 
 
-def read_own(path: Path) -> bytes | None:
-    """Content of a small file of our own; None where there is none. Raises OutputError where it is something else."""
-    if not _exists(path):
-        return None
-    descriptor = open_own(path, os.O_RDONLY)
-    try:
-        return os.pread(descriptor, min(os.fstat(descriptor).st_size, _MOST_BYTES), 0)
-    except OSError as error:
-        raise read_error(error, path) from error
-    finally:
-        close_own(descriptor, path)
-
-
-def open_own(path: Path, flags: int) -> int:
+def open_recorded(path: Path, flags: int) -> int:
     """A descriptor of a file in a work folder. Raises OutputError where it is a link, a folder or a pipe."""
-    # A pipe would wait for its other end; a link may lead to somebody's file, which is neither read nor written to.
-    flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        if _exists(path):
-            _check_regular(path, path.lstat().st_mode)
-        descriptor = os.open(path, flags, 0o666)
+        return open_own(path, flags)
     except OSError as error:
         raise (write_error if flags & _WRITES else read_error)(error, path) from error
-    try:
-        _check_regular(path, os.fstat(descriptor).st_mode)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def close_own(descriptor: int, path: Path) -> None:
@@ -142,33 +112,7 @@ def remove_own(path: Path) -> None:
         ) from error
 
 
-def read_error(error: OSError, path: Path) -> OutputError:
-    return OutputError(
-        f"{path} cannot be read: {error.strerror}; check the disk, remove the file and run again"
-    )
-
-
-def _exists(path: Path) -> bool:
-    """Whether anything has this name, be it a link to nothing."""
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise read_error(error, path) from error
-    return True
-
-
-def _check_regular(path: Path, mode: int) -> None:
-    if not stat.S_ISREG(mode):
-        kind = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe"}
-        raise OutputError(
-            f"{path} must be a file that streamconv wrote, found {kind.get(stat.S_IFMT(mode), 'something else')}; "
-            "remove it and run again"
-        )
-
-
 def _read(path: Path) -> Mapping[str, str]:
-    content = read_own(path) or b""
+    content = read_own(path, _MOST_BYTES) or b""
     lines = (_LINE.fullmatch(line) for line in content.splitlines(keepends=True))
     return {found[2].decode(errors="replace"): found[1].decode() for found in lines if found is not None}

@@ -6,6 +6,7 @@ name is ever incomplete. What a crash leaves is a prefix that `ShardWriter.resum
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from streamconv.checkpoint.own_files import FileIdentity, identity_of, open_own
 from streamconv.checkpoint.reader import advise, flat_bytes
 from streamconv.errors import OutputError, ResourceError, StreamconvError, VerificationError
 from streamconv.storage.base import SourceFile
@@ -65,6 +67,7 @@ class ShardWriter:
         self._sha256 = sha256
         self._window = offset
         self._is_clone = False
+        self._identity: FileIdentity | None = None
         self._failure: StreamconvError | None = None
         self._trail = Pool(1, "sha256")  # starts no thread before it is used
         self._flusher = Pool(1, "flush")
@@ -88,8 +91,9 @@ class ShardWriter:
             writer._is_clone = is_clone
             writer.write(header)
         except BaseException:
-            os.close(descriptor)
-            path.unlink(missing_ok=True)
+            _close_unsaid(descriptor)
+            with contextlib.suppress(OSError):
+                path.unlink()
             raise
         return writer
 
@@ -100,34 +104,38 @@ class ShardWriter:
         None if it is not: missing, shorter, with another header or other bytes. Such a file is of no use.
         """
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            descriptor = open_own(path, os.O_RDWR)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise write_error(error, path) from error
-        try:
-            digest = _rehash(descriptor, path, header, offset)
-            if digest is None or digest.hexdigest() != sha256 or offset > size:
-                os.close(descriptor)
+        with contextlib.ExitStack() as failing:
+            failing.callback(_close_unsaid, descriptor)
+            digest = _rehash(descriptor, path, header, offset) if offset <= size else None
+            if digest is None or digest.hexdigest() != sha256:
                 return None
-            if os.fstat(descriptor).st_size > size:
-                os.ftruncate(descriptor, size)
-            _reserve(descriptor, path, size)
-        except BaseException:
-            os.close(descriptor)
-            raise
+            _fit(descriptor, path, size)
+            failing.pop_all()
         return cls(path, descriptor, size, offset, digest)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with contextlib.suppress(*(() if kind is None else (StreamconvError,))):  # what came first is told
+            self.close()
 
     @property
     def offset(self) -> int:
         """Bytes written so far, the header included."""
         return self._offset
+
+    @property
+    def identity(self) -> FileIdentity:
+        """The file that `finish` has finished, to be known again under whatever name."""
+        if self._identity is None:
+            raise ValueError(f"{self._path} is not finished")
+        return self._identity
 
     def write(self, buffer: Bytes, release: Callable[[], None] | None = None) -> None:
         """Append all bytes of `buffer`. After an error nothing of it counts as written.
@@ -183,27 +191,27 @@ class ShardWriter:
     def finish(self) -> str:
         """Check that the file is complete, bring it to the disk and close it; return its SHA-256."""
         digest = self.mark().sha256.result()
-        try:
-            os.fsync(self._open())
-            found = os.fstat(self._open()).st_size
-        except OSError as error:
-            raise write_error(error, self._path) from error
-        finally:
-            self.close()
-        if not self._offset == found == self._size:
+        with self:
+            try:
+                os.fsync(self._open())
+                found = os.fstat(self._open())
+            except OSError as error:
+                raise write_error(error, self._path) from error
+        if not self._offset == found.st_size == self._size:
             raise VerificationError(
                 f"{self._path}: {self._size} bytes were planned, {self._offset} were written,"
-                f" {found} are there"
+                f" {found.st_size} are there"
             )
+        self._identity = identity_of(found, digest)
         return digest
 
     def close(self) -> None:
         """Close the file as it is: `resume` can continue it from the last `sync`."""
         self._trail.shutdown()
         self._flusher.shutdown()
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            close_file(descriptor, self._path)
 
     def _open(self) -> int:
         if self._descriptor is None:
@@ -239,13 +247,33 @@ def publish(source: Path, target: Path) -> None:
 def write_file(path: Path, content: Bytes) -> None:
     """Write a small file whole or not at all: under a temporary name beside it, synced, then renamed."""
     temporary = path.with_name(f".{path.name}.partial")
+    remove_file(temporary, path)  # of a run that was killed
+    write_anew(temporary, content)
+    publish(temporary, path)
+
+
+def write_anew(path: Path, content: Bytes) -> FileIdentity:
+    """Write a small file under a name where a run that was killed may have left one; durable when this returns."""
+    remove_file(path)
+    with ShardWriter.create(path, content, memoryview(content).nbytes) as writer:
+        writer.finish()
+    return writer.identity
+
+
+def remove_file(path: Path, wanted: Path | None = None) -> None:
+    """Remove a file that may not be there. Raises OutputError, about the file that is `wanted` in its place if any."""
     try:
-        temporary.unlink(missing_ok=True)  # of a run that was killed
+        path.unlink(missing_ok=True)
+    except OSError as error:  # a folder of that name, say
+        raise write_error(error, wanted or path) from error
+
+
+def close_file(descriptor: int, path: Path) -> None:
+    """Close a file that was written to: NFS may tell only now that something did not reach the disk."""
+    try:
+        os.close(descriptor)
     except OSError as error:
         raise write_error(error, path) from error
-    with ShardWriter.create(temporary, content, memoryview(content).nbytes) as writer:
-        writer.finish()
-    publish(temporary, path)
 
 
 def fsync_folder(path: Path) -> None:
@@ -259,6 +287,22 @@ def fsync_folder(path: Path) -> None:
     except OSError as error:
         if error.errno not in _NOT_SUPPORTED:  # CIFS and some FUSE file systems cannot
             raise write_error(error, path) from error
+
+
+def _close_unsaid(descriptor: int) -> None:
+    """Close a file that is of no use, or whose failure is being told."""
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
+
+
+def _fit(descriptor: int, path: Path, size: int) -> None:
+    """Make the file no longer than `size`, and take its space."""
+    try:
+        if os.fstat(descriptor).st_size > size:
+            os.ftruncate(descriptor, size)
+    except OSError as error:
+        raise write_error(error, path) from error
+    _reserve(descriptor, path, size)
 
 
 def _open_new(path: Path) -> int:
@@ -290,7 +334,10 @@ def _reserve(descriptor: int, path: Path, size: int) -> None:
     fallocate(2) itself: os.posix_fallocate is glibc's, which writes to every block where the file system
     cannot reserve (NFSv3, many FUSE ones), twice the traffic. There, the free space is compared instead.
     """
-    missing_bytes = size - os.fstat(descriptor).st_blocks * 512
+    try:
+        missing_bytes = size - os.fstat(descriptor).st_blocks * 512
+    except OSError as error:
+        raise write_error(error, path) from error
     free = free_bytes(path)
     code = _fallocate(descriptor, size) if size else 0
     if code in _NOT_SUPPORTED:
@@ -333,7 +380,7 @@ def _rehash(descriptor: int, path: Path, header: Bytes, offset: int) -> hashlib.
 def write_error(error: OSError, path: Path, missing_bytes: int = 0) -> StreamconvError:
     """The error of ours for one of the system's; `missing_bytes` are still to be written."""
     if error.errno in _NO_SPACE:
-        return _no_space(path, missing_bytes, free_bytes(path), error.errno)
+        return _no_space(path, missing_bytes, _free_if_told(path), error.errno)
     if error.errno == errno.EFBIG:
         return ResourceError(
             f"{path}: a file may not grow so large here; ask for smaller shards (--max-shard-size), raise the"
@@ -342,15 +389,46 @@ def write_error(error: OSError, path: Path, missing_bytes: int = 0) -> Streamcon
     return OutputError(f"{path} cannot be written: {error.strerror}")
 
 
-def _no_space(path: Path, missing_bytes: int, free: int, code: int) -> ResourceError:
-    what = (
-        "the disk quota is used up" if code == errno.EDQUOT else f"the disk is full ({free} bytes are free)"
-    )
+def _no_space(path: Path, missing_bytes: int, free: int | None, code: int) -> ResourceError:
+    what, remedy = "the disk is full", "free at least that much"
+    if code == errno.EDQUOT:
+        what = "the disk quota is used up"
+    elif _has_no_inodes(path):
+        what = "the disk takes no more files, however much space is free (no inodes are left)"
+        remedy = "delete some files there"
+    elif free is not None:
+        what = f"the disk is full ({free} bytes are free)"
+        if free > missing_bytes:
+            remedy = "free some more, or raise what keeps these from being used, such as a quota or a reserve"
     need = f" with {missing_bytes} bytes still to be written" if missing_bytes else ""
-    return ResourceError(f"{path}: {what}{need}; free at least that much and run again, it resumes")
+    return ResourceError(f"{path}: {what}{need}; {remedy} and run again, it resumes")
+
+
+def _has_no_inodes(path: Path) -> bool:
+    try:
+        found = os.statvfs(path.parent)
+    except OSError:
+        return False
+    return bool(found.f_files) and not found.f_favail
+
+
+def _free_if_told(path: Path) -> int | None:
+    try:
+        return free_bytes(path)
+    except OutputError:
+        return None
 
 
 def free_bytes(path: Path) -> int:
-    """Free space where `path` lies; without limit if the file system does not say (ramfs, some FUSE ones)."""
-    found = os.statvfs(path.parent)
+    """Free space where `path` lies; without limit if the file system does not say (ramfs, some FUSE ones).
+
+    Raises OutputError where it cannot be asked.
+    """
+    try:
+        found = os.statvfs(path.parent)
+    except OSError as error:
+        raise OutputError(
+            f"{path.parent} cannot be asked for its free space: {error.strerror}; check the disk, or choose another"
+            " --out"
+        ) from error
     return found.f_bavail * found.f_frsize if found.f_blocks else sys.maxsize

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,15 +24,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from streamconv.checkpoint.recorded import read_own, remove_own
+from streamconv.checkpoint.own_files import FOLDER, check_kind, kind_at, read_own
+from streamconv.checkpoint.recorded import remove_own
 from streamconv.checkpoint.strict_json import parse_object
 from streamconv.checkpoint.writer import write_error, write_file
 from streamconv.comparison.result import Numbers, numbers_of
 from streamconv.errors import CheckpointError, OutputError
+from streamconv.output.journal import WORK_FOLDER as JOURNAL_FOLDER
 from streamconv.output.journal import Journal, make_folder
-from streamconv.output.place import check_place
+from streamconv.output.place import check_place, check_reachable
 
 WORK_FOLDER, MODELS = ".comparison", "models"
+_MAX_NOTE_BYTES = 256 * 2**20
 _NOTES = ("rows", "making", "made", "kept")
 
 
@@ -47,9 +51,10 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """The work folder of the comparison in `out`, which is this process's own while the store is open."""
+    """The work folder of the comparison in `out`, this process's own, by `journal`, while the store is open."""
 
     out: Path
+    journal: Journal | None = None
 
     @property
     def folder(self) -> Path:
@@ -117,12 +122,9 @@ class Store:
         return self.folder / kind / f"{name}.json"
 
     def _read(self, kind: str, name: str, key: str) -> dict[str, Any] | None:
-        path = self._note(kind, name)
-        content = read_own(path)
-        if content is None:
-            return None
+        content = read_own(self._note(kind, name), _MAX_NOTE_BYTES)
         with suppress(CheckpointError):
-            note = parse_object(content, str(path), allow_nonfinite=True)
+            note = parse_object(content or b"", name, allow_nonfinite=True)
             if note.get("sha256") == _digest(note.get("key"), note.get("found")) and note["key"] == key:
                 return cast("dict[str, Any]", note["found"])
         return None
@@ -130,11 +132,14 @@ class Store:
     def _write(self, kind: str, name: str, key: str, found: Mapping[str, Any]) -> None:
         path = self._note(kind, name)
         make_folder(path.parent)
+        if self.journal is not None:
+            self.journal.check_owner()
         note = {"key": key, "found": found, "sha256": _digest(key, found)}
         write_file(path, (json.dumps(note) + "\n").encode())
 
 
 def _digest(key: object, found: object) -> str:
+    """SHA-256 of what a note says, by which damage to it shows: it is then made again."""
     return hashlib.sha256(json.dumps([key, found]).encode()).hexdigest()
 
 
@@ -145,26 +150,18 @@ def open_store(out: Path, inputs: Mapping[str, Path], subject: str, overwrite: b
     With `overwrite` it begins empty. Raises OutputError where `out` is in use or holds something else, be it a
     comparison of another subject that is not to be overwritten.
     """
-    store, known = Store(out), out / WORK_FOLDER / "subject.json"
-    is_ours = (out / WORK_FOLDER).is_dir()
-    try:
-        # Whether it holds something else is said below: no --overwrite replaces what is no comparison.
-        check_place(out, inputs, False, True)
-        others = [] if is_ours or not out.is_dir() else sorted(entry.name for entry in out.iterdir())
-    except OSError as error:
-        raise OutputError(f"{out} cannot be used: {error.strerror}; choose another --out") from error
-    if others:
-        raise OutputError(
-            f"{out} is not empty ({', '.join(others[:3])}{' ...' if len(others) > 3 else ''}) and holds no comparison; "
-            "choose another --out"
-        )
-    lock = Journal(store.folder, {}, resume=True)
+    _check_place(out, inputs)
+    known = out / WORK_FOLDER / "subject.json"
+    lock = Journal(out / WORK_FOLDER, {}, resume=True)
+    store = Store(out, lock)
     lock.lock()
     try:
-        if not overwrite and read_own(known) not in (None, subject.encode()):
+        found = read_own(known, _MAX_NOTE_BYTES) if kind_at(known) else subject.encode()
+        if not overwrite and found != subject.encode():
             raise OutputError(
                 f"{out} holds the comparison of another base or adapter; choose another --out, or --overwrite"
             )
+        lock.take_over()
         if overwrite:
             for name in (*_NOTES, "reference"):
                 _remove(store.folder / name)
@@ -175,8 +172,37 @@ def open_store(out: Path, inputs: Mapping[str, Path], subject: str, overwrite: b
         lock.close()
 
 
+def _check_place(out: Path, inputs: Mapping[str, Path]) -> None:
+    """Raise OutputError where `out` holds anything but a comparison, or a link in the place of what we make there."""
+    folder = out / WORK_FOLDER
+    check_reachable(out)
+    for path in (folder, out / MODELS, *(folder / name for name in (*_NOTES, "reference"))):
+        check_kind(path, FOLDER)
+    try:
+        # Whether it holds something else is said below: no --overwrite replaces what is no comparison.
+        check_place(out, inputs, False, True)
+        others = [] if kind_at(folder / "subject.json") or not out.is_dir() else _others(out)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be used: {error.strerror}; choose another --out") from error
+    if others:
+        raise OutputError(
+            f"{out} is not empty ({', '.join(others[:3])}{' ...' if len(others) > 3 else ''}) and holds no comparison; "
+            "choose another --out"
+        )
+
+
+def _others(out: Path) -> list[str]:
+    """All in the folder and its work folder but what a comparison makes before it is known for one."""
+    folder = out / WORK_FOLDER
+    inside = os.listdir(folder) if folder.exists() else []
+    begun = {JOURNAL_FOLDER, ".subject.json.partial"}
+    return sorted({*os.listdir(out)} - {WORK_FOLDER}) + [
+        f"{WORK_FOLDER}/{name}" for name in sorted({*inside} - begun)
+    ]
+
+
 def _remove(folder: Path) -> None:
-    if folder.exists():
+    if kind_at(folder):
         try:
             shutil.rmtree(folder)
         except OSError as error:

@@ -18,12 +18,17 @@ import torch
 import transformers
 from torch import Tensor
 
+from streamconv.checkpoint.own_files import read_own
 from streamconv.checkpoint.reader import tensor_bytes
-from streamconv.checkpoint.recorded import RecordedFiles, read_own
+from streamconv.checkpoint.recorded import RecordedFiles
+from streamconv.checkpoint.strict_json import parse_object
 from streamconv.checkpoint.writer import Bytes, write_file
+from streamconv.errors import CheckpointError
 from streamconv.forward.activations import map_file
 from streamconv.output.journal import make_folder
 from streamconv.planning.plan import Plan
+
+_MAX_DRAFT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +80,12 @@ class KeptReference:
     def draft(self, tokens: int) -> Draft | None:
         """Continuations of `tokens` tokens; None where they are not kept yet."""
         path = self._draft_path(tokens)
-        content = read_own(path) if RecordedFiles(self.folder).is_whole(path) else None
-        if content is None:
+        content = read_own(path, _MAX_DRAFT_BYTES) if RecordedFiles(self.folder).is_whole(path) else None
+        try:
+            found = parse_object(content or b"", self.key)
+            return Draft(torch.tensor(found["tokens"]), int(found["passes"]))
+        except (CheckpointError, KeyError, TypeError, ValueError):  # damaged: it is made again
             return None
-        found = json.loads(content)
-        return Draft(torch.tensor(found["tokens"]), found["passes"])
 
     def keep_draft(self, draft: Draft) -> None:
         """Raises OutputError or ResourceError where they cannot be written."""

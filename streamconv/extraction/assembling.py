@@ -15,7 +15,6 @@ from streamconv.calibration.residual_adapter import write_adapter
 from streamconv.calibration.tensor_files import stored_in, write_tensors
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
-from streamconv.checkpoint.writer import publish, write_file
 from streamconv.extraction.checkpoints import Checkpoints
 from streamconv.extraction.decomposition import LowRank
 from streamconv.extraction.pairs import DifferenceKind, ParameterPair, task_of
@@ -29,8 +28,8 @@ from streamconv.extraction.tensors import (
     tied_head_tensors,
 )
 from streamconv.formats.linear import may_be_linear, module_of
-from streamconv.output.journal import Journal
-from streamconv.output.publish import copy_file
+from streamconv.output.journal import Journal, make_folder
+from streamconv.output.publish import put_content, put_copy, put_file
 from streamconv.output.tokenizer_files import files_of
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -66,17 +65,19 @@ def publish_adapter(
     config = _config(subject, found)
     journal.publish()
     parts = journal.finished("parts")
-    parts.mkdir(exist_ok=True)
+    make_folder(parts)
     tensors = list(_tensors(subject, found, journal, parts, dtype))
     whole = journal.finished(_TENSORS)
     write_adapter(whole, tensors)
     size = whole.stat().st_size
-    publish(whole, out / _TENSORS)
+    put_file(journal, whole, out / _TENSORS)
     tokenizer = files_of(subject.finetuned.index.storage)
     for file in (tokenizer[name].file(name) for name in sorted(tokenizer)):
-        (out / file.name).parent.mkdir(exist_ok=True)
-        copy_file(file, out / file.name)
-    write_file(out / _CONFIG, config)
+        target = out / file.name
+        if target.parent != out:
+            make_folder(target.parent)
+        put_copy(journal, file, target)
+    put_content(journal, config, out / _CONFIG)
     journal.remove()
     return size
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -14,6 +15,7 @@ import torch
 
 from streamconv.calibration.tensor_files import write_tensors
 from streamconv.checkpoint.index import CheckpointIndex
+from streamconv.checkpoint.own_files import identify, read_error
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.dtypes import DENSE
 from streamconv.errors import InputError, OutputError, Stopped
@@ -31,7 +33,9 @@ from streamconv.extraction.options import ExtractOptions
 from streamconv.extraction.pairs import DifferenceKind, ParameterPair, check_saved, new_parameters
 from streamconv.extraction.result import ExtractedWeight, Extraction, total_residual
 from streamconv.extraction.tensors import Extracted
-from streamconv.output.journal import WORK_FOLDER, Journal
+from streamconv.output.journal import WORK_FOLDER, Journal, is_publishing
+from streamconv.output.place import check_reachable
+from streamconv.output.work_folder import check_entries
 from streamconv.progress import Meter, OnProgress, StopRequest
 from streamconv.storage.local import real_path
 
@@ -93,7 +97,7 @@ def _extract_all(
                     f"stopped by signal {stop.signal_number}; the same command goes on where it was",
                     stop.signal_number,
                 )
-            if pair.name not in journal.progress.finished:
+            if not _is_extracted(pair, journal):
                 _extract(pair, subject, options, journal, reader)
             meter.add(pair.nbytes)
     sums = journal.progress.sums
@@ -122,9 +126,22 @@ def _extract(
     if not squares:
         journal.finish(pair.name, "same", {})
         return
-    write_tensors(work_file(journal, pair), as_work_tensors(factors))
+    path = work_file(journal, pair)
+    write_tensors(path, as_work_tensors(factors))
     sums = [float(factors[0].rank), squares, sum(each.left for each in factors)]
-    journal.finish(pair.name, "factors", {pair.name: sums})
+    found = identify(path, lambda _: None)
+    if found is None:
+        raise OutputError(f"{path} was removed while this run was at work; run the same command again")
+    journal.finish(pair.name, found.sha256, {pair.name: sums})
+
+
+def _is_extracted(pair: ParameterPair, journal: Journal) -> bool:
+    """Whether an earlier run finished the pair, and its factors are still what they were."""
+    sha256 = journal.progress.finished.get(pair.name)
+    if sha256 in (None, "same", "whole"):
+        return sha256 is not None
+    found = identify(work_file(journal, pair), lambda _: None)
+    return found is not None and found.sha256 == sha256
 
 
 def _factors(
@@ -183,6 +200,7 @@ def _differs(pair: ParameterPair, reader: TensorReader) -> bool:
 
 def _check_place(out: Path, subject: Checkpoints) -> None:
     """Raise OutputError where `out` is an input or holds anything but an unfinished extraction."""
+    check_reachable(out)
     real = real_path(out)
     for role, side in (("base", subject.base), ("fine-tuned model", subject.finetuned)):
         place = real_path(side.index.storage.location)
@@ -192,9 +210,12 @@ def _check_place(out: Path, subject: Checkpoints) -> None:
             )
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is not a folder; choose another --out")
-    work = out / WORK_FOLDER
-    others = sorted(entry.name for entry in out.iterdir() if entry != work) if out.is_dir() else []
-    if others and not work.exists():
+    try:
+        others = sorted({*os.listdir(out)} - {WORK_FOLDER}) if out.is_dir() else []
+    except OSError as error:
+        raise read_error(error, out) from error
+    check_entries(out / WORK_FOLDER)
+    if others and not is_publishing(out):
         raise OutputError(f"{out} is not empty ({', '.join(others[:3])}); choose another --out")
 
 

@@ -6,7 +6,6 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -14,11 +13,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from streamconv.checkpoint.own_files import read_error
 from streamconv.checkpoint.reader import tensor_bytes
-from streamconv.checkpoint.recorded import close_own, hash_descriptor, hash_range, open_own, read_error
+from streamconv.checkpoint.recorded import close_own, hash_descriptor, hash_range, open_recorded
 from streamconv.checkpoint.writer import write_error
 from streamconv.errors import OutputError, ResourceError, StreamconvError
 from streamconv.sizes import format_size
+from streamconv.threads import Future, Pool
 
 
 @contextmanager
@@ -84,10 +85,10 @@ class ActivationFile:
 
     def __init__(self, path: Path, shape: tuple[int, int, int], hashes: bool = False) -> None:
         self._path, self._shape, self._hashes = path, shape, hashes
-        self._trail = ThreadPoolExecutor(1, "streamconv-sha256")  # starts no thread before it is used
+        self._trail = Pool(1, "sha256")  # starts no thread before it is used
         self._sha256, self._hashed = hashlib.sha256(), -1
         self._hashing: list[Future[None]] = []
-        self._descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
+        self._descriptor = open_recorded(path, os.O_RDWR | os.O_CREAT)
         try:
             # Reserved now, so that a full disk shows before the work is done.
             os.posix_fallocate(self._descriptor, 0, max(1, self.nbytes))

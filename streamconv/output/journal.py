@@ -1,9 +1,11 @@
 """Journal of a run: finished work, and what makes a rerun a continuation; the files in `OUT/.streamconv/`.
 
-    lock           held (flock) while a run is alive
+    lock           held (flock) while a run is alive; names it by process, host and a number of its own
     plan.json      the fingerprint of the run that owns the folder
-    journal.jsonl  append-only; every line is on disk before the next is written
-    *.partial      shards being written; a finished one loses the suffix, still inside this folder
+    journal.jsonl  append-only; every line is on disk before the next is written (see journal_lines.py)
+    publishing     empty; files under final names are of a run that was not through, whoever goes on with what
+    *.partial      shards being written; a finished one loses the suffix, still inside this folder; and small files
+                   before they are put in place
     <pass>/        a folder for each pass of the plan (`Pass.folder`), with what it has made: `calibration`, `rescaling`
 
 Two kinds of line matter. A *watermark* says: the first `offset` bytes of this shard are on disk and hash to
@@ -11,8 +13,11 @@ Two kinds of line matter. A *watermark* says: the first `offset` bytes of this s
 the weights that were completed since the line before, so that a resumed run reports the same numbers.
 A torn last line, the mark of a kill while appending, is ignored: what it would have said is done again.
 
-The folder belongs to the run that plan.json names. Without that file, what lies in it is left over and goes: so it
-is written first and deleted first.
+The folder belongs to the run that plan.json names. Without that file, what a run has left in it goes: so it is written
+first and deleted first. What no run can have put there is never touched (see work_folder.py).
+
+Locks may lock nothing, as between two hosts that mount a file system with locks of their own. So a run looks whether
+`lock` still names it before whatever it adds to the journal or puts in place, and stops once it does not.
 """
 
 from __future__ import annotations
@@ -21,55 +26,71 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
+import secrets
 import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint.writer import fsync_folder, write_error, write_file
-from streamconv.errors import OutputError
+from streamconv.checkpoint.own_files import (
+    FOLDER,
+    FileIdentity,
+    check_kind,
+    kind_at,
+    known_again,
+    open_own,
+    read_own,
+)
+from streamconv.checkpoint.strict_json import parse_object
+from streamconv.checkpoint.writer import close_file, fsync_folder, write_error, write_file
+from streamconv.errors import CheckpointError, OutputError
+from streamconv.output.journal_lines import Progress, Watermark, encode_line, fingerprint_digest, read_lines
+from streamconv.output.work_folder import (
+    LINES,
+    LOCK,
+    PLAN,
+    PUBLISHING,
+    WORK_FOLDER,
+    check_entries,
+    check_ours_alone,
+    is_there,
+    note_of,
+    remove_entries,
+)
 
-WORK_FOLDER = ".streamconv"
-_PLAN, _LINES, _LOCK = "plan.json", "journal.jsonl", "lock"
+__all__ = [
+    "WORK_FOLDER",
+    "Journal",
+    "Progress",
+    "Watermark",
+    "is_owned",
+    "is_publishing",
+    "lock_holder",
+    "make_folder",
+    "make_pass_folder",
+    "remove_leftovers",
+]
 
-
-@dataclass(frozen=True, slots=True)
-class Watermark:
-    """The first `offset` bytes of a shard are on disk, and hash to `sha256`."""
-
-    offset: int
-    sha256: str
-
-
-@dataclass(slots=True)
-class Progress:
-    """Progress that the journal records. `sums` are kept-delta sums by weight name."""
-
-    finished: dict[str, str] = field(default_factory=dict)  # shard name -> sha256
-    watermarks: dict[str, Watermark] = field(default_factory=dict)
-    sums: dict[str, list[float]] = field(default_factory=dict)
-    publishing: bool = False
-    rejected: bool = False
-
-    @property
-    def is_worth_keeping(self) -> bool:
-        """Whether a run of other inputs or options must not discard it without being told to."""
-        return bool(self.finished or self.watermarks or self.publishing) and not self.rejected
+_MAX_PLAN_BYTES = 256 * 2**20
+_MAX_OWNER_BYTES = 4096
 
 
 def is_publishing(out: Path) -> bool:
     """Whether an unfinished run had begun to put files under their final names."""
     folder = out / WORK_FOLDER
-    return (folder / _PLAN).exists() and _read_progress(folder / _LINES).publishing
+    if not is_there(folder, PLAN):
+        return False
+    if is_there(folder, PUBLISHING):
+        return True
+    plan = _read_plan(folder / PLAN)
+    return plan is not None and read_lines(folder / LINES, fingerprint_digest(plan)).progress.publishing
 
 
 def is_owned(out: Path) -> bool:
     """Whether `out` has a work folder that belongs to an unfinished run."""
-    return (out / WORK_FOLDER / _PLAN).exists()
+    return is_there(out / WORK_FOLDER, PLAN)
 
 
 def lock_holder(out: Path) -> str | None:
@@ -80,13 +101,15 @@ def lock_holder(out: Path) -> str | None:
     if not is_owned(out):
         return None
     try:
-        lock = os.open(out / WORK_FOLDER / _LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
+        lock = open_own(out / WORK_FOLDER / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        raise write_error(error, out / WORK_FOLDER / LOCK) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return os.pread(lock, 200, 0).decode(errors="replace").strip()
+        return _holder(lock)
     except OSError:  # a file system without locks
         return None
     finally:
@@ -96,10 +119,12 @@ def lock_holder(out: Path) -> str | None:
 
 def remove_leftovers(out: Path) -> None:
     """Delete the work folder of a run that was killed when there was nothing left to do but that."""
-    if not (out / WORK_FOLDER).exists():
-        return
     journal = Journal(out, {}, resume=True)
-    with contextlib.suppress(OutputError):  # another run is beginning: it will clear up
+    with contextlib.suppress(
+        OutputError
+    ):  # another run is beginning: it will clear up; or it is somebody else's
+        if kind_at(journal.folder) is None:
+            return
         journal.lock()
         if not is_owned(out):
             journal.remove()
@@ -107,15 +132,21 @@ def remove_leftovers(out: Path) -> None:
 
 
 class Journal:
-    """The work folder of one output, opened for one run. Use as a context manager: it holds the lock."""
+    """The work folder of one output, opened for one run. Use as a context manager: it holds the lock.
+
+    `identities` are those of finished shards, by name, as this run has written or read them.
+    """
 
     def __init__(self, out: Path, fingerprint: Mapping[str, Any], resume: bool) -> None:
         self.folder = out / WORK_FOLDER
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.resume = resume
         self.progress = Progress()
+        self.identities: dict[str, FileIdentity] = {}
         self._lock: int | None = None
         self._lines: int | None = None
+        self._owner: bytes | None = None
+        self._check = fingerprint_digest(self.fingerprint)  # of the last line
         self._appending = threading.Lock()  # shards may be written side by side
 
     def __enter__(self) -> Journal:
@@ -131,20 +162,23 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        self._close_lines()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def _close_lines(self) -> None:
-        if self._lines is not None:
-            os.close(self._lines)
-            self._lines = None
+        """Close what is open; the lock is free then. All that was to last is on the disk already."""
+        lines, self._lines = self._lines, None
+        lock, self._lock = self._lock, None
+        for descriptor in (lines, lock):
+            if descriptor is not None:
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
 
     @property
     def has_passed(self) -> bool:
         """Whether a pass of any plan, be it another one's than this run's, has left a whole file."""
         return any(self.folder.glob("*/*.safetensors"))
+
+    @property
+    def is_publishing(self) -> bool:
+        """Whether this run, or one that it took over from, had begun to put files under their final names."""
+        return self.progress.publishing or is_there(self.folder, PUBLISHING)
 
     def partial(self, shard: str) -> Path:
         """Path of a shard before it is whole."""
@@ -162,8 +196,14 @@ class Journal:
 
     def publish(self) -> None:
         """Record that from here on files appear under their final names."""
+        self.check_owner()
         if not self.progress.publishing:
             self._append({"publishing": True})
+        note = self.folder / PUBLISHING
+        if kind_at(note) is None:  # beside the journal, whose lines are lost behind one that is damaged
+            with _typed_errors(note):
+                os.close(open_own(note, os.O_WRONLY | os.O_CREAT))
+            fsync_folder(self.folder)
 
     def reject(self) -> None:
         """Record that the result was refused for its quality: another run may discard it without asking."""
@@ -173,95 +213,167 @@ class Journal:
         """Forget the watermark of a shard whose bytes turned out not to match it."""
         self._append({"restart": shard})
 
+    def check_owner(self) -> None:
+        """Raise OutputError if the work folder is not this run's any more: it is then not touched again."""
+        if self._owner is None or (found := self._found_owner()) == self._owner:
+            return
+        if found is None:
+            raise OutputError(
+                f"{self.folder} was removed or emptied while this run was at work in it, and what it held cannot be"
+                " put in place; run the same command again, with nothing else at work there"
+            )
+        raise OutputError(
+            f"another run ({_first_line(found)}) took over {self.folder.parent} while this one was at work, so the file"
+            " system's locks hold nobody off; this run has stopped and left everything to that one: wait for it, or"
+            " choose another --out"
+        )
+
+    def _found_owner(self) -> bytes | None:
+        return read_own(self.folder / LOCK, _MAX_OWNER_BYTES)
+
+    def check_finished(self, shard: str, path: Path) -> None:
+        """Raise OutputError unless `path` is the finished shard, as this run has written or read it."""
+        found = known_again(path, self.identities[shard])
+        if found is None:
+            raise OutputError(
+                f"{path} was removed or changed since it was finished; run the same command again, with nothing else at"
+                " work there: it makes this shard anew"
+            )
+        self.identities[shard] = found
+
     def remove(self) -> None:
-        """Delete the work folder; the output is complete. Holds the lock for as long as there is anything in it."""
+        """Delete the work folder; the output is complete. Holds the lock for as long as there is anything in it.
+
+        What no run can have put there stays, and the folder with it.
+        """
+        self.check_owner()
         with _typed_errors(self.folder):
             self._close_lines()  # NFS keeps what is deleted open
-            self._clear()
-            (self.folder / _LOCK).unlink()
+            check_kind(self.folder, FOLDER)
+            remove_entries(self.folder, keep=frozenset({LOCK}))
+            (self.folder / LOCK).unlink(missing_ok=True)
         self.close()
         with contextlib.suppress(OSError):  # another run may have moved in by now
             self.folder.rmdir()
         fsync_folder(self.folder.parent)
 
+    def _close_lines(self) -> None:
+        lines, self._lines = self._lines, None
+        if lines is not None:
+            close_file(lines, self.folder / LINES)
+
     def lock(self) -> None:
-        """Make the folder and take its lock. Raises OutputError if another run has it."""
-        path = self.folder / _LOCK
+        """Make the folder and take its lock. Raises OutputError if another run has it, or it is no run's."""
+        path = self.folder / LOCK
         while self._lock is None:
             make_folder(self.folder)
+            check_entries(self.folder)
             try:
-                self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                self._lock = open_own(path, os.O_RDWR | os.O_CREAT)
             except FileNotFoundError:
                 continue  # a run that ended has removed the folder just now
             except OSError as error:
                 raise write_error(error, path) from error
-            self._lock_descriptor(self._lock)
-            if not _is_still_at(path, self._lock):  # likewise: what is locked is in no folder any more
-                os.close(self._lock)
-                self._lock = None
+            try:
+                self._lock_descriptor(self._lock)
+                is_taken = _is_still_at(path, self._lock)
+            except BaseException:
+                self.close()
+                raise
+            if not is_taken:  # likewise: what is locked is in no folder any more
+                self.close()
 
     def _lock_descriptor(self, lock: int) -> None:
-        path = self.folder / _LOCK
+        path = self.folder / LOCK
         try:
             _lock_patiently(lock)
         except BlockingIOError as error:
-            holder = os.pread(lock, 200, 0).decode(errors="replace").strip()
-            self.close()
             raise OutputError(
-                f"{self.folder.parent} is in use by another run ({holder}); wait for it, or choose another --out"
+                f"{self.folder.parent} is in use by another run ({_holder(lock)}); wait for it, or choose another --out"
             ) from error
         except OSError as error:
-            self.close()
             raise OutputError(
                 f"{path} cannot be locked: {error.strerror}; choose an --out on a file system that has locks"
             ) from error
-        with contextlib.suppress(OSError):  # who holds it, for others' messages: no more than that
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def _open(self) -> None:
-        plan, lines = self.folder / _PLAN, self.folder / _LINES
+        """Go on with what is there if it is this run's, else begin anew. Raises OutputError if it is another's that
+        someone may want, or holds what is somebody else's.
+        """
+        plan, lines = self.folder / PLAN, self.folder / LINES
         with _typed_errors(lines):
-            if plan.exists() and self.resume and self._is_same_run(plan, lines):
-                self.progress = _read_progress(lines)
-                _cut_torn_line(lines)
+            goes_on = self.resume and self._is_same_run()
+            if not goes_on:
+                check_ours_alone(self.folder)
+            self.take_over()
+            if goes_on:
+                self._take_up(lines)
             else:
-                self._clear()
+                self._check = fingerprint_digest(self.fingerprint)
+                # Where publishing had begun, that is never forgotten: what lies in the output's folder is ours.
+                keep = {PLAN, PUBLISHING} if is_publishing(self.folder.parent) else set()
+                remove_entries(self.folder, keep=frozenset({LOCK, *keep}))
+                self.check_owner()
                 write_file(plan, json.dumps(self.fingerprint, indent=1, sort_keys=True).encode())
-            self._lines = os.open(lines, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._lines = open_own(lines, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         fsync_folder(self.folder)
+        self.check_owner()
 
-    def _is_same_run(self, plan: Path, lines: Path) -> bool:
+    def _is_same_run(self) -> bool:
         """Whether the folder's run is this one. Raises OutputError if it is another that someone may want."""
-        try:
-            found = json.loads(plan.read_bytes())
-        except ValueError:
-            found = {}
-        differing = _differences(found, self.fingerprint)
-        progress = _read_progress(lines)
-        if differing and (progress.is_worth_keeping or (self.has_passed and not progress.rejected)):
+        if not is_there(self.folder, PLAN):
+            return False
+        found = _read_plan(self.folder / PLAN)
+        if found == self.fingerprint:
+            return True
+        recorded = read_lines(self.folder / LINES, fingerprint_digest(found or {}))
+        progress = recorded.progress
+        is_wanted = (
+            progress.is_worth_keeping or recorded.has_more or (self.has_passed and not progress.rejected)
+        )
+        if is_wanted and found is None:
+            raise OutputError(
+                f"{self.folder / PLAN} is damaged, so it is not known which run left unfinished work in "
+                f"{self.folder.parent}; pass --no-resume to discard that and begin anew, or choose another --out"
+            )
+        if is_wanted:
+            differing = _differences(found, self.fingerprint)
             raise OutputError(
                 f"{self.folder.parent} holds an unfinished run with other inputs or options "
                 f"({'; '.join(differing[:3])}); repeat that command to finish it, pass --no-resume to discard it, "
                 "or choose another --out"
             )
-        return not differing
+        return False
 
-    def _clear(self) -> None:
-        """Delete everything but the lock."""
-        (self.folder / _PLAN).unlink(missing_ok=True)
-        for path in self.folder.iterdir():
-            if path.name != _LOCK:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    def take_over(self) -> None:
+        """Name this run as the folder's: another that holds itself for its owner, for want of locks, then stops."""
+        assert self._lock is not None
+        owner = f"process {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(16)}\n".encode()
+        with _typed_errors(self.folder / LOCK):
+            os.ftruncate(self._lock, os.pwrite(self._lock, owner, 0))
+        self._owner = owner
+
+    def _take_up(self, lines: Path) -> None:
+        """Take in what the journal says, and cut off what is not believed, or the next line would be glued to it."""
+        recorded = read_lines(lines, self._check)
+        self.progress, self._check = recorded.progress, recorded.check
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = open_own(lines, os.O_WRONLY)
+            try:
+                if os.fstat(descriptor).st_size > recorded.end:
+                    os.ftruncate(descriptor, recorded.end)
+            finally:
+                os.close(descriptor)
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        assert self._lines is not None
-        line = (json.dumps(record) + "\n").encode()
-        with self._appending, _typed_errors(self.folder / _LINES):
+        with self._appending, _typed_errors(self.folder / LINES):
+            assert self._lines is not None
+            self.check_owner()
+            line, self._check = encode_line(record, self._check)
             while line:
                 line = line[os.write(self._lines, line) :]
             os.fsync(self._lines)
-            _replay(self.progress, record)
+            self.progress.add(record)
 
 
 @contextlib.contextmanager
@@ -285,64 +397,57 @@ def _lock_patiently(lock: int) -> None:
 
 
 def _is_still_at(path: Path, descriptor: int) -> bool:
+    with _typed_errors(path):
+        try:
+            return os.path.samestat(path.lstat(), os.fstat(descriptor))
+        except FileNotFoundError:
+            return False
+
+
+def _holder(lock: int) -> str:
     try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+        return _first_line(os.pread(lock, 200, 0))
+    except OSError:
+        return "which one, cannot be read"
+
+
+def _first_line(content: bytes) -> str:
+    """Name of a run as a file has it, fit for a message: anybody may have written the file."""
+    line = content[:200].decode(errors="replace").partition("\n")[0].strip()
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def make_folder(folder: Path) -> None:
+    """Make a folder of ours, and those above it. Raises OutputError, also where something else has its name."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        check_kind(folder, FOLDER)
         raise OutputError(
             f"cannot make the folder {folder}: {error.strerror}; choose another --out"
         ) from error
+    check_kind(folder, FOLDER)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write to {folder}; check its permissions, or choose another --out")
 
 
-def _records(lines: Path) -> Iterator[tuple[Mapping[str, Any], int]]:
-    """Every record that is whole, and where it ends. The rest of the file is as if it had never been written."""
-    end = 0
-    for line in lines.read_bytes().splitlines(keepends=True) if lines.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            return
-        if not isinstance(record, dict) or not line.endswith(b"\n"):
-            return
-        end += len(line)
-        yield record, end
+def make_pass_folder(folder: Path, name: str) -> Path:
+    """Make the folder `name` for a pass in a work folder, or find it there. Raises OutputError."""
+    note = folder / note_of(name)
+    if kind_at(note) is None:
+        with _typed_errors(note):
+            os.close(open_own(note, os.O_WRONLY | os.O_CREAT))
+    make_folder(folder / name)
+    return folder / name
 
 
-def _read_progress(lines: Path) -> Progress:
-    progress = Progress()
-    for record, _ in _records(lines):
-        _replay(progress, record)
-    return progress
-
-
-def _cut_torn_line(lines: Path) -> None:
-    """Cut off a last line that was not written whole, or the next one would be glued to it."""
-    whole = max((end for _, end in _records(lines)), default=0)
-    if lines.exists() and whole < lines.stat().st_size:
-        os.truncate(lines, whole)
-
-
-def _replay(progress: Progress, record: Mapping[str, Any]) -> None:
-    progress.sums.update(record.get("sums", {}))
-    if "watermark" in record:
-        progress.watermarks[record["watermark"]] = Watermark(record["offset"], record["sha256"])
-    elif "finished" in record:
-        progress.finished[record["finished"]] = record["sha256"]
-    elif "restart" in record:
-        progress.watermarks.pop(record["restart"], None)
-        progress.finished.pop(record["restart"], None)
-    elif "publishing" in record:
-        progress.publishing, progress.rejected = True, False
-    elif "rejected" in record:
-        progress.rejected = True
+def _read_plan(path: Path) -> Mapping[str, Any] | None:
+    """The fingerprint of the run that a folder belongs to; None where it cannot be read as one."""
+    content = read_own(path, _MAX_PLAN_BYTES)
+    try:
+        return None if content is None else parse_object(content, str(path), allow_nonfinite=True)
+    except CheckpointError:
+        return None
 
 
 def _differences(found: Any, wanted: Any, path: str = "") -> list[str]:

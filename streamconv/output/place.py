@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from streamconv.checkpoint.own_files import read_error
 from streamconv.checkpoint.writer import free_bytes
 from streamconv.errors import OutputError, ResourceError
 from streamconv.formats import FORMATS
@@ -19,6 +21,21 @@ SPARE_DISK_BYTES = 64 * 2**20
 
 OUTPUT_FOLDERS = ("none", *FORMATS)
 """Names of the folders in an output that are for further ones, each a model of its own."""
+
+
+def check_reachable(out: Path) -> None:
+    """Raise OutputError where the name of an output leads nowhere, so that no folder could be made there."""
+    try:
+        out.stat()
+    except FileNotFoundError as error:
+        if out.is_symlink():
+            raise OutputError(
+                f"{out} is a link to {out.readlink()}, which is not there; make that folder, or choose another --out"
+            ) from error
+    except OSError as error:  # a loop of links, a file for a folder, a name too long
+        raise OutputError(f"{out} cannot be used: {error.strerror}; choose another --out") from error
+    except ValueError as error:  # a NUL in the name
+        raise OutputError(f"{str(out)!r} cannot be a folder: {error}; choose another --out") from error
 
 
 def check_place(out: Path, inputs: Mapping[str, Path], overwrite: bool, publishing: bool) -> None:
@@ -73,12 +90,14 @@ def check_disk(
     copied_bytes: int = 0,
 ) -> None:
     """Raise ResourceError unless what is still to be written of each plan fits the file systems that outputs lie on:
-    these shards, what passes before make, and for each `copied_bytes` of copies and `spare_bytes` of small files.
+    these shards, what passes before make, `copied_bytes` of files that go along, and `spare_bytes` for each.
     """
+    # What is spared has room for the files of any tokenizer, but not for whatever lies beside a stranger's weights.
+    spare_bytes += max(0, copied_bytes - SPARE_DISK_BYTES // 2)
     needed: dict[int, int] = {}
     for out, plan, shards, journal in outputs:
-        disk = out.stat().st_dev
-        needed[disk] = needed.get(disk, 0) + spare_bytes + copied_bytes + _disk_need(plan, shards, journal)
+        disk = _disk_of(out)
+        needed[disk] = needed.get(disk, 0) + spare_bytes + _disk_need(plan, shards, journal)
         free = free_bytes(out / WORK_FOLDER)
         if needed[disk] > free:
             what = f"{out} with the other outputs" if len(outputs) > 1 else f"{out}"
@@ -86,6 +105,13 @@ def check_disk(
                 f"{what} needs {format_size(needed[disk])} and its disk has {format_size(free)} free: "
                 f"{format_size(needed[disk] - free)} are missing; free some, or choose another --out"
             )
+
+
+def _disk_of(out: Path) -> int:
+    try:
+        return out.stat().st_dev
+    except OSError as error:
+        raise read_error(error, out) from error
 
 
 def _disk_need(plan: Plan, shards: Sequence[ShardPlan], journal: Journal) -> int:
@@ -98,8 +124,18 @@ def _disk_need(plan: Plan, shards: Sequence[ShardPlan], journal: Journal) -> int
 
 
 def _taken_in(folder: Path) -> int:
-    return sum(map(_taken, folder.iterdir())) if folder.exists() else 0
+    try:
+        return sum(_taken(folder / name) for name in os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise read_error(error, folder) from error
 
 
 def _taken(path: Path) -> int:
-    return path.stat().st_blocks * 512 if path.exists() else 0
+    try:
+        return path.lstat().st_blocks * 512
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise read_error(error, path) from error

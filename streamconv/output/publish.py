@@ -1,4 +1,8 @@
-"""Publishing: a finished output under its final names, config.json last."""
+"""Publishing: a finished output under its final names, config.json last.
+
+Small files are written in the work folder and renamed into place like shards. So nothing of a run is put in place once
+that folder is another's: without working locks, two runs could otherwise mix what they publish.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,24 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from streamconv.checkpoint.own_files import (
+    FOLDER,
+    LINK,
+    FileIdentity,
+    check_kind,
+    kind_at,
+    known_again,
+    read_error,
+)
 from streamconv.checkpoint.writer import (
     ShardWriter,
     fsync_folder,
     publish,
+    remove_file,
+    write_anew,
     write_error,
-    write_file,
 )
+from streamconv.errors import OutputError
 from streamconv.output.journal import Journal
 from streamconv.output.sidecars import (
     RESIDUAL,
@@ -45,51 +60,127 @@ def publish_output(
     """Put the finished output under its final names; can be repeated after an interruption.
 
     `generated` are small files by name: written in the order given, index and config after all shards. `residual` is
-    where the tensors of a residual adapter wait.
+    where the tensors of a residual adapter wait. Raises OutputError where another run has taken over, or what was
+    finished is not there any more: no config.json is in place then.
     """
+    _check_waiting(out, plan, journal)
     journal.publish()
     names = {shard.name for shard in plan.shards} | set(generated) | {file.name for file in copied}
     names |= {RESIDUAL_TENSORS} if residual else set()
     # What makes a folder a model goes first, so that old and new are never taken for one model.
     for stale in (CONFIG, INDEX, *_of_old_model(out, names)):
+        journal.check_owner()
         remove_file(out / stale)
     _settle_folder(out / CHAT_TEMPLATES, any(name.startswith(f"{CHAT_TEMPLATES}/") for name in names))
     _settle_folder(out / RESIDUAL, residual is not None)
     fsync_folder(out)
+    placed: dict[Path, FileIdentity] = {}
     for shard in plan.shards:
-        if journal.finished(shard.name).exists():
-            publish(journal.finished(shard.name), out / shard.name)
+        placed[out / shard.name] = _put_shard(out, journal, shard.name)
     if residual is not None:
-        publish(residual, out / RESIDUAL_TENSORS)
+        put_file(journal, residual, out / RESIDUAL_TENSORS)
     for file in copied:
-        copy_file(file, out / file.name)
+        placed[out / file.name] = put_copy(journal, file, out / file.name)
     for name, content in generated.items():
-        write_file(out / name, content)
+        if name == CONFIG:
+            _check_placed(placed)
+        placed[out / name] = put_content(journal, content, out / name)
+    journal.check_owner()
+    try:
+        _check_placed(placed)
+    except OutputError:
+        remove_file(out / CONFIG)
+        raise
+
+
+def _check_waiting(out: Path, plan: Plan, journal: Journal) -> None:
+    """Raise OutputError where a shard has gone since it was finished, before anything makes way for it."""
+    journal.check_owner()
+    for shard in plan.shards:
+        waiting = journal.finished(shard.name)
+        is_placed = journal.is_publishing and kind_at(waiting) is None
+        journal.check_finished(shard.name, out / shard.name if is_placed else waiting)
+
+
+def _put_shard(out: Path, journal: Journal, name: str) -> FileIdentity:
+    waiting = journal.finished(name)
+    if kind_at(waiting) is not None:
+        journal.check_finished(name, waiting)
+        put_file(journal, waiting, out / name)
+    journal.check_finished(name, out / name)
+    return journal.identities[name]
+
+
+def _check_placed(placed: Mapping[Path, FileIdentity]) -> None:
+    """Raise OutputError where a final name is not that of the file which was put there."""
+    for path, identity in placed.items():
+        if known_again(path, identity) is None:
+            raise OutputError(
+                f"{path} was removed or changed while the output was being put in place, so this is no model yet; run"
+                " the same command again, with nothing else at work there"
+            )
+
+
+def put_file(journal: Journal, source: Path, target: Path) -> None:
+    """Give a finished file of the work folder its final name, unless the folder is another run's by now."""
+    journal.check_owner()
+    publish(source, target)
+
+
+def put_content(journal: Journal, content: bytes, target: Path) -> FileIdentity:
+    """Write a small file and put it in place, whole or not at all."""
+    temporary = _waiting(journal, target)
+    journal.check_owner()
+    identity = write_anew(temporary, content)
+    put_file(journal, temporary, target)
+    return identity
+
+
+def put_copy(journal: Journal, file: SourceFile, target: Path) -> FileIdentity:
+    """Copy a file and put it in place, whole or not at all."""
+    temporary = _waiting(journal, target)
+    journal.check_owner()
+    remove_file(temporary)
+    with os.fdopen(open_file(file), "rb") as source, ShardWriter.create(temporary, b"", file.size) as writer:
+        while chunk := source.read(_COPY_BYTES):
+            writer.write(chunk)
+        writer.finish()
+    put_file(journal, temporary, target)
+    return writer.identity
+
+
+def _waiting(journal: Journal, target: Path) -> Path:
+    return journal.folder / f".{target.name}.partial"
 
 
 def _of_old_model(out: Path, keep: set[str]) -> list[str]:
     """Files of the model that was here which a loader would take for the new one's."""
     found = _not_kept(out, "", keep)
     for name in (CHAT_TEMPLATES, RESIDUAL):
-        folder = out / name
-        if folder.is_symlink():  # what it leads to is not of this folder
+        kind = kind_at(out / name)
+        if kind == LINK:  # what it leads to is not of this folder
             found.append(name)
-        elif folder.is_dir():
-            found += _not_kept(folder, f"{name}/", keep)
+        elif kind == FOLDER:
+            found += _not_kept(out / name, f"{name}/", keep)
     return found
 
 
 def _not_kept(folder: Path, prefix: str, keep: set[str]) -> list[str]:
-    names = [prefix + entry.name for entry in folder.iterdir()]
+    try:
+        names = [prefix + name for name in os.listdir(folder)]
+    except OSError as error:
+        raise read_error(error, folder) from error
     return [name for name in names if is_of_model(name) and name not in keep]
 
 
 def _settle_folder(folder: Path, is_used: bool) -> None:
     """Make the folder if it is used; else remove it, unless something of somebody else is in it."""
+    if is_used:
+        check_kind(folder, FOLDER)
     try:
         if is_used:
             folder.mkdir(exist_ok=True)
-        elif folder.is_dir() and not any(folder.iterdir()):
+        elif kind_at(folder) == FOLDER and not os.listdir(folder):
             folder.rmdir()
     except OSError as error:
         raise write_error(error, folder) from error
@@ -100,22 +191,3 @@ def is_of_model(name: str) -> bool:
     if name.startswith(f"{RESIDUAL}/"):
         return name in (RESIDUAL_CONFIG, RESIDUAL_TENSORS)
     return name.endswith((".safetensors", ".safetensors.index.json")) or is_read_by_loaders(name)
-
-
-def remove_file(path: Path) -> None:
-    """Remove a file that may not be there. Raises OutputError."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:  # a folder of that name, say
-        raise write_error(error, path) from error
-
-
-def copy_file(file: SourceFile, target: Path) -> None:
-    """Copy a small file; beside the target first, so that the final name is never half a file."""
-    temporary = target.with_name(f".{target.name}.partial")
-    remove_file(temporary)
-    with os.fdopen(open_file(file), "rb") as source, ShardWriter.create(temporary, b"", file.size) as writer:
-        while chunk := source.read(_COPY_BYTES):
-            writer.write(chunk)
-        writer.finish()
-    publish(temporary, target)

@@ -6,14 +6,17 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from streamconv.checkpoint.own_files import identify, size_of
 from streamconv.checkpoint.writer import (
     Mark,
     ShardWriter,
     publish,
+    remove_file,
 )
 from streamconv.output.journal import Journal, Watermark
-from streamconv.output.publish import remove_file
+from streamconv.output.publish import CONFIG
 from streamconv.planning.plan import Plan, ShardPlan
+from streamconv.progress import OnBytes
 from streamconv.running.cells import KeptDelta
 from streamconv.threads import Future, Pool
 
@@ -40,6 +43,7 @@ class ShardSink:
         self._syncing: Future[None] | None = None
 
     def begin(self, shard: ShardPlan) -> None:
+        self._journal.check_owner()
         self._shard = shard
         self._writer = self._resumed.pop(shard.name, None)
         if self._writer is None:
@@ -97,23 +101,28 @@ class ShardSink:
         self._journal.watermark(name, Watermark(mark.offset, writer.sync(mark)), sums)
 
     def _finish(self, name: str, writer: ShardWriter, sums: Mapping[str, list[float]]) -> None:
-        self._journal.finish(name, writer.finish(), sums)
+        sha256 = writer.finish()
+        self._journal.identities[name] = writer.identity
+        self._journal.finish(name, sha256, sums)
         publish(self._journal.partial(name), self._journal.finished(name))
 
 
-def resume_points(out: Path, plan: Plan, journal: Journal) -> tuple[dict[str, int], dict[str, ShardWriter]]:
-    """File offset from which each unfinished shard is to be produced, and the writers that stand there."""
+def resume_points(
+    out: Path, plan: Plan, journal: Journal, on_bytes: OnBytes = lambda _: None
+) -> tuple[dict[str, int], dict[str, ShardWriter]]:
+    """File offset from which each unfinished shard is to be produced, and the writers that stand there.
+
+    Finished shards are read again, and made anew where they are not what was journaled; `on_bytes` is told how many
+    bytes were read.
+    """
     starts: dict[str, int] = {}
     writers: dict[str, ShardWriter] = {}
     for shard in plan.shards:
         if shard.name in journal.progress.finished:
-            partial = journal.partial(shard.name)
-            if _is_whole(partial, shard):
-                publish(partial, journal.finished(shard.name))
-            # Before publishing, what stands under the final name is the model that --overwrite will replace.
-            published = journal.progress.publishing and _is_whole(out / shard.name, shard)
-            if published or _is_whole(journal.finished(shard.name), shard):
+            if _take_finished(out, shard, journal, on_bytes):
                 continue
+            if journal.is_publishing:
+                remove_file(out / CONFIG)  # without its shard, what is there must be no model
             journal.restart(shard.name)
         mark = journal.progress.watermarks.get(shard.name)
         starts[shard.name] = len(shard.header)
@@ -129,5 +138,23 @@ def resume_points(out: Path, plan: Plan, journal: Journal) -> tuple[dict[str, in
     return starts, writers
 
 
-def _is_whole(path: Path, shard: ShardPlan) -> bool:
-    return path.exists() and path.stat().st_size == shard.size
+def _take_finished(out: Path, shard: ShardPlan, journal: Journal, on_bytes: OnBytes) -> bool:
+    """Whether the shard is still what was journaled, under one of the names it may have by now."""
+    name, sha256 = shard.name, journal.progress.finished[shard.name]
+    places = [journal.finished(name), journal.partial(name)]
+    # Before publishing, what stands under the final name is the model that --overwrite will replace.
+    places += [out / name] if journal.is_publishing else []
+    for path in places:
+        found = identify(path, on_bytes) if _has_size(path, shard.size) else None
+        if found is None or found.sha256 != sha256 or found.size != shard.size:
+            continue
+        journal.identities[name] = found
+        if path == journal.partial(name):
+            publish(path, journal.finished(name))
+        return True
+    return False
+
+
+def _has_size(path: Path, size: int) -> bool:
+    """Whether there is a regular file of that size, so that no other is read whole. Raises OutputError."""
+    return size_of(path) == size

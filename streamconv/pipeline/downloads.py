@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from streamconv.checkpoint.own_files import read_error
 from streamconv.checkpoint.writer import free_bytes
 from streamconv.errors import ResourceError
 from streamconv.output.journal import is_owned
@@ -41,14 +42,17 @@ def fetch(prepared: Prepared, out: Path, on_progress: OnProgress) -> None:
 
 def _check_room(todo: Sequence[tuple[Prepared, Path]], out: Path, downloads: Sequence[SourceFile]) -> None:
     """Raise ResourceError if the outputs would not fit beside what is downloaded; of a resumed one, part is there."""
-    place = existing_folder(out)
-    disk = place.stat().st_dev
-    sizes = [each.plan.disk for each, at in todo if not is_owned(at) and _disk_of(at) == disk]
+    disk = _disk_of(out)
+    sizes = [
+        each.plan.disk + sum(file.size for file in each.copied)
+        for each, at in todo
+        if not is_owned(at) and _disk_of(at) == disk
+    ]
     if not sizes:
         return
     on_same_disk = [file for file in downloads if _disk_of(Path(file.path)) == disk]
     needed = sum(sizes) + sum(file.size for file in on_same_disk)
-    if needed > (free := free_bytes(place)):
+    if needed > (free := free_bytes(existing_folder(out) / out.name)):
         beside = " with the download, whose cache is on the same disk," if on_same_disk else ""
         raise ResourceError(
             f"{out} needs {format_size(needed)}{beside} and its disk has {format_size(free)} free; free some, or choose"
@@ -57,4 +61,7 @@ def _check_room(todo: Sequence[tuple[Prepared, Path]], out: Path, downloads: Seq
 
 
 def _disk_of(path: Path) -> int:
-    return existing_folder(path).stat().st_dev
+    try:
+        return existing_folder(path).stat().st_dev
+    except OSError as error:
+        raise read_error(error, path) from error

@@ -255,8 +255,8 @@ def output_folder(out: Folder) -> Path:
         raise OptionError("--out is empty, probably an unset variable; name the folder to write to")
     try:
         return Path(out).expanduser()
-    except RuntimeError as error:  # `~` of an unknown user
-        raise OptionError(f"--out {fspath(out)}: {error}") from error
+    except RuntimeError as error:  # `~` of a user whom the system does not know
+        raise OptionError(f"--out {fspath(out)}: {error}; name the folder in full") from error
 
 
 # By field, how values are read that are not taken as they are given; names in any case.

@@ -11,21 +11,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint.writer import ShardWriter
-from streamconv.errors import VerificationError
+from streamconv.checkpoint.writer import ShardWriter, remove_file
+from streamconv.errors import InputError, OutputError, Stopped, VerificationError
 from streamconv.output.journal import Journal, remove_leftovers
+from streamconv.output.listing import read_listing
 from streamconv.output.manifest import MANIFEST, KeptShares, Notes, Report, kept_delta
 from streamconv.output.place import check_disk
-from streamconv.output.publish import publish_output
+from streamconv.output.publish import CONFIG, publish_output
 from streamconv.output.sink import ShardSink, resume_points
-from streamconv.output.verifier import read_manifest, verify_layout
+from streamconv.output.verifier import read_manifest, verify_layout, verify_output
 from streamconv.pipeline.contents import check_contents, generated_files
 from streamconv.pipeline.passes import PASSES, Passed, run_passes
-from streamconv.pipeline.place import check_out, is_finished
+from streamconv.pipeline.place import check_folder, check_out, is_finished
 from streamconv.pipeline.preparation import Prepared
 from streamconv.pipeline.residual import ResidualAdapter, make_residual
 from streamconv.planning.plan import Plan, ShardPlan
-from streamconv.progress import Meter, OnProgress, StopRequest
+from streamconv.progress import Meter, OnBytes, OnProgress, StopRequest
 from streamconv.running.cells import KeptDelta
 from streamconv.running.executor import run_plans
 from streamconv.running.schedule import bytes_read
@@ -45,7 +46,7 @@ def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopReques
     with translated(out):
         check_out(prepared, out)
         places = prepared.places(out)
-        before = [_finished_before(each, folder) for each, folder in places]
+        before = [_finished_before(each, folder, on_progress, stop) for each, folder in places]
         todo = [place for place, report in zip(places, before, strict=True) if report is None]
         if todo:
             check_contents(prepared)
@@ -111,7 +112,8 @@ def _make(todo: Sequence[tuple[Prepared, Path]], on_progress: OnProgress, stop: 
     reads = sum(plan.passes_need.read for plan in plans)
     meter = Meter(reads + sum(plan.size for plan in plans), on_progress)
     with ExitStack() as stack:
-        works = [_open(each, folder, stack) for each, folder in todo]
+        reading = _reading(meter, stop)
+        works = [_open(each, folder, stack, reading) for each, folder in todo]
         published = _publish(_produce(works, meter, stop))
     seconds, read = time.monotonic() - started, reads + bytes_read(plans)
     return [
@@ -137,8 +139,8 @@ def _produce(works: Sequence[_Work], meter: Meter, stop: StopRequest) -> list[_W
     All shards are complete then, and none is published.
     """
     copied = max(sum(file.size for file in work.prepared.copied) for work in works)
-    disks = [(work.out, work.plan, work.unfinished, work.journal) for work in works]
-    check_disk(disks, copied_bytes=copied)
+    places = [(work.out, work.plan, work.unfinished, work.journal) for work in works]
+    check_disk(places, copied_bytes=copied)
     meter.start(sum(work.there for work in works))
     done = [
         replace(work, passed=run_passes(work.prepared.subject, work.journal.folder, meter.add, stop))
@@ -170,11 +172,26 @@ def _publish(works: Sequence[_Work]) -> list[_Published]:
     return published
 
 
-def _open(prepared: Prepared, out: Path, stack: ExitStack) -> _Work:
+def _reading(meter: Meter, stop: StopRequest) -> OnBytes:
+    """The progress of reading finished work again, which raises Stopped when that is asked for."""
+
+    def add(nbytes: int) -> None:
+        meter.add(nbytes)
+        if stop.signal_number is not None:
+            raise Stopped("stopped by a signal; run the same command again to go on", stop.signal_number)
+
+    return add
+
+
+def _open(prepared: Prepared, out: Path, stack: ExitStack, on_bytes: OnBytes) -> _Work:
     """Take the lock of an output and find out how far it is."""
     plan = prepared.plan
-    journal = stack.enter_context(Journal(out, plan.fingerprint, prepared.job.resume))
-    starts, writers = resume_points(out, plan, journal)
+    journal = Journal(out, plan.fingerprint, prepared.job.resume)
+    stack.callback(journal.close)
+    journal.lock()
+    _check_still_free(prepared, out, journal)
+    stack.enter_context(journal)
+    starts, writers = resume_points(out, plan, journal, on_bytes)
     resumed = bool(journal.progress.finished or writers or journal.has_passed)
     work = _Work(prepared, out, journal, starts, writers, resumed, Passed(plan))
     stack.callback(work.close)
@@ -185,6 +202,16 @@ def _open(prepared: Prepared, out: Path, stack: ExitStack) -> _Work:
     return work
 
 
+def _check_still_free(prepared: Prepared, out: Path, journal: Journal) -> None:
+    """Raise OutputError where another run has finished here since the place was looked at."""
+    try:
+        check_folder(prepared, out)
+    except OutputError:
+        journal.close()
+        remove_leftovers(out)
+        raise
+
+
 def _put_in_place(output: _Published) -> None:
     work, residual = output.work, output.residual
     prepared, out, journal = work.prepared, work.out, work.journal
@@ -193,15 +220,41 @@ def _put_in_place(output: _Published) -> None:
     waiting = residual.path if residual else None
     publish_output(out, work.plan, journal, prepared.copied, generated, waiting)
     if prepared.job.verify:
-        verify_layout(out, work.plan)
+        _verify_placed(work)
     journal.remove()
 
 
-def _finished_before(prepared: Prepared, out: Path) -> Report | None:
-    """The report of a run that had already ended well; a batch job may be started twice."""
+def _verify_placed(work: _Work) -> None:
+    """Raise VerificationError where the output in place is not the planned one; it is no model then."""
+    try:
+        verify_layout(work.out, work.plan)
+    except (InputError, VerificationError, OSError) as error:
+        work.journal.check_owner()
+        remove_file(work.out / CONFIG)
+        raise VerificationError(
+            f"{error}; run the same command again: it makes anew what is not whole"
+        ) from error
+
+
+def _finished_before(
+    prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopRequest
+) -> Report | None:
+    """The report of a run that had already ended well; a batch job may be started twice.
+
+    Raises VerificationError where its output is not any more what it was.
+    """
     if not is_finished(prepared, out):
         return None
-    verify_layout(out, prepared.plan)
+    try:
+        if prepared.job.verify:
+            storage = open_folder(str(out))
+            listing = read_listing(storage, MANIFEST)
+            verify_output(storage, listing, _reading(Meter(listing.size, on_progress), stop))
+        verify_layout(out, prepared.plan)
+    except (InputError, VerificationError, OSError) as error:
+        raise VerificationError(
+            f"{out} was complete, and is not any more: {error}; --overwrite makes it again"
+        ) from error
     remove_leftovers(out)
     found = read_manifest(open_folder(str(out)), MANIFEST)
     kept = None

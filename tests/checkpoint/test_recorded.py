@@ -14,8 +14,7 @@ from streamconv.checkpoint.recorded import (
     RecordedFiles,
     close_own,
     hash_file,
-    open_own,
-    read_own,
+    open_recorded,
     remove_own,
 )
 from streamconv.errors import OutputError, ResourceError
@@ -80,9 +79,9 @@ def fill(path: Path, kind: str) -> None:
 def test_only_a_file_is_opened(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a"
     fill(path, kind)
-    for read in (hash_file, read_own, lambda path: open_own(path, os.O_RDWR | os.O_CREAT)):
+    for read in (hash_file, lambda path: open_recorded(path, os.O_RDWR | os.O_CREAT)):
         with pytest.raises(
-            OutputError, match=rf"a must be a file that streamconv wrote, found {kind}; remove it"
+            OutputError, match=rf"a is {kind}, and must be a file that streamconv made itself"
         ):
             read(path)
     assert not (tmp_path / "elsewhere").exists()
@@ -100,14 +99,13 @@ def test_errors_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         remove_own(tmp_path / "folder")
     path = tmp_path / "a"
     write(path, b"content")
-    for name, code, use, error in (
-        ("preadv", errno.EIO, lambda: hash_file(path), OutputError),
-        ("pread", errno.EIO, lambda: read_own(path), OutputError),
+    cases: tuple[tuple[str, int, Callable[[], object], type[Exception]], ...] = (
         ("open", errno.EIO, lambda: hash_file(path), OutputError),
         ("write", errno.ENOSPC, lambda: RecordedFiles(tmp_path).record({"a": "0" * 64}), ResourceError),
         ("fsync", errno.EIO, lambda: RecordedFiles(tmp_path).record({"a": "0" * 64}), OutputError),
         ("close", errno.EDQUOT, lambda: close_own(-1, path), ResourceError),
-    ):
+    )
+    for name, code, use, error in cases:
         with monkeypatch.context() as patched:
             patched.setattr(os, name, failing(code))
             with pytest.raises(error):

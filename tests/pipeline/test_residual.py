@@ -240,7 +240,7 @@ def test_interrupted_while_it_is_published(
 
         return act
 
-    for name in ("publish", "write_file"):
+    for name in ("publish",):
         monkeypatch.setattr(publish, name, interrupted(getattr(publish, name)))
     while left:
         with pytest.raises(KeyboardInterrupt):

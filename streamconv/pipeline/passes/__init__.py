@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from streamconv.calibration.subject import Subject
 from streamconv.errors import ResourceError
-from streamconv.output.journal import make_folder
+from streamconv.output.journal import make_pass_folder
 from streamconv.output.manifest import Notes
 from streamconv.pipeline.passes import calibrate, equalize
 from streamconv.pipeline.passes.base import Found, PassKind
@@ -79,8 +79,7 @@ def run_passes(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequ
     """
     found: dict[str, Found] = {}
     for each in subject.plan.passes:
-        place = folder / each.folder
-        make_folder(place)
+        place = make_pass_folder(folder, each.folder)
         made = found[each.name] = PASSES[each.name].run(subject, place, on_bytes, stop)
         subject = replace(subject, plan=made.apply(subject.plan))
     return Passed(subject.plan, found)
