@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from streamconv.errors import CheckpointError
+from streamconv.errors import CheckpointError, ResourceError, StreamconvError
 from streamconv.storage.base import Origin
-from streamconv.storage.local import LocalFolder, open_file, open_folder
+from streamconv.storage.local import LocalFolder, open_file, open_folder, real_path
 
 BAD_NAMES = [
     "",
@@ -210,6 +212,46 @@ def test_a_file_without_permission_is_an_error(folder: LocalFolder) -> None:
     (folder.path / "a.bin").chmod(0)
     with pytest.raises(CheckpointError, match=r"a\.bin cannot be opened: Permission denied"):
         folder.read_bytes("a.bin", 5)
+
+
+@pytest.mark.parametrize("call", ["open", "fstat", "scandir"])
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.EIO, CheckpointError), (errno.ESTALE, CheckpointError), (errno.EMFILE, ResourceError)],
+    ids=["EIO", "ESTALE", "EMFILE"],
+)
+def test_what_the_system_refuses_is_an_error_that_names_the_file(
+    folder: LocalFolder, monkeypatch: pytest.MonkeyPatch, call: str, number: int, kind: type[StreamconvError]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    ask = folder.names if call == "scandir" else partial(folder.read_bytes, "a.bin", 5)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, refuse)
+        with pytest.raises(kind) as raised:
+            ask()
+    assert os.strerror(number) in str(raised.value)
+    assert kind is ResourceError or ("a.bin" in str(raised.value)) == (call != "scandir")
+
+
+def test_a_disk_that_gives_no_bytes_is_an_error_that_names_the_file() -> None:
+    """The memory of a process is a file whose first bytes nobody can read."""
+    folder = LocalFolder("process", Path(f"/proc/{os.getpid()}"))
+    with pytest.raises(CheckpointError, match="process: mem cannot be read: Input/output error"):
+        folder.read_bytes("mem", 5)
+    with pytest.raises(CheckpointError, match="mem cannot be read: Input/output error"):
+        folder.read_start(folder.file("mem"), 5)
+
+
+def test_loops_of_links_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointError, match="loop cannot be opened: Too many levels"):
+        open_folder(str(tmp_path / "loop"))
+    with pytest.raises(CheckpointError, match="loop cannot be read: Too many levels"):
+        LocalFolder("base", tmp_path).file("loop")
+    assert real_path(tmp_path / "loop") == tmp_path / "loop"
+    assert real_path("~nobody-of-this-name/x").name == "x"
 
 
 def test_a_folder_that_vanished_cannot_be_listed(folder: LocalFolder) -> None:
