@@ -58,7 +58,7 @@ def check_place(out: Path, inputs: Mapping[str, Path], overwrite: bool, publishi
         # Old weights go when the new ones come; a collection of other things must not.
         raise OutputError(
             f"{out} holds {weights[0]} but no {CONFIG}, so it is no model that --overwrite could replace; choose "
-            "another --out"
+            "another --out, or delete that if it is what an interrupted run has left"
         )
     if others and not overwrite:
         raise OutputError(

@@ -1,11 +1,13 @@
 """Publishing: a finished output under its final names, config.json last.
 
-Small files are written in the work folder and renamed into place like shards. So nothing of a run is put in place once
-that folder is another's: without working locks, two runs could otherwise mix what they publish.
+Small files are written in the work folder and renamed into place like shards, and what makes way is renamed into it
+before it is deleted. So once that folder is gone a run can put nothing in place and take nothing away, however late it
+notices: without working locks, two runs could otherwise mix what they publish.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +38,7 @@ from streamconv.output.sidecars import (
     is_read_by_loaders,
 )
 from streamconv.output.tokenizer_files import CHAT_TEMPLATES
+from streamconv.output.work_folder import REPLACED
 from streamconv.planning.plan import Plan
 from streamconv.storage.base import SourceFile
 from streamconv.storage.local import open_file
@@ -56,8 +59,8 @@ def publish_output(
     copied: tuple[SourceFile, ...],
     generated: Mapping[str, bytes],
     residual: Path | None = None,
-) -> None:
-    """Put the finished output under its final names; can be repeated after an interruption.
+) -> Mapping[Path, FileIdentity]:
+    """Put the finished output under its final names; can be repeated after an interruption. Returns what is in place.
 
     `generated` are small files by name: written in the order given, index and config after all shards. `residual` is
     where the tensors of a residual adapter wait. Raises OutputError where another run has taken over, or what was
@@ -69,8 +72,7 @@ def publish_output(
     names |= {RESIDUAL_TENSORS} if residual else set()
     # What makes a folder a model goes first, so that old and new are never taken for one model.
     for stale in (CONFIG, INDEX, *_of_old_model(out, names)):
-        journal.check_owner()
-        remove_file(out / stale)
+        set_aside(journal, out / stale)
     _settle_folder(out / CHAT_TEMPLATES, any(name.startswith(f"{CHAT_TEMPLATES}/") for name in names))
     _settle_folder(out / RESIDUAL, residual is not None)
     fsync_folder(out)
@@ -83,14 +85,30 @@ def publish_output(
         placed[out / file.name] = put_copy(journal, file, out / file.name)
     for name, content in generated.items():
         if name == CONFIG:
-            _check_placed(placed)
+            check_placed(placed)
         placed[out / name] = put_content(journal, content, out / name)
     journal.check_owner()
     try:
-        _check_placed(placed)
+        check_placed(placed)
     except OutputError:
-        remove_file(out / CONFIG)
+        set_aside(journal, out / CONFIG)
         raise
+    return placed
+
+
+def set_aside(journal: Journal, path: Path) -> None:
+    """Remove a file of the output's folder, or a link, by way of the work folder; it may not be there."""
+    journal.check_owner()
+    kind, aside = kind_at(path), journal.folder / REPLACED / path.name
+    try:
+        if kind == FOLDER:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if kind is not None:
+            aside.parent.mkdir(exist_ok=True)
+            path.rename(aside)
+    except OSError as error:
+        raise write_error(error, path) from error
+    remove_file(aside)
 
 
 def _check_waiting(out: Path, plan: Plan, journal: Journal) -> None:
@@ -111,7 +129,7 @@ def _put_shard(out: Path, journal: Journal, name: str) -> FileIdentity:
     return journal.identities[name]
 
 
-def _check_placed(placed: Mapping[Path, FileIdentity]) -> None:
+def check_placed(placed: Mapping[Path, FileIdentity]) -> None:
     """Raise OutputError where a final name is not that of the file which was put there."""
     for path, identity in placed.items():
         if known_again(path, identity) is None:

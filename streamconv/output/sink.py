@@ -14,7 +14,7 @@ from streamconv.checkpoint.writer import (
     remove_file,
 )
 from streamconv.output.journal import Journal, Watermark
-from streamconv.output.publish import CONFIG
+from streamconv.output.publish import CONFIG, set_aside
 from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.progress import OnBytes
 from streamconv.running.cells import KeptDelta
@@ -122,7 +122,7 @@ def resume_points(
             if _take_finished(out, shard, journal, on_bytes):
                 continue
             if journal.is_publishing:
-                remove_file(out / CONFIG)  # without its shard, what is there must be no model
+                set_aside(journal, out / CONFIG)  # without its shard, what is there must be no model
             journal.restart(shard.name)
         mark = journal.progress.watermarks.get(shard.name)
         starts[shard.name] = len(shard.header)

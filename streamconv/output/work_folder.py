@@ -11,13 +11,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from streamconv.checkpoint.own_files import FILE, FOLDER, check_kind, kind_at, odd_kind, read_error
+from streamconv.checkpoint.own_files import FILE, FOLDER, LINK, check_kind, kind_at, odd_kind, read_error
 from streamconv.checkpoint.writer import write_error
 from streamconv.errors import OutputError
 
 WORK_FOLDER = ".streamconv"
 PLAN, LINES, LOCK, PUBLISHING = "plan.json", "journal.jsonl", "lock", "publishing"
-_PASSES = ("calibration", "rescaling", "parts")
+REPLACED = "replaced"
+"""Folder of files of the model that was there before, on their way out."""
+
+_PASSES = ("calibration", "rescaling", "parts", REPLACED)
 """Folders that need no note beside them: those of passes, and the one in which an adapter is put together."""
 
 _NOTE = ".folder"
@@ -49,7 +52,7 @@ def check_entries(folder: Path) -> None:
     for name in names:
         if _is_pass(folder, name):
             check_kind(folder / name, FOLDER)
-            for inner in _listed(folder / name):
+            for inner in _listed(folder / name) if name != REPLACED else ():
                 _check_ours(folder / name / inner, _IN_PASS)
         else:
             _check_ours(folder / name, _TOP)
@@ -91,6 +94,8 @@ def _entries(folder: Path) -> Iterator[Path]:
 
 def _is_ours(folder: Path, path: Path) -> bool:
     kind = kind_at(path)
+    if path.parent == folder / REPLACED:
+        return kind in (None, FILE, LINK)
     if path.parent != folder:
         return kind in (None, FILE) and _IN_PASS.fullmatch(path.name) is not None
     if kind == FOLDER:

@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint.writer import ShardWriter, remove_file
+from streamconv.checkpoint.writer import ShardWriter
 from streamconv.errors import InputError, OutputError, Stopped, VerificationError
 from streamconv.output.journal import Journal, remove_leftovers
 from streamconv.output.listing import read_listing
 from streamconv.output.manifest import MANIFEST, KeptShares, Notes, Report, kept_delta
 from streamconv.output.place import check_disk
-from streamconv.output.publish import CONFIG, publish_output
+from streamconv.output.publish import CONFIG, check_placed, publish_output, set_aside
 from streamconv.output.sink import ShardSink, resume_points
 from streamconv.output.verifier import read_manifest, verify_layout, verify_output
 from streamconv.pipeline.contents import check_contents, generated_files
@@ -218,10 +218,11 @@ def _put_in_place(output: _Published) -> None:
     _log.info("all shards are complete; putting them in place in %s", out)
     generated = generated_files(prepared, output.hashes, output.kept, work.passed, residual)
     waiting = residual.path if residual else None
-    publish_output(out, work.plan, journal, prepared.copied, generated, waiting)
+    placed = publish_output(out, work.plan, journal, prepared.copied, generated, waiting)
     if prepared.job.verify:
         _verify_placed(work)
     journal.remove()
+    check_placed(placed)  # from here on nothing can reach it through the work folder
 
 
 def _verify_placed(work: _Work) -> None:
@@ -229,8 +230,7 @@ def _verify_placed(work: _Work) -> None:
     try:
         verify_layout(work.out, work.plan)
     except (InputError, VerificationError, OSError) as error:
-        work.journal.check_owner()
-        remove_file(work.out / CONFIG)
+        set_aside(work.journal, work.out / CONFIG)
         raise VerificationError(
             f"{error}; run the same command again: it makes anew what is not whole"
         ) from error

@@ -34,6 +34,7 @@ WATCHED = (
     "fsync",
     "fdatasync",
     "replace",
+    "rename",
     "unlink",
     "rmdir",
     "mkdir",

@@ -321,3 +321,66 @@ def test_a_damaged_manifest_is_no_finished_output(
     assert "is not empty" in told.text
     assert case.run(commands, out, "--overwrite").code == 0
     assert tree(out) == case.whole
+
+
+# -- while a run is at work ------------------------------------------------------------------------------------------
+
+
+def lose(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def flip_data(path: Path) -> None:
+    flip(path, 20_000)
+
+
+def replace_by_link(path: Path) -> None:
+    path.rename(path.parents[1] / "elsewhere")
+    path.symlink_to(path.parents[1] / "elsewhere")
+
+
+SECOND = f"replace {FIRST}.partial"
+CHANGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "work folder lost early": (SECOND, lose, WORK),
+    "output folder lost early": (SECOND, lose, "."),
+    "lock lost": (SECOND, lose, f"{WORK}/lock"),
+    "work folder lost late": ("unlink config.json", lose, WORK),
+    "output folder lost late": ("unlink config.json", lose, "."),
+    "journal and plan lost": ("unlink config.json", lose, f"{WORK}/journal.jsonl"),
+    "waiting shard lost": ("unlink config.json", lose, f"{WORK}/{LAST}"),
+    "waiting shard changed": ("unlink config.json", flip_data, f"{WORK}/{FIRST}"),
+    "waiting shard replaced": ("unlink config.json", replace_by_link, f"{WORK}/{FIRST}"),
+    "work folder lost halfway": (f"replace {LAST}", lose, WORK),
+    "placed shard lost": (f"replace {LAST}", lose, FIRST),
+    "placed shard changed": (f"replace {LAST}", flip_data, FIRST),
+    "index lost": ("replace .config.json.partial", lose, "model.safetensors.index.json"),
+    "placed shard changed last": ("replace .config.json.partial", flip_data, FIRST),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_goes_while_a_run_is_at_work_is_missed_before_anything_passes_for_a_model(
+    commands: Commands, case: Case, out: Path, change: str
+) -> None:
+    since, harm, name = CHANGES[change]
+    inputs = ("--base", str(case.base), "--adapter", str(case.adapter))
+    stopped = commands.run("merge", *inputs, "-o", out, at=1, since=since, signal=signal.SIGSTOP)
+    assert stopped.code == -signal.SIGSTOP, stopped.text
+    harm(out / name)
+    ended = commands.run(goes_on=stopped.process)
+    if change == "journal and plan lost":  # its lines were needed by nobody but a rerun
+        assert ended.code in (0, 4), ended.text
+    else:
+        assert ended.code == 4, ended.text
+    if ended.code:
+        assert "run the same command again" in ended.text or "cannot be" in ended.text
+        assert not (out / "config.json").exists()
+        if harm is replace_by_link:
+            (out / name).unlink()
+        again = case.run(commands, out)
+        if again.code == 4 and not (out / WORK).exists():  # nothing says any more whose shards these are
+            for path in out.glob("*"):
+                lose(path)
+            again = case.run(commands, out)
+        assert again.code == 0, again.text
+    assert tree(out) == case.whole
