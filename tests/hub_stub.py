@@ -55,6 +55,7 @@ class Request:
     range: str | None
     authorization: str | None
     size: int
+    host: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Answer:
 class Hub:
     """The stub's state. `refuse` may answer a request with a status instead of serving it, `instead` with anything;
     `delay` waits first. `tamper` changes the content of files on their way, by the path that was asked for, and
-    `relist` what is told of a repository. `drop` cuts the connection instead of an answer.
+    `relist` what is told of a repository. `drop` cuts the connection instead of an answer; `retag` gives a
+    file's answer another ETag.
     """
 
     url: str = ""
@@ -85,6 +87,7 @@ class Hub:
     ranges: bool = True
     instead: Callable[[Request], Answer | None] | None = None
     drop: Callable[[Request], bool] = lambda _: False
+    retag: Callable[[Request], bool] = lambda _: False
     tamper: Callable[[str, bytes], bytes] | None = None
     relist: Callable[[dict[str, Any]], Any] = lambda found: found
     cut_at: int | None = None  # end the next answer after so many bytes of its content
@@ -169,6 +172,7 @@ class Handler(BaseHTTPRequestHandler):
             self.headers.get("Range"),
             self.headers.get("Authorization"),
             len(self.body),
+            self.headers.get("Host"),
         )
         self.hub.requests.append(request)
         self.hub.before(request)
@@ -181,6 +185,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
             return
+        self.retagged = self.hub.retag(request)
         if self.hub.instead is not None and (own := self.hub.instead(request)) is not None:
             self.send(own.content, own.status, own.headers, own.length)
             return
@@ -273,6 +278,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
             return
         etag = sha256(content) if is_large(name) else git_id(content)
+        if self.retagged:
+            etag = etag[::-1]
         if self.hub.tamper is not None:
             content = self.hub.tamper(name, content)
         headers = {"ETag": f'"{etag}"', "X_Repo_Commit": commit, "Accept_Ranges": "bytes"}
@@ -351,6 +358,9 @@ class Handler(BaseHTTPRequestHandler):
                 case "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 case "lfsFile":
+                    if value["oid"] not in self.hub.blobs:
+                        self.answer({"error": "Your push was rejected: a file was not uploaded"}, 400)
+                        return
                     files[value["path"]] = self.hub.blobs[value["oid"]]
                 case "deletedFile":
                     del files[value["path"]]

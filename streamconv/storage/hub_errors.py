@@ -6,9 +6,10 @@ The token in use is cut out of whatever is said, should a server ever repeat it.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from json import JSONDecodeError
+from types import MappingProxyType
 from urllib.request import getproxies
 
 from huggingface_hub import constants, get_token
@@ -35,6 +36,11 @@ _NO_HUB = (
 _BAD_TOKEN = (
     "{repo}: the Hub does not accept the token in use; log in again with `hf auth login`, or correct HF_TOKEN"
 )
+_MALFORMED_TOKEN = (
+    "{repo}: the token in use has characters that no token has, such as a line break, or is too long for one; log in"
+    " again with `hf auth login`, or correct HF_TOKEN"
+)
+_OF_TOKENS: Mapping[int, str] = MappingProxyType({401: _BAD_TOKEN, 431: _MALFORMED_TOKEN})
 # A page where JSON is expected, and JSON of another shape: what the library makes of them.
 _ODD_ANSWERS = (
     FileMetadataError,
@@ -131,8 +137,8 @@ def _told(error: BaseException, repo: str, revision: str | None) -> str | None:
         "cache": constants.HF_HUB_CACHE,
         "error": _first_line(error),
     }
-    if isinstance(error, HfHubHTTPError) and error.response.status_code == 401 and get_token():
-        return _BAD_TOKEN.format(**where)
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in _OF_TOKENS and get_token():
+        return _OF_TOKENS[error.response.status_code].format(**where)
     for kind, sentence in _SENTENCES:
         if isinstance(error, kind):
             return sentence.format(**where)
@@ -146,10 +152,7 @@ def _transported(error: BaseException, repo: str) -> str | None:
     # The transport's classes belong to the HTTP library that huggingface_hub has chosen: known here by name.
     names = {base.__name__ for base in type(error).__mro__}
     if names & {"LocalProtocolError", "UnicodeEncodeError"}:  # a header that cannot be sent: the login's
-        return (
-            f"{repo}: the token in use has characters that no token has, such as a line break; log in again with `hf"
-            " auth login`, or correct HF_TOKEN"
-        )
+        return _MALFORMED_TOKEN.format(repo=repo)
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return (
             f"{repo}: the certificate of the Hub ({endpoint()}) is not accepted ({_first_line(error)}); check the clock"

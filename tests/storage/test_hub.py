@@ -561,6 +561,27 @@ def test_a_gated_model(hub: Hub) -> None:
     )
 
 
+@pytest.mark.parametrize("token", ["hf_one\ntwo", "hf_one two\x00", "hf_ümlaut", "hf_" + "x" * 70_000])
+@pytest.mark.usefixtures("no_wait")
+def test_a_malformed_token(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, token: str) -> None:
+    add(hub, private=True)
+    monkeypatch.delenv("HF_TOKEN")
+    (tmp_path / "token").write_text(token)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    message = refusal(HubError)
+    assert token[3:8] not in message
+    assert "token" in message
+
+
+@pytest.mark.usefixtures("no_wait")
+def test_a_login_in_the_address_of_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    del hub
+    monkeypatch.setattr(constants, "ENDPOINT", "http://me:s3cret%2Fpass@127.0.0.1:9")
+    message = refusal(HubError)
+    assert "the Hub (http://(token)@127.0.0.1:9) cannot be reached" in message
+    assert "s3cret" not in message
+
+
 def test_no_such_revision(hub: Hub) -> None:
     add(hub)
     message = refusal(HubError, "org/model@v9")
