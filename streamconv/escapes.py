@@ -1,4 +1,4 @@
-"""Text of strangers where it must stay text: on a line of a terminal, in Markdown, in Python.
+"""Text of strangers where it must stay text: on a line of a terminal, in Markdown, in HTML, in Python.
 
 Names come from files that anyone may have written. None may break a line, steer a terminal, or become a heading, a
 link, HTML or code.
@@ -7,6 +7,7 @@ link, HTML or code.
 from __future__ import annotations
 
 import re
+from html import escape
 
 # Within words `_` means itself, and what GitHub and the Hub make links of needs no brackets.
 _MARKDOWN = re.compile(
@@ -28,6 +29,11 @@ def one_line(text: str) -> str:
 def markdown_text(text: str) -> str:
     """`text` within a line of Markdown or a cell of a table, where it shows what it is and does nothing."""
     return _MARKDOWN.sub(_escaped, one_line(text))
+
+
+def html_text(text: str) -> str:
+    """`text` within an element or a quoted attribute of HTML."""
+    return escape(one_line(text))
 
 
 def is_class_name(text: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from streamconv.escapes import is_class_name, markdown_text, one_line
+from streamconv.escapes import html_text, is_class_name, markdown_text, one_line
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,10 @@ def test_one_line_holds_visible_characters_alone(text: str, expected: str) -> No
 )
 def test_markdown_shows_the_text(text: str, expected: str) -> None:
     assert markdown_text(text) == expected
+
+
+def test_html_shows_the_text() -> None:
+    assert html_text("</script>\"'&\n\x1b\u202e") == r"&lt;/script&gt;&quot;&#x27;&amp;\n\x1b\u202e"
 
 
 @pytest.mark.parametrize("text", ["LlamaForCausalLM", "T5Model", "A_1"])

@@ -13,12 +13,22 @@ from click.core import ParameterSource
 
 from streamconv.cli.blocks import F, Place, Section, Size, given_order, group, option
 from streamconv.cli.exits import set_debug
+from streamconv.escapes import one_line
 from streamconv.planning.options import MERGE_DEFAULTS
+
+
+class _OneLine(logging.Formatter):
+    """Messages on one line each, whatever the names in them hold."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's own name
+        return one_line(super().formatMessage(record))
 
 
 def _set_verbose(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     del ctx, param
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("streamconv").setLevel(logging.INFO if value else logging.WARNING)
 
 

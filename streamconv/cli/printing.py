@@ -95,7 +95,7 @@ class Forgiving(io.TextIOBase):
     def write(self, text: str) -> int:
         with self._forgiving() as stream:
             if stream is not None:
-                stream.write(_harmless(text))
+                stream.write(harmless(text))
         return len(text)
 
     def flush(self) -> None:
@@ -128,7 +128,7 @@ class Forgiving(io.TextIOBase):
             return
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """Text of a library, with all but line ends and what bars need spelt out."""
     return "".join(part if i % 2 else one_line(part) for i, part in enumerate(_BARS.split(text)))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from html import escape
 from pathlib import PurePath
 
 from streamconv.comparison.plots import kl_plot, legend, perplexity_plot
@@ -18,6 +17,7 @@ from streamconv.comparison.wording import (
     text_line,
     why,
 )
+from streamconv.escapes import html_text
 
 _STYLE = """
 :root {
@@ -116,8 +116,8 @@ def page(found: Compared) -> str:
     title = f"{_short(found.base)} + {_short(found.adapter)}"
     taken = [advice.name for advice in found.advice if advice.name is not None]
     parts = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="soft">{escape(_lead(found))}</p>',
+        f"<h1>{html_text(title)}</h1>",
+        f'<p class="soft">{html_text(_lead(found))}</p>',
         f'<div class="cards">{"".join(_card(found, advice) for advice in found.advice)}</div>',
         _plots(found, taken),
         _table(found, taken),
@@ -126,7 +126,7 @@ def page(found: Compared) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8" />\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1" />\n'
-        f"<title>{escape(title)}: strategies compared</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>{html_text(title)}: strategies compared</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{chr(10).join(parts)}\n</main>\n</body>\n</html>\n"
     )
 
@@ -145,15 +145,15 @@ def _lead(found: Compared) -> str:
 
 
 def _card(found: Compared, advice: Advice) -> str:
-    need = f'<p class="need">{escape(advice.need)}</p>'
+    need = f'<p class="need">{html_text(advice.need)}</p>'
     if advice.name is None:
-        return f'<section class="advice none">{need}<p>{escape(advice.reason)}</p></section>'
+        return f'<section class="advice none">{need}<p>{html_text(advice.reason)}</p></section>'
     row = found.row(advice.name)
     others = [name for name in advice.as_good if name != advice.name]
     also = f"<p class='soft'>As good: {', '.join(map(_code, others))}.</p>" if others else ""
     return (
-        f'<section class="advice">{need}<p class="taken">{escape(advice.name)}</p>'
-        f"<p>{escape(described(row))}. {escape(advice.reason[:1].upper() + advice.reason[1:])}.</p>{also}"
+        f'<section class="advice">{need}<p class="taken">{html_text(advice.name)}</p>'
+        f"<p>{html_text(described(row))}. {html_text(advice.reason[:1].upper() + advice.reason[1:])}.</p>{also}"
         f"<pre><code>{_command(row.command or '')}</code></pre></section>"
     )
 
@@ -161,11 +161,11 @@ def _card(found: Compared, advice: Advice) -> str:
 def _command(command: str) -> str:
     """Lines break between options, not at their hyphens."""
     program, *options = command.split(" -")
-    return " ".join([escape(program), *(f"<span>-{escape(option)}</span>" for option in options)])
+    return " ".join([html_text(program), *(f"<span>-{html_text(option)}</span>" for option in options)])
 
 
 def _code(text: str) -> str:
-    return f"<code>{escape(text)}</code>"
+    return f"<code>{html_text(text)}</code>"
 
 
 def _plots(found: Compared, taken: Sequence[str]) -> str:
@@ -185,11 +185,12 @@ def _plots(found: Compared, taken: Sequence[str]) -> str:
 def _table(found: Compared, taken: Sequence[str]) -> str:
     shown = columns(found)
     head = "".join(
-        f'<th scope="col" title="{escape(column.meaning)}">{escape(column.title)}</th>' for column in shown
+        f'<th scope="col" title="{html_text(column.meaning)}">{html_text(column.title)}</th>'
+        for column in shown
     )
     rows = "\n".join(_row(found, row, shown, row.name in taken) for row in found.rows)
     notes = "".join(
-        f'<p class="soft small">{_code(name)}: {escape(problem)}</p>'
+        f'<p class="soft small">{_code(name)}: {html_text(problem)}</p>'
         for name, problem in problems(found).items()
     )
     return (
@@ -201,16 +202,14 @@ def _table(found: Compared, taken: Sequence[str]) -> str:
 
 def _row(found: Compared, row: Row, shown: Sequence[Column], is_taken: bool) -> str:
     name = (
-        f'<td><span class="dot of-{row.target}"></span><span class="name">{escape(row.name)}</span>'
-        f'<div class="what">{escape(described(row))}</div></td>'
+        f'<td><span class="dot of-{row.target}"></span><span class="name">{html_text(row.name)}</span>'
+        f'<div class="what">{html_text(described(row))}</div></td>'
     )
     if row.numbers is None:
         kind = "failed" if row.status == FAILED else "left"
-        return (
-            f'<tr class="{kind}">{name}<td class="words" colspan="{len(shown)}">{escape(why(row))}</td></tr>'
-        )
+        return f'<tr class="{kind}">{name}<td class="words" colspan="{len(shown)}">{html_text(why(row))}</td></tr>'
     cells = "".join(
-        f"<td{_mark(found, row, column)}>{escape(column.cell(row.numbers))}</td>" for column in shown
+        f"<td{_mark(found, row, column)}>{html_text(column.cell(row.numbers))}</td>" for column in shown
     )
     kind = ' class="taken"' if is_taken else ""
     return f"<tr{kind}>{name}{cells}</tr>"
@@ -228,14 +227,14 @@ def _mark(found: Compared, row: Row, column: Column) -> str:
 
 def _method(found: Compared) -> str:
     terms = "".join(
-        f"<dt>{escape(column.title)}</dt><dd>{escape(column.meaning)}</dd>" for column in columns(found)
+        f"<dt>{html_text(column.title)}</dt><dd>{html_text(column.meaning)}</dd>" for column in columns(found)
     )
-    commands = "\n".join(row.command for row in found.rows if row.command is not None)
+    commands = "\n".join(html_text(row.command) for row in found.rows if row.command is not None)
     return (
         "<section><h2>How it was measured</h2>"
-        + "".join(f'<p class="soft small">{escape(line)}</p>' for line in _method_lines(found))
+        + "".join(f'<p class="soft small">{html_text(line)}</p>' for line in _method_lines(found))
         + f"<details><summary>What the columns mean</summary><dl>{terms}</dl></details>"
-        + f"<details><summary>The commands</summary><pre><code>{escape(commands)}</code></pre></details></section>"
+        + f"<details><summary>The commands</summary><pre><code>{commands}</code></pre></details></section>"
     )
 
 

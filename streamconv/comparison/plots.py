@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 
 from streamconv.comparison.recommendation import width_of
 from streamconv.comparison.result import Compared, Numbers, Row
+from streamconv.escapes import html_text
 
 _WIDTH = 620
 _LEAST_KL = 1e-5
@@ -34,7 +34,7 @@ def marked(row: Row, x: float, y: float, title: str) -> str:
         shape = f'<polygon class="{colour}" points="{points}" />'
     else:
         shape = f'<circle class="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="5" />'
-    return f"<g><title>{escape(title)}</title>{shape}</g>"
+    return f"<g><title>{html_text(title)}</title>{shape}</g>"
 
 
 # -- KL against bits -------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def _labels(
         strong = " strong" if row.name in highlighted else ""
         anchor = "" if is_right else " end"
         place = box.left if is_right else box.right
-        yield f'<text class="label{anchor}{strong}" x="{place:.1f}" y="{middle + 4:.1f}">{escape(row.name)}</text>'
+        yield f'<text class="label{anchor}{strong}" x="{place:.1f}" y="{middle + 4:.1f}">{html_text(row.name)}</text>'
 
 
 def _free_place(
@@ -176,7 +176,7 @@ def _interval(
 ) -> Iterator[str]:
     gap = numbers.perplexity_difference
     weight = " strong" if strong else ""
-    yield f'<text class="label end{weight}" x="{left - 12:.1f}" y="{y + 4:.1f}">{escape(row.name)}</text>'
+    yield f'<text class="label end{weight}" x="{left - 12:.1f}" y="{y + 4:.1f}">{html_text(row.name)}</text>'
     yield (
         f'<line class="whisker of-{row.target}" x1="{across(gap.low):.1f}" x2="{across(gap.high):.1f}" '
         f'y1="{y:.1f}" y2="{y:.1f}" />'
@@ -210,9 +210,7 @@ def _ticks(low: float, high: float, across: Callable[[float], float]) -> list[fl
 
 def _svg(height: float, words: str, parts: Sequence[str]) -> str:
     inside = "\n".join(parts)
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img" aria-label="{escape(words)}">\n{inside}\n</svg>'
-    )
+    return f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img" aria-label="{html_text(words)}">\n{inside}\n</svg>'
 
 
 def legend() -> str:

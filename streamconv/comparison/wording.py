@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from streamconv.comparison.options import CompareOptions
 from streamconv.comparison.result import DONE, FAILED, Compared, Numbers, Row, Speed
 from streamconv.comparison.strategies import Strategy
-from streamconv.escapes import one_line
+from streamconv.escapes import markdown_text, one_line
 from streamconv.formats import FORMATS
 from streamconv.planning.options import MERGE_DEFAULTS
 from streamconv.sizes import exact_size, format_size, parse_size
@@ -111,7 +111,7 @@ def described(row: Row) -> str:
 def why(row: Row) -> str:
     """Reason given in a row in place of numbers."""
     if row.failure is not None:
-        last = row.failure.message.strip().splitlines()[-1]
+        last = (row.failure.message.strip().splitlines() or [""])[-1]
         return f"failed at {row.failure.stage}: {row.failure.error}: {last}"
     return f"left out: {row.reason}"
 
@@ -184,18 +184,14 @@ def markdown(found: Compared) -> str:
     ]
     for row in found.rows:
         if row.numbers is not None:
-            cells = [f"`{row.name}`", row.target, described(row), *(c.cell(row.numbers) for c in shown)]
-            lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+            cells = [row.target, described(row), *(column.cell(row.numbers) for column in shown)]
+            lines.append(f"| `{row.name}` | {' | '.join(map(markdown_text, cells))} |")
     lines.append("")
-    lines += [f"- `{row.name}` {_cell(why(row))}" for row in found.rows if row.numbers is None]
-    lines += [f"- `{name}`: {_cell(problem)}" for name, problem in problems(found).items()]
-    lines += ["", *(f"**{sentence}**" for sentence in advice_lines(found)), ""]
-    lines += [f"{text_line(found)}. {machine_line(found)}."]
+    lines += [f"- `{row.name}` {markdown_text(why(row))}" for row in found.rows if row.numbers is None]
+    lines += [f"- `{name}`: {markdown_text(problem)}" for name, problem in problems(found).items()]
+    lines += ["", *(f"**{markdown_text(sentence)}**" for sentence in advice_lines(found)), ""]
+    lines += [f"{markdown_text(text_line(found))}. {markdown_text(machine_line(found))}."]
     return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def advice_lines(found: Compared) -> Sequence[str]:

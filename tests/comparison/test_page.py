@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import replace
+from html.parser import HTMLParser
 from xml.etree import ElementTree as ET
 
 import pytest
 
 from streamconv.comparison.page import page
-from streamconv.comparison.result import Compared
+from streamconv.comparison.result import Compared, Speed
 from streamconv.comparison.wording import markdown, text_table
 from tests.comparison.found import compared, failed, full, left_out, numbers, row
 
@@ -44,6 +46,77 @@ def test_nothing_is_loaded_from_elsewhere(found: Compared) -> None:
     assert not re.search(r"https?:|//|url\(|@import", text)
     assert not {element.tag for element in root.iter()} & {"script", "link", "img", "iframe"}
     assert not any(name in element.attrib for element in root.iter() for name in ("src", "href", "srcset"))
+
+
+EVIL = (
+    """</script><script>a()</script>"' onload='b()' [x](javascript:c()) `|\x1b]0;d\x07\u202e\n# <img src=e>"""
+)
+
+
+def hostile() -> Compared:
+    """Such text wherever a name from a file or a message may stand."""
+    numbered = row("nf4", numbers(0.1))
+    assert numbered.numbers is not None
+    speed = replace(numbered.numbers.speed or Speed(1, None, 2.0, 1.0, 1, "cpu", None), problem=EVIL)
+    rows = [
+        replace(
+            row("none", numbers(0.2)), label=EVIL, command=shlex.join(["streamconv", "merge", "--base", EVIL])
+        ),
+        replace(
+            numbered, command=shlex.join(["x", f"-{EVIL}"]), numbers=replace(numbered.numbers, speed=speed)
+        ),
+        failed("broken", EVIL),
+        failed("silent", ""),
+        replace(left_out("no-text"), reason=EVIL),
+    ]
+    found = compared(rows)
+    return replace(
+        found,
+        base=f"org/{EVIL}",
+        adapter=EVIL,
+        text=replace(found.text, name=EVIL),
+        calibration={**(found.calibration or {}), "name": EVIL},
+        machine={**found.machine, "processor": EVIL, "device": EVIL},
+        out=EVIL,
+    )
+
+
+class Reader(HTMLParser):
+    """Elements, attributes and text as browsers find them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements: set[str] = set()
+        self.attributes: set[str] = set()
+        self.texts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_names_from_files_stay_text(found: Compared) -> None:
+    usual, evil = Reader(), Reader()
+    usual.feed(page(found))
+    text = page(hostile())
+    evil.feed(text)
+    parse(text)
+    assert evil.elements <= usual.elements
+    assert evil.attributes <= usual.attributes
+    assert "".join(evil.texts).count("</script><script>a()</script>") >= 8
+    assert all(char.isprintable() or char == "\n" for char in text)
+    assert all(char.isprintable() or char == "\n" for char in text_table(hostile()))
+
+
+def test_names_from_files_stay_text_in_markdown() -> None:
+    text = markdown(hostile())
+    assert all(char.isprintable() or char == "\n" for char in text)
+    assert "<" not in text
+    assert "](javascript" not in text.replace(r"\](", "")
+    assert not [line for line in text.splitlines() if line.startswith("#")]
 
 
 def test_plots_have_a_mark_for_every_row_with_numbers(found: Compared) -> None:
