@@ -105,6 +105,10 @@ def _rows(data_set: DataSet) -> Iterator[Document]:
 
 def _pieces(path: Path, characters: int) -> Iterator[Document]:
     try:
+        if path.exists() and not path.is_file():  # to open a named pipe would wait for somebody to write
+            raise InputError(
+                f"{path} is no file; give a .txt, or a .jsonl with text or messages in every line"
+            )
         if path.suffix == ".txt":
             with path.open(encoding="utf-8") as file:
                 yield file.read(characters)

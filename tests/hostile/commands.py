@@ -67,13 +67,16 @@ class Outcome:
 
     Unless it ended at once: `calls` are those that change the disk, such as `replace config.json`, and `starts` tell
     of each shard that was worked on the length of its header and the offset from which it was made; its format stands
-    before its name if there were several outputs; `hits` are the calls that failed.
+    before its name if there were several outputs; `hits` are the calls that failed. `cpu_seconds` are those of the run
+    alone, and `grown_bytes` what its memory had at most beyond that of the process it was forked from.
     """
 
     code: int
     text: str
     seconds: float
     process: int
+    cpu_seconds: float
+    grown_bytes: int
     calls: tuple[str, ...]
     starts: dict[str, tuple[int, int]]
     hits: tuple[str, ...] = ()

@@ -211,7 +211,8 @@ def fork(request: Request, folder: Path) -> int:
 def outcome(process: int, folder: Path) -> dict[str, Any]:
     """How the child ended; or that it stopped."""
     began = time.monotonic()
-    _, status = os.waitpid(process, os.WUNTRACED)
+    at_fork = _resident()
+    _, status, used = os.wait4(process, os.WUNTRACED)
     answer: dict[str, Any] = {"calls": [], "hits": [], "starts": {}}
     if os.WIFSTOPPED(status):
         answer["code"] = -os.WSTOPSIG(status)
@@ -221,7 +222,18 @@ def outcome(process: int, folder: Path) -> dict[str, Any]:
         answer = json.loads(said.read_text())
     else:
         answer["code"] = os.WEXITSTATUS(status)
-    return {**answer, "seconds": time.monotonic() - began, "process": process}
+    return {
+        **answer,
+        "seconds": time.monotonic() - began,
+        "process": process,
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "grown_bytes": max(0, used.ru_maxrss * 1024 - at_fork),
+    }
+
+
+def _resident() -> int:
+    """Memory of this process, which a child has from the start."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def serve(request: Request, folder: Path) -> dict[str, Any]:

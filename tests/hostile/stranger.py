@@ -27,12 +27,20 @@ ADAPTER_CONFIG = "adapter_config.json"
 SIZES = Sizes(hidden=128, inner=128, layers=1, vocabulary=40)
 CHANGED = "model.layers.0.mlp.up_proj.weight"
 """Weight that bases of formats made by hand store in another form."""
+LONGEST = 1500
+"""Characters that a message may have."""
 WRITTEN = ("nf4-dq", "int8", "gptq", "awq", "w4a16")
 FAMILIES = ("llama", "gpt2", "gemma3", "qwen2_vl", "mixtral", "bert", "whisper", "mamba2", "deepseek_v3")
 MODEL = {
-    **{"hidden_size": SIZES.hidden, "intermediate_size": SIZES.inner, "num_hidden_layers": SIZES.layers},
-    **{"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "max_position_embeddings": 64},
-    **{"bos_token_id": 1, "pad_token_id": None},
+    "hidden_size": SIZES.hidden,
+    "intermediate_size": SIZES.inner,
+    "num_hidden_layers": SIZES.layers,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "pad_token_id": None,
 }
 GENERATION = {"eos_token_id": [2, 3], "bos_token_id": 1, "do_sample": True, "temperature": 0.6}
 PROCESSOR = {"image_processor_type": "X", "size": {"height": 224}, "image_mean": [0.5, 0.5, 0.5]}

@@ -20,10 +20,8 @@ from streamconv.errors import InputError, OptionError, StreamconvError, Verifica
 from streamconv.pipeline import build_job, check_contents, prepare
 from streamconv.pipeline.inspection import inspect
 from tests.hostile import stranger
-from tests.hostile.stranger import Change
+from tests.hostile.stranger import LONGEST, Change
 
-LONGEST = 1500
-"""Characters that a message may have."""
 READ_ONLY = ("fp8", "modelopt", "mlx", "nvfp4")
 QUANTS = ("keep", "none", "nf4-dq", "int8", "w4a16")
 # Fields of config.json that are read somewhere: put in anywhere, so that they are met with in odd places, too.
