@@ -98,9 +98,9 @@ def lock_holder(out: Path) -> str | None:
 
     Looking takes the lock for an instant, which `Journal.lock` waits for.
     """
-    if not is_owned(out):
-        return None
     try:
+        if not is_owned(out):
+            return None
         lock = open_own(out / WORK_FOLDER / LOCK, os.O_RDONLY)
     except FileNotFoundError:
         return None

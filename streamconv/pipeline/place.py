@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def unfinished(prepared: Prepared, out: Path) -> list[tuple[Prepared, Path]]:
 
 def further_outputs(out: Path) -> list[Path]:
     """Folders of finished further outputs in `out`."""
-    return [folder for name in OUTPUT_FOLDERS if ((folder := out / name) / MANIFEST).is_file()]
+    # Unlike that of Path, this does not fail where nothing may be looked at.
+    return [folder for name in OUTPUT_FOLDERS if os.path.isfile((folder := out / name) / MANIFEST)]  # noqa: PTH113
 
 
 def is_finished(prepared: Prepared, out: Path) -> bool:

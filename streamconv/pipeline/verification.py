@@ -114,12 +114,19 @@ def _in_words_of_what_was_interrupted(out: Path) -> Iterator[None]:
     try:
         yield
     except (InputError, VerificationError) as error:
-        if is_publishing(out):
+        if _is_interrupted(out):
             raise OutputError(
                 f"{out}: a run was interrupted while it put its output in place here ({error}); give its command again,"
                 " which finishes it"
             ) from error
         raise
+
+
+def _is_interrupted(out: Path) -> bool:
+    try:
+        return is_publishing(out)
+    except OSError:  # what cannot be looked at says nothing
+        return False
 
 
 def _refuse_changed(storage: LocalFolder, listing: Listing, before: Sight) -> None:

@@ -11,6 +11,7 @@ folder, or inside the same `models--org--name`, or to the store that all models 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -57,16 +58,16 @@ class LocalFolder:
             return () if subfolder else (self.only,)
         folder, prefix = (self.path / subfolder, f"{subfolder}/") if subfolder else (self.path, "")
         with reading(self._called(folder), "listed"):
-            if subfolder and not folder.is_dir():
+            if subfolder and not _is_folder(folder):
                 return ()
-            return tuple(prefix + entry.name for entry in self._entries(folder) if not entry.is_dir())
+            return tuple(prefix + entry.name for entry in self._entries(folder) if not _is_folder(entry))
 
     def folders(self) -> tuple[str, ...]:
         """Names of the folders directly inside, sorted."""
         if self.only is not None:
             return ()
         with reading(self.location, "listed"):
-            return tuple(entry.name for entry in self._entries(self.path) if entry.is_dir())
+            return tuple(entry.name for entry in self._entries(self.path) if _is_folder(entry))
 
     def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
         """All that is directly inside a folder, by name."""
@@ -138,6 +139,19 @@ class LocalFolder:
                 f"{self.location}: {name} must be a regular file, found {_kind(found.st_mode)}"
             )
         return found
+
+
+def _is_folder(entry: Path | os.DirEntry[str]) -> bool:
+    """Whether files can be reached in it. Raises OSError where the system cannot say."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno in (
+            errno.ELOOP,
+            errno.EACCES,
+        ):  # a loop of links, no permission: it has no files for us
+            return False
+        raise
 
 
 def open_folder(location: str) -> LocalFolder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -211,3 +212,106 @@ def merged_base(inputs: Inputs, folder: Path) -> Path:
     """The same weights in one file."""
     streamconv.convert(inputs.base, folder / "resharded", max_shard_size="1GB")
     return folder / "resharded"
+
+
+ODD: dict[str, Callable[[Path], None]] = {
+    "a named pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a link to nothing": lambda path: path.symlink_to("nothing"),
+    "a link that leads outside": lambda path: path.symlink_to("/etc/hostname"),
+    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("full", [False, True])
+def test_what_takes_the_place_of_any_file_ends_in_a_sentence(
+    inputs: Inputs, copy: Path, odd: str, full: bool
+) -> None:
+    """And nothing is waited for."""
+    for path in sorted(copy.iterdir()):
+        path.rename(copy.parent / path.name)
+        ODD[odd](path)
+        result = run("verify", copy, *(["--full", *inputs.options] if full else []))
+        assert result.exit_code in (3, 7), (path.name, result.output)
+        assert path.name in result.stderr, result.stderr
+        path.rmdir() if odd == "a folder" else path.unlink()
+        (copy.parent / path.name).rename(path)
+
+
+def test_an_error_of_the_disk_is_told(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any file."""
+    for path in sorted(copy.iterdir()):
+        with monkeypatch.context() as patches:
+            patches.setattr(os, "open", failing(os.open, path))
+            result = run("verify", copy)
+        assert result.exit_code in (3, 7), (path.name, result.output)
+        assert f"{path.name} cannot be " in result.stderr.replace("opened", "read")
+        assert "Input/output error" in result.stderr
+
+
+def failing(opening: Callable[..., int], broken: Path) -> Callable[..., int]:
+    def fail(path: Any, *given: Any, **named: Any) -> int:
+        if str(path) == str(broken):
+            raise OSError(errno.EIO, "Input/output error")
+        return opening(path, *given, **named)
+
+    return fail
+
+
+def test_files_beside_an_output_are_named_and_those_that_loaders_take_refused(copy: Path) -> None:
+    (copy / "pytorch_model.bin").touch()
+    (copy / "notes.txt").touch()
+    assert succeed("verify", copy).stdout.splitlines()[1:] == [
+        f"{copy}: not of this output, and not looked at: pytorch_model.bin"
+    ]
+    assert json.loads(succeed("verify", copy, "--json").stdout)["others"] == ["pytorch_model.bin"]
+    for name in ("adapter_config.json", "model.safetensors", "tokenizer.model"):
+        (copy / name).touch()
+        result = run("verify", copy)
+        assert (result.exit_code, name in result.stderr) == (7, True), result.output
+        (copy / name).unlink()
+
+
+def test_names_beside_an_output_cannot_steer_the_terminal(copy: Path) -> None:
+    (copy / "\x1b]0;gone\x07.bin").touch()
+    (copy / os.fsdecode(b"\xff.bin")).touch()
+    text = succeed("verify", copy).stdout
+    assert r"\x1b]0;gone\x07.bin, \udcff.bin" in text
+    assert text.replace("\n", "").isprintable()
+
+
+def test_an_output_of_before_is_verified_as_before(copy: Path) -> None:
+    """By what its manifest lists: no tokenizer, no index, no card."""
+    path = copy / "streamconv.json"
+    content = json.loads(path.read_text()) | {"manifest_version": 1}
+    del content["sidecars"], content["manifest_sha256"]
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    (copy / "tokenizer.json").write_text("edited")
+    (copy / "adapter_config.json").touch()
+    succeed("verify", copy)
+    (copy / "config.json").write_text("{}")
+    assert run("verify", copy).exit_code == 7
+
+
+@pytest.mark.parametrize("odd", [None, -1, "x", [[]]], ids=repr)
+def test_a_fingerprint_of_anything_ends_in_a_sentence(inputs: Inputs, copy: Path, odd: object) -> None:
+    """A full verification takes the options from there."""
+    whole = json.loads((copy / "streamconv.json").read_text())["fingerprint"]
+    places = [(key,) for key in whole] + [("options", key) for key in whole["options"]]
+    for place in places:
+        fingerprint = json.loads(json.dumps(whole))
+        (fingerprint["options"] if len(place) > 1 else fingerprint)[place[-1]] = odd
+        edit_manifest(copy, fingerprint=fingerprint)
+        result = run("verify", copy, "--full", *inputs.options)
+        assert result.exit_code in (0, 2, 3, 7), (place, result.exception)
+        assert result.exit_code == 0 or len(result.stderr) < 2000
+
+
+def test_an_odd_name_of_a_published_file_is_verified(inputs: Inputs, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(inputs.base, tmp_path / "base"))
+    (base / os.fsdecode(b"LICENSE-\xff")).write_text("Do as you like.")
+    succeed("convert", "--base", base, "-o", tmp_path / "out", "-q")
+    (tmp_path / "out" / os.fsdecode(b"LICENSE-\xff")).write_text("Do nothing.")
+    assert r"as people may: LICENSE-\udcff" in succeed("verify", tmp_path / "out").stdout

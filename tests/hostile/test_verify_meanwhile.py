@@ -94,15 +94,6 @@ def test_whoever_looks_holds_up_nobody(out: Path, monkeypatch: pytest.MonkeyPatc
     assert lock_holder(out) is None
 
 
-CHANGES: dict[str, Callable[[Path, Path], object]] = {
-    "a shard": lambda new, out: replace(new, out, "model-00001-of-00003.safetensors"),
-    "the last shard": lambda new, out: replace(new, out, "model-00003-of-00003.safetensors"),
-    "all": lambda new, out: replace_all(new, out),
-    "config.json, by the same": lambda new, out: os.utime(out / "config.json"),
-    "the tokenizer, which goes": lambda new, out: (out / "tokenizer.json").unlink(),
-}
-
-
 def replace(new: Path, out: Path, name: str) -> None:
     shutil.copyfile(new / name, out / f".{name}")
     (out / f".{name}").replace(out / name)
@@ -111,6 +102,15 @@ def replace(new: Path, out: Path, name: str) -> None:
 def replace_all(new: Path, out: Path) -> None:
     for path in sorted(new.iterdir()):
         replace(new, out, path.name)
+
+
+CHANGES: dict[str, Callable[[Path, Path], object]] = {
+    "a shard": lambda new, out: replace(new, out, "model-00001-of-00003.safetensors"),
+    "the last shard": lambda new, out: replace(new, out, "model-00003-of-00003.safetensors"),
+    "all": replace_all,
+    "config.json, by the same": lambda new, out: os.utime(out / "config.json"),
+    "the tokenizer, which goes": lambda new, out: (out / "tokenizer.json").unlink(),
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)

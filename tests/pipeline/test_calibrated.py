@@ -363,16 +363,46 @@ def test_transformers_opens_it_and_bitsandbytes_decodes_what_we_do(made: streamc
 
 
 def test_verified_without_the_text(made: streamconv.Report, inputs: Inputs) -> None:
-    found = streamconv.verify(made.out, full=True, base=inputs.base, adapter=inputs.adapter)
+    seen: list[tuple[int, int]] = []
+    found = streamconv.verify(
+        made.out,
+        full=True,
+        base=inputs.base,
+        adapter=inputs.adapter,
+        on_progress=lambda *told: seen.append(told),
+    )
     assert (found.exact, found.calibrated) == (False, 4)
+    check_progress(seen)
+    # Each weight that is weighed moves it on.
+    assert len({done for done, _ in seen[-5:]}) == 5
     shown = succeed("verify", made.out, "--full", "--base", inputs.base, "--adapter", inputs.adapter).stdout
     assert "but for 4 calibrated weights" in shown
 
 
+def check_progress(seen: list[tuple[int, int]]) -> None:
+    """From nothing to all, and what all is was known at the start."""
+    assert seen == sorted(seen)
+    assert {total for _, total in seen} == {seen[0][1]}
+    assert (seen[0][0], seen[-1][0]) == (0, seen[0][1])
+
+
 def test_verified_with_the_text_byte_by_byte(made: streamconv.Report, inputs: Inputs, tmp_path: Path) -> None:
     given: dict[str, Any] = {"full": True, "base": inputs.base, "adapter": inputs.adapter}
-    found = streamconv.verify(made.out, **given, calibration=inputs.text, device="cpu")
+    seen: list[tuple[int, int]] = []
+    found = streamconv.verify(
+        made.out,
+        **given,
+        calibration=inputs.text,
+        device="cpu",
+        on_progress=lambda *told: seen.append(told),
+    )
     assert (found.exact, found.calibrated) == (True, 0)
+    check_progress(seen)
+    listed = sum(path.stat().st_size for path in Path(made.out).rglob("*") if path.name != "streamconv.json")
+    # Beyond rereading and comparing, the pass moves it on.
+    steps = [done for done, _ in seen if done > listed]
+    assert len(set(steps)) > 10
+    assert seen[-1][1] > listed + made.bytes_written
     other = write_text(tmp_path / "other.txt", 301)
     with pytest.raises(InputError, match="is not the text"):
         streamconv.verify(made.out, **given, calibration=other)

@@ -2,7 +2,8 @@
 
 Outputs hold no time, no path and no memory: nothing changes from run to run. Versions of streamconv alone may differ
 between the two trees. They stand in the manifest, in its fingerprint, and in the config of a gptq model; `digest` is
-a hash of the fingerprint, and `files` are hashes of files that are compared here one by one.
+a hash of the fingerprint, `files` and `sidecars` are hashes of files that are compared here one by one, and
+`manifest_sha256` is that of the manifest.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 MANIFEST = "streamconv.json"
 VERSION = "streamconv"
-FOLLOW_FROM_VERSIONS = ("digest", "files")
+FOLLOW_FROM_VERSIONS = ("digest", "files", "sidecars", "manifest_sha256")
 NAMED = 1
 
 
