@@ -36,6 +36,8 @@ class Request:
 
     `signal` is raised before the call number `at`, the first one or the first named `since` (as in Outcome.calls)
     being number 1, or if that one writes and `tears` is set, after half of it; with `again`, before the next call too.
+    With a `fault`, such as "EIO", "short" (half of it is done) or "end" (nothing is read), the call fails instead, and
+    with `onward` all after it; `of` are functions, such as "preadv", whose calls alone are counted then.
     `kill_after_s` kills by the clock instead. `slow_s` is how long each write of a shard takes. `goes_on` is the
     process id of a stopped run that shall continue, all else ignored. `streams` are what descriptors 0, 1 and 2 are
     instead of a file: `closed`, `full`, or `gone`, a pipe that nobody reads. `ignored` signals come to nothing.
@@ -47,6 +49,9 @@ class Request:
     signal: int = signal.SIGKILL
     tears: bool = False
     again: bool = False
+    fault: str = ""
+    of: tuple[str, ...] = ()
+    onward: bool = False
     kill_after_s: float | None = None
     slow_s: float = 0.0
     watermark_bytes: int = 2**28
@@ -62,8 +67,8 @@ class Outcome:
 
     Unless it ended at once: `calls` are those that change the disk, such as `replace config.json`, and `starts` tell
     of each shard that was worked on the length of its header and the offset from which it was made; its format stands
-    before its name if there were several outputs. `cpu_seconds` are those of the run alone, and `grown_bytes` what
-    its memory had at most beyond that of the process it was forked from.
+    before its name if there were several outputs; `hits` are the calls that failed. `cpu_seconds` are those of the run
+    alone, and `grown_bytes` what its memory had at most beyond that of the process it was forked from.
     """
 
     code: int
@@ -74,6 +79,7 @@ class Outcome:
     grown_bytes: int
     calls: tuple[str, ...]
     starts: dict[str, tuple[int, int]]
+    hits: tuple[str, ...] = ()
 
     @property
     def resumed_inside(self) -> bool:
@@ -99,7 +105,13 @@ class Commands:
         answer = json.loads(self._server.stdout.readline())
         starts = {name: (header, start) for name, (header, start) in answer.pop("starts").items()}
         text = (self._folder / f"{answer['process']}.text").read_text()
-        return Outcome(text=text, calls=tuple(answer.pop("calls")), starts=starts, **answer)
+        return Outcome(
+            text=text,
+            calls=tuple(answer.pop("calls")),
+            hits=tuple(answer.pop("hits")),
+            starts=starts,
+            **answer,
+        )
 
 
 @contextmanager

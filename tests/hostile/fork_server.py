@@ -1,4 +1,4 @@
-"""Runs the command line in forked children, and raises a signal in one at a call that changes the disk.
+"""Runs the command line in forked children, and in one raises a signal, or an error, at a call to the system.
 
 A process of its own, which has imported everything once. Requests and answers are lines of JSON; tests use
 `commands.py`. What a child prints goes to FOLDER/PID.text.
@@ -6,15 +6,18 @@ A process of its own, which has imported everything once. Requests and answers a
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from streamconv import cli
@@ -38,6 +41,23 @@ WATCHED = (
     "truncate",
     "ftruncate",
 )
+# More that may fail, by the module that has them; watched on request alone, as they are called very often.
+FAULTY: Mapping[str, ModuleType] = dict.fromkeys(WATCHED, os) | {
+    "open": os,
+    "read": os,
+    "pread": os,
+    "preadv": os,
+    "close": os,
+    "lseek": os,
+    "stat": os,
+    "lstat": os,
+    "fstat": os,
+    "listdir": os,
+    "scandir": os,
+    "statvfs": os,
+    "sched_getaffinity": os,
+    "flock": fcntl,
+}
 # A killed process loses nothing that it had written, so these are counted and not done, which is a lot faster.
 SYNCS = ("fsync", "fdatasync")
 
@@ -48,13 +68,15 @@ class Child:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.calls: list[str] = []
+        self.hits: list[str] = []
         self._counting = threading.Lock()
         self._counted = 0
+        self._is_over = False
         self.starts: dict[str, tuple[int, int]] = {}
 
     def install(self) -> None:
-        for name in WATCHED:
-            setattr(os, name, self._watched(name, getattr(os, name)))
+        for name in self.request.of or WATCHED:
+            setattr(FAULTY[name], name, self._watched(name, getattr(FAULTY[name], name)))
         vars(runner)["run_plans"] = self._noting_starts(executor.run_plans)
         sink.WATERMARK_BYTES = self.request.watermark_bytes
         lanes.GRACE_S = self.request.grace_s
@@ -65,20 +87,24 @@ class Child:
             cli.main(list(self.request.arguments), prog_name="streamconv")
         except SystemExit as end:
             return end.code if isinstance(end.code, int) else 0
+        finally:
+            self._is_over = True
         return 0
 
     def _watched(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         writes = name in ("write", "pwrite")
 
         def watched(*given: Any, **options: Any) -> Any:
-            if writes and given[0] <= 2:
+            if self._is_over or (writes and given[0] <= 2):
                 return call(*given, **options)
             with self._counting:  # bytes are written in one thread and brought to the disk in another
-                self.calls.append(f"{name} {_name_of(given[0])}")
+                self.calls.append(f"{name} {_name_of(given[0] if given else '.')}")
                 self._counted += self._counted > 0 or self.request.since in (None, self.calls[-1])
                 number = self._counted
             if name == "pwrite":
                 time.sleep(self.request.slow_s)
+            if self.request.fault:
+                return self._fail(name, call, given) if self._is_due(number) else call(*given, **options)
             if self.request.at and number in (self.request.at, self.request.at + self.request.again):
                 if writes and self.request.tears:
                     call(given[0], given[1][: len(given[1]) // 2], *given[2:])
@@ -86,6 +112,23 @@ class Child:
             return None if name in SYNCS else call(*given, **options)
 
         return watched
+
+    def _is_due(self, number: int) -> bool:
+        at = self.request.at
+        return at is not None and (number == at or (self.request.onward and number > at))
+
+    def _fail(self, name: str, call: Callable[..., Any], given: Sequence[Any]) -> Any:
+        """End the call as the fault says: with an error, or with less done than was asked for."""
+        self.hits.append(f'{name} "{_path_of(given[0] if given else ".")}"')
+        if self.request.fault == "short":
+            return call(given[0], _half(name, given[1]), *given[2:])
+        if self.request.fault == "end":
+            return 0 if name == "preadv" else b""
+        if name == "close":  # what cannot be written is told, but the file is closed
+            call(*given)
+        number = getattr(errno, self.request.fault)
+        names = [os.fspath(each) for each in given[:1] if isinstance(each, str | os.PathLike)]
+        raise OSError(number, os.strerror(number), *names)
 
     def _noting_starts(self, run_plans: Callable[..., None]) -> Callable[..., None]:
         def noting(outputs: Sequence[Output], *rest: Any) -> None:
@@ -98,10 +141,30 @@ class Child:
         return noting
 
 
+def _half(name: str, asked: Any) -> Any:
+    """What a call that does only the first half is asked for: bytes to write, buffers to fill, or a count."""
+    if name == "preadv":
+        (buffer,) = asked
+        return [memoryview(buffer).cast("B")[: max(1, memoryview(buffer).nbytes // 2)]]
+    return (
+        max(1, asked // 2)
+        if isinstance(asked, int)
+        else memoryview(asked).cast("B")[: max(1, len(asked) // 2)]
+    )
+
+
 def _name_of(target: object) -> str:
     """The last name of a path, or of the file behind a descriptor."""
-    path = Path(f"/proc/self/fd/{target}").readlink() if isinstance(target, int) else Path(str(target))
-    return path.name
+    return _path_of(target).name
+
+
+def _path_of(target: object) -> Path:
+    if not isinstance(target, int):
+        return Path(str(target))
+    try:
+        return Path(f"/proc/self/fd/{target}").readlink()
+    except FileNotFoundError:  # it was closed by a call that failed
+        return Path("closed")
 
 
 def replace(number: int, kind: str) -> None:
@@ -140,7 +203,7 @@ def fork(request: Request, folder: Path) -> int:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()  # which fails where the program has left what cannot be written
-    answer = {"code": code, "calls": list(child.calls), "starts": child.starts}
+    answer = {"code": code, "calls": list(child.calls), "hits": child.hits, "starts": child.starts}
     (folder / f"{os.getpid()}.json").write_text(json.dumps(answer))
     os._exit(0)
 
@@ -150,7 +213,7 @@ def outcome(process: int, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     at_fork = _resident()
     _, status, used = os.wait4(process, os.WUNTRACED)
-    answer: dict[str, Any] = {"calls": [], "starts": {}}
+    answer: dict[str, Any] = {"calls": [], "hits": [], "starts": {}}
     if os.WIFSTOPPED(status):
         answer["code"] = -os.WSTOPSIG(status)
     elif os.WIFSIGNALED(status):
