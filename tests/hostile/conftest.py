@@ -8,6 +8,16 @@ import pytest
 
 from tests.hostile.commands import Commands, fork_server
 
+MODEL_MODULES = (
+    "streamconv.calibration.layers",
+    "streamconv.calibration.need",
+    "streamconv.calibration.equalizing",
+    "streamconv.forward.linears",
+    "streamconv.evaluation.scoring",
+    "streamconv.comparison.running",
+    "torch._dynamo",
+)
+
 
 @pytest.fixture(scope="session")
 def commands() -> Iterator[Commands]:
@@ -18,13 +28,5 @@ def commands() -> Iterator[Commands]:
 @pytest.fixture(scope="session")
 def model_commands() -> Iterator[Commands]:
     """Of a process that has what runs models imported, too, and what torch imports to open a pickle."""
-    with fork_server(
-        "streamconv.calibration.layers",
-        "streamconv.calibration.need",
-        "streamconv.calibration.equalizing",
-        "streamconv.forward.linears",
-        "streamconv.evaluation.scoring",
-        "streamconv.comparison.running",
-        "torch._dynamo",
-    ) as server:
+    with fork_server(*MODEL_MODULES) as server:
         yield server
