@@ -157,6 +157,7 @@ def test_an_input_that_changes_is_found_or_has_no_effect(
 
 
 @pytest.mark.sweep
+@pytest.mark.timeout(3600)
 def test_any_input_that_changes_at_any_moment(
     commands: Commands, inputs: Inputs, put_back: Callable[[], None], tmp_path: Path
 ) -> None:
