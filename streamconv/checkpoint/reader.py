@@ -101,7 +101,7 @@ class TensorReader:
             try:
                 found = os.stat(path)  # noqa: PTH116  a path as text, straight to the kernel
             except OSError as error:
-                raise CheckpointError(
+                raise lacking(error) or CheckpointError(
                     f"{file.name} vanished while it was in use: {error.strerror}"
                 ) from error
             check_unchanged(file, found)
