@@ -23,7 +23,7 @@ START_S = 30.0
 """Seconds that a new thread may take to run: a busy machine takes some, one without memory all of them."""
 
 
-def start_thread(work: Callable[[], None], name: str) -> threading.Thread:
+def start_thread(work: Callable[[], object], name: str) -> threading.Thread:
     """A thread that runs `work`, and does not keep the process alive. Raises ResourceError where none can be had."""
     thread = threading.Thread(target=work, name=f"streamconv-{name}", daemon=True)
     refused: list[BaseException] = []
@@ -47,6 +47,17 @@ def start_thread(work: Callable[[], None], name: str) -> threading.Thread:
     if refused:
         raise no_thread(str(refused[0]) or "no memory") from refused[0]
     return thread
+
+
+def check_threads(count: int) -> None:
+    """Raise ResourceError unless `count` threads can be had at once."""
+    is_over = threading.Event()
+    try:
+        started = [start_thread(is_over.wait, f"trial_{number}") for number in range(count)]
+    finally:
+        is_over.set()
+    for thread in started:
+        thread.join()
 
 
 class Future(Generic[Found]):

@@ -10,7 +10,8 @@ import pytest
 
 from streamconv import threads
 from streamconv.errors import InputError, ResourceError
-from streamconv.threads import Pool, start_thread
+from streamconv.threads import Pool, check_threads, start_thread
+from tests.cli.calls import run
 
 
 def nothing() -> None:
@@ -61,6 +62,17 @@ def test_a_thread_has_a_name_and_does_not_keep_the_process_alive() -> None:
     thread.join()
     assert seen == [thread]
     assert (thread.name, thread.daemon) == ("streamconv-test", True)
+
+
+def test_the_threads_of_libraries_are_tried_before_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or OpenBLAS, which finds none, would send the process a Ctrl-C."""
+    before = threading.active_count()
+    check_threads(3)
+    assert threading.active_count() == before
+    assert run("formats").exit_code == 0
+    monkeypatch.setattr(threads, "start_new_thread", refuse)
+    done = run("formats")
+    assert (done.exit_code, done.stderr.partition(" (")[0]) == (5, "Error: no thread can be started")
 
 
 def test_a_pool_starts_no_thread_before_it_is_used_and_no_more_than_it_needs() -> None:

@@ -160,7 +160,7 @@ def _moment(case: Case, drawn: random.Random) -> dict[str, object]:
     """Settings of a run that is killed."""
     way = drawn.random()
     if way < 0.2:
-        return {"kill_after_s": round(drawn.uniform(0, case.seconds), 4), "slow_s": 0.0005}
+        return {"kill_after_s": round(drawn.uniform(0.02, case.seconds), 4), "slow_s": 0.0005}
     tears = drawn.random() < 0.5
     begins = next(at for at, call in enumerate(case.calls) if _publishes(call))
     if way < 0.5:

@@ -125,6 +125,7 @@ class _Pass:
                 for number in range(first, len(self._sizes)):
                     with passing.layer(number) as module:
                         results = self._equalize(passing, number, module, stream)
+                    self._walk.source.check_unchanged()
                     self._files.write(number, results)
                     release_freed_memory()
                     self._on_bytes(self._sizes[number])

@@ -115,6 +115,7 @@ class Gradients:
         with ActivationFile(self._states_path, shape, hashes=is_new) as states:
             passing = self._forward(states, is_new)
             if is_new:
+                self._model.targets.check_unchanged()
                 self._recorded.record({self._states_path.name: states.sync()})
                 self._write(layers, {ENTERING: self._leave(states)})
             for number in reversed(range(min(begin + 1, layers))):
@@ -135,6 +136,7 @@ class Gradients:
 
     def _write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         path = self.path(number)
+        self._model.targets.check_unchanged()
         write_tensors(path, tensors, lambda sha256: self._recorded.record({path.name: sha256}))
 
     # -- forward -------------------------------------------------------------------------------------------------

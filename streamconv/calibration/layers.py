@@ -132,6 +132,7 @@ class _Calibration:
                             self, passing, number, module, self.model.linears(number), reference, quantized
                         ).calibrate()
                         self.model.targets.held.clear()
+                    self.model.targets.check_unchanged()
                     self.files.write(number, results)
                     del results
                     release_freed_memory()

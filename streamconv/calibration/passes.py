@@ -7,30 +7,47 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from streamconv.calibration.subject import Subject
-from streamconv.errors import ResourceError, Stopped
+from streamconv.errors import InputError, ResourceError, Stopped
 from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.planning.devices import Device
 from streamconv.progress import StopRequest
 
 
 def windows_of(subject: Subject) -> Tensor:
-    """The calibration text [sequence, token]."""
+    """The calibration text [sequence, token]. Raises InputError where it is not the one that was planned with."""
     calibration = subject.calibration
     assert subject.tokenizer is not None, "there is no tokenizer to read a text with"
     with subject.tokenizer.as_folder() as folder:
         tokenizer = load_tokenizer(folder)
-    return read_windows(
+    windows = read_windows(
         calibration.data,
         tokenizer,
         subject.sequences,
         calibration.sequence_length,
         "--calibration-tokens",
     )
+    if not calibration.is_data_set:
+        _check_text(Path(calibration.data).expanduser(), calibration.sha256)
+    return windows
+
+
+def _check_text(path: Path, sha256: str) -> None:
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"--calibration {path} cannot be read: {error.strerror}") from error
+    if found != sha256:
+        raise InputError(
+            f"--calibration {path} changed while it was in use; put it back to go on with the same command, or begin "
+            "anew with --no-resume"
+        )
 
 
 def key_of(subject: Subject, windows: Tensor) -> str:

@@ -117,6 +117,10 @@ class Targets:
     def tiles(self, name: str, height: int) -> Iterator[tuple[range, Tensor]]:
         return self._dense.tiles(name, height)
 
+    def check_unchanged(self) -> None:
+        self._dense.check_unchanged()
+        self._reader.check_recent()
+
     def read(self, name: str) -> Tensor:
         step = self.steps.get(name)
         if step is None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import bisect
 import io
+import logging
 import os
 import pickle
 import pickletools
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -76,7 +78,7 @@ def read_pickled(file: SourceFile) -> Mapping[str, StoredTensor]:
     _check_directory(file)
     places = _check_archive(file)
     try:
-        with FakeTensorMode():
+        with _quiet(), FakeTensorMode():
             loaded = torch.load(file.path, weights_only=True)
     except _FAILURES as error:
         raise _unreadable(file, error) from error
@@ -181,6 +183,17 @@ def _check_entries(entries: Iterable[zipfile.ZipInfo], file: SourceFile) -> None
                 f"{file.name} says {what} in more than {MAX_PICKLE_BYTES} bytes, which none needs; save it as"
                 " safetensors"
             )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging the traceback of an error that is refused in a sentence."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _unreadable(file: SourceFile, error: BaseException) -> CheckpointError:

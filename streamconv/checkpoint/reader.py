@@ -16,8 +16,8 @@ import torch
 from streamconv.checkpoint.readers import Readers
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import CheckpointError
-from streamconv.storage.base import SourceFile
-from streamconv.storage.local import check_unchanged, close_file, open_file, reading
+from streamconv.storage.base import FileStatus, SourceFile
+from streamconv.storage.local import check_unchanged, close_file, open_file, reading, status_of
 from streamconv.system_errors import lacking
 
 _PAGE = 4096
@@ -31,7 +31,10 @@ class TensorReader:
         self._max_open = max_open
         self._open: OrderedDict[str, int] = OrderedDict()  # path -> descriptor, least recently used first
         self._readers = Readers()
-        self._used: dict[str, tuple[SourceFile, int]] = {}  # path -> the file, its mtime when first opened
+        self._recent: set[str] = set()  # those that were read since they were last looked at
+        self._used: dict[
+            str, tuple[SourceFile, FileStatus]
+        ] = {}  # path -> the file, its status when first opened
 
     def __enter__(self) -> Self:
         return self
@@ -96,19 +99,32 @@ class TensorReader:
         advise(self._descriptor(tensor.file), offset - offset % _PAGE, offset % _PAGE + length, "DONTNEED")
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError if a file that was read has another size or modification time by now."""
-        for path, (file, mtime_ns) in self._used.items():
-            try:
-                found = os.stat(path)  # noqa: PTH116  a path as text, straight to the kernel
-            except OSError as error:
-                raise lacking(error) or CheckpointError(
-                    f"{file.name} vanished while it was in use: {error.strerror}"
-                ) from error
-            check_unchanged(file, found)
-            if found.st_mtime_ns != mtime_ns:
-                raise CheckpointError(f"{file.name} was written to while it was in use; start again")
+        """Raise CheckpointError if a file that was read has been changed or replaced by now."""
+        for path in self._used:
+            self._check(path)
+
+    def check_recent(self) -> None:
+        """Raise CheckpointError as `check_unchanged` does, of the files that were read since this was last called.
+
+        For whoever is about to record what was made of them: later changes come too late for that.
+        """
+        for path in self._recent:
+            self._check(path)
+        self._recent.clear()
+
+    def _check(self, path: str) -> None:
+        file, before = self._used[path]
+        try:
+            found = os.stat(path)  # noqa: PTH116  a path as text, straight to the kernel
+        except OSError as error:
+            told = CheckpointError(f"{file.name} vanished while it was in use: {error.strerror}")
+            raise lacking(error) or told from error
+        check_unchanged(file, found)
+        if status_of(found).is_rewritten(before):
+            raise CheckpointError(f"{file.name} was written to while it was in use; start again")
 
     def _descriptor(self, file: SourceFile) -> int:
+        self._recent.add(file.path)
         if file.path in self._open:
             self._open.move_to_end(file.path)
             return self._open[file.path]
@@ -116,7 +132,7 @@ class TensorReader:
             close_file(self._open.popitem(last=False)[1])
         descriptor = self._open[file.path] = open_file(file)
         with reading(file.name):
-            self._used.setdefault(file.path, (file, os.fstat(descriptor).st_mtime_ns))
+            self._used.setdefault(file.path, (file, status_of(os.fstat(descriptor))))
         advise(descriptor, 0, 0, "SEQUENTIAL")
         return descriptor
 

@@ -6,10 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from streamconv.checkpoint.strict_json import shown
 from streamconv.dtypes import Dtype
+from streamconv.errors import CheckpointError
 from streamconv.storage.base import SourceFile
 
 Shape = tuple[int, ...]
+MAX_NAME = 500
+"""Characters that the name of a tensor may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class StoredTensor:
     """One tensor of a checkpoint and where its bytes are: `offset` counts from the start of the file.
 
     `order` is None where its bytes are its elements, row after row, as everything but a foreign adapter's factor is.
+    Raises CheckpointError for a name that no module of a model could have.
     """
 
     name: str
@@ -49,6 +54,14 @@ class StoredTensor:
     file: SourceFile
     offset: int
     order: AxisOrder | None = None
+
+    def __post_init__(self) -> None:
+        # Names are looked through in many ways, and the time of some grows with a power of their length.
+        if len(self.name) > MAX_NAME:
+            raise CheckpointError(
+                f"{self.file.name}: tensor {shown(self.name)} has a name of {len(self.name)} characters, and no "
+                f"parameter of a model has one of more than {MAX_NAME}"
+            )
 
     @property
     def nbytes(self) -> int:

@@ -12,8 +12,10 @@ import click
 
 from streamconv.sizes import parse_size
 from streamconv.system_errors import check_address_space
+from streamconv.threads import check_threads
 
 _ORDER = "streamconv.order"
+_MOST_OF_NUMPY = 64  # as its packages are built
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -80,12 +82,21 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         check_address_space()
+        check_threads(_threads_of_numpy())
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for section, records in sections(self, ctx).items():
             with formatter.section(section):
                 formatter.write_dl(records)
+
+
+def _threads_of_numpy() -> int:
+    """Threads that OpenBLAS starts when numpy is imported. Where it cannot, it sends its own process a Ctrl-C."""
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        if (asked := os.environ.get(name, "")).isdecimal():
+            return max(1, min(int(asked), _MOST_OF_NUMPY))
+    return min(len(os.sched_getaffinity(0)), _MOST_OF_NUMPY)
 
 
 def given_order(ctx: click.Context) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from streamconv.checkpoint.recorded import close_own, hash_descriptor, hash_rang
 from streamconv.checkpoint.writer import write_error
 from streamconv.errors import OutputError, ResourceError, StreamconvError
 from streamconv.sizes import format_size
+from streamconv.storage.file_set import temporary_folder
 from streamconv.threads import Future, Pool
 
 
@@ -33,7 +33,7 @@ def hold_activations(shape: tuple[int, ...], dtype: torch.dtype, budget: int) ->
     if nbytes <= budget:
         yield torch.empty(shape, dtype=dtype)
         return
-    with _temporary_folder() as folder:
+    with temporary_folder() as folder:
         path = folder / "activations"
         try:
             with path.open("wb") as file:
@@ -45,20 +45,6 @@ def hold_activations(shape: tuple[int, ...], dtype: torch.dtype, budget: int) ->
                 "set TMPDIR to another place, give fewer --tokens, or more --max-ram"
             ) from error
         yield map_file(path, shape, dtype, shared=True)
-
-
-@contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    """A folder where temporary files go, which is removed at the end, as far as that is possible."""
-    try:
-        folder = tempfile.TemporaryDirectory(prefix="streamconv-", ignore_cleanup_errors=True)
-    except OSError as error:
-        raise ResourceError(
-            f"{tempfile.tempdir or 'TMPDIR'}: no folder for temporary files can be made: {error.strerror}; set TMPDIR "
-            "to another place, or give more --max-ram"
-        ) from error
-    with folder as name:
-        yield Path(name)
 
 
 def map_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype, shared: bool) -> Tensor:

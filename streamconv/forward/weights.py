@@ -42,6 +42,9 @@ class Weights(Protocol):
     def tiles(self, name: str, height: int) -> Iterator[tuple[range, Tensor]]:
         """The weight in tiles of about `height` rows, [rows, columns] on the device; the next overwrites the last."""
 
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if a file has changed that was read since this was last called."""
+
 
 class WeightSource:
     """The weights that a plan of dense output would write, by name; use as a context manager."""
@@ -110,6 +113,10 @@ class WeightSource:
             fill(rows, tile.view(-1).view(torch.uint8))
             yield rows, tile
         self._on_bytes(self.stored_bytes(name))
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if a file has changed that was read since this was last called."""
+        self._reader.check_recent()
 
     def _dtype(self, name: str) -> torch.dtype:
         return self._steps[name].specs[0].dtype.torch

@@ -112,9 +112,9 @@ class Prepared:
             )
         home = Path(base.storage.file(CONFIG).path).parent
         if not self.written and all(files[name].parent == home for name in _TOKENIZER_FILES if name in files):
-            return FileSet(files, folder=home)
+            return FileSet(files, folder=home, sources=self.copied)
         config = json.dumps(dict(base.config)).encode()
-        return FileSet(files, {CONFIG: config, **self.written})
+        return FileSet(files, {CONFIG: config, **self.written}, sources=self.copied)
 
     @property
     def subject(self) -> Subject:

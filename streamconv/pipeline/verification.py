@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,6 +38,7 @@ from streamconv.planning.options import Calibration, Folder, Folders, Job, Merge
 from streamconv.planning.plan import Rewrite
 from streamconv.progress import Meter, OnProgress, StopRequest, quiet
 from streamconv.running.workers import Workers
+from streamconv.storage.file_set import temporary_folder
 from streamconv.storage.local import LocalFolder, open_folder
 from streamconv.system_errors import translated
 
@@ -248,10 +248,10 @@ def _damaged(out: Path) -> VerificationError:
 
 
 def _make_again(again: Prepared, out: Path, meter: Meter) -> None:
-    with tempfile.TemporaryDirectory(prefix="streamconv-") as folder:
-        passed = run_passes(again.subject, Path(folder), meter.add, StopRequest())
+    with temporary_folder() as folder:
+        passed = run_passes(again.subject, folder, meter.add, StopRequest())
         verify_exactly(out, passed.plan, meter.add, StopRequest())
-        residual = make_residual(passed, Path(folder))
+        residual = make_residual(passed, folder)
         if residual is not None and residual.sha256 != hash_file(str(out / RESIDUAL_TENSORS), lambda _: None):
             raise VerificationError(
                 f"{out / RESIDUAL_TENSORS} differs from what base, adapter, text and options give; do not use it"

@@ -58,7 +58,8 @@ from streamconv.threads import start_thread
 # How long a stop request may wait for the weight in work to end, so that no work is lost.
 GRACE_S = 5.0
 
-_LOOK_EVERY_S = 5.0
+# How often threads are looked after that tell nothing.
+LOOK_EVERY_S = 5.0
 
 
 class Run:
@@ -111,7 +112,7 @@ class Run:
         ended = 0
         while ended < len(threads):
             try:
-                nbytes = self.written.get(timeout=_LOOK_EVERY_S)
+                nbytes = self.written.get(timeout=LOOK_EVERY_S)
             except queue.Empty:  # a thread without memory may end and not even tell
                 if not any(thread.is_alive() for thread in threads):
                     raise no_memory("a thread ended without a word") from None
@@ -214,6 +215,7 @@ class Lane:
             slot = self.free.get()
             reader.read_into(tensor, first, tensor_bytes(slot.read[:nbytes]))
             reader.drop_cache(tensor, first, nbytes)
+            reader.check_recent()  # a watermark may follow
             self.to_compute.put(Chunk(slot, nbytes, outputs))
 
     def _read_weight(
@@ -239,6 +241,7 @@ class Lane:
             if step.encoder.order is not None:
                 for lines in runs(step.encoder.order, self.memory.buffer):
                     self.to_compute.put(Lines(self.free.get(), output, lines))
+        reader.check_recent()
         self.to_compute.put(EndWeight(copies))
 
     def _stored_rows(self, reader: TensorReader, weight: Weight) -> StoredRows:

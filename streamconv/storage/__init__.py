@@ -56,8 +56,9 @@ def storage_kind(location: str) -> str:
         or "\\" in location
         or "\0" in location
     )
-    # Unlike Path.exists, this is False for a name that is too long and for a folder that may not be looked into.
-    return "folder" if looks_like_path or os.path.exists(location) else "hub"  # noqa: PTH110
+    # Unlike Path.exists, this is False for a name that is too long and for a folder that may not be looked into; a link
+    # that leads nowhere is no Hub id, either.
+    return "folder" if looks_like_path or os.path.lexists(location) else "hub"
 
 
 def _open_folder(location: str, revision: str | None, subfolder: str | None) -> LocalFolder:

@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from streamconv.progress import OnBytes
+
+
+@dataclass(frozen=True, slots=True)
+class FileStatus:
+    """Status of a file as inode(7) has it: the time of its last change of whatever kind, which nobody can set, and what
+    else than content such a change may be of.
+    """
+
+    changed_ns: int
+    inode: int
+    mode: int
+    owner: tuple[int, int]
+    links: int
+
+    def is_rewritten(self, before: FileStatus) -> bool:
+        """Whether it was written to since, or another file took its place.
+
+        A change of permissions, owner or hard links, as a backup makes it, is none.
+        """
+        others = (self.mode, self.owner, self.links) != (before.mode, before.owner, before.links)
+        return self.changed_ns != before.changed_ns and not (others and self.inode == before.inode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,13 +36,16 @@ class SourceFile:
 
     `name` is relative to the input's folder and is what messages and plans show; `path` is where the bytes
     are, or will be once they are fetched; `version` changes when the content does (a Hub blob id, else the
-    modification time), and never depends on where the folder lies.
+    modification time), and never depends on where the folder lies. `status` tells a file that was written to
+    from one that was not, whatever its modification time; None for what is not here yet. It is no part of what makes
+    two files the same.
     """
 
     name: str
     path: str
     size: int
     version: str
+    status: FileStatus | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

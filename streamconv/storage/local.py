@@ -23,7 +23,7 @@ from pathlib import Path
 
 from streamconv.errors import CheckpointError, OptionError, StreamconvError
 from streamconv.progress import OnBytes
-from streamconv.storage.base import Origin, SourceFile
+from streamconv.storage.base import FileStatus, Origin, SourceFile
 from streamconv.system_errors import lacking
 
 _DRIVE = re.compile(r"[A-Za-z]:")
@@ -93,7 +93,7 @@ class LocalFolder:
         with reading(f"{self.location}: {name}"):
             blob = _blob_id(self.path / name, repo) if repo else None
         version = f"blob:{blob}" if blob else f"mtime:{found.st_mtime_ns}"
-        return SourceFile(name, str(real), found.st_size, version)
+        return SourceFile(name, str(real), found.st_size, version, status_of(found))
 
     def read_bytes(self, name: str, limit: int) -> bytes:
         """The whole content of a small file. Raises CheckpointError if it is longer than `limit` bytes."""
@@ -263,8 +263,14 @@ def _unreadable(error: OSError, where: str, doing: str = "read") -> StreamconvEr
     return lacking(error) or CheckpointError(f"{where} cannot be {doing}: {error.strerror}")
 
 
+def status_of(found: os.stat_result) -> FileStatus:
+    """Status of a file, to be compared with what it is later."""
+    owner = (found.st_uid, found.st_gid)
+    return FileStatus(found.st_ctime_ns, found.st_ino, found.st_mode, owner, found.st_nlink)
+
+
 def check_unchanged(file: SourceFile, found: os.stat_result) -> None:
-    """Raise CheckpointError unless `found` is a regular file of the planned size and modification time."""
+    """Raise CheckpointError unless `found` is a regular file of the planned size, and unchanged since."""
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{file.name} must be a regular file, found {_kind(found.st_mode)}")
     same_time = not file.version.startswith("mtime:") or file.version == f"mtime:{found.st_mtime_ns}"
@@ -272,6 +278,12 @@ def check_unchanged(file: SourceFile, found: os.stat_result) -> None:
         raise CheckpointError(
             f"{file.name} changed while it was in use: it had {file.size} bytes, now it has {found.st_size}"
             f" and modification time {found.st_mtime_ns} ns (was {file.version}); start again"
+        )
+    # Another file with size and time of this one, which `cp -p` and rsync make, has another time of change.
+    if file.status is not None and status_of(found).is_rewritten(file.status):
+        raise CheckpointError(
+            f"{file.name} was written to or replaced while it was in use, as its time of change (ctime) says; put the"
+            " file that the run began with back, or start again"
         )
 
 

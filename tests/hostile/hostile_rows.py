@@ -59,8 +59,8 @@ class Row:
 
     @property
     def runs_model(self) -> bool:
-        """Whether libraries that run models are needed."""
-        return self.command[0] == "eval" or "--calibration" in self.command
+        """Whether libraries that run models are needed, or what torch imports to open a pickle."""
+        return self.command[0] == "eval" or not {"--calibration", "--allow-pickle"}.isdisjoint(self.command)
 
 
 # -- edits -------------------------------------------------------------------------------------------------------------
@@ -115,7 +115,10 @@ THINGS: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "link to /dev/zero": (lambda path: path.symlink_to("/dev/zero"), "leads outside the folder"),
     "link to a secret": (lambda path: path.symlink_to("/etc/passwd"), "leads outside the folder"),
     "link to nowhere": (lambda path: path.symlink_to("nowhere"), "a link to a file that is not there"),
-    "link to itself": (lambda path: path.symlink_to(path.name), "symbolic links"),
+    "link to itself": (
+        lambda path: path.symlink_to(path.name),
+        "cannot be read: Too many levels of symbolic links",
+    ),
 }
 
 
@@ -216,7 +219,7 @@ ODD: Mapping[str, Any] = {
     "a list": [[1]],
     "an object": {"x": [1]},
 }
-FITS = {
+FITS: Mapping[str, tuple[str, ...]] = {
     "text": ("a text",),
     "an object": ("an object",),
     "true or false": ("true",),
@@ -234,8 +237,8 @@ def _config_types() -> Iterator[Row]:
             yield Row(made, made, fields(f"base/{CONFIG}", **{name: ODD[kind]}), command, 3, says)
     for name, value in (("dtype", []), ("tie_word_embeddings", 1), ("vocab_size", "x" * 10**5)):
         made = f"{name} of text_config is {type(value).__name__}"
-        says = (f"config.json: text_config.{name} must be {MUST[name]}",)
-        yield Row(made, made, inside(f"base/{CONFIG}", "text_config", **{name: value}), QUANTIZED, 3, says)
+        edit = inside(f"base/{CONFIG}", "text_config", **{name: value})
+        yield Row(made, made, edit, QUANTIZED, 3, (f"config.json: text_config.{name} must be {MUST[name]}",))
     yield Row(
         "ties of a part are text",
         "tie_word_embeddings of decoder is 'no'",
@@ -247,14 +250,15 @@ def _config_types() -> Iterator[Row]:
     for name in ("architectures", "text_config", "dtype", "quantization_config", "auto_map", "vocab_size"):
         made = f"{name} of config.json is null"
         yield Row(made, made, fields(f"base/{CONFIG}", **{name: None}), QUANTIZED, 0, ())
-    for command, edit in (
-        (EXTRACT, "architectures"),
-        (("analyze", *PLAN[1:]), "text_config"),
-        (EVAL, "dtype"),
-    ):
-        made = f"{edit} of config.json is a number, for {command[0]}"
-        says = (f"config.json: {edit} must be {MUST[edit]}, found 7",)
-        yield Row(made, made, fields(f"base/{CONFIG}", **{edit: 7}), command, 3, says)
+    others: Mapping[str, tuple[str, ...]] = {
+        "architectures": EXTRACT,
+        "text_config": ("analyze", *PLAN[1:]),
+        "dtype": EVAL,
+    }
+    for name, other in others.items():
+        made = f"{name} of config.json is a number, for {other[0]}"
+        says = (f"config.json: {name} must be {MUST[name]}, found 7", "download the file again")
+        yield Row(made, made, fields(f"base/{CONFIG}", **{name: 7}), other, 3, says)
 
 
 def _config_text() -> Iterator[Row]:
@@ -293,10 +297,10 @@ def _config_text() -> Iterator[Row]:
     )
     for name, field in (("layers", "num_hidden_layers"), ("experts", "num_experts")):
         made = f"{field} of config.json is 10^7"
-        says = (f"{field} is 10000000", "tensors; correct it")
+        words = (f"{field} is 10000000", "tensors; correct it")
         for command in (EVAL, CALIBRATED):
             title = f"ten million {name}, {command[0]}"
-            yield Row(title, made, fields(path, **{field: 10**7}), command, 3, says)
+            yield Row(title, made, fields(path, **{field: 10**7}), command, 3, words)
     for name, content in (("tokenizer.json", "[" * 2000), ("tokenizer_config.json", "7")):
         made = f"{name} is no object, for eval"
         yield Row(made, made, text(f"base/{name}", content), EVAL, 3, (name.removesuffix(".json"),))
@@ -312,7 +316,7 @@ def _quantization() -> Iterator[Row]:
         ("nf4-dq", {"quant_method": "exl3"}, "exl3, which is not supported yet"),
         ("w4a16", {"sparsity_config": "x"}, "sparsity_config must be an object"),
         ("w4a16", {"format": ["pack-quantized"]}, "compressed-tensors"),
-        ("w4a16", {"config_groups": 7}, "compressed-tensors"),
+        ("w4a16", {"config_groups": 7}, "config_groups is missing"),
         ("w4a16", {"config_groups": {"group_0": nested(50)}}, "group_0 is [[["),
         ("w4a16", {"config_groups": {"x" * 10**5: 3}}, "is 3, which is not read yet"),
         ("w4a16", {"config_groups": {"g": {"weights": {"num_bits": [4]}}}}, "weights of [4] bits"),
@@ -321,7 +325,7 @@ def _quantization() -> Iterator[Row]:
         ("gptq", {"checkpoint_format": "marlin" * 10**4}, "gptq in the layout marlin"),
         ("awq", {"bits": "4"}, "awq of 4 bits"),
         ("fp8", {"fmt": ["e4m3"]}, "fp8 with fmt ['e4m3']"),
-        ("fp8", {"weight_block_size": [64, 64]}, "expected"),
+        ("fp8", {"quant_method": "fp6"}, "fp6, which is not supported yet"),
         ("modelopt", {"quant_algo": {"x": 1}}, "modelopt, {'x': 1}"),
         ("nvfp4", {"format": {"x": 1}, "config_groups": None}, "its format is {'x': 1}"),
     )
@@ -345,7 +349,8 @@ def _indexes() -> Iterator[Row]:
     def row(made: str, edit: Edit, *says: str) -> Row:
         return Row(f"index: {made}", made, edit, PLAN, 3, says, "sharded")
 
-    for made, value in {"null": None, "a list": [], "a text": "x", "empty": {}, "a number": 3}.items():
+    odd: Mapping[str, Any] = {"null": None, "a list": [], "a text": "x", "empty": {}, "a number": 3}
+    for made, value in odd.items():
         yield row(
             f"weight_map is {made}", fields(path, weight_map=value), "must have a weight_map with tensors"
         )
@@ -491,17 +496,17 @@ def _things() -> Iterator[Row]:
         for name in ("LICENSE", "tokenizer.json", "generation_config.json")[number % 2 : number % 2 + 2]:
             yield Row(f"base/{name} is a {kind}", kind, instead(f"base/{name}", make), PLAN, 3, (says,))
     for name in ("LICENSE", "NOTICE.txt", "tokenizer.model"):
-        says = (f"{name} has 8 TB", "is larger than 1 GB")
-        yield Row(f"{name} has 8 TB", "a file with a hole", instead(f"base/{name}", hole), PLAN, 3, says)
+        words = (f"{name} has 8 TB", "is larger than 1 GB")
+        yield Row(f"{name} has 8 TB", "a file with a hole", instead(f"base/{name}", hole), PLAN, 3, words)
     asked = (*MERGE, "--copy-extra", "notes.txt")
-    says = ("notes.txt", "are missing; free some")
+    words = ("/out needs 8 TB", "are missing; free some")
     yield Row(
         "a copy of 8 TB that was asked for",
         "a file with a hole",
         instead("base/notes.txt", hole),
         asked,
         5,
-        says,
+        words,
     )
     folder = instead(f"base/{SHARD}", Path.mkdir)
     yield Row(f"{SHARD} is a folder", "a folder", folder, PLAN, 3, ("no weights found",))
@@ -533,7 +538,7 @@ def _recipes() -> Iterator[Row]:
     yield row(
         "JSON with a key twice", '{"quant": "none", "quant": "nf4"}', "'quant' stands twice", suffix="json"
     )
-    yield row("JSON with a huge number", f'{{"seed": {10**400}}}', "seed", suffix="json")
+    yield row("JSON with a huge number", f'{{"group-size": {10**400}}}', "group", suffix="json")
     yield row("300 kB", "#" + "x" * 300_000, "is larger than 256 KiB")
     yield row("an option of 100,000 letters", "x" * 900 + ": 1", "is no option of plan")
     pipe = (*PLAN, "--recipe", "{folder}/recipe.yaml")
@@ -566,6 +571,7 @@ def place(inputs: Path, row: Row, folder: Path) -> tuple[str, ...]:
     shutil.copy(inputs / "text.txt", folder / "text.txt")
     if "{folder}/other" in row.command:
         shutil.copytree(inputs / "llama", folder / "other")
+        edit_tensors(folder / "other" / SHARD, put={CHANGED: torch.ones(128, 128, dtype=torch.bfloat16)})
     row.edit(folder)
     names = {"base": folder / "base", "adapter": folder / "adapter", "folder": folder}
     return tuple(each.format(**names) for each in row.command)

@@ -233,3 +233,23 @@ def test_expressions_of_an_adapter_end_in_time(
         assert found.code == 3
         assert name in found.text
         assert len(found.text) < 1000
+
+
+@pytest.mark.parametrize("unit", [".1", ".layers.1", "__", "9"])
+def test_names_of_any_length_end_in_time(folder: Path, tmp_path: Path, commands: Commands, unit: str) -> None:
+    for of, length, code in (("base", 500, 0), ("base", 501, 3), ("adapter", 500_000, 3)):
+        copied = shutil.copytree(folder / of, tmp_path / f"{of}-{length}")
+        name = "x" + (unit * length)[: length - 1]
+        if of == "base":
+            index = copied / "model.safetensors.index.json"
+            found = json.loads(index.read_text())
+            found["weight_map"][name] = first_shard(copied)
+            index.write_text(json.dumps(found))
+        file = copied / (first_shard(copied) if of == "base" else "adapter_model.safetensors")
+        edit_tensors(file, put={name: torch.ones(4, 4)})
+        inputs = {"base": folder / "base", "adapter": folder / "adapter"} | {of: copied}
+        run = commands.run("plan", "--base", inputs["base"], "--adapter", inputs["adapter"])
+        assert run.code == code, run.text
+        assert run.seconds < 5
+        assert (f"has a name of {length} characters" in run.text) is (code == 3)
+        assert len(run.text) < 2000

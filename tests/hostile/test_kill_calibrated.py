@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from peft import LoraConfig
 
 from tests.forward.texts import save_tokenizer, write_text
 from tests.hostile.commands import Commands, Outcome
+from tests.hostile.test_changes import edit, replace
 from tests.hostile.test_kill import Tree, check_final_names, spread, tree
 from tests.tiny import llama_config, save_adapter, save_base
 
@@ -192,3 +194,51 @@ def test_what_is_no_file_in_place_of_one_is_refused(case: Case, tmp_path: Path) 
         assert str(path) in said
         assert f"a {'named pipe' if kind == 'pipe' else kind}" in said
         assert other.read_bytes() == content
+
+
+def change_words(path: Path) -> None:
+    """The text in another order, of the same size and time."""
+    found, words = path.stat(), path.read_text().split(" ")
+    path.write_text(" ".join([*words[1:], words[0]]))
+    assert path.stat().st_size == found.st_size
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+def swap_tokens(path: Path) -> None:
+    """Two tokens that change places."""
+    found = json.loads(path.read_text())
+    one, other = list(found["model"]["vocab"])[4:6]
+    vocabulary = found["model"]["vocab"]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    path.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "since"),
+    [
+        ("text.txt", change_words, None),
+        ("text.txt", Path.unlink, None),
+        ("base/tokenizer.json", swap_tokens, None),
+        ("base/model.safetensors", edit, "replace gradients-00001.partial"),
+        ("base/model.safetensors", replace, "replace layer-00000.partial"),
+        ("adapter/adapter_model.safetensors", edit, "replace gradients-00002.partial"),
+    ],
+)
+def test_a_calibration_whose_inputs_change(
+    case: Case, tmp_path: Path, file: str, change: Callable[[Path], None], since: str | None
+) -> None:
+    path = Path(case.arguments[case.arguments.index("--base") + 1]).parent / file
+    shutil.copy2(path, tmp_path / "kept")
+    out = tmp_path / "out"
+    stopped = case.run(out, 1, since=since, signal=signal.SIGSTOP)
+    assert stopped.code == -signal.SIGSTOP
+    try:
+        change(path)
+        ended = case.commands.run(goes_on=stopped.process)
+        assert ended.code == 3, ended.text
+        assert path.name in ended.text
+    finally:
+        shutil.copy2(tmp_path / "kept", path)
+    again = case.run(out)
+    assert again.code == 0, again.text
+    assert tree(out) == case.complete

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from streamconv import threads
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import CheckpointError, InputError, ResourceError, Stopped
@@ -478,6 +479,33 @@ def test_an_error_is_told_rather_than_the_stop_it_met(plan: Plan) -> None:
 
     with pytest.raises(ResourceError):
         carry_out(plan, Recorder(fail), stop=StopRequest(signal.SIGTERM))
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_a_thread_that_cannot_be_had_ends_the_run_and_all_others(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """As at the limit of processes of a container: one of the three of a lane, or of those that compute."""
+    start: Callable[..., int] = vars(threads)["start_new_thread"]
+    calls: list[int] = []
+
+    def refuse(*given: Any) -> int:
+        calls.append(1)
+        if len(calls) > at:
+            raise RuntimeError("can't start new thread")
+        return start(*given)
+
+    monkeypatch.setattr(threads, "start_new_thread", refuse)
+    with pytest.raises(ResourceError, match="no thread can be started"):
+        carry_out(plan, Recorder())
+    assert len(calls) > at
+
+
+def test_threads_that_end_without_a_word_are_no_success(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(lanes.Run, "guarded", lambda run, work: None)
+    with pytest.raises(ResourceError, match="without a word"):
+        carry_out(plan, Recorder())
 
 
 # -- several outputs ---------------------------------------------------------------------------------------------

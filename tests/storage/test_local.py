@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from streamconv.errors import CheckpointError, ResourceError, StreamconvError
+from streamconv.storage import storage_kind
 from streamconv.storage.base import Origin
 from streamconv.storage.local import LocalFolder, open_file, open_folder, real_path
 
@@ -244,12 +245,16 @@ def test_a_disk_that_gives_no_bytes_is_an_error_that_names_the_file() -> None:
         folder.read_start(folder.file("mem"), 5)
 
 
-def test_loops_of_links_are_errors(tmp_path: Path) -> None:
+def test_loops_of_links_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(CheckpointError, match="loop cannot be opened: Too many levels"):
         open_folder(str(tmp_path / "loop"))
     with pytest.raises(CheckpointError, match="loop cannot be read: Too many levels"):
         LocalFolder("base", tmp_path).file("loop")
+    assert storage_kind(str(tmp_path / "loop")) == "folder"
+    with monkeypatch.context() as patched:
+        patched.chdir(tmp_path)
+        assert storage_kind("loop") == "folder"
     assert real_path(tmp_path / "loop") == tmp_path / "loop"
     assert real_path("~nobody-of-this-name/x").name == "x"
 
