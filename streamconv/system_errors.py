@@ -23,6 +23,7 @@ LEAST_ADDRESS_SPACE = 10**9
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OPEN_FILES = (errno.EMFILE, errno.ENFILE)
+_OTHER_KINDS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 _NETWORK = (
     *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN),
     *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED),
@@ -111,6 +112,12 @@ def lacking(error: BaseException) -> ResourceError | None:
     if is_memory or (isinstance(error, RuntimeError | ImportError | OSError) and _NO_MEMORY.search(text)):
         return no_memory(first_line(error))
     return None
+
+
+def was_refused(error: BaseException) -> bool:
+    """Whether the system refused to read what `error` is about, which need not be damaged, or even missing, then."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno not in _OTHER_KINDS
 
 
 def check_address_space() -> None:

@@ -69,7 +69,7 @@ ERRORS: Mapping[str, tuple[str, ...]] = {
     "clone": ("EAGAIN", "ENOMEM", KILL),
     "clone3": ("EAGAIN", "ENOMEM", KILL),
     "ioctl": ("EIO", "ENOTTY", "EINTR", KILL),
-    "lseek": ("EIO", KILL),
+    "lseek": (KILL,),
     "fadvise64": ("EIO",),
 }
 # Functions of `os` in which the seam cuts what is done.
@@ -83,6 +83,8 @@ SEAMS = {
 }
 # Repeated for ever by Python and others, as it should be (PEP 475).
 ONCE_ONLY = ("EINTR",)
+# Without it no connection can be made at all; what is then tried again and again says little.
+CALLS_ONCE_ONLY = ("ioctl",)
 
 _RESOURCE = {"ENOSPC", "EDQUOT", "ENOMEM", "EMFILE"}
 _ABSORBED = {"EINTR", "EOPNOTSUPP", SHORT}
@@ -145,6 +147,8 @@ def allowed(fault: Fault, roles: Iterable[str]) -> set[int]:
         elif fault.error in _RESOURCE or fault.call in ("clone", "clone3"):
             # Only files that are written fill a disk; of one that is read it is an error like any other.
             codes |= {5} | ({3} if each == "input" and fault.error in ("ENOSPC", "EDQUOT") else set())
-        elif fault.error not in _ABSORBED or fault.call == "close":
+        elif fault.error == END and fault.command == "push":
+            codes |= {3, 7}  # what is pushed is verified first, and a file that is cut is damaged
+        elif fault.error not in _ABSORBED or fault.call == "close" or each == "system":
             codes |= _PLACES[each]
     return codes

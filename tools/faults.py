@@ -29,7 +29,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from tools.fault_calls import ERRORS, KILL, ONCE_ONLY, Fault
+from tools.fault_calls import CALLS_ONCE_ONLY, ERRORS, KILL, ONCE_ONLY, Fault
 from tools.fault_commands import NAMES, Command, commands, write_inputs, write_old
 from tools.fault_judge import Tree, tree
 from tools.fault_runs import Place, Row, attempt, calls_of, fresh, run, undisturbed, warm_up
@@ -44,6 +44,8 @@ _CORES = os.sched_getaffinity(0)
 def kinds(call: str) -> list[tuple[str, bool]]:
     """Errors of a call, once and from then on."""
     once = [(error, False) for error in ERRORS[call]]
+    if call in CALLS_ONCE_ONLY:
+        return once
     return once + [(error, True) for error in ERRORS[call] if error not in (KILL, *ONCE_ONLY)]
 
 

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.errors import OutputError
+from streamconv.errors import OutputError, StreamconvError
+from streamconv.system_errors import lacking
 
 FILE, FOLDER, LINK = "a file", "a folder", "a link"
 
@@ -163,8 +164,8 @@ def known_again(path: Path, known: FileIdentity) -> FileIdentity | None:
     return again if again is not None and again.sha256 == known.sha256 else None
 
 
-def read_error(error: OSError, path: Path) -> OutputError:
+def read_error(error: OSError, path: Path) -> StreamconvError:
     """The error of ours for one of the system's while a file of the output, or its folder, is looked at."""
-    return OutputError(
+    return lacking(error) or OutputError(
         f"{path} cannot be read: {error.strerror}; check the disk and its permissions, or choose another --out"
     )

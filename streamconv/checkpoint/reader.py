@@ -117,7 +117,8 @@ class TensorReader:
         try:
             found = os.stat(path)  # noqa: PTH116  a path as text, straight to the kernel
         except OSError as error:
-            raise CheckpointError(f"{file.name} vanished while it was in use: {error.strerror}") from error
+            told = CheckpointError(f"{file.name} vanished while it was in use: {error.strerror}")
+            raise lacking(error) or told from error
         check_unchanged(file, found)
         if status_of(found).is_rewritten(before):
             raise CheckpointError(f"{file.name} was written to while it was in use; start again")

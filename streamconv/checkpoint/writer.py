@@ -24,6 +24,7 @@ from streamconv.checkpoint.reader import advise, flat_bytes
 from streamconv.errors import OutputError, ResourceError, StreamconvError, VerificationError
 from streamconv.storage.base import SourceFile
 from streamconv.storage.local import open_file
+from streamconv.system_errors import lacking
 from streamconv.threads import Future, Pool
 
 # Left alone, the kernel lets dirty pages pile up until a sync has to wait for them all: 1 GiB with a sync
@@ -386,7 +387,7 @@ def write_error(error: OSError, path: Path, missing_bytes: int = 0) -> Streamcon
             f"{path}: a file may not grow so large here; ask for smaller shards (--max-shard-size), raise the"
             " limit (ulimit -f), or write to another file system"
         )
-    return OutputError(f"{path} cannot be written: {error.strerror}")
+    return lacking(error) or OutputError(f"{path} cannot be written: {error.strerror}")
 
 
 def _no_space(path: Path, missing_bytes: int, free: int | None, code: int) -> ResourceError:
@@ -427,7 +428,7 @@ def free_bytes(path: Path) -> int:
     try:
         found = os.statvfs(path.parent)
     except OSError as error:
-        raise OutputError(
+        raise lacking(error) or OutputError(
             f"{path.parent} cannot be asked for its free space: {error.strerror}; check the disk, or choose another"
             " --out"
         ) from error

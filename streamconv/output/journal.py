@@ -59,6 +59,7 @@ from streamconv.output.work_folder import (
     note_of,
     remove_entries,
 )
+from streamconv.system_errors import lacking
 
 __all__ = [
     "WORK_FOLDER",
@@ -350,7 +351,10 @@ class Journal:
         assert self._lock is not None
         owner = f"process {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(16)}\n".encode()
         with _typed_errors(self.folder / LOCK):
-            os.ftruncate(self._lock, os.pwrite(self._lock, owner, 0))
+            done = 0
+            while done < len(owner):
+                done += os.pwrite(self._lock, owner[done:], done)
+            os.ftruncate(self._lock, done)
         self._owner = owner
 
     def _take_up(self, lines: Path) -> None:
@@ -423,7 +427,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         check_kind(folder, FOLDER)
-        raise OutputError(
+        raise lacking(error) or OutputError(
             f"cannot make the folder {folder}: {error.strerror}; choose another --out"
         ) from error
     check_kind(folder, FOLDER)

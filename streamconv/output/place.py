@@ -15,6 +15,7 @@ from streamconv.output.journal import WORK_FOLDER, Journal
 from streamconv.output.publish import CONFIG
 from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.sizes import format_size
+from streamconv.system_errors import lacking
 
 SPARE_DISK_BYTES = 64 * 2**20
 """Index, tokenizer, journal, and what the file system adds."""
@@ -33,7 +34,9 @@ def check_reachable(out: Path) -> None:
                 f"{out} is a link to {out.readlink()}, which is not there; make that folder, or choose another --out"
             ) from error
     except OSError as error:  # a loop of links, a file for a folder, a name too long
-        raise OutputError(f"{out} cannot be used: {error.strerror}; choose another --out") from error
+        raise lacking(error) or OutputError(
+            f"{out} cannot be used: {error.strerror}; choose another --out"
+        ) from error
     except ValueError as error:  # a NUL in the name
         raise OutputError(f"{str(out)!r} cannot be a folder: {error}; choose another --out") from error
 

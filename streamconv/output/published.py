@@ -22,6 +22,7 @@ from streamconv.output.tokenizer_files import CHAT_TEMPLATES, OLD_TEMPLATE, TEMP
 from streamconv.output.tokenizer_files import CONFIG as TOKENIZER_CONFIG
 from streamconv.storage.base import SourceFile
 from streamconv.storage.local import open_file
+from streamconv.system_errors import lacking
 
 JSON_OBJECT, TEXT = "json", "text"
 """Forms: a JSON object; UTF-8 without the character NUL, of which a crash can leave whole blocks."""
@@ -88,7 +89,8 @@ def read_chunks(file: SourceFile) -> Iterator[memoryview]:
             while count := stream.readinto(buffer):
                 yield view[:count]
     except OSError as error:
-        raise CheckpointError(f"{file.name} cannot be read: {error.strerror} ({file.path})") from error
+        told = CheckpointError(f"{file.name} cannot be read: {error.strerror} ({file.path})")
+        raise lacking(error) or told from error
 
 
 def form_of(content: bytes) -> str | None:

@@ -36,6 +36,7 @@ from streamconv.running.executor import run_plans
 from streamconv.running.sink import Output
 from streamconv.storage.base import SourceFile, Storage
 from streamconv.storage.local import open_folder
+from streamconv.system_errors import lacking, was_refused
 
 _CHANGED, _REMOVED = "changed", "removed"
 _SINCE = "{}: the weights are as they were written, but {}; restore it if that was not meant"
@@ -103,6 +104,8 @@ def verify_output(storage: Storage, listing: Listing, on_bytes: OnBytes) -> Veri
         total = sum(_check_shard(storage, name, entry, on_bytes) for name, entry in listing.shards.items())
         index = read_index(storage)
     except InputError as error:
+        if was_refused(error):  # by the disk, say, whatever the files hold
+            raise
         raise VerificationError(f"{error}; do not use this output") from error
     strange = {shard.file.name for shard in index.shards} ^ set(listing.shards)
     if strange:
@@ -211,7 +214,7 @@ def hash_file(path: str, on_bytes: OnBytes) -> str:
     try:
         found = Path(path).stat()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise lacking(error) or CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     return _hash(SourceFile(path, path, found.st_size, f"mtime:{found.st_mtime_ns}"), on_bytes)
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from streamconv.checkpoint.own_files import FILE, FOLDER, kind_at
 from streamconv.checkpoint.strict_json import parse_object
-from streamconv.errors import CheckpointError, OutputError
+from streamconv.errors import CheckpointError, OutputError, StreamconvError
 from streamconv.output.journal import WORK_FOLDER, is_owned, is_publishing
 from streamconv.output.manifest import MANIFEST
 from streamconv.output.place import OUTPUT_FOLDERS, check_apart, check_place, check_reachable
 from streamconv.output.work_folder import check_entries
 from streamconv.pipeline.preparation import Prepared
+from streamconv.system_errors import lacking
 
 _MAX_MANIFEST_BYTES = 64 * 2**20
 
@@ -66,8 +67,8 @@ def _check_names(prepared: Prepared, out: Path) -> None:
                 )
 
 
-def _unusable(out: Path, error: OSError) -> OutputError:
-    return OutputError(f"{out} cannot be used: {error.strerror}; choose another --out")
+def _unusable(out: Path, error: OSError) -> StreamconvError:
+    return lacking(error) or OutputError(f"{out} cannot be used: {error.strerror}; choose another --out")
 
 
 def unfinished(prepared: Prepared, out: Path) -> list[tuple[Prepared, Path]]:

@@ -33,7 +33,7 @@ from streamconv.running.schedule import bytes_read
 from streamconv.running.sink import Output
 from streamconv.sizes import format_size
 from streamconv.storage.local import open_folder
-from streamconv.system_errors import translated
+from streamconv.system_errors import translated, was_refused
 
 _log = logging.getLogger(__name__)
 
@@ -231,6 +231,8 @@ def _verify_placed(work: _Work) -> None:
         verify_layout(work.out, work.plan)
     except (InputError, VerificationError, OSError) as error:
         set_aside(work.journal, work.out / CONFIG)
+        if was_refused(error):
+            raise OutputError(f"{error}; once it can be read, run the same command again") from error
         raise VerificationError(
             f"{error}; run the same command again: it makes anew what is not whole"
         ) from error

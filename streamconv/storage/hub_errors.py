@@ -25,10 +25,12 @@ from huggingface_hub.errors import (
 )
 
 from streamconv.credentials import secrets_of_address, without_credentials
-from streamconv.errors import HubError, ResourceError, StreamconvError
+from streamconv.errors import HubError, InputError, ResourceError, StreamconvError
 
 _AGAIN = "check the connection and run the same command again: it continues where it stopped"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FAILS = (errno.EIO, errno.ESTALE)  # no connection ends so
+_LACKS = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 _NO_HUB = (
     "{repo}: what answers as the Hub ({hub}) gave something else than the Hub does ({error}); is a login page of this"
     " network, a proxy or a wrong HF_ENDPOINT in the way? Run the same command again once it is not"
@@ -109,15 +111,26 @@ def _translated(error: Exception, repo: str, revision: str | None) -> Streamconv
             f"{repo}: the disk of the Hub cache ({constants.HF_HUB_CACHE}) is full; free some, or set HF_HOME to a"
             " folder on another disk, then run again"
         )
-    if any(isinstance(link, MemoryError) or "can't start new thread" in str(link) for link in chain):
+    if any(isinstance(link, OSError) and link.errno in _DISK_FAILS for link in chain):
+        return InputError(
+            f"{repo}: the system could not read a file here: {_first_line(error)}; check the disk, then run the same"
+            " command again: it continues where it stopped"
+        )
+    if any(_is_lack(link) for link in chain):
         return ResourceError(
-            f"{repo}: no memory or no thread is left for the transfer; end other programs or raise the limits, then"
+            f"{repo}: no memory, thread or open file is left to send; end other programs or raise the limits, then"
             " run the same command again: it continues where it stopped"
         )
     told = next((text for link in chain if (text := _told(link, repo, revision))), None)
     return HubError(
         without_token(told or f"{repo}: the Hub could not do this: {_first_line(error)}; {_AGAIN}")
     )
+
+
+def _is_lack(error: BaseException) -> bool:
+    """Whether it is one of memory, threads or descriptors."""
+    errors = isinstance(error, OSError) and error.errno in _LACKS
+    return errors or isinstance(error, MemoryError) or "can't start new thread" in str(error)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

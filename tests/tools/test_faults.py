@@ -89,6 +89,9 @@ def test_whose_file_was_hit(line: str, expected: str) -> None:
         ("bf16 flock EAGAIN 1", ["output"], {0, 4}),
         ("bf16 read EINTR 1", ["input"], {0}),
         ("bf16 pwrite64 short 1", ["output"], {0}),
+        ("bf16 read EINTR 1", ["system"], {0, 3, 4, 5, 6}),
+        ("bf16 close EINTR 1", ["output"], {0, 4}),
+        ("push read end 1", ["input"], {0, 3, 7}),
         ("bf16 pwrite64 SIGKILL 1", [], {-9}),
     ],
 )
