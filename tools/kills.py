@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -217,13 +218,16 @@ def try_kills(kills: int, seed: int, jobs: int, names: Sequence[str] = ()) -> di
         cases = [case for case in make_cases(folder) if not names or case.name in names]
         cases = [undisturbed(servers[0], case, folder) for case in cases]
 
+        places, counted = count(), Counter[str]()
+
         def work(number: int) -> list[Chain]:
-            own, chains, each = folder / str(number), list[Chain](), kills / jobs
+            own, chains = folder / str(number), list[Chain]()
             own.mkdir()
-            while sum(len(chain.places) for chain in chains) < each:
-                place = number + jobs * len(chains)
+            while counted["kills"] < kills:
+                place = next(places)
                 case = cases[place % len(cases)]
                 chains.append(try_chain(case, servers[number], f"{seed} {place}", own))
+                counted["kills"] += len(chains[-1].places)
             return chains
 
         with ThreadPoolExecutor(jobs) as pool:
@@ -246,7 +250,7 @@ def summary(chains: Sequence[Chain], seed: int) -> dict[str, object]:
         "by_clock": sum("kill_after_s" in moment for chain in chains for moment in chain.moments),
         "failures": [asdict(chain) for chain in chains if chain.failure],
         "by_command": {
-            command: {place: count[place] for place in PLACES} for command, count in sorted(counts.items())
+            command: {place: found[place] for place in PLACES} for command, found in sorted(counts.items())
         },
     }
 

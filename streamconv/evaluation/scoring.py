@@ -134,6 +134,7 @@ def _open(prepared: Prepared, on_bytes: Callable[[int], None]) -> Iterator[_Subj
     device = resolve_device(prepared.job.device)
     with WeightSource(plan, device, on_bytes) as source:
         yield _Subject(prepared, Walk(skeleton, source, device))
+        source.check_unchanged()
 
 
 def _check(subjects: list[_Subject], options: EvaluationOptions) -> None:
@@ -191,6 +192,7 @@ def _answered(walk: Walk, windows: Tensor, budget: Budget, kept: KeptReference |
         return
     with _walked(walk, windows, budget) as states:
         if kept is not None:
+            walk.source.check_unchanged()
             kept.keep_states(states)
         yield states
 
@@ -205,6 +207,7 @@ def _score(
     with ExitStack() as stack:
         held = [stack.enter_context(_walked(walks[0], windows, budget))]
         if kept is not None and kept.is_of_subject and kept.states() is None:
+            walks[0].source.check_unchanged()
             kept.keep_states(held[0])
         held += [stack.enter_context(_answered(walk, windows, budget, kept)) for walk in walks[1:]]
         answers = [
@@ -251,6 +254,7 @@ def _greedy(
     if draft is None:
         draft = _draft(reference, prompts, chosen[:, prompt : prompt + tokens], budget)
         if kept is not None:
+            reference.source.check_unchanged()
             kept.keep_draft(draft)
     # The model's own continuation is the same until the first token at which it would have chosen another.
     differs = _continuation(model, prompts, draft.tokens, budget) != draft.tokens

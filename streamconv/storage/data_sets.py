@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants
 
 from streamconv.storage.hub_errors import hub_errors
+from streamconv.storage.listing import check_commit
 
 _NAMED = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w./-]+?))?(?::([\w.\[\]%:+-]+))?")
 _SUFFIXES = (".txt", ".jsonl")
@@ -40,4 +41,4 @@ def pinned(data_set: DataSet) -> DataSet:
     revision = data_set.revision or constants.DEFAULT_REVISION
     with hub_errors(f"datasets/{data_set.name}", revision):
         found = HfApi().dataset_info(data_set.name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    return replace(data_set, revision=str(found.sha))
+    return replace(data_set, revision=check_commit(f"datasets/{data_set.name}", found.sha))

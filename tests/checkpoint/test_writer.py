@@ -412,3 +412,89 @@ def test_a_file_system_that_cannot_sync_folders_is_put_up_with(
     monkeypatch.setattr(os, "fsync", failing(errno.EIO))
     with pytest.raises(OutputError, match=str(tmp_path)):
         fsync_folder(tmp_path)
+
+
+# -- the last call, and what the disk says of itself ---------------------------------------------------------------
+
+
+def closing_fails(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """NFS tells of writes that came to nothing when the file is closed."""
+    close = os.close
+
+    def fail(descriptor: int) -> None:
+        close(descriptor)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "close", fail)
+
+
+@pytest.mark.parametrize(("code", "error"), [(errno.EIO, OutputError), (errno.EDQUOT, ResourceError)])
+def test_an_error_on_closing_is_not_lost(
+    path: Path, monkeypatch: pytest.MonkeyPatch, code: int, error: type[Exception]
+) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    writer = ShardWriter.create(path, HEADER, SIZE)
+    writer.write(BODY)
+    closing_fails(monkeypatch, code)
+    with pytest.raises(error, match=str(path)):
+        writer.finish()
+    with pytest.raises(ValueError, match="not finished"):
+        _ = writer.identity
+    writer.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_error_on_closing_does_not_hide_what_came_first(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        with monkeypatch.context() as patches, ShardWriter.create(path, HEADER, SIZE):
+            closing_fails(patches, errno.EIO)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+
+
+def test_a_disk_without_inodes_is_not_called_full(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "open", failing(errno.ENOSPC))
+    monkeypatch.setattr(
+        os, "statvfs", lambda _: os.statvfs_result((4096, 4096, 9999, 9999, 9999, 500, 0, 0, 0, 255))
+    )
+    with pytest.raises(ResourceError, match=r"the disk takes no more files.*no inodes are left") as caught:
+        ShardWriter.create(path, HEADER, SIZE)
+    assert "full" not in str(caught.value)
+
+
+def test_a_disk_that_is_full_beside_free_space_is_told_so(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "open", failing(errno.ENOSPC))
+    with pytest.raises(ResourceError, match="such as a quota or a reserve and run again") as caught:
+        ShardWriter.create(path, HEADER, SIZE)
+    assert "at least that much" not in str(caught.value)
+
+
+def test_a_disk_that_cannot_be_asked_for_its_space_is_told(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "statvfs", failing(errno.EIO))
+    with pytest.raises(OutputError, match="cannot be asked for its free space: Input/output error"):
+        ShardWriter.create(path, HEADER, SIZE)
+    assert not path.exists()
+    monkeypatch.setattr(os, "open", failing(errno.ENOSPC))
+    with pytest.raises(ResourceError, match="the disk is full;"):
+        ShardWriter.create(path, HEADER, SIZE)
+
+
+@pytest.mark.parametrize("call", ["fstat", "ftruncate"])
+def test_going_on_with_a_file_that_cannot_be_fitted_is_an_error_of_ours(
+    path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    path.write_bytes(HEADER + BODY + b"more")
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patches:
+        patches.setattr(os, call, failing(errno.EIO))
+        with pytest.raises(OutputError, match="Input/output error"):
+            ShardWriter.resume(path, HEADER, SIZE, len(HEADER), sha256(HEADER))
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +27,7 @@ from transformers import (
 
 import streamconv
 from streamconv import evaluation
-from streamconv.errors import InputError, OptionError, ResourceError
+from streamconv.errors import CheckpointError, InputError, OptionError, ResourceError
 from streamconv.progress import anonymous_bytes
 from tests.forward.test_walk import SIZES, SLIDING
 from tests.forward.texts import numbers, save_tokenizer, write_text
@@ -245,6 +247,21 @@ def test_a_reference_that_is_kept_answers_the_same(base: Path, tmp_path: Path, t
     shorter = asked | {"tokens": LENGTH * 3}
     assert streamconv.evaluate(base, reference_cache=cache, **shorter).sequences == 3
     assert len([*cache.glob("*.states")]) == 2
+
+
+def test_weights_that_change_while_they_are_judged(base: Path, tmp_path: Path, text: Path) -> None:
+    """Nothing is told of them, and nothing kept."""
+    model = shutil.copytree(base, tmp_path / "model")
+
+    def touch(done: int, total: int) -> None:
+        if 0 < done < total:
+            os.utime(model / "model.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors changed while it was in use"):
+        streamconv.evaluate(
+            model, data=text, reference=model, reference_cache=tmp_path / "kept", on_progress=touch, **LENGTHS
+        )
+    assert not [*(tmp_path / "kept").glob("*")]
 
 
 def test_vocabularies_of_two_sizes(base: Path, tmp_path: Path, text: Path) -> None:

@@ -182,6 +182,44 @@ def test_a_stopped_extraction_goes_on_and_ends_as_it_would_have(
     assert not (tmp_path / "one/.streamconv").exists()
 
 
+def test_factors_that_changed_since_they_were_finished_are_made_anew(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    stop = StopRequest()
+
+    def stop_at_the_end(done: int, total: int) -> None:
+        stop.signal_number = 15 if done > total * 0.9 else None
+
+    with pytest.raises(Stopped):
+        streamconv.extract(*models, tmp_path / "one", rank=4, on_progress=stop_at_the_end, stop=stop)
+    files = sorted((tmp_path / "one/.streamconv").glob("factors-*.safetensors"))
+    content = bytearray(files[0].read_bytes())
+    content[-1] ^= 1
+    files[0].write_bytes(content)
+    files[1].unlink()
+    streamconv.extract(*models, tmp_path / "one", rank=4)
+    streamconv.extract(*models, tmp_path / "other", rank=4)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_an_adapter_beside_a_work_folder_is_not_replaced(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """Nor is a link followed, be it the work folder or a file's name."""
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    (out / ".streamconv").mkdir(parents=True)
+    (out / "adapter_model.safetensors").write_text("precious")
+    with pytest.raises(OutputError, match=r"is not empty \(adapter_model\.safetensors\)"):
+        streamconv.extract(*models, out, rank=4)
+    assert (out / "adapter_model.safetensors").read_text() == "precious"
+    victim.mkdir()
+    (victim / "thesis.txt").write_text("precious")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/.streamconv").symlink_to(victim)
+    with pytest.raises(OutputError, match=r"\.streamconv is a link"):
+        streamconv.extract(*models, tmp_path / "linked", rank=4)
+    assert (victim / "thesis.txt").read_text() == "precious"
+
+
 def test_equal_models_are_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing to extract"):
         streamconv.extract(models[0], models[0], tmp_path / "adapter")

@@ -26,6 +26,7 @@ MODEL_MODULES = (
     "streamconv.forward.linears",
     "streamconv.evaluation.scoring",
     "streamconv.comparison.running",
+    "torch._dynamo",
 )
 """Imports of a fork server whose commands run models."""
 

@@ -18,5 +18,5 @@ def commands() -> Iterator[Commands]:
 @pytest.fixture(scope="session")
 def model_commands() -> Iterator[Commands]:
     """Of a process that has what runs models imported, too, and what torch imports to open a pickle."""
-    with fork_server(*MODEL_MODULES, "torch._dynamo") as server:
+    with fork_server(*MODEL_MODULES) as server:
         yield server

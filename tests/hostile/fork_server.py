@@ -186,7 +186,7 @@ def fork(request: Request, folder: Path) -> int:
     process = os.fork()
     if process:
         return process
-    code = 1
+    code, resident = 1, _resident()
     text = os.open(folder / f"{os.getpid()}.text", os.O_WRONLY | os.O_CREAT)
     os.dup2(text, 1)
     os.dup2(text, 2)
@@ -203,7 +203,13 @@ def fork(request: Request, folder: Path) -> int:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()  # which fails where the program has left what cannot be written
-    answer = {"code": code, "calls": list(child.calls), "hits": child.hits, "starts": child.starts}
+    answer = {
+        "code": code,
+        "calls": list(child.calls),
+        "hits": child.hits,
+        "starts": child.starts,
+        "resident": resident,
+    }
     (folder / f"{os.getpid()}.json").write_text(json.dumps(answer))
     os._exit(0)
 
@@ -211,7 +217,6 @@ def fork(request: Request, folder: Path) -> int:
 def outcome(process: int, folder: Path) -> dict[str, Any]:
     """How the child ended; or that it stopped."""
     began = time.monotonic()
-    at_fork = _resident()
     _, status, used = os.wait4(process, os.WUNTRACED)
     answer: dict[str, Any] = {"calls": [], "hits": [], "starts": {}}
     if os.WIFSTOPPED(status):
@@ -222,17 +227,18 @@ def outcome(process: int, folder: Path) -> dict[str, Any]:
         answer = json.loads(said.read_text())
     else:
         answer["code"] = os.WEXITSTATUS(status)
+    began_with = answer.pop("resident", _resident())
     return {
         **answer,
         "seconds": time.monotonic() - began,
         "process": process,
         "cpu_seconds": used.ru_utime + used.ru_stime,
-        "grown_bytes": max(0, used.ru_maxrss * 1024 - at_fork),
+        "grown_bytes": max(0, used.ru_maxrss * 1024 - began_with),
     }
 
 
 def _resident() -> int:
-    """Memory of this process, which a child has from the start."""
+    """Memory of this process. A child has less at its start: files that are mapped are not there before it looks."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

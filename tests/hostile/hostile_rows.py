@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from tests.checkpoint.files import raw_shard
 from tests.checkpoint.pickles import called, hash_bomb, state, tensor, write_archive
+from tests.hostile.commands import Commands, Outcome
 from tests.hostile.stranger import ADAPTER_CONFIG, CHANGED, CONFIG, INDEX, SHARD, nested
 from tests.tiny import edit_json, edit_tensors
 
@@ -42,6 +43,7 @@ EXTRACT = (
     "{folder}/out",
 )
 CALIBRATED = (*QUANTIZED, "--calibration", "{folder}/text.txt", "--calibration-tokens", "512")
+HANGS_S = 60.0
 Edit = Callable[[Path], object]
 
 
@@ -575,3 +577,9 @@ def place(inputs: Path, row: Row, folder: Path) -> tuple[str, ...]:
     row.edit(folder)
     names = {"base": folder / "base", "adapter": folder / "adapter", "folder": folder}
     return tuple(each.format(**names) for each in row.command)
+
+
+def run(row: Row, inputs: Path, folder: Path, servers: Mapping[bool, Commands]) -> Outcome:
+    """The row's command on inputs spoilt in `folder`; `servers` are by `Row.runs_model`."""
+    folder.mkdir()
+    return servers[row.runs_model].run(*place(inputs, row, folder), kill_after_s=HANGS_S)

@@ -157,6 +157,7 @@ def test_an_input_that_changes_is_found_or_has_no_effect(
 
 
 @pytest.mark.sweep
+@pytest.mark.timeout(3600)
 def test_any_input_that_changes_at_any_moment(
     commands: Commands, inputs: Inputs, put_back: Callable[[], None], tmp_path: Path
 ) -> None:
@@ -174,3 +175,22 @@ def test_another_adapter_of_the_same_size_and_time_is_named(
     ended = commands.run(goes_on=stopped.process)
     assert ended.code == 3
     assert "adapter_model.safetensors was written to or replaced while it was in use" in ended.text
+
+
+def test_a_lock_of_a_run_that_is_dead_locks_nothing(
+    commands: Commands, inputs: Inputs, tmp_path: Path
+) -> None:
+    """Stopped it holds the folder; killed, the same command goes on, and another is told whose work is there."""
+    out = tmp_path / "out"
+    first = commands.run(
+        *inputs.arguments, "-o", out, signal=signal.SIGSTOP, at=1, since="fsync journal.jsonl"
+    )
+    assert "is in use by another run" in commands.run(*inputs.arguments, "-o", out).text
+    os.kill(first.process, signal.SIGKILL)
+    assert commands.run(goes_on=first.process).code == -signal.SIGKILL
+    assert (out / ".streamconv" / "lock").exists()
+    other = commands.run(*inputs.arguments, "--quant", "nf4", "-o", out)
+    assert other.code == 4
+    assert "in use" not in other.text
+    assert commands.run(*inputs.arguments, "-o", out).code == 0
+    assert tree(out) == inputs.complete

@@ -13,14 +13,13 @@ import pytest
 
 from tests.forward.texts import write_text
 from tests.hostile import stranger
-from tests.hostile.commands import Commands, Outcome
-from tests.hostile.hostile_rows import Row, place, rows
+from tests.hostile.commands import Commands
+from tests.hostile.hostile_rows import rows, run
 from tests.hostile.stranger import LONGEST
 
 ROWS = {row.name: row for row in rows()}
 MOST_SECONDS = 5
 MOST_BYTES = 500_000_000
-HANGS_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +33,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def servers(commands: Commands, model_commands: Commands) -> Mapping[bool, Commands]:
     """By whether a run needs libraries that run models."""
     return {False: commands, True: model_commands}
-
-
-def run(row: Row, inputs: Path, folder: Path, servers: Mapping[bool, Commands]) -> Outcome:
-    folder.mkdir()
-    command = place(inputs, row, folder)
-    return servers[row.runs_model].run(*command, kill_after_s=HANGS_S)
 
 
 @pytest.mark.parametrize("name", ROWS)

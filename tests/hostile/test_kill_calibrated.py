@@ -152,6 +152,7 @@ def test_a_bit_of_a_stopped_calibration_flips(case: Case, tmp_path: Path) -> Non
 
 
 @pytest.mark.sweep
+@pytest.mark.timeout(3600)
 def test_any_bit_of_a_stopped_calibration_flips(case: Case, tmp_path: Path) -> None:
     points = [
         at for at, call in enumerate(case.calls, 1) if call.startswith(("replace gradient", "replace layer"))

@@ -67,6 +67,7 @@ def test_a_bit_of_a_stopped_rescaling_flips(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.sweep
+@pytest.mark.timeout(3600)
 def test_any_bit_of_a_stopped_rescaling_flips(case: Case, tmp_path: Path) -> None:
     for at in [1 + each for each in ends(case)]:
         check_flips(case, tmp_path, at, [(number, place) for number in range(12) for place in (0.01, 0.6)])

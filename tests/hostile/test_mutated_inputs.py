@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streamconv
+from streamconv.adapters import ADAPTERS
 from streamconv.errors import InputError, OptionError, StreamconvError, VerificationError
 from streamconv.pipeline import build_job, check_contents, prepare
 from streamconv.pipeline.inspection import inspect
@@ -104,9 +105,11 @@ def draw(inputs: Path, seed: int) -> Trial:
         if folder == "llama":
             content = chance.choice([content, *stranger.configs().values()])
     else:
-        folder, name = chance.choice(list(FILES))
+        folder, name = chance.choice([*FILES, *[("adapter", stranger.ADAPTER_CONFIG)] * 6])
         base, extra = ("llama" if folder == "adapter" else folder), FILES[folder, name]
         content = json.loads((inputs / folder / name).read_text())
+        if name == stranger.ADAPTER_CONFIG and chance.random() < 0.3:
+            content["peft_type"] = chance.choice(sorted(ADAPTERS))
     quant = "none" if base in READ_ONLY else chance.choice(QUANTS)
     tokenizer = chance.choice(("auto", "auto", "base", "adapter"))
     return Trial(base, folder, name, stranger.change(content, chance, extra), quant, tokenizer)
@@ -150,5 +153,18 @@ def examine(inputs: Path, trial: Trial, out: Path, runs: bool) -> None:
 @settings(max_examples=120)
 @given(st.integers(0, 2**32))
 def test_a_changed_field_is_planned_or_refused(inputs: Path, seed: int) -> None:
-    trial = draw(inputs, seed)
-    examine(inputs, trial, inputs / "out", runs=False)
+    examine(inputs, draw(inputs, seed), inputs / "out", runs=False)
+
+
+@settings(max_examples=12)
+@given(st.integers(0, 2**32))
+def test_what_is_planned_can_be_carried_out(inputs: Path, seed: int) -> None:
+    examine(inputs, draw(inputs, seed), inputs / "out", runs=True)
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("first", range(0, 20_000, 1000))
+def test_many_changed_fields(inputs: Path, first: int) -> None:
+    for seed in range(first, first + 1000):
+        examine(inputs, draw(inputs, seed), inputs / "out", runs=seed % 5 == 0)

@@ -377,6 +377,7 @@ def test_what_goes_while_a_run_is_at_work_is_missed_before_anything_passes_for_a
         assert not (out / "config.json").exists()
         if harm is replace_by_link:
             (out / name).unlink()
+            (out / "elsewhere").unlink()
         again = case.run(commands, out)
         if again.code == 4 and not (out / WORK).exists():  # nothing says any more whose shards these are
             for path in out.glob("*"):

@@ -10,7 +10,7 @@ import pytest
 from streamconv.checkpoint.writer import ShardWriter
 from streamconv.errors import OutputError, ResourceError
 from streamconv.output import place
-from streamconv.output.place import check_disk, check_place
+from streamconv.output.place import check_disk, check_place, check_reachable
 from streamconv.planning.plan import Plan
 from tests.output.shards import opened
 
@@ -100,3 +100,44 @@ def test_the_space_is_that_of_the_outputs_own_disk(
         monkeypatch.setattr(os, "statvfs", statvfs)
         check_disk([(out, plan, plan.shards, journal)])
         assert asked == [out]
+
+
+def test_what_goes_along_counts_where_it_is_more_than_a_tokenizer(
+    out: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a licence that a stranger has made a hole of 8 TB."""
+    spare = place.SPARE_DISK_BYTES
+    monkeypatch.setattr(place, "free_bytes", lambda path: spare)
+    with opened(out, plan) as journal:
+        check_disk([(out, plan, (), journal)], copied_bytes=spare // 2)
+        with pytest.raises(ResourceError, match=rf"{out} needs 8\.796 TB"):
+            check_disk([(out, plan, (), journal)], copied_bytes=2**43)
+
+
+# -- names that lead nowhere -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("loop", "cannot be used: Too many levels of symbolic links"),
+        ("loop/new", "cannot be used: Too many levels of symbolic links"),
+        ("file/new", "cannot be used: Not a directory"),
+        ("dangling", "is a link to nowhere, which is not there; make that folder"),
+        ("x" * 300, "cannot be used: File name too long"),
+        ("a\0b", "cannot be a folder: embedded null byte"),
+    ],
+    ids=lambda text: text[:9],
+)
+def test_a_name_that_leads_nowhere_is_refused(tmp_path: Path, name: str, says: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(OutputError, match=says):
+        check_reachable(tmp_path / name)
+
+
+def test_a_folder_that_is_there_or_could_be_made_is_reachable(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in (".", "new", "new/newer", "link", "link/new"):
+        check_reachable(tmp_path / name)

@@ -135,3 +135,67 @@ def test_a_folder_in_the_place_of_a_file_is_an_error_of_ours(out: Path, plan: Pl
         write_all(journal, plan.shards)
         with pytest.raises(OutputError, match=r"config\.json cannot be written: Is a directory"):
             publish_output(out, plan, journal, (), GENERATED)
+
+
+# -- what waits, and what stands in the way ----------------------------------------------------------------------
+
+
+def test_small_files_wait_in_the_work_folder(out: Path, plan: Plan, tmp_path: Path) -> None:
+    """So nobody's file beside the output goes because of its name, nor one that a link leads to."""
+    (tmp_path / "precious").write_text("precious")
+    (out / ".config.json.partial").symlink_to(tmp_path / "precious")
+    (out / ".README.md.partial").write_text("precious")
+    with opened(out, plan) as journal:
+        write_all(journal, plan.shards)
+        publish_output(out, plan, journal, (), GENERATED)
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert (out / ".README.md.partial").read_text() == "precious"
+    assert (out / ".config.json.partial").is_symlink()
+
+
+def test_a_link_in_the_place_of_a_file_makes_way_alone(out: Path, plan: Plan, tmp_path: Path) -> None:
+    names = ("config.json", "README.md", plan.shards[0].name, "tokenizer.json")
+    for name in names:
+        (tmp_path / name).write_text("precious")
+        (out / name).symlink_to(tmp_path / name)
+    with opened(out, plan) as journal:
+        write_all(journal, plan.shards)
+        publish_output(out, plan, journal, (), GENERATED)
+    for name in names:
+        assert (tmp_path / name).read_text() == "precious"
+        assert not (out / name).is_symlink()
+    assert (out / "config.json").read_bytes() == GENERATED["config.json"]
+
+
+@pytest.mark.parametrize("harm", ["gone", "changed"])
+def test_nothing_makes_way_for_a_shard_that_has_gone(out: Path, plan: Plan, harm: str) -> None:
+    (out / "config.json").write_text("old")
+    with opened(out, plan) as journal:
+        write_all(journal, plan.shards)
+        waiting = journal.finished(plan.shards[1].name)
+        waiting.unlink() if harm == "gone" else waiting.write_bytes(bytes(plan.shards[1].size))
+        with pytest.raises(OutputError, match="was removed or changed since it was finished"):
+            publish_output(out, plan, journal, (), GENERATED)
+    assert (out / "config.json").read_text() == "old"
+
+
+def test_what_is_replaced_while_it_is_put_in_place_is_no_model(
+    out: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another run, which the locks of the file system did not hold off."""
+    replace = os.replace
+    first = plan.shards[0].name
+
+    def mixing(source: Any, target: Any) -> None:
+        replace(source, target)
+        if Path(target).name == "config.json":
+            (out / first).write_bytes(bytes(plan.shards[0].size))
+
+    monkeypatch.setattr(os, "replace", mixing)
+    with opened(out, plan) as journal:
+        write_all(journal, plan.shards)
+        with pytest.raises(
+            OutputError, match=f"{first} was removed or changed while the output was being put"
+        ):
+            publish_output(out, plan, journal, (), GENERATED)
+    assert not (out / "config.json").exists()

@@ -63,3 +63,11 @@ def test_one_that_the_hub_does_not_have(hub: Hub) -> None:
     del hub  # which has nothing
     with pytest.raises(HubError, match="datasets/org/texts"):
         pinned(DataSet("org/texts", None, "train"))
+
+
+@pytest.mark.parametrize("commit", [None, "main", "../" * 13 + "x", 3])
+def test_one_whose_commit_is_none(monkeypatch: pytest.MonkeyPatch, commit: object) -> None:
+    """It would be part of a path, and of what a run is known by."""
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha=commit))
+    with pytest.raises(HubError, match=r"datasets/org/texts: the Hub .* lists the commit"):
+        pinned(DataSet("org/texts", None, "train"))

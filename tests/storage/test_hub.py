@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import ssl
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from huggingface_hub import constants
 from streamconv.errors import CheckpointError, HubError, OptionError, ResourceError
 from streamconv.storage import cache, open_storage
 from streamconv.storage.hub import HubFolder, open_hub, parse_hub_id
+from streamconv.storage.hub_errors import hub_errors
 from tests.hub_stub import TOKEN, Answer, Hub, Repo, Request, git_id, sha256
 from tests.hubs import hub
 
@@ -622,6 +625,55 @@ def whole(found: HubFolder) -> bytes:
 
 def start(found: HubFolder) -> bytes:
     return found.read_start(found.file("model.safetensors"), 9)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (
+            ssl.SSLCertVerificationError(
+                "[SSL: CERTIFICATE_VERIFY_FAILED] certificate has expired (_ssl.c:1006)"
+            ),
+            HubError,
+            "CERTIFICATE_VERIFY_FAILED] certificate has expired",
+        ),
+        (
+            ConnectionResetError(104, "Connection reset by peer"),
+            HubError,
+            "cannot be reached; check the connection",
+        ),
+        (
+            PermissionError(13, "Permission denied", "/cache/x"),
+            HubError,
+            "cannot be used: Permission denied (/cache/x);",
+        ),
+        (
+            OSError(30, "Read-only file system", "/cache/x"),
+            HubError,
+            "Read-only file system (/cache/x); make it",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/cache/x"), ResourceError, "is full; free some"),
+        (
+            OSError("Consistency check failed: 3 bytes"),
+            HubError,
+            "3 bytes; check the connection and run",
+        ),
+        (MemoryError(), ResourceError, "no memory or no thread is left"),
+        (RuntimeError("can't start new thread"), ResourceError, "no memory or no thread is left"),
+        (
+            ValueError("LFS batch API returned errors:\nno space left for you"),
+            HubError,
+            "errors: no space left for you",
+        ),
+        (KeyError("sha"), HubError, "gave something else than the Hub does ('sha')"),
+    ],
+)
+def test_errors_of_transport_cache_and_machine(error: Exception, kind: type[Exception], told: str) -> None:
+    with pytest.raises(kind) as caught, hub_errors("org/model"):
+        raise error
+    assert caught.type is kind
+    assert str(caught.value).startswith("org/model: ")
+    assert told in str(caught.value)
 
 
 def test_no_answer_in_time(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

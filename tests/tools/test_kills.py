@@ -54,5 +54,6 @@ def test_what_is_damaged_after_a_kill_is_seen(commands: Commands, tmp_path: Path
 
 
 @pytest.mark.sweep
+@pytest.mark.timeout(3600)
 def test_kills_at_random_lose_nothing() -> None:
     assert kills.try_kills(40, seed=1, jobs=2)["failures"] == []
