@@ -13,6 +13,7 @@ import resource
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 from streamconv.errors import HubError, InputError, OutputError, ResourceError, StreamconvError
@@ -56,6 +57,11 @@ def as_ours(error: BaseException, out: Path | None = None) -> StreamconvError | 
     """An error of ours for what the system refused; None for one that is ours already, or a bug."""
     if isinstance(error, StreamconvError):
         return None
+    if isinstance(error, PackageNotFoundError):  # Python takes a folder that it may not list for an empty one
+        return ResourceError(
+            f"the installed {error.name} cannot be found any more: its files were removed, or the system refuses to"
+            " read them; run the same command again"
+        )
     error = _as_os_error(error)
     lack = lacking(error)
     if lack is None and isinstance(error, RuntimeError) and _NO_HOME in str(error):

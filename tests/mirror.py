@@ -177,7 +177,6 @@ STORIES: Mapping[str, Sequence[str]] = {
     "storage/blobs.py": ["storage/test_hub.py"],
     "storage/cache.py": ["storage/test_hub.py"],
     "storage/held.py": ["pipeline/test_hub.py"],
-    "storage/hub_errors.py": ["storage/test_hub.py"],
     "storage/listing.py": ["storage/test_hub.py"],
     "storage/ranges.py": ["storage/test_hub.py"],
     "storage/upload.py": ["storage/test_hub.py", "pipeline/test_hub.py"],

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from streamconv.errors import (
     StreamconvError,
 )
 from streamconv.storage.local import LocalFolder
-from streamconv.system_errors import as_ours, lacking, translated
+from streamconv.system_errors import as_ours, lacking, translated, was_refused
 
 OUT = Path("/models/out")
 
@@ -36,6 +37,7 @@ def of_system(number: int, path: str | None = None) -> OSError:
     ("error", "kind", "said"),
     [
         (MemoryError(), ResourceError, "--max-ram"),
+        (PackageNotFoundError("streamconv"), ResourceError, "installed streamconv cannot be found"),
         (of_system(errno.ENOMEM), ResourceError, "--max-ram"),
         (RuntimeError("std::bad_alloc"), ResourceError, "--max-ram"),
         (RuntimeError("can't allocate lock"), ResourceError, "--max-ram"),
@@ -77,6 +79,16 @@ def test_bugs_and_errors_of_ours_stay_what_they_are(error: Exception) -> None:
     assert lacking(error) is None
     with pytest.raises(type(error)), translated(OUT):
         raise error
+
+
+@pytest.mark.parametrize(
+    ("number", "refused"), [(errno.EIO, True), (errno.EACCES, True), (errno.ENOENT, False)]
+)
+def test_a_disk_that_refuses_is_told_from_a_file_that_is_missing(number: int, refused: bool) -> None:
+    error = CheckpointError("a cannot be read")
+    assert not was_refused(error)
+    error.__cause__ = of_system(number)
+    assert was_refused(error) == refused
 
 
 def test_memory_that_libraries_do_not_get_is_told() -> None:

@@ -234,8 +234,9 @@ def main() -> int:
     found = results(rows, counts, most, time.monotonic() - began)
     found = json.loads(json.dumps(found).replace(scratch, "").replace(f"{ROOT}/", ""))
     tell(f"{found['faults']} faults: {found['outcomes']}, {len(found['bad'])} bad", began)
-    if given.out is not None:
-        write(found, given.out)
+    is_whole = not (only or given.calls or given.sample) and list(given.commands) == list(NAMES)
+    if target := given.out or (TARGET if is_whole else None):
+        write(found, target)
     return int(bool(found["bad"]))
 
 
@@ -278,7 +279,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the order and of --sample")
     parser.add_argument("--jobs", type=int, default=len(_CORES))
     parser.add_argument("--folder", type=Path, help="where runs write (default: a scratch folder)")
-    parser.add_argument("--out", type=Path, help=f"write results here, such as {TARGET.relative_to(ROOT)}")
+    parser.add_argument(
+        "--out", type=Path, help=f"write results here (default: {TARGET.relative_to(ROOT)}, if all are tried)"
+    )
     return parser.parse_args()
 
 
