@@ -25,7 +25,7 @@ from streamconv.formats import FORMATS
 from streamconv.rounding import ROUNDINGS
 from tests.forward.texts import save_tokenizer, write_text
 from tests.tiny import llama_config, save_adapter, save_base
-from tools import architecture_page
+from tools import architecture_page, reliability_page
 from tools.make_docs import END, METHODS, TABLE, TARGET, methods_page, page
 
 ROOT = Path(__file__).parents[1]
@@ -215,6 +215,32 @@ def test_the_architectures_that_were_tried_are_enough_and_right() -> None:
     assert all(max(each["logits"], each["weights"]) < results["tolerance"] <= 1e-5 for each in right)
     assert not [each for each in results["outcomes"] if each["outcome"] == "wrong"]
     assert {versions["peft"][:4] for versions in results["environments"].values()} == {"0.18", "0.19", "0.21"}
+
+
+def test_the_tables_of_reliability_are_as_things_were_tried() -> None:
+    text = reliability_page.TARGET.read_text()
+    assert text == reliability_page.page(text), "run tools/fix"
+    assert text.count("<!-- end of table -->") == len(reliability_page.TABLES)
+
+
+def test_what_was_tried_to_break_runs_is_enough_and_right() -> None:
+    faults, kills, hostile, fuzz, hub, flips = (
+        json.loads((reliability_page.RESULTS / file).read_text())
+        for file, _ in reliability_page.TABLES.values()
+    )
+    assert faults["faults"] >= 4000
+    assert not faults["bad"]
+    assert kills["kills"] >= 300
+    assert not kills["failures"]
+    assert len(hostile) >= 150
+    assert all(row["exit"] == row["expected"] != 1 for row in hostile)
+    assert all(row["cpu_seconds"] < 5 and row["memory_mb"] < 500 for row in hostile)
+    assert fuzz["executions"] >= 100_000
+    assert not fuzz["defects"]
+    assert hub["cases"] >= 100
+    assert not hub["wrong"]
+    assert flips["flips"] == sum(flips["ends"].values()) >= 500
+    assert flips["ends"].keys() == {"found", "told"}
 
 
 def test_the_check_notices_an_old_page(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Writes docs/cli.md from the commands, the table of docs/adapters.md from the methods, and docs/architectures.md from
-the results that it shows; --check says whether they are up to date.
+"""Writes docs/cli.md from the commands, the table of docs/adapters.md from the methods, docs/architectures.md and the
+tables of docs/reliability.md from the results that they show; --check says whether they are up to date.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from streamconv.cli import main as streamconv
 from streamconv.cli.blocks import sections
 from tests.contracts.updates import FORMS, Form, drawn
 from tests.mirror import STORIES
-from tools import architecture_page
+from tools import architecture_page, reliability_page
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 TARGET = DOCS / "cli.md"
@@ -168,6 +168,7 @@ def main() -> int:
         TARGET: page(),
         METHODS: methods_page(METHODS.read_text()),
         architecture_page.TARGET: architecture_page.page(),
+        reliability_page.TARGET: reliability_page.page(reliability_page.TARGET.read_text()),
     }
     old = [file for file, text in made.items() if not file.exists() or file.read_text() != text]
     if "--check" not in sys.argv:
