@@ -176,7 +176,8 @@ class Journal:
     @property
     def has_passed(self) -> bool:
         """Whether a pass of any plan, be it another one's than this run's, has left a whole file."""
-        return any(self.folder.glob("*/*.safetensors"))
+        with _typed_errors(self.folder):
+            return any(self.folder.glob("*/*.safetensors"))
 
     @property
     def is_publishing(self) -> bool:

@@ -77,6 +77,7 @@ def publish_output(
     _settle_folder(out / RESIDUAL, residual is not None)
     fsync_folder(out)
     placed = journal.placed
+    placed.clear()
     for shard in plan.shards:
         placed[out / shard.name] = _put_shard(out, journal, shard.name)
     if residual is not None:
