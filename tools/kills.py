@@ -79,8 +79,8 @@ class Chain:
 # -- commands --------------------------------------------------------------------------------------------------------
 
 
-def make_cases(folder: Path, calibrated: bool = True) -> list[Case]:
-    """The commands, with inputs in `folder`; with those that run a model on a text where `calibrated` is set."""
+def make_cases(folder: Path) -> list[Case]:
+    """The commands, with inputs in `folder`."""
     shapes = Sizes().shapes
     base, adapter = write_base(folder / "base", shapes), write_adapter(folder / "adapter", shapes)
     old = write_base(folder / "old", shapes, shards=5, seed=7)
@@ -100,7 +100,7 @@ def make_cases(folder: Path, calibrated: bool = True) -> list[Case]:
         ),
         Case("bf16 --overwrite", (*merge, "--overwrite"), old),
         Case("nf4-dq --overwrite", (*merge, *nf4, "--overwrite"), old),
-        *(_calibrated(folder, old) if calibrated else ()),
+        *_calibrated(folder, old),
     ]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from streamconv.cli.printing import harmless
 from streamconv.credentials import secrets_of_address, secrets_of_file, without_credentials
 
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -51,7 +52,7 @@ def _in_use(environment: Mapping[str, str]) -> Iterator[str]:
 def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     text = hidden("".join(traceback.format_exception(kind, error, trace)))
     if sys.stderr is not None:  # some daemons start programs without one
-        sys.stderr.write(text)
+        sys.stderr.write(harmless(text))
 
 
 def _show_thread_error(args: threading.ExceptHookArgs) -> None:

@@ -135,7 +135,8 @@ def remove_leftovers(out: Path) -> None:
 class Journal:
     """The work folder of one output, opened for one run. Use as a context manager: it holds the lock.
 
-    `identities` are those of finished shards, by name, as this run has written or read them.
+    `identities` are those of finished shards, by name, as this run has written or read them; `placed` those of all that
+    it has put in place.
     """
 
     def __init__(self, out: Path, fingerprint: Mapping[str, Any], resume: bool) -> None:
@@ -144,6 +145,7 @@ class Journal:
         self.resume = resume
         self.progress = Progress()
         self.identities: dict[str, FileIdentity] = {}
+        self.placed: dict[Path, FileIdentity] = {}
         self._lock: int | None = None
         self._lines: int | None = None
         self._owner: bytes | None = None

@@ -59,8 +59,8 @@ def publish_output(
     copied: tuple[SourceFile, ...],
     generated: Mapping[str, bytes],
     residual: Path | None = None,
-) -> Mapping[Path, FileIdentity]:
-    """Put the finished output under its final names; can be repeated after an interruption. Returns what is in place.
+) -> None:
+    """Put the finished output under its final names; can be repeated after an interruption.
 
     `generated` are small files by name: written in the order given, index and config after all shards. `residual` is
     where the tensors of a residual adapter wait. Raises OutputError where another run has taken over, or what was
@@ -76,7 +76,7 @@ def publish_output(
     _settle_folder(out / CHAT_TEMPLATES, any(name.startswith(f"{CHAT_TEMPLATES}/") for name in names))
     _settle_folder(out / RESIDUAL, residual is not None)
     fsync_folder(out)
-    placed: dict[Path, FileIdentity] = {}
+    placed = journal.placed
     for shard in plan.shards:
         placed[out / shard.name] = _put_shard(out, journal, shard.name)
     if residual is not None:
@@ -85,15 +85,14 @@ def publish_output(
         placed[out / file.name] = put_copy(journal, file, out / file.name)
     for name, content in generated.items():
         if name == CONFIG:
-            check_placed(placed)
+            check_placed(journal)
         placed[out / name] = put_content(journal, content, out / name)
     journal.check_owner()
     try:
-        check_placed(placed)
+        check_placed(journal)
     except OutputError:
         set_aside(journal, out / CONFIG)
         raise
-    return placed
 
 
 def set_aside(journal: Journal, path: Path) -> None:
@@ -129,9 +128,9 @@ def _put_shard(out: Path, journal: Journal, name: str) -> FileIdentity:
     return journal.identities[name]
 
 
-def check_placed(placed: Mapping[Path, FileIdentity]) -> None:
+def check_placed(journal: Journal) -> None:
     """Raise OutputError where a final name is not that of the file which was put there."""
-    for path, identity in placed.items():
+    for path, identity in journal.placed.items():
         if known_again(path, identity) is None:
             raise OutputError(
                 f"{path} was removed or changed while the output was being put in place, so this is no model yet; run"

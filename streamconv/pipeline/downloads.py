@@ -52,7 +52,7 @@ def _check_room(todo: Sequence[tuple[Prepared, Path]], out: Path, downloads: Seq
         return
     on_same_disk = [file for file in downloads if _disk_of(Path(file.path)) == disk]
     needed = sum(sizes) + sum(file.size for file in on_same_disk)
-    if needed > (free := free_bytes(existing_folder(out) / out.name)):
+    if needed > (free := free_bytes(_nearest(out) / out.name)):
         beside = " with the download, whose cache is on the same disk," if on_same_disk else ""
         raise ResourceError(
             f"{out} needs {format_size(needed)}{beside} and its disk has {format_size(free)} free; free some, or choose"
@@ -62,6 +62,14 @@ def _check_room(todo: Sequence[tuple[Prepared, Path]], out: Path, downloads: Seq
 
 def _disk_of(path: Path) -> int:
     try:
-        return existing_folder(path).stat().st_dev
+        return _nearest(path).stat().st_dev
+    except OSError as error:
+        raise read_error(error, path) from error
+
+
+def _nearest(path: Path) -> Path:
+    """The folder nearest to `path` that exists. Raises OutputError where that cannot be found out."""
+    try:
+        return existing_folder(path)
     except OSError as error:
         raise read_error(error, path) from error

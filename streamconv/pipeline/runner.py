@@ -218,11 +218,11 @@ def _put_in_place(output: _Published) -> None:
     _log.info("all shards are complete; putting them in place in %s", out)
     generated = generated_files(prepared, output.hashes, output.kept, work.passed, residual)
     waiting = residual.path if residual else None
-    placed = publish_output(out, work.plan, journal, prepared.copied, generated, waiting)
+    publish_output(out, work.plan, journal, prepared.copied, generated, waiting)
     if prepared.job.verify:
         _verify_placed(work)
     journal.remove()
-    check_placed(placed)  # from here on nothing can reach it through the work folder
+    check_placed(journal)  # from here on nothing can reach it through the work folder
 
 
 def _verify_placed(work: _Work) -> None:

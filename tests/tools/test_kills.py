@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.hostile.commands import Commands
+from tests.hostile.commands import Outcome
+from tests.hostile.test_kill import tree
+from tests.models import Sizes, write_base
 from tools import kills
 
 
@@ -37,13 +40,14 @@ def test_counts_are_of_kills_and_failures_are_told(
     assert "| a | 0 | 0 | 1 | 1 | 0 |" in capsys.readouterr().out
 
 
-def test_what_is_damaged_after_a_kill_is_seen(commands: Commands, tmp_path: Path) -> None:
+def test_what_is_damaged_after_a_kill_is_seen(tmp_path: Path) -> None:
     """A shard that is not whole, a model that is neither, and an end that is another."""
-    case = kills.undisturbed(commands, kills.make_cases(tmp_path, calibrated=False)[0], tmp_path)
-    out = tmp_path / "out"
-    done = case.run(commands, out)
+    out = write_base(tmp_path / "out", Sizes(hidden=8, inner=8, layers=1, vocabulary=9).shapes)
+    case = kills.Case("bf16", (), complete=tree(out))
+    done = Outcome(0, "", 0.0, 1, (), {})
     kills.check_kill(case, out)
     assert kills.ended(case, done, out) == ""
+    assert kills.ended(case, replace(done, code=3, text="Error"), out) == "run again: exit 3: Error"
     for name in ("model-00001-of-00003.safetensors", "tokenizer.json"):
         content = (out / name).read_bytes()
         (out / name).write_bytes(content[:-1] + b"?")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def write_base(folder: Path, shards: int = 1) -> Path:
         name: (0.05 * torch.randn(shape, generator=chance)).bfloat16() for name, shape in shapes.items()
     }
     _save(folder, tensors, {}, shards)
+    _date(folder)
     return folder
 
 
@@ -69,6 +71,7 @@ def write_adapter(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    _date(folder)
     return folder
 
 
@@ -80,6 +83,12 @@ def write_quantized(folder: Path, name: str, base: Path) -> Path:
     tensors, config = READ_ONLY[name]()
     _save(folder, {**tensors, "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16)}, config, 1)
     return folder
+
+
+def _date(folder: Path) -> None:
+    """Give all files the same time, as what is made of them holds it and is to be the same in every process."""
+    for path in folder.iterdir():
+        os.utime(path, (0, 0))
 
 
 def _save(folder: Path, tensors: Parts, config: Mapping[str, Any], shards: int) -> None:
