@@ -150,5 +150,6 @@ def allowed(fault: Fault, roles: Iterable[str]) -> set[int]:
         elif fault.error == END and fault.command == "push":
             codes |= {3, 7}  # what is pushed is verified first, and a file that is cut is damaged
         elif fault.error not in _ABSORBED or fault.call == "close" or each == "system":
-            codes |= _PLACES[each]
+            # What is pushed is an output, and named as one.
+            codes |= _PLACES[each] | ({4} if fault.command == "push" else set())
     return codes

@@ -18,7 +18,7 @@ from streamconv.planning.options import Folder
 from streamconv.progress import OnProgress, quiet
 from streamconv.storage.blobs import SHA256, content_id
 from streamconv.storage.held import HeldFile, hold
-from streamconv.storage.local import open_folder
+from streamconv.storage.local import open_folder, reading
 from streamconv.storage.upload import LocalFile, Pushed, Target, check_target, parse_target, upload
 from streamconv.system_errors import translated
 
@@ -95,5 +95,8 @@ def _sha256(name: str, file: HeldFile, listed: Mapping[str, str]) -> str:
     """SHA-256 of a file: of weights, as they were verified; of others, which people may edit, as they are."""
     if name.endswith(".safetensors") and name in listed:
         return listed[name]
-    with open(file.descriptor, "rb", buffering=0, closefd=False) as stream:
+    with (
+        reading(str(file.real)),
+        open(file.descriptor, "rb", buffering=0, closefd=False) as stream,
+    ):
         return content_id(stream, file.size, SHA256)

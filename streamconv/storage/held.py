@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,8 +59,14 @@ def hold(folder: Path, names: Iterable[str]) -> Iterator[Mapping[str, HeldFile]]
         held = {}
         for name in names:
             held[name] = _open(folder, name)
-            stack.callback(os.close, held[name].descriptor)
+            stack.callback(_close, held[name].descriptor)
         yield held
+
+
+def _close(descriptor: int) -> None:
+    """Close a file that was only read: nothing is lost if the system complains."""
+    with suppress(OSError):
+        os.close(descriptor)
 
 
 def _open(folder: Path, name: str) -> HeldFile:

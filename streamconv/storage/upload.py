@@ -28,7 +28,7 @@ from streamconv.sizes import format_size
 from streamconv.storage.blobs import GIT, HubFile, content_id
 from streamconv.storage.hub_errors import endpoint, hub_errors, without_token
 from streamconv.storage.listing import list_commit
-from streamconv.storage.local import is_inside
+from streamconv.storage.local import is_inside, reading
 
 _SENT_AT_ONCE = 5  # create_commit's own number
 _MODEL_FILES = ("config.json", "adapter_config.json")
@@ -260,7 +260,7 @@ def _is_same(remote: HubFile | None, file: LocalFile) -> bool:
     if remote is None or remote.size != file.size:
         return False
     if len(remote.blob) == len(GIT):
-        with file.path.open("rb", buffering=0) as stream:
+        with reading(str(file.path.resolve())), file.path.open("rb", buffering=0) as stream:
             return remote.blob == content_id(stream, file.size, GIT)
     return remote.blob == file.sha256
 

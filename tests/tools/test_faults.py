@@ -92,6 +92,7 @@ def test_whose_file_was_hit(line: str, expected: str) -> None:
         ("bf16 read EINTR 1", ["system"], {0, 3, 4, 5, 6}),
         ("bf16 close EINTR 1", ["output"], {0, 4}),
         ("push read end 1", ["input"], {0, 3, 7}),
+        ("push newfstatat EACCES 1", ["input"], {0, 3, 4}),
         ("bf16 pwrite64 SIGKILL 1", [], {-9}),
     ],
 )
