@@ -73,8 +73,8 @@ def _faults(found: Found) -> Iterator[str]:
 
 def _kills(found: Found) -> Iterator[str]:
     yield (
-        f"{found['kills']:,} kills, {found['by_clock']:,} of them by the clock, {found['killed_again']:,} of a run that went"
-        f" on after one; {len(found['failures'])} failures."
+        f"{found['kills']:,} kills, {found['by_clock']:,} of them by the clock, {found['killed_again']:,} of a run "
+        f"that went on after one; {len(found['failures'])} failures."
     )
     yield ""
     places = list(next(iter(found["by_command"].values())))
@@ -88,9 +88,9 @@ def _hostile(found: Sequence[Found]) -> Iterator[str]:
     refused = [row for row in found if row["exit"]]
     wrong = [row for row in found if row["exit"] != row["expected"]]
     yield (
-        f"{len(found):,} hostile inputs, written by hand (`tools/hostile`, `docs/results/hostile-inputs.json` has each with"
-        f" its exit code and sentence): {len(refused):,} refused, {len(found) - len(refused):,} taken as they may be, "
-        f"{len(wrong)} other than expected. At most {max(row['cpu_seconds'] for row in found):.2f} s and "
+        f"{len(found):,} hostile inputs, written by hand (`tools/hostile`, `docs/results/hostile-inputs.json` has each "
+        f"with its exit code and sentence): {len(refused):,} refused, {len(found) - len(refused):,} taken as they may "
+        f"be, {len(wrong)} other than expected. At most {max(row['cpu_seconds'] for row in found):.2f} s and "
         f"{max(row['memory_mb'] for row in found):,} MB above the process that had torch imported."
     )
 
@@ -108,8 +108,8 @@ def _fuzz(found: Found) -> Iterator[str]:
 
 def _hub(found: Found) -> Iterator[str]:
     yield (
-        f"{found['cases']:,} cases, {len(found['faults'])} kinds of fault at {found['requests']} requests of a merge and a"
-        f" push; {len(found['wrong'])} wrong. Exit codes: {_exits(found['exits'])}."
+        f"{found['cases']:,} cases, {len(found['faults'])} kinds of fault at {found['requests']} requests of a merge "
+        f"and a push; {len(found['wrong'])} wrong. Exit codes: {_exits(found['exits'])}."
     )
 
 
@@ -117,8 +117,8 @@ def _flips(found: Found) -> Iterator[str]:
     ends = found["ends"]
     missed = found["flips"] - ends.get("found", 0) - ends.get("told", 0)
     yield (
-        f"{found['flips']:,} flips: {ends['found']:,} found, {ends['told']:,} in files that people may edit, which are named"
-        f" as changed, {missed} missed. Exit codes: {_exits(found['exits'])}."
+        f"{found['flips']:,} flips: {ends['found']:,} found, {ends['told']:,} in files that people may edit, which are "
+        f"named as changed, {missed} missed. Exit codes: {_exits(found['exits'])}."
     )
 
 
