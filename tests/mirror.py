@@ -173,7 +173,6 @@ STORIES: Mapping[str, Sequence[str]] = {
     "running/streams.py": ["running/test_gpu.py"],
     "running/workers.py": ["running/test_cells.py"],
     "storage/__init__.py": ["storage/test_open_storage.py"],
-    "storage/base.py": ["storage/test_open_storage.py"],
     "storage/blobs.py": ["storage/test_hub.py"],
     "storage/cache.py": ["storage/test_hub.py"],
     "storage/held.py": ["pipeline/test_hub.py"],

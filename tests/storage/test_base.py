@@ -48,5 +48,5 @@ def test_a_file_that_was_written_to_is_seen_and_a_backup_is_none(
     if not is_seen:
         check_unchanged(file, path.stat())
         return
-    with pytest.raises(CheckpointError, match="a (changed|was written to or replaced) while it was in use"):
+    with pytest.raises(CheckpointError, match=r"a (changed|was written to or replaced) while it was in use"):
         check_unchanged(file, path.stat())
