@@ -77,7 +77,7 @@ def _tables(command: click.Command) -> Mapping[str, str]:
 
 def _exit_codes() -> Iterator[str]:
     yield from (
-        "0: done. 1: a bug, with its traceback. 130, 143: `Stopped` by a signal; give the command again.",
+        "0: done. 1: a bug, with its traceback. 129, 130, 143: `Stopped` by a signal; give the command again.",
         "",
     )
     yield from ("| code | exception | when |", "|--:|---|---|")

@@ -67,5 +67,5 @@ def main() -> None:
     Every option can be set in the environment, too, --max-ram as STREAMCONV_MAX_RAM; and in a file: --recipe.
 
     Exit codes: 0 done, 1 bug, 2 usage, 3 input, 4 output folder, 5 disk or memory, 6 network,
-    7 verification or lost fine-tune, 130/143 stopped by a signal.
+    7 verification or lost fine-tune, 129/130/143 stopped by a signal.
     """
