@@ -44,7 +44,7 @@ def test_what_is_damaged_after_a_kill_is_seen(tmp_path: Path) -> None:
     """A shard that is not whole, a model that is neither, and an end that is another."""
     out = write_base(tmp_path / "out", Sizes(hidden=8, inner=8, layers=1, vocabulary=9).shapes)
     case = kills.Case("bf16", (), complete=tree(out))
-    done = Outcome(0, "", 0.0, 1, (), {})
+    done = Outcome(0, "", 0.0, 1, 0.0, 0, (), {})
     kills.check_kill(case, out)
     assert kills.ended(case, done, out) == ""
     assert kills.ended(case, replace(done, code=3, text="Error"), out) == "run again: exit 3: Error"
