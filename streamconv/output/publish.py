@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
 
 from streamconv.checkpoint.own_files import (
@@ -41,7 +42,7 @@ from streamconv.output.tokenizer_files import CHAT_TEMPLATES
 from streamconv.output.work_folder import REPLACED
 from streamconv.planning.plan import Plan
 from streamconv.storage.base import SourceFile
-from streamconv.storage.local import open_file
+from streamconv.storage.local import open_file, reading
 
 _COPY_BYTES = 4 * 2**20
 
@@ -160,11 +161,17 @@ def put_copy(journal: Journal, file: SourceFile, target: Path) -> FileIdentity:
     journal.check_owner()
     remove_file(temporary)
     with os.fdopen(open_file(file), "rb") as source, ShardWriter.create(temporary, b"", file.size) as writer:
-        while chunk := source.read(_COPY_BYTES):
+        while chunk := _read(source, file):
             writer.write(chunk)
         writer.finish()
     put_file(journal, temporary, target)
     return writer.identity
+
+
+def _read(source: BufferedReader, file: SourceFile) -> bytes:
+    """The next part of a file that is copied. Raises CheckpointError where it cannot be read."""
+    with reading(f"{file.name} ({file.path})"):
+        return source.read(_COPY_BYTES)
 
 
 def _waiting(journal: Journal, target: Path) -> Path:
