@@ -25,6 +25,7 @@ def progress(title: str, quiet: bool) -> Iterator[OnProgress]:
     elif sys.stderr.isatty():
         from tqdm import tqdm
 
+        tqdm.monitor_interval = 0  # no thread that looks after slow bars: starting one may wait for ever
         with tqdm(desc=title, unit="B", unit_scale=True, file=sys.stderr) as bar:
 
             def draw(done: int, total: int) -> None:

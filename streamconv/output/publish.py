@@ -30,7 +30,7 @@ from streamconv.checkpoint.writer import (
     write_anew,
     write_error,
 )
-from streamconv.errors import OutputError
+from streamconv.errors import CheckpointError, OutputError
 from streamconv.output.journal import Journal
 from streamconv.output.sidecars import (
     RESIDUAL,
@@ -163,6 +163,10 @@ def put_copy(journal: Journal, file: SourceFile, target: Path) -> FileIdentity:
     with os.fdopen(open_file(file), "rb") as source, ShardWriter.create(temporary, b"", file.size) as writer:
         while chunk := _read(source, file):
             writer.write(chunk)
+        if writer.offset < file.size:
+            raise CheckpointError(
+                f"{file.name} ({file.path}) ends at byte {writer.offset} of {file.size}; was it cut short while in use?"
+            )
         writer.finish()
     put_file(journal, temporary, target)
     return writer.identity

@@ -32,8 +32,9 @@ def generated_files(
     kept: KeptShares | None,
     passed: Passed,
     residual: ResidualAdapter | None,
+    copies: Mapping[str, Mapping[str, Any]],
 ) -> Mapping[str, bytes]:
-    """The small files of the output, in the order they appear."""
+    """The small files of the output, in the order they appear; `copies` describes the files that are copied."""
     plan, base = prepared.plan, prepared.base
     quantization = _quantization(prepared)
     loaded = {**prepared.written, RECIPE: _recipe(prepared), CONFIG: _config(prepared, quantization)}
@@ -54,7 +55,7 @@ def generated_files(
     if residual is not None:
         files[RESIDUAL_TENSORS] = residual.entry
     sidecars = {name: entry for name, entry in described.items() if name not in loaded}
-    sidecars |= {file.name: describe_file(file) for file in prepared.copied}
+    sidecars |= copies
     contents[MANIFEST] = manifest(plan, hashes, kept, passed.notes, told, files, sidecars)
     return {name: contents[name] for name in prepared.generated}
 
@@ -73,7 +74,13 @@ def check_contents(prepared: Prepared) -> None:
         rank = each.plan.residual_rank
         residual = ResidualAdapter(Path(), "", 0, b"", rank, 0, None) if rank else None
         hashes = {shard.name: "" for shard in each.plan.shards}
-        generated_files(each, hashes, None, Passed(each.plan), residual)
+        # Files that are copied may still be on the Hub.
+        generated_files(each, hashes, None, Passed(each.plan), residual, copies={})
+
+
+def described_copies(prepared: Prepared) -> Mapping[str, Mapping[str, Any]]:
+    """Entries of the manifest for files that are copied, which are read for it."""
+    return {file.name: describe_file(file) for file in prepared.copied}
 
 
 def _index(plan: Plan) -> bytes:

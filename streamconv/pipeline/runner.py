@@ -20,7 +20,7 @@ from streamconv.output.place import check_disk
 from streamconv.output.publish import CONFIG, check_placed, publish_output, set_aside
 from streamconv.output.sink import ShardSink, resume_points
 from streamconv.output.verifier import read_manifest, verify_layout, verify_output
-from streamconv.pipeline.contents import check_contents, generated_files
+from streamconv.pipeline.contents import check_contents, described_copies, generated_files
 from streamconv.pipeline.passes import PASSES, Passed, run_passes
 from streamconv.pipeline.place import check_folder, check_out, is_finished
 from streamconv.pipeline.preparation import Prepared
@@ -216,7 +216,8 @@ def _put_in_place(output: _Published) -> None:
     work, residual = output.work, output.residual
     prepared, out, journal = work.prepared, work.out, work.journal
     _log.info("all shards are complete; putting them in place in %s", out)
-    generated = generated_files(prepared, output.hashes, output.kept, work.passed, residual)
+    copies = described_copies(prepared)
+    generated = generated_files(prepared, output.hashes, output.kept, work.passed, residual, copies)
     waiting = residual.path if residual else None
     publish_output(out, work.plan, journal, prepared.copied, generated, waiting)
     if prepared.job.verify:

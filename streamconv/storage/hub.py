@@ -284,6 +284,8 @@ def _counter(on_bytes: Callable[[int], None], size: int) -> type[tqdm]:
     left = size
 
     class Counter(tqdm):  # type: ignore[misc]  # tqdm has no annotations of its own
+        monitor_interval = 0  # no thread that looks after slow bars
+
         def __init__(self, *args: Any, **options: Any) -> None:
             # Xet has two bars for one file; the other counts what came over the wire, compressed.
             self.counts = "downloading bytes" not in str(options.get("desc"))

@@ -22,6 +22,7 @@ from huggingface_hub.utils import (
     enable_progress_bars,
     validate_repo_id,
 )
+from tqdm import tqdm
 
 from streamconv.errors import HubError, OptionError, OutputError, VerificationError
 from streamconv.sizes import format_size
@@ -279,12 +280,17 @@ def _compare(repo: str, listed: Mapping[str, HubFile], files: Mapping[str, Local
 
 @contextmanager
 def _bars(shown: bool) -> Iterator[None]:
-    """Show the library's own progress bars or not; a user who has switched them off is obeyed."""
-    if shown or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
+    """Show the library's own progress bars or not; a user who has switched them off is obeyed.
+
+    None of them starts tqdm's thread that looks after slow bars: Python waits for ever for one that gets no memory.
+    """
+    is_hidden_by_us = not shown and not are_progress_bars_disabled()
+    interval, tqdm.monitor_interval = tqdm.monitor_interval, 0
+    if is_hidden_by_us:
+        disable_progress_bars()
     try:
         yield
     finally:
-        enable_progress_bars()
+        tqdm.monitor_interval = interval
+        if is_hidden_by_us:
+            enable_progress_bars()

@@ -25,7 +25,15 @@ from peft import LoraConfig
 
 import streamconv
 from streamconv.cli import main
-from streamconv.errors import HubError, InputError, OptionError, OutputError, ResourceError, VerificationError
+from streamconv.errors import (
+    CheckpointError,
+    HubError,
+    InputError,
+    OptionError,
+    OutputError,
+    ResourceError,
+    VerificationError,
+)
 from streamconv.output.manifest import sealed
 from streamconv.output.sidecars import RESIDUAL_CONFIG, RESIDUAL_TENSORS
 from streamconv.output.tokenizer_files import CHAT_TEMPLATES
@@ -548,7 +556,7 @@ def test_what_is_no_file_of_the_folder_is_not_pushed(
     if path.parent != output:  # only files that the manifest lists are pushed from there
         manifest = json.loads((output / "streamconv.json").read_text())
         manifest["files"][link] = {"size": len(SECRET), "sha256": hashlib.sha256(SECRET.encode()).hexdigest()}
-        (output / "streamconv.json").write_text(json.dumps(manifest))
+        (output / "streamconv.json").write_bytes(sealed(manifest))
     told = rf"{re.escape(str(path))} is a link that leads outside the output, to .*; remove the link, or put a copy"
     match how:
         case "link":
@@ -561,6 +569,11 @@ def test_what_is_no_file_of_the_folder_is_not_pushed(
         case "folder":
             if path.parent == output:
                 path.symlink_to(secret.parent)  # as other folders: left here
+                if link == "README.md":  # which is of the output
+                    with pytest.raises(CheckpointError, match=r"README.md is a link that leads outside"):
+                        streamconv.push(output, "me/merged")
+                    assert not hub.repos
+                    return
                 streamconv.push(output, "me/merged")
                 assert link not in hub.head("me/merged")
                 assert nowhere(hub)

@@ -658,8 +658,8 @@ def start(found: HubFolder) -> bytes:
             HubError,
             "3 bytes; check the connection and run",
         ),
-        (MemoryError(), ResourceError, "no memory or no thread is left"),
-        (RuntimeError("can't start new thread"), ResourceError, "no memory or no thread is left"),
+        (MemoryError(), ResourceError, "no memory, thread or open file is left"),
+        (RuntimeError("can't start new thread"), ResourceError, "no memory, thread or open file is left"),
         (
             ValueError("LFS batch API returned errors:\nno space left for you"),
             HubError,
