@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -13,7 +14,8 @@ from streamconv.checkpoint.recorded import remove_own
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
 from streamconv.checkpoint.writer import Bytes, ShardWriter, publish
 from streamconv.dtypes import DENSE
-from streamconv.storage.local import open_folder
+from streamconv.storage.base import SourceFile
+from streamconv.storage.local import blaming, open_folder
 
 
 def write_file(
@@ -40,9 +42,10 @@ def write_file(
 
 
 def stored_in(path: Path) -> tuple[Mapping[str, StoredTensor], Mapping[str, str]]:
-    """The tensors of a file, by name, and its metadata."""
-    file = open_folder(str(path.parent)).file(path.name)
-    header = read_header(file)
+    """The tensors of a file, by name, and its metadata. Raises OutputError where it cannot be read."""
+    with blaming(SourceFile(path.name, str(path), 0, "", is_own=True)):
+        file = replace(open_folder(str(path.parent)).file(path.name), is_own=True)
+        header = read_header(file)
     tensors = {
         tensor.name: StoredTensor(
             tensor.name, tensor.dtype, tensor.shape, file, header.data_start + tensor.start

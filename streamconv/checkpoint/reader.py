@@ -17,7 +17,7 @@ from streamconv.checkpoint.readers import Readers
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import CheckpointError
 from streamconv.storage.base import FileStatus, SourceFile
-from streamconv.storage.local import check_unchanged, close_file, open_file, reading, status_of
+from streamconv.storage.local import blaming, check_unchanged, close_file, open_file, reading, status_of
 from streamconv.system_errors import lacking
 
 _PAGE = 4096
@@ -50,18 +50,20 @@ class TensorReader:
     def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from byte `start` on.
 
-        Raises CheckpointError if the file cannot be read, was cut short, or is not the one planned with.
+        Raises CheckpointError if the file cannot be read, was cut short, or is not the one planned with; OutputError if
+        the run itself has made it.
         """
         view = flat_bytes(buffer)
         if start < 0 or start + len(view) > tensor.nbytes:
             raise ValueError(f"{tensor.name}: bytes {start} to {start + len(view)} of {tensor.nbytes}")
         where = f"{tensor.file.name}: tensor {tensor.name}"
-        descriptor, offset = self._descriptor(tensor.file), tensor.offset + start
+        with blaming(tensor.file):
+            descriptor, offset = self._descriptor(tensor.file), tensor.offset + start
 
-        def read(first: int, stop: int) -> None:
-            read_exactly(descriptor, offset + first, view[first:stop], where)
+            def read(first: int, stop: int) -> None:
+                read_exactly(descriptor, offset + first, view[first:stop], where)
 
-        self._readers.share(len(view), read)
+            self._readers.share(len(view), read)
 
     def load(self, tensor: StoredTensor) -> torch.Tensor:
         """The whole tensor in memory of its own, in its logical order: for small ones.
@@ -114,6 +116,11 @@ class TensorReader:
 
     def _check(self, path: str) -> None:
         file, before = self._used[path]
+        with blaming(file):
+            self._compare(file, before)
+
+    def _compare(self, file: SourceFile, before: FileStatus) -> None:
+        path = file.path
         try:
             found = os.stat(path)  # noqa: PTH116  a path as text, straight to the kernel
         except OSError as error:

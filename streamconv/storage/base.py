@@ -38,7 +38,7 @@ class SourceFile:
     are, or will be once they are fetched; `version` changes when the content does (a Hub blob id, else the
     modification time), and never depends on where the folder lies. `status` tells a file that was written to
     from one that was not, whatever its modification time; None for what is not here yet. It is no part of what makes
-    two files the same.
+    two files the same. `is_own` is a file that a run has made for itself, in the folder of its output.
     """
 
     name: str
@@ -46,6 +46,7 @@ class SourceFile:
     size: int
     version: str
     status: FileStatus | None = field(default=None, compare=False)
+    is_own: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.errors import CheckpointError, OptionError, StreamconvError
+from streamconv.errors import CheckpointError, OptionError, OutputError, StreamconvError
 from streamconv.progress import OnBytes
 from streamconv.storage.base import FileStatus, Origin, SourceFile
 from streamconv.system_errors import lacking
@@ -248,6 +248,20 @@ def close_file(descriptor: int) -> None:
     """Close a file that was only read: should that fail, there is nothing to lose."""
     with contextlib.suppress(OSError):
         os.close(descriptor)
+
+
+@contextmanager
+def blaming(file: SourceFile) -> Iterator[None]:
+    """Raise what is wrong with a file that a run has made for itself as an OutputError: no input is to be changed."""
+    try:
+        yield
+    except CheckpointError as error:
+        if not file.is_own:
+            raise
+        raise OutputError(
+            f"{Path(file.path).parent}: {error}; check the disk and run the same command again: what is not as it was"
+            " written is made anew"
+        ) from error
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from streamconv.calibration.kept_inputs import KeptInputs
 from streamconv.calibration.layer_files import LayerFiles
 from streamconv.calibration.need import calibrating_need
 from streamconv.calibration.subject import Subject
+from streamconv.calibration.tensor_files import stored_in, write_tensors
+from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.recorded import DIGESTS, hash_file
 from streamconv.errors import OutputError, ResourceError, Stopped
 from streamconv.forward.activations import ActivationFile
@@ -190,3 +192,19 @@ def test_a_layer_before_the_last_is_done_again_from_what_enters_it(
         calibrated(subject_in(folder), work, seen.append)
         assert seen[0] == begins * size
         assert layer_bytes(work) == whole
+
+
+def test_a_file_of_its_own_that_cannot_be_read_is_the_outputs(tmp_path: Path) -> None:
+    """No input is to be changed then, so it is no input's error."""
+    path = tmp_path / "layer-00000.safetensors"
+    write_tensors(path, {"a": torch.ones(1000)})
+    stored, _ = stored_in(path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with (
+        TensorReader() as reader,
+        pytest.raises(OutputError, match=rf"^{tmp_path}: {path.name} changed while"),
+    ):
+        reader.load(stored["a"])
+    path.unlink()
+    with pytest.raises(OutputError, match=rf"^{tmp_path}: .*{path.name} is missing; check the disk"):
+        stored_in(path)
