@@ -150,6 +150,7 @@ def results(
     hit = [(fault, row) for fault, row in rows if row.hit]
     bad = [row for _, row in sorted(rows, key=lambda each: str(each[0])) if row.problems]
     return {
+        "made_by": "tools/faults",
         "machine": machine(),
         "seconds": round(seconds),
         "faults": len(hit),
@@ -194,7 +195,7 @@ def machine() -> dict[str, Any]:
     strace = subprocess.run(["strace", "--version"], capture_output=True, text=True, check=True).stdout
     return {
         "cores": len(_CORES),
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "python": platform.python_version(),
         "strace": strace.split()[3],
         "torch": torch.__version__,

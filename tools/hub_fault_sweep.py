@@ -44,6 +44,7 @@ def summary(requests: int, seed: int, found: Sequence[Found], seconds: float) ->
         if (own := [each for each in found if each.case.fault == fault])
     }
     return {
+        "made_by": "tools/hub_faults",
         "requests": requests,
         "seed": seed,
         "cases": len(found),

@@ -241,6 +241,7 @@ def summary(chains: Sequence[Chain], seed: int) -> dict[str, object]:
     for chain in chains:
         counts[chain.command].update(chain.places)
     return {
+        "made_by": "tools/kills",
         "seed": seed,
         "versions": {name: version(name) for name in ("streamconv", "torch", "transformers", "peft")},
         "python": sys.version.split()[0],

@@ -84,7 +84,8 @@ def _kills(found: Found) -> Iterator[str]:
     yield from _rows(("killed while", *places), rows)
 
 
-def _hostile(found: Sequence[Found]) -> Iterator[str]:
+def _hostile(content: Found) -> Iterator[str]:
+    found = content["inputs"]
     refused = [row for row in found if row["exit"]]
     wrong = [row for row in found if row["exit"] != row["expected"]]
     yield (

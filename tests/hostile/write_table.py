@@ -55,7 +55,8 @@ def main() -> None:
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else TARGET
     with tempfile.TemporaryDirectory() as folder:
         found = table(Path(folder))
-    target.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    content = {"made_by": "tools/hostile", "inputs": found}
+    target.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     wrong = [row["name"] for row in found if row["exit"] != row["expected"]]
     print(f"{len(found)} inputs, {len(wrong)} ended otherwise than expected: {wrong}")
     sys.exit(bool(wrong))

@@ -61,7 +61,7 @@ def summary(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Content of the result file."""
     libraries = {name: version(name) for name in ("atheris", "torch", "numpy")}
     return {
-        "made_with": "tools/fuzz/run",
+        "made_by": "tools/fuzz/run",
         "versions": {"python": python_version(), **libraries},
         "limits": {"seconds": LIMIT_S, "rss_mb": RSS_LIMIT_MB},
         "executions": sum(row["executions"] for row in rows.values()),
