@@ -37,6 +37,7 @@ from streamconv.forward.activations import ActivationFile
 from streamconv.rounding.residual import FACTOR_DTYPE
 from streamconv.running.cells import KeptDelta
 from streamconv.sizes import format_size
+from streamconv.storage.local import list_folder
 
 _KEY = "calibration.json"
 _WEIGHTS = "weights"
@@ -119,7 +120,7 @@ class LayerFiles:
     def check_disk(self, needed: int) -> None:
         """Raise ResourceError where there is no room for all that is still to be written, of `needed` bytes in all."""
         try:
-            there = sum(path.lstat().st_blocks * 512 for path in self._folder.iterdir())
+            there = sum(path.lstat().st_blocks * 512 for path in list_folder(self._folder))
         except OSError as error:
             raise read_error(error, self._folder) from error
         missing, free = needed - there, free_bytes(self._folder / _KEY)
@@ -214,7 +215,7 @@ def _empty(folder: Path) -> None:
 
 def _listed(folder: Path) -> Sequence[Path]:
     try:
-        return sorted(folder.iterdir())
+        return list_folder(folder)
     except OSError as error:
         raise read_error(error, folder) from error
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -33,6 +32,7 @@ from streamconv.errors import CheckpointError, OutputError
 from streamconv.output.journal import WORK_FOLDER as JOURNAL_FOLDER
 from streamconv.output.journal import Journal, make_folder
 from streamconv.output.place import check_place, check_reachable
+from streamconv.storage.local import list_folder
 
 WORK_FOLDER, MODELS = ".comparison", "models"
 _MAX_NOTE_BYTES = 256 * 2**20
@@ -194,9 +194,9 @@ def _check_place(out: Path, inputs: Mapping[str, Path]) -> None:
 def _others(out: Path) -> list[str]:
     """All in the folder and its work folder but what a comparison makes before it is known for one."""
     folder = out / WORK_FOLDER
-    inside = os.listdir(folder) if folder.exists() else []
+    inside = [path.name for path in list_folder(folder)] if folder.exists() else []
     begun = {JOURNAL_FOLDER, ".subject.json.partial"}
-    return sorted({*os.listdir(out)} - {WORK_FOLDER}) + [
+    return sorted({path.name for path in list_folder(out)} - {WORK_FOLDER}) + [
         f"{WORK_FOLDER}/{name}" for name in sorted({*inside} - begun)
     ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -37,7 +36,7 @@ from streamconv.output.journal import WORK_FOLDER, Journal, is_publishing
 from streamconv.output.place import check_reachable
 from streamconv.output.work_folder import check_entries
 from streamconv.progress import Meter, OnProgress, StopRequest
-from streamconv.storage.local import real_path
+from streamconv.storage.local import list_folder, real_path
 
 _CHUNK_BYTES = 8 * 2**20
 
@@ -211,7 +210,7 @@ def _check_place(out: Path, subject: Checkpoints) -> None:
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is not a folder; choose another --out")
     try:
-        others = sorted({*os.listdir(out)} - {WORK_FOLDER}) if out.is_dir() else []
+        others = sorted({path.name for path in list_folder(out)} - {WORK_FOLDER}) if out.is_dir() else []
     except OSError as error:
         raise read_error(error, out) from error
     check_entries(out / WORK_FOLDER)

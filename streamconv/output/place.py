@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from streamconv.output.journal import WORK_FOLDER, Journal
 from streamconv.output.publish import CONFIG
 from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.sizes import format_size
+from streamconv.storage.local import list_folder
 from streamconv.system_errors import lacking
 
 SPARE_DISK_BYTES = 64 * 2**20
@@ -53,9 +53,11 @@ def check_place(out: Path, inputs: Mapping[str, Path], overwrite: bool, publishi
             )
     if not out.is_dir() or publishing:
         return
-    others = sorted(
-        entry.name for entry in out.iterdir() if entry.name != WORK_FOLDER and not _is_further_output(entry)
-    )
+    others = [
+        entry.name
+        for entry in list_folder(out)
+        if entry.name != WORK_FOLDER and not _is_further_output(entry)
+    ]
     weights = [name for name in others if name.endswith(".safetensors")]
     if overwrite and weights and CONFIG not in others:
         # Old weights go when the new ones come; a collection of other things must not.
@@ -128,7 +130,7 @@ def _disk_need(plan: Plan, shards: Sequence[ShardPlan], journal: Journal) -> int
 
 def _taken_in(folder: Path) -> int:
     try:
-        return sum(_taken(folder / name) for name in os.listdir(folder))
+        return sum(map(_taken, list_folder(folder)))
     except (FileNotFoundError, NotADirectoryError):
         return 0
     except OSError as error:

@@ -42,7 +42,7 @@ from streamconv.output.tokenizer_files import CHAT_TEMPLATES
 from streamconv.output.work_folder import REPLACED
 from streamconv.planning.plan import Plan
 from streamconv.storage.base import SourceFile
-from streamconv.storage.local import open_file, reading
+from streamconv.storage.local import list_folder, open_file, reading
 
 _COPY_BYTES = 4 * 2**20
 
@@ -196,7 +196,7 @@ def _of_old_model(out: Path, keep: set[str]) -> list[str]:
 
 def _not_kept(folder: Path, prefix: str, keep: set[str]) -> list[str]:
     try:
-        names = [prefix + name for name in os.listdir(folder)]
+        names = [prefix + path.name for path in list_folder(folder)]
     except OSError as error:
         raise read_error(error, folder) from error
     return [name for name in names if is_of_model(name) and name not in keep]
@@ -209,7 +209,7 @@ def _settle_folder(folder: Path, is_used: bool) -> None:
     try:
         if is_used:
             folder.mkdir(exist_ok=True)
-        elif kind_at(folder) == FOLDER and not os.listdir(folder):
+        elif kind_at(folder) == FOLDER and not list_folder(folder):
             folder.rmdir()
     except OSError as error:
         raise write_error(error, folder) from error

@@ -6,7 +6,6 @@ is there belongs to somebody: it stays, and where it is in the way, the run ends
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from streamconv.checkpoint.own_files import FILE, FOLDER, LINK, check_kind, kind_at, odd_kind, read_error
 from streamconv.checkpoint.writer import write_error
 from streamconv.errors import OutputError
+from streamconv.storage.local import list_folder
 
 WORK_FOLDER = ".streamconv"
 PLAN, LINES, LOCK, PUBLISHING = "plan.json", "journal.jsonl", "lock", "publishing"
@@ -129,7 +129,7 @@ def _remove(path: Path) -> None:
 
 def _listed(folder: Path) -> list[str]:
     try:
-        return sorted(os.listdir(folder))
+        return [path.name for path in list_folder(folder)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:

@@ -18,7 +18,7 @@ from streamconv.planning.options import Folder
 from streamconv.progress import OnProgress, quiet
 from streamconv.storage.blobs import SHA256, content_id
 from streamconv.storage.held import HeldFile, hold
-from streamconv.storage.local import open_folder, reading
+from streamconv.storage.local import list_folder, open_folder, reading
 from streamconv.storage.upload import LocalFile, Pushed, Target, check_target, parse_target, upload
 from streamconv.system_errors import translated
 
@@ -82,7 +82,7 @@ def _names_to_push(folder: Path, listed: Collection[str]) -> list[str]:
     Of folders only those of chat templates and of a residual adapter are ours; a link to a folder is none of ours.
     """
     storage = open_folder(str(folder))
-    names = [path.name for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir()]
+    names = [path.name for path in list_folder(folder) if not path.name.startswith(".") and not path.is_dir()]
     names += [name for name in storage.names(RESIDUAL) if name in listed]
     names += [name for name in storage.names(CHAT_TEMPLATES) if not name.rpartition("/")[2].startswith(".")]
     for name in names:

@@ -71,8 +71,7 @@ class LocalFolder:
 
     def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
         """All that is directly inside a folder, by name."""
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
+        return sorted(_scanned(folder), key=lambda entry: entry.name)
 
     def _called(self, folder: Path) -> str:
         return self.location if folder == self.path else f"{self.location}: {folder.name}"
@@ -139,6 +138,21 @@ class LocalFolder:
                 f"{self.location}: {name} must be a regular file, found {_kind(found.st_mode)}"
             )
         return found
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """Paths of all that is directly inside a folder, sorted. Raises OSError."""
+    return sorted(folder / entry.name for entry in _scanned(folder))
+
+
+def _scanned(folder: Path) -> list[os.DirEntry[str]]:
+    """Entries of a folder. A signal is no error of it: Python calls `open` again then, but not `opendir`."""
+    while True:
+        try:
+            with os.scandir(folder) as entries:
+                return list(entries)
+        except InterruptedError:
+            continue
 
 
 def _is_folder(entry: Path | os.DirEntry[str]) -> bool:

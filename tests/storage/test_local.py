@@ -13,7 +13,7 @@ import pytest
 from streamconv.errors import CheckpointError, ResourceError, StreamconvError
 from streamconv.storage import storage_kind
 from streamconv.storage.base import Origin
-from streamconv.storage.local import LocalFolder, open_file, open_folder, real_path
+from streamconv.storage.local import LocalFolder, list_folder, open_file, open_folder, real_path
 
 BAD_NAMES = [
     "",
@@ -301,3 +301,19 @@ def test_a_snapshot_knows_where_it_is_from(tmp_path: Path, name: str, repo: str)
 def test_a_folder_of_ones_own_is_from_nowhere(tmp_path: Path) -> None:
     (tmp_path / "models--x" / "llama").mkdir(parents=True)
     assert open_folder(str(tmp_path / "models--x" / "llama")).origin is None
+
+
+def test_a_signal_while_a_folder_is_listed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "b").touch()
+    (tmp_path / "a").touch()
+    scandir, left = os.scandir, [3]
+
+    def interrupted(folder: Path) -> object:
+        left[0] -= 1
+        if left[0] > 0:
+            raise InterruptedError
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", interrupted)
+    assert list_folder(tmp_path) == [tmp_path / "a", tmp_path / "b"]
+    assert open_folder(str(tmp_path)).names() == ("a", "b")
