@@ -14,8 +14,9 @@ one state of this file, and is compiled again for another.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numba
 import numpy as np
@@ -27,12 +28,38 @@ Array = NDArray[Any]
 _Loop = Callable[..., Any]
 
 
+class StoredCode:
+    """Machine code that numba keeps: what is damaged there, or cannot be kept, is compiled again."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    def load_overload(self, *given: Any) -> Any:
+        try:
+            return self._cache.load_overload(*given)
+        except MemoryError:
+            raise
+        except Exception:  # a file that was cut short is read by pickle, which raises what it likes
+            with contextlib.suppress(Exception):
+                self._cache.flush()
+            return None
+
+    def save_overload(self, *given: Any) -> None:
+        with contextlib.suppress(OSError):
+            self._cache.save_overload(*given)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
 def _compiled(function: _Loop) -> _Loop:
     try:
-        made: _Loop = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+        made: Any = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # there is nowhere to keep it: every process compiles it again
         made = numba.njit(nogil=True, error_model="numpy")(function)
-    return made
+    else:
+        made._cache = StoredCode(made._cache)
+    return cast("_Loop", made)
 
 
 _MAGNITUDE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -364,3 +365,33 @@ def test_codes_and_words_are_turned_the_same_way(eights: int, columns: int, left
 
     plain, _ = both(quantized)
     assert torch.equal(plain, words.T)
+
+
+class Damaged:
+    """A store of machine code whose files were cut short, on a disk that is full."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.flushed, self.cache_path = error, 0, "here"
+
+    def load_overload(self, *given: object) -> object:
+        raise self.error
+
+    def save_overload(self, *given: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    def flush(self) -> None:
+        self.flushed += 1
+        raise OSError(errno.EROFS, "read only")
+
+
+def test_damaged_machine_code_is_compiled_again() -> None:
+    from streamconv.kernels.loops import StoredCode
+
+    store = Damaged(EOFError("Ran out of input"))
+    kept = StoredCode(store)
+    assert kept.load_overload("signature", "context") is None
+    assert store.flushed == 1
+    kept.save_overload("signature", "code")
+    assert kept.cache_path == "here"
+    with pytest.raises(MemoryError):
+        StoredCode(Damaged(MemoryError())).load_overload("signature", "context")

@@ -303,7 +303,9 @@ def test_a_folder_of_ones_own_is_from_nowhere(tmp_path: Path) -> None:
     assert open_folder(str(tmp_path / "models--x" / "llama")).origin is None
 
 
-def test_a_signal_while_a_folder_is_listed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_while_a_folder_is_listed_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "b").touch()
     (tmp_path / "a").touch()
     scandir, left = os.scandir, [3]
