@@ -15,19 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.errors import OutputError, StreamconvError
+from streamconv.storage.local import FILE, kind_of
 from streamconv.system_errors import lacking
 
-FILE, FOLDER, LINK = "a file", "a folder", "a link"
-
-_KINDS = {
-    stat.S_IFREG: FILE,
-    stat.S_IFDIR: FOLDER,
-    stat.S_IFLNK: LINK,
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFBLK: "a block device",
-    stat.S_IFCHR: "a character device",
-}
 _CHUNK_BYTES = 4 * 2**20
 
 
@@ -51,7 +41,7 @@ def identity_of(found: os.stat_result, sha256: str) -> FileIdentity:
 def kind_at(path: Path) -> str | None:
     """Kind of what has this name, in words, a link not followed; None where there is nothing. Raises OutputError."""
     try:
-        return _KINDS.get(stat.S_IFMT(path.lstat().st_mode), "something odd")
+        return kind_of(path.lstat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -101,7 +91,7 @@ def open_own(path: Path, flags: int) -> int:
     try:
         found_mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(found_mode):
-            raise odd_kind(path, _KINDS.get(stat.S_IFMT(found_mode), "something odd"))
+            raise odd_kind(path, kind_of(found_mode))
     except BaseException:
         os.close(descriptor)
         raise

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from streamconv.checkpoint.own_files import FOLDER, check_kind, kind_at, read_own
+from streamconv.checkpoint.own_files import check_kind, kind_at, read_own
 from streamconv.checkpoint.recorded import remove_own
 from streamconv.checkpoint.strict_json import parse_object
 from streamconv.checkpoint.writer import write_error, write_file
@@ -32,7 +32,7 @@ from streamconv.errors import CheckpointError, OutputError
 from streamconv.output.journal import WORK_FOLDER as JOURNAL_FOLDER
 from streamconv.output.journal import Journal, make_folder
 from streamconv.output.place import check_place, check_reachable
-from streamconv.storage.local import list_folder
+from streamconv.storage.local import FOLDER, list_folder
 
 WORK_FOLDER, MODELS = ".comparison", "models"
 _MAX_NOTE_BYTES = 256 * 2**20

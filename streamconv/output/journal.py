@@ -34,15 +34,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint.own_files import (
-    FOLDER,
-    FileIdentity,
-    check_kind,
-    kind_at,
-    known_again,
-    open_own,
-    read_own,
-)
+from streamconv.checkpoint.own_files import FileIdentity, check_kind, kind_at, known_again, open_own, read_own
 from streamconv.checkpoint.strict_json import parse_object
 from streamconv.checkpoint.writer import close_file, fsync_folder, write_error, write_file
 from streamconv.errors import CheckpointError, OutputError
@@ -59,6 +51,7 @@ from streamconv.output.work_folder import (
     note_of,
     remove_entries,
 )
+from streamconv.storage.local import FOLDER
 from streamconv.system_errors import lacking
 
 __all__ = [

@@ -13,15 +13,7 @@ from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
 
-from streamconv.checkpoint.own_files import (
-    FOLDER,
-    LINK,
-    FileIdentity,
-    check_kind,
-    kind_at,
-    known_again,
-    read_error,
-)
+from streamconv.checkpoint.own_files import FileIdentity, check_kind, kind_at, known_again, read_error
 from streamconv.checkpoint.writer import (
     ShardWriter,
     fsync_folder,
@@ -42,7 +34,7 @@ from streamconv.output.tokenizer_files import CHAT_TEMPLATES
 from streamconv.output.work_folder import REPLACED
 from streamconv.planning.plan import Plan
 from streamconv.storage.base import SourceFile
-from streamconv.storage.local import list_folder, open_file, reading
+from streamconv.storage.local import FOLDER, LINK, list_folder, open_file, reading
 
 _COPY_BYTES = 4 * 2**20
 

@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from streamconv.checkpoint.own_files import FILE, FOLDER, LINK, check_kind, kind_at, odd_kind, read_error
+from streamconv.checkpoint.own_files import check_kind, kind_at, odd_kind, read_error
 from streamconv.checkpoint.writer import write_error
 from streamconv.errors import OutputError
-from streamconv.storage.local import list_folder
+from streamconv.storage.local import FILE, FOLDER, LINK, list_folder
 
 WORK_FOLDER = ".streamconv"
 PLAN, LINES, LOCK, PUBLISHING = "plan.json", "journal.jsonl", "lock", "publishing"

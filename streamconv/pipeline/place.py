@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from streamconv.checkpoint.own_files import FILE, FOLDER, kind_at
+from streamconv.checkpoint.own_files import kind_at
 from streamconv.checkpoint.strict_json import parse_object
 from streamconv.errors import CheckpointError, OutputError, StreamconvError
 from streamconv.output.journal import WORK_FOLDER, is_owned, is_publishing
@@ -15,6 +15,7 @@ from streamconv.output.manifest import MANIFEST
 from streamconv.output.place import OUTPUT_FOLDERS, check_apart, check_place, check_reachable
 from streamconv.output.work_folder import check_entries
 from streamconv.pipeline.preparation import Prepared
+from streamconv.storage.local import FILE, FOLDER
 from streamconv.system_errors import lacking
 
 _MAX_MANIFEST_BYTES = 64 * 2**20

@@ -26,6 +26,9 @@ from streamconv.progress import OnBytes
 from streamconv.storage.base import FileStatus, Origin, SourceFile
 from streamconv.system_errors import lacking
 
+FILE, FOLDER, LINK = "a file", "a folder", "a link"
+"""Kinds of files, as messages have them."""
+
 _DRIVE = re.compile(r"[A-Za-z]:")
 _CACHED_MODEL = re.compile(r"models--(?:(.+?)--)?(.+)")  # an organization's name has no two hyphens in a row
 _WHOLE_FILES = (".gguf", ".nemo", ".ckpt")  # adapters of one file, read or refused by what they are
@@ -135,7 +138,7 @@ class LocalFolder:
             found = real.stat()
         if not stat.S_ISREG(found.st_mode):
             raise CheckpointError(
-                f"{self.location}: {name} must be a regular file, found {_kind(found.st_mode)}"
+                f"{self.location}: {name} must be a regular file, found {kind_of(found.st_mode)}"
             )
         return found
 
@@ -185,7 +188,7 @@ def open_folder(location: str) -> LocalFolder:
         return LocalFolder(location, real_path(path))
     if path.suffix == ".safetensors":
         raise CheckpointError(f"{location} is one file of a checkpoint; give its folder: {path.parent}")
-    raise CheckpointError(f"{location} must be a folder with a checkpoint, found {_kind(mode)}")
+    raise CheckpointError(f"{location} must be a folder with a checkpoint, found {kind_of(mode)}")
 
 
 def find_file(location: str) -> LocalFolder | None:
@@ -300,7 +303,7 @@ def status_of(found: os.stat_result) -> FileStatus:
 def check_unchanged(file: SourceFile, found: os.stat_result) -> None:
     """Raise CheckpointError unless `found` is a regular file of the planned size, and unchanged since."""
     if not stat.S_ISREG(found.st_mode):
-        raise CheckpointError(f"{file.name} must be a regular file, found {_kind(found.st_mode)}")
+        raise CheckpointError(f"{file.name} must be a regular file, found {kind_of(found.st_mode)}")
     same_time = not file.version.startswith("mtime:") or file.version == f"mtime:{found.st_mtime_ns}"
     if found.st_size != file.size or not same_time:
         raise CheckpointError(
@@ -344,10 +347,12 @@ def _blob_id(path: Path, repo: Path) -> str | None:
     return None
 
 
-def _kind(mode: int) -> str:
+def kind_of(mode: int) -> str:
+    """Kind of a file by its mode, in words."""
     kinds = {
-        stat.S_IFDIR: "a folder",
-        stat.S_IFREG: "a file",
+        stat.S_IFDIR: FOLDER,
+        stat.S_IFREG: FILE,
+        stat.S_IFLNK: LINK,
         stat.S_IFIFO: "a named pipe",
         stat.S_IFSOCK: "a socket",
         stat.S_IFBLK: "a block device",

@@ -14,9 +14,6 @@ from typing import Any
 import pytest
 
 from streamconv.checkpoint.own_files import (
-    FILE,
-    FOLDER,
-    LINK,
     check_kind,
     identify,
     kind_at,
@@ -26,6 +23,7 @@ from streamconv.checkpoint.own_files import (
     size_of,
 )
 from streamconv.errors import OutputError
+from streamconv.storage.local import FILE, FOLDER, LINK
 
 
 def link(path: Path) -> None:
