@@ -45,7 +45,7 @@ class StoredCode:
             return None
 
     def save_overload(self, *given: Any) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # it reads what is there first
             self._cache.save_overload(*given)
 
     def __getattr__(self, name: str) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping
-from io import BufferedReader
 from pathlib import Path
 
 from streamconv.checkpoint.own_files import FileIdentity, check_kind, kind_at, known_again, read_error
@@ -34,7 +33,7 @@ from streamconv.output.tokenizer_files import CHAT_TEMPLATES
 from streamconv.output.work_folder import REPLACED
 from streamconv.planning.plan import Plan
 from streamconv.storage.base import SourceFile
-from streamconv.storage.local import FOLDER, LINK, list_folder, open_file, reading
+from streamconv.storage.local import FOLDER, LINK, close_file, list_folder, open_file, reading
 
 _COPY_BYTES = 4 * 2**20
 
@@ -152,22 +151,27 @@ def put_copy(journal: Journal, file: SourceFile, target: Path) -> FileIdentity:
     temporary = _waiting(journal, target)
     journal.check_owner()
     remove_file(temporary)
-    with os.fdopen(open_file(file), "rb") as source, ShardWriter.create(temporary, b"", file.size) as writer:
-        while chunk := _read(source, file):
-            writer.write(chunk)
-        if writer.offset < file.size:
-            raise CheckpointError(
-                f"{file.name} ({file.path}) ends at byte {writer.offset} of {file.size}; was it cut short while in use?"
-            )
-        writer.finish()
+    source = open_file(file)
+    try:
+        with ShardWriter.create(temporary, b"", file.size) as writer:
+            while chunk := _read(source, file):
+                writer.write(chunk)
+            if writer.offset < file.size:
+                raise CheckpointError(
+                    f"{file.name} ({file.path}) ends at byte {writer.offset} of {file.size}; was it cut short while in "
+                    "use?"
+                )
+            writer.finish()
+    finally:
+        close_file(source)
     put_file(journal, temporary, target)
     return writer.identity
 
 
-def _read(source: BufferedReader, file: SourceFile) -> bytes:
+def _read(source: int, file: SourceFile) -> bytes:
     """The next part of a file that is copied. Raises CheckpointError where it cannot be read."""
     with reading(f"{file.name} ({file.path})"):
-        return source.read(_COPY_BYTES)
+        return os.read(source, _COPY_BYTES)
 
 
 def _waiting(journal: Journal, target: Path) -> Path:

@@ -377,7 +377,7 @@ class Damaged:
         raise self.error
 
     def save_overload(self, *given: object) -> None:
-        raise OSError(errno.ENOSPC, "full")
+        raise self.error if self.flushed else OSError(errno.ENOSPC, "full")
 
     def flush(self) -> None:
         self.flushed += 1
@@ -391,6 +391,8 @@ def test_damaged_machine_code_is_compiled_again() -> None:
     kept = StoredCode(store)
     assert kept.load_overload("signature", "context") is None
     assert store.flushed == 1
+    kept.save_overload("signature", "code")
+    store.flushed = 0
     kept.save_overload("signature", "code")
     assert kept.cache_path == "here"
     with pytest.raises(MemoryError):
