@@ -16,6 +16,7 @@ from pathlib import Path
 
 from streamconv.errors import CheckpointError, InputError, ResourceError
 from streamconv.storage.local import open_folder
+from streamconv.system_errors import lacking
 
 _DESCRIPTORS = Path("/proc/self/fd")
 _TOO_MANY = (errno.EMFILE, errno.ENFILE)
@@ -79,7 +80,7 @@ def _open(folder: Path, name: str) -> HeldFile:
             raise ResourceError(
                 f"{folder} has more files than may be open at once; raise the limit (`ulimit -n`), then push again"
             ) from error
-        raise InputError(f"{real} cannot be opened: {error.strerror}") from error
+        raise lacking(error) or InputError(f"{real} cannot be opened: {error.strerror}") from error
     found = os.fstat(descriptor)
     held = HeldFile(real, descriptor, found.st_size, found.st_mtime_ns)
     # A folder on the way may have become a link since its name was looked up.
