@@ -68,7 +68,7 @@ ERRORS: Mapping[str, tuple[str, ...]] = {
     "close": ("EIO", *_SPACE, "EINTR", KILL),
     "clone": ("EAGAIN", "ENOMEM", KILL),
     "clone3": ("EAGAIN", "ENOMEM", KILL),
-    "ioctl": ("EIO", "ENOTTY", "EINTR", KILL),
+    "ioctl": ("EIO", "ENOTTY", KILL),
     "lseek": (KILL,),
     "fadvise64": ("EIO",),
 }

@@ -112,7 +112,7 @@ def run(command: Command, place: Place, hub: str, fault: Fault | None = None) ->
         os.kill(child, signal.SIGCONT)
         code = _wait(child)
     text = place.text.read_text(errors="replace")[-TEXT_BYTES:] if place.text.exists() else ""
-    return Ended(code, text, time.monotonic() - began, _hits(place.lines))
+    return Ended(code, text, time.monotonic() - began, hits_in(place.lines))
 
 
 def calls_of(command: Command, place: Place) -> Mapping[str, int]:
@@ -290,12 +290,17 @@ def _options(fault: Fault | None) -> tuple[str, ...]:
     return () if fault is None else (f"trace={fault.call}", fault.injection)
 
 
-def _hits(lines: Path) -> tuple[str, ...]:
-    if not lines.exists():
-        return ()
-    return tuple(
-        line for line in lines.read_text(errors="replace").splitlines() if line.endswith("(INJECTED)")
-    )
+def hits_in(lines: Path) -> tuple[str, ...]:
+    """Calls that failed; one that strace tells in two parts, as another came between, with both of them."""
+    hits, begun = [], dict[str, str]()
+    for line in lines.read_text(errors="replace").splitlines() if lines.exists() else ():
+        process = line.partition(" ")[0]
+        if line.endswith("<unfinished ...>"):
+            begun[process] = line.removesuffix("<unfinished ...>")
+        elif line.endswith("(INJECTED)"):
+            is_rest = "<... " in line and process in begun
+            hits.append(begun[process] + line.partition("resumed>")[2] if is_rest else line)
+    return tuple(hits)
 
 
 def _wait(child: int) -> int | None:

@@ -186,9 +186,48 @@ def table(hit: Sequence[tuple[Fault, Row]]) -> list[dict[str, Any]]:
 
 def outcomes(rows: Iterable[Row]) -> dict[str, int]:
     """How many ended with each exit code; "killed", and "hang"."""
-    names = {None: "hang", -9: "killed"}
-    counts = Counter(names.get(row.code, str(row.code)) for row in rows)
-    return dict(sorted(counts.items()))
+    return dict(sorted(Counter(_end(row.code) for row in rows).items()))
+
+
+def _end(code: int | None) -> str:
+    return {None: "hang", -9: "killed"}.get(code, str(code))
+
+
+def mended(before: Mapping[str, Any], rows: Sequence[tuple[Fault, Row]]) -> dict[str, Any]:
+    """Earlier results with what was bad in them as it ends now: `rows` are of those faults that are still injected.
+
+    Others, of calls that cannot fail so, are left out.
+    """
+    found = json.loads(json.dumps(before))
+    by_kind = {(row["call"], row["error"], row["when"]): row for row in found["table"]}
+
+    def count(fault: Fault, ends: str, is_bad: bool, number: int) -> None:
+        kind = by_kind[fault.call, fault.error, "from" if fault.onward else "once"]
+        for counts, key in (
+            (kind["points"], fault.command),
+            (kind["outcomes"], ends),
+            (found["outcomes"], ends),
+        ):
+            counts[key] = counts.get(key, 0) + number
+        kind["bad"] += number * is_bad
+        found["faults"] += number
+
+    for row in before["bad"]:
+        count(Fault.parse(row["fault"]), _end(row["code"]), is_bad=True, number=-1)
+    for fault, row in rows:
+        if row.hit:
+            count(fault, _end(row.code), bool(row.problems), number=1)
+    found["bad"] = [asdict(row) for _, row in rows if row.problems]
+    found["table"] = [_counted(row) for row in found["table"] if sum(row["points"].values())]
+    return _counted(found)
+
+
+def _counted(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the counts that have become 0."""
+    for key in ("points", "outcomes"):
+        if key in row:
+            row[key] = {name: count for name, count in sorted(row[key].items()) if count}
+    return row
 
 
 def machine() -> dict[str, Any]:
@@ -216,7 +255,15 @@ def main() -> int:
     os.sched_setaffinity(0, {min(_CORES)})
     tqdm.monitor_interval = 0
     began = time.monotonic()
-    only = [Fault.parse(text) for text in given.only]
+    target = given.out or TARGET
+    before = json.loads(target.read_text()) if given.again else None
+    only = [
+        Fault.parse(text) for text in given.only or [row["fault"] for row in (before or {"bad": []})["bad"]]
+    ]
+    only = [fault for fault in only if fault.error in ERRORS[fault.call]]
+    if before and not only:
+        write(mended(before, []), target)
+        return 0
     names = [name for name in NAMES if name in ({fault.command for fault in only} or given.commands)]
     with tempfile.TemporaryDirectory(prefix="faults-", dir=given.folder) as scratch:
         place = Place(Path(scratch, "run"), Path(scratch, "inputs"))
@@ -232,11 +279,11 @@ def main() -> int:
             if len(rows) % 100 == 0:
                 bad = sum(bool(row.problems) for _, row in rows)
                 tell(f"{len(rows)} of {len(faults)}, {bad} bad", began)
-    found = results(rows, counts, most, time.monotonic() - began)
+    found = mended(before, rows) if before else results(rows, counts, most, time.monotonic() - began)
     found = json.loads(json.dumps(found).replace(scratch, "").replace(f"{ROOT}/", ""))
     tell(f"{found['faults']} faults: {found['outcomes']}, {len(found['bad'])} bad", began)
     is_whole = not (only or given.calls or given.sample) and list(given.commands) == list(NAMES)
-    if target := given.out or (TARGET if is_whole else None):
+    if given.out or is_whole or before:
         write(found, target)
     return int(bool(found["bad"]))
 
@@ -270,6 +317,9 @@ def parse() -> argparse.Namespace:
         default=[],
         metavar="FAULT",
         help="such as 'bf16 pwrite64 EIO 17', or '17+'",
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="what the results call bad, with a new end in them"
     )
     parser.add_argument("--commands", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--calls", nargs="+", default=[], metavar="CALL", help="only these calls")

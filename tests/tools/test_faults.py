@@ -24,8 +24,8 @@ from tools.fault_judge import (
     was_hit,
     wrong_files,
 )
-from tools.fault_runs import Row
-from tools.faults import outcomes, planned, results, spread, table, write
+from tools.fault_runs import Row, hits_in
+from tools.faults import mended, outcomes, planned, results, spread, table, write
 
 COMPLETE = {"config.json": "c", "model.safetensors": "m", "README.md": "r"}
 OLD = {"config.json": "C", "model.safetensors": "M", "notes.txt": "n"}
@@ -224,6 +224,32 @@ def test_the_table_counts_calls_by_fault_and_exits(tmp_path: Path) -> None:
     text = (tmp_path / "faults.json").read_text()
     assert json.loads(text) == json.loads(json.dumps(found))
     assert sum('"pwrite64"' in line and '"bad"' in line for line in text.splitlines()) == 2
+
+
+def test_what_was_bad_is_tried_again_and_counted_as_it_ends_now() -> None:
+    other, gone = Fault("gptq", "pwrite64", "EIO", 5), Fault("bf16", "ioctl", "EINTR", 2)
+    rows = [row(EIO, 1, "exit 1"), row(other, 4), row(gone, 1, "exit 1")]
+    before = results(rows, {"bf16": {"pwrite64": 9}}, 9, 1.0)
+    assert (before["faults"], len(before["bad"])) == (3, 2)
+    found = mended(before, [row(EIO, 4)])
+    assert (found["faults"], found["bad"], found["outcomes"]) == (2, [], {"4": 2})
+    (kind,) = found["table"]
+    assert (kind["points"], kind["outcomes"], kind["bad"]) == ({"bf16": 1, "gptq": 1}, {"4": 2}, 0)
+    worse = mended(before, [row(EIO, 1, "exit 1")])
+    assert [each["fault"] for each in worse["bad"]] == [str(EIO)]
+    assert worse["outcomes"] == {"1": 1, "4": 1}
+
+
+def test_a_call_that_another_came_between_is_told_whole(tmp_path: Path) -> None:
+    lines = tmp_path / "strace"
+    lines.write_text(
+        '7  write(2</run/text>, "", 9 <unfinished ...>\n'
+        '8  read(3</run/out/a>, "", 9) = 9\n'
+        "7  <... write resumed>)              = -1 ENOSPC (No space left on device) (INJECTED)\n"
+    )
+    (line,) = hits_in(lines)
+    assert line.endswith("(INJECTED)")
+    assert role(line, {"/run/text": "terminal"}) == "terminal"
 
 
 @pytest.mark.sweep
