@@ -147,7 +147,7 @@ def allowed(fault: Fault, roles: Iterable[str]) -> set[int]:
         elif fault.error in _RESOURCE or fault.call in ("clone", "clone3"):
             # Only files that are written fill a disk; of one that is read it is an error like any other.
             codes |= {5} | ({3} if each == "input" and fault.error in ("ENOSPC", "EDQUOT") else set())
-        elif fault.error == END and fault.command == "push":
+        elif fault.error == END and fault.command == "push" and each != "system":
             codes |= {3, 7}  # what is pushed is verified first, and a file that is cut is damaged
         elif fault.error not in _ABSORBED or fault.call == "close" or each == "system":
             # What is pushed is an output, and named as one.
