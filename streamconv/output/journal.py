@@ -34,9 +34,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint.own_files import FileIdentity, check_kind, kind_at, known_again, open_own, read_own
+from streamconv.checkpoint.own_files import (
+    FileIdentity,
+    check_kind,
+    kind_at,
+    known_again,
+    open_own,
+    read_error,
+    read_own,
+)
 from streamconv.checkpoint.strict_json import parse_object
-from streamconv.checkpoint.writer import close_file, fsync_folder, write_error, write_file
+from streamconv.checkpoint.writer import close_written, fsync_folder, write_error, write_file
 from streamconv.errors import CheckpointError, OutputError
 from streamconv.output.journal_lines import Progress, Watermark, encode_line, fingerprint_digest, read_lines
 from streamconv.output.work_folder import (
@@ -51,7 +59,7 @@ from streamconv.output.work_folder import (
     note_of,
     remove_entries,
 )
-from streamconv.storage.local import FOLDER
+from streamconv.storage.local import FOLDER, close_quietly
 from streamconv.system_errors import lacking
 
 __all__ = [
@@ -99,7 +107,7 @@ def lock_holder(out: Path) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise write_error(error, out / WORK_FOLDER / LOCK) from error
+        raise read_error(error, out / WORK_FOLDER / LOCK) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -107,7 +115,7 @@ def lock_holder(out: Path) -> str | None:
     except OSError:  # a file system without locks
         return None
     finally:
-        os.close(lock)
+        close_quietly(lock)
     return None
 
 
@@ -163,8 +171,7 @@ class Journal:
         lock, self._lock = self._lock, None
         for descriptor in (lines, lock):
             if descriptor is not None:
-                with contextlib.suppress(OSError):
-                    os.close(descriptor)
+                close_quietly(descriptor)
 
     @property
     def has_passed(self) -> bool:
@@ -257,7 +264,7 @@ class Journal:
     def _close_lines(self) -> None:
         lines, self._lines = self._lines, None
         if lines is not None:
-            close_file(lines, self.folder / LINES)
+            close_written(lines, self.folder / LINES)
 
     def lock(self) -> None:
         """Make the folder and take its lock. Raises OutputError if another run has it, or it is no run's."""

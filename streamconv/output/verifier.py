@@ -35,7 +35,7 @@ from streamconv.running.cells import KeptDelta
 from streamconv.running.executor import run_plans
 from streamconv.running.sink import Output
 from streamconv.storage.base import SourceFile, Storage
-from streamconv.storage.local import open_folder
+from streamconv.storage.local import close_quietly, open_folder
 from streamconv.system_errors import lacking, was_refused
 
 _CHANGED, _REMOVED = "changed", "removed"
@@ -291,7 +291,7 @@ class ComparingSink:
 
     def close(self) -> None:
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            close_quietly(self._descriptor)
             self._descriptor = None
 
     def _read(self, length: int) -> bytes:
