@@ -46,6 +46,7 @@ from streamconv.checkpoint.own_files import (
 from streamconv.checkpoint.strict_json import parse_object
 from streamconv.checkpoint.writer import close_written, fsync_folder, write_error, write_file
 from streamconv.errors import CheckpointError, OutputError
+from streamconv.escapes import one_line
 from streamconv.output.journal_lines import Progress, Watermark, encode_line, fingerprint_digest, read_lines
 from streamconv.output.work_folder import (
     LINES,
@@ -420,8 +421,7 @@ def _holder(lock: int) -> str:
 
 def _first_line(content: bytes) -> str:
     """Name of a run as a file has it, fit for a message: anybody may have written the file."""
-    line = content[:200].decode(errors="replace").partition("\n")[0].strip()
-    return "".join(letter if letter.isprintable() else "?" for letter in line)
+    return one_line(content[:200].decode(errors="replace").partition("\n")[0].strip())
 
 
 def make_folder(folder: Path) -> None:

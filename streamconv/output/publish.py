@@ -35,13 +35,10 @@ from streamconv.planning.plan import Plan
 from streamconv.storage.base import SourceFile
 from streamconv.storage.local import FOLDER, LINK, close_quietly, list_folder, open_file, reading
 
+INDEX, CONFIG = "model.safetensors.index.json", "config.json"
+"""Files that make a folder of shards a model."""
+
 _COPY_BYTES = 4 * 2**20
-
-
-INDEX = "model.safetensors.index.json"
-
-
-CONFIG = "config.json"
 
 
 def publish_output(

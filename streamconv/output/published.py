@@ -21,8 +21,7 @@ from streamconv.output.sidecars import RESIDUAL, SETTINGS, is_read_by_loaders
 from streamconv.output.tokenizer_files import CHAT_TEMPLATES, OLD_TEMPLATE, TEMPLATE, TOKENIZER
 from streamconv.output.tokenizer_files import CONFIG as TOKENIZER_CONFIG
 from streamconv.storage.base import SourceFile
-from streamconv.storage.local import open_file
-from streamconv.system_errors import lacking
+from streamconv.storage.local import open_file, reading
 
 JSON_OBJECT, TEXT = "json", "text"
 """Forms: a JSON object; UTF-8 without the character NUL, of which a crash can leave whole blocks."""
@@ -84,13 +83,9 @@ def read_chunks(file: SourceFile) -> Iterator[memoryview]:
     """Content of a file, in one buffer. Raises CheckpointError for what cannot be read or is no regular file."""
     buffer = bytearray(min(CHUNK_BYTES, file.size + 1))
     view = memoryview(buffer)
-    try:
-        with os.fdopen(open_file(file), "rb", buffering=0) as stream:
-            while count := stream.readinto(buffer):
-                yield view[:count]
-    except OSError as error:
-        told = CheckpointError(f"{file.name} cannot be read: {error.strerror} ({file.path})")
-        raise lacking(error) or told from error
+    with reading(f"{file.name} ({file.path})"), os.fdopen(open_file(file), "rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            yield view[:count]
 
 
 def form_of(content: bytes) -> str | None:

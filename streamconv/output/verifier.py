@@ -16,7 +16,7 @@ from typing import Any
 
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.strict_json import some
-from streamconv.errors import CheckpointError, InputError, VerificationError
+from streamconv.errors import CheckpointError, InputError, StreamconvError, VerificationError
 from streamconv.output.listing import Entry, Listing, read_listing
 from streamconv.output.manifest import MANIFEST
 from streamconv.output.published import (
@@ -35,7 +35,7 @@ from streamconv.running.cells import KeptDelta
 from streamconv.running.executor import run_plans
 from streamconv.running.sink import Output
 from streamconv.storage.base import SourceFile, Storage
-from streamconv.storage.local import close_quietly, open_folder
+from streamconv.storage.local import close_quietly, open_folder, reading
 from streamconv.system_errors import lacking, was_refused
 
 _CHANGED, _REMOVED = "changed", "removed"
@@ -211,10 +211,8 @@ def hash_file(path: str, on_bytes: OnBytes) -> str:
 
     Raises CheckpointError for what is no regular file or cannot be read.
     """
-    try:
+    with reading(path):
         found = Path(path).stat()
-    except OSError as error:
-        raise lacking(error) or CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     return _hash(SourceFile(path, path, found.st_size, f"mtime:{found.st_mtime_ns}"), on_bytes)
 
 
@@ -315,8 +313,10 @@ class ComparingSink:
         return name
 
 
-def _unreadable(path: Path, error: OSError) -> VerificationError:
-    return VerificationError(f"{path} cannot be read: {error.strerror}; do not use this output")
+def _unreadable(path: Path, error: OSError) -> StreamconvError:
+    return lacking(error) or VerificationError(
+        f"{path} cannot be read: {error.strerror}; do not use this output"
+    )
 
 
 def verify_exactly(out: Path, plan: Plan, on_bytes: OnBytes, stop: StopRequest) -> None:

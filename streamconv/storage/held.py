@@ -6,7 +6,6 @@ is opened once, following no link, and is known to that library by its descripto
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,9 +15,9 @@ from pathlib import Path
 
 from streamconv.errors import CheckpointError, InputError, ResourceError
 from streamconv.storage.local import close_quietly, open_folder
+from streamconv.system_errors import OPEN_FILES
 
 _DESCRIPTORS = Path("/proc/self/fd")
-_TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ def _open(folder: Path, name: str) -> HeldFile:
     try:
         descriptor = os.open(real, flags)
     except OSError as error:
-        if error.errno in _TOO_MANY:
+        if error.errno in OPEN_FILES:
             raise ResourceError(
                 f"{folder} has more files than may be open at once; raise the limit (`ulimit -n`), then push again"
             ) from error

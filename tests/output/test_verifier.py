@@ -12,7 +12,7 @@ import pytest
 
 from streamconv.checkpoint.header import build_header, read_header
 from streamconv.checkpoint.types import TensorSpec
-from streamconv.errors import CheckpointError, InputError, VerificationError
+from streamconv.errors import CheckpointError, InputError, ResourceError, VerificationError
 from streamconv.output.verifier import hash_file, read_manifest, verify_exactly, verify_layout
 from streamconv.pipeline import Job, Prepared, merge_options, prepare, run
 from streamconv.progress import StopRequest
@@ -165,12 +165,27 @@ def test_what_is_in_the_place_of_a_shard_is_told(done: tuple[Prepared, Path], co
         verify_exactly(copy, done[0].plan, ignore, StopRequest())
 
 
-def test_an_error_of_the_disk_is_told(done: tuple[Prepared, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("code", "kind", "says"),
+    [
+        (errno.EIO, VerificationError, "cannot be read: Input/output error"),
+        (errno.ENOMEM, ResourceError, "no more memory"),
+    ],
+)
+def test_an_error_of_the_disk_is_told(
+    done: tuple[Prepared, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    kind: type[Exception],
+    says: str,
+) -> None:
+    """But a want of memory says nothing of the output."""
+
     def fail(*given: int) -> bytes:
-        raise OSError(errno.EIO, "Input/output error")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "pread", fail)
-    with pytest.raises(VerificationError, match="cannot be read: Input/output error"):
+    with pytest.raises(kind, match=says):
         verify_exactly(done[1], done[0].plan, ignore, StopRequest())
 
 
