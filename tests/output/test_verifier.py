@@ -12,7 +12,7 @@ import pytest
 
 from streamconv.checkpoint.header import build_header, read_header
 from streamconv.checkpoint.types import TensorSpec
-from streamconv.errors import CheckpointError, InputError, ResourceError, VerificationError
+from streamconv.errors import CheckpointError, InputError, OutputError, ResourceError, VerificationError
 from streamconv.output.verifier import hash_file, read_manifest, verify_exactly, verify_layout
 from streamconv.pipeline import Job, Prepared, merge_options, prepare, run
 from streamconv.progress import StopRequest
@@ -187,6 +187,17 @@ def test_an_error_of_the_disk_is_told(
     monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(kind, match=says):
         verify_exactly(done[1], done[0].plan, ignore, StopRequest())
+
+
+def test_a_complete_output_that_the_disk_does_not_give_is_not_to_be_made_again(
+    done: tuple[Prepared, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: object) -> None:
+        raise CheckpointError("a cannot be read") from OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("streamconv.pipeline.runner.verify_output", fail)
+    with pytest.raises(OutputError, match="a cannot be read; once it can be read, run the same command"):
+        run(*done, ignore, StopRequest())
 
 
 @pytest.mark.parametrize("put", [put_folder, put_pipe, put_loop])
