@@ -161,5 +161,5 @@ def no_memory(reason: str) -> ResourceError:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of its text, or its class where it has none."""
+    """The first line of an error's text, or the name of its class where it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -35,6 +35,7 @@ class FileIdentity:
 
 
 def identity_of(found: os.stat_result, sha256: str) -> FileIdentity:
+    """Identity of a file with this status and content."""
     return FileIdentity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, sha256)
 
 

@@ -3,7 +3,8 @@
     lock           held (flock) while a run is alive; names it by process, host and a number of its own
     plan.json      the fingerprint of the run that owns the folder
     journal.jsonl  append-only; every line is on disk before the next is written (see journal_lines.py)
-    publishing     empty; files under final names are of a run that was not through, whoever goes on with what
+    publishing     empty; says that files under final names are of a run that did not end, also to another that takes
+                   the folder over
     *.partial      shards being written; a finished one loses the suffix, still inside this folder; and small files
                    before they are put in place
     <pass>/        a folder for each pass of the plan (`Pass.folder`), with what it has made: `calibration`, `rescaling`
@@ -56,6 +57,7 @@ from streamconv.output.work_folder import (
     WORK_FOLDER,
     check_entries,
     check_ours_alone,
+    has_whole_files,
     is_there,
     note_of,
     remove_entries,
@@ -177,8 +179,7 @@ class Journal:
     @property
     def has_passed(self) -> bool:
         """Whether a pass of any plan, be it another one's than this run's, has left a whole file."""
-        with _typed_errors(self.folder):
-            return any(self.folder.glob("*/*.safetensors"))
+        return has_whole_files(self.folder)
 
     @property
     def is_publishing(self) -> bool:

@@ -20,6 +20,7 @@ from streamconv.output.publish import INDEX
 from streamconv.output.sidecars import RESIDUAL, SETTINGS, is_read_by_loaders
 from streamconv.output.tokenizer_files import CHAT_TEMPLATES, OLD_TEMPLATE, TEMPLATE, TOKENIZER
 from streamconv.output.tokenizer_files import CONFIG as TOKENIZER_CONFIG
+from streamconv.progress import OnBytes
 from streamconv.storage.base import SourceFile
 from streamconv.storage.local import open_file, reading
 
@@ -70,13 +71,19 @@ def describe(name: str, content: bytes) -> dict[str, Any]:
 
 
 def describe_file(file: SourceFile) -> dict[str, Any]:
-    """The same of a file on disk, which may be large. Raises CheckpointError if it is not as it was planned with."""
+    """Entry of the manifest for a file on disk, however large. Raises CheckpointError if it changed since planning."""
     if file.size <= EDITED_BYTES:
         return describe(file.name, b"".join(map(bytes, read_chunks(file))))
+    return {"size": file.size, "sha256": sha256_of(file)}
+
+
+def sha256_of(file: SourceFile, on_bytes: OnBytes = lambda _: None) -> str:
+    """SHA-256 of a file in hexadecimal; `on_bytes` is told how many bytes were read. Raises as `read_chunks` does."""
     digest = hashlib.sha256()
     for chunk in read_chunks(file):
         digest.update(chunk)
-    return {"size": file.size, "sha256": digest.hexdigest()}
+        on_bytes(len(chunk))
+    return digest.hexdigest()
 
 
 def read_chunks(file: SourceFile) -> Iterator[memoryview]:

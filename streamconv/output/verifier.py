@@ -6,7 +6,6 @@ base and adapter, through the very code that wrote it, and compares byte by byte
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from streamconv.output.published import (
     files_beside,
     lacks_form,
     read_chunks,
+    sha256_of,
 )
 from streamconv.output.sidecars import RESIDUAL
 from streamconv.output.tokenizer_files import CHAT_TEMPLATES
@@ -155,7 +155,7 @@ def _state(storage: Storage, name: str, entry: Entry, on_bytes: OnBytes) -> str 
     """
     try:
         file = storage.file(name)
-        if file.size == entry.size and _hash(file, on_bytes) == entry.sha256:
+        if file.size == entry.size and sha256_of(file, on_bytes) == entry.sha256:
             return None
         reason = None if entry.form is None else _lacks_form(file, entry.form)
     except CheckpointError:
@@ -186,7 +186,7 @@ def _check_shard(storage: Storage, name: str, entry: Entry, on_bytes: OnBytes) -
         raise VerificationError(
             f"{storage.location}: {name} has {file.size} bytes, expected {entry.size}; do not use this output"
         )
-    digest = _hash(file, on_bytes)
+    digest = sha256_of(file, on_bytes)
     if digest != entry.sha256:
         raise VerificationError(
             f"{storage.location}: {name} hashes to {digest}, expected {entry.sha256}; do not use this output"
@@ -213,15 +213,7 @@ def hash_file(path: str, on_bytes: OnBytes) -> str:
     """
     with reading(path):
         found = Path(path).stat()
-    return _hash(SourceFile(path, path, found.st_size, f"mtime:{found.st_mtime_ns}"), on_bytes)
-
-
-def _hash(file: SourceFile, on_bytes: OnBytes) -> str:
-    digest = hashlib.sha256()
-    for chunk in read_chunks(file):
-        digest.update(chunk)
-        on_bytes(len(chunk))
-    return digest.hexdigest()
+    return sha256_of(SourceFile(path, path, found.st_size, f"mtime:{found.st_mtime_ns}"), on_bytes)
 
 
 class ComparingSink:

@@ -128,7 +128,7 @@ def _translated(error: Exception, repo: str, revision: str | None) -> Streamconv
 
 
 def _is_lack(error: BaseException) -> bool:
-    """Whether it is one of memory, threads or descriptors."""
+    """Whether an error is a want of memory, threads or descriptors."""
     errors = isinstance(error, OSError) and error.errno in _LACKS
     return errors or isinstance(error, MemoryError) or "can't start new thread" in str(error)
 
