@@ -22,8 +22,12 @@ from streamconv.sizes import format_size
 LEAST_ADDRESS_SPACE = 10**9
 """Bytes that a process must be allowed to address for torch, numpy and a few threads."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_OPEN_FILES = (errno.EMFILE, errno.ENFILE)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of a disk, a quota or a limit of size that is used up."""
+
+OPEN_FILES = (errno.EMFILE, errno.ENFILE)
+"""Error numbers of a limit of open files."""
+
 _OTHER_KINDS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 _NETWORK = (
     *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN),
@@ -101,13 +105,13 @@ def lacking(error: BaseException) -> ResourceError | None:
     """The ResourceError for memory, threads, descriptors or disk that the system does not have; None for others."""
     if isinstance(error, StreamconvError):
         return None
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         place = "" if error.filename is None else f"{error.filename}: "
         return ResourceError(
             f"{place}the disk is full, or a quota or limit of size is reached ({error.strerror}); free some space and "
             "run the same command again"
         )
-    if isinstance(error, OSError) and error.errno in _OPEN_FILES:
+    if isinstance(error, OSError) and error.errno in OPEN_FILES:
         return ResourceError(
             f"too many files are open ({error.strerror}); raise the limit (ulimit -n) and run the same command again"
         )
@@ -157,5 +161,5 @@ def no_memory(reason: str) -> ResourceError:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of its text, or its class where it has none."""
+    """The first line of an error's text, or the name of its class where it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)

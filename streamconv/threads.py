@@ -106,7 +106,7 @@ class Pool:
     def __init__(self, count: int, name: str, prepare: Callable[[], None] | None = None) -> None:
         self._count, self._name, self._prepare = count, name, prepare
         self._threads: list[threading.Thread] = []
-        self._free = 0  # threads that wait for work, at least
+        self._free = 0  # threads that wait for work; too many once all are started, when nothing hangs on it
         self._changing = threading.Lock()
         self._todo: queue.SimpleQueue[Future[Any] | None] = queue.SimpleQueue()
 

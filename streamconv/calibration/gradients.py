@@ -29,7 +29,8 @@ from streamconv.calibration.groups import Linears
 from streamconv.calibration.model import Model
 from streamconv.calibration.need import HEAD_ROWS, batch_of
 from streamconv.calibration.tensor_files import read_tensors, write_tensors
-from streamconv.checkpoint.recorded import RecordedFiles, remove_own
+from streamconv.checkpoint.recorded import RecordedFiles
+from streamconv.checkpoint.writer import remove_file
 from streamconv.forward.activations import ActivationFile
 from streamconv.forward.walk import Passing, in_batches
 from streamconv.rounding.noise import uniform
@@ -120,7 +121,7 @@ class Gradients:
                 self._write(layers, {ENTERING: self._leave(states)})
             for number in reversed(range(min(begin + 1, layers))):
                 self._step_back(passing, states, number)
-        remove_own(self._states_path)
+        remove_file(self._states_path)
 
     def output_hessian(self, number: int, name: str) -> Tensor | None:
         """G [out, out] of a weight, on the device; None where no token came to it."""
@@ -132,7 +133,7 @@ class Gradients:
         return shrunk_moments(found.to(self._model.walk.device.torch).float())
 
     def remove(self, number: int) -> None:
-        remove_own(self.path(number))
+        remove_file(self.path(number))
 
     def _write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         path = self.path(number)

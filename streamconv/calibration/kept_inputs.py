@@ -12,7 +12,7 @@ from typing import Self
 from torch import Tensor
 
 from streamconv.calibration.groups import Group, Keep
-from streamconv.checkpoint.recorded import remove_own
+from streamconv.checkpoint.writer import remove_file
 from streamconv.forward.activations import ActivationFile
 
 
@@ -55,8 +55,8 @@ class KeptInputs:
     def _file(self, group: Group, columns: int) -> ActivationFile:
         if id(group) not in self._files:
             path = self._folder / f"inputs-{len(self._files)}"
-            remove_own(path)  # of a run that was killed
-            self._stack.callback(remove_own, path)
+            remove_file(path)  # of a run that was killed
+            self._stack.callback(remove_file, path)
             file = self._stack.enter_context(ActivationFile(path, (self._sequences, self._length, columns)))
             self._files[id(group)] = file
         return self._files[id(group)]

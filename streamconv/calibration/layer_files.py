@@ -28,9 +28,9 @@ from torch import Tensor
 from streamconv.calibration.tensor_files import stored_in, write_file
 from streamconv.checkpoint.own_files import read_error, read_own
 from streamconv.checkpoint.reader import tensor_bytes
-from streamconv.checkpoint.recorded import OnChunk, RecordedFiles, remove_own
+from streamconv.checkpoint.recorded import OnChunk, RecordedFiles
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
-from streamconv.checkpoint.writer import Bytes, free_bytes, write_error
+from streamconv.checkpoint.writer import Bytes, free_bytes, remove_file, write_error
 from streamconv.checkpoint.writer import write_file as write_small
 from streamconv.errors import ResourceError
 from streamconv.forward.activations import ActivationFile
@@ -169,10 +169,10 @@ class LayerFiles:
         """Hidden states and gradients are of no use once all layers are done."""
         for path in _listed(self._folder):
             if path.name.startswith("gradient"):
-                remove_own(path)
+                remove_file(path)
         for name in self._names:
             for path in self._states(name):
-                remove_own(path)
+                remove_file(path)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"layer-{number:05}.safetensors"
@@ -208,9 +208,9 @@ def _entering(stream: str, number: int) -> str:
 
 def _empty(folder: Path) -> None:
     """Remove all files that lie in `folder`, what says whose it is first. Raises OutputError where that fails."""
-    remove_own(folder / _KEY)
+    remove_file(folder / _KEY)
     for path in _listed(folder):
-        remove_own(path)
+        remove_file(path)
 
 
 def _listed(folder: Path) -> Sequence[Path]:

@@ -17,6 +17,7 @@ from streamconv.errors import InputError, ResourceError, Stopped
 from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.planning.devices import Device
 from streamconv.progress import StopRequest
+from streamconv.system_errors import lacking
 
 
 def windows_of(subject: Subject) -> Tensor:
@@ -42,7 +43,9 @@ def _check_text(path: Path, sha256: str) -> None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"--calibration {path} cannot be read: {error.strerror}") from error
+        raise lacking(error) or InputError(
+            f"--calibration {path} cannot be read: {error.strerror}"
+        ) from error
     if found != sha256:
         raise InputError(
             f"--calibration {path} changed while it was in use; put it back to go on with the same command, or begin "

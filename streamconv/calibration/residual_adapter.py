@@ -17,9 +17,8 @@ from torch import Tensor
 from streamconv.adapters.source import PREFIX
 from streamconv.checkpoint.header import build_header
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
-from streamconv.checkpoint.recorded import remove_own
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
-from streamconv.checkpoint.writer import ShardWriter
+from streamconv.checkpoint.writer import ShardWriter, remove_file
 from streamconv.rounding.residual import Residual
 
 _CHUNK_BYTES = 8 * 2**20
@@ -69,7 +68,7 @@ def write_adapter(path: Path, tensors: Iterable[StoredTensor]) -> str:
     stored = sorted(tensors, key=lambda tensor: tensor.name)
     specs = [TensorSpec(tensor.name, tensor.dtype, tensor.shape) for tensor in stored]
     header = build_header(specs, {"format": "pt"})
-    remove_own(path)
+    remove_file(path)
     size = len(header) + sum(spec.nbytes for spec in specs)
     chunk = torch.empty(_CHUNK_BYTES, dtype=torch.uint8)
     with TensorReader() as reader, ShardWriter.create(path, header, size) as writer:

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from streamconv.checkpoint.header import build_header, read_header
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
-from streamconv.checkpoint.recorded import remove_own
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
-from streamconv.checkpoint.writer import Bytes, ShardWriter, publish
+from streamconv.checkpoint.writer import Bytes, ShardWriter, publish, remove_file
 from streamconv.dtypes import DENSE
 from streamconv.storage.base import SourceFile
 from streamconv.storage.local import blaming, open_folder
@@ -31,7 +30,7 @@ def write_file(
     """
     header = build_header(specs, metadata)
     partial = path.with_suffix(".partial")
-    remove_own(partial)  # of a run that was killed
+    remove_file(partial)  # of a run that was killed
     with ShardWriter.create(partial, header, len(header) + sum(spec.nbytes for spec in specs)) as writer:
         for part in parts:
             writer.write(part)

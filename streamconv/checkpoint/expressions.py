@@ -39,7 +39,7 @@ _STEPS, _STEPS_PER_TEXT = 2**21, 1000
 
 
 class Refused(Exception):  # noqa: N818  never seen by users: `refuse` says which field it is about
-    """Why an expression cannot be used."""
+    """Reason for which an expression cannot be used."""
 
 
 class Expression:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.errors import OutputError, StreamconvError
-from streamconv.storage.local import FILE, kind_of
+from streamconv.storage.local import FILE, close_quietly, kind_of
 from streamconv.system_errors import lacking
 
 _CHUNK_BYTES = 4 * 2**20
@@ -35,6 +35,7 @@ class FileIdentity:
 
 
 def identity_of(found: os.stat_result, sha256: str) -> FileIdentity:
+    """Identity of a file with this status and content."""
     return FileIdentity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, sha256)
 
 
@@ -93,7 +94,7 @@ def open_own(path: Path, flags: int) -> int:
         if not stat.S_ISREG(found_mode):
             raise odd_kind(path, kind_of(found_mode))
     except BaseException:
-        os.close(descriptor)
+        close_quietly(descriptor)
         raise
     return descriptor
 

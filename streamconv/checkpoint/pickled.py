@@ -81,7 +81,7 @@ def read_pickled(file: SourceFile) -> Mapping[str, StoredTensor]:
         with _quiet(), FakeTensorMode():
             loaded = torch.load(file.path, weights_only=True)
     except _FAILURES as error:
-        raise _unreadable(file, error) from error
+        raise lacking(error) or _unreadable(file, error) from error
     if isinstance(loaded, dict) and not loaded:
         raise CheckpointError(
             f"{file.name} holds no tensors, as a save leaves it that was interrupted, or that did not gather what"
@@ -116,12 +116,9 @@ def holds_plain_values(raw: bytes) -> bool:
 
 def _check_directory(file: SourceFile) -> None:
     """Raise CheckpointError for an archive whose directory would be read whole, and is larger than any needs."""
-    try:
-        with Path(file.path).open("rb") as opened:
-            opened.seek(max(0, file.size - _TAIL_BYTES), os.SEEK_SET)
-            tail = opened.read(_TAIL_BYTES)
-    except OSError as error:
-        raise CheckpointError(f"{file.name} cannot be read: {error.strerror}") from error
+    with reading(file.name), Path(file.path).open("rb") as opened:
+        opened.seek(max(0, file.size - _TAIL_BYTES), os.SEEK_SET)
+        tail = opened.read(_TAIL_BYTES)
     for sign, at, length in ((_DIRECTORY_END, 12, 4), (_DIRECTORY_END_64, 40, 8)):
         place = tail.rfind(sign) + at
         size = int.from_bytes(tail[place : place + length], "little") if sign in tail else 0
@@ -160,7 +157,7 @@ def _check_archive(file: SourceFile) -> tuple[tuple[int, int], ...]:
     except OSError as error:
         raise lacking(error) or CheckpointError(f"{file.name} cannot be read: {error.strerror}") from error
     except _FAILURES as error:  # of opcodes that are none, or find nothing on the stack
-        raise _unreadable(file, error) from error
+        raise lacking(error) or _unreadable(file, error) from error
     if any(order != b"little" for order in orders):
         raise CheckpointError(
             f"{file.name} was written on a big-endian machine; save it anew on this one, as safetensors"

@@ -17,7 +17,7 @@ from streamconv.checkpoint.readers import Readers
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import CheckpointError
 from streamconv.storage.base import FileStatus, SourceFile
-from streamconv.storage.local import blaming, check_unchanged, close_file, open_file, reading, status_of
+from streamconv.storage.local import blaming, check_unchanged, close_quietly, open_file, reading, status_of
 from streamconv.system_errors import lacking
 
 _PAGE = 4096
@@ -45,7 +45,7 @@ class TensorReader:
     def close(self) -> None:
         self._readers.__exit__()
         while self._open:
-            close_file(self._open.popitem()[1])
+            close_quietly(self._open.popitem()[1])
 
     def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from byte `start` on.
@@ -136,7 +136,7 @@ class TensorReader:
             self._open.move_to_end(file.path)
             return self._open[file.path]
         if len(self._open) >= self._max_open:
-            close_file(self._open.popitem(last=False)[1])
+            close_quietly(self._open.popitem(last=False)[1])
         descriptor = self._open[file.path] = open_file(file)
         with reading(file.name):
             self._used.setdefault(file.path, (file, status_of(os.fstat(descriptor))))

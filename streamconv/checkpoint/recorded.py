@@ -15,8 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from streamconv.checkpoint.own_files import identify, open_own, read_error, read_own
-from streamconv.checkpoint.writer import write_error
-from streamconv.errors import OutputError
+from streamconv.checkpoint.writer import close_written, write_error
 
 DIGESTS = "hashes"
 _LINE = re.compile(rb"([0-9a-f]{64})  ([^\n]+)\n")
@@ -53,7 +52,7 @@ class RecordedFiles:
         except OSError as error:
             raise write_error(error, self._path) from error
         finally:
-            close_own(descriptor, self._path)
+            close_written(descriptor, self._path)
         self._digests |= digests
 
     def is_whole(self, path: Path, name: str | None = None, on_chunk: OnChunk = lambda: None) -> bool:
@@ -92,24 +91,6 @@ def open_recorded(path: Path, flags: int) -> int:
         return open_own(path, flags)
     except OSError as error:
         raise (write_error if flags & _WRITES else read_error)(error, path) from error
-
-
-def close_own(descriptor: int, path: Path) -> None:
-    """Close a file in a work folder: NFS tells only then that the disk was full."""
-    try:
-        os.close(descriptor)
-    except OSError as error:
-        raise write_error(error, path) from error
-
-
-def remove_own(path: Path) -> None:
-    """Delete a file in a work folder, if it is there. Raises OutputError where that is not possible."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be deleted: {error.strerror}; remove it yourself and run again"
-        ) from error
 
 
 def _read(path: Path) -> Mapping[str, str]:

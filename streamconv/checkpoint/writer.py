@@ -23,7 +23,7 @@ from streamconv.checkpoint.own_files import FileIdentity, identity_of, open_own
 from streamconv.checkpoint.reader import advise, flat_bytes
 from streamconv.errors import OutputError, ResourceError, StreamconvError, VerificationError
 from streamconv.storage.base import SourceFile
-from streamconv.storage.local import open_file
+from streamconv.storage.local import close_quietly, open_file
 from streamconv.system_errors import lacking
 from streamconv.threads import Future, Pool
 
@@ -92,7 +92,7 @@ class ShardWriter:
             writer._is_clone = is_clone
             writer.write(header)
         except BaseException:
-            _close_unsaid(descriptor)
+            close_quietly(descriptor)
             with contextlib.suppress(OSError):
                 path.unlink()
             raise
@@ -111,7 +111,7 @@ class ShardWriter:
         except OSError as error:
             raise write_error(error, path) from error
         with contextlib.ExitStack() as failing:
-            failing.callback(_close_unsaid, descriptor)
+            failing.callback(close_quietly, descriptor)
             digest = _rehash(descriptor, path, header, offset) if offset <= size else None
             if digest is None or digest.hexdigest() != sha256:
                 return None
@@ -212,7 +212,7 @@ class ShardWriter:
         self._flusher.shutdown()
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            close_file(descriptor, self._path)
+            close_written(descriptor, self._path)
 
     def _open(self) -> int:
         if self._descriptor is None:
@@ -248,7 +248,7 @@ def publish(source: Path, target: Path) -> None:
 def write_file(path: Path, content: Bytes) -> None:
     """Write a small file whole or not at all: under a temporary name beside it, synced, then renamed."""
     temporary = path.with_name(f".{path.name}.partial")
-    remove_file(temporary, path)  # of a run that was killed
+    remove_file(temporary)  # of a run that was killed
     write_anew(temporary, content)
     publish(temporary, path)
 
@@ -261,15 +261,20 @@ def write_anew(path: Path, content: Bytes) -> FileIdentity:
     return writer.identity
 
 
-def remove_file(path: Path, wanted: Path | None = None) -> None:
-    """Remove a file that may not be there. Raises OutputError, about the file that is `wanted` in its place if any."""
+def remove_file(path: Path) -> None:
+    """Remove a file that may not be there. Raises OutputError where that is not possible."""
     try:
-        path.unlink(missing_ok=True)
+        path.unlink()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     except OSError as error:  # a folder of that name, say
-        raise write_error(error, wanted or path) from error
+        raise lacking(error) or OutputError(
+            f"{path} cannot be deleted: {error.strerror}; remove it yourself, or make the place writable, and run the"
+            " same command again"
+        ) from error
 
 
-def close_file(descriptor: int, path: Path) -> None:
+def close_written(descriptor: int, path: Path) -> None:
     """Close a file that was written to: NFS may tell only now that something did not reach the disk."""
     try:
         os.close(descriptor)
@@ -288,12 +293,6 @@ def fsync_folder(path: Path) -> None:
     except OSError as error:
         if error.errno not in _NOT_SUPPORTED:  # CIFS and some FUSE file systems cannot
             raise write_error(error, path) from error
-
-
-def _close_unsaid(descriptor: int) -> None:
-    """Close a file that is of no use, or whose failure is being told."""
-    with contextlib.suppress(OSError):
-        os.close(descriptor)
 
 
 def _fit(descriptor: int, path: Path, size: int) -> None:
@@ -325,7 +324,7 @@ def _clone(source: SourceFile, descriptor: int) -> bool:
     except OSError:  # another file system, or one that cannot
         return False
     finally:
-        os.close(original)
+        close_quietly(original)
     return True
 
 

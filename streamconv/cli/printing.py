@@ -19,10 +19,10 @@ from typing import TextIO
 
 from streamconv.errors import OutputError, ResourceError
 from streamconv.escapes import one_line
+from streamconv.system_errors import DISK_FULL
 
 # Bars need the beginning of a line, and tqdm's several of them the line above.
 _BARS = re.compile(r"([\n\r\t]|\x1b\[A)")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def say(*lines: str, err: bool = False) -> None:
@@ -140,7 +140,7 @@ def _show(lines: Sequence[str], closed_is_wrong: bool) -> None:
     try:
         _write(stream, lines)
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in DISK_FULL:
             raise ResourceError(
                 f"standard output cannot take the result: {error.strerror}; free some space and run the same command "
                 "again. Whatever was made is complete"

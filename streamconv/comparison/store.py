@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from streamconv.checkpoint.own_files import check_kind, kind_at, read_own
-from streamconv.checkpoint.recorded import remove_own
 from streamconv.checkpoint.strict_json import parse_object
-from streamconv.checkpoint.writer import write_error, write_file
+from streamconv.checkpoint.writer import remove_file, write_error, write_file
 from streamconv.comparison.result import Numbers, numbers_of
 from streamconv.errors import CheckpointError, OutputError
 from streamconv.output.journal import WORK_FOLDER as JOURNAL_FOLDER
@@ -88,7 +87,7 @@ class Store:
         another goes, and what cannot be gone on with; one that was to stay is replaced, and its successor stays.
         """
         if not self.model(name).exists():
-            remove_own(self._note("kept", name))
+            remove_file(self._note("kept", name))
         if not goes_on or self._read("making", name, digest) is None:
             self.remove_model(name)
         self._write("making", name, digest, {})
@@ -110,7 +109,7 @@ class Store:
         """Raises OutputError where that is not possible."""
         _remove(self.model(name))
         for kind in ("making", "made"):
-            remove_own(self._note(kind, name))
+            remove_file(self._note(kind, name))
 
     def clear_up(self) -> None:
         """All has been judged: remove what only helped."""

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from streamconv.checkpoint.own_files import read_error
 from streamconv.checkpoint.reader import tensor_bytes
-from streamconv.checkpoint.recorded import close_own, hash_descriptor, hash_range, open_recorded
-from streamconv.checkpoint.writer import write_error
+from streamconv.checkpoint.recorded import hash_descriptor, hash_range, open_recorded
+from streamconv.checkpoint.writer import close_written, write_error
 from streamconv.errors import OutputError, ResourceError, StreamconvError
 from streamconv.sizes import format_size
 from streamconv.storage.file_set import temporary_folder
+from streamconv.storage.local import close_quietly
 from streamconv.threads import Future, Pool
 
 
@@ -79,7 +80,7 @@ class ActivationFile:
             # Reserved now, so that a full disk shows before the work is done.
             os.posix_fallocate(self._descriptor, 0, max(1, self.nbytes))
         except OSError as error:
-            os.close(self._descriptor)
+            close_quietly(self._descriptor)
             raise write_error(error, path, self.nbytes) from error
 
     def __enter__(self) -> Self:
@@ -87,7 +88,7 @@ class ActivationFile:
 
     def __exit__(self, *exc: object) -> None:
         self._trail.shutdown()
-        close_own(self._descriptor, self._path)
+        close_written(self._descriptor, self._path)
 
     @property
     def nbytes(self) -> int:

@@ -3,7 +3,8 @@
     lock           held (flock) while a run is alive; names it by process, host and a number of its own
     plan.json      the fingerprint of the run that owns the folder
     journal.jsonl  append-only; every line is on disk before the next is written (see journal_lines.py)
-    publishing     empty; files under final names are of a run that was not through, whoever goes on with what
+    publishing     empty; says that files under final names are of a run that did not end, also to another that takes
+                   the folder over
     *.partial      shards being written; a finished one loses the suffix, still inside this folder; and small files
                    before they are put in place
     <pass>/        a folder for each pass of the plan (`Pass.folder`), with what it has made: `calibration`, `rescaling`
@@ -34,10 +35,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint.own_files import FileIdentity, check_kind, kind_at, known_again, open_own, read_own
+from streamconv.checkpoint.own_files import (
+    FileIdentity,
+    check_kind,
+    kind_at,
+    known_again,
+    open_own,
+    read_error,
+    read_own,
+)
 from streamconv.checkpoint.strict_json import parse_object
-from streamconv.checkpoint.writer import close_file, fsync_folder, write_error, write_file
+from streamconv.checkpoint.writer import close_written, fsync_folder, write_error, write_file
 from streamconv.errors import CheckpointError, OutputError
+from streamconv.escapes import one_line
 from streamconv.output.journal_lines import Progress, Watermark, encode_line, fingerprint_digest, read_lines
 from streamconv.output.work_folder import (
     LINES,
@@ -47,11 +57,12 @@ from streamconv.output.work_folder import (
     WORK_FOLDER,
     check_entries,
     check_ours_alone,
+    has_whole_files,
     is_there,
     note_of,
     remove_entries,
 )
-from streamconv.storage.local import FOLDER
+from streamconv.storage.local import FOLDER, close_quietly
 from streamconv.system_errors import lacking
 
 __all__ = [
@@ -99,7 +110,7 @@ def lock_holder(out: Path) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise write_error(error, out / WORK_FOLDER / LOCK) from error
+        raise read_error(error, out / WORK_FOLDER / LOCK) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -107,7 +118,7 @@ def lock_holder(out: Path) -> str | None:
     except OSError:  # a file system without locks
         return None
     finally:
-        os.close(lock)
+        close_quietly(lock)
     return None
 
 
@@ -163,14 +174,12 @@ class Journal:
         lock, self._lock = self._lock, None
         for descriptor in (lines, lock):
             if descriptor is not None:
-                with contextlib.suppress(OSError):
-                    os.close(descriptor)
+                close_quietly(descriptor)
 
     @property
     def has_passed(self) -> bool:
         """Whether a pass of any plan, be it another one's than this run's, has left a whole file."""
-        with _typed_errors(self.folder):
-            return any(self.folder.glob("*/*.safetensors"))
+        return has_whole_files(self.folder)
 
     @property
     def is_publishing(self) -> bool:
@@ -257,7 +266,7 @@ class Journal:
     def _close_lines(self) -> None:
         lines, self._lines = self._lines, None
         if lines is not None:
-            close_file(lines, self.folder / LINES)
+            close_written(lines, self.folder / LINES)
 
     def lock(self) -> None:
         """Make the folder and take its lock. Raises OutputError if another run has it, or it is no run's."""
@@ -413,8 +422,7 @@ def _holder(lock: int) -> str:
 
 def _first_line(content: bytes) -> str:
     """Name of a run as a file has it, fit for a message: anybody may have written the file."""
-    line = content[:200].decode(errors="replace").partition("\n")[0].strip()
-    return "".join(letter if letter.isprintable() else "?" for letter in line)
+    return one_line(content[:200].decode(errors="replace").partition("\n")[0].strip())
 
 
 def make_folder(folder: Path) -> None:

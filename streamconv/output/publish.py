@@ -33,15 +33,12 @@ from streamconv.output.tokenizer_files import CHAT_TEMPLATES
 from streamconv.output.work_folder import REPLACED
 from streamconv.planning.plan import Plan
 from streamconv.storage.base import SourceFile
-from streamconv.storage.local import FOLDER, LINK, close_file, list_folder, open_file, reading
+from streamconv.storage.local import FOLDER, LINK, close_quietly, list_folder, open_file, reading
+
+INDEX, CONFIG = "model.safetensors.index.json", "config.json"
+"""Files that make a folder of shards a model."""
 
 _COPY_BYTES = 4 * 2**20
-
-
-INDEX = "model.safetensors.index.json"
-
-
-CONFIG = "config.json"
 
 
 def publish_output(
@@ -163,7 +160,7 @@ def put_copy(journal: Journal, file: SourceFile, target: Path) -> FileIdentity:
                 )
             writer.finish()
     finally:
-        close_file(source)
+        close_quietly(source)
     put_file(journal, temporary, target)
     return writer.identity
 

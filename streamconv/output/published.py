@@ -20,9 +20,9 @@ from streamconv.output.publish import INDEX
 from streamconv.output.sidecars import RESIDUAL, SETTINGS, is_read_by_loaders
 from streamconv.output.tokenizer_files import CHAT_TEMPLATES, OLD_TEMPLATE, TEMPLATE, TOKENIZER
 from streamconv.output.tokenizer_files import CONFIG as TOKENIZER_CONFIG
+from streamconv.progress import OnBytes
 from streamconv.storage.base import SourceFile
-from streamconv.storage.local import open_file
-from streamconv.system_errors import lacking
+from streamconv.storage.local import open_file, reading
 
 JSON_OBJECT, TEXT = "json", "text"
 """Forms: a JSON object; UTF-8 without the character NUL, of which a crash can leave whole blocks."""
@@ -71,26 +71,28 @@ def describe(name: str, content: bytes) -> dict[str, Any]:
 
 
 def describe_file(file: SourceFile) -> dict[str, Any]:
-    """The same of a file on disk, which may be large. Raises CheckpointError if it is not as it was planned with."""
+    """Entry of the manifest for a file on disk, however large. Raises CheckpointError if it changed since planning."""
     if file.size <= EDITED_BYTES:
         return describe(file.name, b"".join(map(bytes, read_chunks(file))))
+    return {"size": file.size, "sha256": sha256_of(file)}
+
+
+def sha256_of(file: SourceFile, on_bytes: OnBytes = lambda _: None) -> str:
+    """SHA-256 of a file in hexadecimal; `on_bytes` is told how many bytes were read. Raises as `read_chunks` does."""
     digest = hashlib.sha256()
     for chunk in read_chunks(file):
         digest.update(chunk)
-    return {"size": file.size, "sha256": digest.hexdigest()}
+        on_bytes(len(chunk))
+    return digest.hexdigest()
 
 
 def read_chunks(file: SourceFile) -> Iterator[memoryview]:
     """Content of a file, in one buffer. Raises CheckpointError for what cannot be read or is no regular file."""
     buffer = bytearray(min(CHUNK_BYTES, file.size + 1))
     view = memoryview(buffer)
-    try:
-        with os.fdopen(open_file(file), "rb", buffering=0) as stream:
-            while count := stream.readinto(buffer):
-                yield view[:count]
-    except OSError as error:
-        told = CheckpointError(f"{file.name} cannot be read: {error.strerror} ({file.path})")
-        raise lacking(error) or told from error
+    with reading(f"{file.name} ({file.path})"), os.fdopen(open_file(file), "rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            yield view[:count]
 
 
 def form_of(content: bytes) -> str | None:

@@ -6,7 +6,6 @@ base and adapter, through the very code that wrote it, and compares byte by byte
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from typing import Any
 
 from streamconv.checkpoint.index import read_index
 from streamconv.checkpoint.strict_json import some
-from streamconv.errors import CheckpointError, InputError, VerificationError
+from streamconv.errors import CheckpointError, InputError, StreamconvError, VerificationError
 from streamconv.output.listing import Entry, Listing, read_listing
 from streamconv.output.manifest import MANIFEST
 from streamconv.output.published import (
@@ -26,6 +25,7 @@ from streamconv.output.published import (
     files_beside,
     lacks_form,
     read_chunks,
+    sha256_of,
 )
 from streamconv.output.sidecars import RESIDUAL
 from streamconv.output.tokenizer_files import CHAT_TEMPLATES
@@ -35,7 +35,7 @@ from streamconv.running.cells import KeptDelta
 from streamconv.running.executor import run_plans
 from streamconv.running.sink import Output
 from streamconv.storage.base import SourceFile, Storage
-from streamconv.storage.local import open_folder
+from streamconv.storage.local import close_quietly, open_folder, reading
 from streamconv.system_errors import lacking, was_refused
 
 _CHANGED, _REMOVED = "changed", "removed"
@@ -155,7 +155,7 @@ def _state(storage: Storage, name: str, entry: Entry, on_bytes: OnBytes) -> str 
     """
     try:
         file = storage.file(name)
-        if file.size == entry.size and _hash(file, on_bytes) == entry.sha256:
+        if file.size == entry.size and sha256_of(file, on_bytes) == entry.sha256:
             return None
         reason = None if entry.form is None else _lacks_form(file, entry.form)
     except CheckpointError:
@@ -186,7 +186,7 @@ def _check_shard(storage: Storage, name: str, entry: Entry, on_bytes: OnBytes) -
         raise VerificationError(
             f"{storage.location}: {name} has {file.size} bytes, expected {entry.size}; do not use this output"
         )
-    digest = _hash(file, on_bytes)
+    digest = sha256_of(file, on_bytes)
     if digest != entry.sha256:
         raise VerificationError(
             f"{storage.location}: {name} hashes to {digest}, expected {entry.sha256}; do not use this output"
@@ -211,19 +211,9 @@ def hash_file(path: str, on_bytes: OnBytes) -> str:
 
     Raises CheckpointError for what is no regular file or cannot be read.
     """
-    try:
+    with reading(path):
         found = Path(path).stat()
-    except OSError as error:
-        raise lacking(error) or CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    return _hash(SourceFile(path, path, found.st_size, f"mtime:{found.st_mtime_ns}"), on_bytes)
-
-
-def _hash(file: SourceFile, on_bytes: OnBytes) -> str:
-    digest = hashlib.sha256()
-    for chunk in read_chunks(file):
-        digest.update(chunk)
-        on_bytes(len(chunk))
-    return digest.hexdigest()
+    return sha256_of(SourceFile(path, path, found.st_size, f"mtime:{found.st_mtime_ns}"), on_bytes)
 
 
 class ComparingSink:
@@ -291,7 +281,7 @@ class ComparingSink:
 
     def close(self) -> None:
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            close_quietly(self._descriptor)
             self._descriptor = None
 
     def _read(self, length: int) -> bytes:
@@ -315,8 +305,10 @@ class ComparingSink:
         return name
 
 
-def _unreadable(path: Path, error: OSError) -> VerificationError:
-    return VerificationError(f"{path} cannot be read: {error.strerror}; do not use this output")
+def _unreadable(path: Path, error: OSError) -> StreamconvError:
+    return lacking(error) or VerificationError(
+        f"{path} cannot be read: {error.strerror}; do not use this output"
+    )
 
 
 def verify_exactly(out: Path, plan: Plan, on_bytes: OnBytes, stop: StopRequest) -> None:

@@ -64,6 +64,15 @@ def _check_ours(path: Path, names: re.Pattern[str]) -> None:
         raise odd_kind(path, found or "")
 
 
+def has_whole_files(folder: Path) -> bool:
+    """Whether a pass has left a whole file in the work folder. Raises OutputError where that cannot be found out."""
+    return any(
+        path.suffix == ".safetensors" and path.parent.name != REPLACED
+        for path in _entries(folder)
+        if path.parent != folder
+    )
+
+
 def check_ours_alone(folder: Path) -> None:
     """Raise OutputError if there is anything in the work folder that a run cannot have put there."""
     strange = next((path for path in _entries(folder) if not _is_ours(folder, path)), None)

@@ -10,13 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from streamconv.checkpoint.config import edit_config
-from streamconv.errors import InputError, OptionError
+from streamconv.errors import CheckpointError, InputError, OptionError
 from streamconv.output.verifier import hash_file
 from streamconv.planning.base import Base
 from streamconv.planning.calibration import CalibrationFacts
 from streamconv.planning.options import Calibration
 from streamconv.storage.data_sets import DataSet, data_set_of, pinned
-from streamconv.system_errors import lacking
 
 # Libraries of the extra `eval`; modules that need them are imported once they are there.
 _NEEDED = ("transformers", "accelerate")
@@ -79,5 +78,5 @@ def hash_text(text: Path, option: str) -> str:
         )
     try:
         return hash_file(str(text), lambda _: None)
-    except OSError as error:
-        raise lacking(error) or InputError(f"{option} {text} cannot be read: {error.strerror}") from error
+    except CheckpointError as error:
+        raise InputError(f"{option} {error}") from error

@@ -233,10 +233,14 @@ def _verify_placed(work: _Work) -> None:
     except (InputError, VerificationError, OSError) as error:
         set_aside(work.journal, work.out / CONFIG)
         if was_refused(error):
-            raise OutputError(f"{error}; once it can be read, run the same command again") from error
+            raise _unreadable(error) from error
         raise VerificationError(
             f"{error}; run the same command again: it makes anew what is not whole"
         ) from error
+
+
+def _unreadable(error: Exception) -> OutputError:
+    return OutputError(f"{error}; once it can be read, run the same command again")
 
 
 def _finished_before(
@@ -244,7 +248,7 @@ def _finished_before(
 ) -> Report | None:
     """The report of a run that had already ended well; a batch job may be started twice.
 
-    Raises VerificationError where its output is not any more what it was.
+    Raises VerificationError where its output is not any more what it was, OutputError where it cannot be read.
     """
     if not is_finished(prepared, out):
         return None
@@ -255,6 +259,8 @@ def _finished_before(
             verify_output(storage, listing, _reading(Meter(listing.size, on_progress), stop))
         verify_layout(out, prepared.plan)
     except (InputError, VerificationError, OSError) as error:
+        if was_refused(error):
+            raise _unreadable(error) from error
         raise VerificationError(
             f"{out} was complete, and is not any more: {error}; --overwrite makes it again"
         ) from error

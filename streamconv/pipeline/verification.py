@@ -125,7 +125,7 @@ def _in_words_of_what_was_interrupted(out: Path) -> Iterator[None]:
 def _is_interrupted(out: Path) -> bool:
     try:
         return is_publishing(out)
-    except OSError:  # what cannot be looked at says nothing
+    except OutputError:  # what cannot be looked at says nothing
         return False
 
 

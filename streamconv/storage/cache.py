@@ -12,7 +12,6 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from streamconv.errors import CheckpointError, HubError, Stopped
 from streamconv.sizes import format_size
 from streamconv.storage.base import SourceFile
 from streamconv.storage.blobs import content_id
+from streamconv.threads import Future, Pool
 
 _LIST_AGAIN = "the same command then downloads it again"
 
@@ -89,7 +89,7 @@ def contents_checked(location: str, repo: str) -> Iterator[Callable[[SourceFile,
             pending.pop().result()
         pending.append(pool.submit(_check, file, path, location, repo, go_on))
 
-    pool = ThreadPoolExecutor(1)
+    pool = Pool(1, "contents")
     try:
         yield check
         for last in pending:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from streamconv.errors import ResourceError
 from streamconv.storage.base import SourceFile
-from streamconv.storage.local import open_file
+from streamconv.storage.local import close_quietly, open_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ class FileSet:
         with self._folder() as folder:
             yield folder
         for file in self.sources:
-            os.close(open_file(file))
+            close_quietly(open_file(file))
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:

@@ -6,20 +6,18 @@ is opened once, following no link, and is known to that library by its descripto
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.errors import CheckpointError, InputError, ResourceError
-from streamconv.storage.local import open_folder
-from streamconv.system_errors import lacking
+from streamconv.storage.local import close_quietly, open_folder
+from streamconv.system_errors import OPEN_FILES, lacking
 
 _DESCRIPTORS = Path("/proc/self/fd")
-_TOO_MANY = (errno.EMFILE, errno.ENFILE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +58,8 @@ def hold(folder: Path, names: Iterable[str]) -> Iterator[Mapping[str, HeldFile]]
         held = {}
         for name in names:
             held[name] = _open(folder, name)
-            stack.callback(_close, held[name].descriptor)
+            stack.callback(close_quietly, held[name].descriptor)
         yield held
-
-
-def _close(descriptor: int) -> None:
-    """Close a file that was only read: nothing is lost if the system complains."""
-    with suppress(OSError):
-        os.close(descriptor)
 
 
 def _open(folder: Path, name: str) -> HeldFile:
@@ -76,7 +68,7 @@ def _open(folder: Path, name: str) -> HeldFile:
     try:
         descriptor = os.open(real, flags)
     except OSError as error:
-        if error.errno in _TOO_MANY:
+        if error.errno in OPEN_FILES:
             raise ResourceError(
                 f"{folder} has more files than may be open at once; raise the limit (`ulimit -n`), then push again"
             ) from error
@@ -85,7 +77,7 @@ def _open(folder: Path, name: str) -> HeldFile:
     held = HeldFile(real, descriptor, found.st_size, found.st_mtime_ns)
     # A folder on the way may have become a link since its name was looked up.
     if not stat.S_ISREG(found.st_mode) or _opened(held) != str(real):
-        os.close(descriptor)
+        close_quietly(descriptor)
         raise InputError(f"{real} changed while it was pushed; push again once nothing writes to it")
     return held
 

@@ -26,11 +26,11 @@ from huggingface_hub.errors import (
 
 from streamconv.credentials import secrets_of_address, without_credentials
 from streamconv.errors import HubError, InputError, ResourceError, StreamconvError
+from streamconv.system_errors import DISK_FULL, OPEN_FILES
 
 _AGAIN = "check the connection and run the same command again: it continues where it stopped"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK_FAILS = (errno.EIO, errno.ESTALE)  # no connection ends so
-_LACKS = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+_LACKS = (errno.ENOMEM, *OPEN_FILES)
 _NO_HUB = (
     "{repo}: what answers as the Hub ({hub}) gave something else than the Hub does ({error}); is a login page of this"
     " network, a proxy or a wrong HF_ENDPOINT in the way? Run the same command again once it is not"
@@ -106,7 +106,7 @@ def endpoint() -> str:
 
 def _translated(error: Exception, repo: str, revision: str | None) -> StreamconvError:
     chain = list(_chain(error))
-    if any(isinstance(link, OSError) and link.errno in _DISK_FULL for link in chain):
+    if any(isinstance(link, OSError) and link.errno in DISK_FULL for link in chain):
         return ResourceError(
             f"{repo}: the disk of the Hub cache ({constants.HF_HUB_CACHE}) is full; free some, or set HF_HOME to a"
             " folder on another disk, then run again"
@@ -128,7 +128,7 @@ def _translated(error: Exception, repo: str, revision: str | None) -> Streamconv
 
 
 def _is_lack(error: BaseException) -> bool:
-    """Whether it is one of memory, threads or descriptors."""
+    """Whether an error is a want of memory, threads or descriptors."""
     errors = isinstance(error, OSError) and error.errno in _LACKS
     return errors or isinstance(error, MemoryError) or "can't start new thread" in str(error)
 

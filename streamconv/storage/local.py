@@ -256,13 +256,13 @@ def open_file(file: SourceFile) -> int:
         with reading(file.name):
             check_unchanged(file, os.fstat(descriptor))
     except BaseException:
-        close_file(descriptor)
+        close_quietly(descriptor)
         raise
     return descriptor
 
 
-def close_file(descriptor: int) -> None:
-    """Close a file that was only read: should that fail, there is nothing to lose."""
+def close_quietly(descriptor: int) -> None:
+    """Close a file of which nothing is lost should that fail: it was only read, is of no use, or has failed before."""
     with contextlib.suppress(OSError):
         os.close(descriptor)
 

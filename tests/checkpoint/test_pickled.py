@@ -14,7 +14,7 @@ import torch
 
 from streamconv.checkpoint.pickled import holds_plain_values, read_pickled
 from streamconv.checkpoint.reader import TensorReader
-from streamconv.errors import CheckpointError
+from streamconv.errors import CheckpointError, ResourceError
 from streamconv.storage import open_storage
 from streamconv.storage.base import SourceFile
 from tests.checkpoint.pickles import state, tensor, write_archive
@@ -195,3 +195,17 @@ def test_an_entry_without_measure_is_not_read(tmp_path: Path, monkeypatch: pytes
     write_archive(tmp_path / NAME, state(tensor()), {"extra/x": bytes(5000)})
     monkeypatch.setattr("streamconv.checkpoint.pickled.MAX_PICKLE_BYTES", 1000)
     assert "says archive/extra/x in more than 1000 bytes" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["torch.load", "streamconv.checkpoint.pickled.check_opcodes"])
+def test_a_want_of_memory_is_no_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    torch.save({"a": torch.zeros(2)}, tmp_path / NAME)
+
+    def fail(*given: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(ResourceError, match="no more memory"):
+        read_pickled(file_of(tmp_path))

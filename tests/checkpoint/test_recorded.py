@@ -12,11 +12,10 @@ import pytest
 from streamconv.checkpoint.recorded import (
     DIGESTS,
     RecordedFiles,
-    close_own,
     hash_file,
     open_recorded,
-    remove_own,
 )
+from streamconv.checkpoint.writer import close_written, remove_file
 from streamconv.errors import OutputError, ResourceError
 
 
@@ -96,14 +95,14 @@ def test_errors_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError, match=r"folder cannot be deleted: .*; remove it yourself"):
-        remove_own(tmp_path / "folder")
+        remove_file(tmp_path / "folder")
     path = tmp_path / "a"
     write(path, b"content")
     cases: tuple[tuple[str, int, Callable[[], object], type[Exception]], ...] = (
         ("open", errno.EIO, lambda: hash_file(path), OutputError),
         ("write", errno.ENOSPC, lambda: RecordedFiles(tmp_path).record({"a": "0" * 64}), ResourceError),
         ("fsync", errno.EIO, lambda: RecordedFiles(tmp_path).record({"a": "0" * 64}), OutputError),
-        ("close", errno.EDQUOT, lambda: close_own(-1, path), ResourceError),
+        ("close", errno.EDQUOT, lambda: close_written(-1, path), ResourceError),
     )
     for name, code, use, error in cases:
         with monkeypatch.context() as patched:

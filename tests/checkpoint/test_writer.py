@@ -394,7 +394,7 @@ def test_where_nothing_can_be_written_is_an_output_error(tmp_path: Path) -> None
         write_file(tmp_path / "gone" / "a", b"x")
     with pytest.raises(OutputError, match=r"file/\.?a(\.partial)? cannot be written: Not a directory"):
         write_file(tmp_path / "file" / "a", b"x")
-    with pytest.raises(OutputError, match="b cannot be written: Is a directory"):
+    with pytest.raises(OutputError, match=r"\.b\.partial cannot be deleted: Is a directory; remove it"):
         write_file(tmp_path / "b", b"x")
     with pytest.raises(OutputError, match="folder cannot be written"):
         publish(tmp_path / "file", tmp_path / "folder")

@@ -12,7 +12,7 @@ import pytest
 
 from streamconv.checkpoint.header import build_header, read_header
 from streamconv.checkpoint.types import TensorSpec
-from streamconv.errors import CheckpointError, InputError, VerificationError
+from streamconv.errors import CheckpointError, InputError, OutputError, ResourceError, VerificationError
 from streamconv.output.verifier import hash_file, read_manifest, verify_exactly, verify_layout
 from streamconv.pipeline import Job, Prepared, merge_options, prepare, run
 from streamconv.progress import StopRequest
@@ -165,13 +165,39 @@ def test_what_is_in_the_place_of_a_shard_is_told(done: tuple[Prepared, Path], co
         verify_exactly(copy, done[0].plan, ignore, StopRequest())
 
 
-def test_an_error_of_the_disk_is_told(done: tuple[Prepared, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("code", "kind", "says"),
+    [
+        (errno.EIO, VerificationError, "cannot be read: Input/output error"),
+        (errno.ENOMEM, ResourceError, "no more memory"),
+    ],
+)
+def test_an_error_of_the_disk_is_told(
+    done: tuple[Prepared, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    kind: type[Exception],
+    says: str,
+) -> None:
+    """But a want of memory says nothing of the output."""
+
     def fail(*given: int) -> bytes:
-        raise OSError(errno.EIO, "Input/output error")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "pread", fail)
-    with pytest.raises(VerificationError, match="cannot be read: Input/output error"):
+    with pytest.raises(kind, match=says):
         verify_exactly(done[1], done[0].plan, ignore, StopRequest())
+
+
+def test_a_complete_output_that_the_disk_does_not_give_is_not_to_be_made_again(
+    done: tuple[Prepared, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: object) -> None:
+        raise CheckpointError("a cannot be read") from OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("streamconv.pipeline.runner.verify_output", fail)
+    with pytest.raises(OutputError, match="a cannot be read; once it can be read, run the same command"):
+        run(*done, ignore, StopRequest())
 
 
 @pytest.mark.parametrize("put", [put_folder, put_pipe, put_loop])

@@ -10,7 +10,13 @@ import pytest
 from streamconv.calibration.tensor_files import write_tensors
 from streamconv.errors import OutputError
 from streamconv.output.journal import make_pass_folder
-from streamconv.output.work_folder import check_entries, check_ours_alone, is_there, remove_entries
+from streamconv.output.work_folder import (
+    check_entries,
+    check_ours_alone,
+    has_whole_files,
+    is_there,
+    remove_entries,
+)
 
 OURS = (
     "lock",
@@ -119,3 +125,18 @@ def test_nothing_is_there_behind_a_link(work: Path, tmp_path: Path) -> None:
     assert not is_there(tmp_path / "link", "plan.json")
     with pytest.raises(OutputError, match="link is a link, and must be a folder"):
         check_entries(tmp_path / "link")
+
+
+def test_whole_files_of_passes_are_found(tmp_path: Path) -> None:
+    """Shards that wait are no pass's, nor is what makes way, or a folder of somebody else."""
+    for name in (
+        "model.safetensors",
+        "calibration/layer-0.partial",
+        "replaced/old.safetensors",
+        "own/a.safetensors",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert not has_whole_files(tmp_path)
+    (tmp_path / "calibration" / "layer-0.safetensors").touch()
+    assert has_whole_files(tmp_path)
