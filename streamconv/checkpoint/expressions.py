@@ -36,6 +36,7 @@ _FEW_WAYS = 2**15
 _FEW_REPEATS = 8
 # Steps that all texts may take together, and those that each adds: a second or two, and what honest ones need twice.
 _STEPS, _STEPS_PER_TEXT = 2**21, 1000
+_MOST_KEPT = 2**17
 
 
 class Refused(Exception):  # noqa: N818  never seen by users: `refuse` says which field it is about
@@ -380,6 +381,7 @@ class _Program:
         self._slow = None if self._quick else _row(tree, tree.state.flags)
         self._tree = tree
         self._steps = _STEPS
+        self._matched: dict[tuple[str, bool], bool] = {}  # a text that comes again costs no steps again
 
     def quick(self, text: str) -> re.Pattern[str] | None:
         """The expression for `re`, if it has few ways to match `text`."""
@@ -393,12 +395,16 @@ class _Program:
             raise Refused(
                 f"is to be matched with a name of {len(text)} characters, and no module has such a name"
             )
+        if (text, is_whole) in self._matched:
+            return self._matched[text, is_whole]
         if self._slow is None:
             self._slow = _row(self._tree, self._tree.state.flags)
         known = _Text(text, self._steps + _STEPS_PER_TEXT)
         ends = 1 << len(text) if is_whole else known.everywhere
         found = self._slow.starts(known, ends) & 1
         self._steps = known.steps
+        if len(self._matched) < _MOST_KEPT:
+            self._matched[text, is_whole] = bool(found)
         return bool(found)
 
 

@@ -92,3 +92,5 @@ def show_pushed(pushed: Pushed) -> None:
     say(f"{where}: {pushed.files} files as on disk, {sent}, {seen}, commit {pushed.commit}")
     if pushed.edited:
         say(f"{where}: changed since it was written, as people may: {some(pushed.edited, MOST_NAMED)}")
+    if pushed.others:
+        say(f"{where}: not of this output, and uploaded with it: {some(pushed.others, MOST_NAMED)}")

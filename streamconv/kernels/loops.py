@@ -58,7 +58,7 @@ def _compiled(function: _Loop) -> _Loop:
     except RuntimeError:  # there is nowhere to keep it: every process compiles it again
         made = numba.njit(nogil=True, error_model="numpy")(function)
     else:
-        if not numba.config.DISABLE_JIT:  # else nothing is compiled, and nothing kept
+        if hasattr(made, "_cache"):  # with NUMBA_DISABLE_JIT nothing is compiled, and nothing kept
             made._cache = StoredCode(made._cache)
     return cast("_Loop", made)
 

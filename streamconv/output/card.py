@@ -82,6 +82,8 @@ def _inherited(base: Storage) -> Mapping[str, Any]:
     try:
         data = ModelCard(text, ignore_metadata_errors=True).data
         found = dict(data.to_dict())  # type: ignore[no-untyped-call]  # huggingface_hub leaves it without types
+    except MemoryError:
+        raise
     except Exception:  # a stranger's README may hold anything, and the YAML parser has errors of its own
         return {}
     return {key: found[key] for key in _INHERITED if _is_plain(found.get(key))}

@@ -12,7 +12,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from streamconv.checkpoint.own_files import FileIdentity, check_kind, kind_at, known_again, read_error
+from streamconv.checkpoint.own_files import (
+    FileIdentity,
+    check_kind,
+    identify,
+    kind_at,
+    known_again,
+    read_error,
+)
 from streamconv.checkpoint.writer import (
     ShardWriter,
     fsync_folder,
@@ -71,6 +78,8 @@ def publish_output(
         placed[out / shard.name] = _put_shard(out, journal, shard.name)
     if residual is not None:
         put_file(journal, residual, out / RESIDUAL_TENSORS)
+        if identity := identify(out / RESIDUAL_TENSORS, lambda _: None):
+            placed[out / RESIDUAL_TENSORS] = identity
     for file in copied:
         placed[out / file.name] = put_copy(journal, file, out / file.name)
     for name, content in generated.items():

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from streamconv.errors import InputError
-from streamconv.output.manifest import MANIFEST
+from streamconv.output.manifest import MANIFEST, SIDECARS
 from streamconv.output.publish import is_of_model
 from streamconv.output.sidecars import RESIDUAL
 from streamconv.output.tokenizer_files import CHAT_TEMPLATES
@@ -73,7 +74,15 @@ def push_output(
         pushed = upload(
             target, remote, files, is_of_model, MANIFEST, message, show_progress, on_upload, check
         )
-        return replace(pushed, edited=checked.edited)
+        return replace(pushed, edited=checked.edited, others=_others(manifest, files))
+
+
+def _others(manifest: Mapping[str, Any], pushed: Collection[str]) -> tuple[str, ...]:
+    """Files that the manifest does not list; none where it is of the first version, which lists only some."""
+    if manifest["manifest_version"] == 1:
+        return ()
+    known = {MANIFEST, *(name for key in ("shards", "files", SIDECARS) for name in manifest[key])}
+    return tuple(sorted({*pushed} - known))
 
 
 def _names_to_push(folder: Path, listed: Collection[str]) -> list[str]:

@@ -27,7 +27,7 @@ class HeldFile:
     real: Path
     descriptor: int
     size: int
-    changed_ns: int
+    modified_ns: int
 
     @property
     def path(self) -> Path:
@@ -38,7 +38,7 @@ class HeldFile:
     def check(self, by_name: bool = False) -> None:
         """Raise InputError if the file was written to since; with `by_name`, if its name is another file's, too."""
         found = os.fstat(self.descriptor)
-        same = (found.st_size, found.st_mtime_ns) == (self.size, self.changed_ns)
+        same = (found.st_size, found.st_mtime_ns) == (self.size, self.modified_ns)
         if same and by_name:
             try:
                 same = os.path.samestat(found, self.real.lstat())
@@ -73,12 +73,15 @@ def _open(folder: Path, name: str) -> HeldFile:
                 f"{folder} has more files than may be open at once; raise the limit (`ulimit -n`), then push again"
             ) from error
         raise lacking(error) or InputError(f"{real} cannot be opened: {error.strerror}") from error
-    found = os.fstat(descriptor)
-    held = HeldFile(real, descriptor, found.st_size, found.st_mtime_ns)
-    # A folder on the way may have become a link since its name was looked up.
-    if not stat.S_ISREG(found.st_mode) or _opened(held) != str(real):
+    try:
+        found = os.fstat(descriptor)
+        held = HeldFile(real, descriptor, found.st_size, found.st_mtime_ns)
+        # A folder on the way may have become a link since its name was looked up.
+        if not stat.S_ISREG(found.st_mode) or _opened(held) != str(real):
+            raise InputError(f"{real} changed while it was pushed; push again once nothing writes to it")
+    except BaseException:
         close_quietly(descriptor)
-        raise InputError(f"{real} changed while it was pushed; push again once nothing writes to it")
+        raise
     return held
 
 

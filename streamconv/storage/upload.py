@@ -62,7 +62,8 @@ class Pushed:
     """Result of an upload: `commit` holds the output's files, `bytes` of them were not there before.
 
     `pull_request` is the page of the pull request that proposes the commit, None where it is on the branch. `edited`
-    are files that people may edit, and that are not as they were written.
+    are files that people may edit, and that are not as they were written; `others` were in the folder without being of
+    the output, and were uploaded with it.
     """
 
     repo: str
@@ -73,6 +74,7 @@ class Pushed:
     files: int
     bytes: int
     edited: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

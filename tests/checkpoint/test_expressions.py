@@ -156,6 +156,15 @@ def test_steps_of_all_texts_are_bounded() -> None:
     assert time.process_time() - started < 10
 
 
+def test_texts_that_come_again_cost_nothing_again() -> None:
+    """As in a process that merges the same adapter many times."""
+    pattern = "|".join([rf"(?:\w|x\w)*{letter}" for letter in "abc" * 20])
+    names = [f"model.layers.{number}.q_proj" for number in range(30)]
+    first = [Expression(pattern, refusal).fits_all_of(name) for name in names]
+    for _ in range(300):
+        assert [Expression(pattern, refusal).fits_all_of(name) for name in names] == first
+
+
 def test_a_name_of_no_module_is_refused() -> None:
     with pytest.raises(AdapterError, match="a name of 20000 characters"):
         Expression("(a*)*b", refusal).fits("a" * 20_000)

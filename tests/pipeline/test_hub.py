@@ -926,3 +926,13 @@ def test_a_residual_adapter_travels_with_its_model(hub: Hub, output: Path, tmp_p
     assert set(hub.head("me/out")) == {*contents(output), ".gitattributes", RESIDUAL_CONFIG, RESIDUAL_TENSORS}
     streamconv.push(output, "me/out")
     assert set(hub.head("me/out")) == {*contents(output), ".gitattributes"}
+
+
+def test_what_was_edited_and_what_is_of_no_output_is_told(hub: Hub, output: Path) -> None:
+    (output / "README.md").write_text("mine")
+    (output / "notes.txt").write_text("also mine")
+    pushed = streamconv.push(output, "me/merged")
+    assert (pushed.edited, pushed.others) == (("README.md",), ("notes.txt",))
+    told = run("push", output, "me/merged").output
+    assert "changed since it was written, as people may: README.md" in told
+    assert "not of this output, and uploaded with it: notes.txt" in told
