@@ -58,7 +58,8 @@ def _compiled(function: _Loop) -> _Loop:
     except RuntimeError:  # there is nowhere to keep it: every process compiles it again
         made = numba.njit(nogil=True, error_model="numpy")(function)
     else:
-        made._cache = StoredCode(made._cache)
+        if hasattr(made, "_cache"):  # with NUMBA_DISABLE_JIT it is the function as it was
+            made._cache = StoredCode(made._cache)
     return cast("_Loop", made)
 
 
