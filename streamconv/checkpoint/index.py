@@ -27,8 +27,8 @@ from streamconv.storage.base import SourceFile, Storage
 
 _MAX_INDEX_BYTES = 256_000_000
 _MAX_CONFIG_BYTES = 32_000_000
-# Many times what the largest models are cut into; each is looked for on the disk, or on the Hub.
-_MAX_SHARDS = 20_000
+_MOST_FAULTS = 1000
+"""Shards that cannot be used, after which no more are looked at: an index may list a million."""
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def read_index(
     config = _read_config(storage, names, require_config)
     form = find_form(storage, names, stem, allow_pickle)
     weight_map = None if form.index is None else _read_weight_map(storage, names, form.index)
-    shard_names = [str(form.single)] if weight_map is None else _shard_names(storage, form.index, weight_map)
+    shard_names = [str(form.single)] if weight_map is None else _shard_names(weight_map)
     read = _read_pickled_shards if form.pickled else _read_shards
     tensors, shards = read(storage, _shard_files(storage, shard_names))
     if weight_map is not None:
@@ -103,14 +103,8 @@ def _read_weight_map(storage: Storage, names: Sequence[str], index_name: str) ->
     return weight_map
 
 
-def _shard_names(storage: Storage, index_name: str | None, weight_map: Mapping[str, str]) -> list[str]:
-    names = set(weight_map.values())
-    if len(names) > _MAX_SHARDS:
-        raise CheckpointError(
-            f"{storage.location}: {index_name} names {len(names)} shards, and a model may have {_MAX_SHARDS}; is it"
-            " the index of a model? Download it again, or save the model in larger shards"
-        )
-    return sorted(names, key=_number_order)
+def _shard_names(weight_map: Mapping[str, str]) -> list[str]:
+    return sorted(set(weight_map.values()), key=_number_order)
 
 
 def _number_order(name: str) -> tuple[str | int, ...]:
@@ -121,15 +115,18 @@ def _number_order(name: str) -> tuple[str | int, ...]:
 def _shard_files(storage: Storage, shard_names: Sequence[str]) -> list[SourceFile]:
     """All shards, before the first is read: of an unfinished download, say how much is missing."""
     files: list[SourceFile] = []
-    first: CheckpointError | None = None
+    first, faults = None, 0
     for name in shard_names:
         try:
             files.append(storage.file(name))
         except CheckpointError as error:
-            first = first or error
+            first, faults = first or error, faults + 1
+        if faults == _MOST_FAULTS:
+            break
     if first:
+        counted = f"{faults}" if faults < _MOST_FAULTS else f"{faults} or more"
         raise CheckpointError(
-            f"{len(shard_names) - len(files)} of {len(shard_names)} shards cannot be used, the first because: {first}"
+            f"{counted} of {len(shard_names)} shards cannot be used, the first because: {first}"
         ) from first
     return files
 
