@@ -5,7 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from pathlib import Path
 from types import FrameType
+
+_NOWHERE = (
+    b"Error: the folder in which this was started is not there any more; change to another one (cd), and run the same "
+    b"command there\n"
+)
 
 
 def main() -> None:
@@ -13,9 +19,23 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
             signal.signal(number, _end)
+    _check_folder()
     from streamconv.cli import main as command_line
 
     command_line()
+
+
+def _check_folder() -> None:
+    """End with exit code 2 where the working directory was deleted: no path means anything then.
+
+    Nor can torch be imported: its libraries would end the process with a message about themselves.
+    """
+    try:
+        Path.cwd()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.write(2, _NOWHERE)
+        os._exit(2)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

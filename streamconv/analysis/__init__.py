@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,7 @@ from streamconv.analysis.options import (
 )
 from streamconv.analysis.result import Analysis, OnGrid, Stored, TargetAnalysis, WeightAnalysis
 from streamconv.analysis.running import run_analysis
-from streamconv.errors import OptionError
+from streamconv.errors import OptionError, OutputError
 from streamconv.pipeline.job import build_job, output_folder
 from streamconv.planning.options import (
     ANALYZE_DEFAULTS,
@@ -76,4 +77,9 @@ def _report_folder(report: Folder) -> Path:
         raise OptionError(
             "--report draws with matplotlib, not installed here; run pip install 'streamconv[report]', or leave it out"
         )
-    return output_folder(report)
+    folder = output_folder(report)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise OutputError(
+            f"{folder}: cannot write the plots there: it is not a folder; choose another --report"
+        )
+    return folder

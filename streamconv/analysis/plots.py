@@ -6,6 +6,7 @@ Needs matplotlib; figures are drawn without a display, and nothing of matplotlib
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 from statistics import median
 
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 
 from streamconv.analysis.prediction import predicted_kept
 from streamconv.analysis.result import Analysis, OnGrid, TargetAnalysis
+from streamconv.checkpoint.writer import write_file
 from streamconv.errors import OutputError
 from streamconv.formats import FORMATS
 from streamconv.kernels.grids import ROW
@@ -41,7 +43,9 @@ def draw(found: Analysis, folder: Path) -> tuple[str, ...]:
         for name, plot in plots.items():
             figure = plot(found)
             if figure is not None:
-                figure.savefig(folder / name, dpi=_DPI)
+                drawn = BytesIO()
+                figure.savefig(drawn, dpi=_DPI)
+                write_file(folder / name, drawn.getbuffer())  # a link of that name is replaced, not followed
                 paths.append(str(folder / name))
     except OSError as error:
         raise OutputError(

@@ -27,6 +27,8 @@ from streamconv.storage.base import SourceFile, Storage
 
 _MAX_INDEX_BYTES = 256_000_000
 _MAX_CONFIG_BYTES = 32_000_000
+_MOST_FAULTS = 1000
+"""Shards that cannot be used, after which no more are looked at: an index may list a million."""
 
 _log = logging.getLogger(__name__)
 
@@ -113,16 +115,19 @@ def _number_order(name: str) -> tuple[str | int, ...]:
 def _shard_files(storage: Storage, shard_names: Sequence[str]) -> list[SourceFile]:
     """All shards, before the first is read: of an unfinished download, say how much is missing."""
     files: list[SourceFile] = []
-    faults: list[CheckpointError] = []
+    first, faults = None, 0
     for name in shard_names:
         try:
             files.append(storage.file(name))
         except CheckpointError as error:
-            faults.append(error)
-    if faults:
+            first, faults = first or error, faults + 1
+        if faults == _MOST_FAULTS:
+            break
+    if first:
+        counted = f"{faults}" if faults < _MOST_FAULTS else f"{faults} or more"
         raise CheckpointError(
-            f"{len(faults)} of {len(shard_names)} shards cannot be used, the first because: {faults[0]}"
-        ) from faults[0]
+            f"{counted} of {len(shard_names)} shards cannot be used, the first because: {first}"
+        ) from first
     return files
 
 

@@ -35,9 +35,10 @@ def measure_speed(
     `check_stop` is called all the time; where it raises, the process is ended.
     """
     asked, answered, said = (folder / name for name in ("speed-asked.json", "speed.json", "speed.log"))
-    answered.unlink(missing_ok=True)
+    for note in (asked, answered, said):  # of an earlier run; a link would be followed
+        note.unlink(missing_ok=True)
     asked.write_text(json.dumps({**asdict(opened), "tokens": tokens, "device": device}))
-    with said.open("wb") as log:
+    with said.open("xb") as log:
         child = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM, str(asked), str(answered)],
             stdin=subprocess.DEVNULL,

@@ -359,6 +359,24 @@ def test_plots(inputs: Inputs, tmp_path: Path) -> None:
         assert Path(path).stat().st_size > 10_000
 
 
+def test_plots_do_not_follow_links(inputs: Inputs, tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "thesis.txt").write_text("precious")
+    (tmp_path / "plots" / "kept.png").symlink_to(tmp_path / "thesis.txt")
+    found = streamconv.analyze(inputs.base, inputs.adapter, layers=[0], report=tmp_path / "plots")
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+    assert Path(found.plots[0]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_place_that_plots_cannot_have_is_refused_at_once(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.delattr("streamconv.analysis.run_analysis")
+    with pytest.raises(OutputError, match="it is not a folder; choose another --report"):
+        streamconv.analyze(inputs.base, inputs.adapter, report=tmp_path / "loop")
+
+
 def test_plots_that_cannot_be_written(inputs: Inputs, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"cannot write the plots there: .*; choose another --report"):

@@ -121,6 +121,11 @@ def test_a_missing_shard_is_named_and_counted(tmp_path: Path) -> None:
     )
 
 
+def test_an_index_of_a_million_missing_shards_is_not_followed_to_its_end(tmp_path: Path) -> None:
+    write_index(two_shards(tmp_path), {f"{i}": f"{i}" for i in range(50_000)})
+    assert "1000 or more of 50000 shards cannot be used" in str(refusal(tmp_path))
+
+
 def test_a_shard_that_is_a_dead_link_is_named(tmp_path: Path) -> None:
     (two_shards(tmp_path) / SECOND).unlink()
     (tmp_path / SECOND).symlink_to("gone")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -74,3 +75,13 @@ def test_it_answers_without_loading_what_takes_seconds(arguments: str) -> None:
 
 def test_version() -> None:
     assert succeed("--version").stdout.startswith("streamconv 0.1.0 (Python 3.")
+
+
+def test_a_working_directory_that_was_deleted(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = f"import os; os.rmdir({str(gone)!r}); from streamconv.__main__ import main; main()"
+    line = [sys.executable, "-c", script, "--version"]
+    ended = subprocess.run(line, cwd=gone, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("Error: the folder in which this was started is not there any more")

@@ -662,8 +662,12 @@ def test_a_process_that_is_stopped_ends(models: Models, tmp_path: Path) -> None:
     def stop() -> None:
         raise Stopped("stopped", 2)
 
+    (tmp_path / "thesis.txt").write_text("precious")
+    for name in ("speed-asked.json", "speed.json", "speed.log"):
+        (tmp_path / name).symlink_to("thesis.txt")
     with pytest.raises(Stopped):
         measure_speed(Opened(str(models.base)), 3, "cpu", tmp_path, stop)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"  # links are replaced, not followed
 
 
 def test_a_model_that_does_not_open_is_told(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import inspect
+import runpy
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -397,3 +399,10 @@ def test_damaged_machine_code_is_compiled_again() -> None:
     assert kept.cache_path == "here"
     with pytest.raises(MemoryError):
         StoredCode(Damaged(MemoryError())).load_overload("signature", "context")
+
+
+def test_loops_that_are_not_compiled_stay_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    from streamconv.kernels import loops
+
+    monkeypatch.setattr("numba.config.DISABLE_JIT", True)  # as NUMBA_DISABLE_JIT=1 has it
+    assert inspect.isfunction(runpy.run_path(loops.__file__)["absmax_64"])
