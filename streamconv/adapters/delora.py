@@ -74,7 +74,7 @@ class DeloraUpdate(ByRows):
 def read_delora(source: Source, base: BaseParameters) -> tuple[Update, ...]:
     """The updates of a DeLoRA adapter. Raises AdapterError where tensors are missing or do not fit."""
     config = source.config
-    ranks = Ranks(config.name, config.rank("r"), 1.0, rank_patterns(config), ())
+    ranks = Ranks(config.name, config.rank("r"), 1.0, rank_patterns(config), None)
     modules = by_module(source, _KEY).items()
     return tuple(_update(module, parts, ranks, source, base) for module, parts in modules)
 

@@ -70,7 +70,7 @@ class HiraUpdate(ByRows):
 def read_hira(source: Source, base: BaseParameters) -> tuple[Update, ...]:
     """The updates of a HiRA adapter. Raises AdapterError where tensors are missing or do not fit."""
     config = source.config
-    ranks = Ranks(config.name, config.rank("r"), 1.0, rank_patterns(config), ())
+    ranks = Ranks(config.name, config.rank("r"), 1.0, rank_patterns(config), None)
     modules = by_module(source, _KEY).items()
     return tuple(_update(module, stored, ranks, source, base) for module, stored in modules)
 

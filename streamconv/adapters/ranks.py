@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamconv.adapters.config import AdapterConfig
+from streamconv.adapters.patterns import Number, Patterns
 from streamconv.checkpoint.expressions import Expression
 from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import StoredTensor
@@ -18,14 +20,14 @@ class Ranks:
     name: str
     r: int
     alpha: float
-    rank_pattern: tuple[tuple[Expression, int], ...]
-    alpha_pattern: tuple[tuple[Expression, float], ...]
+    rank_pattern: Patterns[int] | None
+    alpha_pattern: Patterns[float] | None
 
     def rank(self, module: str) -> int:
-        return next((rank for pattern, rank in self.rank_pattern if pattern.fits(module)), self.r)
+        return self.r if self.rank_pattern is None else self.rank_pattern.find(module, self.r)
 
     def alpha_of(self, module: str) -> float:
-        return next((alpha for pattern, alpha in self.alpha_pattern if pattern.fits(module)), self.alpha)
+        return self.alpha if self.alpha_pattern is None else self.alpha_pattern.find(module, self.alpha)
 
     def check_rank(self, module: str, tensor: StoredTensor, rank: int) -> None:
         """Raise AdapterError unless `rank`, that of `tensor`, is the one the config gives `module`."""
@@ -48,14 +50,22 @@ def read_ranks(config: AdapterConfig, alpha: str) -> Ranks:
     )
 
 
-def rank_patterns(config: AdapterConfig) -> tuple[tuple[Expression, int], ...]:
-    entries = config.ranks("rank_pattern").items()
-    return tuple((module_pattern(config, "rank_pattern", text), rank) for text, rank in entries)
+def rank_patterns(config: AdapterConfig) -> Patterns[int] | None:
+    entries = tuple(config.ranks("rank_pattern").items())
+    return _patterns(config, "rank_pattern", entries) if entries else None
 
 
-def alpha_patterns(config: AdapterConfig) -> tuple[tuple[Expression, float], ...]:
-    entries = config.numbers("alpha_pattern").items()
-    return tuple((module_pattern(config, "alpha_pattern", text), alpha) for text, alpha in entries)
+def alpha_patterns(config: AdapterConfig) -> Patterns[float] | None:
+    entries = tuple(config.numbers("alpha_pattern").items())
+    return _patterns(config, "alpha_pattern", entries) if entries else None
+
+
+def _patterns(config: AdapterConfig, field: str, entries: Sequence[tuple[str, Number]]) -> Patterns[Number]:
+    return Patterns(
+        entries,
+        lambda text: module_pattern(config, field, text),
+        lambda why: AdapterError(f"{config.name}: {field} {why}"),
+    )
 
 
 def module_pattern(config: AdapterConfig, field: str, text: str) -> Expression:

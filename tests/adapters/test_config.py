@@ -18,8 +18,7 @@ from streamconv.adapters import ADAPTERS, CONVERTIBLE, NO_WEIGHTS, NOT_BUILT
 from streamconv.adapters.base import Adapter
 from streamconv.adapters.config import CONFIG_NAME, AdapterConfig, Neutral
 from streamconv.adapters.lora_config import LORA_FIELDS, LoraSettings
-from streamconv.adapters.ranks import module_pattern
-from streamconv.checkpoint.expressions import Expression
+from streamconv.adapters.ranks import alpha_patterns, rank_patterns
 from streamconv.errors import AdapterError, UnsupportedError
 from tests.merging import read
 from tests.tiny import edit_json
@@ -248,8 +247,12 @@ MODULES = [
 ]
 
 
-def compile_pattern(text: str) -> Expression:
-    return module_pattern(AdapterConfig("config", {}, b""), "rank_pattern", text)
+def settings_of(
+    r: int, alpha: float, ranks: dict[str, int], alphas: dict[str, float], use_rslora: bool = False
+) -> LoraSettings:
+    config = AdapterConfig("config", {"rank_pattern": ranks, "alpha_pattern": alphas}, b"")
+    patterns = rank_patterns(config), alpha_patterns(config)
+    return LoraSettings("config", r, alpha, *patterns, use_rslora, False, False)
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -258,8 +261,7 @@ def test_patterns_match_as_in_peft(first: str, module: str) -> None:
     """The first of several that match wins, alone and before others."""
     for patterns in ([first], [first, *PATTERNS]):
         ranks = {pattern: number for number, pattern in enumerate(patterns, start=2)}
-        compiled = tuple((compile_pattern(pattern), rank) for pattern, rank in ranks.items())
-        settings = LoraSettings("config", 1, 1.0, compiled, compiled, False, False, False)
+        settings = settings_of(1, 1.0, ranks, {pattern: float(rank) for pattern, rank in ranks.items()})
         expected = ranks.get(get_pattern_key(ranks.keys(), module), 1)
         assert settings.rank(module) == expected
         assert settings.scaling(module, 1) == expected
@@ -267,8 +269,7 @@ def test_patterns_match_as_in_peft(first: str, module: str) -> None:
 
 @pytest.mark.parametrize(("use_rslora", "expected"), [(False, 7 / 3), (True, 7 / 3**0.5)])
 def test_scaling_takes_the_rank_of_the_module(use_rslora: bool, expected: float) -> None:
-    q = compile_pattern("q")
-    settings = LoraSettings("config", 8, 16.0, ((q, 3),), ((q, 7.0),), use_rslora, False, False)
+    settings = settings_of(8, 16.0, {"q": 3}, {"q": 7.0}, use_rslora)
     assert settings.scaling("model.q", settings.rank("model.q")) == pytest.approx(expected, rel=1e-15)
     assert settings.scaling("model.k", 4) == (8.0 if use_rslora else 4.0)
 
