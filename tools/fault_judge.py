@@ -13,6 +13,7 @@ from tools.fault_calls import KILL, Fault, allowed
 Tree = Mapping[str, str]
 WORK = ".streamconv/"
 LLVM = "LLVM ends a process that gets no memory for compiled code by itself (abort); the next run goes on"
+OPENMP = "OpenMP's library ends a process that gets no thread by itself, with a line of its own; the next run goes on"
 LEFT = (
     "a refused unlink or rmdir leaves an empty .streamconv beside a complete output; the next run removes it"
 )
@@ -99,6 +100,8 @@ def accepted(ended: Ended, found: Tree, made: Made) -> str:
     """Why an end that is not as it should be is accepted; nothing if it need not be."""
     if ended.code == -6 and "LLVM ERROR" in ended.text:
         return LLVM
+    if ended.code == 1 and "libgomp: " in ended.text:
+        return OPENMP
     return LEFT if ended.code == 0 and found != made.complete and is_complete(found, made) else ""
 
 

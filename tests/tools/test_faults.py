@@ -158,6 +158,8 @@ def test_what_is_accepted_has_a_reason_and_no_wrong_byte() -> None:
     assert judge(EIO, Ended(0, "", 1), left, MADE, ["output"]) == []
     aborted = Ended(-6, "LLVM ERROR: Unable to allocate section memory!", 1, ("hit",))
     assert "LLVM ends a process" in accepted(aborted, {}, MADE)
+    ended = Ended(1, "libgomp: Thread creation failed: Resource temporarily unavailable", 1, ("hit",))
+    assert "OpenMP's library ends" in accepted(ended, {}, MADE)
     assert judge(EIO, aborted, {}, MADE, ["output"]) == []
     assert judge(EIO, aborted, {"config.json": "c"}, MADE, ["output"]) != []
     for ended in (Ended(-6, "Fatal Python error", 1), REFUSED, Ended(0, "", 1)):
