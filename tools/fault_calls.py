@@ -152,4 +152,6 @@ def allowed(fault: Fault, roles: Iterable[str]) -> set[int]:
         elif fault.error not in _ABSORBED or fault.call == "close" or each == "system":
             # What is pushed is an output, and named as one.
             codes |= _PLACES[each] | ({4} if fault.command == "push" else set())
+        if (fault.command, fault.call) == ("push", "close"):
+            codes.add(6)  # the Hub's library closes what it has read, and tells of that as of any upload
     return codes
