@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,9 @@ from streamconv.storage.held import HeldFile, hold
 from streamconv.storage.local import list_folder, open_folder, reading
 from streamconv.storage.upload import LocalFile, Pushed, Target, check_target, parse_target, upload
 from streamconv.system_errors import translated
+
+_IN_MEMORY_BYTES = 10 * 2**20
+"""Size up to which the Hub may take a file into the commit itself, where no hash of ours goes with it."""
 
 
 def push(
@@ -61,9 +65,7 @@ def push_output(
         checked = verify(folder, on_progress=on_progress)
         for each in held.values():
             each.check(by_name=True)
-        files = {
-            name: LocalFile(each.path, each.size, _sha256(name, each, listed)) for name, each in held.items()
-        }
+        files = {name: _local_file(name, each, listed) for name, each in held.items()}
         message = f"Upload {manifest['quant']} model made with streamconv {manifest['streamconv']}"
         message = message.replace("none ", "16-bit ")
 
@@ -98,6 +100,24 @@ def _names_to_push(folder: Path, listed: Collection[str]) -> list[str]:
         if name.endswith(".safetensors") and name not in listed:
             raise InputError(f"{folder / name} is not of this output; move it elsewhere before you push")
     return sorted(names)
+
+
+def _local_file(name: str, file: HeldFile, listed: Mapping[str, str]) -> LocalFile:
+    """A file as it is sent. Small ones, which no hash in the commit protects, are read once, and those bytes sent."""
+    if file.size > _IN_MEMORY_BYTES:
+        return LocalFile(file.path, file.size, _sha256(name, file, listed))
+    with (
+        reading(str(file.real)),
+        open(file.descriptor, "rb", buffering=0, closefd=False) as stream,
+    ):
+        stream.seek(0)
+        content = stream.read(file.size + 1)
+    if len(content) != file.size:
+        raise InputError(f"{file.real} changed while it was pushed; push again once nothing writes to it")
+    sha256 = hashlib.sha256(content).hexdigest()
+    if listed.get(name, sha256) != sha256:
+        raise InputError(f"{file.real} changed since it was verified; push again once nothing writes to it")
+    return LocalFile(file.path, file.size, sha256, content)
 
 
 def _sha256(name: str, file: HeldFile, listed: Mapping[str, str]) -> str:

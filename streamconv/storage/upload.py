@@ -50,11 +50,12 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class LocalFile:
-    """A file to upload: its bytes and their SHA-256."""
+    """A file to upload: its size in bytes and their SHA-256; `content` is set where what was hashed is in memory."""
 
     path: Path
     size: int
     sha256: str
+    content: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,10 @@ def upload(
         if changed or stale or commit is None:
             remote = _make_place(target, remote, manifest_name)
             _log.info("uploading %d files to %s", len(changed), repo)
-            additions = [CommitOperationAdd(name, str(file.path)) for name, file in sorted(changed.items())]
+            additions = [
+                CommitOperationAdd(name, file.content or str(file.path))
+                for name, file in sorted(changed.items())
+            ]
             _send(target, additions, changed, on_progress)
             check()
             info = HfApi().create_commit(
