@@ -187,7 +187,8 @@ def fork(request: Request, folder: Path) -> int:
     if process:
         return process
     code, resident = 1, _resident()
-    text = os.open(folder / f"{os.getpid()}.text", os.O_WRONLY | os.O_CREAT)
+    (folder / f"{os.getpid()}.json").unlink(missing_ok=True)  # numbers of processes come again
+    text = os.open(folder / f"{os.getpid()}.text", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(text, 1)
     os.dup2(text, 2)
     for number, kind in request.streams.items():
