@@ -28,7 +28,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OPEN_FILES = (errno.EMFILE, errno.ENFILE)
 """Error numbers of a limit of open files."""
 
-_OTHER_KINDS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
+"""Error numbers of a name that no file has, or something that is none."""
+
 _NETWORK = (
     *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN),
     *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED),
@@ -127,7 +129,7 @@ def lacking(error: BaseException) -> ResourceError | None:
 def was_refused(error: BaseException) -> bool:
     """Whether the system refused to read what `error` is about, which need not be damaged, or even missing, then."""
     cause = error.__cause__
-    return isinstance(cause, OSError) and cause.errno not in _OTHER_KINDS
+    return isinstance(cause, OSError) and cause.errno not in NO_FILE
 
 
 def check_address_space() -> None:
@@ -144,8 +146,7 @@ def no_thread(reason: str) -> ResourceError:
     """A ResourceError that says what stands against one more thread, and what to do."""
     return ResourceError(
         f"no thread can be started ({reason}): the limit of processes (ulimit -u, or that of a container) or the "
-        "memory is used up. Raise it, end other processes or give fewer --threads, and run the same command again: "
-        "what is done is kept"
+        "memory is used up. Raise it or end other processes, and run the same command again: what is done is kept"
     )
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import streamconv
+from streamconv.cli import main
 from tests.cli.calls import Inputs, plan_json, run, succeed
 
 
@@ -110,3 +114,23 @@ def test_verbose_tells_what_is_done(inputs: Inputs, tmp_path: Path, caplog: pyte
         f"of {inputs.base}" in each for each in caplog.messages if each.startswith("tokenizer files: ")
     )
     logging.getLogger("streamconv").setLevel(logging.NOTSET)
+
+
+PACKAGE = Path(streamconv.__file__).parent
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+# Of other programs, and a beginning that a message goes on with.
+NOT_OURS = {"--help", "--to", "--merge", "--calibration-"}
+
+
+def test_messages_name_options_that_there_are() -> None:
+    options = [*main.params, *(each for command in main.commands.values() for each in command.params)]
+    known = {name for option in options for name in (*option.opts, *option.secondary_opts)}
+    named = set[str]()
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "page.py":
+            texts = [
+                node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)
+            ]
+            named |= {one for text in texts if isinstance(text, str) for one in OPTION.findall(text)}
+    assert len(named) > 40
+    assert named - known <= NOT_OURS
