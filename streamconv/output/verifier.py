@@ -36,7 +36,7 @@ from streamconv.running.executor import run_plans
 from streamconv.running.sink import Output
 from streamconv.storage.base import SourceFile, Storage
 from streamconv.storage.local import close_quietly, open_folder, reading
-from streamconv.system_errors import lacking, was_refused
+from streamconv.system_errors import NO_FILE, lacking, was_refused
 
 _CHANGED, _REMOVED = "changed", "removed"
 _SINCE = "{}: the weights are as they were written, but {}; restore it if that was not meant"
@@ -306,9 +306,10 @@ class ComparingSink:
 
 
 def _unreadable(path: Path, error: OSError) -> StreamconvError:
-    return lacking(error) or VerificationError(
-        f"{path} cannot be read: {error.strerror}; do not use this output"
-    )
+    """The error for a file that is not there, or something else, and for one that the system does not give."""
+    if error.errno in NO_FILE:
+        return VerificationError(f"{path} cannot be read: {error.strerror}; do not use this output")
+    return lacking(error) or CheckpointError(f"{path} cannot be read: {error.strerror}")
 
 
 def verify_exactly(out: Path, plan: Plan, on_bytes: OnBytes, stop: StopRequest) -> None:

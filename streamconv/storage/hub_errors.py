@@ -26,11 +26,10 @@ from huggingface_hub.errors import (
 
 from streamconv.credentials import secrets_of_address, without_credentials
 from streamconv.errors import HubError, InputError, ResourceError, StreamconvError
-from streamconv.system_errors import DISK_FULL, OPEN_FILES
+from streamconv.system_errors import DISK_FULL, lacking
 
 _AGAIN = "check the connection and run the same command again: it continues where it stopped"
 _DISK_FAILS = (errno.EIO, errno.ESTALE)  # no connection ends so
-_LACKS = (errno.ENOMEM, *OPEN_FILES)
 _NO_HUB = (
     "{repo}: what answers as the Hub ({hub}) gave something else than the Hub does ({error}); is a login page of this"
     " network, a proxy or a wrong HF_ENDPOINT in the way? Run the same command again once it is not"
@@ -116,7 +115,8 @@ def _translated(error: Exception, repo: str, revision: str | None) -> Streamconv
             f"{repo}: the system could not read a file here: {_first_line(error)}; check the disk, then run the same"
             " command again: it continues where it stopped"
         )
-    if any(_is_lack(link) for link in chain):
+    # What a server says, of its own memory for one, is none of this machine's.
+    if any(lacking(link) for link in chain if not isinstance(link, HfHubHTTPError)):
         return ResourceError(
             f"{repo}: no memory, thread or open file is left to send; end other programs or raise the limits, then"
             " run the same command again: it continues where it stopped"
@@ -125,12 +125,6 @@ def _translated(error: Exception, repo: str, revision: str | None) -> Streamconv
     return HubError(
         without_token(told or f"{repo}: the Hub could not do this: {_first_line(error)}; {_AGAIN}")
     )
-
-
-def _is_lack(error: BaseException) -> bool:
-    """Whether an error is a want of memory, threads or descriptors."""
-    errors = isinstance(error, OSError) and error.errno in _LACKS
-    return errors or isinstance(error, MemoryError) or "can't start new thread" in str(error)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

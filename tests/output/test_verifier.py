@@ -168,7 +168,12 @@ def test_what_is_in_the_place_of_a_shard_is_told(done: tuple[Prepared, Path], co
 @pytest.mark.parametrize(
     ("code", "kind", "says"),
     [
-        (errno.EIO, VerificationError, "cannot be read: Input/output error"),
+        (errno.EIO, CheckpointError, "cannot be read: Input/output error"),
+        (
+            errno.ENOENT,
+            VerificationError,
+            "cannot be read: No such file or directory; do not use this output",
+        ),
         (errno.ENOMEM, ResourceError, "no more memory"),
     ],
 )
@@ -179,7 +184,7 @@ def test_an_error_of_the_disk_is_told(
     kind: type[Exception],
     says: str,
 ) -> None:
-    """But a want of memory says nothing of the output."""
+    """But a disk that fails, or a want of memory, says nothing of the output."""
 
     def fail(*given: int) -> bytes:
         raise OSError(code, os.strerror(code))
