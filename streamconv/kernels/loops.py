@@ -14,53 +14,15 @@ one state of this file, and is compiled again for another.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from streamconv.kernels.grids import SMALLEST_DIVISOR
+from streamconv.kernels.machine_code import compiled
 
 Array = NDArray[Any]
-_Loop = Callable[..., Any]
-
-
-class StoredCode:
-    """Machine code that numba keeps: what is damaged there, or cannot be kept, is compiled again."""
-
-    def __init__(self, cache: Any) -> None:
-        self._cache = cache
-
-    def load_overload(self, *given: Any) -> Any:
-        try:
-            return self._cache.load_overload(*given)
-        except MemoryError:
-            raise
-        except Exception:  # a file that was cut short is read by pickle, which raises what it likes
-            with contextlib.suppress(Exception):
-                self._cache.flush()
-            return None
-
-    def save_overload(self, *given: Any) -> None:
-        with contextlib.suppress(Exception):  # it reads what is there first
-            self._cache.save_overload(*given)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
-
-
-def _compiled(function: _Loop) -> _Loop:
-    try:
-        made: Any = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # there is nowhere to keep it: every process compiles it again
-        made = numba.njit(nogil=True, error_model="numpy")(function)
-    else:
-        if hasattr(made, "_cache"):  # with NUMBA_DISABLE_JIT nothing is compiled, and nothing kept
-            made._cache = StoredCode(made._cache)
-    return cast("_Loop", made)
 
 
 _MAGNITUDE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
@@ -73,7 +35,7 @@ _GAMMA, _MIX_1, _MIX_2 = (
 )
 
 
-@_compiled
+@compiled
 def absmax_64(bits: Array, scale_bits: Array) -> None:
     """Bits of the greatest magnitude: as integers they are ordered as the floats are, NaN above all."""
     for b in range(bits.shape[0]):
@@ -84,7 +46,7 @@ def absmax_64(bits: Array, scale_bits: Array) -> None:
         scale_bits[b] = greatest
 
 
-@_compiled
+@compiled
 def absmax(bits: Array, scale_bits: Array) -> None:
     for b in range(bits.shape[0]):
         greatest = np.uint32(0)
@@ -94,7 +56,7 @@ def absmax(bits: Array, scale_bits: Array) -> None:
         scale_bits[b] = greatest
 
 
-@_compiled
+@compiled
 def _factor(scale: Any, peak: Any, floor: Any) -> Any:
     """Factor that `divide_by_scales` multiplies a whole block by."""
     size = abs(scale)
@@ -102,18 +64,18 @@ def _factor(scale: Any, peak: Any, floor: Any) -> Any:
     return np.float32(np.float32(_ONE / np.float32(np.copysign(size, scale))) * peak)
 
 
-@_compiled
+@compiled
 def _either(condition: bool, yes: Any, no: Any) -> Any:
     return yes if condition else no
 
 
-@_compiled
+@compiled
 def _counted(x: Any, threshold: Any, rank: Any) -> Any:
     following = rank + _ONE
     return following if x > threshold else rank
 
 
-@_compiled
+@compiled
 def _rank(x: Any, thresholds: Array) -> Any:
     """Count of the 15 rising thresholds that lie below `x`, as float32.
 
@@ -135,7 +97,7 @@ def _rank(x: Any, thresholds: Array) -> Any:
     return _counted(x, _either(is_high, t14, t6), rank)
 
 
-@_compiled
+@compiled
 def _at_rank(x: Any, thresholds: Array, choices: Array) -> Any:
     """Entry of `choices` at the rank of `x`, found as `_rank` finds it."""
     t = thresholds
@@ -155,13 +117,13 @@ def _at_rank(x: Any, thresholds: Array, choices: Array) -> Any:
     return _either(x > _either(is_high, t14, t6), _either(is_high, c15, c7), chosen)
 
 
-@_compiled
+@compiled
 def rename(codes: Array, by_rank: Array) -> None:
     for i in range(codes.size):
         codes[i] = by_rank[codes[i]]
 
 
-@_compiled
+@compiled
 def nearest_table(values: Array, scales: Array, midpoints: Array, ranks: Array) -> None:
     wide = np.empty(64, np.float32)
     for b in range(values.shape[0]):
@@ -172,7 +134,7 @@ def nearest_table(values: Array, scales: Array, midpoints: Array, ranks: Array) 
             ranks[b, j] = np.uint8(np.int32(wide[j]))
 
 
-@_compiled
+@compiled
 def nearest_in_any_table(values: Array, scales: Array, midpoints: Array, ranks: Array) -> None:
     """Find ranks by binary search among 255 midpoints."""
     for b in range(values.shape[0]):
@@ -187,7 +149,7 @@ def nearest_in_any_table(values: Array, scales: Array, midpoints: Array, ranks: 
             ranks[b, j] = rank
 
 
-@_compiled
+@compiled
 def nearest_integer(values: Array, scales: Array, peak: Any, floor: Any, codes: Array) -> None:
     for b in range(values.shape[0]):
         factor = _factor(scales[b], peak, floor)
@@ -198,7 +160,7 @@ def nearest_integer(values: Array, scales: Array, peak: Any, floor: Any, codes: 
             codes[b, j] = np.uint8(np.int32(x))
 
 
-@_compiled
+@compiled
 def _uniform_level(x: Any, half: Any) -> Any:
     """The nearest integer to `x` * `half`, a product with a power of two: exact, as is a comparison with a tie."""
     x = x * half
@@ -208,7 +170,7 @@ def _uniform_level(x: Any, half: Any) -> Any:
     return level if level < half - _ONE else half - _ONE
 
 
-@_compiled
+@compiled
 def nearest_uniform(values: Array, scales: Array, half: Any, codes: Array) -> None:
     """Code c stands for c / `half` - 1; a tie gets the lower value."""
     for b in range(values.shape[0]):
@@ -217,7 +179,7 @@ def nearest_uniform(values: Array, scales: Array, half: Any, codes: Array) -> No
             codes[b, j] = np.uint8(np.int32(_uniform_level(values[b, j] * factor, half) + half))
 
 
-@_compiled
+@compiled
 def stochastic_table(
     values: Array,
     scales: Array,
@@ -259,7 +221,7 @@ def stochastic_table(
             ranks[b, j] = wide[j] + np.uint32(gap[j] * noise[b, j] < x[j] - low[j])
 
 
-@_compiled
+@compiled
 def stochastic_uniform(
     values: Array,
     scales: Array,
@@ -285,7 +247,7 @@ def stochastic_uniform(
             codes[b, j] = np.uint8(np.int32(low + half) + np.int32(gap * noise[b, j] < x - low))
 
 
-@_compiled
+@compiled
 def stochastic_integer(
     values: Array,
     scales: Array,
@@ -310,7 +272,7 @@ def stochastic_integer(
             codes[b, j] = np.uint8(np.int32(low) + np.int32(gap * noise[b, j] < x - low))
 
 
-@_compiled
+@compiled
 def words(key: Any, first: Any, words: Array) -> None:
     for i in range(words.size):
         word = key + (first + np.uint64(i)) * _GAMMA
@@ -319,13 +281,13 @@ def words(key: Any, first: Any, words: Array) -> None:
         words[i] = word ^ (word >> np.uint64(31))
 
 
-@_compiled
+@compiled
 def fractions(halves: Array, out: Array) -> None:
     for i in range(out.size):
         out[i] = np.float32(np.int32(halves[i] >> np.uint32(8))) * np.float32(2.0**-24)
 
 
-@_compiled
+@compiled
 def pack(pairs: Array, low_first: bool, out: Array) -> None:
     """`pairs` of codes as one little-endian uint16 each."""
     nibble, byte = np.uint16(4), np.uint16(8)
@@ -337,7 +299,7 @@ def pack(pairs: Array, low_first: bool, out: Array) -> None:
             out[i] = np.uint8(pairs[i] << nibble | pairs[i] >> byte)
 
 
-@_compiled
+@compiled
 def unpack(packed: Array, low_first: bool, pairs: Array) -> None:
     nibble, byte, mask = np.uint16(4), np.uint16(8), np.uint16(15)
     if low_first:
@@ -350,7 +312,7 @@ def unpack(packed: Array, low_first: bool, pairs: Array) -> None:
             pairs[i] = both >> nibble | (both & mask) << byte
 
 
-@_compiled
+@compiled
 def turn_words(words: Array, out: Array) -> None:
     """Transpose by squares that lie in the first-level cache on both sides."""
     for first in range(0, words.shape[0], 16):
@@ -361,7 +323,7 @@ def turn_words(words: Array, out: Array) -> None:
                     out[c, r] = words[r, c]
 
 
-@_compiled
+@compiled
 def turn_codes(words: Array, places: Array, out: Array) -> None:
     """Words [8 n, m], out [8 m, n]; some columns at a time, of all rows."""
     for left in range(0, words.shape[1], 16):
@@ -375,7 +337,7 @@ def turn_codes(words: Array, places: Array, out: Array) -> None:
                     out[8 * m + i, n] = word
 
 
-@_compiled
+@compiled
 def turn_codes_back(words: Array, places: Array, out: Array) -> None:
     """Words [8 m, n], out [8 n, m]."""
     for left in range(0, out.shape[1], 16):
@@ -389,7 +351,7 @@ def turn_codes_back(words: Array, places: Array, out: Array) -> None:
                     out[8 * n + places[p], m] = word
 
 
-@_compiled
+@compiled
 def to_bfloat16(bits: Array) -> None:
     """Round to nearest, ties to even, in place; what is not finite stays so."""
     for b in range(bits.shape[0]):
@@ -400,7 +362,7 @@ def to_bfloat16(bits: Array) -> None:
             bits[b, j] = word if (word & _INFINITY) == _INFINITY else rounded
 
 
-@_compiled
+@compiled
 def decode_pairs(packed: Array, pairs: Array, scales: Array, both: Array, values: Array) -> None:
     """`both` and `values` are the same memory, as two float32 and as one."""
     for b in range(values.shape[0]):
@@ -410,7 +372,7 @@ def decode_pairs(packed: Array, pairs: Array, scales: Array, both: Array, values
             values[b, j] *= scales[b]
 
 
-@_compiled
+@compiled
 def decode_table(codes: Array, by_code: Array, scales: Array, values: Array) -> None:
     for b in range(values.shape[0]):
         for j in range(values.shape[1]):
@@ -419,7 +381,7 @@ def decode_table(codes: Array, by_code: Array, scales: Array, values: Array) -> 
             values[b, j] *= scales[b]
 
 
-@_compiled
+@compiled
 def decode_integer(codes: Array, scales: Array, inverse_peak: Any, values: Array) -> None:
     for b in range(values.shape[0]):
         scale = scales[b]
@@ -427,7 +389,7 @@ def decode_integer(codes: Array, scales: Array, inverse_peak: Any, values: Array
             values[b, j] = np.float32(np.float32(codes[b, j]) * scale) * inverse_peak
 
 
-@_compiled
+@compiled
 def tree_sum(terms: Array) -> Any:
     """`pairwise_sum`, in place."""
     count = terms.size
@@ -440,7 +402,7 @@ def tree_sum(terms: Array) -> Any:
     return terms[0]
 
 
-@_compiled
+@compiled
 def _tree_sum_64(terms: Array) -> Any:
     """`tree_sum` of 64."""
     for j in range(32):
@@ -454,7 +416,7 @@ def _tree_sum_64(terms: Array) -> Any:
     return (terms[0] + terms[2]) + (terms[1] + terms[3])
 
 
-@_compiled
+@compiled
 def _levels(values: Array, scale: Any, midpoints: Array, rising: Array, levels: Array) -> None:
     """Values of the codes nearest to a block's `values`."""
     factor = _factor(scale, _ONE, _FLOOR)
@@ -462,7 +424,7 @@ def _levels(values: Array, scale: Any, midpoints: Array, rising: Array, levels: 
         levels[j] = _at_rank(values[j] * factor, midpoints, rising)
 
 
-@_compiled
+@compiled
 def search(values: Array, factors: Array, steps: int, midpoints: Array, rising: Array, scales: Array) -> None:
     """The first of `factors` is 1."""
     levels, terms = np.empty(64, np.float32), np.empty(64, np.float32)
@@ -489,14 +451,14 @@ def search(values: Array, factors: Array, steps: int, midpoints: Array, rising: 
         scales[b] = best
 
 
-@_compiled
+@compiled
 def _uniform_levels(values: Array, scale: Any, half: Any, levels: Array) -> None:
     factor = _factor(scale, _ONE, _FLOOR)
     for j in range(values.size):
         levels[j] = _uniform_level(values[j] * factor, half) / half
 
 
-@_compiled
+@compiled
 def search_uniform(values: Array, factors: Array, steps: int, half: Any, scales: Array) -> None:
     """`search` on the grid of `nearest_uniform`, in blocks of any length."""
     levels, terms = np.empty(values.shape[1], np.float32), np.empty(values.shape[1], np.float32)
@@ -523,7 +485,7 @@ def search_uniform(values: Array, factors: Array, steps: int, half: Any, scales:
         scales[b] = best
 
 
-@_compiled
+@compiled
 def _round_bits(bits: Array, values: Array, width: int, dropped: int) -> None:
     """Round `values`, the same memory as `bits`, to bfloat16 (16 bits dropped) or float16 (13), ties to even."""
     shift, odd = np.uint32(dropped), np.uint32(1)
@@ -543,7 +505,7 @@ def _round_bits(bits: Array, values: Array, width: int, dropped: int) -> None:
         bits[i] = np.uint32(word + half + ((word >> shift) & odd)) & mask
 
 
-@_compiled
+@compiled
 def _ranks(
     goal: Array, pulled: Array, scales: Array, midpoints: Array, half: Any, wanted: Array, ranks: Array
 ) -> None:
@@ -560,7 +522,7 @@ def _ranks(
         ranks[i] = np.int32(_rank(x, midpoints))
 
 
-@_compiled
+@compiled
 def _loaded(table: Array, index: Array, scales: Array, dropped: int, bits: Array, values: Array) -> None:
     for i in range(scales.size):
         values[i] = table[index[i]] * scales[i]
@@ -568,7 +530,7 @@ def _loaded(table: Array, index: Array, scales: Array, dropped: int, bits: Array
         _round_bits(bits, values, scales.size, dropped)
 
 
-@_compiled
+@compiled
 def _change(goal: Array, values: Array, errors: Array, changes: Array) -> bool:
     """The new errors, and how they differ from the old ones; whether any does."""
     moved = False
@@ -580,7 +542,7 @@ def _change(goal: Array, values: Array, errors: Array, changes: Array) -> bool:
     return moved
 
 
-@_compiled
+@compiled
 def quantize_columns(
     target: Array,
     pull: Array,
@@ -622,7 +584,7 @@ def quantize_columns(
                         pulls[i] += changes[i] * weight
 
 
-@_compiled
+@compiled
 def _nearest_rank(x: Any, midpoints: Array) -> Any:
     rank = np.int64(0)
     for step in (8, 4, 2, 1):
@@ -630,7 +592,7 @@ def _nearest_rank(x: Any, midpoints: Array) -> Any:
     return rank
 
 
-@_compiled
+@compiled
 def quantize_columns_in_turn(
     target: Array,
     pull: Array,
@@ -677,7 +639,7 @@ def quantize_columns_in_turn(
                 pulls[i] += changes[i] * weight
 
 
-@_compiled
+@compiled
 def add_product(sparse: Array, matrix: Array, out: Array) -> None:
     for j in range(sparse.shape[0]):
         sums = out[j]
@@ -688,7 +650,7 @@ def add_product(sparse: Array, matrix: Array, out: Array) -> None:
                     sums[k] += factor * row[k]
 
 
-@_compiled
+@compiled
 def distance(left: Array, right: Array, sums: Array) -> None:
     terms = np.empty(left.shape[1], np.float32)
     for b in range(left.shape[0]):
@@ -698,7 +660,7 @@ def distance(left: Array, right: Array, sums: Array) -> None:
         sums[b] = tree_sum(terms)
 
 
-@_compiled
+@compiled
 def kept_table(
     codes: Array, by_code: Array, target: Array, base: Array, anchor: Array, inner: Array, sums: Array
 ) -> None:
@@ -725,7 +687,7 @@ def kept_table(
         sums[1, b] = (terms[2, 0] + terms[2, 2]) + (terms[2, 1] + terms[2, 3])
 
 
-@_compiled
+@compiled
 def kept_in_any_table(
     codes: Array, by_code: Array, target: Array, base: Array, anchor: Array, inner: Array, sums: Array
 ) -> None:
@@ -741,7 +703,7 @@ def kept_in_any_table(
         sums[1, b] = tree_sum(terms[2])
 
 
-@_compiled
+@compiled
 def kept_integer(codes: Array, target: Array, base: Array, anchor: Array, inner: Array, sums: Array) -> None:
     terms = np.empty((3, codes.shape[1]), np.float32)
     for b in range(codes.shape[0]):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import inspect
-import runpy
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -367,42 +364,3 @@ def test_codes_and_words_are_turned_the_same_way(eights: int, columns: int, left
 
     plain, _ = both(quantized)
     assert torch.equal(plain, words.T)
-
-
-class Damaged:
-    """A store of machine code whose files were cut short, on a disk that is full."""
-
-    def __init__(self, error: Exception) -> None:
-        self.error, self.flushed, self.cache_path = error, 0, "here"
-
-    def load_overload(self, *given: object) -> object:
-        raise self.error
-
-    def save_overload(self, *given: object) -> None:
-        raise self.error if self.flushed else OSError(errno.ENOSPC, "full")
-
-    def flush(self) -> None:
-        self.flushed += 1
-        raise OSError(errno.EROFS, "read only")
-
-
-def test_damaged_machine_code_is_compiled_again() -> None:
-    from streamconv.kernels.loops import StoredCode
-
-    store = Damaged(EOFError("Ran out of input"))
-    kept = StoredCode(store)
-    assert kept.load_overload("signature", "context") is None
-    assert store.flushed == 1
-    kept.save_overload("signature", "code")
-    store.flushed = 0
-    kept.save_overload("signature", "code")
-    assert kept.cache_path == "here"
-    with pytest.raises(MemoryError):
-        StoredCode(Damaged(MemoryError())).load_overload("signature", "context")
-
-
-def test_loops_that_are_not_compiled_stay_functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    from streamconv.kernels import loops
-
-    monkeypatch.setattr("numba.config.DISABLE_JIT", True)  # as NUMBA_DISABLE_JIT=1 has it
-    assert inspect.isfunction(runpy.run_path(loops.__file__)["absmax_64"])

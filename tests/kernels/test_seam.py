@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,16 +58,6 @@ def test_where_numba_is_told_not_to_compile_torch_computes(monkeypatch: pytest.M
     numba = pytest.importorskip("numba")
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
     assert kernels_for(CPU) is TORCH
-
-
-def test_the_switch_of_numba_in_the_environment_is_no_error() -> None:
-    pytest.importorskip("numba")
-    script = (
-        "import torch; from streamconv.kernels import TORCH, kernels_for; "
-        "assert kernels_for(torch.device('cpu')) is TORCH"
-    )
-    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, env=environment)
 
 
 def test_a_gpu_computes_with_torch() -> None:
