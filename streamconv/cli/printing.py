@@ -80,11 +80,11 @@ class Forgiving(io.TextIOBase):
         self._stream, self._forgives = stream, forgives
 
     @property
-    def encoding(self) -> str:  # type: ignore[override]
+    def encoding(self) -> str:  # type: ignore[override]  # an attribute there, that of a stream which may be none
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     @property
-    def errors(self) -> str:  # type: ignore[override]
+    def errors(self) -> str:  # type: ignore[override]  # likewise
         return getattr(self._stream, "errors", None) or "backslashreplace"
 
     @property

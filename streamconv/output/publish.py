@@ -98,9 +98,9 @@ def set_aside(journal: Journal, path: Path) -> None:
     """Remove a file of the output's folder, or a link, by way of the work folder; it may not be there."""
     journal.check_owner()
     kind, aside = kind_at(path), journal.folder / REPLACED / path.name
+    if kind == FOLDER:
+        raise write_error(IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)), path)
     try:
-        if kind == FOLDER:
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if kind is not None:
             aside.parent.mkdir(exist_ok=True)
             path.rename(aside)

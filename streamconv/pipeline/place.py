@@ -80,7 +80,7 @@ def unfinished(prepared: Prepared, out: Path) -> list[tuple[Prepared, Path]]:
 def further_outputs(out: Path) -> list[Path]:
     """Folders of finished further outputs in `out`."""
     # Unlike that of Path, this does not fail where nothing may be looked at.
-    return [folder for name in OUTPUT_FOLDERS if os.path.isfile((folder := out / name) / MANIFEST)]  # noqa: PTH113
+    return [folder for name in OUTPUT_FOLDERS if os.path.isfile((folder := out / name) / MANIFEST)]  # noqa: PTH113  see above
 
 
 def is_finished(prepared: Prepared, out: Path) -> bool:

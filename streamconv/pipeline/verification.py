@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import fspath
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from streamconv.calibration.calibrated import Calibrated, calibrated_plan
 from streamconv.calibration.weighing import Weighed, weigh
@@ -197,9 +196,6 @@ def _prepare_again(
     is_calibrated, has_text = found.get("calibration") is not None, given.calibration is not None
     with _damaged_where_odd(out):
         job = _job_of(found, given)
-        _check_types(job.options)
-        if job.options.calibration is not None:
-            _check_types(job.options.calibration)
         facts = _recorded_facts(content) if is_calibrated and not has_text else None
     asked = job.options.calibration
     if is_calibrated and not has_text and asked and asked.rescale != "none":
@@ -222,25 +218,6 @@ def _damaged_where_odd(out: Path) -> Iterator[None]:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise _damaged(out) from error
-
-
-def _check_types(options: MergeOptions | Calibration) -> None:
-    """Raise TypeError unless every field of these options has the type that it is declared with."""
-    for name, hint in get_type_hints(type(options)).items():
-        value = getattr(options, name)
-        if not _is_of(value, hint):
-            raise TypeError(f"{name} cannot be {value!r}")
-
-
-def _is_of(value: object, hint: Any) -> bool:
-    """Whether a value is of a type such as `int | None` or `tuple[str, ...]`; true and false are no numbers."""
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_is_of(each, get_args(hint)[0]) for each in value)
-    if get_origin(hint) is UnionType:
-        return any(_is_of(value, each) for each in get_args(hint))
-    if hint is float:
-        hint = int | float
-    return isinstance(value, hint) and (not isinstance(value, bool) or hint is bool)
 
 
 def _damaged(out: Path) -> VerificationError:

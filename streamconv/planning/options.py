@@ -13,6 +13,7 @@ from inspect import Parameter, signature
 from os import PathLike
 from typing import Any, Self, TypedDict, TypeVar, cast, get_type_hints
 
+from streamconv.planning.field_types import check_types
 from streamconv.sizes import exact_size
 
 Folder = str | PathLike[str]
@@ -46,10 +47,15 @@ class Calibration:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any], data: str | None) -> Self:
-        """The calibration that a fingerprint records, of the text `data`, or of that with the name recorded."""
+        """The calibration that a fingerprint records, of the text `data`, or of that with the name recorded.
+
+        Raises TypeError for a field that has another type.
+        """
         recorded = (found["options"] or {}) | dict(found)
         given = {each.name: recorded[each.name] for each in fields(cls) if each.name in recorded}
-        return cls(**{**given, "data": data or found["name"]})
+        made = cls(**{**given, "data": data or found["name"]})
+        check_types(made)
+        return made
 
 
 # Fields that change no byte of an output, or, as `calibration`, are recorded by themselves.
@@ -109,14 +115,19 @@ class MergeOptions:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any], calibration: Calibration | None) -> Self:
-        """The options that a fingerprint records; those it does not know of have their defaults."""
+        """The options that a fingerprint records; those it does not know of have their defaults.
+
+        Raises TypeError for a field that has another type.
+        """
         names = {each.name for each in fields(cls)} - _NOT_RECORDED
         given: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in found.items()
             if name in names
         }
-        return cls(**{**given, "calibration": calibration})
+        made = cls(**{**given, "calibration": calibration})
+        check_types(made)
+        return made
 
 
 @dataclass(frozen=True, slots=True)

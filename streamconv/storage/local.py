@@ -194,8 +194,8 @@ def open_folder(location: str) -> LocalFolder:
 def find_file(location: str) -> LocalFolder | None:
     """The file `location` alone, where it is one that an adapter may consist of; None where it is not."""
     # Unlike those of Path, these do not fail for a name that is too long, or `~` of an unknown user.
-    path = os.path.expanduser(location)  # noqa: PTH111
-    if not location.endswith(_WHOLE_FILES) or not os.path.isfile(path):  # noqa: PTH113
+    path = os.path.expanduser(location)  # noqa: PTH111  see above
+    if not location.endswith(_WHOLE_FILES) or not os.path.isfile(path):  # noqa: PTH113  see above
         return None
     return LocalFolder(location, real_path(Path(path).parent), Path(path).name)
 
@@ -221,11 +221,12 @@ def real_path(location: str | Path) -> Path:
 
     `Path` alone would raise RuntimeError for a loop of links, or `~` of an unknown user.
     """
-    return Path(os.path.realpath(os.path.expanduser(location)))  # noqa: PTH111
+    return Path(os.path.realpath(os.path.expanduser(location)))  # noqa: PTH111  see above
 
 
 def existing_folder(path: Path) -> Path:
     """The folder nearest to `path` that exists: itself, or one it lies in."""
+    # Unlike that of Path, this does not fail where nothing may be looked at.
     return next(folder for folder in (path, *path.absolute().parents) if os.path.isdir(folder))  # noqa: PTH112
 
 
