@@ -11,7 +11,13 @@ from streamconv.planning.options import MergeOptions
 
 @pytest.mark.parametrize(
     "fields",
-    [{"seed": 3}, {"ignore": ["lm_head"]}, {"group_size": None}, {"max_shard_bytes": 10**9}, {"weight": [1, 0.5]}],
+    [
+        {"seed": 3},
+        {"ignore": ["lm_head"]},
+        {"group_size": None},
+        {"max_shard_bytes": 10**9},
+        {"weight": [1, 0.5]},
+    ],
     ids=str,
 )
 def test_recorded_fields_are_taken(fields: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ Writes docs/results/hub-faults.json: for each fault its cases, exits, and what w
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import sys
@@ -70,13 +71,17 @@ def write(told: Mapping[str, object]) -> None:
 
 
 def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else None
-    seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    """Try cases and write what came of them, now and then while it goes on; exit 1 if one went wrong."""
+    parser = argparse.ArgumentParser(prog="tools/hub_faults", description=__doc__)
+    parser.add_argument("--cases", type=int, help="so many of them, drawn at random (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    options = parser.parse_args()
+    seed = options.seed
     began = time.monotonic()
     found: list[Found] = []
     with tempfile.TemporaryDirectory() as folder, world(Path(folder)) as given:
         requests = len(given.requests)
-        for case in cases(requests, count, seed):
+        for case in cases(requests, options.cases, seed):
             found.append(given.try_case(case))
             if found[-1].wrong:
                 print(found[-1].case, found[-1].struck, found[-1].wrong, found[-1].sentence, flush=True)
