@@ -23,7 +23,7 @@ from streamconv.adapters.base import ByRows, Parts, State, Update, has_zero_part
 from streamconv.adapters.config import COMMON_FIELDS, NO_EFFECT, USED, Neutral
 from streamconv.adapters.method import Method
 from streamconv.adapters.orientation import is_transposed
-from streamconv.adapters.ranks import by_pattern
+from streamconv.adapters.ranks import OwnPatterns, own_patterns
 from streamconv.adapters.source import BaseParameters, Source, by_module, trained_shape
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
@@ -86,10 +86,13 @@ def _runs(rows: range, size: int) -> Iterator[tuple[int, int, range]]:
 def read_c3a(source: Source, base: BaseParameters) -> tuple[Update, ...]:
     """The updates of a C3A adapter. Raises AdapterError where tensors do not fit base or config."""
     modules = by_module(source, _KEY).items()
-    return tuple(_update(module, parts["c3a_kernel"], source, base) for module, parts in modules)
+    sizes = own_patterns(source.config, "block_size_pattern")
+    return tuple(_update(module, parts["c3a_kernel"], source, base, sizes) for module, parts in modules)
 
 
-def _update(module: str, kernels: StoredTensor, source: Source, base: BaseParameters) -> Update:
+def _update(
+    module: str, kernels: StoredTensor, source: Source, base: BaseParameters, sizes: OwnPatterns
+) -> Update:
     parameter = base.get(f"{module}.weight", kernels.name)
     shape = trained_shape(source, parameter, f"{module}.base_layer.weight")
     config = source.config
@@ -100,7 +103,7 @@ def _update(module: str, kernels: StoredTensor, source: Source, base: BaseParame
             f"{kernels.name} has shape {list(kernels.shape)}, expected [outputs/n, inputs/n, n] for {parameter.name} of"
             f" the base, {list(parameter.shape)}; was the adapter trained on this base?"
         )
-    expected = by_pattern(config, "block_size_pattern", source.trained(module), config.rank("block_size"))
+    expected = sizes.of(source.trained(module), config.rank("block_size"))
     if size != expected:
         raise AdapterError(
             f"{kernels.name} has blocks of {size}, but {config.name} gives {expected} (block_size and"

@@ -25,7 +25,7 @@ from streamconv.adapters.config import COMMON_FIELDS, NO_EFFECT, USED, Neutral
 from streamconv.adapters.method import Method
 from streamconv.adapters.orientation import is_transposed
 from streamconv.adapters.permutation import HELD_BYTES, first_of_permutation
-from streamconv.adapters.ranks import by_pattern
+from streamconv.adapters.ranks import OwnPatterns, own_patterns
 from streamconv.adapters.source import BaseParameters, Source, by_module, trained_shape
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
@@ -134,10 +134,15 @@ def _passes(bins: Tensor) -> tuple[Tensor, Tensor]:
 def read_fourierft(source: Source, base: BaseParameters) -> tuple[Update, ...]:
     """The updates of a FourierFT adapter. Raises AdapterError where tensors do not fit base or config."""
     modules = by_module(source, _KEY).items()
-    return tuple(_update(module, parts["fourierft_spectrum"], source, base) for module, parts in modules)
+    counts = own_patterns(source.config, "n_frequency_pattern")
+    return tuple(
+        _update(module, parts["fourierft_spectrum"], source, base, counts) for module, parts in modules
+    )
 
 
-def _update(module: str, spectrum: StoredTensor, source: Source, base: BaseParameters) -> Update:
+def _update(
+    module: str, spectrum: StoredTensor, source: Source, base: BaseParameters, counts: OwnPatterns
+) -> Update:
     parameter = base.get(f"{module}.weight", spectrum.name)
     shape = trained_shape(source, parameter, f"{module}.base_layer.weight")
     config = source.config
@@ -148,7 +153,7 @@ def _update(module: str, spectrum: StoredTensor, source: Source, base: BaseParam
             f"{spectrum.name} has shape {list(spectrum.shape)}, expected some of the frequencies of {parameter.name} of"
             f" the base, {list(parameter.shape)}, the weight of a linear layer; was the adapter trained on this base?"
         )
-    expected = by_pattern(config, "n_frequency_pattern", source.trained(module), config.rank("n_frequency"))
+    expected = counts.of(source.trained(module), config.rank("n_frequency"))
     if count != expected:
         raise AdapterError(
             f"{spectrum.name} has {count} frequencies, but {config.name} gives {expected} (n_frequency and"

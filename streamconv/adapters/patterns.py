@@ -16,7 +16,7 @@ _MOST_TRIALS, _OF_EXPRESSION = 20_000_000, 10
 
 
 class Patterns(Generic[Number]):
-    """Patterns in their order, each of which may leave out the top of a module's path.
+    """Patterns in their order, each of which may leave out the top of a module's path; where `is_below`, has to.
 
     Plain names are looked up: those of one length with dots at the same places differ in their other letters alone. So
     only regular expressions are tried one by one.
@@ -27,10 +27,13 @@ class Patterns(Generic[Number]):
         entries: Sequence[tuple[str, Number]],
         expression: Callable[[str], Expression],
         refuse: Callable[[str], Exception],
+        *,
+        is_below: bool = False,
     ) -> None:
         """`expression` makes one of a pattern; `refuse` makes the error of a sentence's end if there are too many."""
         self._values: list[Number] = [value for _, value in entries]
         self._refuse, self._trials = refuse, 0
+        self._is_below = is_below
         self._plain: dict[tuple[int, tuple[int, ...]], dict[str, int]] = {}
         self._others: list[tuple[int, Expression]] = []
         for place, (text, _) in enumerate(entries):
@@ -58,13 +61,17 @@ class Patterns(Generic[Number]):
         first = len(self._values)
         for (length, dots), names in self._plain.items():
             end = module[-length:]
-            if len(end) < length or (len(module) > length and module[-length - 1] != "."):
+            if len(end) < length or not self._is_end(module, length):
                 continue
             letters = list(end)
             for dot in dots:
                 letters[dot] = "."
             first = min(first, names.get("".join(letters), first))
         return first
+
+    def _is_end(self, module: str, length: int) -> bool:
+        """Whether the last characters of a module's path, so many, are whole names of it."""
+        return not self._is_below if len(module) == length else module[-length - 1] == "."
 
     def _count(self, trials: int) -> None:
         self._trials += trials

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from streamconv.adapters.config import AdapterConfig
@@ -81,14 +81,29 @@ def expression_of(config: AdapterConfig, field: str, text: str, pattern: str) ->
     return Expression(pattern, lambda why: AdapterError(f"{config.name}: {shown(text)} in {field} {why}"))
 
 
-def by_pattern(config: AdapterConfig, field: str, module: str, default: int) -> int:
-    """The number that `field`, an object by pattern, gives `module`, else `default`.
+@dataclass(frozen=True, slots=True)
+class OwnPatterns:
+    """Numbers that a field of a method's own gives modules, by pattern; `whole` are those of whole paths.
 
-    As PEFT's methods with a pattern of their own look it up (`_create_and_replace` in their models): a pattern stands
-    below at least one name of the path, and only the whole path may leave that out.
+    As PEFT's methods with such a field look them up (`_create_and_replace` in their models): a pattern stands below at
+    least one name of the path, and only the whole path may leave that out.
     """
+
+    patterns: Patterns[int]
+    whole: Mapping[str, int]
+
+    def of(self, module: str, default: int) -> int:
+        return self.patterns.find(module, self.whole.get(module, default))
+
+
+def own_patterns(config: AdapterConfig, field: str) -> OwnPatterns:
+    """Numbers of `field`. Raises AdapterError for one of a wrong type."""
     entries = config.ranks(field)
-    for text, number in entries.items():
-        if expression_of(config, field, text, rf".*\.{text}$").fits(module):
-            return number
-    return entries.get(module, default)
+
+    def expression(text: str) -> Expression:
+        return expression_of(config, field, text, rf".*\.{text}$")
+
+    def refuse(why: str) -> AdapterError:
+        return AdapterError(f"{config.name}: {field} {why}")
+
+    return OwnPatterns(Patterns(tuple(entries.items()), expression, refuse, is_below=True), entries)

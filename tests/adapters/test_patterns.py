@@ -61,3 +61,13 @@ def test_too_many_to_try_are_refused() -> None:
     with pytest.raises(AdapterError, match="rank_pattern has 3000 patterns, which are too many to try"):
         [patterns.find(module, 0) for module in modules]
     assert time.process_time() - began < 30
+
+
+@given(st.lists(texts, max_size=6, unique=True), names)
+def test_patterns_that_stand_below_a_name_do_so(patterns: list[str], module: str) -> None:
+    def expression(text: str) -> Expression:
+        return Expression(rf".*\.{text}$", refuse)
+
+    entries = [(text, number) for number, text in enumerate(patterns, 1)]
+    wanted = next((number for text, number in entries if re.match(rf".*\.{text}$", module)), 0)
+    assert Patterns(entries, expression, refuse, is_below=True).find(module, 0) == wanted
