@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamconv.errors import OutputError, StreamconvError
+from streamconv.storage.hashing import hash_range
 from streamconv.storage.local import FILE, close_quietly, kind_of
 from streamconv.system_errors import lacking
-
-_CHUNK_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +120,13 @@ def identify(path: Path, on_bytes: Callable[[int], None]) -> FileIdentity | None
     Raises OutputError where it is no regular file, or cannot be read.
     """
     digest = hashlib.sha256()
-    buffer = bytearray(_CHUNK_BYTES)
-    view = memoryview(buffer)
     try:
-        with os.fdopen(open_own(path, os.O_RDONLY), "rb", buffering=0) as stream:
-            while count := stream.readinto(buffer):
-                digest.update(view[:count])
-                on_bytes(count)
-            return identity_of(os.fstat(stream.fileno()), digest.hexdigest())
+        descriptor = open_own(path, os.O_RDONLY)
+        try:
+            hash_range(digest, descriptor, on_bytes=on_bytes)
+            return identity_of(os.fstat(descriptor), digest.hexdigest())
+        finally:
+            close_quietly(descriptor)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -8,7 +8,6 @@ so not taken for what was written: it is made again. A damaged line is as good a
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -19,7 +18,6 @@ from streamconv.checkpoint.writer import close_written, write_error
 
 DIGESTS = "hashes"
 _LINE = re.compile(rb"([0-9a-f]{64})  ([^\n]+)\n")
-_CHUNK_BYTES = 4 * 2**20
 _MOST_BYTES = 64 * 2**20
 _WRITES = os.O_WRONLY | os.O_RDWR
 
@@ -58,31 +56,8 @@ class RecordedFiles:
     def is_whole(self, path: Path, name: str | None = None, on_chunk: OnChunk = lambda: None) -> bool:
         """Whether the file at `path` is there and is the one recorded as `name`, its own where none is given."""
         recorded = self._digests.get(name or path.name)
-        return recorded is not None and recorded == hash_file(path, on_chunk)
-
-
-def hash_file(path: Path, on_chunk: OnChunk = lambda: None) -> str | None:
-    """SHA-256 of a file of our own; None where there is none. Raises OutputError where it is something else."""
-    found = identify(path, lambda _: on_chunk())
-    return found.sha256 if found is not None else None
-
-
-def hash_descriptor(descriptor: int, on_chunk: OnChunk = lambda: None) -> str:
-    """SHA-256 of an open file, from its begin. Raises OSError."""
-    digest = hashlib.sha256()
-    hash_range(digest, descriptor, 0, os.fstat(descriptor).st_size, on_chunk)
-    return digest.hexdigest()
-
-
-def hash_range(
-    digest: hashlib._Hash, descriptor: int, start: int, stop: int, on_chunk: OnChunk = lambda: None
-) -> None:
-    """Add to `digest` the bytes of an open file from `start` to `stop`, as far as they are there. Raises OSError."""
-    buffer = memoryview(bytearray(min(_CHUNK_BYTES, stop - start)))
-    while start < stop and (count := os.preadv(descriptor, [buffer[: stop - start]], start)):
-        digest.update(buffer[:count])
-        start += count
-        on_chunk()
+        found = None if recorded is None else identify(path, lambda _: on_chunk())
+        return found is not None and found.sha256 == recorded
 
 
 def open_recorded(path: Path, flags: int) -> int:

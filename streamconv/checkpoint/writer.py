@@ -23,6 +23,7 @@ from streamconv.checkpoint.own_files import FileIdentity, identity_of, open_own
 from streamconv.checkpoint.reader import advise, flat_bytes
 from streamconv.errors import OutputError, ResourceError, StreamconvError, VerificationError
 from streamconv.storage.base import SourceFile
+from streamconv.storage.hashing import hash_range
 from streamconv.storage.local import close_quietly, open_file
 from streamconv.system_errors import lacking
 from streamconv.threads import Future, Pool
@@ -33,7 +34,6 @@ WINDOW_BYTES = 32 << 20
 """Bytes that are written back at once, a whole number of pages."""
 
 _WINDOWS = 4
-_READ_BYTES = 4 << 20
 _PAGE = 4096
 _FICLONE = 0x40049409
 _NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
@@ -363,18 +363,12 @@ def _fallocate(descriptor: int, size: int) -> int:
 def _rehash(descriptor: int, path: Path, header: Bytes, offset: int) -> hashlib._Hash | None:
     """SHA-256 of the first `offset` bytes; None if there are fewer, or they do not begin with `header`."""
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(max(_READ_BYTES, len(header))))
-    done = 0
-    while done < offset:
-        try:
-            count = os.preadv(descriptor, [buffer[: offset - done]], done)
-        except OSError as error:
-            raise write_error(error, path) from error
-        if not count or (done == 0 and buffer[: len(header)] != header):
+    try:
+        if offset < len(header) or os.pread(descriptor, len(header), 0) != header:
             return None
-        digest.update(buffer[:count])
-        done += count
-    return digest if offset >= len(header) else None
+        return digest if hash_range(digest, descriptor, 0, offset) == offset else None
+    except OSError as error:
+        raise write_error(error, path) from error
 
 
 def write_error(error: OSError, path: Path, missing_bytes: int = 0) -> StreamconvError:

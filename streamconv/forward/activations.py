@@ -14,11 +14,12 @@ from torch import Tensor
 
 from streamconv.checkpoint.own_files import read_error
 from streamconv.checkpoint.reader import tensor_bytes
-from streamconv.checkpoint.recorded import hash_descriptor, hash_range, open_recorded
+from streamconv.checkpoint.recorded import open_recorded
 from streamconv.checkpoint.writer import close_written, write_error
 from streamconv.errors import OutputError, ResourceError, StreamconvError
 from streamconv.sizes import format_size
 from streamconv.storage.file_set import temporary_folder
+from streamconv.storage.hashing import hash_range
 from streamconv.storage.local import close_quietly
 from streamconv.threads import Future, Pool
 
@@ -74,7 +75,7 @@ class ActivationFile:
         self._path, self._shape, self._hashes = path, shape, hashes
         self._trail = Pool(1, "sha256")  # starts no thread before it is used
         self._sha256, self._hashed = hashlib.sha256(), -1
-        self._hashing: list[Future[None]] = []
+        self._hashing: list[Future[int]] = []
         self._descriptor = open_recorded(path, os.O_RDWR | os.O_CREAT)
         try:
             # Reserved now, so that a full disk shows before the work is done.
@@ -116,11 +117,14 @@ class ActivationFile:
             raise write_error(error, self._path) from error
         try:
             self._wait()
-            return (
-                self._sha256.hexdigest() if self._hashed == self.nbytes else hash_descriptor(self._descriptor)
-            )
+            return self._sha256.hexdigest() if self._hashed == self.nbytes else self._hash_all()
         except OSError as error:
             raise read_error(error, self._path) from error
+
+    def _hash_all(self) -> str:
+        digest = hashlib.sha256()
+        hash_range(digest, self._descriptor)
+        return digest.hexdigest()
 
     def _hash_next(self, start: int, stop: int) -> None:
         """Have bytes that were just written hashed, if they are the first ones or follow those that were."""

@@ -22,7 +22,8 @@ from streamconv.output.tokenizer_files import CHAT_TEMPLATES, OLD_TEMPLATE, TEMP
 from streamconv.output.tokenizer_files import CONFIG as TOKENIZER_CONFIG
 from streamconv.progress import OnBytes
 from streamconv.storage.base import SourceFile
-from streamconv.storage.local import open_file, reading
+from streamconv.storage.hashing import hash_range
+from streamconv.storage.local import close_quietly, open_file, reading
 
 JSON_OBJECT, TEXT = "json", "text"
 """Forms: a JSON object; UTF-8 without the character NUL, of which a crash can leave whole blocks."""
@@ -80,9 +81,12 @@ def describe_file(file: SourceFile) -> dict[str, Any]:
 def sha256_of(file: SourceFile, on_bytes: OnBytes = lambda _: None) -> str:
     """SHA-256 of a file in hexadecimal; `on_bytes` is told how many bytes were read. Raises as `read_chunks` does."""
     digest = hashlib.sha256()
-    for chunk in read_chunks(file):
-        digest.update(chunk)
-        on_bytes(len(chunk))
+    with reading(f"{file.name} ({file.path})"):
+        descriptor = open_file(file)
+        try:
+            hash_range(digest, descriptor, on_bytes=on_bytes)
+        finally:
+            close_quietly(descriptor)
     return digest.hexdigest()
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from streamconv.storage.hashing import hash_range
+
 BLOB_ID = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
-_CHUNK_BYTES = 4 * 2**20
 _GIT_DIGITS = 40
 GIT, SHA256 = "0" * _GIT_DIGITS, "0" * 64
 """Ids of no content, for `content_id` to take the form of."""
@@ -30,10 +31,5 @@ def content_id(file: BinaryIO, size: int, like: str, on_bytes: Callable[[int], N
     """
     is_git = len(like) == _GIT_DIGITS
     digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False) if is_git else hashlib.sha256()
-    buffer = bytearray(min(_CHUNK_BYTES, size + 1))
-    view = memoryview(buffer)
-    file.seek(0)
-    while count := file.readinto(buffer):  # type: ignore[attr-defined]  # raw and buffered files have it
-        digest.update(view[:count])
-        on_bytes(count)
+    hash_range(digest, file.fileno(), on_bytes=on_bytes)
     return digest.hexdigest()

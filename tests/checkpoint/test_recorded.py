@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from streamconv.checkpoint.own_files import identify
 from streamconv.checkpoint.recorded import (
     DIGESTS,
     RecordedFiles,
-    hash_file,
     open_recorded,
 )
 from streamconv.checkpoint.writer import close_written, remove_file
@@ -21,7 +22,7 @@ from streamconv.errors import OutputError, ResourceError
 
 def write(path: Path, content: bytes) -> str:
     path.write_bytes(content)
-    sha256 = hash_file(path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     assert sha256 is not None
     return sha256
 
@@ -78,7 +79,10 @@ def fill(path: Path, kind: str) -> None:
 def test_only_a_file_is_opened(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a"
     fill(path, kind)
-    for read in (hash_file, lambda path: open_recorded(path, os.O_RDWR | os.O_CREAT)):
+    for read in (
+        lambda path: identify(path, lambda _: None),
+        lambda path: open_recorded(path, os.O_RDWR | os.O_CREAT),
+    ):
         with pytest.raises(
             OutputError, match=rf"a is {kind}, and must be a file that streamconv made itself"
         ):
@@ -99,7 +103,7 @@ def test_errors_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     path = tmp_path / "a"
     write(path, b"content")
     cases: tuple[tuple[str, int, Callable[[], object], type[Exception]], ...] = (
-        ("open", errno.EIO, lambda: hash_file(path), OutputError),
+        ("open", errno.EIO, lambda: identify(path, lambda _: None), OutputError),
         ("write", errno.ENOSPC, lambda: RecordedFiles(tmp_path).record({"a": "0" * 64}), ResourceError),
         ("fsync", errno.EIO, lambda: RecordedFiles(tmp_path).record({"a": "0" * 64}), OutputError),
         ("close", errno.EDQUOT, lambda: close_written(-1, path), ResourceError),
