@@ -20,8 +20,10 @@ from streamconv.checkpoint.own_files import open_own, read_error
 from streamconv.checkpoint.strict_json import parse_object
 from streamconv.errors import CheckpointError
 
+# One line holds the sums of a shard's weights, some 100 bytes for each expert of a model.
 _MAX_LINE_BYTES = 64 * 2**20
 _LINE = re.compile(rb'(\{.*), "check": "([0-9a-f]{16})"\}\n')
+# Or a word in its place, such as where `extract` is done with a weight that has no file; the check is what protects it.
 _SHA256 = re.compile(r"[0-9a-z]{1,64}")
 _MEMBERS = {
     "watermark": {"watermark", "offset", "sha256", "sums"},
