@@ -106,7 +106,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "extraction/tensors.py": ["extraction/test_extract.py"],
     # What every format promises is one suite for all.
     # Storages that are only read.
-    "formats/compressed.py": ["formats/test_block_scaled.py"],
+    "formats/compressed.py": ["formats/test_block_scaled.py", "formats/test_mixed.py"],
     "formats/fp4.py": ["formats/test_block_scaled.py"],
     "formats/fp8.py": ["formats/test_block_scaled.py"],
     "formats/gpt_oss.py": ["formats/test_block_scaled.py"],

@@ -20,7 +20,7 @@ from streamconv.dtypes import Dtype
 from streamconv.errors import CheckpointError
 from streamconv.formats.base import Marks, Weight, config_says, refusal
 from streamconv.formats.block_scaled import BlockScaledDecoder, Scales, check_tensor
-from streamconv.formats.compressed import METHOD, formats_of, weights_of
+from streamconv.formats.compressed import METHOD, formats_of, part_of, weights_of
 from streamconv.formats.dense import largest_dtype
 
 _CODE = "F8_E4M3"
@@ -116,12 +116,16 @@ def _check_modelopt(config: Mapping[str, Any], where: str) -> None:
         raise refusal(config_says(where), f"modelopt, {shown(algorithm)}")
 
 
+_COMPRESSED = frozenset({"float-quantized", "naive-quantized"})
+
+
 def _check_compressed(config: Mapping[str, Any], where: str) -> None:
+    config = part_of(config, _COMPRESSED)
     weights = weights_of(config)
     are_fp8 = bool(weights) and all(
         (each.get("type"), each.get("num_bits")) == ("float", 8) for each in weights
     )
-    if not are_fp8 or formats_of(config) - {"float-quantized", "naive-quantized"}:
+    if not are_fp8 or formats_of(config) - _COMPRESSED:
         raise refusal(config_says(where), f"{METHOD}, and its format is {shown(config.get('format'))}")
 
 

@@ -32,6 +32,7 @@ from streamconv.formats.base import (
     Format,
     Json,
     Marks,
+    Mixable,
     Weight,
     grouped_name,
     parts_of,
@@ -60,6 +61,7 @@ from streamconv.formats.int4_words import (
     zeros_and_scales,
 )
 from streamconv.formats.linear import HEAD_NAMES, module_of
+from streamconv.formats.targets import expressions, fused_too
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import INT4, DecodedGrid, TableGrid
 
@@ -286,6 +288,32 @@ class GptqFormat:
             "sym": True,
         }
         return config | _exceptions(quantized, [entry for entry in skipped if entry not in HEAD_NAMES])
+
+    @property
+    def family(self) -> str:
+        return self.name
+
+    def module_config(self) -> Json:
+        """See Mixable."""
+        return {"group_size": self.grid.block}
+
+    def mixed_config(
+        self, dtype: Dtype, groups: Sequence[tuple[Mixable, Sequence[str]]], skipped: Sequence[str]
+    ) -> Json:
+        """See Mixable. vLLM and GPTQModel know `dynamic`; transformers (optimum) has one size of groups for a model.
+
+        The first expression that means a module counts. vLLM looks for the layers that it makes of several modules.
+        """
+        names = [name for _, own in groups for name in own]
+        config = self.quantization_config(dtype, names, skipped)
+        modules = [fused_too(map(module_of, own)) for _, own in groups]
+        others = {
+            f"+:{re.escape(each.expression)}$" if not each.is_expression else f"+:{each.expression}": settings
+            for (storage_format, _), targets in zip(groups[1:], expressions(modules)[1:], strict=True)
+            for settings in [storage_format.module_config()]
+            for each in targets
+        }
+        return {**config, "dynamic": {**config.get("dynamic", {}), **others}}
 
 
 def _is_gptq(free: Mapping[str, StoredTensor], main: str) -> bool:
