@@ -24,6 +24,13 @@ SMALLEST_DIVISOR = 1e-38
 ROW = 0
 
 
+class Offsets(Protocol):
+    """Rule of nearest rounding for the offsets of blocks, beside their scales; see `kernels/offsets.py`. Plain data."""
+
+    def start(self, values: Tensor) -> Tensor:
+        """Scale and offset, in units of the grid, of every block of `values` [blocks, block]: [blocks, 2]."""
+
+
 class Grid(Protocol):
     """Codes are uint8; values and `x` float32, in units of `scale / peak`. Plain data: grids compare."""
 
@@ -36,6 +43,14 @@ class Grid(Protocol):
 
     @property
     def peak(self) -> float: ...
+
+    @property
+    def reach(self) -> float:
+        """Grid position that nearest rounding gives a block's greatest magnitude."""
+
+    @property
+    def offsets(self) -> Offsets | None:
+        """Rule for offsets, where every block has one of its own, and scales are [blocks, 2]; None: there are none."""
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -68,6 +83,7 @@ class TableGrid:
     block: int
     peak: float = 1.0
     reach: float = 1.0
+    offsets: Offsets | None = None
 
     def of_block(self, block: int) -> Self:
         """The same values, with another number of elements to a scale."""
@@ -108,6 +124,8 @@ class IntegerGrid:
     name: str
     peak: float
     block: int
+    reach: float = 1.0
+    offsets: None = None
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -144,6 +162,8 @@ class DecodedGrid:
     name: str
     block: int
     peak: float = 1.0
+    reach: float = 1.0
+    offsets: None = None
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -257,6 +277,13 @@ def _pairs(values: tuple[float, ...], device: torch.device, low_first: bool) -> 
     low = table.repeat(16)
     # Copied when it is complete: whoever finds it in the cache may be in another stream of the device.
     return torch.stack((low, high) if low_first else (high, low), dim=1).view(torch.int64).view(-1).to(device)
+
+
+def empty_scales(count: int, grid: Grid, device: torch.device) -> Tensor:
+    """Memory for the scales of so many elements: an entry a block, of two numbers where blocks have offsets."""
+    blocks = -(-count // grid.block)
+    shape = (blocks,) if grid.offsets is None else (blocks, 2)
+    return torch.empty(shape, dtype=torch.float32, device=device)
 
 
 def block_absmax(values: Tensor, block: int) -> Tensor:
