@@ -25,7 +25,10 @@ ROW = 0
 
 
 class Offsets(Protocol):
-    """Rule of nearest rounding for the offsets of blocks, beside their scales; see `kernels/offsets.py`. Plain data."""
+    """Rule of nearest rounding for the offsets of blocks, beside their scales; see `kernels/offsets.py`. Plain data.
+
+    A block's offset is the value of code 0.
+    """
 
     def start(self, values: Tensor) -> Tensor:
         """Scale and offset, in units of the grid, of every block of `values` [blocks, block]: [blocks, 2]."""
@@ -363,7 +366,7 @@ FP4 = TableGrid(
 )
 
 
-def _integers(name: str, bits: int, block: int) -> TableGrid:
+def integers(name: str, bits: int, block: int) -> TableGrid:
     """The integers of so many bits, two's complement, as files of groups store them: code c is c - 2^(bits - 1).
 
     In units of 2^(bits - 1), a power of two, so that nothing is rounded where the scale is a multiple of the stored
@@ -377,8 +380,8 @@ def _integers(name: str, bits: int, block: int) -> TableGrid:
 
 
 # Signed integers with a scale for every group of a row, as GPTQ and compressed-tensors have them.
-INT4 = _integers("int4", bits=4, block=128)
-INT8_GROUPS = _integers("int8 in groups", bits=8, block=128)
+INT4 = integers("int4", bits=4, block=128)
+INT8_GROUPS = integers("int8 in groups", bits=8, block=128)
 
 # LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339, §2): -128 is a code that is read, but never chosen.
 INT8 = IntegerGrid("int8", peak=127.0, block=ROW)
