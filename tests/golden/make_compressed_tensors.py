@@ -167,7 +167,8 @@ def in_blocks(weight: Tensor, args: QuantizationArgs) -> tuple[Tensor, tuple[int
 
 def decompressed(module: Any) -> Tensor:
     packing = BaseCompressor.get_value_from_registry(module.quantization_scheme.format.value)
-    return packing.decompress(dict(module.state_dict()), module.quantization_scheme)["weight"].detach()
+    whole: Tensor = packing.decompress(dict(module.state_dict()), module.quantization_scheme)["weight"]
+    return whole.detach()
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
