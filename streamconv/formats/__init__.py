@@ -10,7 +10,7 @@ from streamconv.dtypes import BF16, F16, F32
 from streamconv.errors import CheckpointError, OptionError
 from streamconv.formats import fp4, int4_words
 from streamconv.formats.awq import AwqFormat
-from streamconv.formats.base import Format, Grouped, Reader, Weight, group_of
+from streamconv.formats.base import Format, Grouped, Reader, Weight, group_of, grouped_name
 from streamconv.formats.bnb_4bit import Bnb4bitFormat
 from streamconv.formats.bnb_int8 import Int8Format
 from streamconv.formats.dense import DenseFormat, dense_weight
@@ -22,7 +22,7 @@ from streamconv.formats.mlx import MlxReader
 from streamconv.formats.pack_quantized import PackQuantizedFormat
 from streamconv.kernels.grids import FP4, INT4, INT8_GROUPS, NF4
 
-__all__ = ["FORMATS", "dense_weight", "find_weights", "format_of", "with_groups"]
+__all__ = ["FORMATS", "dense_weight", "find_weights", "format_of", "stored_as", "with_groups"]
 
 
 def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
@@ -60,6 +60,14 @@ def format_of(name: str) -> Format | None:
     if size is None:
         return found
     return found.of_group_size(size) if isinstance(found, Grouped) and size in found.group_sizes else None
+
+
+def stored_as(storage_format: Format) -> str:
+    """Name that encoders and weights give the format; `format_of` undoes it."""
+    usual = FORMATS[storage_format.name]
+    if not isinstance(storage_format, Grouped) or not isinstance(usual, Grouped):
+        return storage_format.name
+    return grouped_name(storage_format.name, storage_format.group_size, usual.group_size)
 
 
 def with_groups(storage_format: Format, size: int | None) -> Format:

@@ -378,12 +378,6 @@ def grouped_name(name: str, size: int, usual: int = USUAL_GROUP_SIZE) -> str:
     return name if size == usual else f"{name}{_GROUP_SIZE}{size}"
 
 
-def stored_as(storage_format: Format) -> str:
-    """Name that encoders and weights give the format; `format_of` undoes it."""
-    name = storage_format.name
-    return grouped_name(name, storage_format.group_size) if isinstance(storage_format, Grouped) else name
-
-
 def group_of(name: str) -> tuple[str, int | None]:
     """Undo `grouped_name`, where it names groups of another size than the usual one."""
     plain, _, size = name.partition(_GROUP_SIZE)

@@ -45,6 +45,11 @@ def weights_of(quantization: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return [weights for weights in found if isinstance(weights, Mapping)]
 
 
+def unread_in(quantization: Mapping[str, Any]) -> frozenset[str]:
+    """Formats of groups that are not read."""
+    return formats_of(quantization) - _READ - {MIXED}
+
+
 def part_of(quantization: Mapping[str, Any], storages: Collection[str]) -> Mapping[str, Any]:
     """The settings without the groups of other formats than `storages`, where groups name their own.
 
@@ -54,7 +59,7 @@ def part_of(quantization: Mapping[str, Any], storages: Collection[str]) -> Mappi
     groups = quantization.get("config_groups")
     if quantization.get("format") != MIXED or not isinstance(groups, Mapping):
         return quantization
-    if formats_of(quantization) - _READ - {MIXED}:
+    if unread_in(quantization):
         return quantization
     own = {
         name: group

@@ -8,7 +8,8 @@ from itertools import combinations
 
 from streamconv.dtypes import Dtype
 from streamconv.errors import UnsupportedError
-from streamconv.formats.base import Format, Json, Mixable, stored_as
+from streamconv.formats import stored_as
+from streamconv.formats.base import Format, Json, Mixable
 from streamconv.formats.linear import module_of
 from streamconv.formats.targets import fused_layer
 
@@ -59,8 +60,9 @@ def check_partners(formats: Mapping[str, Format]) -> None:
 
 def _no_mixture(formats: Sequence[Format]) -> UnsupportedError:
     one, other = next(pair for pair in combinations(formats, 2) if not can_mix(*pair))
+    names = (one.name, other.name) if one.name != other.name else (stored_as(one), stored_as(other))
     told = "can be told of one format beside the modules left in 16 bit"
     return UnsupportedError(
-        f"{stored_as(one)} and {stored_as(other)} cannot be in one checkpoint: {one.loaders}, which open {one.name}, "
+        f"{' and '.join(names)} cannot be in one checkpoint: {one.loaders}, which open {one.name}, "
         f"{told}; give --quant-for none, or formats of one family, such as w4a16 and w8a16"
     )

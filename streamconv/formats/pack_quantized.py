@@ -45,7 +45,16 @@ from streamconv.formats.base import (
     parts_of,
     wrong,
 )
-from streamconv.formats.compressed import METHOD, class_targets, config_of, mixed_config, part_of, weights_of
+from streamconv.formats.compressed import (
+    METHOD,
+    MIXED,
+    class_targets,
+    config_of,
+    mixed_config,
+    part_of,
+    unread_in,
+    weights_of,
+)
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import TableGrid
 
@@ -199,7 +208,10 @@ def read_schemes(config: Mapping[str, Any], where: str) -> frozenset[Scheme]:
     """
     found = config.get("format")
     if found != STORAGE:
-        raise _unread(where, f"its format is {shown(found)}")
+        unread = (
+            f" with {', '.join(sorted(unread_in(config)))}" if found == MIXED and unread_in(config) else ""
+        )
+        raise _unread(where, f"its format is {shown(found)}{unread}")
     for key, what in {
         "kv_cache_scheme": "its KV cache is quantized",
         "transform_config": "its weights are rotated (transform_config)",

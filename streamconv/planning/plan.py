@@ -298,7 +298,7 @@ class Plan:
     def stored_as(self) -> str:
         """Formats of the weights in words, with the number of those in each where there are several."""
         if self.formats:
-            return ", ".join(f"{len(names)} in {name}" for name, names in self.formats.items())
+            return "; ".join(f"{len(names)} in {name}" for name, names in self.formats.items())
         groups = f" in groups of {self.group_size}" if self.group_size else ""
         return f"{self.quant or self.dtype or 'dtype of the base'}{groups}"
 

@@ -11,8 +11,8 @@ from streamconv.adapters.embeddings import HEADS, find_embedding
 from streamconv.checkpoint.layout import lay_out
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import AdapterError, OptionError
-from streamconv.formats import dense_weight
-from streamconv.formats.base import Grouped, Weight, stored_as
+from streamconv.formats import dense_weight, stored_as
+from streamconv.formats.base import Grouped, Weight
 from streamconv.formats.linear import module_of
 from streamconv.formats.mixed import weights_by_format
 from streamconv.planning.base import Base
