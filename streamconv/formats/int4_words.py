@@ -27,7 +27,16 @@ from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import BF16, DENSE, F16, I32, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
-from streamconv.formats.base import Constant, Marks, Order, config_says, grouped_name, refusal, wrong
+from streamconv.formats.base import (
+    CELL_ROWS,
+    Constant,
+    Marks,
+    Order,
+    config_says,
+    grouped_name,
+    refusal,
+    wrong,
+)
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import DecodedGrid, TableGrid
 
@@ -228,13 +237,15 @@ class SymmetricEncoder:
     tail: tuple[bytes, ...] = ()
     nested: bool = False
     rounds_scales: bool = True
+    cell_rows: int = CELL_ROWS
     dequantized_dtype: Dtype = F16
     constants: tuple[Constant, ...] = ()
 
     def row_offset(self, row: int) -> int:
         return row * self.shape[1] // 2
 
-    def pack(self, values: Tensor, out: Tensor) -> None:
+    def pack(self, values: Tensor, scales: Tensor | None, out: Tensor) -> None:
+        del scales  # they have a part of their own
         kernels_for(values.device).pack_pairs(values, out, low_first=True)
 
     def effective_scales(self, scales: Tensor) -> Tensor:

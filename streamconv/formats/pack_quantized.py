@@ -32,6 +32,7 @@ from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import DENSE, I32, I64, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats.base import (
+    CELL_ROWS,
     GROUP_SIZES,
     Constant,
     Json,
@@ -275,6 +276,7 @@ class PackQuantizedEncoder:
     grid: TableGrid
     nested: bool = False
     rounds_scales: bool = True
+    cell_rows: int = CELL_ROWS
     order: Order | None = None
 
     @property
@@ -297,7 +299,8 @@ class PackQuantizedEncoder:
     def row_offset(self, row: int) -> int:
         return row * _words(self.shape[1], self.bits) * I32.itemsize
 
-    def pack(self, values: Tensor, out: Tensor) -> None:
+    def pack(self, values: Tensor, scales: Tensor | None, out: Tensor) -> None:
+        del scales  # they have a part of their own
         if self.bits == 4:
             kernels_for(values.device).pack_pairs(values, out, low_first=True)
         else:

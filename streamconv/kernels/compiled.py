@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from streamconv.dtypes import BF16, F16, F32, Dtype
-from streamconv.kernels import loops
-from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start
-from streamconv.kernels.grids import SMALLEST_DIVISOR, Grid, IntegerGrid, TableGrid, tables_of
-from streamconv.kernels.in_torch import TorchKernels, block_dots, over_reach, round_to
+from streamconv.kernels import loops, offsets
+from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start, block_dots
+from streamconv.kernels.grids import SMALLEST_DIVISOR, Grid, IntegerGrid, TableGrid, empty_scales, tables_of
+from streamconv.kernels.in_torch import TorchKernels, over_reach, round_to
 from streamconv.kernels.loops import Array
 
 # The block of bitsandbytes' 4-bit formats, and the length of every loop over one.
@@ -93,6 +93,8 @@ class CompiledKernels:
     name: str = "compiled"
 
     def starting_scales(self, values: Tensor, grid: Grid, out: Tensor) -> Tensor:
+        if grid.offsets is not None:
+            return offsets.starting_scales(values, grid, out)
         whole = values.numel() // grid.block
         loop = loops.absmax_64 if grid.block == BLOCK else loops.absmax
         loop(_bits(_rows(values, whole, grid.block)), _bits(out.numpy()[:whole]))
@@ -102,6 +104,8 @@ class CompiledKernels:
         return out
 
     def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
+        if grid.offsets is not None:
+            return offsets.nearest(self, values, grid, scales, codes)
         if not isinstance(grid, IntegerGrid) and not _is_table(grid):
             return _TORCH.nearest(values, grid, scales, codes)
         scales = self._scales(values, grid) if scales is None else scales
@@ -126,6 +130,8 @@ class CompiledKernels:
         noise: Tensor,
         codes: Tensor,
     ) -> Tensor:
+        if grid.offsets is not None:
+            return offsets.stochastic(self, values, grid, scales, start, noise, codes)
         if not _is_compiled(grid):
             return _TORCH.stochastic(values, grid, scales, start, noise, codes)
         scales = self._scales(values, grid) if scales is None else scales
@@ -150,6 +156,9 @@ class CompiledKernels:
         return scales
 
     def search(self, values: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None = None) -> None:
+        if grid.offsets is not None:
+            offsets.search(self, values, grid, scales, weights)
+            return
         if weights is not None or not isinstance(grid, TableGrid) or not _is_compiled(grid):
             _TORCH.search(values, grid, scales, weights)
             return
@@ -224,6 +233,9 @@ class CompiledKernels:
         loops.turn_codes_back(_unsigned(words), np.array(places), _unsigned(out))
 
     def decode(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
+        if grid.offsets is not None:
+            offsets.decode(self, codes, grid, scales, dtype, out)
+            return
         if not isinstance(grid, IntegerGrid) and not _is_table(grid):
             _TORCH.decode(codes, grid, scales, dtype, out)
             return
@@ -275,6 +287,8 @@ class CompiledKernels:
     def kept(
         self, codes: Tensor, grid: Grid, target: Tensor, base: Tensor, anchor: Tensor, inner: Tensor
     ) -> Tensor:
+        if grid.offsets is not None:
+            return offsets.kept(self, codes, grid, target, base, anchor, inner)
         if not isinstance(grid, IntegerGrid) and not _is_table(grid):
             return _TORCH.kept(codes, grid, target, base, anchor, inner)
         whole = codes.numel() // grid.block
@@ -296,8 +310,7 @@ class CompiledKernels:
         )
 
     def _scales(self, values: Tensor, grid: Grid) -> Tensor:
-        out = torch.empty(-(-values.numel() // grid.block), dtype=torch.float32)
-        return self.starting_scales(values, grid, out)
+        return self.starting_scales(values, grid, empty_scales(values.numel(), grid, values.device))
 
 
 def _is_compiled(grid: Grid) -> bool:

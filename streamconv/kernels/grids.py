@@ -24,6 +24,16 @@ SMALLEST_DIVISOR = 1e-38
 ROW = 0
 
 
+class Offsets(Protocol):
+    """Rule of nearest rounding for the offsets of blocks, beside their scales; see `kernels/offsets.py`. Plain data.
+
+    A block's offset is the value of code 0.
+    """
+
+    def start(self, values: Tensor) -> Tensor:
+        """Scale and offset, in units of the grid, of every block of `values` [blocks, block]: [blocks, 2]."""
+
+
 class Grid(Protocol):
     """Codes are uint8; values and `x` float32, in units of `scale / peak`. Plain data: grids compare."""
 
@@ -36,6 +46,14 @@ class Grid(Protocol):
 
     @property
     def peak(self) -> float: ...
+
+    @property
+    def reach(self) -> float:
+        """Grid position that nearest rounding gives a block's greatest magnitude."""
+
+    @property
+    def offsets(self) -> Offsets | None:
+        """Rule for offsets, where every block has one of its own, and scales are [blocks, 2]; None: there are none."""
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -68,6 +86,7 @@ class TableGrid:
     block: int
     peak: float = 1.0
     reach: float = 1.0
+    offsets: Offsets | None = None
 
     def of_block(self, block: int) -> Self:
         """The same values, with another number of elements to a scale."""
@@ -108,6 +127,8 @@ class IntegerGrid:
     name: str
     peak: float
     block: int
+    reach: float = 1.0
+    offsets: None = None
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -144,6 +165,8 @@ class DecodedGrid:
     name: str
     block: int
     peak: float = 1.0
+    reach: float = 1.0
+    offsets: None = None
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -259,6 +282,13 @@ def _pairs(values: tuple[float, ...], device: torch.device, low_first: bool) -> 
     return torch.stack((low, high) if low_first else (high, low), dim=1).view(torch.int64).view(-1).to(device)
 
 
+def empty_scales(count: int, grid: Grid, device: torch.device) -> Tensor:
+    """Memory for the scales of so many elements: an entry a block, of two numbers where blocks have offsets."""
+    blocks = -(-count // grid.block)
+    shape = (blocks,) if grid.offsets is None else (blocks, 2)
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
 def block_absmax(values: Tensor, block: int) -> Tensor:
     """Greatest magnitude of every block of `values` (float32, flat): one a block; NaN if one is."""
     whole = values.numel() - values.numel() % block
@@ -336,7 +366,7 @@ FP4 = TableGrid(
 )
 
 
-def _integers(name: str, bits: int, block: int) -> TableGrid:
+def integers(name: str, bits: int, block: int) -> TableGrid:
     """The integers of so many bits, two's complement, as files of groups store them: code c is c - 2^(bits - 1).
 
     In units of 2^(bits - 1), a power of two, so that nothing is rounded where the scale is a multiple of the stored
@@ -350,8 +380,8 @@ def _integers(name: str, bits: int, block: int) -> TableGrid:
 
 
 # Signed integers with a scale for every group of a row, as GPTQ and compressed-tensors have them.
-INT4 = _integers("int4", bits=4, block=128)
-INT8_GROUPS = _integers("int8 in groups", bits=8, block=128)
+INT4 = integers("int4", bits=4, block=128)
+INT8_GROUPS = integers("int8 in groups", bits=8, block=128)
 
 # LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339, §2): -128 is a code that is read, but never chosen.
 INT8 = IntegerGrid("int8", peak=127.0, block=ROW)

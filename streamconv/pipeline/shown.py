@@ -151,7 +151,7 @@ def _step(plan: Plan, step: Step) -> dict[str, Any]:
         case Rewrite():
             if step.calibrated:
                 return {"action": "calibrate", "access": step.access.value, "updates": len(step.updates)}
-            rows = tile_rows(step, plan.memory.buffer, cell_rows(plan.device, step.columns))
+            rows = tile_rows(step, plan.memory.buffer, cell_rows(plan.device, step))
             return {
                 "action": "rewrite",
                 "access": step.access.value,

@@ -382,11 +382,14 @@ class Plan:
         return DEFAULT_MIN_KEPT if self.options.rounding == "auto" else 0.0
 
 
-def cell_rows(device: Device, columns: int) -> int:
-    """Rows of a cell. Bytes may depend on it, so nothing decides it but the kind of device and the width."""
+def cell_rows(device: Device, step: Rewrite) -> int:
+    """Rows of a cell. Bytes may depend on it, so only the kind of device, the width and the blocks' height decide it.
+
+    Of several steps of one weight, the greatest is a multiple of all.
+    """
     if device.is_cpu:
-        return CELL_ROWS
-    return max(1, GPU_CELL_ELEMENTS // max(columns, 1) // CELL_ROWS) * CELL_ROWS
+        return step.encoder.cell_rows
+    return max(1, GPU_CELL_ELEMENTS // max(step.columns, 1) // CELL_ROWS) * step.encoder.cell_rows
 
 
 def tile_rows(step: Rewrite, buffer: int, cell: int) -> int:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from streamconv.kernels.base import block_dots
 from streamconv.kernels.grids import Grid, code_steps
-from streamconv.kernels.in_torch import block_dots
 from streamconv.rounding.base import Context, Rounding
 from streamconv.rounding.nearest import Nearest
 from streamconv.rounding.stochastic import Stochastic

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamconv.dtypes import BF16, DENSE
+from streamconv.dtypes import BF16, DENSE, F32
 from streamconv.formats import FORMATS
 from streamconv.formats.base import matrix_shape
 from streamconv.formats.linear import module_of
 from streamconv.formats.rows import in_file_order
+from streamconv.kernels import TORCH
 from streamconv.kernels.grids import IntegerGrid, block_absmax
 from tests.formats.stored import (
     W,
@@ -82,7 +83,8 @@ def test_decoding_is_stable_under_encoding_again(tmp_path: Path, name: str, shap
     codes = tensors[encoder.parts[0].name]
     if encoder.grid is not None:
         again = torch.empty(encoder.row_offset(shape[0]), dtype=torch.uint8)
-        encoder.pack(first.decoder.codes(raw_bytes(first), range(shape[0])), again)
+        scales = first.decoder.scales(side_parts(first))
+        encoder.pack(first.decoder.codes(raw_bytes(first), range(shape[0])), scales, again)
         assert torch.equal(in_file_order(encoder.order, again), codes.view(-1).view(torch.uint8))
     else:
         assert torch.equal(stored(encoder, decoded(first))[W], codes)
@@ -125,8 +127,8 @@ def test_cells_equal_the_whole(tmp_path: Path, name: str, shape: tuple[int, int]
         # Codes and effective scales tell the decoded values, up to a library's cast.
         part_scales = block_slice(read, scales, part)
         assert part_scales is not None
-        values = decoder.grid.decode(codes) * part_scales.repeat_interleave(decoder.grid.block)[: len(codes)]
-        values *= 1 / decoder.grid.peak
+        values = torch.empty(len(codes))
+        TORCH.decode(codes, decoder.grid, part_scales, F32, values)
         cast = values.to(encoder.dequantized_dtype.torch).float()
         assert torch.equal(cast, whole[part.start : part.stop].flatten())
 
@@ -184,5 +186,5 @@ def test_the_gpu_reads_and_writes_the_same(tmp_path: Path, name: str, shape: tup
     assert torch.equal(values.cpu(), decoded(read))
     if encoder.grid is not None:
         packed = torch.empty_like(raw)
-        encoder.pack(read.decoder.codes(raw, range(shape[0])), packed)
+        encoder.pack(read.decoder.codes(raw, range(shape[0])), scales, packed)
         assert torch.equal(packed, raw)

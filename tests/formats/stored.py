@@ -70,8 +70,8 @@ def only_weight(index: CheckpointIndex) -> Weight:
     return weight
 
 
-def cells(rows: int) -> list[range]:
-    return [range(first, min(first + CELL_ROWS, rows)) for first in range(0, rows, CELL_ROWS)]
+def cells(rows: int, height: int = CELL_ROWS) -> list[range]:
+    return [range(first, min(first + height, rows)) for first in range(0, rows, height)]
 
 
 def encoder_for(name: str, weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Encoder:
@@ -90,16 +90,16 @@ def stored(encoder: Encoder, weight: Tensor) -> dict[str, Tensor]:
     main, *tail = encoder.parts
     raw = torch.empty(encoder.row_offset(rows), dtype=torch.uint8)
     scales = []
-    for cell_rows in cells(rows):
+    for cell_rows in cells(rows, encoder.cell_rows):
         out = raw[encoder.row_offset(cell_rows.start) : encoder.row_offset(cell_rows.stop)]
         cell = weight.view(rows, columns)[cell_rows.start : cell_rows.stop]
         if encoder.grid is None:
-            encoder.pack(cell, out)
+            encoder.pack(cell, None, out)
         else:
             effective = encoder.effective_scales if encoder.rounds_scales else None
             context = Context(None, None, None, None, effective)
             codes, cell_scales = choose(ROUNDINGS["nearest"], cell.flatten(), encoder.grid, context)
-            encoder.pack(codes, out)
+            encoder.pack(codes, cell_scales, out)
             scales.append(cell_scales)
     contents = encoder.finish(torch.cat(scales) if scales else None, None)
     tensors = {main.name: in_file_order(encoder.order, raw).view(main.dtype.torch).view(main.shape)}
