@@ -87,6 +87,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "equalization/base.py": ["equalization/test_pairs.py"],
     "equalization/gemma.py": ["equalization/test_pairs.py"],
     "equalization/llama.py": ["equalization/test_pairs.py"],
+    "equalization/mixture.py": ["equalization/test_pairs.py", "calibration/test_equalizing.py"],
     # An evaluation, from a text to its numbers.
     "evaluation/__init__.py": ["evaluation/test_evaluate.py"],
     "evaluation/budget.py": ["evaluation/test_evaluate.py"],
@@ -120,6 +121,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     # A forward pass of a model whose weights are streamed.
     "forward/activations.py": ["forward/test_walk.py", "calibration/test_layers.py"],
     "forward/linears.py": ["forward/test_walk.py"],
+    "forward/matrices.py": ["calibration/test_layers.py", "calibration/test_gradients.py"],
     "forward/memory.py": ["calibration/test_memory.py"],
     "forward/names.py": ["forward/test_walk.py"],
     "forward/skeleton.py": ["forward/test_walk.py"],
