@@ -111,7 +111,8 @@ class Weight:
 
     Some formats decode to float32 and do not store the type the weight had; `dtype` is then that of the weights
     around it. `format` is the key in FORMATS of the encoder that would store it in the same way; else, in words, how it
-    differs (`nf4, blocksize 128`, or `I64`, which can be copied but not decoded).
+    differs (`nf4, blocksize 128`, or `I64`, which can be copied but not decoded). `keep` is the encoder that stores it
+    in the very way of its file, names and types included; None where that is what the format's own encoder does.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Weight:
     format: str
     decoder: Decoder
     parts: Mapping[str, StoredTensor]
+    keep: Encoder | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,9 +353,9 @@ USUAL_GROUP_SIZE = 128
 _GROUP_SIZE = ", group size "
 
 
-def grouped_name(name: str, size: int) -> str:
-    """Name that encoders and weights give the format `name` with groups of `size`."""
-    return name if size == USUAL_GROUP_SIZE else f"{name}{_GROUP_SIZE}{size}"
+def grouped_name(name: str, size: int, usual: int = USUAL_GROUP_SIZE) -> str:
+    """Name that encoders and weights give the format `name` with groups of `size`, which most have of the `usual`."""
+    return name if size == usual else f"{name}{_GROUP_SIZE}{size}"
 
 
 def group_of(name: str) -> tuple[str, int | None]:

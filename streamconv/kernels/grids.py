@@ -25,7 +25,10 @@ ROW = 0
 
 
 class Offsets(Protocol):
-    """Rule of nearest rounding for the offsets of blocks, beside their scales; see `kernels/offsets.py`. Plain data."""
+    """Rule of nearest rounding for the offsets of blocks, beside their scales; see `kernels/offsets.py`. Plain data.
+
+    A block's offset is the value of code 0.
+    """
 
     def start(self, values: Tensor) -> Tensor:
         """Scale and offset, in units of the grid, of every block of `values` [blocks, block]: [blocks, 2]."""
@@ -373,7 +376,7 @@ FP4 = TableGrid(
 )
 
 
-def _integers(name: str, bits: int, block: int) -> TableGrid:
+def integers(name: str, bits: int, block: int) -> TableGrid:
     """The integers of so many bits, two's complement, as files of groups store them: code c is c - 2^(bits - 1).
 
     In units of 2^(bits - 1), a power of two, so that nothing is rounded where the scale is a multiple of the stored
@@ -387,8 +390,8 @@ def _integers(name: str, bits: int, block: int) -> TableGrid:
 
 
 # Signed integers with a scale for every group of a row, as GPTQ and compressed-tensors have them.
-INT4 = _integers("int4", bits=4, block=128)
-INT8_GROUPS = _integers("int8 in groups", bits=8, block=128)
+INT4 = integers("int4", bits=4, block=128)
+INT8_GROUPS = integers("int8 in groups", bits=8, block=128)
 
 
 

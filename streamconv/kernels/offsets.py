@@ -1,7 +1,8 @@
 """Grids that every block moves by an offset of its own: loops of plain grids, over values less the offsets.
 
-Scales of such a grid are float32 [blocks, 2], a block's scale and its offset; an element is
-`decode(code) * scale / peak + offset`. With the offset taken away, codes are chosen as on any grid. Blocks are whole.
+Scales of such a grid are float32 [blocks, 2], a block's scale and its offset, which is the value of code 0: an element
+is `(decode(code) - decode(0)) * scale + offset`. With `shifts` taken away, codes are chosen as on any grid. Blocks are
+whole, and the peak is 1.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def stochastic(
 def decode(kernels: Kernels, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
     """See Kernels."""
     kernels.decode(codes, plain(grid), _factors(scales), F32, out)
-    out.view(-1, grid.block).add_(scales[:, 1:])
+    out.view(-1, grid.block).add_(shifts(scales, grid)[:, None])
     if dtype != F32:
         out.copy_(out.to(dtype.torch))
 
@@ -65,12 +66,12 @@ def kept(
     anchor: Tensor,
     inner: Tensor,
 ) -> Tensor:
-    """See Kernels; beside <values of codes, D> of a block stands the sum of D, which its offset counts for."""
+    """See Kernels; values are above that of code 0, and beside stands the sum of D, which an offset counts for."""
     products = torch.empty(len(inner), dtype=torch.float32, device=inner.device)
     sums = kernels.kept(codes, plain(grid), target, base, anchor, products)
     delta = target - base
-    inner[:, 0] = products
     inner[:, 1] = block_dots(delta, torch.ones_like(delta), grid.block)
+    torch.sub(products, inner[:, 1], alpha=plain(grid).values[0], out=inner[:, 0])
     return sums
 
 
@@ -87,7 +88,7 @@ def search(
         scales.copy_(torch.where(is_better[:, None], trial, scales))
         losses.copy_(torch.where(is_better, found, losses))
 
-    middle = sum(grid.limits) / 2
+    middle = sum(grid.limits) / 2 - plain(grid).values[0]
     for factor in SEARCH_FACTORS:
         trial = start * factor
         trial[:, 1] = start[:, 1] + start[:, 0] * (1 - factor) * middle
@@ -117,13 +118,14 @@ def _fitted(values: Tensor, levels: Tensor, scales: Tensor, block: int, weights:
 def _losses(
     kernels: Kernels, values: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Squared error of every block with nearest codes, and these codes' levels, in units of their scale."""
+    """Squared error of every block with nearest codes; and their levels above the first, in units of the scale."""
     codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
     nearest(kernels, values, grid, scales, codes)
     found = torch.empty_like(values)
     decode(kernels, codes, grid, scales, F32, found)
     error = values - found
-    return block_dots(error, error if weights is None else error * weights, grid.block), grid.decode(codes)
+    levels = grid.decode(codes).sub_(plain(grid).values[0])
+    return block_dots(error, error if weights is None else error * weights, grid.block), levels
 
 
 def plain(grid: Grid) -> TableGrid:
@@ -132,9 +134,14 @@ def plain(grid: Grid) -> TableGrid:
     return dataclasses.replace(grid, offsets=None)
 
 
+def shifts(scales: Tensor, grid: Grid) -> Tensor:
+    """The number, one a block, that an element is above its code's value times the scale."""
+    return torch.sub(scales[:, 1], scales[:, 0], alpha=plain(grid).values[0])
+
+
 def _factors(scales: Tensor) -> Tensor:
     return scales[:, 0].contiguous()
 
 
 def _less(values: Tensor, scales: Tensor, grid: Grid) -> Tensor:
-    return (values.view(-1, grid.block) - scales[:, 1:]).view(-1)
+    return (values.view(-1, grid.block) - shifts(scales, grid)[:, None]).view(-1)

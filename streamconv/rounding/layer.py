@@ -18,6 +18,7 @@ from streamconv.dtypes import F32, Dtype
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import Grid
 from streamconv.kernels.in_torch import dequantized
+from streamconv.kernels.offsets import shifts
 from streamconv.rounding.metric import Metric, stretches
 from streamconv.threads import Pool
 
@@ -69,8 +70,8 @@ class Layer:
         return self._spread(scales if self.grid.offsets is None else scales[:, 0], rows)
 
     def offsets(self, scales: Tensor, rows: slice) -> Callable[[slice], Tensor | float]:
-        """Offset of every element, as `spread` has its scale; 0 for all where the grid has none."""
-        return (lambda _: 0.0) if self.grid.offsets is None else self._spread(scales[:, 1], rows)
+        """Number by which an element is above its value times its scale; 0 for all where the grid has no offsets."""
+        return (lambda _: 0.0) if self.grid.offsets is None else self._spread(shifts(scales, self.grid), rows)
 
     def _spread(self, scales: Tensor, rows: slice) -> Callable[[slice], Tensor]:
         if self.outputs is None:

@@ -64,8 +64,8 @@ def _changes(layer: Layer, codes: Tensor, errors: Tensor) -> Tensor:
     matrix, places, block = layer.inputs.matrix, layer.inputs.places, layer.grid.block
     values = layer.grid.decode(codes)[places].div_(layer.grid.peak)
     count = layer.columns // block
-    # An offset is a scale of ones.
-    factors = (values,) if layer.grid.offsets is None else (values, torch.ones_like(values))
+    # An offset is a scale of ones, and values are above that of code 0.
+    factors = (values,) if layer.grid.offsets is None else (values - _first(layer), torch.ones_like(values))
     moved = (matrix @ errors)[places]
     wanted = torch.stack([(moved * each).view(count, block, -1).sum(1) for each in factors], 1).flatten(0, 1)
     system = wanted.new_empty(len(wanted), *wanted.shape)
@@ -80,3 +80,7 @@ def _changes(layer: Layer, codes: Tensor, errors: Tensor) -> Tensor:
     diagonal.add_(_RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny)
     changes: Tensor = torch.linalg.solve(systems, wanted.T.double())
     return changes.float()
+
+
+def _first(layer: Layer) -> float:
+    return float(layer.grid.decode(torch.zeros(1, dtype=torch.uint8)))
