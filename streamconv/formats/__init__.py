@@ -15,7 +15,7 @@ from streamconv.formats.bnb_4bit import Bnb4bitFormat
 from streamconv.formats.bnb_int8 import Int8Format
 from streamconv.formats.dense import DenseFormat, dense_weight
 from streamconv.formats.foreign import is_read_by, quantization_of, refuse_foreign
-from streamconv.formats.fp8 import Fp8Reader
+from streamconv.formats.fp8 import Fp8BlockFormat, Fp8Format, written_form
 from streamconv.formats.gpt_oss import GptOssReader
 from streamconv.formats.gptq import GptqFormat
 from streamconv.formats.mlx import MlxReader
@@ -55,7 +55,7 @@ def format_of(name: str) -> Format | None:
     """
     for remark in int4_words.STORED_OTHERWISE:
         name = name.replace(f", {remark}", "")
-    plain, size = group_of(name)
+    plain, size = group_of(written_form(name))
     found = FORMATS.get(plain)
     if size is None:
         return found
@@ -108,7 +108,7 @@ def _readers() -> tuple[Reader, ...]:
 
 
 # Storages that are read and not written.
-READERS: tuple[Reader, ...] = (Fp8Reader(), fp4.PACKED, fp4.MODELOPT, MlxReader(), GptOssReader())
+READERS: tuple[Reader, ...] = (fp4.PACKED, fp4.MODELOPT, MlxReader(), GptOssReader())
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
@@ -125,5 +125,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "gptq": GptqFormat(),
         "gptq-v2": GptqFormat(is_v2=True),
         "awq": AwqFormat("awq"),
+        "fp8": Fp8Format("fp8"),
+        "fp8-block": Fp8BlockFormat("fp8-block"),
     }
 )

@@ -17,7 +17,15 @@ from torch import Tensor
 from streamconv.dtypes import BF16, F16, F32, Dtype
 from streamconv.kernels import loops, offsets
 from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start, block_dots
-from streamconv.kernels.grids import E4M3, SMALLEST_DIVISOR, Grid, IntegerGrid, TableGrid, empty_scales, tables_of
+from streamconv.kernels.grids import (
+    E4M3,
+    SMALLEST_DIVISOR,
+    Grid,
+    IntegerGrid,
+    TableGrid,
+    empty_scales,
+    tables_of,
+)
 from streamconv.kernels.in_torch import TorchKernels, over_reach, round_to
 from streamconv.kernels.loops import Array
 
@@ -36,8 +44,8 @@ _DROPPED = {F32: 0, BF16: 16, F16: 13}
 class _Table:
     """A grid's values padded to 16, or to 256: what the loops look up. A rank is a place in rising order.
 
-    `half`: code c stands for c / half - 1, if it is above 0; -1: the codes are E4M3. `pairs` of a byte's two codes, that
-    in its high half first, and that in its low half first; of grids of at most 16.
+    `half`: code c stands for c / half - 1, if it is above 0; -1: the codes are E4M3. `pairs` of a byte's two codes,
+    that in its high half first, and that in its low half first; of grids of at most 16.
     """
 
     midpoints: Array

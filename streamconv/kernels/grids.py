@@ -394,7 +394,6 @@ INT4 = integers("int4", bits=4, block=128)
 INT8_GROUPS = integers("int8 in groups", bits=8, block=128)
 
 
-
 def _e4m3_value(code: int) -> float:
     """Number that a byte stands for; for the two that are NaN, the greatest of their sign, which other codes have."""
     exponent, mantissa = code >> 3 & 15, min(code & 7, 6 if code & 0x78 == 0x78 else 7)

@@ -32,7 +32,11 @@ _THREE_QUARTERS = np.float32(0.75)
 _LEAST_NORMAL, _OVERFLOW = np.float32(2.0**-14), np.float32(65520)  # of float16
 # E4M3 in units of 512: bits of the greatest value and of the least normal number, and what is left of the exponent's
 # bias; below it there are multiples of 2^-18, float32's own steps from 32 to 64.
-_E4M3_GREATEST, _E4M3_LEAST_NORMAL, _E4M3_BIAS = np.uint32(0x3F600000), np.uint32(112 << 23), np.uint32(111 << 3)
+_E4M3_GREATEST, _E4M3_LEAST_NORMAL, _E4M3_BIAS = (
+    np.uint32(0x3F600000),
+    np.uint32(112 << 23),
+    np.uint32(111 << 3),
+)
 _E4M3_STEP, _E4M3_STEPS = np.float32(2.0**-18), np.float32(2.0**18)
 _THIRTY_TWO, _THIRTY_TWO_BITS = np.float32(32), np.uint32(0x42000000)
 _TWENTY, _HALF_DROPPED, _SIGN = np.uint32(20), np.uint32(0x7FFFF), np.uint32(0x80)
@@ -180,7 +184,11 @@ def _e4m3_nearest(x: Array, bits: Array, shifted: Array, shifted_bits: Array, wi
 
 @compiled
 def nearest_e4m3(values: Array, scales: Array, codes: Array) -> None:
-    x, shifted, wide = np.empty(_STRETCH, np.float32), np.empty(_STRETCH, np.float32), np.empty(_STRETCH, np.uint32)
+    x, shifted, wide = (
+        np.empty(_STRETCH, np.float32),
+        np.empty(_STRETCH, np.float32),
+        np.empty(_STRETCH, np.uint32),
+    )
     bits, shifted_bits = x.view(np.uint32), shifted.view(np.uint32)
     for b in range(values.shape[0]):
         factor = _factor(scales[b], _ONE, _FLOOR)
@@ -241,7 +249,11 @@ def stochastic_e4m3(
     codes: Array,
 ) -> None:
     """A code that stands for the value of `start` is that of `start`: -0 stays."""
-    x, low, gap = np.empty(_STRETCH, np.float32), np.empty(_STRETCH, np.float32), np.empty(_STRETCH, np.float32)
+    x, low, gap = (
+        np.empty(_STRETCH, np.float32),
+        np.empty(_STRETCH, np.float32),
+        np.empty(_STRETCH, np.float32),
+    )
     bits, wide = x.view(np.uint32), np.empty(_STRETCH, np.int32)
     greatest = by_code[0x7E]
     for b in range(values.shape[0]):
@@ -290,11 +302,11 @@ def decode_e4m3(codes: Array, scales: Array, bits: Array, values: Array) -> None
             size = size if size < np.uint32(0x7E) else np.uint32(0x7E)
             bits[b, j] = np.uint32(size << _TWENTY) + np.uint32(_E4M3_BIAS << _TWENTY)
         for j in range(values.shape[1]):
-            code = np.int32(codes[b, j])
-            size = code & np.int32(0x7F)
-            small = np.float32(size) * _E4M3_STEP
-            value = small if size < np.int32(8) else values[b, j]
-            values[b, j] = (-value if code > np.int32(0x7F) else value) * scale
+            signed = np.int32(codes[b, j])
+            place = signed & np.int32(0x7F)
+            small = np.float32(place) * _E4M3_STEP
+            value = small if place < np.int32(8) else values[b, j]
+            values[b, j] = (-value if signed > np.int32(0x7F) else value) * scale
 
 
 @compiled
@@ -634,7 +646,9 @@ def search_uniform(values: Array, factors: Array, steps: int, half: Any, scales:
 
 
 @compiled
-def _e4m3_levels(values: Array, scale: Any, by_code: Array, x: Array, shifted: Array, wide: Array, levels: Array) -> None:
+def _e4m3_levels(
+    values: Array, scale: Any, by_code: Array, x: Array, shifted: Array, wide: Array, levels: Array
+) -> None:
     factor = _factor(scale, _ONE, _FLOOR)
     for j in range(values.size):
         x[j] = values[j] * factor
@@ -647,7 +661,11 @@ def _e4m3_levels(values: Array, scale: Any, by_code: Array, x: Array, shifted: A
 def search_e4m3(values: Array, factors: Array, steps: int, by_code: Array, scales: Array) -> None:
     """`search` on the grid of `nearest_e4m3`, in blocks of any length."""
     length = values.shape[1]
-    levels, terms, x = np.empty(length, np.float32), np.empty(length, np.float32), np.empty(length, np.float32)
+    levels, terms, x = (
+        np.empty(length, np.float32),
+        np.empty(length, np.float32),
+        np.empty(length, np.float32),
+    )
     shifted, wide = np.empty(length, np.float32), np.empty(length, np.uint32)
     for b in range(values.shape[0]):
         block, best, least = values[b], scales[b], np.float32(np.inf)

@@ -9,7 +9,7 @@ from streamconv.adapters.base import Replace
 from streamconv.dtypes import BF16
 from streamconv.errors import OptionError
 from streamconv.formats import FORMATS
-from streamconv.formats.base import Grouped, Weight
+from streamconv.formats.base import Encoder, Grouped, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, matches, module_of, select
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
@@ -31,11 +31,17 @@ def choose_quantized(
     replaces: Mapping[str, Replace],
     choices: Choices,
     options: MergeOptions,
+    kept: Mapping[str, Encoder],
 ) -> QuantizedSet:
-    """Weights the output stores quantized, and the linear modules it leaves in 16 bit: one decision."""
+    """Weights the output stores quantized, and the linear modules it leaves in 16 bit: one decision.
+
+    `kept` are those that stay as they are stored; where there are any, they are all.
+    """
     _check_ignore(options.ignore, weights)
     if choices.quant is None:
         return QuantizedSet(frozenset(), (), ())
+    if kept:
+        return QuantizedSet(frozenset(kept), (), ())
     ignore, dense = _left_out(base, replaces, options)
     shapes = {name: weight.shape for name, weight in weights.items()}
     # A bias beside a weight says nothing of it.

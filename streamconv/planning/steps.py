@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from streamconv.adapters.base import Update, UpdateAccess
@@ -29,15 +29,19 @@ def plan_steps(
     choices: Choices,
     within: frozenset[str],
     equalizers: Mapping[str, Equalizer],
+    kept: Mapping[str, Encoder],
 ) -> list[list[Step]]:
     """Steps of each weight, weights in the base's order: one step, or a copy of every part.
 
-    `within` are weights that can be calibrated, `equalizers` what weights are equalized by.
+    `within` are weights that can be calibrated, `equalizers` what weights are equalized by, `kept` encoders of those
+    that are stored as their file has them, whose other parts are copied.
     """
     seen_by_training = _rounded_in_training(base, choices)
     steps: list[list[Step]] = []
     for name, weight in weights.items():
-        encoder = _encoder(name, weight, name in quantized, _own_dtype(base, name, weight), choices)
+        encoder = kept.get(name)
+        if encoder is None:
+            encoder = _encoder(name, weight, name in quantized, _own_dtype(base, name, weight), choices)
         merge_base = None
         # What the adapter holds whole was trained in full precision.
         is_rounded = name in seen_by_training and weight is base.weights[name]
@@ -54,8 +58,15 @@ def plan_steps(
             equalizers.get(name),
         )
         constants = [step.encoder.constants for step in found if isinstance(step, Rewrite)]
-        steps.append([*found, *(constant for each in constants for constant in each)])
+        beside = _beside(weight, found) if name in kept else []
+        steps.append([*found, *(constant for each in constants for constant in each), *beside])
     return steps
+
+
+def _beside(weight: Weight, steps: Sequence[Step]) -> list[Step]:
+    """Copies of parts that no step writes: scales of activations, which no update of the weight changes."""
+    written = {spec.name for step in steps for spec in step.specs}
+    return [Copy(part.name, part) for part in weight.parts.values() if part.name not in written]
 
 
 def _own_dtype(base: Base, name: str, weight: Weight) -> Dtype:
