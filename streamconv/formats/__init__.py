@@ -15,14 +15,14 @@ from streamconv.formats.bnb_4bit import Bnb4bitFormat
 from streamconv.formats.bnb_int8 import Int8Format
 from streamconv.formats.dense import DenseFormat, dense_weight
 from streamconv.formats.foreign import is_read_by, quantization_of, refuse_foreign
-from streamconv.formats.fp8 import Fp8Reader
+from streamconv.formats.fp8 import Fp8BlockFormat, Fp8Format, written_form
 from streamconv.formats.gpt_oss import GptOssReader
 from streamconv.formats.gptq import GptqFormat
 from streamconv.formats.mlx import MlxReader
 from streamconv.formats.pack_quantized import PackQuantizedFormat
 from streamconv.kernels.grids import FP4, INT4, INT8_GROUPS, NF4
 
-__all__ = ["FORMATS", "dense_weight", "find_weights", "format_of", "stored_as", "with_groups"]
+__all__ = ["FORMATS", "dense_weight", "family_of", "find_weights", "format_of", "stored_as", "with_groups"]
 
 
 def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
@@ -55,7 +55,7 @@ def format_of(name: str) -> Format | None:
     """
     for remark in int4_words.STORED_OTHERWISE:
         name = name.replace(f", {remark}", "")
-    plain, size = group_of(name)
+    plain, size = group_of(written_form(name))
     found = FORMATS.get(plain)
     if size is None:
         return found
@@ -68,6 +68,11 @@ def stored_as(storage_format: Format) -> str:
     if not isinstance(storage_format, Grouped) or not isinstance(usual, Grouped):
         return storage_format.name
     return grouped_name(storage_format.name, storage_format.group_size, usual.group_size)
+
+
+def family_of(name: str) -> Format | None:
+    """The format of which a Weight's `format` says in words how it differs; None where it is only read."""
+    return format_of(name) or FORMATS.get(group_of(name.partition(",")[0])[0])
 
 
 def with_groups(storage_format: Format, size: int | None) -> Format:
@@ -116,7 +121,7 @@ def _readers() -> tuple[Reader, ...]:
 
 
 # Storages that are read and not written.
-READERS: tuple[Reader, ...] = (Fp8Reader(), fp4.PACKED, fp4.MODELOPT, MlxReader(), GptOssReader())
+READERS: tuple[Reader, ...] = (fp4.PACKED, fp4.MODELOPT, MlxReader(), GptOssReader())
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
@@ -133,5 +138,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "gptq": GptqFormat(),
         "gptq-v2": GptqFormat(is_v2=True),
         "awq": AwqFormat("awq"),
+        "fp8": Fp8Format("fp8"),
+        "fp8-block": Fp8BlockFormat("fp8-block"),
     }
 )

@@ -32,11 +32,15 @@ SHAPES_IN_GROUPS = [(128, 128), (2, 384), (70, 256), (132, 640)]
 
 # And of those with words across rows.
 SHAPES_IN_WORDS = [(128, 128), (32, 384), (96, 256), (160, 640)]
+# Rows of any width, of a multiple of four elements in all: blocks that end within rows and columns.
+SHAPES_OF_BYTES = [(128, 128), (160, 640), (3, 52), (70, 96), (132, 7), (300, 200)]
 
 
 def shapes_of(name: str) -> list[tuple[int, int]]:
     if name in ("gptq", "gptq-v2", "awq"):
         return SHAPES_IN_WORDS
+    if name in ("fp8", "fp8-block"):
+        return SHAPES_OF_BYTES
     return SHAPES_IN_GROUPS if isinstance(FORMATS[name], Grouped) else SHAPES
 
 
@@ -62,6 +66,9 @@ def _described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             assert isinstance(storage_format, PackQuantizedFormat)
             found = replace(storage_format, grid=storage_format.grid.of_block(group))
             return {"quantization_config": found.quantization_config(BF16, (), ())}
+        if packed.dtype == torch.float8_e4m3fn:
+            key = "fp8-block" if f"{name}_scale_inv" in tensors else "fp8"
+            return {"quantization_config": FORMATS[key].quantization_config(BF16, (), ())}
     return {}
 
 
