@@ -18,6 +18,7 @@ from streamconv.formats.foreign import is_read_by, quantization_of, refuse_forei
 from streamconv.formats.fp8 import Fp8Reader
 from streamconv.formats.gpt_oss import GptOssReader
 from streamconv.formats.gptq import GptqFormat
+from streamconv.formats.int_quantized import Int8RowsFormat
 from streamconv.formats.mlx import MlxReader
 from streamconv.formats.pack_quantized import PackQuantizedFormat
 from streamconv.kernels.grids import FP4, INT4, INT8_GROUPS, NF4
@@ -122,6 +123,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "int8": Int8Format("int8"),
         "w4a16": PackQuantizedFormat("w4a16", 4, INT4),
         "w8a16": PackQuantizedFormat("w8a16", 8, INT8_GROUPS),
+        "w8a8": Int8RowsFormat(),
         "gptq": GptqFormat(),
         "gptq-v2": GptqFormat(is_v2=True),
         "awq": AwqFormat("awq"),

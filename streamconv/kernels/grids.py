@@ -59,6 +59,9 @@ class Grid(Protocol):
     def limits(self) -> tuple[float, float]:
         """The least and the greatest value that is ever chosen."""
 
+    def of_width(self, columns: int) -> Grid:
+        """The grid of a weight with `columns`, where the block is a whole row; else itself."""
+
     def nearest(self, x: Tensor) -> Tensor:
         """Codes of the values nearest to `x`; beyond the limits, the limit's code."""
 
@@ -91,6 +94,10 @@ class TableGrid:
     def of_block(self, block: int) -> Self:
         """The same values, with another number of elements to a scale."""
         return dataclasses.replace(self, block=block)
+
+    def of_width(self, columns: int) -> Self:
+        """The grid of a weight with `columns`: its block is known."""
+        return self.of_block(columns) if self.block == ROW else self
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -171,6 +178,10 @@ class DecodedGrid:
     @property
     def limits(self) -> tuple[float, float]:
         return -15.0, 15.0
+
+    def of_width(self, columns: int) -> Self:
+        del columns  # blocks are known
+        return self
 
     def nearest(self, x: Tensor) -> Tensor:
         raise self._refusal(x)

@@ -34,7 +34,13 @@ SHAPES_IN_GROUPS = [(128, 128), (2, 384), (70, 256), (132, 640)]
 SHAPES_IN_WORDS = [(128, 128), (32, 384), (96, 256), (160, 640)]
 
 
+# Scales of 16 bit follow bytes, which are even in number.
+SHAPES_OF_BYTES = [(128, 128), (3, 50), (70, 96), (130, 7)]
+
+
 def shapes_of(name: str) -> list[tuple[int, int]]:
+    if name == "w8a8":
+        return SHAPES_OF_BYTES
     if name in ("gptq", "gptq-v2", "awq"):
         return SHAPES_IN_WORDS
     return SHAPES_IN_GROUPS if isinstance(FORMATS[name], Grouped) else SHAPES
@@ -55,6 +61,8 @@ def write(
 def _described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """A config for tensors of compressed-tensors, which are read by what it says."""
     for name, packed in tensors.items():
+        if packed.dtype == torch.int8 and f"{name}_scale" in tensors:
+            return {"quantization_config": FORMATS["w8a8"].quantization_config(BF16, (), ())}
         if name.endswith(".weight_packed"):
             columns = int(tensors[name.replace("packed", "shape")][1])
             group = columns // tensors[name.replace("packed", "scale")].shape[1]
