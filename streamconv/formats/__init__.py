@@ -8,7 +8,7 @@ from types import MappingProxyType
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.dtypes import BF16, F16, F32
 from streamconv.errors import CheckpointError, OptionError
-from streamconv.formats import fp4, int4_words
+from streamconv.formats import fp4, int_words
 from streamconv.formats.awq import AwqFormat
 from streamconv.formats.base import Format, Grouped, Reader, Weight, group_of
 from streamconv.formats.bnb_4bit import Bnb4bitFormat
@@ -54,7 +54,7 @@ def format_of(name: str) -> Format | None:
 
     Of files that differ in how they store the same codes and scales, it is the one that is written.
     """
-    for remark in int4_words.STORED_OTHERWISE:
+    for remark in int_words.STORED_OTHERWISE:
         name = name.replace(f", {remark}", "")
     plain, size = group_of(name)
     found = FORMATS.get(plain)
@@ -126,6 +126,8 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "w8a8": Int8RowsFormat(),
         "gptq": GptqFormat(),
         "gptq-v2": GptqFormat(is_v2=True),
-        "awq": AwqFormat("awq"),
+        "gptq-asym": GptqFormat(is_asymmetric=True),
+        "awq": AwqFormat(),
+        "awq-asym": AwqFormat(is_asymmetric=True),
     }
 )

@@ -56,6 +56,10 @@ class Grid(Protocol):
         """Rule for offsets, where every block has one of its own, and scales are [blocks, 2]; None: there are none."""
 
     @property
+    def order(self) -> bytes:
+        """Columns (int32) as they follow each other in blocks, where that is not the weight's own order."""
+
+    @property
     def limits(self) -> tuple[float, float]:
         """The least and the greatest value that is ever chosen."""
 
@@ -90,6 +94,7 @@ class TableGrid:
     peak: float = 1.0
     reach: float = 1.0
     offsets: Offsets | None = None
+    order: bytes = b""
 
     def of_block(self, block: int) -> Self:
         """The same values, with another number of elements to a scale."""
@@ -136,6 +141,7 @@ class IntegerGrid:
     block: int
     reach: float = 1.0
     offsets: None = None
+    order: bytes = b""
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -174,6 +180,7 @@ class DecodedGrid:
     peak: float = 1.0
     reach: float = 1.0
     offsets: None = None
+    order: bytes = b""
 
     @property
     def limits(self) -> tuple[float, float]:

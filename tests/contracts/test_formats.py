@@ -53,6 +53,9 @@ RELATIVE_ERROR = {
     "gptq": 0.5 / 7.5 + 2**-10,
     "gptq-v2": 0.5 / 7.5 + 2**-10,
     "awq": 0.5 / 7.5 + 2**-10,
+    # Half a step of at most twice the greatest magnitude, and as much for a zero point that is rounded.
+    "gptq-asym": 2 / 15 + 2**-9,
+    "awq-asym": 2 / 15 + 2**-9,
 }
 
 

@@ -41,7 +41,7 @@ SHAPES_OF_BYTES = [(128, 128), (3, 50), (70, 96), (130, 7)]
 def shapes_of(name: str) -> list[tuple[int, int]]:
     if name == "w8a8":
         return SHAPES_OF_BYTES
-    if name in ("gptq", "gptq-v2", "awq"):
+    if name.startswith(("gptq", "awq")):
         return SHAPES_IN_WORDS
     return SHAPES_IN_GROUPS if isinstance(FORMATS[name], Grouped) else SHAPES
 
