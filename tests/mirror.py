@@ -113,10 +113,10 @@ STORIES: Mapping[str, Sequence[str]] = {
     "formats/gpt_oss.py": ["formats/test_block_scaled.py"],
     "formats/mlx.py": ["formats/test_block_scaled.py"],
     "formats/__init__.py": ["formats/test_find_weights.py", "contracts/test_formats.py"],
-    "formats/awq.py": ["formats/test_int4_words.py"],
+    "formats/awq.py": ["formats/test_int_words.py"],
     "formats/base.py": ["contracts/test_formats.py"],
     "formats/foreign.py": ["formats/test_find_weights.py"],
-    "formats/gptq.py": ["formats/test_int4_words.py", "foreign/test_gptqmodel.py"],
+    "formats/gptq.py": ["formats/test_int_words.py", "foreign/test_gptqmodel.py"],
     "formats/rows.py": ["contracts/test_formats.py"],
     # A forward pass of a model whose weights are streamed.
     "forward/activations.py": ["forward/test_walk.py", "calibration/test_layers.py"],

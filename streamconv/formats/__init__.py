@@ -8,7 +8,7 @@ from types import MappingProxyType
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.dtypes import BF16, F16, F32
 from streamconv.errors import CheckpointError, OptionError
-from streamconv.formats import fp4, int4_words
+from streamconv.formats import fp4, int_words
 from streamconv.formats.awq import AwqFormat
 from streamconv.formats.base import Format, Grouped, Reader, Weight, group_of, grouped_name
 from streamconv.formats.bnb_4bit import Bnb4bitFormat
@@ -18,6 +18,7 @@ from streamconv.formats.foreign import is_read_by, quantization_of, refuse_forei
 from streamconv.formats.fp8 import Fp8BlockFormat, Fp8Format, written_form
 from streamconv.formats.gpt_oss import GptOssReader
 from streamconv.formats.gptq import GptqFormat
+from streamconv.formats.int_quantized import Int8RowsFormat
 from streamconv.formats.mlx import MlxReader
 from streamconv.formats.pack_quantized import PackQuantizedFormat
 from streamconv.kernels.grids import FP4, INT4, INT8_GROUPS, NF4
@@ -53,7 +54,7 @@ def format_of(name: str) -> Format | None:
 
     Of files that differ in how they store the same codes and scales, it is the one that is written.
     """
-    for remark in int4_words.STORED_OTHERWISE:
+    for remark in int_words.STORED_OTHERWISE:
         name = name.replace(f", {remark}", "")
     plain, size = group_of(written_form(name))
     found = FORMATS.get(plain)
@@ -135,9 +136,12 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "int8": Int8Format("int8"),
         "w4a16": PackQuantizedFormat("w4a16", 4, INT4),
         "w8a16": PackQuantizedFormat("w8a16", 8, INT8_GROUPS),
+        "w8a8": Int8RowsFormat(),
         "gptq": GptqFormat(),
         "gptq-v2": GptqFormat(is_v2=True),
-        "awq": AwqFormat("awq"),
+        "gptq-asym": GptqFormat(is_asymmetric=True),
+        "awq": AwqFormat(),
+        "awq-asym": AwqFormat(is_asymmetric=True),
         "fp8": Fp8Format("fp8"),
         "fp8-block": Fp8BlockFormat("fp8-block"),
     }
