@@ -18,7 +18,7 @@ from streamconv.formats.foreign import is_read_by, quantization_of, refuse_forei
 from streamconv.formats.fp8 import Fp8Reader
 from streamconv.formats.gpt_oss import GptOssReader
 from streamconv.formats.gptq import GptqFormat
-from streamconv.formats.mlx import MlxReader
+from streamconv.formats.mlx import MlxFormat
 from streamconv.formats.pack_quantized import PackQuantizedFormat
 from streamconv.kernels.grids import FP4, INT4, INT8_GROUPS, NF4
 
@@ -108,7 +108,7 @@ def _readers() -> tuple[Reader, ...]:
 
 
 # Storages that are read and not written.
-READERS: tuple[Reader, ...] = (Fp8Reader(), fp4.PACKED, fp4.MODELOPT, MlxReader(), GptOssReader())
+READERS: tuple[Reader, ...] = (Fp8Reader(), fp4.PACKED, fp4.MODELOPT, GptOssReader())
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
@@ -125,5 +125,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "gptq": GptqFormat(),
         "gptq-v2": GptqFormat(is_v2=True),
         "awq": AwqFormat("awq"),
+        "mlx4": MlxFormat(4),
+        "mlx8": MlxFormat(8),
     }
 )
