@@ -3,9 +3,9 @@
     P.weight   uint32 [out, in · bits / 32], codes from the lowest bit on, one after the other
     P.scales   [out, in / group], P.biases likewise, in the type of the model
 
-An element is code * scale, rounded to that type, plus bias, rounded again (`mlx/ops.cpp`, affine_dequantize). Experts that
-are stored as one have an axis more in front. A scale is negative where a group's greatest value is farther from 0 than
-its least.
+An element is code * scale, rounded to that type, plus bias, rounded again (`mlx/ops.cpp`, affine_dequantize). Experts
+that are stored as one have an axis more in front. A scale is negative where a group's greatest value is farther from 0
+than its least.
 
 config.json has `quantization` with `group_size` and `bits`, and entries by module path where one has others; mlx-lm
 takes a module for quantized if it has scales.
@@ -56,6 +56,12 @@ _LEAST_SCALE = 1e-7  # mlx/ops.cpp, affine_quantize: eps
 def is_mlx(quantization: Mapping[str, Any]) -> bool:
     """Whether settings without a `quant_method` are MLX's."""
     return "quant_method" not in quantization and {"group_size", "bits"} <= quantization.keys()
+
+
+def config_keys(quantization: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Keys of config.json under which programs look for settings of a quantization; MLX's have two."""
+    is_ours = quantization is not None and is_mlx(quantization)
+    return ("quantization", "quantization_config") if is_ours else ("quantization_config",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +261,6 @@ class MlxFormat:
     library: str | None = None
     load_in: None = None
     config_copy: str | None = None
-    config_keys: tuple[str, ...] = ("quantization", "quantization_config")
     marks: Marks = _MARKS
     skips_by_path: bool = False
     takes_embeddings: bool = True

@@ -13,6 +13,7 @@ from streamconv.checkpoint.config import edit_config, language_levels
 from streamconv.dtypes import BF16, DENSE, Dtype
 from streamconv.formats import FORMATS, with_groups
 from streamconv.formats.base import Json
+from streamconv.formats.mlx import config_keys
 from streamconv.output.card import model_card
 from streamconv.output.manifest import MANIFEST, KeptShares, manifest
 from streamconv.output.publish import CONFIG, INDEX
@@ -190,6 +191,7 @@ def _config(prepared: Prepared, quantization: Json | None) -> bytes:
             end_token=prepared.end_token,
             architecture=head.architecture if head else None,
             labels=head.labels if head and not head.are_tokens else None,
+            quantization_keys=config_keys(quantization),
         )
     )
 

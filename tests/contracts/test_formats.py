@@ -52,6 +52,10 @@ RELATIVE_ERROR = {
     "gptq": 0.5 / 7.5 + 2**-10,
     "gptq-v2": 0.5 / 7.5 + 2**-10,
     "awq": 0.5 / 7.5 + 2**-10,
+    # A step, as 0 is made a value of the grid, of at most twice the greatest magnitude; the rounding of scale, bias,
+    # product and sum.
+    "mlx4": 2 / 15 + 2**-6,
+    "mlx8": 2 / 255 + 2**-6,
 }
 
 
@@ -130,7 +134,12 @@ def test_cells_equal_the_whole(tmp_path: Path, name: str, shape: tuple[int, int]
         values = torch.empty(len(codes))
         TORCH.decode(codes, decoder.grid, part_scales, F32, values)
         cast = values.to(encoder.dequantized_dtype.torch).float()
-        assert torch.equal(cast, whole[part.start : part.stop].flatten())
+        expected = whole[part.start : part.stop].flatten()
+        if decoder.grid.offsets is None:
+            assert torch.equal(cast, expected)
+        else:  # a library may round products before it adds offsets
+            size = block_absmax(expected, decoder.grid.block).repeat_interleave(decoder.grid.block)
+            assert bool(((cast - expected).abs() <= 2**-7 * size).all())
 
 
 @every_format
