@@ -25,13 +25,15 @@ KEEP = "keep"
 class Facts:
     """Facts that choices depend on beside the options: the base's quantized formats, and if an adapter updates it.
 
-    `location` is the base's place, for messages; `quantized` names the formats there, None where there are none.
+    `location` is the base's place, for messages; `quantized` names the formats there, None where there are none. `kept`
+    are those of `formats` whose weights bring an encoder of their own.
     """
 
     location: str
     quantized: str | None
     has_adapter: bool
     formats: tuple[str, ...] = ()
+    kept: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +212,7 @@ def resolve_quant(facts: Facts, options: MergeOptions) -> tuple[Format | None, D
 
 def _kept_format(facts: Facts, name: str, options: MergeOptions) -> Format:
     """The format of weights that are stored as those of the base that are called `name`."""
-    kept = format_of(name) or (family_of(name) if asks_to_keep(options) else None)
+    kept = format_of(name) or (family_of(name) if name in facts.kept and asks_to_keep(options) else None)
     if kept is None:
         raise UnsupportedError(
             f"{facts.location}: its weights are {facts.quantized}, which is read but not written; choose "

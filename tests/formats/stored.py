@@ -37,12 +37,12 @@ SHAPES_OF_BYTES = [(128, 128), (160, 640), (3, 52), (70, 96), (132, 7), (300, 20
 
 
 # Scales of 16 bit follow bytes, which are even in number.
-SHAPES_OF_BYTES = [(128, 128), (3, 50), (70, 96), (130, 7)]
+SHAPES_IN_PAIRS = [(128, 128), (3, 50), (70, 96), (130, 7)]
 
 
 def shapes_of(name: str) -> list[tuple[int, int]]:
     if name == "w8a8":
-        return SHAPES_OF_BYTES
+        return SHAPES_IN_PAIRS
     if name.startswith(("gptq", "awq")):
         return SHAPES_IN_WORDS
     if name in ("fp8", "fp8-block"):
