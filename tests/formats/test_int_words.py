@@ -361,9 +361,11 @@ def test_a_base_in_activation_order_is_decoded_and_kept(tmp_path: Path) -> None:
         for module in ("model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"):
             codes, zeros = words.gptq_codes(merged, module)
             groups, scales = put[f"{module}.g_idx"].numpy(), merged[f"{module}.scales"]
-            found = words.dequantized(codes, zeros, scales, groups).float()
+            values = words.dequantized(codes, zeros, scales, groups).float()
             step = scales.float().T[:, groups]
-            assert bool(((found - targets[f"{module}.weight"]).abs() <= 1.1 * step).all())
+            is_near = (values - targets[f"{module}.weight"]).abs() <= 1.1 * step
+            # Where scales stay, what an update moves beyond the last code is cut.
+            assert is_near.float().mean() > (0.97 if rounding == "stochastic" else 0.999)
 
 
 def test_what_is_only_stored_otherwise_is_kept_and_written_as_usual(tmp_path: Path) -> None:
