@@ -108,7 +108,7 @@ def _readers() -> tuple[Reader, ...]:
 
 
 # Storages that are read and not written.
-READERS: tuple[Reader, ...] = (Fp8Reader(), fp4.PACKED, fp4.MODELOPT, MlxReader(), GptOssReader())
+READERS: tuple[Reader, ...] = (Fp8Reader(), fp4.ModelOptReader(), MlxReader(), GptOssReader())
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
@@ -125,5 +125,8 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "gptq": GptqFormat(),
         "gptq-v2": GptqFormat(is_v2=True),
         "awq": AwqFormat("awq"),
+        "nvfp4a16": fp4.NVFP4A16,
+        "mxfp4a16": fp4.MXFP4A16,
+        "mxfp4": fp4.MXFP4,
     }
 )

@@ -51,8 +51,8 @@ class _Table:
 
 
 @functools.cache
-def _table(values: tuple[float, ...]) -> _Table:
-    known = tables_of(values, torch.device("cpu"))
+def _table(values: tuple[float, ...], is_float: bool) -> _Table:
+    known = tables_of(values, torch.device("cpu"), is_float)
     rising = known.distinct.thresholds.numpy()
     by_rank = known.codes.numpy()
     length = _CODES if len(values) <= _CODES else 256
@@ -142,7 +142,7 @@ class CompiledKernels:
         drawn, into = _rows(noise, whole, grid.block), _rows(codes, whole, grid.block)
         if isinstance(grid, TableGrid):
             _stochastic_in_table(
-                _table(grid.values), arrays, (from_codes, base, start is not None), drawn, into
+                _table(grid.values, grid.is_float), arrays, (from_codes, base, start is not None), drawn, into
             )
         else:
             signed = from_codes.view(np.int8)
@@ -162,7 +162,7 @@ class CompiledKernels:
         if weights is not None or not isinstance(grid, TableGrid) or not _is_compiled(grid):
             _TORCH.search(values, grid, scales, weights)
             return
-        whole, table = values.numel() // grid.block, _table(grid.values)
+        whole, table = values.numel() // grid.block, _table(grid.values, grid.is_float)
         self.starting_scales(values, grid, scales)
         given, found = (_rows(values, whole, grid.block), _FACTORS, SEARCH_STEPS), scales.numpy()[:whole]
         if table.half:
@@ -185,7 +185,7 @@ class CompiledKernels:
         errors: Tensor,
         is_first: bool,
     ) -> None:
-        table = _table(grid.values) if isinstance(grid, TableGrid) and grid.peak == 1 else None
+        table = _table(grid.values, grid.is_float) if isinstance(grid, TableGrid) and grid.peak == 1 else None
         if table is None or (len(table.by_code) > _CODES and not table.half):
             _TORCH.quantize_columns(
                 target, pull, coupling, rows, grid, scales, dtype, codes, errors, is_first
@@ -243,7 +243,7 @@ class CompiledKernels:
         read, values = _rows(codes, whole, grid.block), _rows(out, whole, grid.block)
         factors = scales.numpy()[:whole]
         if isinstance(grid, TableGrid):
-            loops.decode_table(read, _table(grid.values).by_code, factors, values)
+            loops.decode_table(read, _table(grid.values, grid.is_float).by_code, factors, values)
         else:
             loops.decode_integer(read.view(np.int8), factors, np.float32(1 / grid.peak), values)
         _round_to(dtype, values)
@@ -267,7 +267,7 @@ class CompiledKernels:
         whole = out.numel() // grid.block
         values = _rows(out, whole, grid.block)
         read = _rows(packed, whole, grid.block // 2)
-        pairs = _table(grid.values).pairs[low_first]
+        pairs = _table(grid.values, grid.is_float).pairs[low_first]
         loops.decode_pairs(read, pairs, scales.numpy()[:whole], values.view(np.uint64), values)
         _round_to(dtype, values)
         if whole < scales.numel():
@@ -297,7 +297,7 @@ class CompiledKernels:
         read, into = _rows(codes, whole, grid.block), inner.numpy()[:whole]
         if isinstance(grid, TableGrid):
             loop = loops.kept_table if _is_short(grid) else loops.kept_in_any_table
-            loop(read, _table(grid.values).by_code, *arrays, into, sums)
+            loop(read, _table(grid.values, grid.is_float).by_code, *arrays, into, sums)
         else:
             loops.kept_integer(read.view(np.int8), *arrays, into, sums)
         if whole < inner.numel():
@@ -316,7 +316,7 @@ class CompiledKernels:
 def _is_compiled(grid: Grid) -> bool:
     """Whether all loops are there for this grid: integers, even steps, or at most 16 values in blocks of 64."""
     if isinstance(grid, TableGrid):
-        return _is_table(grid) and (_is_short(grid) or bool(_table(grid.values).half))
+        return _is_table(grid) and (_is_short(grid) or bool(_table(grid.values, grid.is_float).half))
     return isinstance(grid, IntegerGrid)
 
 
@@ -330,7 +330,7 @@ def _is_short(grid: TableGrid) -> bool:
 
 
 def _nearest_in_table(grid: TableGrid, values: Array, scales: Array, codes: Array) -> None:
-    table = _table(grid.values)
+    table = _table(grid.values, grid.is_float)
     if table.half:
         loops.nearest_uniform(values, scales, table.half, codes)
         return
@@ -338,7 +338,7 @@ def _nearest_in_table(grid: TableGrid, values: Array, scales: Array, codes: Arra
         loops.nearest_table(values, scales, table.midpoints, codes)
         _from_ranks(table, codes)
         return
-    known = tables_of(grid.values, torch.device("cpu"))
+    known = grid.tables(torch.device("cpu"))
     midpoints = _padded(known.midpoints.thresholds.numpy(), np.inf, 256)
     loops.nearest_in_any_table(values, scales, midpoints, codes)
     if not known.codes_are_ranks:

@@ -125,6 +125,9 @@ class TorchKernels:
         gap = grid.decode(upper).sub_(low)
         goes_up = gap.mul_(noise) < x.sub_(low)
         torch.mul(upper.sub_(lower), goes_up.view(torch.uint8), out=codes).add_(lower)
+        if start is not None and isinstance(grid, TableGrid) and grid.is_float:
+            stays = grid.decode(codes) == grid.decode(start.codes)
+            codes.copy_(torch.where(stays, start.codes, codes))
         return scales
 
     def uniform(self, key: int, first: int, out: Tensor) -> None:

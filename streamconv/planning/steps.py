@@ -149,6 +149,8 @@ def _encoder(name: str, weight: Weight, quantize: bool, own_dtype: Dtype, choice
     dtype = choices.dtype or own_dtype
     if quantize:
         assert choices.quant is not None
+        if weight.keep is not None and weight.keep.format == choices.quant.name:
+            return weight.keep
         return choices.quant.encoder(name, weight.shape, dtype)
     if weight.dtype.name not in DENSE:
         if choices.dtype is not None:

@@ -16,6 +16,7 @@ from streamconv.dtypes import BF16, F16, F32, Dtype
 from streamconv.formats.bnb_4bit import DYNAMIC
 from streamconv.kernels import TORCH, Kernels, Start, compiled_kernels, kernels_for
 from streamconv.kernels.grids import (
+    E2M1,
     FP4,
     INT4,
     INT8,
@@ -38,6 +39,8 @@ GRIDS: Mapping[str, Grid] = {
     "int4": INT4.of_block(32),
     "int4 of rows": INT4.of_block(96),
     "int8 in groups": INT8_GROUPS,
+    "e2m1": E2M1,
+    "e2m1 of 32": E2M1.of_block(32),
     "other": TableGrid("other", (0.25, 1.0, -1.0), 4),
 }
 every_grid = pytest.mark.parametrize("name", GRIDS)
