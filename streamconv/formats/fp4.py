@@ -31,6 +31,7 @@ from streamconv.formats.base import (
     Constant,
     Json,
     Marks,
+    Mixable,
     Order,
     ScaleScope,
     Weight,
@@ -39,7 +40,7 @@ from streamconv.formats.base import (
     wrong,
 )
 from streamconv.formats.block_scaled import check_tensor
-from streamconv.formats.compressed import METHOD, formats_of
+from streamconv.formats.compressed import METHOD, class_targets, config_of, formats_of, mixed_config, part_of
 from streamconv.formats.dense import largest_dtype
 from streamconv.formats.fp4_scales import DIVISOR, FACTOR, BlockScales, Mxfp4Scales, Nvfp4Scales
 from streamconv.formats.fp8 import ACTIVATIONS
@@ -153,7 +154,7 @@ def _kind(main_role: str, block_scales: BlockScales, has_input: bool, config: Ma
     if block_scales.whole is None:
         return "mxfp4" if _quantizes_inputs(config) else "mxfp4a16"
     if main_role == _MODELOPT:
-        return "nvfp4 of modelopt"
+        return "nvfp4a16, of modelopt"
     return "nvfp4" if has_input else "nvfp4a16"
 
 
@@ -270,6 +271,7 @@ def _bytes_of(tensor: Tensor) -> bytes:
 
 
 def _check_compressed(config: Mapping[str, Any], where: str) -> None:
+    config = part_of(config, _STORAGES)
     if not formats_of(config) or formats_of(config) - _STORAGES:
         raise refusal(config_says(where), f"{METHOD}, and its format is {shown(config.get('format'))}")
 
@@ -281,7 +283,7 @@ def _check_modelopt(config: Mapping[str, Any], where: str) -> None:
 
 def _check_described(weights: Iterable[Weight], config: Mapping[str, Any], where: str) -> None:
     """Raise CheckpointError for a weight that is stored as config.json says of none."""
-    known = formats_of(config)
+    known = formats_of(part_of(config, _STORAGES))
     for weight in weights:
         if isinstance(weight.decoder, Fp4Decoder) and weight.decoder.main == _PACKED:
             storage = MXFP4_STORAGE if weight.decoder.block_scales.whole is None else NVFP4_STORAGE
@@ -311,6 +313,7 @@ class Fp4Format:
     inputs: Mapping[str, Any] | None = None
     loaders: str = "transformers with compressed-tensors, vLLM"
     library: str = METHOD
+    family: str = METHOD
     load_in: None = None
     skips_by_path: bool = True
     config_copy: str | None = None
@@ -356,8 +359,19 @@ class Fp4Format:
         return Fp4Encoder(self.name, name, shape, dtype, self.block_scales)
 
     def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
-        """See Format; as compressed-tensors writes its presets of this name."""
-        del dtype, quantized  # all that the list does not name
+        """See Format."""
+        del dtype
+        return config_of([(self.module_config(), class_targets(quantized))], skipped)
+
+    def mixed_config(
+        self, dtype: Dtype, groups: Sequence[tuple[Mixable, Sequence[str]]], skipped: Sequence[str]
+    ) -> Json:
+        """See Mixable."""
+        del dtype
+        return mixed_config(groups, skipped)
+
+    def module_config(self) -> Json:
+        """See Mixable. The keys of compressed-tensors' own preset of this name."""
         weights: Json = {
             "dynamic": False,
             "group_size": self.grid.block,
@@ -367,21 +381,11 @@ class Fp4Format:
             "symmetric": True,
             "type": "float",
         }
-        group = {
+        return {
             "format": self.storage,
             "input_activations": None if self.inputs is None else {**weights, **self.inputs},
             "output_activations": None,
-            "targets": ["Linear"],
             "weights": weights,
-        }
-        return {
-            "config_groups": {"group_0": group},
-            "format": self.storage,
-            "global_compression_ratio": None,
-            "ignore": list(skipped),
-            "kv_cache_scheme": None,
-            "quant_method": METHOD,
-            "quantization_status": "compressed",
         }
 
 

@@ -56,8 +56,15 @@ class Grid(Protocol):
         """Rule for offsets, where every block has one of its own, and scales are [blocks, 2]; None: there are none."""
 
     @property
+    def order(self) -> bytes:
+        """Columns (int32) as they follow each other in blocks, where that is not the weight's own order."""
+
+    @property
     def limits(self) -> tuple[float, float]:
         """The least and the greatest value that is ever chosen."""
+
+    def of_width(self, columns: int) -> Grid:
+        """The grid of a weight with `columns`, where the block is a whole row; else itself."""
 
     def nearest(self, x: Tensor) -> Tensor:
         """Codes of the values nearest to `x`; beyond the limits, the limit's code."""
@@ -88,11 +95,16 @@ class TableGrid:
     peak: float = 1.0
     reach: float = 1.0
     offsets: Offsets | None = None
+    order: bytes = b""
     is_float: bool = False
 
     def of_block(self, block: int) -> Self:
         """The same values, with another number of elements to a scale."""
         return dataclasses.replace(self, block=block)
+
+    def of_width(self, columns: int) -> Self:
+        """The grid of a weight with `columns`: its block is known."""
+        return self.of_block(columns) if self.block == ROW else self
 
     def tables(self, device: torch.device) -> Tables:
         """Tables of the values, made once for every device."""
@@ -135,6 +147,7 @@ class IntegerGrid:
     block: int
     reach: float = 1.0
     offsets: None = None
+    order: bytes = b""
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -173,10 +186,15 @@ class DecodedGrid:
     peak: float = 1.0
     reach: float = 1.0
     offsets: None = None
+    order: bytes = b""
 
     @property
     def limits(self) -> tuple[float, float]:
         return -15.0, 15.0
+
+    def of_width(self, columns: int) -> Self:
+        del columns  # blocks are known
+        return self
 
     def nearest(self, x: Tensor) -> Tensor:
         raise self._refusal(x)
@@ -402,6 +420,25 @@ E2M1 = TableGrid(
     tuple(sign * value / E2M1_UNIT for sign in (1, -1) for value in _E2M1),
     block=16,
     reach=6 / E2M1_UNIT,
+    is_float=True,
+)
+
+
+def _e4m3_value(code: int) -> float:
+    """Number that a byte stands for; for the two that are NaN, the greatest of their sign, which other codes have."""
+    exponent, mantissa = code >> 3 & 15, min(code & 7, 6 if code & 0x78 == 0x78 else 7)
+    size = (8 + mantissa) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9
+    return -size if code & 0x80 else size
+
+
+# The 8-bit float E4M3 without infinities (Micikevicius et al. 2022, arXiv 2209.05433), of greatest magnitude 448. In
+# units of 512, a power of two, so that nothing is rounded where the scale is 512 times the stored one.
+E4M3_UNIT = 512.0
+E4M3 = TableGrid(
+    "e4m3",
+    tuple(_e4m3_value(code) / E4M3_UNIT for code in range(256)),
+    block=ROW,
+    reach=448 / E4M3_UNIT,
     is_float=True,
 )
 

@@ -10,16 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from streamconv.formats.linear import module_of
+from streamconv.formats.targets import PARTNERS
 
 _JOINED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
+    *PARTNERS.values(),
     ("w1", "w3"),  # Mixtral, InternLM 2, MiniMax
-    ("q_a_proj", "kv_a_proj_with_mqa"),  # DeepSeek
     ("wq", "wk", "wv"),
     ("query", "key", "value"),
-    ("in_proj_qkv", "in_proj_z"),  # Qwen 3.5
-    ("in_proj_b", "in_proj_a"),
 )
 _FIRST: Mapping[str, str] = {name: names[0] for names in _JOINED for name in names}
 
