@@ -236,6 +236,12 @@ class Surveyed(Encoder, Protocol):
     def knowing(self, greatest: float) -> Self:
         """The same with the scale for targets of that greatest magnitude (finite, not negative)."""
 
+    def following(self, decoder: Decoder) -> Self:
+        """The same with the scale of a base's weight that is stored in this way; itself where it is stored in another.
+
+        Partners that no update touches are copied with that scale.
+        """
+
 
 def wrong(tensor: StoredTensor, expected: str) -> CheckpointError:
     """Error for a part that has another type or shape than `expected`, in words."""

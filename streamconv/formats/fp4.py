@@ -29,6 +29,7 @@ from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats.base import (
     CELL_ROWS,
     Constant,
+    Decoder,
     Json,
     Marks,
     Mixable,
@@ -155,7 +156,7 @@ def _kind(main_role: str, block_scales: BlockScales, has_input: bool, config: Ma
         return "mxfp4" if _quantizes_inputs(config) else "mxfp4a16"
     if main_role == _MODELOPT:
         return "nvfp4a16, of modelopt"
-    return "nvfp4" if has_input else "nvfp4a16"
+    return "nvfp4a16, with scales of inputs" if has_input else "nvfp4a16"
 
 
 def _quantizes_inputs(config: Mapping[str, Any]) -> bool:
@@ -241,6 +242,12 @@ class Fp4Encoder:
     def knowing(self, greatest: float) -> Self:
         return dataclasses.replace(self, block_scales=self.block_scales.knowing(greatest))
 
+    def following(self, decoder: Decoder) -> Self:
+        """See Surveyed. A block that the update has made too large for the scale has its greatest magnitude cut."""
+        if not isinstance(decoder, Fp4Decoder) or decoder.grid != self.grid:
+            return self
+        return dataclasses.replace(self, block_scales=self.block_scales.following(decoder.block_scales))
+
     def row_offset(self, row: int) -> int:
         return row * self.shape[1] // 2
 
@@ -277,7 +284,7 @@ def _check_compressed(config: Mapping[str, Any], where: str) -> None:
 
 
 def _check_modelopt(config: Mapping[str, Any], where: str) -> None:
-    if config.get("quant_algo") != "NVFP4":
+    if config.get("quant_algo") not in ("NVFP4", "W4A16_NVFP4"):
         raise refusal(config_says(where), f"modelopt, {shown(config.get('quant_algo'))}")
 
 
@@ -343,7 +350,8 @@ class Fp4Format:
 
     def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """See Format."""
-        return [weight for weight in _find(_PACKED, free, quantization) if weight.format == self.name]
+        weights = _find(_PACKED, free, quantization)
+        return [weight for weight in weights if weight.format.partition(",")[0] == self.name]
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Fp4Encoder:
         """See Format."""

@@ -50,6 +50,9 @@ class BlockScales(Protocol):
     def knowing(self, greatest: float) -> Self:
         """The same for a weight of that greatest magnitude."""
 
+    def following(self, other: BlockScales) -> Self:
+        """The same with the scale over the whole weight that `other`, of this kind, has."""
+
     def stored(self, scales: Tensor) -> Tensor:
         """Scales (float32, effective ones or others) as they are stored, of `dtype`; NaN for what is not finite."""
 
@@ -91,6 +94,12 @@ class Nvfp4Scales:
         divisor = divisor if np.isfinite(divisor) else 1.0
         value = float(np.float32(1) / np.float32(divisor)) if self.multiplies else divisor
         return replace(self, value=value)
+
+    def following(self, other: BlockScales) -> Self:
+        assert isinstance(other, Nvfp4Scales)
+        if other.multiplies == self.multiplies or other.value is None:
+            return replace(self, value=other.value)
+        return replace(self, value=float(np.float32(1) / np.float32(other.value)))
 
     def stored(self, scales: Tensor) -> Tensor:
         """See BlockScales. A block that is not all 0 keeps a scale above 0."""
@@ -138,6 +147,10 @@ class Mxfp4Scales:
 
     def knowing(self, greatest: float) -> Self:
         del greatest
+        return self
+
+    def following(self, other: BlockScales) -> Self:
+        del other
         return self
 
     def stored(self, scales: Tensor) -> Tensor:
