@@ -83,7 +83,12 @@ def _sources(facts: Facts, merge_base: Format | None) -> list[Format]:
     """Formats whose grids the targets may lie on; none that is only read."""
     if merge_base is not None:
         return [merge_base]
-    return [found for name in facts.formats if (found := family_of(name)) is not None]
+    return [found for name in facts.formats if (found := _format_in(facts, name)) is not None]
+
+
+def _format_in(facts: Facts, name: str) -> Format | None:
+    """The format of weights that the base calls so; in words how they differ, where they bring their own encoder."""
+    return format_of(name) or (family_of(name) if name in facts.kept else None)
 
 
 def _resolve_formats(
@@ -212,7 +217,7 @@ def resolve_quant(facts: Facts, options: MergeOptions) -> tuple[Format | None, D
 
 def _kept_format(facts: Facts, name: str, options: MergeOptions) -> Format:
     """The format of weights that are stored as those of the base that are called `name`."""
-    kept = format_of(name) or (family_of(name) if name in facts.kept and asks_to_keep(options) else None)
+    kept = _format_in(facts, name) if asks_to_keep(options) else format_of(name)
     if kept is None:
         raise UnsupportedError(
             f"{facts.location}: its weights are {facts.quantized}, which is read but not written; choose "
