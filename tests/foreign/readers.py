@@ -32,12 +32,14 @@ TOKENS = [1, 5, 9, 14, 22, 3, 7]
 class Case:
     """One output of streamconv: options of `convert`, and what the program is told to compute in.
 
-    `decoded_in`: the dtype that streamconv decodes it to, for values that should equal the program's.
+    `decoded_in`: the dtype that streamconv decodes it to, for values that should equal the program's. `is_exact`: not
+    where the program makes other numbers of what is stored, and rounds them.
     """
 
     options: Mapping[str, Any]
     dtype: str = "auto"
     decoded_in: str = "auto"
+    is_exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)
