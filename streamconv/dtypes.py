@@ -61,7 +61,7 @@ DTYPES: Mapping[str, Dtype] = MappingProxyType(
     }
 )
 
-U8, I8, I16, I32, I64 = (DTYPES[code] for code in ("U8", "I8", "I16", "I32", "I64"))
+U8, I8, I16, I32, U32, I64 = (DTYPES[code] for code in ("U8", "I8", "I16", "I32", "U32", "I64"))
 F16, BF16, F32 = (DTYPES[code] for code in ("F16", "BF16", "F32"))
 
 # What a dense weight may be: the types a LoRA merge reads, adds to and rounds to.

@@ -12,7 +12,7 @@ from torch import Tensor
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import DENSE, F16, Dtype
 from streamconv.errors import UnsupportedError
-from streamconv.formats.base import NO_MARKS, Constant, Json, Marks, Order, Weight, matrix_shape
+from streamconv.formats.base import CELL_ROWS, NO_MARKS, Constant, Json, Marks, Order, Weight, matrix_shape
 from streamconv.kernels.grids import Grid
 
 MAIN = "weight"
@@ -83,6 +83,7 @@ class DenseEncoder:
     spec: TensorSpec
     nested: bool = False
     rounds_scales: bool = False
+    cell_rows: int = CELL_ROWS
     grid: Grid | None = None
     constants: tuple[Constant, ...] = ()
     order: Order | None = None
@@ -106,8 +107,9 @@ class DenseEncoder:
     def row_offset(self, row: int) -> int:
         return row * matrix_shape(self.spec.shape)[1] * self.dtype.itemsize
 
-    def pack(self, values: Tensor, out: Tensor) -> None:
+    def pack(self, values: Tensor, scales: Tensor | None, out: Tensor) -> None:
         """See Encoder."""
+        del scales  # there are none
         out.view(self.dtype.torch).copy_(values.reshape(-1))
 
     def effective_scales(self, scales: Tensor) -> Tensor:

@@ -50,26 +50,37 @@ def refitted(layer: Layer, scales: Tensor, found: Solution) -> Tensor:
         def changes_of(rows: slice) -> Tensor:
             return _changes(layer, found.codes[:, rows], mixed[:, rows])
 
-    blocks = layer.columns // layer.grid.block
-    changes = torch.cat(shared(layer, changes_of, max(1, _SYSTEMS // blocks**2)))
+    numbers = layer.columns // layer.grid.block * (1 if layer.grid.offsets is None else 2)
+    changes = torch.cat(shared(layer, changes_of, max(1, _SYSTEMS // numbers**2)))
     if outputs is not None:
         changes = changes[outputs.places]
-    fitted = scales + changes.reshape(-1)
-    return torch.where(fitted * scales > 0, fitted, scales)
+    fitted = scales + changes.reshape(scales.shape)
+    is_better = fitted * scales > 0 if layer.grid.offsets is None else fitted[:, :1] * scales[:, :1] > 0
+    return torch.where(is_better, fitted, scales)
 
 
 def _changes(layer: Layer, codes: Tensor, errors: Tensor) -> Tensor:
-    """δ above of some rows, [rows, blocks of a row]."""
+    """δ above of some rows, [rows, blocks of a row]; with offsets, [rows, blocks of a row, 2]."""
     matrix, places, block = layer.inputs.matrix, layer.inputs.places, layer.grid.block
     values = layer.grid.decode(codes)[places].div_(layer.grid.peak)
     count = layer.columns // block
-    wanted = (matrix @ errors)[places].mul_(values).view(count, block, -1).sum(1)
-    system = wanted.new_empty(count, *wanted.shape)
+    # An offset is a scale of ones, and values are above that of code 0.
+    factors = (values,) if layer.grid.offsets is None else (values - _first(layer), torch.ones_like(values))
+    moved = (matrix @ errors)[places]
+    wanted = torch.stack([(moved * each).view(count, block, -1).sum(1) for each in factors], 1).flatten(0, 1)
+    system = wanted.new_empty(len(wanted), *wanted.shape)
     for number, columns in enumerate(places.view(count, block)):
-        products = matrix[columns][:, places].T @ values[number * block : (number + 1) * block]
-        system[number] = products.mul_(values).view(count, block, -1).sum(1)
+        coupling = matrix[columns][:, places].T
+        for index, own in enumerate(factors):
+            products = coupling @ own[number * block : (number + 1) * block]
+            found = [(products * each).view(count, block, -1).sum(1) for each in factors]
+            system[number * len(factors) + index] = torch.stack(found, 1).flatten(0, 1)
     systems = system.permute(2, 0, 1).double()
     diagonal = systems.diagonal(dim1=1, dim2=2)
     diagonal.add_(_RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny)
     changes: Tensor = torch.linalg.solve(systems, wanted.T.double())
     return changes.float()
+
+
+def _first(layer: Layer) -> float:
+    return float(layer.grid.decode(torch.zeros(1, dtype=torch.uint8)))

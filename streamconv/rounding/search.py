@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from streamconv.kernels import kernels_for
-from streamconv.kernels.grids import Grid
+from streamconv.kernels.grids import Grid, empty_scales
 from streamconv.rounding.base import Context
 
 
@@ -42,6 +41,6 @@ def searched_scales(target: Tensor, grid: Grid, weights: Tensor | None = None) -
 
     `weights` (float32, one an entry) say what the square of each error counts; None: all count alike.
     """
-    scales = torch.empty(-(-target.numel() // grid.block), dtype=torch.float32, device=target.device)
+    scales = empty_scales(target.numel(), grid, target.device)
     kernels_for(target.device).search(target, grid, scales, weights)
     return scales

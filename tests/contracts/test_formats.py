@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamconv.dtypes import BF16, DENSE
+from streamconv.dtypes import BF16, DENSE, F32
 from streamconv.formats import FORMATS
 from streamconv.formats.base import matrix_shape
 from streamconv.formats.linear import module_of
 from streamconv.formats.rows import in_file_order
-from streamconv.kernels.grids import IntegerGrid, block_absmax
+from streamconv.kernels import TORCH
+from streamconv.kernels.grids import block_absmax
 from tests.formats.stored import (
     W,
     block_slice,
@@ -48,9 +49,17 @@ RELATIVE_ERROR = {
     # Half a step; for the greatest of a block, which may lie beyond the positive end, with the scale's rounding.
     "w4a16": 0.5 / 7.5 + 2**-7,
     "w8a16": 0.5 / 127.5 + 2**-7,
+    "w8a8": 0.5 / 127.5 + 2**-7,
     "gptq": 0.5 / 7.5 + 2**-10,
     "gptq-v2": 0.5 / 7.5 + 2**-10,
     "awq": 0.5 / 7.5 + 2**-10,
+    # Half the widest step, and the scale's rounding, beyond which values are cut.
+    "fp8": 16 / 448 + 2**-7,
+    # Half a step of the value's own magnitude: a block's greatest is not always in this row.
+    "fp8-block": 2**-4 + 2**-8,
+    # Half a step of at most twice the greatest magnitude, and as much for a zero point that is rounded.
+    "gptq-asym": 2 / 15 + 2**-9,
+    "awq-asym": 2 / 15 + 2**-9,
 }
 
 
@@ -82,7 +91,8 @@ def test_decoding_is_stable_under_encoding_again(tmp_path: Path, name: str, shap
     codes = tensors[encoder.parts[0].name]
     if encoder.grid is not None:
         again = torch.empty(encoder.row_offset(shape[0]), dtype=torch.uint8)
-        encoder.pack(first.decoder.codes(raw_bytes(first), range(shape[0])), again)
+        scales = first.decoder.scales(side_parts(first))
+        encoder.pack(first.decoder.codes(raw_bytes(first), range(shape[0])), scales, again)
         assert torch.equal(in_file_order(encoder.order, again), codes.view(-1).view(torch.uint8))
     else:
         assert torch.equal(stored(encoder, decoded(first))[W], codes)
@@ -125,9 +135,11 @@ def test_cells_equal_the_whole(tmp_path: Path, name: str, shape: tuple[int, int]
         # Codes and effective scales tell the decoded values, up to a library's cast.
         part_scales = block_slice(read, scales, part)
         assert part_scales is not None
-        values = decoder.grid.decode(codes) * part_scales.repeat_interleave(decoder.grid.block)[: len(codes)]
-        values *= 1 / decoder.grid.peak
-        cast = values.to(encoder.dequantized_dtype.torch).float()
+        values = torch.empty(len(codes))
+        TORCH.decode(codes, decoder.grid, part_scales, F32, values)
+        # DeepSeek's files tell the type only by what else is in them, and nothing is.
+        dtype = read.dtype if name == "fp8-block" else encoder.dequantized_dtype
+        cast = values.to(dtype.torch).float()
         assert torch.equal(cast, whole[part.start : part.stop].flatten())
 
 
@@ -158,7 +170,7 @@ def test_grids_of_format_encoder_and_decoder_are_one(tmp_path: Path, name: str) 
     read = only_weight(write(tmp_path, stored(encoder, weight)))
     assert encoder.grid == read.decoder.grid
     grid = FORMATS[name].grid
-    assert encoder.grid == (grid.of_width(weight.shape[1]) if isinstance(grid, IntegerGrid) else grid)
+    assert encoder.grid == (grid if grid is None else grid.of_width(weight.shape[1]))
     assert encoder.format == name
 
 
@@ -184,5 +196,5 @@ def test_the_gpu_reads_and_writes_the_same(tmp_path: Path, name: str, shape: tup
     assert torch.equal(values.cpu(), decoded(read))
     if encoder.grid is not None:
         packed = torch.empty_like(raw)
-        encoder.pack(read.decoder.codes(raw, range(shape[0])), packed)
+        encoder.pack(read.decoder.codes(raw, range(shape[0])), scales, packed)
         assert torch.equal(packed, raw)
