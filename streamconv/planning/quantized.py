@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from streamconv.adapters.base import Replace
+from streamconv.checkpoint.types import Shape
 from streamconv.dtypes import BF16
 from streamconv.errors import OptionError
 from streamconv.formats import FORMATS
-from streamconv.formats.base import Grouped, Weight
-from streamconv.formats.linear import DEFAULT_IGNORE, matches, module_of, select
+from streamconv.formats.base import Format, Grouped, Weight
+from streamconv.formats.linear import DEFAULT_IGNORE, Selection, matches, module_of, select
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
 from streamconv.planning.options import MergeOptions
@@ -41,9 +42,8 @@ def choose_quantized(
     # A bias beside a weight says nothing of it.
     matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and name.endswith(".weight")}
     unfit = {name for name, shape in matrices.items() if not choices.quant.fits(name, shape)}
-    by_path, config = choices.quant.skips_by_path, base.index.config
-    wanted = select(shapes, config, ignore, dense, by_path=by_path)
-    selection = select(shapes, config, ignore, dense | {module_of(name) for name in unfit}, by_path=by_path)
+    wanted = _selected(base, shapes, choices.quant, ignore, dense)
+    selection = _selected(base, shapes, choices.quant, ignore, dense | {module_of(name) for name in unfit})
     if not wanted.quantized:
         raise OptionError(
             f"--quant {choices.quant.name} would quantize nothing: {base.index.storage.location} has no linear "
@@ -57,8 +57,18 @@ def choose_quantized(
         )
     # Written when all is done; what it cannot say is refused now.
     choices.quant.quantization_config(choices.dtype or BF16, selection.quantized, selection.skipped)
-    left = tuple(module_of(name) for name in wanted.quantized if name in unfit)
-    return QuantizedSet(frozenset(selection.quantized), selection.skipped, left)
+    chosen = frozenset(selection.quantized)
+    left = tuple(module_of(name) for name in wanted.quantized if name not in chosen)
+    return QuantizedSet(chosen, selection.skipped, left)
+
+
+def _selected(
+    base: Base, shapes: Mapping[str, Shape], quant: Format, ignore: Sequence[str], dense: frozenset[str]
+) -> Selection:
+    has_experts = bool(quant.expert_loaders)
+    return select(
+        shapes, base.index.config, ignore, dense, by_path=quant.skips_by_path, has_experts=has_experts
+    )
 
 
 def _left_out(
@@ -85,7 +95,7 @@ def with_group_size(
     _check_ignore(options.ignore, weights)
     ignore, dense = _left_out(base, replaces, options)
     shapes = {name: weight.shape for name, weight in weights.items()}
-    wanted = select(shapes, base.index.config, ignore, dense, by_path=quant.skips_by_path).quantized
+    wanted = _selected(base, shapes, quant, ignore, dense).quantized
     fitting = {
         size: sum(quant.of_group_size(size).fits(name, shapes[name]) for name in wanted)
         for size in sorted(quant.group_sizes, reverse=True)
