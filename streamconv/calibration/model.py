@@ -100,6 +100,7 @@ def _reference(subject: Subject, *, is_equalized: bool = True) -> Plan:
         dtype=F32.name,
         rounding="auto",
         ignore=(),
+        quant_for=(),
         max_shard_bytes=None,
         calibration=None,
     )
