@@ -331,6 +331,12 @@ class Format(Protocol):
     def skips_by_path(self) -> bool:
         """Whether its config names modules left in 16 bit by whole paths; else as `formats/linear.py` has it."""
 
+    @property
+    def expert_loaders(self) -> tuple[str, ...]:
+        """Programs that open it with experts quantized, each in tensors of its own; where none does, they stay in 16
+        bit.
+        """
+
     def fits(self, name: str, shape: Shape) -> bool:
         """Whether it can store the weight [out, in] of a Linear, and loaders expect it; else it stays in 16 bit."""
 

@@ -235,6 +235,7 @@ class Fp8Format:
     family: str = METHOD
     load_in: None = None
     skips_by_path: bool = True
+    expert_loaders: tuple[str, ...] = ("transformers with compressed-tensors", "vLLM")
     config_copy: str | None = None
     marks: Marks = _MARKS
 
@@ -304,6 +305,7 @@ class Fp8BlockFormat:
     library: None = None
     load_in: None = None
     skips_by_path: bool = True
+    expert_loaders: tuple[str, ...] = ("transformers", "vLLM", "SGLang")
     config_copy: str | None = None
     marks: Marks = NO_MARKS
 

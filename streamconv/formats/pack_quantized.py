@@ -374,6 +374,7 @@ class PackQuantizedFormat:
     family: str = METHOD
     load_in: None = None
     skips_by_path: bool = True
+    expert_loaders: tuple[str, ...] = ("transformers with compressed-tensors", "vLLM")
     config_copy: str | None = None
     marks: Marks = _MARKS
 
