@@ -133,6 +133,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "kernels/ggml/fit_loops.py": ["kernels/ggml/test_fitting.py"],
     "kernels/ggml/in_torch.py": ["kernels/ggml/test_packing.py", "kernels/ggml/test_fitting.py"],
     "kernels/ggml/pack_loops.py": ["kernels/ggml/test_packing.py"],
+    "kernels/ggml/scale_loops.py": ["kernels/ggml/test_scales.py"],
     "kernels/ggml/types.py": ["kernels/ggml/test_decoding.py"],
     "kernels/in_torch.py": ["kernels/test_compiled.py"],
     "kernels/loops.py": ["kernels/test_compiled.py"],

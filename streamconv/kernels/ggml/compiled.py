@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamconv.kernels.ggml import decode_loops, fit_loops, pack_loops
+from streamconv.kernels.ggml import decode_loops, fit_loops, pack_loops, scale_loops
 from streamconv.kernels.ggml.decoding import (
     FP4_VALUES,
     IQ4_VALUES,
@@ -77,7 +77,7 @@ class CompiledBlockKernels:
         return unpack_scales(kind, raw)
 
     def pack(self, kind: BlockType, codes: Tensor, scales: Tensor, raw: Tensor) -> None:
-        pack_scales(kind, *split(kind, scales), raw)
+        pack_scales(kind, *split(kind, scales, _nested), raw)
         self.pack_codes(kind, codes, raw)
 
     def pack_codes(self, kind: BlockType, codes: Tensor, raw: Tensor) -> None:
@@ -85,7 +85,7 @@ class CompiledBlockKernels:
         pack_loops.PACK[kind.name](codes.numpy(), shift, place, raw.numpy())
 
     def stored(self, kind: BlockType, scales: Tensor) -> Tensor:
-        return joined(kind, *split(kind, scales))
+        return joined(kind, *split(kind, scales, _nested))
 
     def nearest(self, kind: BlockType, values: Tensor, scales: Tensor, codes: Tensor) -> None:
         known = codes_of(kind)
@@ -93,7 +93,7 @@ class CompiledBlockKernels:
         loop(_blocks(kind, values), scales.numpy(), *_limits(known), _blocks(kind, codes))
 
     def fit(self, kind: BlockType, values: Tensor, weights: Tensor | None) -> Tensor:
-        return fit(kind, values, weights, _CompiledSearches())
+        return fit(kind, values, weights, _CompiledSearches(), _nested)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +134,12 @@ class _CompiledSearches:
         out = torch.empty(len(values))
         fit_loops.try_scales(values.numpy(), _weights(weights), trials.numpy(), _limits(codes), out.numpy())
         return out
+
+
+def _nested(wished: Tensor, limit: int, is_signed: bool) -> tuple[Tensor, Tensor]:
+    factors, integers = torch.empty(len(wished)), torch.empty(wished.shape, dtype=torch.int16)
+    scale_loops.nested(wished.contiguous().numpy(), limit, is_signed, factors.numpy(), integers.numpy())
+    return factors, integers
 
 
 def _weights(weights: Tensor | None) -> Array:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from streamconv.kernels.ggml.packing import codes_of
-from streamconv.kernels.ggml.scales import joined, split, to_half
+from streamconv.kernels.ggml.scales import Nested, joined, split, to_half
 from streamconv.kernels.ggml.types import BlockType, Codes
 
 # Ranges narrower than this are none: no 16-bit float could tell.
@@ -86,7 +86,9 @@ class Searches(Protocol):
         """The best of several scales, [tries, blocks]; the first, if none is better: [blocks]."""
 
 
-def fit(kind: BlockType, values: Tensor, weights: Tensor | None, searches: Searches) -> Tensor:
+def fit(
+    kind: BlockType, values: Tensor, weights: Tensor | None, searches: Searches, nested: Nested
+) -> Tensor:
     """Scales for `values` [n, super_block], as a loader will have them: [n * blocks], or [n * blocks, 2]."""
     codes, tries = codes_of(kind), _TRIES[kind.name]
     blocks = values.reshape(-1, kind.block)
@@ -95,7 +97,7 @@ def fit(kind: BlockType, values: Tensor, weights: Tensor | None, searches: Searc
         found = searches.affine(blocks, importance, tries.about(codes.highest), tries, codes)
         if not codes.is_nested:
             return to_half(found)
-        factors, integers = split(kind, found)
+        factors, integers = split(kind, found, nested)
         units = factors.repeat_interleave(kind.blocks, dim=0)
         start = integers.reshape(-1, 2).float()
         best = searches.pairs(blocks, importance, units, start, tries, codes)
@@ -105,7 +107,7 @@ def fit(kind: BlockType, values: Tensor, weights: Tensor | None, searches: Searc
         # The plainest scale first, so that weights that lie on a grid stay there.
         near = [_extremes(blocks) / codes.peak, *(found * (1 + step / 1024) for step in tries.steps)]
         return searches.scales(blocks, importance, to_half(torch.stack(near)), codes)
-    factors, integers = split(kind, found)
+    factors, integers = split(kind, found, nested)
     units = factors[:, 0].repeat_interleave(kind.blocks)
     best = searches.integers(blocks, importance, units, integers.reshape(-1).float(), tries, codes)
     return joined(kind, factors, best.reshape(integers.shape))

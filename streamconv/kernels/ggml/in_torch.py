@@ -10,7 +10,7 @@ from torch import Tensor
 from streamconv.kernels.ggml.decoding import decode_super_blocks
 from streamconv.kernels.ggml.fitting import TorchSearches, fit
 from streamconv.kernels.ggml.packing import codes_of, pack_codes, pack_scales, unpack_codes, unpack_scales
-from streamconv.kernels.ggml.scales import joined, split
+from streamconv.kernels.ggml.scales import joined, nested_in_torch, split
 from streamconv.kernels.ggml.types import BlockType
 
 
@@ -28,14 +28,14 @@ class TorchBlockKernels:
         return unpack_scales(kind, raw)
 
     def pack(self, kind: BlockType, codes: Tensor, scales: Tensor, raw: Tensor) -> None:
-        pack_scales(kind, *split(kind, scales), raw)
+        pack_scales(kind, *split(kind, scales, nested_in_torch), raw)
         self.pack_codes(kind, codes, raw)
 
     def pack_codes(self, kind: BlockType, codes: Tensor, raw: Tensor) -> None:
         pack_codes(kind, codes, raw)
 
     def stored(self, kind: BlockType, scales: Tensor) -> Tensor:
-        return joined(kind, *split(kind, scales))
+        return joined(kind, *split(kind, scales, nested_in_torch))
 
     def nearest(self, kind: BlockType, values: Tensor, scales: Tensor, codes: Tensor) -> None:
         known = codes_of(kind)
@@ -46,4 +46,4 @@ class TorchBlockKernels:
         codes.copy_(found.to(torch.int8).view(torch.uint8).reshape(codes.shape))
 
     def fit(self, kind: BlockType, values: Tensor, weights: Tensor | None) -> Tensor:
-        return fit(kind, values, weights, TorchSearches())
+        return fit(kind, values, weights, TorchSearches(), nested_in_torch)

@@ -20,6 +20,7 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 _LOW, _HIGH = np.uint8(15), np.uint8(4)
 _NONE, _1, _2, _3 = np.uint8(0), np.uint8(1), np.uint8(2), np.uint8(3)
 _4, _6 = np.uint8(4), np.uint8(6)
+_ONE_BIT, _TWO_ONES, _FOUR_BITS, _FIFTEEN = (np.uint32(number) for number in (1, 3, 4, 15))
 
 
 @compiled
@@ -138,11 +139,12 @@ def pack_q5_k(codes: Array, add: Any, place: int, raw: Array) -> None:
 @compiled
 def unpack_q5_k(raw: Array, add: Any, place: int, codes: Array) -> None:
     for i in range(raw.shape[0]):
-        for pair in range(4):
-            _unpack_nibbles(raw, i, place + 32 + 32 * pair, 32, _NONE, codes, 64 * pair)
         for b in range(8):
+            start, shift, bit = place + 32 + 32 * (b // 2), np.uint32(4 * (b % 2)), np.uint32(b)
             for j in range(32):
-                codes[i, 32 * b + j] |= np.uint8(np.uint8(raw[i, place + j] >> np.uint8(b) & _1) << _4)
+                low = np.uint32(raw[i, start + j]) >> shift & _FIFTEEN
+                high = np.uint32(raw[i, place + j]) >> bit & _ONE_BIT
+                codes[i, 32 * b + j] = np.uint8(low | high << _FOUR_BITS)
 
 
 @compiled
@@ -162,13 +164,13 @@ def pack_q6_k(codes: Array, add: Any, place: int, raw: Array) -> None:
 @compiled
 def unpack_q6_k(raw: Array, add: Any, place: int, codes: Array) -> None:
     for i in range(raw.shape[0]):
-        for half in range(2):
-            _unpack_nibbles(raw, i, 64 * half, 64, _NONE, codes, 128 * half)
-            for part in range(4):
-                for j in range(32):
-                    high = raw[i, 128 + 32 * half + j] >> np.uint8(2 * part) & _3
-                    at = 128 * half + 32 * part + j
-                    codes[i, at] = np.uint8((codes[i, at] | high << _4) - add)
+        for b in range(8):
+            start, shift = 64 * (b // 4) + 32 * (b % 2), np.uint32(4 * (b // 2 % 2))
+            above, bits = 128 + 32 * (b // 4), np.uint32(2 * (b % 4))
+            for j in range(32):
+                low = np.uint32(raw[i, start + j]) >> shift & _FIFTEEN
+                high = np.uint32(raw[i, above + j]) >> bits & _TWO_ONES
+                codes[i, 32 * b + j] = np.uint8(np.uint8(low | high << _FOUR_BITS) - add)
 
 
 PACK: Mapping[str, Callable[[Array, Any, int, Array], None]] = {

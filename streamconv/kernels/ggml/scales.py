@@ -7,6 +7,8 @@ scales come out exactly, it is taken, so that scales that were stored before sta
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -16,12 +18,19 @@ from streamconv.kernels.ggml.types import BlockType
 LARGEST_HALF = 65504.0
 
 
+class Nested(Protocol):
+    """Search for the 16-bit float of each super-block."""
+
+    def __call__(self, wished: Tensor, limit: int, is_signed: bool) -> tuple[Tensor, Tensor]:
+        """Factors [n] and integers, int16 [n, blocks], for wished numbers [n, blocks], which are finite."""
+
+
 def to_half(numbers: Tensor) -> Tensor:
     """Numbers rounded to 16-bit floats, half to even, and never to infinity."""
     return numbers.clamp(-LARGEST_HALF, LARGEST_HALF).half().float()
 
 
-def split(kind: BlockType, scales: Tensor) -> tuple[Tensor, Tensor]:
+def split(kind: BlockType, scales: Tensor, nested: Nested) -> tuple[Tensor, Tensor]:
     """Split scales [n * blocks] or [n * blocks, 2] into what is stored.
 
     Returns 16-bit floats, as float32 [n, 1 or 2], and their integers, int16 [n, blocks, 1 or 2]: 1, if not nested.
@@ -31,9 +40,9 @@ def split(kind: BlockType, scales: Tensor) -> tuple[Tensor, Tensor]:
     if not codes.is_nested:
         return to_half(wished[:, 0]), torch.ones_like(wished, dtype=torch.int16)
     if not codes.has_offset:
-        factor, integers = _nested(wished[..., 0], codes.scale_limit, True)
+        factor, integers = nested(wished[..., 0], codes.scale_limit, True)
         return factor.unsqueeze(-1), integers.unsqueeze(-1)
-    parts = [_nested(part, codes.scale_limit, False) for part in (wished[..., 0], -wished[..., 1])]
+    parts = [nested(part, codes.scale_limit, False) for part in (wished[..., 0], -wished[..., 1])]
     factors, integers = (torch.stack(each, dim=-1) for each in zip(*parts, strict=True))
     return factors, integers
 
@@ -56,8 +65,8 @@ def _multiples(limit: int, is_signed: bool) -> list[int]:
     return [multiple for size in range(limit, 0, -1) for multiple in (-size, size) if multiple < limit]
 
 
-def _nested(wished: Tensor, limit: int, is_signed: bool) -> tuple[Tensor, Tensor]:
-    """Factors [n] and integers [n, blocks] for wished numbers [n, blocks]."""
+def nested_in_torch(wished: Tensor, limit: int, is_signed: bool) -> tuple[Tensor, Tensor]:
+    """See Nested."""
     place = wished.abs().argmax(1, keepdim=True)
     extreme = wished.gather(1, place)[:, 0]
     lowest, highest = (-limit, limit - 1) if is_signed else (0, limit)
