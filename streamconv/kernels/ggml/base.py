@@ -45,4 +45,7 @@ class BlockKernels(Protocol):
         """Write the codes nearest to (value - offset) * (1 / scale), halves to even; 0 where a scale is 0."""
 
     def fit(self, kind: BlockType, values: Tensor, weights: Tensor | None) -> Tensor:
-        """Scales with which nearest codes have the least squared error found, weighed by `weights`, not negative."""
+        """Scales with which nearest codes have the least squared error found, weighed by `weights`.
+
+        These are not negative, and as many as the values, or as those of one row, for rows that are weighed alike.
+        """

@@ -5,7 +5,8 @@ thing: the blocks' first elements, their weights, the second ones, their weights
 every loop is over lanes, and LLVM sees by how much the places differ that it reads and writes; one place that depends
 on the element, and it is no vector loop any more, unless the element's two rows are cut out first.
 
-`values` and `weights` are [blocks, block]; weights are [0, 0] where all are 1.
+`values` is [blocks, block]. `weights` is too, or [blocks of a row, block] for rows that are weighed alike, or [0, 0]
+where all are 1.
 """
 
 from __future__ import annotations
@@ -61,8 +62,9 @@ def _load(values: Array, weights: Array, first: int, s: Array) -> Any:
     for b in range(LANES):
         s[_TOTAL + b], s[_OFFSET + b], s[_LEAST + b], s[_BEST + b] = _ZERO, _ZERO, _INFINITY, _ZERO
         at = first + min(b, count - 1)
+        row = at % weights.shape[0] if is_weighed else 0
         for j in range(values.shape[1]):
-            weight = weights[at, j] if is_weighed else _ONE
+            weight = weights[row, j] if is_weighed else _ONE
             s[_PAIR * j + b], s[_PAIR * j + LANES + b] = values[at, j], weight
             s[_TOTAL + b] += weight
     return count

@@ -11,6 +11,7 @@ Here in torch, for any device: what the compiled loops must equal bit for bit. S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,7 +61,7 @@ _TRIES = {
 
 
 class Searches(Protocol):
-    """Loops of the search over blocks: [blocks, block] float32, weights alike or None, nothing else changed."""
+    """Loops of the search over blocks: [blocks, block] float32; weights alike, or of one row's blocks, or None."""
 
     def affine(
         self, values: Tensor, weights: Tensor | None, peaks: list[float], tries: Tries, codes: Codes
@@ -162,7 +163,10 @@ class _Blocks:
     def __init__(self, values: Tensor, weights: Tensor | None) -> None:
         self.elements = values.t().contiguous().unbind()
         ones = torch.ones_like(self.elements[0])
-        self.weights = [ones] * len(self.elements) if weights is None else weights.t().contiguous().unbind()
+        if weights is None:
+            self.weights: Sequence[Tensor] = [ones] * len(self.elements)
+        else:
+            self.weights = weights.t().repeat(1, len(values) // len(weights)).unbind()
         self.total = torch.zeros_like(ones)
         for weight in self.weights:
             self.total = self.total + weight

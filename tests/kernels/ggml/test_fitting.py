@@ -81,6 +81,18 @@ def test_weights_of_one_are_no_weights(name: str, where: str) -> None:
 
 
 @every_written
+@both_kernels
+def test_rows_can_be_weighed_alike(name: str, where: str) -> None:
+    """Importance is known of columns."""
+    kind = BLOCK_TYPES[name]
+    blocks = in_super_blocks(kind, normal(4 * 512).reshape(4, 512))
+    row = in_super_blocks(kind, torch.rand(512, generator=torch.Generator().manual_seed(0)))
+    alike, apart = (kernels(where).fit(kind, blocks, w) for w in (row, row.repeat(4, 1)))
+    assert same_bits(alike, apart)
+    assert not same_bits(alike, kernels(where).fit(kind, blocks, None))
+
+
+@every_written
 def test_scales_that_were_fitted_can_be_stored(name: str) -> None:
     kind = BLOCK_TYPES[name]
     scales = kernels("compiled").fit(kind, in_super_blocks(kind, golden_weights()), None)
