@@ -263,6 +263,7 @@ class MlxFormat:
     config_copy: str | None = None
     marks: Marks = _MARKS
     skips_by_path: bool = False
+    expert_loaders: tuple[str, ...] = ()  # mlx-lm joins experts of 16 bit only
     takes_embeddings: bool = True
 
     @property

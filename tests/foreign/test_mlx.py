@@ -1,4 +1,4 @@
-"""mlx-lm opens our folders: its weights equal what streamconv decodes, and it computes what transformers does with that.
+"""mlx-lm opens our folders: weights equal what streamconv decodes, and it computes what transformers does with that.
 
 `tools/foreign mlx` runs this. What it computes in 16 bits, as it serves a model, is near that and no more.
 """
