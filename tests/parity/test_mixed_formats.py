@@ -23,6 +23,7 @@ from streamconv.formats.linear import module_of
 from tests.checkpoint.files import index_of
 from tests.formats.stored import decoded, normal
 from tests.forward.texts import save_tokenizer, write_text
+from tests.models import Sizes, write_base
 from tests.parity.opening import logits_differ_by, open_model, tensors
 from tests.tiny import VOCABULARY, edit_tensors, logits, save_adapter, save_base
 
@@ -177,11 +178,19 @@ def test_a_type_of_floats_is_for_the_weights_named(folder: Path, tmp_path: Path)
     assert not any(module.endswith("o_proj") for module in formats(tmp_path / "out"))
 
 
-def test_ignore_counts_for_more(folder: Path, tmp_path: Path) -> None:
-    streamconv.convert(
-        folder / "base", tmp_path / "out", quant="w4a16", ignore=["layers.0"], quant_for={"mlp": "w8a16"}
-    )
-    assert not any("layers.0" in module for module in formats(tmp_path / "out"))
+def test_ignore_counts_for_more_and_heads_stay(folder: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"quant": "w4a16", "ignore": ["layers.0"], "quant_for": {"mlp": "w8a16"}}
+    streamconv.convert(folder / "base", tmp_path / "out", **options)
+    assert {module for module in formats(tmp_path / "out") if "layers.1." not in module} == set()
+
+
+def test_a_group_for_each_row_is_of_the_size_that_the_config_has(tmp_path: Path) -> None:
+    """Rows of 64 in one group, and rows of 128: not rows with a scale each, which are not written."""
+    base = write_base(tmp_path / "base", Sizes(hidden=64, inner=128, layers=1, vocabulary=40).shapes)
+    streamconv.convert(base, tmp_path / "out", quant_for={"o_proj": "w8a16:g64", "down_proj": "w8a16:g128"})
+    assert sorted(formats(tmp_path / "out").values()) == ["w8a16", "w8a16, group size 64"]
+    streamconv.convert(tmp_path / "out", tmp_path / "again")
+    assert same(tmp_path / "out", tmp_path / "again")
 
 
 def test_several_outputs_follow_the_rules_that_they_can(folder: Path, tmp_path: Path) -> None:
