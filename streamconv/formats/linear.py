@@ -246,13 +246,13 @@ def _skip_list(head: str, quantized: Collection[str], left: Sequence[str]) -> tu
     entries = {} if head in quantized else {head: None}
     _check_names(left)
     names = {module: module.rpartition(".")[2] for module in left}
-    unclear = {last for last in set(names.values()) if any(_means(last, other) for other in quantized)}
+    unclear = {last for last in set(names.values()) if any(means(last, other) for other in quantized)}
     entries |= {module if last in unclear else last: None for module, last in names.items()}
     if "embed_out" in entries:
         entries["lm_head"] = None  # GPT-NeoX: the name in files, and what transformers 5 calls it once loaded
     for entry in entries:
         for module in quantized:
-            if _means(entry, module):
+            if means(entry, module):
                 raise UnsupportedError(
                     f"{entry} must stay in 16 bit, but loaders would take that name for {module} too;"
                     f" quantize both or neither: --ignore {module}"
@@ -311,7 +311,7 @@ def _skip_paths(
     return tuple(entries)
 
 
-def _means(entry: str, module: str) -> bool:
+def means(entry: str, module: str) -> bool:
     """Whether transformers or vLLM takes `entry` of a skip list to mean `module`.
 
     transformers: a regular expression from the start to the end of a component, or a plain ending; vLLM: one

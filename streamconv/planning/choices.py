@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from streamconv.dtypes import DENSE, Dtype
 from streamconv.errors import OptionError, UnsupportedError
-from streamconv.formats import FORMATS, format_of, with_groups
-from streamconv.formats.base import Format, Grouped
+from streamconv.formats import FORMATS, family_of, format_of, with_groups
+from streamconv.formats.base import Encoder, Format, Grouped
 from streamconv.formats.mixed import can_mix
 from streamconv.kernels.grids import TableGrid
 from streamconv.planning.assignment import NONE, FormatRule, ModuleFormats, is_dense, read_rules
@@ -54,6 +54,12 @@ class Choices:
     mixture: ModuleFormats
 
 
+def asks_to_keep(options: MergeOptions) -> bool:
+    """Whether quantized weights are to be stored as they are in the base, and not only in its format."""
+    is_usual = options.group_size is None and options.dtype.lower() == "auto" and not options.quant_for
+    return options.quant.lower() == KEEP and is_usual
+
+
 def choose(facts: Facts, options: MergeOptions) -> Choices:
     """Raises OptionError for options that contradict each other or the base."""
     quant, dtype, mixture = _resolve_formats(facts, options)
@@ -75,7 +81,7 @@ def _sources(facts: Facts, merge_base: Format | None) -> list[Format]:
     """Formats whose grids the targets may lie on; none that is only read."""
     if merge_base is not None:
         return [merge_base]
-    return [found for name in facts.formats if (found := format_of(name)) is not None]
+    return [found for name in facts.formats if (found := family_of(name)) is not None]
 
 
 def _resolve_formats(
@@ -161,6 +167,11 @@ def _which_calibrated(options: MergeOptions, formats: Sequence[Format | None]) -
     return able[0] if able else quantized[0][0]
 
 
+def takes_calibration(encoder: Encoder | None) -> bool:
+    """Whether error feedback can choose codes of a weight."""
+    return encoder is not None and isinstance(encoder.grid, TableGrid)
+
+
 def can_calibrate(quant: Format) -> bool:
     """Whether error feedback can choose codes of the format: they are of a table, with a scale a block."""
     return isinstance(quant.grid, TableGrid)
@@ -199,7 +210,7 @@ def resolve_quant(facts: Facts, options: MergeOptions) -> tuple[Format | None, D
 
 def _kept_format(facts: Facts, name: str, options: MergeOptions) -> Format:
     """The format of weights that are stored as those of the base that are called `name`."""
-    kept = format_of(name)
+    kept = format_of(name) or (family_of(name) if asks_to_keep(options) else None)
     if kept is None:
         raise UnsupportedError(
             f"{facts.location}: its weights are {facts.quantized}, which is read but not written; choose "

@@ -20,6 +20,7 @@ from streamconv.planning.calibration import CalibrationFacts, plan_calibration, 
 from streamconv.planning.choices import Choices, Facts, choose
 from streamconv.planning.devices import Device
 from streamconv.planning.fingerprint import fingerprint
+from streamconv.planning.keeping import kept_encoders
 from streamconv.planning.memory import plan_memory
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import CalibrationPlan, Memory, Plan, ShardPlan
@@ -103,7 +104,8 @@ def _draft(
         )
     options = with_group_size(base, weights, replaces, options)
     choices = choose(facts_of(base, adapter), options)
-    chosen = choose_quantized(base, weights, replaces, choices, options)
+    kept = kept_encoders(base, weights, options)
+    chosen = choose_quantized(base, weights, replaces, choices, options, kept)
     within = facts.weights if facts is not None and choices.feedback is not None else frozenset()
     equalization = plan_equalization(base, weights, chosen, options, facts)
     if equalization is not None:

@@ -11,7 +11,7 @@ from streamconv.checkpoint.types import Shape
 from streamconv.dtypes import BF16
 from streamconv.errors import OptionError
 from streamconv.formats import FORMATS, with_groups
-from streamconv.formats.base import Format, Grouped, Weight
+from streamconv.formats.base import Encoder, Format, Grouped, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, matches, module_of, select
 from streamconv.formats.mixed import check_partners, mixed_quantization
 from streamconv.planning.assignment import FormatRule, ModuleFormats, is_dense, read_rules, rule_for
@@ -24,17 +24,19 @@ from streamconv.planning.options import MergeOptions
 class QuantizedSet:
     """Formats of quantized weights by name, what the config says of other modules, and paths of those that do not fit.
 
-    Fitting is of shapes. `dense`: formats of weights that are asked to be stored in a float type of their own.
+    Fitting is of shapes. `dense`: formats of weights that are asked to be stored in a float type of their own. `kept`:
+    encoders of those that stay as their file has them; where there are any, they are all that is quantized.
     """
 
     formats: Mapping[str, Format]
     skipped: Sequence[str]
     unfit: tuple[str, ...]
     dense: Mapping[str, Format] = field(default_factory=lambda: MappingProxyType({}))
+    kept: Mapping[str, Encoder] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def weights(self) -> frozenset[str]:
-        return frozenset(self.formats)
+        return frozenset(self.formats) | frozenset(self.kept)
 
 
 def choose_quantized(
@@ -43,12 +45,18 @@ def choose_quantized(
     replaces: Mapping[str, Replace],
     choices: Choices,
     options: MergeOptions,
+    kept: Mapping[str, Encoder],
 ) -> QuantizedSet:
-    """Weights the output stores quantized, and the linear modules it leaves in 16 bit: one decision."""
+    """Weights the output stores quantized, and the linear modules it leaves in 16 bit: one decision.
+
+    `kept` are those that stay as they are stored; where there are any, they are all.
+    """
     _check_patterns("--ignore", options.ignore, weights)
     _check_patterns("--quant-for", [rule.pattern for rule in choices.mixture.rules], weights)
     if choices.quant is None:
         return QuantizedSet({}, (), ())
+    if kept:
+        return QuantizedSet({}, (), (), kept=kept)
     ignore, dense = _left_out(base, weights, replaces, choices.mixture, options)
     shapes = {name: weight.shape for name, weight in weights.items()}
     # A bias beside a weight says nothing of it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from streamconv.adapters.base import Update, UpdateAccess
@@ -14,7 +14,7 @@ from streamconv.formats import FORMATS
 from streamconv.formats.base import Encoder, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, select
 from streamconv.planning.base import Base
-from streamconv.planning.choices import Choices, can_calibrate
+from streamconv.planning.choices import Choices, takes_calibration
 from streamconv.planning.plan import Copy, Rewrite, Step
 from streamconv.planning.quantized import QuantizedSet
 from streamconv.planning.scales import FRESH, scales_of_base
@@ -33,12 +33,15 @@ def plan_steps(
 ) -> list[list[Step]]:
     """Steps of each weight, weights in the base's order: one step, or a copy of every part.
 
-    `within` are weights that can be calibrated where their format can, `equalizers` what weights are equalized by.
+    `within` are weights that can be calibrated where their format can, `equalizers` what weights are equalized by. Of
+    those that are kept as their file has them, other parts are copied.
     """
     seen_by_training = _rounded_in_training(base, choices)
     steps: list[list[Step]] = []
     for name, weight in weights.items():
-        encoder = _encoder(name, weight, chosen, _own_dtype(base, name, weight), choices)
+        encoder = chosen.kept.get(name)
+        if encoder is None:
+            encoder = _encoder(name, weight, chosen, _own_dtype(base, name, weight), choices)
         merge_base = None
         # What the adapter holds whole was trained in full precision.
         is_rounded = name in seen_by_training and weight is base.weights[name]
@@ -51,12 +54,19 @@ def plan_steps(
             encoder,
             merge_base,
             choices.rest,
-            name in within and name in chosen.formats and can_calibrate(chosen.formats[name]),
+            name in within and takes_calibration(encoder),
             equalizers.get(name),
         )
         constants = [step.encoder.constants for step in found if isinstance(step, Rewrite)]
-        steps.append([*found, *(constant for each in constants for constant in each)])
+        beside = _beside(weight, found) if name in chosen.kept else []
+        steps.append([*found, *(constant for each in constants for constant in each), *beside])
     return steps
+
+
+def _beside(weight: Weight, steps: Sequence[Step]) -> list[Step]:
+    """Copies of parts that no step writes: scales of activations, which no update of the weight changes."""
+    written = {spec.name for step in steps for spec in step.specs}
+    return [Copy(part.name, part) for part in weight.parts.values() if part.name not in written]
 
 
 def _own_dtype(base: Base, name: str, weight: Weight) -> Dtype:

@@ -32,11 +32,21 @@ SHAPES_IN_GROUPS = [(128, 128), (2, 384), (70, 256), (132, 640)]
 
 # And of those with words across rows.
 SHAPES_IN_WORDS = [(128, 128), (32, 384), (96, 256), (160, 640)]
+# Rows of any width, of a multiple of four elements in all: blocks that end within rows and columns.
+SHAPES_OF_BYTES = [(128, 128), (160, 640), (3, 52), (70, 96), (132, 7), (300, 200)]
+
+
+# Scales of 16 bit follow bytes, which are even in number.
+SHAPES_OF_BYTES = [(128, 128), (3, 50), (70, 96), (130, 7)]
 
 
 def shapes_of(name: str) -> list[tuple[int, int]]:
-    if name in ("gptq", "gptq-v2", "awq"):
+    if name == "w8a8":
+        return SHAPES_OF_BYTES
+    if name.startswith(("gptq", "awq")):
         return SHAPES_IN_WORDS
+    if name in ("fp8", "fp8-block"):
+        return SHAPES_OF_BYTES
     return SHAPES_IN_GROUPS if isinstance(FORMATS[name], Grouped) else SHAPES
 
 
@@ -53,8 +63,16 @@ def write(
 
 
 def _described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A config for tensors of compressed-tensors, which are read by what it says."""
+    """A config for tensors of compressed-tensors and MLX, which are read by what it says."""
     for name, packed in tensors.items():
+        if packed.dtype == torch.int8 and f"{name}_scale" in tensors:
+            return {"quantization_config": FORMATS["w8a8"].quantization_config(BF16, (), ())}
+        if name.endswith(".biases"):
+            main = tensors[name.replace("biases", "weight")]
+            # Tests have groups of 64, or of 32.
+            group = 64 if main.shape[-1] * 32 // 64 in (4 * packed.shape[-1], 8 * packed.shape[-1]) else 32
+            bits = main.shape[-1] * 32 // (packed.shape[-1] * group)
+            return {"quantization": {"group_size": group, "bits": bits}}
         if name.endswith(".weight_packed"):
             columns = int(tensors[name.replace("packed", "shape")][1])
             group = columns // tensors[name.replace("packed", "scale")].shape[1]
@@ -62,6 +80,9 @@ def _described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             assert isinstance(storage_format, PackQuantizedFormat)
             found = replace(storage_format, grid=storage_format.grid.of_block(group))
             return {"quantization_config": found.quantization_config(BF16, (), ())}
+        if packed.dtype == torch.float8_e4m3fn:
+            key = "fp8-block" if f"{name}_scale_inv" in tensors else "fp8"
+            return {"quantization_config": FORMATS[key].quantization_config(BF16, (), ())}
     return {}
 
 
