@@ -245,6 +245,7 @@ class GptqFormat:
     load_in: None = None
     skips_by_path: bool = False
     config_copy: str | None = "quantize_config.json"
+    has_partners: bool = True
     marks: Marks = MARKS
     group_sizes: tuple[int, ...] = GROUP_SIZES
 

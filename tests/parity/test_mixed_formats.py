@@ -212,6 +212,48 @@ def test_several_outputs_follow_the_rules_that_they_can(folder: Path, tmp_path: 
         )
 
 
+@pytest.mark.parametrize("fp8", ["fp8", "w8a8"])
+def test_storages_of_compressed_tensors_beside_each_other(fp8: str, folder: Path, tmp_path: Path) -> None:
+    """Packed integers, fp8 and int8: each as transformers unpacks it, and kept to the byte."""
+    rules = {"self_attn": fp8, "down_proj": "w8a8", "layers.1.mlp.down_proj": "fp8", "lm_head": "w8a16"}
+    streamconv.merge(folder / "base", folder / "adapter", tmp_path / "out", quant="w4a16", quant_for=rules)
+    assert quantization(tmp_path / "out")["format"] == "mixed-precision"
+    model = open_model(tmp_path / "out", dtype="auto")
+    logits(model)
+    weights = {module_of(each.name): each for each in find_weights(index_of(tmp_path / "out"))}
+    linear = {name: each.weight for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)}
+    assert len(formats(tmp_path / "out")) == len(linear) == 15
+    assert set(formats(tmp_path / "out").values()) == {
+        "w4a16, group size 64",
+        "w8a16, group size 64",
+        "fp8",
+        "w8a8",
+    }
+    for module, weight in linear.items():
+        assert torch.equal(weight.float(), decoded(weights[module]))
+    streamconv.convert(tmp_path / "out", tmp_path / "again")
+    assert same(tmp_path / "out", tmp_path / "again")
+    assert quantization(tmp_path / "again") == quantization(tmp_path / "out")
+    report = streamconv.merge(tmp_path / "out", folder / "adapter", tmp_path / "merged")
+    assert formats(tmp_path / "merged") == formats(tmp_path / "out")
+    assert report.kept_delta is not None
+    assert report.kept_delta > 0.9
+
+
+def test_mlx_has_entries_by_path(folder: Path, tmp_path: Path) -> None:
+    """No loader of it makes one layer of several modules: parts of attention may differ."""
+    rules = {"v_proj": "mlx8", "layers.1.mlp": "mlx4:g32", "lm_head": "none"}
+    streamconv.convert(folder / "base", tmp_path / "out", quant="mlx4", group_size=64, quant_for=rules)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    own = {key: value for key, value in config.items() if key.startswith("model.")}
+    assert own == {f"model.layers.{n}.self_attn.v_proj": {"group_size": 64, "bits": 8} for n in (0, 1)} | {
+        f"model.layers.1.mlp.{name}_proj": {"group_size": 32, "bits": 4} for name in ("gate", "up", "down")
+    }
+    assert formats(tmp_path / "out")["model.layers.1.self_attn.v_proj"] == "mlx8"
+    streamconv.convert(tmp_path / "out", tmp_path / "again")
+    assert same(tmp_path / "out", tmp_path / "again")
+
+
 def with_fp8(out: Path, folder: Path) -> None:
     """The output with its o_proj in fp8, a scale a row, as llm-compressor writes several formats."""
     shutil.copytree(folder, out)
