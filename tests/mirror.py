@@ -108,7 +108,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     # What every format promises is one suite for all.
     # Storages that are only read.
     "formats/compressed.py": ["formats/test_block_scaled.py", "formats/test_mixed.py"],
-    "formats/fp4.py": ["formats/test_block_scaled.py"],
+    "formats/fp4_scales.py": ["formats/test_fp4.py"],
     "formats/fp8.py": ["formats/test_block_scaled.py"],
     "formats/gpt_oss.py": ["formats/test_block_scaled.py"],
     "formats/bits.py": ["formats/test_mlx.py"],
@@ -142,6 +142,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "pipeline/passes/base.py": ["pipeline/test_passes.py"],
     "pipeline/passes/calibrate.py": ["pipeline/test_calibrated.py"],
     "pipeline/passes/equalize.py": ["pipeline/test_rescaled.py"],
+    "pipeline/passes/survey.py": ["pipeline/test_surveyed.py"],
     "pipeline/place.py": ["pipeline/test_also.py"],
     "pipeline/preparation.py": ["planning/test_planner.py", "pipeline/test_also.py"],
     "pipeline/pushing.py": ["pipeline/test_hub.py"],
@@ -172,6 +173,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "running/messages.py": ["running/test_executor.py"],
     "running/opened.py": ["running/test_executor.py"],
     "running/sink.py": ["running/test_executor.py", "output/test_sink.py"],
+    "running/surveying.py": ["pipeline/test_surveyed.py"],
     "running/streams.py": ["running/test_gpu.py"],
     "running/workers.py": ["running/test_cells.py"],
     "storage/__init__.py": ["storage/test_open_storage.py"],

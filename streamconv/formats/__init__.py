@@ -122,7 +122,7 @@ def _readers() -> tuple[Reader, ...]:
 
 
 # Storages that are read and not written.
-READERS: tuple[Reader, ...] = (fp4.PACKED, fp4.MODELOPT, GptOssReader())
+READERS: tuple[Reader, ...] = (fp4.ModelOptReader(), GptOssReader())
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
@@ -146,5 +146,8 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "fp8-block": Fp8BlockFormat("fp8-block"),
         "mlx4": MlxFormat(4),
         "mlx8": MlxFormat(8),
+        "nvfp4a16": fp4.NVFP4A16,
+        "mxfp4a16": fp4.MXFP4A16,
+        "mxfp4": fp4.MXFP4,
     }
 )

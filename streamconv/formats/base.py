@@ -15,8 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -208,6 +209,37 @@ class Encoder(Protocol):
         `scales` are float32, one a block, with offsets [blocks, 2], as the rounding chose them. `kept` are the side
         parts of the base weight where it has this very format and its scales stay: they are then written as they are,
         because rounding nested scales a second time would move them.
+        """
+
+
+class ScaleScope(StrEnum):
+    """Weights whose greatest magnitude a scale is made of: one alone, or with those that a loader joins it with."""
+
+    WEIGHT = "weight"
+    PARTNERS = "partners"
+
+
+@runtime_checkable
+class Surveyed(Encoder, Protocol):
+    """An Encoder with a scale for all of a weight, for which all targets are seen once before the first code is chosen.
+
+    `planning/partners.py` says which weights a loader joins. What needs scales raises AssertionError until it is known.
+    """
+
+    @property
+    def scope(self) -> ScaleScope: ...
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the scale is there: the base's own, say, which stays."""
+
+    def knowing(self, greatest: float) -> Self:
+        """The same with the scale for targets of that greatest magnitude (finite, not negative)."""
+
+    def following(self, decoder: Decoder) -> Self:
+        """The same with the scale of a base's weight that is stored in this way; itself where it is stored in another.
+
+        Partners that no update touches are copied with that scale.
         """
 
 

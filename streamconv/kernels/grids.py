@@ -411,6 +411,18 @@ def integers(name: str, bits: int, block: int) -> TableGrid:
 INT4 = integers("int4", bits=4, block=128)
 INT8_GROUPS = integers("int8 in groups", bits=8, block=128)
 
+# The 4-bit float of the OCP Microscaling specification (v1.0, table 5), of greatest magnitude 6. In units of 8, a power
+# of two, so that nothing is rounded where the scale is 8 times the stored one.
+E2M1_UNIT = 8.0
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = TableGrid(
+    "e2m1",
+    tuple(sign * value / E2M1_UNIT for sign in (1, -1) for value in _E2M1),
+    block=16,
+    reach=6 / E2M1_UNIT,
+    is_float=True,
+)
+
 
 def _e4m3_value(code: int) -> float:
     """Number that a byte stands for; for the two that are NaN, the greatest of their sign, which other codes have."""

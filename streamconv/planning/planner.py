@@ -83,7 +83,8 @@ def build_plans(
 
 
 def facts_of(base: Base, adapter: Adapter | None) -> Facts:
-    return Facts(base.index.storage.location, base.quantized, adapter is not None, base.formats)
+    kept = frozenset(weight.format for weight in base.weights.values() if weight.keep is not None)
+    return Facts(base.index.storage.location, base.quantized, adapter is not None, base.formats, kept)
 
 
 def _draft(

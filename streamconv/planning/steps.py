@@ -11,7 +11,7 @@ from streamconv.dtypes import DENSE, Dtype
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import UnsupportedError
 from streamconv.formats import FORMATS
-from streamconv.formats.base import Encoder, Weight
+from streamconv.formats.base import Encoder, Surveyed, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, select
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices, takes_calibration
@@ -47,6 +47,8 @@ def plan_steps(
         is_rounded = name in seen_by_training and weight is base.weights[name]
         if is_rounded and choices.merge_base is not None:
             merge_base = choices.merge_base.encoder(name, weight.shape, weight.dtype)
+        if isinstance(encoder, Surveyed) and not encoder.is_known and merge_base is None:
+            encoder = encoder.following(weight.decoder)
         found = weight_steps(
             name,
             weight,
