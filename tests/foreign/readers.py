@@ -67,11 +67,17 @@ def small_llama(folder: Path) -> Path:
     return save_base(folder, config, dtype=torch.bfloat16)
 
 
-def read_by(program: str, model: Path, out: Path, *, dtype: str = "auto") -> Answer:
-    command = [os.environ["STREAMCONV_FOREIGN"], "-m", f"tools.readers.read_{program}", str(model), str(out)]
+def read_by(
+    program: str, models: Mapping[str, Path], folder: Path, *, dtype: str = "auto"
+) -> dict[str, Answer]:
+    """Have `program` open models; its answers are left in `folder`."""
+    outs = {name: folder / f"{number}.safetensors" for number, name in enumerate(models)}
+    command = [os.environ["STREAMCONV_FOREIGN"], "-m", f"tools.readers.read_{program}"]
+    files = [str(path) for name in models for path in (models[name], outs[name])]
     tokens = ["--tokens", ",".join(map(str, TOKENS)), "--dtype", dtype]
+    folder.mkdir(exist_ok=True)
     done = subprocess.run(
-        [*command, *tokens],
+        [*command, *files, *tokens],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -80,15 +86,26 @@ def read_by(program: str, model: Path, out: Path, *, dtype: str = "auto") -> Ans
     )
     if done.returncode != 0:
         sys.stderr.write(done.stdout)
-        raise AssertionError(f"{program} does not open {model}")
-    found = read_tensors(out)
-    with safe_open(out, framework="pt") as file:
+        raise AssertionError(f"{program} does not open all of {', '.join(models)}")
+    return {name: answered(out) for name, out in outs.items()}
+
+
+def answered(path: Path) -> Answer:
+    found = read_tensors(path)
+    with safe_open(path, framework="pt") as file:
         versions = file.metadata()
     weights = {
         name.removeprefix("weights/"): each for name, each in found.items() if name.startswith("weights/")
     }
     more = {name: each for name, each in found.items() if "/" not in name and name != "logits"}
     return Answer(found["logits"], weights, versions, more)
+
+
+def written(cases: Mapping[str, Case], base: Path, folder: Path) -> dict[str, Path]:
+    """Every case's output, in a folder of its name."""
+    for name, case in cases.items():
+        streamconv.convert(base, folder / name, **case.options)
+    return {name: folder / name for name in cases}
 
 
 def decoded(model: Path, out: Path, dtype: str) -> dict[str, Tensor]:

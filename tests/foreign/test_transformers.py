@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-import streamconv
 from tests.foreign.readers import (
     GOLDEN,
     Case,
@@ -22,9 +21,11 @@ from tests.foreign.readers import (
     reference,
     small_llama,
     unequal,
+    written,
 )
 from tests.tiny import read_tensors
 
+IN_FLOAT32 = 1e-9  # nats a token
 CASES: Mapping[str, Case] = {
     "bfloat16": Case({"quant": "bfloat16"}),
     "nf4": Case({"quant": "nf4"}),
@@ -35,6 +36,9 @@ CASES: Mapping[str, Case] = {
     "w4a16, group 32": Case({"quant": "w4a16", "group_size": 32}),
     "w4a16, down_proj in 16 bit": Case({"quant": "w4a16", "ignore": ("mlp.down_proj",)}),
     "w8a16": Case({"quant": "w8a16"}),
+    "w8a8": Case({"quant": "w8a8"}),
+    "fp8": Case({"quant": "fp8"}),
+    "fp8-block": Case({"quant": "fp8-block"}),
 }
 GOLDEN_FILES = [
     *sorted((GOLDEN / "compressed-tensors-0.20.0").iterdir()),
@@ -45,25 +49,21 @@ GOLDEN_FILES = [
 @pytest.mark.foreign
 @pytest.mark.timeout(1800)
 def test_transformers_reads_what_streamconv_decodes(tmp_path: Path) -> None:
-    base, out = small_llama(tmp_path / "base"), tmp_path / "answer.safetensors"
+    outputs = written(CASES, small_llama(tmp_path / "base"), tmp_path)
+    golden = {f"{folder.parent.name}/{folder.name}": folder for folder in GOLDEN_FILES}
+    answers = read_by("transformers", outputs | golden, tmp_path / "answers")
     models: dict[str, dict[str, Any]] = {}
-    versions: Mapping[str, str] = {}
-    for name, case in CASES.items():
-        model, dense = tmp_path / name, tmp_path / f"{name} decoded"
-        streamconv.convert(base, model, **case.options)
-        expected = decoded(model, dense, case.decoded_in)
-        answer = read_by("transformers", model, out, dtype=case.dtype)
+    for name, model in outputs.items():
+        dense = tmp_path / f"{name} decoded"
+        expected = decoded(model, dense, CASES[name].decoded_in)
         models[name] = {
             "weights": len(expected),
-            "unequal": unequal(expected, answer.weights),
-            "divergence": divergence(reference(dense), answer.logits),
+            "unequal": unequal(expected, answers[name].weights),
+            "divergence": divergence(reference(dense), answers[name].logits),
         }
-        versions = answer.versions
-    for folder in GOLDEN_FILES:
+    for name, folder in golden.items():
         expected = {key: each.float() for key, each in read_tensors(folder / "expected.safetensors").items()}
-        answer = read_by("transformers", folder, out)
-        name = f"{folder.parent.name}/{folder.name}"
-        models[name] = {"weights": len(expected), "unequal": unequal(expected, answer.weights)}
-    keep("transformers", versions, models)
+        models[name] = {"weights": len(expected), "unequal": unequal(expected, answers[name].weights)}
+    keep("transformers", answers["bfloat16"].versions, models)
     assert {name: found["unequal"] for name, found in models.items() if found["unequal"]} == {}
-    assert max(models[name]["divergence"] for name in CASES) < 1e-9
+    assert max(models[name]["divergence"] for name in CASES) < IN_FLOAT32

@@ -26,16 +26,25 @@ class Question:
     dtype: str
 
 
-def question(description: str | None) -> Question:
+def questions(description: str | None) -> list[Question]:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("model", type=Path, help="folder of a model, or a .gguf file")
-    parser.add_argument("out", type=Path, help=".safetensors file to write")
+    parser.add_argument(
+        "files",
+        type=Path,
+        nargs="+",
+        metavar="MODEL OUT",
+        help="folder of a model, or a .gguf file, and the .safetensors file to write; may be repeated",
+    )
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="token ids, by commas")
     parser.add_argument(
         "--dtype", default="auto", help="what to compute in, where the program has the choice"
     )
     given = parser.parse_args()
-    return Question(given.model, given.out, [int(each) for each in given.tokens.split(",")], given.dtype)
+    if len(given.files) % 2:
+        parser.error("give a file to write for every model")
+    tokens = [int(each) for each in given.tokens.split(",")]
+    pairs = zip(given.files[::2], given.files[1::2], strict=True)
+    return [Question(model, out, tokens, given.dtype) for model, out in pairs]
 
 
 def answer(

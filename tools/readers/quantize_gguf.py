@@ -11,10 +11,17 @@ import llama_cpp
 import numpy as np
 from safetensors.numpy import load_file
 
-TYPES = {
+FILE_TYPES = {
     name.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_").removeprefix("ALL_").lower(): number
     for name, number in vars(llama_cpp).items()
     if name.startswith("LLAMA_FTYPE_") and name != "LLAMA_FTYPE_GUESSED"
+}
+# Block types, which --pure gives every matrix, whose file types have other names.
+TYPES = FILE_TYPES | {
+    "q3_k": FILE_TYPES["q3_k_s"],
+    "q4_k": FILE_TYPES["q4_k_s"],
+    "q5_k": FILE_TYPES["q5_k_s"],
+    "mxfp4": FILE_TYPES["mxfp4_moe"],
 }
 
 

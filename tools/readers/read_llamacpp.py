@@ -5,11 +5,10 @@ from __future__ import annotations
 from gguf import GGUFReader, dequantize
 from llama_cpp import Llama
 
-from tools.readers.answer import answer, question
+from tools.readers.answer import Question, answer, questions
 
 
-def main() -> None:
-    asked = question(__doc__)
+def read(asked: Question) -> None:
     model = Llama(
         str(asked.model), n_ctx=max(32, len(asked.tokens)), logits_all=True, verbose=False, n_threads=1
     )
@@ -21,4 +20,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    for each_question in questions(__doc__):
+        read(each_question)

@@ -7,11 +7,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model, load_model
 
-from tools.readers.answer import answer, question
+from tools.readers.answer import Question, answer, questions
 
 
-def main() -> None:
-    asked = question(__doc__)
+def read(asked: Question) -> None:
     model, _ = load_model(asked.model)
     tokens = mx.array([asked.tokens])
     logits = np.array(model(tokens)[0].astype(mx.float32))
@@ -24,4 +23,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    for each_question in questions(__doc__):
+        read(each_question)

@@ -18,7 +18,7 @@ from transformers import (
     Mxfp4Config,
 )
 
-from tools.readers.answer import answer, question
+from tools.readers.answer import Question, answer, questions
 
 DEQUANTIZING = {
     "compressed-tensors": CompressedTensorsConfig,
@@ -35,8 +35,7 @@ def opened(folder: Path, dtype: str) -> Any:
     return model.dequantize() if quantization.get("quant_method") == "bitsandbytes" else model
 
 
-def main() -> None:
-    asked = question(__doc__)
+def read(asked: Question) -> None:
     model = opened(asked.model, asked.dtype)
     weights = {name: each.detach().float().numpy() for name, each in model.named_parameters()}
     with torch.no_grad():
@@ -45,4 +44,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    for each_question in questions(__doc__):
+        read(each_question)

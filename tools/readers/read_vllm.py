@@ -13,11 +13,10 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 import numpy as np
 from vllm import LLM, SamplingParams, TokensPrompt
 
-from tools.readers.answer import answer, question
+from tools.readers.answer import Question, answer, questions
 
 
-def main() -> None:
-    asked = question(__doc__)
+def read(asked: Question) -> None:
     model = LLM(
         str(asked.model),
         dtype=asked.dtype,
@@ -36,4 +35,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    for each_question in questions(__doc__):
+        read(each_question)
