@@ -339,8 +339,6 @@ def test_calibration_is_for_all_formats_that_can(folder: Path, tmp_path: Path) -
     report = streamconv.merge(folder / "base", folder / "adapter", tmp_path / "out", **MIXED, **options)
     assert len(report.calibrated) == 14  # all but the head
     assert formats(tmp_path / "out") == formats(folder / "out")
-    checked = streamconv.verify(tmp_path / "out", full=True, base=folder / "base", adapter=folder / "adapter")
-    assert checked.calibrated == 14
 
 
 REFUSED: Mapping[str, tuple[dict[str, Any], type[Exception], str]] = {
