@@ -234,6 +234,10 @@ def test_storages_of_compressed_tensors_beside_each_other(fp8: str, folder: Path
     streamconv.convert(tmp_path / "out", tmp_path / "again")
     assert same(tmp_path / "out", tmp_path / "again")
     assert quantization(tmp_path / "again") == quantization(tmp_path / "out")
+    listed = [
+        json.loads((tmp_path / name / "streamconv.json").read_text())["formats"] for name in ("out", "again")
+    ]
+    assert listed[0] == listed[1]
     report = streamconv.merge(tmp_path / "out", folder / "adapter", tmp_path / "merged")
     assert formats(tmp_path / "merged") == formats(tmp_path / "out")
     assert report.kept_delta is not None
