@@ -215,8 +215,8 @@ def _quantization(prepared: Prepared) -> Json | None:
         return kept
     dtype = _compute_dtype(prepared)
     if plan.formats:
-        by_weight = {name: key for key, names in plan.formats.items() for name in names}
-        formats = {name: found for name, key in by_weight.items() if (found := format_of(key)) is not None}
+        by_name = {key: found for key in plan.formats if (found := format_of(key)) is not None}
+        formats = {name: by_name[key] for key, names in plan.formats.items() for name in names}
         return mixed_quantization(dtype, formats, plan.skipped)
     storage_format = with_groups(FORMATS[plan.quant], plan.group_size)
     return storage_format.quantization_config(dtype, plan.quantized, plan.skipped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -162,10 +163,14 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
 
 
 def _mixture(chosen: QuantizedSet) -> Mapping[str, tuple[str, ...]]:
-    """Weights by format, where they have several."""
+    """Weights by format, where they have several; of those that stay as they are, by what their encoders call it."""
     found = {
         stored_as(storage_format): tuple(names) for storage_format, names in weights_by_format(chosen.formats)
     }
+    kept = defaultdict[str, list[str]](list)
+    for name in sorted(chosen.kept):
+        kept[chosen.kept[name].format].append(name)
+    found |= {form: tuple(names) for form, names in kept.items()}
     return found if len(found) > 1 else {}
 
 
