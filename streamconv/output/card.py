@@ -20,7 +20,7 @@ from streamconv.formats.linear import is_expert
 from streamconv.output.manifest import KeptShares
 from streamconv.output.recipe import RECIPE
 from streamconv.output.sidecars import RESIDUAL
-from streamconv.planning.experts import opens_in_transformers
+from streamconv.planning.experts import opens_in_transformers, servers_of
 from streamconv.planning.plan import CalibrationPlan, Plan
 from streamconv.sizes import format_size
 from streamconv.storage.base import Origin, Storage
@@ -187,8 +187,9 @@ def _snippet(plan: Plan, config: Mapping[str, Any], has_tokenizer: bool) -> Iter
     names = [loader, *(["AutoTokenizer"] if has_tokenizer else [])]
     trust = ", trust_remote_code=True" if config.get("auto_map") else ""
     quant = FORMATS[plan.quant] if plan.quant else None
-    if quant is not None and any(map(is_expert, plan.quantized)) and not opens_in_transformers(quant):
-        yield f"Its experts are quantized, so that it is for {', '.join(quant.expert_loaders)}; not for transformers."
+    has_experts = any(map(is_expert, plan.quantized))
+    if quant is not None and has_experts and not opens_in_transformers(quant, config):
+        yield f"Its experts are quantized, so that it is for {' and '.join(servers_of(quant))}; not for transformers."
         return
     library = quant.library if quant else None
     needs = f"transformers, accelerate and {library}" if library else "transformers"

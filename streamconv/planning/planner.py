@@ -155,7 +155,7 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
         ),
         notes=(
             *notes_on_factors(base.index),
-            *notes_on_experts(choices.quant, draft.names, draft.quantized.weights),
+            *notes_on_experts(choices.quant, base.index.config, draft.names, draft.quantized.weights),
             *(adapter.notes if adapter else ()),
         ),
         members=adapter.members if adapter else (),
