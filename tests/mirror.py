@@ -128,6 +128,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "forward/weights.py": ["forward/test_walk.py"],
     "kernels/__init__.py": ["kernels/test_seam.py"],
     "kernels/base.py": ["kernels/test_compiled.py"],
+    "kernels/e2m1_loops.py": ["kernels/test_compiled.py"],
     "kernels/in_torch.py": ["kernels/test_compiled.py"],
     "kernels/loops.py": ["kernels/test_compiled.py"],
     # Runs, from options to a verified output.
