@@ -331,6 +331,12 @@ class Format(Protocol):
     def skips_by_path(self) -> bool:
         """Whether its config names modules left in 16 bit by whole paths; else as `formats/linear.py` has it."""
 
+    @property
+    def expert_loaders(self) -> tuple[str, ...]:
+        """Programs that open it with experts quantized, each in tensors of its own; where none does, they stay in 16
+        bit.
+        """
+
     def fits(self, name: str, shape: Shape) -> bool:
         """Whether it can store the weight [out, in] of a Linear, and loaders expect it; else it stays in 16 bit."""
 
@@ -387,6 +393,10 @@ class Mixable(Format, Protocol):
     @property
     def family(self) -> str:
         """Name of the formats that one checkpoint may have beside each other."""
+
+    @property
+    def has_partners(self) -> bool:
+        """Whether a loader makes one layer of several modules (`targets.fused_layer`), which must share a format."""
 
     def module_config(self) -> Json:
         """Settings by which the config says that modules are stored in this format."""

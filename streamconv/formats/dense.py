@@ -130,6 +130,7 @@ class DenseFormat:
     library: str | None = None
     load_in: None = None
     skips_by_path: bool = False
+    expert_loaders: tuple[str, ...] = ()
     config_copy: str | None = None
     marks: Marks = NO_MARKS
 

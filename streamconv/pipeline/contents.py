@@ -14,6 +14,7 @@ from streamconv.dtypes import BF16, DENSE, Dtype
 from streamconv.formats import FORMATS, format_of, with_groups
 from streamconv.formats.base import Json
 from streamconv.formats.mixed import mixed_quantization
+from streamconv.formats.mlx import config_keys
 from streamconv.output.card import model_card
 from streamconv.output.manifest import MANIFEST, KeptShares, manifest
 from streamconv.output.publish import CONFIG, INDEX
@@ -193,6 +194,7 @@ def _config(prepared: Prepared, quantization: Json | None) -> bytes:
             architecture=head.architecture if head else None,
             labels=head.labels if head and not head.are_tokens else None,
             keeps_quantization=_kept_quantization(prepared) is not None,
+            quantization_keys=config_keys(quantization),
         )
     )
 

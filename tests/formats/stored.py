@@ -38,12 +38,12 @@ SHAPES_OF_BYTES = [(128, 128), (160, 640), (3, 52), (70, 96), (132, 7), (300, 20
 
 
 # Scales of 16 bit follow bytes, which are even in number.
-SHAPES_OF_BYTES = [(128, 128), (3, 50), (70, 96), (130, 7)]
+SHAPES_IN_PAIRS = [(128, 128), (3, 50), (70, 96), (130, 7)]
 
 
 def shapes_of(name: str) -> list[tuple[int, int]]:
     if name == "w8a8":
-        return SHAPES_OF_BYTES
+        return SHAPES_IN_PAIRS
     if name.startswith(("gptq", "awq")):
         return SHAPES_IN_WORDS
     if name in ("fp8", "fp8-block"):
@@ -72,10 +72,16 @@ def write_as(name: str, folder: Path, tensors: Mapping[str, Tensor]) -> Checkpoi
 
 
 def _described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A config for tensors of compressed-tensors, which are read by what it says."""
+    """A config for tensors of compressed-tensors and MLX, which are read by what it says."""
     for name, packed in tensors.items():
         if packed.dtype == torch.int8 and f"{name}_scale" in tensors:
             return {"quantization_config": FORMATS["w8a8"].quantization_config(BF16, (), ())}
+        if name.endswith(".biases"):
+            main = tensors[name.replace("biases", "weight")]
+            # Tests have groups of 64, or of 32.
+            group = 64 if main.shape[-1] * 32 // 64 in (4 * packed.shape[-1], 8 * packed.shape[-1]) else 32
+            bits = main.shape[-1] * 32 // (packed.shape[-1] * group)
+            return {"quantization": {"group_size": group, "bits": bits}}
         if name.endswith(".weight_packed"):
             columns = int(tensors[name.replace("packed", "shape")][1])
             group = columns // tensors[name.replace("packed", "scale")].shape[1]
