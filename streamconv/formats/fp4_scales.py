@@ -21,7 +21,9 @@ from streamconv.checkpoint.types import Shape
 from streamconv.dtypes import DTYPES, U8, Dtype
 from streamconv.kernels.grids import E2M1, E2M1_UNIT, TableGrid
 
-NVFP4_GRID, MXFP4_GRID = E2M1, E2M1.of_block(32)
+# Scales that can be stored are an eighth apart, and a factor of two: a search tries those beside the best one, too.
+NVFP4_GRID = replace(E2M1, scale_ratios=(15 / 16, 17 / 16))
+MXFP4_GRID = replace(E2M1.of_block(32), scale_ratios=(1 / 2, 2.0))
 DIVISOR, FACTOR = "weight_global_scale", "weight_scale_2"
 # E4M3: its greatest number, its least, and that which a block of zeros has for a scale.
 _GREATEST, _LEAST, _OF_ZEROS = 448.0, 0x01, 0x20
