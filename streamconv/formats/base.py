@@ -394,6 +394,10 @@ class Mixable(Format, Protocol):
     def family(self) -> str:
         """Name of the formats that one checkpoint may have beside each other."""
 
+    @property
+    def has_partners(self) -> bool:
+        """Whether a loader makes one layer of several modules (`targets.fused_layer`), which must share a format."""
+
     def module_config(self) -> Json:
         """Settings by which the config says that modules are stored in this format."""
 

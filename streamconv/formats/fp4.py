@@ -323,6 +323,7 @@ class Fp4Format:
     family: str = METHOD
     load_in: None = None
     skips_by_path: bool = True
+    expert_loaders: tuple[str, ...] = ("vLLM",)
     config_copy: str | None = None
     marks: Marks = _MARKS
 

@@ -233,6 +233,7 @@ class Fp8Format:
     loaders: str = "vLLM, transformers with compressed-tensors"
     library: str = METHOD
     family: str = METHOD
+    has_partners: bool = True
     load_in: None = None
     skips_by_path: bool = True
     expert_loaders: tuple[str, ...] = ("transformers with compressed-tensors", "vLLM")

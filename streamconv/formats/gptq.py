@@ -246,6 +246,7 @@ class GptqFormat:
     skips_by_path: bool = False
     expert_loaders: tuple[str, ...] = ("vLLM", "SGLang", "GPTQModel")
     config_copy: str | None = "quantize_config.json"
+    has_partners: bool = True
     marks: Marks = MARKS
     group_sizes: tuple[int, ...] = GROUP_SIZES
 

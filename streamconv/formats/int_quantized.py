@@ -237,6 +237,7 @@ class Int8RowsFormat:
     loaders: str = "vLLM, transformers with compressed-tensors"
     library: str = METHOD
     family: str = METHOD
+    has_partners: bool = True
     load_in: None = None
     skips_by_path: bool = True
     expert_loaders: tuple[str, ...] = ("vLLM",)

@@ -47,6 +47,8 @@ def check_partners(formats: Mapping[str, Format]) -> None:
     layers = defaultdict[str, dict[str, str]](dict)
     for name, storage_format in formats.items():
         layer = fused_layer(module_of(name))
+        if not isinstance(storage_format, Mixable) or not storage_format.has_partners:
+            continue
         if layer is not None:
             layers[layer].setdefault(stored_as(storage_format), module_of(name))
     for layer, found in layers.items():

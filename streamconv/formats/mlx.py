@@ -33,6 +33,7 @@ from streamconv.formats.base import (
     Format,
     Json,
     Marks,
+    Mixable,
     Order,
     Weight,
     config_says,
@@ -43,6 +44,7 @@ from streamconv.formats.base import (
 )
 from streamconv.formats.bits import packed_bits, unpacked_bits
 from streamconv.formats.block_scaled import check_tensor
+from streamconv.formats.linear import module_of
 from streamconv.kernels.grids import TableGrid, integers
 
 METHOD = "mlx"
@@ -263,7 +265,10 @@ class MlxFormat:
     config_copy: str | None = None
     marks: Marks = _MARKS
     skips_by_path: bool = False
+    expert_loaders: tuple[str, ...] = ()  # mlx-lm joins experts of 16 bit only
     takes_embeddings: bool = True
+    family: str = METHOD
+    has_partners: bool = False
 
     @property
     def name(self) -> str:
@@ -304,7 +309,23 @@ class MlxFormat:
     def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
         """See Format. mlx-lm goes by which modules have scales."""
         del dtype, quantized, skipped
-        return {"group_size": self.group_size, "bits": self.bits, "mode": "affine"}
+        return {**self.module_config(), "mode": "affine"}
+
+    def module_config(self) -> Json:
+        """See Mixable."""
+        return {"group_size": self.group_size, "bits": self.bits}
+
+    def mixed_config(
+        self, dtype: Dtype, groups: Sequence[tuple[Mixable, Sequence[str]]], skipped: Sequence[str]
+    ) -> Json:
+        """See Mixable. Modules that differ from the others have an entry by their path."""
+        config = self.quantization_config(dtype, groups[0][1], skipped)
+        others = {
+            module_of(name): storage_format.module_config()
+            for storage_format, names in groups[1:]
+            for name in names
+        }
+        return {**config, **others}
 
 
 WRITTEN_BITS = (4, 8)
