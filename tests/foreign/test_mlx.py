@@ -28,6 +28,10 @@ AS_SERVED = 1e-3
 CASES: Mapping[str, Case] = {
     "bfloat16": Case({"quant": "bfloat16"}),
     "float16": Case({"quant": "float16"}),
+    "mlx4": Case({"quant": "mlx4"}),
+    "mlx4, group 32": Case({"quant": "mlx4", "group_size": 32}),
+    "mlx4, group 128": Case({"quant": "mlx4", "group_size": 128}),
+    "mlx8": Case({"quant": "mlx8"}),
     # It makes float16 of everything, and a bias of each scale and zero point.
     "awq": Case({"quant": "awq"}, is_exact=False),
     "awq-asym": Case({"quant": "awq-asym"}, is_exact=False),
