@@ -55,7 +55,7 @@ def stored_scales(
     stored: Callable[[Tensor], Tensor],
     weights: Tensor | None = None,
 ) -> Tensor:
-    """The best for `target` of what storing makes of `scales` and of some beside them, on a grid with ratios of such."""
+    """The best for `target` of what storing makes of `scales`, and of some beside them, on a grid with ratios."""
     best = stored(scales)
     least = _losses(target, grid, best, weights)
     for ratio in ratios_of(grid):
