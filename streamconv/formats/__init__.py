@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
+from streamconv.checkpoint.container import SAFETENSORS, Container, Gguf
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.dtypes import BF16, F16, F32
 from streamconv.errors import CheckpointError, OptionError
@@ -16,13 +17,14 @@ from streamconv.formats.bnb_int8 import Int8Format
 from streamconv.formats.dense import DenseFormat, dense_weight
 from streamconv.formats.foreign import is_read_by, quantization_of, refuse_foreign
 from streamconv.formats.fp8 import Fp8Reader
+from streamconv.formats.gguf import PREFIX, GgufFormat
 from streamconv.formats.gpt_oss import GptOssReader
 from streamconv.formats.gptq import GptqFormat
 from streamconv.formats.mlx import MlxReader
 from streamconv.formats.pack_quantized import PackQuantizedFormat
 from streamconv.kernels.grids import FP4, INT4, INT8_GROUPS, NF4
 
-__all__ = ["FORMATS", "dense_weight", "find_weights", "format_of", "with_groups"]
+__all__ = ["FORMATS", "container_of", "dense_weight", "find_weights", "format_of", "with_groups"]
 
 
 def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
@@ -60,6 +62,13 @@ def format_of(name: str) -> Format | None:
     if size is None:
         return found
     return found.of_group_size(size) if isinstance(found, Grouped) and size in found.group_sizes else None
+
+
+def container_of(quant: Format | None) -> Container:
+    """Container of an output in a format; None stands for dense weights."""
+    if quant is not None and quant.name.startswith(PREFIX):
+        return Gguf(quant.name.removeprefix(PREFIX).upper())
+    return SAFETENSORS
 
 
 def with_groups(storage_format: Format, size: int | None) -> Format:
@@ -125,5 +134,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "gptq": GptqFormat(),
         "gptq-v2": GptqFormat(is_v2=True),
         "awq": AwqFormat("awq"),
+        "gguf:f16": GgufFormat(F16),
+        "gguf:bf16": GgufFormat(BF16),
     }
 )

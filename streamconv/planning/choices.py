@@ -51,10 +51,10 @@ def choose(facts: Facts, options: MergeOptions) -> Choices:
     """Raises OptionError for options that contradict each other or the base."""
     quant, dtype = resolve_quant(facts, options)
     merge_base, target = _resolve_target(facts, options)
-    _check_calibration(options, quant)
+    _check_calibration(options, _rounded(quant))
     source = merge_base or (format_of(facts.quantized) if facts.quantized else None)
-    if quant is None:
-        return Choices(None, dtype, merge_base, target, None, None, None, None)
+    if quant is None or quant.grid is None:
+        return Choices(quant, dtype, merge_base, target, None, None, None, None)
     rest, rest_choice = _without_text(facts, source, quant)
     rounding, choice = _resolve_rounding(options, rest, rest_choice)
     if options.calibration is None:
@@ -71,7 +71,7 @@ def options_alone(facts: Facts, options: MergeOptions, quants: Sequence[str]) ->
     OptionError where several were to use it.
     """
     each = [replace(options, quant=quant) for quant in quants]
-    formats = [resolve_quant(facts, replace(alone, group_size=None))[0] for alone in each]
+    formats = [_rounded(resolve_quant(facts, replace(alone, group_size=None))[0]) for alone in each]
     if not any(formats):
         return each
     has_groups = [isinstance(quant, Grouped) for quant in formats]
@@ -86,6 +86,11 @@ def options_alone(facts: Facts, options: MergeOptions, quants: Sequence[str]) ->
         plain = own if quant is not None else replace(own, rounding="auto")
         alone.append(plain if number == calibrated else replace(plain, calibration=None))
     return alone
+
+
+def _rounded(quant: Format | None) -> Format | None:
+    """The format, if there are codes to choose in it."""
+    return quant if quant is not None and quant.grid is not None else None
 
 
 def _which_calibrated(options: MergeOptions, formats: Sequence[Format | None]) -> int | None:

@@ -8,10 +8,10 @@ from types import MappingProxyType
 
 from streamconv.adapters.base import Adapter, Replace, Update
 from streamconv.adapters.embeddings import HEADS, find_embedding
-from streamconv.checkpoint.layout import lay_out
+from streamconv.checkpoint.container import Container, Gguf
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import AdapterError, OptionError
-from streamconv.formats import dense_weight
+from streamconv.formats import container_of, dense_weight
 from streamconv.formats.base import Grouped, Weight
 from streamconv.formats.linear import module_of
 from streamconv.planning.base import Base
@@ -19,6 +19,7 @@ from streamconv.planning.calibration import CalibrationFacts, plan_calibration, 
 from streamconv.planning.choices import Choices, Facts, choose
 from streamconv.planning.devices import Device
 from streamconv.planning.fingerprint import fingerprint
+from streamconv.planning.gguf import by_tensor, plan_model, zeros
 from streamconv.planning.memory import plan_memory
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import CalibrationPlan, Memory, Plan, ShardPlan
@@ -41,6 +42,8 @@ class _Draft:
     quantized: QuantizedSet
     shards: tuple[ShardPlan, ...]
     vocab_size: tuple[int, int] | None
+    container: Container
+    notes: tuple[str, ...] = ()
 
 
 def build_plan(
@@ -102,19 +105,30 @@ def _draft(
         )
     options = with_group_size(base, weights, replaces, options)
     choices = choose(facts_of(base, adapter), options)
-    chosen = choose_quantized(base, weights, replaces, choices, options)
+    model = plan_model(base, weights, choices)
+    chosen = choose_quantized(base, weights, replaces, choices, options, model)
     within = facts.weights if facts is not None and choices.feedback is not None else frozenset()
     equalization = plan_equalization(base, weights, chosen, options, facts)
     if equalization is not None:
         equalizers = equalization.equalizers({name: weight.shape for name, weight in weights.items()})
-    by_weight = plan_steps(base, weights, updates, chosen.weights, choices, within, equalizers)
+    by_weight = plan_steps(base, weights, updates, chosen.weights, choices, within, equalizers, model)
     calibration = None
     if options.calibration is not None and choices.quant is not None:
         assert facts is not None
         calibration = plan_calibration(by_weight, options, choices.feedback, equalization, facts)
     of_head = adapter.head.parameters if adapter is not None and adapter.head is not None else ()
-    shards = as_stored_shards(base.index, lay_out(split_steps(base, by_weight, choices, options)))
-    return _Draft(options, choices, calibration, chosen, shards, _new_vocabulary(base, weights, of_head))
+    vocabulary = _new_vocabulary(base, weights, of_head)
+    container = container_of(choices.quant)
+    if model is not None:
+        by_weight = by_tensor(by_weight, model)
+    if model is not None and isinstance(container, Gguf):
+        container = container.with_pairs(model.pairs)
+    shards = container.lay_out(split_steps(base, by_weight, choices, options), zeros)
+    if model is None:
+        shards = as_stored_shards(base.index, shards)
+    return _Draft(
+        options, choices, calibration, chosen, shards, vocabulary, container, model.notes if model else ()
+    )
 
 
 def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, memory: Memory) -> Plan:
@@ -144,8 +158,9 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
         fingerprint=fingerprint(
             base.index, adapter, options, choices.rounding_choice, draft.calibration, device, shards
         ),
-        notes=(*notes_on_factors(base.index), *(adapter.notes if adapter else ())),
+        notes=(*notes_on_factors(base.index), *(adapter.notes if adapter else ()), *draft.notes),
         members=adapter.members if adapter else (),
+        container=draft.container,
     )
 
 

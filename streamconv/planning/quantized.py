@@ -9,8 +9,9 @@ from streamconv.adapters.base import Replace
 from streamconv.dtypes import BF16
 from streamconv.errors import OptionError
 from streamconv.formats import FORMATS
-from streamconv.formats.base import Grouped, Weight
+from streamconv.formats.base import Format, Grouped, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, matches, module_of, select
+from streamconv.gguf.model import GgufModel
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
 from streamconv.planning.options import MergeOptions
@@ -31,9 +32,15 @@ def choose_quantized(
     replaces: Mapping[str, Replace],
     choices: Choices,
     options: MergeOptions,
+    model: GgufModel | None = None,
 ) -> QuantizedSet:
-    """Weights the output stores quantized, and the linear modules it leaves in 16 bit: one decision."""
+    """Weights the output stores quantized, and the linear modules it leaves in 16 bit: one decision.
+
+    `model` has the places of a GGUF file, where every matrix is in the type asked for.
+    """
     _check_ignore(options.ignore, weights)
+    if model is not None and choices.quant is not None:
+        return _of_gguf(model, choices.quant)
     if choices.quant is None:
         return QuantizedSet(frozenset(), (), ())
     ignore, dense = _left_out(base, replaces, options)
@@ -59,6 +66,13 @@ def choose_quantized(
     choices.quant.quantization_config(choices.dtype or BF16, selection.quantized, selection.skipped)
     left = tuple(module_of(name) for name in wanted.quantized if name in unfit)
     return QuantizedSet(frozenset(selection.quantized), selection.skipped, left)
+
+
+def _of_gguf(model: GgufModel, quant: Format) -> QuantizedSet:
+    matrices = {name: place for name, place in model.places.items() if not place.is_full}
+    fitting = [name for name, place in matrices.items() if quant.fits(place.tensor, place.shape)]
+    unfit = tuple(module_of(name) for name in matrices if name not in {*fitting})
+    return QuantizedSet(frozenset(fitting), unfit, unfit)
 
 
 def _left_out(

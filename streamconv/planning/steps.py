@@ -13,8 +13,10 @@ from streamconv.errors import UnsupportedError
 from streamconv.formats import FORMATS
 from streamconv.formats.base import Encoder, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, select
+from streamconv.gguf.model import GgufModel
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
+from streamconv.planning.gguf import gguf_encoder
 from streamconv.planning.plan import Copy, Rewrite, Step
 from streamconv.planning.scales import FRESH, scales_of_base
 from streamconv.rounding import ROUNDINGS
@@ -29,15 +31,19 @@ def plan_steps(
     choices: Choices,
     within: frozenset[str],
     equalizers: Mapping[str, Equalizer],
+    model: GgufModel | None = None,
 ) -> list[list[Step]]:
     """Steps of each weight, weights in the base's order: one step, or a copy of every part.
 
-    `within` are weights that can be calibrated, `equalizers` what weights are equalized by.
+    `within` are weights that can be calibrated, `equalizers` what weights are equalized by, `model` has the places in
+    GGUF files, None for others.
     """
     seen_by_training = _rounded_in_training(base, choices)
     steps: list[list[Step]] = []
     for name, weight in weights.items():
-        encoder = _encoder(name, weight, name in quantized, _own_dtype(base, name, weight), choices)
+        if model is not None and name not in model.places:
+            continue
+        encoder = _encoder(name, weight, name in quantized, _own_dtype(base, name, weight), choices, model)
         merge_base = None
         # What the adapter holds whole was trained in full precision.
         is_rounded = name in seen_by_training and weight is base.weights[name]
@@ -86,7 +92,7 @@ def weight_steps(
         )
     changes = bool(updates) or merge_base is not None or equalizer is not None
     if encoder is None or (not changes and (encoder.format, encoder.dtype) == (weight.format, weight.dtype)):
-        return _copies(name, weight)
+        return _copies(name, weight, encoder)
     _check_updates(name, weight, updates, merge_base)
     if not updates and equalizer is None and merge_base is not None and merge_base.format == encoder.format:
         # Rounding the original gives just what training saw; rounding that once more would move its scales.
@@ -98,9 +104,11 @@ def weight_steps(
     return [_quantizing(step, rounding, calibrates)]
 
 
-def _copies(name: str, weight: Weight) -> list[Step]:
+def _copies(name: str, weight: Weight, encoder: Encoder | None) -> list[Step]:
     """Copies of all parts; only a weight of one part is ever stored under another name than the base's."""
     is_dense = len(weight.parts) == 1
+    if is_dense and encoder is not None and encoder.parts[0].name != name:
+        return [Copy(name, part, encoder.parts[0]) for part in weight.parts.values()]
     return [Copy(name if is_dense else part.name, part) for part in weight.parts.values()]
 
 
@@ -142,8 +150,12 @@ def _quantizing(step: Rewrite, rounding: Rounding, calibrates: bool) -> Rewrite:
     return replace(step, rounding=rounding, scales=of_base if keeps else FRESH, calibrated=calibrates)
 
 
-def _encoder(name: str, weight: Weight, quantize: bool, own_dtype: Dtype, choices: Choices) -> Encoder | None:
+def _encoder(
+    name: str, weight: Weight, quantize: bool, own_dtype: Dtype, choices: Choices, model: GgufModel | None
+) -> Encoder | None:
     """Encoder that stores a weight in the output; None for what can only be copied."""
+    if model is not None and choices.quant is not None:
+        return gguf_encoder(model.places[name], weight, choices.quant)
     if not weight.dtype.is_float:
         return None
     dtype = choices.dtype or own_dtype

@@ -1,0 +1,82 @@
+"""The GGUF side of a plan: encoders of weights by their places, and tensors that are made of several steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from streamconv.checkpoint.container import Gguf
+from streamconv.checkpoint.gguf_header import Pairs
+from streamconv.checkpoint.types import PADDING, TensorSpec
+from streamconv.dtypes import F16, U8
+from streamconv.errors import OptionError, UnsupportedError
+from streamconv.formats.base import Constant, Encoder, Format, Weight
+from streamconv.formats.dense import DenseFormat
+from streamconv.formats.gguf import PREFIX, full_encoder, with_rows_of_heads
+from streamconv.gguf.model import GgufModel, Place, gguf_model
+from streamconv.planning.base import Base
+from streamconv.planning.choices import Choices
+from streamconv.planning.fingerprint import digests
+from streamconv.planning.plan import Plan, Step
+
+
+def is_gguf(quant: Format | None) -> bool:
+    return quant is not None and quant.name.startswith(PREFIX)
+
+
+def plan_model(base: Base, weights: Mapping[str, Weight], choices: Choices) -> GgufModel | None:
+    """Places of the output's weights in GGUF files; None where the output is another.
+
+    Raises UnsupportedError for a model that is not written as GGUF, OptionError for options that are not for these.
+    """
+    if choices.quant is None or not is_gguf(choices.quant):
+        return None
+    if choices.dtype is not None:
+        raise OptionError(
+            f"--dtype {choices.dtype.name} is for what a quantized model leaves in 16 bit, and --quant"
+            f" {choices.quant.name} says all of a GGUF file's types; leave --dtype out"
+        )
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    return gguf_model(base.index.storage.location, base.index.config, shapes, choices.quant.name)
+
+
+def gguf_encoder(place: Place, weight: Weight, quant: Format) -> Encoder:
+    """Encoder of a weight at its place. Raises UnsupportedError for what only can be copied."""
+    if not weight.dtype.is_float:
+        raise UnsupportedError(
+            f"{weight.name} is {weight.dtype}, expected numbers that a GGUF file can store"
+        )
+    if place.is_full:
+        encoder: Encoder = full_encoder(place.tensor, place.shape, place.shift)
+    elif quant.fits(place.tensor, place.shape):
+        encoder = quant.encoder(place.tensor, place.shape, weight.dtype)
+    else:
+        encoder = DenseFormat(F16).encoder(place.tensor, place.shape, F16)
+    return encoder if place.heads is None else with_rows_of_heads(encoder, place.heads)
+
+
+def by_tensor(by_weight: Sequence[Sequence[Step]], model: GgufModel) -> list[list[Step]]:
+    """Steps of each tensor, tensors in the base's order, experts by number; constants come last."""
+    tensors: dict[str, list[Step]] = {}
+    for step in (step for steps in by_weight for step in steps):
+        tensors.setdefault(step.specs[0].name, []).append(step)
+    for steps in tensors.values():
+        steps.sort(key=lambda step: model.places[step.name].expert)
+    constants: list[list[Step]] = [[Constant(spec, content)] for spec, content in model.constants]
+    return [*tensors.values(), *constants]
+
+
+def zeros(nbytes: int) -> Step:
+    """Padding between tensors."""
+    return Constant(TensorSpec(PADDING, U8, (nbytes,)), bytes(nbytes))
+
+
+def with_pairs(plan: Plan, pairs: Pairs) -> Plan:
+    """The plan with further pairs in its header, such as the tokenizer's; as it is for another container."""
+    if not isinstance(plan.container, Gguf):
+        return plan
+    container = plan.container.with_pairs(pairs)
+    steps = [[placed.step for placed in shard.steps if placed.step.name != PADDING] for shard in plan.shards]
+    shards = container.lay_out(steps, zeros)
+    fingerprint = {**plan.fingerprint, "output": digests(shards)}
+    return replace(plan, container=container, shards=shards, fingerprint=fingerprint)
