@@ -40,7 +40,7 @@ _ALWAYS_FULL = re.compile(r".*(_norm\.weight|\.bias|ffn_gate_inp\.weight)")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TensorPlace:
     """Place of a weight: the tensor of that name, of this shape as far as the weight goes; `expert` of those stacked.
 
     `is_full`: float32 whatever the format. `heads`: of which the rows are reordered, None where they are not. `shift`
@@ -60,7 +60,7 @@ class GgufModel:
     """Places of weights by name, of all but buffers that are left out; constants, and the header's pairs."""
 
     architecture: str
-    places: Mapping[str, Place]
+    places: Mapping[str, TensorPlace]
     constants: tuple[Known, ...]
     pairs: Pairs
     notes: tuple[str, ...] = ()
@@ -104,7 +104,7 @@ def _architecture(where: str, config: Mapping[str, Any]) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def _place(where: str, architecture: Architecture, config: Fields, name: str, shape: Shape) -> Place:
+def _place(where: str, architecture: Architecture, config: Fields, name: str, shape: Shape) -> TensorPlace:
     found = architecture.table.gguf_name(name)
     if (
         found is None
@@ -124,7 +124,7 @@ def _place(where: str, architecture: Architecture, config: Fields, name: str, sh
                 " give the config that belongs to the weights"
             )
     is_norm = found.name.endswith("_norm.weight")
-    return Place(
+    return TensorPlace(
         tensor=found.name,
         shape=shape if found.expert is None else (1, *shape),
         expert=found.expert or 0,
@@ -140,9 +140,9 @@ def _has_bias(architecture: Architecture, name: str) -> bool:
     return suffix != "bias" or module.rpartition(".")[2] in architecture.biases
 
 
-def _check_experts(where: str, places: Mapping[str, Place]) -> None:
+def _check_experts(where: str, places: Mapping[str, TensorPlace]) -> None:
     """Raise CheckpointError where experts that are stacked are not numbered from 0, each once and of one shape."""
-    experts: dict[str, list[Place]] = {}
+    experts: dict[str, list[TensorPlace]] = {}
     for place in places.values():
         experts.setdefault(place.tensor, []).append(place)
     counts = Counter(len(each) for name, each in experts.items() if "_exps." in name)
@@ -155,7 +155,7 @@ def _check_experts(where: str, places: Mapping[str, Place]) -> None:
             )
 
 
-def _check_ends(where: str, architecture: Architecture, places: Mapping[str, Place]) -> None:
+def _check_ends(where: str, architecture: Architecture, places: Mapping[str, TensorPlace]) -> None:
     """Raise CheckpointError without an embedding, which llama.cpp needs."""
     if EMBEDDING not in {place.tensor for place in places.values()}:
         raise CheckpointError(

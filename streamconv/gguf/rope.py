@@ -66,6 +66,28 @@ def rotary(config: Fields, dimensions: int, *, has_factors: bool) -> Rotary:
     raise rope.refuse(name, "llama.cpp does not compute such rotary embeddings for this architecture")
 
 
+def long_rotary(config: Fields, dimensions: int, before: int) -> Rotary:
+    """Rotary embedding of Phi-3: by default as others', or with factors for contexts up to `before` and for longer."""
+    rope = rope_fields(config)
+    name = "rope_type" if rope.has("rope_type") else "type"
+    if rope.text(name, "default").lower() not in ("longrope", "su"):
+        return rotary(config, dimensions, has_factors=False)
+    longer, shorter = rope.numbers("long_factor"), rope.numbers("short_factor")
+    if not len(longer) == len(shorter) == dimensions // 2:
+        raise rope.refuse(name, f"it must have {dimensions // 2} factors for the dimensions of a head")
+    scale = config.positive("max_position_embeddings") / before
+    factor = math.sqrt(1 + math.log(scale) / math.log(before)) if scale > 1 else 1.0
+    if rope.has("attention_factor"):
+        factor = rope.number("attention_factor")
+    pairs = {
+        "rope.freq_base": f32(theta(config, rope)),
+        "rope.scaling.type": text("longrope"),
+        "rope.scaling.attn_factor": f32(factor),
+    }
+    tensors = (_tensor("rope_factors_long.weight", longer), _tensor("rope_factors_short.weight", shorter))
+    return Rotary(pairs, tensors)
+
+
 def _yarn(config: Fields, rope: Fields) -> dict[str, GgufValue]:
     factor = rope.number("factor")
     before = rope.positive("original_max_position_embeddings", config.positive("max_position_embeddings"))

@@ -13,7 +13,7 @@ from streamconv.errors import OptionError, UnsupportedError
 from streamconv.formats.base import Constant, Encoder, Format, Weight
 from streamconv.formats.dense import DenseFormat
 from streamconv.formats.gguf import PREFIX, full_encoder, with_rows_of_heads
-from streamconv.gguf.model import GgufModel, Place, gguf_model
+from streamconv.gguf.model import GgufModel, TensorPlace, gguf_model
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
 from streamconv.planning.fingerprint import digests
@@ -40,7 +40,7 @@ def plan_model(base: Base, weights: Mapping[str, Weight], choices: Choices) -> G
     return gguf_model(base.index.storage.location, base.index.config, shapes, choices.quant.name)
 
 
-def gguf_encoder(place: Place, weight: Weight, quant: Format) -> Encoder:
+def gguf_encoder(place: TensorPlace, weight: Weight, quant: Format) -> Encoder:
     """Encoder of a weight at its place. Raises UnsupportedError for what only can be copied."""
     if not weight.dtype.is_float:
         raise UnsupportedError(
