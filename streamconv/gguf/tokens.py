@@ -133,7 +133,7 @@ def _of_fast(source: TokenizerSource, fast: Mapping[str, Any], rows: int) -> dic
         raise _refusal(source, f"its model is {shown(kind)}, expected BPE or a sentencepiece model")
     for field in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(field):
-            raise _refusal(source, f"it has a {field} {shown(model[field])}, which llama.cpp does not have")
+            raise _refusal(source, f"it has {field} {shown(model[field])}, which llama.cpp does not have")
     merges = _merges(source, model)
     if model.get("byte_fallback"):
         return _of_merged_pieces(source, fast, merges, rows)

@@ -27,7 +27,10 @@ def folder_of(quant: str) -> str:
     return quant.replace(":", "-")
 
 
-OUTPUT_FOLDERS = ("none", *map(folder_of, FORMATS))
+FURTHER_FORMATS = ("none", *FORMATS)
+"""Formats that a further output can have."""
+
+OUTPUT_FOLDERS = tuple(map(folder_of, FURTHER_FORMATS))
 """Names of the folders in an output that are for further ones, each a model of its own."""
 
 

@@ -39,7 +39,7 @@ from streamconv.planning.base import Base, read_base
 from streamconv.planning.calibration import CalibrationFacts
 from streamconv.planning.choices import options_alone
 from streamconv.planning.devices import resolve_device
-from streamconv.planning.gguf import with_pairs
+from streamconv.planning.gguf import with_tokenizer
 from streamconv.planning.options import Job
 from streamconv.planning.plan import Plan
 from streamconv.planning.planner import build_plans, facts_of
@@ -183,10 +183,9 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     def prepared(plan: Plan) -> Prepared:
         files, written, of_code = copied, tokenizer.written, code.notes(copied)
         if not plan.container.has_config:
-            plan = with_pairs(
-                plan,
-                gguf_tokenizer(tokenizer, storage.location, index.config, plan.tensors[EMBEDDING].shape[0]),
-            )
+            rows = plan.tensors[EMBEDDING].shape[0]
+            pairs = gguf_tokenizer(tokenizer, storage.location, index.config, rows)
+            plan = with_tokenizer(plan, pairs, job.tokenizer)
             files, written, of_code = files_beside_header(storage, job.copy_extra), {}, ()
         return Prepared(
             replace(job, options=plan.options, also=()),

@@ -71,12 +71,15 @@ def zeros(nbytes: int) -> Step:
     return Constant(TensorSpec(PADDING, U8, (nbytes,)), bytes(nbytes))
 
 
-def with_pairs(plan: Plan, pairs: Pairs) -> Plan:
-    """The plan with further pairs in its header, such as the tokenizer's; as it is for another container."""
+def with_tokenizer(plan: Plan, pairs: Pairs, tokenizer: str) -> Plan:
+    """The plan with the pairs of a tokenizer in its header; as it is for another container.
+
+    `tokenizer` is the option by which it was chosen: what chose it otherwise would give another header.
+    """
     if not isinstance(plan.container, Gguf):
         return plan
     container = plan.container.with_pairs(pairs)
     steps = [[placed.step for placed in shard.steps if placed.step.name != PADDING] for shard in plan.shards]
     shards = container.lay_out(steps, zeros)
-    fingerprint = {**plan.fingerprint, "output": digests(shards)}
+    fingerprint = {**plan.fingerprint, "output": digests(shards), "tokenizer": tokenizer}
     return replace(plan, container=container, shards=shards, fingerprint=fingerprint)
