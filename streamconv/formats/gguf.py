@@ -134,6 +134,72 @@ class ShiftedEncoder(DenseEncoder):
 
 
 @dataclass(frozen=True, slots=True)
+class ColumnsEncoder(DenseEncoder):
+    """Stores some of a weight's columns."""
+
+    columns: range = range(0)
+
+    @property
+    def format(self) -> str:
+        return f"{self.dtype.name}, some columns"
+
+    def pack(self, values: Tensor, out: Tensor) -> None:
+        """See Encoder."""
+        chosen = values[:, self.columns.start :: self.columns.step]
+        out.view(self.dtype.torch).view(len(values), -1).copy_(chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnOrder:
+    """Some columns of a matrix as rows; row form is all of it, [rows, width] of items with so many bytes."""
+
+    rows: int
+    width: int
+    columns: range
+    itemsize: int
+
+    @property
+    def lines(self) -> int:
+        return len(self.columns)
+
+    @property
+    def line_bytes(self) -> int:
+        return self.rows * self.itemsize
+
+    def to_file(self, form: Tensor, lines: range, out: Tensor) -> None:
+        """See Order."""
+        chosen = self.columns[lines.start : lines.stop]
+        columns = form.view(self.rows, self.width, self.itemsize)[:, chosen.start : chosen.stop : chosen.step]
+        out.view(len(lines), self.rows, self.itemsize).copy_(columns.transpose(0, 1))
+
+    def from_file(self, raw: Tensor, lines: range, form: Tensor) -> None:
+        """See Order."""
+        chosen = self.columns[lines.start : lines.stop]
+        columns = form.view(self.rows, self.width, self.itemsize)[:, chosen.start : chosen.stop : chosen.step]
+        columns.copy_(raw.view(len(lines), self.rows, self.itemsize).transpose(0, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class TurnedEncoder(DenseEncoder):
+    """Stores a matrix [in, out], or some of its columns, as [out, in]; `width` are its columns."""
+
+    width: int = 0
+
+    @property
+    def format(self) -> str:
+        return f"{self.dtype.name}, turned"
+
+    def row_offset(self, row: int) -> int:
+        return row * self.width * self.dtype.itemsize
+
+
+def turned_encoder(spec: TensorSpec, rows: int, width: int, columns: range) -> TurnedEncoder:
+    """Encoder of `columns` of a matrix [rows, width] as rows of a tensor."""
+    order = ColumnOrder(rows, width, columns, spec.dtype.itemsize)
+    return TurnedEncoder(spec, order=order, width=width)
+
+
+@dataclass(frozen=True, slots=True)
 class GgufFormat:
     """Matrices in one float type, all else in float32."""
 

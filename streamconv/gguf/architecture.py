@@ -65,6 +65,12 @@ _ALL = (
         _table(names.ATTENTION, names.NORMS_OF_HEADS, names.MLP, names.FOUR_NORMS),
         norm_shift=1.0,
     ),
+    Architecture(
+        "gpt-oss",
+        ("GptOssForCausalLM",),
+        _table(names.ATTENTION, names.GPT_OSS),
+        biases=_QKV | {"attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"},
+    ),
     Architecture("phi3", ("Phi3ForCausalLM",), _table(names.FUSED, names.NORMS)),
 )
 # By the class that a config names.

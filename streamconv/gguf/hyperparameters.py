@@ -91,6 +91,31 @@ def _qwen3moe(config: Fields) -> Facts:
     return pairs, found
 
 
+def _gpt_oss(config: Fields) -> Facts:
+    _check_activation(config, "silu")
+    for name, usual in (("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)):
+        if config.number(name, usual) != usual:
+            raise config.refuse(name, f"llama.cpp computes with {usual:g}")
+    _check_kinds(config, 2)
+    pairs = _shared(config) | {
+        "expert_count": u32(config.positive("num_local_experts")),
+        "expert_used_count": u32(config.positive("num_experts_per_tok")),
+        "expert_feed_forward_length": u32(config.positive("intermediate_size")),
+        "attention.sliding_window": u32(config.positive("sliding_window")),
+    }
+    return pairs, rotary(config, head_size(config), has_factors=False)
+
+
+def _check_kinds(config: Fields, pattern: int) -> None:
+    """Raise UnsupportedError unless every layer of so many attends to all, and others to a window."""
+    layers, kinds = config.positive("num_hidden_layers"), config.values.get("layer_types")
+    usual = ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(layers)]
+    if kinds is not None and kinds != usual:
+        raise config.refuse(
+            "layer_types", f"in llama.cpp every layer {pattern} attends to all, and only these do"
+        )
+
+
 _LARGEST_GEMMA = {2: 46, 3: 62}
 """Layers of the 27B models, whose queries llama.cpp scales otherwise."""
 
@@ -103,12 +128,7 @@ def _check_gemma(config: Fields, generation: int, pattern: int) -> None:
     scale = config.positive("hidden_size") / queries if is_largest else config.positive("head_dim", 256)
     if config.number("query_pre_attn_scalar", 256) != scale:
         raise config.refuse("query_pre_attn_scalar", f"llama.cpp computes with {scale:g} for {layers} layers")
-    kinds = config.values.get("layer_types")
-    usual = ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(layers)]
-    if kinds is not None and kinds != usual:
-        raise config.refuse(
-            "layer_types", f"in llama.cpp every layer {pattern} attends to all, and only these do"
-        )
+    _check_kinds(config, pattern)
     if config.positive("sliding_window_pattern", pattern) != pattern:
         raise config.refuse("sliding_window_pattern", f"in llama.cpp every layer {pattern} attends to all")
 
@@ -168,6 +188,7 @@ _BY_ARCHITECTURE: Mapping[str, Callable[[Fields], Facts]] = MappingProxyType(
         "gemma2": _gemma2,
         "gemma3": _gemma3,
         "phi3": _phi3,
+        "gpt-oss": _gpt_oss,
     }
 )
 

@@ -145,11 +145,11 @@ def _check_experts(where: str, places: Mapping[str, TensorPlace]) -> None:
     experts: dict[str, list[TensorPlace]] = {}
     for place in places.values():
         experts.setdefault(place.tensor, []).append(place)
-    counts = Counter(len(each) for name, each in experts.items() if "_exps." in name)
+    counts = Counter(len(each) for name, each in experts.items() if name.endswith("_exps.weight"))
     for name, each in experts.items():
         is_whole = sorted(place.expert for place in each) == list(range(len(each)))
         is_whole &= len({place.shape for place in each}) == 1
-        if not is_whole or ("_exps." in name and len(counts) > 1 and len(each) < max(counts)):
+        if not is_whole or (name.endswith("_exps.weight") and len(counts) > 1 and len(each) < max(counts)):
             raise CheckpointError(
                 f"{where}: the experts of {name} are not all there, or of several shapes; download the model again"
             )

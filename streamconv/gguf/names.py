@@ -49,6 +49,17 @@ FUSED = _in_blocks(
         "mlp.down_proj": "ffn_down",
     }
 )
+# gpt-oss, whose weights are taken apart first (`pieces.py`).
+GPT_OSS = _in_blocks(
+    {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "post_attention_norm",
+        "self_attn.sinks": "attn_sinks",
+        "mlp.router": "ffn_gate_inp",
+    }
+    | {f"mlp.experts.{{e}}.{part}_proj": f"ffn_{part}_exps" for part in ("gate", "up", "down")}
+    | {f"mlp.experts.{part}_proj": f"ffn_{part}_exps" for part in ("gate", "up", "down")}
+)
 EXPERTS = _in_blocks(
     {f"mlp.experts.{{e}}.{part}_proj": f"ffn_{part}_exps" for part in ("gate", "up", "down")}
     | {"mlp.gate": "ffn_gate_inp"}

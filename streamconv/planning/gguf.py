@@ -7,13 +7,14 @@ from dataclasses import replace
 
 from streamconv.checkpoint.container import Gguf
 from streamconv.checkpoint.gguf_header import Pairs
-from streamconv.checkpoint.types import PADDING, TensorSpec
-from streamconv.dtypes import F16, U8
+from streamconv.checkpoint.types import PADDING, Shape, TensorSpec
+from streamconv.dtypes import F16, F32, U8
 from streamconv.errors import OptionError, UnsupportedError
 from streamconv.formats.base import Constant, Encoder, Format, Weight
 from streamconv.formats.dense import DenseFormat
-from streamconv.formats.gguf import PREFIX, full_encoder, with_rows_of_heads
+from streamconv.formats.gguf import PREFIX, ColumnsEncoder, full_encoder, turned_encoder, with_rows_of_heads
 from streamconv.gguf.model import GgufModel, TensorPlace, gguf_model
+from streamconv.gguf.pieces import GgufPiece
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
 from streamconv.planning.fingerprint import digests
@@ -24,7 +25,7 @@ def is_gguf(quant: Format | None) -> bool:
     return quant is not None and quant.name.startswith(PREFIX)
 
 
-def plan_model(base: Base, weights: Mapping[str, Weight], choices: Choices) -> GgufModel | None:
+def plan_model(base: Base, shapes: Mapping[str, Shape], choices: Choices) -> GgufModel | None:
     """Places of the output's weights in GGUF files; None where the output is another.
 
     Raises UnsupportedError for a model that is not written as GGUF, OptionError for options that are not for these.
@@ -36,16 +37,20 @@ def plan_model(base: Base, weights: Mapping[str, Weight], choices: Choices) -> G
             f"--dtype {choices.dtype.name} is for what a quantized model leaves in 16 bit, and --quant"
             f" {choices.quant.name} says all of a GGUF file's types; leave --dtype out"
         )
-    shapes = {name: weight.shape for name, weight in weights.items()}
     return gguf_model(base.index.storage.location, base.index.config, shapes, choices.quant.name)
 
 
-def gguf_encoder(place: TensorPlace, weight: Weight, quant: Format) -> Encoder:
-    """Encoder of a weight at its place. Raises UnsupportedError for what only can be copied."""
+def gguf_encoder(place: TensorPlace, weight: Weight, quant: Format, piece: GgufPiece | None) -> Encoder:
+    """Encoder of a weight at its place, or of a piece of one. Raises UnsupportedError for what only can be copied."""
     if not weight.dtype.is_float:
         raise UnsupportedError(
             f"{weight.name} is {weight.dtype}, expected numbers that a GGUF file can store"
         )
+    if piece is not None and piece.is_turned:
+        rows, width = weight.shape
+        return turned_encoder(_dense_spec(place, quant), rows, width, piece.columns)
+    if piece is not None and len(piece.columns) < weight.shape[-1]:
+        return ColumnsEncoder(TensorSpec(place.tensor, F32, place.shape), columns=piece.columns)
     if place.is_full:
         encoder: Encoder = full_encoder(place.tensor, place.shape, place.shift)
     elif quant.fits(place.tensor, place.shape):
@@ -53,6 +58,11 @@ def gguf_encoder(place: TensorPlace, weight: Weight, quant: Format) -> Encoder:
     else:
         encoder = DenseFormat(F16).encoder(place.tensor, place.shape, F16)
     return encoder if place.heads is None else with_rows_of_heads(encoder, place.heads)
+
+
+def _dense_spec(place: TensorPlace, quant: Format) -> TensorSpec:
+    (spec,) = quant.encoder(place.tensor, place.shape, F16).parts
+    return spec if quant.grid is None else TensorSpec(place.tensor, F16, place.shape)
 
 
 def by_tensor(by_weight: Sequence[Sequence[Step]], model: GgufModel) -> list[list[Step]]:

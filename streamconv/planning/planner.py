@@ -14,12 +14,14 @@ from streamconv.errors import AdapterError, OptionError
 from streamconv.formats import container_of, dense_weight
 from streamconv.formats.base import Grouped, Weight
 from streamconv.formats.linear import module_of
+from streamconv.gguf.pieces import GgufPiece
 from streamconv.planning.base import Base
 from streamconv.planning.calibration import CalibrationFacts, plan_calibration, plan_equalization
 from streamconv.planning.choices import Choices, Facts, choose
 from streamconv.planning.devices import Device
 from streamconv.planning.fingerprint import fingerprint
-from streamconv.planning.gguf import by_tensor, plan_model, zeros
+from streamconv.planning.gguf import by_tensor, is_gguf, plan_model, zeros
+from streamconv.planning.gguf_pieces import taken_apart
 from streamconv.planning.memory import plan_memory
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import CalibrationPlan, Memory, Plan, ShardPlan
@@ -105,13 +107,21 @@ def _draft(
         )
     options = with_group_size(base, weights, replaces, options)
     choices = choose(facts_of(base, adapter), options)
-    model = plan_model(base, weights, choices)
+    pieces: Mapping[str, GgufPiece] = {}
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    in_output: Mapping[str, Weight] = weights
+    if is_gguf(choices.quant):
+        apart = taken_apart(weights, updates, base.index.config.get("model_type"))
+        in_output, updates, pieces, shapes = apart.weights, dict(apart.updates), apart.pieces, apart.shapes
+    model = plan_model(base, shapes, choices)
     chosen = choose_quantized(base, weights, replaces, choices, options, model)
     within = facts.weights if facts is not None and choices.feedback is not None else frozenset()
     equalization = plan_equalization(base, weights, chosen, options, facts)
     if equalization is not None:
         equalizers = equalization.equalizers({name: weight.shape for name, weight in weights.items()})
-    by_weight = plan_steps(base, weights, updates, chosen.weights, choices, within, equalizers, model)
+    by_weight = plan_steps(
+        base, in_output, updates, chosen.weights, choices, within, equalizers, model, pieces
+    )
     calibration = None
     if options.calibration is not None and choices.quant is not None:
         assert facts is not None

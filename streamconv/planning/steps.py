@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from streamconv.adapters.base import Update, UpdateAccess
 from streamconv.dtypes import DENSE, Dtype
@@ -14,6 +15,7 @@ from streamconv.formats import FORMATS
 from streamconv.formats.base import Encoder, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, select
 from streamconv.gguf.model import GgufModel
+from streamconv.gguf.pieces import GgufPiece
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
 from streamconv.planning.gguf import gguf_encoder
@@ -32,21 +34,27 @@ def plan_steps(
     within: frozenset[str],
     equalizers: Mapping[str, Equalizer],
     model: GgufModel | None = None,
+    pieces: Mapping[str, GgufPiece] = MappingProxyType({}),
 ) -> list[list[Step]]:
     """Steps of each weight, weights in the base's order: one step, or a copy of every part.
 
     `within` are weights that can be calibrated, `equalizers` what weights are equalized by, `model` has the places in
-    GGUF files, None for others.
+    GGUF files, None for others; `pieces` are those of weights that such files have otherwise.
     """
     seen_by_training = _rounded_in_training(base, choices)
     steps: list[list[Step]] = []
     for name, weight in weights.items():
         if model is not None and name not in model.places:
             continue
-        encoder = _encoder(name, weight, name in quantized, _own_dtype(base, name, weight), choices, model)
+        if model is not None and choices.quant is not None:
+            encoder: Encoder | None = gguf_encoder(
+                model.places[name], weight, choices.quant, pieces.get(name)
+            )
+        else:
+            encoder = _encoder(name, weight, name in quantized, _own_dtype(base, name, weight), choices)
         merge_base = None
         # What the adapter holds whole was trained in full precision.
-        is_rounded = name in seen_by_training and weight is base.weights[name]
+        is_rounded = name in seen_by_training and weight is base.weights.get(name)
         if is_rounded and choices.merge_base is not None:
             merge_base = choices.merge_base.encoder(name, weight.shape, weight.dtype)
         found = weight_steps(
@@ -150,12 +158,8 @@ def _quantizing(step: Rewrite, rounding: Rounding, calibrates: bool) -> Rewrite:
     return replace(step, rounding=rounding, scales=of_base if keeps else FRESH, calibrated=calibrates)
 
 
-def _encoder(
-    name: str, weight: Weight, quantize: bool, own_dtype: Dtype, choices: Choices, model: GgufModel | None
-) -> Encoder | None:
+def _encoder(name: str, weight: Weight, quantize: bool, own_dtype: Dtype, choices: Choices) -> Encoder | None:
     """Encoder that stores a weight in the output; None for what can only be copied."""
-    if model is not None and choices.quant is not None:
-        return gguf_encoder(model.places[name], weight, choices.quant)
     if not weight.dtype.is_float:
         return None
     dtype = choices.dtype or own_dtype
