@@ -99,4 +99,5 @@ def test_every_architecture_has_its_case() -> None:
     classes = {
         type(config).__name__.removesuffix("Config").removesuffix("Text") for config in CONFIGS.values()
     }
-    assert classes == {name.removesuffix("ForCausalLM") for name in ARCHITECTURES}
+    # transformers' reader puts gpt-oss together otherwise than llama.cpp (planning/test_gguf_pieces.py).
+    assert classes | {"GptOss"} == {name.removesuffix("ForCausalLM") for name in ARCHITECTURES}
