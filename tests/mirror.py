@@ -54,6 +54,13 @@ STORIES: Mapping[str, Sequence[str]] = {
     "analysis/rounded.py": ["analysis/test_analyze.py"],
     "analysis/running.py": ["analysis/test_analyze.py"],
     "analysis/views.py": ["analysis/test_analyze.py"],
+    # What becomes of a model in a GGUF file.
+    "gguf/architecture.py": ["gguf/test_names.py", "parity/test_gguf.py"],
+    "gguf/fields.py": ["pipeline/test_gguf.py", "gguf/test_model.py"],
+    "gguf/hyperparameters.py": ["gguf/test_model.py", "parity/test_gguf.py"],
+    "gguf/rope.py": ["gguf/test_model.py", "parity/test_gguf.py"],
+    "output/gguf_tokenizer.py": ["pipeline/test_gguf.py", "gguf/test_tokens.py"],
+    "planning/gguf.py": ["pipeline/test_gguf.py", "parity/test_gguf.py"],
     # A calibration, layer by layer.
     "calibration/calibrated.py": ["pipeline/test_calibrated.py", "calibration/test_layers.py"],
     "calibration/directions.py": ["calibration/test_layers.py"],
