@@ -70,7 +70,7 @@ DTYPES: Mapping[str, Dtype] = MappingProxyType(
     }
 )
 
-U8, I8, I16, I32, I64 = (DTYPES[code] for code in ("U8", "I8", "I16", "I32", "I64"))
+U8, I8, I16, I32, U32, I64 = (DTYPES[code] for code in ("U8", "I8", "I16", "I32", "U32", "I64"))
 F16, BF16, F32 = (DTYPES[code] for code in ("F16", "BF16", "F32"))
 
 # ggml's types of blocks by number: name, bytes and elements of a block (`ggml.h`, enum ggml_type; `GGML_QUANT_SIZES` of

@@ -170,7 +170,7 @@ class _Tiles:
 
     def __init__(self, group: ViewGroup, reader: TensorReader, device: Device, on_bytes: OnBytes) -> None:
         steps = [view.step for view in group.views]
-        self.device, self.height = device, cell_rows(device, steps[0].columns)
+        self.device, self.height = device, max(cell_rows(device, step) for step in steps)
         self._step, self._on_bytes = steps[0], on_bytes
         self._rows = min(tile_rows(step, group.memory.buffer, self.height) for step in steps)
         self._stored = StoredRows(reader, self._step.weight)

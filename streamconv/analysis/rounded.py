@@ -14,8 +14,8 @@ from torch import Tensor
 
 from streamconv.analysis.sums import BlockSums, Sums, block_sums, stretches, total
 from streamconv.kernels import kernels_for
+from streamconv.kernels.base import block_dots
 from streamconv.kernels.grids import block_absmax
-from streamconv.kernels.in_torch import block_dots
 from streamconv.planning.plan import Rewrite
 from streamconv.planning.scales import lies_on_grid
 from streamconv.rounding.adaptive import sum_of_steps

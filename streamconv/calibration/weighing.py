@@ -45,7 +45,7 @@ def weigh(step: Rewrite, written: Weight, device: Device, reader: TensorReader, 
     assert scales is not None, f"{written.name} is stored dense"
     # Codes and scales are known: nothing is to be rounded, nor searched for before.
     step = replace(step, rounding=None, scales=FRESH, calibrated=False)
-    height = cell_rows(device, step.columns)
+    height = cell_rows(device, step)
     bases, stored = (_Stored(weight, step, height, on, reader) for weight in (step.weight, written))
     work = open_weight(reader, [step], DirectEngine(workers, on, height), bases.tiles()).works[0]
     codes = torch.empty(step.rows * step.columns, dtype=torch.uint8, device=on)

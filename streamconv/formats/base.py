@@ -15,8 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -89,8 +90,8 @@ class Decoder(Protocol):
     def scales(self, side: Mapping[str, Tensor]) -> Tensor | None:
         """Effective float32 scale of every block, from the other parts; None for dense storage.
 
-        On a grid with zero points, [blocks, 2]: the scale, and the code that stands for 0. On the device of `side`.
-        Raises CheckpointError where a scale is not finite.
+        On a grid with offsets, [blocks, 2]: scale and offset. On the device of `side`. Raises CheckpointError where a
+        scale is not finite.
         """
 
     def codes(self, raw: Tensor, rows: range) -> Tensor:
@@ -111,7 +112,8 @@ class Weight:
 
     Some formats decode to float32 and do not store the type the weight had; `dtype` is then that of the weights
     around it. `format` is the key in FORMATS of the encoder that would store it in the same way; else, in words, how it
-    differs (`nf4, blocksize 128`, or `I64`, which can be copied but not decoded).
+    differs (`nf4, blocksize 128`, or `I64`, which can be copied but not decoded). `keep` is the encoder that stores it
+    in the very way of its file, names and types included; None where that is what the format's own encoder does.
     """
 
     name: str
@@ -120,6 +122,7 @@ class Weight:
     format: str
     decoder: Decoder
     parts: Mapping[str, StoredTensor]
+    keep: Encoder | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +167,8 @@ class Encoder(Protocol):
     def rounds_scales(self) -> bool:
         """Whether storing rounds each scale on its own, so that codes are to be chosen with what becomes of it.
 
-        Effective scales are then known cell by cell, and those of effective scales are the same again.
+        Effective scales are then known cell by cell, and those of effective scales are the same again. (Or together
+        with those of its cell, of whose rows a block may have several.)
         """
 
     @property
@@ -179,14 +183,19 @@ class Encoder(Protocol):
     def constants(self) -> tuple[Constant, ...]:
         """Tensors beside the parts that are the same for any values, and may lie anywhere in the file."""
 
+    @property
+    def cell_rows(self) -> int:
+        """Rows whose scales are decided together: CELL_ROWS, or a multiple where blocks have more rows than one."""
+
     def row_offset(self, row: int) -> int:
         """Bytes of the main part before `row`, as for Decoder."""
 
-    def pack(self, values: Tensor, out: Tensor) -> None:
+    def pack(self, values: Tensor, scales: Tensor | None, out: Tensor) -> None:
         """Write the main part's bytes of a cell, in row form, to `out` (uint8, flat).
 
         `values` are uint8 codes (flat) if there is a grid, else the float32 cell, rounded here once; what does not fit
-        becomes infinite, and whoever asked has to look.
+        becomes infinite, and whoever asked has to look. `scales` are the effective ones of the cell's blocks, for
+        storage that has them between the codes; those that will be nested are as they were chosen. None if dense.
         """
 
     def effective_scales(self, scales: Tensor) -> Tensor:
@@ -197,9 +206,40 @@ class Encoder(Protocol):
 
         Raises InputError where a scale is not finite.
 
-        `scales` are float32, one a block, as the rounding chose them. `kept` are the side parts of the base
-        weight where it has this very format and its scales stay: they are then written as they are, because
-        rounding nested scales a second time would move them.
+        `scales` are float32, one a block, with offsets [blocks, 2], as the rounding chose them. `kept` are the side
+        parts of the base weight where it has this very format and its scales stay: they are then written as they are,
+        because rounding nested scales a second time would move them.
+        """
+
+
+class ScaleScope(StrEnum):
+    """Weights whose greatest magnitude a scale is made of: one alone, or with those that a loader joins it with."""
+
+    WEIGHT = "weight"
+    PARTNERS = "partners"
+
+
+@runtime_checkable
+class Surveyed(Encoder, Protocol):
+    """An Encoder with a scale for all of a weight, for which all targets are seen once before the first code is chosen.
+
+    `planning/partners.py` says which weights a loader joins. What needs scales raises AssertionError until it is known.
+    """
+
+    @property
+    def scope(self) -> ScaleScope: ...
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the scale is there: the base's own, say, which stays."""
+
+    def knowing(self, greatest: float) -> Self:
+        """The same with the scale for targets of that greatest magnitude (finite, not negative)."""
+
+    def following(self, decoder: Decoder) -> Self:
+        """The same with the scale of a base's weight that is stored in this way; itself where it is stored in another.
+
+        Partners that no update touches are copied with that scale.
         """
 
 
@@ -291,6 +331,12 @@ class Format(Protocol):
     def skips_by_path(self) -> bool:
         """Whether its config names modules left in 16 bit by whole paths; else as `formats/linear.py` has it."""
 
+    @property
+    def expert_loaders(self) -> tuple[str, ...]:
+        """Programs that open it with experts quantized, each in tensors of its own; where none does, they stay in 16
+        bit.
+        """
+
     def fits(self, name: str, shape: Shape) -> bool:
         """Whether it can store the weight [out, in] of a Linear, and loaders expect it; else it stays in 16 bit."""
 
@@ -340,14 +386,38 @@ class Grouped(Format, Protocol):
         """The same with groups of `size`, one of `group_sizes`."""
 
 
+@runtime_checkable
+class Mixable(Format, Protocol):
+    """A Format whose config can say of each module how it is stored, so that a checkpoint may have several formats."""
+
+    @property
+    def family(self) -> str:
+        """Name of the formats that one checkpoint may have beside each other."""
+
+    @property
+    def has_partners(self) -> bool:
+        """Whether a loader makes one layer of several modules (`targets.fused_layer`), which must share a format."""
+
+    def module_config(self) -> Json:
+        """Settings by which the config says that modules are stored in this format."""
+
+    def mixed_config(
+        self, dtype: Dtype, groups: Sequence[tuple[Mixable, Sequence[str]]], skipped: Sequence[str]
+    ) -> Json:
+        """The `quantization_config` of weights in several formats, this one first; as `quantization_config` else.
+
+        `groups`: formats of this family, each with the names of its weights.
+        """
+
+
 GROUP_SIZES = (32, 64, 128)
 USUAL_GROUP_SIZE = 128
 _GROUP_SIZE = ", group size "
 
 
-def grouped_name(name: str, size: int) -> str:
-    """Name that encoders and weights give the format `name` with groups of `size`."""
-    return name if size == USUAL_GROUP_SIZE else f"{name}{_GROUP_SIZE}{size}"
+def grouped_name(name: str, size: int, usual: int = USUAL_GROUP_SIZE) -> str:
+    """Name that encoders and weights give the format `name` with groups of `size`, which most have of the `usual`."""
+    return name if size == usual else f"{name}{_GROUP_SIZE}{size}"
 
 
 def group_of(name: str) -> tuple[str, int | None]:

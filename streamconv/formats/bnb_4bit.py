@@ -310,6 +310,7 @@ class Bnb4bitEncoder:
     constants: tuple[Constant, ...] = ()
     order: Order | None = None
     rounds_scales: bool = False
+    cell_rows: int = CELL_ROWS
 
     @property
     def dequantized_dtype(self) -> Dtype:
@@ -318,7 +319,8 @@ class Bnb4bitEncoder:
     def row_offset(self, row: int) -> int:
         return (row * self.shape[1] + 1) // 2
 
-    def pack(self, values: Tensor, out: Tensor) -> None:
+    def pack(self, values: Tensor, scales: Tensor | None, out: Tensor) -> None:
+        del scales  # they have a part of their own
         if values.numel() % 2:
             zero = self.grid.nearest(torch.zeros(1, device=values.device))
             values = torch.cat((values, zero))
@@ -423,6 +425,7 @@ class Bnb4bitFormat:
     loaders: str = "transformers, vLLM (one GPU a model part), PEFT for training"
     library: str = "bitsandbytes"
     skips_by_path: bool = False
+    expert_loaders: tuple[str, ...] = ()
     config_copy: str | None = None
     marks: Marks = _MARKS
 

@@ -29,7 +29,17 @@ from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import DENSE, F32, I8, U8, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
-from streamconv.formats.base import Constant, Json, Marks, Order, Weight, any_config, matrix_shape, wrong
+from streamconv.formats.base import (
+    CELL_ROWS,
+    Constant,
+    Json,
+    Marks,
+    Order,
+    Weight,
+    any_config,
+    matrix_shape,
+    wrong,
+)
 from streamconv.formats.dense import largest_dtype
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import INT8, IntegerGrid
@@ -136,6 +146,7 @@ class Int8Encoder:
     grid: IntegerGrid
     nested: bool = False
     rounds_scales: bool = False
+    cell_rows: int = CELL_ROWS
     dequantized_dtype: Dtype = F32
     order: Order | None = None
 
@@ -153,7 +164,8 @@ class Int8Encoder:
     def row_offset(self, row: int) -> int:
         return row * self.grid.block
 
-    def pack(self, values: Tensor, out: Tensor) -> None:
+    def pack(self, values: Tensor, scales: Tensor | None, out: Tensor) -> None:
+        del scales  # they have a part of their own
         out.copy_(values)
 
     def effective_scales(self, scales: Tensor) -> Tensor:
@@ -180,6 +192,7 @@ class Int8Format:
     loaders: str = "transformers, vLLM (one GPU a model part), PEFT for training"
     library: str = "bitsandbytes"
     skips_by_path: bool = False
+    expert_loaders: tuple[str, ...] = ()
     config_copy: str | None = None
     marks: Marks = _MARKS
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import DENSE, F16, Dtype
 from streamconv.errors import UnsupportedError
-from streamconv.formats.base import NO_MARKS, Constant, Json, Marks, Order, Weight, matrix_shape
+from streamconv.formats.base import CELL_ROWS, NO_MARKS, Constant, Json, Marks, Order, Weight, matrix_shape
 from streamconv.kernels.grids import Grid
 
 MAIN = "weight"
@@ -83,6 +83,7 @@ class DenseEncoder:
     spec: TensorSpec
     nested: bool = False
     rounds_scales: bool = False
+    cell_rows: int = CELL_ROWS
     grid: Grid | None = None
     constants: tuple[Constant, ...] = ()
     order: Order | None = None
@@ -106,8 +107,9 @@ class DenseEncoder:
     def row_offset(self, row: int) -> int:
         return row * matrix_shape(self.spec.shape)[1] * self.dtype.itemsize
 
-    def pack(self, values: Tensor, out: Tensor) -> None:
+    def pack(self, values: Tensor, scales: Tensor | None, out: Tensor) -> None:
         """See Encoder."""
+        del scales  # there are none
         out.view(self.dtype.torch).copy_(values.reshape(-1))
 
     def effective_scales(self, scales: Tensor) -> Tensor:
@@ -128,6 +130,7 @@ class DenseFormat:
     library: str | None = None
     load_in: None = None
     skips_by_path: bool = False
+    expert_loaders: tuple[str, ...] = ()
     config_copy: str | None = None
     marks: Marks = NO_MARKS
 
@@ -159,15 +162,17 @@ class DenseFormat:
         return None
 
 
-def largest_dtype(tensors: Mapping[str, StoredTensor], but: str | tuple[str, ...]) -> Dtype:
-    """The type of the largest dense tensor whose name does not end in `but`; float16 where there is none.
+def largest_dtype(
+    tensors: Mapping[str, StoredTensor], but: str | tuple[str, ...], otherwise: Dtype = F16
+) -> Dtype:
+    """The type of the largest dense tensor whose name does not end in `but`; `otherwise` where there is none.
 
     It stands for that of weights beside, where a file does not tell what they were before they were quantized.
     """
     dense = [
         tensor for name, tensor in tensors.items() if tensor.dtype.name in DENSE and not name.endswith(but)
     ]
-    return max(dense, key=lambda tensor: math.prod(tensor.shape)).dtype if dense else F16
+    return max(dense, key=lambda tensor: math.prod(tensor.shape)).dtype if dense else otherwise
 
 
 def dense_weight(name: str, tensor: StoredTensor) -> Weight:

@@ -102,8 +102,12 @@ class ReorderedEncoder:
     def row_offset(self, row: int) -> int:
         return self.inner.row_offset(row)
 
-    def pack(self, values: Tensor, out: Tensor) -> None:
-        self.inner.pack(values, out)
+    @property
+    def cell_rows(self) -> int:
+        return self.inner.cell_rows
+
+    def pack(self, values: Tensor, scales: Tensor | None, out: Tensor) -> None:
+        self.inner.pack(values, scales, out)
 
     def effective_scales(self, scales: Tensor) -> Tensor:
         return self.inner.effective_scales(scales)
@@ -128,8 +132,9 @@ class ShiftedEncoder(DenseEncoder):
     def format(self) -> str:
         return f"{self.dtype.name}, {self.shift:g} added"
 
-    def pack(self, values: Tensor, out: Tensor) -> None:
+    def pack(self, values: Tensor, scales: Tensor | None, out: Tensor) -> None:
         """See Encoder."""
+        del scales  # there are none
         out.view(self.dtype.torch).copy_((values + self.shift).reshape(-1))
 
 
@@ -143,8 +148,9 @@ class ColumnsEncoder(DenseEncoder):
     def format(self) -> str:
         return f"{self.dtype.name}, some columns"
 
-    def pack(self, values: Tensor, out: Tensor) -> None:
+    def pack(self, values: Tensor, scales: Tensor | None, out: Tensor) -> None:
         """See Encoder."""
+        del scales  # there are none
         chosen = values[:, self.columns.start :: self.columns.step]
         out.view(self.dtype.torch).view(len(values), -1).copy_(chosen)
 
@@ -209,6 +215,7 @@ class GgufFormat:
     library: str | None = None
     load_in: None = None
     skips_by_path: bool = False
+    expert_loaders: tuple[str, ...] = (LOADERS,)
     config_copy: str | None = None
     marks: Marks = NO_MARKS
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from streamconv.dtypes import Dtype
@@ -154,3 +155,11 @@ def pairwise_sum(terms: Tensor) -> Tensor:
         terms[..., : count - half] += terms[..., half:count]
         count = half
     return terms[..., 0]
+
+
+def block_dots(left: Tensor, right: Tensor, block: int) -> Tensor:
+    """<`left`, `right`> of every block."""
+    terms = left * right
+    whole = terms.numel() - terms.numel() % block
+    sums = pairwise_sum(terms[:whole].view(-1, block))
+    return sums if whole == terms.numel() else torch.cat((sums, pairwise_sum(terms[whole:]).view(1)))

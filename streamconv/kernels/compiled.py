@@ -15,10 +15,21 @@ import torch
 from torch import Tensor
 
 from streamconv.dtypes import BF16, F16, F32, Dtype
-from streamconv.kernels import loops
-from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start
-from streamconv.kernels.grids import SMALLEST_DIVISOR, Grid, IntegerGrid, TableGrid, tables_of
-from streamconv.kernels.in_torch import TorchKernels, block_dots, over_reach, round_to
+from streamconv.kernels import loops, offsets, ordered
+from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start, block_dots
+from streamconv.kernels.e2m1_loops import LOOPS as E2M1_LOOPS
+from streamconv.kernels.e2m1_loops import BlockLoops
+from streamconv.kernels.grids import (
+    E2M1,
+    E4M3,
+    SMALLEST_DIVISOR,
+    Grid,
+    IntegerGrid,
+    TableGrid,
+    empty_scales,
+    tables_of,
+)
+from streamconv.kernels.in_torch import TorchKernels, over_reach, round_to
 from streamconv.kernels.loops import Array
 
 # The block of bitsandbytes' 4-bit formats, and the length of every loop over one.
@@ -36,8 +47,8 @@ _DROPPED = {F32: 0, BF16: 16, F16: 13}
 class _Table:
     """A grid's values padded to 16, or to 256: what the loops look up. A rank is a place in rising order.
 
-    `half`: code c stands for c / half - 1, if it is not 0. `pairs` of a byte's two codes, that in its high half first,
-    and that in its low half first; of grids of at most 16.
+    `half`: code c stands for c / half - 1, if it is above 0; -1: the codes are E4M3. `pairs` of a byte's two codes,
+    that in its high half first, and that in its low half first; of grids of at most 16.
     """
 
     midpoints: Array
@@ -51,8 +62,8 @@ class _Table:
 
 
 @functools.cache
-def _table(values: tuple[float, ...]) -> _Table:
-    known = tables_of(values, torch.device("cpu"))
+def _table(values: tuple[float, ...], is_float: bool) -> _Table:
+    known = tables_of(values, torch.device("cpu"), is_float)
     rising = known.distinct.thresholds.numpy()
     by_rank = known.codes.numpy()
     length = _CODES if len(values) <= _CODES else 256
@@ -66,7 +77,7 @@ def _table(values: tuple[float, ...]) -> _Table:
         by_code=by_code,
         by_rank=_padded(by_rank, 0, length),
         pairs=(_in_one(high, low), _in_one(low, high)),
-        half=np.float32(_half(values)),
+        half=np.float32(-1 if is_float and values == E4M3.values else _half(values)),
         in_order=known.codes_are_ranks,
     )
 
@@ -93,6 +104,10 @@ class CompiledKernels:
     name: str = "compiled"
 
     def starting_scales(self, values: Tensor, grid: Grid, out: Tensor) -> Tensor:
+        if grid.order:
+            return ordered.starting_scales(self, values, grid, out)
+        if grid.offsets is not None:
+            return offsets.starting_scales(values, grid, out)
         whole = values.numel() // grid.block
         loop = loops.absmax_64 if grid.block == BLOCK else loops.absmax
         loop(_bits(_rows(values, whole, grid.block)), _bits(out.numpy()[:whole]))
@@ -102,6 +117,10 @@ class CompiledKernels:
         return out
 
     def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
+        if grid.order:
+            return ordered.nearest(self, values, grid, scales, codes)
+        if grid.offsets is not None:
+            return offsets.nearest(self, values, grid, scales, codes)
         if not isinstance(grid, IntegerGrid) and not _is_table(grid):
             return _TORCH.nearest(values, grid, scales, codes)
         scales = self._scales(values, grid) if scales is None else scales
@@ -126,6 +145,10 @@ class CompiledKernels:
         noise: Tensor,
         codes: Tensor,
     ) -> Tensor:
+        if grid.order:
+            return ordered.stochastic(self, values, grid, scales, start, noise, codes)
+        if grid.offsets is not None:
+            return offsets.stochastic(self, values, grid, scales, start, noise, codes)
         if not _is_compiled(grid):
             return _TORCH.stochastic(values, grid, scales, start, noise, codes)
         scales = self._scales(values, grid) if scales is None else scales
@@ -135,9 +158,7 @@ class CompiledKernels:
         from_codes, base = _rows(old.codes, whole, grid.block), _rows(old.values, whole, grid.block)
         drawn, into = _rows(noise, whole, grid.block), _rows(codes, whole, grid.block)
         if isinstance(grid, TableGrid):
-            _stochastic_in_table(
-                _table(grid.values), arrays, (from_codes, base, start is not None), drawn, into
-            )
+            _stochastic_in_table(grid, arrays, (from_codes, base, start is not None), drawn, into)
         else:
             signed = from_codes.view(np.int8)
             loops.stochastic_integer(
@@ -150,13 +171,23 @@ class CompiledKernels:
         return scales
 
     def search(self, values: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None = None) -> None:
+        if grid.order:
+            ordered.search(self, values, grid, scales, weights)
+            return
+        if grid.offsets is not None:
+            offsets.search(self, values, grid, scales, weights)
+            return
         if weights is not None or not isinstance(grid, TableGrid) or not _is_compiled(grid):
             _TORCH.search(values, grid, scales, weights)
             return
-        whole, table = values.numel() // grid.block, _table(grid.values)
+        whole, table = values.numel() // grid.block, _table(grid.values, grid.is_float)
         self.starting_scales(values, grid, scales)
         given, found = (_rows(values, whole, grid.block), _FACTORS, SEARCH_STEPS), scales.numpy()[:whole]
-        if table.half:
+        if _is_e4m3(grid):
+            loops.search_e4m3(*given, table.by_code, found)
+        elif (of_e2m1 := _of_e2m1(grid)) is not None:
+            of_e2m1.search(*given, found)
+        elif table.half:
             loops.search_uniform(*given, table.half, found)
         else:
             loops.search(*given, table.midpoints, table.rising, found)
@@ -176,7 +207,7 @@ class CompiledKernels:
         errors: Tensor,
         is_first: bool,
     ) -> None:
-        table = _table(grid.values) if isinstance(grid, TableGrid) and grid.peak == 1 else None
+        table = _table(grid.values, grid.is_float) if isinstance(grid, TableGrid) and grid.peak == 1 else None
         if table is None or (len(table.by_code) > _CODES and not table.half):
             _TORCH.quantize_columns(
                 target, pull, coupling, rows, grid, scales, dtype, codes, errors, is_first
@@ -224,14 +255,22 @@ class CompiledKernels:
         loops.turn_codes_back(_unsigned(words), np.array(places), _unsigned(out))
 
     def decode(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
+        if grid.order:
+            ordered.decode(self, codes, grid, scales, dtype, out)
+            return
+        if grid.offsets is not None:
+            offsets.decode(self, codes, grid, scales, dtype, out)
+            return
         if not isinstance(grid, IntegerGrid) and not _is_table(grid):
             _TORCH.decode(codes, grid, scales, dtype, out)
             return
         whole = out.numel() // grid.block
         read, values = _rows(codes, whole, grid.block), _rows(out, whole, grid.block)
         factors = scales.numpy()[:whole]
-        if isinstance(grid, TableGrid):
-            loops.decode_table(read, _table(grid.values).by_code, factors, values)
+        if _is_e4m3(grid):
+            loops.decode_e4m3(read, factors, _bits(values), values)
+        elif isinstance(grid, TableGrid):
+            loops.decode_table(read, _table(grid.values, grid.is_float).by_code, factors, values)
         else:
             loops.decode_integer(read.view(np.int8), factors, np.float32(1 / grid.peak), values)
         _round_to(dtype, values)
@@ -255,7 +294,7 @@ class CompiledKernels:
         whole = out.numel() // grid.block
         values = _rows(out, whole, grid.block)
         read = _rows(packed, whole, grid.block // 2)
-        pairs = _table(grid.values).pairs[low_first]
+        pairs = _table(grid.values, grid.is_float).pairs[low_first]
         loops.decode_pairs(read, pairs, scales.numpy()[:whole], values.view(np.uint64), values)
         _round_to(dtype, values)
         if whole < scales.numel():
@@ -275,6 +314,10 @@ class CompiledKernels:
     def kept(
         self, codes: Tensor, grid: Grid, target: Tensor, base: Tensor, anchor: Tensor, inner: Tensor
     ) -> Tensor:
+        if grid.order:
+            return ordered.kept(self, codes, grid, target, base, anchor, inner)
+        if grid.offsets is not None:
+            return offsets.kept(self, codes, grid, target, base, anchor, inner)
         if not isinstance(grid, IntegerGrid) and not _is_table(grid):
             return _TORCH.kept(codes, grid, target, base, anchor, inner)
         whole = codes.numel() // grid.block
@@ -282,8 +325,10 @@ class CompiledKernels:
         arrays = tuple(_rows(each, whole, grid.block) for each in (target, base, anchor))
         read, into = _rows(codes, whole, grid.block), inner.numpy()[:whole]
         if isinstance(grid, TableGrid):
+            of_e2m1 = _of_e2m1(grid)
             loop = loops.kept_table if _is_short(grid) else loops.kept_in_any_table
-            loop(read, _table(grid.values).by_code, *arrays, into, sums)
+            loop = loop if of_e2m1 is None else of_e2m1.kept
+            loop(read, _table(grid.values, grid.is_float).by_code, *arrays, into, sums)
         else:
             loops.kept_integer(read.view(np.int8), *arrays, into, sums)
         if whole < inner.numel():
@@ -296,15 +341,21 @@ class CompiledKernels:
         )
 
     def _scales(self, values: Tensor, grid: Grid) -> Tensor:
-        out = torch.empty(-(-values.numel() // grid.block), dtype=torch.float32)
-        return self.starting_scales(values, grid, out)
+        return self.starting_scales(values, grid, empty_scales(values.numel(), grid, values.device))
 
 
 def _is_compiled(grid: Grid) -> bool:
-    """Whether all loops are there for this grid: integers, even steps, or at most 16 values in blocks of 64."""
+    """Whether all loops are there for this grid: integers, even steps, floats, or 16 values in blocks of 64."""
     if isinstance(grid, TableGrid):
-        return _is_table(grid) and (_is_short(grid) or bool(_table(grid.values).half))
+        is_short = (_is_short(grid) and not grid.is_float) or _of_e2m1(grid) is not None
+        return _is_table(grid) and (is_short or bool(_table(grid.values, grid.is_float).half))
     return isinstance(grid, IntegerGrid)
+
+
+def _of_e2m1(grid: Grid) -> BlockLoops | None:
+    """Loops of its own for blocks of E2M1."""
+    is_e2m1 = isinstance(grid, TableGrid) and grid.is_float and grid.values == E2M1.values
+    return E2M1_LOOPS.get(grid.block) if is_e2m1 and _is_table(grid) else None
 
 
 def _is_table(grid: Grid) -> bool:
@@ -316,8 +367,18 @@ def _is_short(grid: TableGrid) -> bool:
     return grid.block == BLOCK and len(grid.values) <= _CODES
 
 
+def _is_e4m3(grid: Grid) -> bool:
+    return isinstance(grid, TableGrid) and _table(grid.values, grid.is_float).half < 0
+
+
 def _nearest_in_table(grid: TableGrid, values: Array, scales: Array, codes: Array) -> None:
-    table = _table(grid.values)
+    if _is_e4m3(grid):
+        loops.nearest_e4m3(values, scales, codes)
+        return
+    if (of_e2m1 := _of_e2m1(grid)) is not None:
+        of_e2m1.nearest(values, scales, codes)
+        return
+    table = _table(grid.values, grid.is_float)
     if table.half:
         loops.nearest_uniform(values, scales, table.half, codes)
         return
@@ -325,7 +386,7 @@ def _nearest_in_table(grid: TableGrid, values: Array, scales: Array, codes: Arra
         loops.nearest_table(values, scales, table.midpoints, codes)
         _from_ranks(table, codes)
         return
-    known = tables_of(grid.values, torch.device("cpu"))
+    known = grid.tables(torch.device("cpu"))
     midpoints = _padded(known.midpoints.thresholds.numpy(), np.inf, 256)
     loops.nearest_in_any_table(values, scales, midpoints, codes)
     if not known.codes_are_ranks:
@@ -333,8 +394,15 @@ def _nearest_in_table(grid: TableGrid, values: Array, scales: Array, codes: Arra
 
 
 def _stochastic_in_table(
-    table: _Table, given: tuple[Array, Array], start: tuple[Array, Array, bool], noise: Array, codes: Array
+    grid: TableGrid, given: tuple[Array, Array], start: tuple[Array, Array, bool], noise: Array, codes: Array
 ) -> None:
+    table = _table(grid.values, grid.is_float)
+    if (of_e2m1 := _of_e2m1(grid)) is not None:
+        of_e2m1.stochastic(*given, *start, noise, table.by_code, codes)
+        return
+    if table.half < 0:
+        loops.stochastic_e4m3(*given, *start, noise, table.by_code, codes)
+        return
     if table.half:
         loops.stochastic_uniform(*given, *start, noise, table.half, codes)
         return
@@ -363,7 +431,7 @@ def _rows(tensor: Tensor, count: int, length: int) -> Array:
 
 def _round_to(dtype: Dtype, values: Array) -> None:
     if dtype == BF16:
-        loops.to_bfloat16(_bits(values))
+        loops.to_bfloat16(_bits(values).reshape(1, -1))  # in one stretch: blocks may be short
     else:
         round_to(dtype, torch.from_numpy(values))
 

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from streamconv.dtypes import F32, Dtype
-from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start, pairwise_sum
+from streamconv.kernels import offsets, ordered
+from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start, block_dots, pairwise_sum
 from streamconv.kernels.grids import (
     SMALLEST_DIVISOR,
     Grid,
     TableGrid,
     block_absmax,
     divide_by_scales,
+    empty_scales,
     multiply_by_scales,
 )
 
@@ -29,6 +31,10 @@ class TorchKernels:
     name: str = "torch"
 
     def starting_scales(self, values: Tensor, grid: Grid, out: Tensor) -> Tensor:
+        if grid.order:
+            return ordered.starting_scales(self, values, grid, out)
+        if grid.offsets is not None:
+            return offsets.starting_scales(values, grid, out)
         out.copy_(block_absmax(values, grid.block))
         if values.numel() % grid.block:
             # Only here bitsandbytes also stores the floor: an all-zero short block has it, a whole one has 0.
@@ -36,11 +42,21 @@ class TorchKernels:
         return over_reach(out, grid)
 
     def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
+        if grid.order:
+            return ordered.nearest(self, values, grid, scales, codes)
+        if grid.offsets is not None:
+            return offsets.nearest(self, values, grid, scales, codes)
         scales = self._scales(values, grid) if scales is None else scales
         codes.copy_(grid.nearest(divide_by_scales(values, scales, grid.block, grid.peak)))
         return scales
 
     def search(self, values: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None = None) -> None:
+        if grid.order:
+            ordered.search(self, values, grid, scales, weights)
+            return
+        if grid.offsets is not None:
+            offsets.search(self, values, grid, scales, weights)
+            return
         start = self.starting_scales(values, grid, scales).clone()
         losses = self._losses(values, grid, scales, weights)
 
@@ -103,6 +119,10 @@ class TorchKernels:
         noise: Tensor,
         codes: Tensor,
     ) -> Tensor:
+        if grid.order:
+            return ordered.stochastic(self, values, grid, scales, start, noise, codes)
+        if grid.offsets is not None:
+            return offsets.stochastic(self, values, grid, scales, start, noise, codes)
         scales = self._scales(values, grid) if scales is None else scales
         moved = values if start is None else values - start.values
         x = divide_by_scales(moved, scales, grid.block, grid.peak)
@@ -114,6 +134,9 @@ class TorchKernels:
         gap = grid.decode(upper).sub_(low)
         goes_up = gap.mul_(noise) < x.sub_(low)
         torch.mul(upper.sub_(lower), goes_up.view(torch.uint8), out=codes).add_(lower)
+        if start is not None and isinstance(grid, TableGrid) and grid.is_float:
+            stays = grid.decode(codes) == grid.decode(start.codes)
+            codes.copy_(torch.where(stays, start.codes, codes))
         return scales
 
     def uniform(self, key: int, first: int, out: Tensor) -> None:
@@ -152,6 +175,12 @@ class TorchKernels:
         out.copy_(_words(codes.T.reshape(out.shape[0], -1, 8).contiguous()))
 
     def decode(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
+        if grid.order:
+            ordered.decode(self, codes, grid, scales, dtype, out)
+            return
+        if grid.offsets is not None:
+            offsets.decode(self, codes, grid, scales, dtype, out)
+            return
         multiply_by_scales(grid.decode(codes), scales, grid.block, out, grid.peak)
         round_to(dtype, out)
 
@@ -176,6 +205,10 @@ class TorchKernels:
     def kept(
         self, codes: Tensor, grid: Grid, target: Tensor, base: Tensor, anchor: Tensor, inner: Tensor
     ) -> Tensor:
+        if grid.order:
+            return ordered.kept(self, codes, grid, target, base, anchor, inner)
+        if grid.offsets is not None:
+            return offsets.kept(self, codes, grid, target, base, anchor, inner)
         delta = target - base
         inner.copy_(block_dots(grid.decode(codes), delta, grid.block))
         sums = torch.stack([block_dots(factor, delta, grid.block) for factor in (anchor, delta)])
@@ -194,13 +227,12 @@ class TorchKernels:
         return block_dots(error, error if weights is None else error * weights, grid.block)
 
     def _scales(self, values: Tensor, grid: Grid) -> Tensor:
-        out = torch.empty(-(-values.numel() // grid.block), dtype=torch.float32, device=values.device)
-        return self.starting_scales(values, grid, out)
+        return self.starting_scales(values, grid, empty_scales(values.numel(), grid, values.device))
 
 
 def over_reach(scales: Tensor, grid: Grid) -> Tensor:
     """Greatest magnitudes as starting scales, in place."""
-    return scales.div_(grid.reach) if isinstance(grid, TableGrid) and grid.reach != 1 else scales
+    return scales if grid.reach == 1 else scales.div_(grid.reach)
 
 
 def _eights(words: Tensor) -> Tensor:
@@ -212,14 +244,6 @@ def _eights(words: Tensor) -> Tensor:
 def _words(codes: Tensor) -> Tensor:
     """Undo `_eights`: int32 [n, m] of uint8 [n, m, 8]."""
     return (codes[..., 0::2] | codes[..., 1::2] << 4).view(torch.int32).view(codes.shape[:-1])
-
-
-def block_dots(left: Tensor, right: Tensor, block: int) -> Tensor:
-    """<`left`, `right`> of every block."""
-    terms = left * right
-    whole = terms.numel() - terms.numel() % block
-    sums = pairwise_sum(terms[:whole].view(-1, block))
-    return sums if whole == terms.numel() else torch.cat((sums, pairwise_sum(terms[whole:]).view(1)))
 
 
 def reciprocals(scales: Tensor, peak: float) -> Tensor:

@@ -12,8 +12,10 @@ from streamconv.adapters.base import TaskHead
 from streamconv.checkpoint.config import edit_config, language_levels
 from streamconv.checkpoint.container import CONFIG
 from streamconv.dtypes import BF16, DENSE, Dtype
-from streamconv.formats import FORMATS, with_groups
+from streamconv.formats import FORMATS, format_of, with_groups
 from streamconv.formats.base import Json
+from streamconv.formats.mixed import mixed_quantization
+from streamconv.formats.mlx import config_keys
 from streamconv.output.card import model_card
 from streamconv.output.manifest import MANIFEST, KeptShares, manifest
 from streamconv.output.publish import INDEX
@@ -23,6 +25,7 @@ from streamconv.output.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, RES
 from streamconv.pipeline.passes import Passed
 from streamconv.pipeline.preparation import Prepared
 from streamconv.pipeline.residual import ResidualAdapter
+from streamconv.planning.keeping import kept_quantization
 from streamconv.planning.options import CALIBRATION_KEYWORDS, CONVERT_DEFAULTS, MERGE_DEFAULTS, keywords_of
 from streamconv.planning.plan import Plan
 
@@ -193,6 +196,8 @@ def _config(prepared: Prepared, quantization: Json | None) -> bytes:
             end_token=prepared.end_token,
             architecture=head.architecture if head else None,
             labels=head.labels if head and not head.are_tokens else None,
+            keeps_quantization=_kept_quantization(prepared) is not None,
+            quantization_keys=config_keys(quantization),
         )
     )
 
@@ -208,8 +213,21 @@ def _quantization(prepared: Prepared) -> Json | None:
     plan = prepared.plan
     if plan.quant is None:
         return None
+    kept = _kept_quantization(prepared)
+    if kept is not None:
+        return kept
+    dtype = _compute_dtype(prepared)
+    if plan.formats:
+        by_name = {key: found for key in plan.formats if (found := format_of(key)) is not None}
+        formats = {name: by_name[key] for key, names in plan.formats.items() for name in names}
+        return mixed_quantization(dtype, formats, plan.skipped)
     storage_format = with_groups(FORMATS[plan.quant], plan.group_size)
-    return storage_format.quantization_config(_compute_dtype(prepared), plan.quantized, plan.skipped)
+    return storage_format.quantization_config(dtype, plan.quantized, plan.skipped)
+
+
+def _kept_quantization(prepared: Prepared) -> Json | None:
+    """The base's `quantization_config`, where quantized weights are stored as they are there."""
+    return kept_quantization(prepared.base, prepared.plan.replaced, prepared.plan.options)
 
 
 def _as_json(content: Json | None) -> bytes:

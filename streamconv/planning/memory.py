@@ -163,7 +163,7 @@ def _fit(budget: int, fixed: int, least: int, buffers: int, option: str) -> int:
 
 def _cell_bytes(step: Rewrite, device: Device) -> int:
     """Bytes of one cell in storage, read or written, whichever is more."""
-    rows = min(cell_rows(device, step.columns), step.rows)
+    rows = min(cell_rows(device, step), step.rows)
     return max(step.weight.decoder.row_offset(rows), step.encoder.row_offset(rows))
 
 
@@ -202,14 +202,18 @@ def _work_bytes(step: Rewrite, device: Device) -> int:
 
 
 def _dense_cell_bytes(step: Rewrite, device: Device) -> int:
-    return min(cell_rows(device, step.columns), step.rows) * step.columns * 4
+    return min(cell_rows(device, step), step.rows) * step.columns * 4
 
 
 def _block_bytes(step: Rewrite) -> int:
     """Bytes kept for every block until the weight is finished."""
     grids = [encoder.grid for encoder in (step.encoder, step.merge_base) if encoder is not None]
-    blocks = (-(-step.rows * step.columns // grid.block) for grid in grids if grid is not None)
-    return _BYTES_PER_BLOCK * max(blocks, default=0)
+    numbers = (
+        -(-step.rows * step.columns // grid.block) * (1 if grid.offsets is None else 2)
+        for grid in grids
+        if grid is not None
+    )
+    return _BYTES_PER_BLOCK * max(numbers, default=0)
 
 
 def _held_bytes(step: Rewrite) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,17 +12,20 @@ from streamconv.adapters.embeddings import HEADS, find_embedding
 from streamconv.checkpoint.container import Container, Gguf
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import AdapterError, OptionError
-from streamconv.formats import container_of, dense_weight
+from streamconv.formats import container_of, dense_weight, stored_as
 from streamconv.formats.base import Grouped, Weight
 from streamconv.formats.linear import module_of
+from streamconv.formats.mixed import weights_by_format
 from streamconv.gguf.pieces import GgufPiece
 from streamconv.planning.base import Base
 from streamconv.planning.calibration import CalibrationFacts, plan_calibration, plan_equalization
 from streamconv.planning.choices import Choices, Facts, choose
 from streamconv.planning.devices import Device
+from streamconv.planning.experts import notes_on_experts
 from streamconv.planning.fingerprint import fingerprint
 from streamconv.planning.gguf import by_tensor, is_gguf, plan_model, zeros
 from streamconv.planning.gguf_pieces import taken_apart
+from streamconv.planning.keeping import kept_encoders
 from streamconv.planning.memory import plan_memory
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import CalibrationPlan, Memory, Plan, ShardPlan
@@ -44,6 +48,7 @@ class _Draft:
     quantized: QuantizedSet
     shards: tuple[ShardPlan, ...]
     vocab_size: tuple[int, int] | None
+    names: tuple[str, ...]
     container: Container
     notes: tuple[str, ...] = ()
 
@@ -86,7 +91,8 @@ def build_plans(
 
 
 def facts_of(base: Base, adapter: Adapter | None) -> Facts:
-    return Facts(base.index.storage.location, base.quantized, adapter is not None)
+    kept = frozenset(weight.format for weight in base.weights.values() if weight.keep is not None)
+    return Facts(base.index.storage.location, base.quantized, adapter is not None, base.formats, kept)
 
 
 def _draft(
@@ -114,14 +120,13 @@ def _draft(
         apart = taken_apart(weights, updates, base.index.config.get("model_type"))
         in_output, updates, pieces, shapes = apart.weights, dict(apart.updates), apart.pieces, apart.shapes
     model = plan_model(base, shapes, choices)
-    chosen = choose_quantized(base, weights, replaces, choices, options, model)
+    kept = kept_encoders(base, weights, options)
+    chosen = choose_quantized(base, weights, replaces, choices, options, kept, model)
     within = facts.weights if facts is not None and choices.feedback is not None else frozenset()
     equalization = plan_equalization(base, weights, chosen, options, facts)
     if equalization is not None:
         equalizers = equalization.equalizers({name: weight.shape for name, weight in weights.items()})
-    by_weight = plan_steps(
-        base, in_output, updates, chosen.weights, choices, within, equalizers, model, pieces
-    )
+    by_weight = plan_steps(base, in_output, updates, chosen, choices, within, equalizers, model, pieces)
     calibration = None
     if options.calibration is not None and choices.quant is not None:
         assert facts is not None
@@ -136,9 +141,8 @@ def _draft(
     shards = container.lay_out(split_steps(base, by_weight, choices, options), zeros)
     if model is None:
         shards = as_stored_shards(base.index, shards)
-    return _Draft(
-        options, choices, calibration, chosen, shards, vocabulary, container, model.notes if model else ()
-    )
+    notes = model.notes if model else ()
+    return _Draft(options, choices, calibration, chosen, shards, vocabulary, tuple(weights), container, notes)
 
 
 def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, memory: Memory) -> Plan:
@@ -153,6 +157,7 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
         rounding=choices.rounding_choice,
         calibration=draft.calibration,
         quantized=tuple(sorted(draft.quantized.weights)),
+        formats=_mixture(draft.quantized),
         skipped=tuple(draft.quantized.skipped),
         unfit=draft.quantized.unfit,
         group_size=choices.quant.group_size if isinstance(choices.quant, Grouped) else None,
@@ -168,10 +173,27 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
         fingerprint=fingerprint(
             base.index, adapter, options, choices.rounding_choice, draft.calibration, device, shards
         ),
-        notes=(*notes_on_factors(base.index), *(adapter.notes if adapter else ()), *draft.notes),
+        notes=(
+            *notes_on_factors(base.index),
+            *notes_on_experts(choices.quant, base.index.config, draft.names, draft.quantized.weights),
+            *(adapter.notes if adapter else ()),
+            *draft.notes,
+        ),
         members=adapter.members if adapter else (),
         container=draft.container,
     )
+
+
+def _mixture(chosen: QuantizedSet) -> Mapping[str, tuple[str, ...]]:
+    """Weights by format, where they have several; of those that stay as they are, by what their encoders call it."""
+    found = {
+        stored_as(storage_format): tuple(names) for storage_format, names in weights_by_format(chosen.formats)
+    }
+    kept = defaultdict[str, list[str]](list)
+    for name in sorted(chosen.kept):
+        kept[chosen.kept[name].format].append(name)
+    found |= {form: tuple(names) for form, names in kept.items()}
+    return found if len(found) > 1 else {}
 
 
 def _check_different(drafts: Sequence[_Draft]) -> None:

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from streamconv.kernels import kernels_for
-from streamconv.kernels.grids import Grid
+from streamconv.kernels.grids import Grid, empty_scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +17,7 @@ class Context:
     """Facts about a cell besides its target. All tensors are flat, one entry an element or a block.
 
     `codes`  uint8: the base's own codes, where the base lies on this grid; else None.
-    `scales` float32, one a block: the effective scales to use, already fixed; None: choose them.
+    `scales` float32, one a block (with offsets two): the effective scales to use, already fixed; None: choose them.
     `base`   float32: what the base decodes to, which the target is an update of; needed where `codes` are given.
     `noise`  float32 in [0, 1): one number an element, for roundings that ask for it.
     `stored` what a loader will make of scales that are chosen, where storing rounds each on its own: codes are then
@@ -37,7 +36,7 @@ class Context:
 
 def starting_scales(target: Tensor, grid: Grid) -> Tensor:
     """The scales of nearest rounding (float32, one a block) for `target` (float32, flat)."""
-    scales = torch.empty(-(-target.numel() // grid.block), dtype=torch.float32, device=target.device)
+    scales = empty_scales(target.numel(), grid, target.device)
     return kernels_for(target.device).starting_scales(target, grid, scales)
 
 

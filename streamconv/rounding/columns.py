@@ -105,12 +105,13 @@ def _quantize_rows(
     """Go through the columns of some rows, which are on their own; codes and errors are [in, rows]."""
     matrix = layer.inputs.factor if is_first else layer.inputs.matrix
     kernels, spread = kernels_for(errors.device), layer.spread(scales, rows)
+    offsets = layer.offsets(scales, rows)
     for panel in panels(layer):
         reach = slice(0, panel.start if is_first else layer.columns)
         diagonal = matrix.diagonal()[panel]
         pull = (matrix[reach, panel].T @ errors[reach]).div_(diagonal[:, None]).sub_(errors[panel])
         kernels.quantize_columns(
-            layer.target[panel, rows].contiguous(),
+            (layer.target[panel, rows] - offsets(panel)).contiguous(),
             pull,
             matrix[panel, panel] / diagonal,
             None,
@@ -139,9 +140,9 @@ def _quantize_tiles(
     matrix = layer.inputs.factor if is_first else layer.inputs.matrix
     by_row = outputs.factor if is_first else outputs.matrix
     per_row, per_column = by_row.diagonal().reciprocal(), matrix.diagonal().reciprocal()
-    spread_of = layer.spread(scales, slice(None))
+    spread_of, offsets_of = layer.spread(scales, slice(None)), layer.offsets(scales, slice(None))
     for panel in panels(layer):
-        spread = spread_of(panel)
+        spread, target = spread_of(panel), layer.target[panel] - offsets_of(panel)
         reach = slice(0, panel.start if is_first else layer.columns)
         by_column = matrix[: panel.stop if is_first else layer.columns, panel] * per_column[panel]
         pulls, coupling = by_column[reach].T @ mixed[reach], by_column[panel]
@@ -151,7 +152,7 @@ def _quantize_tiles(
             pull = coupling.T @ (mixed[panel, rows] - before[:, rows])
             pull.add_(pulls[:, rows]).mul_(per_row[rows]).sub_(errors[panel, rows])
             tile = (codes[panel, rows], errors[panel, rows])
-            given = (layer.target[panel, rows], pull, coupling, by_row[rows, rows] * per_row[rows])
+            given = (target[:, rows], pull, coupling, by_row[rows, rows] * per_row[rows])
             changes = _quantize_tile(layer, *given, spread[:, rows], *tile, is_first=is_first)
             reached = slice(rows.start if is_first else 0, layer.rows)  # a factor is 0 below its diagonal
             _mix(changes, by_row[rows, reached], mixed[panel, reached])

@@ -14,10 +14,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from streamconv.dtypes import Dtype
+from streamconv.dtypes import F32, Dtype
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import Grid
 from streamconv.kernels.in_torch import dequantized
+from streamconv.kernels.offsets import shifts
+from streamconv.kernels.ordered import columns_of
 from streamconv.rounding.metric import Metric, stretches
 from streamconv.threads import Pool
 
@@ -35,7 +37,7 @@ Part = TypeVar("Part")
 class Layer:
     """`target` is [in, out], its columns in the order of `inputs`, its rows in that of `outputs`, if there are these.
 
-    `dtype` is what a loader rounds dequantized values to.
+    `dtype` is what a loader rounds dequantized values to; float32 on grids with offsets.
     """
 
     target: Tensor
@@ -66,19 +68,35 @@ class Layer:
 
         A block may run on from one row into the next.
         """
+        return self._spread(scales if self.grid.offsets is None else scales[:, 0], rows)
+
+    def offsets(self, scales: Tensor, rows: slice) -> Callable[[slice], Tensor | float]:
+        """Number by which an element is above its value times its scale; 0 for all where the grid has no offsets."""
+        return (lambda _: 0.0) if self.grid.offsets is None else self._spread(shifts(scales, self.grid), rows)
+
+    def _spread(self, scales: Tensor, rows: slice) -> Callable[[slice], Tensor]:
         if self.outputs is None:
             numbers = torch.arange(self.rows, device=scales.device)[rows]
         else:
             numbers = self.outputs.order[rows]
         order, block = self.inputs.order, self.grid.block
         if self.columns % block == 0:  # without an index for every element
-            by_block = scales.view(self.rows, -1)[numbers].T.contiguous()
-            return lambda columns: by_block[order[columns] // block]
+            by_block = scales.reshape(self.rows, -1)[numbers].T.contiguous()
+            places = _places(self.grid, self.columns, scales.device)
+            return lambda columns: by_block[places[order[columns]] // block]
         return lambda columns: scales[(numbers * self.columns + order[columns, None]) // block]
+
+
+def _places(grid: Grid, columns: int, device: torch.device) -> Tensor:
+    """The place of each column in the order of blocks."""
+    places = torch.arange(columns, device=device)
+    return torch.argsort(columns_of(grid.order, device)) if grid.order else places
 
 
 def transpose(target: Tensor, inputs: Metric, outputs: Metric | None, grid: Grid, dtype: Dtype) -> Layer:
     """The layer of `target` [out, in]."""
+    if grid.offsets is not None:
+        dtype = F32  # with an offset added after, a loader's cast is none of the product's
     return Layer(_transposed(target, inputs, outputs), inputs, outputs, grid, dtype)
 
 
@@ -105,8 +123,9 @@ class Solution:
 def errors_of(layer: Layer, scales: Tensor, codes: Tensor, rows: slice = slice(None)) -> Tensor:
     """T - Q [in, rows], float32, of the `codes` [in, rows] of some rows."""
     errors = layer.target[:, rows].clone(memory_format=torch.contiguous_format)
-    spread = layer.spread(scales, rows)
+    spread, offsets = layer.spread(scales, rows), layer.offsets(scales, rows)
     for panel in panels(layer):
+        errors[panel] -= offsets(panel)
         errors[panel] -= dequantized(codes[panel], layer.grid, spread(panel), layer.dtype)
     return errors
 

@@ -29,7 +29,7 @@ from streamconv.dtypes import F32
 from streamconv.errors import InputError
 from streamconv.formats.base import CELL_ROWS, Encoder
 from streamconv.kernels import TORCH, kernels_for, pairwise_sum
-from streamconv.kernels.grids import DecodedGrid, Grid
+from streamconv.kernels.grids import DecodedGrid, Grid, empty_scales
 from streamconv.planning.plan import Rewrite
 from streamconv.planning.scales import FRESH, Fresh, OfBase
 from streamconv.rounding import uniform
@@ -187,9 +187,13 @@ class WeightWork:
     def reduce(self, raw: Tensor, rows: range) -> None:
         """First pass, where access says so: scales of the rounded base, or of the output, or states of updates."""
         if self.step.merge_base is not None:
-            self.workers.map(lambda number, part: self._take_absmax(number, raw, rows, part), rows)
+            self.workers.map(
+                lambda number, part: self._take_absmax(number, raw, rows, part), rows, self.height
+            )
         if self.step.searches_first:
-            self.workers.map(lambda number, part: self._take_searched(number, raw, rows, part), rows)
+            self.workers.map(
+                lambda number, part: self._take_searched(number, raw, rows, part), rows, self.height
+            )
         if self.step.merge_base is not None or self.step.searches_first:
             return
         self.workers.alone(lambda number: self._take_states(number, raw, rows))
@@ -218,7 +222,9 @@ class WeightWork:
         adaptive = self.step.rounding
         if self._rounding is None and isinstance(adaptive, Adaptive) and self._codes is None:
             self.workers.alone(lambda number: self._settle_rounding(number, raw, rows, adaptive))
-        return self.workers.submit(lambda number, part: self._rewrite(number, raw, rows, out, part), rows)
+        return self.workers.submit(
+            lambda number, part: self._rewrite(number, raw, rows, out, part), rows, self.height
+        )
 
     def finish(self) -> tuple[tuple[bytes, ...], KeptDelta | None]:
         """The parts after the main one, and what survived of the update (None if nothing was quantized).
@@ -234,7 +240,7 @@ class WeightWork:
             return tail, None
         effective = self.effective_scales()
         base_inner, delta, error = pairwise_sum(self._sums.T.contiguous()).tolist()
-        inner = _inner_product(effective, self._inner) / encoder.grid.peak
+        inner = _inner_product(effective.view(-1), self._inner.view(-1)) / encoder.grid.peak
         return tail, KeptDelta(inner - base_inner, delta, error)
 
     def effective_scales(self) -> Tensor:
@@ -259,25 +265,44 @@ class WeightWork:
             case _:
                 assert_never(self.scales)
 
+    def greatest(self, raw: Tensor, rows: range, out: Tensor) -> None:
+        """Write the greatest magnitude of each cell's target to its place in `out`: float32, an entry a cell."""
+        self.workers.map(
+            lambda number, part: self._take_greatest(number, raw, rows, out, part), rows, self.height
+        )
+
     # -- codes chosen for the whole weight -------------------------------------------------------------------
 
     def targets(self, raw: Tensor, rows: range, out: Tensor) -> None:
         """Write what the output is to come near, float32 [rows, columns], to `out`."""
-        self.workers.map(lambda number, part: self._take_targets(number, raw, rows, out, part), rows)
+        self.workers.map(
+            lambda number, part: self._take_targets(number, raw, rows, out, part), rows, self.height
+        )
 
     def bases(self, raw: Tensor, rows: range, out: Tensor) -> None:
         """Write what targets are an update of, float32 [rows, columns], to `out`."""
-        self.workers.map(lambda number, part: self._take_bases(number, raw, rows, out, part), rows)
+        self.workers.map(
+            lambda number, part: self._take_bases(number, raw, rows, out, part), rows, self.height
+        )
 
     def base_codes(self, raw: Tensor, rows: range, out: Tensor) -> None:
         """Write the base's own codes (uint8, flat) to `out`; only where the base lies on a grid."""
-        self.workers.map(lambda number, part: self._take_base_codes(number, raw, rows, out, part), rows)
+        self.workers.map(
+            lambda number, part: self._take_base_codes(number, raw, rows, out, part), rows, self.height
+        )
 
     def _take_targets(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
         for cell, base in self._bases(number, raw, rows, part):
             target = self._target(base.values, cell)
             self._check_finite(target, cell, target)
             out[cell.start - rows.start : cell.stop - rows.start].copy_(target)
+
+    def _take_greatest(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
+        for cell, base in self._bases(number, raw, rows, part):
+            target = self._target(base.values, cell)
+            greatest = torch.stack(torch.aminmax(target)).abs().amax()
+            self._check_finite(target, cell, greatest)
+            out[cell.start // self.height] = greatest
 
     def _take_bases(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
         for cell, base in self._bases(number, raw, rows, part):
@@ -364,9 +389,9 @@ class WeightWork:
 
     def _one_a_block(self, encoder: Encoder | None) -> Tensor:
         """A float32 tensor with an entry for every block of `encoder`'s grid; empty if there is none."""
-        grid = encoder.grid if encoder is not None else None
-        count = -(-self.step.rows * self.step.columns // grid.block) if grid is not None else 0
-        return torch.empty(count, dtype=torch.float32, device=self.device)
+        if encoder is None or encoder.grid is None:
+            return torch.empty(0, dtype=torch.float32, device=self.device)
+        return empty_scales(self.step.rows * self.step.columns, encoder.grid, self.device)
 
     def _blocks(self, scales: Tensor, rows: range, grid: Grid) -> Tensor:
         """The entries of `scales` that belong to `rows`; a cell starts on a block boundary."""
@@ -452,7 +477,7 @@ class WeightWork:
 
     def _round(self, target: Tensor, rows: range, out: Tensor) -> None:
         encoder = self.step.encoder
-        encoder.pack(target, out)
+        encoder.pack(target, None, out)
         rounded = out.view(encoder.dtype.torch)
         if self._extremes is not None:
             self._note_extremes(rounded, rows)
@@ -470,7 +495,9 @@ class WeightWork:
     def _quantize(self, base: CellBase, rows: range, grid: Grid, out: Tensor, scratch: Scratch) -> None:
         step, stays = self.step, self._keeps_base and not self.step.applied and self._codes is None
         if stays and base.codes is not None and base.effective is not None:
-            step.encoder.pack(base.codes, out)  # already on the output's grid: nothing to round
+            step.encoder.pack(
+                base.codes, base.effective, out
+            )  # already on the output's grid: nothing to round
             self._gather(base.effective, rows, grid)
             return
         values = base.values.view(-1)
@@ -481,7 +508,7 @@ class WeightWork:
             for each in (base.values,) if base.anchor is base.values else (base.values, base.anchor):
                 self._equalize(each, rows)
         codes, scales = self._choose(target, base, rows, grid, scratch)
-        step.encoder.pack(codes, out)
+        step.encoder.pack(codes, scales, out)
         self._gather(scales, rows, grid)
         if step.updates:
             inner = self._blocks(self._inner, rows, grid)

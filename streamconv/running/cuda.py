@@ -74,7 +74,7 @@ class CudaEngine:
 
         def begin() -> WeightWork:
             there = [upload(update) for update in parts]
-            height = cell_rows(self._device, step.columns)
+            height = cell_rows(self._device, step)
             device, workers = self._gpu.torch, self._inline
             return WeightWork(step, upload(side), there, device, seed, workers, height, True, watch)
 
@@ -218,7 +218,7 @@ class CudaEngine:
         return True
 
     def _height(self, step: Rewrite) -> int:
-        return cell_rows(self._device, step.columns)
+        return cell_rows(self._device, step)
 
     def _cell_bytes(self, steps: Sequence[Rewrite]) -> int:
         """Bytes of one cell, read or written, whichever is more."""

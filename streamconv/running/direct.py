@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 class DirectEngine:
     """Tiles are computed where they lie: on a CPU, or on the `device` to which they were brought.
 
-    `workers` share their cells, of `height` rows each.
+    `workers` share their cells, of `height` rows each, or more where blocks of a step's scales have more.
     """
 
     def __init__(
@@ -37,7 +37,8 @@ class DirectEngine:
     def begin(
         self, step: Rewrite, side: Parts, parts: Sequence[Parts], seed: int, watch: Watch | None = None
     ) -> WeightWork:
-        return WeightWork(step, side, parts, self.device, seed, self._workers, self._height, watch=watch)
+        height = max(self._height, step.encoder.cell_rows)
+        return WeightWork(step, side, parts, self.device, seed, self._workers, height, watch=watch)
 
     def reduce(self, raw: Tensor, rows: range, works: Sequence[WeightWork]) -> Ticket:
         for work in works:

@@ -224,7 +224,7 @@ class Lane:
         weight = next(iter(steps.values())).weight
         self.places.get()
         self.to_compute.put(BeginWeight(tuple(steps), load_weight(reader, tuple(steps.values()))))
-        height = cell_rows(self.run.device, next(iter(steps.values())).columns)
+        height = max(cell_rows(self.run.device, step) for step in steps.values())
         rows = min(tile_rows(step, self.memory.buffer, height) for step in steps.values())
         count = next(iter(steps.values())).rows
         twice = any(step.access is not Access.ROW for step in steps.values())

@@ -68,17 +68,17 @@ class Workers:
     def __exit__(self, *exc: object) -> None:
         self._pool.shutdown()
 
-    def map(self, work: Callable[[int, range], None], rows: range) -> None:
+    def map(self, work: Callable[[int, range], None], rows: range, height: int = CELL_ROWS) -> None:
         """Have `work` done for all of `rows`; the first error in row order is raised."""
-        self.submit(work, rows).wait()
+        self.submit(work, rows, height).wait()
 
-    def submit(self, work: Callable[[int, range], None], rows: range) -> Shares:
-        """Have `work(number, part)` called for consecutive parts of `rows`, whole cells each.
+    def submit(self, work: Callable[[int, range], None], rows: range, height: int = CELL_ROWS) -> Shares:
+        """Have `work(number, part)` called for consecutive parts of `rows`, whole cells of `height` rows each.
 
         `number` is that of the thread, below `count`: no two calls with the same one run at once.
         """
-        count = -(-len(rows) // CELL_ROWS)
-        share = -(-count // self.count) * CELL_ROWS
+        count = -(-len(rows) // height)
+        share = -(-count // self.count) * height
         parts = [range(first, min(first + share, rows.stop)) for first in range(rows.start, rows.stop, share)]
         return Shares([self._pool.submit(self._call, work, part) for part in parts])
 
@@ -104,10 +104,12 @@ class Inline:
     def __init__(self) -> None:
         self.scratch = (Scratch(),)
 
-    def map(self, work: Callable[[int, range], None], rows: range) -> None:
+    def map(self, work: Callable[[int, range], None], rows: range, height: int = CELL_ROWS) -> None:
+        del height
         work(0, rows)
 
-    def submit(self, work: Callable[[int, range], None], rows: range) -> Shares:
+    def submit(self, work: Callable[[int, range], None], rows: range, height: int = CELL_ROWS) -> Shares:
+        del height
         work(0, rows)
         return Shares(())
 

@@ -182,7 +182,7 @@ def test_codes_are_those_packed(tmp_path: Path) -> None:
     read = only_weight(write(tmp_path, stored(encoder_for("nf4", weight), weight)))
     codes = read.decoder.codes(raw_bytes(read), range(5))
     packed = torch.empty(33, dtype=torch.uint8)
-    encoder_for("nf4", weight).pack(codes, packed)
+    encoder_for("nf4", weight).pack(codes, None, packed)
     assert codes.shape == (65,)
     assert torch.equal(packed, raw_bytes(read))
 

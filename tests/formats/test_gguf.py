@@ -40,7 +40,7 @@ def test_one_is_added_before_rounding() -> None:
     encoder = full_encoder("norm", (4,), 1.0)
     values = torch.tensor([[0.1, -1.0, 2.5, 1e-9]])
     out = torch.empty(16, dtype=torch.uint8)
-    encoder.pack(values, out)
+    encoder.pack(values, None, out)
     assert torch.equal(out.view(torch.float32), (values + 1).flatten())
     assert encoder.format != "float32"  # else a norm in float32 would be copied
     assert full_encoder("norm", (4,), 0.0).format == "float32"

@@ -9,16 +9,26 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import compressed_tensors
 import torch
 import transformers
-from compressed_tensors.compressors import ModelCompressor
-from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
-from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-from compressed_tensors.quantization.utils import calculate_qparams
+from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    apply_quantization_config,
+    preset_name_to_scheme,
+)
+from compressed_tensors.quantization.utils import (
+    calculate_qparams,
+    generate_gparam,
+    maybe_pad_tensor_for_block_quant,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,39 +43,61 @@ SIZES: dict[str, Any] = {
     "head_dim": 16,
     "max_position_embeddings": 32,
 }
-# What is said of the weights, the type of the model, and modules left alone beside the head.
-CASES: dict[str, tuple[dict[str, Any], torch.dtype, list[str]]] = {
-    "w4a16": ({"num_bits": 4, "strategy": "group", "group_size": 32}, torch.bfloat16, ["re:.*q_proj$"]),
-    "w8a16": ({"num_bits": 8, "strategy": "group", "group_size": 32}, torch.float16, []),
-    "w4a16_rows": ({"num_bits": 4, "strategy": "channel"}, torch.bfloat16, []),
+_BY_32 = {"num_bits": 4, "strategy": "group", "group_size": 32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """`scheme`: a preset's name, or what is said of the weights; `changes` are made to the weights of either."""
+
+    scheme: str | Mapping[str, Any]
+    dtype: torch.dtype = torch.bfloat16
+    ignore: Sequence[str] = ()
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    intermediate_size: int = 32
+    is_marked: bool = True  # has values that grids stumble over: see `mark`
+
+
+def _old(scheme: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16, ignore: Sequence[str] = ()) -> Case:
+    return Case(scheme, dtype, ignore, intermediate_size=96, is_marked=False)
+
+
+CASES = {
+    "w4a16": _old(_BY_32, ignore=["re:.*q_proj$"]),
+    "w8a16": _old({**_BY_32, "num_bits": 8}, torch.float16),
+    "w4a16_rows": _old({"num_bits": 4, "strategy": "channel"}),
+    "w4a16_asym": Case({**_BY_32, "symmetric": False}),
+    "w8a16_asym_rows": Case({"num_bits": 8, "strategy": "channel", "symmetric": False}, torch.float16),
+    "w8a8": Case("W8A8"),
+    "fp8_tensor": Case("FP8"),
+    "fp8_channel": Case("FP8_DYNAMIC"),
+    "fp8_channel_float16": Case("FP8_DYNAMIC", torch.float16),
+    "fp8_block": Case("FP8_BLOCK", changes={"block_structure": [24, 32]}),
+    "nvfp4": Case("NVFP4"),
+    "nvfp4a16": Case("NVFP4A16"),
+    "mxfp4": Case("MXFP4"),
+    "mxfp4a16": Case("MXFP4A16"),
+    "mxfp8a16": Case("MXFP8A16"),
 }
 
 
 def make(name: str, folder: Path) -> None:
-    weights, dtype, ignore = CASES[name]
+    case = CASES[name]
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype)
-    group = {"targets": ["Linear"], "weights": weights}
-    config = QuantizationConfig(
-        config_groups={"group_0": group},
-        ignore=["lm_head", *ignore],
-        format="pack-quantized",
-        quantization_status="frozen",
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"intermediate_size": case.intermediate_size})).to(
+        case.dtype
     )
-    apply_quantization_config(model, config)
+    if case.is_marked:
+        mark(model)
+    apply_quantization_config(model, quantization(case))
     quantized = {name: each for name, each in model.named_modules() if hasattr(each, "quantization_scheme")}
     for module in quantized.values():
         observe(module)
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
-    expected = {
-        f"{name}.weight": PackedQuantizationCompressor.decompress(
-            dict(module.state_dict()), module.quantization_scheme
-        )["weight"].detach()
-        for name, module in quantized.items()
-    }
+    expected = {f"{name}.weight": decompressed(module) for name, module in quantized.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    model.config.dtype = dtype
+    model.config.dtype = case.dtype
     model.config.architectures = ["LlamaForCausalLM"]
     model.config.save_pretrained(folder)
     compressor.update_config(str(folder))
@@ -75,12 +107,68 @@ def make(name: str, folder: Path) -> None:
     (folder / "made_with.json").write_text(json.dumps(versions, indent=1) + "\n")
 
 
+def mark(model: LlamaForCausalLM) -> None:
+    """Give weights what grids stumble over: zeros as far as a group goes, one great value, very small ones."""
+    with torch.no_grad():
+        attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+        attention.k_proj.weight[3] = 0
+        attention.q_proj.weight[:, :32] *= 2**-9
+        mlp.up_proj.weight[5, 7] = 3.0
+        mlp.gate_proj.weight[:16] = 0
+        mlp.down_proj.weight[9] *= 2**-14
+
+
+def quantization(case: Case) -> QuantizationConfig:
+    if isinstance(case.scheme, str):
+        scheme = preset_name_to_scheme(case.scheme, ["Linear"]).model_dump()
+    else:
+        scheme = {"targets": ["Linear"], "weights": dict(case.scheme)}
+    scheme["weights"] |= case.changes
+    return QuantizationConfig(
+        config_groups={"group_0": scheme},
+        ignore=["lm_head", *case.ignore],
+        quantization_status="frozen",
+    )
+
+
 def observe(module: Any) -> None:
-    """Scales by the least and the greatest value of every group, as an observer would have them."""
-    args = module.quantization_scheme.weights
-    groups = module.weight.view(module.weight.shape[0], -1, args.group_size or module.weight.shape[1])
-    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
-    module.weight_scale.data.copy_(scale)
+    """Scales by the least and the greatest value of every group, as an observer would have them.
+
+    Partners share no global scale here; those of activations are numbers that tell one from another.
+    """
+    args, weight = module.quantization_scheme.weights, module.weight
+    blocks, shape = in_blocks(weight, args)
+    overall = None
+    if args.strategy == "tensor_group":
+        overall = generate_gparam(weight.amin(), weight.amax())
+        module.weight_global_scale.data.copy_(overall)
+    scale, zero_point = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args, global_scale=overall)
+    module.weight_scale.data.copy_(scale.view(shape))
+    if not args.symmetric:
+        module.weight_zero_point.data.copy_(zero_point.view(shape))
+    for number, name in enumerate(("input_scale", "input_global_scale"), 1):
+        if hasattr(module, name):
+            getattr(module, name).data.fill_(number + weight.shape[0] / 256)
+
+
+def in_blocks(weight: Tensor, args: QuantizationArgs) -> tuple[Tensor, tuple[int, ...]]:
+    """Return what has one scale, along the last axis, and the shape of the scales."""
+    rows, columns = weight.shape
+    if args.strategy == "tensor":
+        return weight.reshape(1, -1), (1,)
+    if args.strategy == "block":
+        height, width = args.block_structure
+        padded = maybe_pad_tensor_for_block_quant(weight, (height, width))
+        cells = padded.view(padded.shape[0] // height, height, columns // width, width)
+        return cells.transpose(1, 2).flatten(2), (padded.shape[0] // height, columns // width)
+    size = args.group_size or columns
+    return weight.view(rows, columns // size, size), (rows, columns // size)
+
+
+def decompressed(module: Any) -> Tensor:
+    packing = BaseCompressor.get_value_from_registry(module.quantization_scheme.format.value)
+    whole: Tensor = packing.decompress(dict(module.state_dict()), module.quantization_scheme)["weight"]
+    return whole.detach()
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

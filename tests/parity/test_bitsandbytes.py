@@ -198,7 +198,7 @@ def test_it_dequantizes_to_the_values_that_feedback_counts_with(
     options = FeedbackOptions(sweeps=1, refits=1)
     chosen = feedback(layer.target, layer.statistics, layer.encoder, options, layer.directions)
     packed = torch.empty(layer.encoder.row_offset(shape[0]), dtype=torch.uint8)
-    layer.encoder.pack(chosen.codes, packed)
+    layer.encoder.pack(chosen.codes, None, packed)
     tail = zip(layer.encoder.parts[1:], layer.encoder.finish(chosen.scales, None), strict=True)
     tensors = {
         spec.name: torch.frombuffer(bytearray(content), dtype=spec.dtype.torch) for spec, content in tail
@@ -255,7 +255,7 @@ def test_a_kept_weight_stays_equal_through_reading_and_writing(tmp_path: Path, n
     first = only_weight(write(tmp_path / "theirs", as_stored(codes, state)))
     encoder = FORMATS[name].encoder(W, first.shape, first.dtype)
     packed = torch.empty(encoder.row_offset(70), dtype=torch.uint8)
-    encoder.pack(first.decoder.codes(raw_bytes(first), range(70)), packed)
+    encoder.pack(first.decoder.codes(raw_bytes(first), range(70)), None, packed)
     tensors = {W: packed.view(-1, 1)}
     for spec, content in zip(encoder.parts[1:], encoder.finish(None, side_parts(first)), strict=True):
         tensors[spec.name] = torch.frombuffer(bytearray(content), dtype=spec.dtype.torch)
@@ -269,7 +269,7 @@ def test_rounding_what_it_decodes_with_its_scales_gives_its_codes() -> None:
     context = Context(None, state.absmax, None, None)
     chosen, _ = choose(ROUNDINGS["nearest"], target, NF4, context)
     packed = torch.empty(codes.numel(), dtype=torch.uint8)
-    FORMATS["nf4"].encoder(W, (64, 64), BF16).pack(chosen, packed)
+    FORMATS["nf4"].encoder(W, (64, 64), BF16).pack(chosen, None, packed)
     assert torch.equal(packed, codes.view(-1))
 
 

@@ -202,7 +202,7 @@ def test_codes_are_packed_and_unpacked_as_the_library_does_it(
         "m.weight", (2 * rows, 32 * groups), DENSE["bfloat16"]
     )
     ours = torch.empty(encoder.row_offset(2 * rows), dtype=torch.uint8)
-    encoder.pack(codes.flatten(), ours)
+    encoder.pack(codes.flatten(), None, ours)
     assert torch.equal(ours.view(torch.int32).view(theirs.shape), theirs)
     unpacked = unpack_from_int32(theirs, bits, torch.Size(codes.shape))
     assert torch.equal(unpacked.short() + 2 ** (bits - 1), codes.short())

@@ -185,7 +185,7 @@ def test_feedback_is_gptq_with_act_order(shape: tuple[int, int]) -> None:
 def test_the_loss_is_that_of_the_errors(two_sided: bool, shape: tuple[int, int]) -> None:
     layer = with_outputs(trained("nf4-dq", shape)) if two_sided else trained("nf4-dq", shape)
     found = transposed(layer)
-    scales = layer.encoder.effective_scales(searched(found))
+    scales = layer.encoder.effective_scales(searched(found, layer.encoder.effective_scales))
     for each in (rounded(found, scales), fed(found, scales), descended(found, scales, fed(found, scales), 1)):
         written = layer.loaded(found.flat(each.codes), scales, is_base=True)
         errors = errors_of(found, scales, each.codes)
@@ -304,7 +304,7 @@ def test_compiled_and_torch_choose_the_same(
 def test_the_number_of_threads_changes_nothing() -> None:
     layer = trained("nf4", (300, 128))
     found = transposed(layer)
-    scales = searched(found)
+    scales = searched(found, layer.encoder.effective_scales)
     before, solutions = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):

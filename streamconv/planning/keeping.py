@@ -1,0 +1,71 @@
+"""Weights of a quantized base that are stored in the very way of their file, and what config.json says of others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from streamconv.errors import UnsupportedError
+from streamconv.formats import format_of
+from streamconv.formats.base import Encoder, Weight
+from streamconv.formats.foreign import quantization_of
+from streamconv.formats.linear import module_of
+from streamconv.formats.mlx import METHOD as MLX
+from streamconv.planning.base import Base
+from streamconv.planning.choices import asks_to_keep
+from streamconv.planning.options import MergeOptions
+
+# Lists of modules in 16 bit, as configs of quantizations call them.
+_LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
+
+
+def kept_encoders(base: Base, weights: Mapping[str, Weight], options: MergeOptions) -> Mapping[str, Encoder]:
+    """Encoders of the output's `weights` that are stored as their file has them; none where that is not asked for.
+
+    What an adapter holds whole is not in the file; and layers that are repeated have other names than there.
+    """
+    if not asks_to_keep(options) or base.depth is not None:
+        return MappingProxyType({})
+    quantized = {
+        name: weight
+        for name, weight in weights.items()
+        if weight.decoder.grid is not None and weight is base.weights.get(name)
+    }
+    if not any(weight.keep for weight in quantized.values()):
+        return MappingProxyType({})
+    return {name: weight.keep or _usual(weight) for name, weight in quantized.items()}
+
+
+def _usual(weight: Weight) -> Encoder:
+    """Encoder of a weight that its format stores as its file has it."""
+    found = format_of(weight.format)
+    if found is None:
+        raise UnsupportedError(
+            f"{weight.name} is {weight.format}, which is read but not written; choose --quant none or another format"
+        )
+    return found.encoder(weight.name, weight.shape, weight.dtype)
+
+
+def kept_quantization(base: Base, replaced: Sequence[str], options: MergeOptions) -> dict[str, Any] | None:
+    """The base's `quantization_config`, for an output that keeps its storage; None for any other output.
+
+    Modules of quantized weights that an adapter holds whole, which are `replaced`, are added to its list of those in
+    16 bit.
+    """
+    found = quantization_of(base.index)
+    if not found or not kept_encoders(base, base.weights, options):
+        return None
+    config = {
+        key: value for key, value in found.items() if (key, value) != ("quant_method", MLX)
+    }  # named by us
+    whole = [name for name in replaced if name in base.weights and base.weights[name].keep is not None]
+    if whole:
+        key = next((key for key in _LISTS if isinstance(config.get(key), list)), _usual_list(config))
+        config[key] = [*(config.get(key) or ()), *map(module_of, whole)]
+    return config
+
+
+def _usual_list(config: Mapping[str, Any]) -> str:
+    usual = {"compressed-tensors": "ignore", "modelopt": "ignore"}
+    return usual.get(str(config.get("quant_method")), "modules_to_not_convert")
