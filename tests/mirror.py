@@ -58,6 +58,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "gguf/architecture.py": ["gguf/test_names.py", "parity/test_gguf.py"],
     "gguf/fields.py": ["pipeline/test_gguf.py", "gguf/test_model.py"],
     "gguf/hyperparameters.py": ["gguf/test_model.py", "parity/test_gguf.py"],
+    "gguf/pieces.py": ["planning/test_gguf_pieces.py"],
     "gguf/rope.py": ["gguf/test_model.py", "parity/test_gguf.py"],
     "output/gguf_tokenizer.py": ["pipeline/test_gguf.py", "gguf/test_tokens.py"],
     "planning/gguf.py": ["pipeline/test_gguf.py", "parity/test_gguf.py"],

@@ -179,6 +179,10 @@ def _phi3(config: Fields) -> Facts:
     return pairs, long_rotary(config, size, before)
 
 
+_NO_WINDOW = (
+    "the model attends to the last {} tokens, and in llama.cpp, which knows no such window for it, to all: texts that"
+    " are longer are computed otherwise"
+)
 _BY_ARCHITECTURE: Mapping[str, Callable[[Fields], Facts]] = MappingProxyType(
     {
         "llama": _llama,
@@ -200,4 +204,7 @@ def hyperparameters(architecture: str, config: Fields, vocabulary: int) -> Rotar
     """
     pairs, found = _BY_ARCHITECTURE[architecture](config)
     together = {**pairs, **found.pairs, "vocab_size": u32(vocabulary)}
-    return Rotary({f"{architecture}.{key}": value for key, value in together.items()}, found.tensors)
+    notes = found.notes
+    if architecture == "llama" and config.has("sliding_window"):
+        notes = (*notes, _NO_WINDOW.format(config.positive("sliding_window")))
+    return Rotary({f"{architecture}.{key}": value for key, value in together.items()}, found.tensors, notes)

@@ -90,7 +90,7 @@ def gguf_model(where: str, config: Mapping[str, Any], shapes: Mapping[str, Shape
         "general.quantization_version": u32(_QUANTIZATION_VERSION),
         **found.pairs,
     }
-    return GgufModel(architecture.name, places, found.tensors, pairs)
+    return GgufModel(architecture.name, places, found.tensors, pairs, found.notes)
 
 
 def _architecture(where: str, config: Mapping[str, Any]) -> Architecture:

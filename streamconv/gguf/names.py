@@ -97,7 +97,7 @@ class NameTable:
         pattern = re.sub(r"^blk\.(\d+)", "blk.{b}", module)
         number = re.match(r"blk\.(\d+)\.", module)
         for ours, theirs in self.modules.items():
-            if theirs == pattern and suffix in ("weight", "bias"):
+            if theirs == pattern and ("{e}" in ours) == (expert is not None) and suffix in ("weight", "bias"):
                 return f"{ours.format(b=number and number[1], e=expert)}.{suffix}"
         return None
 

@@ -17,6 +17,10 @@ from streamconv.dtypes import F32
 from streamconv.gguf.fields import Fields
 
 _THETA = 10000.0
+_EXACT = (
+    "llama.cpp rounds the bounds between fast and slow rotations of yarn to whole dimensions, which this model does"
+    " not: its logits will differ a little from those of transformers, as they do with llama.cpp's own converter"
+)
 
 
 Known = tuple[TensorSpec, bytes]
@@ -25,10 +29,14 @@ Known = tuple[TensorSpec, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """Pairs without the architecture before their keys, and tensors that stand beside the weights."""
+    """Pairs without the architecture before their keys, and tensors that stand beside the weights.
+
+    `notes` are sentences on what llama.cpp computes a little otherwise, for people.
+    """
 
     pairs: Pairs
     tensors: tuple[Known, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def rope_fields(config: Fields, kind: str = "full_attention") -> Fields:
@@ -59,7 +67,8 @@ def rotary(config: Fields, dimensions: int, *, has_factors: bool) -> Rotary:
             pairs | {"rope.scaling.type": text("linear"), "rope.scaling.factor": f32(rope.number("factor"))}
         )
     if kind == "yarn":
-        return Rotary(pairs | _yarn(config, rope))
+        notes = () if rope.values.get("truncate", True) is not False else (_EXACT,)
+        return Rotary(pairs | _yarn(config, rope), notes=notes)
     if kind == "llama3" and has_factors:
         factors = _llama3(config, rope, theta(config, rope), dimensions)
         return Rotary(pairs, (_tensor("rope_freqs.weight", factors),))

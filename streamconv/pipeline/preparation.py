@@ -110,7 +110,7 @@ class Prepared:
         storages = (base, *self.adapter_storages)
         files = [
             *self.small_files(),
-            *self._beside_tokenizer,
+            *(file for file in self._beside_tokenizer if file not in self.copied),
             *(shard.file for shard in self.base.index.shards),
         ]
         return tuple((storage, missing) for storage in storages if (missing := storage.missing(files)))

@@ -63,6 +63,15 @@ def test_rope_of_both_versions_of_transformers() -> None:
     assert pair(old, "rope.scaling.original_context_length") == 1024
 
 
+def test_what_llama_cpp_computes_a_little_otherwise_is_told() -> None:
+    assert model("Mistral").notes == ()
+    (window,) = model("Mistral", sliding_window=256).notes
+    assert "attends to the last 256 tokens" in window
+    rope = {"rope_type": "yarn", "factor": 4.0, "truncate": False}
+    (exact,) = model("Llama", rope_scaling=rope).notes
+    assert "rounds the bounds" in exact
+
+
 def test_gemma3_has_a_base_for_windows_of_its_own() -> None:
     fields: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32}
     found = model("Gemma3", **fields, rope_theta=1e6, rope_local_base_freq=1e4)

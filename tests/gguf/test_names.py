@@ -23,6 +23,7 @@ def test_names_are_those_of_gguf_py_and_lead_back(name: str) -> None:
             weight = module.format(b=layer, e=expert) + ".weight"
             found = architecture.table.gguf_name(weight)
             assert found is not None
+            assert (found.expert is None) == ("{e}" not in module)
             stacked = weight.replace(f"experts.{expert}.", "experts.")
             assert found.name == table.get_name(stacked, try_suffixes=(".weight",))
             assert architecture.table.name_of(found.name, found.expert) == weight
