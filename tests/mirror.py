@@ -138,6 +138,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "kernels/base.py": ["kernels/test_compiled.py"],
     "kernels/e2m1_loops.py": ["kernels/test_compiled.py"],
     "kernels/ggml/__init__.py": ["kernels/ggml/test_packing.py"],
+    "kernels/ggml/__init__.py": ["kernels/ggml/test_seam.py"],
     "kernels/ggml/base.py": ["kernels/ggml/test_packing.py"],
     "kernels/ggml/compiled.py": ["kernels/ggml/test_packing.py", "kernels/ggml/test_fitting.py"],
     "kernels/ggml/decode_loops.py": ["kernels/ggml/test_decoding.py"],
