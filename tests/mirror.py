@@ -137,7 +137,6 @@ STORIES: Mapping[str, Sequence[str]] = {
     "kernels/__init__.py": ["kernels/test_seam.py"],
     "kernels/base.py": ["kernels/test_compiled.py"],
     "kernels/e2m1_loops.py": ["kernels/test_compiled.py"],
-    "kernels/ggml/__init__.py": ["kernels/ggml/test_packing.py"],
     "kernels/ggml/__init__.py": ["kernels/ggml/test_seam.py"],
     "kernels/ggml/base.py": ["kernels/ggml/test_packing.py"],
     "kernels/ggml/compiled.py": ["kernels/ggml/test_packing.py", "kernels/ggml/test_fitting.py"],
