@@ -198,15 +198,14 @@ _MARKS = Marks(
 
 
 def _fits(shape: Shape) -> bool:
-    """Codes end where scales may begin. A single row is a gate, which vLLM expects in 16 bit."""
+    """Whether codes end where scales may begin. A single row is a gate, which vLLM expects in 16 bit."""
     return len(shape) == 2 and shape[0] > 1 and math.prod(shape) > 0 and math.prod(shape) % 4 == 0
 
 
 def _check_encoded(format_name: str, name: str, shape: Shape, dtype: Dtype) -> None:
-    if not _fits(shape) or not name.endswith(f".{MAIN}"):
+    if len(shape) != 2 or not math.prod(shape) or not name.endswith(f".{MAIN}"):
         raise UnsupportedError(
-            f"{name} has shape {list(shape)}; {format_name} stores matrices of modules only, of a multiple of four "
-            "elements: exclude it with --ignore"
+            f"{name} has shape {list(shape)}; {format_name} stores matrices of modules only: exclude it with --ignore"
         )
     if dtype.name not in DENSE:
         raise UnsupportedError(
