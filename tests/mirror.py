@@ -87,6 +87,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "equalization/base.py": ["equalization/test_pairs.py"],
     "equalization/gemma.py": ["equalization/test_pairs.py"],
     "equalization/llama.py": ["equalization/test_pairs.py"],
+    "equalization/mixture.py": ["equalization/test_pairs.py", "calibration/test_equalizing.py"],
     # An evaluation, from a text to its numbers.
     "evaluation/__init__.py": ["evaluation/test_evaluate.py"],
     "evaluation/budget.py": ["evaluation/test_evaluate.py"],
@@ -106,20 +107,21 @@ STORIES: Mapping[str, Sequence[str]] = {
     "extraction/tensors.py": ["extraction/test_extract.py"],
     # What every format promises is one suite for all.
     # Storages that are only read.
-    "formats/compressed.py": ["formats/test_block_scaled.py"],
+    "formats/compressed.py": ["formats/test_block_scaled.py", "formats/test_mixed.py"],
     "formats/fp4.py": ["formats/test_block_scaled.py"],
     "formats/fp8_storage.py": ["formats/test_fp8.py"],
     "formats/gpt_oss.py": ["formats/test_block_scaled.py"],
     "formats/mlx.py": ["formats/test_block_scaled.py"],
     "formats/__init__.py": ["formats/test_find_weights.py", "contracts/test_formats.py"],
-    "formats/awq.py": ["formats/test_int4_words.py"],
+    "formats/awq.py": ["formats/test_int_words.py"],
     "formats/base.py": ["contracts/test_formats.py"],
     "formats/foreign.py": ["formats/test_find_weights.py"],
-    "formats/gptq.py": ["formats/test_int4_words.py", "foreign/test_gptqmodel.py"],
+    "formats/gptq.py": ["formats/test_int_words.py", "foreign/test_gptqmodel.py"],
     "formats/rows.py": ["contracts/test_formats.py"],
     # A forward pass of a model whose weights are streamed.
     "forward/activations.py": ["forward/test_walk.py", "calibration/test_layers.py"],
     "forward/linears.py": ["forward/test_walk.py"],
+    "forward/matrices.py": ["calibration/test_layers.py", "calibration/test_gradients.py"],
     "forward/memory.py": ["calibration/test_memory.py"],
     "forward/names.py": ["forward/test_walk.py"],
     "forward/skeleton.py": ["forward/test_walk.py"],

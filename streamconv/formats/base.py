@@ -348,6 +348,26 @@ class Grouped(Format, Protocol):
         """The same with groups of `size`, one of `group_sizes`."""
 
 
+@runtime_checkable
+class Mixable(Format, Protocol):
+    """A Format whose config can say of each module how it is stored, so that a checkpoint may have several formats."""
+
+    @property
+    def family(self) -> str:
+        """Name of the formats that one checkpoint may have beside each other."""
+
+    def module_config(self) -> Json:
+        """Settings by which the config says that modules are stored in this format."""
+
+    def mixed_config(
+        self, dtype: Dtype, groups: Sequence[tuple[Mixable, Sequence[str]]], skipped: Sequence[str]
+    ) -> Json:
+        """The `quantization_config` of weights in several formats, this one first; as `quantization_config` else.
+
+        `groups`: formats of this family, each with the names of its weights.
+        """
+
+
 GROUP_SIZES = (32, 64, 128)
 USUAL_GROUP_SIZE = 128
 _GROUP_SIZE = ", group size "

@@ -19,7 +19,7 @@ from streamconv.dtypes import U8, Dtype
 from streamconv.errors import CheckpointError
 from streamconv.formats.base import Marks, Weight, config_says, refusal, wrong
 from streamconv.formats.block_scaled import BlockScaledDecoder, Scales, check_tensor
-from streamconv.formats.compressed import METHOD, formats_of
+from streamconv.formats.compressed import METHOD, formats_of, part_of
 from streamconv.formats.dense import largest_dtype
 from streamconv.formats.fp8 import ACTIVATIONS
 
@@ -101,6 +101,7 @@ def _factor(tensor: StoredTensor, role: str, reader: TensorReader) -> float:
 
 
 def _check_compressed(config: Mapping[str, Any], where: str) -> None:
+    config = part_of(config, _STORAGES)
     if not formats_of(config) or formats_of(config) - _STORAGES:
         raise refusal(config_says(where), f"{METHOD}, and its format is {config.get('format')!r}")
 

@@ -23,7 +23,7 @@ from streamconv.dtypes import DENSE, F32, Dtype
 from streamconv.errors import CheckpointError, UnsupportedError
 from streamconv.formats.base import NO_MARKS, Json, Marks, Weight, config_says, refusal
 from streamconv.formats.block_scaled import check_tensor
-from streamconv.formats.compressed import METHOD, formats_of, groups_of, weights_of
+from streamconv.formats.compressed import METHOD, formats_of, groups_of, part_of, weights_of
 from streamconv.formats.dense import largest_dtype
 from streamconv.formats.fp8_storage import CODE, MAIN, Blocks, Fp8Decoder, Fp8Encoder
 from streamconv.formats.linear import means
@@ -172,6 +172,7 @@ def _check_modelopt(config: Mapping[str, Any], where: str) -> None:
 
 
 def _check_compressed(config: Mapping[str, Any], where: str) -> None:
+    config = part_of(config, _STORAGES)
     weights = weights_of(config)
     are_fp8 = bool(weights) and all(
         (each.get("type"), each.get("num_bits")) == ("float", 8) for each in weights

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from streamconv.dtypes import BF16, F16, F32, Dtype
-from streamconv.kernels import loops, offsets
+from streamconv.kernels import loops, offsets, ordered
 from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start, block_dots
 from streamconv.kernels.grids import (
     E4M3,
@@ -101,6 +101,8 @@ class CompiledKernels:
     name: str = "compiled"
 
     def starting_scales(self, values: Tensor, grid: Grid, out: Tensor) -> Tensor:
+        if grid.order:
+            return ordered.starting_scales(self, values, grid, out)
         if grid.offsets is not None:
             return offsets.starting_scales(values, grid, out)
         whole = values.numel() // grid.block
@@ -112,6 +114,8 @@ class CompiledKernels:
         return out
 
     def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
+        if grid.order:
+            return ordered.nearest(self, values, grid, scales, codes)
         if grid.offsets is not None:
             return offsets.nearest(self, values, grid, scales, codes)
         if not isinstance(grid, IntegerGrid) and not _is_table(grid):
@@ -138,6 +142,8 @@ class CompiledKernels:
         noise: Tensor,
         codes: Tensor,
     ) -> Tensor:
+        if grid.order:
+            return ordered.stochastic(self, values, grid, scales, start, noise, codes)
         if grid.offsets is not None:
             return offsets.stochastic(self, values, grid, scales, start, noise, codes)
         if not _is_compiled(grid):
@@ -164,6 +170,9 @@ class CompiledKernels:
         return scales
 
     def search(self, values: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None = None) -> None:
+        if grid.order:
+            ordered.search(self, values, grid, scales, weights)
+            return
         if grid.offsets is not None:
             offsets.search(self, values, grid, scales, weights)
             return
@@ -243,6 +252,9 @@ class CompiledKernels:
         loops.turn_codes_back(_unsigned(words), np.array(places), _unsigned(out))
 
     def decode(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
+        if grid.order:
+            ordered.decode(self, codes, grid, scales, dtype, out)
+            return
         if grid.offsets is not None:
             offsets.decode(self, codes, grid, scales, dtype, out)
             return
@@ -299,6 +311,8 @@ class CompiledKernels:
     def kept(
         self, codes: Tensor, grid: Grid, target: Tensor, base: Tensor, anchor: Tensor, inner: Tensor
     ) -> Tensor:
+        if grid.order:
+            return ordered.kept(self, codes, grid, target, base, anchor, inner)
         if grid.offsets is not None:
             return offsets.kept(self, codes, grid, target, base, anchor, inner)
         if not isinstance(grid, IntegerGrid) and not _is_table(grid):

@@ -56,8 +56,15 @@ class Grid(Protocol):
         """Rule for offsets, where every block has one of its own, and scales are [blocks, 2]; None: there are none."""
 
     @property
+    def order(self) -> bytes:
+        """Columns (int32) as they follow each other in blocks, where that is not the weight's own order."""
+
+    @property
     def limits(self) -> tuple[float, float]:
         """The least and the greatest value that is ever chosen."""
+
+    def of_width(self, columns: int) -> Grid:
+        """The grid of a weight with `columns`, where the block is a whole row; else itself."""
 
     def nearest(self, x: Tensor) -> Tensor:
         """Codes of the values nearest to `x`; beyond the limits, the limit's code."""
@@ -88,11 +95,16 @@ class TableGrid:
     peak: float = 1.0
     reach: float = 1.0
     offsets: Offsets | None = None
+    order: bytes = b""
     is_float: bool = False
 
     def of_block(self, block: int) -> Self:
         """The same values, with another number of elements to a scale."""
         return dataclasses.replace(self, block=block)
+
+    def of_width(self, columns: int) -> Self:
+        """The grid of a weight with `columns`: its block is known."""
+        return self.of_block(columns) if self.block == ROW else self
 
     def tables(self, device: torch.device) -> Tables:
         """Tables of the values, made once for every device."""
@@ -135,6 +147,7 @@ class IntegerGrid:
     block: int
     reach: float = 1.0
     offsets: None = None
+    order: bytes = b""
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -173,10 +186,15 @@ class DecodedGrid:
     peak: float = 1.0
     reach: float = 1.0
     offsets: None = None
+    order: bytes = b""
 
     @property
     def limits(self) -> tuple[float, float]:
         return -15.0, 15.0
+
+    def of_width(self, columns: int) -> Self:
+        del columns  # blocks are known
+        return self
 
     def nearest(self, x: Tensor) -> Tensor:
         raise self._refusal(x)

@@ -113,9 +113,7 @@ def _body(
         "checks it against its manifest."
     )
     yield from ("", "| | |", "|---|---|")
-    groups = f" in groups of {plan.group_size}" if plan.group_size else ""
-    stored_as = plan.quant or plan.dtype or "dtype of the base"
-    yield f"| weights | {stored_as}{groups}, {format_size(plan.size)} |"
+    yield f"| weights | {plan.stored_as}, {format_size(plan.size)} |"
     for role, origin in origins.items():
         if origin is not None:
             yield f"| {role} | {markdown_text(origin.repo)} at commit {markdown_text(origin.commit)} |"

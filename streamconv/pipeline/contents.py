@@ -11,8 +11,9 @@ from typing import Any
 from streamconv.adapters.base import TaskHead
 from streamconv.checkpoint.config import edit_config, language_levels
 from streamconv.dtypes import BF16, DENSE, Dtype
-from streamconv.formats import FORMATS, with_groups
+from streamconv.formats import FORMATS, format_of, with_groups
 from streamconv.formats.base import Json
+from streamconv.formats.mixed import mixed_quantization
 from streamconv.output.card import model_card
 from streamconv.output.manifest import MANIFEST, KeptShares, manifest
 from streamconv.output.publish import CONFIG, INDEX
@@ -210,8 +211,13 @@ def _quantization(prepared: Prepared) -> Json | None:
     kept = _kept_quantization(prepared)
     if kept is not None:
         return kept
+    dtype = _compute_dtype(prepared)
+    if plan.formats:
+        by_weight = {name: key for key, names in plan.formats.items() for name in names}
+        formats = {name: found for name, key in by_weight.items() if (found := format_of(key)) is not None}
+        return mixed_quantization(dtype, formats, plan.skipped)
     storage_format = with_groups(FORMATS[plan.quant], plan.group_size)
-    return storage_format.quantization_config(_compute_dtype(prepared), plan.quantized, plan.skipped)
+    return storage_format.quantization_config(dtype, plan.quantized, plan.skipped)
 
 
 def _kept_quantization(prepared: Prepared) -> Json | None:

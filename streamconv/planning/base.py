@@ -1,15 +1,20 @@
-"""The base checkpoint as planning sees it: weights, ties, and the one format of what is quantized."""
+"""The base checkpoint as planning sees it: weights, ties, and the formats of what is quantized."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from streamconv.adapters.base import Tie
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.errors import UnsupportedError
+from streamconv.formats import format_of
 from streamconv.formats.base import Weight
 from streamconv.formats.linear import is_conv1d, module_of
+from streamconv.formats.mixed import can_mix
 from streamconv.planning.plan import (
     Depth,
 )
@@ -18,7 +23,7 @@ from streamconv.planning.ties import find_tie, without_shared_head
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A base checkpoint as the planner sees it. `quantized`: the one format its quantized weights have.
+    """A base checkpoint as the planner sees it. `formats` are those of its quantized weights, that of most first.
 
     `depth`: how its layers were repeated, in `weights` and in the config; `index.tensors` are as they are stored.
     """
@@ -26,21 +31,26 @@ class Base:
     index: CheckpointIndex
     weights: Mapping[str, Weight]
     tie: Tie | None
-    quantized: str | None
+    formats: tuple[str, ...]
     depth: Depth | None = None
+
+    @property
+    def quantized(self) -> str | None:
+        """Its formats in words; None where nothing is quantized."""
+        return " and ".join(self.formats) or None
 
 
 def read_base(index: CheckpointIndex, weights: Sequence[Weight]) -> Base:
     """The base of a plan.
 
-    Raises UnsupportedError where its quantized weights are of more than one format, or transposed.
+    Raises UnsupportedError where its quantized weights are of formats that no config tells apart, or transposed.
     """
-    formats = sorted({weight.format for weight in weights if weight.decoder.grid is not None})
-    if len(formats) > 1:
-        raise UnsupportedError(
-            f"{index.storage.location}: its weights are quantized in several formats ({', '.join(formats)}); "
-            "only checkpoints with one are read"
-        )
+    elements = Counter[str]()
+    for weight in weights:
+        if weight.decoder.grid is not None:
+            elements[weight.format] += math.prod(weight.shape)
+    formats = sorted(elements, key=lambda each: (-elements[each], each))
+    _check_together(index, formats)
     for weight in weights:
         if weight.decoder.grid is not None and is_conv1d(module_of(weight.name), index.config):
             raise UnsupportedError(
@@ -48,4 +58,13 @@ def read_base(index: CheckpointIndex, weights: Sequence[Weight]) -> Base:
                 "quantized; this is not supported yet, give the 16-bit base model instead"
             )
     by_name = without_shared_head({weight.name: weight for weight in weights}, index.config)
-    return Base(index, by_name, find_tie(by_name, index.config), formats[0] if formats else None)
+    return Base(index, by_name, find_tie(by_name, index.config), tuple(formats))
+
+
+def _check_together(index: CheckpointIndex, names: Sequence[str]) -> None:
+    known = [found for name in names if (found := format_of(name)) is not None]
+    if any(not can_mix(one, other) for one, other in combinations(known, 2)):
+        raise UnsupportedError(
+            f"{index.storage.location}: its weights are quantized in several formats ({', '.join(sorted(names))}), "
+            "which no loader opens together"
+        )

@@ -6,19 +6,17 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from streamconv.errors import UnsupportedError
+from streamconv.formats import format_of
 from streamconv.formats.base import Encoder, Weight
 from streamconv.formats.foreign import quantization_of
 from streamconv.formats.linear import module_of
 from streamconv.planning.base import Base
+from streamconv.planning.choices import asks_to_keep
 from streamconv.planning.options import MergeOptions
 
 # Lists of modules in 16 bit, as configs of quantizations call them.
 _LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
-
-
-def asks_to_keep(options: MergeOptions) -> bool:
-    """Whether quantized weights are to be stored as they are in the base, and not only in its format."""
-    return options.quant.lower() == "keep" and options.group_size is None and options.dtype.lower() == "auto"
 
 
 def kept_encoders(base: Base, weights: Mapping[str, Weight], options: MergeOptions) -> Mapping[str, Encoder]:
@@ -28,11 +26,24 @@ def kept_encoders(base: Base, weights: Mapping[str, Weight], options: MergeOptio
     """
     if not asks_to_keep(options) or base.depth is not None:
         return MappingProxyType({})
-    return {
-        name: weight.keep
+    quantized = {
+        name: weight
         for name, weight in weights.items()
-        if weight.keep is not None and weight is base.weights.get(name)
+        if weight.decoder.grid is not None and weight is base.weights.get(name)
     }
+    if not any(weight.keep for weight in quantized.values()):
+        return MappingProxyType({})
+    return {name: weight.keep or _usual(weight) for name, weight in quantized.items()}
+
+
+def _usual(weight: Weight) -> Encoder:
+    """Encoder of a weight that its format stores as its file has it."""
+    found = format_of(weight.format)
+    if found is None:
+        raise UnsupportedError(
+            f"{weight.name} is {weight.format}, which is read but not written; choose --quant none or another format"
+        )
+    return found.encoder(weight.name, weight.shape, weight.dtype)
 
 
 def kept_quantization(base: Base, replaced: Sequence[str], options: MergeOptions) -> dict[str, Any] | None:

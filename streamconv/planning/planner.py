@@ -11,9 +11,10 @@ from streamconv.adapters.embeddings import HEADS, find_embedding
 from streamconv.checkpoint.layout import lay_out
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import AdapterError, OptionError
-from streamconv.formats import dense_weight
+from streamconv.formats import dense_weight, stored_as
 from streamconv.formats.base import Grouped, Weight
 from streamconv.formats.linear import module_of
+from streamconv.formats.mixed import weights_by_format
 from streamconv.planning.base import Base
 from streamconv.planning.calibration import CalibrationFacts, plan_calibration, plan_equalization
 from streamconv.planning.choices import Choices, Facts, choose
@@ -82,7 +83,7 @@ def build_plans(
 
 
 def facts_of(base: Base, adapter: Adapter | None) -> Facts:
-    return Facts(base.index.storage.location, base.quantized, adapter is not None)
+    return Facts(base.index.storage.location, base.quantized, adapter is not None, base.formats)
 
 
 def _draft(
@@ -109,7 +110,7 @@ def _draft(
     equalization = plan_equalization(base, weights, chosen, options, facts)
     if equalization is not None:
         equalizers = equalization.equalizers({name: weight.shape for name, weight in weights.items()})
-    by_weight = plan_steps(base, weights, updates, chosen.weights, choices, within, equalizers, kept)
+    by_weight = plan_steps(base, weights, updates, chosen, choices, within, equalizers)
     calibration = None
     if options.calibration is not None and choices.quant is not None:
         assert facts is not None
@@ -131,6 +132,7 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
         rounding=choices.rounding_choice,
         calibration=draft.calibration,
         quantized=tuple(sorted(draft.quantized.weights)),
+        formats=_mixture(draft.quantized),
         skipped=tuple(draft.quantized.skipped),
         unfit=draft.quantized.unfit,
         group_size=choices.quant.group_size if isinstance(choices.quant, Grouped) else None,
@@ -149,6 +151,14 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
         notes=(*notes_on_factors(base.index), *(adapter.notes if adapter else ())),
         members=adapter.members if adapter else (),
     )
+
+
+def _mixture(chosen: QuantizedSet) -> Mapping[str, tuple[str, ...]]:
+    """Weights by format, where they have several."""
+    found = {
+        stored_as(storage_format): tuple(names) for storage_format, names in weights_by_format(chosen.formats)
+    }
+    return found if len(found) > 1 else {}
 
 
 def _check_different(drafts: Sequence[_Draft]) -> None:

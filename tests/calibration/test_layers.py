@@ -21,6 +21,7 @@ from streamconv.calibration.layer_files import LayerFiles
 from streamconv.calibration.moments import Moments
 from streamconv.calibration.need import batch_of
 from streamconv.errors import InputError, OptionError
+from streamconv.forward.matrices import OwnParameter, WeightMatrix
 from streamconv.forward.skeleton import build_skeleton
 from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.forward.walk import Walk
@@ -360,7 +361,11 @@ class Routed(nn.Module):
 
 def test_experts_are_groups_of_their_own() -> None:
     module, recorder = Routed(), Recorder()
-    linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    linears: dict[str, WeightMatrix] = {
+        name: OwnParameter(f"{name}.weight", child, child)
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear)
+    }
     for sign in (1, -1):  # the second expert is first called in the second batch
         with recorder.watching(linears, lambda group, given: None):
             module(sign * torch.rand(8, 4))

@@ -36,8 +36,14 @@ SHAPES_IN_WORDS = [(128, 128), (32, 384), (96, 256), (160, 640)]
 SHAPES_OF_BYTES = [(128, 128), (160, 640), (3, 52), (70, 96), (132, 7), (300, 200)]
 
 
+# Scales of 16 bit follow bytes, which are even in number.
+SHAPES_OF_BYTES = [(128, 128), (3, 50), (70, 96), (130, 7)]
+
+
 def shapes_of(name: str) -> list[tuple[int, int]]:
-    if name in ("gptq", "gptq-v2", "awq"):
+    if name == "w8a8":
+        return SHAPES_OF_BYTES
+    if name.startswith(("gptq", "awq")):
         return SHAPES_IN_WORDS
     if name in ("fp8", "fp8-block"):
         return SHAPES_OF_BYTES
@@ -59,6 +65,8 @@ def write(
 def _described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """A config for tensors of compressed-tensors, which are read by what it says."""
     for name, packed in tensors.items():
+        if packed.dtype == torch.int8 and f"{name}_scale" in tensors:
+            return {"quantization_config": FORMATS["w8a8"].quantization_config(BF16, (), ())}
         if name.endswith(".weight_packed"):
             columns = int(tensors[name.replace("packed", "shape")][1])
             group = columns // tensors[name.replace("packed", "scale")].shape[1]

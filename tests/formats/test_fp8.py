@@ -14,10 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import streamconv
-from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats import find_weights
-from streamconv.kernels.grids import E4M3
-from tests.formats.stored import W, decoded, normal, only_weight, write
+from tests.formats.stored import W, decoded, normal, write
 from tests.models import Sizes, write_adapter, write_base
 from tests.tiny import edit_json, read_tensors
 
