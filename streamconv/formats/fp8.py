@@ -19,13 +19,21 @@ from typing import Any
 
 from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
-from streamconv.dtypes import DENSE, F32, Dtype
+from streamconv.dtypes import BF16, DENSE, F16, F32, Dtype
 from streamconv.errors import CheckpointError, UnsupportedError
 from streamconv.formats.base import NO_MARKS, Json, Marks, Weight, config_says, refusal
 from streamconv.formats.block_scaled import check_tensor
 from streamconv.formats.compressed import METHOD, formats_of, groups_of, part_of, weights_of
 from streamconv.formats.dense import largest_dtype
-from streamconv.formats.fp8_storage import CODE, MAIN, Blocks, Fp8Decoder, Fp8Encoder
+from streamconv.formats.fp8_storage import (
+    CODE,
+    EXPONENTS,
+    MAIN,
+    Blocks,
+    Fp8Decoder,
+    Fp8Encoder,
+    grid_of_blocks,
+)
 from streamconv.formats.linear import means
 from streamconv.kernels.grids import E4M3, TableGrid
 
@@ -43,8 +51,8 @@ ACTIVATIONS = (
 )
 """Last components of tensors about activations, which a weight in 16 bit has no use for."""
 _BLOCK = 128
-_BLOCKS = E4M3.of_block(_BLOCK)
-_STORAGES = frozenset({"float-quantized", "naive-quantized"})
+_BLOCKS = grid_of_blocks(_BLOCK, _BLOCK)
+_STORAGES = frozenset({"float-quantized", "naive-quantized", "mxfp8-quantized"})
 # Only to say what a scale a row amounts to.
 _USUAL_COLUMNS = 4096
 
@@ -74,9 +82,9 @@ def _weight(
     blocks = _blocks(scales, rows, columns, quantization)
     counts = blocks.counts
     shapes = (counts, *(((), (1,)) if counts == (1, 1) else ((rows,),) if counts == (rows, 1) else ()))
-    check_tensor(scales, ("F32", "BF16", "F16"), shapes)
+    check_tensor(scales, ("F32", "BF16", "F16", *(each.code for each in EXPONENTS)), shapes)
     others = {each: free[module + each] for each in ACTIVATIONS if module + each in free}
-    if role == SCALE and scales.dtype != F32:
+    if role == SCALE and scales.dtype in (BF16, F16):
         dtype = scales.dtype  # compressed-tensors gives them the type of the weight
     form = _form(role, scales, blocks, dtype, quantization)
     decoder = Fp8Decoder(main.name, scales.name, role, blocks, dtype)
@@ -107,9 +115,10 @@ def _blocks(scales: StoredTensor, rows: int, columns: int, quantization: Mapping
 
 
 def _stated(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Block that the config states: `weight_block_size`, or the `block_structure` of a group."""
+    """Block that the config states: `weight_block_size`, or the `block_structure` or `group_size` of a group."""
     found = [quantization.get("weight_block_size")]
-    found += [weights.get("block_structure") for weights in weights_of(quantization)]
+    for weights in weights_of(quantization):
+        found += [weights.get("block_structure"), [1, weights.get("group_size")]]
     for each in found:
         if (
             isinstance(each, list)

@@ -353,7 +353,8 @@ class WeightWork:
             target = self._target(self._copy(base.values, cell, scratch), cell)
             ratio = delta_to_step(target.view(-1), base.values.view(-1), base.codes, base.effective, grid)
         self._rounding = adaptive.settled(ratio)
-        if not self._rounding.keeps_scales:
+        planned = self.step.scales
+        if not self._rounding.keeps_scales and not (isinstance(planned, OfBase) and planned.always):
             self.use(FRESH)
 
     def _rewrite(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
