@@ -137,6 +137,9 @@ KINDS: Mapping[str, Kind] = {
         "weight_scale_inv",
         beside=("input_scale",),
     ),
+    "DeepSeek, tall": Kind(
+        by_blocks([64, 128]), "fp8-block, blocks of 64 x 128", same(64), same(128), "weight_scale_inv"
+    ),
     "FBGEMM": Kind(
         {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0},
         "fp8, scales in F32",
@@ -163,9 +166,9 @@ KINDS: Mapping[str, Kind] = {
 every_kind = pytest.mark.parametrize("name", KINDS)
 
 
-def write_quantized(folder: Path, kind: Kind) -> Path:
+def write_quantized(folder: Path, kind: Kind, sizes: Sizes = SIZES) -> Path:
     """A model whose projections are stored in FP8 of that kind."""
-    base = write_base(folder, SIZES.shapes, shards=1)
+    base = write_base(folder, sizes.shapes, shards=1)
     tensors = read_tensors(base / "model.safetensors")
     for name in [name for name in tensors if name.endswith("proj.weight")]:
         module = name.removesuffix("weight")
@@ -251,7 +254,8 @@ def test_an_update_is_kept_in_the_storage_of_the_base(name: str, rounding: str, 
 
 def test_blocks_of_another_size_are_chosen_anew(tmp_path: Path) -> None:
     """Their runs are as long, and what a scale is for is not."""
-    base = write_quantized(tmp_path / "base", KINDS["DeepSeek, static"])
+    sizes = Sizes(hidden=96, inner=256, layers=2, vocabulary=50)
+    base = write_quantized(tmp_path / "base", KINDS["DeepSeek, tall"], sizes)
     streamconv.convert(base, tmp_path / "out", quant="fp8-block")
     before, after = (
         {each.name: decoded(each) for each in find_weights(index_of(folder))}
@@ -263,7 +267,8 @@ def test_blocks_of_another_size_are_chosen_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quant", ["fp8", "fp8-block"])
 def test_values_are_no_farther_than_those_of_the_format_s_own_recipe(quant: str, tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
+    sizes = Sizes(hidden=96, inner=256, layers=2, vocabulary=50)
+    base = write_base(tmp_path / "base", sizes.shapes, shards=1)
     streamconv.convert(base, tmp_path / "out", quant=quant)
     kind = KINDS["channel, dynamic" if quant == "fp8" else "DeepSeek"]
     found = {each.name: each for each in find_weights(index_of(tmp_path / "out"))}
@@ -277,6 +282,17 @@ def test_values_are_no_farther_than_those_of_the_format_s_own_recipe(quant: str,
         theirs = parts["weight"].float() * wide_of(parts[kind.role], tensor.shape, kind)
         errors = [(values - tensor.float()).abs() for values in (decoded(found[key]), theirs)]
         assert bool((errors[0] <= errors[1] * (1 + 2**-7) + 2**-8 * tensor.float().abs()).all())
+
+
+def test_rows_that_end_within_a_block_stay_in_16_bit(tmp_path: Path) -> None:
+    """transformers takes them for blocks of another size, and says nothing; a base that has them keeps them."""
+    base = write_base(tmp_path / "base", SIZES.shapes, shards=1)  # 200 are two blocks of 100, for it
+    streamconv.convert(base, tmp_path / "out", quant="fp8-block")
+    for each in find_weights(index_of(tmp_path / "out")):
+        is_fp8 = each.name.endswith("proj.weight") and 200 not in each.shape
+        assert each.format == ("fp8-block" if is_fp8 else "bfloat16")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert {"lm_head", "model.layers.1.mlp.down_proj"} <= set(config["modules_to_not_convert"])
 
 
 # -- what is wrong with a file -----------------------------------------------------------------------------------------
