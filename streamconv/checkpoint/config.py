@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -124,12 +124,13 @@ def edit_config(
     end_token: int | None = None,
     architecture: str | None = None,
     labels: int | None = None,
+    quantization_keys: Sequence[str] = ("quantization_config",),
     keeps_quantization: bool = False,
 ) -> dict[str, Any]:
     """config.json of the output: key order and unknown keys stay.
 
-    `dtype` replaces `dtype`/`torch_dtype` wherever one stands; `quantization` is the new
-    `quantization_config`, None removes it at every level; `vocab_size` is (old, new) rows of the embedding; `end_token`
+    `dtype` replaces `dtype`/`torch_dtype` wherever one stands; `quantization` are the new settings, which stand under
+    `quantization_keys`, None removes them at every level; `vocab_size` is (old, new) rows of the embedding; `end_token`
     is an id that stands first in every `eos_token_id` there is; `architecture` is the class of the output and `labels`
     how many it tells apart, None where they are the base's. `keeps_quantization`: what is said of it elsewhere stays.
     """
@@ -153,7 +154,8 @@ def edit_config(
     if labels is not None:
         _set_labels(edited, labels)
     if quantization is not None:
-        edited["quantization_config"] = dict(quantization)
+        there = [key for key in (*_QUANTIZATIONS, "quantization") if isinstance(edited.get(key), dict)]
+        edited |= {key: dict(quantization) for key in there or quantization_keys}
     return edited
 
 

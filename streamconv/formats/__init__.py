@@ -19,7 +19,7 @@ from streamconv.formats.fp8 import Fp8BlockFormat, Fp8Format, written_form
 from streamconv.formats.gpt_oss import GptOssReader
 from streamconv.formats.gptq import GptqFormat
 from streamconv.formats.int_quantized import Int8RowsFormat
-from streamconv.formats.mlx import MlxReader
+from streamconv.formats.mlx import MlxFormat
 from streamconv.formats.pack_quantized import PackQuantizedFormat
 from streamconv.kernels.grids import FP4, INT4, INT8_GROUPS, NF4
 
@@ -122,7 +122,7 @@ def _readers() -> tuple[Reader, ...]:
 
 
 # Storages that are read and not written.
-READERS: tuple[Reader, ...] = (fp4.PACKED, fp4.MODELOPT, MlxReader(), GptOssReader())
+READERS: tuple[Reader, ...] = (fp4.ModelOptReader(), GptOssReader())
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
@@ -144,5 +144,10 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "awq-asym": AwqFormat(is_asymmetric=True),
         "fp8": Fp8Format("fp8"),
         "fp8-block": Fp8BlockFormat("fp8-block"),
+        "mlx4": MlxFormat(4),
+        "mlx8": MlxFormat(8),
+        "nvfp4a16": fp4.NVFP4A16,
+        "mxfp4a16": fp4.MXFP4A16,
+        "mxfp4": fp4.MXFP4,
     }
 )

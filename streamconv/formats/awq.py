@@ -119,6 +119,7 @@ class AwqFormat:
     library: str = "gptqmodel"
     load_in: None = None
     skips_by_path: bool = False
+    expert_loaders: tuple[str, ...] = ("vLLM", "SGLang", "GPTQModel")
     config_copy: str | None = None
     marks: Marks = MARKS
     group_sizes: tuple[int, ...] = GROUP_SIZES

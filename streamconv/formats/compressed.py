@@ -22,7 +22,14 @@ METHOD = "compressed-tensors"
 MIXED = "mixed-precision"
 # What the formats of groups may be for a checkpoint of several to be read: each is read by one of the readers.
 _READ = frozenset(
-    {"pack-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"}
+    {
+        "pack-quantized",
+        "int-quantized",
+        "float-quantized",
+        "naive-quantized",
+        "nvfp4-pack-quantized",
+        "mxfp4-pack-quantized",
+    }
 )
 
 

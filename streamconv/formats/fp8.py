@@ -21,9 +21,18 @@ from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import BF16, DENSE, F16, F32, Dtype
 from streamconv.errors import CheckpointError, UnsupportedError
-from streamconv.formats.base import NO_MARKS, Json, Marks, Weight, config_says, refusal
+from streamconv.formats.base import NO_MARKS, Json, Marks, Mixable, Weight, config_says, refusal
 from streamconv.formats.block_scaled import check_tensor
-from streamconv.formats.compressed import METHOD, formats_of, groups_of, part_of, weights_of
+from streamconv.formats.compressed import (
+    METHOD,
+    class_targets,
+    config_of,
+    formats_of,
+    groups_of,
+    mixed_config,
+    part_of,
+    weights_of,
+)
 from streamconv.formats.dense import largest_dtype
 from streamconv.formats.fp8_storage import (
     CODE,
@@ -32,6 +41,7 @@ from streamconv.formats.fp8_storage import (
     Blocks,
     Fp8Decoder,
     Fp8Encoder,
+    Fp8TensorEncoder,
     grid_of_blocks,
 )
 from streamconv.formats.linear import means
@@ -89,7 +99,8 @@ def _weight(
     form = _form(role, scales, blocks, dtype, quantization)
     decoder = Fp8Decoder(main.name, scales.name, role, blocks, dtype)
     spec = TensorSpec(scales.name, scales.dtype, scales.shape)
-    keep = Fp8Encoder(form, main.name, main.shape, dtype, spec, role, blocks)
+    kind = Fp8TensorEncoder if blocks.is_one else Fp8Encoder
+    keep = kind(form, main.name, main.shape, dtype, spec, role, blocks)
     parts = {MAIN: main, role: scales, **others}
     return Weight(main.name, main.shape, dtype, form, decoder, parts, keep)
 
@@ -231,8 +242,11 @@ class Fp8Format:
     grid: TableGrid = E4M3
     loaders: str = "vLLM, transformers with compressed-tensors"
     library: str = METHOD
+    family: str = METHOD
+    has_partners: bool = True
     load_in: None = None
     skips_by_path: bool = True
+    expert_loaders: tuple[str, ...] = ("transformers with compressed-tensors", "vLLM")
     config_copy: str | None = None
     marks: Marks = _MARKS
 
@@ -256,22 +270,24 @@ class Fp8Format:
         return Fp8Encoder(self.name, name, shape, dtype, scale, SCALE, Blocks(rows, columns, 1, columns))
 
     def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
-        """The keys that every release of compressed-tensors knows: it refuses others within a group."""
-        del dtype, quantized  # that of the model, as the scales have it; all that the list does not name
-        group = {
+        """See Format."""
+        del dtype  # that of the model, as the scales have it
+        return config_of([(self.module_config(), class_targets(quantized))], skipped)
+
+    def mixed_config(
+        self, dtype: Dtype, groups: Sequence[tuple[Mixable, Sequence[str]]], skipped: Sequence[str]
+    ) -> Json:
+        """See Mixable."""
+        del dtype
+        return mixed_config(groups, skipped)
+
+    def module_config(self) -> Json:
+        """See Mixable. The keys that every release of compressed-tensors knows: it refuses others within a group."""
+        return {
+            "format": "float-quantized",
             "input_activations": _arguments("token", dynamic=True),
             "output_activations": None,
-            "targets": ["Linear"],
             "weights": _arguments("channel", dynamic=False),
-        }
-        return {
-            "config_groups": {"group_0": group},
-            "format": "float-quantized",
-            "global_compression_ratio": None,
-            "ignore": list(skipped),
-            "kv_cache_scheme": None,
-            "quant_method": METHOD,
-            "quantization_status": "compressed",
         }
 
 
@@ -300,6 +316,7 @@ class Fp8BlockFormat:
     library: None = None
     load_in: None = None
     skips_by_path: bool = True
+    expert_loaders: tuple[str, ...] = ("transformers", "vLLM", "SGLang")
     config_copy: str | None = None
     marks: Marks = NO_MARKS
 

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.nn import functional
 from streamconv.checkpoint.types import Shape, TensorSpec
 from streamconv.dtypes import DTYPES, U8, Dtype
 from streamconv.errors import CheckpointError, InputError
-from streamconv.formats.base import CELL_ROWS, Constant, Encoder, Order
+from streamconv.formats.base import CELL_ROWS, Constant, Decoder, Encoder, Order, ScaleScope
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import E4M3, E4M3_UNIT, TableGrid
 
@@ -26,6 +27,8 @@ CODE, EXPONENT = DTYPES["F8_E4M3"], DTYPES["F8_E8M0"]
 EXPONENTS = (EXPONENT, U8)
 """Types of scales that are powers of two, stored as the exponent plus 127 (E8M0); 255 is NaN."""
 MAIN = "weight"
+# Of E4M3: the greatest value, and half of its distance from the next one.
+_GREATEST, _HALF_STEP = 448.0, 16.0
 
 
 def grid_of_blocks(height: int, width: int) -> TableGrid:
@@ -227,6 +230,39 @@ class Fp8Encoder:
         return stored if self.scale.dtype in EXPONENTS else stored.masked_fill_(stored == 0, 1.0)
 
 
-def has_one_scale(encoder: Encoder) -> bool:
-    """Whether one scale is for all of a weight, which no cell can choose: the base's own stays."""
-    return isinstance(encoder, Fp8Encoder) and encoder.blocks.is_one
+@dataclass(frozen=True, slots=True)
+class Fp8TensorEncoder(Fp8Encoder):
+    """Encoder with one scale for all of a weight, that of its `greatest` magnitude; None until that is known."""
+
+    greatest: float | None = None
+    scope: ScaleScope = ScaleScope.WEIGHT
+
+    @property
+    def is_known(self) -> bool:
+        return self.greatest is not None
+
+    def knowing(self, greatest: float) -> Self:
+        return dataclasses.replace(self, greatest=greatest)
+
+    def following(self, decoder: Decoder) -> Self:
+        """See Surveyed. Where the base's scale will do is known once the targets are: see `outgrows`."""
+        del decoder
+        return self
+
+    def _stored(self, scales: Tensor) -> Tensor:
+        assert self.greatest is not None, f"{self.name}: its greatest magnitude is not known"
+        size = torch.full(self.scale.shape, self.greatest / _GREATEST, device=scales.device)
+        return stored_scales(size.masked_fill_(size == 0, 1.0), self.scale.dtype)
+
+    def effective_scales(self, scales: Tensor) -> Tensor:
+        """See Encoder: the same for all, whatever they are."""
+        return self.blocks.tied(read_scales(self._stored(scales)).reshape(1, 1), scales)
+
+
+def outgrows(encoder: Encoder, scales: Tensor) -> bool:
+    """Whether values of a weight with one scale for all are farther beyond the effective `scales` of its base than any
+    value is from the next one of its binade: cut to the greatest they would be worse off than with a scale anew.
+    """
+    if not isinstance(encoder, Fp8TensorEncoder) or encoder.greatest is None or not scales.numel():
+        return False
+    return encoder.greatest * E4M3_UNIT > (_GREATEST + _HALF_STEP) * float(scales[0])

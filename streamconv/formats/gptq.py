@@ -244,7 +244,9 @@ class GptqFormat:
     library: str = "gptqmodel"
     load_in: None = None
     skips_by_path: bool = False
+    expert_loaders: tuple[str, ...] = ("vLLM", "SGLang", "GPTQModel")
     config_copy: str | None = "quantize_config.json"
+    has_partners: bool = True
     marks: Marks = MARKS
     group_sizes: tuple[int, ...] = GROUP_SIZES
 
@@ -362,6 +364,11 @@ def _is_gptq(free: Mapping[str, StoredTensor], main: str) -> bool:
     return is_matrix and (scales is None or free[main].shape[1] == scales.shape[-1])
 
 
+def _below(entry: str) -> str:
+    """Pattern for what may follow the name of a module left in 16 bit: all experts of a layer are below one."""
+    return r"(?:\..*)?" if entry.rpartition(".")[2] == "experts" else ""
+
+
 def _exceptions(quantized: Iterable[str], left: Sequence[str]) -> Json:
     """Entries of a config for modules of the layers that are `left` in 16 bit.
 
@@ -380,6 +387,6 @@ def _exceptions(quantized: Iterable[str], left: Sequence[str]) -> Json:
                     f"be told of a GPTQ model; leave it in 16 bit in every layer: --ignore {ending}"
                 )
     return {
-        "dynamic": {rf"-:(?:.*\.)?{re.escape(entry)}$": {} for entry in left},
+        "dynamic": {rf"-:(?:.*\.)?{re.escape(entry)}{_below(entry)}$": {} for entry in left},
         "modules_in_block_to_quantize": [[ending] for ending in endings],
     }

@@ -31,13 +31,23 @@ from streamconv.formats.base import (
     Constant,
     Json,
     Marks,
+    Mixable,
     Order,
     Weight,
     config_says,
     refusal,
     wrong,
 )
-from streamconv.formats.compressed import METHOD, formats_of, groups_of, weights_of
+from streamconv.formats.compressed import (
+    METHOD,
+    class_targets,
+    config_of,
+    formats_of,
+    groups_of,
+    mixed_config,
+    part_of,
+    weights_of,
+)
 from streamconv.formats.fp8 import ACTIVATIONS
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import ROW, TableGrid, integers
@@ -177,6 +187,7 @@ class Int8RowsEncoder:
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
     """Refuse settings of weights other than integers of 8 bits with a scale a row, or one of all."""
+    config = part_of(config, _STORAGES)
     if not formats_of(config) or formats_of(config) - _STORAGES:
         raise refusal(config_says(where), f"{METHOD}, and its format is {shown(config.get('format'))}")
     for weights in weights_of(config):
@@ -196,7 +207,7 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
 
 def _check_described(weights: Iterable[Weight], config: Mapping[str, Any], where: str) -> None:
     """Raise CheckpointError for scales of which the config tells otherwise, by which loaders go."""
-    strategies = {each.get("strategy") for each in weights_of(config)}
+    strategies = {each.get("strategy") for each in weights_of(part_of(config, _STORAGES))}
     for weight in weights:
         if isinstance(weight.decoder, Int8RowsDecoder):
             stored = "channel" if weight.parts[SCALES].shape[:1] == weight.shape[:1] else "tensor"
@@ -225,8 +236,11 @@ class Int8RowsFormat:
     bits_per_weight: float = 8 + 16 / 4096
     loaders: str = "vLLM, transformers with compressed-tensors"
     library: str = METHOD
+    family: str = METHOD
+    has_partners: bool = True
     load_in: None = None
     skips_by_path: bool = True
+    expert_loaders: tuple[str, ...] = ("vLLM",)
     config_copy: str | None = None
     marks: Marks = _MARKS
 
@@ -254,23 +268,24 @@ class Int8RowsFormat:
         return Int8RowsEncoder(self.name, name, shape, dtype, self.grid.of_width(shape[1]))
 
     def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
-        """The keys that every release of compressed-tensors knows: it refuses others within a group."""
-        del dtype, quantized  # that of the model, as the scales have it; all that the list does not name
+        """See Format."""
+        del dtype  # that of the model, as the scales have it
+        return config_of([(self.module_config(), class_targets(quantized))], skipped)
+
+    def mixed_config(
+        self, dtype: Dtype, groups: Sequence[tuple[Mixable, Sequence[str]]], skipped: Sequence[str]
+    ) -> Json:
+        """See Mixable."""
+        del dtype
+        return mixed_config(groups, skipped)
+
+    def module_config(self) -> Json:
+        """See Mixable. The keys that every release of compressed-tensors knows: it refuses others within a group."""
         return {
-            "config_groups": {
-                "group_0": {
-                    "input_activations": _settings("token", dynamic=True),
-                    "output_activations": None,
-                    "targets": ["Linear"],
-                    "weights": _settings("channel", dynamic=False),
-                }
-            },
             "format": STORAGE,
-            "global_compression_ratio": None,
-            "ignore": list(skipped),
-            "kv_cache_scheme": None,
-            "quant_method": METHOD,
-            "quantization_status": "compressed",
+            "input_activations": _settings("token", dynamic=True),
+            "output_activations": None,
+            "weights": _settings("channel", dynamic=False),
         }
 
 

@@ -372,8 +372,10 @@ class PackQuantizedFormat:
     loaders: str = "transformers with compressed-tensors, vLLM"
     library: str = METHOD
     family: str = METHOD
+    has_partners: bool = True
     load_in: None = None
     skips_by_path: bool = True
+    expert_loaders: tuple[str, ...] = ("transformers with compressed-tensors", "vLLM")
     config_copy: str | None = None
     marks: Marks = _MARKS
 

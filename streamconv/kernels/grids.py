@@ -87,6 +87,7 @@ class TableGrid:
     `reach` is where the scale of nearest rounding puts a block's greatest magnitude: at 1, an end of the grid, or
     beyond an end that is nearer to 0 than the other one. `is_float`: the codes are the bits of a float, and are treated
     as such: a number exactly between two values gets the even code; and an update of 0 leaves -0 what it is.
+    `scale_ratios`: of scales that files can hold, few enough that a search has to try these beside the best one.
     """
 
     name: str
@@ -97,6 +98,7 @@ class TableGrid:
     offsets: Offsets | None = None
     order: bytes = b""
     is_float: bool = False
+    scale_ratios: tuple[float, ...] = ()
 
     def of_block(self, block: int) -> Self:
         """The same values, with another number of elements to a scale."""
@@ -410,6 +412,18 @@ def integers(name: str, bits: int, block: int) -> TableGrid:
 # Signed integers with a scale for every group of a row, as GPTQ and compressed-tensors have them.
 INT4 = integers("int4", bits=4, block=128)
 INT8_GROUPS = integers("int8 in groups", bits=8, block=128)
+
+# The 4-bit float of the OCP Microscaling specification (v1.0, table 5), of greatest magnitude 6. In units of 8, a power
+# of two, so that nothing is rounded where the scale is 8 times the stored one.
+E2M1_UNIT = 8.0
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = TableGrid(
+    "e2m1",
+    tuple(sign * value / E2M1_UNIT for sign in (1, -1) for value in _E2M1),
+    block=16,
+    reach=6 / E2M1_UNIT,
+    is_float=True,
+)
 
 
 def _e4m3_value(code: int) -> float:

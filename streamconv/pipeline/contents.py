@@ -14,6 +14,7 @@ from streamconv.dtypes import BF16, DENSE, Dtype
 from streamconv.formats import FORMATS, format_of, with_groups
 from streamconv.formats.base import Json
 from streamconv.formats.mixed import mixed_quantization
+from streamconv.formats.mlx import config_keys
 from streamconv.output.card import model_card
 from streamconv.output.manifest import MANIFEST, KeptShares, manifest
 from streamconv.output.publish import CONFIG, INDEX
@@ -193,6 +194,7 @@ def _config(prepared: Prepared, quantization: Json | None) -> bytes:
             architecture=head.architecture if head else None,
             labels=head.labels if head and not head.are_tokens else None,
             keeps_quantization=_kept_quantization(prepared) is not None,
+            quantization_keys=config_keys(quantization),
         )
     )
 
@@ -213,8 +215,8 @@ def _quantization(prepared: Prepared) -> Json | None:
         return kept
     dtype = _compute_dtype(prepared)
     if plan.formats:
-        by_weight = {name: key for key, names in plan.formats.items() for name in names}
-        formats = {name: found for name, key in by_weight.items() if (found := format_of(key)) is not None}
+        by_name = {key: found for key in plan.formats if (found := format_of(key)) is not None}
+        formats = {name: by_name[key] for key, names in plan.formats.items() for name in names}
         return mixed_quantization(dtype, formats, plan.skipped)
     storage_format = with_groups(FORMATS[plan.quant], plan.group_size)
     return storage_format.quantization_config(dtype, plan.quantized, plan.skipped)

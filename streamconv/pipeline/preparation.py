@@ -30,6 +30,7 @@ from streamconv.pipeline.calibrating import read_calibration_facts
 from streamconv.pipeline.mixture import deepen_once, open_adapters, read_adapters, tokenizer_storage
 from streamconv.pipeline.named_base import base_notes, named_base
 from streamconv.pipeline.passes import plan_passes
+from streamconv.planning.apart import apart_for
 from streamconv.planning.base import Base, read_base
 from streamconv.planning.calibration import CalibrationFacts
 from streamconv.planning.choices import options_alone
@@ -142,6 +143,7 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     _log.info("read the base %s: %d weights in %d shards", job.base, len(base.weights), len(index.shards))
     adapter_storages = open_adapters(job)
     base = deepen_once(base, adapter_storages)
+    base = apart_for(base, job.options, (job.options.quant, *job.also))
     adapter = read_adapters(job, base, adapter_storages)
     options = options_alone(facts_of(base, adapter), job.options, (job.options.quant, *job.also))
     is_recorded = facts is not None

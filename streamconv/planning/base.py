@@ -11,8 +11,8 @@ from itertools import combinations
 from streamconv.adapters.base import Tie
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.errors import UnsupportedError
-from streamconv.formats import format_of
-from streamconv.formats.base import Weight
+from streamconv.formats import FORMATS
+from streamconv.formats.base import Weight, group_of
 from streamconv.formats.linear import is_conv1d, module_of
 from streamconv.formats.mixed import can_mix
 from streamconv.planning.plan import (
@@ -62,7 +62,8 @@ def read_base(index: CheckpointIndex, weights: Sequence[Weight]) -> Base:
 
 
 def _check_together(index: CheckpointIndex, names: Sequence[str]) -> None:
-    known = [found for name in names if (found := format_of(name)) is not None]
+    # Of what is stored otherwise than it would be written, the config is kept, whatever it can tell apart.
+    known = [FORMATS[group_of(name)[0]] for name in names if group_of(name)[0] in FORMATS]
     if any(not can_mix(one, other) for one, other in combinations(known, 2)):
         raise UnsupportedError(
             f"{index.storage.location}: its weights are quantized in several formats ({', '.join(sorted(names))}), "

@@ -25,13 +25,15 @@ KEEP = "keep"
 class Facts:
     """Facts that choices depend on beside the options: the base's quantized formats, and if an adapter updates it.
 
-    `location` is the base's place, for messages; `quantized` names the formats there, None where there are none.
+    `location` is the base's place, for messages; `quantized` names the formats there, None where there are none. `kept`
+    are those of `formats` whose weights bring an encoder of their own.
     """
 
     location: str
     quantized: str | None
     has_adapter: bool
     formats: tuple[str, ...] = ()
+    kept: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,12 @@ def _sources(facts: Facts, merge_base: Format | None) -> list[Format]:
     """Formats whose grids the targets may lie on; none that is only read."""
     if merge_base is not None:
         return [merge_base]
-    return [found for name in facts.formats if (found := family_of(name)) is not None]
+    return [found for name in facts.formats if (found := _format_in(facts, name)) is not None]
+
+
+def _format_in(facts: Facts, name: str) -> Format | None:
+    """The format of weights that the base calls so; in words how they differ, where they bring their own encoder."""
+    return format_of(name) or (family_of(name) if name in facts.kept else None)
 
 
 def _resolve_formats(
@@ -210,7 +217,7 @@ def resolve_quant(facts: Facts, options: MergeOptions) -> tuple[Format | None, D
 
 def _kept_format(facts: Facts, name: str, options: MergeOptions) -> Format:
     """The format of weights that are stored as those of the base that are called `name`."""
-    kept = format_of(name) or (family_of(name) if asks_to_keep(options) else None)
+    kept = _format_in(facts, name) if asks_to_keep(options) else format_of(name)
     if kept is None:
         raise UnsupportedError(
             f"{facts.location}: its weights are {facts.quantized}, which is read but not written; choose "

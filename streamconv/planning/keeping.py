@@ -11,6 +11,7 @@ from streamconv.formats import format_of
 from streamconv.formats.base import Encoder, Weight
 from streamconv.formats.foreign import quantization_of
 from streamconv.formats.linear import module_of
+from streamconv.formats.mlx import METHOD as MLX
 from streamconv.planning.base import Base
 from streamconv.planning.choices import asks_to_keep
 from streamconv.planning.options import MergeOptions
@@ -55,7 +56,9 @@ def kept_quantization(base: Base, replaced: Sequence[str], options: MergeOptions
     found = quantization_of(base.index)
     if not found or not kept_encoders(base, base.weights, options):
         return None
-    config = dict(found)
+    config = {
+        key: value for key, value in found.items() if (key, value) != ("quant_method", MLX)
+    }  # named by us
     whole = [name for name in replaced if name in base.weights and base.weights[name].keep is not None]
     if whole:
         key = next((key for key in _LISTS if isinstance(config.get(key), list)), _usual_list(config))

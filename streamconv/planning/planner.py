@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,6 +20,7 @@ from streamconv.planning.base import Base
 from streamconv.planning.calibration import CalibrationFacts, plan_calibration, plan_equalization
 from streamconv.planning.choices import Choices, Facts, choose
 from streamconv.planning.devices import Device
+from streamconv.planning.experts import notes_on_experts
 from streamconv.planning.fingerprint import fingerprint
 from streamconv.planning.keeping import kept_encoders
 from streamconv.planning.memory import plan_memory
@@ -43,6 +45,7 @@ class _Draft:
     quantized: QuantizedSet
     shards: tuple[ShardPlan, ...]
     vocab_size: tuple[int, int] | None
+    names: tuple[str, ...]
 
 
 def build_plan(
@@ -83,7 +86,8 @@ def build_plans(
 
 
 def facts_of(base: Base, adapter: Adapter | None) -> Facts:
-    return Facts(base.index.storage.location, base.quantized, adapter is not None, base.formats)
+    kept = frozenset(weight.format for weight in base.weights.values() if weight.keep is not None)
+    return Facts(base.index.storage.location, base.quantized, adapter is not None, base.formats, kept)
 
 
 def _draft(
@@ -117,7 +121,8 @@ def _draft(
         calibration = plan_calibration(by_weight, options, choices.feedback, equalization, facts)
     of_head = adapter.head.parameters if adapter is not None and adapter.head is not None else ()
     shards = as_stored_shards(base.index, lay_out(split_steps(base, by_weight, choices, options)))
-    return _Draft(options, choices, calibration, chosen, shards, _new_vocabulary(base, weights, of_head))
+    vocabulary = _new_vocabulary(base, weights, of_head)
+    return _Draft(options, choices, calibration, chosen, shards, vocabulary, tuple(weights))
 
 
 def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, memory: Memory) -> Plan:
@@ -148,16 +153,24 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
         fingerprint=fingerprint(
             base.index, adapter, options, choices.rounding_choice, draft.calibration, device, shards
         ),
-        notes=(*notes_on_factors(base.index), *(adapter.notes if adapter else ())),
+        notes=(
+            *notes_on_factors(base.index),
+            *notes_on_experts(choices.quant, base.index.config, draft.names, draft.quantized.weights),
+            *(adapter.notes if adapter else ()),
+        ),
         members=adapter.members if adapter else (),
     )
 
 
 def _mixture(chosen: QuantizedSet) -> Mapping[str, tuple[str, ...]]:
-    """Weights by format, where they have several."""
+    """Weights by format, where they have several; of those that stay as they are, by what their encoders call it."""
     found = {
         stored_as(storage_format): tuple(names) for storage_format, names in weights_by_format(chosen.formats)
     }
+    kept = defaultdict[str, list[str]](list)
+    for name in sorted(chosen.kept):
+        kept[chosen.kept[name].format].append(name)
+    found |= {form: tuple(names) for form, names in kept.items()}
     return found if len(found) > 1 else {}
 
 

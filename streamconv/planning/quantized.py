@@ -12,7 +12,7 @@ from streamconv.dtypes import BF16
 from streamconv.errors import OptionError
 from streamconv.formats import FORMATS, with_groups
 from streamconv.formats.base import Encoder, Format, Grouped, Weight
-from streamconv.formats.linear import DEFAULT_IGNORE, matches, module_of, select
+from streamconv.formats.linear import DEFAULT_IGNORE, Selection, matches, module_of, select
 from streamconv.formats.mixed import check_partners, mixed_quantization
 from streamconv.planning.assignment import FormatRule, ModuleFormats, is_dense, read_rules, rule_for
 from streamconv.planning.base import Base
@@ -63,12 +63,12 @@ def choose_quantized(
     matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and name.endswith(".weight")}
     formats = {name: _format_of(name, base, choices.quant, choices.mixture) for name in matrices}
     unfit = {name for name, shape in matrices.items() if not formats[name].fits(name, shape)}
-    by_path, config = choices.quant.skips_by_path, base.index.config
-    wanted = select(shapes, config, ignore, dense, by_path=by_path)
-    selection = select(shapes, config, ignore, dense | {module_of(name) for name in unfit}, by_path=by_path)
+    wanted = _selected(base, shapes, [choices.quant], ignore, dense)
+    selection = _selected(base, shapes, [choices.quant], ignore, dense | {module_of(name) for name in unfit})
     _check_rules(choices.mixture.rules, wanted.quantized, selection.quantized, shapes)
     _check_some(base, choices.quant, wanted.quantized, selection.quantized, shapes)
-    left = tuple(module_of(name) for name in wanted.quantized if name in unfit)
+    chosen = frozenset(selection.quantized)
+    left = tuple(module_of(name) for name in wanted.quantized if name not in chosen)
     found = QuantizedSet(
         {name: formats[name] for name in selection.quantized},
         selection.skipped,
@@ -80,6 +80,18 @@ def choose_quantized(
     # Written when all is done; what it cannot say is refused now.
     mixed_quantization(choices.dtype or BF16, found.formats, found.skipped)
     return found
+
+
+def _selected(
+    base: Base,
+    shapes: Mapping[str, Shape],
+    formats: Sequence[Format],
+    ignore: Sequence[str],
+    dense: frozenset[str],
+) -> Selection:
+    by_path = any(each.skips_by_path for each in formats)
+    has_experts = any(each.expert_loaders for each in formats)
+    return select(shapes, base.index.config, ignore, dense, by_path=by_path, has_experts=has_experts)
 
 
 def _format_of(name: str, base: Base, quant: Format, mixture: ModuleFormats) -> Format:
@@ -187,8 +199,8 @@ def with_group_size(
     mixture = ModuleFormats(rules, quantizes_rest=quant is not None or options.quant.lower() == KEEP)
     ignore, dense = _left_out(base, weights, replaces, mixture, options)
     shapes = {name: weight.shape for name, weight in weights.items()}
-    by_path = any(each.skips_by_path for each in (quant, *mixture.formats) if each is not None)
-    wanted = select(shapes, base.index.config, ignore, dense, by_path=by_path).quantized
+    formats = [each for each in (quant, *mixture.formats) if each is not None]
+    wanted = _selected(base, shapes, formats, ignore, dense).quantized
     by_rule = {name: rule_for(module_of(name), rules) for name in wanted} if rules else {}
     sized = [
         _with_size(rule, {name: shapes[name] for name in wanted if by_rule[name] == rule}, options.group_size)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.formats.base import Encoder, Weight
-from streamconv.formats.fp8_storage import has_one_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,12 +15,9 @@ class Fresh:
 
 @dataclass(frozen=True, slots=True)
 class OfBase:
-    """Scales of the base's own grid stay; `keeps_parts`: and the very tensors that store them; `always`: whatever the
-    rounding, which could not choose them.
-    """
+    """Scales of the base's own grid stay; `keeps_parts`: and the very tensors that store them."""
 
     keeps_parts: bool = False
-    always: bool = False
 
 
 PlannedScales = Fresh | OfBase
@@ -45,7 +41,7 @@ def scales_of_base(
     """Scales of an output that keeps those of its base wherever it can."""
     if not lies_on_grid(weight, merge_base, encoder, equalizer):
         return FRESH
-    return OfBase(merge_base is None and stores_the_same(weight, encoder), has_one_scale(encoder))
+    return OfBase(merge_base is None and stores_the_same(weight, encoder))
 
 
 def stores_the_same(weight: Weight, encoder: Encoder) -> bool:

@@ -11,14 +11,13 @@ from streamconv.dtypes import DENSE, Dtype
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import UnsupportedError
 from streamconv.formats import FORMATS
-from streamconv.formats.base import Encoder, Weight
-from streamconv.formats.fp8_storage import has_one_scale
+from streamconv.formats.base import Encoder, Surveyed, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, select
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices, takes_calibration
 from streamconv.planning.plan import Copy, Rewrite, Step
 from streamconv.planning.quantized import QuantizedSet
-from streamconv.planning.scales import FRESH, OfBase, scales_of_base
+from streamconv.planning.scales import FRESH, scales_of_base
 from streamconv.rounding import ROUNDINGS
 from streamconv.rounding.base import Rounding
 
@@ -48,6 +47,8 @@ def plan_steps(
         is_rounded = name in seen_by_training and weight is base.weights[name]
         if is_rounded and choices.merge_base is not None:
             merge_base = choices.merge_base.encoder(name, weight.shape, weight.dtype)
+        if isinstance(encoder, Surveyed) and not encoder.is_known and merge_base is None:
+            encoder = encoder.following(weight.decoder)
         found = weight_steps(
             name,
             weight,
@@ -148,12 +149,7 @@ def _quantizing(step: Rewrite, rounding: Rounding, calibrates: bool) -> Rewrite:
             f"double-quantized scales; choose another --rounding, or a --quant other than {step.encoder.format}"
         )
     of_base = scales_of_base(step.weight, step.merge_base, step.encoder, step.equalizer)
-    if of_base == FRESH and has_one_scale(step.encoder):
-        raise UnsupportedError(
-            f"{step.name} has one scale for all of it, and a weight that is rescaled would need another; leave "
-            "--rescale out, or choose --quant fp8, with a scale a row"
-        )
-    keeps = rounding.keeps_scales or not step.updates or (isinstance(of_base, OfBase) and of_base.always)
+    keeps = rounding.keeps_scales or not step.updates
     # Without an update, codes of a base on the output's grid stay as they are.
     calibrates &= bool(step.updates) or of_base == FRESH
     return replace(step, rounding=rounding, scales=of_base if keeps else FRESH, calibrated=calibrates)

@@ -28,6 +28,7 @@ from streamconv.adapters.base import Parts, State, UpdateAccess
 from streamconv.dtypes import F32
 from streamconv.errors import InputError
 from streamconv.formats.base import CELL_ROWS, Encoder
+from streamconv.formats.fp8_storage import outgrows
 from streamconv.kernels import TORCH, kernels_for, pairwise_sum
 from streamconv.kernels.grids import DecodedGrid, Grid, empty_scales
 from streamconv.planning.plan import Rewrite
@@ -163,6 +164,8 @@ class WeightWork:
         planned, merge_base = self.step.scales, self.step.merge_base
         if isinstance(planned, Fresh) or self._base_scales is None:
             return planned
+        if outgrows(self.step.encoder, self._base_scales):
+            return FRESH
         is_stored = merge_base is not None and merge_base.format == self.step.encoder.format
         stored = self._absmax if is_stored else None
         return kept_scales(planned, self._base_scales, stored, self.step.encoder, self.side)
@@ -265,6 +268,12 @@ class WeightWork:
             case _:
                 assert_never(self.scales)
 
+    def greatest(self, raw: Tensor, rows: range, out: Tensor) -> None:
+        """Write the greatest magnitude of each cell's target to its place in `out`: float32, an entry a cell."""
+        self.workers.map(
+            lambda number, part: self._take_greatest(number, raw, rows, out, part), rows, self.height
+        )
+
     # -- codes chosen for the whole weight -------------------------------------------------------------------
 
     def targets(self, raw: Tensor, rows: range, out: Tensor) -> None:
@@ -290,6 +299,13 @@ class WeightWork:
             target = self._target(base.values, cell)
             self._check_finite(target, cell, target)
             out[cell.start - rows.start : cell.stop - rows.start].copy_(target)
+
+    def _take_greatest(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
+        for cell, base in self._bases(number, raw, rows, part):
+            target = self._target(base.values, cell)
+            greatest = torch.stack(torch.aminmax(target)).abs().amax()
+            self._check_finite(target, cell, greatest)
+            out[cell.start // self.height] = greatest
 
     def _take_bases(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
         for cell, base in self._bases(number, raw, rows, part):
@@ -353,8 +369,7 @@ class WeightWork:
             target = self._target(self._copy(base.values, cell, scratch), cell)
             ratio = delta_to_step(target.view(-1), base.values.view(-1), base.codes, base.effective, grid)
         self._rounding = adaptive.settled(ratio)
-        planned = self.step.scales
-        if not self._rounding.keeps_scales and not (isinstance(planned, OfBase) and planned.always):
+        if not self._rounding.keeps_scales:
             self.use(FRESH)
 
     def _rewrite(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:

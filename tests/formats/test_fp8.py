@@ -252,6 +252,36 @@ def test_an_update_is_kept_in_the_storage_of_the_base(name: str, rounding: str, 
             assert side not in before or torch.equal(after[side], before[side])
 
 
+@pytest.mark.parametrize("rounding", ["auto", "stochastic", "nearest"])
+@pytest.mark.parametrize("name", ["tensor, static", "tensor, with a KV cache"])
+def test_one_scale_grows_where_the_update_needs_it(name: str, rounding: str, tmp_path: Path) -> None:
+    """Values beyond 464 times the scale are farther from the greatest, 448, than rounding takes any: a scale anew."""
+    base = write_quantized(tmp_path / "base", KINDS[name])
+    tensors = read_tensors(base / "model.safetensors")
+    small = "model.layers.0.mlp.up_proj"
+    tensors[f"{small}.weight_scale"] /= 64  # what is added is large beside it
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    after = merged(base, tmp_path / "out", 0.02, quant="keep", rounding=rounding)
+    want = merged(base, tmp_path / "dense", 0.02, quant="none")[f"{small}.weight"].float()
+    scale = after[f"{small}.weight_scale"].float()
+    assert scale.item() == pytest.approx(want.abs().max().item() / 448, rel=2**-7)
+    assert scale > 2 * tensors[f"{small}.weight_scale"].float()
+    found = {each.name: each for each in find_weights(index_of(tmp_path / "out"))}
+    assert (decoded(found[f"{small}.weight"]) - want).norm() <= 0.05 * want.norm()
+    other = "model.layers.1.mlp.gate_proj"
+    for role in ("weight", "weight_scale"):  # not updated
+        assert bytes_of(after[f"{other}.{role}"]) == bytes_of(tensors[f"{other}.{role}"])
+
+
+def test_one_scale_stays_where_hardly_anything_is_beyond_it(tmp_path: Path) -> None:
+    base = write_quantized(tmp_path / "base", KINDS["tensor, static"])
+    before = read_tensors(base / "model.safetensors")
+    after = merged(base, tmp_path / "out", 1e-4, quant="keep")
+    for key, tensor in before.items():
+        if key.endswith("weight_scale"):
+            assert bytes_of(after[key]) == bytes_of(tensor)
+
+
 def test_blocks_of_another_size_are_chosen_anew(tmp_path: Path) -> None:
     """Their runs are as long, and what a scale is for is not."""
     sizes = Sizes(hidden=96, inner=256, layers=2, vocabulary=50)

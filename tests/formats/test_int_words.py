@@ -319,8 +319,8 @@ def test_a_scale_that_is_infinite_is_refused(tmp_path: Path, name: str) -> None:
         streamconv.convert(tmp_path / "packed", tmp_path / "out", quant="none")
 
 
-def test_a_base_in_activation_order_is_merged_from_what_it_decodes_to(tmp_path: Path) -> None:
-    """It lies on no grid that could be kept, so `keep` is refused and another format is rounded to."""
+def test_a_base_in_activation_order_is_decoded_and_kept(tmp_path: Path) -> None:
+    """Kept it has the order of its groups, and what nothing changes is as it was."""
     base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
     streamconv.convert(base, tmp_path / "packed", quant="gptq", group_size=32)
     file = tmp_path / "packed" / "model.safetensors"
@@ -341,9 +341,31 @@ def test_a_base_in_activation_order_is_merged_from_what_it_decodes_to(tmp_path: 
         groups = put[f"{module}.g_idx"].numpy()
         expected = words.dequantized(codes, zeros, tensors[f"{module}.scales"], groups)
         assert torch.equal(found[f"{module}.weight"], expected)
-    with pytest.raises(UnsupportedError, match="in activation order, which is read but not written"):
-        streamconv.convert(tmp_path / "packed", tmp_path / "kept", quant="keep")
+    streamconv.convert(tmp_path / "packed", tmp_path / "kept", quant="keep")
+    kept, packed = tmp_path / "kept", tmp_path / "packed"
+    assert (kept / "model.safetensors").read_bytes() == file.read_bytes()
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (kept, packed)]
+    assert configs[0] == configs[1]
     streamconv.convert(tmp_path / "packed", tmp_path / "nf4", quant="nf4")
+    adapter = write_adapter(tmp_path / "adapter", SIZES.shapes, targets=("q_proj", "down_proj"))
+    for rounding in ("nearest", "stochastic"):
+        out = tmp_path / rounding
+        streamconv.merge(tmp_path / "packed", adapter, out, rounding=rounding)
+        merged, before = read_tensors(out / "model.safetensors"), read_tensors(file)
+        assert merged.keys() == before.keys()
+        changed = {name for name in before if not torch.equal(before[name], merged[name])}
+        assert {name.split(".")[-2] for name in changed} == {"q_proj", "down_proj"}
+        assert not any(name.endswith("g_idx") for name in changed)
+        streamconv.merge(tmp_path / "packed", adapter, tmp_path / "target", quant="float32", overwrite=True)
+        targets = read_tensors(tmp_path / "target" / "model.safetensors")
+        for module in ("model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"):
+            codes, zeros = words.gptq_codes(merged, module)
+            groups, scales = put[f"{module}.g_idx"].numpy(), merged[f"{module}.scales"]
+            values = words.dequantized(codes, zeros, scales, groups).float()
+            step = scales.float().T[:, groups]
+            is_near = (values - targets[f"{module}.weight"]).abs() <= 1.1 * step
+            # Where scales stay, what an update moves beyond the last code is cut.
+            assert is_near.float().mean() > (0.97 if rounding == "stochastic" else 0.999)
 
 
 def test_what_is_only_stored_otherwise_is_kept_and_written_as_usual(tmp_path: Path) -> None:

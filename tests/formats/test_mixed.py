@@ -154,3 +154,11 @@ def test_parts_of_a_layer_of_vllm_share_a_format() -> None:
     check_partners(
         dict.fromkeys(NAMES, FORMATS["w4a16"]) | {"model.layers.1.mlp.down_proj.weight": FORMATS["w8a16"]}
     )
+
+
+@pytest.mark.parametrize("name", ["w4a16", "w8a16"])
+def test_a_quantized_head_is_named(name: str) -> None:
+    """In vLLM and SGLang it is of a class of its own, so that `Linear` does not mean it."""
+    config = FORMATS[name].quantization_config(BF16, [*NAMES, "lm_head.weight"], [])
+    assert config is not None
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear", r"re:(?:.*\.)?lm_head$"]
