@@ -116,8 +116,8 @@ STORIES: Mapping[str, Sequence[str]] = {
     # What every format promises is one suite for all.
     # Storages that are only read.
     "formats/compressed.py": ["formats/test_block_scaled.py", "formats/test_mixed.py"],
+    "formats/fp8_storage.py": ["formats/test_fp8.py"],
     "formats/fp4_scales.py": ["formats/test_fp4.py"],
-    "formats/fp8.py": ["formats/test_block_scaled.py"],
     "formats/gpt_oss.py": ["formats/test_block_scaled.py"],
     "formats/bits.py": ["formats/test_mlx.py"],
     "formats/__init__.py": ["formats/test_find_weights.py", "contracts/test_formats.py"],
@@ -171,6 +171,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "planning/base.py": ["planning/test_planner.py"],
     "planning/calibration.py": ["pipeline/test_calibrated.py"],
     "planning/choices.py": ["planning/test_planner.py"],
+    "planning/keeping.py": ["formats/test_fp8.py"],
     "planning/plan.py": ["planning/test_planner.py"],
     "planning/quantized.py": ["planning/test_planner.py"],
     "planning/shards.py": ["planning/test_planner.py"],
