@@ -31,6 +31,7 @@ __all__ = [
     "dense_weight",
     "family_of",
     "find_weights",
+    "format_named",
     "format_of",
     "stored_as",
     "with_groups",
@@ -76,7 +77,7 @@ def format_of(name: str) -> Format | None:
 
 def stored_as(storage_format: Format) -> str:
     """Name that encoders and weights give the format; `format_of` undoes it."""
-    usual = FORMATS[storage_format.name]
+    usual = format_named(storage_format.name)
     if not isinstance(storage_format, Grouped) or not isinstance(usual, Grouped):
         return storage_format.name
     return grouped_name(storage_format.name, storage_format.group_size, usual.group_size)
@@ -84,7 +85,13 @@ def stored_as(storage_format: Format) -> str:
 
 def family_of(name: str) -> Format | None:
     """The format of which a Weight's `format` says in words how it differs; None where it is only read."""
-    return format_of(name) or FORMATS.get(group_of(name.partition(",")[0])[0])
+    plain = group_of(name.partition(",")[0])[0]
+    return format_of(name) or FORMATS.get(plain) or KEPT.get(plain)
+
+
+def format_named(name: str) -> Format:
+    """The format of an output that has this name."""
+    return FORMATS[name] if name in FORMATS else KEPT[name]
 
 
 def container_of(quant: Format | None) -> Container:
@@ -141,6 +148,9 @@ def _readers() -> tuple[Reader, ...]:
 
 # Storages that are read and not written.
 READERS: tuple[Reader, ...] = (fp4.ModelOptReader(), GptOssReader())
+
+# Formats that a base keeps, and that nothing else is written in.
+KEPT: Mapping[str, Format] = MappingProxyType({f"mlx{bits}": MlxFormat(bits) for bits in (2, 3, 5, 6)})
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {

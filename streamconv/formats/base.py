@@ -387,6 +387,14 @@ class Grouped(Format, Protocol):
 
 
 @runtime_checkable
+class OfTables(Format, Protocol):
+    """A Format whose loaders look rows of an embedding up in quantized storage, too, and take quantized heads."""
+
+    @property
+    def takes_embeddings(self) -> bool: ...
+
+
+@runtime_checkable
 class Mixable(Format, Protocol):
     """A Format whose config can say of each module how it is stored, so that a checkpoint may have several formats."""
 

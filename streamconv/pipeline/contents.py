@@ -12,7 +12,7 @@ from streamconv.adapters.base import TaskHead
 from streamconv.checkpoint.config import edit_config, language_levels
 from streamconv.checkpoint.container import CONFIG
 from streamconv.dtypes import BF16, DENSE, Dtype
-from streamconv.formats import FORMATS, format_of, with_groups
+from streamconv.formats import format_named, format_of, with_groups
 from streamconv.formats.base import Json
 from streamconv.formats.mixed import mixed_quantization
 from streamconv.formats.mlx import config_keys
@@ -221,7 +221,7 @@ def _quantization(prepared: Prepared) -> Json | None:
         by_name = {key: found for key in plan.formats if (found := format_of(key)) is not None}
         formats = {name: by_name[key] for key, names in plan.formats.items() for name in names}
         return mixed_quantization(dtype, formats, plan.skipped)
-    storage_format = with_groups(FORMATS[plan.quant], plan.group_size)
+    storage_format = with_groups(format_named(plan.quant), plan.group_size)
     return storage_format.quantization_config(dtype, plan.quantized, plan.skipped)
 
 
