@@ -107,7 +107,10 @@ def with_end_token(stated: object, token: int) -> list[Any]:
     return [token, *(other for other in others if other != token)]
 
 
-def _forget_quantization(level: dict[str, Any]) -> None:
+def _forget_quantization(level: dict[str, Any], keeps: bool) -> None:
+    """Remove what a config says of quantization, unless it `keeps` that."""
+    if keeps:
+        return
     for key in _QUANTIZATIONS:
         level.pop(key, None)
     if isinstance(level.get("quantization"), dict):  # MLX's
@@ -124,17 +127,18 @@ def edit_config(
     end_token: int | None = None,
     architecture: str | None = None,
     labels: int | None = None,
+    keeps_quantization: bool = False,
 ) -> dict[str, Any]:
     """config.json of the output: key order and unknown keys stay.
 
     `dtype` replaces `dtype`/`torch_dtype` wherever one stands; `quantization` is the new
-    `quantization_config`, None removes it at every level; `vocab_size` is (old, new) rows of the embedding; `end_token`
-    is an id that stands first in every `eos_token_id` there is; `architecture` is the class of the output and `labels`
-    how many it tells apart, None where they are the base's.
+    `quantization_config`, None removes it at every level, unless the output `keeps_quantization`; `vocab_size` is (old,
+    new) rows of the embedding; `end_token` is an id that stands first in every `eos_token_id` there is; `architecture`
+    is the class of the output and `labels` how many it tells apart, None where they are the base's.
     """
     edited = copy.deepcopy(dict(config))
     for level in _levels(edited):
-        _forget_quantization(level)
+        _forget_quantization(level, keeps_quantization)
         for key in ("dtype", "torch_dtype"):
             if dtype is not None and isinstance(level.get(key), str):
                 level[key] = dtype

@@ -22,6 +22,7 @@ from streamconv.formats.base import Marks, Weight, config_says, refusal
 from streamconv.formats.block_scaled import BlockScaledDecoder, Scales, check_tensor
 from streamconv.formats.compressed import METHOD, formats_of, weights_of
 from streamconv.formats.dense import largest_dtype
+from streamconv.formats.undecoded import find_each
 
 _CODE = "F8_E4M3"
 _SCALES = ("weight_scale_inv", "weight_scale")
@@ -42,10 +43,15 @@ _BLOCK = 128
 def find_fp8(free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
     """Weights with scales of either name. Raises CheckpointError where those of one are missing or do not fit."""
     mains = [
-        tensor for name, tensor in free.items() if tensor.dtype.code == _CODE and name.endswith("weight")
+        tensor for name, tensor in free.items() if tensor.dtype.code == _CODE and name.endswith(".weight")
     ]
     dtype = largest_dtype(free, but=(*_SCALES, *ACTIVATIONS))
-    return [_weight(main, free, quantization, dtype) for main in mains]
+    return find_each(
+        [main.name.removesuffix(".weight") for main in mains],
+        lambda module: _weight(free[f"{module}.weight"], free, quantization, dtype),
+        free,
+        "fp8",
+    )
 
 
 def _weight(
@@ -53,12 +59,16 @@ def _weight(
 ) -> Weight:
     module = main.name.removesuffix("weight")
     role = next((role for role in _SCALES if module + role in free), None)
+    if role is None and module + "scale" in free:
+        raise refusal(f"{main.name} is", f"{main.dtype} with another kind of scales beside it (scale)")
     if role is None:
         raise CheckpointError(
             f"{main.name} is {main.dtype}, and has no {' or '.join(_SCALES)} beside it; the checkpoint is incomplete,"
             " download it again"
         )
     scales = free[module + role]
+    if scales.dtype.code in ("F8_E8M0", "U8"):
+        raise refusal(f"{main.name} is", f"{main.dtype} with exponents as scales ({role} is {scales.dtype})")
     rows, columns = _matrix(main)
     block = _block(scales, rows, columns, quantization)
     blocks = (-(-rows // block[0]), -(-columns // block[1]))

@@ -19,6 +19,7 @@ from streamconv.dtypes import DENSE, Dtype
 from streamconv.errors import UnsupportedError
 from streamconv.formats.base import Marks, Weight, config_says, parts_of, refusal, wrong
 from streamconv.formats.block_scaled import BlockScaledDecoder, Scales, check_tensor
+from streamconv.formats.undecoded import find_each
 
 METHOD = "mlx"
 """Name given to a `quantization` that names none itself, as MLX writes it."""
@@ -83,4 +84,4 @@ class MlxReader:
         if quantization.get("quant_method") != METHOD:
             return ()
         modules = [name.removesuffix(".biases") for name in free if name.endswith(".biases")]
-        return [_find_weight(module, free, quantization) for module in modules]
+        return find_each(modules, lambda module: _find_weight(module, free, quantization), free, METHOD)

@@ -44,6 +44,7 @@ from streamconv.formats.base import (
     parts_of,
     wrong,
 )
+from streamconv.formats.undecoded import find_each
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import TableGrid
 
@@ -390,10 +391,14 @@ class PackQuantizedFormat:
     def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """See Format."""
         del quantization  # tensors tell; whether it agrees is checked afterwards
-        names = [name for name in free if name.endswith(f".{MAIN}")]
+        modules = [name.removesuffix(f".{MAIN}") for name in free if name.endswith(f".{MAIN}")]
         with TensorReader() as reader:
-            found = [_find_weight(name, self.name, self.grid, free, reader) for name in names]
-        weights = [weight for weight in found if weight is not None]
+            weights = find_each(
+                modules,
+                lambda module: _find_weight(f"{module}.{MAIN}", self.name, self.grid, free, reader),
+                free,
+                STORAGE,
+            )
         # A scale a row is a group of as many elements as there are columns; where all are, it is one format.
         has_rows = all(
             weight.shape[1] == weight.decoder.grid.block for weight in weights if weight.decoder.grid

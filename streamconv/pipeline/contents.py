@@ -190,6 +190,7 @@ def _config(prepared: Prepared, quantization: Json | None) -> bytes:
             end_token=prepared.end_token,
             architecture=head.architecture if head else None,
             labels=head.labels if head and not head.are_tokens else None,
+            keeps_quantization=plan.keeps_quantization,
         )
     )
 

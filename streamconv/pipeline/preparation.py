@@ -153,8 +153,10 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     processors = notes_on_processors(storage, adapter_storages)
     notes = (*_base_notes(job, base, adapter_storages), *tokenizer.notes, *processors)
     code = custom_code(storage, index.config)
-    copied = files_to_copy(storage, tokenizer, code, job.copy_extra)
-    notes = (*notes, *code.notes(copied))
+    copied = [
+        files_to_copy(storage, tokenizer, code, job.copy_extra, plan.keeps_quantization) for plan in plans
+    ]
+    notes = (*notes, *code.notes(copied[0]))
     main, *also = (
         Prepared(
             replace(job, options=plan.options, also=()),
@@ -162,11 +164,11 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
             adapter_storages,
             adapter,
             replace(plan, notes=(*plan.notes, *notes)),
-            copied,
+            files,
             tokenizer.written,
             tokenizer.end_token,
         )
-        for plan in plans
+        for plan, files in zip(plans, copied, strict=True)
     )
     if is_recorded:
         return main

@@ -18,7 +18,8 @@ from streamconv.planning.ties import find_tie, without_shared_head
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A base checkpoint as the planner sees it. `quantized`: the one format its quantized weights have.
+    """A base checkpoint as the planner sees it. `quantized`: the format its quantized weights have, or the names of
+    several.
 
     `depth`: how its layers were repeated, in `weights` and in the config; `index.tensors` are as they are stored.
     """
@@ -31,16 +32,8 @@ class Base:
 
 
 def read_base(index: CheckpointIndex, weights: Sequence[Weight]) -> Base:
-    """The base of a plan.
-
-    Raises UnsupportedError where its quantized weights are of more than one format, or transposed.
-    """
-    formats = sorted({weight.format for weight in weights if weight.decoder.grid is not None})
-    if len(formats) > 1:
-        raise UnsupportedError(
-            f"{index.storage.location}: its weights are quantized in several formats ({', '.join(formats)}); "
-            "only checkpoints with one are read"
-        )
+    """The base of a plan. Raises UnsupportedError where quantized weights that are decoded are transposed."""
+    formats = sorted({weight.format for weight in weights if weight.is_quantized})
     for weight in weights:
         if weight.decoder.grid is not None and is_conv1d(module_of(weight.name), index.config):
             raise UnsupportedError(
@@ -48,4 +41,4 @@ def read_base(index: CheckpointIndex, weights: Sequence[Weight]) -> Base:
                 "quantized; this is not supported yet, give the 16-bit base model instead"
             )
     by_name = without_shared_head({weight.name: weight for weight in weights}, index.config)
-    return Base(index, by_name, find_tie(by_name, index.config), formats[0] if formats else None)
+    return Base(index, by_name, find_tie(by_name, index.config), " and ".join(formats) or None)

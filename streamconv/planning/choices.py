@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from streamconv.dtypes import DENSE, Dtype
-from streamconv.errors import OptionError, UnsupportedError
+from streamconv.errors import OptionError
 from streamconv.formats import FORMATS, format_of, with_groups
 from streamconv.formats.base import Format, Grouped
 from streamconv.kernels.grids import TableGrid
@@ -31,7 +31,8 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """The output's formats, and where targets and codes come from.
+    """The output's formats, and where targets and codes come from. `passes`: whether what the base has quantized is
+    copied as it is, and its config with it.
 
     `rounding` is for the weights that it can be used for, `rest` for all others; the two differ where it is calibrated,
     which weights outside the decoder layers cannot be.
@@ -45,6 +46,7 @@ class Choices:
     rest: Rounding | None
     rounding_choice: Choice | None
     feedback: FeedbackOptions | None
+    passes: bool = False
 
 
 def choose(facts: Facts, options: MergeOptions) -> Choices:
@@ -54,7 +56,8 @@ def choose(facts: Facts, options: MergeOptions) -> Choices:
     _check_calibration(options, quant)
     source = merge_base or (format_of(facts.quantized) if facts.quantized else None)
     if quant is None:
-        return Choices(None, dtype, merge_base, target, None, None, None, None)
+        passes = passes_through(facts, options)
+        return Choices(None, dtype, merge_base, target, None, None, None, None, passes)
     rest, rest_choice = _without_text(facts, source, quant)
     rounding, choice = _resolve_rounding(options, rest, rest_choice)
     if options.calibration is None:
@@ -127,10 +130,8 @@ def resolve_quant(facts: Facts, options: MergeOptions) -> tuple[Format | None, D
         kept = format_of(facts.quantized)
         if kept is not None:
             return with_groups(kept, options.group_size), dtype
-        raise UnsupportedError(
-            f"{facts.location}: its weights are {facts.quantized}, which is read but not written; choose "
-            f"--quant none or one of {', '.join(FORMATS)}"
-        )
+        _check_passes(facts, options)
+        return None, None
     if name in ("keep", "none"):
         if options.group_size is not None:
             raise OptionError(
@@ -145,9 +146,34 @@ def resolve_quant(facts: Facts, options: MergeOptions) -> tuple[Format | None, D
     return with_groups(FORMATS[name], options.group_size), dtype
 
 
+def passes_through(facts: Facts, options: MergeOptions) -> bool:
+    """Whether what the base has quantized is copied as it is: it is kept, and not in the one format that is written."""
+    is_kept = options.quant.lower() == "keep" and facts.quantized is not None
+    return is_kept and format_of(facts.quantized or "") is None
+
+
+def _check_passes(facts: Facts, options: MergeOptions) -> None:
+    """Raise OptionError for what would change weights that are copied as they are."""
+    asked = {
+        f"--dtype {options.dtype}": options.dtype.lower() != "auto",
+        f"--group-size {options.group_size}": options.group_size is not None,
+    }
+    for option, is_asked in asked.items():
+        if is_asked:
+            raise OptionError(
+                f"{option} does not fit: {facts.location} is {facts.quantized}, which is not written, so that what no "
+                "update touches is copied as it is; leave the option out, or choose another --quant than keep"
+            )
+
+
 def _resolve_target(facts: Facts, options: MergeOptions) -> tuple[Format | None, Choice]:
     name = options.merge_base.lower()
     if name in ("original", facts.quantized):
+        if passes_through(facts, options):
+            return None, Choice(
+                "T",
+                "the update is added to weights that the base has in 16 bit; the others stay as they are stored",
+            )
         if facts.quantized:
             return None, Choice(
                 "T", f"the base is {facts.quantized}, so the update is added to what it dequantizes to"

@@ -259,7 +259,8 @@ class Plan:
     `memory` is what its own pass needs; `passes` are those before it, in their order, none before a job is prepared.
     `calibration` tells of the text that some of these go by, None where there is none. `depth` is None where the output
     has the layers of the base. `notes` are sentences on what a merge leaves out, replaces or chooses, for people.
-    `members` are the adapters where there are several, or one that is weighed.
+    `members` are the adapters where there are several, or one that is weighed. `keeps_quantization`: whether the base's
+    settings of its quantization, in config.json and beside it, are those of the output.
     """
 
     options: MergeOptions
@@ -287,6 +288,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     members: tuple[Member, ...] = ()
     head: TaskHead | None = None
+    keeps_quantization: bool = False
 
     @property
     def size(self) -> int:

@@ -21,9 +21,10 @@ from streamconv.planning.devices import Device
 from streamconv.planning.fingerprint import fingerprint
 from streamconv.planning.memory import plan_memory
 from streamconv.planning.options import MergeOptions
+from streamconv.planning.passing import check_passes, notes_on_passed
 from streamconv.planning.plan import CalibrationPlan, Memory, Plan, ShardPlan
 from streamconv.planning.quantized import QuantizedSet, choose_quantized, with_group_size
-from streamconv.planning.shards import as_stored_shards, split_steps
+from streamconv.planning.shards import as_stored_shards, metadata_of, split_steps
 from streamconv.planning.steps import plan_steps
 from streamconv.planning.ties import check_unknown_tie
 from streamconv.planning.unmerged import notes_on_factors
@@ -102,6 +103,7 @@ def _draft(
         )
     options = with_group_size(base, weights, replaces, options)
     choices = choose(facts_of(base, adapter), options)
+    check_passes(base, weights, updates, adapter, choices, options)
     chosen = choose_quantized(base, weights, replaces, choices, options)
     within = facts.weights if facts is not None and choices.feedback is not None else frozenset()
     equalization = plan_equalization(base, weights, chosen, options, facts)
@@ -113,7 +115,9 @@ def _draft(
         assert facts is not None
         calibration = plan_calibration(by_weight, options, choices.feedback, equalization, facts)
     of_head = adapter.head.parameters if adapter is not None and adapter.head is not None else ()
-    shards = as_stored_shards(base.index, lay_out(split_steps(base, by_weight, choices, options)))
+    steps = split_steps(base, by_weight, choices, options)
+    metadata = [metadata_of(base.index, each) for each in steps] if choices.passes else None
+    shards = as_stored_shards(base.index, lay_out(steps, metadata))
     return _Draft(options, choices, calibration, chosen, shards, _new_vocabulary(base, weights, of_head))
 
 
@@ -144,7 +148,12 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
         fingerprint=fingerprint(
             base.index, adapter, options, choices.rounding_choice, draft.calibration, device, shards
         ),
-        notes=(*notes_on_factors(base.index), *(adapter.notes if adapter else ())),
+        notes=(
+            *notes_on_factors(base.index),
+            *(adapter.notes if adapter else ()),
+            *notes_on_passed(base, choices, shards),
+        ),
+        keeps_quantization=choices.passes,
         members=adapter.members if adapter else (),
     )
 

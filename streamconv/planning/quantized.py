@@ -71,7 +71,7 @@ def _left_out(
         return (*options.ignore, *DEFAULT_IGNORE), frozenset(whole)
     # What it leaves in 16 bit stays so, what it quantizes does too.
     modules = {name: module_of(name) for name in base.weights}
-    packed = {modules[name] for name, weight in base.weights.items() if weight.format == base.quantized}
+    packed = {modules[name] for name, weight in base.weights.items() if weight.is_quantized}
     return options.ignore, frozenset(whole | set(modules.values()) - packed)  # its bias is not packed
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from streamconv.checkpoint.index import CheckpointIndex
-from streamconv.checkpoint.layout import Placed, split_by_size
+from streamconv.checkpoint.layout import PLAIN_METADATA, Placed, split_by_size
+from streamconv.checkpoint.strict_json import shown
+from streamconv.errors import UnsupportedError
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
 from streamconv.planning.options import MergeOptions
@@ -20,7 +22,8 @@ def split_steps(
 ) -> list[list[Step]]:
     """Steps by shard: the base's own shards where the output stores the same tensors, else filled up to a limit."""
     is_recoded = choices.quant is not None or base.quantized is not None
-    if options.max_shard_bytes is not None or is_recoded or base.depth is not None:
+    keeps_files = choices.passes or not is_recoded
+    if options.max_shard_bytes is not None or not keeps_files or base.depth is not None:
         return split_by_size(by_weight, options.max_shard_bytes or DEFAULT_SHARD_BYTES)
     shard_of = {name: tensor.file.name for name, tensor in base.index.tensors.items()}
     shards: dict[str, list[Step]] = {shard.file.name: [] for shard in base.index.shards}
@@ -28,6 +31,24 @@ def split_steps(
     for step in (step for steps in by_weight for step in steps):
         shards[shard_of.get(step.name, last)].append(step)
     return [steps for steps in shards.values() if steps]
+
+
+def metadata_of(index: CheckpointIndex, steps: Sequence[Step]) -> Mapping[str, str]:
+    """Metadata of the files of the base that a shard's tensors come from: it may say what those are (torchao).
+
+    Raises UnsupportedError where files say different things.
+    """
+    names = {step.name for step in steps}
+    files = {tensor.file for name, tensor in index.tensors.items() if name in names}
+    found: dict[str, str] = {}
+    for shard in index.shards:
+        for key, value in shard.metadata.items() if shard.file in files else ():
+            if found.setdefault(key, value) != value:
+                raise UnsupportedError(
+                    f"{shard.file.name}: {shown(key)} in the header is not what other shards have there, so that they "
+                    "cannot be split otherwise; leave --max-shard-size out"
+                )
+    return found or PLAIN_METADATA
 
 
 def as_stored_shards(index: CheckpointIndex, shards: Sequence[ShardPlan]) -> tuple[ShardPlan, ...]:

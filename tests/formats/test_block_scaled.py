@@ -19,7 +19,7 @@ import streamconv
 from streamconv.errors import CheckpointError, UnsupportedError
 from streamconv.formats import find_weights
 from streamconv.formats.gpt_oss import ExpertsTurned
-from tests.formats.stored import W, decoded, normal, only_weight, write
+from tests.formats.stored import W, decode_every_weight, decoded, normal, only_weight, write
 from tests.models import Sizes, write_adapter, write_base
 from tests.tiny import edit_json, read_tensors
 
@@ -142,7 +142,7 @@ def test_bits_that_mlx_packs_across_words_are_refused(tmp_path: Path) -> None:
     }
     index = write(tmp_path, tensors, {"quantization": {"group_size": 64, "bits": 3}})
     with pytest.raises(UnsupportedError, match="3 bits in groups of 64"):
-        find_weights(index)
+        decode_every_weight(index)
 
 
 def test_experts_of_gpt_oss_are_those_of_transformers(tmp_path: Path) -> None:

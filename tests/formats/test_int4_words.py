@@ -237,8 +237,11 @@ def test_a_base_in_activation_order_is_merged_from_what_it_decodes_to(tmp_path: 
         groups = put[f"{module}.g_idx"].numpy()
         expected = words.dequantized(codes, zeros, tensors[f"{module}.scales"], groups)
         assert torch.equal(found[f"{module}.weight"], expected)
+    streamconv.convert(tmp_path / "packed", tmp_path / "kept", quant="keep")
+    assert (tmp_path / "kept" / "model.safetensors").read_bytes() == file.read_bytes()
+    adapter = write_adapter(tmp_path / "adapter", SIZES.shapes, targets=("q_proj",))
     with pytest.raises(UnsupportedError, match="in activation order, which is read but not written"):
-        streamconv.convert(tmp_path / "packed", tmp_path / "kept", quant="keep")
+        streamconv.merge(tmp_path / "packed", adapter, tmp_path / "merged", quant="keep")
     streamconv.convert(tmp_path / "packed", tmp_path / "nf4", quant="nf4")
 
 

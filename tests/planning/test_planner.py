@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import streamconv
+from streamconv.dtypes import BF16
 from streamconv.errors import OptionError, UnsupportedError
 from streamconv.pipeline import Job, Prepared, merge_options, prepare
 from streamconv.pipeline.shown import plan_as_text
@@ -312,14 +313,20 @@ def test_other_block_sizes_are_read_but_not_written(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     parts = {f"{name}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
     write_tensors(tmp_path / "base", {name: packed, **parts}, {"model_type": "llama"}, 1)
+    write_adapter(tmp_path / "adapter", {name: (64, 128)}, targets=("q_proj",))
     with pytest.raises(UnsupportedError, match=r"base: its weights are nf4, blocksize 128, .* --quant none"):
-        plan_of(tmp_path, "base", None)
+        plan_of(tmp_path, "base")
+    kept = plan_of(tmp_path, "base", None)
+    assert all(isinstance(step, Copy) for step in steps(kept).values())
+    assert kept.shards[0].same_as is not None
     plan = plan_of(tmp_path, "base", None, quant="nf4")
     assert plan.rounding is not None
     assert plan.rounding.reason == "the target does not lie on the nf4 grid"
 
 
-def test_two_quantizations_in_one_base_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_two_quantizations_in_one_base_are_copied_or_decoded_and_none_is_written(
+    folder: Path, tmp_path: Path
+) -> None:
     streamconv.convert(folder / "nf4", tmp_path / "base", max_shard_size="1GB")
     streamconv.convert(folder / "nf4-dq", tmp_path / "other", max_shard_size="1GB")
     mixed = {
@@ -328,8 +335,13 @@ def test_two_quantizations_in_one_base_are_refused(folder: Path, tmp_path: Path)
         if name.startswith(Q_PROJ)
     }
     edit_tensors(tmp_path / "base" / "model.safetensors", put=mixed)
-    with pytest.raises(UnsupportedError, match=r"base: .*several formats \(nf4, nf4-dq\)"):
-        plan_of(tmp_path, "base", None)
+    write_adapter(tmp_path / "adapter", SIZES.shapes, targets=("q_proj",))
+    with pytest.raises(UnsupportedError, match=r"base: its weights are nf4-dq, .*changes .*q_proj\.weight"):
+        plan_of(tmp_path, "base")
+    assert all(isinstance(step, Copy) for step in steps(plan_of(tmp_path, "base", None)).values())
+    dense = plan_of(tmp_path, "base", quant="none")
+    assert not dense.keeps_quantization
+    assert {spec.dtype for step in steps(dense).values() for spec in step.specs} == {BF16}
 
 
 def test_quantizing_nothing_is_refused(folder: Path) -> None:
