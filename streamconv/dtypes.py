@@ -1,7 +1,7 @@
-"""The one table of element types: safetensors code, torch dtype, bytes per item.
+"""The one table of element types: safetensors code, torch dtype, bits per item.
 
-Codes are those of the safetensors format (`safetensors/src/tensor.rs`, enum `Dtype`). Sub-byte types
-(F4, F6) have no whole number of bytes per item and are left out: a header that uses them is refused.
+Codes are those of the safetensors format (`safetensors/src/tensor.rs`, enum `Dtype`). Of types smaller than a byte (F4,
+F6), as of others for which torch has none, a tensor is known by its bytes alone, and copied.
 """
 
 from __future__ import annotations
@@ -18,11 +18,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Dtype:
-    """An element type of a stored tensor. `name` is how config.json spells it (`bfloat16`)."""
+    """An element type of a stored tensor. `name` is how config.json spells it (`bfloat16`).
+
+    `bits` of an element; where they are no whole bytes, `itemsize` is 1, and `torch` is that of the bytes.
+    """
 
     code: str
     torch: torch.dtype
     itemsize: int
+    bits: int
+
+    def nbytes(self, elements: int) -> int:
+        """Bytes of so many elements, the last one filled up."""
+        return -(-elements * self.bits // 8)
 
     @property
     def name(self) -> str:
@@ -38,7 +46,7 @@ class Dtype:
 
 DTYPES: Mapping[str, Dtype] = MappingProxyType(
     {
-        code: Dtype(code, dtype, dtype.itemsize)
+        code: Dtype(code, dtype, dtype.itemsize, 8 * dtype.itemsize)
         for code, dtype in {
             "BOOL": torch.bool,
             "U8": torch.uint8,
@@ -46,6 +54,8 @@ DTYPES: Mapping[str, Dtype] = MappingProxyType(
             "F8_E4M3": torch.float8_e4m3fn,
             "F8_E5M2": torch.float8_e5m2,
             "F8_E8M0": torch.float8_e8m0fnu,
+            "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+            "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
             "U16": torch.uint16,
             "I16": torch.int16,
             "F16": torch.float16,
@@ -59,6 +69,10 @@ DTYPES: Mapping[str, Dtype] = MappingProxyType(
             "C64": torch.complex64,
         }.items()
     }
+)
+# Elements that are no whole bytes: their tensors are copied, and never looked into.
+PACKED: Mapping[str, Dtype] = MappingProxyType(
+    {code: Dtype(code, torch.uint8, 1, bits) for code, bits in {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}.items()}
 )
 
 U8, I8, I16, I32, U32, I64 = (DTYPES[code] for code in ("U8", "I8", "I16", "I32", "U32", "I64"))

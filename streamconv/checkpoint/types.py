@@ -26,7 +26,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.dtype.nbytes(math.prod(self.shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.dtype.nbytes(math.prod(self.shape))
 
     @property
     def spec(self) -> TensorSpec:
