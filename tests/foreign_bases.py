@@ -80,7 +80,7 @@ def hqq(rows: int, columns: int) -> Tensors:
         "scale": ("BF16", (rows * columns // 64, 1)),
         "zero": ("BF16", (rows * columns // 64, 1)),
         "shape": ("I64", (2,)),
-        **{name: ("I32", ()) for name in scalars},
+        **dict.fromkeys(scalars, ("I32", ())),
     }
 
 
@@ -302,10 +302,22 @@ FOREIGN: Mapping[str, Foreign] = {
     ),
 }
 
+# A format that is written, too.
+WRITTEN: Mapping[str, Foreign] = {
+    "int4 of symmetric settings": Foreign(
+        lambda rows, columns: {
+            "weight_packed": ("I32", (rows, columns // 8)),
+            "weight_scale": ("BF16", (rows, columns // 32)),
+            "weight_shape": ("I64", (2,)),
+        },
+        {"text_config": {"model_type": "llama", **packed(4, symmetric=True)}},
+    ),
+}
+
 
 def write_foreign(folder: Path, name: str, *, shards: int = 2) -> Path:
     """A base of a format, over `shards` files."""
-    foreign = FOREIGN[name]
+    foreign = {**FOREIGN, **WRITTEN}[name]
     kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
     for parameter, shape in SIZES.shapes.items():
         module = parameter.removesuffix(".weight")

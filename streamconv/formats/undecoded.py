@@ -62,7 +62,7 @@ def undecoded_weight(name: str, tensors: Iterable[StoredTensor], kind: str, reas
     main = max(parts, key=lambda role: parts[role].nbytes)
     found = parts[main]
     decoder = UndecodedDecoder(name, reason, main, matrix_shape(found.shape)[0], found.nbytes)
-    format_name = f"{kind}, not decoded"
+    format_name = f"{kind} (not decoded)"
     return Weight(name, found.shape, found.dtype, format_name, decoder, parts, undecoded=reason)
 
 

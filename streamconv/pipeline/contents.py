@@ -38,7 +38,7 @@ def generated_files(
     plan, base = prepared.plan, prepared.base
     quantization = _quantization(prepared)
     loaded = {**prepared.written, RECIPE: _recipe(prepared), CONFIG: _config(prepared, quantization)}
-    if plan.quant in QUANTIZATION_COPIES:
+    if plan.quant in QUANTIZATION_COPIES and not plan.keeps_quantization:
         loaded[QUANTIZATION_COPIES[plan.quant]] = _as_json(quantization)
     told = residual.as_json() if residual else None
     if residual is not None:
@@ -202,9 +202,9 @@ def _vocabulary(head: TaskHead | None, config: Mapping[str, Any]) -> tuple[int, 
 
 
 def _quantization(prepared: Prepared) -> Json | None:
-    """The output's `quantization_config`; None where it is dense."""
+    """The output's `quantization_config`; None where it is dense, or the base's own stays."""
     plan = prepared.plan
-    if plan.quant is None:
+    if plan.quant is None or plan.keeps_quantization:
         return None
     storage_format = with_groups(FORMATS[plan.quant], plan.group_size)
     return storage_format.quantization_config(_compute_dtype(prepared), plan.quantized, plan.skipped)

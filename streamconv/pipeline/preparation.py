@@ -84,7 +84,8 @@ class Prepared:
         """Names of the small files the run writes beside the weights, in the order they appear."""
         index = (INDEX,) if len(self.plan.shards) > 1 else ()
         card = ("README.md",) if self.job.card else ()
-        copies = (QUANTIZATION_COPIES[self.plan.quant],) if self.plan.quant in QUANTIZATION_COPIES else ()
+        is_copied = self.plan.keeps_quantization or self.plan.quant not in QUANTIZATION_COPIES
+        copies = () if is_copied else (QUANTIZATION_COPIES[self.plan.quant],)
         residual = (RESIDUAL_CONFIG,) if self.plan.residual_rank else ()
         return (*self.written, *residual, *index, *card, RECIPE, MANIFEST, *copies, CONFIG)
 

@@ -157,6 +157,8 @@ def _check_passes(facts: Facts, options: MergeOptions) -> None:
     asked = {
         f"--dtype {options.dtype}": options.dtype.lower() != "auto",
         f"--group-size {options.group_size}": options.group_size is not None,
+        f"--rounding {options.rounding}": options.rounding.lower() != "auto",
+        "--calibration": options.calibration is not None,
     }
     for option, is_asked in asked.items():
         if is_asked:

@@ -21,7 +21,7 @@ from streamconv.planning.devices import Device
 from streamconv.planning.fingerprint import fingerprint
 from streamconv.planning.memory import plan_memory
 from streamconv.planning.options import MergeOptions
-from streamconv.planning.passing import check_passes, notes_on_passed
+from streamconv.planning.passing import check_passes, keeps_quantization, notes_on_passed
 from streamconv.planning.plan import CalibrationPlan, Memory, Plan, ShardPlan
 from streamconv.planning.quantized import QuantizedSet, choose_quantized, with_group_size
 from streamconv.planning.shards import as_stored_shards, metadata_of, split_steps
@@ -103,7 +103,7 @@ def _draft(
         )
     options = with_group_size(base, weights, replaces, options)
     choices = choose(facts_of(base, adapter), options)
-    check_passes(base, weights, updates, adapter, choices, options)
+    check_passes(base, weights, updates, adapter, choices)
     chosen = choose_quantized(base, weights, replaces, choices, options)
     within = facts.weights if facts is not None and choices.feedback is not None else frozenset()
     equalization = plan_equalization(base, weights, chosen, options, facts)
@@ -153,7 +153,7 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
             *(adapter.notes if adapter else ()),
             *notes_on_passed(base, choices, shards),
         ),
-        keeps_quantization=choices.passes,
+        keeps_quantization=keeps_quantization(base, adapter, choices, options, shards),
         members=adapter.members if adapter else (),
     )
 

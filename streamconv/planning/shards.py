@@ -36,18 +36,22 @@ def split_steps(
 def metadata_of(index: CheckpointIndex, steps: Sequence[Step]) -> Mapping[str, str]:
     """Metadata of the files of the base that a shard's tensors come from: it may say what those are (torchao).
 
-    Raises UnsupportedError where files say different things.
+    Raises UnsupportedError where it is of more tensors than the shard has.
     """
     names = {step.name for step in steps}
-    files = {tensor.file for name, tensor in index.tensors.items() if name in names}
+    files = {tensor.file: True for name, tensor in index.tensors.items() if name in names}
+    for name, tensor in index.tensors.items():
+        if tensor.file in files and name not in names:
+            files[tensor.file] = False
     found: dict[str, str] = {}
     for shard in index.shards:
-        for key, value in shard.metadata.items() if shard.file in files else ():
-            if found.setdefault(key, value) != value:
-                raise UnsupportedError(
-                    f"{shard.file.name}: {shown(key)} in the header is not what other shards have there, so that they "
-                    "cannot be split otherwise; leave --max-shard-size out"
-                )
+        of_tensors = shard.metadata.keys() - PLAIN_METADATA.keys() if shard.file in files else ()
+        if of_tensors and not (files[shard.file] and len(files) == 1):
+            raise UnsupportedError(
+                f"{shard.file.name}: {shown(min(of_tensors))} and more in its header tell of the tensors in it, so that"
+                " they stay in one file; leave --max-shard-size out"
+            )
+        found |= shard.metadata if shard.file in files else {}
     return found or PLAIN_METADATA
 
 

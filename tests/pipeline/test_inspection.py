@@ -111,7 +111,7 @@ def test_inspection_refuses_what_cannot_be_read(base: Path, tmp_path: Path) -> N
         streamconv.inspect(tmp_path / "nowhere")
     streamconv.convert(base, tmp_path / "out")
     edit_json(tmp_path / "out" / "config.json", quantization_config={"quant_method": "hqq"})
-    assert streamconv.inspect(tmp_path / "out")["quantization"] == "hqq, not decoded"
+    assert streamconv.inspect(tmp_path / "out")["quantization"] == "hqq (not decoded)"
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("[]")
     with pytest.raises(AdapterError, match=r"adapter_config\.json must hold a JSON object"):

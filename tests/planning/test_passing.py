@@ -1,21 +1,25 @@
-"""What no update touches goes through as it is, whatever its format; what is not decoded is refused where it changes."""
+"""What no update touches goes through as it is, whatever its format; what cannot be decoded may not change."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import streamconv
-from streamconv.errors import InputError, OptionError, UnsupportedError
+from streamconv.errors import OptionError, UnsupportedError
+from streamconv.pipeline import Job, prepare
+from streamconv.pipeline.shown import plan_as_text
+from streamconv.planning.options import MergeOptions
 from tests.foreign_bases import FOREIGN, SIZES, Raw, read_raw, write_foreign
 from tests.models import write_adapter
-from tests.tiny import edit_json, read_tensors
+from tests.tiny import read_tensors
 
 ATTENTION = re.compile(r".+\.(q_proj|v_proj)\.weight")
 SETTINGS = ("quantization_config", "quantization", "text_config", "expert_dtype")
@@ -69,3 +73,145 @@ def test_without_an_update_every_byte_stays(name: str, tmp_path: Path) -> None:
     streamconv.convert(base, out, device="cpu")
     for path in base.glob("*.safetensors"):
         assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+DECODED = ("deepseek fp8", "gpt-oss mxfp4", "nvfp4", "nvfp4 of modelopt")
+UNDECODED = [name for name in FOREIGN if name not in DECODED]
+UP = "model.layers.0.mlp.up_proj.weight"
+REMEDY = re.compile(r"give the 16-bit base model instead$|choose --quant none or one of ")
+
+
+@pytest.mark.parametrize("name", [name for name in FOREIGN if name != "gpt-oss mxfp4"])
+def test_what_is_not_written_is_refused_by_name_where_an_update_touches_it(name: str, tmp_path: Path) -> None:
+    base = write_foreign(tmp_path / "base", name)
+    touching = write_adapter(tmp_path / "adapter", SIZES.shapes, targets=("up_proj",))
+    with pytest.raises(UnsupportedError) as caught:
+        streamconv.merge(base, touching, tmp_path / "out", device="cpu")
+    assert UP in str(caught.value)
+    assert ("not decoded" in str(caught.value)) is (name in UNDECODED)
+    assert REMEDY.search(str(caught.value))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", UNDECODED)
+def test_what_cannot_be_decoded_is_refused_by_name_where_it_would_have_to(
+    name: str, adapter: Path, tmp_path: Path
+) -> None:
+    base = write_foreign(tmp_path / "base", name)
+    for quant in ("none", "nf4", "bfloat16"):
+        with pytest.raises(UnsupportedError, match=r"layers\.0\.mlp\.gate_proj\.weight has to be decoded"):
+            streamconv.merge(base, adapter, tmp_path / "out", quant=quant, device="cpu")
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_what_can_be_decoded_is_where_it_is_asked_for(name: str, adapter: Path, tmp_path: Path) -> None:
+    base, out = write_foreign(tmp_path / "base", name), tmp_path / "out"
+    (base / "hf_quant_config.json").write_text("{}")
+    streamconv.merge(base, adapter, out, also=["none"], device="cpu")
+    assert (out / "hf_quant_config.json").is_file()
+    assert not (out / "none" / "hf_quant_config.json").exists()
+    assert "quantization_config" not in json.loads((out / "none" / "config.json").read_text())
+    types = {kind for each in files(out / "none").values() for kind, _, _ in each.tensors.values()}
+    assert types <= {"BF16", "F32"}
+
+
+@pytest.mark.parametrize(
+    "given", [{"dtype": "float16"}, {"group_size": 32}, {"rounding": "nearest"}, {"calibration": "text.txt"}]
+)
+def test_options_that_would_change_what_is_copied_are_refused(
+    given: dict[str, Any], adapter: Path, tmp_path: Path
+) -> None:
+    base = write_foreign(tmp_path / "base", "hqq")
+    (tmp_path / "text.txt").write_text("some words\n" * 99)
+    with pytest.raises(OptionError, match=r"does not fit: .*hqq \(not decoded\), which is not written"):
+        streamconv.merge(base, adapter, tmp_path / "out", device="cpu", **given)
+
+
+def test_what_runs_or_measures_a_model_refuses_by_name(adapter: Path, tmp_path: Path) -> None:
+    base = write_foreign(tmp_path / "base", "hqq")
+    text = tmp_path / "text.txt"
+    text.write_text("some words\n" * 99)
+    runs: list[Callable[[], object]] = [
+        lambda: streamconv.evaluate(base, data=text, device="cpu"),
+        lambda: streamconv.evaluate(base=base, adapter=adapter, data=text, device="cpu"),
+        lambda: streamconv.analyze(base, adapter, device="cpu"),
+        lambda: streamconv.compare(base, adapter, tmp_path / "compared", data=text, device="cpu"),
+        lambda: streamconv.extract(base, base, tmp_path / "extracted", device="cpu"),
+    ]
+    for run in runs:
+        with pytest.raises(
+            UnsupportedError, match=r"mlp\.gate_proj\.weight .*checkpoint is hqq, .*16-bit base"
+        ):
+            run()
+
+
+def test_files_whose_headers_tell_of_their_tensors_are_not_split_otherwise(
+    adapter: Path, tmp_path: Path
+) -> None:
+    base = write_foreign(tmp_path / "base", "torchao")
+    with pytest.raises(
+        UnsupportedError, match=r"in its header tell of the tensors .* leave --max-shard-size"
+    ):
+        streamconv.merge(base, adapter, tmp_path / "out", max_shard_size="20KB", device="cpu")
+    other = write_foreign(tmp_path / "other", "mlx, 3 bit")
+    streamconv.merge(other, adapter, tmp_path / "out", max_shard_size="20KB", device="cpu")
+    assert len(files(tmp_path / "out")) > 2
+    assert {each.metadata["format"] for each in files(tmp_path / "out").values()} == {"mlx"}
+
+
+def test_the_plan_and_the_card_say_what_is_copied(adapter: Path, tmp_path: Path) -> None:
+    base, out = write_foreign(tmp_path / "base", "hqq"), tmp_path / "out"
+    job = Job(str(base), str(adapter), MergeOptions(), "cpu")
+    told = "60 tensors of quantized weights (hqq (not decoded)) are copied byte for byte"
+    assert any(told in note for note in prepare(job).plan.notes)
+    assert "60 tensors" in plan_as_text(prepare(job))
+    streamconv.merge(base, adapter, out, device="cpu")
+    assert "are copied byte for byte, not decoded" in (out / "README.md").read_text()
+    assert streamconv.verify(out, full=True, base=base, adapter=adapter).exact
+
+
+def test_rotated_weights_are_copied_and_not_one_may_change(adapter: Path, tmp_path: Path) -> None:
+    base = write_foreign(tmp_path / "base", "nvfp4")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] |= {
+        "format": "pack-quantized",
+        "transform_config": {"config_groups": {"u": {}}},
+    }
+    (base / "config.json").write_text(json.dumps(config))
+    streamconv.convert(base, tmp_path / "kept", device="cpu")
+    assert all(
+        (tmp_path / "kept" / path.name).read_bytes() == path.read_bytes()
+        for path in base.glob("*.safetensors")
+    )
+    with pytest.raises(UnsupportedError, match=r"q_proj\.weight, which is not decoded.*rotated"):
+        streamconv.merge(base, adapter, tmp_path / "out", device="cpu")
+
+
+def test_a_whole_module_in_place_of_a_quantized_one_is_refused(tmp_path: Path) -> None:
+    base = write_foreign(tmp_path / "base", "hqq")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    saved = {f"base_model.model.{UP}": torch.zeros(SIZES.inner, SIZES.hidden)}
+    factors = {
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{factor}.weight": torch.zeros(shape)
+        for factor, shape in {"A": (4, SIZES.hidden), "B": (SIZES.hidden, 4)}.items()
+    }
+    save_file(saved | factors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["up_proj"]}))
+    with pytest.raises(UnsupportedError, match=UP):
+        streamconv.merge(base, folder, tmp_path / "out", device="cpu")
+
+
+def test_a_config_that_was_compared_with_its_weights_stays_where_these_do(
+    adapter: Path, tmp_path: Path
+) -> None:
+    """Kimi's INT4: symmetric, its settings with those of the text model."""
+    base = write_foreign(tmp_path / "base", "int4 of symmetric settings")
+    streamconv.merge(base, adapter, tmp_path / "out", device="cpu")
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "out")]
+    assert configs[0] == configs[1]
+    touching = write_adapter(tmp_path / "mlp", SIZES.shapes, targets=("up_proj",))
+    streamconv.merge(base, touching, tmp_path / "mlp-out", device="cpu")
+    config = json.loads((tmp_path / "mlp-out" / "config.json").read_text())
+    assert config["quantization_config"]["format"] == "pack-quantized"
