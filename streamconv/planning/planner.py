@@ -116,7 +116,7 @@ def _draft(
         calibration = plan_calibration(by_weight, options, choices.feedback, equalization, facts)
     of_head = adapter.head.parameters if adapter is not None and adapter.head is not None else ()
     steps = split_steps(base, by_weight, choices, options)
-    metadata = [metadata_of(base.index, each) for each in steps] if choices.passes else None
+    metadata = metadata_of(base.index, steps) if choices.passes else None
     shards = as_stored_shards(base.index, lay_out(steps, metadata))
     return _Draft(options, choices, calibration, chosen, shards, _new_vocabulary(base, weights, of_head))
 

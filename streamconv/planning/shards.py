@@ -13,6 +13,7 @@ from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Copy, ShardPlan, Step
+from streamconv.storage.base import SourceFile
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -33,26 +34,36 @@ def split_steps(
     return [steps for steps in shards.values() if steps]
 
 
-def metadata_of(index: CheckpointIndex, steps: Sequence[Step]) -> Mapping[str, str]:
-    """Metadata of the files of the base that a shard's tensors come from: it may say what those are (torchao).
+def metadata_of(index: CheckpointIndex, shards: Sequence[Sequence[Step]]) -> list[Mapping[str, str]]:
+    """Metadata for each shard: that of the files of the base that its tensors come from, as it may say what those are.
 
-    Raises UnsupportedError where it is of more tensors than the shard has.
+    Raises UnsupportedError where it tells of tensors (as torchao's does), and the shard has others than the file.
     """
-    names = {step.name for step in steps}
-    files = {tensor.file: True for name, tensor in index.tensors.items() if name in names}
-    for name, tensor in index.tensors.items():
-        if tensor.file in files and name not in names:
-            files[tensor.file] = False
-    found: dict[str, str] = {}
-    for shard in index.shards:
-        of_tensors = shard.metadata.keys() - PLAIN_METADATA.keys() if shard.file in files else ()
-        if of_tensors and not (files[shard.file] and len(files) == 1):
-            raise UnsupportedError(
-                f"{shard.file.name}: {shown(min(of_tensors))} and more in its header tell of the tensors in it, so that"
-                " they stay in one file; leave --max-shard-size out"
-            )
-        found |= shard.metadata if shard.file in files else {}
-    return found or PLAIN_METADATA
+    names = _names_by_file(index)
+    file_of = {name: tensor.file for name, tensor in index.tensors.items()}
+    found: list[Mapping[str, str]] = []
+    for steps in shards:
+        own = {step.name for step in steps}
+        files = {file_of[name] for name in own if name in file_of}
+        metadata: dict[str, str] = {}
+        for shard in (shard for shard in index.shards if shard.file in files):
+            told = shard.metadata.keys() - PLAIN_METADATA.keys()
+            if told and (len(files) > 1 or not names[shard.file] <= own):
+                raise UnsupportedError(
+                    f"{shard.file.name}: {shown(min(told))} and more in its header tell of the tensors in it, so that "
+                    "they stay in one file; leave --max-shard-size out"
+                )
+            metadata |= shard.metadata
+        found.append(metadata or PLAIN_METADATA)
+    return found
+
+
+def _names_by_file(index: CheckpointIndex) -> Mapping[SourceFile, set[str]]:
+    """Names of the tensors in each file of the base."""
+    names = {shard.file: set[str]() for shard in index.shards}
+    for tensor in index.tensors.values():
+        names[tensor.file].add(tensor.name)
+    return names
 
 
 def as_stored_shards(index: CheckpointIndex, shards: Sequence[ShardPlan]) -> tuple[ShardPlan, ...]:
@@ -61,9 +72,7 @@ def as_stored_shards(index: CheckpointIndex, shards: Sequence[ShardPlan]) -> tup
     Such a shard can share the file's blocks on disk, and on the Hub, which knows files by their hash.
     """
     stored = {shard.file: shard for shard in index.shards}
-    names = {file: set[str]() for file in stored}
-    for tensor in index.tensors.values():
-        names[tensor.file].add(tensor.name)
+    names = _names_by_file(index)
 
     def as_stored(shard: ShardPlan) -> ShardPlan:
         copies = [placed.step for placed in shard.steps if isinstance(placed.step, Copy)]
