@@ -16,7 +16,7 @@ from typing import Any
 from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.dtypes import DENSE, Dtype
-from streamconv.errors import UnsupportedError
+from streamconv.errors import CheckpointError, UnsupportedError
 from streamconv.formats.base import Marks, Weight, config_says, parts_of, refusal, wrong
 from streamconv.formats.block_scaled import BlockScaledDecoder, Scales, check_tensor
 from streamconv.formats.undecoded import find_each
@@ -39,7 +39,12 @@ def _find_weight(module: str, free: Mapping[str, StoredTensor], quantization: Ma
     own = quantization.get(module)
     settings = {**quantization, **own} if isinstance(own, Mapping) else quantization
     bits, group = settings.get("bits"), settings.get("group_size")
-    if bits not in _BITS or not isinstance(group, int) or group < 1:
+    if not (isinstance(bits, int) and 0 < bits <= _WORD_BITS and isinstance(group, int) and group > 0):
+        raise CheckpointError(
+            f"{module}.weight has {shown(bits)} bits in groups of {shown(group)} by config.json, expected whole numbers"
+            f" and {_WORD_BITS} bits at most; correct it, or download the checkpoint again"
+        )
+    if bits not in _BITS:
         raise UnsupportedError(
             f"{module}.weight has {shown(bits)} bits in groups of {shown(group)}; of MLX, 2, 4 and 8 bits are read:"
             " give the 16-bit base model instead"
