@@ -275,15 +275,26 @@ FOREIGN: Mapping[str, Foreign] = {
         },
         method("higgs", bits=4, p=2),
     ),
-    "gptq, 8 bit": Foreign(
+    "gptq, 3 bit": Foreign(
         lambda rows, columns: {
-            "qweight": ("I32", (columns // 4, rows)),
-            "qzeros": ("I32", (columns // 32, rows // 4)),
+            "qweight": ("I32", (columns * 3 // 32, rows)),
+            "qzeros": ("I32", (columns // 32, rows * 3 // 32)),
             "scales": ("F16", (columns // 32, rows)),
             "g_idx": ("I32", (columns,)),
         },
-        method("gptq", bits=8, group_size=32),
-        files={"quantize_config.json": '{"bits": 8}', "quant_log.csv": "layer,loss\n"},
+        method("gptq", bits=3, group_size=32),
+        files={"quantize_config.json": '{"bits": 3}', "quant_log.csv": "layer,loss\n"},
+    ),
+    "deepseek fp8 beside fp4": Foreign(
+        lambda rows, columns: (
+            {"weight": ("F8_E4M3", (rows, columns)), "weight_scale_inv": ("F32", (1, 1))}
+            if rows > columns
+            else {
+                "weight": ("I8", (rows, columns // 2)),
+                "weight_scale_inv": ("F8_E8M0", (rows, columns // 32)),
+            }
+        ),
+        {**method("fp8", **FP8), "expert_dtype": "fp4"},
     ),
     "of no known method, with every type": Foreign(
         lambda rows, columns: {

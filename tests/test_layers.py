@@ -45,6 +45,8 @@ DOORS = {
     "comparison/__init__.py": "transformers is an extra",
     "evaluation/__init__.py": "transformers is an extra",
     "kernels/__init__.py": "numba may be missing, and costs memory that a merge in 16 bit does not need",
+    "kernels/ggml/__init__.py": "numba may be missing",
+    "kernels/ggml/iq_grids.py": "gguf is an extra",
     "pipeline/calibrating.py": "transformers is an extra",
     "pipeline/passes/calibrate.py": "transformers is an extra",
     "pipeline/passes/equalize.py": "transformers is an extra",

@@ -8,7 +8,8 @@ one pass of the text through each layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from streamconv.calibration.equalized import Equalized
-from streamconv.calibration.groups import Group, Linears, Recorder
+from streamconv.calibration.groups import Group, Recorder
 from streamconv.calibration.layer_files import LayerFiles, Result, Stream
-from streamconv.calibration.model import linears_of, opened_targets
+from streamconv.calibration.model import opened_targets
 from streamconv.calibration.moments import Moments
-from streamconv.calibration.need import batch_of, pairs_in, pairs_need
+from streamconv.calibration.need import batch_of, pairs_in, pairs_need, rounds_of
 from streamconv.calibration.passes import (
     check_stop,
     fixed_threads,
@@ -38,7 +39,9 @@ from streamconv.equalization.awq import Consumer, FoundScales, find_scales
 from streamconv.equalization.equalizer import COLUMNS, ROWS
 from streamconv.equalization.pairs import WeightPair, stored_scales
 from streamconv.errors import UnsupportedError
+from streamconv.forward.matrices import Matrices, matrices_of
 from streamconv.forward.walk import Passing, Walk, in_batches
+from streamconv.planning.calibration import TOKENS_AN_INPUT
 from streamconv.planning.plan import Rewrite
 from streamconv.progress import OnBytes, StopRequest
 
@@ -76,15 +79,77 @@ def _role(factor: str) -> str:
 
 @dataclass(slots=True)
 class _Seen:
-    """Inputs of a group of linear layers: second moments, and sums of magnitudes [in], float64."""
+    """Inputs of a group of matrices: second moments, and `sums` of magnitudes [in], float64."""
 
+    sums: Tensor
     moments: Moments = field(default_factory=lambda: Moments(crosses=False))
-    magnitudes: Tensor | None = None
 
     def add(self, given: Tensor) -> None:
         self.moments.add(given, None)
-        found = given.reshape(-1, given.shape[-1]).abs().sum(0, dtype=torch.float64)
-        self.magnitudes = found if self.magnitudes is None else self.magnitudes + found
+        self.sums += given.reshape(-1, given.shape[-1]).abs().sum(0, dtype=torch.float64)
+
+
+@dataclass(slots=True)
+class _Inputs:
+    """Inputs of a layer's matrices, by the groups that share them."""
+
+    recorder: Recorder = field(default_factory=Recorder)
+    _seen: dict[int, _Seen] = field(default_factory=dict)
+    _whole: list[tuple[Group, Tensor]] = field(default_factory=list)  # of the batch that runs, all tokens
+    _around: dict[int, list[Group]] = field(default_factory=dict)  # by group of experts
+
+    @contextmanager
+    def watching(self, matrices: Matrices) -> Iterator[None]:
+        """Watch one forward pass."""
+        self._whole.clear()
+        with self.recorder.watching(matrices, self._note):
+            yield
+
+    def _note(self, group: Group, given: Tensor) -> None:
+        if group.experts is None:
+            self._whole.append((group, given))
+        elif id(group) not in self._around:
+            self._around[id(group)] = [each for each, whole in self._whole if _has_rows(whole, given)]
+        if id(group) not in self._seen:
+            zeros = torch.zeros(given.shape[-1], dtype=torch.float64, device=given.device)
+            self._seen[id(group)] = _Seen(zeros)
+        self._seen[id(group)].add(given)
+
+    def take(self, pair: WeightPair, matrices: Matrices) -> _Seen | None:
+        """Inputs of a pair's consumers, to be used up; None where they are an expert's to which no token came.
+
+        Of a router and its experts it is what entered the router. Raises UnsupportedError where the consumers have no
+        input to themselves.
+        """
+        names = set(pair.consumers)
+        if pair.is_routed and names <= set(self.recorder.missing(matrices)):
+            return None
+        own = names if pair.is_routed else {name for name in names if matrices[name].expert is None}
+        group = next((each for each in self.recorder.groups if set(each.names) == own), None)
+        experts = [
+            each for each in self.recorder.groups if not pair.is_routed and (names - own) & set(each.names)
+        ]
+        if group is None or any(group not in self._around[id(each)] for each in experts):
+            raise UnsupportedError(
+                f"{', '.join(pair.consumers)} do not read one input that nothing else reads, so they cannot be "
+                f"rescaled with {pair.producer}; leave --rescale out"
+            )
+        return self._seen.pop(id(group))
+
+
+def _has_rows(whole: Tensor, rows: Tensor) -> bool:
+    """Whether each of `rows` is a row of `whole`, bit by bit."""
+    return whole.shape[-1] == rows.shape[-1] and bool(torch.isin(_hashed(rows), _hashed(whole)).all())
+
+
+def _hashed(rows: Tensor) -> Tensor:
+    """A number for each row, of its bits."""
+    bits = rows.reshape(-1, rows.shape[-1]).float().view(torch.int32).to(torch.int64)
+    return (bits * torch.arange(1, 2 * bits.shape[1], 2, device=bits.device)).sum(-1)
+
+
+def _nothing_known(pair: WeightPair) -> FoundScales:
+    return FoundScales(0.0, torch.ones(pair.scales), 0.0, 0.0, 0.0)
 
 
 class _Pass:
@@ -132,32 +197,39 @@ class _Pass:
 
     def _equalize(self, passing: Passing, number: int, module: nn.Module, stream: Stream) -> Sequence[Result]:
         """Have the stream pass a layer; return the factors of its weights."""
-        pairs = pairs_in(self._walk, number, self._subject)
-        linears = linears_of(self._walk, number, {name for pair in pairs for name in pair.consumers})
-        recorder, seen = Recorder(), dict[int, _Seen]()
-
-        def note(group: Group, given: Tensor) -> None:
-            seen.setdefault(id(group), _Seen()).add(given)
-
-        for chosen in self._batches:
-            check_stop(self._stop)
-            with recorder.watching(linears, note):
-                found = passing.through(module, number, stream.entering(number).read(chosen))
-            stream.leaving(number).write(chosen, found)
         factors = _Factors()
-        for pair in pairs:
-            check_stop(self._stop)
-            group = _group_of(pair, recorder.groups)
-            self._choose(pair, linears, seen.pop(id(group)), number, factors)
+        for pairs in rounds_of(pairs_in(self._walk, number, self._subject)):
+            wanted = {name for pair in pairs for name in pair.consumers}
+            matrices = matrices_of(self._walk, number, wanted)
+            inputs = self._run(passing, number, module, stream, matrices)
+            for pair in pairs:
+                check_stop(self._stop)
+                self._choose(pair, matrices, inputs.take(pair, matrices), number, factors)
         return factors.results()
 
+    def _run(
+        self, passing: Passing, number: int, module: nn.Module, stream: Stream, matrices: Matrices
+    ) -> _Inputs:
+        """Have the stream pass a layer; return what entered its `matrices`."""
+        inputs = _Inputs()
+        for chosen in self._batches:
+            check_stop(self._stop)
+            with inputs.watching(matrices):
+                found = passing.through(module, number, stream.entering(number).read(chosen))
+            stream.leaving(number).write(chosen, found)
+        return inputs
+
     def _choose(
-        self, pair: WeightPair, linears: Linears, seen: _Seen, number: int, factors: _Factors
+        self, pair: WeightPair, matrices: Matrices, seen: _Seen | None, number: int, factors: _Factors
     ) -> None:
-        assert seen.magnitudes is not None, f"{pair.producer}: nothing entered its consumers"
-        moments = seen.moments.statistics(pair.inputs, seen.magnitudes.device)
+        if seen is None:
+            factors.add(pair, _nothing_known(pair))
+            return
+        device = seen.sums.device
+        known = min(1.0, seen.moments.tokens / (TOKENS_AN_INPUT * pair.inputs)) if pair.is_routed else 1.0
+        moments = seen.moments.statistics(pair.inputs, device)
         consumers = [
-            Consumer(linears[name].weight.data, self._steps[name].encoder)
+            Consumer(matrices[name].values, self._steps[name].encoder)
             for name in pair.consumers
             if self._steps[name].encoder.grid is not None
         ]
@@ -169,7 +241,9 @@ class _Pass:
                 return scales
             return stored_scales(pair, norm, scales, self._steps[pair.producer].encoder.dtype.torch)
 
-        magnitudes = pair.gathered(seen.magnitudes) / moments.tokens
+        magnitudes = pair.gathered(seen.sums) / moments.tokens
+        # As moments are, those of few tokens are taken for what they are.
+        magnitudes = known * magnitudes + (1 - known) * magnitudes.mean() if known < 1 else magnitudes
         found = find_scales(magnitudes, moments.hessian, consumers, real, pair.spread)
         factors.add(pair, found)
 
@@ -197,6 +271,7 @@ class _Factors:
 
     def add(self, pair: WeightPair, found: FoundScales) -> None:
         divided, multiplied = found.scales.reciprocal(), pair.spread(found.scales)
+        divided = pair.among_outputs(divided)
         self._put(pair.producer, COLUMNS if pair.is_norm else ROWS, divided)
         if pair.bias is not None:
             self._put(pair.bias, COLUMNS, divided)
@@ -231,14 +306,3 @@ def _errors(found: FoundScales) -> Mapping[str, float]:
         "relative_error": math.sqrt(found.loss / found.size),
         "unscaled_error": math.sqrt(found.before / found.size),
     }
-
-
-def _group_of(pair: WeightPair, groups: Sequence[Group]) -> Group:
-    """The group that the pair's consumers are. Raises UnsupportedError where they have no input to themselves."""
-    for group in groups:
-        if set(group.names) == set(pair.consumers):
-            return group
-    raise UnsupportedError(
-        f"{', '.join(pair.consumers)} do not read one input that nothing else reads, so they cannot be rescaled with "
-        f"{pair.producer}; leave --rescale out"
-    )

@@ -17,25 +17,26 @@ What is done has its file, so that a killed run goes on at the next layer, or wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from streamconv.calibration.groups import Linears
 from streamconv.calibration.model import Model
 from streamconv.calibration.need import HEAD_ROWS, batch_of
 from streamconv.calibration.tensor_files import read_tensors, write_tensors
 from streamconv.checkpoint.recorded import RecordedFiles
 from streamconv.checkpoint.writer import remove_file
 from streamconv.forward.activations import ActivationFile
+from streamconv.forward.matrices import Matrices, listening_after
 from streamconv.forward.walk import Passing, in_batches
 from streamconv.rounding.noise import uniform
 
 ENTERING = "entering"
+# Gradients of fewer tokens, as an expert may have them, say nothing of others.
+_FEWEST = 16
 # Of numbers that are multiples of 2⁻²⁴, 0 among them.
 _SMALLEST = 2.0**-25
 
@@ -124,11 +125,11 @@ class Gradients:
         remove_file(self._states_path)
 
     def output_hessian(self, number: int, name: str) -> Tensor | None:
-        """G [out, out] of a weight, on the device; None where no token came to it."""
+        """G [out, out] of a weight, on the device; None where hardly any token came to it."""
         if not len(self._windows):
             return None
         found = read_tensors(self.path(number), [name]).get(name)
-        if found is None or not bool(found.any()):
+        if found is None or len(found) < _FEWEST or not bool(found.any()):
             return None
         return shrunk_moments(found.to(self._model.walk.device.torch).float())
 
@@ -220,13 +221,13 @@ class Gradients:
         """Find, from the gradient of what leaves a layer, those of what enters it and of its linears' outputs."""
         leaving = read_tensors(self.path(number + 1), [ENTERING])[ENTERING]
         entering, outputs = torch.empty_like(leaving), dict[str, list[Tensor]]()
-        linears = self._model.linears(number)
+        matrices = self._model.matrices(number)
         with self._model.walk.materialized(number) as module:
             for chosen in self._batches:
                 self._advance(0)
                 hidden = states.read(self._place(number, chosen))
                 entering[chosen], found = _differentiate(
-                    passing, module, number, linears, hidden, leaving[chosen]
+                    passing, module, number, matrices, hidden, leaving[chosen]
                 )
                 for name, gradient in found:
                     outputs.setdefault(name, []).append(gradient)
@@ -245,38 +246,25 @@ def gumbel_noise(seed: int, batch: int, rows: range, logits: Tensor) -> Tensor:
 
 
 def _differentiate(
-    passing: Passing, module: nn.Module, number: int, linears: Linears, hidden: Tensor, leaving: Tensor
+    passing: Passing, module: nn.Module, number: int, matrices: Matrices, hidden: Tensor, leaving: Tensor
 ) -> tuple[Tensor, list[tuple[str, Tensor]]]:
-    """Gradients of `hidden`, and of the outputs of `linears` [token, out], bfloat16, by name; all in host memory."""
+    """Gradients of `hidden`, and of the outputs of `matrices` [token, out], bfloat16, by name; all in host memory."""
     leaf = hidden.to(passing.walk.device.torch).requires_grad_()
-    seen: list[tuple[str, Tensor]] = []
-    with torch.enable_grad(), _outputs(linears, seen):
+    seen: list[tuple[str, Tensor, slice]] = []
+
+    def note(name: str, made: Tensor, outputs: slice) -> None:
+        if made.requires_grad:
+            seen.append((name, made, outputs))
+
+    with torch.enable_grad(), listening_after(matrices, note):
         found = passing.through(module, number, leaf.clone())  # which may be changed in place
-    wanted = [leaf, *(output for _, output in seen)]
+    wanted = [leaf, *(made for _, made, _ in seen)]
     gradients = torch.autograd.grad(found, wanted, leaving.to(found), allow_unused=True)
     zeros = [
         torch.zeros_like(one) if given is None else given
         for one, given in zip(wanted, gradients, strict=True)
     ]
     entering, *of_outputs = zeros
-    flat = [given.reshape(-1, given.shape[-1]).to("cpu", torch.bfloat16) for given in of_outputs]
-    return entering.cpu(), [(name, given) for (name, _), given in zip(seen, flat, strict=True)]
-
-
-@contextmanager
-def _outputs(linears: Mapping[str, nn.Linear], seen: list[tuple[str, Tensor]]) -> Iterator[None]:
-    """Put what the linear layers return in `seen`, by name, while the context lasts."""
-    hooks = []
-    for name, linear in linears.items():
-
-        def note(_: nn.Module, given: object, found: Tensor, name: str = name) -> None:
-            del given
-            if found.requires_grad and found.numel():
-                seen.append((name, found))
-
-        hooks.append(linear.register_forward_hook(note))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    own = [given[..., outputs] for given, (_, _, outputs) in zip(of_outputs, seen, strict=True)]
+    flat = [given.reshape(-1, given.shape[-1]).to("cpu", torch.bfloat16) for given in own]
+    return entering.cpu(), [(name, given) for (name, _, _), given in zip(seen, flat, strict=True)]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 
-Linears = Mapping[str, nn.Linear]
-"""The modules whose weights are calibrated, by name of the weight."""
+from streamconv.forward.matrices import Matrices, listening
 
 
 class Enough(Exception):  # noqa: N818  unwinds a forward pass that has gone far enough
@@ -18,10 +17,15 @@ class Enough(Exception):  # noqa: N818  unwinds a forward pass that has gone far
 
 @dataclass(slots=True)
 class Group:
-    """Weights that are given the same input. `runs` is how often a forward pass calls each, at most."""
+    """Weights that are given the same input. `runs` is how often a forward pass calls each, at most.
+
+    `experts`: name of the parameter that they are part of, with others to which other tokens come; None for weights to
+    which all come.
+    """
 
     names: list[str]
     runs: int = 1
+    experts: str | None = None
 
 
 Keep = Callable[[Group, Tensor], None]
@@ -34,12 +38,12 @@ class Recorder:
     groups: list[Group] = field(default_factory=list)
     _of: dict[str, Group] = field(default_factory=dict)
 
-    def missing(self, linears: Linears) -> list[str]:
+    def missing(self, matrices: Matrices) -> list[str]:
         """Those that were not called: experts that no token came to."""
-        return [name for name in linears if name not in self._of]
+        return [name for name in matrices if name not in self._of]
 
     @contextmanager
-    def watching(self, linears: Linears, keep: Keep) -> Iterator[None]:
+    def watching(self, matrices: Matrices, keep: Keep) -> Iterator[None]:
         """Watch one forward pass. `keep` is called with every group that runs, and its input."""
         # Held, so that no other tensor can come to lie in its place meanwhile.
         inputs: list[tuple[Tensor, Group]] = []
@@ -51,7 +55,8 @@ class Recorder:
             if group is None:
                 group = next((group for seen, group in inputs if _is_same(seen, given)), None)
                 if group is None:
-                    group = Group([])
+                    matrix = matrices[name]
+                    group = Group([], experts=None if matrix.expert is None else matrix.parameter)
                     self.groups.append(group)
                 group.names.append(name)
                 self._of[name] = group
@@ -60,29 +65,32 @@ class Recorder:
             if name == group.names[0]:
                 keep(group, given)
 
-        with listening(linears, note):
+        with listening(matrices, note):
             yield
 
 
-@contextmanager
-def listening(linears: Linears, note: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """`note` is called with the name of a weight and the input of its linear layer, before that runs."""
-    with ExitStack() as stack:
-        for name, module in linears.items():
-
-            def hook(_: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
-                if arguments[0].numel():  # an expert may be called for no token
-                    note(name, arguments[0])
-
-            stack.callback(module.register_forward_pre_hook(hook).remove)
-        yield
+def in_stages(groups: Sequence[Group], size: Callable[[Group], int], most: int) -> Iterator[list[Group]]:
+    """Groups in the order in which they run; those of one layer's experts, which none of them waits for, at once, as
+    many as have a `size` of `most` in all.
+    """
+    stages: dict[object, list[Group]] = {}
+    for group in groups:
+        stages.setdefault(group.experts or id(group), []).append(group)
+    for stage in stages.values():
+        taken: list[Group] = []
+        for group in stage:
+            if taken and sum(map(size, (*taken, group))) > most:
+                yield taken
+                taken = []
+            taken.append(group)
+        yield taken
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one, be it under two objects."""
-    return one is other or (
-        one.data_ptr() == other.data_ptr()
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-        and one._version == other._version
-    )
+    """Whether two tensors are one, be it under two objects, or as rows where the other is of sequences."""
+    if one is other:
+        return True
+    if one.data_ptr() != other.data_ptr() or one.numel() != other.numel() or one._version != other._version:
+        return False
+    is_rows = one.is_contiguous() and other.is_contiguous() and one.shape[-1:] == other.shape[-1:]
+    return is_rows or (one.shape == other.shape and one.stride() == other.stride())

@@ -40,7 +40,8 @@ class KeptInputs:
 
         def keep(group: Group, given: Tensor) -> None:
             columns = given.shape[-1]
-            if self._keeps and given.numel() == (stop - first) * self._length * columns:
+            is_whole = group.experts is None and given.numel() == (stop - first) * self._length * columns
+            if self._keeps and is_whole:
                 self._file(group, columns).write(chosen, given.reshape(stop - first, self._length, columns))
                 self._seen[id(group)] = self._seen.get(id(group), 0) + stop - first
 

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from streamconv.calibration.calibrated import Calibrated
 from streamconv.calibration.directions import directions_of
 from streamconv.calibration.gradients import Gradients, gradients_path
-from streamconv.calibration.groups import Enough, Group, Linears, Recorder, listening
+from streamconv.calibration.groups import Enough, Group, Recorder, in_stages
 from streamconv.calibration.kept_inputs import KeptInputs
 from streamconv.calibration.layer_files import LayerFiles, Result, Stream
 from streamconv.calibration.model import Model, opened
 from streamconv.calibration.moments import Moments
-from streamconv.calibration.need import batch_of, need_of
+from streamconv.calibration.need import STAGE_BYTES, batch_of, need_of
 from streamconv.calibration.passes import (
     check_stop,
     fixed_threads,
@@ -43,7 +43,8 @@ from streamconv.calibration.residual_adapter import factor_tensors
 from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.recorded import RecordedFiles
 from streamconv.formats.base import Encoder
-from streamconv.forward.walk import Passing, assign, in_batches
+from streamconv.forward.matrices import Matrices, listening
+from streamconv.forward.walk import Passing, in_batches
 from streamconv.kernels import kernels_for
 from streamconv.progress import OnBytes, StopRequest
 from streamconv.rounding.feedback import FeedbackOptions, QuantizedWeight, Statistics, feedback
@@ -129,7 +130,7 @@ class _Calibration:
                 for number in range(first, len(self._sizes)):
                     with passing.layer(number) as module:
                         results = _Layer(
-                            self, passing, number, module, self.model.linears(number), reference, quantized
+                            self, passing, number, module, self.model.matrices(number), reference, quantized
                         ).calibrate()
                         self.model.targets.held.clear()
                     self.model.targets.check_unchanged()
@@ -170,7 +171,7 @@ class _Layer:
     passing: Passing
     number: int
     module: nn.Module
-    linears: Linears
+    matrices: Matrices
     reference: Stream
     quantized: Stream
     originals: dict[str, Tensor] = field(default_factory=dict)
@@ -193,20 +194,30 @@ class _Layer:
     def _calibrate(self, kept: KeptInputs) -> Sequence[Result]:
         recorder = Recorder()
         for chosen in self.run.batches:
-            with recorder.watching(self.linears, kept.keeping(chosen)):
+            with recorder.watching(self.matrices, kept.keeping(chosen)):
                 self._pass(self.reference, chosen)
-        groups = [*recorder.groups, *(Group([name]) for name in recorder.missing(self.linears))]
         results: list[Result] = []
-        for group in groups:
-            inputs = self.linears[group.names[0]]
-            statistics = self._moments(group, kept).statistics(inputs.in_features, inputs.weight.device)
-            for name in group.names:
-                self.run.check_stop()
-                results.append(self._choose(name, statistics))
-            self.run.report(self.number, sum(self._stored_bytes(each.name) for each in results))
+        for stage in in_stages(self._groups(recorder), self._moment_bytes, STAGE_BYTES):
+            for group, moments in zip(stage, self._moments(stage, kept), strict=True):
+                first = self.matrices[group.names[0]]
+                statistics = moments.statistics(first.inputs, first.factor.device)
+                for name in group.names:
+                    self.run.check_stop()
+                    results.append(self._choose(name, statistics))
+                self.run.report(self.number, sum(self._stored_bytes(each.name) for each in results))
         for chosen in self.run.batches:
             self._pass(self.quantized, chosen)
         return results
+
+    def _groups(self, recorder: Recorder) -> Sequence[Group]:
+        """Groups that ran, and the experts that no token came to."""
+        missing = [
+            Group([name], experts=self.matrices[name].parameter) for name in recorder.missing(self.matrices)
+        ]
+        return [*recorder.groups, *missing]
+
+    def _moment_bytes(self, group: Group) -> int:
+        return 4 * self.matrices[group.names[0]].inputs ** 2
 
     def _stored_bytes(self, name: str) -> int:
         return self.run.model.targets.stored_bytes(name)
@@ -218,20 +229,34 @@ class _Layer:
         found = self.passing.through(self.module, self.number, hidden)
         stream.leaving(self.number).write(chosen, found)
 
-    def _moments(self, group: Group, kept: KeptInputs) -> Moments:
-        """Second moments of what enters a group, with all that was chosen before it in place."""
+    def _moments(self, stage: Sequence[Group], kept: KeptInputs) -> Sequence[Moments]:
+        """Second moments of what enters each group, with all that was chosen before them in place."""
+        if stage[0].experts is not None:
+            return self._moments_of_experts(stage)
+        (group,) = stage
         moments = Moments(self.crosses)
         for chosen in self.run.batches:
             self.run.check_stop()
             inputs: Sequence[Tensor | None] = self._inputs(self.quantized, group, chosen)
             references: Sequence[Tensor | None] = [kept.read(group, chosen)]
             if self.crosses and references[0] is None:
-                with _replaced(self.linears, self.originals):
+                with _replaced(self.matrices, self.originals):
                     references = self._inputs(self.reference, group, chosen)
             for given, reference in zip_longest(inputs, references):
                 if given is not None:
                     moments.add(given, reference)
-        return moments
+        return [moments]
+
+    def _moments_of_experts(self, stage: Sequence[Group]) -> Sequence[Moments]:
+        """The same of experts, all in one pass; other tokens may come to them in the other stream."""
+        moments = {group.names[0]: Moments(crosses=False) for group in stage}
+        watched = {name: self.matrices[name] for name in moments}
+        for chosen in self.run.batches:
+            self.run.check_stop()
+            hidden = self.quantized.entering(self.number).read(chosen)
+            with listening(watched, lambda name, given: moments[name].add(given, None)):
+                self.passing.through(self.module, self.number, hidden)
+        return list(moments.values())
 
     def _inputs(self, stream: Stream, group: Group, chosen: slice) -> list[Tensor]:
         """Inputs of a group for a batch of sequences: a tensor [..., in] for every time that it runs."""
@@ -244,14 +269,14 @@ class _Layer:
                 raise Enough
 
         hidden = stream.entering(self.number).read(chosen)
-        with suppress(Enough), listening({name: self.linears[name]}, note):
+        with suppress(Enough), listening({name: self.matrices[name]}, note):
             self.passing.through(self.module, self.number, hidden)
         return seen
 
     def _choose(self, name: str, statistics: Statistics) -> Result:
         """Choose a weight's codes, and let it be what they stand for from here on."""
-        held, linear = self.run.model.targets.held.pop(name), self.linears[name]
-        target, step = linear.weight.data, held.step
+        held, matrix = self.run.model.targets.held.pop(name), self.matrices[name]
+        target, step = matrix.read(), held.step
         directions = directions_of(held, target) if self.run.options.preserve_delta else None
         statistics = replace(statistics, output_hessian=self.run.gradients.output_hessian(self.number, name))
         chosen = feedback(target, statistics, step.encoder, self.run.options, directions, held.base())
@@ -266,21 +291,21 @@ class _Layer:
             values += beside.values()
         if self.crosses:
             self.originals[name] = target.cpu()
-        assign(linear, "weight", values)
+        matrix.write(values)
         return Result(name, step.specs, parts, kept, notes, factors)
 
 
 @contextmanager
-def _replaced(linears: Linears, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Linear layers with other weights."""
-    before = {name: linears[name].weight.data for name in weights}
+def _replaced(matrices: Matrices, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """A layer with other weights."""
+    before = {name: matrices[name].read() for name in weights}
     for name, weight in weights.items():
-        assign(linears[name], "weight", weight.to(linears[name].weight.device))
+        matrices[name].write(weight.to(matrices[name].factor.device))
     try:
         yield
     finally:
         for name, weight in before.items():
-            assign(linears[name], "weight", weight)
+            matrices[name].write(weight)
 
 
 def _values(chosen: QuantizedWeight, encoder: Encoder) -> Tensor:

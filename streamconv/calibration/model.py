@@ -6,13 +6,11 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from torch import nn
-
-from streamconv.calibration.groups import Linears
 from streamconv.calibration.subject import Subject
 from streamconv.calibration.targets import Targets
 from streamconv.dtypes import F32
 from streamconv.errors import UnsupportedError
+from streamconv.forward.matrices import Matrices, matrices_of, take_experts_in_turn
 from streamconv.forward.skeleton import build_planned
 from streamconv.forward.walk import Walk
 from streamconv.forward.weights import WeightSource
@@ -36,19 +34,19 @@ class Model:
         """Bytes that are read for decoder layer `number`."""
         return sum(map(self.targets.stored_bytes, self.walk.layer_weights(number)))
 
-    def linears(self, number: int) -> Linears:
-        """Linear layers of decoder layer `number` that are calibrated, by name of the weight."""
-        return linears_of(self.walk, number, self.targets.steps)
+    def matrices(self, number: int) -> Matrices:
+        """Matrices of decoder layer `number` that are calibrated, by name of the weight."""
+        return matrices_of(self.walk, number, self.targets.steps)
 
     def modules(self, number: int) -> Mapping[str, str]:
-        """Paths of the modules that `linears` gives, by name of the weight."""
+        """Paths of modules, by name of the weight that each has."""
         return {
             name: parameter.removesuffix(".weight")
             for parameter, name in self.walk.plain_weights(number).items()
         }
 
     def layer_steps(self, number: int) -> Sequence[Rewrite]:
-        return [self.targets.steps[name] for name in self.linears(number)]
+        return [self.targets.steps[name] for name in self.matrices(number)]
 
 
 @contextmanager
@@ -59,6 +57,7 @@ def opened(subject: Subject) -> Iterator[Model]:
     with Targets(plan, _reference(subject)) as targets:
         walk = Walk(skeleton, targets, plan.device)
         _check_all_found(walk, targets.steps)
+        _see_experts(walk, targets.steps)
         yield Model(walk, targets)
 
 
@@ -68,17 +67,28 @@ def opened_targets(subject: Subject) -> Iterator[Walk]:
     plan = subject.plan
     skeleton = build_planned(plan, subject.base.index, F32.torch)
     with WeightSource(_reference(subject, is_equalized=False), plan.device, lambda _: None) as source:
-        yield Walk(skeleton, source, plan.device)
+        walk = Walk(skeleton, source, plan.device)
+        _see_experts(walk, {name for pair in subject.equalization.pairs for name in pair.consumers})
+        yield walk
 
 
 def _check_all_found(walk: Walk, steps: Mapping[str, Rewrite]) -> None:
-    found = {name for number in range(len(walk.skeleton.layers)) for name in linears_of(walk, number, steps)}
+    found = {name for number in range(len(walk.skeleton.layers)) for name in matrices_of(walk, number, steps)}
     missing = sorted(steps.keys() - found)
     if missing:
         raise UnsupportedError(
             f"{missing[0]} cannot be calibrated: {walk.skeleton.name} has no linear layer in a decoder layer that is "
             "stored as this weight; leave it in 16 bit with --ignore, or leave --calibration out"
         )
+
+
+def _see_experts(walk: Walk, wanted: Container[str]) -> None:
+    """Have the inputs of experts seen, where any of them are `wanted`."""
+    layers = range(len(walk.skeleton.layers))
+    if any(
+        each.expert is not None for number in layers for each in matrices_of(walk, number, wanted).values()
+    ):
+        take_experts_in_turn(walk.skeleton)
 
 
 def _reference(subject: Subject, *, is_equalized: bool = True) -> Plan:
@@ -90,19 +100,9 @@ def _reference(subject: Subject, *, is_equalized: bool = True) -> Plan:
         dtype=F32.name,
         rounding="auto",
         ignore=(),
+        quant_for=(),
         max_shard_bytes=None,
         calibration=None,
     )
     equalizers = subject.plan.equalizers if is_equalized else {}
     return build_plan(subject.base, subject.adapter, options, subject.plan.device, equalizers)
-
-
-def linears_of(walk: Walk, number: int, wanted: Container[str]) -> Linears:
-    """Linear layers of decoder layer `number` whose weights are `wanted`, by name of the weight."""
-    found = {}
-    for parameter, name in walk.plain_weights(number).items():
-        path, _, last = parameter.rpartition(".")
-        module = walk.skeleton.module(path)
-        if name in wanted and last == "weight" and isinstance(module, nn.Linear):
-            found[name] = module
-    return found

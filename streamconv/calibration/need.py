@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from streamconv.calibration.model import Model, opened, opened_targets
 from streamconv.calibration.subject import Subject
@@ -22,6 +22,8 @@ _HEADER_BYTES = 2**20
 # Rows of the vocabulary that a token is drawn from at a time. Sums depend on it, so no budget decides it.
 HEAD_ROWS = 8192
 _LOGIT_COPIES = 6
+# Moments of one layer's experts that are gathered in a pass. What is found does not depend on it.
+STAGE_BYTES = 2**30
 # What a layer keeps to be differentiated, beside what it has at once when it is only run.
 _BACKWARD = 3
 
@@ -59,9 +61,24 @@ def pairs_need(walk: Walk, subject: Subject) -> Need:
     return Need(on_host, on_device, disk, read)
 
 
+def rounds_of(pairs: Sequence[WeightPair]) -> Iterator[list[WeightPair]]:
+    """Pairs whose moments are gathered at once: all that all tokens come to, and experts as far as there is room."""
+    taken, room = [pair for pair in pairs if not pair.is_routed], STAGE_BYTES
+    for pair in pairs:
+        if not pair.is_routed:
+            continue
+        if taken and room < 4 * pair.inputs**2:
+            yield taken
+            taken, room = [], STAGE_BYTES
+        taken.append(pair)
+        room -= 4 * pair.inputs**2
+    yield taken
+
+
 def _pairs_layer_bytes(walk: Walk, number: int, subject: Subject, forward: int) -> int:
-    inputs = [pair.inputs for pair in pairs_in(walk, number, subject)]
-    moments, choosing = sum(4 * each**2 for each in inputs), max(map(awq.working_bytes, inputs), default=0)
+    rounds = [[pair.inputs for pair in pairs] for pairs in rounds_of(pairs_in(walk, number, subject))]
+    moments = max(sum(4 * each**2 for each in inputs) for inputs in rounds)
+    choosing = max((awq.working_bytes(each) for inputs in rounds for each in inputs), default=0)
     return walk.layer_bytes(number) + moments + max(forward, choosing)
 
 
@@ -136,11 +153,13 @@ def _output_bytes(model: Model, number: int) -> int:
 def _layer_need(model: Model, number: int, forward: int, crosses: bool, is_two_sided: bool, rank: int) -> int:
     """A layer in float32, and either a batch, with what it was before, or a choice in work."""
     steps, is_cpu = model.layer_steps(number), model.walk.device.is_cpu
-    twice = _original_bytes(model, number, crosses)
-    gathering = twice + forward + max((_moment_bytes(step, crosses) for step in steps), default=0)
+    twice, stage = _original_bytes(model, number, crosses), _stage_bytes(model, number)
+    moments = max((_moment_bytes(step, crosses) for step in steps), default=0)
+    gathering = twice + forward + max(moments, stage)
     choosing = max(
         (
-            _moment_bytes(step, crosses)
+            max(_moment_bytes(step, crosses), stage)
+            + bool(stage) * 4 * step.rows * step.columns  # which is read apart from the others
             + is_two_sided * 4 * step.rows**2
             + _choosing_bytes(step.rows, step.columns, is_two_sided, is_cpu)
             + (residual.working_bytes(step.rows, step.columns, rank, is_two_sided) if rank else 0)
@@ -163,6 +182,18 @@ def _choosing_bytes(rows: int, columns: int, is_two_sided: bool, is_cpu: bool) -
 def _original_bytes(model: Model, number: int, crosses: bool) -> int:
     """A layer's weights as they were before they were replaced, for the other stream to run again: on the host."""
     return crosses * sum(4 * step.rows * step.columns for step in model.layer_steps(number))
+
+
+def _stage_bytes(model: Model, number: int) -> int:
+    """Moments of a layer's experts, as many as are gathered at once."""
+    sizes: dict[str, dict[int, int]] = {}
+    for matrix in model.matrices(number).values():
+        if matrix.expert is not None:
+            sizes.setdefault(matrix.parameter, {})[matrix.expert] = 4 * matrix.inputs**2
+    return max(
+        (min(sum(each.values()), max(STAGE_BYTES, *each.values())) for each in sizes.values()),
+        default=0,
+    )
 
 
 def _moment_bytes(step: Rewrite, crosses: bool) -> int:

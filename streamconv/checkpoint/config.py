@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -110,10 +110,7 @@ def with_end_token(stated: object, token: int) -> list[Any]:
     return [token, *(other for other in others if other != token)]
 
 
-def _forget_quantization(level: dict[str, Any], keeps: bool) -> None:
-    """Remove what a config says of quantization, unless it `keeps` that."""
-    if keeps:
-        return
+def _forget_quantization(level: dict[str, Any]) -> None:
     for key in _QUANTIZATIONS:
         level.pop(key, None)
     if isinstance(level.get("quantization"), dict):  # MLX's
@@ -130,21 +127,21 @@ def edit_config(
     end_token: int | None = None,
     architecture: str | None = None,
     labels: int | None = None,
+    quantization_keys: Sequence[str] = ("quantization_config",),
     keeps_quantization: bool = False,
 ) -> dict[str, Any]:
     """config.json of the output: key order and unknown keys stay.
 
-    `dtype` replaces `dtype`/`torch_dtype` wherever one stands; `quantization` is the new
-    `quantization_config`, None removes it at every level, unless the output `keeps_quantization`; `vocab_size` is (old,
-    new) rows of the embedding; `end_token` is an id that stands first in every `eos_token_id` there is; `architecture`
-    is the class of the output and `labels` how many it tells apart, None where they are the base's.
+    `dtype` replaces `dtype`/`torch_dtype` wherever one stands; `quantization` are the new settings, which stand under
+    `quantization_keys`, None removes them at every level; `vocab_size` is (old, new) rows of the embedding; `end_token`
+    is an id that stands first in every `eos_token_id` there is; `architecture` is the class of the output and `labels`
+    how many it tells apart, None where they are the base's. `keeps_quantization`: what is said of it elsewhere stays.
     """
     edited = copy.deepcopy(dict(config))
     for level in _levels(edited):
-        _forget_quantization(level, keeps_quantization)
-        for key in ("dtype", "torch_dtype"):
-            if dtype is not None and isinstance(level.get(key), str):
-                level[key] = dtype
+        if not keeps_quantization:
+            _forget_quantization(level)
+        _set_dtype(level, dtype)
         if untie and "tie_word_embeddings" in level:
             level["tie_word_embeddings"] = False
         if vocab_size is not None and level.get("vocab_size") == vocab_size[0]:
@@ -160,8 +157,15 @@ def edit_config(
     if labels is not None:
         _set_labels(edited, labels)
     if quantization is not None:
-        edited["quantization_config"] = dict(quantization)
+        there = [key for key in (*_QUANTIZATIONS, "quantization") if isinstance(edited.get(key), dict)]
+        edited |= {key: dict(quantization) for key in there or quantization_keys}
     return edited
+
+
+def _set_dtype(level: dict[str, Any], dtype: str | None) -> None:
+    for key in ("dtype", "torch_dtype"):
+        if dtype is not None and isinstance(level.get(key), str):
+            level[key] = dtype
 
 
 def _set_end(config: dict[str, Any], token: int) -> None:

@@ -228,6 +228,16 @@ RESULT = group(
     ),
     option(
         Section.RESULT,
+        "--quant-for",
+        defaults=MERGE_DEFAULTS,
+        multiple=True,
+        metavar="PATTERN=FORMAT",
+        help="Format of the modules that PATTERN names, as in --ignore: none, or one that loaders open beside that of "
+        "--quant, such as w8a16 with w4a16; w8a16:g64 for groups of 64. Repeatable; of several that name a module, the "
+        "last counts.",
+    ),
+    option(
+        Section.RESULT,
         "--max-shard-size",
         defaults=MERGE_DEFAULTS,
         type=Size(),

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from streamconv.formats.base import CELL_ROWS, Encoder
+from streamconv.formats.base import CELL_ROWS, Encoder, Surveyed
 from streamconv.kernels import kernels_for
 from streamconv.rounding import ROUNDINGS
 from streamconv.rounding.base import Context
@@ -108,11 +108,14 @@ def output_error(consumer: Consumer, scales: Tensor, hessian: Tensor) -> float:
 def nearest(target: Tensor, encoder: Encoder) -> Tensor:
     """Values that a loader makes of `target` [rows, in], whole cells, rounded to the nearest of the encoder's grid.
 
-    Scales that are themselves quantized once all are known are as they were before that: near enough for a choice.
+    Scales that are themselves quantized once all are known are as they were before that, and a scale for all of a
+    weight is that for `target`: near enough for a choice.
     """
     grid = encoder.grid
     assert grid is not None, "dense weights are not rounded to a grid"
     flat = target.reshape(-1)
+    if isinstance(encoder, Surveyed):
+        encoder = encoder.knowing(float(flat.abs().max()))
     codes = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
     stored = encoder.effective_scales if encoder.rounds_scales else None
     scales = ROUNDINGS["nearest"].choose(flat, grid, Context(None, None, None, None, stored), codes)

@@ -28,20 +28,33 @@ class Heads:
     width: int
 
 
+class Outputs(Enum):
+    """Those outputs of a producer that are divided."""
+
+    ALL = "all"
+    VALUES = "values"  # of queries, keys and values in one matrix, in this order
+    SECOND_HALF = "second half"  # of gate and up in one matrix
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Modules by their path in a decoder layer."""
+    """Modules by their path in a decoder layer, with `*` for the number of an expert.
+
+    Where the producer is an expert's there is a pair for each; a consumer that is one stands for those of all experts.
+    """
 
     producer: str
     consumers: tuple[str, ...]
     kind: Producer
+    outputs: Outputs = Outputs.ALL
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
-    """`pairs` of a layer; `others` are the modules of it that read and make nothing that is equalized.
+class LayerForm:
+    """Form of a decoder layer: its `pairs`; `others` are its modules that read and make nothing that is equalized.
 
-    Together they are all that a layer may have: a weight of a module that is not named might read what was divided.
+    Together they are all that such a layer may have: a weight of a module that is not named might read what was
+    divided.
     """
 
     pairs: tuple[Pair, ...]
@@ -49,6 +62,10 @@ class Family:
 
     @property
     def modules(self) -> frozenset[str]:
-        """Every module of a layer that the family knows."""
+        """Every module of a layer that the form knows."""
         paired = {path for pair in self.pairs for path in (pair.producer, *pair.consumers)}
         return frozenset(paired | set(self.others))
+
+
+Family = tuple[LayerForm, ...]
+"""Forms that layers of a family have."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from streamconv.equalization.base import Family, Producer
-from streamconv.equalization.llama import gated
+from streamconv.equalization.base import LayerForm, Producer
+from streamconv.equalization.llama import QUERIES_AND_KEYS, gated
 
 _KIND = Producer.NORM_OF_ONE_MORE
+_AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
 
-GEMMA = Family(
-    pairs=gated("input_layernorm", "post_attention_layernorm", _KIND),
-    others=("self_attn.rotary_emb",),
+GEMMA = (
+    LayerForm(
+        gated("input_layernorm", "post_attention_layernorm", _KIND),
+        ("self_attn.rotary_emb",),
+    ),
 )
-GEMMA2 = Family(
-    pairs=gated("input_layernorm", "pre_feedforward_layernorm", _KIND),
-    others=("post_attention_layernorm", "post_feedforward_layernorm"),
-)
-GEMMA3 = Family(pairs=GEMMA2.pairs, others=(*GEMMA2.others, "self_attn.q_norm", "self_attn.k_norm"))
+GEMMA2 = (LayerForm(gated("input_layernorm", "pre_feedforward_layernorm", _KIND), _AFTER),)
+GEMMA3 = (LayerForm(GEMMA2[0].pairs, (*_AFTER, *QUERIES_AND_KEYS)),)

@@ -10,9 +10,9 @@ from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.dtypes import BF16, F16, F32
 from streamconv.errors import CheckpointError, OptionError
-from streamconv.formats import fp4, int4_words
+from streamconv.formats import fp4, int_words
 from streamconv.formats.awq import AwqFormat
-from streamconv.formats.base import Format, Grouped, Marks, Reader, Weight, group_of
+from streamconv.formats.base import Format, Grouped, Marks, Reader, Weight, group_of, grouped_name
 from streamconv.formats.bnb_4bit import Bnb4bitFormat
 from streamconv.formats.bnb_int8 import Int8Format
 from streamconv.formats.dense import DenseFormat, dense_weight
@@ -24,15 +24,16 @@ from streamconv.formats.foreign import (
     strange_tensors,
     unread_quantization,
 )
-from streamconv.formats.fp8 import Fp8Reader
+from streamconv.formats.fp8 import Fp8BlockFormat, Fp8Format, written_form
 from streamconv.formats.gpt_oss import GptOssReader
 from streamconv.formats.gptq import GptqFormat
-from streamconv.formats.mlx import MlxReader
+from streamconv.formats.int_quantized import Int8RowsFormat
+from streamconv.formats.mlx import MlxFormat
 from streamconv.formats.pack_quantized import PackQuantizedFormat
 from streamconv.formats.undecoded import has_codes, parameters_in, undecoded_weight
 from streamconv.kernels.grids import FP4, INT4, INT8_GROUPS, NF4
 
-__all__ = ["FORMATS", "dense_weight", "find_weights", "format_of", "with_groups"]
+__all__ = ["FORMATS", "dense_weight", "family_of", "find_weights", "format_of", "stored_as", "with_groups"]
 
 
 def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
@@ -120,13 +121,26 @@ def format_of(name: str) -> Format | None:
 
     Of files that differ in how they store the same codes and scales, it is the one that is written.
     """
-    for remark in int4_words.STORED_OTHERWISE:
+    for remark in int_words.STORED_OTHERWISE:
         name = name.replace(f", {remark}", "")
-    plain, size = group_of(name)
+    plain, size = group_of(written_form(name))
     found = FORMATS.get(plain)
     if size is None:
         return found
     return found.of_group_size(size) if isinstance(found, Grouped) and size in found.group_sizes else None
+
+
+def stored_as(storage_format: Format) -> str:
+    """Name that encoders and weights give the format; `format_of` undoes it."""
+    usual = FORMATS[storage_format.name]
+    if not isinstance(storage_format, Grouped) or not isinstance(usual, Grouped):
+        return storage_format.name
+    return grouped_name(storage_format.name, storage_format.group_size, usual.group_size)
+
+
+def family_of(name: str) -> Format | None:
+    """The format of which a Weight's `format` says in words how it differs; None where it is only read."""
+    return format_of(name) or FORMATS.get(group_of(name.partition(",")[0])[0])
 
 
 def with_groups(storage_format: Format, size: int | None) -> Format:
@@ -190,7 +204,7 @@ def _readers() -> tuple[Reader, ...]:
 
 
 # Storages that are read and not written.
-READERS: tuple[Reader, ...] = (Fp8Reader(), fp4.PACKED, fp4.MODELOPT, MlxReader(), GptOssReader())
+READERS: tuple[Reader, ...] = (fp4.ModelOptReader(), GptOssReader())
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
@@ -204,8 +218,18 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "int8": Int8Format("int8"),
         "w4a16": PackQuantizedFormat("w4a16", 4, INT4),
         "w8a16": PackQuantizedFormat("w8a16", 8, INT8_GROUPS),
+        "w8a8": Int8RowsFormat(),
         "gptq": GptqFormat(),
         "gptq-v2": GptqFormat(is_v2=True),
-        "awq": AwqFormat("awq"),
+        "gptq-asym": GptqFormat(is_asymmetric=True),
+        "awq": AwqFormat(),
+        "awq-asym": AwqFormat(is_asymmetric=True),
+        "fp8": Fp8Format("fp8"),
+        "fp8-block": Fp8BlockFormat("fp8-block"),
+        "mlx4": MlxFormat(4),
+        "mlx8": MlxFormat(8),
+        "nvfp4a16": fp4.NVFP4A16,
+        "mxfp4a16": fp4.MXFP4A16,
+        "mxfp4": fp4.MXFP4,
     }
 )

@@ -15,8 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -218,6 +219,37 @@ class Encoder(Protocol):
         """
 
 
+class ScaleScope(StrEnum):
+    """Weights whose greatest magnitude a scale is made of: one alone, or with those that a loader joins it with."""
+
+    WEIGHT = "weight"
+    PARTNERS = "partners"
+
+
+@runtime_checkable
+class Surveyed(Encoder, Protocol):
+    """An Encoder with a scale for all of a weight, for which all targets are seen once before the first code is chosen.
+
+    `planning/partners.py` says which weights a loader joins. What needs scales raises AssertionError until it is known.
+    """
+
+    @property
+    def scope(self) -> ScaleScope: ...
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the scale is there: the base's own, say, which stays."""
+
+    def knowing(self, greatest: float) -> Self:
+        """The same with the scale for targets of that greatest magnitude (finite, not negative)."""
+
+    def following(self, decoder: Decoder) -> Self:
+        """The same with the scale of a base's weight that is stored in this way; itself where it is stored in another.
+
+        Partners that no update touches are copied with that scale.
+        """
+
+
 def wrong(tensor: StoredTensor, expected: str) -> CheckpointError:
     """Error for a part that has another type or shape than `expected`, in words."""
     found = f"{tensor.dtype} {list(tensor.shape)}"
@@ -306,6 +338,12 @@ class Format(Protocol):
     def skips_by_path(self) -> bool:
         """Whether its config names modules left in 16 bit by whole paths; else as `formats/linear.py` has it."""
 
+    @property
+    def expert_loaders(self) -> tuple[str, ...]:
+        """Programs that open it with experts quantized, each in tensors of its own; where none does, they stay in 16
+        bit.
+        """
+
     def fits(self, name: str, shape: Shape) -> bool:
         """Whether it can store the weight [out, in] of a Linear, and loaders expect it; else it stays in 16 bit."""
 
@@ -353,6 +391,30 @@ class Grouped(Format, Protocol):
 
     def of_group_size(self, size: int) -> Format:
         """The same with groups of `size`, one of `group_sizes`."""
+
+
+@runtime_checkable
+class Mixable(Format, Protocol):
+    """A Format whose config can say of each module how it is stored, so that a checkpoint may have several formats."""
+
+    @property
+    def family(self) -> str:
+        """Name of the formats that one checkpoint may have beside each other."""
+
+    @property
+    def has_partners(self) -> bool:
+        """Whether a loader makes one layer of several modules (`targets.fused_layer`), which must share a format."""
+
+    def module_config(self) -> Json:
+        """Settings by which the config says that modules are stored in this format."""
+
+    def mixed_config(
+        self, dtype: Dtype, groups: Sequence[tuple[Mixable, Sequence[str]]], skipped: Sequence[str]
+    ) -> Json:
+        """The `quantization_config` of weights in several formats, this one first; as `quantization_config` else.
+
+        `groups`: formats of this family, each with the names of its weights.
+        """
 
 
 GROUP_SIZES = (32, 64, 128)

@@ -425,6 +425,7 @@ class Bnb4bitFormat:
     loaders: str = "transformers, vLLM (one GPU a model part), PEFT for training"
     library: str = "bitsandbytes"
     skips_by_path: bool = False
+    expert_loaders: tuple[str, ...] = ()
     config_copy: str | None = None
     marks: Marks = _MARKS
 

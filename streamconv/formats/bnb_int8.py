@@ -192,6 +192,7 @@ class Int8Format:
     loaders: str = "transformers, vLLM (one GPU a model part), PEFT for training"
     library: str = "bitsandbytes"
     skips_by_path: bool = False
+    expert_loaders: tuple[str, ...] = ()
     config_copy: str | None = None
     marks: Marks = _MARKS
 

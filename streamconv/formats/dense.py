@@ -130,6 +130,7 @@ class DenseFormat:
     library: str | None = None
     load_in: None = None
     skips_by_path: bool = False
+    expert_loaders: tuple[str, ...] = ()
     config_copy: str | None = None
     marks: Marks = NO_MARKS
 
@@ -161,15 +162,17 @@ class DenseFormat:
         return None
 
 
-def largest_dtype(tensors: Mapping[str, StoredTensor], but: str | tuple[str, ...]) -> Dtype:
-    """The type of the largest dense tensor whose name does not end in `but`; float16 where there is none.
+def largest_dtype(
+    tensors: Mapping[str, StoredTensor], but: str | tuple[str, ...], otherwise: Dtype = F16
+) -> Dtype:
+    """The type of the largest dense tensor whose name does not end in `but`; `otherwise` where there is none.
 
     It stands for that of weights beside, where a file does not tell what they were before they were quantized.
     """
     dense = [
         tensor for name, tensor in tensors.items() if tensor.dtype.name in DENSE and not name.endswith(but)
     ]
-    return max(dense, key=lambda tensor: math.prod(tensor.shape)).dtype if dense else F16
+    return max(dense, key=lambda tensor: math.prod(tensor.shape)).dtype if dense else otherwise
 
 
 def dense_weight(name: str, tensor: StoredTensor) -> Weight:

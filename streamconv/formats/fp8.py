@@ -1,31 +1,46 @@
-"""FP8 weights as DeepSeek, compressed-tensors, FBGEMM and ModelOpt store them, for reading.
+"""FP8 weights as DeepSeek, compressed-tensors, FBGEMM and ModelOpt store them.
 
     P.weight            F8_E4M3 [out, in]
     P.weight_scale_inv  float32 [⌈out/128⌉, ⌈in/128⌉]: DeepSeek-V3 (`inference/fp8_cast_bf16.py`), `quant_method` fp8
     P.weight_scale      a scale for the tensor, a row, a block: compressed-tensors (`float-quantized`), FBGEMM, ModelOpt
 
-Scales multiply. Those of activations lie beside and say nothing of the weight.
+Scales multiply. Those of activations lie beside and say nothing of the weight. Written are `fp8`, which is FP8_DYNAMIC
+of compressed-tensors, a scale a row and activations quantized as they come; and `fp8-block`, as DeepSeek-V3 has it. A
+base of any other kind keeps its own storage.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from streamconv.checkpoint.strict_json import shown
-from streamconv.checkpoint.types import StoredTensor
-from streamconv.dtypes import Dtype
-from streamconv.errors import CheckpointError
-from streamconv.formats.base import Marks, Weight, config_says, refusal
-from streamconv.formats.block_scaled import BlockScaledDecoder, Scales, check_tensor
-from streamconv.formats.compressed import METHOD, formats_of, weights_of
+from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
+from streamconv.dtypes import DENSE, F32, Dtype
+from streamconv.errors import CheckpointError, UnsupportedError
+from streamconv.formats.base import NO_MARKS, Json, Marks, Mixable, Weight, config_says, refusal
+from streamconv.formats.block_scaled import check_tensor
+from streamconv.formats.compressed import (
+    METHOD,
+    class_targets,
+    config_of,
+    formats_of,
+    groups_of,
+    mixed_config,
+    part_of,
+    weights_of,
+)
 from streamconv.formats.dense import largest_dtype
+from streamconv.formats.fp8_storage import CODE, MAIN, Blocks, Fp8Decoder, Fp8Encoder
+from streamconv.formats.linear import means
 from streamconv.formats.undecoded import find_each
+from streamconv.kernels.grids import E4M3, TableGrid
 
-_CODE = "F8_E4M3"
-_SCALES = ("weight_scale_inv", "weight_scale")
+INVERSE, SCALE = "weight_scale_inv", "weight_scale"
+_SCALES = (INVERSE, SCALE)
 ACTIVATIONS = (
     "input_scale",
     "activation_scale",
@@ -38,17 +53,22 @@ ACTIVATIONS = (
 )
 """Last components of tensors about activations, which a weight in 16 bit has no use for."""
 _BLOCK = 128
+_BLOCKS = E4M3.of_block(_BLOCK)
+_STORAGES = frozenset({"float-quantized", "naive-quantized"})
+# Only to say what a scale a row amounts to.
+_USUAL_COLUMNS = 4096
+
+
+# -- reading -----------------------------------------------------------------------------------------------
 
 
 def find_fp8(free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
     """Weights with scales of either name. Raises CheckpointError where those of one are missing or do not fit."""
-    mains = [
-        tensor for name, tensor in free.items() if tensor.dtype.code == _CODE and name.endswith(".weight")
-    ]
+    mains = [tensor for name, tensor in free.items() if tensor.dtype == CODE and name.endswith(f".{MAIN}")]
     dtype = largest_dtype(free, but=(*_SCALES, *ACTIVATIONS))
     return find_each(
-        [main.name.removesuffix(".weight") for main in mains],
-        lambda module: _weight(free[f"{module}.weight"], free, quantization, dtype),
+        [main.name.removesuffix(f".{MAIN}") for main in mains],
+        lambda module: _weight(free[f"{module}.{MAIN}"], free, quantization, dtype),
         free,
         "fp8",
     )
@@ -57,7 +77,7 @@ def find_fp8(free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) 
 def _weight(
     main: StoredTensor, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any], dtype: Dtype
 ) -> Weight:
-    module = main.name.removesuffix("weight")
+    module = main.name.removesuffix(MAIN)
     role = next((role for role in _SCALES if module + role in free), None)
     if role is None and module + "scale" in free:
         raise refusal(f"{main.name} is", f"{main.dtype} with another kind of scales beside it (scale)")
@@ -70,14 +90,19 @@ def _weight(
     if scales.dtype.code in ("F8_E8M0", "U8"):
         raise refusal(f"{main.name} is", f"{main.dtype} with exponents as scales ({role} is {scales.dtype})")
     rows, columns = _matrix(main)
-    block = _block(scales, rows, columns, quantization)
-    blocks = (-(-rows // block[0]), -(-columns // block[1]))
-    shapes = (blocks, *(((), (1,)) if blocks == (1, 1) else ((rows,),) if blocks == (rows, 1) else ()))
+    blocks = _blocks(scales, rows, columns, quantization)
+    counts = blocks.counts
+    shapes = (counts, *(((), (1,)) if counts == (1, 1) else ((rows,),) if counts == (rows, 1) else ()))
     check_tensor(scales, ("F32", "BF16", "F16"), shapes)
     others = {each: free[module + each] for each in ACTIVATIONS if module + each in free}
-    decoder = BlockScaledDecoder(main.name, "weight", columns, "e4m3", *block, Scales(role), dtype)
-    form = f"fp8, blocks of {block[0]} x {block[1]}" if role == _SCALES[0] else "fp8"
-    return Weight(main.name, main.shape, dtype, form, decoder, {"weight": main, role: scales, **others})
+    if role == SCALE and scales.dtype != F32:
+        dtype = scales.dtype  # compressed-tensors gives them the type of the weight
+    form = _form(role, scales, blocks, dtype, quantization)
+    decoder = Fp8Decoder(main.name, scales.name, role, blocks, dtype)
+    spec = TensorSpec(scales.name, scales.dtype, scales.shape)
+    keep = Fp8Encoder(form, main.name, main.shape, dtype, spec, role, blocks)
+    parts = {MAIN: main, role: scales, **others}
+    return Weight(main.name, main.shape, dtype, form, decoder, parts, keep)
 
 
 def _matrix(main: StoredTensor) -> tuple[int, int]:
@@ -86,17 +111,18 @@ def _matrix(main: StoredTensor) -> tuple[int, int]:
     return main.shape[0], main.shape[1]
 
 
-def _block(scales: StoredTensor, rows: int, columns: int, quantization: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns that share a scale, by the scales' shape, and by the config where they are many."""
+def _blocks(scales: StoredTensor, rows: int, columns: int, quantization: Mapping[str, Any]) -> Blocks:
+    """Blocks that share a scale, by the scales' shape, and by the config where they are many."""
+    stated = _stated(quantization)
     if scales.shape in ((), (1,), (1, 1)) and rows * columns > 1:
-        stated = _stated(quantization)
-        return (
-            stated if stated is not None and stated[0] >= rows and stated[1] >= columns else (rows, columns)
-        )
+        if stated is not None and stated[0] >= rows and stated[1] >= columns:
+            return Blocks(rows, columns, *stated)
+        is_row = rows == 1 and "channel" in {each.get("strategy") for each in weights_of(quantization)}
+        return Blocks(rows, columns, rows, columns, is_one=not is_row)
     if scales.shape in ((rows,), (rows, 1)):
-        stated = _stated(quantization)
-        return stated if stated is not None and stated[0] == 1 and stated[1] < columns else (1, columns)
-    return _stated(quantization) or (_BLOCK, _BLOCK)
+        is_narrow = stated is not None and stated[0] == 1 and stated[1] < columns
+        return Blocks(rows, columns, 1, stated[1] if stated is not None and is_narrow else columns)
+    return Blocks(rows, columns, *(stated or (_BLOCK, _BLOCK)))
 
 
 def _stated(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -113,6 +139,44 @@ def _stated(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
+def _form(
+    role: str, scales: StoredTensor, blocks: Blocks, dtype: Dtype, quantization: Mapping[str, Any]
+) -> str:
+    """Name of the format that stores weights so; with remarks, where a file differs from what is written."""
+    stated = _stated(quantization)
+    is_block = role == INVERSE or (stated is not None and (blocks.height, blocks.width) == stated)
+    if is_block:
+        size = (blocks.height, blocks.width)
+        remarks = [f"blocks of {size[0]} x {size[1]}"] if size != (_BLOCK, _BLOCK) else []
+        remarks += [role] if role != INVERSE else []
+        usual = F32
+    else:
+        remarks = ["a scale a tensor"] if blocks.is_one else []
+        remarks += (
+            ["scales in one axis"] if not blocks.is_one and len(scales.shape) == 1 and blocks.rows > 1 else []
+        )
+        usual = dtype
+    remarks += [f"scales in {scales.dtype}"] if scales.dtype != usual else []
+    remarks += ["static activations"] if _is_static(quantization) else []
+    return ", ".join(["fp8-block" if is_block else "fp8", *remarks])
+
+
+def _is_static(quantization: Mapping[str, Any]) -> bool:
+    """Whether the config tells of scales of activations or of a KV cache, which are in the file."""
+    inputs = [group.get("input_activations") for group in groups_of(quantization)]
+    return (
+        quantization.get("activation_scheme") == "static"
+        or bool(quantization.get("kv_cache_scheme"))
+        or any(isinstance(each, Mapping) and each.get("dynamic") is False for each in inputs)
+    )
+
+
+def written_form(name: str) -> str:
+    """Name of the format that is written, of weights that a reader of FP8 calls `name`."""
+    plain = name.partition(", ")[0]
+    return plain if plain in ("fp8", "fp8-block") else name
+
+
 def _check_codes(config: Mapping[str, Any], where: str) -> None:
     """Refuse what `fp8` and `fbgemm_fp8` may say of codes other than E4M3; the tensors tell the rest."""
     fmt = config.get("fmt", "e4m3")
@@ -127,11 +191,12 @@ def _check_modelopt(config: Mapping[str, Any], where: str) -> None:
 
 
 def _check_compressed(config: Mapping[str, Any], where: str) -> None:
+    config = part_of(config, _STORAGES)
     weights = weights_of(config)
     are_fp8 = bool(weights) and all(
         (each.get("type"), each.get("num_bits")) == ("float", 8) for each in weights
     )
-    if not are_fp8 or formats_of(config) - {"float-quantized", "naive-quantized"}:
+    if not are_fp8 or formats_of(config) - _STORAGES:
         raise refusal(config_says(where), f"{METHOD}, and its format is {shown(config.get('format'))}")
 
 
@@ -149,11 +214,162 @@ _MARKS = Marks(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Fp8Reader:
-    """Reader of FP8 weights."""
+# -- the formats -------------------------------------------------------------------------------------------
 
+
+def _fits(shape: Shape) -> bool:
+    """Codes end where scales may begin. A single row is a gate, which vLLM expects in 16 bit."""
+    return len(shape) == 2 and shape[0] > 1 and math.prod(shape) > 0 and math.prod(shape) % 4 == 0
+
+
+def _check_encoded(format_name: str, name: str, shape: Shape, dtype: Dtype) -> None:
+    if not _fits(shape) or not name.endswith(f".{MAIN}"):
+        raise UnsupportedError(
+            f"{name} has shape {list(shape)}; {format_name} stores matrices of modules only, of a multiple of four "
+            "elements: exclude it with --ignore"
+        )
+    if dtype.name not in DENSE:
+        raise UnsupportedError(
+            f"{name} is {dtype}; {format_name} stores weights of {', '.join(DENSE)}: exclude it with --ignore"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Format:
+    """compressed-tensors' FP8_DYNAMIC: a scale a row, in the type of the weight. It finds FP8 weights of any kind."""
+
+    name: str
+    grid: TableGrid = E4M3
+    loaders: str = "vLLM, transformers with compressed-tensors"
+    library: str = METHOD
+    family: str = METHOD
+    has_partners: bool = True
+    load_in: None = None
+    skips_by_path: bool = True
+    expert_loaders: tuple[str, ...] = ("transformers with compressed-tensors", "vLLM")
+    config_copy: str | None = None
     marks: Marks = _MARKS
 
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 + 16 / _USUAL_COLUMNS
+
+    def fits(self, name: str, shape: Shape) -> bool:
+        del name
+        return _fits(shape)
+
     def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
+        """See Format."""
         return find_fp8(free, quantization)
+
+    def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Fp8Encoder:
+        """See Format."""
+        _check_encoded(self.name, name, shape, dtype)
+        rows, columns = shape
+        scale = TensorSpec(name.removesuffix(MAIN) + SCALE, dtype, (rows, 1))
+        return Fp8Encoder(self.name, name, shape, dtype, scale, SCALE, Blocks(rows, columns, 1, columns))
+
+    def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
+        """See Format."""
+        del dtype  # that of the model, as the scales have it
+        return config_of([(self.module_config(), class_targets(quantized))], skipped)
+
+    def mixed_config(
+        self, dtype: Dtype, groups: Sequence[tuple[Mixable, Sequence[str]]], skipped: Sequence[str]
+    ) -> Json:
+        """See Mixable."""
+        del dtype
+        return mixed_config(groups, skipped)
+
+    def module_config(self) -> Json:
+        """See Mixable. The keys that every release of compressed-tensors knows: it refuses others within a group."""
+        return {
+            "format": "float-quantized",
+            "input_activations": _arguments("token", dynamic=True),
+            "output_activations": None,
+            "weights": _arguments("channel", dynamic=False),
+        }
+
+
+def _arguments(strategy: str, *, dynamic: bool) -> Json:
+    return {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": dynamic,
+        "group_size": None,
+        "num_bits": 8,
+        "observer": None if dynamic else "minmax",
+        "observer_kwargs": {},
+        "strategy": strategy,
+        "symmetric": True,
+        "type": "float",
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8BlockFormat:
+    """DeepSeek-V3's FP8: float32 scales of blocks of 128 rows and columns."""
+
+    name: str
+    grid: TableGrid = _BLOCKS
+    loaders: str = "vLLM, SGLang, transformers"
+    library: None = None
+    load_in: None = None
+    skips_by_path: bool = True
+    expert_loaders: tuple[str, ...] = ("transformers", "vLLM", "SGLang")
+    config_copy: str | None = None
+    marks: Marks = NO_MARKS
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 + 32 / _BLOCK**2
+
+    def fits(self, name: str, shape: Shape) -> bool:
+        del name
+        return _fits(shape)
+
+    def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
+        """Fp8Format finds them all."""
+        del free, quantization
+        return ()
+
+    def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Fp8Encoder:
+        """See Format."""
+        _check_encoded(self.name, name, shape, dtype)
+        blocks = Blocks(shape[0], shape[1], _BLOCK, _BLOCK)
+        scale = TensorSpec(name.removesuffix(MAIN) + INVERSE, F32, blocks.counts)
+        return Fp8Encoder(self.name, name, shape, dtype, scale, INVERSE, blocks)
+
+    def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
+        """The keys of DeepSeek-V3's config, and the list that Qwen3's has."""
+        del dtype
+        return {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "modules_to_not_convert": _names(skipped, quantized),
+            "quant_method": "fp8",
+            "weight_block_size": [_BLOCK, _BLOCK],
+        }
+
+
+def _names(skipped: Sequence[str], quantized: Sequence[str]) -> list[str]:
+    """Entries of a skip list as this config has them: whole paths, or ends of paths; no expressions.
+
+    Raises UnsupportedError where such an entry would mean a module that is quantized.
+    """
+    names = []
+    for entry in skipped:
+        name = entry.removeprefix(r"re:(?:.*\.)?").removesuffix("$").replace("\\", "")
+        if name.startswith("re:"):
+            raise UnsupportedError(
+                "experts that are one parameter would stay in 16 bit, which the config of fp8-block cannot say in a "
+                "way that all loaders read: choose --quant fp8"
+            )
+        module = next((each for each in quantized if means(name, each.removesuffix(f".{MAIN}"))), None)
+        if module is not None:
+            raise UnsupportedError(
+                f"{name} must stay in 16 bit, but loaders would take that name for {module} too; quantize both or "
+                "neither, or choose --quant fp8"
+            )
+        names.append(name)
+    return names

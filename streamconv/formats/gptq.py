@@ -1,14 +1,14 @@
-"""GPTQ storage: 4-bit integers in groups along the inputs, eight inputs a word.
+"""GPTQ storage: integers of 4 bits in groups along the inputs, eight inputs a word; of 8 bits, four.
 
 Source: GPTQModel `nn_modules/qlinear/__init__.py` (buffers, pack, dequantize_weight), `utils/model.py` (v1 and v2); the
-config: transformers' GPTQConfig, optimum `gptq/quantizer.py` (convert_model). Beside what `int4_words` tells:
+config: transformers' GPTQConfig, optimum `gptq/quantizer.py` (convert_model). Beside what `int_words` tells:
 
     P.qweight  int32 [in / 8, out]; bits 4 j of word r hold input 8 r + j
     P.qzeros   the zero point less 1 (v1, checkpoint_format "gptq"), or as it is (v2, "gptq_v2")
     P.g_idx    int32 [in], the group of each input: input // group, but in activation order
 
-Both are written, symmetric and not in activation order; v1 is what every loader reads. Which of them a symmetric weight
-is, its zero points tell: there are files of v2 that say v1.
+Both are written, of 4 bits and not in activation order; v1 is what every loader reads. Others keep their layout. Which
+version a symmetric weight is, its zero points tell: there are files of v2 that say v1.
 """
 
 from __future__ import annotations
@@ -28,31 +28,32 @@ from streamconv.dtypes import F16, I32, Dtype
 from streamconv.errors import UnsupportedError
 from streamconv.formats.base import (
     GROUP_SIZES,
-    Decoder,
+    USUAL_GROUP_SIZE,
     Format,
     Json,
     Marks,
+    Mixable,
     Weight,
     grouped_name,
     parts_of,
     wrong,
 )
 from streamconv.formats.dense import largest_dtype
-from streamconv.formats.int4_words import (
+from streamconv.formats.int_words import (
     A_WORD,
-    IN_ORDER,
     MAIN,
     MARKS,
-    MIDDLE,
     NO_GROUPS,
     SCALES,
     ZEROS,
-    SymmetricDecoder,
-    SymmetricEncoder,
-    ZeroPointDecoder,
+    IntWordsDecoder,
+    IntWordsEncoder,
+    Words,
+    ZeroPoints,
     check_encodes,
     described,
     first_zeros,
+    grid_of,
     group_size_in,
     is_whole,
     part_name,
@@ -60,12 +61,14 @@ from streamconv.formats.int4_words import (
     zeros_and_scales,
 )
 from streamconv.formats.linear import HEAD_NAMES, module_of
+from streamconv.formats.targets import expressions, fused_too
 from streamconv.kernels import kernels_for
-from streamconv.kernels.grids import INT4, DecodedGrid, TableGrid
+from streamconv.kernels.grids import TableGrid
 
 GROUPS = "g_idx"
-# By whether it is v2: the name here, and that in a config (GPTQModel `quantization/config.py`, FORMAT).
-_NAMES = ("gptq", "gptq-v2")
+# By whether it is v2: the name here, and that in a config (GPTQModel `quantization/config.py`, FORMAT); and the name of
+# v1 with zero points.
+_NAMES = ("gptq", "gptq-v2", "gptq-asym")
 _CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
 # What older kernels take: whole blocks of so many outputs.
 _ROWS = 32
@@ -126,15 +129,27 @@ class _Labels:
     is_v2: bool
     is_symmetric: bool
 
-    def stored_zero(self, words: Tensor) -> int | None:
-        """Stored number for the zero point 8, if these first `words` of `qzeros` say that all are; else None.
+    def symmetric(self, found: Tensor, bits: int) -> bool | None:
+        """Whether zero points are those of v2, if these first words of `qzeros` say that all are the middle one.
 
         The file counts for more than its label.
         """
-        for stored, is_v2 in ((MIDDLE - 1, False), (MIDDLE, True)):
-            if bool((words == word_of(stored)).all()) and (self.is_symmetric or self.is_v2 == is_v2):
-                return stored
+        for is_v2 in (False, True):
+            words = words_of(bits, is_v2)
+            is_middle = bool((found == word_of(words.middle - words.subtracted, bits)).all())
+            if is_middle and (self.is_symmetric or self.is_v2 == is_v2):
+                return is_v2
         return None
+
+
+def words_of(bits: int, is_v2: bool) -> Words:
+    """Layout of words, of which v1 stores zero points less one."""
+    return Words(bits, tuple(range(32 // bits)), subtracted=0 if is_v2 else 1)
+
+
+def zero_points_of(bits: int, is_v2: bool) -> ZeroPoints:
+    """Zero points that files can have. Of v1, 0 would be stored as -1, and the greatest plus one read as 0."""
+    return ZeroPoints(least=0 if is_v2 else 1, greatest=2**bits - 1)
 
 
 def _find_weight(
@@ -149,43 +164,67 @@ def _find_weight(
     if names[GROUPS] not in free:
         del names[GROUPS]
     parts = parts_of(name, names, free)
-    main = parts[MAIN]
-    rows, columns = main.shape[1], main.shape[0] * A_WORD
+    main, scales = parts[MAIN], parts[SCALES]
+    rows, bits = main.shape[1], _bits(main, parts[ZEROS])
+    columns = main.shape[0] * 32 // bits
     if GROUPS in parts and (parts[GROUPS].dtype != I32 or parts[GROUPS].shape != (columns,)):
-        raise wrong(parts[GROUPS], f"I32 [{columns}], if the weight has 4 bits, which is all that is read")
-    group = group_size_in(parts, rows, columns)
+        raise wrong(parts[GROUPS], f"I32 [{columns}], as {MAIN} has {bits} bits")
+    group, product = group_size_in(parts, rows, columns, bits), scales.dtype
     groups = _groups(parts.get(GROUPS), group, reader)
-    product, order = parts[SCALES].dtype, WordsAcross(rows, main.shape[0])
-    stored = labels.stored_zero(first_zeros(parts[ZEROS], reader))
-    is_v2 = labels.is_v2 if stored is None else stored == MIDDLE
-    found = GptqFormat(is_v2, INT4.of_block(group))
+    of_v2 = labels.symmetric(first_zeros(parts[ZEROS], reader), bits)
+    is_v2 = labels.is_v2 if of_v2 is None else of_v2
+    is_plain = bits == 4 and not groups and product == F16
+    is_written = is_plain and not (is_v2 and of_v2 is None)
     remarks = {
+        "8 bit": bits == 8,
         "in activation order": bool(groups),
-        "with zero points": stored is None,
+        "with zero points": of_v2 is None and not (is_written or (not is_v2 and bits == 4)),
         f"scales in {product.name}": product != F16,
         NO_GROUPS: GROUPS not in parts,
     }
-    decoder: Decoder
-    if stored is not None and not groups:
-        decoder = SymmetricDecoder(name, columns, found.grid, product, order, stored)
-    else:
-        grid = DecodedGrid(f"{found.grid.name} with zero points", group)
-        subtracted = 0 if is_v2 else 1
-        decoder = ZeroPointDecoder(name, columns, grid, product, order, IN_ORDER, subtracted, groups)
-    return Weight(name, (rows, columns), dtype, described(found.name, group, remarks), decoder, parts)
+    stored_as = described(_NAMES[2 if of_v2 is None and not is_v2 and bits == 4 else is_v2], group, remarks)
+    grid = grid_of(bits, group, zero_points_of(bits, is_v2) if of_v2 is None else None, _order(groups))
+    words, order = words_of(bits, is_v2), WordsAcross(rows, main.shape[0])
+    decoder = IntWordsDecoder(name, columns, grid, product, order, words)
+    specs = tuple(TensorSpec(part.name, part.dtype, part.shape) for part in parts.values())
+    tail = (groups or bytes(tensor_bytes(_plain_groups(columns, group))),) if GROUPS in parts else ()
+    keep = IntWordsEncoder(stored_as, name, (rows, columns), dtype, grid, order, words, specs, tail, product)
+    return Weight(name, (rows, columns), dtype, stored_as, decoder, parts, None if is_written else keep)
+
+
+def _bits(main: StoredTensor, zeros: StoredTensor) -> int:
+    """Bits of a code, by how many zero points a word has: there is one an output."""
+    outputs = main.shape[1]
+    for bits in (4, 8):
+        if len(zeros.shape) == 2 and zeros.shape[1] * 32 == outputs * bits:
+            return bits
+    raise wrong(zeros, f"I32 [groups, {outputs // 8}] or [groups, {outputs // 4}], for 4 or 8 bits")
 
 
 def _groups(tensor: StoredTensor | None, group: int, reader: TensorReader) -> bytes:
     """The group of every column, where it is not what it is without activation order; else nothing."""
     if tensor is None:
         return b""
-    found = reader.load(tensor)
-    count = tensor.shape[0] // group
+    found, columns = reader.load(tensor), tensor.shape[0]
+    count = columns // group
     if bool((found < 0).any()) or bool((found >= count).any()):
         raise wrong(tensor, f"groups from 0 to {count - 1}")
-    if torch.equal(found, _plain_groups(tensor.shape[0], group)):
+    if torch.equal(found, _plain_groups(columns, group)):
         return b""
+    if not bool((found.long().bincount(minlength=count) == group).all()):
+        raise UnsupportedError(
+            f"{tensor.name}: groups have different numbers of columns, which is not read; give the 16-bit base model "
+            "instead"
+        )
     return bytes(tensor_bytes(found))
+
+
+def _order(groups: bytes) -> bytes:
+    """Columns, group after group."""
+    if not groups:
+        return b""
+    found = torch.frombuffer(bytearray(groups), dtype=torch.int32)
+    return bytes(tensor_bytes(torch.argsort(found, stable=True).to(torch.int32)))
 
 
 def _plain_groups(columns: int, group: int) -> Tensor:
@@ -197,20 +236,28 @@ def _plain_groups(columns: int, group: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class GptqFormat:
-    """GPTQ, 4 bit, v1 or v2."""
+    """GPTQ, 4 bit, v1 or v2; of v1 with all zero points 8, or each group's own."""
 
     is_v2: bool = False
-    grid: TableGrid = INT4
+    is_asymmetric: bool = False
+    group_size: int = USUAL_GROUP_SIZE
     library: str = "gptqmodel"
     load_in: None = None
     skips_by_path: bool = False
+    expert_loaders: tuple[str, ...] = ("vLLM", "SGLang", "GPTQModel")
     config_copy: str | None = "quantize_config.json"
+    has_partners: bool = True
     marks: Marks = MARKS
     group_sizes: tuple[int, ...] = GROUP_SIZES
 
     @property
     def name(self) -> str:
-        return _NAMES[self.is_v2]
+        return _NAMES[2 if self.is_asymmetric else self.is_v2]
+
+    @property
+    def grid(self) -> TableGrid:
+        points = zero_points_of(4, self.is_v2) if self.is_asymmetric else None
+        return grid_of(4, self.group_size, points)
 
     @property
     def loaders(self) -> str:
@@ -218,20 +265,16 @@ class GptqFormat:
         servers = "recent vLLM and SGLang" if self.is_v2 else "vLLM, SGLang"
         return f"transformers with optimum and GPTQModel, {servers}"
 
-    @property
-    def group_size(self) -> int:
-        return self.grid.block
-
     def of_group_size(self, size: int) -> Format:
-        return replace(self, grid=self.grid.of_block(size))
+        return replace(self, group_size=size)
 
     @property
     def bits_per_weight(self) -> float:
-        return 4 + (16 + 4) / self.grid.block + 32 / _USUAL_ROWS
+        return 4 + (16 + 4) / self.group_size + 32 / _USUAL_ROWS
 
     def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
-        """See Format. That of v1 finds both: zero points tell them apart, and are read once."""
-        if self.is_v2:
+        """See Format. That of v1 finds all: zero points tell them apart, and are read once."""
+        if self.is_v2 or self.is_asymmetric:
             return ()
         mains = [
             tensor for name, tensor in free.items() if name.endswith(f".{MAIN}") and _is_gptq(free, name)
@@ -251,20 +294,20 @@ class GptqFormat:
         layers = _NUMBERED.fullmatch(module_of(name))
         return layers is not None and layers[1] in _LAYERS and is_whole(shape, _ROWS, self.group_size)
 
-    def encoder(self, name: str, shape: Shape, dtype: Dtype) -> SymmetricEncoder:
+    def encoder(self, name: str, shape: Shape, dtype: Dtype) -> IntWordsEncoder:
         """See Format."""
         check_encodes(name, shape, dtype, self.name, _ROWS, self.group_size)
         rows, columns = shape
         order = WordsAcross(rows, columns // A_WORD)
         parts = (
             TensorSpec(part_name(name, MAIN), I32, (columns // A_WORD, rows)),
-            *zeros_and_scales(name, shape, self.grid),
+            *zeros_and_scales(name, shape, self.group_size),
             TensorSpec(part_name(name, GROUPS), I32, (columns,)),
         )
-        tail = (bytes(tensor_bytes(_plain_groups(columns, self.grid.block))),)
+        tail = (bytes(tensor_bytes(_plain_groups(columns, self.group_size))),)
         stored_as = grouped_name(self.name, self.group_size)
-        stored_zero = MIDDLE if self.is_v2 else MIDDLE - 1
-        return SymmetricEncoder(stored_as, name, shape, dtype, self.grid, order, stored_zero, parts, tail)
+        words = words_of(4, self.is_v2)
+        return IntWordsEncoder(stored_as, name, shape, dtype, self.grid, order, words, parts, tail)
 
     def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
         """See Format. What transformers, vLLM and GPTQModel read of it, and who wrote it.
@@ -278,14 +321,40 @@ class GptqFormat:
             "checkpoint_format": _CHECKPOINT_FORMATS[self.is_v2],
             "desc_act": False,
             "format": _CHECKPOINT_FORMATS[self.is_v2],
-            "group_size": self.grid.block,
+            "group_size": self.group_size,
             "lm_head": False,
             "meta": {"quantizer": [f"streamconv:{version('streamconv')}"]},
             "pack_dtype": "int32",
             "quant_method": "gptq",
-            "sym": True,
+            "sym": not self.is_asymmetric,
         }
         return config | _exceptions(quantized, [entry for entry in skipped if entry not in HEAD_NAMES])
+
+    @property
+    def family(self) -> str:
+        return self.name
+
+    def module_config(self) -> Json:
+        """See Mixable."""
+        return {"group_size": self.grid.block}
+
+    def mixed_config(
+        self, dtype: Dtype, groups: Sequence[tuple[Mixable, Sequence[str]]], skipped: Sequence[str]
+    ) -> Json:
+        """See Mixable. vLLM and GPTQModel know `dynamic`; transformers (optimum) has one size of groups for a model.
+
+        The first expression that means a module counts. vLLM looks for the layers that it makes of several modules.
+        """
+        names = [name for _, own in groups for name in own]
+        config = self.quantization_config(dtype, names, skipped)
+        modules = [fused_too(map(module_of, own)) for _, own in groups]
+        others = {
+            f"+:{re.escape(each.expression)}$" if not each.is_expression else f"+:{each.expression}": settings
+            for (storage_format, _), targets in zip(groups[1:], expressions(modules)[1:], strict=True)
+            for settings in [storage_format.module_config()]
+            for each in targets
+        }
+        return {**config, "dynamic": {**config.get("dynamic", {}), **others}}
 
 
 def _is_gptq(free: Mapping[str, StoredTensor], main: str) -> bool:
@@ -293,6 +362,11 @@ def _is_gptq(free: Mapping[str, StoredTensor], main: str) -> bool:
     scales = free.get(f"{module_of(main)}.{SCALES}")
     is_matrix = free[main].dtype == I32 and len(free[main].shape) == 2
     return is_matrix and (scales is None or free[main].shape[1] == scales.shape[-1])
+
+
+def _below(entry: str) -> str:
+    """Pattern for what may follow the name of a module left in 16 bit: all experts of a layer are below one."""
+    return r"(?:\..*)?" if entry.rpartition(".")[2] == "experts" else ""
 
 
 def _exceptions(quantized: Iterable[str], left: Sequence[str]) -> Json:
@@ -313,6 +387,6 @@ def _exceptions(quantized: Iterable[str], left: Sequence[str]) -> Json:
                     f"be told of a GPTQ model; leave it in 16 bit in every layer: --ignore {ending}"
                 )
     return {
-        "dynamic": {rf"-:(?:.*\.)?{re.escape(entry)}$": {} for entry in left},
+        "dynamic": {rf"-:(?:.*\.)?{re.escape(entry)}{_below(entry)}$": {} for entry in left},
         "modules_in_block_to_quantize": [[ending] for ending in endings],
     }

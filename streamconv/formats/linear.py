@@ -115,14 +115,15 @@ def select(
     dense: Collection[str] = frozenset(),
     *,
     by_path: bool = False,
+    has_experts: bool = False,
 ) -> Selection:
     """Decide which of the weights `shapes` are quantized, and what the config must say of the others.
 
     `shapes` are all weights of the model; `ignore` are patterns of modules, see `matches`, and `dense` are paths of
     modules: both stay in 16 bit. `by_path`: the config names them by whole paths, see `_skip_paths`. Quantized is what
     bitsandbytes would have replaced. Mixture-of-experts parameters are not: transformers 5 fuses experts into 3-D
-    parameters, and its routers hold their weight themselves; but `by_path` experts that are stored apart are, all or
-    none. Nor is a head tied to the embedding.
+    parameters, and its routers hold their weight themselves; but where it `has_experts`, those that are stored apart
+    are, all or none. Nor is a head tied to the embedding.
 
     Raises UnsupportedError for a Conv1D weight that would be quantized, for a model that no skip list can describe,
     and where none can tell the two kinds apart; OptionError for a pattern that is no regular expression.
@@ -132,7 +133,7 @@ def select(
     quantized = []
     left = []
     for name, shape in shapes.items():
-        if not may_be_linear(name, shape, has_experts=by_path):
+        if not may_be_linear(name, shape, has_experts=has_experts):
             continue
         module = module_of(name)
         if module in dense or not _is_replaced(module, shapes, config) or matches(module, ignore):
@@ -149,7 +150,30 @@ def select(
     if by_path:
         _check_experts(left)
         return Selection(tuple(quantized), _skip_paths(head, modules, left, shapes, config))
-    return Selection(tuple(quantized), _skip_list(head, modules, left))
+    if not has_experts:
+        return Selection(tuple(quantized), _skip_list(head, modules, left))
+    if any(is_expert(module) for module in left):
+        quantized = [name for name in quantized if not is_expert(name)]
+    rest = [module for module in left if not is_expert(module)]
+    modules = [module_of(name) for name in quantized]
+    skipped = _skip_list(head, modules, rest, inside=any(map(is_expert, shapes)))
+    return Selection(tuple(quantized), (*skipped, *_places_of_experts(shapes, quantized)))
+
+
+def is_expert(name: str) -> bool:
+    """Whether it is a module of one expert, or a parameter of one or of all."""
+    return "experts" in name.split(".")
+
+
+def _places_of_experts(shapes: Mapping[str, Shape], quantized: Collection[str]) -> tuple[str, ...]:
+    """Ends of the modules that hold experts left in 16 bit: vLLM asks for these, not for experts."""
+    chosen = frozenset(quantized)
+    left = (name.split(".") for name in shapes if is_expert(name) and name not in chosen)
+    return tuple(
+        dict.fromkeys(
+            ".".join(path[max(0, path.index("experts") - 1) : path.index("experts") + 1]) for path in left
+        )
+    )
 
 
 def module_of(name: str) -> str:
@@ -178,8 +202,8 @@ def may_be_linear(name: str, shape: Shape, *, has_experts: bool) -> bool:
         return False
     components = module_of(name).split(".")
     last = components[-1]
-    is_expert = "experts" in components and not has_experts
-    return not is_expert and "norm" not in last and not _EMBEDDING.fullmatch(last)
+    is_left_out = "experts" in components and not has_experts
+    return not is_left_out and "norm" not in last and not _EMBEDDING.fullmatch(last)
 
 
 def _is_replaced(module: str, shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> bool:
@@ -238,21 +262,28 @@ def _expression(pattern: str) -> Expression:
     return Expression(pattern[3:], lambda why: OptionError(f"--ignore {pattern[:200]} {why}"))
 
 
-def _skip_list(head: str, quantized: Collection[str], left: Sequence[str]) -> tuple[str, ...]:
+def _skip_list(
+    head: str, quantized: Collection[str], left: Sequence[str], *, inside: bool = False
+) -> tuple[str, ...]:
     """Entries that every loader reads as naming `head`, unless it is quantized, all of `left`, and nothing else.
 
-    Short where it can be: a last component (`lm_head`, `gate`) that means no quantized module, else the path.
+    Short where it can be: a last component (`lm_head`, `gate`) that means no quantized module, else the path. `inside`:
+    a loader takes an entry for every module whose path has it in it, be it part of a component.
     """
     entries = {} if head in quantized else {head: None}
     _check_names(left)
     names = {module: module.rpartition(".")[2] for module in left}
-    unclear = {last for last in set(names.values()) if any(_means(last, other) for other in quantized)}
+    unclear = {
+        last
+        for last in set(names.values())
+        if any(means(last, other) or (inside and last in other) for other in quantized)
+    }
     entries |= {module if last in unclear else last: None for module, last in names.items()}
     if "embed_out" in entries:
         entries["lm_head"] = None  # GPT-NeoX: the name in files, and what transformers 5 calls it once loaded
     for entry in entries:
         for module in quantized:
-            if _means(entry, module):
+            if means(entry, module):
                 raise UnsupportedError(
                     f"{entry} must stay in 16 bit, but loaders would take that name for {module} too;"
                     f" quantize both or neither: --ignore {module}"
@@ -276,7 +307,7 @@ def _check_experts(left: Sequence[str]) -> None:
     transformers fuses experts as it loads them, and of packed checkpoints it takes packed ones only
     (`integrations/compressed_tensors.py`, CompressedTensorsDequantize).
     """
-    expert = next((module for module in left if "experts" in module.split(".")), None)
+    expert = next((module for module in left if is_expert(module)), None)
     if expert is not None:
         raise UnsupportedError(
             f"{expert} would stay in 16 bit, and loaders open such a checkpoint only if all experts are packed; choose "
@@ -304,14 +335,15 @@ def _skip_paths(
     for module, end in ends.items():
         is_whole = not is_renamed or end in unclear
         entries[module if is_whole else rf"re:(?:.*\.)?{re.escape(end)}$"] = None
-    if any("experts" in name.split(".") and module_of(name) not in quantized for name in shapes):
+    packed = frozenset(quantized)
+    if any(is_expert(name) and module_of(name) not in packed for name in shapes):
         entries[r"re:.*\.experts\..*"] = None
     if "embed_out" in entries:
         entries["lm_head"] = None
     return tuple(entries)
 
 
-def _means(entry: str, module: str) -> bool:
+def means(entry: str, module: str) -> bool:
     """Whether transformers or vLLM takes `entry` of a skip list to mean `module`.
 
     transformers: a regular expression from the start to the end of a component, or a plain ending; vLLM: one

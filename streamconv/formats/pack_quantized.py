@@ -37,6 +37,7 @@ from streamconv.formats.base import (
     Constant,
     Json,
     Marks,
+    Mixable,
     Order,
     Weight,
     config_says,
@@ -44,15 +45,25 @@ from streamconv.formats.base import (
     parts_of,
     wrong,
 )
+from streamconv.formats.compressed import (
+    METHOD,
+    MIXED,
+    class_targets,
+    config_of,
+    mixed_config,
+    part_of,
+    unread_in,
+    weights_of,
+)
 from streamconv.formats.undecoded import find_each
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import TableGrid
 
-METHOD = "compressed-tensors"
 STORAGE = "pack-quantized"
 MAIN = "weight_packed"
 SCALES = "weight_scale"
 SHAPE = "weight_shape"
+_STORAGES = frozenset({STORAGE})
 _WORD_BITS = 32
 _BITS = (4, 8)
 # What may stand beside the parts, and why such weights are not read.
@@ -198,7 +209,10 @@ def read_schemes(config: Mapping[str, Any], where: str) -> frozenset[Scheme]:
     """
     found = config.get("format")
     if found != STORAGE:
-        raise _unread(where, f"its format is {shown(found)}")
+        unread = (
+            f" with {', '.join(sorted(unread_in(config)))}" if found == MIXED and unread_in(config) else ""
+        )
+        raise _unread(where, f"its format is {shown(found)}{unread}")
     for key, what in {
         "kv_cache_scheme": "its KV cache is quantized",
         "transform_config": "its weights are rotated (transform_config)",
@@ -330,11 +344,11 @@ class PackQuantizedEncoder:
 
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
-    read_schemes(config, config_says(where))
+    read_schemes(part_of(config, _STORAGES), config_says(where))
 
 
 def _check_described(weights: Iterable[Weight], config: Mapping[str, Any], where: str) -> None:
-    check_described(weights, read_schemes(config, where), where)
+    check_described(weights, read_schemes(part_of(config, _STORAGES), where), where)
 
 
 _MARKS = Marks(
@@ -358,8 +372,11 @@ class PackQuantizedFormat:
     group_sizes: tuple[int, ...] = GROUP_SIZES
     loaders: str = "transformers with compressed-tensors, vLLM"
     library: str = METHOD
+    family: str = METHOD
+    has_partners: bool = True
     load_in: None = None
     skips_by_path: bool = True
+    expert_loaders: tuple[str, ...] = ("transformers with compressed-tensors", "vLLM")
     config_copy: str | None = None
     marks: Marks = _MARKS
 
@@ -390,7 +407,6 @@ class PackQuantizedFormat:
 
     def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """See Format."""
-        del quantization  # tensors tell; whether it agrees is checked afterwards
         modules = [name.removesuffix(f".{MAIN}") for name in free if name.endswith(f".{MAIN}")]
         with TensorReader() as reader:
             weights = find_each(
@@ -399,11 +415,14 @@ class PackQuantizedFormat:
                 free,
                 STORAGE,
             )
-        # A scale a row is a group of as many elements as there are columns; where all are, it is one format.
+        # A scale a row is a group of as many elements as there are columns; where all are, it is one format, unless the
+        # config has groups of each of these sizes. Whether it agrees else is checked afterwards.
+        sizes = {weights.get("group_size") for weights in weights_of(quantization)}
         has_rows = all(
             weight.shape[1] == weight.decoder.grid.block for weight in weights if weight.decoder.grid
         )
-        if has_rows and len({weight.shape[1] for weight in weights}) > 1:
+        widths = {weight.shape[1] for weight in weights}
+        if has_rows and len(widths) > 1 and not widths <= sizes:
             return [dataclasses.replace(weight, format=f"{self.name}, a scale a row") for weight in weights]
         return weights
 
@@ -422,8 +441,19 @@ class PackQuantizedFormat:
         return PackQuantizedEncoder(stored_as, name, shape, dtype, self.bits, self.grid)
 
     def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
-        """The keys that every release of compressed-tensors knows: it refuses others within a group."""
-        del dtype, quantized  # that of the model, as the scales have it; all that the list does not name
+        """See Format."""
+        del dtype  # that of the model, as the scales have it
+        return config_of([(self.module_config(), class_targets(quantized))], skipped)
+
+    def mixed_config(
+        self, dtype: Dtype, groups: Sequence[tuple[Mixable, Sequence[str]]], skipped: Sequence[str]
+    ) -> Json:
+        """See Mixable."""
+        del dtype
+        return mixed_config(groups, skipped)
+
+    def module_config(self) -> Json:
+        """See Mixable. The keys that every release of compressed-tensors knows: it refuses others within a group."""
         weights: Json = {
             "actorder": None,
             "block_structure": None,
@@ -436,18 +466,9 @@ class PackQuantizedFormat:
             "symmetric": True,
             "type": "int",
         }
-        group = {
+        return {
+            "format": STORAGE,
             "input_activations": None,
             "output_activations": None,
-            "targets": ["Linear"],
             "weights": weights,
-        }
-        return {
-            "config_groups": {"group_0": group},
-            "format": STORAGE,
-            "global_compression_ratio": None,
-            "ignore": list(skipped),
-            "kv_cache_scheme": None,
-            "quant_method": METHOD,
-            "quantization_status": "compressed",
         }

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from streamconv.equalization.base import Heads
+from streamconv.forward.matrices import find_places
 from streamconv.forward.names import find_sources
-from streamconv.forward.skeleton import Skeleton, build_skeleton, check_counts
+from streamconv.forward.skeleton import build_skeleton, check_counts
 
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """`weights` of linear layers inside the decoder layers, stored as they are used; how many `positions` the model has
+    """`weights` of linear layers and of experts inside the decoder layers; how many `positions` the model has
     (None: any number), the `model_type` of its text part and its attention's `heads` (None: not told by the usual
     names), and the `version` of transformers that says so.
     """
@@ -38,11 +38,9 @@ def find_layers(config: Mapping[str, Any], location: str, names: Iterable[str]) 
     check_counts(config, len(stored), location)
     skeleton = build_skeleton(config, location, torch.float32)
     inside = tuple(f"{path}." for path in skeleton.layers)
-    weights = {
-        sources.weights[0][0]
-        for parameter, sources in find_sources(skeleton, stored).items()
-        if sources.converter is None and parameter.startswith(inside) and _is_linear(skeleton, parameter)
-    }
+    sources = [each for name, each in find_sources(skeleton, stored).items() if name.startswith(inside)]
+    places = find_places(skeleton, sources)
+    weights = {name for name, place in places.items() if place.is_linear or place.expert is not None}
     positions = getattr(skeleton.text_config, "max_position_embeddings", None)
     return Layers(
         frozenset(weights),
@@ -59,8 +57,3 @@ def _heads(config: Any) -> Heads | None:
         return None
     keys, width = (getattr(config, name, None) for name in ("num_key_value_heads", "head_dim"))
     return Heads(queries, keys or queries, width or config.hidden_size // queries)
-
-
-def _is_linear(skeleton: Skeleton, parameter: str) -> bool:
-    module, _, last = parameter.rpartition(".")
-    return last == "weight" and isinstance(skeleton.module(module), nn.Linear)

@@ -150,6 +150,10 @@ class Walk:
     def _under(self, path: str) -> list[Sources]:
         return [sources for name, sources in self._sources.items() if name.startswith(f"{path}.")]
 
+    def sources_of(self, number: int) -> Sequence[Sources]:
+        """Sources of every parameter of layer `number`."""
+        return self._under(list(self.skeleton.layers)[number])
+
     def _head_weight(self) -> str:
         """The stored weight of the head: its own, or the embedding's where the two are tied."""
         name = f"{self.skeleton.head}.weight"

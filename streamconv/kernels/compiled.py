@@ -15,9 +15,17 @@ import torch
 from torch import Tensor
 
 from streamconv.dtypes import BF16, F16, F32, Dtype
-from streamconv.kernels import loops, offsets
+from streamconv.kernels import loops, offsets, ordered
 from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start, block_dots
-from streamconv.kernels.grids import SMALLEST_DIVISOR, Grid, IntegerGrid, TableGrid, empty_scales, tables_of
+from streamconv.kernels.grids import (
+    E4M3,
+    SMALLEST_DIVISOR,
+    Grid,
+    IntegerGrid,
+    TableGrid,
+    empty_scales,
+    tables_of,
+)
 from streamconv.kernels.in_torch import TorchKernels, over_reach, round_to
 from streamconv.kernels.loops import Array
 
@@ -36,8 +44,8 @@ _DROPPED = {F32: 0, BF16: 16, F16: 13}
 class _Table:
     """A grid's values padded to 16, or to 256: what the loops look up. A rank is a place in rising order.
 
-    `half`: code c stands for c / half - 1, if it is not 0. `pairs` of a byte's two codes, that in its high half first,
-    and that in its low half first; of grids of at most 16.
+    `half`: code c stands for c / half - 1, if it is above 0; -1: the codes are E4M3. `pairs` of a byte's two codes,
+    that in its high half first, and that in its low half first; of grids of at most 16.
     """
 
     midpoints: Array
@@ -51,8 +59,8 @@ class _Table:
 
 
 @functools.cache
-def _table(values: tuple[float, ...]) -> _Table:
-    known = tables_of(values, torch.device("cpu"))
+def _table(values: tuple[float, ...], is_float: bool) -> _Table:
+    known = tables_of(values, torch.device("cpu"), is_float)
     rising = known.distinct.thresholds.numpy()
     by_rank = known.codes.numpy()
     length = _CODES if len(values) <= _CODES else 256
@@ -66,7 +74,7 @@ def _table(values: tuple[float, ...]) -> _Table:
         by_code=by_code,
         by_rank=_padded(by_rank, 0, length),
         pairs=(_in_one(high, low), _in_one(low, high)),
-        half=np.float32(_half(values)),
+        half=np.float32(-1 if is_float and values == E4M3.values else _half(values)),
         in_order=known.codes_are_ranks,
     )
 
@@ -93,6 +101,8 @@ class CompiledKernels:
     name: str = "compiled"
 
     def starting_scales(self, values: Tensor, grid: Grid, out: Tensor) -> Tensor:
+        if grid.order:
+            return ordered.starting_scales(self, values, grid, out)
         if grid.offsets is not None:
             return offsets.starting_scales(values, grid, out)
         whole = values.numel() // grid.block
@@ -104,6 +114,8 @@ class CompiledKernels:
         return out
 
     def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
+        if grid.order:
+            return ordered.nearest(self, values, grid, scales, codes)
         if grid.offsets is not None:
             return offsets.nearest(self, values, grid, scales, codes)
         if not isinstance(grid, IntegerGrid) and not _is_table(grid):
@@ -130,6 +142,8 @@ class CompiledKernels:
         noise: Tensor,
         codes: Tensor,
     ) -> Tensor:
+        if grid.order:
+            return ordered.stochastic(self, values, grid, scales, start, noise, codes)
         if grid.offsets is not None:
             return offsets.stochastic(self, values, grid, scales, start, noise, codes)
         if not _is_compiled(grid):
@@ -142,7 +156,7 @@ class CompiledKernels:
         drawn, into = _rows(noise, whole, grid.block), _rows(codes, whole, grid.block)
         if isinstance(grid, TableGrid):
             _stochastic_in_table(
-                _table(grid.values), arrays, (from_codes, base, start is not None), drawn, into
+                _table(grid.values, grid.is_float), arrays, (from_codes, base, start is not None), drawn, into
             )
         else:
             signed = from_codes.view(np.int8)
@@ -156,16 +170,21 @@ class CompiledKernels:
         return scales
 
     def search(self, values: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None = None) -> None:
+        if grid.order:
+            ordered.search(self, values, grid, scales, weights)
+            return
         if grid.offsets is not None:
             offsets.search(self, values, grid, scales, weights)
             return
         if weights is not None or not isinstance(grid, TableGrid) or not _is_compiled(grid):
             _TORCH.search(values, grid, scales, weights)
             return
-        whole, table = values.numel() // grid.block, _table(grid.values)
+        whole, table = values.numel() // grid.block, _table(grid.values, grid.is_float)
         self.starting_scales(values, grid, scales)
         given, found = (_rows(values, whole, grid.block), _FACTORS, SEARCH_STEPS), scales.numpy()[:whole]
-        if table.half:
+        if _is_e4m3(grid):
+            loops.search_e4m3(*given, table.by_code, found)
+        elif table.half:
             loops.search_uniform(*given, table.half, found)
         else:
             loops.search(*given, table.midpoints, table.rising, found)
@@ -185,7 +204,7 @@ class CompiledKernels:
         errors: Tensor,
         is_first: bool,
     ) -> None:
-        table = _table(grid.values) if isinstance(grid, TableGrid) and grid.peak == 1 else None
+        table = _table(grid.values, grid.is_float) if isinstance(grid, TableGrid) and grid.peak == 1 else None
         if table is None or (len(table.by_code) > _CODES and not table.half):
             _TORCH.quantize_columns(
                 target, pull, coupling, rows, grid, scales, dtype, codes, errors, is_first
@@ -233,6 +252,9 @@ class CompiledKernels:
         loops.turn_codes_back(_unsigned(words), np.array(places), _unsigned(out))
 
     def decode(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
+        if grid.order:
+            ordered.decode(self, codes, grid, scales, dtype, out)
+            return
         if grid.offsets is not None:
             offsets.decode(self, codes, grid, scales, dtype, out)
             return
@@ -242,8 +264,10 @@ class CompiledKernels:
         whole = out.numel() // grid.block
         read, values = _rows(codes, whole, grid.block), _rows(out, whole, grid.block)
         factors = scales.numpy()[:whole]
-        if isinstance(grid, TableGrid):
-            loops.decode_table(read, _table(grid.values).by_code, factors, values)
+        if _is_e4m3(grid):
+            loops.decode_e4m3(read, factors, _bits(values), values)
+        elif isinstance(grid, TableGrid):
+            loops.decode_table(read, _table(grid.values, grid.is_float).by_code, factors, values)
         else:
             loops.decode_integer(read.view(np.int8), factors, np.float32(1 / grid.peak), values)
         _round_to(dtype, values)
@@ -267,7 +291,7 @@ class CompiledKernels:
         whole = out.numel() // grid.block
         values = _rows(out, whole, grid.block)
         read = _rows(packed, whole, grid.block // 2)
-        pairs = _table(grid.values).pairs[low_first]
+        pairs = _table(grid.values, grid.is_float).pairs[low_first]
         loops.decode_pairs(read, pairs, scales.numpy()[:whole], values.view(np.uint64), values)
         _round_to(dtype, values)
         if whole < scales.numel():
@@ -287,6 +311,8 @@ class CompiledKernels:
     def kept(
         self, codes: Tensor, grid: Grid, target: Tensor, base: Tensor, anchor: Tensor, inner: Tensor
     ) -> Tensor:
+        if grid.order:
+            return ordered.kept(self, codes, grid, target, base, anchor, inner)
         if grid.offsets is not None:
             return offsets.kept(self, codes, grid, target, base, anchor, inner)
         if not isinstance(grid, IntegerGrid) and not _is_table(grid):
@@ -297,7 +323,7 @@ class CompiledKernels:
         read, into = _rows(codes, whole, grid.block), inner.numpy()[:whole]
         if isinstance(grid, TableGrid):
             loop = loops.kept_table if _is_short(grid) else loops.kept_in_any_table
-            loop(read, _table(grid.values).by_code, *arrays, into, sums)
+            loop(read, _table(grid.values, grid.is_float).by_code, *arrays, into, sums)
         else:
             loops.kept_integer(read.view(np.int8), *arrays, into, sums)
         if whole < inner.numel():
@@ -316,7 +342,7 @@ class CompiledKernels:
 def _is_compiled(grid: Grid) -> bool:
     """Whether all loops are there for this grid: integers, even steps, or at most 16 values in blocks of 64."""
     if isinstance(grid, TableGrid):
-        return _is_table(grid) and (_is_short(grid) or bool(_table(grid.values).half))
+        return _is_table(grid) and (_is_short(grid) or bool(_table(grid.values, grid.is_float).half))
     return isinstance(grid, IntegerGrid)
 
 
@@ -329,8 +355,15 @@ def _is_short(grid: TableGrid) -> bool:
     return grid.block == BLOCK and len(grid.values) <= _CODES
 
 
+def _is_e4m3(grid: Grid) -> bool:
+    return isinstance(grid, TableGrid) and _table(grid.values, grid.is_float).half < 0
+
+
 def _nearest_in_table(grid: TableGrid, values: Array, scales: Array, codes: Array) -> None:
-    table = _table(grid.values)
+    if _is_e4m3(grid):
+        loops.nearest_e4m3(values, scales, codes)
+        return
+    table = _table(grid.values, grid.is_float)
     if table.half:
         loops.nearest_uniform(values, scales, table.half, codes)
         return
@@ -338,7 +371,7 @@ def _nearest_in_table(grid: TableGrid, values: Array, scales: Array, codes: Arra
         loops.nearest_table(values, scales, table.midpoints, codes)
         _from_ranks(table, codes)
         return
-    known = tables_of(grid.values, torch.device("cpu"))
+    known = grid.tables(torch.device("cpu"))
     midpoints = _padded(known.midpoints.thresholds.numpy(), np.inf, 256)
     loops.nearest_in_any_table(values, scales, midpoints, codes)
     if not known.codes_are_ranks:
@@ -348,6 +381,9 @@ def _nearest_in_table(grid: TableGrid, values: Array, scales: Array, codes: Arra
 def _stochastic_in_table(
     table: _Table, given: tuple[Array, Array], start: tuple[Array, Array, bool], noise: Array, codes: Array
 ) -> None:
+    if table.half < 0:
+        loops.stochastic_e4m3(*given, *start, noise, table.by_code, codes)
+        return
     if table.half:
         loops.stochastic_uniform(*given, *start, noise, table.half, codes)
         return

@@ -56,8 +56,15 @@ class Grid(Protocol):
         """Rule for offsets, where every block has one of its own, and scales are [blocks, 2]; None: there are none."""
 
     @property
+    def order(self) -> bytes:
+        """Columns (int32) as they follow each other in blocks, where that is not the weight's own order."""
+
+    @property
     def limits(self) -> tuple[float, float]:
         """The least and the greatest value that is ever chosen."""
+
+    def of_width(self, columns: int) -> Grid:
+        """The grid of a weight with `columns`, where the block is a whole row; else itself."""
 
     def nearest(self, x: Tensor) -> Tensor:
         """Codes of the values nearest to `x`; beyond the limits, the limit's code."""
@@ -78,7 +85,8 @@ class TableGrid:
 
     A code changes at the float32 midpoint of neighbouring values; a number exactly on one gets the lower value.
     `reach` is where the scale of nearest rounding puts a block's greatest magnitude: at 1, an end of the grid, or
-    beyond an end that is nearer to 0 than the other one.
+    beyond an end that is nearer to 0 than the other one. `is_float`: the codes are the bits of a float, and are treated
+    as such: a number exactly between two values gets the even code; and an update of 0 leaves -0 what it is.
     """
 
     name: str
@@ -87,10 +95,20 @@ class TableGrid:
     peak: float = 1.0
     reach: float = 1.0
     offsets: Offsets | None = None
+    order: bytes = b""
+    is_float: bool = False
 
     def of_block(self, block: int) -> Self:
         """The same values, with another number of elements to a scale."""
         return dataclasses.replace(self, block=block)
+
+    def of_width(self, columns: int) -> Self:
+        """The grid of a weight with `columns`: its block is known."""
+        return self.of_block(columns) if self.block == ROW else self
+
+    def tables(self, device: torch.device) -> Tables:
+        """Tables of the values, made once for every device."""
+        return tables_of(self.values, device, self.is_float)
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -98,12 +116,12 @@ class TableGrid:
 
     def nearest(self, x: Tensor) -> Tensor:
         """See Grid."""
-        tables = tables_of(self.values, x.device)
+        tables = self.tables(x.device)
         return tables.by_rank(tables.midpoints.count_below(x))
 
     def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See Grid."""
-        tables = tables_of(self.values, x.device)
+        tables = self.tables(x.device)
         x = x.clamp(tables.least, tables.greatest)
         upper = tables.distinct.count_below(x)
         is_above = _look_up(tables.distinct.thresholds, upper) > x
@@ -112,7 +130,7 @@ class TableGrid:
 
     def decode(self, codes: Tensor) -> Tensor:
         """See Grid."""
-        return _look_up(tables_of(self.values, codes.device).values, codes)
+        return _look_up(self.tables(codes.device).values, codes)
 
     def decode_pairs(self, packed: Tensor, *, low_first: bool = False) -> Tensor:
         """Values (float32, flat) of 4-bit codes stored two a byte (uint8, flat), the first one high or low."""
@@ -129,6 +147,7 @@ class IntegerGrid:
     block: int
     reach: float = 1.0
     offsets: None = None
+    order: bytes = b""
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -167,10 +186,15 @@ class DecodedGrid:
     peak: float = 1.0
     reach: float = 1.0
     offsets: None = None
+    order: bytes = b""
 
     @property
     def limits(self) -> tuple[float, float]:
         return -15.0, 15.0
+
+    def of_width(self, columns: int) -> Self:
+        del columns  # blocks are known
+        return self
 
     def nearest(self, x: Tensor) -> Tensor:
         raise self._refusal(x)
@@ -252,7 +276,7 @@ def _steps(thresholds: Tensor) -> Steps:
 
 
 @functools.cache
-def tables_of(values: tuple[float, ...], device: torch.device) -> Tables:
+def tables_of(values: tuple[float, ...], device: torch.device, is_float: bool = False) -> Tables:
     """The tables of a TableGrid with `values`, made once for every device."""
     table = torch.tensor(values, dtype=torch.float32, device=device)
     rising, codes = torch.sort(table, stable=True)
@@ -260,11 +284,15 @@ def tables_of(values: tuple[float, ...], device: torch.device) -> Tables:
     is_new = torch.ones_like(rising, dtype=torch.bool)
     is_new[1:] = rising[1:] > rising[:-1]
     rising, codes = rising[is_new], codes[is_new].to(torch.uint8)
+    midpoints = (rising[:-1] + rising[1:]) / 2
+    if is_float:  # the least float below: what lies on the midpoint itself is then above it
+        below = midpoints.nextafter(torch.full_like(midpoints, -torch.inf))
+        midpoints = torch.where(codes[1:] % 2 == 0, below, midpoints)
     return Tables(
         values=table,
         codes=codes,
         codes_are_ranks=codes.tolist() == list(range(len(codes))),
-        midpoints=_steps((rising[:-1] + rising[1:]) / 2),
+        midpoints=_steps(midpoints),
         distinct=_steps(rising),
         # These two ask the device, so all is there when the tables are found in the cache, in whatever stream.
         least=float(rising[0]),
@@ -382,6 +410,37 @@ def integers(name: str, bits: int, block: int) -> TableGrid:
 # Signed integers with a scale for every group of a row, as GPTQ and compressed-tensors have them.
 INT4 = integers("int4", bits=4, block=128)
 INT8_GROUPS = integers("int8 in groups", bits=8, block=128)
+
+# The 4-bit float of the OCP Microscaling specification (v1.0, table 5), of greatest magnitude 6. In units of 8, a power
+# of two, so that nothing is rounded where the scale is 8 times the stored one.
+E2M1_UNIT = 8.0
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = TableGrid(
+    "e2m1",
+    tuple(sign * value / E2M1_UNIT for sign in (1, -1) for value in _E2M1),
+    block=16,
+    reach=6 / E2M1_UNIT,
+    is_float=True,
+)
+
+
+def _e4m3_value(code: int) -> float:
+    """Number that a byte stands for; for the two that are NaN, the greatest of their sign, which other codes have."""
+    exponent, mantissa = code >> 3 & 15, min(code & 7, 6 if code & 0x78 == 0x78 else 7)
+    size = (8 + mantissa) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9
+    return -size if code & 0x80 else size
+
+
+# The 8-bit float E4M3 without infinities (Micikevicius et al. 2022, arXiv 2209.05433), of greatest magnitude 448. In
+# units of 512, a power of two, so that nothing is rounded where the scale is 512 times the stored one.
+E4M3_UNIT = 512.0
+E4M3 = TableGrid(
+    "e4m3",
+    tuple(_e4m3_value(code) / E4M3_UNIT for code in range(256)),
+    block=ROW,
+    reach=448 / E4M3_UNIT,
+    is_float=True,
+)
 
 # LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339, §2): -128 is a code that is read, but never chosen.
 INT8 = IntegerGrid("int8", peak=127.0, block=ROW)

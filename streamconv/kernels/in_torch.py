@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from streamconv.dtypes import F32, Dtype
-from streamconv.kernels import offsets
+from streamconv.kernels import offsets, ordered
 from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start, block_dots, pairwise_sum
 from streamconv.kernels.grids import (
     SMALLEST_DIVISOR,
@@ -31,6 +31,8 @@ class TorchKernels:
     name: str = "torch"
 
     def starting_scales(self, values: Tensor, grid: Grid, out: Tensor) -> Tensor:
+        if grid.order:
+            return ordered.starting_scales(self, values, grid, out)
         if grid.offsets is not None:
             return offsets.starting_scales(values, grid, out)
         out.copy_(block_absmax(values, grid.block))
@@ -40,6 +42,8 @@ class TorchKernels:
         return over_reach(out, grid)
 
     def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
+        if grid.order:
+            return ordered.nearest(self, values, grid, scales, codes)
         if grid.offsets is not None:
             return offsets.nearest(self, values, grid, scales, codes)
         scales = self._scales(values, grid) if scales is None else scales
@@ -47,6 +51,9 @@ class TorchKernels:
         return scales
 
     def search(self, values: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None = None) -> None:
+        if grid.order:
+            ordered.search(self, values, grid, scales, weights)
+            return
         if grid.offsets is not None:
             offsets.search(self, values, grid, scales, weights)
             return
@@ -112,6 +119,8 @@ class TorchKernels:
         noise: Tensor,
         codes: Tensor,
     ) -> Tensor:
+        if grid.order:
+            return ordered.stochastic(self, values, grid, scales, start, noise, codes)
         if grid.offsets is not None:
             return offsets.stochastic(self, values, grid, scales, start, noise, codes)
         scales = self._scales(values, grid) if scales is None else scales
@@ -125,6 +134,9 @@ class TorchKernels:
         gap = grid.decode(upper).sub_(low)
         goes_up = gap.mul_(noise) < x.sub_(low)
         torch.mul(upper.sub_(lower), goes_up.view(torch.uint8), out=codes).add_(lower)
+        if start is not None and isinstance(grid, TableGrid) and grid.is_float:
+            stays = grid.decode(codes) == grid.decode(start.codes)
+            codes.copy_(torch.where(stays, start.codes, codes))
         return scales
 
     def uniform(self, key: int, first: int, out: Tensor) -> None:
@@ -163,6 +175,9 @@ class TorchKernels:
         out.copy_(_words(codes.T.reshape(out.shape[0], -1, 8).contiguous()))
 
     def decode(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
+        if grid.order:
+            ordered.decode(self, codes, grid, scales, dtype, out)
+            return
         if grid.offsets is not None:
             offsets.decode(self, codes, grid, scales, dtype, out)
             return
@@ -190,6 +205,8 @@ class TorchKernels:
     def kept(
         self, codes: Tensor, grid: Grid, target: Tensor, base: Tensor, anchor: Tensor, inner: Tensor
     ) -> Tensor:
+        if grid.order:
+            return ordered.kept(self, codes, grid, target, base, anchor, inner)
         if grid.offsets is not None:
             return offsets.kept(self, codes, grid, target, base, anchor, inner)
         delta = target - base

@@ -30,6 +30,19 @@ _FLOOR = np.float32(SMALLEST_DIVISOR)
 _ZERO, _ONE, _EIGHT, _ONE_HALF = np.float32(0), np.float32(1), np.float32(8), np.float32(0.5)
 _THREE_QUARTERS = np.float32(0.75)
 _LEAST_NORMAL, _OVERFLOW = np.float32(2.0**-14), np.float32(65520)  # of float16
+# E4M3 in units of 512: bits of the greatest value and of the least normal number, and what is left of the exponent's
+# bias; below it there are multiples of 2^-18, float32's own steps from 32 to 64.
+_E4M3_GREATEST, _E4M3_LEAST_NORMAL, _E4M3_BIAS = (
+    np.uint32(0x3F600000),
+    np.uint32(112 << 23),
+    np.uint32(111 << 3),
+)
+_E4M3_STEP, _E4M3_STEPS = np.float32(2.0**-18), np.float32(2.0**18)
+_THIRTY_TWO, _THIRTY_TWO_BITS = np.float32(32), np.uint32(0x42000000)
+_TWENTY, _HALF_DROPPED, _SIGN = np.uint32(20), np.uint32(0x7FFFF), np.uint32(0x80)
+# Places among values in rising order: of 0, the middle of 253.
+_E4M3_MIDDLE = np.int32(126)
+_STRETCH = 512
 _GAMMA, _MIX_1, _MIX_2 = (
     np.uint64(number) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
@@ -147,6 +160,153 @@ def nearest_in_any_table(values: Array, scales: Array, midpoints: Array, ranks: 
                 rank += step * np.uint32(x > midpoints[rank + step - np.uint32(1)])
                 step >>= np.uint32(1)
             ranks[b, j] = rank
+
+
+@compiled
+def _e4m3_nearest(x: Array, bits: Array, shifted: Array, shifted_bits: Array, wide: Array) -> None:
+    """Codes (uint32) of the values nearest to `x`, in units of 512; ties go to even, and 0 has no sign.
+
+    `bits` are those of `x`, `shifted` and `shifted_bits` the same memory. NaN counts as the least number.
+    """
+    for j in range(x.size):
+        shifted[j] = abs(x[j]) + _THIRTY_TWO
+    for j in range(x.size):
+        magnitude = np.uint32(bits[j] & _MAGNITUDE)
+        sign = np.uint32(bits[j] >> np.uint32(24)) & _SIGN
+        sign = sign if magnitude <= _INFINITY else _SIGN
+        magnitude = magnitude if magnitude < _E4M3_GREATEST else _E4M3_GREATEST
+        normal = np.uint32(magnitude + _HALF_DROPPED + (np.uint32(magnitude >> _TWENTY) & np.uint32(1)))
+        normal = np.uint32(normal >> _TWENTY) - _E4M3_BIAS
+        small = np.uint32(shifted_bits[j] - _THIRTY_TWO_BITS)
+        code = small if magnitude < _E4M3_LEAST_NORMAL else normal
+        wide[j] = code | sign if code else code
+
+
+@compiled
+def nearest_e4m3(values: Array, scales: Array, codes: Array) -> None:
+    x, shifted, wide = (
+        np.empty(_STRETCH, np.float32),
+        np.empty(_STRETCH, np.float32),
+        np.empty(_STRETCH, np.uint32),
+    )
+    bits, shifted_bits = x.view(np.uint32), shifted.view(np.uint32)
+    for b in range(values.shape[0]):
+        factor = _factor(scales[b], _ONE, _FLOOR)
+        for first in range(0, values.shape[1], _STRETCH):
+            last = min(first + _STRETCH, values.shape[1])
+            given, into, n = values[b, first:last], codes[b, first:last], last - first
+            for j in range(n):
+                x[j] = given[j] * factor
+            _e4m3_nearest(x[:n], bits, shifted, shifted_bits, wide)
+            for j in range(n):
+                into[j] = np.uint8(wide[j])
+
+
+@compiled
+def _e4m3_towards_zero(x: Array, bits: Array, low: Array, gap: Array, wide: Array) -> None:
+    """Magnitudes of the values next to `x` towards 0, their distance from the next, and their codes (int32).
+
+    `bits` are those of `x`; `low` and `gap` are float32.
+    """
+    low_bits, gap_bits = low.view(np.uint32), gap.view(np.uint32)
+    for j in range(x.size):
+        magnitude = np.uint32(bits[j] & _MAGNITUDE)
+        low_bits[j] = np.uint32(magnitude >> _TWENTY) << _TWENTY
+        gap_bits[j] = np.uint32(np.uint32(magnitude >> np.uint32(23)) - np.uint32(3)) << np.uint32(23)
+        wide[j] = np.int32(magnitude >> _TWENTY) - np.int32(_E4M3_BIAS)
+    for j in range(x.size):
+        small = np.int32(abs(x[j]) * _E4M3_STEPS)
+        is_small = wide[j] < np.int32(8)
+        wide[j] = small if is_small else wide[j]
+        low[j] = np.float32(small) * _E4M3_STEP if is_small else low[j]
+        gap[j] = _E4M3_STEP if is_small else gap[j]
+
+
+@compiled
+def _e4m3_drawn(x: Array, noise: Array, low: Array, gap: Array, wide: Array) -> None:
+    """Codes, in `wide`, of `x` rounded up or down as `noise` has it, from what `_e4m3_towards_zero` found."""
+    for j in range(x.size):
+        size, step = low[j], gap[j]
+        is_negative = x[j] < _ZERO
+        is_between = abs(x[j]) > size
+        beyond = np.float32(size + step) if is_between else size
+        bottom = -beyond if is_negative else size
+        goes_up = step * noise[j] < x[j] - bottom
+        is_farther = is_between and (not goes_up if is_negative else goes_up)
+        code = wide[j] + np.int32(is_farther)
+        wide[j] = code | np.int32(0x80) if is_negative and code > np.int32(0) else code
+
+
+@compiled
+def stochastic_e4m3(
+    values: Array,
+    scales: Array,
+    start: Array,
+    base: Array,
+    has_start: bool,
+    noise: Array,
+    by_code: Array,
+    codes: Array,
+) -> None:
+    """A code that stands for the value of `start` is that of `start`: -0 stays."""
+    x, low, gap = (
+        np.empty(_STRETCH, np.float32),
+        np.empty(_STRETCH, np.float32),
+        np.empty(_STRETCH, np.float32),
+    )
+    bits, wide = x.view(np.uint32), np.empty(_STRETCH, np.int32)
+    greatest = by_code[0x7E]
+    for b in range(values.shape[0]):
+        factor = _factor(scales[b], _ONE, _FLOOR)
+        for first in range(0, values.shape[1], _STRETCH):
+            n = min(_STRETCH, values.shape[1] - first)
+            stretch = slice(first, first + n)
+            given, before, old, drawn, into = (
+                values[b, stretch],
+                base[b, stretch],
+                start[b, stretch],
+                noise[b, stretch],
+                codes[b, stretch],
+            )
+            if has_start:
+                for j in range(n):
+                    low[j] = by_code[old[j]]
+                for j in range(n):
+                    x[j] = (given[j] - before[j]) * factor + low[j]
+            else:
+                for j in range(n):
+                    x[j] = given[j] * factor
+            for j in range(n):
+                inside = x[j] if x[j] > -greatest else -greatest
+                x[j] = inside if inside < greatest else greatest
+            _e4m3_towards_zero(x[:n], bits, low, gap, wide)
+            _e4m3_drawn(x[:n], drawn, low, gap, wide)
+            if has_start:
+                for j in range(n):
+                    code, own = wide[j], np.int32(old[j])
+                    is_zero = code == np.int32(0) and own == np.int32(0x80)
+                    is_nan = own & np.int32(0x7F) == np.int32(0x7F) and code == own - np.int32(1)
+                    wide[j] = own if is_zero or is_nan else code
+            for j in range(n):
+                into[j] = np.uint8(wide[j])
+
+
+@compiled
+def decode_e4m3(codes: Array, scales: Array, bits: Array, values: Array) -> None:
+    """`bits` and `values` are the same memory."""
+    for b in range(values.shape[0]):
+        scale = scales[b]
+        for j in range(values.shape[1]):
+            code = np.uint32(codes[b, j])
+            size = code & np.uint32(0x7F)
+            size = size if size < np.uint32(0x7E) else np.uint32(0x7E)
+            bits[b, j] = np.uint32(size << _TWENTY) + np.uint32(_E4M3_BIAS << _TWENTY)
+        for j in range(values.shape[1]):
+            signed = np.int32(codes[b, j])
+            place = signed & np.int32(0x7F)
+            small = np.float32(place) * _E4M3_STEP
+            value = small if place < np.int32(8) else values[b, j]
+            values[b, j] = (-value if signed > np.int32(0x7F) else value) * scale
 
 
 @compiled
@@ -486,6 +646,51 @@ def search_uniform(values: Array, factors: Array, steps: int, half: Any, scales:
 
 
 @compiled
+def _e4m3_levels(
+    values: Array, scale: Any, by_code: Array, x: Array, shifted: Array, wide: Array, levels: Array
+) -> None:
+    factor = _factor(scale, _ONE, _FLOOR)
+    for j in range(values.size):
+        x[j] = values[j] * factor
+    _e4m3_nearest(x, x.view(np.uint32), shifted, shifted.view(np.uint32), wide)
+    for j in range(values.size):
+        levels[j] = by_code[wide[j]]
+
+
+@compiled
+def search_e4m3(values: Array, factors: Array, steps: int, by_code: Array, scales: Array) -> None:
+    """`search` on the grid of `nearest_e4m3`, in blocks of any length."""
+    length = values.shape[1]
+    levels, terms, x = (
+        np.empty(length, np.float32),
+        np.empty(length, np.float32),
+        np.empty(length, np.float32),
+    )
+    shifted, wide = np.empty(length, np.float32), np.empty(length, np.uint32)
+    for b in range(values.shape[0]):
+        block, best, least = values[b], scales[b], np.float32(np.inf)
+        for number in range(factors.size + steps):
+            if number < factors.size:
+                trial = np.float32(scales[b] * factors[number])
+            else:
+                _e4m3_levels(block, best, by_code, x, shifted, wide, levels)
+                for j in range(block.size):
+                    terms[j] = block[j] * levels[j]
+                inner = tree_sum(terms)
+                for j in range(block.size):
+                    terms[j] = levels[j] * levels[j]
+                trial = np.float32(inner / tree_sum(terms))
+            _e4m3_levels(block, trial, by_code, x, shifted, wide, levels)
+            for j in range(block.size):
+                error = block[j] - levels[j] * trial
+                terms[j] = error * error
+            loss = tree_sum(terms)
+            if loss < least:
+                best, least = trial, loss
+        scales[b] = best
+
+
+@compiled
 def _round_bits(bits: Array, values: Array, width: int, dropped: int) -> None:
     """Round `values`, the same memory as `bits`, to bfloat16 (16 bits dropped) or float16 (13), ties to even."""
     shift, odd = np.uint32(dropped), np.uint32(1)
@@ -506,12 +711,27 @@ def _round_bits(bits: Array, values: Array, width: int, dropped: int) -> None:
 
 
 @compiled
+def _e4m3_nearest_ranks(wanted: Array, scales: Array, ranks: Array) -> None:
+    x, shifted, wide = np.empty(64, np.float32), np.empty(64, np.float32), np.empty(64, np.uint32)
+    for i in range(scales.size):
+        x[i] = wanted[i] * _factor(scales[i], _ONE, _FLOOR)
+    _e4m3_nearest(x[: scales.size], x.view(np.uint32), shifted, shifted.view(np.uint32), wide)
+    for i in range(scales.size):
+        code = np.int32(wide[i])
+        size = code & np.int32(0x7F)
+        ranks[i] = _E4M3_MIDDLE - size if code > np.int32(0x7F) else _E4M3_MIDDLE + size
+
+
+@compiled
 def _ranks(
     goal: Array, pulled: Array, scales: Array, midpoints: Array, half: Any, wanted: Array, ranks: Array
 ) -> None:
-    """`half` of a grid as `nearest_uniform` has it, else 0."""
+    """`half` of a grid as `nearest_uniform` has it; of E4M3 -1; else 0."""
     for i in range(goal.size):
         wanted[i] = goal[i] + pulled[i]
+    if half < 0:
+        _e4m3_nearest_ranks(wanted, scales, ranks)
+        return
     if half:
         for i in range(goal.size):
             x = wanted[i] * _factor(scales[i], _ONE, _FLOOR)
@@ -586,9 +806,10 @@ def quantize_columns(
 
 @compiled
 def _nearest_rank(x: Any, midpoints: Array) -> Any:
-    rank = np.int64(0)
-    for step in (8, 4, 2, 1):
+    rank, step = np.int64(0), midpoints.size // 2
+    while step:
         rank += step * np.int64(x > midpoints[rank + step - 1])
+        step //= 2
     return rank
 
 
@@ -618,7 +839,7 @@ def quantize_columns_in_turn(
         for i in range(target.shape[1]):
             wanted = np.float32(target[j, i] + pull[j, i]) + changes[i]
             x = wanted * _factor(scales[j, i], _ONE, _FLOOR)
-            rank = np.int64(_uniform_level(x, half) + half) if half else _nearest_rank(x, midpoints)
+            rank = np.int64(_uniform_level(x, half) + half) if half > 0 else _nearest_rank(x, midpoints)
             pair[0] = rising[rank] * scales[j, i]
             pair[1] = by_code[codes[j, i]] * scales[j, i]
             if dropped:

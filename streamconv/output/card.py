@@ -16,9 +16,11 @@ from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.checkpoint.strict_json import some
 from streamconv.escapes import is_class_name, markdown_text
 from streamconv.formats import FORMATS
+from streamconv.formats.linear import is_expert
 from streamconv.output.manifest import KeptShares
 from streamconv.output.recipe import RECIPE
 from streamconv.output.sidecars import RESIDUAL
+from streamconv.planning.experts import opens_in_transformers
 from streamconv.planning.plan import CalibrationPlan, Plan
 from streamconv.sizes import format_size
 from streamconv.storage.base import Origin, Storage
@@ -113,9 +115,7 @@ def _body(
         "checks it against its manifest."
     )
     yield from ("", "| | |", "|---|---|")
-    groups = f" in groups of {plan.group_size}" if plan.group_size else ""
-    stored_as = plan.quant or plan.dtype or "dtype of the base"
-    yield f"| weights | {stored_as}{groups}, {format_size(plan.size)} |"
+    yield f"| weights | {plan.stored_as}, {format_size(plan.size)} |"
     for role, origin in origins.items():
         if origin is not None:
             yield f"| {role} | {markdown_text(origin.repo)} at commit {markdown_text(origin.commit)} |"
@@ -186,7 +186,11 @@ def _snippet(plan: Plan, config: Mapping[str, Any], has_tokenizer: bool) -> Iter
     loader = _loader(config) if plan.head is None else _class_name(plan.head.architecture)
     names = [loader, *(["AutoTokenizer"] if has_tokenizer else [])]
     trust = ", trust_remote_code=True" if config.get("auto_map") else ""
-    library = FORMATS[plan.quant].library if plan.quant else None
+    quant = FORMATS[plan.quant] if plan.quant else None
+    if quant is not None and any(map(is_expert, plan.quantized)) and not opens_in_transformers(quant):
+        yield f"Its experts are quantized, so that it is for {', '.join(quant.expert_loaders)}; not for transformers."
+        return
+    library = quant.library if quant else None
     needs = f"transformers, accelerate and {library}" if library else "transformers"
     yield f"Needs {needs}. With this folder as the working directory:"
     yield from ("", "```python", f"from transformers import {', '.join(sorted(names))}", "")

@@ -117,6 +117,8 @@ def manifest(
         "digest": plan.digest,
         "quant": plan.quant or "none",
         "group_size": plan.group_size,
+        # Only where there are several, so that manifests of others stay what they are.
+        **({"formats": plan.formats} if plan.formats else {}),
         "target": plan.target.name,
         "rounding": plan.rounding.name if plan.rounding else None,
         "kept_delta": kept.total if kept else None,

@@ -11,8 +11,10 @@ from typing import Any
 from streamconv.adapters.base import TaskHead
 from streamconv.checkpoint.config import edit_config, language_levels
 from streamconv.dtypes import BF16, DENSE, Dtype
-from streamconv.formats import FORMATS, with_groups
+from streamconv.formats import FORMATS, format_of, with_groups
 from streamconv.formats.base import Json
+from streamconv.formats.mixed import mixed_quantization
+from streamconv.formats.mlx import config_keys
 from streamconv.output.card import model_card
 from streamconv.output.manifest import MANIFEST, KeptShares, manifest
 from streamconv.output.publish import CONFIG, INDEX
@@ -22,6 +24,7 @@ from streamconv.output.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, RES
 from streamconv.pipeline.passes import Passed
 from streamconv.pipeline.preparation import Prepared
 from streamconv.pipeline.residual import ResidualAdapter
+from streamconv.planning.keeping import kept_quantization
 from streamconv.planning.options import CALIBRATION_KEYWORDS, CONVERT_DEFAULTS, MERGE_DEFAULTS, keywords_of
 from streamconv.planning.plan import Plan
 
@@ -38,7 +41,7 @@ def generated_files(
     plan, base = prepared.plan, prepared.base
     quantization = _quantization(prepared)
     loaded = {**prepared.written, RECIPE: _recipe(prepared), CONFIG: _config(prepared, quantization)}
-    if plan.quant in QUANTIZATION_COPIES and not plan.keeps_quantization:
+    if plan.quant in QUANTIZATION_COPIES:
         loaded[QUANTIZATION_COPIES[plan.quant]] = _as_json(quantization)
     told = residual.as_json() if residual else None
     if residual is not None:
@@ -190,7 +193,8 @@ def _config(prepared: Prepared, quantization: Json | None) -> bytes:
             end_token=prepared.end_token,
             architecture=head.architecture if head else None,
             labels=head.labels if head and not head.are_tokens else None,
-            keeps_quantization=plan.keeps_quantization,
+            keeps_quantization=plan.keeps_quantization or _kept_quantization(prepared) is not None,
+            quantization_keys=config_keys(quantization),
         )
     )
 
@@ -206,8 +210,21 @@ def _quantization(prepared: Prepared) -> Json | None:
     plan = prepared.plan
     if plan.quant is None or plan.keeps_quantization:
         return None
+    kept = _kept_quantization(prepared)
+    if kept is not None:
+        return kept
+    dtype = _compute_dtype(prepared)
+    if plan.formats:
+        by_weight = {name: key for key, names in plan.formats.items() for name in names}
+        formats = {name: found for name, key in by_weight.items() if (found := format_of(key)) is not None}
+        return mixed_quantization(dtype, formats, plan.skipped)
     storage_format = with_groups(FORMATS[plan.quant], plan.group_size)
-    return storage_format.quantization_config(_compute_dtype(prepared), plan.quantized, plan.skipped)
+    return storage_format.quantization_config(dtype, plan.quantized, plan.skipped)
+
+
+def _kept_quantization(prepared: Prepared) -> Json | None:
+    """The base's `quantization_config`, where quantized weights are stored as they are there."""
+    return kept_quantization(prepared.base, prepared.plan.replaced, prepared.plan.options)
 
 
 def _as_json(content: Json | None) -> bytes:

@@ -15,6 +15,7 @@ from streamconv.equalization import RESCALINGS
 from streamconv.errors import OptionError
 from streamconv.output.place import OUTPUT_FOLDERS
 from streamconv.pipeline.named_base import find_base
+from streamconv.planning.assignment import read_rules
 from streamconv.planning.choices import check_text
 from streamconv.planning.options import (
     MERGE_DEFAULTS,
@@ -265,6 +266,7 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "preserve_delta": _preserve_delta,
     "min_kept": _share,
     "ignore": tuple,
+    "quant_for": lambda given: tuple(map(str, read_rules(given))),
     "ignore_extra": tuple,
     "moe_layout": _moe_layout,
     "weight": _weights,

@@ -267,7 +267,7 @@ def _finished_before(
     remove_leftovers(out)
     found = read_manifest(open_folder(str(out)), MANIFEST)
     kept = None
-    notes = {kind.told: found.get(kind.told, {}) for kind in PASSES.values()}
+    notes = {kind.told: found.get(kind.told, {}) for kind in PASSES.values() if kind.told is not None}
     if found["kept_delta"] is not None:
         weights = found["kept_by_weight"]
         kept = KeptShares(found["kept_delta"], weights, found["base_error_to_delta"])

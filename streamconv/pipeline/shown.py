@@ -74,6 +74,7 @@ def _output(prepared: Prepared) -> dict[str, Any]:
         "kernels": plan.kernels,
         "quant": plan.quant or "none",
         "group_size": plan.group_size,
+        "formats": {name: list(names) for name, names in plan.formats.items()},
         "target": {"name": plan.target.name, "reason": plan.target.reason},
         "rounding": {"name": plan.rounding.name, "reason": plan.rounding.reason} if plan.rounding else None,
         "calibration": _calibration(plan),
@@ -287,8 +288,7 @@ def _counted(modules: Sequence[str]) -> str:
 
 
 def _stored(plan: Plan) -> str:
-    groups = f" in groups of {plan.group_size}" if plan.group_size else ""
-    return f"{plan.quant or plan.dtype or 'dtype of the base'}{groups}, {format_size(plan.size)}"
+    return f"{plan.stored_as}, {format_size(plan.size)}"
 
 
 def _small_files(prepared: Prepared) -> str:

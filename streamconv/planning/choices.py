@@ -6,36 +6,46 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from streamconv.dtypes import DENSE, Dtype
-from streamconv.errors import OptionError
-from streamconv.formats import FORMATS, format_of, with_groups
-from streamconv.formats.base import Format, Grouped
+from streamconv.errors import OptionError, UnsupportedError
+from streamconv.formats import FORMATS, family_of, format_of, with_groups
+from streamconv.formats.base import Encoder, Format, Grouped
+from streamconv.formats.mixed import can_mix
 from streamconv.kernels.grids import TableGrid
+from streamconv.planning.assignment import NONE, FormatRule, ModuleFormats, is_dense, read_rules
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Choice
 from streamconv.rounding import ROUNDINGS
 from streamconv.rounding.base import Rounding
 from streamconv.rounding.feedback import FeedbackOptions
 
+KEEP = "keep"
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Facts that choices depend on beside the options: the base's one quantized format, and if an adapter updates it.
+    """Facts that choices depend on beside the options: the base's quantized formats, and if an adapter updates it.
 
-    `location` is the base's place, for messages.
+    `location` is the base's place, for messages; `quantized` names the formats there, None where there are none. `kept`
+    are those of `formats` whose weights bring an encoder of their own. `has_undecoded`: whether there are weights that
+    are not decoded.
     """
 
     location: str
     quantized: str | None
     has_adapter: bool
+    formats: tuple[str, ...] = ()
+    kept: frozenset[str] = frozenset()
+    has_undecoded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """The output's formats, and where targets and codes come from. `passes`: whether what the base has quantized is
-    copied as it is, and its config with it.
+    """The output's formats, and where targets and codes come from.
 
     `rounding` is for the weights that it can be used for, `rest` for all others; the two differ where it is calibrated,
-    which weights outside the decoder layers cannot be.
+    which weights outside the decoder layers cannot be. `quant` is the format of quantized weights, but for those that
+    `mixture` gives another; None where nothing is quantized. `passes`: whether some quantized weights can only be
+    copied, and are, so that all stay as they are stored.
     """
 
     quant: Format | None
@@ -46,35 +56,78 @@ class Choices:
     rest: Rounding | None
     rounding_choice: Choice | None
     feedback: FeedbackOptions | None
+    mixture: ModuleFormats
     passes: bool = False
+
+
+def asks_to_keep(options: MergeOptions) -> bool:
+    """Whether quantized weights are to be stored as they are in the base, and not only in its format."""
+    is_usual = options.group_size is None and options.dtype.lower() == "auto" and not options.quant_for
+    return options.quant.lower() == KEEP and is_usual
 
 
 def choose(facts: Facts, options: MergeOptions) -> Choices:
     """Raises OptionError for options that contradict each other or the base."""
-    quant, dtype = resolve_quant(facts, options)
+    quant, dtype, mixture = _resolve_formats(facts, options)
     merge_base, target = _resolve_target(facts, options)
-    _check_calibration(options, quant)
-    source = merge_base or (format_of(facts.quantized) if facts.quantized else None)
-    if quant is None:
-        passes = passes_through(facts, options)
-        return Choices(None, dtype, merge_base, target, None, None, None, None, passes)
-    rest, rest_choice = _without_text(facts, source, quant)
+    quants = [] if quant is None else [quant, *mixture.formats]
+    _check_calibration(options, quants)
+    passes = passes_through(facts, options)
+    if not quants:
+        return Choices(None, dtype, merge_base, target, None, None, None, None, mixture, passes)
+    rest, rest_choice = _without_text(facts, _sources(facts, merge_base), quants)
     rounding, choice = _resolve_rounding(options, rest, rest_choice)
     if options.calibration is None:
-        return Choices(quant, dtype, merge_base, target, rounding, rounding, choice, None)
+        return Choices(quant, dtype, merge_base, target, rounding, rounding, choice, None, mixture, passes)
     rest = rest if rounding.calibrated else rounding
-    return Choices(quant, dtype, merge_base, target, rounding, rest, choice, _feedback(options, rounding))
+    feedback = _feedback(options, rounding)
+    return Choices(quant, dtype, merge_base, target, rounding, rest, choice, feedback, mixture)
+
+
+def _sources(facts: Facts, merge_base: Format | None) -> list[Format]:
+    """Formats whose grids the targets may lie on; none that is only read."""
+    if merge_base is not None:
+        return [merge_base]
+    return [found for name in facts.formats if (found := _format_in(facts, name)) is not None]
+
+
+def _format_in(facts: Facts, name: str) -> Format | None:
+    """The format of weights that the base calls so; in words how they differ, where they bring their own encoder."""
+    return format_of(name) or (family_of(name) if name in facts.kept else None)
+
+
+def _resolve_formats(
+    facts: Facts, options: MergeOptions
+) -> tuple[Format | None, Dtype | None, ModuleFormats]:
+    """Formats as `resolve_quant` finds them, and those of modules; the first of these where no other is quantized."""
+    quant, dtype = resolve_quant(facts, options)
+    rules = read_rules(options.quant_for)
+    of_rules = [rule.format for rule in rules if rule.format is not None and not is_dense(rule)]
+    if rules and quant is None and not of_rules:
+        raise OptionError(
+            f"--quant-for {rules[0]} says which modules are stored otherwise than quantized ones, and the output is not"
+            " quantized; add --quant FORMAT or leave it out"
+        )
+    kept: dict[str, Format] = {}
+    if options.quant.lower() == KEEP and len(facts.formats) > 1:
+        names = [
+            name for name in facts.formats if not passes_through(facts, options) or _format_in(facts, name)
+        ]
+        kept = {name: _kept_format(facts, name, options) for name in names}
+    return quant or next(iter(of_rules), None), dtype, ModuleFormats(rules, kept, quant is not None)
 
 
 def options_alone(facts: Facts, options: MergeOptions, quants: Sequence[str]) -> list[MergeOptions]:
     """The options with which a run alone makes each output of a run for all `quants`.
 
     A rounding is for those that are quantized, a group size for those that have groups; where there are none, all keep
-    it, to be refused. Calibration text is for one of them: the others are rounded as they would be without. Raises
-    OptionError where several were to use it.
+    it, to be refused. Formats of single modules are for those that can have them beside their own. Calibration text is
+    for one of them: the others are rounded as they would be without. Raises OptionError where several were to use it.
     """
     each = [replace(options, quant=quant) for quant in quants]
-    formats = [resolve_quant(facts, replace(alone, group_size=None))[0] for alone in each]
+    if options.quant_for and len(each) > 1:
+        each = _with_own_rules(facts, each)
+    formats = [_resolve_formats(facts, replace(alone, group_size=None))[0] for alone in each]
     if not any(formats):
         return each
     has_groups = [isinstance(quant, Grouped) for quant in formats]
@@ -91,6 +144,29 @@ def options_alone(facts: Facts, options: MergeOptions, quants: Sequence[str]) ->
     return alone
 
 
+def _with_own_rules(facts: Facts, outputs: Sequence[MergeOptions]) -> list[MergeOptions]:
+    """Outputs with the rules for single modules that each can follow; one that none can stays with the first."""
+    rules = read_rules(outputs[0].quant_for)
+    quants = [resolve_quant(facts, replace(alone, group_size=None))[0] for alone in outputs]
+    takes = [
+        [_takes(quant, rule, is_main=not number) for rule in rules] for number, quant in enumerate(quants)
+    ]
+    takes[0] = [own or not any(each) for own, each in zip(takes[0], zip(*takes, strict=True), strict=True)]
+    return [
+        replace(alone, quant_for=tuple(str(rule) for rule, taken in zip(rules, own, strict=True) if taken))
+        for alone, own in zip(outputs, takes, strict=True)
+    ]
+
+
+def _takes(quant: Format | None, rule: FormatRule, *, is_main: bool) -> bool:
+    """Whether an output of the format can follow a rule; of outputs with nothing else quantized, the first alone."""
+    if quant is None:
+        return is_main
+    return (
+        rule.format is None or is_dense(rule) or quant.name == rule.format.name or can_mix(quant, rule.format)
+    )
+
+
 def _which_calibrated(options: MergeOptions, formats: Sequence[Format | None]) -> int | None:
     """The number of the output that calibration text is for; the first that could use it, unless all would have to."""
     if options.calibration is None:
@@ -104,6 +180,11 @@ def _which_calibrated(options: MergeOptions, formats: Sequence[Format | None]) -
         )
     able = [number for number, quant in quantized if can_calibrate(quant)]
     return able[0] if able else quantized[0][0]
+
+
+def takes_calibration(encoder: Encoder | None) -> bool:
+    """Whether error feedback can choose codes of a weight."""
+    return encoder is not None and isinstance(encoder.grid, TableGrid)
 
 
 def can_calibrate(quant: Format) -> bool:
@@ -126,14 +207,13 @@ def resolve_quant(facts: Facts, options: MergeOptions) -> tuple[Format | None, D
     if dtype_name != "auto" and dtype_name not in DENSE:
         raise OptionError(f"--dtype {options.dtype} is not known; use auto, {', '.join(DENSE)}")
     dtype = None if dtype_name == "auto" else DENSE[dtype_name]
-    if name == "keep" and facts.quantized:
-        kept = format_of(facts.quantized)
-        if kept is not None:
-            return with_groups(kept, options.group_size), dtype
+    if passes_through(facts, options):
         _check_passes(facts, options)
-        return None, None
-    if name in ("keep", "none"):
-        if options.group_size is not None:
+        return next(iter(_sources(facts, None)), None), None
+    if name == KEEP and facts.formats:
+        return _kept_format(facts, facts.formats[0], options), dtype
+    if name in (KEEP, NONE):
+        if options.group_size is not None and not options.quant_for:
             raise OptionError(
                 f"--group-size {options.group_size} is for formats with groups, but the output is not quantized; add "
                 "--quant FORMAT or leave it out"
@@ -146,18 +226,30 @@ def resolve_quant(facts: Facts, options: MergeOptions) -> tuple[Format | None, D
     return with_groups(FORMATS[name], options.group_size), dtype
 
 
+def _kept_format(facts: Facts, name: str, options: MergeOptions) -> Format:
+    """The format of weights that are stored as those of the base that are called `name`."""
+    kept = _format_in(facts, name) if asks_to_keep(options) else format_of(name)
+    if kept is None:
+        raise UnsupportedError(
+            f"{facts.location}: its weights are {facts.quantized}, which is read but not written; choose "
+            f"--quant none or one of {', '.join(FORMATS)}"
+        )
+    return with_groups(kept, options.group_size)
+
+
 def passes_through(facts: Facts, options: MergeOptions) -> bool:
-    """Whether what the base has quantized is copied as it is: it is kept, and not in the one format that is written."""
-    is_kept = options.quant.lower() == "keep" and facts.quantized is not None
-    return is_kept and format_of(facts.quantized or "") is None
+    """Whether quantized weights are kept some of which can only be copied."""
+    is_copied = facts.has_undecoded or any(_format_in(facts, name) is None for name in facts.formats)
+    return is_copied and options.quant.lower() == KEEP
 
 
 def _check_passes(facts: Facts, options: MergeOptions) -> None:
-    """Raise OptionError for what would change weights that are copied as they are."""
+    """Raise OptionError for what would change weights that are copied as they are, or would have to decode them."""
     asked = {
         f"--dtype {options.dtype}": options.dtype.lower() != "auto",
         f"--group-size {options.group_size}": options.group_size is not None,
-        f"--rounding {options.rounding}": options.rounding.lower() != "auto",
+        f"--rounding {options.rounding}": options.rounding.lower() != "auto" and not _sources(facts, None),
+        f"--quant-for {next(iter(options.quant_for), '')}": bool(options.quant_for),
         "--calibration": options.calibration is not None,
     }
     for option, is_asked in asked.items():
@@ -171,7 +263,7 @@ def _check_passes(facts: Facts, options: MergeOptions) -> None:
 def _resolve_target(facts: Facts, options: MergeOptions) -> tuple[Format | None, Choice]:
     name = options.merge_base.lower()
     if name in ("original", facts.quantized):
-        if passes_through(facts, options):
+        if passes_through(facts, options) and not _sources(facts, None):
             return None, Choice(
                 "T",
                 "the update is added to weights that the base has in 16 bit; the others stay as they are stored",
@@ -208,39 +300,39 @@ def _resolve_target(facts: Facts, options: MergeOptions) -> tuple[Format | None,
 # -- roundings ---------------------------------------------------------------------------------------------------
 
 
-def _check_calibration(options: MergeOptions, quant: Format | None) -> None:
+def _check_calibration(options: MergeOptions, quants: Sequence[Format]) -> None:
     """Raise OptionError where a rounding and the text it needs are not both there, or nothing is rounded."""
     name = options.rounding.lower()
     if name != "auto" and name not in ROUNDINGS:
         raise OptionError(
             f"--rounding {options.rounding} is not known; use auto or one of {', '.join(ROUNDINGS)}"
         )
-    if quant is None and name != "auto":
+    if not quants and name != "auto":
         raise OptionError(
             f"--rounding {name} chooses codes, but the output is not quantized; add --quant FORMAT"
         )
     check_text(options)
     if options.calibration is None:
         return
-    if quant is None and options.calibration.rescale != "none":
+    if not quants and options.calibration.rescale != "none":
         raise OptionError(
             f"--rescale {options.calibration.rescale} makes weights easier to round, but the output is not quantized; "
             "add --quant FORMAT or leave it out"
         )
-    if quant is None and options.calibration.residual_rank:
+    if not quants and options.calibration.residual_rank:
         raise OptionError(
             "--residual-rank repairs rounding errors, and the output is not quantized, so it has none; add --quant "
             "FORMAT or leave it out"
         )
-    if quant is None:
+    if not quants:
         raise OptionError(
             "--calibration is for choosing codes, but the output is not quantized; add --quant FORMAT or leave it out"
         )
-    if not can_calibrate(quant):
+    if not any(map(can_calibrate, quants)):
         able = ", ".join(key for key, fmt in FORMATS.items() if can_calibrate(fmt))
         raise OptionError(
-            f"calibration text cannot be used for {quant.name}, whose codes are not of a table; choose --quant {able}, "
-            "or leave --calibration out"
+            f"calibration text cannot be used for {quants[0].name}, whose codes are not of a table; choose --quant "
+            f"{able}, or leave --calibration out"
         )
 
 
@@ -272,10 +364,18 @@ def _resolve_rounding(options: MergeOptions, rest: Rounding, rest_choice: Choice
     return rest, rest_choice
 
 
-def _without_text(facts: Facts, source: Format | None, quant: Format) -> tuple[Rounding, Choice]:
-    """Best rounding for an output in `quant` where nothing is known of the layers' inputs, and the reason."""
-    if source is None or source.grid != quant.grid:
-        return ROUNDINGS["nearest"], Choice("nearest", f"the target does not lie on the {quant.name} grid")
+def _without_text(
+    facts: Facts, sources: Sequence[Format], quants: Sequence[Format]
+) -> tuple[Rounding, Choice]:
+    """Best rounding for an output in `quants` where nothing is known of the layers' inputs, and the reason.
+
+    One for all of its weights: of those that lie on no grid of the output, `adaptive` rounds most to the nearest.
+    """
+    source = next((each for each in sources if any(each.grid == quant.grid for quant in quants)), None)
+    if source is None:
+        return ROUNDINGS["nearest"], Choice(
+            "nearest", f"the target does not lie on the {quants[0].name} grid"
+        )
     if not facts.has_adapter:
         return ROUNDINGS["nearest"], Choice(
             "nearest", "the base lies on that grid already, so its codes stay"

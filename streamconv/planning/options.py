@@ -80,7 +80,8 @@ class MergeOptions:
     """The options of `merge` and `convert` that planning and execution use; names as on the command line.
 
     `group_size`: None stands for the largest, up to the format's own 128, that most weights' rows are whole groups of,
-    or for that of a base that keeps its format. `weight` has a number for each adapter, () where all count fully;
+    or for that of a base that keeps its format. `quant_for`: of modules that a pattern names the format, PATTERN=FORMAT
+    each; the last one that names a module counts. `weight` has a number for each adapter, () where all count fully;
     `combine` is None where their updates are just added.
     """
 
@@ -91,6 +92,7 @@ class MergeOptions:
     group_size: int | None = None
     seed: int = 0
     ignore: tuple[str, ...] = ()
+    quant_for: tuple[str, ...] = ()
     moe_layout: str = "auto"
     weight: tuple[float, ...] = ()
     combine: str | None = None
@@ -211,6 +213,7 @@ class ResultKeywords(TypedDict, total=False):
     rescale: str
     seed: int
     ignore: Iterable[str]
+    quant_for: Mapping[str, str] | Iterable[str]
     max_shard_size: str | int | None
     overwrite: bool
     resume: bool

@@ -14,6 +14,7 @@ from streamconv.formats.foreign import quantization_of
 from streamconv.formats.linear import module_of
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
+from streamconv.planning.keeping import kept_encoders
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Copy, ShardPlan
 
@@ -99,8 +100,12 @@ def keeps_quantization(
     options: MergeOptions,
     shards: Sequence[ShardPlan],
 ) -> bool:
-    """Whether the base's settings of its quantization are those of the output: all that is quantized is copied."""
+    """Whether the base's settings of its quantization are those of the output: all that is quantized stays as it is."""
     if choices.passes:
+        return True
+    replaced = {each.parameter for each in adapter.replaces} if adapter is not None else set()
+    kept = kept_encoders(base, base.weights, options)
+    if kept and quantization_of(base.index) and replaced.isdisjoint(kept):
         return True
     has_new = base.depth is not None or (adapter is not None and (adapter.untie or adapter.head is not None))
     # Only settings that were compared with what is stored: others may be labelled wrongly, and are written anew.

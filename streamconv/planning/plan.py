@@ -252,7 +252,8 @@ class Depth:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """All that a run will do. `quant` names the output's format of quantized weights, None if it has none; `group_size`
-    is how many elements share a scale, where that can be chosen. `skipped` is what the config says of modules left in
+    is how many elements share a scale, where that can be chosen. `formats`: weights by what `stored_as` calls their
+    format, where they have several, and else none. `skipped` is what the config says of modules left in
     16 bit; `unfit` are the paths of those that are only because the format cannot store their shape. `method` names
     the adapter's, None without one.
 
@@ -275,6 +276,7 @@ class Plan:
     skipped: tuple[str, ...]
     unfit: tuple[str, ...]
     group_size: int | None
+    formats: Mapping[str, tuple[str, ...]]
     method: str | None
     adapted: Mapping[str, int]
     replaced: tuple[str, ...]
@@ -293,6 +295,14 @@ class Plan:
     @property
     def size(self) -> int:
         return sum(shard.size for shard in self.shards)
+
+    @property
+    def stored_as(self) -> str:
+        """Formats of the weights in words, with the number of those in each where there are several."""
+        if self.formats:
+            return "; ".join(f"{len(names)} in {name}" for name, names in self.formats.items())
+        groups = f" in groups of {self.group_size}" if self.group_size else ""
+        return f"{self.quant or self.dtype or 'dtype of the base'}{groups}"
 
     @property
     def kernels(self) -> str | None:

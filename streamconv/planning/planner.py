@@ -11,14 +11,17 @@ from streamconv.adapters.embeddings import HEADS, find_embedding
 from streamconv.checkpoint.layout import lay_out
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import AdapterError, OptionError
-from streamconv.formats import dense_weight
+from streamconv.formats import dense_weight, stored_as
 from streamconv.formats.base import Grouped, Weight
 from streamconv.formats.linear import module_of
+from streamconv.formats.mixed import weights_by_format
 from streamconv.planning.base import Base
 from streamconv.planning.calibration import CalibrationFacts, plan_calibration, plan_equalization
 from streamconv.planning.choices import Choices, Facts, choose
 from streamconv.planning.devices import Device
+from streamconv.planning.experts import notes_on_experts
 from streamconv.planning.fingerprint import fingerprint
+from streamconv.planning.keeping import kept_encoders
 from streamconv.planning.memory import plan_memory
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.passing import check_passes, keeps_quantization, notes_on_passed
@@ -42,6 +45,7 @@ class _Draft:
     quantized: QuantizedSet
     shards: tuple[ShardPlan, ...]
     vocab_size: tuple[int, int] | None
+    names: tuple[str, ...]
 
 
 def build_plan(
@@ -82,7 +86,15 @@ def build_plans(
 
 
 def facts_of(base: Base, adapter: Adapter | None) -> Facts:
-    return Facts(base.index.storage.location, base.quantized, adapter is not None)
+    kept = frozenset(weight.format for weight in base.weights.values() if weight.keep is not None)
+    return Facts(
+        base.index.storage.location,
+        base.quantized,
+        adapter is not None,
+        base.formats,
+        kept,
+        bool(base.undecoded),
+    )
 
 
 def _draft(
@@ -103,22 +115,25 @@ def _draft(
         )
     options = with_group_size(base, weights, replaces, options)
     choices = choose(facts_of(base, adapter), options)
-    check_passes(base, weights, updates, adapter, choices)
-    chosen = choose_quantized(base, weights, replaces, choices, options)
+    kept = kept_encoders(base, weights, options)
+    check_passes(base, weights, {*updates} - {*kept}, adapter, choices)
+    chosen = choose_quantized(base, weights, replaces, choices, options, kept)
     within = facts.weights if facts is not None and choices.feedback is not None else frozenset()
     equalization = plan_equalization(base, weights, chosen, options, facts)
     if equalization is not None:
         equalizers = equalization.equalizers({name: weight.shape for name, weight in weights.items()})
-    by_weight = plan_steps(base, weights, updates, chosen.weights, choices, within, equalizers)
+    by_weight = plan_steps(base, weights, updates, chosen, choices, within, equalizers)
     calibration = None
     if options.calibration is not None and choices.quant is not None:
         assert facts is not None
         calibration = plan_calibration(by_weight, options, choices.feedback, equalization, facts)
     of_head = adapter.head.parameters if adapter is not None and adapter.head is not None else ()
-    steps = split_steps(base, by_weight, choices, options)
-    metadata = metadata_of(base.index, steps) if choices.passes else None
+    stays = choices.passes or bool(kept)
+    steps = split_steps(base, by_weight, choices, options, keeps_files=stays)
+    metadata = metadata_of(base.index, steps) if stays else None
     shards = as_stored_shards(base.index, lay_out(steps, metadata))
-    return _Draft(options, choices, calibration, chosen, shards, _new_vocabulary(base, weights, of_head))
+    vocabulary = _new_vocabulary(base, weights, of_head)
+    return _Draft(options, choices, calibration, chosen, shards, vocabulary, tuple(weights))
 
 
 def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, memory: Memory) -> Plan:
@@ -133,6 +148,7 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
         rounding=choices.rounding_choice,
         calibration=draft.calibration,
         quantized=tuple(sorted(draft.quantized.weights)),
+        formats=_mixture(draft.quantized),
         skipped=tuple(draft.quantized.skipped),
         unfit=draft.quantized.unfit,
         group_size=choices.quant.group_size if isinstance(choices.quant, Grouped) else None,
@@ -150,12 +166,21 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
         ),
         notes=(
             *notes_on_factors(base.index),
+            *notes_on_experts(choices.quant, draft.names, draft.quantized.weights),
             *(adapter.notes if adapter else ()),
             *notes_on_passed(base, choices, shards),
         ),
         keeps_quantization=keeps_quantization(base, adapter, choices, options, shards),
         members=adapter.members if adapter else (),
     )
+
+
+def _mixture(chosen: QuantizedSet) -> Mapping[str, tuple[str, ...]]:
+    """Weights by format, where they have several."""
+    found = {
+        stored_as(storage_format): tuple(names) for storage_format, names in weights_by_format(chosen.formats)
+    }
+    return found if len(found) > 1 else {}
 
 
 def _check_different(drafts: Sequence[_Draft]) -> None:

@@ -19,18 +19,24 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
 def split_steps(
-    base: Base, by_weight: Sequence[Sequence[Step]], choices: Choices, options: MergeOptions
+    base: Base,
+    by_weight: Sequence[Sequence[Step]],
+    choices: Choices,
+    options: MergeOptions,
+    keeps_files: bool = False,
 ) -> list[list[Step]]:
-    """Steps by shard: the base's own shards where the output stores the same tensors, else filled up to a limit."""
+    """Steps by shard: the base's own where the output stores the same tensors, else filled up to a limit.
+
+    `keeps_files`: whether it does though some are quantized.
+    """
     is_recoded = choices.quant is not None or base.quantized is not None
-    keeps_files = choices.passes or not is_recoded
-    if options.max_shard_bytes is not None or not keeps_files or base.depth is not None:
+    if options.max_shard_bytes is not None or (is_recoded and not keeps_files) or base.depth is not None:
         return split_by_size(by_weight, options.max_shard_bytes or DEFAULT_SHARD_BYTES)
     shard_of = {name: tensor.file.name for name, tensor in base.index.tensors.items()}
     shards: dict[str, list[Step]] = {shard.file.name: [] for shard in base.index.shards}
     last = base.index.shards[-1].file.name
     for step in (step for steps in by_weight for step in steps):
-        shards[shard_of.get(step.name, last)].append(step)
+        shards[shard_of.get(step.specs[0].name, last)].append(step)
     return [steps for steps in shards.values() if steps]
 
 
@@ -43,7 +49,7 @@ def metadata_of(index: CheckpointIndex, shards: Sequence[Sequence[Step]]) -> lis
     file_of = {name: tensor.file for name, tensor in index.tensors.items()}
     found: list[Mapping[str, str]] = []
     for steps in shards:
-        own = {step.name for step in steps}
+        own = {spec.name for step in steps for spec in step.specs}
         files = {file_of[name] for name in own if name in file_of}
         metadata: dict[str, str] = {}
         for shard in (shard for shard in index.shards if shard.file in files):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from streamconv.adapters.base import Update, UpdateAccess
@@ -11,11 +11,12 @@ from streamconv.dtypes import DENSE, Dtype
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import UnsupportedError
 from streamconv.formats import FORMATS
-from streamconv.formats.base import Encoder, Weight
+from streamconv.formats.base import Encoder, Surveyed, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, select
 from streamconv.planning.base import Base
-from streamconv.planning.choices import Choices
+from streamconv.planning.choices import Choices, takes_calibration
 from streamconv.planning.plan import Copy, Rewrite, Step
+from streamconv.planning.quantized import QuantizedSet
 from streamconv.planning.scales import FRESH, scales_of_base
 from streamconv.rounding import ROUNDINGS
 from streamconv.rounding.base import Rounding
@@ -25,24 +26,29 @@ def plan_steps(
     base: Base,
     weights: Mapping[str, Weight],
     updates: Mapping[str, tuple[Update, ...]],
-    quantized: frozenset[str],
+    chosen: QuantizedSet,
     choices: Choices,
     within: frozenset[str],
     equalizers: Mapping[str, Equalizer],
 ) -> list[list[Step]]:
     """Steps of each weight, weights in the base's order: one step, or a copy of every part.
 
-    `within` are weights that can be calibrated, `equalizers` what weights are equalized by.
+    `within` are weights that can be calibrated where their format can, `equalizers` what weights are equalized by. Of
+    those that are kept as their file has them, other parts are copied.
     """
     seen_by_training = _rounded_in_training(base, choices)
     steps: list[list[Step]] = []
     for name, weight in weights.items():
-        encoder = _encoder(name, weight, name in quantized, _own_dtype(base, name, weight), choices)
+        encoder = chosen.kept.get(name)
+        if encoder is None:
+            encoder = _encoder(name, weight, chosen, _own_dtype(base, name, weight), choices)
         merge_base = None
         # What the adapter holds whole was trained in full precision.
         is_rounded = name in seen_by_training and weight is base.weights[name]
         if is_rounded and choices.merge_base is not None:
             merge_base = choices.merge_base.encoder(name, weight.shape, weight.dtype)
+        if isinstance(encoder, Surveyed) and not encoder.is_known and merge_base is None:
+            encoder = encoder.following(weight.decoder)
         found = weight_steps(
             name,
             weight,
@@ -50,12 +56,19 @@ def plan_steps(
             encoder,
             merge_base,
             choices.rest,
-            name in within,
+            name in within and takes_calibration(encoder),
             equalizers.get(name),
         )
         constants = [step.encoder.constants for step in found if isinstance(step, Rewrite)]
-        steps.append([*found, *(constant for each in constants for constant in each)])
+        beside = _beside(weight, found) if name in chosen.kept else []
+        steps.append([*found, *(constant for each in constants for constant in each), *beside])
     return steps
+
+
+def _beside(weight: Weight, steps: Sequence[Step]) -> list[Step]:
+    """Copies of parts that no step writes: scales of activations, which no update of the weight changes."""
+    written = {spec.name for step in steps for spec in step.specs}
+    return [Copy(part.name, part) for part in weight.parts.values() if part.name not in written]
 
 
 def _own_dtype(base: Base, name: str, weight: Weight) -> Dtype:
@@ -142,14 +155,17 @@ def _quantizing(step: Rewrite, rounding: Rounding, calibrates: bool) -> Rewrite:
     return replace(step, rounding=rounding, scales=of_base if keeps else FRESH, calibrated=calibrates)
 
 
-def _encoder(name: str, weight: Weight, quantize: bool, own_dtype: Dtype, choices: Choices) -> Encoder | None:
+def _encoder(
+    name: str, weight: Weight, chosen: QuantizedSet, own_dtype: Dtype, choices: Choices
+) -> Encoder | None:
     """Encoder that stores a weight in the output; None for what can only be copied."""
     if not weight.dtype.is_float or weight.undecoded is not None or (choices.passes and weight.is_quantized):
         return None
     dtype = choices.dtype or own_dtype
-    if quantize:
-        assert choices.quant is not None
-        return choices.quant.encoder(name, weight.shape, dtype)
+    if name in chosen.formats:
+        return chosen.formats[name].encoder(name, weight.shape, dtype)
+    if name in chosen.dense:
+        return chosen.dense[name].encoder(name, weight.shape, dtype)
     if weight.dtype.name not in DENSE:
         if choices.dtype is not None:
             raise UnsupportedError(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from streamconv.kernels.base import block_dots
 from streamconv.kernels.grids import Grid, code_steps
+from streamconv.kernels.ordered import gathered
 from streamconv.rounding.base import Context, Rounding
 from streamconv.rounding.nearest import Nearest
 from streamconv.rounding.stochastic import Stochastic
@@ -51,9 +52,10 @@ class Adaptive:
 def delta_to_step(target: Tensor, base: Tensor, codes: Tensor, scales: Tensor, grid: Grid) -> float:
     """The ratio above: `target` and `base` float32, `codes` uint8, all flat; `scales` float32, one a block."""
     moved = steps = 0.0
+    target, base, codes = (gathered(each, grid) for each in (target, base, codes))
     # A few blocks at a time: a cell of a wide weight is large, and no plan counts more of it than its roundings need.
     length = max(1, _STRETCH // grid.block)
-    for first in range(0, scales.numel(), length):
+    for first in range(0, len(scales), length):
         part = slice(first * grid.block, (first + length) * grid.block)
         moved += float((target[part] - base[part]).abs().sum(dtype=torch.float64))
         steps += sum_of_steps(codes[part], scales[first : first + length], grid)
@@ -64,4 +66,5 @@ def sum_of_steps(codes: Tensor, scales: Tensor, grid: Grid) -> float:
     """Sum of the steps of entries that have these `codes` (uint8, flat); `scales` float32, one a block."""
     steps = code_steps(grid).to(codes.device).index_select(0, codes.to(torch.int32)).double()
     sums = block_dots(steps, torch.ones_like(steps), grid.block)
-    return float((sums * scales.double().abs()).sum()) / grid.peak
+    factors = scales if grid.offsets is None else scales[:, 0]
+    return float((sums * factors.double().abs()).sum()) / grid.peak

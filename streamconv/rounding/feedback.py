@@ -190,7 +190,8 @@ def _found(
     """The best of all that is tried."""
     best = min(_starts(layer, encoder, base), key=lambda each: each.loss)
     best = _polished(layer, best, options.sweeps)
-    for _ in range(options.refits if layer.columns % layer.grid.block == 0 else 0):
+    is_fitted = layer.columns % layer.grid.block == 0 and not layer.grid.order
+    for _ in range(options.refits if is_fitted else 0):
         trial = _polished(layer, _refitted(layer, encoder, best), options.sweeps)
         if trial.loss >= best.loss:
             break

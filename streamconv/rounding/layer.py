@@ -19,6 +19,7 @@ from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import Grid
 from streamconv.kernels.in_torch import dequantized
 from streamconv.kernels.offsets import shifts
+from streamconv.kernels.ordered import columns_of
 from streamconv.rounding.metric import Metric, stretches
 from streamconv.threads import Pool
 
@@ -81,8 +82,15 @@ class Layer:
         order, block = self.inputs.order, self.grid.block
         if self.columns % block == 0:  # without an index for every element
             by_block = scales.reshape(self.rows, -1)[numbers].T.contiguous()
-            return lambda columns: by_block[order[columns] // block]
+            places = _places(self.grid, self.columns, scales.device)
+            return lambda columns: by_block[places[order[columns]] // block]
         return lambda columns: scales[(numbers * self.columns + order[columns, None]) // block]
+
+
+def _places(grid: Grid, columns: int, device: torch.device) -> Tensor:
+    """The place of each column in the order of blocks."""
+    places = torch.arange(columns, device=device)
+    return torch.argsort(columns_of(grid.order, device)) if grid.order else places
 
 
 def transpose(target: Tensor, inputs: Metric, outputs: Metric | None, grid: Grid, dtype: Dtype) -> Layer:

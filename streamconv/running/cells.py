@@ -265,6 +265,12 @@ class WeightWork:
             case _:
                 assert_never(self.scales)
 
+    def greatest(self, raw: Tensor, rows: range, out: Tensor) -> None:
+        """Write the greatest magnitude of each cell's target to its place in `out`: float32, an entry a cell."""
+        self.workers.map(
+            lambda number, part: self._take_greatest(number, raw, rows, out, part), rows, self.height
+        )
+
     # -- codes chosen for the whole weight -------------------------------------------------------------------
 
     def targets(self, raw: Tensor, rows: range, out: Tensor) -> None:
@@ -290,6 +296,13 @@ class WeightWork:
             target = self._target(base.values, cell)
             self._check_finite(target, cell, target)
             out[cell.start - rows.start : cell.stop - rows.start].copy_(target)
+
+    def _take_greatest(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
+        for cell, base in self._bases(number, raw, rows, part):
+            target = self._target(base.values, cell)
+            greatest = torch.stack(torch.aminmax(target)).abs().amax()
+            self._check_finite(target, cell, greatest)
+            out[cell.start // self.height] = greatest
 
     def _take_bases(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
         for cell, base in self._bases(number, raw, rows, part):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,15 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
+    Glm4MoeConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from streamconv.calibration.equalized import Equalized, equalized_plan
@@ -42,6 +51,7 @@ from tests.forward.texts import save_tokenizer
 from tests.tiny import TOKENS as BATCH
 from tests.tiny import edit_tensors, llama_config, read_tensors
 
+MOE: dict[str, Any] = SIZES | {"intermediate_size": 64, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
 FAMILIES: Mapping[str, Any] = {
     "llama": llama_config(),
     "mistral": MistralConfig(**SIZES),
@@ -49,21 +59,44 @@ FAMILIES: Mapping[str, Any] = {
     "qwen3": Qwen3Config(**SIZES, head_dim=8),
     "gemma2": Gemma2Config(**SIZES, head_dim=8, sliding_window=8),
     "gemma3_text": Gemma3TextConfig(**SIZES, **SLIDING, head_dim=8),
+    "phi3": Phi3Config(**SIZES),
+    "glm4": Glm4Config(**SIZES, head_dim=8),
 }
+MIXTURES: Mapping[str, Any] = {
+    "mixtral": MixtralConfig(**MOE, num_local_experts=3),
+    "qwen2_moe": Qwen2MoeConfig(**MOE, num_experts=4, shared_expert_intermediate_size=64),
+    "qwen3_moe": Qwen3MoeConfig(**MOE, num_experts=4, head_dim=8, mlp_only_layers=[1]),
+    "olmoe": OlmoeConfig(**MOE, num_experts=4),
+    "glm4_moe": Glm4MoeConfig(
+        **MOE,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        head_dim=8,
+        n_group=1,
+        topk_group=1,
+        use_qk_norm=True,
+    ),
+}
+# Matrices whose outputs are made loud below, with the first that another is divided for.
+UP = re.compile(r".*\.(self_attn\.v_proj|(mlp|shared_experts?|experts\.\d+)\.(up_proj|w3))\.(weight|bias)")
 LOUD = (3, 11)
 
 
 def save_skewed(folder: Path, config: Any, factor: float = 50.0) -> Path:
     """Some channels of every input of a linear layer are `factor` times as large: what multiplies them is."""
-    save_subject(folder, config, ("q_proj", "v_proj", "down_proj"))
+    save_subject(folder, config, ("q_proj", "v_proj", "qkv_proj", "down_proj"))
     # Beside a config.json of some families, transformers would take a tokenizer for one of theirs.
     save_tokenizer(folder / "tokenizer")
     path = folder / "base" / "model.safetensors"
     put = {}
     for name, tensor in read_tensors(path).items():
         loud = tensor.clone()
-        if "self_attn.v_proj" in name or "mlp.up_proj.weight" in name:
+        if UP.fullmatch(name):
             loud[list(LOUD)] *= factor
+        elif name.endswith("gate_up_proj.weight"):
+            loud[len(loud) // 2 :][list(LOUD)] *= factor
+        elif name.endswith("qkv_proj.weight"):
+            loud[48:][list(LOUD)] *= factor
         elif name.endswith(("input_layernorm.weight", "feedforward_layernorm.weight")) or (
             name.endswith("post_attention_layernorm.weight") and "gemma" not in config.model_type
         ):
@@ -113,15 +146,22 @@ def targets(
         return {name: source.read(name) for name in source.names}
 
 
-def live(folder: Path, weights: Mapping[str, Tensor]) -> Any:
-    """transformers' own model with these weights, float32."""
-    config = AutoConfig.from_pretrained(folder / "base")
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    missing, strange = model.load_state_dict(dict(weights), strict=False)
-    assert not strange
-    assert set(missing) <= {"lm_head.weight"}
-    model.tie_weights()
-    return model
+def live(folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' own model with these weights."""
+    place = folder / "live"
+    place.mkdir(exist_ok=True)
+    shutil.copy(folder / "base" / "config.json", place)
+    save_file(
+        {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}, place / "model.safetensors"
+    )
+    model, info = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True)
+    if "experts" in str(list(weights)):
+        model.set_experts_implementation(
+            "eager"
+        )  # torch multiplies groups of matrices in no more than float32
+    assert not info["unexpected_keys"]
+    assert set(info["missing_keys"]) <= {"lm_head.weight"}
+    return model.eval()
 
 
 def logits_of(model: Any) -> Tensor:
@@ -130,10 +170,11 @@ def logits_of(model: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_a_rescaled_model_computes_the_same(family: str, tmp_path: Path) -> None:
     """To the last bits of float32, with norms as they are stored, too: what that rounds is made up for."""
-    subject = subject_in(save_skewed(tmp_path, FAMILIES[family]))
+    folder = save_skewed(tmp_path, {**FAMILIES, **MIXTURES}[family])
+    subject = subject_in(folder, quant="nf4" if family in FAMILIES else "w4a16")
     found = rescaled(subject, tmp_path / "work")
     plain, scaled = targets(subject), targets(subject, found)
     changed = {name for name in plain if not torch.equal(plain[name], scaled[name])}
@@ -141,11 +182,20 @@ def test_a_rescaled_model_computes_the_same(family: str, tmp_path: Path) -> None
     assert changed <= found.keys()
     assert sum(alpha > 0 for alpha in alphas) > len(alphas) / 2
     assert all(name in changed for name, each in found.items() if each.notes.get("alpha", 0) > 0)
-    expected = logits_of(live(tmp_path, plain))
-    torch.testing.assert_close(logits_of(live(tmp_path, scaled)), expected, rtol=2e-4, atol=2e-4)
+    expected = logits_of(live(tmp_path, plain, torch.float64))
+    torch.testing.assert_close(
+        logits_of(live(tmp_path, scaled, torch.float64)), expected, rtol=1e-5, atol=1e-5
+    )
     stored = targets(subject, found, "bfloat16")
     scaled |= {name: tensor.float() for name, tensor in stored.items() if name.endswith("norm.weight")}
-    torch.testing.assert_close(logits_of(live(tmp_path, scaled)), expected, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(
+        logits_of(live(tmp_path, scaled, torch.float64)), expected, rtol=1e-5, atol=1e-5
+    )
+    errors = [each.notes for each in found.values() if each.notes.get("unscaled_error")]
+    assert all(each["relative_error"] <= each["unscaled_error"] for each in errors)
+    assert sum(each["relative_error"] / each["unscaled_error"] for each in errors) < 0.9 * len(errors)
+    experts = {name for name in plain if ".experts." in name}
+    assert experts <= changed or family in FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -273,3 +323,15 @@ def test_a_model_that_is_not_as_its_family_says(folder: Path, tmp_path: Path) ->
     with pytest.raises(UnsupportedError, match=r"q_proj\.weight, .* do not read one input"):
         rescaled(changed, tmp_path / "wrong")
     assert not layer_bytes(tmp_path / "wrong")
+
+
+def test_experts_that_do_not_read_what_their_router_does(tmp_path: Path) -> None:
+    subject = subject_in(save_skewed(tmp_path, MIXTURES["qwen3_moe"]), quant="w4a16")
+    pairs = subject.equalization.pairs
+    (norm,) = [pair for pair in pairs if pair.producer.endswith("0.post_attention_layernorm.weight")]
+    down = tuple(name.replace("up_proj", "down_proj") for name in norm.consumers)
+    equalization = replace(subject.equalization, pairs=(replace(norm, consumers=down),))
+    calibration = replace(subject.calibration, equalization=equalization)
+    changed = replace(subject, plan=replace(subject.plan, calibration=calibration))
+    with pytest.raises(UnsupportedError, match=r"gate\.weight, .* do not read one input"):
+        rescaled(changed, tmp_path / "wrong")

@@ -21,6 +21,7 @@ from streamconv.calibration.layer_files import LayerFiles
 from streamconv.calibration.moments import Moments
 from streamconv.calibration.need import batch_of
 from streamconv.errors import InputError, OptionError
+from streamconv.forward.matrices import OwnParameter, WeightMatrix
 from streamconv.forward.skeleton import build_skeleton
 from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.forward.walk import Walk
@@ -360,12 +361,82 @@ class Routed(nn.Module):
 
 def test_experts_are_groups_of_their_own() -> None:
     module, recorder = Routed(), Recorder()
-    linears = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    linears: dict[str, WeightMatrix] = {
+        name: OwnParameter(f"{name}.weight", child, child)
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear)
+    }
     for sign in (1, -1):  # the second expert is first called in the second batch
         with recorder.watching(linears, lambda group, given: None):
             module(sign * torch.rand(8, 4))
     assert [group.names for group in recorder.groups] == [["experts.0"], ["out"], ["experts.1"]]
     assert recorder.missing(linears) == ["experts.2"]
+
+
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def test_experts_of_one_parameter_are_calibrated_each_by_its_own_tokens(seen: Seen, tmp_path: Path) -> None:
+    """H of the first layer by a plain model: transformers holds the experts of a layer in one parameter."""
+    sizes = SIZES | {"num_hidden_layers": 1, "intermediate_size": 64}
+    save_subject(tmp_path, MixtralConfig(**sizes, num_local_experts=4), ("q_proj", "v_proj"))
+    options: dict[str, Any] = {
+        "calibration": tmp_path / "text.txt",
+        "calibration_tokens": TOKENS,
+        "calibration_sequence_length": LENGTH,
+    }
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    merge(base, adapter, tmp_path / "out", quant="w4a16", group_size=32, **options)
+    merge(base, adapter, tmp_path / "nearest", quant="w4a16", group_size=32, rounding="nearest")
+    merge(base, adapter, tmp_path / "targets", quant="none", dtype="float32")
+    assert len([name for name in seen.statistics if ".experts." in name]) == 3 * 4
+    found, nearest = (decoded_in(tmp_path / name) for name in ("out", "nearest"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "targets", dtype=torch.float32).eval()
+    model.set_experts_implementation("eager")
+    attention = model.model.layers[0].self_attn
+    for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        attention.get_submodule(part).weight.data = found[f"model.layers.0.self_attn.{part}.weight"]
+    given: list[tuple[Tensor, Tensor]] = []
+    experts = model.get_submodule(EXPERTS)
+    experts.register_forward_pre_hook(lambda _, arguments: given.append((arguments[0], arguments[1])))
+    windows = read_windows(tmp_path / "text.txt", load_tokenizer(base), TOKENS // LENGTH, LENGTH)
+    with torch.no_grad():
+        model(windows, use_cache=False)
+    ((hidden, chosen),) = given
+    counts, ratios = [], []
+    for number in range(4):
+        stored = {
+            part: f"model.layers.0.block_sparse_moe.experts.{number}.{part}.weight"
+            for part in ("w1", "w2", "w3")
+        }
+        z = hidden[(chosen == number).any(-1)]
+        counts.append(len(z))
+        inner = torch.nn.functional.silu(z @ found[stored["w1"]].T) * (z @ found[stored["w3"]].T)
+        for part, inputs in (("w1", z), ("w3", z), ("w2", inner)):
+            statistics, hessian = seen.statistics[stored[part]], inputs.T @ inputs / max(1, len(inputs))
+            known = min(1.0, len(inputs) / 2 / inputs.shape[1])
+            expected = known * hessian + (1 - known) * hessian.diagonal().mean() * torch.eye(len(hessian))
+            assert statistics.tokens == len(inputs)
+            assert statistics.cross is None
+            if len(inputs):
+                torch.testing.assert_close(statistics.hessian, expected, rtol=1e-4, atol=1e-6)
+            target = seen.targets[stored[part]]
+            errors = [target - values[stored[part]] for values in (found, nearest)]
+            ours, theirs = (float(((error @ hessian) * error).sum()) for error in errors)
+            if known == 1:
+                ratios.append(ours / theirs)
+    assert sum(counts) == 2 * TOKENS
+    assert len(ratios) > 6
+    assert max(ratios) < 1
+    assert sum(ratios) / len(ratios) < 0.8
+
+
+def decoded_in(folder: Path) -> dict[str, Tensor]:
+    """All weights of an output, as a loader sees them."""
+    dense = folder.with_name(f"{folder.name}-dense")
+    convert(folder, dense, quant="none", dtype="float32")
+    found: dict[str, Tensor] = load_file(dense / "model.safetensors")
+    return found
 
 
 def test_few_tokens_count_for_what_they_are() -> None:

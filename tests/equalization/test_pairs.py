@@ -74,6 +74,58 @@ def test_what_becomes_of_each_weight() -> None:
     assert equalizers[f"{LAYER}.self_attn.v_proj.weight"].nbytes == 4 * (16 + 32)
 
 
+ATTENTION = {name: shape for name, shape in SHAPES.items() if "mlp" not in name and "post" not in name}
+FUSED = {
+    f"{LAYER}.input_layernorm.weight": (32,),
+    f"{LAYER}.post_attention_layernorm.weight": (32,),
+    f"{LAYER}.self_attn.qkv_proj.weight": (64, 32),
+    f"{LAYER}.self_attn.o_proj.weight": (32, 32),
+    f"{LAYER}.mlp.gate_up_proj.weight": (144, 32),
+    f"{LAYER}.mlp.down_proj.weight": (32, 72),
+}
+EXPERTS = ATTENTION | {
+    f"{LAYER}.post_attention_layernorm.weight": (32,),
+    f"{LAYER}.mlp.gate.weight": (2, 32),
+    **{
+        f"{LAYER}.mlp.experts.{number}.{part}.weight": (32, 16) if part == "down_proj" else (16, 32)
+        for number in range(2)
+        for part in ("gate_proj", "up_proj", "down_proj")
+    },
+}
+
+
+def test_parts_of_fused_matrices_are_divided() -> None:
+    """Values are the last rows of q, k and v; up is below gate. What is not divided is multiplied by 1."""
+    pairs = {pair.producer.removeprefix(f"{LAYER}."): pair for pair in found("phi3", shapes=FUSED).pairs}
+    values, up = pairs["self_attn.qkv_proj.weight"], pairs["mlp.gate_up_proj.weight"]
+    assert (values.divided, values.heads, values.inputs) == (range(48, 64), (2, 2, 8), 32)
+    assert (up.divided, up.inputs) == (range(72, 144), 72)
+    factors = up.among_outputs(torch.full((72,), 3.0))
+    assert factors.tolist() == [1.0] * 72 + [3.0] * 72
+    with pytest.raises(UnsupportedError, match=r"qkv_proj\.weight is \[64, 32\] .* share the values of 1"):
+        found("phi3", Heads(4, 1, 8), FUSED)
+
+
+def test_a_router_and_all_experts_read_a_norm() -> None:
+    all_pairs = found("qwen3_moe", shapes=EXPERTS, quantized=frozenset(EXPERTS)).pairs
+    pairs = {pair.producer.removeprefix(f"{LAYER}."): pair for pair in all_pairs}
+    assert {name for name in EXPERTS if ".mlp." in name and "down" not in name} == set(
+        pairs["post_attention_layernorm.weight"].consumers
+    )
+    for number in range(2):
+        pair = pairs[f"mlp.experts.{number}.up_proj.weight"]
+        assert pair.consumers == (f"{LAYER}.mlp.experts.{number}.down_proj.weight",)
+        assert pair.is_routed
+    assert not pairs["post_attention_layernorm.weight"].is_routed
+    # Some layers of a family are dense; the ones in this model are as Llama's.
+    assert len(found("qwen3_moe").pairs) == 4
+    without = {name: shape for name, shape in EXPERTS.items() if "experts.1.up" not in name}
+    with pytest.raises(UnsupportedError, match=r"experts\.1\.up_proj\.weight is missing"):
+        found("qwen3_moe", shapes=without)
+    with pytest.raises(UnsupportedError, match=r"shared_expert\.up_proj\.weight is no weight that"):
+        found("qwen3_moe", shapes=EXPERTS | {f"{LAYER}.mlp.shared_expert.up_proj.weight": (16, 32)})
+
+
 def test_heads_that_share_values() -> None:
     """Query head h reads values of head h // 2: transformers' repeat_kv."""
     (values,) = [pair for pair in found().pairs if pair.kind is Producer.VALUES]
@@ -127,16 +179,19 @@ def test_nothing_to_do_is_refused() -> None:
 
 
 def test_families_know_their_own_modules() -> None:
-    assert set(FAMILIES) == {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"}
-    for family in FAMILIES.values():
-        assert len({pair.producer for pair in family.pairs}) == len(family.pairs) == 4
+    dense = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "glm4"}
+    assert set(FAMILIES) == dense | {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe"}
+    for name, family in FAMILIES.items():
+        for form in family:
+            assert len({pair.producer for pair in form.pairs}) == len(form.pairs)
+            assert len(form.pairs) == 4 or name not in dense
 
 
 @pytest.mark.parametrize("kind", [Producer.NORM, Producer.NORM_OF_ONE_MORE])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_consumers_are_given_what_storing_left_of_a_norm(kind: Producer, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    pair = WeightPair("norm", None, ("layer",), kind, (1, 1, 400))
+    pair = WeightPair("norm", None, ("layer",), kind, (1, 1, 400), range(400), 400)
     norm = (torch.randn(400, generator=generator) * 3).to(dtype).float()
     wanted = torch.exp(torch.randn(400, generator=generator))
     scales = stored_scales(pair, norm, wanted, dtype)
@@ -150,11 +205,11 @@ def test_consumers_are_given_what_storing_left_of_a_norm(kind: Producer, dtype: 
 
 
 def test_a_channel_that_storing_would_spoil_keeps_its_size() -> None:
-    pair = WeightPair("norm", None, ("layer",), Producer.NORM_OF_ONE_MORE, (1, 1, 4))
+    pair = WeightPair("norm", None, ("layer",), Producer.NORM_OF_ONE_MORE, (1, 1, 4), range(4), 4)
     # 1 + w near 0, where bfloat16 has steps of 2^-8: what is wanted is not to be had.
     norm = torch.tensor([-1.0, -0.99609375, 0.0, 1.0])
     scales = stored_scales(pair, norm, torch.full((4,), 3.0), torch.bfloat16)
     assert scales[:2].tolist() == [1.0, 1.0]
     torch.testing.assert_close(scales[2:], torch.full((2,), 3.0), rtol=0.02, atol=0)
-    plain = WeightPair("norm", None, ("layer",), Producer.NORM, (1, 1, 2))
+    plain = WeightPair("norm", None, ("layer",), Producer.NORM, (1, 1, 2), range(2), 2)
     assert stored_scales(plain, torch.tensor([0.0, 1.0]), torch.full((2,), 3.0), torch.bfloat16)[0] == 1.0

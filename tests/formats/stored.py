@@ -14,7 +14,8 @@ from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.dtypes import BF16, DENSE
 from streamconv.formats import FORMATS, find_weights
-from streamconv.formats.base import CELL_ROWS, Encoder, Grouped, Weight, matrix_shape
+from streamconv.formats.base import CELL_ROWS, Encoder, Grouped, Surveyed, Weight, matrix_shape
+from streamconv.formats.fp4 import Fp4Format
 from streamconv.formats.pack_quantized import PackQuantizedFormat
 from streamconv.formats.rows import StoredRows, in_file_order
 from streamconv.kernels.grids import Grid
@@ -32,12 +33,22 @@ SHAPES_IN_GROUPS = [(128, 128), (2, 384), (70, 256), (132, 640)]
 
 # And of those with words across rows.
 SHAPES_IN_WORDS = [(128, 128), (32, 384), (96, 256), (160, 640)]
+# Rows of any width, of a multiple of four elements in all: blocks that end within rows and columns.
+SHAPES_OF_BYTES = [(128, 128), (160, 640), (3, 52), (70, 96), (132, 7), (300, 200)]
+
+
+# Scales of 16 bit follow bytes, which are even in number.
+SHAPES_IN_PAIRS = [(128, 128), (3, 50), (70, 96), (130, 7)]
 
 
 def shapes_of(name: str) -> list[tuple[int, int]]:
-    if name in ("gptq", "gptq-v2", "awq"):
+    if name == "w8a8":
+        return SHAPES_IN_PAIRS
+    if name.startswith(("gptq", "awq")):
         return SHAPES_IN_WORDS
-    return SHAPES_IN_GROUPS if isinstance(FORMATS[name], Grouped) else SHAPES
+    if name in ("fp8", "fp8-block"):
+        return SHAPES_OF_BYTES
+    return SHAPES_IN_GROUPS if isinstance(FORMATS[name], Grouped | Fp4Format) else SHAPES
 
 
 def normal(shape: tuple[int, ...], seed: int = 0, size: float = 0.02) -> Tensor:
@@ -52,9 +63,25 @@ def write(
     return index_of(folder)
 
 
+def write_as(name: str, folder: Path, tensors: Mapping[str, Tensor]) -> CheckpointIndex:
+    """A checkpoint in the format `name`, of which several may be the same to the bit but for their config."""
+    storage_format = FORMATS[name]
+    if not isinstance(storage_format, Fp4Format):
+        return write(folder, tensors)
+    return write(folder, tensors, {"quantization_config": storage_format.quantization_config(BF16, (), ())})
+
+
 def _described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A config for tensors of compressed-tensors, which are read by what it says."""
+    """A config for tensors of compressed-tensors and MLX, which are read by what it says."""
     for name, packed in tensors.items():
+        if packed.dtype == torch.int8 and f"{name}_scale" in tensors:
+            return {"quantization_config": FORMATS["w8a8"].quantization_config(BF16, (), ())}
+        if name.endswith(".biases"):
+            main = tensors[name.replace("biases", "weight")]
+            # Tests have groups of 64, or of 32.
+            group = 64 if main.shape[-1] * 32 // 64 in (4 * packed.shape[-1], 8 * packed.shape[-1]) else 32
+            bits = main.shape[-1] * 32 // (packed.shape[-1] * group)
+            return {"quantization": {"group_size": group, "bits": bits}}
         if name.endswith(".weight_packed"):
             columns = int(tensors[name.replace("packed", "shape")][1])
             group = columns // tensors[name.replace("packed", "scale")].shape[1]
@@ -62,6 +89,9 @@ def _described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             assert isinstance(storage_format, PackQuantizedFormat)
             found = replace(storage_format, grid=storage_format.grid.of_block(group))
             return {"quantization_config": found.quantization_config(BF16, (), ())}
+        if packed.dtype == torch.float8_e4m3fn:
+            key = "fp8-block" if f"{name}_scale_inv" in tensors else "fp8"
+            return {"quantization_config": FORMATS[key].quantization_config(BF16, (), ())}
     return {}
 
 
@@ -75,7 +105,8 @@ def cells(rows: int, height: int = CELL_ROWS) -> list[range]:
 
 
 def encoder_for(name: str, weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Encoder:
-    return FORMATS[name].encoder(W, tuple(weight.shape), DENSE[str(dtype).removeprefix("torch.")])
+    encoder = FORMATS[name].encoder(W, tuple(weight.shape), DENSE[str(dtype).removeprefix("torch.")])
+    return encoder.knowing(float(weight.abs().max())) if isinstance(encoder, Surveyed) else encoder
 
 
 def choose(rounding: Rounding, target: Tensor, grid: Grid, context: Context) -> tuple[Tensor, Tensor]:

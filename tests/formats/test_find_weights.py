@@ -95,7 +95,7 @@ def test_other_quantizations_are_known_by_their_tensors(
 @pytest.mark.parametrize(
     ("config", "kind"),
     [
-        ({"quant_method": "gptq", "bits": 8}, "gptq of 8 bits"),
+        ({"quant_method": "gptq", "bits": 3}, "gptq of 3 bits"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "layout marlin"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "layout gemv"),
         (

@@ -216,7 +216,9 @@ def test_a_list_of_paths_names_just_what_is_left(
     modules: list[str], ignore: list[str], has_text: bool
 ) -> None:
     config = {**LLAMA, "text_config": {**LLAMA, "model_type": "llama_text"}} if has_text else LLAMA
-    selection = select({f"{module}.weight": SQUARE for module in modules}, config, ignore, by_path=True)
+    selection = select(
+        {f"{module}.weight": SQUARE for module in modules}, config, ignore, by_path=True, has_experts=True
+    )
     chosen = {module_of(name) for name in selection.quantized}
     for module in modules:
         # compressed-tensors' rule (`utils/match.py`, match_name).
@@ -236,7 +238,7 @@ def test_a_model_of_more_than_text_names_ends_of_paths_and_experts_are_named_tog
         "visual.proj.weight": SQUARE,
         "visual.q_proj.weight": SQUARE,
     }
-    selection = select(shapes, config, ["visual"], by_path=True)
+    selection = select(shapes, config, ["visual"], by_path=True, has_experts=True)
     assert selection.quantized == ("language_model.layers.0.q_proj.weight",)
     # The same module once it is loaded: under another path.
     loaded = "model.language_model.layers.0.mlp.gate"
@@ -255,12 +257,12 @@ def test_experts_that_are_stored_apart_are_packed_all_or_none() -> None:
         "model.layers.0.mlp.gate.weight": (4, 8),
         **{f"model.layers.0.mlp.experts.{number}.up_proj.weight": SQUARE for number in range(4)},
     }
-    selection = select(shapes, LLAMA, (), by_path=True)
+    selection = select(shapes, LLAMA, (), by_path=True, has_experts=True)
     assert set(selection.quantized) == {name for name in shapes if "experts" in name}
     assert selection.skipped == ("lm_head", "model.layers.0.mlp.gate")
     assert not select(shapes, LLAMA, ()).quantized
     with pytest.raises(UnsupportedError, match=r"experts\.2\.up_proj would stay in 16 bit, and loaders open"):
-        select(shapes, LLAMA, ["experts.2"], by_path=True)
+        select(shapes, LLAMA, ["experts.2"], by_path=True, has_experts=True)
 
 
 OMNI = "audio_tower.audio_bos_eos_token.weight"

@@ -16,6 +16,8 @@ from streamconv.dtypes import BF16, F16, F32, Dtype
 from streamconv.formats.bnb_4bit import DYNAMIC
 from streamconv.kernels import TORCH, Kernels, Start, compiled_kernels, kernels_for
 from streamconv.kernels.grids import (
+    E2M1,
+    E4M3,
     FP4,
     INT4,
     INT8,
@@ -38,6 +40,11 @@ GRIDS: Mapping[str, Grid] = {
     "int4": INT4.of_block(32),
     "int4 of rows": INT4.of_block(96),
     "int8 in groups": INT8_GROUPS,
+    "e2m1": E2M1,
+    "e2m1 of 32": E2M1.of_block(32),
+    "e4m3 of rows": E4M3.of_block(96),
+    "e4m3 of blocks": E4M3.of_block(16),
+    "e4m3 of more than a stretch": E4M3.of_block(600),
     "other": TableGrid("other", (0.25, 1.0, -1.0), 4),
 }
 every_grid = pytest.mark.parametrize("name", GRIDS)
@@ -295,7 +302,7 @@ def test_inputs_are_not_changed(name: str) -> None:
     assert all(map(torch.equal, inputs, before))
 
 
-@pytest.mark.parametrize("name", ["nf4", "int4", "int8 in groups"])
+@pytest.mark.parametrize("name", ["nf4", "int4", "int8 in groups", "e4m3 of blocks"])
 @pytest.mark.parametrize("is_first", [True, False])
 @pytest.mark.parametrize("in_turn", [True, False])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)

@@ -95,7 +95,9 @@ def test_just_the_quantized_modules_are_targeted_where_others_are_named_by_path(
     config: PreTrainedConfig, ignore: tuple[str, ...]
 ) -> None:
     model = empty_model(config)
-    found = select(shapes_of(model), config.to_dict(), [*DEFAULT_IGNORE, *ignore], by_path=True)
+    found = select(
+        shapes_of(model), config.to_dict(), [*DEFAULT_IGNORE, *ignore], by_path=True, has_experts=True
+    )
     targeted = {name for name, _ in match_named_modules(model, ["Linear"], found.skipped)}
     assert targeted == modules(found)
 

@@ -58,7 +58,7 @@ class Survey:
             return None
         read = sum(part.nbytes for part in parts_of(subject))
         need = Need(self.ram, 0, self.disk, read)
-        return Pass("survey", "surveyed", need, KEPT, "to survey this model: its partners", "adopt fewer")
+        return Pass("adopt", "surveyed", need, KEPT, "to survey this model: its partners", "adopt fewer")
 
     def run(self, subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest) -> Found:
         assert stop.signal_number is None
@@ -125,7 +125,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 @pytest.fixture
 def survey(monkeypatch: pytest.MonkeyPatch) -> Survey:
     survey = Survey()
-    monkeypatch.setattr(passes, "PASSES", {"survey": survey.kind, **PASSES})
+    monkeypatch.setattr(passes, "PASSES", {"adopt": survey.kind, **PASSES})
     return survey
 
 
@@ -140,7 +140,7 @@ def test_it_is_counted_in_the_plan(inputs: Inputs, survey: Survey) -> None:
     prepared = inputs.prepare(max_ram="8GiB")
     (planned,) = prepared.plan.passes
     read = 2 * 2 * SIZES.hidden**2
-    assert (planned.name, planned.need.read) == ("survey", read)
+    assert (planned.name, planned.need.read) == ("adopt", read)
     assert prepared.plan.peak_ram == survey.ram
     assert prepared.plan.disk == prepared.plan.size + KEPT
     survey.disk = 2**40

@@ -73,6 +73,7 @@ OTHERS: dict[str, Any] = {
     "rescale": "awq",
     "seed": 3,
     "ignore": ("q_proj",),
+    "quant_for": ("down_proj=none", "re:.*lm_(?=h)head=w8a16:g64"),
     "max_shard_size": "1MB",
     "overwrite": True,
     "resume": False,

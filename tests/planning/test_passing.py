@@ -75,21 +75,22 @@ def test_without_an_update_every_byte_stays(name: str, tmp_path: Path) -> None:
         assert (out / path.name).read_bytes() == path.read_bytes()
 
 
-DECODED = ("deepseek fp8", "gpt-oss mxfp4", "nvfp4", "nvfp4 of modelopt")
-UNDECODED = [name for name in FOREIGN if name not in DECODED]
+KEPT = ("deepseek fp8", "nvfp4", "nvfp4 of modelopt", "mlx, 3 bit", "mlx, 6 bit")
+BESIDE = "deepseek fp8 beside fp4"
+DECODED = (*KEPT, "gpt-oss mxfp4")
+UNDECODED = [name for name in FOREIGN if name not in (*DECODED, BESIDE)]
 UP = "model.layers.0.mlp.up_proj.weight"
-REMEDY = re.compile(r"give the 16-bit base model instead$|choose --quant none or one of ")
 
 
-@pytest.mark.parametrize("name", [name for name in FOREIGN if name != "gpt-oss mxfp4"])
-def test_what_is_not_written_is_refused_by_name_where_an_update_touches_it(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", UNDECODED)
+def test_what_is_not_decoded_is_refused_by_name_where_an_update_touches_it(name: str, tmp_path: Path) -> None:
     base = write_foreign(tmp_path / "base", name)
     touching = write_adapter(tmp_path / "adapter", SIZES.shapes, targets=("up_proj",))
     with pytest.raises(UnsupportedError) as caught:
         streamconv.merge(base, touching, tmp_path / "out", device="cpu")
     assert UP in str(caught.value)
-    assert ("not decoded" in str(caught.value)) is (name in UNDECODED)
-    assert REMEDY.search(str(caught.value))
+    assert "not decoded" in str(caught.value)
+    assert str(caught.value).endswith("give the 16-bit base model instead")
     assert not (tmp_path / "out").exists()
 
 
@@ -215,3 +216,40 @@ def test_a_config_that_was_compared_with_its_weights_stays_where_these_do(
     streamconv.merge(base, touching, tmp_path / "mlp-out", device="cpu")
     config = json.loads((tmp_path / "mlp-out" / "config.json").read_text())
     assert config["quantization_config"]["format"] == "pack-quantized"
+
+
+def test_what_is_written_changes_in_its_own_storage_beside_what_is_only_copied(tmp_path: Path) -> None:
+    base, out = write_foreign(tmp_path / "base", BESIDE), tmp_path / "out"
+    touching = write_adapter(tmp_path / "adapter", SIZES.shapes, targets=("up_proj",), size=0.5)
+    report = streamconv.merge(base, touching, out, rounding="nearest", device="cpu")
+    changed = set()
+    for file, stored in files(base).items():
+        for tensor, (code, shape, content) in stored.tensors.items():
+            found = files(out)[file].tensors[tensor]
+            assert found[:2] == (code, shape)
+            changed |= {tensor} if found[2] != content else set()
+    assert {name.removesuffix("_scale_inv") for name in changed} == {
+        f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)
+    }
+    assert report.kept_delta is not None
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (base, out)]
+    assert configs[0] == configs[1]
+    touching = write_adapter(tmp_path / "experts", SIZES.shapes, targets=("down_proj",))
+    with pytest.raises(UnsupportedError, match=r"down_proj\.weight, which is not decoded: .*I8 with"):
+        streamconv.merge(base, touching, tmp_path / "refused", device="cpu")
+
+
+def test_what_is_only_read_is_refused_where_it_changes(tmp_path: Path) -> None:
+    base = write_foreign(tmp_path / "base", "gpt-oss mxfp4")
+    factors = {"lora_A": torch.ones(8, 64), "lora_B": torch.ones(32, 8)}
+    key = "base_model.model.model.layers.0.mlp.experts"
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file(
+        {f"{key}.{name}.weight": factor for name, factor in factors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_parameters": ["mlp.experts.gate_up_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match=r"experts\.gate_up_proj; choose --quant none or one of"):
+        streamconv.merge(base, folder, tmp_path / "out", device="cpu")

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import streamconv
-from streamconv.dtypes import BF16
 from streamconv.errors import OptionError, UnsupportedError
 from streamconv.pipeline import Job, Prepared, merge_options, prepare
 from streamconv.pipeline.shown import plan_as_text
@@ -324,9 +323,7 @@ def test_other_block_sizes_are_read_but_not_written(tmp_path: Path) -> None:
     assert plan.rounding.reason == "the target does not lie on the nf4 grid"
 
 
-def test_two_quantizations_in_one_base_are_copied_or_decoded_and_none_is_written(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_two_quantizations_in_one_base_are_refused(folder: Path, tmp_path: Path) -> None:
     streamconv.convert(folder / "nf4", tmp_path / "base", max_shard_size="1GB")
     streamconv.convert(folder / "nf4-dq", tmp_path / "other", max_shard_size="1GB")
     mixed = {
@@ -335,13 +332,8 @@ def test_two_quantizations_in_one_base_are_copied_or_decoded_and_none_is_written
         if name.startswith(Q_PROJ)
     }
     edit_tensors(tmp_path / "base" / "model.safetensors", put=mixed)
-    write_adapter(tmp_path / "adapter", SIZES.shapes, targets=("q_proj",))
-    with pytest.raises(UnsupportedError, match=r"base: its weights are nf4-dq, .*changes .*q_proj\.weight"):
-        plan_of(tmp_path, "base")
-    assert all(isinstance(step, Copy) for step in steps(plan_of(tmp_path, "base", None)).values())
-    dense = plan_of(tmp_path, "base", quant="none")
-    assert not dense.keeps_quantization
-    assert {spec.dtype for step in steps(dense).values() for spec in step.specs} == {BF16}
+    with pytest.raises(UnsupportedError, match=r"base: .*several formats \(nf4, nf4-dq\)"):
+        plan_of(tmp_path, "base", None)
 
 
 def test_quantizing_nothing_is_refused(folder: Path) -> None:

@@ -12,7 +12,7 @@ from streamconv.calibration.subject import Subject
 from streamconv.errors import ResourceError
 from streamconv.output.journal import make_pass_folder
 from streamconv.output.manifest import Notes
-from streamconv.pipeline.passes import calibrate, equalize
+from streamconv.pipeline.passes import calibrate, equalize, survey
 from streamconv.pipeline.passes.base import Found, PassKind
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Pass, Plan
@@ -24,6 +24,7 @@ __all__ = ["PASSES", "Found", "PassKind", "Passed", "plan_passes", "run_passes"]
 PASSES: Mapping[str, PassKind] = MappingProxyType(
     {
         equalize.NAME: equalize.EQUALIZE,
+        survey.NAME: survey.SURVEY,
         calibrate.NAME: calibrate.CALIBRATE,
     }
 )
@@ -43,6 +44,7 @@ class Passed:
         return {
             kind.told: _told(self.found[name].notes if name in self.found else {})
             for name, kind in PASSES.items()
+            if kind.told is not None
         }
 
 

@@ -29,7 +29,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class PassKind:
-    """A kind of pass; `told` is the key under which manifests have its notes.
+    """A kind of pass; `told` is the key under which manifests have its notes, None where it makes none.
 
     `plan` gives the pass that a plan is to have, under the kind's name; None where it has no use for one. `run` carries
     it out, or goes on with it, in a folder of its own: what that holds once it is complete is read, not made again.
@@ -37,6 +37,6 @@ class PassKind:
     passes before.
     """
 
-    told: str
+    told: str | None
     plan: Callable[[Subject], Pass | None]
     run: Callable[[Subject, Path, OnBytes, StopRequest], Found]

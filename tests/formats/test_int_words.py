@@ -18,21 +18,32 @@ from torch import Tensor
 import streamconv
 from streamconv.dtypes import BF16, F16
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
-from streamconv.formats import FORMATS, find_weights, int4_words, with_groups
+from streamconv.formats import FORMATS, find_weights, int_words, with_groups
 from streamconv.formats.awq import PLACES, OutputsAcross
-from streamconv.formats.base import Order
+from streamconv.formats.base import Order, group_of
 from streamconv.formats.gptq import WordsAcross
-from streamconv.formats.int4_words import IN_ORDER, unpack_words
+from streamconv.formats.int_words import unpack_words
 from streamconv.formats.rows import runs
 from streamconv.kernels.grids import INT4
 from streamconv.pipeline import Job, prepare
 from streamconv.planning.options import MergeOptions
 from tests.checkpoint.files import index_of
 from tests.formats import words
-from tests.formats.stored import W, decoded, encoder_for, normal, only_weight, stored, write
+from tests.formats.stored import (
+    W,
+    decoded,
+    encoder_for,
+    normal,
+    only_weight,
+    raw_bytes,
+    side_parts,
+    stored,
+    write,
+)
 from tests.models import Sizes, write_adapter, write_base
 from tests.tiny import edit_json, edit_tensors, read_tensors
 
+IN_ORDER = tuple(range(8))
 GOLDEN = Path(__file__).parent.parent / "golden" / "gptqmodel-7.7.0"
 MODULE = W.removesuffix(".weight")
 CODES: Mapping[str, Callable[[Mapping[str, Tensor], str], tuple[Any, Any]]] = {
@@ -55,12 +66,12 @@ def by_formula(tensors: Mapping[str, Tensor], name: str, module: str = MODULE) -
 
 KINDS = {
     "gptq": "gptq, group size 64",
-    "gptq_zeros": "gptq, group size 32, with zero points",
-    "gptq_zero_of_0": "gptq, group size 32, with zero points",
+    "gptq_zeros": "gptq-asym, group size 32",
+    "gptq_zero_of_0": "gptq-asym, group size 32",
     "gptq_v2": "gptq-v2, group size 64",
     "gptq_v2_act_order": "gptq-v2, group size 32, in activation order, with zero points",
     "gptq_act_order": "gptq, group size 64, in activation order",
-    "awq": "awq, group size 32, with zero points",
+    "awq": "awq-asym, group size 32",
     "awq_symmetric": "awq, group size 64",
 }
 
@@ -88,7 +99,7 @@ def test_symmetric_v2_zeros_under_the_label_v1_are_what_they_are(tmp_path: Path)
     # Not so where the file does not say that it is symmetric: then all zero points are 9.
     config["quantization_config"]["sym"] = False
     weight = only_weight(write(tmp_path / "b", tensors, config))
-    assert weight.format == "gptq, group size 64, with zero points"
+    assert weight.format == "gptq-asym, group size 64"
     asymmetric = decoded(weight)
     scales = tensors[f"{MODULE}.scales"].float().T.repeat_interleave(64, dim=1)
     assert torch.equal(asymmetric, (expected.float() / scales - 1).round().mul(scales).half().float())
@@ -157,6 +168,99 @@ def test_shapes_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
         FORMATS["gptq"].encoder(W, shape, F16)
 
 
+ASYMMETRIC = {"gptq-asym": words.gptq_codes, "awq-asym": words.awq_codes}
+
+
+@pytest.mark.parametrize("name", ASYMMETRIC)
+def test_zero_points_are_where_a_group_has_its_0(name: str) -> None:
+    weight = normal((64, 256)).add_(0.01 * torch.arange(-2, 2).repeat_interleave(64)).bfloat16().float()
+    weight[0, :64], weight[1, :64] = 0, weight[1, :64].abs()
+    storage_format = with_groups(FORMATS[name], 64)
+    tensors = stored(storage_format.encoder(W, (64, 256), BF16), weight)
+    codes, zeros = ASYMMETRIC[name](tensors, MODULE)
+    assert zeros.min() >= (name == "gptq-asym")
+    assert zeros.max() <= 15
+    groups = np.arange(256) // 64
+    found = words.dequantized(codes, zeros, tensors[f"{MODULE}.scales"], groups).float()
+    step = tensors[f"{MODULE}.scales"].float().T.repeat_interleave(64, dim=1)
+    assert not found[0, :64].any()
+    # Half a step; as much again where the range's ends are moved to make 0 a code, and one for a zero point of 1.
+    assert bool(((found - weight).abs() <= (1 if name == "awq-asym" else 1.6) * step + 1e-6).all())
+    symmetric = storage_of(name.removesuffix("-asym"), weight)
+    assert (found - weight).square().sum() < (0.97 * (symmetric - weight).square().sum())
+
+
+def storage_of(name: str, weight: Tensor) -> Tensor:
+    """What a format with groups of 64 makes of a weight."""
+    tensors = stored(with_groups(FORMATS[name], 64).encoder(W, tuple(weight.shape), BF16), weight)
+    return by_formula(tensors, name).float()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_kept_is_stored_as_it_was(name: str) -> None:
+    """Codes, scales, zero points and order, whatever they are, of files of the library."""
+    weight = only_weight(index_of(GOLDEN / name))
+    kind, group = group_of(weight.format)
+    encoder = weight.keep
+    if encoder is None:
+        assert group is not None
+        encoder = with_groups(FORMATS[kind], group).encoder(W, weight.shape, weight.dtype)
+    side = side_parts(weight)
+    raw, scales = raw_bytes(weight), weight.decoder.scales(side)
+    assert scales is not None
+    is_wrapped = "zero_of_0" in name  # of v1: none that is 0 is written anew
+    assert is_wrapped or torch.equal(encoder.effective_scales(scales), scales)
+    assert encoder.grid == weight.decoder.grid
+    again = torch.empty_like(raw)
+    encoder.pack(weight.decoder.codes(raw, range(weight.shape[0])), scales, again)
+    assert torch.equal(again, raw)
+    file = read_tensors(GOLDEN / name / "model.safetensors")
+    assert [spec.name for spec in encoder.parts] == [part.name for part in weight.parts.values()]
+    anew = [] if is_wrapped else [encoder.finish(scales, None)]
+    for contents in (encoder.finish(None, side), *anew):
+        for spec, content in zip(encoder.parts[1:], contents, strict=True):
+            found = torch.frombuffer(bytearray(content), dtype=spec.dtype.torch).view(spec.shape)
+            assert torch.equal(found, file[spec.name]), spec.name
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq-v2"])
+@pytest.mark.parametrize("is_symmetric", [True, False])
+def test_8_bits_in_activation_order_are_read_and_kept(tmp_path: Path, name: str, is_symmetric: bool) -> None:
+    rows, columns, group = 64, 128, 32
+    drawn = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 256, (columns, rows), generator=drawn)
+    zeros = torch.full((4, rows), 128) if is_symmetric else torch.randint(1, 256, (4, rows), generator=drawn)
+    order = torch.randperm(columns, generator=drawn)
+    groups = (torch.arange(columns) // group)[order].to(torch.int32)
+    scales = (torch.rand(4, rows, generator=drawn) * 0.01 + 1e-3).half()
+    bytes_of = 2 ** (8 * torch.arange(4))
+    stored_zeros = zeros - int(name == "gptq")
+    tensors = {
+        f"{MODULE}.qweight": (codes.view(-1, 4, rows) * bytes_of[:, None])
+        .sum(1)
+        .to(torch.uint32)
+        .view(torch.int32),
+        f"{MODULE}.qzeros": (stored_zeros.view(4, -1, 4) * bytes_of)
+        .sum(2)
+        .to(torch.uint32)
+        .view(torch.int32),
+        f"{MODULE}.scales": scales,
+        f"{MODULE}.g_idx": groups,
+    }
+    settings = {"quant_method": "gptq", "bits": 8, "sym": is_symmetric, "checkpoint_format": LABELS[name]}
+    weight = only_weight(write(tmp_path, tensors, {"quantization_config": settings}))
+    exact = (codes.T - zeros.T[:, groups.long()]).double() * scales.T[:, groups.long()].double()
+    assert torch.equal(decoded(weight), exact.half().float())
+    assert "8 bit, in activation order" in weight.format
+    assert weight.keep is not None
+    known = weight.decoder.scales(side_parts(weight))
+    assert known is not None
+    contents = weight.keep.finish(known, None)
+    for spec, content in zip(weight.keep.parts[1:], contents, strict=True):
+        found = torch.frombuffer(bytearray(content), dtype=spec.dtype.torch).view(spec.shape)
+        assert torch.equal(found, tensors[spec.name]), spec.name
+
+
 # -- damaged and unusual files -----------------------------------------------------------------------------------
 
 
@@ -175,7 +279,7 @@ def damage(tensors: dict[str, Tensor], name: str, value: Tensor | None) -> dict[
             "gptq",
             "qzeros",
             torch.zeros(1, 5, dtype=torch.int32),
-            r"found I32 \[1, 5\], expected I32 \[1, 4\]",
+            r"found I32 \[1, 5\], expected I32 \[groups, 4\]",
         ),
         ("gptq", "g_idx", torch.zeros(96, dtype=torch.int32), "4 bits"),
         ("gptq", "g_idx", torch.full((128,), 7, dtype=torch.int32), "groups from 0 to 0"),
@@ -195,7 +299,7 @@ def test_zero_points_that_stop_being_symmetric_are_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When planning, only the first ones of a large weight are looked at."""
-    monkeypatch.setattr(int4_words, "LOOKED_AT_BYTES", 32)
+    monkeypatch.setattr(int_words, "LOOKED_AT_BYTES", 32)
     tensors = stored(encoder_for("awq", normal((128, 256))), normal((128, 256)))
     tensors[f"{MODULE}.qzeros"][-1, -1] = 0
     weight = only_weight(write(tmp_path, tensors, {}))
@@ -215,8 +319,8 @@ def test_a_scale_that_is_infinite_is_refused(tmp_path: Path, name: str) -> None:
         streamconv.convert(tmp_path / "packed", tmp_path / "out", quant="none")
 
 
-def test_a_base_in_activation_order_is_merged_from_what_it_decodes_to(tmp_path: Path) -> None:
-    """It lies on no grid that could be kept, so `keep` is refused and another format is rounded to."""
+def test_a_base_in_activation_order_is_decoded_and_kept(tmp_path: Path) -> None:
+    """Kept it has the order of its groups, and what nothing changes is as it was."""
     base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
     streamconv.convert(base, tmp_path / "packed", quant="gptq", group_size=32)
     file = tmp_path / "packed" / "model.safetensors"
@@ -238,11 +342,30 @@ def test_a_base_in_activation_order_is_merged_from_what_it_decodes_to(tmp_path: 
         expected = words.dequantized(codes, zeros, tensors[f"{module}.scales"], groups)
         assert torch.equal(found[f"{module}.weight"], expected)
     streamconv.convert(tmp_path / "packed", tmp_path / "kept", quant="keep")
-    assert (tmp_path / "kept" / "model.safetensors").read_bytes() == file.read_bytes()
-    adapter = write_adapter(tmp_path / "adapter", SIZES.shapes, targets=("q_proj",))
-    with pytest.raises(UnsupportedError, match="in activation order, which is read but not written"):
-        streamconv.merge(tmp_path / "packed", adapter, tmp_path / "merged", quant="keep")
+    kept, packed = tmp_path / "kept", tmp_path / "packed"
+    assert (kept / "model.safetensors").read_bytes() == file.read_bytes()
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (kept, packed)]
+    assert configs[0] == configs[1]
     streamconv.convert(tmp_path / "packed", tmp_path / "nf4", quant="nf4")
+    adapter = write_adapter(tmp_path / "adapter", SIZES.shapes, targets=("q_proj", "down_proj"))
+    for rounding in ("nearest", "stochastic"):
+        out = tmp_path / rounding
+        streamconv.merge(tmp_path / "packed", adapter, out, rounding=rounding)
+        merged, before = read_tensors(out / "model.safetensors"), read_tensors(file)
+        assert merged.keys() == before.keys()
+        changed = {name for name in before if not torch.equal(before[name], merged[name])}
+        assert {name.split(".")[-2] for name in changed} == {"q_proj", "down_proj"}
+        assert not any(name.endswith("g_idx") for name in changed)
+        streamconv.merge(tmp_path / "packed", adapter, tmp_path / "target", quant="float32", overwrite=True)
+        targets = read_tensors(tmp_path / "target" / "model.safetensors")
+        for module in ("model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"):
+            codes, zeros = words.gptq_codes(merged, module)
+            groups, scales = put[f"{module}.g_idx"].numpy(), merged[f"{module}.scales"]
+            values = words.dequantized(codes, zeros, scales, groups).float()
+            step = scales.float().T[:, groups]
+            is_near = (values - targets[f"{module}.weight"]).abs() <= 1.1 * step
+            # Where scales stay, what an update moves beyond the last code is cut.
+            assert is_near.float().mean() > (0.97 if rounding == "stochastic" else 0.999)
 
 
 def test_what_is_only_stored_otherwise_is_kept_and_written_as_usual(tmp_path: Path) -> None:

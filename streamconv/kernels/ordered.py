@@ -1,0 +1,102 @@
+"""Grids whose blocks are columns in another order than the weight's: loops of plain grids, over columns gathered.
+
+`grid.order` are the columns as they follow each other in blocks (GPTQ's activation order); the weight is whole rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+from torch import Tensor
+
+from streamconv.dtypes import Dtype
+from streamconv.kernels.base import Kernels, Start
+from streamconv.kernels.grids import Grid, TableGrid
+
+
+def starting_scales(kernels: Kernels, values: Tensor, grid: Grid, out: Tensor) -> Tensor:
+    """See Kernels."""
+    return kernels.starting_scales(gathered(values, grid), in_order(grid), out)
+
+
+def nearest(kernels: Kernels, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
+    """See Kernels."""
+    found = torch.empty_like(codes)
+    scales = kernels.nearest(gathered(values, grid), in_order(grid), scales, found)
+    _put_back(found, grid, codes)
+    return scales
+
+
+def search(
+    kernels: Kernels, values: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None = None
+) -> None:
+    """See Kernels."""
+    weights = None if weights is None else gathered(weights, grid)
+    kernels.search(gathered(values, grid), in_order(grid), scales, weights)
+
+
+def stochastic(
+    kernels: Kernels,
+    values: Tensor,
+    grid: Grid,
+    scales: Tensor | None,
+    start: Start | None,
+    noise: Tensor,
+    codes: Tensor,
+) -> Tensor:
+    """See Kernels. Noise belongs to an element, wherever its block has it."""
+    found = torch.empty_like(codes)
+    if start is not None:
+        start = Start(gathered(start.codes, grid), gathered(start.values, grid))
+    moved, drawn = gathered(values, grid), gathered(noise, grid)
+    scales = kernels.stochastic(moved, in_order(grid), scales, start, drawn, found)
+    _put_back(found, grid, codes)
+    return scales
+
+
+def decode(kernels: Kernels, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
+    """See Kernels."""
+    found = torch.empty_like(out)
+    kernels.decode(gathered(codes, grid), in_order(grid), scales, dtype, found)
+    _put_back(found, grid, out)
+
+
+def kept(
+    kernels: Kernels,
+    codes: Tensor,
+    grid: Grid,
+    target: Tensor,
+    base: Tensor,
+    anchor: Tensor,
+    inner: Tensor,
+) -> Tensor:
+    """See Kernels."""
+    moved, before, known = gathered(target, grid), gathered(base, grid), gathered(anchor, grid)
+    return kernels.kept(gathered(codes, grid), in_order(grid), moved, before, known, inner)
+
+
+def gathered(flat: Tensor, grid: Grid) -> Tensor:
+    """Entries of whole rows (flat), block after block; as they are where the grid has the weight's own order."""
+    if not grid.order:
+        return flat
+    columns = columns_of(grid.order, flat.device)
+    return flat.view(-1, len(columns)).index_select(1, columns).view(-1)
+
+
+def in_order(grid: Grid) -> TableGrid:
+    """The same grid over columns that have been gathered."""
+    assert isinstance(grid, TableGrid), f"{grid.name} has columns in their own order"
+    return dataclasses.replace(grid, order=b"")
+
+
+@functools.lru_cache(maxsize=8)
+def columns_of(order: bytes, device: torch.device) -> Tensor:
+    """The columns of blocks, int32."""
+    return torch.frombuffer(bytearray(order), dtype=torch.int32).to(device)
+
+
+def _put_back(found: Tensor, grid: Grid, out: Tensor) -> None:
+    columns = columns_of(grid.order, found.device)
+    out.view(-1, len(columns)).index_copy_(1, columns.long(), found.view(-1, len(columns)))
