@@ -381,7 +381,7 @@ def _content(name: str, code: str, shape: tuple[int, ...], generator: torch.Gene
         )
     high = 2 if code == "BOOL" else 120  # no NaN among bytes of fp8
     return (
-        torch.randint(high, (dtype.nbytes(count),), generator=generator, dtype=torch.uint8).numpy().tobytes()
+        torch.randint(high, (dtype.nbytes(shape),), generator=generator, dtype=torch.uint8).numpy().tobytes()
     )
 
 

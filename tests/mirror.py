@@ -54,6 +54,14 @@ STORIES: Mapping[str, Sequence[str]] = {
     "analysis/rounded.py": ["analysis/test_analyze.py"],
     "analysis/running.py": ["analysis/test_analyze.py"],
     "analysis/views.py": ["analysis/test_analyze.py"],
+    # What becomes of a model in a GGUF file.
+    "gguf/architecture.py": ["gguf/test_names.py", "parity/test_gguf.py"],
+    "gguf/fields.py": ["pipeline/test_gguf.py", "gguf/test_model.py"],
+    "gguf/hyperparameters.py": ["gguf/test_model.py", "parity/test_gguf.py"],
+    "gguf/pieces.py": ["planning/test_gguf_pieces.py"],
+    "gguf/rope.py": ["gguf/test_model.py", "parity/test_gguf.py"],
+    "output/gguf_tokenizer.py": ["pipeline/test_gguf.py", "gguf/test_tokens.py"],
+    "planning/gguf.py": ["pipeline/test_gguf.py", "parity/test_gguf.py"],
     # A calibration, layer by layer.
     "calibration/calibrated.py": ["pipeline/test_calibrated.py", "calibration/test_layers.py"],
     "calibration/directions.py": ["calibration/test_layers.py"],
@@ -108,8 +116,8 @@ STORIES: Mapping[str, Sequence[str]] = {
     # What every format promises is one suite for all.
     # Storages that are only read.
     "formats/compressed.py": ["formats/test_block_scaled.py", "formats/test_mixed.py"],
+    "formats/fp8_storage.py": ["formats/test_fp8.py"],
     "formats/fp4_scales.py": ["formats/test_fp4.py"],
-    "formats/fp8.py": ["formats/test_block_scaled.py"],
     "formats/gpt_oss.py": ["formats/test_block_scaled.py"],
     "formats/bits.py": ["formats/test_mlx.py"],
     "formats/__init__.py": ["formats/test_find_weights.py", "contracts/test_formats.py"],
@@ -128,7 +136,8 @@ STORIES: Mapping[str, Sequence[str]] = {
     "forward/weights.py": ["forward/test_walk.py"],
     "kernels/__init__.py": ["kernels/test_seam.py"],
     "kernels/base.py": ["kernels/test_compiled.py"],
-    "kernels/ggml/__init__.py": ["kernels/ggml/test_packing.py"],
+    "kernels/e2m1_loops.py": ["kernels/test_compiled.py"],
+    "kernels/ggml/__init__.py": ["kernels/ggml/test_seam.py"],
     "kernels/ggml/base.py": ["kernels/ggml/test_packing.py"],
     "kernels/ggml/compiled.py": ["kernels/ggml/test_packing.py", "kernels/ggml/test_fitting.py"],
     "kernels/ggml/decode_loops.py": ["kernels/ggml/test_decoding.py"],
@@ -162,6 +171,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "planning/base.py": ["planning/test_planner.py"],
     "planning/calibration.py": ["pipeline/test_calibrated.py"],
     "planning/choices.py": ["planning/test_planner.py"],
+    "planning/keeping.py": ["formats/test_fp8.py"],
     "planning/plan.py": ["planning/test_planner.py"],
     "planning/quantized.py": ["planning/test_planner.py"],
     "planning/shards.py": ["planning/test_planner.py"],

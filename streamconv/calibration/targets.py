@@ -130,7 +130,7 @@ class Targets:
 
     def _hold(self, step: Rewrite) -> Held:
         rows, device = range(step.rows), self._device.torch
-        raw = torch.empty(step.weight.parts[step.weight.decoder.main].nbytes, dtype=torch.uint8)
+        raw = torch.empty(step.weight.decoder.row_offset(step.rows), dtype=torch.uint8)
         StoredRows(self._reader, step.weight).read_into(rows, raw)
         engine = DirectEngine(self._workers, device, cell_rows(self._device, step))
         whole = ((rows, each.to(device)) for each in (raw,))

@@ -227,9 +227,9 @@ def _nbytes(shape: Iterable[int], dtype: Dtype, where: _Where) -> int:
         elements *= size
         if elements * dtype.itemsize > _MAX_BYTES:
             raise CheckpointError(f"{where}: shape {shown(shape)} overflows 64 bits")
-    if elements * dtype.bits % 8:
+    if elements % dtype.block:
         raise CheckpointError(f"{where}: {dtype} {shown(shape)} is no whole number of bytes")
-    return dtype.nbytes(elements)
+    return dtype.nbytes((elements,))
 
 
 def _check_cover(tensors: Sequence[HeaderTensor], data_bytes: int, file_name: str) -> None:

@@ -83,7 +83,7 @@ def split_by_size(weights: Iterable[Sequence[S]], limit: int) -> list[list[S]]:
 
 def _file_order(steps: Sequence[S]) -> list[S]:
     def rank(step: S) -> tuple[int, int]:
-        itemsize = max(spec.dtype.itemsize for spec in step.specs)
+        itemsize = max(spec.dtype.alignment for spec in step.specs)
         if nbytes(step) % 4:
             return 2, -itemsize
         return (0 if itemsize == 8 else 1), 0
@@ -120,9 +120,9 @@ def _lay_out_shard(name: str, steps: Sequence[S], metadata: Mapping[str, str]) -
         size = nbytes(step)
         placed.append(Placed(step, offset, size))
         for spec in step.specs:
-            if offset % spec.dtype.itemsize:
+            if offset % spec.dtype.alignment:
                 raise UnsupportedError(
-                    f"{spec.name} would start at byte {offset}, and loaders need a multiple of {spec.dtype.itemsize}: "
+                    f"{spec.name} would start at byte {offset}, and loaders need a multiple of {spec.dtype.alignment}: "
                     "its weight has an odd shape; exclude it with --ignore, or choose another format"
                 )
             offset += spec.nbytes

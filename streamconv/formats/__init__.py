@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from streamconv.checkpoint.container import SAFETENSORS, Container, Gguf
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.dtypes import BF16, F16, F32
@@ -25,6 +26,7 @@ from streamconv.formats.foreign import (
     unread_quantization,
 )
 from streamconv.formats.fp8 import Fp8BlockFormat, Fp8Format, written_form
+from streamconv.formats.gguf import PREFIX, GgufFormat
 from streamconv.formats.gpt_oss import GptOssReader
 from streamconv.formats.gptq import GptqFormat
 from streamconv.formats.int_quantized import Int8RowsFormat
@@ -33,7 +35,16 @@ from streamconv.formats.pack_quantized import PackQuantizedFormat
 from streamconv.formats.undecoded import has_codes, parameters_in, undecoded_weight
 from streamconv.kernels.grids import FP4, INT4, INT8_GROUPS, NF4
 
-__all__ = ["FORMATS", "dense_weight", "family_of", "find_weights", "format_of", "stored_as", "with_groups"]
+__all__ = [
+    "FORMATS",
+    "container_of",
+    "dense_weight",
+    "family_of",
+    "find_weights",
+    "format_of",
+    "stored_as",
+    "with_groups",
+]
 
 
 def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
@@ -143,6 +154,13 @@ def family_of(name: str) -> Format | None:
     return format_of(name) or FORMATS.get(group_of(name.partition(",")[0])[0])
 
 
+def container_of(quant: Format | None) -> Container:
+    """Container of an output in a format; None stands for dense weights."""
+    if quant is not None and quant.name.startswith(PREFIX):
+        return Gguf(quant.name.removeprefix(PREFIX).upper())
+    return SAFETENSORS
+
+
 def with_groups(storage_format: Format, size: int | None) -> Format:
     """The format with groups of `size`; None leaves it as it is. Raises OptionError where it cannot have them."""
     if size is None:
@@ -231,5 +249,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "nvfp4a16": fp4.NVFP4A16,
         "mxfp4a16": fp4.MXFP4A16,
         "mxfp4": fp4.MXFP4,
+        "gguf:f16": GgufFormat(F16),
+        "gguf:bf16": GgufFormat(BF16),
     }
 )

@@ -19,7 +19,7 @@ from typing import Any
 
 from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
-from streamconv.dtypes import DENSE, F32, Dtype
+from streamconv.dtypes import BF16, DENSE, F16, F32, Dtype
 from streamconv.errors import CheckpointError, UnsupportedError
 from streamconv.formats.base import NO_MARKS, Json, Marks, Mixable, Weight, config_says, refusal
 from streamconv.formats.block_scaled import check_tensor
@@ -34,7 +34,16 @@ from streamconv.formats.compressed import (
     weights_of,
 )
 from streamconv.formats.dense import largest_dtype
-from streamconv.formats.fp8_storage import CODE, MAIN, Blocks, Fp8Decoder, Fp8Encoder
+from streamconv.formats.fp8_storage import (
+    CODE,
+    EXPONENTS,
+    MAIN,
+    Blocks,
+    Fp8Decoder,
+    Fp8Encoder,
+    Fp8TensorEncoder,
+    grid_of_blocks,
+)
 from streamconv.formats.linear import means
 from streamconv.formats.undecoded import find_each
 from streamconv.kernels.grids import E4M3, TableGrid
@@ -53,8 +62,8 @@ ACTIVATIONS = (
 )
 """Last components of tensors about activations, which a weight in 16 bit has no use for."""
 _BLOCK = 128
-_BLOCKS = E4M3.of_block(_BLOCK)
-_STORAGES = frozenset({"float-quantized", "naive-quantized"})
+_BLOCKS = grid_of_blocks(_BLOCK, _BLOCK)
+_STORAGES = frozenset({"float-quantized", "naive-quantized", "mxfp8-quantized"})
 # Only to say what a scale a row amounts to.
 _USUAL_COLUMNS = 4096
 
@@ -93,14 +102,15 @@ def _weight(
     blocks = _blocks(scales, rows, columns, quantization)
     counts = blocks.counts
     shapes = (counts, *(((), (1,)) if counts == (1, 1) else ((rows,),) if counts == (rows, 1) else ()))
-    check_tensor(scales, ("F32", "BF16", "F16"), shapes)
+    check_tensor(scales, ("F32", "BF16", "F16", *(each.code for each in EXPONENTS)), shapes)
     others = {each: free[module + each] for each in ACTIVATIONS if module + each in free}
-    if role == SCALE and scales.dtype != F32:
+    if role == SCALE and scales.dtype in (BF16, F16):
         dtype = scales.dtype  # compressed-tensors gives them the type of the weight
     form = _form(role, scales, blocks, dtype, quantization)
     decoder = Fp8Decoder(main.name, scales.name, role, blocks, dtype)
     spec = TensorSpec(scales.name, scales.dtype, scales.shape)
-    keep = Fp8Encoder(form, main.name, main.shape, dtype, spec, role, blocks)
+    kind = Fp8TensorEncoder if blocks.is_one else Fp8Encoder
+    keep = kind(form, main.name, main.shape, dtype, spec, role, blocks)
     parts = {MAIN: main, role: scales, **others}
     return Weight(main.name, main.shape, dtype, form, decoder, parts, keep)
 
@@ -126,9 +136,10 @@ def _blocks(scales: StoredTensor, rows: int, columns: int, quantization: Mapping
 
 
 def _stated(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Block that the config states: `weight_block_size`, or the `block_structure` of a group."""
+    """Block that the config states: `weight_block_size`, or the `block_structure` or `group_size` of a group."""
     found = [quantization.get("weight_block_size")]
-    found += [weights.get("block_structure") for weights in weights_of(quantization)]
+    for weights in weights_of(quantization):
+        found += [weights.get("block_structure"), [1, weights.get("group_size")]]
     for each in found:
         if (
             isinstance(each, list)
@@ -218,15 +229,14 @@ _MARKS = Marks(
 
 
 def _fits(shape: Shape) -> bool:
-    """Codes end where scales may begin. A single row is a gate, which vLLM expects in 16 bit."""
+    """Whether codes end where scales may begin. A single row is a gate, which vLLM expects in 16 bit."""
     return len(shape) == 2 and shape[0] > 1 and math.prod(shape) > 0 and math.prod(shape) % 4 == 0
 
 
 def _check_encoded(format_name: str, name: str, shape: Shape, dtype: Dtype) -> None:
-    if not _fits(shape) or not name.endswith(f".{MAIN}"):
+    if len(shape) != 2 or not math.prod(shape) or not name.endswith(f".{MAIN}"):
         raise UnsupportedError(
-            f"{name} has shape {list(shape)}; {format_name} stores matrices of modules only, of a multiple of four "
-            "elements: exclude it with --ignore"
+            f"{name} has shape {list(shape)}; {format_name} stores matrices of modules only: exclude it with --ignore"
         )
     if dtype.name not in DENSE:
         raise UnsupportedError(
@@ -325,8 +335,9 @@ class Fp8BlockFormat:
         return 8 + 32 / _BLOCK**2
 
     def fits(self, name: str, shape: Shape) -> bool:
+        """Whole blocks, or less than one: transformers 5.23 takes 960 rows for eight blocks of 120, and vLLM none."""
         del name
-        return _fits(shape)
+        return _fits(shape) and all(side < _BLOCK or side % _BLOCK == 0 for side in shape)
 
     def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """Fp8Format finds them all."""

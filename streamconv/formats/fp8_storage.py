@@ -6,23 +6,34 @@ the weight. The grid has a scale for each run of a row that lies in one block; a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from streamconv.checkpoint.types import Shape, TensorSpec
-from streamconv.dtypes import DTYPES, Dtype
+from streamconv.dtypes import DTYPES, U8, Dtype
 from streamconv.errors import CheckpointError, InputError
-from streamconv.formats.base import CELL_ROWS, Constant, Order
+from streamconv.formats.base import CELL_ROWS, Constant, Decoder, Encoder, Order, ScaleScope
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import E4M3, E4M3_UNIT, TableGrid
 
-CODE = DTYPES["F8_E4M3"]
+CODE, EXPONENT = DTYPES["F8_E4M3"], DTYPES["F8_E8M0"]
+EXPONENTS = (EXPONENT, U8)
+"""Types of scales that are powers of two, stored as the exponent plus 127 (E8M0); 255 is NaN."""
 MAIN = "weight"
+# Of E4M3: the greatest value, and half of its distance from the next one.
+_GREATEST, _HALF_STEP = 448.0, 16.0
+
+
+def grid_of_blocks(height: int, width: int) -> TableGrid:
+    """Grid of a format whose blocks have so many rows and columns."""
+    return dataclasses.replace(E4M3, name=f"e4m3 in blocks of {height} x {width}", block=width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +61,14 @@ class Blocks:
 
     @property
     def grid(self) -> TableGrid:
-        return E4M3.of_block(self.run)
+        """Grid of a weight. A block of several rows is part of its name: other blocks have other scales to keep."""
+        if self.height == 1 or self.is_one:
+            return E4M3.of_block(self.run)
+        return grid_of_blocks(self.height, self.width).of_block(self.run)
 
     def spread(self, stored: Tensor) -> Tensor:
-        """Effective scales of all runs, float32, flat, of the `stored` ones."""
-        return self._over_runs(stored.reshape(self.counts).float() * E4M3_UNIT, self.rows)
+        """Effective scales of all runs, float32, flat, of the `stored` ones, float32."""
+        return self._over_runs(stored.reshape(self.counts) * E4M3_UNIT, self.rows)
 
     def _over_runs(self, blocks: Tensor, rows: int) -> Tensor:
         if self.counts[1] > 1:
@@ -77,8 +91,22 @@ class Blocks:
         return padded.view(above, height, beside, each).amax((1, 3))
 
     def tied(self, stored: Tensor, scales: Tensor) -> Tensor:
-        """`stored` scales spread over as many runs as there are `scales`."""
-        return self._over_runs(stored.float() * E4M3_UNIT, scales.numel() // (self.columns // self.run))
+        """`stored` scales, float32, spread over as many runs as there are `scales`."""
+        return self._over_runs(stored * E4M3_UNIT, scales.numel() // (self.columns // self.run))
+
+
+def read_scales(stored: Tensor) -> Tensor:
+    """Scales as float32 of any type that files have them in."""
+    return (stored.view(torch.float8_e8m0fnu) if stored.dtype == torch.uint8 else stored).float()
+
+
+def stored_scales(scales: Tensor, dtype: Dtype) -> Tensor:
+    """Positive `scales` (float32) in a type of files; where that has powers of two, the next one that is not less."""
+    if dtype not in EXPONENTS:
+        return scales.to(dtype.torch)
+    mantissa, exponent = torch.frexp(scales)
+    biased = (exponent - (mantissa == 0.5).to(exponent.dtype) + 127).clamp_(0, 254)
+    return biased.masked_fill_(~scales.isfinite(), 255).to(torch.uint8).view(dtype.torch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +130,10 @@ class Fp8Decoder:
 
     def scales(self, side: Mapping[str, Tensor]) -> Tensor:
         """See Decoder."""
-        stored = side[self.role]
+        stored = read_scales(side[self.role])
         # In units of the grid, the greatest of float32 are infinite, too.
         for kind, is_bad in {
-            "NaN or infinite": ~(stored.float() * E4M3_UNIT).isfinite(),
+            "NaN or infinite": ~(stored * E4M3_UNIT).isfinite(),
             "negative": stored < 0,
         }.items():
             if bool(is_bad.any()):
@@ -179,7 +207,7 @@ class Fp8Encoder:
 
     def effective_scales(self, scales: Tensor) -> Tensor:
         """See Encoder."""
-        return self.blocks.tied(self._stored(scales), scales)
+        return self.blocks.tied(read_scales(self._stored(scales)), scales)
 
     def finish(self, scales: Tensor | None, kept: Mapping[str, Tensor] | None) -> tuple[bytes, ...]:
         """See Encoder."""
@@ -188,7 +216,7 @@ class Fp8Encoder:
         else:
             assert scales is not None, f"{self.name} was given neither scales nor kept parts"
             found = self._stored(scales)
-        if not bool(found.float().isfinite().all()):
+        if not bool(read_scales(found).isfinite().all()):
             raise InputError(
                 f"{self.name} holds NaN or infinity, or values too large for a scale of {self.scale.dtype.name}, which "
                 f"{self.format} cannot store"
@@ -196,5 +224,45 @@ class Fp8Encoder:
         return (found.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes(),)
 
     def _stored(self, scales: Tensor) -> Tensor:
-        stored = self.blocks.gathered(scales).div_(E4M3_UNIT).to(self.scale.dtype.torch)
-        return stored.masked_fill_(stored == 0, 1.0)
+        found = self.blocks.gathered(scales).div_(E4M3_UNIT)
+        stored = stored_scales(found.masked_fill_(found == 0, 1.0), self.scale.dtype)
+        # Of 16 bit, the least are 0.
+        return stored if self.scale.dtype in EXPONENTS else stored.masked_fill_(stored == 0, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8TensorEncoder(Fp8Encoder):
+    """Encoder with one scale for all of a weight, that of its `greatest` magnitude; None until that is known."""
+
+    greatest: float | None = None
+    scope: ScaleScope = ScaleScope.WEIGHT
+
+    @property
+    def is_known(self) -> bool:
+        return self.greatest is not None
+
+    def knowing(self, greatest: float) -> Self:
+        return dataclasses.replace(self, greatest=greatest)
+
+    def following(self, decoder: Decoder) -> Self:
+        """See Surveyed. Where the base's scale will do is known once the targets are: see `outgrows`."""
+        del decoder
+        return self
+
+    def _stored(self, scales: Tensor) -> Tensor:
+        assert self.greatest is not None, f"{self.name}: its greatest magnitude is not known"
+        size = torch.full(self.scale.shape, self.greatest / _GREATEST, device=scales.device)
+        return stored_scales(size.masked_fill_(size == 0, 1.0), self.scale.dtype)
+
+    def effective_scales(self, scales: Tensor) -> Tensor:
+        """See Encoder: the same for all, whatever they are."""
+        return self.blocks.tied(read_scales(self._stored(scales)).reshape(1, 1), scales)
+
+
+def outgrows(encoder: Encoder, scales: Tensor) -> bool:
+    """Whether values of a weight with one scale for all are farther beyond the effective `scales` of its base than any
+    value is from the next one of its binade: cut to the greatest they would be worse off than with a scale anew.
+    """
+    if not isinstance(encoder, Fp8TensorEncoder) or encoder.greatest is None or not scales.numel():
+        return False
+    return encoder.greatest * E4M3_UNIT > (_GREATEST + _HALF_STEP) * float(scales[0])

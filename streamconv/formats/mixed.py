@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 from streamconv.dtypes import Dtype
@@ -14,11 +14,17 @@ from streamconv.formats.linear import module_of
 from streamconv.formats.targets import fused_layer
 
 
+def _names(formats: Iterable[Format]) -> dict[int, str]:
+    """Names by the identity of a format: of a hundred thousand weights few have one of their own."""
+    return {number: stored_as(each) for number, each in {id(each): each for each in formats}.items()}
+
+
 def weights_by_format(formats: Mapping[str, Format]) -> list[tuple[Format, list[str]]]:
     """Each format with the names of its weights, that of most of them first; of `formats` by name of the weight."""
+    names = _names(formats.values())
     found: dict[str, tuple[Format, list[str]]] = {}
     for name, storage_format in sorted(formats.items()):
-        found.setdefault(stored_as(storage_format), (storage_format, []))[1].append(name)
+        found.setdefault(names[id(storage_format)], (storage_format, []))[1].append(name)
     return [found[key] for key in sorted(found, key=lambda key: (-len(found[key][1]), key))]
 
 
@@ -44,13 +50,13 @@ def can_mix(one: Format, other: Format) -> bool:
 
 def check_partners(formats: Mapping[str, Format]) -> None:
     """Raise UnsupportedError where modules that vLLM makes one layer of are stored in several formats."""
+    distinct = {id(each): each for each in formats.values()}.values()
+    names = _names(each for each in distinct if isinstance(each, Mixable) and each.has_partners)
     layers = defaultdict[str, dict[str, str]](dict)
     for name, storage_format in formats.items():
         layer = fused_layer(module_of(name))
-        if not isinstance(storage_format, Mixable) or not storage_format.has_partners:
-            continue
-        if layer is not None:
-            layers[layer].setdefault(stored_as(storage_format), module_of(name))
+        if layer is not None and id(storage_format) in names:
+            layers[layer].setdefault(names[id(storage_format)], module_of(name))
     for layer, found in layers.items():
         if len(found) > 1:
             (one, module), (other, partner) = list(found.items())[:2]

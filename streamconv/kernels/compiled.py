@@ -17,7 +17,10 @@ from torch import Tensor
 from streamconv.dtypes import BF16, F16, F32, Dtype
 from streamconv.kernels import loops, offsets, ordered
 from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start, block_dots
+from streamconv.kernels.e2m1_loops import LOOPS as E2M1_LOOPS
+from streamconv.kernels.e2m1_loops import BlockLoops
 from streamconv.kernels.grids import (
+    E2M1,
     E4M3,
     SMALLEST_DIVISOR,
     Grid,
@@ -155,9 +158,7 @@ class CompiledKernels:
         from_codes, base = _rows(old.codes, whole, grid.block), _rows(old.values, whole, grid.block)
         drawn, into = _rows(noise, whole, grid.block), _rows(codes, whole, grid.block)
         if isinstance(grid, TableGrid):
-            _stochastic_in_table(
-                _table(grid.values, grid.is_float), arrays, (from_codes, base, start is not None), drawn, into
-            )
+            _stochastic_in_table(grid, arrays, (from_codes, base, start is not None), drawn, into)
         else:
             signed = from_codes.view(np.int8)
             loops.stochastic_integer(
@@ -184,6 +185,8 @@ class CompiledKernels:
         given, found = (_rows(values, whole, grid.block), _FACTORS, SEARCH_STEPS), scales.numpy()[:whole]
         if _is_e4m3(grid):
             loops.search_e4m3(*given, table.by_code, found)
+        elif (of_e2m1 := _of_e2m1(grid)) is not None:
+            of_e2m1.search(*given, found)
         elif table.half:
             loops.search_uniform(*given, table.half, found)
         else:
@@ -322,7 +325,9 @@ class CompiledKernels:
         arrays = tuple(_rows(each, whole, grid.block) for each in (target, base, anchor))
         read, into = _rows(codes, whole, grid.block), inner.numpy()[:whole]
         if isinstance(grid, TableGrid):
+            of_e2m1 = _of_e2m1(grid)
             loop = loops.kept_table if _is_short(grid) else loops.kept_in_any_table
+            loop = loop if of_e2m1 is None else of_e2m1.kept
             loop(read, _table(grid.values, grid.is_float).by_code, *arrays, into, sums)
         else:
             loops.kept_integer(read.view(np.int8), *arrays, into, sums)
@@ -340,10 +345,17 @@ class CompiledKernels:
 
 
 def _is_compiled(grid: Grid) -> bool:
-    """Whether all loops are there for this grid: integers, even steps, or at most 16 values in blocks of 64."""
+    """Whether all loops are there for this grid: integers, even steps, floats, or 16 values in blocks of 64."""
     if isinstance(grid, TableGrid):
-        return _is_table(grid) and (_is_short(grid) or bool(_table(grid.values, grid.is_float).half))
+        is_short = (_is_short(grid) and not grid.is_float) or _of_e2m1(grid) is not None
+        return _is_table(grid) and (is_short or bool(_table(grid.values, grid.is_float).half))
     return isinstance(grid, IntegerGrid)
+
+
+def _of_e2m1(grid: Grid) -> BlockLoops | None:
+    """Loops of its own for blocks of E2M1."""
+    is_e2m1 = isinstance(grid, TableGrid) and grid.is_float and grid.values == E2M1.values
+    return E2M1_LOOPS.get(grid.block) if is_e2m1 and _is_table(grid) else None
 
 
 def _is_table(grid: Grid) -> bool:
@@ -363,6 +375,9 @@ def _nearest_in_table(grid: TableGrid, values: Array, scales: Array, codes: Arra
     if _is_e4m3(grid):
         loops.nearest_e4m3(values, scales, codes)
         return
+    if (of_e2m1 := _of_e2m1(grid)) is not None:
+        of_e2m1.nearest(values, scales, codes)
+        return
     table = _table(grid.values, grid.is_float)
     if table.half:
         loops.nearest_uniform(values, scales, table.half, codes)
@@ -379,8 +394,12 @@ def _nearest_in_table(grid: TableGrid, values: Array, scales: Array, codes: Arra
 
 
 def _stochastic_in_table(
-    table: _Table, given: tuple[Array, Array], start: tuple[Array, Array, bool], noise: Array, codes: Array
+    grid: TableGrid, given: tuple[Array, Array], start: tuple[Array, Array, bool], noise: Array, codes: Array
 ) -> None:
+    table = _table(grid.values, grid.is_float)
+    if (of_e2m1 := _of_e2m1(grid)) is not None:
+        of_e2m1.stochastic(*given, *start, noise, table.by_code, codes)
+        return
     if table.half < 0:
         loops.stochastic_e4m3(*given, *start, noise, table.by_code, codes)
         return
@@ -412,7 +431,7 @@ def _rows(tensor: Tensor, count: int, length: int) -> Array:
 
 def _round_to(dtype: Dtype, values: Array) -> None:
     if dtype == BF16:
-        loops.to_bfloat16(_bits(values))
+        loops.to_bfloat16(_bits(values).reshape(1, -1))  # in one stretch: blocks may be short
     else:
         round_to(dtype, torch.from_numpy(values))
 

@@ -87,6 +87,7 @@ class TableGrid:
     `reach` is where the scale of nearest rounding puts a block's greatest magnitude: at 1, an end of the grid, or
     beyond an end that is nearer to 0 than the other one. `is_float`: the codes are the bits of a float, and are treated
     as such: a number exactly between two values gets the even code; and an update of 0 leaves -0 what it is.
+    `scale_ratios`: to the scale of nearest rounding, of those that a search tries once more as a file can hold them.
     """
 
     name: str
@@ -97,6 +98,7 @@ class TableGrid:
     offsets: Offsets | None = None
     order: bytes = b""
     is_float: bool = False
+    scale_ratios: tuple[float, ...] = ()
 
     def of_block(self, block: int) -> Self:
         """The same values, with another number of elements to a scale."""

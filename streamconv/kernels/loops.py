@@ -70,7 +70,7 @@ def absmax(bits: Array, scale_bits: Array) -> None:
 
 
 @compiled
-def _factor(scale: Any, peak: Any, floor: Any) -> Any:
+def factor_of(scale: Any, peak: Any, floor: Any) -> Any:
     """Factor that `divide_by_scales` multiplies a whole block by."""
     size = abs(scale)
     size = size if size > floor else floor
@@ -140,7 +140,7 @@ def rename(codes: Array, by_rank: Array) -> None:
 def nearest_table(values: Array, scales: Array, midpoints: Array, ranks: Array) -> None:
     wide = np.empty(64, np.float32)
     for b in range(values.shape[0]):
-        factor = _factor(scales[b], _ONE, _FLOOR)
+        factor = factor_of(scales[b], _ONE, _FLOOR)
         for j in range(64):
             wide[j] = _rank(values[b, j] * factor, midpoints)
         for j in range(64):
@@ -151,7 +151,7 @@ def nearest_table(values: Array, scales: Array, midpoints: Array, ranks: Array) 
 def nearest_in_any_table(values: Array, scales: Array, midpoints: Array, ranks: Array) -> None:
     """Find ranks by binary search among 255 midpoints."""
     for b in range(values.shape[0]):
-        factor = _factor(scales[b], _ONE, _FLOOR)
+        factor = factor_of(scales[b], _ONE, _FLOOR)
         for j in range(values.shape[1]):
             x = values[b, j] * factor
             rank = np.uint32(0)
@@ -191,7 +191,7 @@ def nearest_e4m3(values: Array, scales: Array, codes: Array) -> None:
     )
     bits, shifted_bits = x.view(np.uint32), shifted.view(np.uint32)
     for b in range(values.shape[0]):
-        factor = _factor(scales[b], _ONE, _FLOOR)
+        factor = factor_of(scales[b], _ONE, _FLOOR)
         for first in range(0, values.shape[1], _STRETCH):
             last = min(first + _STRETCH, values.shape[1])
             given, into, n = values[b, first:last], codes[b, first:last], last - first
@@ -257,7 +257,7 @@ def stochastic_e4m3(
     bits, wide = x.view(np.uint32), np.empty(_STRETCH, np.int32)
     greatest = by_code[0x7E]
     for b in range(values.shape[0]):
-        factor = _factor(scales[b], _ONE, _FLOOR)
+        factor = factor_of(scales[b], _ONE, _FLOOR)
         for first in range(0, values.shape[1], _STRETCH):
             n = min(_STRETCH, values.shape[1] - first)
             stretch = slice(first, first + n)
@@ -312,7 +312,7 @@ def decode_e4m3(codes: Array, scales: Array, bits: Array, values: Array) -> None
 @compiled
 def nearest_integer(values: Array, scales: Array, peak: Any, floor: Any, codes: Array) -> None:
     for b in range(values.shape[0]):
-        factor = _factor(scales[b], peak, floor)
+        factor = factor_of(scales[b], peak, floor)
         for j in range(values.shape[1]):
             x = np.rint(values[b, j] * factor)
             x = x if x < peak else peak
@@ -334,7 +334,7 @@ def _uniform_level(x: Any, half: Any) -> Any:
 def nearest_uniform(values: Array, scales: Array, half: Any, codes: Array) -> None:
     """Code c stands for c / `half` - 1; a tie gets the lower value."""
     for b in range(values.shape[0]):
-        factor = _factor(scales[b], _ONE, _FLOOR)
+        factor = factor_of(scales[b], _ONE, _FLOOR)
         for j in range(values.shape[1]):
             codes[b, j] = np.uint8(np.int32(_uniform_level(values[b, j] * factor, half) + half))
 
@@ -357,7 +357,7 @@ def stochastic_table(
     wide = np.empty(64, np.uint32)
     least, greatest = np.float32(by_code.min()), np.float32(by_code.max())
     for b in range(values.shape[0]):
-        factor = _factor(scales[b], _ONE, _FLOOR)
+        factor = factor_of(scales[b], _ONE, _FLOOR)
         if has_start:
             for j in range(64):
                 low[j] = by_code[start[b, j]]
@@ -394,7 +394,7 @@ def stochastic_uniform(
 ) -> None:
     least, greatest = -half, half - _ONE
     for b in range(values.shape[0]):
-        factor = _factor(scales[b], _ONE, _FLOOR)
+        factor = factor_of(scales[b], _ONE, _FLOOR)
         for j in range(values.shape[1]):
             x = np.float32(values[b, j] * factor) * half
             if has_start:
@@ -420,7 +420,7 @@ def stochastic_integer(
     codes: Array,
 ) -> None:
     for b in range(values.shape[0]):
-        factor = _factor(scales[b], peak, floor)
+        factor = factor_of(scales[b], peak, floor)
         for j in range(values.shape[1]):
             x = values[b, j] * factor
             if has_start:
@@ -579,7 +579,7 @@ def _tree_sum_64(terms: Array) -> Any:
 @compiled
 def _levels(values: Array, scale: Any, midpoints: Array, rising: Array, levels: Array) -> None:
     """Values of the codes nearest to a block's `values`."""
-    factor = _factor(scale, _ONE, _FLOOR)
+    factor = factor_of(scale, _ONE, _FLOOR)
     for j in range(64):
         levels[j] = _at_rank(values[j] * factor, midpoints, rising)
 
@@ -613,7 +613,7 @@ def search(values: Array, factors: Array, steps: int, midpoints: Array, rising: 
 
 @compiled
 def _uniform_levels(values: Array, scale: Any, half: Any, levels: Array) -> None:
-    factor = _factor(scale, _ONE, _FLOOR)
+    factor = factor_of(scale, _ONE, _FLOOR)
     for j in range(values.size):
         levels[j] = _uniform_level(values[j] * factor, half) / half
 
@@ -649,7 +649,7 @@ def search_uniform(values: Array, factors: Array, steps: int, half: Any, scales:
 def _e4m3_levels(
     values: Array, scale: Any, by_code: Array, x: Array, shifted: Array, wide: Array, levels: Array
 ) -> None:
-    factor = _factor(scale, _ONE, _FLOOR)
+    factor = factor_of(scale, _ONE, _FLOOR)
     for j in range(values.size):
         x[j] = values[j] * factor
     _e4m3_nearest(x, x.view(np.uint32), shifted, shifted.view(np.uint32), wide)
@@ -714,7 +714,7 @@ def _round_bits(bits: Array, values: Array, width: int, dropped: int) -> None:
 def _e4m3_nearest_ranks(wanted: Array, scales: Array, ranks: Array) -> None:
     x, shifted, wide = np.empty(64, np.float32), np.empty(64, np.float32), np.empty(64, np.uint32)
     for i in range(scales.size):
-        x[i] = wanted[i] * _factor(scales[i], _ONE, _FLOOR)
+        x[i] = wanted[i] * factor_of(scales[i], _ONE, _FLOOR)
     _e4m3_nearest(x[: scales.size], x.view(np.uint32), shifted, shifted.view(np.uint32), wide)
     for i in range(scales.size):
         code = np.int32(wide[i])
@@ -734,11 +734,11 @@ def _ranks(
         return
     if half:
         for i in range(goal.size):
-            x = wanted[i] * _factor(scales[i], _ONE, _FLOOR)
+            x = wanted[i] * factor_of(scales[i], _ONE, _FLOOR)
             ranks[i] = np.int32(_uniform_level(x, half) + half)
         return
     for i in range(goal.size):
-        x = wanted[i] * _factor(scales[i], _ONE, _FLOOR)
+        x = wanted[i] * factor_of(scales[i], _ONE, _FLOOR)
         ranks[i] = np.int32(_rank(x, midpoints))
 
 
@@ -838,7 +838,7 @@ def quantize_columns_in_turn(
         changes[:] = 0
         for i in range(target.shape[1]):
             wanted = np.float32(target[j, i] + pull[j, i]) + changes[i]
-            x = wanted * _factor(scales[j, i], _ONE, _FLOOR)
+            x = wanted * factor_of(scales[j, i], _ONE, _FLOOR)
             rank = np.int64(_uniform_level(x, half) + half) if half > 0 else _nearest_rank(x, midpoints)
             pair[0] = rising[rank] * scales[j, i]
             pair[1] = by_code[codes[j, i]] * scales[j, i]

@@ -20,7 +20,7 @@ from streamconv.formats.linear import is_expert
 from streamconv.output.manifest import KeptShares
 from streamconv.output.recipe import RECIPE
 from streamconv.output.sidecars import RESIDUAL
-from streamconv.planning.experts import opens_in_transformers
+from streamconv.planning.experts import opens_in_transformers, servers_of
 from streamconv.planning.plan import CalibrationPlan, Plan
 from streamconv.sizes import format_size
 from streamconv.storage.base import Origin, Storage
@@ -56,7 +56,7 @@ def model_card(
         tags += ["4-bit" if quant.bits_per_weight < 8 else "8-bit", quant.library]
     data = ModelCardData(
         base_model=base_models or None,
-        library_name="transformers",
+        library_name="transformers" if plan.container.has_config else "gguf",
         tags=tags,
         base_model_relation=("quantized" if plan.quant else "finetune") if base_models else None,
         **_inherited(base.storage),
@@ -182,13 +182,17 @@ def _changes(plan: Plan) -> str:
 
 
 def _snippet(plan: Plan, config: Mapping[str, Any], has_tokenizer: bool) -> Iterator[str]:
-    """Lines that load the output with transformers, run in its folder."""
+    """Lines that load the output with transformers, or llama.cpp where that opens it, run in its folder."""
+    if not plan.container.has_config:
+        yield from ("With llama.cpp, in this folder:", "", "```", f"llama-cli -m {plan.completes}", "```")
+        return
     loader = _loader(config) if plan.head is None else _class_name(plan.head.architecture)
     names = [loader, *(["AutoTokenizer"] if has_tokenizer else [])]
     trust = ", trust_remote_code=True" if config.get("auto_map") else ""
     quant = FORMATS[plan.quant] if plan.quant else None
-    if quant is not None and any(map(is_expert, plan.quantized)) and not opens_in_transformers(quant):
-        yield f"Its experts are quantized, so that it is for {', '.join(quant.expert_loaders)}; not for transformers."
+    has_experts = any(map(is_expert, plan.quantized))
+    if quant is not None and has_experts and not opens_in_transformers(quant, config):
+        yield f"Its experts are quantized, so that it is for {' and '.join(servers_of(quant))}; not for transformers."
         return
     library = quant.library if quant else None
     needs = f"transformers, accelerate and {library}" if library else "transformers"

@@ -10,6 +10,7 @@ from streamconv.equalization.base import Heads
 from streamconv.equalization.pairs import Equalization, find_equalization
 from streamconv.errors import OptionError
 from streamconv.formats.base import Weight
+from streamconv.formats.linear import is_expert
 from streamconv.planning.base import Base
 from streamconv.planning.options import Calibration, MergeOptions
 from streamconv.planning.plan import CalibrationPlan, Rewrite, Step
@@ -118,6 +119,12 @@ def _check_rank(steps: Sequence[Rewrite], rank: int) -> None:
     """Raise OptionError for a residual adapter with more to it than the weights it repairs."""
     narrowest = min(steps, key=lambda step: min(step.rows, step.columns))
     most = min(narrowest.rows, narrowest.columns)
+    expert = next((step.name for step in steps if is_expert(step.name)), None)
+    if rank and expert is not None:
+        raise OptionError(
+            f"--residual-rank {rank} cannot repair {expert}: transformers has all experts of a layer in one parameter, "
+            "and no module for which an adapter could be; leave it out"
+        )
     if rank >= most:
         raise OptionError(
             f"--residual-rank {rank} is too high: {narrowest.name} is {narrowest.rows} x {narrowest.columns}, and "

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from streamconv.formats.base import Format
 from streamconv.formats.linear import is_expert
+from streamconv.planning.apart import is_only_served
 
 
 def notes_on_experts(
-    quant: Format | None, weights: Iterable[str], quantized: frozenset[str]
+    quant: Format | None, config: Mapping[str, Any], weights: Iterable[str], quantized: frozenset[str]
 ) -> Iterator[str]:
     """Sentences on `weights` of experts, of which those are stored as `quant` that are `quantized`."""
     experts = [name for name in weights if is_expert(name)]
@@ -17,16 +19,18 @@ def notes_on_experts(
         return
     if not quant.expert_loaders:
         yield f"experts stay in 16 bit, as no program opens {quant.name} with experts quantized"
-    elif not quantized.isdisjoint(experts):
-        if not opens_in_transformers(quant):
-            yield (
-                f"experts are quantized, and {', '.join(quant.expert_loaders)} open {quant.name} with such; "
-                "transformers 5 does not, which fuses experts"
-            )
-    else:
+    elif quantized.isdisjoint(experts):
         yield "experts stay in 16 bit"
+    elif not opens_in_transformers(quant, config):
+        loaders = " and ".join(servers_of(quant))
+        yield f"experts are quantized: for {loaders}; transformers 5, which fuses experts, opens no such {quant.name}"
 
 
-def opens_in_transformers(quant: Format) -> bool:
-    """Whether transformers opens it with experts quantized."""
-    return any(loader.startswith("transformers") for loader in quant.expert_loaders)
+def opens_in_transformers(quant: Format, config: Mapping[str, Any]) -> bool:
+    """Whether transformers opens a model of this config with quantized experts."""
+    return len(servers_of(quant)) < len(quant.expert_loaders) and not is_only_served(config)
+
+
+def servers_of(quant: Format) -> list[str]:
+    """Programs other than transformers that open it with quantized experts."""
+    return [loader for loader in quant.expert_loaders if not loader.startswith("transformers")]

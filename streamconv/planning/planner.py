@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from streamconv.adapters.base import Adapter, Replace, Update
 from streamconv.adapters.embeddings import HEADS, find_embedding
-from streamconv.checkpoint.layout import lay_out
+from streamconv.checkpoint.container import Container, Gguf, Safetensors
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import AdapterError, OptionError
-from streamconv.formats import dense_weight, stored_as
+from streamconv.formats import container_of, dense_weight, stored_as
 from streamconv.formats.base import Grouped, Weight
 from streamconv.formats.linear import module_of
 from streamconv.formats.mixed import weights_by_format
+from streamconv.gguf.pieces import GgufPiece
 from streamconv.planning.base import Base
 from streamconv.planning.calibration import CalibrationFacts, plan_calibration, plan_equalization
 from streamconv.planning.choices import Choices, Facts, choose
 from streamconv.planning.devices import Device
 from streamconv.planning.experts import notes_on_experts
 from streamconv.planning.fingerprint import fingerprint
+from streamconv.planning.gguf import by_tensor, is_gguf, plan_model, zeros
+from streamconv.planning.gguf_pieces import taken_apart
 from streamconv.planning.keeping import kept_encoders
 from streamconv.planning.memory import plan_memory
 from streamconv.planning.options import MergeOptions
@@ -46,6 +50,8 @@ class _Draft:
     shards: tuple[ShardPlan, ...]
     vocab_size: tuple[int, int] | None
     names: tuple[str, ...]
+    container: Container
+    notes: tuple[str, ...] = ()
 
 
 def build_plan(
@@ -117,23 +123,38 @@ def _draft(
     choices = choose(facts_of(base, adapter), options)
     kept = kept_encoders(base, weights, options)
     check_passes(base, weights, {*updates} - {*kept}, adapter, choices)
-    chosen = choose_quantized(base, weights, replaces, choices, options, kept)
+    pieces: Mapping[str, GgufPiece] = {}
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    in_output: Mapping[str, Weight] = weights
+    if is_gguf(choices.quant):
+        apart = taken_apart(weights, updates, base.index.config.get("model_type"))
+        in_output, updates, pieces, shapes = apart.weights, dict(apart.updates), apart.pieces, apart.shapes
+    model = plan_model(base, shapes, choices)
+    chosen = choose_quantized(base, weights, replaces, choices, options, kept, model)
     within = facts.weights if facts is not None and choices.feedback is not None else frozenset()
     equalization = plan_equalization(base, weights, chosen, options, facts)
     if equalization is not None:
         equalizers = equalization.equalizers({name: weight.shape for name, weight in weights.items()})
-    by_weight = plan_steps(base, weights, updates, chosen, choices, within, equalizers)
+    by_weight = plan_steps(base, in_output, updates, chosen, choices, within, equalizers, model, pieces)
     calibration = None
     if options.calibration is not None and choices.quant is not None:
         assert facts is not None
         calibration = plan_calibration(by_weight, options, choices.feedback, equalization, facts)
     of_head = adapter.head.parameters if adapter is not None and adapter.head is not None else ()
+    vocabulary = _new_vocabulary(base, weights, of_head)
+    container = container_of(choices.quant)
+    if model is not None:
+        by_weight = by_tensor(by_weight, model)
+    if model is not None and isinstance(container, Gguf):
+        container = container.with_pairs(model.pairs)
     stays = choices.passes or bool(kept)
     steps = split_steps(base, by_weight, choices, options, keeps_files=stays)
-    metadata = metadata_of(base.index, steps) if stays else None
-    shards = as_stored_shards(base.index, lay_out(steps, metadata))
-    vocabulary = _new_vocabulary(base, weights, of_head)
-    return _Draft(options, choices, calibration, chosen, shards, vocabulary, tuple(weights))
+    files = Safetensors(metadata=metadata_of(base.index, steps)) if stays else container
+    shards = files.lay_out(steps, zeros)
+    if model is None:
+        shards = as_stored_shards(base.index, shards)
+    notes = model.notes if model else ()
+    return _Draft(options, choices, calibration, chosen, shards, vocabulary, tuple(weights), container, notes)
 
 
 def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, memory: Memory) -> Plan:
@@ -166,20 +187,26 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
         ),
         notes=(
             *notes_on_factors(base.index),
-            *notes_on_experts(choices.quant, draft.names, draft.quantized.weights),
+            *notes_on_experts(choices.quant, base.index.config, draft.names, draft.quantized.weights),
             *(adapter.notes if adapter else ()),
             *notes_on_passed(base, choices, shards),
+            *draft.notes,
         ),
         keeps_quantization=keeps_quantization(base, adapter, choices, options, shards),
         members=adapter.members if adapter else (),
+        container=draft.container,
     )
 
 
 def _mixture(chosen: QuantizedSet) -> Mapping[str, tuple[str, ...]]:
-    """Weights by format, where they have several."""
+    """Weights by format, where they have several; of those that stay as they are, by what their encoders call it."""
     found = {
         stored_as(storage_format): tuple(names) for storage_format, names in weights_by_format(chosen.formats)
     }
+    kept = defaultdict[str, list[str]](list)
+    for name in sorted(chosen.kept):
+        kept[chosen.kept[name].format].append(name)
+    found |= {form: tuple(names) for form, names in kept.items()}
     return found if len(found) > 1 else {}
 
 

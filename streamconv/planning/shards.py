@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from streamconv.checkpoint.strict_json import shown
 from streamconv.errors import UnsupportedError
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
+from streamconv.planning.gguf import is_gguf
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Copy, ShardPlan, Step
 from streamconv.storage.base import SourceFile
@@ -30,6 +32,8 @@ def split_steps(
     `keeps_files`: whether it does though some are quantized.
     """
     is_recoded = choices.quant is not None or base.quantized is not None
+    if is_gguf(choices.quant):  # people carry a model as one file, unless they ask for several
+        return split_by_size(by_weight, options.max_shard_bytes or sys.maxsize)
     if options.max_shard_bytes is not None or (is_recoded and not keeps_files) or base.depth is not None:
         return split_by_size(by_weight, options.max_shard_bytes or DEFAULT_SHARD_BYTES)
     shard_of = {name: tensor.file.name for name, tensor in base.index.tensors.items()}
@@ -83,7 +87,7 @@ def as_stored_shards(index: CheckpointIndex, shards: Sequence[ShardPlan]) -> tup
     def as_stored(shard: ShardPlan) -> ShardPlan:
         copies = [placed.step for placed in shard.steps if isinstance(placed.step, Copy)]
         files = {copy.tensor.file for copy in copies}
-        is_renamed = any(copy.name != copy.tensor.name for copy in copies)
+        is_renamed = any(copy.specs[0] != copy.tensor.spec for copy in copies)
         if is_renamed or len(copies) < len(shard.steps) or len(files) != 1:
             return shard
         (file,) = files

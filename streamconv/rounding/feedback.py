@@ -32,7 +32,7 @@ from streamconv.rounding.layer import Layer, Solution, better, coded, errors_of,
 from streamconv.rounding.metric import STRETCH, Statistics, check_moments, compensated, factored, preserving
 from streamconv.rounding.residual import Residual, eased, nothing, residual
 from streamconv.rounding.scales import greatest, refitted, searched
-from streamconv.rounding.search import searched_scales
+from streamconv.rounding.search import ratios_of, searched_scales, stored_scales
 
 __all__ = ["BaseOnGrid", "FeedbackOptions", "QuantizedWeight", "ScaleEncoder", "Statistics", "feedback"]
 
@@ -162,7 +162,10 @@ def _weighed(target: Tensor, hessian: Tensor, encoder: ScaleEncoder, grid: Grid)
     """Nearest codes, with the scales of the least Σ H_jj e_j² found in each block."""
     check_moments(hessian)
     weights = hessian.diagonal().expand_as(target).reshape(-1)
-    scales = _stored(encoder, searched_scales(target.reshape(-1), grid, weights))
+    found = searched_scales(target.reshape(-1), grid, weights)
+    if ratios_of(grid):
+        found = stored_scales(target.reshape(-1), grid, found, encoder.effective_scales, weights)
+    scales = _stored(encoder, found)
     codes = torch.empty(target.numel(), dtype=torch.uint8, device=target.device)
     kernels_for(target.device).nearest(target.reshape(-1), grid, scales.effective, codes)
     return QuantizedWeight(codes, scales.raw, keeps_base=False)
@@ -209,7 +212,7 @@ def _starts(layer: Layer, encoder: ScaleEncoder, base: BaseOnGrid | None) -> Ite
     """Solutions with greatest magnitudes for scales, with searched ones, and with the base's own."""
     scales = _stored(encoder, greatest(layer))
     yield _Candidate(scales, rounded(layer, scales.effective))
-    scales = _stored(encoder, searched(layer))
+    scales = _stored(encoder, searched(layer, encoder.effective_scales))
     nearest = rounded(layer, scales.effective)
     yield _Candidate(scales, better(layer, fed(layer, scales.effective), nearest))
     if base is not None:

@@ -8,13 +8,17 @@ there is some, errors are weighed by the mean square of the input that they are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from streamconv.dtypes import F32
 from streamconv.kernels import kernels_for
-from streamconv.kernels.grids import Grid, empty_scales
-from streamconv.rounding.base import Context
+from streamconv.kernels.base import block_dots
+from streamconv.kernels.grids import Grid, TableGrid, empty_scales
+from streamconv.rounding.base import Context, starting_scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +36,45 @@ class Search:
         """See Rounding."""
         kernels, scales = kernels_for(target.device), context.scales
         if scales is None:
-            scales = context.as_stored(searched_scales(target, grid))
+            scales = searched_scales(target, grid)
+            if context.stored is not None and ratios_of(grid):
+                scales = stored_scales(target, grid, scales, context.stored)
+            scales = context.as_stored(scales)
         return kernels.nearest(target, grid, scales, codes)
+
+
+def ratios_of(grid: Grid) -> tuple[float, ...]:
+    """See TableGrid; none where storing hardly moves scales."""
+    return grid.scale_ratios if isinstance(grid, TableGrid) else ()
+
+
+def stored_scales(
+    target: Tensor,
+    grid: Grid,
+    scales: Tensor,
+    stored: Callable[[Tensor], Tensor],
+    weights: Tensor | None = None,
+) -> Tensor:
+    """The best for `target` of what storing makes of `scales`, and of nearest rounding's times the grid's ratios."""
+    start, best = starting_scales(target, grid), stored(scales)
+    least = _losses(target, grid, best, weights)
+    for ratio in ratios_of(grid):
+        trial = stored(start * ratio)
+        found = _losses(target, grid, trial, weights)
+        is_better = found < least
+        best, least = torch.where(is_better, trial, best), torch.where(is_better, found, least)
+    return best
+
+
+def _losses(target: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None) -> Tensor:
+    """Squared error of every block, its codes the nearest."""
+    kernels = kernels_for(target.device)
+    codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
+    values = torch.empty_like(target)
+    kernels.nearest(target, grid, scales, codes)
+    kernels.decode(codes, grid, scales, F32, values)
+    error = torch.sub(target, values, out=values)
+    return block_dots(error, error if weights is None else error * weights, grid.block)
 
 
 def searched_scales(target: Tensor, grid: Grid, weights: Tensor | None = None) -> Tensor:

@@ -28,6 +28,7 @@ from streamconv.adapters.base import Parts, State, UpdateAccess
 from streamconv.dtypes import F32
 from streamconv.errors import InputError
 from streamconv.formats.base import CELL_ROWS, Encoder
+from streamconv.formats.fp8_storage import outgrows
 from streamconv.kernels import TORCH, kernels_for, pairwise_sum
 from streamconv.kernels.grids import DecodedGrid, Grid, empty_scales
 from streamconv.planning.plan import Rewrite
@@ -163,6 +164,8 @@ class WeightWork:
         planned, merge_base = self.step.scales, self.step.merge_base
         if isinstance(planned, Fresh) or self._base_scales is None:
             return planned
+        if outgrows(self.step.encoder, self._base_scales):
+            return FRESH
         is_stored = merge_base is not None and merge_base.format == self.step.encoder.format
         stored = self._absmax if is_stored else None
         return kept_scales(planned, self._base_scales, stored, self.step.encoder, self.side)

@@ -24,10 +24,14 @@ from tests.foreign.readers import (
 )
 
 IN_FLOAT32 = 1e-8  # nats a token
-AS_SERVED = 1e-3
+AS_SERVED = 0.05  # its CPU kernels of packed weights sum in 16 bits: 0.01 with the very weights of the files
 CASES: Mapping[str, Case] = {
     "bfloat16": Case({"quant": "bfloat16"}),
     "float16": Case({"quant": "float16"}),
+    "mlx4": Case({"quant": "mlx4"}),
+    "mlx4, group 32": Case({"quant": "mlx4", "group_size": 32}),
+    "mlx4, group 128": Case({"quant": "mlx4", "group_size": 128}),
+    "mlx8": Case({"quant": "mlx8"}),
     # It makes float16 of everything, and a bias of each scale and zero point.
     "awq": Case({"quant": "awq"}, is_exact=False),
     "awq-asym": Case({"quant": "awq-asym"}, is_exact=False),

@@ -39,6 +39,9 @@ CASES: Mapping[str, Case] = {
     "w8a8": Case({"quant": "w8a8"}),
     "fp8": Case({"quant": "fp8"}),
     "fp8-block": Case({"quant": "fp8-block"}),
+    "nvfp4a16": Case({"quant": "nvfp4a16"}),
+    "mxfp4a16": Case({"quant": "mxfp4a16"}),
+    "mxfp4": Case({"quant": "mxfp4"}),
 }
 GOLDEN_FILES = [
     *sorted((GOLDEN / "compressed-tensors-0.20.0").iterdir()),

@@ -23,7 +23,6 @@ CASES: Mapping[str, Case] = {
     "w4a16": Case({"quant": "w4a16"}, dtype="bfloat16"),
     "w4a16, down_proj in 16 bit": Case({"quant": "w4a16", "ignore": ("mlp.down_proj",)}, dtype="bfloat16"),
     "gptq": Case({"quant": "gptq"}, dtype="float16"),
-    "gptq-asym": Case({"quant": "gptq-asym"}, dtype="float16"),
     "awq": Case({"quant": "awq"}, dtype="float16"),
     "awq-asym": Case({"quant": "awq-asym"}, dtype="float16"),
     "w8a8": Case({"quant": "w8a8"}, dtype="bfloat16"),

@@ -34,7 +34,7 @@ SHAPES_IN_GROUPS = [(128, 128), (2, 384), (70, 256), (132, 640)]
 # And of those with words across rows.
 SHAPES_IN_WORDS = [(128, 128), (32, 384), (96, 256), (160, 640)]
 # Rows of any width, of a multiple of four elements in all: blocks that end within rows and columns.
-SHAPES_OF_BYTES = [(128, 128), (160, 640), (3, 52), (70, 96), (132, 7), (300, 200)]
+SHAPES_OF_BLOCKS = [(128, 128), (160, 640), (3, 52), (70, 96), (132, 7), (300, 200)]
 
 
 # Scales of 16 bit follow bytes, which are even in number.
@@ -47,7 +47,7 @@ def shapes_of(name: str) -> list[tuple[int, int]]:
     if name.startswith(("gptq", "awq")):
         return SHAPES_IN_WORDS
     if name in ("fp8", "fp8-block"):
-        return SHAPES_OF_BYTES
+        return SHAPES_OF_BLOCKS
     return SHAPES_IN_GROUPS if isinstance(FORMATS[name], Grouped | Fp4Format) else SHAPES
 
 

@@ -234,6 +234,10 @@ def test_storages_of_compressed_tensors_beside_each_other(fp8: str, folder: Path
     streamconv.convert(tmp_path / "out", tmp_path / "again")
     assert same(tmp_path / "out", tmp_path / "again")
     assert quantization(tmp_path / "again") == quantization(tmp_path / "out")
+    listed = [
+        json.loads((tmp_path / name / "streamconv.json").read_text())["formats"] for name in ("out", "again")
+    ]
+    assert listed[0] == listed[1]
     report = streamconv.merge(tmp_path / "out", folder / "adapter", tmp_path / "merged")
     assert formats(tmp_path / "merged") == formats(tmp_path / "out")
     assert report.kept_delta is not None
@@ -339,8 +343,6 @@ def test_calibration_is_for_all_formats_that_can(folder: Path, tmp_path: Path) -
     report = streamconv.merge(folder / "base", folder / "adapter", tmp_path / "out", **MIXED, **options)
     assert len(report.calibrated) == 14  # all but the head
     assert formats(tmp_path / "out") == formats(folder / "out")
-    checked = streamconv.verify(tmp_path / "out", full=True, base=folder / "base", adapter=folder / "adapter")
-    assert checked.calibrated == 14
 
 
 REFUSED: Mapping[str, tuple[dict[str, Any], type[Exception], str]] = {

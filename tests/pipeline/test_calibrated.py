@@ -485,7 +485,15 @@ def test_a_data_set_is_read_at_the_commit_it_was_planned_with(
 
 
 @pytest.mark.parametrize(
-    ("base", "quant"), [("nf4", "nf4-dq"), ("fp4-dq", "fp4"), ("int8", "nf4"), ("nf4-dq", "fp4-dq")]
+    ("base", "quant"),
+    [
+        ("nf4", "nf4-dq"),
+        ("fp4-dq", "fp4"),
+        ("int8", "nf4"),
+        ("nf4-dq", "fp4-dq"),
+        ("fp8", "keep"),
+        ("fp8-block", "keep"),
+    ],
 )
 def test_every_base_that_can_be_read(inputs: Inputs, tmp_path: Path, base: str, quant: str) -> None:
     place = Path(streamconv.convert(inputs.base, tmp_path / "base", quant=base, device="cpu").out)

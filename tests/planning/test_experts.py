@@ -48,8 +48,8 @@ def converted(base: Path, out: Path, quant: str, *ignore: str) -> tuple[set[str]
 def test_experts_apart_are_quantized_for_those_who_take_them(base: Path, tmp_path: Path, quant: str) -> None:
     formats, config, card = converted(base, tmp_path / "out", quant)
     assert formats == {f"{quant}, group size 32"}
-    assert "| note | experts are quantized, and vLLM, SGLang, GPTQModel open" in card
-    assert "it is for vLLM, SGLang, GPTQModel; not for transformers." in card
+    assert "| note | experts are quantized: for vLLM and SGLang and GPTQModel; transformers 5" in card
+    assert "it is for vLLM and SGLang and GPTQModel; not for transformers." in card
     assert "from_pretrained" not in card
     left = config["modules_to_not_convert"] if quant == "awq" else list(config["dynamic"])
     assert not any("experts" in entry for entry in left)

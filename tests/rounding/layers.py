@@ -9,7 +9,7 @@ from torch import Tensor
 
 from streamconv.dtypes import DENSE
 from streamconv.formats import format_of
-from streamconv.formats.base import Encoder
+from streamconv.formats.base import Encoder, Surveyed
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import Grid
 from streamconv.rounding import ROUNDINGS, Context
@@ -87,6 +87,8 @@ def trained(
     storage_format = format_of(name)
     assert storage_format is not None
     encoder = storage_format.encoder("w.weight", shape, DENSE[dtype])
+    if isinstance(encoder, Surveyed):
+        encoder = encoder.knowing(0.1)
     assert encoder.grid is not None
     codes, scales = rounded(torch.randn(shape, generator=generator) * 0.02, encoder)
     base = BaseOnGrid(codes, encoder.effective_scales(scales))

@@ -76,7 +76,7 @@ def write_adapter(folder: Path) -> Path:
 
 
 def write_quantized(folder: Path, name: str, base: Path) -> Path:
-    """The base in a format that is written, or one weight in a storage that is only read."""
+    """The base in a format that is written, or one weight in a storage that is only read, or kept."""
     if name in QUANTIZED:
         streamconv.convert(base=base, out=folder, quant=name, card=False, overwrite=True)
         return folder
@@ -140,21 +140,22 @@ def _compressed(layout: str, weights: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fp8_block() -> tuple[Parts, dict[str, Any]]:
+def _fp8_tensor() -> tuple[Parts, dict[str, Any]]:
     parts = {
         f"{_MATRIX}.weight": torch.randn(INNER, HIDDEN).to(torch.float8_e4m3fn),
-        f"{_MATRIX}.weight_scale_inv": _scales(INNER // 128, HIDDEN // 128),
+        f"{_MATRIX}.weight_scale": _scales(1).bfloat16(),
+        f"{_MATRIX}.input_scale": _scales(1).bfloat16(),
     }
-    settings = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
+    return parts, _compressed("float-quantized", {"num_bits": 8, "strategy": "tensor"})
+
+
+def _fp8_exponents() -> tuple[Parts, dict[str, Any]]:
+    parts = {
+        f"{_MATRIX}.weight": torch.randn(INNER, HIDDEN).to(torch.float8_e4m3fn),
+        f"{_MATRIX}.weight_scale_inv": _scales(-(-INNER // 48), -(-HIDDEN // 20)).to(torch.float8_e8m0fnu),
+    }
+    settings = {"quant_method": "fp8", "weight_block_size": [48, 20], "scale_fmt": "ue8m0"}
     return parts, {"quantization_config": settings}
-
-
-def _fp8_rows() -> tuple[Parts, dict[str, Any]]:
-    parts = {
-        f"{_MATRIX}.weight": torch.randn(INNER, HIDDEN).to(torch.float8_e4m3fn),
-        f"{_MATRIX}.weight_scale": _scales(INNER, 1).bfloat16(),
-    }
-    return parts, _compressed("float-quantized", {"num_bits": 8, "strategy": "channel"})
 
 
 def _nvfp4() -> tuple[Parts, dict[str, Any]]:
@@ -194,8 +195,8 @@ def _gpt_oss() -> tuple[Parts, dict[str, Any]]:
 
 
 READ_ONLY: Mapping[str, Callable[[], tuple[Parts, dict[str, Any]]]] = {
-    "fp8-block": _fp8_block,
-    "fp8-rows": _fp8_rows,
+    "fp8-tensor": _fp8_tensor,
+    "fp8-exponents": _fp8_exponents,
     "nvfp4": _nvfp4,
     "mxfp4": _mxfp4,
     "mlx": _mlx,

@@ -15,10 +15,10 @@ Way = Literal["call", "command line", "killed", "without numba"]
 
 # As in the registries of the project; written out, because they have to fit the tree of REV, too.
 DENSE = ("float32", "float16", "bfloat16")
-QUANTIZED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "w4a16", "w8a16", "gptq", "gptq-v2", "awq")
+QUANTIZED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "w4a16", "w8a16", "gptq", "gptq-v2", "awq", "fp8")
 ROUNDINGS = ("nearest", "stochastic", "search", "adaptive")
 MERGE_BASES = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
-CALIBRATED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "w4a16", "w8a16", "gptq", "gptq-v2", "awq")
+CALIBRATED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "w4a16", "w8a16", "gptq", "gptq-v2", "awq", "fp8")
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,16 +151,19 @@ def q5_k(raw: Array, halves: Array, table: Array, out: Array) -> None:
 
 @compiled
 def q6_k(raw: Array, halves: Array, table: Array, out: Array) -> None:
+    codes = np.empty(32, np.uint8)
     for i in range(raw.shape[0]):
         scale = _half(raw, i, 208, halves)
-        for b in range(16):
-            factor = scale * np.float32(np.int8(raw[i, 192 + b]))
-            place, shift = 64 * (b // 8) + 16 * (b % 4), np.uint32(4 * (b // 4 % 2))
-            above, bits = 128 + 32 * (b // 8) + 16 * (b % 2), np.uint32(2 * (b // 2 % 4))
-            for j in range(16):
+        for b in range(8):
+            place, shift = 64 * (b // 4) + 32 * (b % 2), np.uint32(4 * (b // 2 % 2))
+            above, bits = 128 + 32 * (b // 4), np.uint32(2 * (b % 4))
+            for j in range(32):
                 low = np.uint32(raw[i, place + j]) >> shift & _FIFTEEN
-                high = np.uint32(raw[i, above + j]) >> bits & _THREE
-                out[i, 16 * b + j] = factor * (np.float32(np.int32(low | high << _FOUR_BITS)) - _32)
+                codes[j] = np.uint8(low | (np.uint32(raw[i, above + j]) >> bits & _THREE) << _FOUR_BITS)
+            for part in range(2):
+                factor = scale * np.float32(np.int8(raw[i, 192 + 2 * b + part]))
+                for j in range(16):
+                    out[i, 32 * b + 16 * part + j] = factor * (np.float32(codes[16 * part + j]) - _32)
 
 
 @compiled

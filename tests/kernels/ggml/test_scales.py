@@ -78,3 +78,22 @@ def test_an_offset_of_the_other_sign_becomes_zero() -> None:
 
 def test_scales_beyond_16_bit_floats_are_the_greatest_of_them() -> None:
     assert stored(BLOCK_TYPES["q8_0"], torch.tensor([1e9, -1e9])).tolist() == [65504, -65504]
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_halfway_between_16_bit_floats_the_even_one_is_stored(name: str) -> None:
+    """Both kernels round the super-block's factor alike, ordinary or tiny."""
+    kind = BLOCK_TYPES[name]
+    assert kind.codes is not None
+    halves = torch.tensor(
+        [1 + 1 / 2048, 1 + 3 / 2048, 1.5 + 1 / 2048, 2**-24 * 0.5, 2**-24 * 1.5, 2**-24 * 2.5]
+    )
+    wished = (halves * kind.codes.scale_limit).repeat_interleave(kind.blocks)
+    given = torch.stack((wished, -wished), -1) if kind.codes.has_offset else -wished
+    # With another number beside it, no other factor fits.
+    given[:: kind.blocks] *= 0.37
+    rounded = [1, 1 + 2 / 1024, 1.5, 0, 2**-23, 2**-23]
+    limit = kind.codes.scale_limit
+    integers = [limit, limit, limit, 0, limit * 3 // 4, limit]
+    found = stored(kind, given).reshape(6, kind.blocks, -1).abs().amax((1, 2))
+    assert found.tolist() == [factor * integer for factor, integer in zip(rounded, integers, strict=True)]
