@@ -196,7 +196,7 @@ def _config(prepared: Prepared, quantization: Json | None) -> bytes:
             end_token=prepared.end_token,
             architecture=head.architecture if head else None,
             labels=head.labels if head and not head.are_tokens else None,
-            keeps_quantization=_kept_quantization(prepared) is not None,
+            keeps_quantization=plan.keeps_quantization or _kept_quantization(prepared) is not None,
             quantization_keys=config_keys(quantization),
         )
     )
@@ -209,9 +209,9 @@ def _vocabulary(head: TaskHead | None, config: Mapping[str, Any]) -> tuple[int, 
 
 
 def _quantization(prepared: Prepared) -> Json | None:
-    """The output's `quantization_config`; None where it is dense."""
+    """The output's `quantization_config`; None where it is dense, or the base's own stays."""
     plan = prepared.plan
-    if plan.quant is None:
+    if plan.quant is None or plan.keeps_quantization:
         return None
     kept = _kept_quantization(prepared)
     if kept is not None:

@@ -123,8 +123,8 @@ def weight_steps(
 
 
 def _copies(name: str, weight: Weight, encoder: Encoder | None) -> list[Step]:
-    """Copies of all parts; only a weight of one part is ever stored under another name than the base's."""
-    is_dense = len(weight.parts) == 1
+    """Copies of all parts; only a dense weight is ever stored under another name than the base's."""
+    is_dense = len(weight.parts) == 1 and not weight.is_quantized
     if is_dense and encoder is not None and encoder.parts[0].name != name:
         return [Copy(name, part, encoder.parts[0]) for part in weight.parts.values()]
     return [Copy(name if is_dense else part.name, part) for part in weight.parts.values()]
@@ -172,7 +172,7 @@ def _encoder(
     name: str, weight: Weight, chosen: QuantizedSet, own_dtype: Dtype, choices: Choices
 ) -> Encoder | None:
     """Encoder that stores a weight in the output; None for what can only be copied."""
-    if not weight.dtype.is_float:
+    if not weight.dtype.is_float or weight.undecoded is not None or (choices.passes and weight.is_quantized):
         return None
     dtype = choices.dtype or own_dtype
     if name in chosen.formats:
