@@ -6,6 +6,7 @@ Codes are those of the safetensors format (`safetensors/src/tensor.rs`, enum `Dt
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -13,16 +14,24 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class Dtype:
-    """An element type of a stored tensor. `name` is how config.json spells it (`bfloat16`)."""
+    """An element type of a stored tensor. `name` is how config.json spells it (`bfloat16`).
+
+    `itemsize` bytes hold `block` elements of a row: 1, but for ggml's types, which have scales between the codes.
+    """
 
     code: str
     torch: torch.dtype
     itemsize: int
+    block: int = 1
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Bytes of a tensor, whose rows are whole blocks."""
+        return math.prod(shape) // self.block * self.itemsize
 
     @property
     def name(self) -> str:
@@ -63,6 +72,52 @@ DTYPES: Mapping[str, Dtype] = MappingProxyType(
 
 U8, I8, I16, I32, U32, I64 = (DTYPES[code] for code in ("U8", "I8", "I16", "I32", "U32", "I64"))
 F16, BF16, F32 = (DTYPES[code] for code in ("F16", "BF16", "F32"))
+
+# ggml's types of blocks by number: name, bytes and elements of a block (`ggml.h`, enum ggml_type; `GGML_QUANT_SIZES` of
+# gguf-py). Those that are only of activations, Q8_1 and Q8_K, are in no file.
+_BLOCKS: Mapping[int, tuple[str, int, int]] = {
+    2: ("Q4_0", 18, 32),
+    3: ("Q4_1", 20, 32),
+    6: ("Q5_0", 22, 32),
+    7: ("Q5_1", 24, 32),
+    8: ("Q8_0", 34, 32),
+    10: ("Q2_K", 84, 256),
+    11: ("Q3_K", 110, 256),
+    12: ("Q4_K", 144, 256),
+    13: ("Q5_K", 176, 256),
+    14: ("Q6_K", 210, 256),
+    16: ("IQ2_XXS", 66, 256),
+    17: ("IQ2_XS", 74, 256),
+    18: ("IQ3_XXS", 98, 256),
+    19: ("IQ1_S", 50, 256),
+    20: ("IQ4_NL", 18, 32),
+    21: ("IQ3_S", 110, 256),
+    22: ("IQ2_S", 82, 256),
+    23: ("IQ4_XS", 136, 256),
+    29: ("IQ1_M", 56, 256),
+    34: ("TQ1_0", 54, 256),
+    35: ("TQ2_0", 66, 256),
+    39: ("MXFP4", 17, 32),
+    40: ("NVFP4", 36, 64),
+}
+# Types of tensors in a GGUF file, by number.
+GGML_TYPES: Mapping[int, Dtype] = MappingProxyType(
+    {
+        number: DTYPES[code]
+        for number, code in {
+            0: "F32",
+            1: "F16",
+            24: "I8",
+            25: "I16",
+            26: "I32",
+            27: "I64",
+            28: "F64",
+            30: "BF16",
+        }.items()
+    }
+    | {number: Dtype(code, torch.uint8, size, block) for number, (code, size, block) in _BLOCKS.items()}
+)
+GGML_NUMBERS: Mapping[str, int] = MappingProxyType({dtype.code: each for each, dtype in GGML_TYPES.items()})
 
 # What a dense weight may be: the types a LoRA merge reads, adds to and rounds to.
 DENSE: Mapping[str, Dtype] = MappingProxyType({dtype.name: dtype for dtype in (F32, F16, BF16)})

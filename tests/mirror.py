@@ -54,6 +54,14 @@ STORIES: Mapping[str, Sequence[str]] = {
     "analysis/rounded.py": ["analysis/test_analyze.py"],
     "analysis/running.py": ["analysis/test_analyze.py"],
     "analysis/views.py": ["analysis/test_analyze.py"],
+    # What becomes of a model in a GGUF file.
+    "gguf/architecture.py": ["gguf/test_names.py", "parity/test_gguf.py"],
+    "gguf/fields.py": ["pipeline/test_gguf.py", "gguf/test_model.py"],
+    "gguf/hyperparameters.py": ["gguf/test_model.py", "parity/test_gguf.py"],
+    "gguf/pieces.py": ["planning/test_gguf_pieces.py"],
+    "gguf/rope.py": ["gguf/test_model.py", "parity/test_gguf.py"],
+    "output/gguf_tokenizer.py": ["pipeline/test_gguf.py", "gguf/test_tokens.py"],
+    "planning/gguf.py": ["pipeline/test_gguf.py", "parity/test_gguf.py"],
     # A calibration, layer by layer.
     "calibration/calibrated.py": ["pipeline/test_calibrated.py", "calibration/test_layers.py"],
     "calibration/directions.py": ["calibration/test_layers.py"],
@@ -129,7 +137,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "kernels/__init__.py": ["kernels/test_seam.py"],
     "kernels/base.py": ["kernels/test_compiled.py"],
     "kernels/e2m1_loops.py": ["kernels/test_compiled.py"],
-    "kernels/ggml/__init__.py": ["kernels/ggml/test_packing.py"],
+    "kernels/ggml/__init__.py": ["kernels/ggml/test_seam.py"],
     "kernels/ggml/base.py": ["kernels/ggml/test_packing.py"],
     "kernels/ggml/compiled.py": ["kernels/ggml/test_packing.py", "kernels/ggml/test_fitting.py"],
     "kernels/ggml/decode_loops.py": ["kernels/ggml/test_decoding.py"],

@@ -22,7 +22,7 @@ LAYERS = [
     {"threads"},
     {"storage", "kernels"},
     {"checkpoint", "rounding"},
-    {"formats", "adapters"},
+    {"formats", "adapters", "gguf"},
     {"equalization"},
     {"planning"},
     {"running"},

@@ -18,6 +18,7 @@ from streamconv.analysis.rounded import CodesWatch, GridSums, RoundedSums, is_on
 from streamconv.analysis.sums import CentralMoments, Outliers, UpdateSums, outliers, total, update_sums
 from streamconv.analysis.views import AnalyzedWeight, View, ViewGroup
 from streamconv.checkpoint.reader import TensorReader
+from streamconv.formats.base import Surveyed
 from streamconv.formats.rows import StoredRows
 from streamconv.planning.devices import Device
 from streamconv.planning.plan import Access, Rewrite, cell_rows, tile_rows
@@ -25,6 +26,7 @@ from streamconv.progress import OnBytes
 from streamconv.running.cells import Seen, WeightWork
 from streamconv.running.direct import DirectEngine
 from streamconv.running.opened import open_weight, read_tiles
+from streamconv.running.surveying import bytes_surveyed, greatest_magnitude
 from streamconv.running.workers import Inline, Workers
 
 
@@ -90,7 +92,8 @@ class _Open:
 def bytes_to_read(subject: AnalyzedWeight) -> int:
     """Bytes of the main parts, for all groups and passes."""
     main = subject.step.weight.parts[subject.step.weight.decoder.main].nbytes
-    return main * sum(_passes(group) for group in subject.groups)
+    surveys = (step for group in subject.groups for step in _to_survey(group).values())
+    return main * sum(_passes(group) for group in subject.groups) + sum(map(bytes_surveyed, surveys))
 
 
 def measure(
@@ -145,6 +148,7 @@ def _worked(
         workers: Workers | Inline = Inline()
         if device.is_cpu:
             workers = stack.enter_context(Workers(group.memory.workers))
+        group = _surveyed(group, reader, workers, device, on_bytes)
         tiles = _Tiles(group, reader, device, on_bytes)
         steps, watches = [view.step for view in group.views], [_watch(view, tiles) for view in group.views]
         engine = DirectEngine(workers, device.torch, tiles.height)
@@ -157,6 +161,33 @@ def _worked(
                 each.watch.between()
         tiles.rewrite([each.work for each in opened])
         return opened
+
+
+def _to_survey(group: ViewGroup) -> Mapping[str, Rewrite]:
+    """By target, a step whose encoder has a scale for all of the weight that is not known yet."""
+    return {
+        view.target: view.step
+        for view in group.views
+        if isinstance(view.step.encoder, Surveyed) and not view.step.encoder.is_known
+    }
+
+
+def _surveyed(
+    group: ViewGroup, reader: TensorReader, workers: Workers | Inline, device: Device, on_bytes: OnBytes
+) -> ViewGroup:
+    """The group with encoders that know the scale of this weight alone, whatever partners it has in an output."""
+    greatest = {
+        target: greatest_magnitude(step, reader, workers, device, group.memory, on_bytes)
+        for target, step in _to_survey(group).items()
+    }
+
+    def known(view: View) -> View:
+        encoder = view.step.encoder
+        if not isinstance(encoder, Surveyed) or encoder.is_known:
+            return view
+        return replace(view, step=replace(view.step, encoder=encoder.knowing(greatest[view.target])))
+
+    return replace(group, views=tuple(map(known, group.views)))
 
 
 def _watch(view: View, tiles: _Tiles) -> UpdateWatch | CodesWatch:

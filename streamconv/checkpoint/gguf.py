@@ -11,7 +11,6 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from types import MappingProxyType
 
 from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import StoredTensor
-from streamconv.dtypes import BF16, F16, F32, Dtype
+from streamconv.dtypes import BF16, F16, F32, GGML_TYPES, Dtype
 from streamconv.errors import CheckpointError, UnsupportedError
 from streamconv.storage.base import SourceFile
 from streamconv.storage.local import read_start
@@ -37,40 +36,8 @@ _SCALARS: Mapping[int, str] = MappingProxyType(
     {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 )
 _STRING, _ARRAY = 8, 9
-_DTYPES: Mapping[int, Dtype] = MappingProxyType({0: F32, 1: F16, 30: BF16})
-_QUANTIZED: Mapping[int, str] = MappingProxyType(
-    {
-        2: "Q4_0",
-        3: "Q4_1",
-        6: "Q5_0",
-        7: "Q5_1",
-        8: "Q8_0",
-        9: "Q8_1",
-        10: "Q2_K",
-        11: "Q3_K",
-        12: "Q4_K",
-        13: "Q5_K",
-        14: "Q6_K",
-        15: "Q8_K",
-        16: "IQ2_XXS",
-        17: "IQ2_XS",
-        18: "IQ3_XXS",
-        19: "IQ1_S",
-        20: "IQ4_NL",
-        21: "IQ3_S",
-        22: "IQ2_S",
-        23: "IQ4_XS",
-        29: "IQ1_M",
-        34: "TQ1_0",
-        35: "TQ2_0",
-        24: "I8",
-        25: "I16",
-        26: "I32",
-        27: "I64",
-        28: "F64",
-        39: "MXFP4",
-        40: "NVFP4",
-    }
+_DENSE: Mapping[int, Dtype] = MappingProxyType(
+    {number: dtype for number, dtype in GGML_TYPES.items() if dtype in (F32, F16, BF16)}
 )
 
 
@@ -83,13 +50,17 @@ class GgufFile:
     raw: bytes
 
 
-def read_gguf(file: SourceFile, read: Callable[[SourceFile, int], bytes] = read_start) -> GgufFile:
-    """The checked header of `file`. Raises CheckpointError; UnsupportedError for a type that is not handled."""
+def read_gguf(
+    file: SourceFile,
+    read: Callable[[SourceFile, int], bytes] = read_start,
+    types: Mapping[int, Dtype] = _DENSE,
+) -> GgufFile:
+    """The checked header of `file`. Raises CheckpointError; UnsupportedError for a type that is not one of `types`."""
     length = _FIRST_BYTES
     while True:
         raw = read(file, min(length, _MAX_HEADER_BYTES))
         try:
-            return _parse(raw, file)
+            return _parse(raw, file, types)
         except EOFError as error:
             if len(raw) >= file.size:
                 raise CheckpointError(
@@ -102,7 +73,7 @@ def read_gguf(file: SourceFile, read: Callable[[SourceFile, int], bytes] = read_
         length *= 8
 
 
-def _parse(raw: bytes, file: SourceFile) -> GgufFile:
+def _parse(raw: bytes, file: SourceFile, types: Mapping[int, Dtype]) -> GgufFile:
     cursor = _Cursor(raw, file.name)
     if not raw.startswith(MAGIC):
         raise CheckpointError(f"{file.name} must be a GGUF file, found one that begins with {shown(raw[:4])}")
@@ -124,7 +95,7 @@ def _parse(raw: bytes, file: SourceFile) -> GgufFile:
     if not isinstance(alignment, int) or isinstance(alignment, bool) or not 1 <= alignment <= 2**20:
         raise CheckpointError(f"{file.name}: general.alignment must be a size, found {shown(alignment)}")
     start = -(-cursor.place // alignment) * alignment
-    stored = _stored(entries, start, alignment, file)
+    stored = _stored(entries, start, alignment, file, types)
     return GgufFile(MappingProxyType(found), MappingProxyType(stored), raw[: cursor.place])
 
 
@@ -147,17 +118,16 @@ def _entry(cursor: _Cursor) -> _Entry:
     return _Entry(name, sizes[::-1], int(cursor.number("I")), int(cursor.number("Q")))
 
 
-def _stored(entries: list[_Entry], start: int, alignment: int, file: SourceFile) -> dict[str, StoredTensor]:
+def _stored(
+    entries: list[_Entry], start: int, alignment: int, file: SourceFile, types: Mapping[int, Dtype]
+) -> dict[str, StoredTensor]:
     """Tensors of handled types, none beyond the file, none over another."""
     found: dict[str, StoredTensor] = {}
     end = 0
     for entry in sorted(entries, key=lambda entry: entry.offset):
         where = f"{file.name}: tensor {shown(entry.name)}"
-        dtype = _DTYPES.get(entry.type)
-        if dtype is None:
-            kind = _QUANTIZED.get(entry.type, f"type {entry.type}")
-            raise UnsupportedError(f"{where} is stored as {kind}, expected F32, F16 or BF16")
-        nbytes = math.prod(entry.shape) * dtype.itemsize
+        dtype = _dtype(entry, where, types)
+        nbytes = dtype.nbytes(entry.shape)
         if entry.name in found or not entry.name:
             raise CheckpointError(f"{where} stands twice, or has no name")
         if entry.offset % alignment or entry.offset < end or nbytes > _MAX_BYTES:
@@ -169,6 +139,20 @@ def _stored(entries: list[_Entry], start: int, alignment: int, file: SourceFile)
             raise CheckpointError(f"{where} ends beyond the file, which was cut short; download it again")
         found[entry.name] = StoredTensor(entry.name, dtype, entry.shape, file, start + entry.offset)
     return found
+
+
+def _dtype(entry: _Entry, where: str, types: Mapping[int, Dtype]) -> Dtype:
+    """Type of a tensor. Raises UnsupportedError where it is not handled, CheckpointError for rows in broken blocks."""
+    dtype = types.get(entry.type)
+    if dtype is None:
+        known = GGML_TYPES.get(entry.type)
+        kind = known.code if known is not None else f"type {entry.type}"
+        raise UnsupportedError(f"{where} is stored as {kind}, expected F32, F16 or BF16")
+    if dtype.block > 1 and (not entry.shape or entry.shape[-1] % dtype.block):
+        raise CheckpointError(
+            f"{where} has rows of {entry.shape[-1:] or 'no'} elements, and {dtype} is made of blocks of {dtype.block}"
+        )
+    return dtype
 
 
 class _Cursor:

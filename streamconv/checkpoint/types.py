@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +11,8 @@ from streamconv.errors import CheckpointError
 from streamconv.storage.base import SourceFile
 
 Shape = tuple[int, ...]
+PADDING = ""
+"""Name of zeros that lie between tensors, which no tensor has."""
 MAX_NAME = 500
 """Characters that the name of a tensor may have."""
 
@@ -26,7 +27,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.dtype.nbytes(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.dtype.nbytes(self.shape)
 
     @property
     def spec(self) -> TensorSpec:

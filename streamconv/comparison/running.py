@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from streamconv.adapters.config import CONFIG_NAME
+from streamconv.checkpoint.container import CONFIG
 from streamconv.checkpoint.writer import free_bytes
 from streamconv.comparison.bootstrap import mean, perplexity_difference
 from streamconv.comparison.files import write_files
@@ -45,7 +46,6 @@ from streamconv.errors import OptionError, ResourceError, Stopped, StreamconvErr
 from streamconv.evaluation import EvaluationOptions
 from streamconv.evaluation.scoring import run_evaluation
 from streamconv.output.journal import is_owned
-from streamconv.output.publish import CONFIG
 from streamconv.pipeline import Job, Prepared, fetch, prepare, run
 from streamconv.pipeline.calibrating import hash_text
 from streamconv.pipeline.place import is_finished

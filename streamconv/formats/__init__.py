@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
+from streamconv.checkpoint.container import SAFETENSORS, Container, Gguf
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.dtypes import BF16, F16, F32
 from streamconv.errors import CheckpointError, OptionError
@@ -16,6 +17,7 @@ from streamconv.formats.bnb_int8 import Int8Format
 from streamconv.formats.dense import DenseFormat, dense_weight
 from streamconv.formats.foreign import is_read_by, quantization_of, refuse_foreign
 from streamconv.formats.fp8 import Fp8BlockFormat, Fp8Format, written_form
+from streamconv.formats.gguf import PREFIX, GgufFormat
 from streamconv.formats.gpt_oss import GptOssReader
 from streamconv.formats.gptq import GptqFormat
 from streamconv.formats.int_quantized import Int8RowsFormat
@@ -23,7 +25,16 @@ from streamconv.formats.mlx import MlxFormat
 from streamconv.formats.pack_quantized import PackQuantizedFormat
 from streamconv.kernels.grids import FP4, INT4, INT8_GROUPS, NF4
 
-__all__ = ["FORMATS", "dense_weight", "family_of", "find_weights", "format_of", "stored_as", "with_groups"]
+__all__ = [
+    "FORMATS",
+    "container_of",
+    "dense_weight",
+    "family_of",
+    "find_weights",
+    "format_of",
+    "stored_as",
+    "with_groups",
+]
 
 
 def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
@@ -74,6 +85,13 @@ def stored_as(storage_format: Format) -> str:
 def family_of(name: str) -> Format | None:
     """The format of which a Weight's `format` says in words how it differs; None where it is only read."""
     return format_of(name) or FORMATS.get(group_of(name.partition(",")[0])[0])
+
+
+def container_of(quant: Format | None) -> Container:
+    """Container of an output in a format; None stands for dense weights."""
+    if quant is not None and quant.name.startswith(PREFIX):
+        return Gguf(quant.name.removeprefix(PREFIX).upper())
+    return SAFETENSORS
 
 
 def with_groups(storage_format: Format, size: int | None) -> Format:
@@ -149,5 +167,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "nvfp4a16": fp4.NVFP4A16,
         "mxfp4a16": fp4.MXFP4A16,
         "mxfp4": fp4.MXFP4,
+        "gguf:f16": GgufFormat(F16),
+        "gguf:bf16": GgufFormat(BF16),
     }
 )

@@ -87,7 +87,7 @@ class TableGrid:
     `reach` is where the scale of nearest rounding puts a block's greatest magnitude: at 1, an end of the grid, or
     beyond an end that is nearer to 0 than the other one. `is_float`: the codes are the bits of a float, and are treated
     as such: a number exactly between two values gets the even code; and an update of 0 leaves -0 what it is.
-    `scale_ratios`: of scales that files can hold, few enough that a search has to try these beside the best one.
+    `scale_ratios`: to the scale of nearest rounding, of those that a search tries once more as a file can hold them.
     """
 
     name: str

@@ -56,7 +56,7 @@ def model_card(
         tags += ["4-bit" if quant.bits_per_weight < 8 else "8-bit", quant.library]
     data = ModelCardData(
         base_model=base_models or None,
-        library_name="transformers",
+        library_name="transformers" if plan.container.has_config else "gguf",
         tags=tags,
         base_model_relation=("quantized" if plan.quant else "finetune") if base_models else None,
         **_inherited(base.storage),
@@ -182,7 +182,10 @@ def _changes(plan: Plan) -> str:
 
 
 def _snippet(plan: Plan, config: Mapping[str, Any], has_tokenizer: bool) -> Iterator[str]:
-    """Lines that load the output with transformers, run in its folder."""
+    """Lines that load the output with transformers, or llama.cpp where that opens it, run in its folder."""
+    if not plan.container.has_config:
+        yield from ("With llama.cpp, in this folder:", "", "```", f"llama-cli -m {plan.completes}", "```")
+        return
     loader = _loader(config) if plan.head is None else _class_name(plan.head.architecture)
     names = [loader, *(["AutoTokenizer"] if has_tokenizer else [])]
     trust = ", trust_remote_code=True" if config.get("auto_map") else ""

@@ -10,10 +10,10 @@ from itertools import chain
 from types import MappingProxyType
 from typing import Any, NoReturn
 
+from streamconv.checkpoint.container import CONFIG, GGUF_SUFFIX
 from streamconv.checkpoint.strict_json import shown
 from streamconv.errors import CheckpointError, InputError, UnsupportedError, VerificationError
 from streamconv.output.manifest import MANIFEST_VERSION, SEAL, SIDECARS, is_sealed, is_sha256
-from streamconv.output.publish import CONFIG
 from streamconv.output.published import JSON_OBJECT, TEXT, is_bloated, may_be_edited
 from streamconv.storage.base import Storage
 from streamconv.storage.local import is_inside
@@ -93,7 +93,7 @@ def parse_manifest(raw: bytes, where: str) -> Listing:
     names = [*shards, *files, *sidecars]
     if len(names) > len(set(names)):
         _damaged(where, "a file is listed twice")
-    if CONFIG not in files and not is_first:
+    if CONFIG not in files and not is_first and not all(name.endswith(GGUF_SUFFIX) for name in shards):
         _damaged(where, f"{CONFIG} is not listed")
     beside = {**files, **sidecars}
     editable = {name: entry for name, entry in beside.items() if may_be_edited(name) and not is_first}

@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from streamconv.checkpoint.container import CONFIG, is_gguf_output
 from streamconv.checkpoint.own_files import read_error
 from streamconv.checkpoint.writer import free_bytes
 from streamconv.errors import OutputError, ResourceError
 from streamconv.formats import FORMATS
 from streamconv.output.journal import WORK_FOLDER, Journal
-from streamconv.output.publish import CONFIG
+from streamconv.output.manifest import MANIFEST
 from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.sizes import format_size
 from streamconv.storage.local import list_folder
@@ -20,7 +21,16 @@ from streamconv.system_errors import lacking
 SPARE_DISK_BYTES = 64 * 2**20
 """Index, tokenizer, journal, and what the file system adds."""
 
-OUTPUT_FOLDERS = ("none", *FORMATS)
+
+def folder_of(quant: str) -> str:
+    """Name of the folder in an output that is for a further one in this format."""
+    return quant.replace(":", "-")
+
+
+FURTHER_FORMATS = ("none", *FORMATS)
+"""Formats that a further output can have."""
+
+OUTPUT_FOLDERS = tuple(map(folder_of, FURTHER_FORMATS))
 """Names of the folders in an output that are for further ones, each a model of its own."""
 
 
@@ -58,11 +68,13 @@ def check_place(out: Path, inputs: Mapping[str, Path], overwrite: bool, publishi
         for entry in list_folder(out)
         if entry.name != WORK_FOLDER and not _is_further_output(entry)
     ]
-    weights = [name for name in others if name.endswith(".safetensors")]
-    if overwrite and weights and CONFIG not in others:
+    weights = [name for name in others if name.endswith(".safetensors")] if CONFIG not in others else []
+    missing = CONFIG if weights else MANIFEST
+    weights += [name for name in others if is_gguf_output(name)] if MANIFEST not in others else []
+    if overwrite and weights:
         # Old weights go when the new ones come; a collection of other things must not.
         raise OutputError(
-            f"{out} holds {weights[0]} but no {CONFIG}, so it is no model that --overwrite could replace; choose "
+            f"{out} holds {weights[0]} but no {missing}, so it is no model that --overwrite could replace; choose "
             "another --out, or delete that if it is what an interrupted run has left"
         )
     if others and not overwrite:

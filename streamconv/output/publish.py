@@ -1,4 +1,4 @@
-"""Publishing: a finished output under its final names, config.json last.
+"""Publishing: a finished output under its final names, last what completes it: config.json, or the first GGUF file.
 
 Small files are written in the work folder and renamed into place like shards, and what makes way is renamed into it
 before it is deleted. So once that folder is gone a run can put nothing in place and take nothing away, however late it
@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from streamconv.checkpoint.container import CONFIG, is_gguf_output
 from streamconv.checkpoint.own_files import (
     FileIdentity,
     check_kind,
@@ -42,8 +43,7 @@ from streamconv.planning.plan import Plan
 from streamconv.storage.base import SourceFile
 from streamconv.storage.local import FOLDER, LINK, close_quietly, list_folder, open_file, reading
 
-INDEX, CONFIG = "model.safetensors.index.json", "config.json"
-"""Files that make a folder of shards a model."""
+INDEX = "model.safetensors.index.json"
 
 _COPY_BYTES = 4 * 2**20
 
@@ -58,16 +58,19 @@ def publish_output(
 ) -> None:
     """Put the finished output under its final names; can be repeated after an interruption.
 
-    `generated` are small files by name: written in the order given, index and config after all shards. `residual` is
+    `generated` are small files by name: written in the order given, index and config after all shards, but before a
+    shard that completes the output. `residual` is
     where the tensors of a residual adapter wait. Raises OutputError where another run has taken over, or what was
-    finished is not there any more: no config.json is in place then.
+    finished is not there any more: what would complete it is not in place then.
     """
     _check_waiting(out, plan, journal)
     journal.publish()
     names = {shard.name for shard in plan.shards} | set(generated) | {file.name for file in copied}
     names |= {RESIDUAL_TENSORS} if residual else set()
     # What makes a folder a model goes first, so that old and new are never taken for one model.
-    for stale in (CONFIG, INDEX, *_of_old_model(out, names)):
+    last = [shard for shard in plan.shards if shard.name == plan.completes]
+    waiting = [shard.name for shard in last if kind_at(journal.finished(shard.name)) is not None]
+    for stale in (CONFIG, INDEX, *waiting, *_of_old_model(out, names)):
         set_aside(journal, out / stale)
     _settle_folder(out / CHAT_TEMPLATES, any(name.startswith(f"{CHAT_TEMPLATES}/") for name in names))
     _settle_folder(out / RESIDUAL, residual is not None)
@@ -75,7 +78,8 @@ def publish_output(
     placed = journal.placed
     placed.clear()
     for shard in plan.shards:
-        placed[out / shard.name] = _put_shard(out, journal, shard.name)
+        if shard not in last:
+            placed[out / shard.name] = _put_shard(out, journal, shard.name)
     if residual is not None:
         put_file(journal, residual, out / RESIDUAL_TENSORS)
         if identity := identify(out / RESIDUAL_TENSORS, lambda _: None):
@@ -86,11 +90,14 @@ def publish_output(
         if name == CONFIG:
             check_placed(journal)
         placed[out / name] = put_content(journal, content, out / name)
+    for shard in last:
+        check_placed(journal)
+        placed[out / shard.name] = _put_shard(out, journal, shard.name)
     journal.check_owner()
     try:
         check_placed(journal)
     except OutputError:
-        set_aside(journal, out / CONFIG)
+        set_aside(journal, out / plan.completes)
         raise
 
 
@@ -221,4 +228,8 @@ def is_of_model(name: str) -> bool:
     """Whether a loader takes a file of this name, wherever it finds it beside others, for a part of their model."""
     if name.startswith(f"{RESIDUAL}/"):
         return name in (RESIDUAL_CONFIG, RESIDUAL_TENSORS)
-    return name.endswith((".safetensors", ".safetensors.index.json")) or is_read_by_loaders(name)
+    return (
+        name.endswith((".safetensors", ".safetensors.index.json"))
+        or is_gguf_output(name)
+        or is_read_by_loaders(name)
+    )

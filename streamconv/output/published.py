@@ -151,8 +151,10 @@ def _is_taken(name: str, ours: Collection[str]) -> bool:
 
     transformers (5.x, `_get_resolved_checkpoint_files`, `find_adapter_config_file`) takes `model.safetensors` before
     an index, and an adapter that lies beside. mlx-lm reads every `model*.safetensors`; vLLM, where there is no index,
-    every `*.safetensors`.
+    every `*.safetensors`. Whoever opens a GGUF file looks at no other.
     """
+    if not any(each.endswith(".safetensors") for each in ours):
+        return False
     if name in ("adapter_config.json", INDEX):
         return True
     return "/" not in name and _matches(

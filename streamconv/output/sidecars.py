@@ -170,6 +170,12 @@ def _changed(base: Storage, adapter: Storage, name: str) -> list[str]:
     return sorted(field for field in stated if ours[field] != theirs[field])
 
 
+def files_beside_header(base: Storage, extra: Sequence[str]) -> tuple[SourceFile, ...]:
+    """Files that go to an output whose header has tokenizer and settings: licences, and what --copy-extra asks for."""
+    files = files_to_copy(base, TokenizerChoice({}), CustomCode((), False, ()), extra)
+    return tuple(file for file in files if file.name not in SETTINGS or _matches(file.name, extra))
+
+
 def files_to_copy(
     base: Storage, tokenizer: TokenizerChoice, code: CustomCode, extra: Sequence[str]
 ) -> tuple[SourceFile, ...]:

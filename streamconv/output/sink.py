@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from streamconv.checkpoint.own_files import identify, size_of
+from streamconv.checkpoint.own_files import identify, kind_at, size_of
 from streamconv.checkpoint.writer import (
     Mark,
     ShardWriter,
@@ -14,7 +14,7 @@ from streamconv.checkpoint.writer import (
     remove_file,
 )
 from streamconv.output.journal import Journal, Watermark
-from streamconv.output.publish import CONFIG, set_aside
+from streamconv.output.publish import set_aside
 from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.progress import OnBytes
 from streamconv.running.cells import KeptDelta
@@ -117,12 +117,11 @@ def resume_points(
     """
     starts: dict[str, int] = {}
     writers: dict[str, ShardWriter] = {}
+    kept = _finished(out, plan, journal, on_bytes)
     for shard in plan.shards:
+        if shard.name in kept:
+            continue
         if shard.name in journal.progress.finished:
-            if _take_finished(out, shard, journal, on_bytes):
-                continue
-            if journal.is_publishing:
-                set_aside(journal, out / CONFIG)  # without its shard, what is there must be no model
             journal.restart(shard.name)
         mark = journal.progress.watermarks.get(shard.name)
         starts[shard.name] = len(shard.header)
@@ -136,6 +135,18 @@ def resume_points(
             starts[shard.name] = mark.offset
             writers[shard.name] = writer
     return starts, writers
+
+
+def _finished(out: Path, plan: Plan, journal: Journal, on_bytes: OnBytes) -> set[str]:
+    """Names of shards that are still what was journaled."""
+    named = [shard for shard in plan.shards if shard.name in journal.progress.finished]
+    kept = {shard.name for shard in named if _take_finished(out, shard, journal, on_bytes)}
+    if len(kept) < len(named) and journal.is_publishing:
+        # Without its shard, what is there must be no model; a shard that would make it one is made anew.
+        is_in_place = plan.completes in kept and kind_at(journal.finished(plan.completes)) is None
+        set_aside(journal, out / plan.completes)
+        kept -= {plan.completes} if is_in_place else set()
+    return kept
 
 
 def _take_finished(out: Path, shard: ShardPlan, journal: Journal, on_bytes: OnBytes) -> bool:

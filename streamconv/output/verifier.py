@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint.index import read_index
+from streamconv.checkpoint.container import stored_files
 from streamconv.checkpoint.strict_json import some
 from streamconv.errors import CheckpointError, InputError, StreamconvError, VerificationError
 from streamconv.output.listing import Entry, Listing, read_listing
@@ -76,18 +76,15 @@ def verify_layout(out: Path, plan: Plan) -> None:
 
     Bytes are not reread; they were hashed on their way to the disk.
     """
-    index = read_index(open_folder(str(out)))
+    storage = open_folder(str(out))
     for shard in plan.shards:
         path = out / shard.name
-        found = index.storage.file(shard.name).size
+        found = storage.file(shard.name).size
         if found != shard.size:
             raise VerificationError(
                 f"{path} has {found} bytes, expected {shard.size}; do not use this output"
             )
-    planned = {
-        spec.name: spec for shard in plan.shards for placed in shard.steps for spec in placed.step.specs
-    }
-    stored = {name: tensor.spec for name, tensor in index.tensors.items()}
+    stored, planned = stored_files(storage, [shard.name for shard in plan.shards]).tensors, plan.tensors
     if stored != planned:
         name = min(name for name in {*stored, *planned} if stored.get(name) != planned.get(name))
         raise VerificationError(f"{out}: tensor {name} is not stored as planned; do not use this output")
@@ -102,12 +99,12 @@ def verify_output(storage: Storage, listing: Listing, on_bytes: OnBytes) -> Veri
     where = storage.location
     try:
         total = sum(_check_shard(storage, name, entry, on_bytes) for name, entry in listing.shards.items())
-        index = read_index(storage)
+        stored = stored_files(storage, listing.shards)
     except InputError as error:
         if was_refused(error):  # by the disk, say, whatever the files hold
             raise
         raise VerificationError(f"{error}; do not use this output") from error
-    strange = {shard.file.name for shard in index.shards} ^ set(listing.shards)
+    strange = stored.names ^ set(listing.shards)
     if strange:
         raise VerificationError(
             f"{where}: {min(strange)} is in only one of index and {MANIFEST}; do not use this output"
@@ -123,7 +120,7 @@ def verify_output(storage: Storage, listing: Listing, on_bytes: OnBytes) -> Veri
     beside = _beside(storage, listing)
     return Verified(
         len(listing.shards),
-        len(index.tensors),
+        len(stored.tensors),
         total,
         exact=False,
         edited=tuple(name for name, state in states.items() if state == _CHANGED),

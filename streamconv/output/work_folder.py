@@ -27,6 +27,7 @@ _NOTE = ".folder"
 _TOP = re.compile(
     r"plan\.json|journal\.jsonl|lock|publishing|[\w-]+\.folder"
     r"|(model(-\d+-of-\d+)?|adapter_model|factors-[0-9a-f]{32})(\.safetensors(\.partial)?|\.partial)"
+    r"|model-[A-Z0-9_]+(-\d+-of-\d+)?\.gguf(\.partial)?"
     r"|\..+\.partial"
 )
 _IN_PASS = re.compile(r"[\w.-]+\.(safetensors|partial|json|jsonl|sha256)|[\w-]+")

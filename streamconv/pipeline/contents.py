@@ -10,6 +10,7 @@ from typing import Any
 
 from streamconv.adapters.base import TaskHead
 from streamconv.checkpoint.config import edit_config, language_levels
+from streamconv.checkpoint.container import CONFIG
 from streamconv.dtypes import BF16, DENSE, Dtype
 from streamconv.formats import FORMATS, format_of, with_groups
 from streamconv.formats.base import Json
@@ -17,7 +18,7 @@ from streamconv.formats.mixed import mixed_quantization
 from streamconv.formats.mlx import config_keys
 from streamconv.output.card import model_card
 from streamconv.output.manifest import MANIFEST, KeptShares, manifest
-from streamconv.output.publish import CONFIG, INDEX
+from streamconv.output.publish import INDEX
 from streamconv.output.published import describe, describe_file
 from streamconv.output.recipe import RECIPE, write_recipe
 from streamconv.output.sidecars import QUANTIZATION_COPIES, RESIDUAL_CONFIG, RESIDUAL_TENSORS
@@ -40,7 +41,9 @@ def generated_files(
     """The small files of the output, in the order they appear; `copies` describes the files that are copied."""
     plan, base = prepared.plan, prepared.base
     quantization = _quantization(prepared)
-    loaded = {**prepared.written, RECIPE: _recipe(prepared), CONFIG: _config(prepared, quantization)}
+    loaded = {**prepared.written, RECIPE: _recipe(prepared)}
+    if plan.container.has_config:
+        loaded[CONFIG] = _config(prepared, quantization)
     if plan.quant in QUANTIZATION_COPIES:
         loaded[QUANTIZATION_COPIES[plan.quant]] = _as_json(quantization)
     told = residual.as_json() if residual else None

@@ -13,7 +13,7 @@ from streamconv.adapters.combinations import COMBINATIONS
 from streamconv.adapters.source import MoeLayout
 from streamconv.equalization import RESCALINGS
 from streamconv.errors import OptionError
-from streamconv.output.place import OUTPUT_FOLDERS
+from streamconv.output.place import FURTHER_FORMATS
 from streamconv.pipeline.named_base import find_base
 from streamconv.planning.assignment import read_rules
 from streamconv.planning.choices import check_text
@@ -190,8 +190,8 @@ def _further(formats: Iterable[str]) -> tuple[str, ...]:
     """Formats of further outputs, each given once and a name that its folder can have."""
     found: list[str] = []
     for name in map(str.lower, formats):
-        if name not in OUTPUT_FOLDERS:
-            raise OptionError(f"--also {name} is not known; use one of {', '.join(OUTPUT_FOLDERS)}")
+        if name not in FURTHER_FORMATS:
+            raise OptionError(f"--also {name} is not known; use one of {', '.join(FURTHER_FORMATS)}")
         if name in found:
             raise OptionError(f"--also {name} stands twice; leave one of them out")
         found.append(name)

@@ -12,16 +12,21 @@ from streamconv.adapters.base import Adapter
 from streamconv.adapters.dialects import read_config
 from streamconv.adapters.embeddings import find_embedding
 from streamconv.calibration.subject import Subject
+from streamconv.checkpoint.container import CONFIG
 from streamconv.checkpoint.index import read_index
 from streamconv.errors import InputError
 from streamconv.formats import find_weights
+from streamconv.gguf.names import EMBEDDING
+from streamconv.output.gguf_tokenizer import gguf_tokenizer
 from streamconv.output.manifest import MANIFEST
-from streamconv.output.publish import CONFIG, INDEX
+from streamconv.output.place import folder_of
+from streamconv.output.publish import INDEX
 from streamconv.output.recipe import RECIPE
 from streamconv.output.sidecars import (
     QUANTIZATION_COPIES,
     RESIDUAL_CONFIG,
     custom_code,
+    files_beside_header,
     files_to_copy,
     notes_on_processors,
 )
@@ -35,6 +40,7 @@ from streamconv.planning.base import Base, read_base
 from streamconv.planning.calibration import CalibrationFacts
 from streamconv.planning.choices import options_alone
 from streamconv.planning.devices import resolve_device
+from streamconv.planning.gguf import with_tokenizer
 from streamconv.planning.options import Job
 from streamconv.planning.plan import Plan
 from streamconv.planning.planner import build_plans, facts_of
@@ -52,7 +58,8 @@ _log = logging.getLogger(__name__)
 class Prepared:
     """A job read and planned: no weight has been read, nothing written.
 
-    `written` are small files like those copied, but made anew; `end_token` is the id of an end token that the base's
+    `written` are small files like those copied, but made anew; `tokenizer_choice` are the tokenizer's, whether the
+    output has them beside its weights or in their header; `end_token` is the id of an end token that the base's
     config does not have. `also` are the further outputs of the same run, each with the job that alone would make it.
     """
 
@@ -62,6 +69,7 @@ class Prepared:
     adapter: Adapter | None
     plan: Plan
     copied: tuple[SourceFile, ...]
+    tokenizer_choice: TokenizerChoice
     written: Mapping[str, bytes] = field(default_factory=dict)
     end_token: int | None = None
     also: tuple[Prepared, ...] = ()
@@ -78,16 +86,18 @@ class Prepared:
 
     def places(self, out: Path) -> tuple[tuple[Prepared, Path], ...]:
         """Every output with its folder, the main one, which goes to `out` itself, first."""
-        return ((self, out), *((other, out / other.job.options.quant) for other in self.also))
+        return ((self, out), *((other, out / folder_of(other.job.options.quant)) for other in self.also))
 
     @property
     def generated(self) -> tuple[str, ...]:
         """Names of the small files the run writes beside the weights, in the order they appear."""
-        index = (INDEX,) if len(self.plan.shards) > 1 else ()
+        has_config = self.plan.container.has_config
+        index = (INDEX,) if len(self.plan.shards) > 1 and has_config else ()
         card = ("README.md",) if self.job.card else ()
         copies = (QUANTIZATION_COPIES[self.plan.quant],) if self.plan.quant in QUANTIZATION_COPIES else ()
         residual = (RESIDUAL_CONFIG,) if self.plan.residual_rank else ()
-        return (*self.written, *residual, *index, *card, RECIPE, MANIFEST, *copies, CONFIG)
+        config = (CONFIG,) if has_config else ()
+        return (*self.written, *residual, *index, *card, RECIPE, MANIFEST, *copies, *config)
 
     @property
     def small_names(self) -> tuple[str, ...]:
@@ -98,24 +108,39 @@ class Prepared:
         """Files that must come from the Hub before the run can read them, by storage: of a base, mostly its shards."""
         base = self.base.index.storage
         storages = (base, *self.adapter_storages)
-        files = [*self.small_files(), *(shard.file for shard in self.base.index.shards)]
+        files = [
+            *self.small_files(),
+            *(file for file in self._beside_tokenizer if file not in self.copied),
+            *(shard.file for shard in self.base.index.shards),
+        ]
         return tuple((storage, missing) for storage in storages if (missing := storage.missing(files)))
 
     @property
     def tokenizer(self) -> FileSet:
         """Files of the result's tokenizer. Raises InputError where there is none."""
         base = self.base.index
-        files = {file.name: Path(file.path) for file in self.copied}
-        if not any(name in _TOKENIZER_FILES for name in (*files, *self.written)):
+        written = self.tokenizer_choice.written
+        sources = self._beside_tokenizer
+        files = {file.name: Path(file.path) for file in sources}
+        if not any(name in _TOKENIZER_FILES for name in (*files, *written)):
             raise InputError(
                 f"{base.storage.location} has no tokenizer beside its weights "
                 f"({', '.join(_TOKENIZER_FILES)}); put its files there"
             )
         home = Path(base.storage.file(CONFIG).path).parent
-        if not self.written and all(files[name].parent == home for name in _TOKENIZER_FILES if name in files):
-            return FileSet(files, folder=home, sources=self.copied)
+        if not written and all(files[name].parent == home for name in _TOKENIZER_FILES if name in files):
+            return FileSet(files, folder=home, sources=sources)
         config = json.dumps(dict(base.config)).encode()
-        return FileSet(files, {CONFIG: config, **self.written}, sources=self.copied)
+        return FileSet(files, {CONFIG: config, **written}, sources=sources)
+
+    @property
+    def _beside_tokenizer(self) -> tuple[SourceFile, ...]:
+        """Files that are copied, with the tokenizer's where the output has those in its header."""
+        if self.plan.container.has_config:
+            return self.copied
+        choice = self.tokenizer_choice
+        files = [place.file(name) for name, place in choice.files.items() if name not in choice.written]
+        return (*self.copied, *files)
 
     @property
     def subject(self) -> Subject:
@@ -156,20 +181,27 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     notes = (*_base_notes(job, base, adapter_storages), *tokenizer.notes, *processors)
     code = custom_code(storage, index.config)
     copied = files_to_copy(storage, tokenizer, code, job.copy_extra)
-    notes = (*notes, *code.notes(copied))
-    main, *also = (
-        Prepared(
+
+    def prepared(plan: Plan) -> Prepared:
+        files, written, of_code = copied, tokenizer.written, code.notes(copied)
+        if not plan.container.has_config:
+            rows = plan.tensors[EMBEDDING].shape[0]
+            pairs = gguf_tokenizer(tokenizer, storage.location, index.config, rows)
+            plan = with_tokenizer(plan, pairs, job.tokenizer)
+            files, written, of_code = files_beside_header(storage, job.copy_extra), {}, ()
+        return Prepared(
             replace(job, options=plan.options, also=()),
             base,
             adapter_storages,
             adapter,
-            replace(plan, notes=(*plan.notes, *notes)),
-            copied,
-            tokenizer.written,
+            replace(plan, notes=(*plan.notes, *notes, *of_code)),
+            files,
+            tokenizer,
+            written,
             tokenizer.end_token,
         )
-        for plan in plans
-    )
+
+    main, *also = map(prepared, plans)
     if is_recorded:
         return main
     return replace(_with_passes(main), also=tuple(map(_with_passes, also)))
@@ -178,15 +210,19 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
 def _tokenizer(job: Job, base: Base, adapter: Storage | None, plan: Plan) -> TokenizerChoice:
     """The output's tokenizer, and what of the base's settings follows from it."""
     storage = base.index.storage
-    embedding = find_embedding(base.weights)
-    rows = base.weights[embedding].shape[0] if embedding else None
-    if plan.vocab_size is not None:
-        rows = plan.vocab_size[1]
-    chosen = choose_tokenizer(job.tokenizer, storage, adapter, plan.vocab_size is not None, rows)
+    chosen = choose_tokenizer(job.tokenizer, storage, adapter, plan.vocab_size is not None, _rows(base, plan))
     _log.info(
         "tokenizer files: %s", ", ".join(f"{name} of {at.location}" for name, at in chosen.files.items())
     )
     return follow_end_token(chosen, storage, base.index.config)
+
+
+def _rows(base: Base, plan: Plan) -> int | None:
+    """Rows of the output's embedding; None where it is not known."""
+    if plan.vocab_size is not None:
+        return plan.vocab_size[1]
+    embedding = find_embedding(base.weights)
+    return base.weights[embedding].shape[0] if embedding else None
 
 
 def _base_notes(job: Job, base: Base, adapters: Sequence[Storage]) -> tuple[str, ...]:

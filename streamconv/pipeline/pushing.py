@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from streamconv.checkpoint.container import GGUF_SUFFIX, is_gguf_output
 from streamconv.errors import InputError
 from streamconv.output.manifest import MANIFEST, SIDECARS
 from streamconv.output.publish import is_of_model
@@ -97,7 +98,7 @@ def _names_to_push(folder: Path, listed: Collection[str]) -> list[str]:
     names += [name for name in storage.names(RESIDUAL) if name in listed]
     names += [name for name in storage.names(CHAT_TEMPLATES) if not name.rpartition("/")[2].startswith(".")]
     for name in names:
-        if name.endswith(".safetensors") and name not in listed:
+        if (name.endswith(".safetensors") or is_gguf_output(name)) and name not in listed:
             raise InputError(f"{folder / name} is not of this output; move it elsewhere before you push")
     return sorted(names)
 
@@ -122,7 +123,7 @@ def _local_file(name: str, file: HeldFile, listed: Mapping[str, str]) -> LocalFi
 
 def _sha256(name: str, file: HeldFile, listed: Mapping[str, str]) -> str:
     """SHA-256 of a file: of weights, as they were verified; of others, which people may edit, as they are."""
-    if name.endswith(".safetensors") and name in listed:
+    if name.endswith((".safetensors", GGUF_SUFFIX)) and name in listed:
         return listed[name]
     with (
         reading(str(file.real)),

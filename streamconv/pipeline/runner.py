@@ -17,7 +17,7 @@ from streamconv.output.journal import Journal, remove_leftovers
 from streamconv.output.listing import read_listing
 from streamconv.output.manifest import MANIFEST, KeptShares, Notes, Report, kept_delta
 from streamconv.output.place import check_disk
-from streamconv.output.publish import CONFIG, check_placed, publish_output, set_aside
+from streamconv.output.publish import check_placed, publish_output, set_aside
 from streamconv.output.sink import ShardSink, resume_points
 from streamconv.output.verifier import read_manifest, verify_layout, verify_output
 from streamconv.pipeline.contents import check_contents, described_copies, generated_files
@@ -231,7 +231,7 @@ def _verify_placed(work: _Work) -> None:
     try:
         verify_layout(work.out, work.plan)
     except (InputError, VerificationError, OSError) as error:
-        set_aside(work.journal, work.out / CONFIG)
+        set_aside(work.journal, work.out / work.plan.completes)
         if was_refused(error):
             raise _unreadable(error) from error
         raise VerificationError(

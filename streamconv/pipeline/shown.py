@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, assert_never
 
+from streamconv.checkpoint.types import PADDING
 from streamconv.equalization.pairs import Equalization
 from streamconv.escapes import one_line
 from streamconv.formats.base import Constant
 from streamconv.kernels import TORCH
+from streamconv.output.place import folder_of
 from streamconv.output.sidecars import RESIDUAL
 from streamconv.pipeline.preparation import Prepared
 from streamconv.planning.plan import Copy, Plan, Rewrite, ShardPlan, Step, cell_rows, tile_rows
@@ -139,6 +141,7 @@ def _shard(plan: Plan, shard: ShardPlan) -> dict[str, Any]:
             }
             for placed in shard.steps
             for spec in placed.step.specs
+            if spec.name != PADDING
         ],
     }
 
@@ -226,7 +229,7 @@ def _further(prepared: Prepared) -> list[tuple[str, str]]:
     plan = prepared.plan
     rounding = f"; rounding {plan.rounding.name}: {plan.rounding.reason}" if plan.rounding else ""
     return [
-        ("also", f"{prepared.job.options.quant}/: {_stored(plan)}{rounding}"),
+        ("also", f"{folder_of(prepared.job.options.quant)}/: {_stored(plan)}{rounding}"),
         *_calibration_lines(plan),
         ("", _shards(plan.shards)),
         ("", _small_files(prepared)),

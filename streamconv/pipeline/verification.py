@@ -322,6 +322,8 @@ def _job_of(fingerprint: Mapping[str, Any], given: _Given) -> Job:
         adapter_revision=given.adapter_revision,
         adapter_subfolder=given.adapter_subfolder,
         more_adapters=adapters[1:],
+        # Recorded where it is part of the weights' file.
+        tokenizer=str(fingerprint.get("tokenizer", "auto")),
     )
 
 

@@ -67,10 +67,11 @@ def choose(facts: Facts, options: MergeOptions) -> Choices:
     quant, dtype, mixture = _resolve_formats(facts, options)
     merge_base, target = _resolve_target(facts, options)
     quants = [] if quant is None else [quant, *mixture.formats]
-    _check_calibration(options, quants)
-    if not quants:
-        return Choices(None, dtype, merge_base, target, None, None, None, None, mixture)
-    rest, rest_choice = _without_text(facts, _sources(facts, merge_base), quants)
+    rounded = [each for each in quants if each.grid is not None]
+    _check_calibration(options, rounded)
+    if not rounded:
+        return Choices(quant, dtype, merge_base, target, None, None, None, None, mixture)
+    rest, rest_choice = _without_text(facts, _sources(facts, merge_base), rounded)
     rounding, choice = _resolve_rounding(options, rest, rest_choice)
     if options.calibration is None:
         return Choices(quant, dtype, merge_base, target, rounding, rounding, choice, None, mixture)
@@ -119,7 +120,7 @@ def options_alone(facts: Facts, options: MergeOptions, quants: Sequence[str]) ->
     each = [replace(options, quant=quant) for quant in quants]
     if options.quant_for and len(each) > 1:
         each = _with_own_rules(facts, each)
-    formats = [_resolve_formats(facts, replace(alone, group_size=None))[0] for alone in each]
+    formats = [_rounded(_resolve_formats(facts, replace(alone, group_size=None))[0]) for alone in each]
     if not any(formats):
         return each
     has_groups = [isinstance(quant, Grouped) for quant in formats]
@@ -157,6 +158,11 @@ def _takes(quant: Format | None, rule: FormatRule, *, is_main: bool) -> bool:
     return (
         rule.format is None or is_dense(rule) or quant.name == rule.format.name or can_mix(quant, rule.format)
     )
+
+
+def _rounded(quant: Format | None) -> Format | None:
+    """The format, if there are codes to choose in it."""
+    return quant if quant is not None and quant.grid is not None else None
 
 
 def _which_calibrated(options: MergeOptions, formats: Sequence[Format | None]) -> int | None:

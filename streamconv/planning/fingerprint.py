@@ -54,8 +54,13 @@ def fingerprint(
         "options": {**options.as_json(), "rounding": rounding.name if rounding else None},
         "calibration": calibration.as_json() if calibration else None,
         # Headers hold every output tensor's name, type, shape and place.
-        "output": {shard.name: hashlib.sha256(shard.header).hexdigest() for shard in shards},
+        "output": digests(shards),
     }
+
+
+def digests(shards: Sequence[ShardPlan]) -> dict[str, str]:
+    """SHA-256 of the header of each file."""
+    return {shard.name: hashlib.sha256(shard.header).hexdigest() for shard in shards}
 
 
 def _commits(adapter: Adapter) -> str | list[str | None] | None:

@@ -181,8 +181,13 @@ def _form_bytes(outputs: Sequence[Sequence[Rewrite]], device: Device) -> int:
         # Memory that a GPU copies to is allocated in powers of two.
         return nbytes if device.is_cpu or not nbytes else 1 << (nbytes - 1).bit_length()
 
+    def written_size(step: Rewrite) -> int:
+        # A file may have some lines only of what is held.
+        held = step.encoder.row_offset(step.rows) if step.encoder.order is not None else 0
+        return max(size(step.encoder.order), held)
+
     read = max((size(step.weight.decoder.order) for steps in outputs for step in steps), default=0)
-    written = (max((size(step.encoder.order) for step in steps), default=0) for steps in outputs)
+    written = (max(map(written_size, steps), default=0) for steps in outputs)
     return read + sum(written)
 
 

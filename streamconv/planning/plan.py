@@ -14,8 +14,9 @@ from itertools import accumulate
 from typing import Any
 
 from streamconv.adapters.base import Member, TaskHead, Update, UpdateAccess
+from streamconv.checkpoint.container import SAFETENSORS, Container, joined
 from streamconv.checkpoint.layout import ShardLayout
-from streamconv.checkpoint.types import StoredTensor, TensorSpec
+from streamconv.checkpoint.types import PADDING, StoredTensor, TensorSpec
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.equalization.pairs import Equalization
 from streamconv.formats.base import CELL_ROWS, Constant, Encoder, Weight, matrix_shape
@@ -53,14 +54,17 @@ class Access(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One stored tensor, byte for byte, under `name`."""
+    """One stored tensor, byte for byte, under `name`; `spec`: as the output calls and shapes it, where it has another
+    way.
+    """
 
     name: str
     tensor: StoredTensor
+    spec: TensorSpec | None = None
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec(self.name, self.tensor.dtype, self.tensor.shape),)
+        return (self.spec or TensorSpec(self.name, self.tensor.dtype, self.tensor.shape),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +264,7 @@ class Plan:
     `memory` is what its own pass needs; `passes` are those before it, in their order, none before a job is prepared.
     `calibration` tells of the text that some of these go by, None where there is none. `depth` is None where the output
     has the layers of the base. `notes` are sentences on what a merge leaves out, replaces or chooses, for people.
-    `members` are the adapters where there are several, or one that is weighed.
+    `members` are the adapters where there are several, or one that is weighed. `container` is what the shards are.
     """
 
     options: MergeOptions
@@ -289,6 +293,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     members: tuple[Member, ...] = ()
     head: TaskHead | None = None
+    container: Container = SAFETENSORS
 
     @property
     def size(self) -> int:
@@ -301,6 +306,20 @@ class Plan:
             return "; ".join(f"{len(names)} in {name}" for name, names in self.formats.items())
         groups = f" in groups of {self.group_size}" if self.group_size else ""
         return f"{self.quant or self.dtype or 'dtype of the base'}{groups}"
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """Tensors of the output by name; parts of one name are one."""
+        parts: dict[str, list[TensorSpec]] = {}
+        for spec in (spec for shard in self.shards for placed in shard.steps for spec in placed.step.specs):
+            if spec.name != PADDING:
+                parts.setdefault(spec.name, []).append(spec)
+        return {name: joined(specs) for name, specs in parts.items()}
+
+    @property
+    def completes(self) -> str:
+        """File that makes the output's folder a model."""
+        return self.container.completes(len(self.shards))
 
     @property
     def kernels(self) -> str | None:

@@ -9,19 +9,22 @@ from types import MappingProxyType
 
 from streamconv.adapters.base import Adapter, Replace, Update
 from streamconv.adapters.embeddings import HEADS, find_embedding
-from streamconv.checkpoint.layout import lay_out
+from streamconv.checkpoint.container import Container, Gguf
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import AdapterError, OptionError
-from streamconv.formats import dense_weight, stored_as
+from streamconv.formats import container_of, dense_weight, stored_as
 from streamconv.formats.base import Grouped, Weight
 from streamconv.formats.linear import module_of
 from streamconv.formats.mixed import weights_by_format
+from streamconv.gguf.pieces import GgufPiece
 from streamconv.planning.base import Base
 from streamconv.planning.calibration import CalibrationFacts, plan_calibration, plan_equalization
 from streamconv.planning.choices import Choices, Facts, choose
 from streamconv.planning.devices import Device
 from streamconv.planning.experts import notes_on_experts
 from streamconv.planning.fingerprint import fingerprint
+from streamconv.planning.gguf import by_tensor, is_gguf, plan_model, zeros
+from streamconv.planning.gguf_pieces import taken_apart
 from streamconv.planning.keeping import kept_encoders
 from streamconv.planning.memory import plan_memory
 from streamconv.planning.options import MergeOptions
@@ -46,6 +49,8 @@ class _Draft:
     shards: tuple[ShardPlan, ...]
     vocab_size: tuple[int, int] | None
     names: tuple[str, ...]
+    container: Container
+    notes: tuple[str, ...] = ()
 
 
 def build_plan(
@@ -108,21 +113,36 @@ def _draft(
         )
     options = with_group_size(base, weights, replaces, options)
     choices = choose(facts_of(base, adapter), options)
+    pieces: Mapping[str, GgufPiece] = {}
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    in_output: Mapping[str, Weight] = weights
+    if is_gguf(choices.quant):
+        apart = taken_apart(weights, updates, base.index.config.get("model_type"))
+        in_output, updates, pieces, shapes = apart.weights, dict(apart.updates), apart.pieces, apart.shapes
+    model = plan_model(base, shapes, choices)
     kept = kept_encoders(base, weights, options)
-    chosen = choose_quantized(base, weights, replaces, choices, options, kept)
+    chosen = choose_quantized(base, weights, replaces, choices, options, kept, model)
     within = facts.weights if facts is not None and choices.feedback is not None else frozenset()
     equalization = plan_equalization(base, weights, chosen, options, facts)
     if equalization is not None:
         equalizers = equalization.equalizers({name: weight.shape for name, weight in weights.items()})
-    by_weight = plan_steps(base, weights, updates, chosen, choices, within, equalizers)
+    by_weight = plan_steps(base, in_output, updates, chosen, choices, within, equalizers, model, pieces)
     calibration = None
     if options.calibration is not None and choices.quant is not None:
         assert facts is not None
         calibration = plan_calibration(by_weight, options, choices.feedback, equalization, facts)
     of_head = adapter.head.parameters if adapter is not None and adapter.head is not None else ()
-    shards = as_stored_shards(base.index, lay_out(split_steps(base, by_weight, choices, options)))
     vocabulary = _new_vocabulary(base, weights, of_head)
-    return _Draft(options, choices, calibration, chosen, shards, vocabulary, tuple(weights))
+    container = container_of(choices.quant)
+    if model is not None:
+        by_weight = by_tensor(by_weight, model)
+    if model is not None and isinstance(container, Gguf):
+        container = container.with_pairs(model.pairs)
+    shards = container.lay_out(split_steps(base, by_weight, choices, options), zeros)
+    if model is None:
+        shards = as_stored_shards(base.index, shards)
+    notes = model.notes if model else ()
+    return _Draft(options, choices, calibration, chosen, shards, vocabulary, tuple(weights), container, notes)
 
 
 def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, memory: Memory) -> Plan:
@@ -157,8 +177,10 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
             *notes_on_factors(base.index),
             *notes_on_experts(choices.quant, base.index.config, draft.names, draft.quantized.weights),
             *(adapter.notes if adapter else ()),
+            *draft.notes,
         ),
         members=adapter.members if adapter else (),
+        container=draft.container,
     )
 
 

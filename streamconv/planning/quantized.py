@@ -14,6 +14,7 @@ from streamconv.formats import FORMATS, with_groups
 from streamconv.formats.base import Encoder, Format, Grouped, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, Selection, matches, module_of, select
 from streamconv.formats.mixed import check_partners, mixed_quantization
+from streamconv.gguf.model import GgufModel
 from streamconv.planning.assignment import FormatRule, ModuleFormats, is_dense, read_rules, rule_for
 from streamconv.planning.base import Base
 from streamconv.planning.choices import KEEP, Choices
@@ -46,13 +47,17 @@ def choose_quantized(
     choices: Choices,
     options: MergeOptions,
     kept: Mapping[str, Encoder],
+    model: GgufModel | None = None,
 ) -> QuantizedSet:
     """Weights the output stores quantized, and the linear modules it leaves in 16 bit: one decision.
 
-    `kept` are those that stay as they are stored; where there are any, they are all.
+    `kept` are those that stay as they are stored; where there are any, they are all. `model` has the places of a GGUF
+    file, where every matrix is in the type asked for.
     """
     _check_patterns("--ignore", options.ignore, weights)
     _check_patterns("--quant-for", [rule.pattern for rule in choices.mixture.rules], weights)
+    if model is not None and choices.quant is not None:
+        return _of_gguf(model, choices.quant)
     if choices.quant is None:
         return QuantizedSet({}, (), ())
     if kept:
@@ -148,6 +153,13 @@ def _check_rules(
             "quantize (an output head tied to the embedding has none), or --ignore or a later --quant-for names them, "
             "too; leave it out"
         )
+
+
+def _of_gguf(model: GgufModel, quant: Format) -> QuantizedSet:
+    matrices = {name: place for name, place in model.places.items() if not place.is_full}
+    fitting = [name for name, place in matrices.items() if quant.fits(place.tensor, place.shape)]
+    unfit = tuple(module_of(name) for name in matrices if name not in {*fitting})
+    return QuantizedSet(dict.fromkeys(fitting, quant), unfit, unfit)
 
 
 def _left_out(

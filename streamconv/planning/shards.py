@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.checkpoint.layout import Placed, split_by_size
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
+from streamconv.planning.gguf import is_gguf
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Copy, ShardPlan, Step
 
@@ -20,6 +22,8 @@ def split_steps(
 ) -> list[list[Step]]:
     """Steps by shard: the base's own shards where the output stores the same tensors, else filled up to a limit."""
     is_recoded = choices.quant is not None or base.quantized is not None
+    if is_gguf(choices.quant):  # people carry a model as one file, unless they ask for several
+        return split_by_size(by_weight, options.max_shard_bytes or sys.maxsize)
     if options.max_shard_bytes is not None or is_recoded or base.depth is not None:
         return split_by_size(by_weight, options.max_shard_bytes or DEFAULT_SHARD_BYTES)
     shard_of = {name: tensor.file.name for name, tensor in base.index.tensors.items()}
@@ -43,7 +47,7 @@ def as_stored_shards(index: CheckpointIndex, shards: Sequence[ShardPlan]) -> tup
     def as_stored(shard: ShardPlan) -> ShardPlan:
         copies = [placed.step for placed in shard.steps if isinstance(placed.step, Copy)]
         files = {copy.tensor.file for copy in copies}
-        is_renamed = any(copy.name != copy.tensor.name for copy in copies)
+        is_renamed = any(copy.specs[0] != copy.tensor.spec for copy in copies)
         if is_renamed or len(copies) < len(shard.steps) or len(files) != 1:
             return shard
         (file,) = files

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from streamconv.adapters.base import Update, UpdateAccess
 from streamconv.dtypes import DENSE, Dtype
@@ -14,8 +15,11 @@ from streamconv.formats import FORMATS
 from streamconv.formats.base import Encoder, Surveyed, Weight
 from streamconv.formats.fp8 import ACTIVATIONS
 from streamconv.formats.linear import DEFAULT_IGNORE, select
+from streamconv.gguf.model import GgufModel
+from streamconv.gguf.pieces import GgufPiece
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices, takes_calibration
+from streamconv.planning.gguf import gguf_encoder
 from streamconv.planning.plan import Copy, Rewrite, Step
 from streamconv.planning.quantized import QuantizedSet
 from streamconv.planning.scales import FRESH, scales_of_base
@@ -31,21 +35,28 @@ def plan_steps(
     choices: Choices,
     within: frozenset[str],
     equalizers: Mapping[str, Equalizer],
+    model: GgufModel | None = None,
+    pieces: Mapping[str, GgufPiece] = MappingProxyType({}),
 ) -> list[list[Step]]:
     """Steps of each weight, weights in the base's order: one step, or a copy of every part.
 
     `within` are weights that can be calibrated where their format can, `equalizers` what weights are equalized by. Of
-    those that are kept as their file has them, other parts are copied.
+    those that are kept as their file has them, other parts are copied. `model` has the places in GGUF files, None for
+    others; `pieces` are those of weights that such files have otherwise.
     """
     seen_by_training = _rounded_in_training(base, choices)
     steps: list[list[Step]] = []
     for name, weight in weights.items():
+        if model is not None and name not in model.places:
+            continue
         encoder = chosen.kept.get(name)
-        if encoder is None:
+        if model is not None and choices.quant is not None:
+            encoder = gguf_encoder(model.places[name], weight, choices.quant, pieces.get(name))
+        elif encoder is None:
             encoder = _encoder(name, weight, chosen, _own_dtype(base, name, weight), choices)
         merge_base = None
         # What the adapter holds whole was trained in full precision.
-        is_rounded = name in seen_by_training and weight is base.weights[name]
+        is_rounded = name in seen_by_training and weight is base.weights.get(name)
         if is_rounded and choices.merge_base is not None:
             merge_base = choices.merge_base.encoder(name, weight.shape, weight.dtype)
         if isinstance(encoder, Surveyed) and not encoder.is_known and merge_base is None:
@@ -112,7 +123,7 @@ def weight_steps(
         )
     changes = bool(updates) or merge_base is not None or equalizer is not None
     if encoder is None or (not changes and (encoder.format, encoder.dtype) == (weight.format, weight.dtype)):
-        return _copies(name, weight)
+        return _copies(name, weight, encoder)
     _check_updates(name, weight, updates, merge_base)
     if not updates and equalizer is None and merge_base is not None and merge_base.format == encoder.format:
         # Rounding the original gives just what training saw; rounding that once more would move its scales.
@@ -124,9 +135,11 @@ def weight_steps(
     return [_quantizing(step, rounding, calibrates)]
 
 
-def _copies(name: str, weight: Weight) -> list[Step]:
+def _copies(name: str, weight: Weight, encoder: Encoder | None) -> list[Step]:
     """Copies of all parts; only a weight of one part is ever stored under another name than the base's."""
     is_dense = len(weight.parts) == 1
+    if is_dense and encoder is not None and encoder.parts[0].name != name:
+        return [Copy(name, part, encoder.parts[0]) for part in weight.parts.values()]
     return [Copy(name if is_dense else part.name, part) for part in weight.parts.values()]
 
 

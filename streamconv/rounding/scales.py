@@ -18,7 +18,7 @@ _RIDGE = 1e-4
 _SYSTEMS = 2**22
 # Unknowns of a row that are found together, where all would be too many: work grows with the cube of their number, and
 # 28672 inputs in blocks of 16 have 1792. Stretch after stretch, each lowers the loss that the ones before left.
-_MOST, _STRETCH = 1024, 256
+MOST, STRETCH = 1024, 256
 
 
 def greatest(layer: Layer) -> Tensor:
@@ -62,7 +62,7 @@ def refitted(layer: Layer, scales: Tensor, found: Solution) -> Tensor:
             return _changes(layer, found.codes[:, rows], mixed[:, rows])
 
     numbers = layer.columns // layer.grid.block * (1 if layer.grid.offsets is None else 2)
-    numbers = numbers if numbers <= _MOST else _STRETCH
+    numbers = numbers if numbers <= MOST else STRETCH
     changes = torch.cat(shared(layer, changes_of, max(1, _SYSTEMS // numbers**2)))
     if outputs is not None:
         changes = changes[outputs.places]
@@ -79,10 +79,10 @@ def _changes(layer: Layer, codes: Tensor, errors: Tensor) -> Tensor:
     factors = (values,) if layer.grid.offsets is None else (values - _first(layer), torch.ones_like(values))
     moved = (matrix @ errors)[places]
     count = layer.columns // block
-    if count * len(factors) <= _MOST:
+    if count * len(factors) <= MOST:
         return _solved(layer, factors, moved, range(count))
     changes = []
-    for blocks in stretches(count, _STRETCH // len(factors)):
+    for blocks in stretches(count, STRETCH // len(factors)):
         found = _solved(layer, factors, moved, range(blocks.start, blocks.stop))
         part = slice(blocks.start * block, blocks.stop * block)
         numbers = found.T.reshape(-1, len(factors), len(moved[0])).repeat_interleave(block, 0)

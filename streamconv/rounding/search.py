@@ -18,7 +18,7 @@ from streamconv.dtypes import F32
 from streamconv.kernels import kernels_for
 from streamconv.kernels.base import block_dots
 from streamconv.kernels.grids import Grid, TableGrid, empty_scales
-from streamconv.rounding.base import Context
+from streamconv.rounding.base import Context, starting_scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Search:
 
 
 def ratios_of(grid: Grid) -> tuple[float, ...]:
-    """Ratios of scales to be tried beside each other; none where storing hardly moves them."""
+    """See TableGrid; none where storing hardly moves scales."""
     return grid.scale_ratios if isinstance(grid, TableGrid) else ()
 
 
@@ -55,11 +55,11 @@ def stored_scales(
     stored: Callable[[Tensor], Tensor],
     weights: Tensor | None = None,
 ) -> Tensor:
-    """The best for `target` of what storing makes of `scales` and of some beside them, on a grid with ratios of such."""
-    best = stored(scales)
+    """The best for `target` of what storing makes of `scales`, and of nearest rounding's times the grid's ratios."""
+    start, best = starting_scales(target, grid), stored(scales)
     least = _losses(target, grid, best, weights)
     for ratio in ratios_of(grid):
-        trial = stored(scales * ratio)
+        trial = stored(start * ratio)
         found = _losses(target, grid, trial, weights)
         is_better = found < least
         best, least = torch.where(is_better, trial, best), torch.where(is_better, found, least)

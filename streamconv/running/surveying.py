@@ -18,7 +18,7 @@ from streamconv.planning.scales import FRESH
 from streamconv.progress import OnBytes
 from streamconv.running.direct import DirectEngine
 from streamconv.running.opened import open_weight, read_tiles
-from streamconv.running.workers import Workers
+from streamconv.running.workers import Inline, Workers
 
 
 def surveying(step: Rewrite) -> Rewrite:
@@ -36,7 +36,7 @@ def bytes_surveyed(step: Rewrite) -> int:
 def greatest_magnitude(
     step: Rewrite,
     reader: TensorReader,
-    workers: Workers,
+    workers: Workers | Inline,
     device: Device,
     memory: Memory,
     on_bytes: OnBytes,

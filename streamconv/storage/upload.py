@@ -136,7 +136,9 @@ def check_target(target: Target, manifest_name: str) -> Remote:
 
 def _check_model(target: Target, remote: Remote, manifest_name: str) -> None:
     """Raise OutputError if another model's files would be written over."""
-    others = [name for name in remote.files if name in _MODEL_FILES or name.endswith(".safetensors")]
+    others = [
+        name for name in remote.files if name in _MODEL_FILES or name.endswith((".safetensors", ".gguf"))
+    ]
     if others and manifest_name not in remote.files and not target.create_pr:
         raise OutputError(
             f"{target.repo} holds another model ({', '.join(sorted(others)[:3])}), which would be written over; push"

@@ -301,6 +301,23 @@ def without_search(found: Analysis) -> TargetAnalysis:
     return dataclasses.replace(target, formats={"nf4-dq": dataclasses.replace(on_grid, roundings=roundings)})
 
 
+def test_a_scale_of_a_whole_weight_is_found_first(inputs: Inputs, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", SIZES.shapes, targets=("o_proj",), size=0.004)
+    found = streamconv.analyze(
+        inputs.base, adapter, formats=["nvfp4a16"], merge_base="original", device="cpu"
+    )
+    for rounding in ("nearest", "stochastic", "search"):
+        out = tmp_path / rounding
+        report = streamconv.merge(
+            inputs.base, adapter, out, quant="nvfp4a16", rounding=rounding, device="cpu"
+        )
+        kept = {
+            each.name: each.targets["F"].formats["nvfp4a16"].roundings[rounding].kept
+            for each in found.weights
+        }
+        assert kept == report.kept_by_weight
+
+
 def test_a_head_stays_in_16_bit(inputs: Inputs, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", SIZES.shapes, targets=("lm_head", "q_proj"))
     found = streamconv.analyze(inputs.base, adapter, formats=["nf4"])

@@ -32,7 +32,12 @@ def test_json_of_the_formats() -> None:
     assert [row["name"] for row in found] == list(FORMATS)
     assert {row["name"]: row["bits_per_weight"] for row in found}["nf4"] == 4.5
     assert all(row["loaders"] for row in found)
-    assert {row["name"] for row in found if not row["takes_calibration"]} == {*DENSE, "int8"}
+    assert {row["name"] for row in found if not row["takes_calibration"]} == {
+        *DENSE,
+        "int8",
+        "gguf:f16",
+        "gguf:bf16",
+    }
 
 
 def test_formats_for_people() -> None:

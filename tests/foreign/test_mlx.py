@@ -24,7 +24,7 @@ from tests.foreign.readers import (
 )
 
 IN_FLOAT32 = 1e-8  # nats a token
-AS_SERVED = 1e-3
+AS_SERVED = 0.05  # its CPU kernels of packed weights sum in 16 bits: 0.01 with the very weights of the files
 CASES: Mapping[str, Case] = {
     "bfloat16": Case({"quant": "bfloat16"}),
     "float16": Case({"quant": "float16"}),

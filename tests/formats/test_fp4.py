@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,25 @@ from compressed_tensors.quantization import QuantizationScheme, preset_name_to_s
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from torch import Tensor
 
+import streamconv
 from streamconv.dtypes import BF16
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats import FORMATS, find_weights
 from streamconv.formats.fp4 import Fp4Decoder
 from streamconv.formats.fp4_scales import Mxfp4Scales, Nvfp4Scales
 from streamconv.kernels.grids import E2M1_UNIT
+from tests.checkpoint.files import index_of
 from tests.formats.stored import W, decoded, encoder_for, normal, only_weight, stored, write_as
+from tests.models import write_adapter
+from tests.tiny import edit_tensors, read_tensors
 
 MODULE = W.removesuffix("weight")
 OTHER = {"model.norm.weight": torch.ones(4, dtype=torch.bfloat16)}
+FILES = Path(__file__).parents[1] / "golden"
+GOLDEN = [
+    *(f"compressed-tensors-0.20.0/{name}" for name in ("nvfp4a16", "nvfp4", "mxfp4a16", "mxfp4")),
+    *(f"modelopt-0.47.0/{name}" for name in ("nvfp4", "nvfp4a16")),
+]
 NAMES = ("nvfp4a16", "mxfp4a16")
 every_name = pytest.mark.parametrize("name", NAMES)
 
@@ -126,6 +136,55 @@ def test_what_is_read_is_what_compressed_tensors_reads(name: str, tmp_path: Path
 
 def _side(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     return {role: part for role, part in parts.items() if role != "weight_packed"}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_files_decode_to_the_values_of_their_library(name: str) -> None:
+    """ModelOpt's are float32, before a loader's cast."""
+    want = read_tensors(FILES / name / "expected.safetensors")
+    found = [weight for weight in find_weights(index_of(FILES / name)) if weight.decoder.grid is not None]
+    assert len(found) == 7
+    for weight in found:
+        assert torch.equal(decoded(weight), want[weight.name].bfloat16().float()), weight.name
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("rounding", ["auto", "nearest"])
+def test_a_kept_base_stays_in_its_own_storage(name: str, rounding: str, tmp_path: Path) -> None:
+    """Where an update is 0, to the bit; else with the scale over the whole weight that its partners have."""
+    base = FILES / name
+    shapes = {key: tuple(each.shape) for key, each in read_tensors(base / "expected.safetensors").items()}
+    adapter = write_adapter(
+        tmp_path / "adapter", shapes, targets=("q_proj", "v_proj", "down_proj"), size=0.001
+    )
+    still = "model.layers.0.self_attn.v_proj"
+    edit_tensors(
+        adapter / "adapter_model.safetensors",
+        put={f"base_model.model.{still}.lora_B.weight": torch.zeros(shapes[f"{still}.weight"][0], 4)},
+    )
+    report = streamconv.merge(
+        base, adapter, tmp_path / "out", quant="keep", rounding=rounding, min_kept=0, device="cpu"
+    )
+    before, after = (read_tensors(folder / "model.safetensors") for folder in (base, Path(report.out)))
+    assert set(before) == set(after)
+    changed = {key for key in before if not torch.equal(_bits(before[key]), _bits(after[key]))}
+    modules = {key.rpartition(".")[0] for key in changed}
+    expected = {"model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"}
+    assert modules == (expected | {still} if rounding == "nearest" else expected)
+    roles = {key.rpartition(".")[2] for key in changed}
+    main = "weight" if "modelopt" in name else "weight_packed"
+    assert roles == ({main, "weight_scale"} if rounding == "nearest" else {main})
+    configs = [
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+        for folder in (base, tmp_path / "out")
+    ]
+    assert configs[0] == configs[1]
+    assert report.kept_delta is not None
+    assert 0.3 < report.kept_delta < 1.7
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 @every_name

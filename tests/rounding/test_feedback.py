@@ -27,7 +27,12 @@ PLAIN = FeedbackOptions(preserve_delta=0.0, sweeps=0, refits=0)
 QUANTS = ["nf4", "nf4-dq", "fp4", "fp4-dq"]
 # Blocks that end with rows, that run on into the next row, and a short last one.
 SHAPES = [(96, 128), (70, 96), (33, 70)]
-IN_GROUPS = [("w4a16, group size 32", (96, 128)), ("w8a16, group size 64", (70, 64))]
+IN_GROUPS = [
+    ("w4a16, group size 32", (96, 128)),
+    ("w8a16, group size 64", (70, 64)),
+    ("nvfp4a16", (68, 128)),
+    ("mxfp4a16", (96, 128)),
+]
 CASES = [*((quant, shape) for quant in QUANTS for shape in SHAPES), *IN_GROUPS]
 every_case = pytest.mark.parametrize(("quant", "shape"), CASES, ids=str)
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -185,7 +190,7 @@ def test_feedback_is_gptq_with_act_order(shape: tuple[int, int]) -> None:
 def test_the_loss_is_that_of_the_errors(two_sided: bool, shape: tuple[int, int]) -> None:
     layer = with_outputs(trained("nf4-dq", shape)) if two_sided else trained("nf4-dq", shape)
     found = transposed(layer)
-    scales = layer.encoder.effective_scales(searched(found))
+    scales = layer.encoder.effective_scales(searched(found, layer.encoder.effective_scales))
     for each in (rounded(found, scales), fed(found, scales), descended(found, scales, fed(found, scales), 1)):
         written = layer.loaded(found.flat(each.codes), scales, is_base=True)
         errors = errors_of(found, scales, each.codes)
@@ -231,6 +236,30 @@ def test_refitted_scales_are_the_best_for_their_codes() -> None:
     generator = torch.Generator().manual_seed(0)
     for size in (1e-3, 1e-2, 0.1):
         assert of(fitted) < of(fitted * (1 + size * torch.randn(fitted.shape, generator=generator)))
+
+
+@pytest.mark.parametrize("name", ["nvfp4a16", "w4a16, group size 32"])
+@either_side
+def test_scales_fitted_in_stretches_lower_the_loss_as_well(
+    name: str, two_sided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many to be found together; each stretch makes up for the ones before."""
+    layer = trained(name, (20, 256), dtype="float32")
+    layer = with_outputs(layer) if two_sided else layer
+    found = transposed(layer)
+    scales = greatest(found)
+    start = fed(found, scales)
+    codes = found.flat(start.codes)
+
+    def of(scales: Tensor) -> float:
+        return loss(layer, layer.loaded(codes, scales, is_base=True), PLAIN)
+
+    together = of(refitted(found, scales, start))
+    monkeypatch.setattr("streamconv.rounding.scales.MOST", 1)
+    monkeypatch.setattr("streamconv.rounding.scales.STRETCH", 4)
+    apart = of(refitted(found, scales, start))
+    assert apart < of(scales)
+    assert of(scales) - apart > 0.7 * (of(scales) - together)
 
 
 def test_compensation_is_the_least_squares_answer() -> None:
@@ -304,7 +333,7 @@ def test_compiled_and_torch_choose_the_same(
 def test_the_number_of_threads_changes_nothing() -> None:
     layer = trained("nf4", (300, 128))
     found = transposed(layer)
-    scales = searched(found)
+    scales = searched(found, layer.encoder.effective_scales)
     before, solutions = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):

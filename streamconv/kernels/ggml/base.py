@@ -44,6 +44,9 @@ class BlockKernels(Protocol):
     def nearest(self, kind: BlockType, values: Tensor, scales: Tensor, codes: Tensor) -> None:
         """Write the codes nearest to (value - offset) * (1 / scale), halves to even; 0 where a scale is 0."""
 
+    def starting_scales(self, kind: BlockType, values: Tensor) -> Tensor:
+        """Scales of nearest rounding, as stored: each block's range, or greatest magnitude, on the last code."""
+
     def fit(self, kind: BlockType, values: Tensor, weights: Tensor | None) -> Tensor:
         """Scales with which nearest codes have the least squared error found, weighed by `weights`.
 

@@ -22,7 +22,7 @@ from streamconv.kernels.ggml.decoding import (
     small_floats,
     ternary_digits,
 )
-from streamconv.kernels.ggml.fitting import Tries, fit
+from streamconv.kernels.ggml.fitting import Tries, fit, starting_scales
 from streamconv.kernels.ggml.in_torch import TorchBlockKernels
 from streamconv.kernels.ggml.iq_grids import IQ_TYPES, iq_grid
 from streamconv.kernels.ggml.packing import CODES_AT, centre, codes_of, pack_scales, unpack_scales
@@ -92,6 +92,9 @@ class CompiledBlockKernels:
         loop = pack_loops.nearest_above if known.has_offset else pack_loops.nearest
         loop(_blocks(kind, values), scales.numpy(), *_limits(known), _blocks(kind, codes))
 
+    def starting_scales(self, kind: BlockType, values: Tensor) -> Tensor:
+        return self.stored(kind, starting_scales(kind, values, _ranges))
+
     def fit(self, kind: BlockType, values: Tensor, weights: Tensor | None) -> Tensor:
         return fit(kind, values, weights, _CompiledSearches(), _nested)
 
@@ -134,6 +137,12 @@ class _CompiledSearches:
         out = torch.empty(len(values))
         fit_loops.try_scales(values.numpy(), _weights(weights), trials.numpy(), _limits(codes), out.numpy())
         return out
+
+
+def _ranges(values: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = (torch.empty(len(values)) for _ in range(2))
+    scale_loops.ranges(values.numpy().view(np.int32), low.numpy().view(np.int32), high.numpy().view(np.int32))
+    return low, high
 
 
 def _nested(wished: Tensor, limit: int, is_signed: bool) -> tuple[Tensor, Tensor]:

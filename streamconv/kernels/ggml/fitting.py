@@ -114,6 +114,31 @@ def fit(
     return joined(kind, factors, best.reshape(integers.shape))
 
 
+class Ranges(Protocol):
+    """Search for the least and the greatest element of each block."""
+
+    def __call__(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, [blocks] each, of [blocks, block]."""
+
+
+def ranges_in_torch(values: Tensor) -> tuple[Tensor, Tensor]:
+    """See Ranges."""
+    return values.amin(1), values.amax(1)
+
+
+def starting_scales(kind: BlockType, values: Tensor, ranges: Ranges) -> Tensor:
+    """Scales by the plainest rule, not yet stored: a block's range, or its greatest magnitude, falls on the last code.
+
+    Of two elements of greatest magnitude, the negative one is it.
+    """
+    codes = codes_of(kind)
+    low, high = ranges(values.reshape(-1, kind.block))
+    if not codes.has_offset:
+        return torch.where(-low >= high, low, high) / codes.peak
+    low = low.clamp(max=0) if codes.is_nested else low
+    return torch.stack(((high - low) / codes.highest, low), dim=1)
+
+
 def _extremes(values: Tensor) -> Tensor:
     """The element of greatest magnitude of each block, the first of several."""
     return values.gather(1, values.abs().argmax(1, keepdim=True))[:, 0]

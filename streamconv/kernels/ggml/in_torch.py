@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from streamconv.kernels.ggml.decoding import decode_super_blocks
-from streamconv.kernels.ggml.fitting import TorchSearches, fit
+from streamconv.kernels.ggml.fitting import TorchSearches, fit, ranges_in_torch, starting_scales
 from streamconv.kernels.ggml.packing import codes_of, pack_codes, pack_scales, unpack_codes, unpack_scales
 from streamconv.kernels.ggml.scales import joined, nested_in_torch, split
 from streamconv.kernels.ggml.types import BlockType
@@ -44,6 +44,9 @@ class TorchBlockKernels:
         less = blocks - scales[:, 1:] if known.has_offset else blocks
         found = (less * torch.where(scale == 0, 0, 1 / scale)).round().clamp_(known.lowest, known.highest)
         codes.copy_(found.to(torch.int8).view(torch.uint8).reshape(codes.shape))
+
+    def starting_scales(self, kind: BlockType, values: Tensor) -> Tensor:
+        return self.stored(kind, starting_scales(kind, values, ranges_in_torch))
 
     def fit(self, kind: BlockType, values: Tensor, weights: Tensor | None) -> Tensor:
         return fit(kind, values, weights, TorchSearches(), nested_in_torch)

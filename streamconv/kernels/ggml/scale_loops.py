@@ -1,4 +1,7 @@
-"""Integers and 16-bit floats for nested scales, compiled by numba: see `scales.py` for what they must equal."""
+"""Ranges of blocks, and integers and 16-bit floats for nested scales, compiled by numba.
+
+See `kernels/loops.py` for how loops are written, `scales.py` and `fitting.py` for what they must equal.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,30 @@ from streamconv.kernels.machine_code import compiled
 
 Array = NDArray[Any]
 
+_MAGNITUDE = np.int32(0x7FFFFFFF)
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 _LARGEST, _LEAST_NORMAL = np.float32(65504), np.float32(2.0**-14)
 _JUST_BELOW_HALF, _KEPT, _DROPPED, _1, _LOW_BITS = (
     np.uint32(number) for number in (0xFFF, 0xFFFFE000, 13, 1, 63)
 )
+
+
+@compiled
+def _in_order(bits: Any) -> Any:
+    """Bits of a float32 as an integer that is ordered as the floats are; and back again."""
+    return bits ^ (bits >> np.int32(31) & _MAGNITUDE)
+
+
+@compiled
+def ranges(bits: Array, low: Array, high: Array) -> None:
+    """Bits of the least and the greatest float of each block: `bits` [blocks, block], the others [blocks]."""
+    for b in range(bits.shape[0]):
+        least = greatest = _in_order(bits[b, 0])
+        for j in range(1, bits.shape[1]):
+            x = _in_order(bits[b, j])
+            least = x if x < least else least
+            greatest = x if x > greatest else greatest
+        low[b], high[b] = _in_order(least), _in_order(greatest)
 
 
 @compiled

@@ -48,6 +48,20 @@ def test_the_squared_error_is_below_that_of_ggml(name: str) -> None:
 
 
 @every_written
+def test_starting_scales_put_the_range_on_the_codes(name: str) -> None:
+    """Both kernels, in blocks with zeros of either sign and in constant ones, too."""
+    kind = BLOCK_TYPES[name]
+    blocks = in_super_blocks(kind, golden_weights())
+    blocks[0, :3] = -0.0
+    one, other = (kernels(where).starting_scales(kind, blocks) for where in ("torch", "compiled"))
+    assert torch.equal(one, other)
+    assert torch.equal(kernels("torch").stored(kind, one), one)
+    found = decoded("torch", kind, packed("torch", kind, nearest("torch", kind, blocks, one), one))
+    fitted = after_a_round_trip("compiled", name, blocks)
+    assert error(blocks, fitted) < error(blocks, found) < 3 * error(blocks, fitted)
+
+
+@every_written
 def test_both_kernels_find_the_same_scales(name: str) -> None:
     kind = BLOCK_TYPES[name]
     values = golden_weights()

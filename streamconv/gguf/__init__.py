@@ -1,0 +1,1 @@
+"""Models as GGUF files have them: names of tensors, hyperparameters, tokenizers."""

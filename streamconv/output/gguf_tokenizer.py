@@ -1,0 +1,61 @@
+"""The output's tokenizer as pairs of a GGUF header."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from streamconv.checkpoint.config import language_levels
+from streamconv.checkpoint.gguf_header import Pairs
+from streamconv.checkpoint.strict_json import parse_object
+from streamconv.gguf.tokens import TokenizerSource, tokenizer_pairs
+from streamconv.output.tokenizer import TokenizerChoice
+from streamconv.output.tokenizer_files import (
+    CONFIG,
+    DEFAULT,
+    FAST,
+    ROLES,
+    read_bytes,
+    read_json,
+    read_tokenizer,
+)
+
+_MODEL = "tokenizer.model"
+
+
+def gguf_tokenizer(choice: TokenizerChoice, where: str, config: Mapping[str, Any], rows: int) -> Pairs:
+    """Pairs of the tokenizer that an output has, whose embedding has so many rows; `config` is config.json.
+
+    Raises UnsupportedError for one that llama.cpp may not have, CheckpointError for files that contradict each other.
+    """
+    files = choice.files
+    facts = read_tokenizer(files)
+    stated = read_json(files, CONFIG)
+    template = facts.templates.get(DEFAULT)
+    if CONFIG in choice.written:  # with the adapter's template
+        written = parse_object(choice.written[CONFIG], CONFIG).get("chat_template")
+        template = written if isinstance(written, str) else template
+    source = TokenizerSource(
+        where=files[FAST].location if FAST in files else where,
+        fast=read_json(files, FAST) if FAST in files else None,
+        model=read_bytes(files, _MODEL) if _MODEL in files else None,
+        config=stated,
+        added=read_json(files, "added_tokens.json"),
+        ids=facts.ids,
+        roles=facts.roles,
+        stated=_stated(config),
+        template=template,
+    )
+    return tokenizer_pairs(source, rows)
+
+
+def _stated(config: Mapping[str, Any]) -> dict[str, int]:
+    """Ids by role that config.json states; the first, where there are several."""
+    found: dict[str, int] = {}
+    for level in language_levels(config):
+        for role in ROLES:
+            value = level.get(f"{role}_id")
+            first = value[0] if isinstance(value, list) and value else value
+            if isinstance(first, int) and not isinstance(first, bool) and first >= 0:
+                found[role] = first
+    return found

@@ -1,0 +1,95 @@
+"""The GGUF side of a plan: encoders of weights by their places, and tensors that are made of several steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from streamconv.checkpoint.container import Gguf
+from streamconv.checkpoint.gguf_header import Pairs
+from streamconv.checkpoint.types import PADDING, Shape, TensorSpec
+from streamconv.dtypes import F16, F32, U8
+from streamconv.errors import OptionError, UnsupportedError
+from streamconv.formats.base import Constant, Encoder, Format, Weight
+from streamconv.formats.dense import DenseFormat
+from streamconv.formats.gguf import PREFIX, ColumnsEncoder, full_encoder, turned_encoder, with_rows_of_heads
+from streamconv.gguf.model import GgufModel, TensorPlace, gguf_model
+from streamconv.gguf.pieces import GgufPiece
+from streamconv.planning.base import Base
+from streamconv.planning.choices import Choices
+from streamconv.planning.fingerprint import digests
+from streamconv.planning.plan import Plan, Step
+
+
+def is_gguf(quant: Format | None) -> bool:
+    return quant is not None and quant.name.startswith(PREFIX)
+
+
+def plan_model(base: Base, shapes: Mapping[str, Shape], choices: Choices) -> GgufModel | None:
+    """Places of the output's weights in GGUF files; None where the output is another.
+
+    Raises UnsupportedError for a model that is not written as GGUF, OptionError for options that are not for these.
+    """
+    if choices.quant is None or not is_gguf(choices.quant):
+        return None
+    if choices.dtype is not None:
+        raise OptionError(
+            f"--dtype {choices.dtype.name} is for what a quantized model leaves in 16 bit, and --quant"
+            f" {choices.quant.name} says all of a GGUF file's types; leave --dtype out"
+        )
+    return gguf_model(base.index.storage.location, base.index.config, shapes, choices.quant.name)
+
+
+def gguf_encoder(place: TensorPlace, weight: Weight, quant: Format, piece: GgufPiece | None) -> Encoder:
+    """Encoder of a weight at its place, or of a piece of one. Raises UnsupportedError for what only can be copied."""
+    if not weight.dtype.is_float:
+        raise UnsupportedError(
+            f"{weight.name} is {weight.dtype}, expected numbers that a GGUF file can store"
+        )
+    if piece is not None and piece.is_turned:
+        rows, width = weight.shape
+        return turned_encoder(_dense_spec(place, quant), rows, width, piece.columns)
+    if piece is not None and len(piece.columns) < weight.shape[-1]:
+        return ColumnsEncoder(TensorSpec(place.tensor, F32, place.shape), columns=piece.columns)
+    if place.is_full:
+        encoder: Encoder = full_encoder(place.tensor, place.shape, place.shift)
+    elif quant.fits(place.tensor, place.shape):
+        encoder = quant.encoder(place.tensor, place.shape, weight.dtype)
+    else:
+        encoder = DenseFormat(F16).encoder(place.tensor, place.shape, F16)
+    return encoder if place.heads is None else with_rows_of_heads(encoder, place.heads)
+
+
+def _dense_spec(place: TensorPlace, quant: Format) -> TensorSpec:
+    (spec,) = quant.encoder(place.tensor, place.shape, F16).parts
+    return spec if quant.grid is None else TensorSpec(place.tensor, F16, place.shape)
+
+
+def by_tensor(by_weight: Sequence[Sequence[Step]], model: GgufModel) -> list[list[Step]]:
+    """Steps of each tensor, tensors in the base's order, experts by number; constants come last."""
+    tensors: dict[str, list[Step]] = {}
+    for step in (step for steps in by_weight for step in steps):
+        tensors.setdefault(step.specs[0].name, []).append(step)
+    for steps in tensors.values():
+        steps.sort(key=lambda step: model.places[step.name].expert)
+    constants: list[list[Step]] = [[Constant(spec, content)] for spec, content in model.constants]
+    return [*tensors.values(), *constants]
+
+
+def zeros(nbytes: int) -> Step:
+    """Padding between tensors."""
+    return Constant(TensorSpec(PADDING, U8, (nbytes,)), bytes(nbytes))
+
+
+def with_tokenizer(plan: Plan, pairs: Pairs, tokenizer: str) -> Plan:
+    """The plan with the pairs of a tokenizer in its header; as it is for another container.
+
+    `tokenizer` is the option by which it was chosen: what chose it otherwise would give another header.
+    """
+    if not isinstance(plan.container, Gguf):
+        return plan
+    container = plan.container.with_pairs(pairs)
+    steps = [[placed.step for placed in shard.steps if placed.step.name != PADDING] for shard in plan.shards]
+    shards = container.lay_out(steps, zeros)
+    fingerprint = {**plan.fingerprint, "output": digests(shards), "tokenizer": tokenizer}
+    return replace(plan, container=container, shards=shards, fingerprint=fingerprint)

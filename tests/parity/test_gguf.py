@@ -1,0 +1,103 @@
+"""GGUF files opened by transformers' own reader: the model that PEFT has, of every architecture that is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+import streamconv
+from streamconv.gguf.architecture import ARCHITECTURES
+from tests.gguf.bases import fast_tokenizer
+from tests.tiny import logits, save_adapter, save_base
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 290,
+    "hidden_size": 32,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+GEMMA: dict[str, Any] = SIZES | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SIZES, rope_parameters=LLAMA3),
+    "llama-biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, head_dim=16),
+    "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "qwen2": Qwen2Config(**SIZES | {"tie_word_embeddings": True}),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    "qwen3moe": Qwen3MoeConfig(
+        **SIZES,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        norm_topk_prob=True,
+    ),
+    "gemma2": Gemma2Config(**GEMMA | {"tie_word_embeddings": True}),
+    "gemma3": Gemma3TextConfig(**GEMMA | {"num_hidden_layers": 7}),
+    "phi3": Phi3Config(**SIZES, pad_token_id=2),
+}
+# What transformers' reader cannot open, it opens as another that computes the same.
+OPENED_AS = {"mistral": "llama"}
+FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+EXPERTS = ["q_proj", "k_proj", "o_proj"]
+TARGETS = {"phi3": FUSED, "qwen3moe": EXPERTS}
+USUAL = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
+
+
+def save_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text(json.dumps(fast_tokenizer()))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+
+
+def open_gguf(folder: Path, name: str) -> torch.nn.Module:
+    """transformers' own model; its config is given, as its reader leaves fields of headers out."""
+    given = CONFIGS[name].to_dict()
+    config = LlamaConfig(**{key: given[key] for key in SIZES}) if name in OPENED_AS else CONFIGS[name]
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file="model-F16.gguf", config=config, dtype=torch.float32
+    )
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_the_model_that_was_trained(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("gguf")
+    base = save_base(tmp_path / "base", CONFIGS[name])
+    save_tokenizer(base)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS.get(name, USUAL))
+    adapter = save_adapter(tmp_path / "adapter", base, config)
+    streamconv.merge(base, adapter.path, tmp_path / "out", quant="gguf:f16", device="cpu")
+    found, expected = logits(open_gguf(tmp_path / "out", name)), adapter.logits()
+    # Rounding to float16 alone, in up to seven layers; a row out of place gives more than the spread.
+    assert (found - expected).abs().max() < 0.04 * expected.std()
+    streamconv.verify(tmp_path / "out", full=True, base=base, adapter=adapter.path, device="cpu")
+
+
+def test_every_architecture_has_its_case() -> None:
+    classes = {
+        type(config).__name__.removesuffix("Config").removesuffix("Text") for config in CONFIGS.values()
+    }
+    # transformers' reader puts gpt-oss together otherwise than llama.cpp (planning/test_gguf_pieces.py).
+    assert classes | {"GptOss"} == {name.removesuffix("ForCausalLM") for name in ARCHITECTURES}
