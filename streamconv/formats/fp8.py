@@ -96,8 +96,6 @@ def _weight(
             " download it again"
         )
     scales = free[module + role]
-    if scales.dtype.code in ("F8_E8M0", "U8"):
-        raise refusal(f"{main.name} is", f"{main.dtype} with exponents as scales ({role} is {scales.dtype})")
     rows, columns = _matrix(main)
     blocks = _blocks(scales, rows, columns, quantization)
     counts = blocks.counts
