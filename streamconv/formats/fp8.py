@@ -137,6 +137,8 @@ def _stated(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
     """Block that the config states: `weight_block_size`, or the `block_structure` or `group_size` of a group."""
     found = [quantization.get("weight_block_size")]
     for weights in weights_of(quantization):
+        if (weights.get("type"), weights.get("num_bits")) != ("float", 8):
+            continue  # of other modules
         found += [weights.get("block_structure"), [1, weights.get("group_size")]]
     for each in found:
         if (
