@@ -132,6 +132,11 @@ def test_what_is_read_is_what_compressed_tensors_reads(name: str, tmp_path: Path
     assert first is not None
     assert again is not None
     assert torch.equal(first, again)
+    stored_ones = parts["weight_scale"].flatten()
+    if name == "nvfp4a16":  # a quotient, not a product with the reciprocal
+        assert torch.equal(first / E2M1_UNIT, stored_ones.float() / parts["weight_global_scale"])
+    else:
+        assert torch.equal(first / E2M1_UNIT, torch.exp2(stored_ones.float() - 127))
 
 
 def _side(parts: dict[str, Tensor]) -> dict[str, Tensor]:
