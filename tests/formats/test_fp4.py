@@ -305,3 +305,15 @@ def test_another_layout_follows_the_scale_of_its_base(tmp_path: Path) -> None:
     still = "model.layers.0.self_attn.k_proj"
     assert torch.equal(after[f"{still}.weight_packed"], before[f"{still}.weight"])
     assert torch.equal(_bits(after[f"{still}.weight_scale"]), _bits(before[f"{still}.weight_scale"]))
+
+
+def test_a_scale_is_a_quotient() -> None:
+    """A product with the reciprocal of the scale over the whole weight has another last bit for one in four."""
+    local = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    differ = 0
+    for value in (torch.rand(40, generator=torch.Generator().manual_seed(0)) * 9000).tolist():
+        whole = torch.tensor([value])
+        want = local.float() / whole
+        assert torch.equal(Nvfp4Scales(float(whole)).effective(local) / E2M1_UNIT, want)
+        differ += int((local.float() * whole.reciprocal() != want).sum())
+    assert differ > 100
