@@ -329,6 +329,12 @@ class Fp4Format:
     marks: Marks = _MARKS
 
     @property
+    def layout(self) -> str:
+        scales = "powers of two" if self.storage == MXFP4_STORAGE else "E4M3 scales, and one for all"
+        activations = "; 4-bit activations, too" if self.inputs else ""
+        return f"compressed-tensors, 4-bit floats (E2M1) in blocks of {self.grid.block} with {scales}{activations}"
+
+    @property
     def grid(self) -> TableGrid:
         return self.block_scales.grid
 

@@ -250,6 +250,7 @@ class Fp8Format:
 
     name: str
     grid: TableGrid = E4M3
+    layout: str = "compressed-tensors, 8-bit floats (E4M3) with a scale a row; 8-bit activations, too"
     loaders: str = "vLLM, transformers with compressed-tensors"
     library: str = METHOD
     family: str = METHOD
@@ -322,6 +323,7 @@ class Fp8BlockFormat:
 
     name: str
     grid: TableGrid = _BLOCKS
+    layout: str = "DeepSeek's, 8-bit floats (E4M3) with a float32 scale for 128 x 128; 8-bit activations, too"
     loaders: str = "vLLM, SGLang, transformers"
     library: None = None
     load_in: None = None
