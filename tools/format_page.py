@@ -9,6 +9,7 @@ from streamconv.cli import format_rows
 from streamconv.cli.format_rows import FormatRow
 from streamconv.formats import FORMATS
 from streamconv.formats.gguf import PREFIX
+from streamconv.kernels.ggml.types import BLOCK_TYPES, BlockType
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -16,6 +17,8 @@ TARGET = ROOT / "docs" / "formats.md"
 OPENED = ROOT / "streamconv" / "cli" / format_rows.OPENED
 TABLE = "<!-- Made by tools/fix from FORMATS and docs/results/foreign-*.json; edits here are lost. -->"
 END = "<!-- End of what is made. -->"
+TYPES = "<!-- Types: made by tools/fix from streamconv/kernels/ggml/types.py; edits here are lost. -->"
+END_OF_TYPES = "<!-- End of types. -->"
 # Who opened the files of a result, by its file, in words with the packages whose versions are in it.
 _PROGRAMS = {
     "gptqmodel": "transformers {transformers} with GPTQModel {gptqmodel}",
@@ -53,10 +56,33 @@ def opened_text() -> str:
 
 
 def page(text: str) -> str:
-    """The text of docs/formats.md with its table made anew."""
-    before, _, rest = text.partition(TABLE)
-    _, _, after = rest.partition(END)
-    return f"{before}{TABLE}\n\n{table()}\n\n{END}{after}"
+    """The text of docs/formats.md with its tables made anew."""
+    for begin, end, made in ((TABLE, END, table()), (TYPES, END_OF_TYPES, types_table())):
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}\n\n{made}\n\n{end}{after}"
+    return text
+
+
+def types_table() -> str:
+    """A row for each of ggml's types."""
+    lines = [
+        "| type | number | block | stored | bits per weight | codes |",
+        "|---|--:|--:|--:|--:|---|",
+        *map(_line_of_type, BLOCK_TYPES.values()),
+    ]
+    return "\n".join(lines)
+
+
+def _line_of_type(kind: BlockType) -> str:
+    codes = "" if kind.codes is None else f"{kind.codes.lowest} to {kind.codes.highest}"
+    offset = ", with offset" if kind.codes is not None and kind.codes.has_offset else ""
+    stored = f"{kind.super_block} in {kind.bytes}"
+    return f"| `{kind.name}` | {kind.number} | {kind.block} | {stored} | {_number(kind.bits)} | {codes}{offset} |"
+
+
+def _number(bits: float) -> str:
+    return f"{bits:.3f}".rstrip("0").rstrip(".")
 
 
 def table() -> str:
@@ -70,5 +96,5 @@ def table() -> str:
 
 
 def _line(row: FormatRow) -> str:
-    bits = f"{row.bits_per_weight:.3f}".rstrip("0").rstrip(".")
+    bits = _number(row.bits_per_weight)
     return f"| `{row.name}` | {bits} | {row.uses} | {row.chosen_by} | {row.layout} | {row.loaders} |"
