@@ -209,9 +209,9 @@ def _vocabulary(head: TaskHead | None, config: Mapping[str, Any]) -> tuple[int, 
 
 
 def _quantization(prepared: Prepared) -> Json | None:
-    """The output's `quantization_config`; None where it is dense."""
+    """The output's `quantization_config`; None where it is dense, or its files say themselves what they hold."""
     plan = prepared.plan
-    if plan.quant is None:
+    if plan.quant is None or not plan.container.has_config:
         return None
     kept = _kept_quantization(prepared)
     if kept is not None:
