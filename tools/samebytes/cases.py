@@ -15,8 +15,10 @@ Way = Literal["call", "command line", "killed", "without numba"]
 
 # As in the registries of the project; written out, because they have to fit the tree of REV, too.
 DENSE = ("float32", "float16", "bfloat16")
-PACKED = ("w4a16", "w8a16", "w8a8", "gptq", "gptq-v2", "gptq-asym", "awq", "awq-asym", "fp8", "fp8-block")
-PACKED += ("mlx4", "mlx8", "nvfp4a16", "mxfp4a16", "mxfp4")
+PACKED = (
+    *("w4a16", "w8a16", "w8a8", "gptq", "gptq-v2", "gptq-asym", "awq", "awq-asym", "fp8", "fp8-block"),
+    *("mlx4", "mlx8", "nvfp4a16", "mxfp4a16", "mxfp4"),
+)
 QUANTIZED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", *PACKED)
 # In files that are no base.
 WRITTEN_ONLY = ("gguf:f16", "gguf:bf16")
