@@ -108,6 +108,14 @@ class GgufBlocksFormat:
     marks: Marks = NO_MARKS
 
     @property
+    def layout(self) -> str:
+        """See Format."""
+        others = (
+            ", more of what counts most" if self.mix is not None and self.mix.name != self.kind.name else ""
+        )
+        return f"a GGUF file, ggml's {self.kind.name.upper()}{others}; norms and biases in float32"
+
+    @property
     def grid(self) -> TableGrid:
         return grid_of(self.kind)
 
