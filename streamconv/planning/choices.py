@@ -389,6 +389,10 @@ def _without_text(
     One for all of its weights: of those that lie on no grid of the output, `adaptive` rounds most to the nearest.
     """
     source = next((each for each in sources if any(each.grid == quant.grid for quant in quants)), None)
+    if source is None and all(quant.grid is not None and quant.grid.rule is not None for quant in quants):
+        return ROUNDINGS["search"], Choice(
+            "search", f"{quants[0].name} has scales of 16 bit, which its own quantizers search for, too"
+        )
     if source is None:
         return ROUNDINGS["nearest"], Choice(
             "nearest", f"the target does not lie on the {quants[0].name} grid"

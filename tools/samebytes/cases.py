@@ -15,12 +15,16 @@ Way = Literal["call", "command line", "killed", "without numba"]
 
 # As in the registries of the project; written out, because they have to fit the tree of REV, too.
 DENSE = ("float32", "float16", "bfloat16")
-INTEGERS = ("w4a16", "w8a16", "w8a8", "gptq", "gptq-v2", "gptq-asym", "awq", "awq-asym", "mlx4", "mlx8")
-FLOATS = ("fp8", "fp8-block", "nvfp4a16", "mxfp4a16", "mxfp4")
-PACKED = (*INTEGERS, *FLOATS)
+PACKED = (
+    *("w4a16", "w8a16", "w8a8", "gptq", "gptq-v2", "gptq-asym", "awq", "awq-asym", "fp8", "fp8-block"),
+    *("mlx4", "mlx8", "nvfp4a16", "mxfp4a16", "mxfp4"),
+)
 QUANTIZED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", *PACKED)
-# In files that are no base.
-WRITTEN_ONLY = ("gguf:f16", "gguf:bf16")
+# In GGUF files: of those in one type all are rounded by the same code, each with that type's kernels.
+GGUF = (
+    *("gguf:f16", "gguf:bf16", "gguf:q8_0", "gguf:q4_0", "gguf:q4_1", "gguf:q5_0", "gguf:q5_1"),
+    *("gguf:q4_k", "gguf:q5_k", "gguf:q6_k", "gguf:q4_k_s", "gguf:q4_k_m", "gguf:q5_k_s", "gguf:q5_k_m"),
+)
 ROUNDINGS = ("nearest", "stochastic", "search", "adaptive")
 MERGE_BASES = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
 CALIBRATED = ("nf4", "nf4-dq", "fp4", "fp4-dq", *PACKED)
@@ -83,7 +87,17 @@ def _text(tokens: int = 512, gradients: int = 0, **options: Any) -> dict[str, An
 def _formats() -> list[Case]:
     """Every format by every rounding, for an update of the original base."""
     cases = [Case(f"dense {quant}", "llama", "lora", {"quant": quant}) for quant in DENSE]
-    cases += [Case(quant, "faq-9m", "faq-kjv-light", {"quant": quant}) for quant in WRITTEN_ONLY]
+    cases += [Case(quant, "faq-9m", "faq-kjv-light", {"quant": quant}) for quant in GGUF]
+    cases += [
+        Case(
+            f"{quant}, {rounding}",
+            "faq-9m",
+            "faq-kjv-light",
+            {"quant": quant, "rounding": rounding, "seed": 3},
+        )
+        for quant in ("gguf:q8_0", "gguf:q4_k", "gguf:q6_k")
+        for rounding in ROUNDINGS
+    ]
     cases += [
         Case(f"{quant}, {rounding}", "llama", "lora", {"quant": quant, "rounding": rounding, "seed": 3})
         for quant in QUANTIZED
@@ -301,6 +315,7 @@ def _faq() -> list[Case]:
         ("also", heavy, {"also": ["int8", "w4a16", "gptq", "awq"], "max_ram": "200MiB"}),
         ("search", heavy, {"quant": "nf4-dq", "rounding": "search"}),
         ("feedback", heavy, {"quant": "nf4-dq", "residual_rank": 16} | text | two),
+        ("feedback in gguf:q4_k", heavy, {"quant": "gguf:q4_k", "rounding": "feedback"} | text | two),
         ("rescaled", heavy, {"quant": "w4a16", "rescale": "awq", "rounding": "nearest"} | text),
     ]
     return [
