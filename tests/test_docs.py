@@ -24,6 +24,7 @@ from streamconv.cli import main
 from streamconv.formats import FORMATS
 from streamconv.rounding import ROUNDINGS
 from tests.forward.texts import save_tokenizer, write_text
+from tests.gguf.bases import fast_tokenizer
 from tests.tiny import llama_config, save_adapter, save_base
 from tools import architecture_page, format_page, reliability_page
 from tools.make_docs import END, METHODS, TABLE, TARGET, methods_page, page
@@ -149,6 +150,31 @@ def test_the_guide_to_comparing_makes_what_it_says(tmp_path: Path, monkeypatch: 
         "comparison.md",
         "comparison.html",
     }
+
+
+@pytest.mark.parametrize(
+    ("quant", "made"),
+    [
+        ("gguf:q4_k_m", {"model-Q4_K_M.gguf"}),
+        ("mlx4", {"model.safetensors", "config.json"}),
+        ("fp8", {"model.safetensors", "config.json"}),
+    ],
+)
+def test_the_readme_makes_files_for_other_programs(
+    quant: str, made: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (line,) = (line for line in commands() if f"--quant {quant} " in line and "merge" in line)
+    config = llama_config()
+    config.update({"vocab_size": 300, "hidden_size": 128, "intermediate_size": 256})
+    base = save_base(tmp_path / "Llama-3.1-8B", config, dtype=torch.bfloat16)
+    (base / "tokenizer.json").write_text(json.dumps(fast_tokenizer()))
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    save_adapter(tmp_path / "my-qlora", base, lora)
+    monkeypatch.chdir(tmp_path)
+    program, *arguments = shlex.split(line)
+    result = CliRunner().invoke(main, arguments)
+    assert (program, result.exit_code) == ("streamconv", 0), result.output
+    assert made <= {path.name for path in Path(arguments[-1]).iterdir()}
 
 
 @pytest.mark.parametrize("name", ["guide-several-adapters", "guide-extract", "behaves-like-the-base"])
