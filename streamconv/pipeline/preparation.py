@@ -13,9 +13,7 @@ from streamconv.adapters.dialects import read_config
 from streamconv.adapters.embeddings import find_embedding
 from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.container import CONFIG
-from streamconv.checkpoint.index import read_index
 from streamconv.errors import InputError
-from streamconv.formats import find_weights
 from streamconv.gguf.names import EMBEDDING
 from streamconv.output.gguf_tokenizer import gguf_tokenizer
 from streamconv.output.manifest import MANIFEST
@@ -44,8 +42,8 @@ from streamconv.planning.gguf import with_tokenizer
 from streamconv.planning.options import Job
 from streamconv.planning.plan import Plan
 from streamconv.planning.planner import build_plans, facts_of
+from streamconv.planning.reading import open_base, read_checkpoint
 from streamconv.planning.unmerged import refuse_unmerged
-from streamconv.storage import open_storage
 from streamconv.storage.base import SourceFile, Storage
 from streamconv.storage.file_set import FileSet
 from streamconv.system_errors import translated
@@ -127,9 +125,10 @@ class Prepared:
                 f"{base.storage.location} has no tokenizer beside its weights "
                 f"({', '.join(_TOKENIZER_FILES)}); put its files there"
             )
-        home = Path(base.storage.file(CONFIG).path).parent
-        if not written and all(files[name].parent == home for name in _TOKENIZER_FILES if name in files):
-            return FileSet(files, folder=home, sources=sources)
+        if not written and CONFIG in base.storage.names():
+            home = Path(base.storage.file(CONFIG).path).parent
+            if all(files[name].parent == home for name in _TOKENIZER_FILES if name in files):
+                return FileSet(files, folder=home, sources=sources)
         config = json.dumps(dict(base.config)).encode()
         return FileSet(files, {CONFIG: config, **written}, sources=sources)
 
@@ -161,10 +160,10 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
 
     `facts` are those of a calibration whose text is not at hand, for a plan that will not be carried out.
     """
-    storage = open_storage(job.base, job.base_revision)
-    index = read_index(storage, allow_pickle=job.allow_pickle)
+    index, weights = read_checkpoint(open_base(job.base, job.base_revision), job.allow_pickle)
+    storage = index.storage
     refuse_unmerged(index)
-    base = read_base(index, find_weights(index))
+    base = read_base(index, weights)
     _log.info("read the base %s: %d weights in %d shards", job.base, len(base.weights), len(index.shards))
     adapter_storages = open_adapters(job)
     base = deepen_once(base, adapter_storages)
@@ -178,7 +177,7 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     plans = build_plans(base, adapter, options, resolve_device(job.device), facts)
     tokenizer = _tokenizer(job, base, tokenizer_storage(adapter, adapter_storages), plans[0])
     processors = notes_on_processors(storage, adapter_storages)
-    notes = (*_base_notes(job, base, adapter_storages), *tokenizer.notes, *processors)
+    notes = (*index.notes, *_base_notes(job, base, adapter_storages), *tokenizer.notes, *processors)
     code = custom_code(storage, index.config)
     copied = files_to_copy(storage, tokenizer, code, job.copy_extra)
 
@@ -214,6 +213,12 @@ def _tokenizer(job: Job, base: Base, adapter: Storage | None, plan: Plan) -> Tok
     _log.info(
         "tokenizer files: %s", ", ".join(f"{name} of {at.location}" for name, at in chosen.files.items())
     )
+    made = {
+        name: base.index.made[name]
+        for name, at in chosen.files.items()
+        if at is storage and name in base.index.made
+    }
+    chosen = replace(chosen, written={**made, **chosen.written})
     return follow_end_token(chosen, storage, base.index.config)
 
 
