@@ -1,7 +1,7 @@
 """The one table of element types: safetensors code, torch dtype, bytes per item.
 
-Codes are those of the safetensors format (`safetensors/src/tensor.rs`, enum `Dtype`). Sub-byte types
-(F4, F6) have no whole number of bytes per item and are left out: a header that uses them is refused.
+Codes are those of the safetensors format (`safetensors/src/tensor.rs`, enum `Dtype`). Of types smaller than a byte (F4,
+F6), a tensor is known by its bytes alone, and copied.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Dtype:
     """An element type of a stored tensor. `name` is how config.json spells it (`bfloat16`).
 
-    `itemsize` bytes hold `block` elements of a row: 1, but for ggml's types, which have scales between the codes.
+    `itemsize` bytes hold `block` elements of a row: 1, but for ggml's types, which have scales
+    between the codes, and for those smaller than a byte.
     """
 
     code: str
@@ -32,6 +33,11 @@ class Dtype:
     def nbytes(self, shape: Sequence[int]) -> int:
         """Bytes of a tensor, whose rows are whole blocks."""
         return math.prod(shape) // self.block * self.itemsize
+
+    @property
+    def alignment(self) -> int:
+        """Bytes of which a tensor's place in a file is a multiple, where loaders view its elements as they are."""
+        return self.itemsize if self.block == 1 else 1
 
     @property
     def name(self) -> str:
@@ -55,6 +61,8 @@ DTYPES: Mapping[str, Dtype] = MappingProxyType(
             "F8_E4M3": torch.float8_e4m3fn,
             "F8_E5M2": torch.float8_e5m2,
             "F8_E8M0": torch.float8_e8m0fnu,
+            "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+            "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
             "U16": torch.uint16,
             "I16": torch.int16,
             "F16": torch.float16,
@@ -67,6 +75,15 @@ DTYPES: Mapping[str, Dtype] = MappingProxyType(
             "F64": torch.float64,
             "C64": torch.complex64,
         }.items()
+    }
+)
+
+# Elements that are no whole bytes, in runs that are: their tensors are copied, and never looked into.
+PACKED: Mapping[str, Dtype] = MappingProxyType(
+    {
+        "F4": Dtype("F4", torch.uint8, 1, block=2),
+        "F6_E2M3": Dtype("F6_E2M3", torch.uint8, 3, block=4),
+        "F6_E3M2": Dtype("F6_E3M2", torch.uint8, 3, block=4),
     }
 )
 

@@ -287,9 +287,11 @@ class Parameter:
     """Name, logical shape and type of a base parameter: all that an adapter reader needs to know of it.
 
     `transposed`: whether it is a linear layer's weight stored as [in, out]; None leaves that to shapes and the model.
+    `undecoded`: why its shape and values are not known, and what to do; None where they are.
     """
 
     name: str
     shape: Shape
     dtype: Dtype = F32
     transposed: bool | None = None
+    undecoded: str | None = None

@@ -245,6 +245,7 @@ def _find(module: str, name: str, key: StoredTensor, base: BaseParameters) -> _S
     """The parameter where the base has it: fused, or every expert apart."""
     whole = base.find(f"{module}.{name}")
     if whole is not None:
+        whole = base.get(whole.name, key.name)
         if len(whole.shape) == 2:
             return _Stored((1, *whole.shape), ((whole, 0, 0),))
         if len(whole.shape) == 3:

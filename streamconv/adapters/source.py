@@ -21,7 +21,7 @@ from streamconv.adapters.views import (
 )
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.dtypes import DENSE, WHOLE
-from streamconv.errors import AdapterError
+from streamconv.errors import AdapterError, UnsupportedError
 
 PREFIX = "base_model.model."
 SHARED_PREFIX = "base_model."
@@ -72,8 +72,13 @@ class BaseParameters:
         return any(self.find(name) is not None for name in names_at(path))
 
     def get(self, name: str, key: str) -> Parameter:
-        """The parameter `name`, for the adapter's tensor `key`. Raises AdapterError with the nearest name."""
+        """The parameter `name`, for the adapter's tensor `key`. Raises AdapterError with the nearest name, and
+        UnsupportedError where it is stored in a way that is not decoded.
+        """
         found = self.find(name)
+        stored = self.parameters.get(found.name if found else other_form(name, self.parameters) or "")
+        if stored is not None and stored.undecoded is not None:
+            raise UnsupportedError(f"{key} is for {stored.name}, which is not decoded: {stored.undecoded}")
         if found is None:
             raise AdapterError(f"{key} is for {name}, which the base model does not have{self._hint(name)}")
         return found
@@ -106,6 +111,12 @@ class BaseParameters:
                     f", but it has {other}: the adapter has {prefix!r} more in this name, but not all of its tensors"
                     " fit the base without it"
                 )
+        unknown = [other for other, parameter in self.parameters.items() if parameter.undecoded is not None]
+        if unknown:
+            return (
+                f"; {len(unknown)} of its weights are stored in ways that are not decoded, such as {unknown[0]}: if it"
+                " is one of them under another name, give the 16-bit base model instead"
+            )
         return "; is this the base the adapter was trained on, and of the same class?"
 
 

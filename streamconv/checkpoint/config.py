@@ -51,7 +51,10 @@ _OF_PART: Mapping[str, FieldType] = MappingProxyType(
 _OF_QUANTIZATION: Mapping[str, FieldType] = MappingProxyType(
     {
         "bnb_4bit_compute_dtype": _TEXT,
+        "fmt": _TEXT,
+        "format": _TEXT,
         "load_in_4bit": _FLAG,
+        "quant_algo": _TEXT,
         "quant_method": _TEXT,
         "sparsity_config": _OBJECT,
     }

@@ -50,9 +50,10 @@ class Container(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Safetensors:
-    """Files of transformers' names (`checkpoint/layout.py`)."""
+    """Files of transformers' names (`checkpoint/layout.py`); `metadata` as there."""
 
     has_config: bool = True
+    metadata: Sequence[Mapping[str, str]] | None = None
 
     def file_names(self, count: int) -> list[str]:
         return shard_names(count)
@@ -63,7 +64,7 @@ class Safetensors:
 
     def lay_out(self, shards: Sequence[Sequence[S]], pad: Callable[[int], S]) -> tuple[ShardLayout[S], ...]:
         del pad
-        return lay_out(shards)
+        return lay_out(shards, self.metadata)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from streamconv.checkpoint.strict_json import parse_object, shown
 from streamconv.checkpoint.types import Shape, TensorSpec
-from streamconv.dtypes import DTYPES, Dtype
+from streamconv.dtypes import DTYPES, PACKED, Dtype
 from streamconv.errors import CheckpointError, UnsupportedError
 from streamconv.storage.base import SourceFile
 from streamconv.storage.local import read_start
@@ -30,14 +30,6 @@ _LENGTH_BYTES = 8
 _FIRST_BYTES = 2**16
 _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_UNHANDLED_DTYPES = {
-    "F4",
-    "F6_E2M3",
-    "F6_E3M2",
-    "F8_E4M3FNUZ",
-    "F8_E5M2FNUZ",
-}  # the rest of tensor.rs's Dtype
-
 # What a file that is not safetensors may begin with, most telling first.
 _OTHERS: Sequence[tuple[tuple[bytes, ...], str]] = (
     (
@@ -84,7 +76,7 @@ class Header:
 
 
 def read_header(file: SourceFile, read: Callable[[SourceFile, int], bytes] = read_start) -> Header:
-    """The checked header of `file`. Raises CheckpointError; UnsupportedError for a dtype not handled.
+    """The checked header of `file`. Raises CheckpointError.
 
     `read` gives the first bytes of a file, from wherever it is. Most headers need one call.
     """
@@ -212,11 +204,10 @@ def _dtype(code: object, where: _Where) -> Dtype:
     if isinstance(code, str):
         if code in DTYPES:
             return DTYPES[code]
-        if code in _UNHANDLED_DTYPES:
-            raise UnsupportedError(
-                f"{where} has dtype {code}, which is not handled; handled: {', '.join(DTYPES)}"
-            )
-    raise CheckpointError(f"{where}: dtype must be one of {', '.join(DTYPES)}, found {shown(code)}")
+        if code in PACKED:
+            return PACKED[code]
+    known = ", ".join((*DTYPES, *PACKED))
+    raise CheckpointError(f"{where}: dtype must be one of {known}, found {shown(code)}")
 
 
 def _are_sizes(found: object) -> bool:
@@ -231,12 +222,14 @@ def _are_sizes(found: object) -> bool:
 
 def _nbytes(shape: Iterable[int], dtype: Dtype, where: _Where) -> int:
     """Bytes of the tensor; a product that 64 bits cannot hold is refused even where a later 0 saves it."""
-    total = dtype.itemsize
+    elements = 1
     for size in shape:
-        total *= size
-        if total > _MAX_BYTES:
+        elements *= size
+        if elements * dtype.itemsize > _MAX_BYTES:
             raise CheckpointError(f"{where}: shape {shown(shape)} overflows 64 bits")
-    return total
+    if elements % dtype.block:
+        raise CheckpointError(f"{where}: {dtype} {shown(shape)} is no whole number of bytes")
+    return dtype.nbytes((elements,))
 
 
 def _check_cover(tensors: Sequence[HeaderTensor], data_bytes: int, file_name: str) -> None:

@@ -8,8 +8,9 @@ item size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
 from streamconv.checkpoint.header import build_header
@@ -19,6 +20,10 @@ from streamconv.storage.base import SourceFile
 
 # Data starts on a page: whole-page copies and direct I/O stay possible, and no offset depends on name lengths.
 DATA_ALIGNMENT = 4096
+
+
+PLAIN_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
+"""Metadata that loaders look for."""
 
 
 class HasSpecs(Protocol):
@@ -78,7 +83,7 @@ def split_by_size(weights: Iterable[Sequence[S]], limit: int) -> list[list[S]]:
 
 def _file_order(steps: Sequence[S]) -> list[S]:
     def rank(step: S) -> tuple[int, int]:
-        itemsize = max(spec.dtype.itemsize for spec in step.specs)
+        itemsize = max(spec.dtype.alignment for spec in step.specs)
         if nbytes(step) % 4:
             return 2, -itemsize
         return (0 if itemsize == 8 else 1), 0
@@ -93,27 +98,31 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def lay_out(shards: Sequence[Sequence[S]]) -> tuple[ShardLayout[S], ...]:
-    """Fix order, offsets and headers of all shards.
+def lay_out(
+    shards: Sequence[Sequence[S]], metadata: Sequence[Mapping[str, str]] | None = None
+) -> tuple[ShardLayout[S], ...]:
+    """Fix order, offsets and headers of all shards; `metadata` is that of each header, where it is not the plain one.
 
     Raises UnsupportedError where the parts of one step cannot lie together with all of them aligned.
     """
     return tuple(
-        _lay_out_shard(name, _file_order(steps))
-        for name, steps in zip(shard_names(len(shards)), shards, strict=True)
+        _lay_out_shard(name, _file_order(steps), told)
+        for name, steps, told in zip(
+            shard_names(len(shards)), shards, metadata or [PLAIN_METADATA] * len(shards), strict=True
+        )
     )
 
 
-def _lay_out_shard(name: str, steps: Sequence[S]) -> ShardLayout[S]:
-    header = build_header([spec for step in steps for spec in step.specs], {"format": "pt"}, DATA_ALIGNMENT)
+def _lay_out_shard(name: str, steps: Sequence[S], metadata: Mapping[str, str]) -> ShardLayout[S]:
+    header = build_header([spec for step in steps for spec in step.specs], metadata, DATA_ALIGNMENT)
     placed, offset = [], len(header)
     for step in steps:
         size = nbytes(step)
         placed.append(Placed(step, offset, size))
         for spec in step.specs:
-            if offset % spec.dtype.itemsize:
+            if offset % spec.dtype.alignment:
                 raise UnsupportedError(
-                    f"{spec.name} would start at byte {offset}, and loaders need a multiple of {spec.dtype.itemsize}: "
+                    f"{spec.name} would start at byte {offset}, and loaders need a multiple of {spec.dtype.alignment}: "
                     "its weight has an odd shape; exclude it with --ignore, or choose another format"
                 )
             offset += spec.nbytes

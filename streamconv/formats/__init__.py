@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from streamconv.checkpoint.container import SAFETENSORS, Container, Gguf
 from streamconv.checkpoint.index import CheckpointIndex
+from streamconv.checkpoint.types import StoredTensor
 from streamconv.dtypes import BF16, F16, F32
 from streamconv.errors import CheckpointError, OptionError
 from streamconv.formats import fp4, int_words
 from streamconv.formats.awq import AwqFormat
-from streamconv.formats.base import Format, Grouped, Reader, Weight, group_of, grouped_name
+from streamconv.formats.base import Format, Grouped, Marks, Reader, Weight, group_of, grouped_name
 from streamconv.formats.bnb_4bit import Bnb4bitFormat
 from streamconv.formats.bnb_int8 import Int8Format
 from streamconv.formats.dense import DenseFormat, dense_weight
-from streamconv.formats.foreign import is_read_by, quantization_of, refuse_foreign
+from streamconv.formats.foreign import (
+    is_read_by,
+    is_rotated,
+    kind_of,
+    quantization_of,
+    strange_tensors,
+    unread_quantization,
+)
 from streamconv.formats.fp8 import Fp8BlockFormat, Fp8Format, written_form
 from streamconv.formats.gguf import PREFIX, GgufFormat
 from streamconv.formats.gpt_oss import GptOssReader
@@ -23,6 +32,7 @@ from streamconv.formats.gptq import GptqFormat
 from streamconv.formats.int_quantized import Int8RowsFormat
 from streamconv.formats.mlx import MlxFormat
 from streamconv.formats.pack_quantized import PackQuantizedFormat
+from streamconv.formats.undecoded import has_codes, parameters_in, undecoded_weight
 from streamconv.kernels.grids import FP4, INT4, INT8_GROUPS, NF4
 
 __all__ = [
@@ -31,6 +41,7 @@ __all__ = [
     "dense_weight",
     "family_of",
     "find_weights",
+    "format_named",
     "format_of",
     "stored_as",
     "with_groups",
@@ -40,24 +51,81 @@ __all__ = [
 def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
     """Every weight of a checkpoint, in the order of their main parts; each tensor is part of exactly one.
 
-    Raises UnsupportedError for a quantization that is recognised but not read, CheckpointError for parts that
-    are missing, left over, or disagree.
+    What is stored in a way that is not decoded is a weight that says so. Raises CheckpointError for parts that are
+    missing, left over, or disagree.
     """
-    refuse_foreign(index, _readers())
     free = dict(index.tensors)
     quantization = quantization_of(index)
+    reason = unread_quantization(index, _readers())
     found: list[Weight] = []
-    # The dense formats stand first in the table, but take what the others leave.
-    for reader in reversed(_readers()):
-        for weight in reader.find(MappingProxyType(free), quantization):
-            found.append(weight)
-            for part in weight.parts.values():
-                del free[part.name]
+    if reason is not None:
+        _take(_undecoded(free, quantization, reason), free, found)
+    else:
+        _take(_strange(index, free), free, found)
+        # The dense formats stand first in the table, but take what the others leave.
+        for reader in reversed(_readers()):
+            _take(reader.find(MappingProxyType(free), quantization), free, found)
+        _take(_beside(free, quantization), free, found)
     found += [dense_weight(name, tensor) for name, tensor in free.items()]
-    _refuse_orphans(found)
-    _check_config(index, found)
+    if reason is None:
+        _refuse_orphans(found, _marks_for(quantization))
+        _check_config(index, found)
     by_main_part = {weight.parts[weight.decoder.main].name: weight for weight in found}
     return tuple(by_main_part[name] for name in index.tensors if name in by_main_part)
+
+
+def _take(weights: Iterable[Weight], free: dict[str, StoredTensor], found: list[Weight]) -> None:
+    """Move weights to those `found`, and their parts out of those that are `free`."""
+    for weight in weights:
+        found.append(weight)
+        for part in weight.parts.values():
+            del free[part.name]
+
+
+def _undecoded(
+    free: Mapping[str, StoredTensor], quantization: Mapping[str, Any], reason: str
+) -> list[Weight]:
+    """Weights of a checkpoint that none of the readers reads: those with codes, and if it is rotated, all."""
+    kind, suffixes = kind_of(quantization), _side_suffixes(_all_marks())
+    parameters = parameters_in(free)
+    found = [
+        undecoded_weight(name, tensors, kind, reason)
+        for name, tensors in parameters.items()
+        if has_codes(name, tensors) or any(each.name.endswith(suffixes) for each in tensors)
+    ]
+    if found and not is_rotated(quantization):
+        return found
+    # Without codes, loaders are to quantize what they load, in a way that is not known here.
+    return [undecoded_weight(name, (tensor,), kind, reason) for name, tensor in free.items()]
+
+
+def _strange(index: CheckpointIndex, free: Mapping[str, StoredTensor]) -> list[Weight]:
+    """Weights whose tensors are of a quantization that the config does not name."""
+    shown = strange_tensors(index, _readers())
+    if not shown:
+        return []
+    found: list[Weight] = []
+    for name, tensors in parameters_in(free).items():
+        sign = next((shown[each.name] for each in tensors if each.name in shown), None)
+        if sign is not None and has_codes(name, tensors):
+            found.append(undecoded_weight(name, tensors, *sign))
+    return found
+
+
+def _beside(free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> list[Weight]:
+    """Weights that are codes of another kind than those the config tells of, as DeepSeek's FP4 experts beside FP8."""
+    if not quantization:
+        return []
+    ours = {dtype for marks in _marks_for(quantization) for dtype in marks.codes}
+    found: list[Weight] = []
+    for name, tensors in parameters_in(free).items():
+        main = next((each for each in tensors if each.name == name), None)
+        if main is not None and len(tensors) > 1 and main.dtype not in ours and has_codes(name, (main,)):
+            roles = ", ".join(sorted(each.name.rpartition(".")[2] for each in tensors if each is not main))
+            said = f"{name} is {main.dtype} with {roles} beside it"
+            reason = f"{said}, which is not supported yet; give the 16-bit base model instead"
+            found.append(undecoded_weight(name, tensors, f"{main.dtype} with {roles}", reason))
+    return found
 
 
 def format_of(name: str) -> Format | None:
@@ -76,7 +144,7 @@ def format_of(name: str) -> Format | None:
 
 def stored_as(storage_format: Format) -> str:
     """Name that encoders and weights give the format; `format_of` undoes it."""
-    usual = FORMATS[storage_format.name]
+    usual = format_named(storage_format.name)
     if not isinstance(storage_format, Grouped) or not isinstance(usual, Grouped):
         return storage_format.name
     return grouped_name(storage_format.name, storage_format.group_size, usual.group_size)
@@ -84,7 +152,13 @@ def stored_as(storage_format: Format) -> str:
 
 def family_of(name: str) -> Format | None:
     """The format of which a Weight's `format` says in words how it differs; None where it is only read."""
-    return format_of(name) or FORMATS.get(group_of(name.partition(",")[0])[0])
+    plain = group_of(name.partition(",")[0])[0]
+    return format_of(name) or FORMATS.get(plain) or KEPT.get(plain)
+
+
+def format_named(name: str) -> Format:
+    """The format of an output that has this name."""
+    return FORMATS[name] if name in FORMATS else KEPT[name]
 
 
 def container_of(quant: Format | None) -> Container:
@@ -117,11 +191,12 @@ def _check_config(index: CheckpointIndex, weights: Iterable[Weight]) -> None:
         check(weights, config, where)
 
 
-def _refuse_orphans(weights: Iterable[Weight]) -> None:
-    marks = [reader.marks for reader in _readers()]
-    suffixes = tuple(suffix for each in marks for suffix in each.side_suffixes)
+def _refuse_orphans(weights: Iterable[Weight], marks: Sequence[Marks]) -> None:
+    suffixes = _side_suffixes(marks)
     codes_of = {dtype: words for each in reversed(marks) for dtype, words in each.codes.items()}
     for weight in weights:
+        if weight.undecoded is not None:
+            continue
         if weight.name.endswith(suffixes) and len(weight.parts) == 1:
             raise CheckpointError(
                 f"{weight.name} belongs to a quantized weight that is missing, or whose quant_state, SCB or "
@@ -135,12 +210,29 @@ def _refuse_orphans(weights: Iterable[Weight]) -> None:
             )
 
 
+def _side_suffixes(marks: Iterable[Marks]) -> tuple[str, ...]:
+    return tuple(suffix for each in marks for suffix in each.side_suffixes)
+
+
+def _marks_for(quantization: Mapping[str, Any]) -> Sequence[Marks]:
+    """Marks of the formats that a checkpoint of this quantization may have; all where its config says nothing."""
+    method = str(quantization.get("quant_method"))
+    return [each for each in _all_marks() if not quantization or method in each.methods]
+
+
+def _all_marks() -> Sequence[Marks]:
+    return [reader.marks for reader in _readers()]
+
+
 def _readers() -> tuple[Reader, ...]:
     return (*FORMATS.values(), *READERS)
 
 
 # Storages that are read and not written.
 READERS: tuple[Reader, ...] = (fp4.ModelOptReader(), GptOssReader())
+
+# Formats that a base keeps, and that nothing else is written in.
+KEPT: Mapping[str, Format] = MappingProxyType({f"mlx{bits}": MlxFormat(bits) for bits in (2, 3, 5, 6)})
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {

@@ -114,6 +114,7 @@ class Weight:
     around it. `format` is the key in FORMATS of the encoder that would store it in the same way; else, in words, how it
     differs (`nf4, blocksize 128`, or `I64`, which can be copied but not decoded). `keep` is the encoder that stores it
     in the very way of its file, names and types included; None where that is what the format's own encoder does.
+    `undecoded` says why it can only be copied, and what to do where it would have to be decoded; None where it can be.
     """
 
     name: str
@@ -123,6 +124,12 @@ class Weight:
     decoder: Decoder
     parts: Mapping[str, StoredTensor]
     keep: Encoder | None = None
+    undecoded: str | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is stored otherwise than as numbers, or in a way that is not known."""
+        return self.decoder.grid is not None or self.undecoded is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,6 +391,14 @@ class Grouped(Format, Protocol):
 
     def of_group_size(self, size: int) -> Format:
         """The same with groups of `size`, one of `group_sizes`."""
+
+
+@runtime_checkable
+class OfTables(Format, Protocol):
+    """A Format whose loaders look rows of an embedding up in quantized storage, too, and take quantized heads."""
+
+    @property
+    def takes_embeddings(self) -> bool: ...
 
 
 @runtime_checkable

@@ -55,7 +55,7 @@ class VerbatimDecoder:
     order: Order | None = None
 
     def row_offset(self, row: int) -> int:
-        return row * self.columns * self.dtype.itemsize
+        return self.dtype.nbytes((row, self.columns))
 
     def scales(self, side: Mapping[str, Tensor]) -> Tensor | None:
         del side

@@ -1,4 +1,4 @@
-"""Quantized checkpoints that are recognised but not read, and how they are recognised.
+"""Quantized checkpoints that are recognised but not decoded, and how they are recognised.
 
 Sources: `quant_method` of transformers' `utils/quantization_config.py`; tensor names of bitsandbytes,
 AutoGPTQ, AutoAWQ, compressed-tensors, DeepSeek-V3 (`weight_scale_inv`), gpt-oss (`_blocks`, `_scales`), HQQ
@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from streamconv.checkpoint.config import language_levels
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.dtypes import Dtype
 from streamconv.errors import UnsupportedError
@@ -31,32 +32,55 @@ _BY_SUFFIX: Mapping[str, str] = MappingProxyType(
 )
 
 
-def refuse_foreign(index: CheckpointIndex, formats: Collection[Reader]) -> None:
-    """Raise UnsupportedError if the checkpoint is quantized in a way that none of `formats` reads."""
-    config = quantization_of(index)
-    if _is_mlx(config or index.config.get("quantization")):
-        raise refusal(
-            config_says(index.storage.location),
-            "quantized by MLX (its original is the model that mlx_lm.convert was given)",
-        )
-    if config:
-        _refuse_method(index.storage.location, config, formats)
-    where = index.storage.location
-    owned = {each.marks.owned for each in formats if is_read_by(each, config, where)}
-    for name, tensor in index.tensors.items():
-        if any(_is_owned(name, roles, index) for roles in owned):
+def unread_quantization(index: CheckpointIndex, readers: Collection[Reader]) -> str | None:
+    """Why none of `readers` reads what config.json says of the quantization, as a message; None where one does, or
+    where it says nothing.
+    """
+    config, where = quantization_of(index), index.storage.location
+    if not config or any(is_read_by(each, config, where) for each in readers):
+        return None
+    method = config.get("quant_method")
+    for check in (each.marks.methods.get(str(method)) for each in readers):
+        if check is None:
             continue
+        try:
+            check(config, where)
+        except UnsupportedError as error:  # each has a reason; the first is that of the format written
+            return str(error)
+    return str(refusal(config_says(where), str(method) if method else "quantized in an unnamed way"))
+
+
+def kind_of(quantization: Mapping[str, Any]) -> str:
+    """Name of a quantization by its settings: the method, and the variant where one is named."""
+    variants = (quantization.get(key) for key in ("format", "quant_algo", "mode"))
+    named = [name for name in (quantization.get("quant_method"), *variants) if isinstance(name, str) and name]
+    return " ".join(named) or "quantized in an unnamed way"
+
+
+def is_rotated(quantization: Mapping[str, Any]) -> bool:
+    """Whether all weights are in other coordinates than training had, those in 16 bit included."""
+    return bool(quantization.get("transform_config"))
+
+
+def strange_tensors(index: CheckpointIndex, readers: Collection[Reader]) -> Mapping[str, tuple[str, str]]:
+    """Tensors that show a quantization of which the config says nothing: kind and message by name."""
+    config, where = quantization_of(index), index.storage.location
+    owned = {each.marks.owned for each in readers if is_read_by(each, config, where)}
+    found: dict[str, tuple[str, str]] = {}
+    for name, tensor in index.tensors.items():
         kind = next((kind for suffix, kind in _BY_SUFFIX.items() if name.endswith(suffix)), None)
         if kind is None and _is_fp8(tensor.dtype):
             kind = f"{tensor.dtype} (fp8)"
-        if kind is not None:
-            raise refusal(f"{index.storage.location}: {name} shows that the checkpoint is", kind)
+        if kind is not None and not any(_is_owned(name, roles, index) for roles in owned):
+            found[name] = kind, str(refusal(f"{where}: {name} shows that the checkpoint is", kind))
+    return MappingProxyType(found)
 
 
 def quantization_of(index: CheckpointIndex) -> Mapping[str, Any]:
     """Settings of the quantization in config.json; empty if there are none."""
     keys = ("quantization_config", "compression_config", "quantization")
-    found = next((index.config[key] for key in keys if index.config.get(key)), None)
+    levels = language_levels(index.config)  # a model of text and images may have it with the text
+    found = next((level[key] for level in levels for key in keys if level.get(key)), None)
     if not isinstance(found, Mapping):
         return {}
     return {**found, "quant_method": mlx.METHOD} if mlx.is_mlx(found) else found
@@ -77,25 +101,6 @@ def _is_owned(name: str, roles: tuple[str, ...], index: CheckpointIndex) -> bool
     """Whether a tensor is one of the `roles` of a weight that a format finds, and judges."""
     module, _, role = name.rpartition(".")
     return role in roles and f"{module}.{roles[0]}" in index.tensors
-
-
-def _refuse_method(where: str, config: Mapping[str, Any], formats: Collection[Reader]) -> None:
-    method = config.get("quant_method")
-    checks = [check for each in formats for name, check in each.marks.methods.items() if name == method]
-    if checks and not any(is_read_by(each, config, where) for each in formats):
-        for check in checks:  # each has a reason; the first is that of the format written
-            check(config, where)
-    if not checks:
-        raise refusal(config_says(where), str(method) if method else "quantized in an unnamed way")
-
-
-def _is_mlx(config: object) -> bool:
-    """Whether these settings are as `mlx_lm.convert` writes them: under `quantization`, and in newer versions twice."""
-    return (
-        isinstance(config, Mapping)
-        and "quant_method" not in config
-        and {"group_size", "bits"} <= config.keys()
-    )
 
 
 def _is_fp8(dtype: Dtype) -> bool:

@@ -45,6 +45,7 @@ from streamconv.formats.fp8_storage import (
     grid_of_blocks,
 )
 from streamconv.formats.linear import means
+from streamconv.formats.undecoded import find_each
 from streamconv.kernels.grids import E4M3, TableGrid
 
 INVERSE, SCALE = "weight_scale_inv", "weight_scale"
@@ -72,9 +73,14 @@ _USUAL_COLUMNS = 4096
 
 def find_fp8(free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
     """Weights with scales of either name. Raises CheckpointError where those of one are missing or do not fit."""
-    mains = [tensor for name, tensor in free.items() if tensor.dtype == CODE and name.endswith(MAIN)]
+    mains = [tensor for name, tensor in free.items() if tensor.dtype == CODE and name.endswith(f".{MAIN}")]
     dtype = largest_dtype(free, but=(*_SCALES, *ACTIVATIONS))
-    return [_weight(main, free, quantization, dtype) for main in mains]
+    return find_each(
+        [main.name.removesuffix(f".{MAIN}") for main in mains],
+        lambda module: _weight(free[f"{module}.{MAIN}"], free, quantization, dtype),
+        free,
+        "fp8",
+    )
 
 
 def _weight(
@@ -82,12 +88,16 @@ def _weight(
 ) -> Weight:
     module = main.name.removesuffix(MAIN)
     role = next((role for role in _SCALES if module + role in free), None)
+    if role is None and module + "scale" in free:
+        raise refusal(f"{main.name} is", f"{main.dtype} with another kind of scales beside it (scale)")
     if role is None:
         raise CheckpointError(
             f"{main.name} is {main.dtype}, and has no {' or '.join(_SCALES)} beside it; the checkpoint is incomplete,"
             " download it again"
         )
     scales = free[module + role]
+    if scales.dtype.code in ("F8_E8M0", "U8"):
+        raise refusal(f"{main.name} is", f"{main.dtype} with exponents as scales ({role} is {scales.dtype})")
     rows, columns = _matrix(main)
     blocks = _blocks(scales, rows, columns, quantization)
     counts = blocks.counts

@@ -45,6 +45,7 @@ from streamconv.formats.base import (
 from streamconv.formats.bits import packed_bits, unpacked_bits
 from streamconv.formats.block_scaled import check_tensor
 from streamconv.formats.linear import module_of
+from streamconv.formats.undecoded import find_each
 from streamconv.kernels.grids import TableGrid, integers
 
 METHOD = "mlx"
@@ -146,7 +147,17 @@ def _find_weight(module: str, free: Mapping[str, StoredTensor], quantization: Ma
     own = quantization.get(module)
     settings = {**quantization, **own} if isinstance(own, Mapping) else quantization
     bits, group = settings.get("bits"), settings.get("group_size")
-    if bits not in _BITS or not isinstance(group, int) or group < 1 or isinstance(group, bool):
+    if (
+        not (isinstance(bits, int) and isinstance(group, int))
+        or not 0 < bits <= _WORD_BITS
+        or group < 1
+        or isinstance(group, bool)
+    ):
+        raise CheckpointError(
+            f"{module}.weight has {shown(bits)} bits in groups of {shown(group)} by config.json, expected whole numbers"
+            f" and {_WORD_BITS} bits at most; correct it, or download the checkpoint again"
+        )
+    if bits not in _BITS:
         raise UnsupportedError(
             f"{name} has {shown(bits)} bits in groups of {shown(group)}; of MLX, {', '.join(map(str, _BITS))} bits are "
             "read: give the 16-bit base model instead"
@@ -295,7 +306,7 @@ class MlxFormat:
         if quantization.get("quant_method") != METHOD or self.bits != min(WRITTEN_BITS):
             return ()
         modules = [name.removesuffix(".biases") for name in free if name.endswith(".biases")]
-        return [_find_weight(module, free, quantization) for module in modules]
+        return find_each(modules, lambda module: _find_weight(module, free, quantization), free, METHOD)
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> MlxEncoder:
         """See Format."""

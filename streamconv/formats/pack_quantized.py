@@ -55,6 +55,7 @@ from streamconv.formats.compressed import (
     unread_in,
     weights_of,
 )
+from streamconv.formats.undecoded import find_each
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import TableGrid
 
@@ -406,10 +407,14 @@ class PackQuantizedFormat:
 
     def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """See Format."""
-        names = [name for name in free if name.endswith(f".{MAIN}")]
+        modules = [name.removesuffix(f".{MAIN}") for name in free if name.endswith(f".{MAIN}")]
         with TensorReader() as reader:
-            found = [_find_weight(name, self.name, self.grid, free, reader) for name in names]
-        weights = [weight for weight in found if weight is not None]
+            weights = find_each(
+                modules,
+                lambda module: _find_weight(f"{module}.{MAIN}", self.name, self.grid, free, reader),
+                free,
+                STORAGE,
+            )
         # A scale a row is a group of as many elements as there are columns; where all are, it is one format, unless the
         # config has groups of each of these sizes. Whether it agrees else is checked afterwards.
         sizes = {weights.get("group_size") for weights in weights_of(quantization)}

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.checkpoint.strict_json import some
 from streamconv.escapes import is_class_name, markdown_text
-from streamconv.formats import FORMATS
+from streamconv.formats import format_named
 from streamconv.formats.linear import is_expert
 from streamconv.output.manifest import KeptShares
 from streamconv.output.recipe import RECIPE
@@ -51,7 +51,7 @@ def model_card(
         repo for repo in repos if _HUB_ID.fullmatch(repo)
     ]  # of a cache's folder, it may be anything
     tags = ["streamconv", *(["merge", *_methods(plan)] if plan.method else [])]
-    quant = FORMATS[plan.quant] if plan.quant else None
+    quant = format_named(plan.quant) if plan.quant else None
     if quant is not None and quant.library is not None:
         tags += ["4-bit" if quant.bits_per_weight < 8 else "8-bit", quant.library]
     data = ModelCardData(
@@ -189,7 +189,7 @@ def _snippet(plan: Plan, config: Mapping[str, Any], has_tokenizer: bool) -> Iter
     loader = _loader(config) if plan.head is None else _class_name(plan.head.architecture)
     names = [loader, *(["AutoTokenizer"] if has_tokenizer else [])]
     trust = ", trust_remote_code=True" if config.get("auto_map") else ""
-    quant = FORMATS[plan.quant] if plan.quant else None
+    quant = format_named(plan.quant) if plan.quant else None
     has_experts = any(map(is_expert, plan.quantized))
     if quant is not None and has_experts and not opens_in_transformers(quant, config):
         yield f"Its experts are quantized, so that it is for {' and '.join(servers_of(quant))}; not for transformers."

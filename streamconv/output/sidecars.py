@@ -44,6 +44,16 @@ MODEL = (
 QUANTIZATION_COPIES: Mapping[str | None, str] = MappingProxyType(
     {name: each.config_copy for name, each in FORMATS.items() if each.config_copy is not None}
 )
+# Settings and reports of quantizers beside a checkpoint, which go along where all that is quantized stays as it is.
+OF_QUANTIZATION = (
+    *dict.fromkeys(QUANTIZATION_COPIES.values()),
+    "hf_quant_config.json",
+    "quant_config.json",
+    "quantization_config.json",
+    "quanto_qmap.json",
+    "quant_log*",
+    "recipe.yaml",
+)
 # Never copied, even when --copy-extra matches: weights of another format, pickles, and what is written anew.
 NEVER = (
     "*.safetensors",
@@ -177,14 +187,20 @@ def files_beside_header(base: Storage, extra: Sequence[str]) -> tuple[SourceFile
 
 
 def files_to_copy(
-    base: Storage, tokenizer: TokenizerChoice, code: CustomCode, extra: Sequence[str]
+    base: Storage,
+    tokenizer: TokenizerChoice,
+    code: CustomCode,
+    extra: Sequence[str],
+    keeps_quantization: bool = False,
 ) -> tuple[SourceFile, ...]:
-    """Files that go to the output unchanged, sorted by name.
+    """Files that go to the output unchanged, sorted by name; with `keeps_quantization`, those of a quantizer, too.
 
     Raises CheckpointError for one that is none, or larger than any of its name is, as a file with a hole is.
     """
     names = base.names()
     chosen = {name: base for name in names if _matches(name, MODEL) and not _matches(name, NEVER)}
+    if keeps_quantization:
+        chosen |= {name: base for name in names if _matches(name, OF_QUANTIZATION)}
     if code.is_named:  # its files may import each other: all of them or none
         chosen |= dict.fromkeys(code.files, base)
     chosen |= tokenizer.files

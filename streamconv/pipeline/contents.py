@@ -12,7 +12,7 @@ from streamconv.adapters.base import TaskHead
 from streamconv.checkpoint.config import edit_config, language_levels
 from streamconv.checkpoint.container import CONFIG
 from streamconv.dtypes import BF16, DENSE, Dtype
-from streamconv.formats import FORMATS, format_of, with_groups
+from streamconv.formats import format_named, format_of, with_groups
 from streamconv.formats.base import Json
 from streamconv.formats.mixed import mixed_quantization
 from streamconv.formats.mlx import config_keys
@@ -196,7 +196,7 @@ def _config(prepared: Prepared, quantization: Json | None) -> bytes:
             end_token=prepared.end_token,
             architecture=head.architecture if head else None,
             labels=head.labels if head and not head.are_tokens else None,
-            keeps_quantization=_kept_quantization(prepared) is not None,
+            keeps_quantization=plan.keeps_quantization or _kept_quantization(prepared) is not None,
             quantization_keys=config_keys(quantization),
         )
     )
@@ -209,9 +209,9 @@ def _vocabulary(head: TaskHead | None, config: Mapping[str, Any]) -> tuple[int, 
 
 
 def _quantization(prepared: Prepared) -> Json | None:
-    """The output's `quantization_config`; None where it is dense."""
+    """The output's `quantization_config`; None where it is dense, or the base's own stays."""
     plan = prepared.plan
-    if plan.quant is None:
+    if plan.quant is None or plan.keeps_quantization:
         return None
     kept = _kept_quantization(prepared)
     if kept is not None:
@@ -221,7 +221,7 @@ def _quantization(prepared: Prepared) -> Json | None:
         by_name = {key: found for key in plan.formats if (found := format_of(key)) is not None}
         formats = {name: by_name[key] for key, names in plan.formats.items() for name in names}
         return mixed_quantization(dtype, formats, plan.skipped)
-    storage_format = with_groups(FORMATS[plan.quant], plan.group_size)
+    storage_format = with_groups(format_named(plan.quant), plan.group_size)
     return storage_format.quantization_config(dtype, plan.quantized, plan.skipped)
 
 

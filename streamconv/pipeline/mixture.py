@@ -51,7 +51,10 @@ def read_adapters(job: Job, base: Base, storages: Sequence[Storage]) -> Adapter 
     """The adapter that stands for all; None without any. Raises what `read_adapter` and `combine` do."""
     if not storages:
         return None
-    parameters = {name: Parameter(name, weight.shape, weight.dtype) for name, weight in base.weights.items()}
+    parameters = {
+        name: Parameter(name, weight.shape, weight.dtype, undecoded=weight.undecoded)
+        for name, weight in base.weights.items()
+    }
     config, moe = base.index.config, parse_moe_layout(job.options.moe_layout)
     adapters = []
     for place, storage in zip(job.adapters, storages, strict=True):

@@ -92,7 +92,8 @@ class Prepared:
         has_config = self.plan.container.has_config
         index = (INDEX,) if len(self.plan.shards) > 1 and has_config else ()
         card = ("README.md",) if self.job.card else ()
-        copies = (QUANTIZATION_COPIES[self.plan.quant],) if self.plan.quant in QUANTIZATION_COPIES else ()
+        is_copied = self.plan.keeps_quantization or self.plan.quant not in QUANTIZATION_COPIES
+        copies = () if is_copied else (QUANTIZATION_COPIES[self.plan.quant],)
         residual = (RESIDUAL_CONFIG,) if self.plan.residual_rank else ()
         config = (CONFIG,) if has_config else ()
         return (*self.written, *residual, *index, *card, RECIPE, MANIFEST, *copies, *config)
@@ -179,10 +180,10 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     processors = notes_on_processors(storage, adapter_storages)
     notes = (*index.notes, *_base_notes(job, base, adapter_storages), *tokenizer.notes, *processors)
     code = custom_code(storage, index.config)
-    copied = files_to_copy(storage, tokenizer, code, job.copy_extra)
 
     def prepared(plan: Plan) -> Prepared:
-        files, written, of_code = copied, tokenizer.written, code.notes(copied)
+        files = files_to_copy(storage, tokenizer, code, job.copy_extra, plan.keeps_quantization)
+        written, of_code = tokenizer.written, code.notes(files)
         if not plan.container.has_config:
             rows = plan.tensors[EMBEDDING].shape[0]
             pairs = gguf_tokenizer(tokenizer, storage.location, index.config, rows)

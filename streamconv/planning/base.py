@@ -23,7 +23,8 @@ from streamconv.planning.ties import find_tie, without_shared_head
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A base checkpoint as the planner sees it. `formats` are those of its quantized weights, that of most first.
+    """A base checkpoint as the planner sees it. `formats` are those of its quantized weights, that of most first;
+    `undecoded` those of weights that are not decoded.
 
     `depth`: how its layers were repeated, in `weights` and in the config; `index.tensors` are as they are stored.
     """
@@ -33,11 +34,12 @@ class Base:
     tie: Tie | None
     formats: tuple[str, ...]
     depth: Depth | None = None
+    undecoded: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> str | None:
         """Its formats in words; None where nothing is quantized."""
-        return " and ".join(self.formats) or None
+        return " and ".join((*self.formats, *self.undecoded)) or None
 
 
 def read_base(index: CheckpointIndex, weights: Sequence[Weight]) -> Base:
@@ -58,7 +60,9 @@ def read_base(index: CheckpointIndex, weights: Sequence[Weight]) -> Base:
                 "quantized; this is not supported yet, give the 16-bit base model instead"
             )
     by_name = without_shared_head({weight.name: weight for weight in weights}, index.config)
-    return Base(index, by_name, find_tie(by_name, index.config), tuple(formats))
+    undecoded = sorted({weight.format for weight in weights if weight.undecoded is not None})
+    tie = find_tie(by_name, index.config)
+    return Base(index, by_name, tie, tuple(formats), undecoded=tuple(undecoded))
 
 
 def _check_together(index: CheckpointIndex, names: Sequence[str]) -> None:

@@ -26,7 +26,8 @@ class Facts:
     """Facts that choices depend on beside the options: the base's quantized formats, and if an adapter updates it.
 
     `location` is the base's place, for messages; `quantized` names the formats there, None where there are none. `kept`
-    are those of `formats` whose weights bring an encoder of their own.
+    are those of `formats` whose weights bring an encoder of their own. `has_undecoded`: whether there are weights that
+    are not decoded.
     """
 
     location: str
@@ -34,6 +35,7 @@ class Facts:
     has_adapter: bool
     formats: tuple[str, ...] = ()
     kept: frozenset[str] = frozenset()
+    has_undecoded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,8 @@ class Choices:
 
     `rounding` is for the weights that it can be used for, `rest` for all others; the two differ where it is calibrated,
     which weights outside the decoder layers cannot be. `quant` is the format of quantized weights, but for those that
-    `mixture` gives another; None where nothing is quantized.
+    `mixture` gives another; None where nothing is quantized. `passes`: whether some quantized weights can only be
+    copied, and are, so that all stay as they are stored.
     """
 
     quant: Format | None
@@ -54,6 +57,7 @@ class Choices:
     rounding_choice: Choice | None
     feedback: FeedbackOptions | None
     mixture: ModuleFormats
+    passes: bool = False
 
 
 def asks_to_keep(options: MergeOptions) -> bool:
@@ -67,14 +71,15 @@ def choose(facts: Facts, options: MergeOptions) -> Choices:
     quant, dtype, mixture = _resolve_formats(facts, options)
     merge_base, target = _resolve_target(facts, options)
     quants = [] if quant is None else [quant, *mixture.formats]
+    passes = passes_through(facts, options)
     rounded = [each for each in quants if each.grid is not None]
     _check_calibration(options, rounded)
     if not rounded:
-        return Choices(quant, dtype, merge_base, target, None, None, None, None, mixture)
+        return Choices(quant, dtype, merge_base, target, None, None, None, None, mixture, passes)
     rest, rest_choice = _without_text(facts, _sources(facts, merge_base), rounded)
     rounding, choice = _resolve_rounding(options, rest, rest_choice)
     if options.calibration is None:
-        return Choices(quant, dtype, merge_base, target, rounding, rounding, choice, None, mixture)
+        return Choices(quant, dtype, merge_base, target, rounding, rounding, choice, None, mixture, passes)
     rest = rest if rounding.calibrated else rounding
     feedback = _feedback(options, rounding)
     return Choices(quant, dtype, merge_base, target, rounding, rest, choice, feedback, mixture)
@@ -106,7 +111,10 @@ def _resolve_formats(
         )
     kept: dict[str, Format] = {}
     if options.quant.lower() == KEEP and len(facts.formats) > 1:
-        kept = {name: _kept_format(facts, name, options) for name in facts.formats}
+        names = [
+            name for name in facts.formats if not passes_through(facts, options) or _format_in(facts, name)
+        ]
+        kept = {name: _kept_format(facts, name, options) for name in names}
     return quant or next(iter(of_rules), None), dtype, ModuleFormats(rules, kept, quant is not None)
 
 
@@ -205,6 +213,9 @@ def resolve_quant(facts: Facts, options: MergeOptions) -> tuple[Format | None, D
     if dtype_name != "auto" and dtype_name not in DENSE:
         raise OptionError(f"--dtype {options.dtype} is not known; use auto, {', '.join(DENSE)}")
     dtype = None if dtype_name == "auto" else DENSE[dtype_name]
+    if passes_through(facts, options):
+        _check_passes(facts, options)
+        return next(iter(_sources(facts, None)), None), None
     if name == KEEP and facts.formats:
         return _kept_format(facts, facts.formats[0], options), dtype
     if name in (KEEP, NONE):
@@ -232,9 +243,37 @@ def _kept_format(facts: Facts, name: str, options: MergeOptions) -> Format:
     return with_groups(kept, options.group_size)
 
 
+def passes_through(facts: Facts, options: MergeOptions) -> bool:
+    """Whether quantized weights are kept some of which can only be copied."""
+    is_copied = facts.has_undecoded or any(_format_in(facts, name) is None for name in facts.formats)
+    return is_copied and options.quant.lower() == KEEP
+
+
+def _check_passes(facts: Facts, options: MergeOptions) -> None:
+    """Raise OptionError for what would change weights that are copied as they are, or would have to decode them."""
+    asked = {
+        f"--dtype {options.dtype}": options.dtype.lower() != "auto",
+        f"--group-size {options.group_size}": options.group_size is not None,
+        f"--rounding {options.rounding}": options.rounding.lower() != "auto" and not _sources(facts, None),
+        f"--quant-for {next(iter(options.quant_for), '')}": bool(options.quant_for),
+        "--calibration": options.calibration is not None,
+    }
+    for option, is_asked in asked.items():
+        if is_asked:
+            raise OptionError(
+                f"{option} does not fit: {facts.location} is {facts.quantized}, which is not written, so that what no "
+                "update touches is copied as it is; leave the option out, or choose another --quant than keep"
+            )
+
+
 def _resolve_target(facts: Facts, options: MergeOptions) -> tuple[Format | None, Choice]:
     name = options.merge_base.lower()
     if name in ("original", facts.quantized):
+        if passes_through(facts, options) and not _sources(facts, None):
+            return None, Choice(
+                "T",
+                "the update is added to weights that the base has in 16 bit; the others stay as they are stored",
+            )
         if facts.quantized:
             return None, Choice(
                 "T", f"the base is {facts.quantized}, so the update is added to what it dequantizes to"

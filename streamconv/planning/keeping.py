@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from streamconv.errors import UnsupportedError
 from streamconv.formats import format_of
 from streamconv.formats.base import Encoder, Weight
 from streamconv.formats.foreign import quantization_of
@@ -23,6 +22,8 @@ _LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules
 def kept_encoders(base: Base, weights: Mapping[str, Weight], options: MergeOptions) -> Mapping[str, Encoder]:
     """Encoders of the output's `weights` that are stored as their file has them; none where that is not asked for.
 
+    What is only read, or not decoded at all, has none.
+
     What an adapter holds whole is not in the file; and layers that are repeated have other names than there.
     """
     if not asks_to_keep(options) or base.depth is not None:
@@ -32,19 +33,17 @@ def kept_encoders(base: Base, weights: Mapping[str, Weight], options: MergeOptio
         for name, weight in weights.items()
         if weight.decoder.grid is not None and weight is base.weights.get(name)
     }
-    if not any(weight.keep for weight in quantized.values()):
+    encoders = {name: weight.keep or _usual(weight) for name, weight in quantized.items()}
+    has_others = bool(base.undecoded) or None in encoders.values()
+    if not has_others and not any(weight.keep for weight in quantized.values()):
         return MappingProxyType({})
-    return {name: weight.keep or _usual(weight) for name, weight in quantized.items()}
+    return {name: encoder for name, encoder in encoders.items() if encoder is not None}
 
 
-def _usual(weight: Weight) -> Encoder:
-    """Encoder of a weight that its format stores as its file has it."""
+def _usual(weight: Weight) -> Encoder | None:
+    """Encoder of a weight that its format stores as its file has it; None where that is only read."""
     found = format_of(weight.format)
-    if found is None:
-        raise UnsupportedError(
-            f"{weight.name} is {weight.format}, which is read but not written; choose --quant none or another format"
-        )
-    return found.encoder(weight.name, weight.shape, weight.dtype)
+    return None if found is None else found.encoder(weight.name, weight.shape, weight.dtype)
 
 
 def kept_quantization(base: Base, replaced: Sequence[str], options: MergeOptions) -> dict[str, Any] | None:

@@ -265,6 +265,8 @@ class Plan:
     `calibration` tells of the text that some of these go by, None where there is none. `depth` is None where the output
     has the layers of the base. `notes` are sentences on what a merge leaves out, replaces or chooses, for people.
     `members` are the adapters where there are several, or one that is weighed. `container` is what the shards are.
+    `keeps_quantization`: whether the base's settings of its quantization, in config.json and beside it, are those of
+    the output.
     """
 
     options: MergeOptions
@@ -294,6 +296,7 @@ class Plan:
     members: tuple[Member, ...] = ()
     head: TaskHead | None = None
     container: Container = SAFETENSORS
+    keeps_quantization: bool = False
 
     @property
     def size(self) -> int:

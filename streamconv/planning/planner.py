@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from streamconv.adapters.base import Adapter, Replace, Update
 from streamconv.adapters.embeddings import HEADS, find_embedding
-from streamconv.checkpoint.container import Container, Gguf
+from streamconv.checkpoint.container import Container, Gguf, Safetensors
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import AdapterError, OptionError
 from streamconv.formats import container_of, dense_weight, stored_as
@@ -28,9 +28,10 @@ from streamconv.planning.gguf_pieces import taken_apart
 from streamconv.planning.keeping import kept_encoders
 from streamconv.planning.memory import plan_memory
 from streamconv.planning.options import MergeOptions
+from streamconv.planning.passing import check_passes, keeps_quantization, notes_on_passed
 from streamconv.planning.plan import CalibrationPlan, Memory, Plan, ShardPlan
 from streamconv.planning.quantized import QuantizedSet, choose_quantized, with_group_size
-from streamconv.planning.shards import as_stored_shards, split_steps
+from streamconv.planning.shards import as_stored_shards, metadata_of, split_steps
 from streamconv.planning.steps import plan_steps
 from streamconv.planning.ties import check_unknown_tie
 from streamconv.planning.unmerged import notes_on_factors
@@ -92,7 +93,14 @@ def build_plans(
 
 def facts_of(base: Base, adapter: Adapter | None) -> Facts:
     kept = frozenset(weight.format for weight in base.weights.values() if weight.keep is not None)
-    return Facts(base.index.storage.location, base.quantized, adapter is not None, base.formats, kept)
+    return Facts(
+        base.index.storage.location,
+        base.quantized,
+        adapter is not None,
+        base.formats,
+        kept,
+        bool(base.undecoded),
+    )
 
 
 def _draft(
@@ -113,6 +121,8 @@ def _draft(
         )
     options = with_group_size(base, weights, replaces, options)
     choices = choose(facts_of(base, adapter), options)
+    kept = kept_encoders(base, weights, options)
+    check_passes(base, weights, {*updates} - {*kept}, adapter, choices)
     pieces: Mapping[str, GgufPiece] = {}
     shapes = {name: weight.shape for name, weight in weights.items()}
     in_output: Mapping[str, Weight] = weights
@@ -120,7 +130,6 @@ def _draft(
         apart = taken_apart(weights, updates, base.index.config.get("model_type"))
         in_output, updates, pieces, shapes = apart.weights, dict(apart.updates), apart.pieces, apart.shapes
     model = plan_model(base, shapes, choices)
-    kept = kept_encoders(base, weights, options)
     chosen = choose_quantized(base, weights, replaces, choices, options, kept, model)
     within = facts.weights if facts is not None and choices.feedback is not None else frozenset()
     equalization = plan_equalization(base, weights, chosen, options, facts)
@@ -138,7 +147,10 @@ def _draft(
         by_weight = by_tensor(by_weight, model)
     if model is not None and isinstance(container, Gguf):
         container = container.with_pairs(model.pairs)
-    shards = container.lay_out(split_steps(base, by_weight, choices, options), zeros)
+    stays = choices.passes or bool(kept)
+    steps = split_steps(base, by_weight, choices, options, keeps_files=stays)
+    files = Safetensors(metadata=metadata_of(base.index, steps)) if stays else container
+    shards = files.lay_out(steps, zeros)
     if model is None:
         shards = as_stored_shards(base.index, shards)
     notes = model.notes if model else ()
@@ -177,8 +189,10 @@ def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, me
             *notes_on_factors(base.index),
             *notes_on_experts(choices.quant, base.index.config, draft.names, draft.quantized.weights),
             *(adapter.notes if adapter else ()),
+            *notes_on_passed(base, choices, shards),
             *draft.notes,
         ),
+        keeps_quantization=keeps_quantization(base, adapter, choices, options, shards),
         members=adapter.members if adapter else (),
         container=draft.container,
     )

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from streamconv.adapters.base import Replace
+from streamconv.adapters.embeddings import HEADS, find_embedding
 from streamconv.checkpoint.types import Shape
 from streamconv.dtypes import BF16
 from streamconv.errors import OptionError
 from streamconv.formats import FORMATS, with_groups
-from streamconv.formats.base import Encoder, Format, Grouped, Weight
+from streamconv.formats.base import Encoder, Format, Grouped, OfTables, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, Selection, matches, module_of, select
 from streamconv.formats.mixed import check_partners, mixed_quantization
 from streamconv.gguf.model import GgufModel
@@ -74,8 +75,9 @@ def choose_quantized(
     _check_some(base, choices.quant, wanted.quantized, selection.quantized, shapes)
     chosen = frozenset(selection.quantized)
     left = tuple(module_of(name) for name in wanted.quantized if name not in chosen)
+    tables = _tables(choices.quant, matrices, options.ignore, replaces, base)
     found = QuantizedSet(
-        {name: formats[name] for name in selection.quantized},
+        {name: formats[name] for name in (*selection.quantized, *tables)},
         selection.skipped,
         left,
         _dense_formats(matrices, choices.mixture.rules),
@@ -85,6 +87,27 @@ def choose_quantized(
     # Written when all is done; what it cannot say is refused now.
     mixed_quantization(choices.dtype or BF16, found.formats, found.skipped)
     return found
+
+
+def _tables(
+    quant: Format,
+    matrices: Mapping[str, Shape],
+    ignore: Sequence[str],
+    replaces: Mapping[str, Replace],
+    base: Base,
+) -> list[str]:
+    """The embedding and the output head, where loaders take these quantized as well, and they are not left out."""
+    if not isinstance(quant, OfTables) or not quant.takes_embeddings or base.quantized:
+        return []
+    found = {find_embedding(matrices), *HEADS} & matrices.keys()
+    return [
+        name
+        for name in matrices
+        if name in found
+        and name not in replaces
+        and not matches(module_of(name), ignore)
+        and quant.fits(name, matrices[name])
+    ]
 
 
 def _selected(

@@ -13,6 +13,7 @@ from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import UnsupportedError
 from streamconv.formats import FORMATS
 from streamconv.formats.base import Encoder, Surveyed, Weight
+from streamconv.formats.fp8 import ACTIVATIONS
 from streamconv.formats.linear import DEFAULT_IGNORE, select
 from streamconv.gguf.model import GgufModel
 from streamconv.gguf.pieces import GgufPiece
@@ -72,11 +73,23 @@ def plan_steps(
         )
         constants = [step.encoder.constants for step in found if isinstance(step, Rewrite)]
         beside = _beside(weight, found) if name in chosen.kept else []
+        if name in equalizers:
+            _check_activations(name, [part.name for part in weight.parts.values()] if beside else [])
         steps.append([*found, *(constant for each in constants for constant in each), *beside])
     return steps
 
 
-def _beside(weight: Weight, steps: Sequence[Step]) -> list[Step]:
+def _check_activations(name: str, parts: Sequence[str]) -> None:
+    """Raise UnsupportedError where a scale of activations is kept beside a weight that is rescaled."""
+    measured = next((each for each in parts if each.rpartition(".")[2] in ACTIVATIONS), None)
+    if measured is not None:
+        raise UnsupportedError(
+            f"{name} has {measured} beside it, measured of activations before these are rescaled; leave --rescale out, "
+            "or choose --quant fp8, which scales activations as they come"
+        )
+
+
+def _beside(weight: Weight, steps: Sequence[Step]) -> list[Copy]:
     """Copies of parts that no step writes: scales of activations, which no update of the weight changes."""
     written = {spec.name for step in steps for spec in step.specs}
     return [Copy(part.name, part) for part in weight.parts.values() if part.name not in written]
@@ -123,8 +136,8 @@ def weight_steps(
 
 
 def _copies(name: str, weight: Weight, encoder: Encoder | None) -> list[Step]:
-    """Copies of all parts; only a weight of one part is ever stored under another name than the base's."""
-    is_dense = len(weight.parts) == 1
+    """Copies of all parts; only a dense weight is ever stored under another name than the base's."""
+    is_dense = len(weight.parts) == 1 and not weight.is_quantized
     if is_dense and encoder is not None and encoder.parts[0].name != name:
         return [Copy(name, part, encoder.parts[0]) for part in weight.parts.values()]
     return [Copy(name if is_dense else part.name, part) for part in weight.parts.values()]
@@ -172,7 +185,7 @@ def _encoder(
     name: str, weight: Weight, chosen: QuantizedSet, own_dtype: Dtype, choices: Choices
 ) -> Encoder | None:
     """Encoder that stores a weight in the output; None for what can only be copied."""
-    if not weight.dtype.is_float:
+    if not weight.dtype.is_float or weight.undecoded is not None or (choices.passes and weight.is_quantized):
         return None
     dtype = choices.dtype or own_dtype
     if name in chosen.formats:

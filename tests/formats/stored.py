@@ -172,3 +172,11 @@ def decoded(weight: Weight) -> Tensor:
         content = raw[decoder.row_offset(part.start) : decoder.row_offset(part.stop)]
         decoder.decode(content, part, block_slice(weight, scales, part), out[part.start : part.stop])
     return out.view(weight.shape)
+
+
+def decode_every_weight(index: CheckpointIndex) -> None:
+    """Have a checkpoint's weights decoded, as far as that needs no bytes; what is refused is refused here."""
+    for weight in find_weights(index):
+        if weight.undecoded is not None:
+            empty = torch.empty(0)
+            weight.decoder.decode(empty, range(0), None, empty)

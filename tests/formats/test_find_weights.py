@@ -10,7 +10,7 @@ from torch import Tensor
 from streamconv.errors import CheckpointError, UnsupportedError
 from streamconv.formats import FORMATS, find_weights
 from tests.checkpoint.files import index_of, write_checkpoint
-from tests.formats.stored import W, encoder_for, normal, stored, write
+from tests.formats.stored import W, decode_every_weight, encoder_for, normal, stored, write
 
 
 def quantized(name: str, fmt: str) -> dict[str, Tensor]:
@@ -85,7 +85,7 @@ def test_other_quantizations_are_known_by_their_tensors(
     tmp_path: Path, tensors: dict[str, torch.dtype], kind: str
 ) -> None:
     with pytest.raises(UnsupportedError, match=kind) as caught:
-        find_weights(
+        decode_every_weight(
             write(tmp_path, {name: torch.ones(2, 2).to(dtype) for name, dtype in tensors.items()}, {})
         )
     assert "16-bit base" in str(caught.value)
@@ -118,7 +118,7 @@ def test_other_quantizations_are_known_by_their_config(
 ) -> None:
     index = write(tmp_path, {"a.weight": torch.ones(2, 2)}, {"quantization_config": config})
     with pytest.raises(UnsupportedError, match=kind) as caught:
-        find_weights(index)
+        decode_every_weight(index)
     assert "config.json" in str(caught.value)
 
 

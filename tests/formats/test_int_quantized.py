@@ -16,7 +16,17 @@ from streamconv.errors import CheckpointError, UnsupportedError
 from streamconv.formats import FORMATS, find_weights
 from streamconv.formats.base import Json
 from tests.checkpoint.files import index_of
-from tests.formats.stored import W, decoded, encoder_for, normal, only_weight, side_parts, stored, write
+from tests.formats.stored import (
+    W,
+    decode_every_weight,
+    decoded,
+    encoder_for,
+    normal,
+    only_weight,
+    side_parts,
+    stored,
+    write,
+)
 
 MODULE = W.removesuffix("weight")
 GOLDEN = Path(__file__).parent.parent / "golden" / "compressed-tensors-0.20.0" / "w8a8"
@@ -101,7 +111,7 @@ def test_settings_of_other_weights_are_refused(change: Json, tmp_path: Path) -> 
     weight, settings = normal((6, 4)), config()
     settings["quantization_config"]["config_groups"]["group_0"]["weights"] |= change
     with pytest.raises(UnsupportedError, match="compressed-tensors"):
-        find_weights(write(tmp_path, stored(encoder_for("w8a8", weight), weight), settings))
+        decode_every_weight(write(tmp_path, stored(encoder_for("w8a8", weight), weight), settings))
 
 
 def test_a_scale_that_is_no_number_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,17 @@ from streamconv.formats.base import Grouped, Weight
 from streamconv.formats.bits import packed_bits, unpacked_bits
 from streamconv.formats.rows import in_file_order
 from tests.checkpoint.files import index_of
-from tests.formats.stored import W, decoded, normal, only_weight, raw_bytes, side_parts, stored, write
+from tests.formats.stored import (
+    W,
+    decode_every_weight,
+    decoded,
+    normal,
+    only_weight,
+    raw_bytes,
+    side_parts,
+    stored,
+    write,
+)
 
 MODULE = W.removesuffix("weight")
 GOLDEN = sorted((Path(__file__).parent.parent / "golden" / "mlx-lm-0.32.2").glob("affine_*"))
@@ -131,7 +141,7 @@ def test_what_does_not_fit_is_refused(change: dict[str, object], message: str, t
     }
     index = write(tmp_path, tensors, {"quantization": {"group_size": 64, "bits": 4, **change}})
     with pytest.raises((CheckpointError, UnsupportedError), match=message):
-        find_weights(index)
+        decode_every_weight(index)
 
 
 @pytest.mark.parametrize("role", ["scales", "biases"])

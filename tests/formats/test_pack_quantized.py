@@ -21,7 +21,8 @@ from streamconv.errors import CheckpointError, InputError, StreamconvError, Unsu
 from streamconv.formats import FORMATS, find_weights, format_of, with_groups
 from streamconv.formats.base import Encoder
 from tests.checkpoint.files import index_of
-from tests.formats.stored import W, decoded, normal, only_weight, stored, write
+from tests.formats.stored import W, decode_every_weight, decoded, normal, only_weight, stored, write
+from tests.models import write_adapter
 from tests.tiny import read_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "compressed-tensors-0.20.0"
@@ -167,8 +168,12 @@ def test_a_golden_checkpoint_that_keeps_its_format_keeps_its_bytes(tmp_path: Pat
 
 
 def test_a_scale_a_row_is_read_and_not_written(tmp_path: Path) -> None:
+    streamconv.convert(GOLDEN / "w4a16_rows", tmp_path / "kept", device="cpu")
+    before, after = (each / "model.safetensors" for each in (GOLDEN / "w4a16_rows", tmp_path / "kept"))
+    assert before.read_bytes() == after.read_bytes()
+    adapter = write_adapter(tmp_path / "adapter", {W: (96, 64)}, targets=("up_proj",))
     with pytest.raises(UnsupportedError, match=r"are w4a16, a scale a row, which is read but not written"):
-        streamconv.convert(GOLDEN / "w4a16_rows", tmp_path / "out", device="cpu")
+        streamconv.merge(GOLDEN / "w4a16_rows", adapter, tmp_path / "out", device="cpu")
 
 
 @pytest.mark.parametrize(("bits", "columns"), [(4, 5), (4, 13), (8, 5), (8, 50)])
@@ -236,7 +241,7 @@ def test_a_config_that_asks_for_more_is_refused(
     folder, config = golden(tmp_path / "model")
     (folder / "config.json").write_text(changed(config, path, value))
     with pytest.raises(error, match=message):
-        find_weights(index_of(folder))
+        decode_every_weight(index_of(folder))
 
 
 def test_a_group_by_the_name_of_its_scheme_is_read(tmp_path: Path) -> None:
@@ -256,7 +261,7 @@ def test_a_group_by_the_name_of_its_scheme_is_read(tmp_path: Path) -> None:
         (W.replace("weight", "weight_g_idx"), torch.ones(128), UnsupportedError, "order of activations"),
         (SCALE, None, CheckpointError, "weight_scale is missing, without which"),
         (SHAPE, None, CheckpointError, "weight_shape is missing, without which"),
-        (PACKED, None, UnsupportedError, "weight_scale shows that the checkpoint is"),
+        (PACKED, None, CheckpointError, "weight_scale belongs to a quantized weight that is missing"),
         (
             SCALE,
             torch.ones(64, 3),
@@ -289,7 +294,7 @@ def test_parts_that_do_not_agree_are_refused(
         {**tensors, name: tensor} if tensor is not None else {k: v for k, v in tensors.items() if k != name}
     )
     with pytest.raises(error, match=message):
-        find_weights(write(tmp_path, tensors, {"quantization_config": config}))
+        decode_every_weight(write(tmp_path, tensors, {"quantization_config": config}))
 
 
 def test_rows_too_short_to_tell_the_bits_are_refused(tmp_path: Path) -> None:
@@ -299,7 +304,7 @@ def test_rows_too_short_to_tell_the_bits_are_refused(tmp_path: Path) -> None:
         SHAPE: torch.tensor([64, 4]),
     }
     with pytest.raises(UnsupportedError, match="too short to tell 4 bits from 8"):
-        find_weights(
+        decode_every_weight(
             write(
                 tmp_path, tensors, {"quantization_config": FORMATS["w4a16"].quantization_config(BF16, (), ())}
             )

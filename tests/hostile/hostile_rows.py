@@ -25,6 +25,7 @@ PICKLE = "pytorch_model.bin"
 ADAPTER = "adapter_model.safetensors"
 PLAN = ("plan", "--base", "{base}", "--adapter", "{adapter}")
 QUANTIZED = (*PLAN, "--quant", "nf4-dq")
+DECODED = (*PLAN, "--quant", "none")
 PICKLED = (*PLAN, "--allow-pickle")
 MERGE = ("merge", *PLAN[1:], "-o", "{folder}/out")
 INSPECT = ("inspect", "{base}")
@@ -317,7 +318,7 @@ def _quantization() -> Iterator[Row]:
         ("nf4-dq", {"load_in_4bit": "yes"}, "load_in_4bit must be true or false"),
         ("nf4-dq", {"quant_method": "exl3"}, "exl3, which is not supported yet"),
         ("w4a16", {"sparsity_config": "x"}, "sparsity_config must be an object"),
-        ("w4a16", {"format": ["pack-quantized"]}, "compressed-tensors"),
+        ("w4a16", {"format": ["pack-quantized"]}, "quantization_config.format must be text"),
         ("w4a16", {"config_groups": 7}, "config_groups is missing"),
         ("w4a16", {"config_groups": {"group_0": nested(50)}}, "group_0 is [[["),
         ("w4a16", {"config_groups": {"x" * 10**5: 3}}, "is 3, which is not read yet"),
@@ -326,22 +327,22 @@ def _quantization() -> Iterator[Row]:
         ("gptq", {"bits": {"x": 1}}, "gptq of {'x': 1} bits"),
         ("gptq", {"checkpoint_format": "marlin" * 10**4}, "gptq in the layout marlin"),
         ("awq", {"bits": "4"}, "awq of 4 bits"),
-        ("fp8", {"fmt": ["e4m3"]}, "fp8 with fmt ['e4m3']"),
+        ("fp8", {"fmt": ["e4m3"]}, "quantization_config.fmt must be text"),
         ("fp8", {"quant_method": "fp6"}, "fp6, which is not supported yet"),
-        ("modelopt", {"quant_algo": {"x": 1}}, "modelopt, {'x': 1}"),
-        ("nvfp4", {"format": {"x": 1}, "config_groups": None}, "its format is {'x': 1}"),
+        ("modelopt", {"quant_algo": {"x": 1}}, "quantization_config.quant_algo must be text"),
+        ("nvfp4", {"format": {"x": 1}, "config_groups": None}, "quantization_config.format must be text"),
     )
     for base, change, says in changes:
         name = next(iter(change))
         made = f"{name} of {base} is {json.dumps(change[name])[:40]}"
-        command = INSPECT if base in ("fp8", "modelopt", "nvfp4") else PLAN
+        command = DECODED if base in ("fp8", "modelopt", "nvfp4") else PLAN
         yield Row(made, made, inside(f"base/{CONFIG}", section, **change), command, 3, (says,), base)
     for bits in ("4", -4, 3, [4], 10**30):
         made = f"bits of MLX are {json.dumps(bits)}"
         module = CHANGED.removesuffix(".weight")
         change = {"bits": bits, module: {"group_size": 64, "bits": bits}}
         yield Row(
-            made, made, inside(f"base/{CONFIG}", "quantization", **change), INSPECT, 3, ("up_proj",), "mlx"
+            made, made, inside(f"base/{CONFIG}", "quantization", **change), DECODED, 3, ("up_proj",), "mlx"
         )
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from streamconv.checkpoint.header import build_header, parse_header, read_header
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.dtypes import BF16, F32, U8
-from streamconv.errors import CheckpointError, InputError, UnsupportedError
+from streamconv.errors import CheckpointError, InputError
 from streamconv.storage.local import open_folder
 from tests import strategies
 from tests.checkpoint.files import official, raw_shard
@@ -123,11 +123,28 @@ def test_a_header_that_is_not_strict_json_is_refused(text: str | bytes, says: st
     assert says in refusal(text)
 
 
-@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"])
-def test_a_known_type_that_is_not_handled_says_so(dtype: str) -> None:
-    raw = raw_shard(json.dumps({"t": entry(dtype=dtype)}), 4)
-    with pytest.raises(UnsupportedError, match=f"tensor 't' has dtype {dtype}, which is not handled"):
-        parse_header(raw, len(raw), "m.safetensors")
+@pytest.mark.parametrize(
+    ("dtype", "shape", "nbytes"),
+    [
+        ("F4", (2, 4), 4),
+        ("F6_E2M3", (2, 4), 6),
+        ("F6_E3M2", (4,), 3),
+        ("F8_E4M3FNUZ", (3,), 3),
+        ("F4", (0, 3), 0),
+    ],
+)
+def test_types_without_whole_bytes_are_known_by_their_bits(
+    dtype: str, shape: tuple[int, ...], nbytes: int
+) -> None:
+    raw = raw_shard(json.dumps({"t": entry(0, nbytes, shape, dtype)}), nbytes)
+    (found,) = parse_header(raw, len(raw), "m.safetensors").tensors
+    assert (found.dtype.code, found.shape, found.end) == (dtype, shape, nbytes)
+    assert "takes" in refusal({"t": entry(0, nbytes + 1, shape, dtype)}, nbytes + 1)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("F4", (3,)), ("F4", (3, 5)), ("F6_E2M3", (2, 3))])
+def test_a_tensor_that_ends_within_a_byte_is_refused(dtype: str, shape: tuple[int, ...]) -> None:
+    assert "no whole number of bytes" in refusal({"t": entry(0, 2, shape, dtype)}, 2)
 
 
 def test_a_name_cannot_write_to_the_terminal() -> None:

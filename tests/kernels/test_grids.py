@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamconv.formats.bnb_4bit import DYNAMIC
+from streamconv.kernels import TORCH, Start, kernels_for
 from streamconv.kernels.grids import (
+    E4M3,
+    E4M3_UNIT,
     FP4,
     INT4,
     INT8_GROUPS,
@@ -91,6 +94,32 @@ def test_codes_need_not_be_in_the_order_of_values() -> None:
 def test_a_shared_value_has_one_code() -> None:
     x = torch.tensor([0.0, -0.0, 1e-4, -1e-4])
     assert FP4.nearest(x).tolist() == [0, 0, 0, 0]
+
+
+def test_e4m3_is_the_float_of_torch() -> None:
+    """Every code but the two that are NaN; and its rounding, ties to even, up to the sign of 0."""
+    stored = torch.arange(256, dtype=torch.uint8)
+    values = stored.view(torch.float8_e4m3fn).float() / E4M3_UNIT
+    is_number = values.isfinite()
+    assert is_number.sum() == 254
+    assert torch.equal(E4M3.decode(stored)[is_number], values[is_number])
+    assert E4M3.decode(stored)[~is_number].tolist() == [0.875, -0.875]
+    x = torch.cat((around(midpoints(E4M3)), torch.rand(100000) * 2 - 1, torch.rand(10000) * 2**-14)).clamp(
+        *E4M3.limits
+    )
+    assert torch.equal(
+        E4M3.decode(E4M3.nearest(x)), (x * E4M3_UNIT).to(torch.float8_e4m3fn).float() / E4M3_UNIT
+    )
+    assert not {0x7F, 0xFF, 0x80} & set(E4M3.nearest(x).tolist())
+
+
+def test_an_update_of_nothing_leaves_the_sign_of_0() -> None:
+    grid, codes = E4M3.of_block(64), torch.arange(256, dtype=torch.uint8)
+    values, scales, noise = grid.decode(codes), torch.ones(4), torch.zeros(256)
+    for kernels in (TORCH, kernels_for(torch.device("cpu"))):
+        found = torch.empty_like(codes)
+        kernels.stochastic(values, grid, scales, Start(codes, values), noise, found)
+        assert torch.equal(found, codes)
 
 
 def test_shapes_are_kept() -> None:

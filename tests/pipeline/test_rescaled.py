@@ -120,6 +120,22 @@ def test_refusals(inputs: Inputs, options: Mapping[str, Any], message: str) -> N
         inputs.prepare(**options)
 
 
+@pytest.mark.parametrize("quant", ["fp8", "fp8-block"])
+def test_fp8_is_rescaled_but_where_static_activations_were_measured_before(
+    inputs: Inputs, tmp_path: Path, quant: str
+) -> None:
+    base = Path(streamconv.convert(inputs.base, tmp_path / "base", quant=quant, device="cpu").out)
+    options = {**inputs.options, "quant": "keep", "group_size": None, "rounding": "nearest"}
+    made = streamconv.merge(base, inputs.adapter, tmp_path / "out", **options)
+    assert len(made.rescaled) == 8
+    scale = {f"{LAYER}.self_attn.q_proj.input_scale": torch.ones(1)}
+    edit_tensors(base / "model.safetensors", put=scale)
+    with pytest.raises(
+        UnsupportedError, match=r"q_proj.input_scale beside it, measured of activations before"
+    ):
+        streamconv.merge(base, inputs.adapter, tmp_path / "again", **options)
+
+
 def test_a_family_that_is_not_known(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", PhiConfig(**SIZES))
     save_tokenizer(base)

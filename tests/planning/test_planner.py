@@ -312,8 +312,12 @@ def test_other_block_sizes_are_read_but_not_written(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     parts = {f"{name}.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
     write_tensors(tmp_path / "base", {name: packed, **parts}, {"model_type": "llama"}, 1)
+    write_adapter(tmp_path / "adapter", {name: (64, 128)}, targets=("q_proj",))
     with pytest.raises(UnsupportedError, match=r"base: its weights are nf4, blocksize 128, .* --quant none"):
-        plan_of(tmp_path, "base", None)
+        plan_of(tmp_path, "base")
+    kept = plan_of(tmp_path, "base", None)
+    assert all(isinstance(step, Copy) for step in steps(kept).values())
+    assert kept.shards[0].same_as is not None
     plan = plan_of(tmp_path, "base", None, quant="nf4")
     assert plan.rounding is not None
     assert plan.rounding.reason == "the target does not lie on the nf4 grid"
