@@ -55,7 +55,6 @@ STORIES: Mapping[str, Sequence[str]] = {
     "analysis/running.py": ["analysis/test_analyze.py"],
     "analysis/views.py": ["analysis/test_analyze.py"],
     # What becomes of a model in a GGUF file.
-    "formats/ggml_blocks.py": ["pipeline/test_gguf_base.py"],
     "gguf/architecture.py": ["gguf/test_names.py", "parity/test_gguf.py"],
     "gguf/configs.py": ["pipeline/test_gguf_base.py"],
     "gguf/fields.py": ["pipeline/test_gguf.py", "gguf/test_model.py"],

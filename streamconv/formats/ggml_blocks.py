@@ -74,8 +74,8 @@ def gguf_weight(tensor: StoredTensor, dtype: Dtype, heads: int | None, shift: fl
     Rows of `heads` heads are in llama.cpp's order, `shift` was added. Raises UnsupportedError for a type that is no
     float and no block.
     """
-    rows, columns = matrix_shape(tensor.shape)
-    order = None if heads is None else RowOrder(heads, rows, tensor.nbytes // rows)
+    rows, columns = tensor.shape[0], matrix_shape(tensor.shape)[1]
+    order = None if heads is None else RowOrder(heads, rows, tensor.nbytes // rows)  # of a bias, its elements
     if tensor.dtype.block > 1:
         decoder = GgmlDecoder(BY_NUMBER[GGML_NUMBERS[tensor.dtype.code]], columns, order)
         return Weight(tensor.name, tensor.shape, dtype, decoder.kind.name, decoder, {MAIN: tensor})

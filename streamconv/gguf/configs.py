@@ -86,6 +86,8 @@ def _llama(header: HeaderFields, load: Load) -> Config:
     header.skip("tensor_data_layout")
     config |= {"model_type": "llama", "hidden_act": "silu", **_scaling(header)}
     factors = load(FACTORS)
+    if not header.has("attention.key_length") and not factors:
+        config = _equal_heads(header, config)
     return config | (_llama3(header, config, factors) if factors else {})
 
 

@@ -15,7 +15,7 @@ from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.container import CONFIG
 from streamconv.errors import InputError
 from streamconv.gguf.names import EMBEDDING
-from streamconv.output.gguf_tokenizer import gguf_tokenizer
+from streamconv.output.gguf_tokenizer import gguf_tokenizer, header_tokenizer
 from streamconv.output.manifest import MANIFEST
 from streamconv.output.place import folder_of
 from streamconv.output.publish import INDEX
@@ -186,7 +186,9 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
         written, of_code = tokenizer.written, code.notes(files)
         if not plan.container.has_config:
             rows = plan.tensors[EMBEDDING].shape[0]
-            pairs = gguf_tokenizer(tokenizer, storage.location, index.config, rows)
+            pairs = header_tokenizer(tokenizer, index) or gguf_tokenizer(
+                tokenizer, storage.location, index.config, rows
+            )
             plan = with_tokenizer(plan, pairs, job.tokenizer)
             files, written, of_code = files_beside_header(storage, job.copy_extra), {}, ()
         return Prepared(

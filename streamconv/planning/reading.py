@@ -122,7 +122,7 @@ def _read_gguf(storage: Storage, names: Sequence[str]) -> tuple[CheckpointIndex,
     weights = tuple(
         gguf_weight(place.tensor, model.dtype, place.heads, place.shift) for place in model.places.values()
     )
-    tokenizer = made_tokenizer(files[0].pairs, storage.names())
+    tokenizer = made_tokenizer(where, files[0].pairs, storage.names())
     index = CheckpointIndex(
         ChosenFiles(storage, where, contents=tokenizer.files),
         MappingProxyType({name: place.tensor for name, place in model.places.items()}),

@@ -9,9 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, pre_tokenizers
 
 import streamconv
-from tests.gguf.bases import SIZES, write_llama
+from tests.gguf.bases import (
+    LLAMA3,
+    QWEN2,
+    SIZES,
+    fast_tokenizer,
+    read_file,
+    read_tensors,
+    split_rule,
+    write_llama,
+)
 from tests.models import write_adapter
 from tests.tiny import read_tensors as read_safetensors
 
@@ -105,3 +115,65 @@ def test_every_file_beside_it_but_other_weights_goes_along(stored: Path, base: P
     assert_same(read(back), read(convert(base, tmp_path / "plain")))
     assert (back / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     assert json.loads((back / "config.json").read_text()) == json.loads((base / "config.json").read_text())
+
+
+@pytest.mark.parametrize("rule", [LLAMA3, QWEN2], ids=["llama3", "qwen2"])
+def test_the_tokenizer_cuts_text_as_that_of_the_model(tmp_path: Path, rule: str) -> None:
+    base = write_llama(tmp_path / "base")
+    fast = byte_tokenizer(rule)
+    (base / "tokenizer.json").write_text(json.dumps(fast))
+    back = convert(convert(base, tmp_path / "gguf", quant="gguf:bf16"), tmp_path / "back")
+    ours, theirs = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (back, base))
+    for text in ("abcab cab", "don't <s>12345</s> x", "cafe\u0301 \n\n a", "a</s>"):
+        found, expected = ours.encode(text), theirs.encode(text)
+        assert found.ids == expected.ids, text
+        assert ours.decode(found.ids) == theirs.decode(expected.ids)
+    config = json.loads((back / "tokenizer_config.json").read_text())
+    before = json.loads((base / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == before["chat_template"]
+    assert (config["bos_token"], config["eos_token"]) == ("<s>", "</s>")
+    streamconv.verify(back, device="cpu")
+
+
+def byte_tokenizer(rule: str) -> dict[str, Any]:
+    """A tokenizer.json with a token for every byte, and merges of a, b and c."""
+    fast = fast_tokenizer()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [("a", "b"), ("c", "ab"), ("Ġ", "cab")]
+    vocabulary = {token: number for number, token in enumerate((*letters, *map("".join, pairs)))}
+    fast["model"] |= {"vocab": vocabulary, "merges": list(pairs), "ignore_merges": rule == LLAMA3}
+    fast["pre_tokenizer"] = split_rule(rule)
+    fast["normalizer"] = None if rule == LLAMA3 else {"type": "NFC"}
+    fast["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    for each, number in zip(fast["added_tokens"], (270, 271), strict=True):
+        each["id"] = number
+    fast["post_processor"]["special_tokens"] = {"<s>": {"id": "<s>", "ids": [270], "tokens": ["<s>"]}}
+    return fast
+
+
+def test_a_tokenizer_that_a_header_does_not_tell_is_left_out_and_said(tmp_path: Path, stored: Path) -> None:
+    base = write_llama(tmp_path / "base")
+    fast = fast_tokenizer(ignore_merges=False) | {"pre_tokenizer": {"type": "ByteLevel", "use_regex": True}}
+    fast["model"] |= {"byte_fallback": True, "unk_token": None}
+    (base / "tokenizer.json").write_text(json.dumps(fast))
+    out = convert(convert(base, tmp_path / "gguf", quant="gguf:bf16"), tmp_path / "back")
+    assert not (out / "tokenizer.json").exists()
+    (note,) = [
+        each for each in json.loads((out / "streamconv.json").read_text())["notes"] if "tokenizer" in each
+    ]
+    assert "of the kind 'llama', cut by 'default', from which transformers' files cannot be made" in note
+
+
+def test_a_file_written_as_gguf_again_is_the_same(tmp_path: Path) -> None:
+    """Its tokenizer, too, which transformers' files could not be made of."""
+    base = write_llama(tmp_path / "base")
+    fast = fast_tokenizer(ignore_merges=False) | {"pre_tokenizer": {"type": "ByteLevel", "use_regex": True}}
+    fast["model"] |= {"byte_fallback": True, "unk_token": None}
+    (base / "tokenizer.json").write_text(json.dumps(fast))
+    once = convert(base, tmp_path / "once", quant="gguf:bf16")
+    again = convert(once, tmp_path / "again", quant="gguf:bf16")
+    files = [read_file(folder, "model-BF16.gguf") for folder in (once, again)]
+    assert files[0].pairs == files[1].pairs
+    first, second = (read_tensors(folder, ["model-BF16.gguf"]) for folder in (once, again))
+    assert_same(second, first)
+    streamconv.verify(again, full=True, base=once, device="cpu")
