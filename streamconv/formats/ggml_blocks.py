@@ -18,6 +18,7 @@ from streamconv.formats.base import Order, Weight, matrix_shape
 from streamconv.formats.dense import MAIN, DenseDecoder, dense_weight
 from streamconv.formats.gguf import RowOrder
 from streamconv.kernels.ggml import BY_NUMBER, BlockType, block_kernels_for
+from streamconv.kernels.ggml.iq_grids import IQ_TYPES, iq_grid
 from streamconv.kernels.grids import DecodedGrid
 
 
@@ -72,11 +73,13 @@ def gguf_weight(tensor: StoredTensor, dtype: Dtype, heads: int | None, shift: fl
     """The weight of that `dtype` that `tensor` alone stores, under its name.
 
     Rows of `heads` heads are in llama.cpp's order, `shift` was added. Raises UnsupportedError for a type that is no
-    float and no block.
+    float and no block, or whose table is not to be had.
     """
     rows, columns = tensor.shape[0], matrix_shape(tensor.shape)[1]
     order = None if heads is None else RowOrder(heads, rows, tensor.nbytes // rows)  # of a bias, its elements
     if tensor.dtype.block > 1:
+        if tensor.dtype.code.lower() in IQ_TYPES:
+            iq_grid(tensor.dtype.code.lower())  # missing, it is missed now, not at the first row
         decoder = GgmlDecoder(BY_NUMBER[GGML_NUMBERS[tensor.dtype.code]], columns, order)
         return Weight(tensor.name, tensor.shape, dtype, decoder.kind.name, decoder, {MAIN: tensor})
     if tensor.dtype.name not in DENSE:

@@ -49,8 +49,7 @@ def check_folder(prepared: Prepared, out: Path) -> None:
 
 
 def _inputs(prepared: Prepared) -> Mapping[str, Path]:
-    base = Path(prepared.job.base).expanduser().resolve()
-    inputs = {"base": base.parent if base.is_file() else base}
+    inputs = {"base": Path(prepared.job.base).expanduser().resolve()}
     for number, adapter in enumerate(prepared.job.adapters):
         inputs["adapter" if not number else f"adapter {number + 1}"] = Path(adapter).expanduser().resolve()
     return inputs

@@ -9,9 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, pre_tokenizers
 
 import streamconv
+from streamconv.checkpoint.gguf_header import as_value, build_gguf_header
+from streamconv.checkpoint.reader import tensor_bytes
+from streamconv.checkpoint.types import TensorSpec
+from streamconv.dtypes import F32, GGML_TYPES
+from streamconv.errors import UnsupportedError
+from streamconv.gguf.architecture import ARCHITECTURES
+from streamconv.kernels.ggml import BLOCK_TYPES, TORCH_BLOCKS, BlockType
 from tests.gguf.bases import (
     LLAMA3,
     QWEN2,
@@ -22,7 +30,7 @@ from tests.gguf.bases import (
     split_rule,
     write_llama,
 )
-from tests.models import write_adapter
+from tests.models import Sizes, write_adapter
 from tests.tiny import read_tensors as read_safetensors
 
 
@@ -177,3 +185,83 @@ def test_a_file_written_as_gguf_again_is_the_same(tmp_path: Path) -> None:
     first, second = (read_tensors(folder, ["model-BF16.gguf"]) for folder in (once, again))
     assert_same(second, first)
     streamconv.verify(again, full=True, base=once, device="cpu")
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------
+
+WIDE = Sizes(hidden=256, inner=512, layers=1, vocabulary=300)
+
+
+def in_blocks(folder: Path, kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A GGUF file with all matrices in blocks of a type, and what they decode to, in transformers' order."""
+    plain = convert(write_llama(folder / "base", WIDE), folder / "f16", quant="gguf:f16")
+    tensors, names = read_tensors(plain), ARCHITECTURES["LlamaForCausalLM"].table
+    blocks, dtype = BLOCK_TYPES[kind], GGML_TYPES[BLOCK_TYPES[kind].number]
+    specs, data, decoded = [], b"", {}
+    for name, values in tensors.items():
+        specs.append(TensorSpec(name, dtype if values.dim() == 2 else F32, tuple(values.shape)))
+        raw = packed(blocks, values) if values.dim() == 2 else values
+        data += bytes(tensor_bytes(raw)) + bytes(-raw.nbytes % 32)
+        found = values.clone().float()
+        if values.dim() == 2:
+            TORCH_BLOCKS.decode(blocks, raw, found.view(-1, blocks.super_block))
+        if ".attn_q." in name or ".attn_k." in name:
+            halves = found.reshape(4, found.shape[0] // 8, 2, found.shape[1])
+            found = halves.swapaxes(1, 2).reshape(found.shape)
+        decoded[str(names.name_of(name))] = found.contiguous()
+    pairs = {key: as_value(value) for key, value in read_file(plain).pairs.items()}
+    path = folder / f"model-{kind}.gguf"
+    path.write_bytes(build_gguf_header(pairs, specs) + data)
+    return path, decoded
+
+
+def packed(kind: BlockType, values: torch.Tensor) -> torch.Tensor:
+    blocks = values.float().reshape(-1, kind.super_block)
+    scales = TORCH_BLOCKS.starting_scales(kind, blocks)
+    codes = torch.empty(blocks.shape, dtype=torch.uint8)
+    TORCH_BLOCKS.nearest(kind, blocks, scales, codes)
+    raw = torch.empty(len(blocks), kind.bytes, dtype=torch.uint8)
+    TORCH_BLOCKS.pack(kind, codes, scales, raw)
+    return raw
+
+
+@pytest.fixture(scope="module")
+def wide_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wide") / "adapter"
+    return write_adapter(folder, WIDE.shapes, targets=("q_proj", "down_proj"))
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k"])
+def test_a_merge_onto_blocks_is_the_merge_onto_what_they_decode_to(
+    tmp_path: Path, wide_adapter: Path, kind: str
+) -> None:
+    file, decoded = in_blocks(tmp_path, kind)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    save_file(decoded, plain / "model.safetensors")
+    shutil.copy(tmp_path / "base" / "config.json", plain)
+    options: Any = {"device": "cpu", "max_shard_size": "1GB", "dtype": "bfloat16"}
+    streamconv.merge(plain, wide_adapter, tmp_path / "expected", **options)
+    streamconv.merge(file, wide_adapter, tmp_path / "out", quant="none", **options)
+    assert_same(read(tmp_path / "out"), read(tmp_path / "expected"))
+    found = streamconv.inspect(file)
+    assert (found["quantization"], found["weights"][kind]["count"]) == (kind, 9)
+
+
+def test_other_formats_leave_a_head_that_the_file_has_in_blocks(tmp_path: Path, wide_adapter: Path) -> None:
+    file, _ = in_blocks(tmp_path, "q8_0")
+    streamconv.merge(file, wide_adapter, tmp_path / "out", quant="gptq", device="cpu", max_shard_size="1GB")
+    found = read(tmp_path / "out")
+    assert found["lm_head.weight"].dtype == found["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert "model.layers.0.self_attn.q_proj.qweight" in found
+
+
+def test_keep_is_refused(tmp_path: Path, wide_adapter: Path) -> None:
+    file, _ = in_blocks(tmp_path, "q8_0")
+    with pytest.raises(
+        UnsupportedError, match="its weights are q8_0, which is read but not written"
+    ):
+        streamconv.merge(file, wide_adapter, tmp_path / "out", quant="keep", device="cpu")
+    with pytest.raises(UnsupportedError, match="its weights are q8_0, which is read but not written"):
+        streamconv.convert(file, tmp_path / "out", quant="keep", device="cpu")
+    assert not (tmp_path / "out").exists()
