@@ -25,7 +25,7 @@ from streamconv.formats import FORMATS
 from streamconv.rounding import ROUNDINGS
 from tests.forward.texts import save_tokenizer, write_text
 from tests.tiny import llama_config, save_adapter, save_base
-from tools import architecture_page, reliability_page
+from tools import architecture_page, format_page, reliability_page
 from tools.make_docs import END, METHODS, TABLE, TARGET, methods_page, page
 
 ROOT = Path(__file__).parents[1]
@@ -198,6 +198,29 @@ def test_the_table_of_methods_is_as_the_methods_are() -> None:
     assert text == methods_page(text), "run tools/fix"
     table = text.partition(TABLE)[2].partition(END)[0]
     assert re.findall(r"^\| [^|]* \| `(\w+)` \|", table, re.MULTILINE)[1:] == list(ADAPTERS)
+
+
+def test_the_table_of_formats_is_as_the_formats_are() -> None:
+    text = format_page.TARGET.read_text()
+    assert text == format_page.page(text), "run tools/fix"
+    table = text.partition(format_page.TABLE)[2].partition(format_page.END)[0]
+    assert re.findall(r"^\| `(\S+)` \|", table, re.MULTILINE) == list(FORMATS)
+    changed = text.replace("| `nf4` | 4.5 |", "| `nf4` | 5.5 |")
+    assert changed != text
+    assert format_page.page(changed) == text
+
+
+def test_programs_that_opened_files_are_those_of_the_results() -> None:
+    assert format_page.OPENED.read_text() == format_page.opened_text(), "run tools/fix"
+    for file in format_page.RESULTS.glob("foreign-*.json"):
+        models = json.loads(file.read_text()).get("models", {})
+        program = {"llamacpp": "llama.cpp", "mlx": "mlx-lm", "vllm": "vLLM"}.get(
+            file.stem[8:], "transformers"
+        )
+        names = {
+            name for name, found in format_page.opened().items() if any(program in each for each in found)
+        }
+        assert {name for name in models if name in FORMATS} <= names, file
 
 
 def test_the_command_line_is_documented_as_it_is() -> None:

@@ -164,7 +164,7 @@ def _worked(
 
 
 def _to_survey(group: ViewGroup) -> Mapping[str, Rewrite]:
-    """By target, a step whose encoder has a scale for all of the weight that is not known yet."""
+    """Steps by target, one of each, whose encoders have a scale for all of the weight that is not known yet."""
     return {
         view.target: view.step
         for view in group.views

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -52,24 +53,19 @@ def _fact(key: str, value: Any) -> str:
 @click.command("formats", cls=Command)
 @JSON
 def formats_command(as_json: bool) -> None:
-    """List the formats that can be read and written, and which calibration text can be used for."""
-    from streamconv.formats import FORMATS
-    from streamconv.planning.choices import can_calibrate
+    """List the formats: how they are stored, what can be done with them, and which programs opened them."""
+    from streamconv.cli.format_rows import format_rows, read_opened
 
-    rows = [
-        {
-            "name": fmt.name,
-            "bits_per_weight": fmt.bits_per_weight,
-            "calibration": False,
-            "takes_calibration": can_calibrate(fmt),
-            "loaders": fmt.loaders,
-        }
-        for fmt in FORMATS.values()
-    ]
+    rows = format_rows(read_opened())
     if as_json:
-        answer(*json.dumps(rows, indent=1).splitlines())
+        answer(*json.dumps([asdict(row) for row in rows], indent=1).splitlines())
         return
-    answer(f"{'name':10} {'bits/weight':>11}  {'calibration':11}  opened by")
-    for row in rows:
-        use = "if given" if row["takes_calibration"] else "not used"
-        answer(f"{row['name']:10} {row['bits_per_weight']:11.3f}  {use:11}  {row['loaders']}")
+    table = [("name", "bits/weight", "can", "roundings", "stored as", "opened by")]
+    table += [
+        (row.name, f"{row.bits_per_weight:.3f}", row.uses, row.chosen_by, row.layout, row.loaders)
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        answer("  ".join(padded).rstrip())

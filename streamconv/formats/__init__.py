@@ -27,6 +27,7 @@ from streamconv.formats.foreign import (
 )
 from streamconv.formats.fp8 import Fp8BlockFormat, Fp8Format, written_form
 from streamconv.formats.gguf import PREFIX, GgufFormat
+from streamconv.formats.gguf_blocks import BLOCK_FORMATS
 from streamconv.formats.gpt_oss import GptOssReader
 from streamconv.formats.gptq import GptqFormat
 from streamconv.formats.int_quantized import Int8RowsFormat
@@ -261,5 +262,6 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "mxfp4": fp4.MXFP4,
         "gguf:f16": GgufFormat(F16),
         "gguf:bf16": GgufFormat(BF16),
+        **BLOCK_FORMATS,
     }
 )

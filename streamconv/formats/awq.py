@@ -129,6 +129,11 @@ class AwqFormat:
         return NAMES[self.is_asymmetric]
 
     @property
+    def layout(self) -> str:
+        zeros = "with zero points" if self.is_asymmetric else "symmetric"
+        return f"AWQ version GEMM, 4-bit integers in groups of {self.group_size}, {zeros}"
+
+    @property
     def grid(self) -> TableGrid:
         return grid_of(4, self.group_size, ZERO_POINTS if self.is_asymmetric else None)
 

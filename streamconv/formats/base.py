@@ -313,8 +313,12 @@ class Format(Protocol):
     def bits_per_weight(self) -> float: ...
 
     @property
+    def layout(self) -> str:
+        """A phrase for how it stores a weight."""
+
+    @property
     def loaders(self) -> str:
-        """Programs that open it, in a few words."""
+        """Programs that open it by their documentation, with commas between them."""
 
     @property
     def library(self) -> str | None:

@@ -422,7 +422,7 @@ class Bnb4bitFormat:
     name: str
     grid: TableGrid
     nested: bool = False
-    loaders: str = "transformers, vLLM (one GPU a model part), PEFT for training"
+    loaders: str = "transformers with bitsandbytes, PEFT for training"
     library: str = "bitsandbytes"
     skips_by_path: bool = False
     expert_loaders: tuple[str, ...] = ()
@@ -433,6 +433,12 @@ class Bnb4bitFormat:
     def bits_per_weight(self) -> float:
         scale = 8 + 32 / NESTED_BLOCK if self.nested else 32
         return 4 + scale / self.grid.block
+
+    @property
+    def layout(self) -> str:
+        kind = "NormalFloat" if self.name.startswith("nf4") else "float"
+        scales = "double-quantized" if self.nested else "float32"
+        return f"bitsandbytes 4-bit {kind}, blocks of {self.grid.block} with {scales} scales"
 
     @property
     def load_in(self) -> Mapping[str, str | bool]:

@@ -189,7 +189,8 @@ class Int8Format:
 
     name: str
     grid: IntegerGrid = INT8
-    loaders: str = "transformers, vLLM (one GPU a model part), PEFT for training"
+    layout: str = "bitsandbytes LLM.int8, a float32 scale a row"
+    loaders: str = "transformers with bitsandbytes, PEFT for training"
     library: str = "bitsandbytes"
     skips_by_path: bool = False
     expert_loaders: tuple[str, ...] = ()

@@ -125,6 +125,7 @@ class DenseFormat:
     """One float type."""
 
     dtype: Dtype
+    layout: str = "one tensor a weight"
     loaders: str = "any"
     grid: Grid | None = None
     library: str | None = None

@@ -323,9 +323,16 @@ class Fp4Format:
     family: str = METHOD
     load_in: None = None
     skips_by_path: bool = True
+    # transformers 5.23 takes experts apart without the scale over the whole weight.
     expert_loaders: tuple[str, ...] = ("vLLM",)
     config_copy: str | None = None
     marks: Marks = _MARKS
+
+    @property
+    def layout(self) -> str:
+        scales = "powers of two" if self.storage == MXFP4_STORAGE else "E4M3 scales, and one for all"
+        activations = "; 4-bit activations, too" if self.inputs else ""
+        return f"compressed-tensors, 4-bit floats (E2M1) in blocks of {self.grid.block} with {scales}{activations}"
 
     @property
     def grid(self) -> TableGrid:
@@ -399,8 +406,16 @@ class Fp4Format:
 
 
 NVFP4A16 = Fp4Format("nvfp4a16", NVFP4_STORAGE, Nvfp4Scales(), "tensor_group")
-MXFP4A16 = Fp4Format("mxfp4a16", MXFP4_STORAGE, Mxfp4Scales(), "group")
-MXFP4 = Fp4Format("mxfp4", MXFP4_STORAGE, Mxfp4Scales(), "group", inputs=MappingProxyType({"dynamic": True}))
+_EXPERT_LOADERS = ("transformers with compressed-tensors", "vLLM")
+MXFP4A16 = Fp4Format("mxfp4a16", MXFP4_STORAGE, Mxfp4Scales(), "group", expert_loaders=_EXPERT_LOADERS)
+MXFP4 = Fp4Format(
+    "mxfp4",
+    MXFP4_STORAGE,
+    Mxfp4Scales(),
+    "group",
+    inputs=MappingProxyType({"dynamic": True}),
+    expert_loaders=_EXPERT_LOADERS,
+)
 
 
 _MODELOPT_MARKS = Marks(

@@ -110,7 +110,7 @@ class Nvfp4Scales:
         local = local.div_(whole) if self.multiplies else local.mul_(whole)
         found = local.clamp(-_GREATEST, _GREATEST).to(self.dtype.torch)
         bits = found.view(torch.uint8)
-        smallest = torch.where(local == 0, _OF_ZEROS, _LEAST).to(torch.uint8)
+        smallest = (local == 0).to(torch.uint8).mul_(_OF_ZEROS - _LEAST).add_(_LEAST)
         return torch.where(bits & 0x7F == 0, smallest, bits).view(self.dtype.torch)
 
     def effective(self, stored: Tensor) -> Tensor:

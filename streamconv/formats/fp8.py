@@ -96,8 +96,6 @@ def _weight(
             " download it again"
         )
     scales = free[module + role]
-    if scales.dtype.code in ("F8_E8M0", "U8"):
-        raise refusal(f"{main.name} is", f"{main.dtype} with exponents as scales ({role} is {scales.dtype})")
     rows, columns = _matrix(main)
     blocks = _blocks(scales, rows, columns, quantization)
     counts = blocks.counts
@@ -139,6 +137,8 @@ def _stated(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
     """Block that the config states: `weight_block_size`, or the `block_structure` or `group_size` of a group."""
     found = [quantization.get("weight_block_size")]
     for weights in weights_of(quantization):
+        if (weights.get("type"), weights.get("num_bits")) != ("float", 8):
+            continue  # of other modules
         found += [weights.get("block_structure"), [1, weights.get("group_size")]]
     for each in found:
         if (
@@ -250,6 +250,7 @@ class Fp8Format:
 
     name: str
     grid: TableGrid = E4M3
+    layout: str = "compressed-tensors, 8-bit floats (E4M3) with a scale a row; 8-bit activations, too"
     loaders: str = "vLLM, transformers with compressed-tensors"
     library: str = METHOD
     family: str = METHOD
@@ -322,6 +323,7 @@ class Fp8BlockFormat:
 
     name: str
     grid: TableGrid = _BLOCKS
+    layout: str = "DeepSeek's, 8-bit floats (E4M3) with a float32 scale for 128 x 128; 8-bit activations, too"
     loaders: str = "vLLM, SGLang, transformers"
     library: None = None
     load_in: None = None

@@ -210,6 +210,7 @@ class GgufFormat:
     """Matrices in one float type, all else in float32."""
 
     dtype: Dtype
+    layout: str = "a GGUF file, norms and biases in float32"
     loaders: str = LOADERS
     grid: Grid | None = None
     library: str | None = None

@@ -260,9 +260,17 @@ class GptqFormat:
         return grid_of(4, self.group_size, points)
 
     @property
+    def layout(self) -> str:
+        version = "v2" if self.is_v2 else "v1"
+        zeros = "with zero points" if self.is_asymmetric else "symmetric"
+        return f"GPTQ {version}, 4-bit integers in groups of {self.group_size}, {zeros}"
+
+    @property
     def loaders(self) -> str:
-        """See Format. Servers took v2 for v1 until late in 2025 (vLLM, pull request 26092)."""
-        servers = "recent vLLM and SGLang" if self.is_v2 else "vLLM, SGLang"
+        """See Format. Servers took v2 for v1 until late in 2025 (vLLM, pull request 26092); vLLM 0.32 refuses zero
+        points ("Unsupported quantization config: bits=4, sym=False").
+        """
+        servers = "SGLang" if self.is_asymmetric else "vLLM, SGLang"
         return f"transformers with optimum and GPTQModel, {servers}"
 
     def of_group_size(self, size: int) -> Format:

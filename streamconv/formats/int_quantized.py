@@ -234,6 +234,7 @@ class Int8RowsFormat:
     name: str = "w8a8"
     grid: TableGrid = INT8_ROWS
     bits_per_weight: float = 8 + 16 / 4096
+    layout: str = "compressed-tensors, 8-bit integers with a scale a row; 8-bit activations, too"
     loaders: str = "vLLM, transformers with compressed-tensors"
     library: str = METHOD
     family: str = METHOD

@@ -286,6 +286,10 @@ class MlxFormat:
         return f"mlx{self.bits}"
 
     @property
+    def layout(self) -> str:
+        return f"MLX affine, {self.bits}-bit integers in groups of {self.group_size} with scale and bias"
+
+    @property
     def grid(self) -> TableGrid:
         return grid_of(self.bits, self.group_size)
 

@@ -381,6 +381,10 @@ class PackQuantizedFormat:
     marks: Marks = _MARKS
 
     @property
+    def layout(self) -> str:
+        return f"compressed-tensors, {self.bits}-bit integers in groups of {self.group_size}"
+
+    @property
     def group_size(self) -> int:
         return self.grid.block
 

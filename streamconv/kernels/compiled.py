@@ -108,6 +108,8 @@ class CompiledKernels:
             return ordered.starting_scales(self, values, grid, out)
         if grid.offsets is not None:
             return offsets.starting_scales(values, grid, out)
+        if grid.rule is not None:
+            return out.copy_(grid.rule.start(values.view(-1, grid.block)))
         whole = values.numel() // grid.block
         loop = loops.absmax_64 if grid.block == BLOCK else loops.absmax
         loop(_bits(_rows(values, whole, grid.block)), _bits(out.numpy()[:whole]))
@@ -173,6 +175,9 @@ class CompiledKernels:
     def search(self, values: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None = None) -> None:
         if grid.order:
             ordered.search(self, values, grid, scales, weights)
+            return
+        if grid.rule is not None:
+            scales.copy_(grid.rule.fit(values, weights))
             return
         if grid.offsets is not None:
             offsets.search(self, values, grid, scales, weights)

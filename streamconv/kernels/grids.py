@@ -34,6 +34,19 @@ class Offsets(Protocol):
         """Scale and offset, in units of the grid, of every block of `values` [blocks, block]: [blocks, 2]."""
 
 
+class ScaleRule(Protocol):
+    """Rules of a grid for scales, in place of greatest magnitudes and of the search for any grid's. Plain data.
+
+    Scales are in units of the grid: float32, one a block, with offsets [blocks, 2].
+    """
+
+    def start(self, values: Tensor) -> Tensor:
+        """Scales of nearest rounding for `values` [blocks, block]."""
+
+    def fit(self, values: Tensor, weights: Tensor | None) -> Tensor:
+        """Scales with the least squared error found for flat `values`, weighed by `weights`, as many."""
+
+
 class Grid(Protocol):
     """Codes are uint8; values and `x` float32, in units of `scale / peak`. Plain data: grids compare."""
 
@@ -54,6 +67,10 @@ class Grid(Protocol):
     @property
     def offsets(self) -> Offsets | None:
         """Rule for offsets, where every block has one of its own, and scales are [blocks, 2]; None: there are none."""
+
+    @property
+    def rule(self) -> ScaleRule | None:
+        """Rules for scales, of a grid that has its own."""
 
     @property
     def order(self) -> bytes:
@@ -96,6 +113,7 @@ class TableGrid:
     peak: float = 1.0
     reach: float = 1.0
     offsets: Offsets | None = None
+    rule: ScaleRule | None = None
     order: bytes = b""
     is_float: bool = False
     scale_ratios: tuple[float, ...] = ()
@@ -149,6 +167,7 @@ class IntegerGrid:
     block: int
     reach: float = 1.0
     offsets: None = None
+    rule: None = None
     order: bytes = b""
 
     @property
@@ -188,6 +207,7 @@ class DecodedGrid:
     peak: float = 1.0
     reach: float = 1.0
     offsets: None = None
+    rule: None = None
     order: bytes = b""
 
     @property

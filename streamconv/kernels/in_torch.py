@@ -35,6 +35,8 @@ class TorchKernels:
             return ordered.starting_scales(self, values, grid, out)
         if grid.offsets is not None:
             return offsets.starting_scales(values, grid, out)
+        if grid.rule is not None:
+            return out.copy_(grid.rule.start(values.view(-1, grid.block)))
         out.copy_(block_absmax(values, grid.block))
         if values.numel() % grid.block:
             # Only here bitsandbytes also stores the floor: an all-zero short block has it, a whole one has 0.
@@ -53,6 +55,9 @@ class TorchKernels:
     def search(self, values: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None = None) -> None:
         if grid.order:
             ordered.search(self, values, grid, scales, weights)
+            return
+        if grid.rule is not None:
+            scales.copy_(grid.rule.fit(values, weights))
             return
         if grid.offsets is not None:
             offsets.search(self, values, grid, scales, weights)

@@ -209,9 +209,9 @@ def _vocabulary(head: TaskHead | None, config: Mapping[str, Any]) -> tuple[int, 
 
 
 def _quantization(prepared: Prepared) -> Json | None:
-    """The output's `quantization_config`; None where it is dense, or the base's own stays."""
+    """The output's `quantization_config`; None where it is dense, the base's own stays, or files say it themselves."""
     plan = prepared.plan
-    if plan.quant is None or plan.keeps_quantization:
+    if plan.quant is None or plan.keeps_quantization or not plan.container.has_config:
         return None
     kept = _kept_quantization(prepared)
     if kept is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from streamconv.dtypes import DENSE, Dtype
 from streamconv.errors import OptionError, UnsupportedError
@@ -19,6 +20,14 @@ from streamconv.rounding.base import Rounding
 from streamconv.rounding.feedback import FeedbackOptions
 
 KEEP = "keep"
+# Formats that other tools write and people ask for by these names.
+_NOT_WRITTEN: Mapping[str, str] = MappingProxyType(
+    {
+        "nvfp4": "rounds activations, too, by a scale for each module that must be measured on a text, which is not "
+        "done here; choose nvfp4a16, which stores the same weights and leaves activations in 16 bit, or, of a base in "
+        "nvfp4, keep, which leaves the scales it has"
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +234,8 @@ def resolve_quant(facts: Facts, options: MergeOptions) -> tuple[Format | None, D
                 "--quant FORMAT or leave it out"
             )
         return None, dtype
+    if name in _NOT_WRITTEN:
+        raise OptionError(f"--quant {name} {_NOT_WRITTEN[name]}")
     if name not in FORMATS:
         raise OptionError(
             f"--quant {options.quant} is not known; use keep, none, or one of {', '.join(FORMATS)}"
@@ -378,6 +389,10 @@ def _without_text(
     One for all of its weights: of those that lie on no grid of the output, `adaptive` rounds most to the nearest.
     """
     source = next((each for each in sources if any(each.grid == quant.grid for quant in quants)), None)
+    if source is None and all(quant.grid is not None and quant.grid.rule is not None for quant in quants):
+        return ROUNDINGS["search"], Choice(
+            "search", f"{quants[0].name} has scales of 16 bit, which its own quantizers search for, too"
+        )
     if source is None:
         return ROUNDINGS["nearest"], Choice(
             "nearest", f"the target does not lie on the {quants[0].name} grid"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from streamconv.checkpoint.container import Gguf
@@ -10,15 +10,19 @@ from streamconv.checkpoint.gguf_header import Pairs
 from streamconv.checkpoint.types import PADDING, Shape, TensorSpec
 from streamconv.dtypes import F16, F32, U8
 from streamconv.errors import OptionError, UnsupportedError
+from streamconv.formats import FORMATS
 from streamconv.formats.base import Constant, Encoder, Format, Weight
-from streamconv.formats.dense import DenseFormat
+from streamconv.formats.ggml_mixes import MixedModel
 from streamconv.formats.gguf import PREFIX, ColumnsEncoder, full_encoder, turned_encoder, with_rows_of_heads
+from streamconv.formats.gguf_blocks import Typed
 from streamconv.gguf.model import GgufModel, TensorPlace, gguf_model
 from streamconv.gguf.pieces import GgufPiece
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
 from streamconv.planning.fingerprint import digests
 from streamconv.planning.plan import Plan, Step
+
+F16_FORMAT = FORMATS["gguf:f16"]
 
 
 def is_gguf(quant: Format | None) -> bool:
@@ -40,29 +44,62 @@ def plan_model(base: Base, shapes: Mapping[str, Shape], choices: Choices) -> Ggu
     return gguf_model(base.index.storage.location, base.index.config, shapes, choices.quant.name)
 
 
+def formats_of(
+    model: GgufModel, quant: Format, pieces: Mapping[str, GgufPiece], left: Collection[str]
+) -> dict[str, Format]:
+    """Formats of matrices by name of the weight: the types that a file called `quant` has, or F16.
+
+    That have rows that are whole blocks of no type, what is `left` out, and what is turned as it is written.
+    """
+    matrices = {name: place for name, place in model.places.items() if not place.is_full}
+    if not isinstance(quant, Typed):
+        return dict.fromkeys(matrices, quant)
+    facts = _facts(model)
+    found: dict[str, Format] = {}
+    for name, place in matrices.items():
+        piece = pieces.get(name)
+        is_left = name in left or (piece is not None and piece.is_turned)
+        found[name] = F16_FORMAT if is_left else FORMATS[quant.type_of(place.tensor, place.shape[-1], facts)]
+    return found
+
+
+def _facts(model: GgufModel) -> MixedModel:
+    """Facts that types depend on, from the header."""
+
+    def number(key: str) -> int:
+        found = model.pairs.get(f"{model.architecture}.{key}")
+        return found.value if found is not None and isinstance(found.value, int) else 0
+
+    return MixedModel.of(
+        dict.fromkeys(place.tensor for place in model.places.values()),
+        model.architecture,
+        layers=number("block_count"),
+        experts=number("expert_count"),
+        heads=number("attention.head_count"),
+        key_heads=number("attention.head_count_kv"),
+    )
+
+
 def gguf_encoder(place: TensorPlace, weight: Weight, quant: Format, piece: GgufPiece | None) -> Encoder:
-    """Encoder of a weight at its place, or of a piece of one. Raises UnsupportedError for what only can be copied."""
+    """Encoder of a weight at its place, or of a piece of one, in the format that it has if it is a matrix.
+
+    Raises UnsupportedError for what only can be copied.
+    """
     if not weight.dtype.is_float:
         raise UnsupportedError(
             f"{weight.name} is {weight.dtype}, expected numbers that a GGUF file can store"
         )
     if piece is not None and piece.is_turned:
         rows, width = weight.shape
-        return turned_encoder(_dense_spec(place, quant), rows, width, piece.columns)
+        (spec,) = quant.encoder(place.tensor, place.shape, F16).parts
+        return turned_encoder(spec, rows, width, piece.columns)
     if piece is not None and len(piece.columns) < weight.shape[-1]:
         return ColumnsEncoder(TensorSpec(place.tensor, F32, place.shape), columns=piece.columns)
     if place.is_full:
         encoder: Encoder = full_encoder(place.tensor, place.shape, place.shift)
-    elif quant.fits(place.tensor, place.shape):
-        encoder = quant.encoder(place.tensor, place.shape, weight.dtype)
     else:
-        encoder = DenseFormat(F16).encoder(place.tensor, place.shape, F16)
+        encoder = quant.encoder(place.tensor, place.shape, weight.dtype)
     return encoder if place.heads is None else with_rows_of_heads(encoder, place.heads)
-
-
-def _dense_spec(place: TensorPlace, quant: Format) -> TensorSpec:
-    (spec,) = quant.encoder(place.tensor, place.shape, F16).parts
-    return spec if quant.grid is None else TensorSpec(place.tensor, F16, place.shape)
 
 
 def by_tensor(by_weight: Sequence[Sequence[Step]], model: GgufModel) -> list[list[Step]]:

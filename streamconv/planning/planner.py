@@ -130,7 +130,7 @@ def _draft(
         apart = taken_apart(weights, updates, base.index.config.get("model_type"))
         in_output, updates, pieces, shapes = apart.weights, dict(apart.updates), apart.pieces, apart.shapes
     model = plan_model(base, shapes, choices)
-    chosen = choose_quantized(base, weights, replaces, choices, options, kept, model)
+    chosen = choose_quantized(base, weights, replaces, choices, options, kept, model, pieces)
     within = facts.weights if facts is not None and choices.feedback is not None else frozenset()
     equalization = plan_equalization(base, weights, chosen, options, facts)
     if equalization is not None:

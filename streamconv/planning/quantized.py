@@ -16,9 +16,11 @@ from streamconv.formats.base import Encoder, Format, Grouped, OfTables, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, Selection, matches, module_of, select
 from streamconv.formats.mixed import check_partners, mixed_quantization
 from streamconv.gguf.model import GgufModel
+from streamconv.gguf.pieces import GgufPiece
 from streamconv.planning.assignment import FormatRule, ModuleFormats, is_dense, read_rules, rule_for
 from streamconv.planning.base import Base
 from streamconv.planning.choices import KEEP, Choices
+from streamconv.planning.gguf import formats_of
 from streamconv.planning.options import MergeOptions
 
 
@@ -49,16 +51,17 @@ def choose_quantized(
     options: MergeOptions,
     kept: Mapping[str, Encoder],
     model: GgufModel | None = None,
+    pieces: Mapping[str, GgufPiece] = MappingProxyType({}),
 ) -> QuantizedSet:
     """Weights the output stores quantized, and the linear modules it leaves in 16 bit: one decision.
 
     `kept` are those that stay as they are stored; where there are any, they are all. `model` has the places of a GGUF
-    file, where every matrix is in the type asked for.
+    file, where all matrices are quantized, and `pieces` those of weights that it has otherwise.
     """
     _check_patterns("--ignore", options.ignore, weights)
     _check_patterns("--quant-for", [rule.pattern for rule in choices.mixture.rules], weights)
     if model is not None and choices.quant is not None:
-        return _of_gguf(model, choices.quant)
+        return _of_gguf(model, choices.quant, pieces, options.ignore)
     if choices.quant is None:
         return QuantizedSet({}, (), ())
     if kept:
@@ -178,11 +181,24 @@ def _check_rules(
         )
 
 
-def _of_gguf(model: GgufModel, quant: Format) -> QuantizedSet:
-    matrices = {name: place for name, place in model.places.items() if not place.is_full}
-    fitting = [name for name, place in matrices.items() if quant.fits(place.tensor, place.shape)]
-    unfit = tuple(module_of(name) for name in matrices if name not in {*fitting})
-    return QuantizedSet(dict.fromkeys(fitting, quant), unfit, unfit)
+def _of_gguf(
+    model: GgufModel, quant: Format, pieces: Mapping[str, GgufPiece], ignore: Sequence[str]
+) -> QuantizedSet:
+    """All matrices, in the types of a GGUF file; what these leave in 16 bit is stored in F16."""
+    left = [name for name in model.places if matches(module_of(name), ignore)]
+    formats = formats_of(model, quant, pieces, left)
+    if quant.grid is None:
+        return QuantizedSet(formats, (), ())
+    quantized = {name: each for name, each in formats.items() if each.grid is not None}
+    unfit = [name for name in formats if name not in quantized and name not in {*left}]
+    if not quantized:
+        name = next(iter(unfit), next(iter(formats)))
+        raise OptionError(
+            f"--quant {quant.name} would quantize nothing: {name} has shape {list(model.places[name].shape)}, and rows "
+            "of no other matrix are whole blocks of 32 either, or --ignore names them; choose gguf:f16 or gguf:bf16"
+        )
+    skipped = tuple(module_of(name) for name in formats if name not in quantized)
+    return QuantizedSet(quantized, skipped, tuple(map(module_of, unfit)))
 
 
 def _left_out(

@@ -19,7 +19,7 @@ from streamconv.gguf.model import GgufModel
 from streamconv.gguf.pieces import GgufPiece
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices, takes_calibration
-from streamconv.planning.gguf import gguf_encoder
+from streamconv.planning.gguf import F16_FORMAT, gguf_encoder
 from streamconv.planning.plan import Copy, Rewrite, Step
 from streamconv.planning.quantized import QuantizedSet
 from streamconv.planning.scales import FRESH, scales_of_base
@@ -51,7 +51,8 @@ def plan_steps(
             continue
         encoder = chosen.kept.get(name)
         if model is not None and choices.quant is not None:
-            encoder = gguf_encoder(model.places[name], weight, choices.quant, pieces.get(name))
+            own = chosen.formats.get(name, F16_FORMAT)
+            encoder = gguf_encoder(model.places[name], weight, own, pieces.get(name))
         elif encoder is None:
             encoder = _encoder(name, weight, chosen, _own_dtype(base, name, weight), choices)
         merge_base = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from streamconv.dtypes import DENSE
 from streamconv.formats import FORMATS
@@ -31,7 +32,7 @@ def test_json_of_the_formats() -> None:
     found = json.loads(succeed("formats", "--json").stdout)
     assert [row["name"] for row in found] == list(FORMATS)
     assert {row["name"]: row["bits_per_weight"] for row in found}["nf4"] == 4.5
-    assert all(row["loaders"] for row in found)
+    assert all(row["opened"] or row["documented"] for row in found)
     assert {row["name"] for row in found if not row["takes_calibration"]} == {
         *DENSE,
         "int8",
@@ -41,5 +42,14 @@ def test_json_of_the_formats() -> None:
 
 
 def test_formats_for_people() -> None:
-    lines = succeed("formats").stdout.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == list(FORMATS)
+    title, *lines = succeed("formats").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(FORMATS)
+    assert re.split(r"  +", title) == ["name", "bits/weight", "can", "roundings", "stored as", "opened by"]
+    assert re.split(r"  +", lines[list(FORMATS).index("mlx4")]) == [
+        "mlx4",
+        "4.500",
+        "read, write, keep",
+        "all",
+        "MLX affine, 4-bit integers in groups of 64 with scale and bias",
+        "mlx-lm 0.32.2",
+    ]

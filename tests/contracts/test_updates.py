@@ -20,6 +20,7 @@ from tests.contracts.implementations import implementations
 from tests.contracts.updates import (
     FORMS,
     MIXTURES,
+    ROWS,
     Cells,
     Form,
     Tensors,
@@ -225,10 +226,11 @@ def test_rows_follow_the_formula_in_float64(tmp_path: Path, name: str, draw: Cal
 
 
 def test_rescaling_follows_the_formula_in_float64(ordinary: AllWorks) -> None:
-    weight, norm = ordinary[SCALINGS]
-    scales = {role: part.double() for role, part in weight.parts.items()}
-    expected = scales["rows"].unsqueeze(1) * weight.weight.double() * scales["columns"]
-    torch.testing.assert_close(plainly(weight).double(), expected, rtol=2.0**-22, atol=0)
+    weight, norm, expert = ordinary[SCALINGS]
+    for work in (weight, expert):
+        scales = {role: part.double() for role, part in work.parts.items()}
+        expected = scales["rows"][-ROWS:].unsqueeze(1) * work.weight.double() * scales["columns"]
+        torch.testing.assert_close(plainly(work).double(), expected, rtol=2.0**-22, atol=0)
     expected = (1 + norm.weight.double()) * norm.parts["columns"].double() - 1
     torch.testing.assert_close(plainly(norm).double(), expected, rtol=0, atol=2.0**-20)
 

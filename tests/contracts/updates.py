@@ -30,6 +30,7 @@ from streamconv.equalization.equalizer import ROWS as SCALES_OF_ROWS
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import AdapterError
 from streamconv.formats.base import matrix_shape
+from streamconv.planning.gguf_pieces import RowsOfExpert
 from streamconv.storage import open_storage
 
 Tensors = Mapping[str, Tensor]
@@ -963,15 +964,21 @@ def several(
 
 
 def scalings(draw: Callable[[Mapping[str, Shape], int], Tensors]) -> Sequence[Work]:
-    """What no adapter holds: a weight rescaled on both sides, and a norm that multiplies by 1 + w."""
+    """What no adapter holds: a weight rescaled on both sides, a norm that multiplies by 1 + w, and the last expert of a
+    parameter of two, whose own rows of the factors are the latter half.
+    """
     shapes = {SCALES_OF_ROWS: (ROWS,), SCALES_OF_COLUMNS: (COLUMNS,)}
     both = Equalizer("layer.weight", (ROWS, COLUMNS), tuple(shapes))
     norm = Equalizer("norm.weight", (COLUMNS,), (SCALES_OF_COLUMNS,), shift=1.0)
+    experts = Equalizer("experts", (2, ROWS, COLUMNS), tuple(shapes))
+    last = RowsOfExpert("experts.1", experts, first=ROWS)
     scales, weights = draw(shapes, 1), draw({"layer": both.shape, "norm": norm.shape}, 2)
     of_norm = {SCALES_OF_COLUMNS: scales[SCALES_OF_COLUMNS]}
+    of_experts = draw({**shapes, SCALES_OF_ROWS: (2 * ROWS,)}, 3)
     return [
         Work("Equalizer of a weight", both, as_matrix(weights["layer"]), scales),
         Work("Equalizer of a norm", norm, as_matrix(weights["norm"]), of_norm),
+        Work("RowsOfExpert of the last", last, as_matrix(weights["layer"]), of_experts),
     ]
 
 

@@ -22,7 +22,21 @@ from tests.foreign.readers import ROOT, Case, divergence, keep, read_by, referen
 CASES: Mapping[str, Case] = {
     "f16": Case({"quant": "gguf:f16"}),
     "bf16": Case({"quant": "gguf:bf16"}),
+    "q8_0": Case({"quant": "gguf:q8_0"}),
+    "q6_k": Case({"quant": "gguf:q6_k"}),
+    "q5_k_m": Case({"quant": "gguf:q5_k_m"}),
+    "q5_k_s": Case({"quant": "gguf:q5_k_s"}),
+    "q5_k": Case({"quant": "gguf:q5_k"}),
+    "q5_1": Case({"quant": "gguf:q5_1"}),
+    "q5_0": Case({"quant": "gguf:q5_0"}),
+    "q4_k_m": Case({"quant": "gguf:q4_k_m"}),
+    "q4_k_s": Case({"quant": "gguf:q4_k_s"}),
+    "q4_k": Case({"quant": "gguf:q4_k"}),
+    "q4_1": Case({"quant": "gguf:q4_1"}),
+    "q4_0": Case({"quant": "gguf:q4_0"}),
 }
+# llama.cpp's names for those are of mixes.
+PURE = ("q4_k", "q5_k")
 WIDEST = 1e-3  # nats a token, of 16 bits
 TOLERANCE = 1.01  # of the squared error that llama.cpp's quantizer makes, without importances
 
@@ -59,9 +73,9 @@ def gguf_of(base: Path, folder: Path, case: Case) -> Path:
 
 
 def quantized(source: Path, target: Path, kind: str) -> Path:
-    """llama.cpp's own: all matrices of one block type, or a mix of types, whose names end in _m."""
+    """llama.cpp's own: a mix of types, or all matrices of one."""
     program = [os.environ["STREAMCONV_FOREIGN"], "-m", "tools.readers.quantize_gguf"]
-    pure = [] if kind.endswith("_m") else ["--pure"]
+    pure = ["--pure"] if kind in PURE else []
     command = [*program, str(source), str(target), kind, *pure]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return target

@@ -17,14 +17,14 @@ from torch import Tensor
 
 import streamconv
 from streamconv.dtypes import BF16
-from streamconv.errors import CheckpointError, InputError, UnsupportedError
+from streamconv.errors import CheckpointError, InputError, OptionError, UnsupportedError
 from streamconv.formats import FORMATS, find_weights
 from streamconv.formats.fp4 import Fp4Decoder
 from streamconv.formats.fp4_scales import Mxfp4Scales, Nvfp4Scales
 from streamconv.kernels.grids import E2M1_UNIT
 from tests.checkpoint.files import index_of
 from tests.formats.stored import W, decoded, encoder_for, normal, only_weight, stored, write_as
-from tests.models import write_adapter
+from tests.models import Sizes, write_adapter, write_base
 from tests.tiny import edit_tensors, read_tensors
 
 MODULE = W.removesuffix("weight")
@@ -132,6 +132,11 @@ def test_what_is_read_is_what_compressed_tensors_reads(name: str, tmp_path: Path
     assert first is not None
     assert again is not None
     assert torch.equal(first, again)
+    stored_ones = parts["weight_scale"].flatten()
+    if name == "nvfp4a16":  # a quotient, not a product with the reciprocal
+        assert torch.equal(first / E2M1_UNIT, stored_ones.float() / parts["weight_global_scale"])
+    else:
+        assert torch.equal(first / E2M1_UNIT, torch.exp2(stored_ones.float() - 127))
 
 
 def _side(parts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -273,3 +278,42 @@ def test_a_config_of_another_storage_is_refused(tmp_path: Path) -> None:
         CheckpointError, match=r"stored as nvfp4-pack-quantized, and config.json says mxfp4-pack-quantized"
     ):
         find_weights(index)
+
+
+def test_what_must_be_measured_is_refused_with_what_need_not(tmp_path: Path) -> None:
+    sizes = Sizes(hidden=64, inner=96, layers=1, vocabulary=50)
+    base = write_base(tmp_path / "base", sizes.shapes, shards=1)
+    with pytest.raises(OptionError, match=r"--quant nvfp4 rounds activations, too.*choose nvfp4a16"):
+        streamconv.convert(base, tmp_path / "out", quant="nvfp4", device="cpu")
+
+
+def test_another_layout_follows_the_scale_of_its_base(tmp_path: Path) -> None:
+    """Asked for by name, too: partners that no update touches are copied with theirs."""
+    base = FILES / "modelopt-0.47.0" / "nvfp4a16"
+    shapes = {key: tuple(each.shape) for key, each in read_tensors(base / "expected.safetensors").items()}
+    adapter = write_adapter(tmp_path / "adapter", shapes, targets=("q_proj",), size=0.01)
+    streamconv.merge(base, adapter, tmp_path / "out", quant="nvfp4a16", rounding="nearest", device="cpu")
+    before, after = (
+        read_tensors(base / "model.safetensors"),
+        read_tensors(tmp_path / "out" / "model.safetensors"),
+    )
+    for name in ("q", "k", "v"):
+        module = f"model.layers.0.self_attn.{name}_proj"
+        assert float(after[f"{module}.weight_global_scale"]) == pytest.approx(
+            1 / float(before[f"{module}.weight_scale_2"])
+        )
+    still = "model.layers.0.self_attn.k_proj"
+    assert torch.equal(after[f"{still}.weight_packed"], before[f"{still}.weight"])
+    assert torch.equal(_bits(after[f"{still}.weight_scale"]), _bits(before[f"{still}.weight_scale"]))
+
+
+def test_a_scale_is_a_quotient() -> None:
+    """A product with the reciprocal of the scale over the whole weight has another last bit for one in four."""
+    local = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    differ = 0
+    for value in (torch.rand(40, generator=torch.Generator().manual_seed(0)) * 9000).tolist():
+        whole = torch.tensor([value])
+        want = local.float() / whole
+        assert torch.equal(Nvfp4Scales(float(whole)).effective(local) / E2M1_UNIT, want)
+        differ += int((local.float() * whole.reciprocal() != want).sum())
+    assert differ > 100

@@ -81,9 +81,12 @@ def test_where_loaders_quantize_what_they_load_no_weight_is_plain(tmp_path: Path
     assert all(weight.undecoded is not None for weight in found.values())
 
 
-@pytest.mark.parametrize("scale", ["weight_scale_inv", "scale"])
-@pytest.mark.parametrize("codes", [FLOAT8, I8], ids=str)
-def test_exponents_as_scales_are_not_decoded(tmp_path: Path, codes: torch.dtype, scale: str) -> None:
+@pytest.mark.parametrize(
+    ("codes", "scale"), [(FLOAT8, "scale"), (I8, "scale"), (I8, "weight_scale_inv")], ids=str
+)
+def test_codes_and_scales_of_another_kind_beside_fp8_are_not_decoded(
+    tmp_path: Path, codes: torch.dtype, scale: str
+) -> None:
     found = weights_of(tmp_path, {"m.weight": codes, f"m.{scale}": EXPONENT, "n.weight": BF16}, FP8)
     assert [name for name, weight in found.items() if weight.undecoded is not None] == ["m.weight"]
     with pytest.raises(UnsupportedError, match=r"m\.weight is not decoded: .*16-bit base"):

@@ -15,10 +15,16 @@ Way = Literal["call", "command line", "killed", "without numba"]
 
 # As in the registries of the project; written out, because they have to fit the tree of REV, too.
 DENSE = ("float32", "float16", "bfloat16")
-QUANTIZED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "w4a16", "w8a16", "gptq", "gptq-v2", "awq", "fp8")
+PACKED = (
+    *("w4a16", "w8a16", "w8a8", "gptq", "gptq-v2", "gptq-asym", "awq", "awq-asym", "fp8", "fp8-block"),
+    *("mlx4", "mlx8", "nvfp4a16", "mxfp4a16", "mxfp4"),
+)
+QUANTIZED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", *PACKED)
+# In files that are no base.
+WRITTEN_ONLY = ("gguf:f16", "gguf:bf16")
 ROUNDINGS = ("nearest", "stochastic", "search", "adaptive")
 MERGE_BASES = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
-CALIBRATED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "w4a16", "w8a16", "gptq", "gptq-v2", "awq", "fp8")
+CALIBRATED = ("nf4", "nf4-dq", "fp4", "fp4-dq", *PACKED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +84,7 @@ def _text(tokens: int = 512, gradients: int = 0, **options: Any) -> dict[str, An
 def _formats() -> list[Case]:
     """Every format by every rounding, for an update of the original base."""
     cases = [Case(f"dense {quant}", "llama", "lora", {"quant": quant}) for quant in DENSE]
+    cases += [Case(quant, "faq-9m", "faq-kjv-light", {"quant": quant}) for quant in WRITTEN_ONLY]
     cases += [
         Case(f"{quant}, {rounding}", "llama", "lora", {"quant": quant, "rounding": rounding, "seed": 3})
         for quant in QUANTIZED
