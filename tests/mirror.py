@@ -56,11 +56,17 @@ STORIES: Mapping[str, Sequence[str]] = {
     "analysis/views.py": ["analysis/test_analyze.py"],
     # What becomes of a model in a GGUF file.
     "gguf/architecture.py": ["gguf/test_names.py", "parity/test_gguf.py"],
+    "gguf/configs.py": ["pipeline/test_gguf_base.py"],
     "gguf/fields.py": ["pipeline/test_gguf.py", "gguf/test_model.py"],
+    "gguf/header_fields.py": ["pipeline/test_gguf_base.py"],
     "gguf/hyperparameters.py": ["gguf/test_model.py", "parity/test_gguf.py"],
     "gguf/pieces.py": ["planning/test_gguf_pieces.py"],
     "gguf/rope.py": ["gguf/test_model.py", "parity/test_gguf.py"],
+    "gguf/stored.py": ["pipeline/test_gguf_base.py"],
+    "gguf/tokenizer_files.py": ["pipeline/test_gguf_base.py"],
     "output/gguf_tokenizer.py": ["pipeline/test_gguf.py", "gguf/test_tokens.py"],
+    "planning/reading.py": ["pipeline/test_gguf_base.py"],
+    "storage/chosen.py": ["pipeline/test_gguf_base.py"],
     "planning/gguf.py": ["pipeline/test_gguf.py", "parity/test_gguf.py"],
     # A calibration, layer by layer.
     "calibration/calibrated.py": ["pipeline/test_calibrated.py", "calibration/test_layers.py"],

@@ -167,17 +167,28 @@ def stored_files(storage: Storage, names: Collection[str]) -> StoredFiles:
     return StoredFiles(frozenset(shard.file.name for shard in index.shards), specs)
 
 
-def _stored_gguf(storage: Storage, names: Sequence[str]) -> StoredFiles:
-    tensors: dict[str, TensorSpec] = {}
+def read_gguf_files(storage: Storage, names: Sequence[str]) -> tuple[GgufFile, ...]:
+    """Headers of the files of one model, in their order.
+
+    Raises CheckpointError where a header is broken or says that it is another's, or a tensor stands in two.
+    """
+    files: list[GgufFile] = []
+    seen: set[str] = set()
     for number, name in enumerate(names):
         found = read_gguf(storage.file(name), storage.read_start, GGML_TYPES)
         _check_split(found, f"{storage.location}: {name}", number, len(names))
-        for tensor in found.tensors.values():
-            if tensor.name in tensors:
-                raise CheckpointError(
-                    f"{storage.location}: tensor {shown(tensor.name)} is in two files, {name} and one before it"
-                )
-            tensors[tensor.name] = tensor.spec
+        if twice := sorted(seen & found.tensors.keys()):
+            raise CheckpointError(
+                f"{storage.location}: tensor {shown(twice[0])} is in two files, {name} and one before it"
+            )
+        seen |= found.tensors.keys()
+        files.append(found)
+    return tuple(files)
+
+
+def _stored_gguf(storage: Storage, names: Sequence[str]) -> StoredFiles:
+    files = read_gguf_files(storage, names)
+    tensors = {name: tensor.spec for file in files for name, tensor in file.tensors.items()}
     return StoredFiles(frozenset(names), tensors)
 
 

@@ -12,12 +12,13 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from streamconv.checkpoint.config import check_types
 from streamconv.checkpoint.forms import find_form, is_adapter
+from streamconv.checkpoint.gguf import Value
 from streamconv.checkpoint.header import read_header, recognise
 from streamconv.checkpoint.pickled import read_pickled
 from streamconv.checkpoint.strict_json import parse_object, shown
@@ -37,7 +38,8 @@ _log = logging.getLogger(__name__)
 class CheckpointIndex:
     """All tensors by name, in the order of shards (by number), then of offsets. `config` is config.json.
 
-    `variant`: the name that stands in those of the files, as `fp16` in `model.fp16.safetensors`.
+    `variant`: the name that stands in those of the files, as `fp16` in `model.fp16.safetensors`. Of a GGUF file,
+    `pairs` are its header's, `made` files that were made of these, by name, and `notes` say what they do not tell.
     """
 
     storage: Storage
@@ -45,6 +47,9 @@ class CheckpointIndex:
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
     variant: str | None = None
+    pairs: Mapping[str, Value] = field(default_factory=lambda: MappingProxyType({}))
+    made: Mapping[str, bytes] = field(default_factory=lambda: MappingProxyType({}))
+    notes: tuple[str, ...] = ()
 
 
 def read_index(
@@ -57,7 +62,7 @@ def read_index(
     weights in other formats.
     """
     names = storage.names()
-    config = _read_config(storage, names, require_config)
+    config = read_config(storage, require_config)
     form = find_form(storage, names, stem, allow_pickle)
     weight_map = None if form.index is None else _read_weight_map(storage, names, form.index)
     shard_names = [str(form.single)] if weight_map is None else _shard_names(weight_map)
@@ -70,7 +75,9 @@ def read_index(
     return CheckpointIndex(storage, MappingProxyType(tensors), shards, MappingProxyType(config), form.variant)
 
 
-def _read_config(storage: Storage, names: Sequence[str], required: bool) -> dict[str, Any]:
+def read_config(storage: Storage, required: bool = True) -> dict[str, Any]:
+    """The object in config.json, fields of wrong types refused; empty where there is none and none is `required`."""
+    names = storage.names()
     if "config.json" in names:
         config = _read_object(storage, "config.json", _MAX_CONFIG_BYTES, allow_nonfinite=True)
         check_types(config, f"{storage.location}: config.json")

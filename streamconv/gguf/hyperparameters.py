@@ -116,7 +116,7 @@ def _check_kinds(config: Fields, pattern: int) -> None:
         )
 
 
-_LARGEST_GEMMA = {2: 46, 3: 62}
+LARGEST_GEMMA = {2: 46, 3: 62}
 """Layers of the 27B models, whose queries llama.cpp scales otherwise."""
 
 
@@ -124,7 +124,7 @@ def _check_gemma(config: Fields, generation: int, pattern: int) -> None:
     """Raise UnsupportedError for a scale of queries, or kinds of layers, that llama.cpp computes otherwise."""
     _check_activation(config, "gelu_pytorch_tanh")
     layers, queries = config.positive("num_hidden_layers"), config.positive("num_attention_heads")
-    is_largest = layers == _LARGEST_GEMMA[generation]
+    is_largest = layers == LARGEST_GEMMA[generation]
     scale = config.positive("hidden_size") / queries if is_largest else config.positive("head_dim", 256)
     if config.number("query_pre_attn_scalar", 256) != scale:
         raise config.refuse("query_pre_attn_scalar", f"llama.cpp computes with {scale:g} for {layers} layers")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -61,6 +62,39 @@ def _split(step: Mapping[str, Any]) -> str | None:
     if step.get("invert") or step.get("behavior") != "Isolated" or not isinstance(pattern, Mapping):
         return None
     return _SPLITS.get(str(pattern.get("Regex")))
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltIn:
+    """Sections of tokenizer.json that stand for a rule of llama.cpp's; `adds_begin`: it does, where nothing is said."""
+
+    pre_tokenizer: Mapping[str, Any]
+    normalizer: Mapping[str, Any] | None = None
+    ignores_merges: bool = False
+    adds_begin: bool = False
+
+
+def built_in(name: str) -> BuiltIn | None:
+    """Sections for a rule by llama.cpp's name; None where the rule is unknown, or its families' tokenizers differ.
+
+    Those cut by gpt-4o and tekken do: some strip spaces beside added tokens, some take whole words first.
+    """
+    splits = {rule: pattern for pattern, rule in _SPLITS.items()}
+    if name in ("llama-bpe", "llama-v3", "llama3"):
+        return BuiltIn(_split_first(splits["llama-bpe"]), ignores_merges=True, adds_begin=True)
+    if name in ("qwen2", "deepseek-r1-qwen"):  # all of which compose characters
+        return BuiltIn(_split_first(splits["qwen2"]), {"type": "NFC"})
+    if name in ("gpt-2", "smollm"):
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        digits = {"type": "Digits", "individual_digits": True}
+        return BuiltIn(level if name == "gpt-2" else {"type": "Sequence", "pretokenizers": [digits, level]})
+    return None
+
+
+def _split_first(pattern: str) -> Mapping[str, Any]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [split, level]}
 
 
 def normalizes(rule: object) -> bool:

@@ -131,6 +131,13 @@ def _llama3(config: Fields, rope: Fields, base: float, dimensions: int) -> list[
         raise rope.refuse(
             "low_freq_factor", "it must be above 0 and less than high_freq_factor, the factor above 0"
         )
+    return llama3_factors(factor, low, high, before, base, dimensions)
+
+
+def llama3_factors(
+    factor: float, low: float, high: float, before: int, base: float, dimensions: int
+) -> list[float]:
+    """Divisors of frequencies, one for every two of a head's dimensions; `before`: positions that were trained."""
     found = []
     for place in range(0, dimensions, 2):
         turns = before * base ** (-place / dimensions) / (2 * math.pi)  # in the context that was trained

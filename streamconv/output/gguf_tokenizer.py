@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from streamconv.checkpoint.config import language_levels
-from streamconv.checkpoint.gguf_header import Pairs
+from streamconv.checkpoint.gguf_header import Pairs, as_value
+from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.checkpoint.strict_json import parse_object
 from streamconv.gguf.tokens import TokenizerSource, tokenizer_pairs
 from streamconv.output.tokenizer import TokenizerChoice
@@ -47,6 +48,13 @@ def gguf_tokenizer(choice: TokenizerChoice, where: str, config: Mapping[str, Any
         template=template,
     )
     return tokenizer_pairs(source, rows)
+
+
+def header_tokenizer(choice: TokenizerChoice, index: CheckpointIndex) -> Pairs | None:
+    """Pairs of the base's own header, where it has a tokenizer and the output's is no other; else None."""
+    is_own = all(at is index.storage and name in index.made for name, at in choice.files.items())
+    found = {key: as_value(value) for key, value in index.pairs.items() if key.startswith("tokenizer.")}
+    return found if is_own and "tokenizer.ggml.tokens" in found else None
 
 
 def _stated(config: Mapping[str, Any]) -> dict[str, int]:

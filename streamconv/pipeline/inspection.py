@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from typing import Any
 
@@ -14,8 +14,9 @@ from streamconv.adapters.replication import read_ranges
 from streamconv.checkpoint.config import language_levels
 from streamconv.checkpoint.index import CheckpointIndex, read_index
 from streamconv.checkpoint.types import StoredTensor
-from streamconv.formats import find_weights
+from streamconv.formats.base import Weight
 from streamconv.planning.base import read_base
+from streamconv.planning.reading import is_gguf_model, open_base, read_checkpoint
 from streamconv.storage import open_adapter
 from streamconv.storage.base import Storage
 from streamconv.system_errors import translated
@@ -31,13 +32,13 @@ def inspect(
     """
     storage = open_adapter(fspath(location), revision)
     names = storage.names()
-    if "config.json" not in names and ("adapter_config.json" in names or find_dialect(storage)):
+    is_adapter = "adapter_config.json" in names or (find_dialect(storage) and not is_gguf_model(storage))
+    if "config.json" not in names and is_adapter:
         return _adapter(storage, allow_pickle)
-    return _checkpoint(read_index(storage, allow_pickle=allow_pickle))
+    return _checkpoint(*read_checkpoint(open_base(fspath(location), revision), allow_pickle))
 
 
-def _checkpoint(index: CheckpointIndex) -> dict[str, Any]:
-    weights = find_weights(index)
+def _checkpoint(index: CheckpointIndex, weights: Sequence[Weight]) -> dict[str, Any]:
     base = read_base(index, weights)
     formats: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()

@@ -13,11 +13,9 @@ from streamconv.adapters.dialects import read_config
 from streamconv.adapters.embeddings import find_embedding
 from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.container import CONFIG
-from streamconv.checkpoint.index import read_index
 from streamconv.errors import InputError
-from streamconv.formats import find_weights
 from streamconv.gguf.names import EMBEDDING
-from streamconv.output.gguf_tokenizer import gguf_tokenizer
+from streamconv.output.gguf_tokenizer import gguf_tokenizer, header_tokenizer
 from streamconv.output.manifest import MANIFEST
 from streamconv.output.place import folder_of
 from streamconv.output.publish import INDEX
@@ -44,8 +42,8 @@ from streamconv.planning.gguf import with_tokenizer
 from streamconv.planning.options import Job
 from streamconv.planning.plan import Plan
 from streamconv.planning.planner import build_plans, facts_of
+from streamconv.planning.reading import open_base, read_checkpoint
 from streamconv.planning.unmerged import refuse_unmerged
-from streamconv.storage import open_storage
 from streamconv.storage.base import SourceFile, Storage
 from streamconv.storage.file_set import FileSet
 from streamconv.system_errors import translated
@@ -128,9 +126,10 @@ class Prepared:
                 f"{base.storage.location} has no tokenizer beside its weights "
                 f"({', '.join(_TOKENIZER_FILES)}); put its files there"
             )
-        home = Path(base.storage.file(CONFIG).path).parent
-        if not written and all(files[name].parent == home for name in _TOKENIZER_FILES if name in files):
-            return FileSet(files, folder=home, sources=sources)
+        if not written and CONFIG in base.storage.names():
+            home = Path(base.storage.file(CONFIG).path).parent
+            if all(files[name].parent == home for name in _TOKENIZER_FILES if name in files):
+                return FileSet(files, folder=home, sources=sources)
         config = json.dumps(dict(base.config)).encode()
         return FileSet(files, {CONFIG: config, **written}, sources=sources)
 
@@ -162,10 +161,10 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
 
     `facts` are those of a calibration whose text is not at hand, for a plan that will not be carried out.
     """
-    storage = open_storage(job.base, job.base_revision)
-    index = read_index(storage, allow_pickle=job.allow_pickle)
+    index, weights = read_checkpoint(open_base(job.base, job.base_revision), job.allow_pickle)
+    storage = index.storage
     refuse_unmerged(index)
-    base = read_base(index, find_weights(index))
+    base = read_base(index, weights)
     _log.info("read the base %s: %d weights in %d shards", job.base, len(base.weights), len(index.shards))
     adapter_storages = open_adapters(job)
     base = deepen_once(base, adapter_storages)
@@ -179,7 +178,7 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     plans = build_plans(base, adapter, options, resolve_device(job.device), facts)
     tokenizer = _tokenizer(job, base, tokenizer_storage(adapter, adapter_storages), plans[0])
     processors = notes_on_processors(storage, adapter_storages)
-    notes = (*_base_notes(job, base, adapter_storages), *tokenizer.notes, *processors)
+    notes = (*index.notes, *_base_notes(job, base, adapter_storages), *tokenizer.notes, *processors)
     code = custom_code(storage, index.config)
 
     def prepared(plan: Plan) -> Prepared:
@@ -187,7 +186,9 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
         written, of_code = tokenizer.written, code.notes(files)
         if not plan.container.has_config:
             rows = plan.tensors[EMBEDDING].shape[0]
-            pairs = gguf_tokenizer(tokenizer, storage.location, index.config, rows)
+            pairs = header_tokenizer(tokenizer, index) or gguf_tokenizer(
+                tokenizer, storage.location, index.config, rows
+            )
             plan = with_tokenizer(plan, pairs, job.tokenizer)
             files, written, of_code = files_beside_header(storage, job.copy_extra), {}, ()
         return Prepared(
@@ -215,6 +216,12 @@ def _tokenizer(job: Job, base: Base, adapter: Storage | None, plan: Plan) -> Tok
     _log.info(
         "tokenizer files: %s", ", ".join(f"{name} of {at.location}" for name, at in chosen.files.items())
     )
+    made = {
+        name: base.index.made[name]
+        for name, at in chosen.files.items()
+        if at is storage and name in base.index.made
+    }
+    chosen = replace(chosen, written={**made, **chosen.written})
     return follow_end_token(chosen, storage, base.index.config)
 
 

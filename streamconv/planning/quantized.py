@@ -229,7 +229,8 @@ def _usually_left_out(
     """The same of modules that no rule names."""
     # Exactly these, no pattern. A bias that the adapter holds whole says nothing of the weight beside it.
     whole = {module_of(name) for name in replaces if name.endswith(".weight")}
-    if not base.quantized:
+    # A GGUF file has every matrix in blocks, heads and routers as well, which says nothing of other formats.
+    if not base.quantized or base.index.pairs:
         return (*options.ignore, *DEFAULT_IGNORE), frozenset(whole)
     # What it leaves in 16 bit stays so, what it quantizes does too.
     modules = {name: module_of(name) for name in base.weights}

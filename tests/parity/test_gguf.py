@@ -25,7 +25,8 @@ from transformers import (
 import streamconv
 from streamconv.gguf.architecture import ARCHITECTURES
 from tests.gguf.bases import fast_tokenizer
-from tests.tiny import logits, save_adapter, save_base
+from tests.parity.opening import tensors
+from tests.tiny import load_base, logits, save_adapter, save_base
 
 SIZES: dict[str, Any] = {
     "vocab_size": 290,
@@ -101,3 +102,22 @@ def test_every_architecture_has_its_case() -> None:
     }
     # transformers' reader puts gpt-oss together otherwise than llama.cpp (planning/test_gguf_pieces.py).
     assert classes | {"GptOss"} == {name.removesuffix("ForCausalLM") for name in ARCHITECTURES}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_file_is_read_back_as_the_model_that_it_was_made_of(tmp_path: Path, name: str) -> None:
+    """With nothing but the file: names and values of all tensors, and a config with which transformers computes it."""
+    given = CONFIGS[name].to_dict()
+    if name == "llama":  # other numbers of which the same factors could be made are refused
+        given["rope_parameters"] = LLAMA3 | {"original_max_position_embeddings": 8192, "rope_theta": 5e5}
+    base = save_base(tmp_path / "base", type(CONFIGS[name])(**given), dtype=torch.bfloat16)
+    save_tokenizer(base)
+    streamconv.convert(base, tmp_path / "gguf", quant="gguf:bf16", device="cpu")
+    file = next((tmp_path / "gguf").glob("*.gguf"))
+    streamconv.convert(file, tmp_path / "back", quant="none", device="cpu")
+    found, expected = tensors(tmp_path / "back"), tensors(base)
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+        assert found[key].dtype == torch.bfloat16, key
+    assert torch.equal(logits(load_base(tmp_path / "back")), logits(load_base(base)))
