@@ -26,8 +26,6 @@ class FormatRow:
 
     name: str
     bits_per_weight: float
-    reads: bool
-    writes: bool
     keeps: bool
     roundings: tuple[str, ...]
     takes_calibration: bool
@@ -37,9 +35,8 @@ class FormatRow:
 
     @property
     def uses(self) -> str:
-        """Words for each thing that can be done with it."""
-        uses = {"read": self.reads, "write": self.writes, "keep": self.keeps}
-        return ", ".join(word for word, can in uses.items() if can)
+        """Words for each thing that can be done with it: all are read and written."""
+        return "read, write, keep" if self.keeps else "read, write"
 
     @property
     def chosen_by(self) -> str:
@@ -68,17 +65,14 @@ def format_rows(opened: Mapping[str, Sequence[str]]) -> tuple[FormatRow, ...]:
 
 
 def _row(storage_format: Format, opened: tuple[str, ...]) -> FormatRow:
-    # Readers of checkpoints look into safetensors files alone.
-    is_read = container_of(storage_format) == SAFETENSORS
     calibrates = can_calibrate(storage_format)
     ways = ROUNDINGS if storage_format.grid is not None else {}
     run = {_program(each) for each in opened}
     return FormatRow(
         name=storage_format.name,
         bits_per_weight=storage_format.bits_per_weight,
-        reads=is_read,
-        writes=True,
-        keeps=is_read,
+        # A GGUF base is decoded, and its blocks are not stored again as they are.
+        keeps=container_of(storage_format) == SAFETENSORS,
         roundings=tuple(name for name, way in ways.items() if calibrates or not way.calibrated),
         takes_calibration=calibrates,
         layout=storage_format.layout,

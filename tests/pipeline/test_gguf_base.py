@@ -258,9 +258,7 @@ def test_other_formats_leave_a_head_that_the_file_has_in_blocks(tmp_path: Path, 
 
 def test_keep_is_refused(tmp_path: Path, wide_adapter: Path) -> None:
     file, _ = in_blocks(tmp_path, "q8_0")
-    with pytest.raises(
-        UnsupportedError, match="its weights are q8_0, which is read but not written"
-    ):
+    with pytest.raises(UnsupportedError, match="its weights are q8_0, which is read but not written"):
         streamconv.merge(file, wide_adapter, tmp_path / "out", quant="keep", device="cpu")
     with pytest.raises(UnsupportedError, match="its weights are q8_0, which is read but not written"):
         streamconv.convert(file, tmp_path / "out", quant="keep", device="cpu")
