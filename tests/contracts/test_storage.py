@@ -19,6 +19,7 @@ from huggingface_hub import constants
 from streamconv.errors import CheckpointError
 from streamconv.storage import STORAGES, open_storage, storage_kind
 from streamconv.storage.base import Origin, SourceFile, Storage
+from streamconv.storage.chosen import ChosenFiles
 from tests.contracts.implementations import implementations
 from tests.hub_stub import Hub, Repo
 from tests.hubs import hub
@@ -103,6 +104,12 @@ def in_cache(world: World, files: Mapping[str, bytes]) -> Storage:
     return open_storage(str(Path(downloaded(world, files).file("Z.json").path).parent))
 
 
+def among_others(world: World, files: Mapping[str, bytes]) -> Storage:
+    """Files chosen from a folder with others, which must not be seen."""
+    found = open_storage(str(write(world.folder / "own", {**files, "other.gguf": b"1"})))
+    return ChosenFiles(found, found.location, frozenset({"other.gguf"}))
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A way to a storage; `is_here`: all files are on this machine when it is opened; `origin`: where they are from."""
@@ -121,6 +128,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "hub-downloaded": Kind(downloaded, has_origin=True),
         "hub-offline": Kind(downloaded_and_offline, has_origin=True),
         "hub-cache": Kind(in_cache, has_origin=True),
+        "chosen": Kind(among_others),
     }
 )
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
