@@ -46,6 +46,6 @@ def _calibrated_shard(shard: ShardPlan, found: Mapping[str, Calibrated]) -> Shar
             continue
         start, parts = placed.offset, found[placed.step.name].parts
         for spec in placed.step.specs:
-            steps.append(Placed(Copy(spec.name, parts[spec.name]), start, spec.nbytes))
+            steps.append(Placed(Copy(spec.name, parts[spec.name], spec), start, spec.nbytes))
             start += spec.nbytes
     return replace(shard, steps=tuple(steps))

@@ -32,6 +32,7 @@ from streamconv.checkpoint.recorded import OnChunk, RecordedFiles
 from streamconv.checkpoint.types import StoredTensor, TensorSpec
 from streamconv.checkpoint.writer import Bytes, free_bytes, remove_file, write_error
 from streamconv.checkpoint.writer import write_file as write_small
+from streamconv.dtypes import DTYPES, U8
 from streamconv.errors import ResourceError
 from streamconv.forward.activations import ActivationFile
 from streamconv.rounding.residual import FACTOR_DTYPE
@@ -147,7 +148,7 @@ class LayerFiles:
             _entering(name, number + 1): stream.leaving(number).sync()
             for name, stream in zip(self._names, self._opened, strict=True)
         }
-        specs = [spec for result in results for spec in result.specs]
+        specs = [_held_as(result, spec) for result in results for spec in result.specs]
         parts: list[Bytes] = [part for result in results for part in result.parts]
         for name, factor in (item for result in results for item in result.residual.items()):
             specs.append(TensorSpec(name, FACTOR_DTYPE, tuple(factor.shape)))
@@ -220,10 +221,15 @@ def _listed(folder: Path) -> Sequence[Path]:
         raise read_error(error, folder) from error
 
 
+def _held_as(result: Result, spec: TensorSpec) -> TensorSpec:
+    """The tensor that holds a part: bytes, where safetensors has no such type; several weights may be one tensor."""
+    return spec if spec.dtype.code in DTYPES else TensorSpec(result.name, U8, (spec.nbytes,))
+
+
 def _described(result: Result) -> Mapping[str, object]:
     kept = result.kept
     return {
-        "parts": [spec.name for spec in result.specs],
+        "parts": {spec.name: _held_as(result, spec).name for spec in result.specs},
         "kept": None if kept is None else [kept.kept, kept.delta, kept.base_error],
         "notes": dict(result.notes),
         "residual": list(result.residual),
@@ -234,7 +240,7 @@ def _read(path: Path) -> Mapping[str, StoredResult]:
     tensors, metadata = stored_in(path)
     return {
         name: StoredResult(
-            parts={part: tensors[part] for part in about["parts"]},
+            parts={part: tensors[held] for part, held in about["parts"].items()},
             kept=None if about["kept"] is None else KeptDelta(*about["kept"]),
             notes=about["notes"],
             residual={part: tensors[part] for part in about["residual"]},

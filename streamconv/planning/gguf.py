@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from streamconv.checkpoint.container import Gguf
@@ -15,8 +15,10 @@ from streamconv.formats.base import Constant, Encoder, Format, Weight
 from streamconv.formats.ggml_mixes import MixedModel
 from streamconv.formats.gguf import PREFIX, ColumnsEncoder, full_encoder, turned_encoder, with_rows_of_heads
 from streamconv.formats.gguf_blocks import Typed
+from streamconv.formats.linear import matches, module_of
 from streamconv.gguf.model import GgufModel, TensorPlace, gguf_model
 from streamconv.gguf.pieces import GgufPiece
+from streamconv.planning.assignment import FormatRule, ModuleFormats, rule_for
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
 from streamconv.planning.fingerprint import digests
@@ -45,21 +47,54 @@ def plan_model(base: Base, shapes: Mapping[str, Shape], choices: Choices) -> Ggu
 
 
 def formats_of(
-    model: GgufModel, quant: Format, pieces: Mapping[str, GgufPiece], left: Collection[str]
+    model: GgufModel,
+    quant: Format,
+    mixture: ModuleFormats,
+    pieces: Mapping[str, GgufPiece],
+    ignore: Sequence[str],
 ) -> dict[str, Format]:
-    """Formats of matrices by name of the weight: the types that a file called `quant` has, or F16.
+    """Formats of matrices by name of the weight: types that a file called `quant` has, of `mixture`'s rules, or F16.
 
-    That have rows that are whole blocks of no type, what is `left` out, and what is turned as it is written.
+    That have rows that are whole blocks of no type, modules that `ignore` names, and what is turned as it is written.
+    Raises UnsupportedError for a rule that is not for these files, OptionError for one whose type cannot store a row.
     """
-    matrices = {name: place for name, place in model.places.items() if not place.is_full}
-    if not isinstance(quant, Typed):
-        return dict.fromkeys(matrices, quant)
     facts = _facts(model)
     found: dict[str, Format] = {}
-    for name, place in matrices.items():
+    for name, place in model.places.items():
+        if place.is_full:
+            continue
+        rule = rule_for(module_of(name), mixture.rules)
         piece = pieces.get(name)
-        is_left = name in left or (piece is not None and piece.is_turned)
-        found[name] = F16_FORMAT if is_left else FORMATS[quant.type_of(place.tensor, place.shape[-1], facts)]
+        is_left = matches(module_of(name), ignore) or (piece is not None and piece.is_turned)
+        if rule is None and mixture.quantizes_rest and not (is_left and isinstance(quant, Typed)):
+            found[name] = _typed(quant, place, facts)
+        elif rule is None or is_left:
+            found[name] = F16_FORMAT
+        else:
+            found[name] = _by_rule(rule, name, place, facts)
+    return found
+
+
+def _typed(quant: Format, place: TensorPlace, facts: MixedModel) -> Format:
+    """The format of one tensor."""
+    return FORMATS[quant.type_of(place.tensor, place.shape[-1], facts)] if isinstance(quant, Typed) else quant
+
+
+def _by_rule(rule: FormatRule, name: str, place: TensorPlace, facts: MixedModel) -> Format:
+    if rule.format is None:
+        return F16_FORMAT
+    if not is_gguf(rule.format):
+        able = ", ".join(key for key in FORMATS if key.startswith(PREFIX))
+        raise UnsupportedError(
+            f"--quant-for {rule}: a GGUF file has types of its own, and {rule.format.name} is none; use none, or one "
+            f"of {able}"
+        )
+    found = _typed(rule.format, place, facts)
+    if rule.format.grid is not None and found.grid is None:
+        raise OptionError(
+            f"--quant-for {rule}: {name} has shape {list(place.shape)}, whose rows are no whole blocks of 32; leave it "
+            "out of the pattern, or choose gguf:f16"
+        )
     return found
 
 

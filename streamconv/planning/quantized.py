@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import NoReturn
 
 from streamconv.adapters.base import Replace
 from streamconv.adapters.embeddings import HEADS, find_embedding
@@ -61,7 +62,7 @@ def choose_quantized(
     _check_patterns("--ignore", options.ignore, weights)
     _check_patterns("--quant-for", [rule.pattern for rule in choices.mixture.rules], weights)
     if model is not None and choices.quant is not None:
-        return _of_gguf(model, choices.quant, pieces, options.ignore)
+        return _of_gguf(model, choices, pieces, options.ignore)
     if choices.quant is None:
         return QuantizedSet({}, (), ())
     if kept:
@@ -182,23 +183,37 @@ def _check_rules(
 
 
 def _of_gguf(
-    model: GgufModel, quant: Format, pieces: Mapping[str, GgufPiece], ignore: Sequence[str]
+    model: GgufModel, choices: Choices, pieces: Mapping[str, GgufPiece], ignore: Sequence[str]
 ) -> QuantizedSet:
     """All matrices, in the types of a GGUF file; what these leave in 16 bit is stored in F16."""
-    left = [name for name in model.places if matches(module_of(name), ignore)]
-    formats = formats_of(model, quant, pieces, left)
-    if quant.grid is None:
-        return QuantizedSet(formats, (), ())
+    assert choices.quant is not None
+    formats = formats_of(model, choices.quant, choices.mixture, pieces, ignore)
     quantized = {name: each for name, each in formats.items() if each.grid is not None}
-    unfit = [name for name in formats if name not in quantized and name not in {*left}]
+    if not quantized and choices.quant.grid is None:
+        return QuantizedSet(formats, (), ())
+    skipped = {name: module_of(name) for name in formats if name not in quantized}
+    is_left = {name for name in skipped if matches(module_of(name), ignore) or _rule_of(name, choices)}
     if not quantized:
-        name = next(iter(unfit), next(iter(formats)))
+        _refuse_unfit(choices.quant, model, [name for name in skipped if name not in is_left])
+    unfit = tuple(module for name, module in skipped.items() if name not in is_left)
+    return QuantizedSet(quantized, tuple(skipped.values()), unfit, {name: formats[name] for name in skipped})
+
+
+def _rule_of(name: str, choices: Choices) -> FormatRule | None:
+    return rule_for(module_of(name), choices.mixture.rules)
+
+
+def _refuse_unfit(quant: Format, model: GgufModel, unfit: Sequence[str]) -> NoReturn:
+    """Raise OptionError where no matrix of a GGUF file is quantized."""
+    if not unfit:
         raise OptionError(
-            f"--quant {quant.name} would quantize nothing: {name} has shape {list(model.places[name].shape)}, and rows "
-            "of no other matrix are whole blocks of 32 either, or --ignore names them; choose gguf:f16 or gguf:bf16"
+            f"--quant {quant.name} would quantize nothing: --ignore or --quant-for leave every matrix in 16 bit; "
+            "choose gguf:f16 or gguf:bf16"
         )
-    skipped = tuple(module_of(name) for name in formats if name not in quantized)
-    return QuantizedSet(quantized, skipped, tuple(map(module_of, unfit)))
+    raise OptionError(
+        f"--quant {quant.name} would quantize nothing: {unfit[0]} has shape {list(model.places[unfit[0]].shape)}, whose"
+        " rows are no whole blocks of 32, and no other matrix has such rows either; choose gguf:f16 or gguf:bf16"
+    )
 
 
 def _left_out(

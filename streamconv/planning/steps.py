@@ -51,7 +51,7 @@ def plan_steps(
             continue
         encoder = chosen.kept.get(name)
         if model is not None and choices.quant is not None:
-            own = chosen.formats.get(name, F16_FORMAT)
+            own = chosen.formats.get(name) or chosen.dense.get(name, F16_FORMAT)
             encoder = gguf_encoder(model.places[name], weight, own, pieces.get(name))
         elif encoder is None:
             encoder = _encoder(name, weight, chosen, _own_dtype(base, name, weight), choices)
