@@ -219,11 +219,11 @@ def test_text_chooses_codes_of_experts_that_are_one_tensor(tmp_path: Path) -> No
         reports[rounding] = streamconv.convert(base, out, **options)
         streamconv.verify(out)
     assert reports["auto"].rounding == "feedback"
-    worst = {
-        name: max(each["relative_error"] for each in report.calibrated.values())
+    lost = {
+        name: sum(each["relative_error"] for each in report.calibrated.values())
         for name, report in reports.items()
     }
-    assert worst["auto"] < 0.8 * worst["search"]
+    assert lost["auto"] < 0.9 * lost["search"]
     streamconv.convert(base, tmp_path / "whole", quant="gguf:bf16", device="cpu")
     whole = values_in(tmp_path / "whole", "model-BF16.gguf")
     found = values_in(tmp_path / "auto", "model-Q4_0.gguf")
