@@ -13,8 +13,9 @@ import pytest
 from tests.gguf.bases import write_llama
 from tests.hostile.commands import Commands
 from tests.hostile.test_kill import BUDGET, SIZES, WATERMARK_BYTES, Case, Tree, spread, tree
-from tests.models import write_adapter
+from tests.models import Sizes, write_adapter
 
+BLOCKS = Sizes(hidden=256, inner=512, layers=2, vocabulary=300)
 FIRST = "model-F16-00001-of-00002.gguf"
 
 
@@ -55,6 +56,24 @@ def test_killed_anywhere_and_run_again_the_folder_is_the_same(
         assert tree(out) == case.complete, f"killed at {at}, {case.calls[at - 1]}"
         resumed += again.resumed_inside
     assert resumed >= 2, "files were not continued from their middle"
+
+
+def test_killed_in_block_types_and_run_again(commands: Commands, tmp_path: Path) -> None:
+    base, adapter = (
+        write_llama(tmp_path / "base", BLOCKS),
+        write_adapter(tmp_path / "adapter", BLOCKS.shapes),
+    )
+    paths = ("--base", str(base), "--adapter", str(adapter), "--max-ram", "110MiB")
+    arguments = ("merge", *paths, "--quant", "gguf:q8_0", "--max-shard-size", "900kB")
+    done = commands.run(*arguments, "-o", tmp_path / "whole", watermark_bytes=WATERMARK_BYTES)
+    assert done.code == 0, done.text
+    case = Case(arguments, done.calls, tree(tmp_path / "whole"))
+    for at in spread(len(case.calls), 2):
+        out = tmp_path / str(at)
+        assert case.run(commands, out, at).code == -signal.SIGKILL
+        again = case.run(commands, out)
+        assert again.code == 0, f"killed at {at}, {case.calls[at - 1]}: {again.text}"
+        assert tree(out) == case.complete, f"killed at {at}, {case.calls[at - 1]}"
 
 
 def test_killed_while_an_older_model_of_the_same_names_is_replaced(

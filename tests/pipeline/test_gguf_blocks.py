@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import Qwen3MoeConfig
 
 import streamconv
 from streamconv.errors import InputError, OptionError, UnsupportedError, VerificationError
@@ -19,9 +21,10 @@ from streamconv.formats.gguf_blocks import BLOCK_FORMATS
 from streamconv.kernels.ggml import BLOCK_TYPES, block_kernels_for
 from streamconv.output.manifest import Report
 from streamconv.pipeline import build_job, prepare
-from tests.gguf.bases import as_rotated, read_file, write_llama
+from tests.gguf.bases import as_rotated, fast_tokenizer, read_file, write_llama
 from tests.models import Sizes, write_adapter
 from tests.tiny import read_tensors as read_safetensors
+from tests.tiny import save_base
 
 SIZES = Sizes(hidden=256, inner=512, layers=4, vocabulary=300)
 NARROW = Sizes(hidden=32, inner=72, layers=1, vocabulary=300)
@@ -172,6 +175,62 @@ def test_modules_are_left_out_or_have_a_type_of_their_own(inputs: Inputs, tmp_pa
     inputs.merge(tmp_path / "whole", "gguf:bf16", quant_for={"mlp": "gguf:q8_0"})
     types = types_in(tmp_path / "whole", "BF16")
     assert (types["blk.0.ffn_up.weight"], types["blk.0.attn_q.weight"]) == ("Q8_0", "BF16")
+
+
+def save_letters(folder: Path, text: Path) -> Path:
+    """A tokenizer to which each letter is a token, and a text of such."""
+    letters = [chr(33 + number) for number in range(94)]
+    vocabulary = {letter: number for number, letter in enumerate((*letters, "\u0120"))}
+    tokenizer = fast_tokenizer()
+    tokenizer["model"] |= {"vocab": vocabulary, "merges": []}
+    tokenizer["added_tokens"] = [
+        each | {"id": 95 + place} for place, each in enumerate(tokenizer["added_tokens"])
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": None}))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    text.write_text("".join(letters[(place * place + 3 * place) % 89] for place in range(2000)))
+    return text
+
+
+def test_text_chooses_codes_of_experts_that_are_one_tensor(tmp_path: Path) -> None:
+    config = Qwen3MoeConfig(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=2,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    base = save_base(tmp_path / "base", config, dtype=torch.bfloat16)
+    text = save_letters(base, tmp_path / "text.txt")
+    given = {"calibration": text, "calibration_sequence_length": 32, "calibration_tokens": 512}
+    reports = {}
+    for rounding in ("search", "auto"):
+        out = tmp_path / rounding
+        options: dict[str, Any] = {"quant": "gguf:q4_0", "rounding": rounding, "device": "cpu", **given}
+        reports[rounding] = streamconv.convert(base, out, **options)
+        streamconv.verify(out)
+    assert reports["auto"].rounding == "feedback"
+    lost = {
+        name: sum(each["relative_error"] for each in report.calibrated.values())
+        for name, report in reports.items()
+    }
+    assert lost["auto"] < 0.9 * lost["search"]
+    streamconv.convert(base, tmp_path / "whole", quant="gguf:bf16", device="cpu")
+    whole = values_in(tmp_path / "whole", "model-BF16.gguf")
+    found = values_in(tmp_path / "auto", "model-Q4_0.gguf")
+    for name in (f"blk.0.ffn_{part}_exps.weight" for part in ("gate", "up", "down")):
+        assert len(whole[name]) == 2
+        for mine, other in zip(found[name], whole[name], strict=True):
+            assert error(mine, other) < 0.05
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from streamconv.planning.memory import (
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import DEVICE_TILES, SLOTS, Memory, Plan, Rewrite, Step, cell_rows
 from streamconv.progress import anonymous_bytes
+from tests.gguf.bases import fast_tokenizer
 from tests.models import Sizes, write_adapter, write_base
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +125,21 @@ def test_a_run_takes_no_more_memory_than_planned(
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         least = min(least, merge_watched(*inputs, "-o", tmp_path / "out", *given).peak)
     assert least <= limit
+
+
+@pytest.mark.parametrize("quant", ["gguf:q6_k", "gguf:q4_k"])
+def test_blocks_of_16_and_two_numbers_a_block_are_planned_for(tmp_path: Path, quant: str) -> None:
+    shapes = {"model.embed_tokens.weight": (300, 1024), "model.layers.0.mlp.up_proj.weight": (32768, 1024)}
+    base = write_zeros(tmp_path / "base", shapes)
+    config = {"architectures": ["LlamaForCausalLM"], "hidden_size": 1024, "intermediate_size": 32768}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 64}
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 300, "hidden_act": "silu"}))
+    (base / "tokenizer.json").write_text(json.dumps(fast_tokenizer()))
+    (base / "tokenizer_config.json").write_text("{}")
+    adapter = write_adapter(tmp_path / "adapter", shapes, rank=8, targets=("up_proj",))
+    given = ("--max-ram", "256MiB", "--quant", quant)
+    measured = merge_watched("--base", base, "--adapter", adapter, "-o", tmp_path / "out", *given)
+    assert measured.peak <= measured.planned <= 256 * MIB
 
 
 def test_memory_of_this_process_is_known() -> None:
