@@ -398,7 +398,7 @@ class Grouped(Format, Protocol):
 
 
 @runtime_checkable
-class OfTables(Format, Protocol):
+class EmbeddingStore(Format, Protocol):
     """A Format whose loaders look rows of an embedding up in quantized storage, too, and take quantized heads."""
 
     @property

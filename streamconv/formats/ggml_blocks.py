@@ -80,16 +80,18 @@ def gguf_weight(tensor: StoredTensor, dtype: Dtype, heads: int | None, shift: fl
     if tensor.dtype.block > 1:
         if tensor.dtype.code.lower() in IQ_TYPES:
             iq_grid(tensor.dtype.code.lower())  # missing, it is missed now, not at the first row
+        name = f"{tensor.dtype.code.lower()} of GGUF"  # others have MXFP4 and NVFP4 in other layouts
         decoder = GgmlDecoder(BY_NUMBER[GGML_NUMBERS[tensor.dtype.code]], columns, order)
-        return Weight(tensor.name, tensor.shape, dtype, decoder.kind.name, decoder, {MAIN: tensor})
+        return Weight(tensor.name, tensor.shape, dtype, name, decoder, {MAIN: tensor})
     if tensor.dtype.name not in DENSE:
         raise UnsupportedError(
             f"{tensor.file.name}: tensor {tensor.name} is {tensor.dtype}, expected a float type or one of blocks"
         )
     if order is None and not shift and dtype == tensor.dtype:
         return dense_weight(tensor.name, tensor)
-    name = f"{tensor.dtype.name}, as GGUF has it"
     dense: DenseDecoder = DenseDecoder(tensor.dtype, columns, order=order)
     if shift:
         dense = ShiftedDecoder(tensor.dtype, columns, order=order, shift=shift)
-    return Weight(tensor.name, tensor.shape, dtype, name, dense, {MAIN: tensor})
+    return Weight(
+        tensor.name, tensor.shape, dtype, f"{tensor.dtype.name}, as GGUF has it", dense, {MAIN: tensor}
+    )

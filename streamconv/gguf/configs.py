@@ -36,6 +36,9 @@ def _shared(header: HeaderFields) -> Config:
     if header.whole("attention.value_length", size) != size:
         raise header.refuse("attention.value_length", "heads of values are as wide as those of keys")
     header.skip("vocab_size")
+    theta = header.number("rope.freq_base", 10000.0)
+    if theta <= 0:
+        raise header.refuse("rope.freq_base", "it must be above 0")
     return {
         "hidden_size": header.whole("embedding_length"),
         "intermediate_size": header.whole("feed_forward_length"),
@@ -45,7 +48,7 @@ def _shared(header: HeaderFields) -> Config:
         "head_dim": size,
         "max_position_embeddings": header.whole("context_length"),
         "rms_norm_eps": header.number("attention.layer_norm_rms_epsilon"),
-        "rope_theta": header.number("rope.freq_base", 10000.0),
+        "rope_theta": theta,
     }
 
 
@@ -94,7 +97,9 @@ def _llama(header: HeaderFields, load: Load) -> Config:
 def _llama3(header: HeaderFields, config: Config, factors: list[float]) -> Config:
     """`rope_scaling` of Llama 3, if its usual numbers give these factors; of others they do not tell which they are."""
     usual = {**_LLAMA3, "factor": shortest(max(factors))}
-    made = llama3_factors(usual["factor"], 1.0, 4.0, 8192, config["rope_theta"], config["head_dim"])
+    made = []
+    if 0 < usual["factor"] < math.inf:
+        made = llama3_factors(usual["factor"], 1.0, 4.0, 8192, config["rope_theta"], config["head_dim"])
     is_same = len(made) == len(factors) and all(
         math.isclose(one, other, rel_tol=1e-5) for one, other in zip(made, factors, strict=True)
     )
@@ -202,7 +207,7 @@ def _long(
         raise header.refuse("rope.scaling.type", f"{LONG} is of longrope")
     before = config["original_max_position_embeddings"]
     scale = config["max_position_embeddings"] / before
-    usual = math.sqrt(1 + math.log(scale) / math.log(before)) if scale > 1 else 1.0
+    usual = math.sqrt(1 + math.log(scale) / math.log(max(2, before))) if scale > 1 else 1.0
     found: Config = {"type": "longrope", "long_factor": longer, "short_factor": shorter}
     stated = header.number("rope.scaling.attn_factor", usual)
     if not math.isclose(stated, usual, rel_tol=1e-6):

@@ -33,6 +33,11 @@ def check_passes(
     if not choices.passes:
         _check_decoded(weights, updated)
         return
+    if base.index.pairs:
+        raise UnsupportedError(
+            f"{base.index.storage.location}: its weights are {base.quantized}, blocks that are not kept as they are in"
+            " any output; choose --quant none, or a format to quantize to, such as gguf:q4_k_m"
+        )
     for name, weight in weights.items():
         stored = base.weights.get(name)
         is_replaced = stored is not None and weight is not stored and stored.is_quantized

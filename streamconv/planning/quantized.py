@@ -13,7 +13,7 @@ from streamconv.checkpoint.types import Shape
 from streamconv.dtypes import BF16
 from streamconv.errors import OptionError
 from streamconv.formats import FORMATS, with_groups
-from streamconv.formats.base import Encoder, Format, Grouped, OfTables, Weight
+from streamconv.formats.base import EmbeddingStore, Encoder, Format, Grouped, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, Selection, matches, module_of, select
 from streamconv.formats.mixed import check_partners, mixed_quantization
 from streamconv.gguf.model import GgufModel
@@ -101,7 +101,7 @@ def _tables(
     base: Base,
 ) -> list[str]:
     """The embedding and the output head, where loaders take these quantized as well, and they are not left out."""
-    if not isinstance(quant, OfTables) or not quant.takes_embeddings or base.quantized:
+    if not isinstance(quant, EmbeddingStore) or not quant.takes_embeddings or base.quantized:
         return []
     found = {find_embedding(matrices), *HEADS} & matrices.keys()
     return [

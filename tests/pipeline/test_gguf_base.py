@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from streamconv.checkpoint.gguf_header import as_value, build_gguf_header
 from streamconv.checkpoint.reader import tensor_bytes
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.dtypes import F32, GGML_TYPES
-from streamconv.errors import UnsupportedError
+from streamconv.errors import CheckpointError, UnsupportedError
 from streamconv.gguf.architecture import ARCHITECTURES
 from streamconv.kernels.ggml import BLOCK_TYPES, TORCH_BLOCKS, BlockType
 from tests.gguf.bases import (
@@ -245,7 +246,7 @@ def test_a_merge_onto_blocks_is_the_merge_onto_what_they_decode_to(
     streamconv.merge(file, wide_adapter, tmp_path / "out", quant="none", **options)
     assert_same(read(tmp_path / "out"), read(tmp_path / "expected"))
     found = streamconv.inspect(file)
-    assert (found["quantization"], found["weights"][kind]["count"]) == (kind, 9)
+    assert (found["quantization"], found["weights"][f"{kind} of GGUF"]["count"]) == (f"{kind} of GGUF", 9)
 
 
 def test_other_formats_leave_a_head_that_the_file_has_in_blocks(tmp_path: Path, wide_adapter: Path) -> None:
@@ -256,10 +257,193 @@ def test_other_formats_leave_a_head_that_the_file_has_in_blocks(tmp_path: Path, 
     assert "model.layers.0.self_attn.q_proj.qweight" in found
 
 
-def test_keep_is_refused(tmp_path: Path, wide_adapter: Path) -> None:
-    file, _ = in_blocks(tmp_path, "q8_0")
-    with pytest.raises(UnsupportedError, match="its weights are q8_0, which is read but not written"):
+@pytest.mark.parametrize("kind", ["q8_0", "q6_k"])
+def test_keep_is_refused(tmp_path: Path, wide_adapter: Path, kind: str) -> None:
+    """Blocks that nothing changes would be copied into a file of another kind."""
+    file, _ = in_blocks(tmp_path, kind)
+    says = f"its weights are {kind} of GGUF, blocks that are not kept as they are"
+    with pytest.raises(UnsupportedError, match=says):
         streamconv.merge(file, wide_adapter, tmp_path / "out", quant="keep", device="cpu")
-    with pytest.raises(UnsupportedError, match="its weights are q8_0, which is read but not written"):
+    with pytest.raises(UnsupportedError, match=says):
         streamconv.convert(file, tmp_path / "out", quant="keep", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------
+
+Edit = Callable[[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]], object]
+"""Changes pairs of a header, and types and shapes of tensors by name, in place."""
+
+
+def edited(stored: Path, folder: Path, edit: Edit) -> Path:
+    """A file with another header before the same bytes of data."""
+    found = read_file(stored, "model-BF16.gguf")
+    pairs: dict[str, Any] = dict(found.pairs)
+    tensors = {name: (each.dtype.code, each.shape) for name, each in found.tensors.items()}
+    edit(pairs, tensors)
+    by_code = {dtype.code: dtype for dtype in GGML_TYPES.values()}
+    specs = [TensorSpec(name, by_code[code], shape) for name, (code, shape) in tensors.items()]
+    head = build_gguf_header({key: as_value(value) for key, value in pairs.items()}, specs)
+    path = folder / "edited.gguf"
+    path.write_bytes(head + bytes(sum(spec.nbytes + 32 for spec in specs)))
+    return path
+
+
+def put(key: str, value: Any) -> Edit:
+    return lambda pairs, _: pairs.update({key: value})
+
+
+def drop(key: str) -> Edit:
+    return lambda pairs, _: pairs.pop(key)
+
+
+def shape(name: str, value: tuple[int, ...], code: str = "BF16") -> Edit:
+    return lambda _, tensors: tensors.update({name: (code, value)})
+
+
+def without(name: str) -> Edit:
+    return lambda _, tensors: tensors.pop(name)
+
+
+CASES: dict[str, tuple[Edit, type[Exception], str]] = {
+    "architecture": (
+        put("general.architecture", "mamba"),
+        UnsupportedError,
+        "of the architecture 'mamba', which is not read here, but llama, qwen2",
+    ),
+    "no-architecture": (drop("general.architecture"), UnsupportedError, "of the architecture None"),
+    "adapter": (
+        put("general.type", "adapter"),
+        CheckpointError,
+        "another kind .'adapter'., expected a model",
+    ),
+    "no-heads": (
+        drop("llama.attention.head_count"),
+        CheckpointError,
+        r"must have a whole number above 0 as llama\.attention\.head_count, found none",
+    ),
+    "heads-of-layers": (
+        put("llama.attention.head_count_kv", (4, 2)),
+        CheckpointError,
+        r"must have a whole number above 0 as llama\.attention\.head_count_kv, found",
+    ),
+    "huge": (
+        put("llama.block_count", 2**31),
+        CheckpointError,
+        r"a whole number above 0 as llama\.block_count",
+    ),
+    "many-layers": (put("llama.block_count", 2**30), UnsupportedError, "no model has so many layers"),
+    "no-eps": (
+        drop("llama.attention.layer_norm_rms_epsilon"),
+        CheckpointError,
+        r"a number as llama\.attention\.layer_norm_rms_epsilon, found none",
+    ),
+    "unknown-key": (
+        put("llama.logit_scale", 0.5),
+        UnsupportedError,
+        r"has llama\.logit_scale, for which no field of config\.json is known; put the config\.json",
+    ),
+    "no-base-of-rope": (put("llama.rope.freq_base", 0.0), UnsupportedError, "it must be above 0"),
+    "part-of-heads": (put("llama.rope.dimension_count", 12), UnsupportedError, "a head has 24 dimensions"),
+    "rope": (
+        put("llama.rope.scaling.type", "longrope"),
+        CheckpointError,
+        r"rope\.scaling\.factor, found none",
+    ),
+    "fewer-layers": (
+        put("llama.block_count", 1),
+        UnsupportedError,
+        "is none that a llama of 1 layers is known",
+    ),
+    "more-layers": (put("llama.block_count", 3), CheckpointError, r"has no tensor blk\.2\.attn_q\.weight"),
+    "missing": (without("blk.0.ffn_up.weight"), CheckpointError, r"has no tensor blk\.0\.ffn_up\.weight"),
+    "no-embedding": (without("token_embd.weight"), CheckpointError, r"has no token_embd\.weight"),
+    "wrong-shape": (
+        shape("blk.1.attn_k.weight", (48, 96)),
+        CheckpointError,
+        r"'blk\.1\.attn_k\.weight' has the shape \[48, 96\], expected \[96, 96\]",
+    ),
+    "flat-embedding": (shape("token_embd.weight", (300,)), CheckpointError, r"has the shape \[300\]"),
+    "unknown-tensor": (
+        shape("blk.0.ssm_in.weight", (4, 4)),
+        UnsupportedError,
+        r"'blk\.0\.ssm_in\.weight' is none that a llama of 2 layers is known to have",
+    ),
+    "one-bias": (
+        shape("blk.0.attn_q.bias", (96,)),
+        CheckpointError,
+        r"has no tensor blk\.1\.attn_q\.bias",
+    ),
+    "late-bias": (
+        shape("blk.1.attn_q.bias", (96,)),
+        UnsupportedError,
+        r"has blk\.1\.attn_q\.bias, and not the other biases",
+    ),
+    "integers": (
+        shape("blk.1.ffn_up.weight", (200, 96), "I32"),
+        UnsupportedError,
+        r"blk|model\.layers\.1\.mlp\.up_proj\.weight is I32, expected a float type",
+    ),
+    "factors": (
+        shape("rope_freqs.weight", (12,), "F32"),
+        UnsupportedError,
+        r"do not tell the rope_scaling of config\.json",
+    ),
+    "many-factors": (shape("rope_freqs.weight", (9000,), "F32"), CheckpointError, "expected a few factors"),
+    "factors-of-phi": (
+        shape("rope_factors_long.weight", (12,), "F32"),
+        UnsupportedError,
+        r"has rope_factors_long\.weight, from which no field of a llama's config\.json is made",
+    ),
+    "token-types": (
+        put("tokenizer.ggml.token_type", (1, 1)),
+        CheckpointError,
+        r"a type in tokenizer\.ggml\.token_type for each of 300 tokens",
+    ),
+    "merge": (put("tokenizer.ggml.merges", ("ab",)), CheckpointError, "has the merge 'ab'"),
+    "bos": (put("tokenizer.ggml.bos_token_id", 300), CheckpointError, r"bos_token_id, found 300"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_file_does_not_tell_is_refused_by_name(stored: Path, tmp_path: Path, case: str) -> None:
+    edit, error, says = CASES[case]
+    file = edited(stored, tmp_path, edit)
+    with pytest.raises(error, match=says):
+        convert(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_edited_file_is_a_model_where_nothing_is_edited(stored: Path, tmp_path: Path) -> None:
+    convert(edited(stored, tmp_path, lambda *_: None), tmp_path / "out")
+
+
+def test_files_that_are_cut_short_missing_or_several(base: Path, stored: Path, tmp_path: Path) -> None:
+    whole = (stored / "model-BF16.gguf").read_bytes()
+    for length, says in (
+        (len(whole) // 2, "ends beyond the file"),
+        (1000, "is cut short"),
+        (0, "must be a GGUF"),
+    ):
+        (tmp_path / "cut.gguf").write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=says):
+            convert(tmp_path / "cut.gguf", tmp_path / "out")
+    split = convert(base, tmp_path / "split", quant="gguf:bf16", max_shard_size="190kB")
+    second = sorted(split.glob("*.gguf"))[1]
+    second.rename(tmp_path / second.name)
+    with pytest.raises(CheckpointError, match=rf"{second.name} is missing, and the model is in 3 files"):
+        convert(split, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="several models in GGUF files"):
+        convert(tmp_path, tmp_path.parent / "out")
+    other = {**json.loads((base / "config.json").read_text()), "num_attention_heads": 5}
+    (stored_copy := tmp_path / "beside").mkdir()
+    shutil.copy(stored / "model-BF16.gguf", stored_copy)
+    (stored_copy / "config.json").write_text(json.dumps({**other, "architectures": ["Qwen2ForCausalLM"]}))
+    with pytest.raises(
+        CheckpointError, match=r"is a llama, and config\.json beside it is of 'Qwen2ForCausalLM'"
+    ):
+        convert(stored_copy, tmp_path / "out")
+    (stored_copy / "config.json").write_text(json.dumps({**other, "hidden_size": 80}))
+    with pytest.raises(CheckpointError, match=r"expected \[300, 80\] by the sizes"):
+        convert(stored_copy, tmp_path / "out")
     assert not (tmp_path / "out").exists()

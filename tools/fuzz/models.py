@@ -13,14 +13,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import streamconv
-from streamconv.formats import FORMATS
+from streamconv.checkpoint.container import SAFETENSORS
+from streamconv.formats import FORMATS, container_of
 
 SHARD = "model.safetensors"
 HIDDEN, INNER, VOCABULARY = 128, 256, 64
 _MLP = "model.layers.0.mlp"
 _MATRIX = f"{_MLP}.up_proj"
 _EXPERTS = f"{_MLP}.experts.gate_up_proj"
-QUANTIZED = tuple(name for name, each in FORMATS.items() if name not in ("float32", "float16", "bfloat16"))
+QUANTIZED = tuple(
+    name
+    for name, each in FORMATS.items()
+    if name not in ("float32", "float16", "bfloat16") and container_of(each) == SAFETENSORS
+)
 
 Parts = dict[str, Tensor]
 
