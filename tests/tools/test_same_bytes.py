@@ -22,7 +22,7 @@ from streamconv.formats import FORMATS
 from tools.samebytes import __main__ as tool
 from tools.samebytes import inputs
 from tools.samebytes.cases import Case, all_cases, select
-from tools.samebytes.judging import judge, table
+from tools.samebytes.judging import UNKNOWN_BASES, judge, table
 from tools.samebytes.making import HERE, ROOT, key_of
 from tools.samebytes.trees import compare
 from tools.samebytes.worker import arguments
@@ -214,6 +214,8 @@ def test_a_refusal_is_good_only_where_it_is_expected_of_both(
         ),
         (MADE, "AdapterError: x: OFT adapters are not supported yet", "DIFFERS"),
         (MADE, "UnsupportedError: x: an OFT adapter of another kind", "DIFFERS"),
+        (MADE, "OptionError: --quant fp8 is not known; use keep, none, or one of nf4", "new"),
+        (MADE, "OptionError: --quant fp8 does not fit", "DIFFERS"),
         (REFUSED, "UnsupportedError: x: OFT adapters are not supported yet", "FAILED"),
         (FAILED, "UnsupportedError: x: OFT adapters are not supported yet", "FAILED"),
     ],
@@ -228,6 +230,13 @@ def test_an_output_is_new_where_rev_has_no_such_method(
     assert (row.files > 0) == (verdict == "new")
     shutil.rmtree(work / "now")
     assert not judge(case, work, {"case": now}, {"case": rev}).is_good
+
+
+def test_an_output_of_a_base_that_rev_cannot_make_is_new(work: Path) -> None:
+    case = Case("case", "llama-fp8", "lora", {"quant": "keep"})
+    assert judge(case, work, {}, {}).verdict == "FAILED"
+    (work / UNKNOWN_BASES).write_text(json.dumps(["llama-fp8"]))
+    assert judge(case, work, {}, {}).verdict == "new"
 
 
 def test_nothing_written_by_either_is_no_equal_output(tmp_path: Path) -> None:

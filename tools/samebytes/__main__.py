@@ -11,7 +11,7 @@ removed afterwards. Only `merge()`, `convert()` and the command line are used, s
 
 Compared is everything that a run writes; versions of streamconv are left aside where they differ. A run that fails
 counts as a difference, one that is refused as well, unless its case says so and both trees refuse with the same
-words. Where REV says that it cannot merge adapters of a method yet, the output is listed as new. New cases go to
+words. Where REV has no such method or format yet, the output is listed as new. New cases go to
 tools/samebytes/cases.py, their models and adapters to inputs.py beside it.
 
 What `--keep` keeps is found again by REV's commit, by the cases and inputs, by versions of libraries, and by the
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     same = len(rows) - len(bad) - new
     print(f"\n{same} of {len(rows) - new} outputs are the same as with {commit[:12]}, {total:,} bytes in all")
     if new:
-        print(f"{new} more are new: {commit[:12]} cannot merge adapters of their methods")
+        print(f"{new} more are new: {commit[:12]} has none of their methods or formats")
     return 1 if bad else 0
 
 

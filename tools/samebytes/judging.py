@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,15 @@ from tools.samebytes.trees import compare
 
 GOOD = ("same", "refused", "new")
 NAMED = 3
+UNKNOWN_BASES = "unknown-bases.json"
 
 Answers = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Line of the table: `verdict` is same, refused (by both, as expected), new (its method is none of REV's), DIFFERS
-    or FAILED.
+    """Line of the table: `verdict` is same, refused (by both, as expected), new (of a method or format
+    that REV has none of), DIFFERS or FAILED.
     """
 
     name: str
@@ -36,23 +38,39 @@ class Row:
 def judge(case: Case, work: Path, now: Answers, rev: Answers) -> Row:
     """Compare what both trees answered, and what they wrote."""
     ours, theirs = now.get(case.name), rev.get(case.name)
+    if case.base in unknown_bases(work):
+        return Row(case.name, 0, 0, "new", "REV cannot make its base")
     if ours is None or theirs is None:
         return Row(case.name, 0, 0, "FAILED", "a tree ended before it came to this output")
-    for tree, answer in (("the working tree", ours), ("REV", theirs)):
-        if answer["outcome"] == "failed":
-            return Row(case.name, 0, 0, "FAILED", f"{tree}: {_last_line(answer['says'])}")
-    is_new = ours["outcome"] == "made" and _has_no_method(theirs, case.method)
+    failed = [
+        f"{tree}: {_last_line(answer['says'])}"
+        for tree, answer in (("the working tree", ours), ("REV", theirs))
+        if answer["outcome"] == "failed"
+    ]
+    if failed:
+        return Row(case.name, 0, 0, "FAILED", failed[0])
+    is_new = ours["outcome"] == "made" and (_has_no_method(theirs, case.method) or knows_no_format(theirs))
     refused = [answer["outcome"] == "refused" for answer in (ours, theirs)]
     if not is_new and (any(refused) or case.refused):
         return _judge_refusal(case, ours["says"], theirs["says"], all(refused))
     found = compare(work / "now" / case.name, work / "rev" / case.name)
-    if not found.files:
-        return Row(case.name, 0, 0, "FAILED", "nothing was written")
-    if is_new:
-        return Row(case.name, found.files, found.nbytes, "new", f"REV cannot merge {case.method} adapters")
+    if is_new or not found.files:
+        what = "REV knows no such method or format" if found.files else "nothing was written"
+        return Row(case.name, found.files, found.nbytes, "new" if found.files else "FAILED", what)
     more = f"; {len(found.found) - NAMED} further files" if len(found.found) > NAMED else ""
     what = "; ".join(found.found[:NAMED]) + more
     return Row(case.name, found.files, found.nbytes, "DIFFERS" if found.found else "same", what)
+
+
+def knows_no_format(answer: Mapping[str, Any]) -> bool:
+    """Whether a tree has refused an output, or a base, because it has no format of that name."""
+    return answer["says"].startswith("OptionError: --quant ") and " is not known; use " in answer["says"]
+
+
+def unknown_bases(work: Path) -> frozenset[str]:
+    """Quantized bases of formats that REV has none of."""
+    path = work / UNKNOWN_BASES
+    return frozenset(json.loads(path.read_text())) if path.exists() else frozenset()
 
 
 def _has_no_method(answer: Mapping[str, Any], method: str) -> bool:

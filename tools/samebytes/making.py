@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.samebytes.cases import Case, all_cases, quantized_bases
-from tools.samebytes.judging import Answers
+from tools.samebytes.judging import UNKNOWN_BASES, Answers, knows_no_format, unknown_bases
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -64,6 +64,8 @@ def make_all(cases: Sequence[Case], commit: str, work: Path, tell: Tell) -> tupl
         tree = stack.enter_context(_checked_out(commit, work)) if missing else None
         if tree is not None and not (work / "has-inputs").exists():
             make_inputs(tree, work, tell)
+        unknown = unknown_bases(work)
+        cases, missing = ([case for case in each if case.base not in unknown] for each in (cases, missing))
         tell(f"making {len(cases)} outputs with the working tree, {len(missing)} with {commit[:12]}")
         processes = [stack.enter_context(_worker(ROOT, cases, work, "now"))]
         if tree is not None:
@@ -86,10 +88,15 @@ def make_inputs(tree: Path, work: Path, tell: Tell) -> None:
     tell("models and adapters are made")
     with _worker(tree, quantized_bases(), work, "quantized") as process:
         process.wait()
+    unknown = []
     for name, answer in _read(work / "quantized.json").items():
+        if knows_no_format(answer):
+            unknown.append(name)
+            continue
         if answer["outcome"] != "made":
             sys.exit(f"{name} cannot be made by REV: {answer['says']}")
         (work / "quantized" / name).rename(work / "inputs" / "bases" / name)
+    (work / UNKNOWN_BASES).write_text(json.dumps(unknown))
     (work / "has-inputs").touch()
     tell("quantized models are made")
 
