@@ -243,7 +243,8 @@ def test_an_error_in_one_lane_ends_all(many: Plan) -> None:
 
 def test_a_stop_request_halts_every_lane_at_a_boundary(many: Plan) -> None:
     stop = StopRequest()
-    recorders = [Recorder(stopping_at(at, stop)) for at in (9, 10_000, 10_000)]
+    # Whichever lane comes so far first: one may get no more than a shard while the others take the rest.
+    recorders = [Recorder(stopping_at(9, stop)) for _ in range(3)]
     with pytest.raises(Stopped):
         carry_out_in_lanes(many, recorders, stop)
     for recorder in recorders:
