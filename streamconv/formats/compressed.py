@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+from streamconv.dtypes import Dtype
 from streamconv.formats.base import Json, Mixable
 from streamconv.formats.linear import HEAD_NAMES, module_of
 from streamconv.formats.targets import expressions
@@ -95,6 +96,43 @@ def config_of(groups: Sequence[tuple[Json, Sequence[str]]], skipped: Sequence[st
         "quant_method": METHOD,
         "quantization_status": "compressed",
     }
+
+
+def arguments(
+    kind: str, bits: int, strategy: str, *, group_size: int | None = None, dynamic: bool = False
+) -> Json:
+    """Settings of weights or activations. The keys that every release knows: it refuses others within a group."""
+    return {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": dynamic,
+        "group_size": group_size,
+        "num_bits": bits,
+        "observer": None if dynamic else "minmax",
+        "observer_kwargs": {},
+        "strategy": strategy,
+        "symmetric": True,
+        "type": kind,
+    }
+
+
+class InGroups(Protocol):
+    """Members of a Mixable format that a config has in groups of modules, alone or beside others."""
+
+    def module_config(self) -> Json:
+        """See Mixable."""
+
+    def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
+        """See Format."""
+        del dtype  # that of the model, as the scales have it
+        return config_of([(self.module_config(), class_targets(quantized))], skipped)
+
+    def mixed_config(
+        self, dtype: Dtype, groups: Sequence[tuple[Mixable, Sequence[str]]], skipped: Sequence[str]
+    ) -> Json:
+        """See Mixable."""
+        del dtype
+        return mixed_config(groups, skipped)
 
 
 def class_targets(quantized: Sequence[str]) -> list[str]:

@@ -32,7 +32,6 @@ from streamconv.formats.base import (
     Decoder,
     Json,
     Marks,
-    Mixable,
     Order,
     ScaleScope,
     Weight,
@@ -41,7 +40,7 @@ from streamconv.formats.base import (
     wrong,
 )
 from streamconv.formats.block_scaled import check_tensor
-from streamconv.formats.compressed import METHOD, class_targets, config_of, formats_of, mixed_config, part_of
+from streamconv.formats.compressed import METHOD, InGroups, formats_of, part_of
 from streamconv.formats.dense import largest_dtype
 from streamconv.formats.fp4_scales import DIVISOR, FACTOR, BlockScales, Mxfp4Scales, Nvfp4Scales
 from streamconv.formats.fp8 import ACTIVATIONS
@@ -310,7 +309,7 @@ _MARKS = Marks(
 
 
 @dataclass(frozen=True, slots=True)
-class Fp4Format:
+class Fp4Format(InGroups):
     """Blocks of E2M1 with these scales, as compressed-tensors stores them; `inputs`: config of their activations."""
 
     name: str
@@ -373,18 +372,6 @@ class Fp4Format:
                 f"{name} is {dtype}; {self.name} stores weights of {', '.join(DENSE)}: exclude it with --ignore"
             )
         return Fp4Encoder(self.name, name, shape, dtype, self.block_scales)
-
-    def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
-        """See Format."""
-        del dtype
-        return config_of([(self.module_config(), class_targets(quantized))], skipped)
-
-    def mixed_config(
-        self, dtype: Dtype, groups: Sequence[tuple[Mixable, Sequence[str]]], skipped: Sequence[str]
-    ) -> Json:
-        """See Mixable."""
-        del dtype
-        return mixed_config(groups, skipped)
 
     def module_config(self) -> Json:
         """See Mixable. The keys of compressed-tensors' own preset of this name."""

@@ -21,15 +21,14 @@ from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import BF16, DENSE, F16, F32, Dtype
 from streamconv.errors import CheckpointError, UnsupportedError
-from streamconv.formats.base import NO_MARKS, Json, Marks, Mixable, Weight, config_says, refusal
+from streamconv.formats.base import NO_MARKS, Json, Marks, Weight, config_says, refusal
 from streamconv.formats.block_scaled import check_tensor
 from streamconv.formats.compressed import (
     METHOD,
-    class_targets,
-    config_of,
+    InGroups,
+    arguments,
     formats_of,
     groups_of,
-    mixed_config,
     part_of,
     weights_of,
 )
@@ -245,7 +244,7 @@ def _check_encoded(format_name: str, name: str, shape: Shape, dtype: Dtype) -> N
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Format:
+class Fp8Format(InGroups):
     """compressed-tensors' FP8_DYNAMIC: a scale a row, in the type of the weight. It finds FP8 weights of any kind."""
 
     name: str
@@ -280,41 +279,14 @@ class Fp8Format:
         scale = TensorSpec(name.removesuffix(MAIN) + SCALE, dtype, (rows, 1))
         return Fp8Encoder(self.name, name, shape, dtype, scale, SCALE, Blocks(rows, columns, 1, columns))
 
-    def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
-        """See Format."""
-        del dtype  # that of the model, as the scales have it
-        return config_of([(self.module_config(), class_targets(quantized))], skipped)
-
-    def mixed_config(
-        self, dtype: Dtype, groups: Sequence[tuple[Mixable, Sequence[str]]], skipped: Sequence[str]
-    ) -> Json:
-        """See Mixable."""
-        del dtype
-        return mixed_config(groups, skipped)
-
     def module_config(self) -> Json:
-        """See Mixable. The keys that every release of compressed-tensors knows: it refuses others within a group."""
+        """See Mixable."""
         return {
             "format": "float-quantized",
-            "input_activations": _arguments("token", dynamic=True),
+            "input_activations": arguments("float", 8, "token", dynamic=True),
             "output_activations": None,
-            "weights": _arguments("channel", dynamic=False),
+            "weights": arguments("float", 8, "channel"),
         }
-
-
-def _arguments(strategy: str, *, dynamic: bool) -> Json:
-    return {
-        "actorder": None,
-        "block_structure": None,
-        "dynamic": dynamic,
-        "group_size": None,
-        "num_bits": 8,
-        "observer": None if dynamic else "minmax",
-        "observer_kwargs": {},
-        "strategy": strategy,
-        "symmetric": True,
-        "type": "float",
-    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,6 @@ from streamconv.formats.base import (
     Constant,
     Json,
     Marks,
-    Mixable,
     Order,
     Weight,
     config_says,
@@ -40,11 +39,10 @@ from streamconv.formats.base import (
 )
 from streamconv.formats.compressed import (
     METHOD,
-    class_targets,
-    config_of,
+    InGroups,
+    arguments,
     formats_of,
     groups_of,
-    mixed_config,
     part_of,
     weights_of,
 )
@@ -228,7 +226,7 @@ _MARKS = Marks(
 
 
 @dataclass(frozen=True, slots=True)
-class Int8RowsFormat:
+class Int8RowsFormat(InGroups):
     """Integers of 8 bits, a scale a row; activations are quantized token by token while a server runs."""
 
     name: str = "w8a8"
@@ -268,38 +266,11 @@ class Int8RowsFormat:
             )
         return Int8RowsEncoder(self.name, name, shape, dtype, self.grid.of_width(shape[1]))
 
-    def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
-        """See Format."""
-        del dtype  # that of the model, as the scales have it
-        return config_of([(self.module_config(), class_targets(quantized))], skipped)
-
-    def mixed_config(
-        self, dtype: Dtype, groups: Sequence[tuple[Mixable, Sequence[str]]], skipped: Sequence[str]
-    ) -> Json:
-        """See Mixable."""
-        del dtype
-        return mixed_config(groups, skipped)
-
     def module_config(self) -> Json:
-        """See Mixable. The keys that every release of compressed-tensors knows: it refuses others within a group."""
+        """See Mixable."""
         return {
             "format": STORAGE,
-            "input_activations": _settings("token", dynamic=True),
+            "input_activations": arguments("int", 8, "token", dynamic=True),
             "output_activations": None,
-            "weights": _settings("channel", dynamic=False),
+            "weights": arguments("int", 8, "channel"),
         }
-
-
-def _settings(strategy: str, *, dynamic: bool) -> Json:
-    return {
-        "actorder": None,
-        "block_structure": None,
-        "dynamic": dynamic,
-        "group_size": None,
-        "num_bits": 8,
-        "observer": None if dynamic else "minmax",
-        "observer_kwargs": {},
-        "strategy": strategy,
-        "symmetric": True,
-        "type": "int",
-    }

@@ -37,7 +37,6 @@ from streamconv.formats.base import (
     Constant,
     Json,
     Marks,
-    Mixable,
     Order,
     Weight,
     config_says,
@@ -48,9 +47,8 @@ from streamconv.formats.base import (
 from streamconv.formats.compressed import (
     METHOD,
     MIXED,
-    class_targets,
-    config_of,
-    mixed_config,
+    InGroups,
+    arguments,
     part_of,
     unread_in,
     weights_of,
@@ -363,7 +361,7 @@ _MARKS = Marks(
 
 
 @dataclass(frozen=True, slots=True)
-class PackQuantizedFormat:
+class PackQuantizedFormat(InGroups):
     """Integers of so many bits, in groups of the grid's block."""
 
     name: str
@@ -444,35 +442,11 @@ class PackQuantizedFormat:
         stored_as = grouped_name(self.name, self.grid.block)
         return PackQuantizedEncoder(stored_as, name, shape, dtype, self.bits, self.grid)
 
-    def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
-        """See Format."""
-        del dtype  # that of the model, as the scales have it
-        return config_of([(self.module_config(), class_targets(quantized))], skipped)
-
-    def mixed_config(
-        self, dtype: Dtype, groups: Sequence[tuple[Mixable, Sequence[str]]], skipped: Sequence[str]
-    ) -> Json:
-        """See Mixable."""
-        del dtype
-        return mixed_config(groups, skipped)
-
     def module_config(self) -> Json:
-        """See Mixable. The keys that every release of compressed-tensors knows: it refuses others within a group."""
-        weights: Json = {
-            "actorder": None,
-            "block_structure": None,
-            "dynamic": False,
-            "group_size": self.grid.block,
-            "num_bits": self.bits,
-            "observer": "minmax",
-            "observer_kwargs": {},
-            "strategy": "group",
-            "symmetric": True,
-            "type": "int",
-        }
+        """See Mixable."""
         return {
             "format": STORAGE,
             "input_activations": None,
             "output_activations": None,
-            "weights": weights,
+            "weights": arguments("int", self.bits, "group", group_size=self.grid.block),
         }
