@@ -256,6 +256,14 @@ def wrong(tensor: StoredTensor, expected: str) -> CheckpointError:
     return CheckpointError(f"{tensor.file.name}: {tensor.name}: found {found}, expected {expected}")
 
 
+def check_tensor(tensor: StoredTensor, codes: tuple[str, ...], shapes: tuple[Shape, ...]) -> None:
+    """Raise CheckpointError unless a part has one of these types and shapes."""
+    if tensor.dtype.code in codes and tensor.shape in shapes:
+        return
+    expected = " or ".join(str(list(shape)) for shape in shapes)
+    raise wrong(tensor, f"{' or '.join(codes)} {expected}")
+
+
 def config_says(where: str) -> str:
     """Beginning of a message about the config of the checkpoint at `where`."""
     return f"{where}: config.json says that the checkpoint is"

@@ -35,11 +35,11 @@ from streamconv.formats.base import (
     Order,
     ScaleScope,
     Weight,
+    check_tensor,
     config_says,
     refusal,
     wrong,
 )
-from streamconv.formats.block_scaled import check_tensor
 from streamconv.formats.compressed import METHOD, InGroups, formats_of, part_of
 from streamconv.formats.dense import largest_dtype
 from streamconv.formats.fp4_scales import DIVISOR, FACTOR, BlockScales, Mxfp4Scales, Nvfp4Scales

@@ -21,8 +21,7 @@ from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import BF16, DENSE, F16, F32, Dtype
 from streamconv.errors import CheckpointError, UnsupportedError
-from streamconv.formats.base import NO_MARKS, Json, Marks, Weight, config_says, refusal
-from streamconv.formats.block_scaled import check_tensor
+from streamconv.formats.base import NO_MARKS, Json, Marks, Weight, check_tensor, config_says, refusal
 from streamconv.formats.compressed import (
     METHOD,
     InGroups,

@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 
 from streamconv.checkpoint.types import StoredTensor
-from streamconv.dtypes import U8
-from streamconv.formats.base import Marks, Weight, any_config, parts_of, wrong
-from streamconv.formats.block_scaled import BlockScaledDecoder, Scales, check_tensor, unpacked
+from streamconv.dtypes import F32, U8, Dtype
+from streamconv.formats.base import Marks, Weight, any_config, check_tensor, parts_of, wrong
+from streamconv.formats.bits import unpacked_bits
 from streamconv.formats.dense import largest_dtype
+from streamconv.kernels.grids import DecodedGrid
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _GROUP = 32
+# Values of the 4-bit float of the OCP Microscaling specification (v1.0, table 5), by code.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class ExpertsTurned:
 
     def from_file(self, raw: Tensor, lines: range, form: Tensor) -> None:
         """See Order."""
-        codes = unpacked(raw, 4).view(len(lines), self.inputs)
+        codes = unpacked_bits(raw, 4, 2 * raw.numel()).view(len(lines), self.inputs)
         for expert, outputs, place in self._experts(lines):
             rows, of_expert = self._rows(form, expert), codes[place]
             low, high = (torch.arange(first, outputs.stop, 2) for first in _firsts(outputs))
@@ -84,6 +87,44 @@ def _firsts(outputs: range) -> tuple[int, int]:
     return (start, start + 1) if start % 2 == 0 else (start + 1, start)
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertsDecoder:
+    """Decoder of experts in row form: an exponent is that of 32 rows, of one output each."""
+
+    name: str
+    outputs: int
+    dtype: Dtype
+    order: ExpertsTurned
+    main: str = _BLOCKS
+
+    @property
+    def grid(self) -> DecodedGrid:
+        """Grid of a block as wide as a row: then the scales of a cell follow each other."""
+        return DecodedGrid("e2m1", _GROUP * self.outputs)
+
+    def row_offset(self, row: int) -> int:
+        return row * self.outputs // 2
+
+    def scales(self, side: Mapping[str, Tensor]) -> Tensor:
+        """Exponents as they are stored, [rows of blocks, outputs]."""
+        return side[_SCALES].permute(0, 2, 1).reshape(-1, self.outputs)
+
+    def codes(self, raw: Tensor, rows: range) -> Tensor:
+        raise AssertionError(f"{self.name}: codes of {rows} mean something with their scales only")
+
+    def decode(self, raw: Tensor, rows: range, scales: Tensor | None, out: Tensor) -> Tensor:
+        """See Decoder. An exponent of 255 is NaN."""
+        assert scales is not None, f"{self.name} cannot be decoded without its scales"
+        assert out.shape == (len(rows), self.outputs)
+        table, codes = torch.tensor(_E2M1, device=raw.device), unpacked_bits(raw, 4, out.numel())
+        torch.index_select(table, 0, codes.to(torch.int32), out=out.view(-1))
+        factors = torch.exp2(scales.float() - 127).masked_fill(scales == 255, torch.nan)
+        first = rows.start // _GROUP
+        numbers = torch.arange(rows.start, rows.stop, device=out.device) // _GROUP - first
+        out.mul_(factors.index_select(0, numbers))
+        return out if self.dtype == F32 else out.copy_(out.to(self.dtype.torch))
+
+
 def _find_weight(name: str, free: Mapping[str, StoredTensor]) -> Weight:
     parts = parts_of(name, {role: name + role for role in (_BLOCKS, _SCALES)}, free)
     main = parts[_BLOCKS]
@@ -93,17 +134,7 @@ def _find_weight(name: str, free: Mapping[str, StoredTensor]) -> Weight:
     check_tensor(parts[_SCALES], ("U8",), ((experts, outputs, groups),))
     inputs = groups * _GROUP
     dtype = largest_dtype(free, but=_SCALES)
-    decoder = BlockScaledDecoder(
-        name,
-        _BLOCKS,
-        outputs,
-        "e2m1",
-        _GROUP,
-        1,
-        Scales(_SCALES, is_exponent=True, turned=True),
-        dtype,
-        ExpertsTurned(experts, outputs, inputs),
-    )
+    decoder = ExpertsDecoder(name, outputs, dtype, ExpertsTurned(experts, outputs, inputs))
     return Weight(name, (experts, inputs, outputs), dtype, "mxfp4 of gpt-oss", decoder, parts)
 
 

@@ -63,9 +63,6 @@ _LAYOUTS: Mapping[str, frozenset[str]] = MappingProxyType(
     }
 )
 
-# Which of eight outputs the bits of a word hold, from the lowest four on.
-IN_ORDER = (0, 1, 2, 3, 4, 5, 6, 7)
-
 
 def part_name(weight: str, role: str) -> str:
     """`P.qweight` of `P.weight`."""

@@ -36,6 +36,7 @@ from streamconv.formats.base import (
     Mixable,
     Order,
     Weight,
+    check_tensor,
     config_says,
     grouped_name,
     parts_of,
@@ -43,7 +44,6 @@ from streamconv.formats.base import (
     wrong,
 )
 from streamconv.formats.bits import packed_bits, unpacked_bits
-from streamconv.formats.block_scaled import check_tensor
 from streamconv.formats.linear import module_of
 from streamconv.formats.undecoded import find_each
 from streamconv.kernels.grids import TableGrid, integers

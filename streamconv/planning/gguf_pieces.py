@@ -13,9 +13,8 @@ from streamconv.adapters.base import ByRows, Parts, State, Update, UpdateAccess
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import UnsupportedError
 from streamconv.formats.base import Weight
-from streamconv.formats.block_scaled import BlockScaledDecoder
 from streamconv.formats.dense import MAIN, dense_weight
-from streamconv.formats.gpt_oss import ExpertsTurned
+from streamconv.formats.gpt_oss import ExpertsDecoder
 from streamconv.gguf.pieces import GgufPiece, pieces_of
 
 
@@ -111,7 +110,7 @@ def _piece(weight: Weight, piece: GgufPiece) -> Weight:
     if MAIN in parts:
         return replace(dense_weight(piece.name, parts[MAIN]), name=piece.name)
     decoder = weight.decoder
-    if not isinstance(decoder, BlockScaledDecoder) or not isinstance(decoder.order, ExpertsTurned):
+    if not isinstance(decoder, ExpertsDecoder):
         raise UnsupportedError(
             f"{weight.name} is {weight.format}, whose experts cannot be taken apart for a GGUF file; write it in 16"
             " bit (--quant none), and convert that with --quant gguf:f16"
