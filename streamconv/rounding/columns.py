@@ -105,13 +105,13 @@ def _quantize_rows(
     """Go through the columns of some rows, which are on their own; codes and errors are [in, rows]."""
     matrix = layer.inputs.factor if is_first else layer.inputs.matrix
     kernels, spread = kernels_for(errors.device), layer.spread(scales, rows)
-    offsets = layer.offsets(scales, rows)
+    wanted = layer.wanted(scales, rows)
     for panel in panels(layer):
         reach = slice(0, panel.start if is_first else layer.columns)
         diagonal = matrix.diagonal()[panel]
         pull = (matrix[reach, panel].T @ errors[reach]).div_(diagonal[:, None]).sub_(errors[panel])
         kernels.quantize_columns(
-            (layer.target[panel, rows] - offsets(panel)).contiguous(),
+            wanted(panel).contiguous(),
             pull,
             matrix[panel, panel] / diagonal,
             None,
@@ -140,9 +140,9 @@ def _quantize_tiles(
     matrix = layer.inputs.factor if is_first else layer.inputs.matrix
     by_row = outputs.factor if is_first else outputs.matrix
     per_row, per_column = by_row.diagonal().reciprocal(), matrix.diagonal().reciprocal()
-    spread_of, offsets_of = layer.spread(scales, slice(None)), layer.offsets(scales, slice(None))
+    spread_of, wanted = layer.spread(scales, slice(None)), layer.wanted(scales, slice(None))
     for panel in panels(layer):
-        spread, target = spread_of(panel), layer.target[panel] - offsets_of(panel)
+        spread, target = spread_of(panel), wanted(panel)
         reach = slice(0, panel.start if is_first else layer.columns)
         by_column = matrix[: panel.stop if is_first else layer.columns, panel] * per_column[panel]
         pulls, coupling = by_column[reach].T @ mixed[reach], by_column[panel]

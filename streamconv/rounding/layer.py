@@ -70,9 +70,12 @@ class Layer:
         """
         return self._spread(scales if self.grid.offsets is None else scales[:, 0], rows)
 
-    def offsets(self, scales: Tensor, rows: slice) -> Callable[[slice], Tensor | float]:
-        """Number by which an element is above its value times its scale; 0 for all where the grid has no offsets."""
-        return (lambda _: 0.0) if self.grid.offsets is None else self._spread(shifts(scales, self.grid), rows)
+    def wanted(self, scales: Tensor, rows: slice) -> Callable[[slice], Tensor]:
+        """The target of some `rows` less the offsets of their blocks, [columns, rows], for any columns."""
+        if self.grid.offsets is None:
+            return lambda columns: self.target[columns, rows]
+        offsets = self._spread(shifts(scales, self.grid), rows)
+        return lambda columns: self.target[columns, rows] - offsets(columns)
 
     def _spread(self, scales: Tensor, rows: slice) -> Callable[[slice], Tensor]:
         if self.outputs is None:
@@ -122,11 +125,11 @@ class Solution:
 
 def errors_of(layer: Layer, scales: Tensor, codes: Tensor, rows: slice = slice(None)) -> Tensor:
     """T - Q [in, rows], float32, of the `codes` [in, rows] of some rows."""
-    errors = layer.target[:, rows].clone(memory_format=torch.contiguous_format)
-    spread, offsets = layer.spread(scales, rows), layer.offsets(scales, rows)
+    errors = torch.empty_like(layer.target[:, rows], memory_format=torch.contiguous_format)
+    spread, wanted = layer.spread(scales, rows), layer.wanted(scales, rows)
     for panel in panels(layer):
-        errors[panel] -= offsets(panel)
-        errors[panel] -= dequantized(codes[panel], layer.grid, spread(panel), layer.dtype)
+        values = dequantized(codes[panel], layer.grid, spread(panel), layer.dtype)
+        torch.sub(wanted(panel), values, out=errors[panel])
     return errors
 
 
