@@ -42,8 +42,6 @@ def decoded(weight: Weight) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_are_those_of_gguf_py(kind: str) -> None:
-    if kind.startswith("iq"):
-        pytest.importorskip("gguf")
     storage = open_folder(str(GOLDEN))
     tensors = read_gguf(storage.file(f"{kind}.gguf"), storage.read_start, GGML_TYPES).tensors
     assert tensors.keys() == EXPECTED[kind].keys()

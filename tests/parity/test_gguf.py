@@ -84,7 +84,6 @@ def open_gguf(folder: Path, name: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_those_of_the_model_that_was_trained(tmp_path: Path, name: str) -> None:
-    pytest.importorskip("gguf")
     base = save_base(tmp_path / "base", CONFIGS[name])
     save_tokenizer(base)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS.get(name, USUAL))

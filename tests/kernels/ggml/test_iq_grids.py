@@ -14,7 +14,6 @@ from tests.kernels.ggml.blocks import both_kernels, decoded, random_blocks
 
 @pytest.mark.parametrize("name", IQ_TYPES)
 def test_entries_are_those_that_an_index_can_name(name: str) -> None:
-    pytest.importorskip("gguf")
     entries = {"iq2_xxs": 256, "iq2_xs": 512, "iq2_s": 1024, "iq3_xxs": 256, "iq3_s": 512}
     assert iq_grid(name).shape == (entries.get(name, 2048), 4 if name.startswith("iq3") else 8)
 
