@@ -35,9 +35,11 @@ Document = str | list[Any]
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in `folder`. Raises InputError where transformers cannot make one of its files."""
+    """The tokenizer in `folder`. Raises InputError where transformers cannot make one of its files, or use it."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("a")  # what names a token that is not there is opened, and panics when it is used
+        return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     # transformers and tokenizers raise all kinds, even plain Exception; a panic of Rust is not even that.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -69,6 +70,23 @@ def test_no_file(tmp_path: Path) -> None:
 
 def test_a_broken_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="cannot open the tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_begins_with_a_token_it_lacks_is_refused(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    begin = {"SpecialToken": {"id": "<nowhere>", "type_id": 0}}
+    single = [begin, {"Sequence": {"id": "A", "type_id": 0}}]
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [],
+        "special_tokens": {},
+    }
+    path.write_text(json.dumps(content))
     with pytest.raises(InputError, match="cannot open the tokenizer"):
         load_tokenizer(tmp_path)
 
