@@ -249,6 +249,9 @@ class Surveyed(Encoder, Protocol):
         Partners that no update touches are copied with that scale.
         """
 
+    def outgrows(self, scales: Tensor) -> bool:
+        """Whether targets go so far beyond effective `scales` of the base that these are not to be kept."""
+
 
 def wrong(tensor: StoredTensor, expected: str) -> CheckpointError:
     """Error for a part that has another type or shape than `expected`, in words."""

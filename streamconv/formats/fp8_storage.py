@@ -19,7 +19,7 @@ from torch.nn import functional
 from streamconv.checkpoint.types import Shape, TensorSpec
 from streamconv.dtypes import DTYPES, U8, Dtype
 from streamconv.errors import CheckpointError, InputError
-from streamconv.formats.base import CELL_ROWS, Constant, Decoder, Encoder, Order, ScaleScope
+from streamconv.formats.base import CELL_ROWS, Constant, Decoder, Order, ScaleScope
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import E4M3, E4M3_UNIT, TableGrid
 
@@ -258,11 +258,11 @@ class Fp8TensorEncoder(Fp8Encoder):
         """See Encoder: the same for all, whatever they are."""
         return self.blocks.tied(read_scales(self._stored(scales)).reshape(1, 1), scales)
 
+    def outgrows(self, scales: Tensor) -> bool:
+        """See Surveyed: farther than any value is from the next one of its binade.
 
-def outgrows(encoder: Encoder, scales: Tensor) -> bool:
-    """Whether values of a weight with one scale for all are farther beyond the effective `scales` of its base than any
-    value is from the next one of its binade: cut to the greatest they would be worse off than with a scale anew.
-    """
-    if not isinstance(encoder, Fp8TensorEncoder) or encoder.greatest is None or not scales.numel():
-        return False
-    return encoder.greatest * E4M3_UNIT > (_GREATEST + _HALF_STEP) * float(scales[0])
+        Cut to the greatest they would be worse off than with a scale anew.
+        """
+        if self.greatest is None or not scales.numel():
+            return False
+        return self.greatest * E4M3_UNIT > (_GREATEST + _HALF_STEP) * float(scales[0])

@@ -27,8 +27,7 @@ from torch import Tensor
 from streamconv.adapters.base import Parts, State, UpdateAccess
 from streamconv.dtypes import F32
 from streamconv.errors import InputError
-from streamconv.formats.base import CELL_ROWS, Encoder
-from streamconv.formats.fp8_storage import outgrows
+from streamconv.formats.base import CELL_ROWS, Encoder, Surveyed
 from streamconv.kernels import TORCH, kernels_for, pairwise_sum
 from streamconv.kernels.grids import DecodedGrid, Grid, empty_scales
 from streamconv.planning.plan import Rewrite
@@ -164,7 +163,8 @@ class WeightWork:
         planned, merge_base = self.step.scales, self.step.merge_base
         if isinstance(planned, Fresh) or self._base_scales is None:
             return planned
-        if outgrows(self.step.encoder, self._base_scales):
+        encoder = self.step.encoder
+        if isinstance(encoder, Surveyed) and encoder.outgrows(self._base_scales):
             return FRESH
         is_stored = merge_base is not None and merge_base.format == self.step.encoder.format
         stored = self._absmax if is_stored else None
@@ -190,13 +190,9 @@ class WeightWork:
     def reduce(self, raw: Tensor, rows: range) -> None:
         """First pass, where access says so: scales of the rounded base, or of the output, or states of updates."""
         if self.step.merge_base is not None:
-            self.workers.map(
-                lambda number, part: self._take_absmax(number, raw, rows, part), rows, self.height
-            )
+            self._map(lambda number, part: self._take_absmax(number, raw, rows, part), rows)
         if self.step.searches_first:
-            self.workers.map(
-                lambda number, part: self._take_searched(number, raw, rows, part), rows, self.height
-            )
+            self._map(lambda number, part: self._take_searched(number, raw, rows, part), rows)
         if self.step.merge_base is not None or self.step.searches_first:
             return
         self.workers.alone(lambda number: self._take_states(number, raw, rows))
@@ -270,29 +266,21 @@ class WeightWork:
 
     def greatest(self, raw: Tensor, rows: range, out: Tensor) -> None:
         """Write the greatest magnitude of each cell's target to its place in `out`: float32, an entry a cell."""
-        self.workers.map(
-            lambda number, part: self._take_greatest(number, raw, rows, out, part), rows, self.height
-        )
+        self._map(lambda number, part: self._take_greatest(number, raw, rows, out, part), rows)
 
     # -- codes chosen for the whole weight -------------------------------------------------------------------
 
     def targets(self, raw: Tensor, rows: range, out: Tensor) -> None:
         """Write what the output is to come near, float32 [rows, columns], to `out`."""
-        self.workers.map(
-            lambda number, part: self._take_targets(number, raw, rows, out, part), rows, self.height
-        )
+        self._map(lambda number, part: self._take_targets(number, raw, rows, out, part), rows)
 
     def bases(self, raw: Tensor, rows: range, out: Tensor) -> None:
         """Write what targets are an update of, float32 [rows, columns], to `out`."""
-        self.workers.map(
-            lambda number, part: self._take_bases(number, raw, rows, out, part), rows, self.height
-        )
+        self._map(lambda number, part: self._take_bases(number, raw, rows, out, part), rows)
 
     def base_codes(self, raw: Tensor, rows: range, out: Tensor) -> None:
         """Write the base's own codes (uint8, flat) to `out`; only where the base lies on a grid."""
-        self.workers.map(
-            lambda number, part: self._take_base_codes(number, raw, rows, out, part), rows, self.height
-        )
+        self._map(lambda number, part: self._take_base_codes(number, raw, rows, out, part), rows)
 
     def _take_targets(self, number: int, raw: Tensor, rows: range, out: Tensor, part: range) -> None:
         for cell, base in self._bases(number, raw, rows, part):
@@ -323,6 +311,10 @@ class WeightWork:
         """Cells of `part` with their base; each is gone when the next one comes."""
         for cell in cells(part, self.height):
             yield cell, self._base(self._raw(raw, rows, cell), cell, self.workers.scratch[number])
+
+    def _map(self, work: Callable[[int, range], None], rows: range) -> None:
+        """Have workers do `rows` in whole cells."""
+        self.workers.map(work, rows, self.height)
 
     # -- the cells of one worker -------------------------------------------------------------------------
 
@@ -498,9 +490,8 @@ class WeightWork:
     def _quantize(self, base: CellBase, rows: range, grid: Grid, out: Tensor, scratch: Scratch) -> None:
         step, stays = self.step, self._keeps_base and not self.step.applied and self._codes is None
         if stays and base.codes is not None and base.effective is not None:
-            step.encoder.pack(
-                base.codes, base.effective, out
-            )  # already on the output's grid: nothing to round
+            # Already on the output's grid: nothing to round.
+            step.encoder.pack(base.codes, base.effective, out)
             self._gather(base.effective, rows, grid)
             return
         values = base.values.view(-1)
