@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from streamconv.errors import ResourceError
 from streamconv.formats.base import Order
+from streamconv.kernels.grids import Grid
 from streamconv.planning.devices import Device
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import DEVICE_TILES, SLOTS, WEIGHTS_HELD, Memory, Rewrite, Step, cell_rows
@@ -34,6 +35,7 @@ _GPU_NORM_COPIES = 2
 # Per block of a quantized weight: scales as read, chosen, effective and written, the kept-delta product, and what
 # nesting scales takes on the way. Measured for nf4-dq onto nf4-dq, which needs most: 42.5.
 _BYTES_PER_BLOCK = 44
+_BYTES_PER_READ_BLOCK = 12
 
 
 def plan_memory(
@@ -208,12 +210,17 @@ def _dense_cell_bytes(step: Rewrite, device: Device) -> int:
 def _block_bytes(step: Rewrite) -> int:
     """Bytes kept for every block until the weight is finished."""
     grids = [encoder.grid for encoder in (step.encoder, step.merge_base) if encoder is not None]
-    numbers = (
-        -(-step.rows * step.columns // grid.block) * (1 if grid.offsets is None else 2)
-        for grid in grids
-        if grid is not None
-    )
-    return _BYTES_PER_BLOCK * max(numbers, default=0)
+    chosen = _BYTES_PER_BLOCK * max((_numbers(step, grid) for grid in grids), default=0)
+    # Scales of a base that lies on another grid than the output: as read, and spread.
+    of_base = step.weight.decoder.grid
+    return chosen if of_base in grids else chosen + _BYTES_PER_READ_BLOCK * _numbers(step, of_base)
+
+
+def _numbers(step: Rewrite, grid: Grid | None) -> int:
+    """Scales and offsets of all blocks."""
+    if grid is None:
+        return 0
+    return -(-step.rows * step.columns // grid.block) * (1 if grid.offsets is None else 2)
 
 
 def _held_bytes(step: Rewrite) -> int:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from streamconv.checkpoint.header import build_header
 from streamconv.checkpoint.types import Shape, TensorSpec
@@ -36,6 +37,7 @@ from streamconv.planning.memory import (
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import DEVICE_TILES, SLOTS, Memory, Plan, Rewrite, Step, cell_rows
 from streamconv.progress import anonymous_bytes
+from tests.formats.stored import encoder_for
 from tests.gguf.bases import fast_tokenizer
 from tests.models import Sizes, write_adapter, write_base
 
@@ -304,6 +306,10 @@ def test_a_wide_row_a_large_adapter_and_many_blocks_are_all_counted(plans: Mappi
     assert twice_the_rows == 4096 * 512 // 64 * 44  # blocks
     twice_the_columns = ram(weight=shaped(4096, 1024)) - ram()
     assert twice_the_columns > twice_the_rows  # and cells
+    # And scales of a base in other blocks than the output's, as NVFP4 has them.
+    read = encoder_for("nvfp4a16", torch.empty(4096, 512)).grid
+    of_base = dataclasses.replace(step.weight.decoder, grid=read)  # type: ignore[type-var]  # each is a dataclass
+    assert ram(weight=dataclasses.replace(step.weight, decoder=of_base)) - ram() == 4096 * 512 // 16 * 12
     adapter_bytes = sum(part.nbytes for update in step.updates for part in update.parts.values())
     assert ram() - ram(updates=()) == 2 * 2 * adapter_bytes  # as stored and in float32, of two weights
 
