@@ -186,7 +186,7 @@ def _work(again: Prepared, weighs: bool) -> int:
 
 
 def _nbytes(step: Rewrite) -> int:
-    return sum(spec.nbytes for spec in step.specs)
+    return sum(spec.nbytes for spec in step.encoder.parts)
 
 
 def _prepare_again(
