@@ -16,7 +16,7 @@ from typing import Protocol
 from streamconv.checkpoint.gguf import GgufFile, read_gguf
 from streamconv.checkpoint.gguf_header import Pairs, build_gguf_header, padding, split_pairs
 from streamconv.checkpoint.index import read_index
-from streamconv.checkpoint.layout import Placed, S, ShardLayout, lay_out, nbytes, shard_names
+from streamconv.checkpoint.layout import Placed, S, ShardLayout, joined, lay_out, nbytes, shard_names
 from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import PADDING, TensorSpec
 from streamconv.dtypes import GGML_TYPES
@@ -115,14 +115,6 @@ def _stacked(steps: Sequence[S]) -> list[tuple[TensorSpec, list[S]]]:
             parts = list(group)
             found.append((joined([spec for part in parts for spec in part.specs]), parts))
     return found
-
-
-def joined(specs: Sequence[TensorSpec]) -> TensorSpec:
-    """The tensor that parts of one name are together, along its first axis."""
-    first = specs[0]
-    if len(specs) == 1:
-        return first
-    return TensorSpec(first.name, first.dtype, (sum(spec.shape[0] for spec in specs), *first.shape[1:]))
 
 
 def _placed(

@@ -31,7 +31,7 @@ from streamconv.formats.gguf_blocks import BLOCK_FORMATS
 from streamconv.formats.gpt_oss import GptOssReader
 from streamconv.formats.gptq import GptqFormat
 from streamconv.formats.int_quantized import Int8RowsFormat
-from streamconv.formats.mlx import MlxFormat
+from streamconv.formats.mlx import MlxFormat, experts_apart
 from streamconv.formats.pack_quantized import PackQuantizedFormat
 from streamconv.formats.undecoded import has_codes, parameters_in, undecoded_weight
 from streamconv.kernels.grids import FP4, INT4, INT8_GROUPS, NF4
@@ -72,7 +72,8 @@ def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
         _refuse_orphans(found, _marks_for(quantization))
         _check_config(index, found)
     by_main_part = {weight.parts[weight.decoder.main].name: weight for weight in found}
-    return tuple(by_main_part[name] for name in index.tensors if name in by_main_part)
+    in_order = (by_main_part[name] for name in index.tensors if name in by_main_part)
+    return tuple(each for weight in in_order for each in experts_apart(weight, index.config))
 
 
 def _take(weights: Iterable[Weight], free: dict[str, StoredTensor], found: list[Weight]) -> None:

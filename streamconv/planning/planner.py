@@ -16,6 +16,7 @@ from streamconv.formats import container_of, dense_weight, stored_as
 from streamconv.formats.base import Grouped, Weight
 from streamconv.formats.linear import module_of
 from streamconv.formats.mixed import weights_by_format
+from streamconv.formats.stacks import ExpertStacker
 from streamconv.gguf.pieces import GgufPiece
 from streamconv.planning.base import Base
 from streamconv.planning.calibration import CalibrationFacts, plan_calibration, plan_equalization
@@ -32,6 +33,7 @@ from streamconv.planning.passing import check_passes, keeps_quantization, notes_
 from streamconv.planning.plan import CalibrationPlan, Memory, Plan, ShardPlan
 from streamconv.planning.quantized import QuantizedSet, choose_quantized, with_group_size
 from streamconv.planning.shards import as_stored_shards, metadata_of, split_steps
+from streamconv.planning.stacking import stacked_steps
 from streamconv.planning.steps import plan_steps
 from streamconv.planning.ties import check_unknown_tie
 from streamconv.planning.unmerged import notes_on_factors
@@ -145,6 +147,8 @@ def _draft(
     container = container_of(choices.quant)
     if model is not None:
         by_weight = by_tensor(by_weight, model)
+    elif isinstance(choices.quant, ExpertStacker):
+        by_weight = stacked_steps(dict(zip(in_output, by_weight, strict=True)))
     if model is not None and isinstance(container, Gguf):
         container = container.with_pairs(model.pairs)
     stays = choices.passes or bool(kept)
