@@ -25,6 +25,7 @@ from streamconv.errors import CheckpointError, InputError
 from streamconv.formats.base import (
     CELL_ROWS,
     Constant,
+    Json,
     Marks,
     Weight,
     any_config,
@@ -41,8 +42,7 @@ from streamconv.kernels.grids import TableGrid
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _GROUP = MXFP4_GRID.block
 _EXPONENTS = Mxfp4Scales()
-KEPT = "mxfp4, of gpt-oss"
-"""Name that its weights and encoders give it."""
+NAME = "gpt-oss"
 
 
 @functools.lru_cache(maxsize=8)
@@ -175,7 +175,7 @@ class ExpertsEncoder:
     name: str
     shape: Shape
     dtype: Dtype
-    format: str = KEPT
+    format: str = NAME
     nested: bool = False
     rounds_scales: bool = True
     cell_rows: int = CELL_ROWS
@@ -237,9 +237,10 @@ def _find_weight(name: str, free: Mapping[str, StoredTensor]) -> Weight:
     shape = experts, groups * _GROUP, outputs
     dtype = largest_dtype(free, but=_SCALES)
     decoder = ExpertsDecoder(name, outputs, dtype, ExpertsTurned(experts, outputs, groups * _GROUP))
-    return Weight(name, shape, dtype, KEPT, decoder, parts, ExpertsEncoder(name, shape, dtype))
+    return Weight(name, shape, dtype, NAME, decoder, parts, ExpertsEncoder(name, shape, dtype))
 
 
+_LEFT_IN_16_BIT = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
 _MARKS = Marks(
     owned=("gate_up_proj_blocks", "gate_up_proj_scales", "down_proj_blocks", "down_proj_scales"),
     methods=MappingProxyType({"mxfp4": any_config}),
@@ -247,10 +248,26 @@ _MARKS = Marks(
 
 
 @dataclass(frozen=True, slots=True)
-class GptOssReader:
-    """Reader of MXFP4 experts."""
+class GptOssFormat:
+    """Experts in MXFP4 as gpt-oss has them, which a base keeps."""
 
+    name: str = NAME
+    grid: TableGrid = MXFP4_GRID
+    bits_per_weight: float = 4 + 8 / _GROUP
+    layout: str = "gpt-oss's, experts as 4-bit floats (E2M1) in blocks of 32 with powers of two"
+    loaders: str = "transformers, vLLM"
+    library: None = None
+    load_in: None = None
+    skips_by_path: bool = True
+    # All in one tensor; nothing takes these apart.
+    expert_loaders: tuple[str, ...] = ("transformers", "vLLM")
+    config_copy: None = None
     marks: Marks = _MARKS
+
+    def fits(self, name: str, shape: Shape) -> bool:
+        """Nothing: it is not written but where a base has it."""
+        del name, shape
+        return False
 
     def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """Parameters stored as blocks."""
@@ -260,3 +277,12 @@ class GptOssReader:
             for name in free
             if name.endswith(f"_proj{_BLOCKS}")
         ]
+
+    def encoder(self, name: str, shape: Shape, dtype: Dtype) -> ExpertsEncoder:
+        """See Format."""
+        return ExpertsEncoder(name, shape, dtype)
+
+    def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
+        """See Format. What it leaves in 16 bit is named as in the config of openai/gpt-oss-20b."""
+        del dtype, quantized, skipped
+        return {"modules_to_not_convert": list(_LEFT_IN_16_BIT), "quant_method": "mxfp4"}

@@ -102,6 +102,10 @@ def test_an_update_of_0_leaves_every_byte_and_one_beside_it_is_written(tmp_path:
         for folder in (GOLDEN, tmp_path / "out")
     ]
     assert configs[0] == configs[1]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| weights | gpt-oss, " in card
+    assert 'AutoModelForCausalLM.from_pretrained(".", dtype="auto")' in card
+    assert "compressed-tensors" not in card
     exact = targets_of(factors)[GATE_UP] - values_of(before, GATE_UP)
     written = values_of(after, GATE_UP) - values_of(before, GATE_UP)
     kept = float((written * exact).sum() / exact.square().sum())
