@@ -124,7 +124,6 @@ STORIES: Mapping[str, Sequence[str]] = {
     "formats/compressed.py": ["formats/test_block_scaled.py", "formats/test_mixed.py"],
     "formats/fp8_storage.py": ["formats/test_fp8.py"],
     "formats/fp4_scales.py": ["formats/test_fp4.py"],
-    "formats/gpt_oss.py": ["formats/test_block_scaled.py"],
     "formats/bits.py": ["formats/test_mlx.py"],
     "formats/__init__.py": ["formats/test_find_weights.py", "contracts/test_formats.py"],
     "formats/awq.py": ["formats/test_int_words.py"],

@@ -28,7 +28,7 @@ from streamconv.formats.foreign import (
 from streamconv.formats.fp8 import Fp8BlockFormat, Fp8Format, written_form
 from streamconv.formats.gguf import PREFIX, GgufFormat
 from streamconv.formats.gguf_blocks import BLOCK_FORMATS
-from streamconv.formats.gpt_oss import GptOssReader
+from streamconv.formats.gpt_oss import GptOssFormat
 from streamconv.formats.gptq import GptqFormat
 from streamconv.formats.int_quantized import Int8RowsFormat
 from streamconv.formats.mlx import MlxFormat, experts_apart
@@ -231,10 +231,12 @@ def _readers() -> tuple[Reader, ...]:
 
 
 # Storages that are read and not written.
-READERS: tuple[Reader, ...] = (fp4.ModelOptReader(), GptOssReader())
+READERS: tuple[Reader, ...] = (fp4.ModelOptReader(), GptOssFormat())
 
 # Formats that a base keeps, and that nothing else is written in.
-KEPT: Mapping[str, Format] = MappingProxyType({f"mlx{bits}": MlxFormat(bits) for bits in (2, 3, 5, 6)})
+KEPT: Mapping[str, Format] = MappingProxyType(
+    {**{f"mlx{bits}": MlxFormat(bits) for bits in (2, 3, 5, 6)}, "gpt-oss": GptOssFormat()}
+)
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
