@@ -3,13 +3,13 @@
     P_blocks   uint8 [experts, out, in/32, 16], the first of two codes of a row in the low half
     P_scales   uint8 [experts, out, in/32], biased exponents of two
 
-The parameter P is [experts, in, out].
+The parameter P is [experts, in, out]; the rows of one expert's codes, [out, in], are blocks of MXFP4 as others have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -21,7 +21,12 @@ from streamconv.dtypes import F32, U8, Dtype
 from streamconv.formats.base import Marks, Weight, any_config, check_tensor, parts_of, wrong
 from streamconv.formats.bits import unpacked_bits
 from streamconv.formats.dense import largest_dtype
+from streamconv.formats.fp4 import Fp4Decoder
+from streamconv.formats.fp4_scales import Mxfp4Scales
 from streamconv.kernels.grids import DecodedGrid
+
+EXPERTS_FORMAT = "mxfp4 of gpt-oss"
+"""Format of such weights in words."""
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _GROUP = 32
@@ -125,6 +130,62 @@ class ExpertsDecoder:
         return out if self.dtype == F32 else out.copy_(out.to(self.dtype.torch))
 
 
+@dataclass(frozen=True, slots=True)
+class ChosenLines:
+    """Some lines of a file, which are rows: of gate and up, which have them in turns."""
+
+    lines: int
+    line_bytes: int
+    chosen: range
+
+    def from_file(self, raw: Tensor, lines: range, form: Tensor) -> None:
+        """See Order."""
+        start, stop, step = self.chosen.start, self.chosen.stop, self.chosen.step
+        first = len(range(start, min(stop, lines.start), step))
+        found = self.chosen[first : len(range(start, min(stop, lines.stop), step))]
+        if found:
+            whole = raw.view(len(lines), self.line_bytes)
+            rows = form.view(len(self.chosen), self.line_bytes)
+            rows[first : first + len(found)] = whole[
+                found[0] - lines.start : found[-1] + 1 - lines.start : step
+            ]
+
+    def to_file(self, form: Tensor, lines: range, out: Tensor) -> None:
+        """See Order."""
+        raise AssertionError("rows of one projection are not written alone")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRowsDecoder(Fp4Decoder):
+    """Decoder of `outputs` of one expert as rows, [outputs, in]."""
+
+    outputs: range = range(0)
+
+    def scales(self, side: Mapping[str, Tensor]) -> Tensor:
+        """See Decoder."""
+        stored = side[_SCALES].view(-1, self.columns // _GROUP)
+        chosen = stored[self.outputs.start : self.outputs.stop : self.outputs.step]
+        return self.block_scales.effective(chosen.reshape(-1))
+
+
+def expert_rows(weight: Weight, name: str, expert: int, outputs: range) -> Weight | None:
+    """The weight `name`, [outputs, in], of one expert of `weight`; None where that is not stored in these blocks."""
+    decoder = weight.decoder
+    if not isinstance(decoder, ExpertsDecoder):
+        return None
+    inputs, total = decoder.order.inputs, decoder.outputs
+    order = None if len(outputs) == total else ChosenLines(total, inputs // 2, outputs)
+    rows = ExpertRowsDecoder(name, _BLOCKS, inputs, Mxfp4Scales(), weight.dtype, order, outputs)
+    parts = {role: part_of_expert(part, expert) for role, part in weight.parts.items()}
+    return Weight(name, (len(outputs), inputs), weight.dtype, weight.format, rows, parts)
+
+
+def part_of_expert(part: StoredTensor, expert: int) -> StoredTensor:
+    """One expert's share of a part, whose first axis they are and stay: [1, ...]."""
+    nbytes = part.nbytes // part.shape[0]
+    return replace(part, shape=(1, *part.shape[1:]), offset=part.offset + expert * nbytes)
+
+
 def _find_weight(name: str, free: Mapping[str, StoredTensor]) -> Weight:
     parts = parts_of(name, {role: name + role for role in (_BLOCKS, _SCALES)}, free)
     main = parts[_BLOCKS]
@@ -135,7 +196,7 @@ def _find_weight(name: str, free: Mapping[str, StoredTensor]) -> Weight:
     inputs = groups * _GROUP
     dtype = largest_dtype(free, but=_SCALES)
     decoder = ExpertsDecoder(name, outputs, dtype, ExpertsTurned(experts, outputs, inputs))
-    return Weight(name, (experts, inputs, outputs), dtype, "mxfp4 of gpt-oss", decoder, parts)
+    return Weight(name, (experts, inputs, outputs), dtype, EXPERTS_FORMAT, decoder, parts)
 
 
 _MARKS = Marks(

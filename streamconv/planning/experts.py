@@ -19,7 +19,7 @@ def notes_on_experts(
         return
     if not quant.expert_loaders:
         yield f"experts stay in 16 bit, as no program opens {quant.name} with experts quantized"
-    elif quantized.isdisjoint(experts):
+    elif not any(map(is_expert, quantized)):
         yield "experts stay in 16 bit"
     elif not opens_in_transformers(quant, config):
         loaders = " and ".join(servers_of(quant))
