@@ -26,6 +26,7 @@ from streamconv.formats.foreign import (
     unread_quantization,
 )
 from streamconv.formats.fp8 import Fp8BlockFormat, Fp8Format, written_form
+from streamconv.formats.ggml_mxfp4 import GGML_MXFP4
 from streamconv.formats.gguf import PREFIX, GgufFormat
 from streamconv.formats.gguf_blocks import BLOCK_FORMATS
 from streamconv.formats.gpt_oss import GptOssFormat
@@ -266,5 +267,6 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "gguf:f16": GgufFormat(F16),
         "gguf:bf16": GgufFormat(BF16),
         **BLOCK_FORMATS,
+        GGML_MXFP4.name: GGML_MXFP4,
     }
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -35,6 +35,7 @@ from streamconv.formats.base import (
 )
 from streamconv.formats.bits import unpacked_bits
 from streamconv.formats.dense import largest_dtype
+from streamconv.formats.fp4 import Fp4Decoder
 from streamconv.formats.fp4_scales import MXFP4_GRID, Mxfp4Scales
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import TableGrid
@@ -225,6 +226,62 @@ class ExpertsEncoder:
             experts, inputs, outputs = self.shape
             found = _EXPONENTS.stored(scales).view(experts, inputs // _GROUP, outputs).permute(0, 2, 1)
         return (found.cpu().contiguous().view(-1).numpy().tobytes(),)
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenLines:
+    """Some lines of a file, which are rows: of gate and up, which have them in turns."""
+
+    lines: int
+    line_bytes: int
+    chosen: range
+
+    def from_file(self, raw: Tensor, lines: range, form: Tensor) -> None:
+        """See Order."""
+        start, stop, step = self.chosen.start, self.chosen.stop, self.chosen.step
+        first = len(range(start, min(stop, lines.start), step))
+        found = self.chosen[first : len(range(start, min(stop, lines.stop), step))]
+        if found:
+            whole = raw.view(len(lines), self.line_bytes)
+            rows = form.view(len(self.chosen), self.line_bytes)
+            rows[first : first + len(found)] = whole[
+                found[0] - lines.start : found[-1] + 1 - lines.start : step
+            ]
+
+    def to_file(self, form: Tensor, lines: range, out: Tensor) -> None:
+        """See Order."""
+        raise AssertionError("rows of one projection are not written alone")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRowsDecoder(Fp4Decoder):
+    """Decoder of `outputs` of one expert as rows, [outputs, in]."""
+
+    outputs: range = range(0)
+
+    def scales(self, side: Mapping[str, Tensor]) -> Tensor:
+        """See Decoder."""
+        stored = side[_SCALES].view(-1, self.columns // _GROUP)
+        chosen = stored[self.outputs.start : self.outputs.stop : self.outputs.step]
+        return self.block_scales.effective(chosen.reshape(-1))
+
+
+def expert_rows(weight: Weight, name: str, expert: int, outputs: range) -> Weight | None:
+    """The weight `name`, [outputs, in], of one expert of `weight`; None where that is not stored in these blocks."""
+    decoder = weight.decoder
+    if not isinstance(decoder, ExpertsDecoder):
+        return None
+    inputs, total = decoder.order.inputs, decoder.outputs
+    order = None if len(outputs) == total else ChosenLines(total, inputs // 2, outputs)
+    rows = ExpertRowsDecoder(name, _BLOCKS, inputs, _EXPONENTS, weight.dtype, order, outputs)
+    parts = {role: part_of_expert(part, expert) for role, part in weight.parts.items()}
+    return Weight(name, (len(outputs), inputs), weight.dtype, weight.format, rows, parts)
+
+
+def part_of_expert(part: StoredTensor, expert: int) -> StoredTensor:
+    """One expert's share of a part, whose first axis they are and stay: [1, ...]."""
+    nbytes = part.nbytes // part.shape[0]
+    return replace(part, shape=(1, *part.shape[1:]), offset=part.offset + expert * nbytes)
 
 
 def _find_weight(name: str, free: Mapping[str, StoredTensor]) -> Weight:

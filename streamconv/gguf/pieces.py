@@ -24,7 +24,8 @@ class GgufPiece:
     """A part of a weight that is a part of a tensor: `name` as other models call such, `shape` as it is stored.
 
     `expert`: of those in the weight, None for all. `columns` are the weight's that it has. `is_turned`: rows of what is
-    stored are columns of the weight.
+    stored are columns of the weight, and turned as they are written. `stays`: in blocks that a GGUF file has, too, and
+    nothing changes it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class GgufPiece:
     expert: int | None
     columns: range
     is_turned: bool
+    stays: bool = False
 
 
 def pieces_of(name: str, shape: Shape) -> Iterator[GgufPiece]:

@@ -10,12 +10,15 @@ from streamconv.dtypes import DENSE, Dtype
 from streamconv.errors import OptionError, UnsupportedError
 from streamconv.formats import FORMATS, family_of, format_of, with_groups
 from streamconv.formats.base import Encoder, Format, Grouped
+from streamconv.formats.ggml_mxfp4 import GGML_MXFP4
+from streamconv.formats.gpt_oss import NAME as GPT_OSS
 from streamconv.formats.mixed import can_mix
 from streamconv.kernels.grids import TableGrid
 from streamconv.planning.assignment import NONE, FormatRule, ModuleFormats, is_dense, read_rules
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Choice
 from streamconv.rounding import ROUNDINGS
+from streamconv.rounding.adaptive import Adaptive
 from streamconv.rounding.base import Rounding
 from streamconv.rounding.feedback import FeedbackOptions
 
@@ -86,7 +89,7 @@ def choose(facts: Facts, options: MergeOptions) -> Choices:
     if not rounded:
         return Choices(quant, dtype, merge_base, target, None, None, None, None, mixture, passes)
     rest, rest_choice = _without_text(facts, _sources(facts, merge_base), rounded)
-    rounding, choice = _resolve_rounding(options, rest, rest_choice)
+    rounding, choice = _resolve_rounding(options, rest, rest_choice, rounded)
     if options.calibration is None:
         return Choices(quant, dtype, merge_base, target, rounding, rounding, choice, None, mixture, passes)
     rest = rest if rounding.calibrated else rounding
@@ -371,11 +374,15 @@ def check_text(options: MergeOptions) -> None:
         )
 
 
-def _resolve_rounding(options: MergeOptions, rest: Rounding, rest_choice: Choice) -> tuple[Rounding, Choice]:
+def _resolve_rounding(
+    options: MergeOptions, rest: Rounding, rest_choice: Choice, quants: Sequence[Format]
+) -> tuple[Rounding, Choice]:
     name = options.rounding.lower()
     if name != "auto":
         weighed = ", with errors weighed by the text" if options.calibration and name == "search" else ""
-        return ROUNDINGS[name], Choice(name, f"asked for by name{weighed}")
+        is_beside = name == _ADAPTIVE_BESIDE.name and _has_mxfp4(quants)
+        rounding = _ADAPTIVE_BESIDE if is_beside else ROUNDINGS[name]
+        return rounding, Choice(name, f"asked for by name{weighed}")
     if options.calibration is not None:
         return ROUNDINGS["feedback"], Choice("feedback", "there is calibration text")
     return rest, rest_choice
@@ -388,6 +395,8 @@ def _without_text(
 
     One for all of its weights: of those that lie on no grid of the output, `adaptive` rounds most to the nearest.
     """
+    if _has_mxfp4(quants):
+        return _beside_mxfp4(facts)
     source = next((each for each in sources if any(each.grid == quant.grid for quant in quants)), None)
     if source is None and all(quant.grid is not None and quant.grid.rule is not None for quant in quants):
         return ROUNDINGS["search"], Choice(
@@ -405,6 +414,28 @@ def _without_text(
         "adaptive",
         f"the target is the base's own {source.name} grid plus an update: rounded at random where that is small "
         "against the grid's step and nearest rounding would erase it, to the nearest where it is not",
+    )
+
+
+# Of a GGUF file of which some matrices are in MXFP4, as the base's may be, and others in blocks of integers.
+_ADAPTIVE_BESIDE = Adaptive(elsewhere=ROUNDINGS["search"])
+
+
+def _has_mxfp4(quants: Sequence[Format]) -> bool:
+    return any(quant.name == GGML_MXFP4.name for quant in quants)
+
+
+def _beside_mxfp4(facts: Facts) -> tuple[Rounding, Choice]:
+    """The same for a GGUF file with matrices in MXFP4."""
+    search = ROUNDINGS["search"]
+    if GPT_OSS not in facts.formats or not facts.has_adapter:
+        return search, Choice(
+            "search", "scales that leave less error than greatest magnitudes are searched for"
+        )
+    return _ADAPTIVE_BESIDE, Choice(
+        "adaptive",
+        "experts are the base's own MXFP4 plus an update: rounded at random where that is small against the grid's"
+        " step and nearest rounding would erase it, to the nearest where it is not; scales of others are searched for",
     )
 
 

@@ -20,7 +20,7 @@ def notes_on_experts(
         return
     if not expert_loaders(quant, config):
         yield f"experts stay in 16 bit, as {_unopened(quant, config)}"
-    elif quantized.isdisjoint(experts):
+    elif not any(map(is_expert, quantized)):
         yield "experts stay in 16 bit"
     elif not opens_in_transformers(quant, config):
         loaders = " and ".join(servers_of(quant))

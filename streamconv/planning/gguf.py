@@ -13,6 +13,7 @@ from streamconv.errors import OptionError, UnsupportedError
 from streamconv.formats import FORMATS
 from streamconv.formats.base import Constant, Encoder, Format, Weight
 from streamconv.formats.ggml_mixes import MixedModel
+from streamconv.formats.ggml_mxfp4 import GGML_MXFP4
 from streamconv.formats.gguf import PREFIX, ColumnsEncoder, full_encoder, turned_encoder, with_rows_of_heads
 from streamconv.formats.gguf_blocks import Typed
 from streamconv.formats.linear import matches, module_of
@@ -56,6 +57,8 @@ def formats_of(
     """Formats of matrices by name of the weight: types that a file called `quant` has, of `mixture`'s rules, or F16.
 
     That have rows that are whole blocks of no type, modules that `ignore` names, and what is turned as it is written.
+    Pieces that stay are in MXFP4, as they are in the base.
+
     Raises UnsupportedError for a rule that is not for these files, OptionError for one whose type cannot store a row.
     """
     facts = _facts(model)
@@ -66,7 +69,9 @@ def formats_of(
         rule = rule_for(module_of(name), mixture.rules)
         piece = pieces.get(name)
         is_left = matches(module_of(name), ignore) or (piece is not None and piece.is_turned)
-        if rule is None and mixture.quantizes_rest and not (is_left and isinstance(quant, Typed)):
+        if rule is None and mixture.quantizes_rest and not is_left and piece is not None and piece.stays:
+            found[name] = GGML_MXFP4
+        elif rule is None and mixture.quantizes_rest and not (is_left and isinstance(quant, Typed)):
             found[name] = _typed(quant, place, facts)
         elif rule is None or is_left:
             found[name] = F16_FORMAT
@@ -128,7 +133,7 @@ def gguf_encoder(place: TensorPlace, weight: Weight, quant: Format, piece: GgufP
         rows, width = weight.shape
         (spec,) = quant.encoder(place.tensor, place.shape, F16).parts
         return turned_encoder(spec, rows, width, piece.columns)
-    if piece is not None and len(piece.columns) < weight.shape[-1]:
+    if piece is not None and piece.expert is None and len(piece.columns) < weight.shape[-1]:
         return ColumnsEncoder(TensorSpec(place.tensor, F32, place.shape), columns=piece.columns)
     if place.is_full:
         encoder: Encoder = full_encoder(place.tensor, place.shape, place.shift)

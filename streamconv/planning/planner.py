@@ -14,6 +14,7 @@ from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import AdapterError, OptionError
 from streamconv.formats import container_of, dense_weight, stored_as
 from streamconv.formats.base import Grouped, Weight
+from streamconv.formats.gguf_blocks import Typed
 from streamconv.formats.linear import module_of
 from streamconv.formats.mixed import weights_by_format
 from streamconv.formats.stacks import ExpertStacker
@@ -129,7 +130,8 @@ def _draft(
     shapes = {name: weight.shape for name, weight in weights.items()}
     in_output: Mapping[str, Weight] = weights
     if is_gguf(choices.quant):
-        apart = taken_apart(weights, updates, base.index.config.get("model_type"))
+        in_blocks = isinstance(choices.quant, Typed)
+        apart = taken_apart(weights, updates, base.index.config.get("model_type"), in_blocks=in_blocks)
         in_output, updates, pieces, shapes = apart.weights, dict(apart.updates), apart.pieces, apart.shapes
     model = plan_model(base, shapes, choices)
     chosen = choose_quantized(base, weights, replaces, choices, options, kept, model, pieces)

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import GptOssConfig
 
 import streamconv
 from tests.foreign.readers import ROOT, Case, divergence, keep, read_by, reference, small_llama
+from tests.tiny import read_tensors, save_base
 
 CASES: Mapping[str, Case] = {
     "f16": Case({"quant": "gguf:f16"}),
@@ -35,6 +40,20 @@ CASES: Mapping[str, Case] = {
     "q4_1": Case({"quant": "gguf:q4_1"}),
     "q4_0": Case({"quant": "gguf:q4_0"}),
 }
+GPT_OSS = GptOssConfig(
+    vocab_size=320,
+    hidden_size=128,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    sliding_window=32,
+    max_position_embeddings=128,
+)
+GPT_OSS_KINDS = ("f16", "bf16", "q8_0", "mxfp4")
 # llama.cpp's names for those are of mixes.
 PURE = ("q4_k", "q5_k")
 WIDEST = 1e-3  # nats a token, of 16 bits
@@ -59,11 +78,60 @@ def test_llamacpp_reads_what_streamconv_writes(tmp_path: Path) -> None:
         }
         for name in (*files, *theirs)
     }
-    keep("llamacpp", answers["source"].versions, models)
+    experts = of_gpt_oss(tmp_path)
+    keep("llamacpp", answers["source"].versions, {**models, **experts})
+    assert experts["gguf:f16, gpt-oss in MXFP4"]["divergence"] < WIDEST
+    assert experts["gguf:bf16, gpt-oss"]["divergence"] < WIDEST
+    for name, each in experts.items():
+        assert ("in MXFP4" in name or name == "gguf:f16, gpt-oss") == (each["squared_error"] == 0), name
+        assert each["divergence"] < 20 * WIDEST or name == "gguf:mxfp4, gpt-oss", name
     assert max(models[name]["divergence"] for name in ("f16", "bf16")) < WIDEST
     for name in CASES:
         ours, others = models[name], models[f"{name}, llama.cpp's"]
         assert ours["squared_error"] <= TOLERANCE * others["squared_error"], name
+
+
+def of_gpt_oss(folder: Path) -> dict[str, dict[str, Any]]:
+    """Files of gpt-oss, with experts in MXFP4 and in bfloat16: errors of experts alone, and logits."""
+    dense = save_base(folder / "gpt-oss", GPT_OSS, dtype=torch.bfloat16)
+    save_byte_pairs(dense, 320)
+    packed = with_experts_in_mxfp4(dense, folder / "gpt-oss-mxfp4")
+    streamconv.convert(packed, folder / "gpt-oss-decoded", quant="none")
+    files: dict[str, Path] = {}
+    for how, base in (("gpt-oss", dense), ("gpt-oss in MXFP4", packed)):
+        for kind in GPT_OSS_KINDS:
+            files[f"gguf:{kind}, {how}"] = gguf_of(
+                base, folder / f"files of {base.name} {kind}", Case({"quant": f"gguf:{kind}"})
+            )
+    answers = read_by("llamacpp", files, folder / "answers of gpt-oss")
+    exact = {dense: reference(dense), packed: reference(folder / "gpt-oss-decoded")}
+    found = {}
+    for name, answer in answers.items():
+        base = packed if "MXFP4" in name else dense
+        whole = answers["gguf:f16, " + name.partition(", ")[2]].weights
+        names = [each for each in whole if each.endswith("_exps.weight")]
+        found[name] = {
+            "squared_error": squared_error({each: whole[each] for each in names}, answer.weights),
+            "divergence": divergence(exact[base], answer.logits),
+        }
+    return found
+
+
+def with_experts_in_mxfp4(base: Path, folder: Path) -> Path:
+    """The same model with other experts, random codes."""
+    tensors, generator = read_tensors(base / "model.safetensors"), torch.Generator().manual_seed(2)
+    for name in [each for each in tensors if each.endswith("_proj") and ".experts." in each]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        shape = (experts, outputs, inputs // 32)
+        tensors[f"{name}_blocks"] = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(119, 122, shape, generator=generator, dtype=torch.uint8)
+    shutil.copytree(base, folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}})
+    )
+    return folder
 
 
 def gguf_of(base: Path, folder: Path, case: Case) -> Path:
