@@ -28,6 +28,7 @@ from streamconv.formats.foreign import (
 from streamconv.formats.fp8 import Fp8BlockFormat, Fp8Format, written_form
 from streamconv.formats.gguf import PREFIX, GgufFormat
 from streamconv.formats.gguf_blocks import BLOCK_FORMATS
+from streamconv.formats.gguf_kept import KEPT_FILES
 from streamconv.formats.gpt_oss import GptOssReader
 from streamconv.formats.gptq import GptqFormat
 from streamconv.formats.int_quantized import Int8RowsFormat
@@ -233,7 +234,9 @@ def _readers() -> tuple[Reader, ...]:
 READERS: tuple[Reader, ...] = (fp4.ModelOptReader(), GptOssReader())
 
 # Formats that a base keeps, and that nothing else is written in.
-KEPT: Mapping[str, Format] = MappingProxyType({f"mlx{bits}": MlxFormat(bits) for bits in (2, 3, 5, 6)})
+KEPT: Mapping[str, Format] = MappingProxyType(
+    {**{f"mlx{bits}": MlxFormat(bits) for bits in (2, 3, 5, 6)}, **KEPT_FILES}
+)
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
