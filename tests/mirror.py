@@ -67,6 +67,8 @@ STORIES: Mapping[str, Sequence[str]] = {
     "output/gguf_tokenizer.py": ["pipeline/test_gguf.py", "gguf/test_tokens.py"],
     "planning/reading.py": ["pipeline/test_gguf_base.py"],
     "storage/chosen.py": ["pipeline/test_gguf_base.py"],
+    "formats/gguf_kept.py": ["pipeline/test_gguf_keep.py"],
+    "planning/gguf_keep.py": ["pipeline/test_gguf_keep.py"],
     "planning/gguf.py": ["pipeline/test_gguf.py", "parity/test_gguf.py"],
     # A calibration, layer by layer.
     "calibration/calibrated.py": ["pipeline/test_calibrated.py", "calibration/test_layers.py"],

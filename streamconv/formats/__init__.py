@@ -29,6 +29,7 @@ from streamconv.formats.fp8 import Fp8BlockFormat, Fp8Format, written_form
 from streamconv.formats.ggml_mxfp4 import GGML_MXFP4
 from streamconv.formats.gguf import PREFIX, GgufFormat
 from streamconv.formats.gguf_blocks import BLOCK_FORMATS
+from streamconv.formats.gguf_kept import KEPT_FILES
 from streamconv.formats.gpt_oss import GptOssFormat
 from streamconv.formats.gptq import GptqFormat
 from streamconv.formats.int_quantized import Int8RowsFormat
@@ -236,7 +237,7 @@ READERS: tuple[Reader, ...] = (fp4.ModelOptReader(), GptOssFormat())
 
 # Formats that a base keeps, and that nothing else is written in.
 KEPT: Mapping[str, Format] = MappingProxyType(
-    {**{f"mlx{bits}": MlxFormat(bits) for bits in (2, 3, 5, 6)}, "gpt-oss": GptOssFormat()}
+    {**{f"mlx{bits}": MlxFormat(bits) for bits in (2, 3, 5, 6)}, "gpt-oss": GptOssFormat(), **KEPT_FILES}
 )
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
