@@ -1,0 +1,27 @@
+"""MLX's own quantizer, given the weight in bfloat16 as mlx-lm gives it; see tools/owners/asked.py."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from tools.owners.asked import Matrix, answer_each, asked
+
+
+def main() -> None:
+    given = asked(__doc__)
+    bits = int(given.format.removeprefix("mlx"))
+
+    def requantize(_: str, weight: Matrix) -> tuple[Matrix, int]:
+        stored = mx.quantize(mx.array(weight).astype(mx.bfloat16), group_size=given.group_size, bits=bits)
+        codes, scales, biases = stored
+        # What is stored is bfloat16; its values are compared before anything rounds them again.
+        wide = (codes, scales.astype(mx.float32), biases.astype(mx.float32))
+        values = mx.dequantize(*wide, group_size=given.group_size, bits=bits)
+        return np.array(values), sum(each.nbytes for each in stored)
+
+    answer_each(given, ("mlx",), requantize)
+
+
+if __name__ == "__main__":
+    main()
