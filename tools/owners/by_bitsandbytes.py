@@ -33,8 +33,10 @@ def four_bit(name: str) -> Any:
             torch.from_numpy(weight), blocksize=BLOCK, quant_type=kind, compress_statistics=nested
         )
         stored = state.as_dict(packed=True)
+        # A model in bfloat16 is decoded to that.
+        state.dtype = torch.bfloat16
         taken = codes.nbytes + sum(each.nbytes for each in stored.values())
-        return functional.dequantize_4bit(codes, state).numpy(), taken
+        return functional.dequantize_4bit(codes, state).float().numpy(), taken
 
     return requantize
 

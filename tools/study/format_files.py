@@ -151,7 +151,9 @@ def requantized(name: str, target: Values, like: Made, work: Path, template: Pat
     if owner is LLAMACPP:
         (file,) = template.glob("*.gguf")
         more += ["--template", str(file)]
-    done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, *more], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{owner.label} did not make {name}:\n{done.stderr[-2000:]}")
     values = {**like.values, **_quantized_only(read_one(answered), like)}
