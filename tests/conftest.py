@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+
+# Before torch reads it: threads that wait for each other's share of a tiny product must not spin, as tests run side by
+# side. Processes that tests start do the same.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
