@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from streamconv.formats import find_weights
 from streamconv.output import sink
 from streamconv.pipeline import build_job, prepare
 from streamconv.planning.memory import plan_memory
-from streamconv.planning.plan import SideParts
+from streamconv.planning.plan import Copy, SideParts
 from tests.checkpoint.files import index_of
 from tests.models import write_adapter, write_tensors
 from tests.tiny import edit_json, edit_tensors
@@ -163,6 +164,19 @@ def test_of_a_stacked_base_only_updated_experts_change(stacked: Path, adapter: P
     write_tensors(tmp_path / "split", tensors, json.loads((stacked / "config.json").read_text()), 4)
     streamconv.merge(tmp_path / "split", adapter, tmp_path / "of split", max_ram="110MiB")
     assert changed(tmp_path / "out", tmp_path / "of split") == set()
+    files = [{*load_file(path)} for path in (tmp_path / "of split").glob("*.safetensors")]
+    assert any({f"{MLP}.switch_mlp.up_proj.{part}" for part in PARTS} <= names for names in files)
+
+
+def test_a_stack_that_stays_is_copied_as_one(stacked: Path, adapter: Path) -> None:
+    plan = prepare(build_job(stacked, adapter)).plan
+    copies = Counter(
+        placed.step.name for shard in plan.shards for placed in shard.steps if isinstance(placed.step, Copy)
+    )
+    assert {f"{MLP}.switch_mlp.gate_proj.{part}" for part in PARTS} < copies.keys()
+    assert {name for name, count in copies.items() if count > 1} == {
+        f"{MLP}.switch_mlp.{name}.{part}" for name in ("up_proj", "down_proj") for part in PARTS
+    }
 
 
 def test_a_stacked_base_is_decoded_expert_by_expert(base: Path, stacked: Path, tmp_path: Path) -> None:
