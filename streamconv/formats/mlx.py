@@ -45,7 +45,7 @@ from streamconv.formats.base import (
 )
 from streamconv.formats.bits import packed_bits, unpacked_bits
 from streamconv.formats.linear import module_of
-from streamconv.formats.stacks import FAMILIES, MOST_EXPERTS, expert_names, stacked_expert
+from streamconv.formats.stacks import FAMILIES, MOST_EXPERTS, ROUNDED_AGAIN, expert_names, stacked_expert
 from streamconv.formats.undecoded import find_each
 from streamconv.kernels.grids import TableGrid, integers
 
@@ -307,6 +307,11 @@ class MlxFormat:
     takes_embeddings: bool = True
     family: str = METHOD
     has_partners: bool = False
+
+    @property
+    def rounded_again(self) -> Mapping[str, tuple[str, ...]]:
+        """See ExpertStacker."""
+        return ROUNDED_AGAIN
 
     @property
     def name(self) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from streamconv.formats.base import Format
 
-_APART = re.compile(r"(?P<block>.+)\.experts\.(?P<number>\d+)\.(?P<part>[^.]+)\.weight")
+_APART = re.compile(r"(?P<block>.+)\.experts\.(?P<number>[0-9]{1,9})\.(?P<part>[^.]+)\.weight")
 _STACKED = re.compile(r"(?P<block>.+)\.switch_mlp\.(?P<part>gate_proj|up_proj|down_proj)\.weight")
 # Of Mixtral and those that follow it, whose blocks have another name, too.
 _PARTS: Mapping[str, str] = MappingProxyType({"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"})
@@ -29,12 +29,18 @@ FAMILIES = frozenset(
         "deepseek_v2",
         "deepseek_v3",
         "glm4_moe",
+        "glm4_moe_lite",
+        "minimax_m2",
         "mixtral",
         "olmoe",
         "phimoe",
         "qwen2_moe",
         "qwen3_moe",
     }
+)
+# `sanitize` splits the matrix by heads and transposes what is of keys.
+ROUNDED_AGAIN: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    dict.fromkeys(("deepseek_v3", "glm4_moe_lite"), ("kv_b_proj",))
 )
 MOST_EXPERTS = 2**14
 """Experts of a stack at most; a model has hundreds, and what a file says may be anything."""
@@ -60,7 +66,7 @@ def stacked_expert(name: str) -> StackedExpert | None:
 def expert_names(stacked: str, config: Mapping[str, Any]) -> Callable[[int], str] | None:
     """Names of experts in the weight `stacked`, by number, in checkpoints with experts apart; None if it has none."""
     found = _STACKED.fullmatch(stacked)
-    if found is None or config.get("model_type") not in FAMILIES:
+    if found is None or str(config.get("model_type")) not in FAMILIES:
         return None
     block = found["block"]
     part = _NAMES[found["part"]] if block.rpartition(".")[2] == _BLOCK else found["part"]
@@ -74,9 +80,22 @@ class ExpertStacker(Format, Protocol):
     @property
     def families(self) -> frozenset[str]: ...
 
+    @property
+    def rounded_again(self) -> Mapping[str, tuple[str, ...]]:
+        """Modules that loaders decode, turn and round to the nearest once more, by family: they stay in 16 bit."""
+
 
 def expert_loaders(quant: Format | None, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Programs that open a model of this config with its experts quantized; none where these stay in 16 bit."""
-    if quant is None or (isinstance(quant, ExpertStacker) and config.get("model_type") not in quant.families):
+    if quant is None or (
+        isinstance(quant, ExpertStacker) and str(config.get("model_type")) not in quant.families
+    ):
         return ()
     return quant.expert_loaders
+
+
+def rounded_again(quant: Format | None, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Patterns of modules that loaders of this format round once more in a model of this config."""
+    if not isinstance(quant, ExpertStacker):
+        return ()
+    return quant.rounded_again.get(str(config.get("model_type")), ())

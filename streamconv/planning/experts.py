@@ -6,15 +6,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from streamconv.formats.base import Format
-from streamconv.formats.linear import is_expert
-from streamconv.formats.stacks import ExpertStacker, expert_loaders
+from streamconv.formats.linear import is_expert, matches, module_of
+from streamconv.formats.stacks import ExpertStacker, expert_loaders, rounded_again
 from streamconv.planning.apart import is_only_served
 
 
 def notes_on_experts(
     quant: Format | None, config: Mapping[str, Any], weights: Iterable[str], quantized: frozenset[str]
 ) -> Iterator[str]:
-    """Sentences on `weights` of experts, of which those are stored as `quant` that are `quantized`."""
+    """Sentences on `weights` of experts, of which those are stored as `quant` that are `quantized`; and on others that
+    loaders would round again.
+    """
+    again = rounded_again(quant, config)
+    if again and not any(matches(module_of(name), again) for name in quantized):
+        yield f"{', '.join(again)} stays in 16 bit, as mlx-lm would decode it and round it once more"
     experts = [name for name in weights if is_expert(name)]
     if quant is None or not experts:
         return

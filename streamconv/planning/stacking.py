@@ -7,7 +7,7 @@ wait in memory for their place. So a stack is never held whole.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -15,7 +15,7 @@ from streamconv.checkpoint.layout import joined
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.errors import CheckpointError, OptionError
 from streamconv.formats.stacks import stacked_expert
-from streamconv.planning.plan import Rewrite, SideParts, Step
+from streamconv.planning.plan import Copy, Rewrite, SideParts, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +60,42 @@ def _stack_of(name: str, steps: Sequence[Step]) -> _Member | None:
 
 def _steps_of(stack: str, members: Sequence[_Member]) -> Iterator[Step]:
     _check_alike(stack, members)
-    first = members[0].specs
-    for member in members:
-        main = member.steps[0]
-        yield replace(main, waits=len(first) > 1) if isinstance(main, Rewrite) else main
-    for number in range(1, len(first)):
+    count = len(members[0].specs)
+    for number in range(count):
         for is_rewritten, run in groupby(members, key=lambda member: isinstance(member.steps[0], Rewrite)):
             group = list(run)
-            if is_rewritten:
-                names = tuple(member.name for member in group)
-                spec = joined([member.specs[number] for member in group])
-                yield SideParts(spec.name, names, number - 1, spec)
+            if not is_rewritten:
+                yield from _copies(member.steps[number] for member in group)
+            elif number == 0:
+                for member in group:
+                    main = member.steps[0]
+                    assert isinstance(main, Rewrite)
+                    yield replace(main, waits=count > 1)
             else:
-                yield from (member.steps[number] for member in group)
+                spec = joined([member.specs[number] for member in group])
+                yield SideParts(spec.name, tuple(member.name for member in group), number - 1, spec)
+
+
+def _copies(steps: Iterable[Step]) -> Iterator[Step]:
+    """Copies of experts' shares, as one where they follow each other in their file as well."""
+    last: Copy | None = None
+    for step in steps:
+        assert isinstance(step, Copy)
+        if last is not None and _goes_on(last, step):
+            count, *shape = last.tensor.shape
+            last = replace(last, tensor=replace(last.tensor, shape=(count + step.tensor.shape[0], *shape)))
+            continue
+        if last is not None:
+            yield last
+        last = step
+    if last is not None:
+        yield last
+
+
+def _goes_on(step: Copy, following: Copy) -> bool:
+    one, other = step.tensor, following.tensor
+    is_plain = step.spec is None and following.spec is None
+    return is_plain and one.file == other.file and one.offset + one.nbytes == other.offset
 
 
 def _check_alike(stack: str, members: Sequence[_Member]) -> None:

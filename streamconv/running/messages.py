@@ -137,7 +137,7 @@ class Reduced:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A weight's parts after the main one, and its sums; `waits` names the weight where these parts wait for others."""
+    """Parts of a weight after the main one, and its sums; `waits` names the weight where these wait for others."""
 
     parts: tuple[bytes, ...] = ()
     sums: Mapping[str, KeptDelta] = field(default_factory=dict)
