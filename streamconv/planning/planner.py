@@ -18,7 +18,12 @@ from streamconv.formats.linear import module_of
 from streamconv.formats.mixed import weights_by_format
 from streamconv.gguf.pieces import GgufPiece
 from streamconv.planning.base import Base
-from streamconv.planning.calibration import CalibrationFacts, plan_calibration, plan_equalization
+from streamconv.planning.calibration import (
+    CalibrationFacts,
+    check_measured,
+    plan_calibration,
+    plan_equalization,
+)
 from streamconv.planning.choices import Choices, Facts, choose
 from streamconv.planning.devices import Device
 from streamconv.planning.experts import notes_on_experts
@@ -140,6 +145,8 @@ def _draft(
     if options.calibration is not None and choices.quant is not None:
         assert facts is not None
         calibration = plan_calibration(by_weight, options, choices.feedback, equalization, facts)
+    else:
+        check_measured(by_weight, None)
     of_head = adapter.head.parameters if adapter is not None and adapter.head is not None else ()
     vocabulary = _new_vocabulary(base, weights, of_head)
     container = container_of(choices.quant)
