@@ -262,6 +262,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "fp8-block": Fp8BlockFormat("fp8-block"),
         "mlx4": MlxFormat(4),
         "mlx8": MlxFormat(8),
+        "nvfp4": fp4.NVFP4,
         "nvfp4a16": fp4.NVFP4A16,
         "mxfp4a16": fp4.MXFP4A16,
         "mxfp4": fp4.MXFP4,

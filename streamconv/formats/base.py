@@ -267,6 +267,24 @@ class Overwriting(Encoder, Protocol):
         """Write codes (uint8, flat) over those of a cell of the base (uint8, flat), whose scales stay to the byte."""
 
 
+@runtime_checkable
+class Measured(Encoder, Protocol):
+    """An Encoder that may store a scale of what the weight is multiplied by, which a text tells.
+
+    What needs the scale raises AssertionError until it is known.
+    """
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the scale is there, or none is stored."""
+
+    def measuring(self, greatest: float) -> Self:
+        """The same with the scale for inputs of that greatest magnitude (finite, not negative)."""
+
+    def inheriting(self, decoder: Decoder) -> Self:
+        """The same with the scale that a base's weight has beside it; itself where it has none."""
+
+
 def wrong(tensor: StoredTensor, expected: str) -> CheckpointError:
     """Error for a part that has another type or shape than `expected`, in words."""
     found = f"{tensor.dtype} {list(tensor.shape)}"
@@ -428,6 +446,14 @@ class EmbeddingStore(Format, Protocol):
 
     @property
     def takes_embeddings(self) -> bool: ...
+
+
+@runtime_checkable
+class InputScaled(Format, Protocol):
+    """A Format that may have its loaders round inputs by a scale that is stored: its encoders are Measured."""
+
+    @property
+    def measures_inputs(self) -> bool: ...
 
 
 @runtime_checkable

@@ -273,7 +273,7 @@ def expert_rows(weight: Weight, name: str, expert: int, outputs: range) -> Weigh
         return None
     inputs, total = decoder.order.inputs, decoder.outputs
     order = None if len(outputs) == total else ChosenLines(total, inputs // 2, outputs)
-    rows = ExpertRowsDecoder(name, _BLOCKS, inputs, _EXPONENTS, weight.dtype, order, outputs)
+    rows = ExpertRowsDecoder(name, _BLOCKS, inputs, _EXPONENTS, weight.dtype, order, outputs=outputs)
     parts = {role: part_of_expert(part, expert) for role, part in weight.parts.items()}
     return Weight(name, (len(outputs), inputs), weight.dtype, weight.format, rows, parts)
 

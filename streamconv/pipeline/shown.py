@@ -249,6 +249,8 @@ def _calibration_lines(plan: Plan) -> list[tuple[str, str]]:
     if text.gradient_tokens:
         size += f", gradients of {text.gradient_tokens}"
     what = f"{len(plan.calibrated)} weights" if text.options else "scales alone"
+    if plan.measured:
+        what += f", and scales of the inputs of {len(plan.measured)}"
     lines = [("text", f"{text.name}: {size}, for {what}, a layer at a time{spares}")]
     if text.equalization:
         lines.insert(0, ("rescale", _equalized(plan, text.equalization)))

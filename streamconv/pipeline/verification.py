@@ -35,6 +35,7 @@ from streamconv.pipeline.passes import run_passes
 from streamconv.pipeline.preparation import Prepared, prepare
 from streamconv.pipeline.residual import make_residual
 from streamconv.planning.calibration import CalibrationFacts
+from streamconv.planning.choices import measures_inputs
 from streamconv.planning.options import Calibration, Folder, Folders, Job, MergeOptions
 from streamconv.planning.plan import Rewrite
 from streamconv.progress import Meter, OnProgress, StopRequest, quiet
@@ -203,6 +204,10 @@ def _prepare_again(
     if is_calibrated and not has_text and asked and asked.rescale != "none":
         raise OptionError(
             f"{out} was rescaled by its calibration text, which alone says by how much; give it with --calibration"
+        )
+    if is_calibrated and not has_text and measures_inputs(job.options):
+        raise OptionError(
+            f"{out} has scales of activations, which its calibration text alone tells; give it with --calibration"
         )
     if is_calibrated:  # what was enough when it was made is not known; no more is taken than is needed
         options = replace(job.options, max_ram_bytes=_NO_LIMIT, max_vram_bytes=_NO_LIMIT)

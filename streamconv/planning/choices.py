@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 from streamconv.dtypes import DENSE, Dtype
 from streamconv.errors import OptionError, UnsupportedError
 from streamconv.formats import FORMATS, family_of, format_named, format_of, with_groups
-from streamconv.formats.base import Encoder, Format, Grouped
+from streamconv.formats.base import Encoder, Format, Grouped, InputScaled
 from streamconv.formats.ggml_mxfp4 import GGML_MXFP4
 from streamconv.formats.gguf_kept import written_types
 from streamconv.formats.gpt_oss import NAME as GPT_OSS
@@ -24,14 +23,6 @@ from streamconv.rounding.base import Rounding
 from streamconv.rounding.feedback import FeedbackOptions
 
 KEEP = "keep"
-# Formats that other tools write and people ask for by these names.
-_NOT_WRITTEN: Mapping[str, str] = MappingProxyType(
-    {
-        "nvfp4": "rounds activations, too, by a scale for each module that must be measured on a text, which is not "
-        "done here; choose nvfp4a16, which stores the same weights and leaves activations in 16 bit, or, of a base in "
-        "nvfp4, keep, which leaves the scales it has"
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +204,10 @@ def _which_calibrated(options: MergeOptions, formats: Sequence[Format | None]) -
             "runs of their own, or leave --rounding out: the first is then calibrated, and the others are not"
         )
     able = [number for number, quant in quantized if can_calibrate(quant)]
-    return able[0] if able else quantized[0][0]
+    needing = [
+        number for number, quant in quantized if isinstance(quant, InputScaled) and quant.measures_inputs
+    ]
+    return next(iter((*needing, *able)), quantized[0][0])
 
 
 def takes_calibration(encoder: Encoder | None) -> bool:
@@ -256,8 +250,6 @@ def resolve_quant(facts: Facts, options: MergeOptions) -> tuple[Format | None, D
                 "--quant FORMAT or leave it out"
             )
         return None, dtype
-    if name in _NOT_WRITTEN:
-        raise OptionError(f"--quant {name} {_NOT_WRITTEN[name]}")
     if name not in FORMATS:
         raise OptionError(
             f"--quant {options.quant} is not known; use keep, none, or one of {', '.join(FORMATS)}"
@@ -399,7 +391,7 @@ def check_text(options: MergeOptions) -> None:
             f"--rounding {name} chooses codes by what the layers do with a text; give one with --calibration FILE, a "
             ".txt or .jsonl such as the model will work on, or leave --rounding out"
         )
-    if options.calibration is None or options.calibration.rescale != "none":
+    if options.calibration is None or options.calibration.rescale != "none" or measures_inputs(options):
         return
     if name in ROUNDINGS and not ROUNDINGS[name].uses_text:
         using = [key for key, each in ROUNDINGS.items() if each.uses_text]
@@ -407,6 +399,12 @@ def check_text(options: MergeOptions) -> None:
             f"--rounding {name} has no use for calibration text; leave --calibration out, choose --rounding "
             f"{' or '.join(using)}, or rescale weights by it with --rescale awq"
         )
+
+
+def measures_inputs(options: MergeOptions) -> bool:
+    """Whether a format is asked for by name that stores scales of inputs, which a text tells."""
+    named = [FORMATS.get(options.quant.lower()), *(rule.format for rule in read_rules(options.quant_for))]
+    return any(isinstance(each, InputScaled) and each.measures_inputs for each in named)
 
 
 def _resolve_rounding(

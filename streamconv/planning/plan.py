@@ -19,7 +19,7 @@ from streamconv.checkpoint.layout import ShardLayout, joined
 from streamconv.checkpoint.types import PADDING, StoredTensor, TensorSpec
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.equalization.pairs import Equalization
-from streamconv.formats.base import CELL_ROWS, Constant, Encoder, Weight, matrix_shape
+from streamconv.formats.base import CELL_ROWS, Constant, Encoder, Measured, Weight, matrix_shape
 from streamconv.kernels import kernels_for
 from streamconv.planning.devices import Device
 from streamconv.planning.options import MergeOptions
@@ -377,6 +377,12 @@ class Plan:
         return tuple(step for step in steps if isinstance(step, Rewrite) and step.calibrated)
 
     @property
+    def measured(self) -> tuple[Rewrite, ...]:
+        """The steps that store a scale of their inputs which a text is to tell."""
+        steps = (placed.step for shard in self.shards for placed in shard.steps)
+        return tuple(step for step in steps if isinstance(step, Rewrite) and is_to_be_measured(step))
+
+    @property
     def equalizers(self) -> Mapping[str, Equalizer]:
         """Equalizers by weight."""
         steps = (placed.step for shard in self.shards for placed in shard.steps)
@@ -432,6 +438,11 @@ class Plan:
         if self.options.min_kept is not None:
             return self.options.min_kept
         return DEFAULT_MIN_KEPT if self.options.rounding == "auto" else 0.0
+
+
+def is_to_be_measured(step: Rewrite) -> bool:
+    """Whether it stores a scale of its inputs that is not known yet."""
+    return isinstance(step.encoder, Measured) and not step.encoder.is_measured
 
 
 def cell_rows(device: Device, step: Rewrite) -> int:

@@ -21,7 +21,12 @@ from streamconv.formats.stacks import ExpertStacker
 from streamconv.gguf.model import GgufModel
 from streamconv.gguf.pieces import GgufPiece
 from streamconv.planning.base import Base
-from streamconv.planning.calibration import CalibrationFacts, plan_calibration, plan_equalization
+from streamconv.planning.calibration import (
+    CalibrationFacts,
+    check_measured,
+    plan_calibration,
+    plan_equalization,
+)
 from streamconv.planning.choices import Choices, Facts, choose
 from streamconv.planning.devices import Device
 from streamconv.planning.experts import notes_on_experts
@@ -153,6 +158,8 @@ def _draft(
     if options.calibration is not None and choices.quant is not None:
         assert facts is not None
         calibration = plan_calibration(by_weight, options, choices.feedback, equalization, facts)
+    else:
+        check_measured(by_weight, None)
     if isinstance(choices.quant, ExpertStacker):
         by_weight = stacked_steps(dict(zip(in_output, by_weight, strict=True)))
     of_head = adapter.head.parameters if adapter is not None and adapter.head is not None else ()

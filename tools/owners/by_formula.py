@@ -19,7 +19,9 @@ MIDDLE = 2 ** (BITS - 1)
 
 def main() -> None:
     given = asked(__doc__)
-    way = {"gptq": gptq, "gptq-v2": gptq, "gptq-asym": gptq_asym, "awq": awq, "awq-asym": awq_asym}[given.format]
+    way = {"gptq": gptq, "gptq-v2": gptq, "gptq-asym": gptq_asym, "awq": awq, "awq-asym": awq_asym}[
+        given.format
+    ]
 
     def requantize(_: str, weight: Matrix) -> tuple[Matrix, int]:
         rows, columns = weight.shape

@@ -133,7 +133,9 @@ _BY_PREFIX = {
 
 def owner_of(name: str) -> Owner:
     """Who has the say on a quantized format; most are compressed-tensors'."""
-    return next((owner for prefix, owner in _BY_PREFIX.items() if name.startswith(prefix)), COMPRESSED_TENSORS)
+    return next(
+        (owner for prefix, owner in _BY_PREFIX.items() if name.startswith(prefix)), COMPRESSED_TENSORS
+    )
 
 
 def requantized(name: str, target: Values, like: Made, work: Path, template: Path) -> tuple[Made, str]:
@@ -151,9 +153,7 @@ def requantized(name: str, target: Values, like: Made, work: Path, template: Pat
     if owner is LLAMACPP:
         (file,) = template.glob("*.gguf")
         more += ["--template", str(file)]
-    done = subprocess.run(
-        [*command, *more], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{owner.label} did not make {name}:\n{done.stderr[-2000:]}")
     values = {**like.values, **_quantized_only(read_one(answered), like)}
@@ -163,7 +163,9 @@ def requantized(name: str, target: Values, like: Made, work: Path, template: Pat
     held = sum(values[each].numel() for each in like.quantized)
     asked.unlink()
     answered.unlink()
-    return Made(values, like.quantized, 8 * taken / held), ", ".join(f"{key} {said[key]}" for key in sorted(said))
+    return Made(values, like.quantized, 8 * taken / held), ", ".join(
+        f"{key} {said[key]}" for key in sorted(said)
+    )
 
 
 def _quantized_only(found: Values, like: Made) -> Values:

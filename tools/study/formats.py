@@ -206,7 +206,9 @@ def _keep(bed: Bed, cell: Cell, row: Mapping[str, Any]) -> None:
     order = {each.name.partition("/")[2]: place for place, each in enumerate(cells(bed.name))}
     of_bed["cells"] = dict(sorted(of_bed["cells"].items(), key=lambda item: order.get(item[0], len(order))))
     save(RESULT, MADE_BY, {"machine": machine(WORK), "beds": beds})
-    said = row["refused"] if "refused" in row else f"{1000 * sum(row['kl_T']) / len(row['kl_T']):.2f}/1000 nat"
+    said = (
+        row["refused"] if "refused" in row else f"{1000 * sum(row['kl_T']) / len(row['kl_T']):.2f}/1000 nat"
+    )
     print(f"{cell.name}: {said}", flush=True)
 
 
