@@ -66,6 +66,8 @@ STORIES: Mapping[str, Sequence[str]] = {
     "output/gguf_tokenizer.py": ["pipeline/test_gguf.py", "gguf/test_tokens.py"],
     "planning/reading.py": ["pipeline/test_gguf_base.py"],
     "storage/chosen.py": ["pipeline/test_gguf_base.py"],
+    "formats/gguf_kept.py": ["pipeline/test_gguf_keep.py"],
+    "planning/gguf_keep.py": ["pipeline/test_gguf_keep.py"],
     "planning/gguf.py": ["pipeline/test_gguf.py", "parity/test_gguf.py"],
     # A calibration, layer by layer.
     "calibration/calibrated.py": ["pipeline/test_calibrated.py", "calibration/test_layers.py"],
@@ -123,7 +125,6 @@ STORIES: Mapping[str, Sequence[str]] = {
     "formats/compressed.py": ["formats/test_block_scaled.py", "formats/test_mixed.py"],
     "formats/fp8_storage.py": ["formats/test_fp8.py"],
     "formats/fp4_scales.py": ["formats/test_fp4.py"],
-    "formats/gpt_oss.py": ["formats/test_block_scaled.py"],
     "formats/bits.py": ["formats/test_mlx.py"],
     "formats/__init__.py": ["formats/test_find_weights.py", "contracts/test_formats.py"],
     "formats/awq.py": ["formats/test_int_words.py"],

@@ -208,4 +208,4 @@ def _held_bytes(step: Rewrite, rank: int) -> int:
     scales = step.equalizer.nbytes if step.equalizer else 0
     # What an update learns of a whole weight is that weight anew.
     learnt = step.prepared_bytes + (4 * step.rows * step.columns if step.whole_bytes else 0)
-    return stored + adapter + learnt + scales + sum(spec.nbytes for spec in step.specs) + factors
+    return stored + adapter + learnt + scales + sum(spec.nbytes for spec in step.encoder.parts) + factors

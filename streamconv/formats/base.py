@@ -253,6 +253,20 @@ class Surveyed(Encoder, Protocol):
         """Whether targets go so far beyond effective `scales` of the base that these are not to be kept."""
 
 
+@runtime_checkable
+class Overwriting(Encoder, Protocol):
+    """An Encoder of a base's own storage, with scales between the codes, that changes no more of its bytes than codes.
+
+    Weights that it is for lie on its grid, and their decoders know no scales but those of a cell's bytes.
+    """
+
+    def unpacked(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (uint8, flat) and effective scales (float32, one a block) of a cell of the base (uint8, flat)."""
+
+    def overwrite(self, codes: Tensor, out: Tensor) -> None:
+        """Write codes (uint8, flat) over those of a cell of the base (uint8, flat), whose scales stay to the byte."""
+
+
 def wrong(tensor: StoredTensor, expected: str) -> CheckpointError:
     """Error for a part that has another type or shape than `expected`, in words."""
     found = f"{tensor.dtype} {list(tensor.shape)}"

@@ -9,6 +9,7 @@ from streamconv.checkpoint.config import language_levels
 from streamconv.checkpoint.gguf_header import Pairs, as_value
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.checkpoint.strict_json import parse_object
+from streamconv.errors import OptionError
 from streamconv.gguf.tokens import TokenizerSource, tokenizer_pairs
 from streamconv.output.tokenizer import TokenizerChoice
 from streamconv.output.tokenizer_files import (
@@ -16,6 +17,7 @@ from streamconv.output.tokenizer_files import (
     DEFAULT,
     FAST,
     ROLES,
+    files_of,
     read_bytes,
     read_json,
     read_tokenizer,
@@ -55,6 +57,27 @@ def header_tokenizer(choice: TokenizerChoice, index: CheckpointIndex) -> Pairs |
     is_own = all(at is index.storage and name in index.made for name, at in choice.files.items())
     found = {key: as_value(value) for key, value in index.pairs.items() if key.startswith("tokenizer.")}
     return found if is_own and "tokenizer.ggml.tokens" in found else None
+
+
+def header_choice(choice: TokenizerChoice, wanted: str, index: CheckpointIndex) -> TokenizerChoice:
+    """The tokenizer of an output that has the base's own header, where `choice` is that of another, as `wanted` says.
+
+    Raises OptionError where the adapter's is asked for.
+    """
+    where = index.storage.location
+    if wanted == "adapter":
+        raise OptionError(
+            f"--tokenizer adapter does not fit: --quant keep leaves the header of {where} as it is, which has the"
+            " tokenizer; write a new file with --quant gguf:q4_k_m or another of gguf:"
+        )
+    files = files_of(index.storage)
+    written = {name: index.made[name] for name in files if name in index.made}
+    is_own = all(at is index.storage for at in choice.files.values()) and not choice.notes
+    note = (
+        "the tokenizer and its chat template are those in the file's header, which stays as it is; the adapter has"
+        " others, which --quant gguf:q4_k_m or another of gguf: writes into a new file"
+    )
+    return TokenizerChoice(files, written, () if is_own else (note,))
 
 
 def _stated(config: Mapping[str, Any]) -> dict[str, int]:

@@ -8,10 +8,11 @@ from types import MappingProxyType
 
 from streamconv.dtypes import DENSE, Dtype
 from streamconv.errors import OptionError, UnsupportedError
-from streamconv.formats import FORMATS, family_of, format_of, with_groups
+from streamconv.formats import FORMATS, family_of, format_named, format_of, with_groups
 from streamconv.formats.base import Encoder, Format, Grouped
 from streamconv.formats.ggml_mxfp4 import GGML_MXFP4
-from streamconv.formats.gpt_oss import EXPERTS_FORMAT
+from streamconv.formats.gguf_kept import written_types
+from streamconv.formats.gpt_oss import NAME as GPT_OSS
 from streamconv.formats.mixed import can_mix
 from streamconv.kernels.grids import TableGrid
 from streamconv.planning.assignment import NONE, FormatRule, ModuleFormats, is_dense, read_rules
@@ -39,7 +40,7 @@ class Facts:
 
     `location` is the base's place, for messages; `quantized` names the formats there, None where there are none. `kept`
     are those of `formats` whose weights bring an encoder of their own. `has_undecoded`: whether there are weights that
-    are not decoded.
+    are not decoded. `file_format`: what a GGUF file is called by the types that it has; None for other bases.
     """
 
     location: str
@@ -48,6 +49,7 @@ class Facts:
     formats: tuple[str, ...] = ()
     kept: frozenset[str] = frozenset()
     has_undecoded: bool = False
+    file_format: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,8 @@ class Choices:
     `rounding` is for the weights that it can be used for, `rest` for all others; the two differ where it is calibrated,
     which weights outside the decoder layers cannot be. `quant` is the format of quantized weights, but for those that
     `mixture` gives another; None where nothing is quantized. `passes`: whether some quantized weights can only be
-    copied, and are, so that all stay as they are stored.
+    copied, and are, so that all stay as they are stored. `keeps_file`: whether the output is the base's own GGUF file,
+    with what is changed in its place.
     """
 
     quant: Format | None
@@ -70,6 +73,12 @@ class Choices:
     feedback: FeedbackOptions | None
     mixture: ModuleFormats
     passes: bool = False
+    keeps_file: bool = False
+
+
+def keeps_file(facts: Facts, options: MergeOptions) -> bool:
+    """Whether the output is the GGUF file that the base is, with what is changed in its place."""
+    return facts.file_format is not None and options.quant.lower() == KEEP
 
 
 def asks_to_keep(options: MergeOptions) -> bool:
@@ -83,18 +92,23 @@ def choose(facts: Facts, options: MergeOptions) -> Choices:
     quant, dtype, mixture = _resolve_formats(facts, options)
     merge_base, target = _resolve_target(facts, options)
     quants = [] if quant is None else [quant, *mixture.formats]
-    passes = passes_through(facts, options)
+    passes, in_file = passes_through(facts, options), keeps_file(facts, options)
     rounded = [each for each in quants if each.grid is not None]
     _check_calibration(options, rounded)
     if not rounded:
-        return Choices(quant, dtype, merge_base, target, None, None, None, None, mixture, passes)
-    rest, rest_choice = _without_text(facts, _sources(facts, merge_base), rounded)
+        return Choices(quant, dtype, merge_base, target, None, None, None, None, mixture, passes, in_file)
+    sources = list(mixture.kept.values()) if in_file else _sources(facts, merge_base)
+    rest, rest_choice = _without_text(facts, sources, rounded)
     rounding, choice = _resolve_rounding(options, rest, rest_choice, rounded)
     if options.calibration is None:
-        return Choices(quant, dtype, merge_base, target, rounding, rounding, choice, None, mixture, passes)
+        return Choices(
+            quant, dtype, merge_base, target, rounding, rounding, choice, None, mixture, passes, in_file
+        )
     rest = rest if rounding.calibrated else rounding
     feedback = _feedback(options, rounding)
-    return Choices(quant, dtype, merge_base, target, rounding, rest, choice, feedback, mixture)
+    return Choices(
+        quant, dtype, merge_base, target, rounding, rest, choice, feedback, mixture, keeps_file=in_file
+    )
 
 
 def _sources(facts: Facts, merge_base: Format | None) -> list[Format]:
@@ -114,6 +128,8 @@ def _resolve_formats(
 ) -> tuple[Format | None, Dtype | None, ModuleFormats]:
     """Formats as `resolve_quant` finds them, and those of modules; the first of these where no other is quantized."""
     quant, dtype = resolve_quant(facts, options)
+    if keeps_file(facts, options):
+        return quant, dtype, ModuleFormats((), written_types(facts.formats))
     rules = read_rules(options.quant_for)
     of_rules = [rule.format for rule in rules if rule.format is not None and not is_dense(rule)]
     if rules and quant is None and not of_rules:
@@ -228,6 +244,9 @@ def resolve_quant(facts: Facts, options: MergeOptions) -> tuple[Format | None, D
     if passes_through(facts, options):
         _check_passes(facts, options)
         return next(iter(_sources(facts, None)), None), None
+    if keeps_file(facts, options) and facts.file_format is not None:
+        _check_file_options(facts, options)
+        return format_named(facts.file_format), None
     if name == KEEP and facts.formats:
         return _kept_format(facts, facts.formats[0], options), dtype
     if name in (KEEP, NONE):
@@ -260,7 +279,23 @@ def _kept_format(facts: Facts, name: str, options: MergeOptions) -> Format:
 def passes_through(facts: Facts, options: MergeOptions) -> bool:
     """Whether quantized weights are kept some of which can only be copied."""
     is_copied = facts.has_undecoded or any(_format_in(facts, name) is None for name in facts.formats)
-    return is_copied and options.quant.lower() == KEEP
+    return is_copied and options.quant.lower() == KEEP and facts.file_format is None
+
+
+def _check_file_options(facts: Facts, options: MergeOptions) -> None:
+    """Raise OptionError for what would change types or files of a GGUF base that stays as it is."""
+    asked = {
+        f"--dtype {options.dtype}": options.dtype.lower() != "auto",
+        f"--group-size {options.group_size}": options.group_size is not None,
+        f"--quant-for {next(iter(options.quant_for), '')}": bool(options.quant_for),
+        "--max-shard-size": options.max_shard_bytes is not None,
+    }
+    for option, is_asked in asked.items():
+        if is_asked:
+            raise OptionError(
+                f"{option} does not fit: {facts.location} is a GGUF file, which --quant keep leaves as it is but for"
+                " what the adapter changes; leave the option out, or choose a --quant such as gguf:q4_k_m or none"
+            )
 
 
 def _check_passes(facts: Facts, options: MergeOptions) -> None:
@@ -428,7 +463,7 @@ def _has_mxfp4(quants: Sequence[Format]) -> bool:
 def _beside_mxfp4(facts: Facts) -> tuple[Rounding, Choice]:
     """The same for a GGUF file with matrices in MXFP4."""
     search = ROUNDINGS["search"]
-    if EXPERTS_FORMAT not in facts.formats or not facts.has_adapter:
+    if GPT_OSS not in facts.formats or not facts.has_adapter:
         return search, Choice(
             "search", "scales that leave less error than greatest magnitudes are searched for"
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from streamconv.formats.base import Format
 from streamconv.formats.linear import is_expert
+from streamconv.formats.stacks import ExpertStacker, expert_loaders
 from streamconv.planning.apart import is_only_served
 
 
@@ -17,13 +18,22 @@ def notes_on_experts(
     experts = [name for name in weights if is_expert(name)]
     if quant is None or not experts:
         return
-    if not quant.expert_loaders:
-        yield f"experts stay in 16 bit, as no program opens {quant.name} with experts quantized"
+    if not expert_loaders(quant, config):
+        yield f"experts stay in 16 bit, as {_unopened(quant, config)}"
     elif not any(map(is_expert, quantized)):
         yield "experts stay in 16 bit"
     elif not opens_in_transformers(quant, config):
         loaders = " and ".join(servers_of(quant))
         yield f"experts are quantized: for {loaders}; transformers 5, which fuses experts, opens no such {quant.name}"
+
+
+def _unopened(quant: Format, config: Mapping[str, Any]) -> str:
+    if isinstance(quant, ExpertStacker):
+        able = ", ".join(sorted(quant.families))
+        return (
+            f"{quant.name} has them quantized for {able} alone, and this model is {config.get('model_type')}"
+        )
+    return f"no program opens {quant.name} with experts quantized"
 
 
 def opens_in_transformers(quant: Format, config: Mapping[str, Any]) -> bool:

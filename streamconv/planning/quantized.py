@@ -16,6 +16,7 @@ from streamconv.formats import FORMATS, with_groups
 from streamconv.formats.base import EmbeddingStore, Encoder, Format, Grouped, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, Selection, matches, module_of, select
 from streamconv.formats.mixed import check_partners, mixed_quantization
+from streamconv.formats.stacks import expert_loaders
 from streamconv.gguf.model import GgufModel
 from streamconv.gguf.pieces import GgufPiece
 from streamconv.planning.assignment import FormatRule, ModuleFormats, is_dense, read_rules, rule_for
@@ -122,7 +123,7 @@ def _selected(
     dense: frozenset[str],
 ) -> Selection:
     by_path = any(each.skips_by_path for each in formats)
-    has_experts = any(each.expert_loaders for each in formats)
+    has_experts = any(expert_loaders(each, base.index.config) for each in formats)
     return select(shapes, base.index.config, ignore, dense, by_path=by_path, has_experts=has_experts)
 
 

@@ -131,6 +131,7 @@ def _read_gguf(storage: Storage, names: Sequence[str]) -> tuple[CheckpointIndex,
         pairs=files[0].pairs,
         made=tokenizer.files,
         notes=(*_notes(model.config, config), *tokenizer.notes),
+        headers=files,
     )
     return index, weights
 

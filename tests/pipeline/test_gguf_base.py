@@ -257,18 +257,6 @@ def test_other_formats_leave_a_head_that_the_file_has_in_blocks(tmp_path: Path, 
     assert "model.layers.0.self_attn.q_proj.qweight" in found
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "q6_k"])
-def test_keep_is_refused(tmp_path: Path, wide_adapter: Path, kind: str) -> None:
-    """Blocks that nothing changes would be copied into a file of another kind."""
-    file, _ = in_blocks(tmp_path, kind)
-    says = f"its weights are {kind} of GGUF, blocks that are not kept as they are"
-    with pytest.raises(UnsupportedError, match=says):
-        streamconv.merge(file, wide_adapter, tmp_path / "out", quant="keep", device="cpu")
-    with pytest.raises(UnsupportedError, match=says):
-        streamconv.convert(file, tmp_path / "out", quant="keep", device="cpu")
-    assert not (tmp_path / "out").exists()
-
-
 # -- refusals ----------------------------------------------------------------------------------------------------
 
 Edit = Callable[[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]], object]
