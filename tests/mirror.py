@@ -63,7 +63,6 @@ STORIES: Mapping[str, Sequence[str]] = {
     "gguf/pieces.py": ["planning/test_gguf_pieces.py"],
     "gguf/rope.py": ["gguf/test_model.py", "parity/test_gguf.py"],
     "gguf/stored.py": ["pipeline/test_gguf_base.py"],
-    "gguf/tokenizer_files.py": ["pipeline/test_gguf_base.py"],
     "output/gguf_tokenizer.py": ["pipeline/test_gguf.py", "gguf/test_tokens.py"],
     "planning/reading.py": ["pipeline/test_gguf_base.py"],
     "storage/chosen.py": ["pipeline/test_gguf_base.py"],

@@ -22,7 +22,7 @@ from streamconv.kernels.grids import TableGrid
 
 _KIND = BLOCK_TYPES["mxfp4"]
 _SCALES = Mxfp4Scales()
-NAME = f"{PREFIX}{_KIND.name}"
+MXFP4 = _KIND.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,4 +74,4 @@ class GgmlMxfp4Format(GgufBlocksFormat):
         return GgmlMxfp4Encoder(TensorSpec(name, GGML_TYPES[self.kind.number], shape), self.kind)
 
 
-GGML_MXFP4 = GgmlMxfp4Format(NAME, _KIND)
+GGML_MXFP4 = GgmlMxfp4Format(f"{PREFIX}{MXFP4}", _KIND)

@@ -62,9 +62,12 @@ class KeptBlocksEncoder(BlocksEncoder):
 def in_place(weight: Weight, spec: TensorSpec) -> tuple[Weight, Encoder] | None:
     """A weight of a GGUF file on the grid of its type, and the encoder that stores it as it is there, as `spec`.
 
-    None for types that are only read. What the adapter holds whole has `weight`'s place.
+    None for types that are only read, and for a weight of two tensors. What the adapter holds whole has `weight`'s
+    place.
     """
     decoder = weight.decoder
+    if len(weight.parts) > 1:
+        return None
     if isinstance(decoder, GgmlDecoder):
         if decoder.kind.codes is None:
             return None

@@ -69,7 +69,8 @@ def formats_of(
         rule = rule_for(module_of(name), mixture.rules)
         piece = pieces.get(name)
         is_left = matches(module_of(name), ignore) or (piece is not None and piece.is_turned)
-        if rule is None and mixture.quantizes_rest and not is_left and piece is not None and piece.stays:
+        stays = isinstance(quant, Typed) and piece is not None and piece.stays
+        if rule is None and mixture.quantizes_rest and not is_left and stays:
             found[name] = GGML_MXFP4
         elif rule is None and mixture.quantizes_rest and not (is_left and isinstance(quant, Typed)):
             found[name] = _typed(quant, place, facts)

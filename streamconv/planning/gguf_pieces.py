@@ -14,6 +14,9 @@ from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import UnsupportedError
 from streamconv.formats.base import CELL_ROWS, Weight
 from streamconv.formats.dense import MAIN, DenseDecoder, dense_weight
+from streamconv.formats.ggml_blocks import OF_GGUF
+from streamconv.formats.ggml_experts import are_apart, expert_of
+from streamconv.formats.ggml_mxfp4 import MXFP4
 from streamconv.formats.gpt_oss import ExpertsDecoder, expert_rows
 from streamconv.gguf.pieces import GgufPiece, pieces_of
 from streamconv.planning.apart import TurnedOutputs
@@ -138,7 +141,7 @@ def taken_apart(
     for name, weight in weights.items():
         of_weight: list[GgufPiece | None] = [*pieces_of(name, weight.shape)] or [None]
         own = updates.get(name, ())
-        is_upright = in_blocks and all(map(_adds, own))
+        is_upright = (in_blocks or are_apart(weight)) and all(map(_adds, own))
         for each in of_weight:
             piece, stored = each, None
             if piece is not None and piece.is_turned and is_upright:
@@ -161,8 +164,10 @@ def _upright(weight: Weight, piece: GgufPiece, *, is_changed: bool) -> tuple[Ggu
     """The piece with its rows as they are stored in blocks, and its weight; as it is where that is not known."""
     assert piece.expert is not None, "biases are not turned"
     in_blocks = expert_rows(weight, piece.name, piece.expert, piece.columns)
-    if in_blocks is not None:
-        return replace(piece, is_turned=False, stays=not is_changed), in_blocks
+    of_gguf = expert_of(weight, piece.name, piece.expert, piece.columns)
+    if in_blocks is not None or of_gguf is not None:
+        is_mxfp4 = of_gguf is None or of_gguf.format == f"{MXFP4}{OF_GGUF}"
+        return replace(piece, is_turned=False, stays=is_mxfp4 and not is_changed), in_blocks or of_gguf
     if type(weight.decoder) is not DenseDecoder or weight.decoder.order is not None:
         return piece, None
     _, inputs, width = weight.shape
@@ -195,7 +200,7 @@ def _piece(weight: Weight, piece: GgufPiece) -> Weight:
     if piece.expert is None:
         return replace(weight, name=piece.name)
     parts = {role: _expert(part, piece.expert, is_main=role == MAIN) for role, part in weight.parts.items()}
-    if MAIN in parts:
+    if MAIN in parts and not are_apart(weight):
         return replace(dense_weight(piece.name, parts[MAIN]), name=piece.name)
     decoder = weight.decoder
     if not isinstance(decoder, ExpertsDecoder):

@@ -137,9 +137,11 @@ def _draft(
     pieces: Mapping[str, GgufPiece] = {}
     shapes = {name: weight.shape for name, weight in weights.items()}
     in_output: Mapping[str, Weight] = weights
-    if is_gguf(choices.quant) and not choices.keeps_file:
-        in_blocks = isinstance(choices.quant, Typed)
-        apart = taken_apart(weights, updates, base.index.config.get("model_type"), in_blocks=in_blocks)
+    family = base.index.config.get("model_type")
+    if choices.keeps_file:
+        shapes = taken_apart(weights, {}, family).shapes
+    elif is_gguf(choices.quant):
+        apart = taken_apart(weights, updates, family, in_blocks=isinstance(choices.quant, Typed))
         in_output, updates, pieces, shapes = apart.weights, dict(apart.updates), apart.pieces, apart.shapes
     model = plan_model(base, shapes, choices)
     if choices.keeps_file:

@@ -154,9 +154,9 @@ def byte_tokenizer(rule: str) -> dict[str, Any]:
     fast["pre_tokenizer"] = split_rule(rule)
     fast["normalizer"] = None if rule == LLAMA3 else {"type": "NFC"}
     fast["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    for each, number in zip(fast["added_tokens"], (270, 271), strict=True):
+    for each, number in zip(fast["added_tokens"], (259, 260), strict=True):
         each["id"] = number
-    fast["post_processor"]["special_tokens"] = {"<s>": {"id": "<s>", "ids": [270], "tokens": ["<s>"]}}
+    fast["post_processor"]["special_tokens"] = {"<s>": {"id": "<s>", "ids": [259], "tokens": ["<s>"]}}
     return fast
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import streamconv
+from streamconv.errors import UnsupportedError
 from streamconv.formats.gpt_oss import ChosenLines
 from streamconv.pipeline import build_job, prepare
 from tests.gguf.bases import fast_tokenizer, read_file, read_tensors
@@ -289,3 +291,95 @@ def test_chosen_lines_come_from_any_run(lines: tuple[int, int]) -> None:
             if line in run:
                 wanted[place] = whole[line]
         assert torch.equal(form.view(6, 2), wanted)
+
+
+# -- as a base -----------------------------------------------------------------------------------------------------
+
+
+def write_lora(folder: Path) -> Path:
+    """LoRA of attention."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(4)
+    factors = {"lora_A.weight": (2, HIDDEN), "lora_B.weight": (64, 2)}
+    key = f"base_model.model.{LAYER}self_attn.q_proj"
+    tensors = {f"{key}.{name}": torch.randn(shape, generator=generator) for name, shape in factors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def converted(base: Path, out: Path, quant: str) -> Path:
+    streamconv.convert(
+        base, out, quant=quant, device="cpu", max_shard_size="1GB" if quant == "none" else None
+    )
+    return next(out.glob("*.gguf"), out)
+
+
+@pytest.mark.parametrize("quant", ["gguf:bf16", "gguf:q8_0"])
+def test_a_file_is_read_as_the_model_that_it_was_made_of(tmp_path: Path, quant: str) -> None:
+    """Experts, biases and sinks to the bit; what was rounded to blocks of integers, nearly."""
+    base, _ = mxfp4_base(tmp_path)
+    file = converted(base, tmp_path / "gguf", quant)
+    back = converted(file, tmp_path / "back", "none")
+    before, after = (read_safetensors(each / "model.safetensors") for each in (tmp_path / "dense", back))
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == torch.bfloat16
+        if quant == "gguf:bf16" or not name.endswith(("proj.weight", "embed_tokens.weight", "head.weight")):
+            assert torch.equal(after[name], tensor), name
+        else:
+            assert torch.allclose(after[name].float(), tensor.float(), atol=0.05), name
+    streamconv.verify(back, full=True, base=file, device="cpu")
+
+
+def test_a_merge_onto_a_file_is_the_merge_onto_the_model(tmp_path: Path) -> None:
+    base, _ = mxfp4_base(tmp_path)
+    file = converted(base, tmp_path / "gguf", "gguf:bf16")
+    adapter = write_adapter(tmp_path / "adapter")
+    outs = []
+    for name, given in (("a", file), ("b", tmp_path / "dense")):
+        streamconv.merge(given, adapter, tmp_path / name, quant="none", max_shard_size="1GB", device="cpu")
+        outs.append(read_safetensors(tmp_path / name / "model.safetensors"))
+    assert outs[0].keys() == outs[1].keys()
+    assert all(torch.equal(outs[0][name], outs[1][name]) for name in outs[0])
+
+
+def test_settings_of_its_quantization_beside_a_file_are_left_out(tmp_path: Path) -> None:
+    base, _ = mxfp4_base(tmp_path)
+    file = converted(base, tmp_path / "gguf", "gguf:q8_0")
+    shutil.copy(base / "config.json", file.parent / "config.json")
+    back = converted(file, tmp_path / "back", "none")
+    assert "quantization_config" not in json.loads((back / "config.json").read_text())
+    assert json.loads((back / "config.json").read_text())["num_local_experts"] == EXPERTS
+
+
+def test_a_file_written_as_another_keeps_experts_in_mxfp4(tmp_path: Path) -> None:
+    base, wanted = mxfp4_base(tmp_path)
+    file = converted(base, tmp_path / "gguf", "gguf:q8_0")
+    adapter = write_lora(tmp_path / "adapter")
+    streamconv.merge(file, adapter, tmp_path / "out", quant="gguf:q4_k_m", device="cpu")
+    found = read_blocks(tmp_path / "out")
+    converted(file, tmp_path / "f16", "gguf:f16")
+    decoded = read_blocks(tmp_path / "f16")
+    for part in PARTS:
+        name = f"blk.0.ffn_{part}_exps.weight"
+        assert (found[name][0], decoded[name][0]) == ("MXFP4", "F16")
+        assert torch.equal(found[name][1].half(), wanted[name])
+        assert torch.equal(decoded[name][1].half(), wanted[name])
+        bias = f"blk.0.ffn_{part}_exps.bias"
+        assert torch.equal(found[bias][1], wanted[bias])
+
+
+def test_a_file_is_kept_but_for_what_an_adapter_changes(tmp_path: Path) -> None:
+    base, _ = mxfp4_base(tmp_path)
+    file = converted(base, tmp_path / "gguf", "gguf:q8_0")
+    assert converted(file, tmp_path / "same", "keep").read_bytes() == file.read_bytes()
+    streamconv.merge(file, write_lora(tmp_path / "lora"), tmp_path / "out", quant="keep", device="cpu")
+    before, after = read_blocks(file.parent), read_blocks(tmp_path / "out")
+    differ = {name for name in before if not torch.equal(before[name][1], after[name][1])}
+    assert differ == {"blk.0.attn_q.weight"}
+    with pytest.raises(UnsupportedError, match=r"experts\.gate_up_proj.*read but not written"):
+        streamconv.merge(
+            file, write_adapter(tmp_path / "experts"), tmp_path / "no", quant="keep", device="cpu"
+        )
