@@ -30,7 +30,12 @@ def donor_pairs(where: str, files: Sequence[GgufFile], pairs: Pairs, shapes: Map
     """
     first = files[0]
     architecture = pairs[_ARCHITECTURE].value
-    if first.pairs.get("general.type", "model") != "model" or first.pairs.get(_ARCHITECTURE) != architecture:
+    kind = first.pairs.get("general.type", "model")
+    if kind != "model":
+        raise CheckpointError(
+            f"--gguf-donor {where} has general.type {shown(kind)}, expected a model; {_WAY}"
+        )
+    if first.pairs.get(_ARCHITECTURE) != architecture:
         raise _other(where, _ARCHITECTURE, first.pairs.get(_ARCHITECTURE), architecture)
     if _TOKENS not in first.pairs:
         raise CheckpointError(
