@@ -65,6 +65,9 @@ def in_place(weight: Weight, spec: TensorSpec) -> tuple[Weight, Encoder] | None:
     None for types that are only read. What the adapter holds whole has `weight`'s place.
     """
     decoder = weight.decoder
+    # Just these: another kind of theirs may hold a weight otherwise than as one tensor's rows.
+    if type(decoder) not in (GgmlDecoder, ShiftedDecoder, DenseDecoder) or len(weight.parts) > 1:
+        return None
     if isinstance(decoder, GgmlDecoder):
         if decoder.kind.codes is None:
             return None
