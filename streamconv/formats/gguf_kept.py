@@ -66,7 +66,8 @@ def in_place(weight: Weight, spec: TensorSpec) -> tuple[Weight, Encoder] | None:
     place.
     """
     decoder = weight.decoder
-    if len(weight.parts) > 1:
+    # Just these: another kind of theirs may hold a weight otherwise than as one tensor's rows.
+    if type(decoder) not in (GgmlDecoder, ShiftedDecoder, DenseDecoder) or len(weight.parts) > 1:
         return None
     if isinstance(decoder, GgmlDecoder):
         if decoder.kind.codes is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from streamconv.checkpoint.config import language_levels
@@ -24,6 +25,7 @@ from streamconv.output.tokenizer_files import (
 )
 
 _MODEL = "tokenizer.model"
+_NEW_FILE = "choose --quant gguf:q4_k_m or another gguf: format, which makes a new file"
 
 
 def gguf_tokenizer(choice: TokenizerChoice, where: str, config: Mapping[str, Any], rows: int) -> Pairs:
@@ -64,20 +66,33 @@ def header_choice(choice: TokenizerChoice, wanted: str, index: CheckpointIndex) 
 
     Raises OptionError where the adapter's is asked for.
     """
-    where = index.storage.location
     if wanted == "adapter":
         raise OptionError(
-            f"--tokenizer adapter does not fit: --quant keep leaves the header of {where} as it is, which has the"
-            " tokenizer; write a new file with --quant gguf:q4_k_m or another of gguf:"
+            f"--tokenizer adapter does not fit: --quant keep leaves the header of {index.storage.location} as it is,"
+            f" which has the tokenizer; {_NEW_FILE}"
         )
-    files = files_of(index.storage)
-    written = {name: index.made[name] for name in files if name in index.made}
+    note = f"tokenizer and chat template stay those in the file's header; the adapter has others: {_NEW_FILE}"
     is_own = all(at is index.storage for at in choice.files.values()) and not choice.notes
-    note = (
-        "the tokenizer and its chat template are those in the file's header, which stays as it is; the adapter has"
-        " others, which --quant gguf:q4_k_m or another of gguf: writes into a new file"
+    return replace(_of_base(index), notes=() if is_own else (note,))
+
+
+def donor_choice(choice: TokenizerChoice, wanted: str, index: CheckpointIndex) -> TokenizerChoice:
+    """The same of an output that has the tokenizer of a donor."""
+    if wanted == "adapter":
+        raise OptionError(
+            "--tokenizer adapter does not fit: with --gguf-donor the output has the tokenizer of that file; leave one"
+            " of them out"
+        )
+    is_own = all(at is index.storage for at in choice.files.values()) and not choice.notes
+    others = "" if is_own else "; the adapter has others, which stand in it without --gguf-donor"
+    return replace(
+        _of_base(index), notes=(f"tokenizer and chat template are those of the GGUF donor{others}",)
     )
-    return TokenizerChoice(files, written, () if is_own else (note,))
+
+
+def _of_base(index: CheckpointIndex) -> TokenizerChoice:
+    files = files_of(index.storage)
+    return TokenizerChoice(files, {name: index.made[name] for name in files if name in index.made})
 
 
 def _stated(config: Mapping[str, Any]) -> dict[str, int]:

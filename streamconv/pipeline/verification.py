@@ -36,6 +36,7 @@ from streamconv.pipeline.preparation import Prepared, prepare
 from streamconv.pipeline.residual import make_residual
 from streamconv.planning.calibration import CalibrationFacts
 from streamconv.planning.choices import measures_inputs
+from streamconv.planning.gguf import DONOR
 from streamconv.planning.options import Calibration, Folder, Folders, Job, MergeOptions
 from streamconv.planning.plan import Rewrite
 from streamconv.progress import Meter, OnProgress, StopRequest, quiet
@@ -212,6 +213,8 @@ def _prepare_again(
     if is_calibrated:  # what was enough when it was made is not known; no more is taken than is needed
         options = replace(job.options, max_ram_bytes=_NO_LIMIT, max_vram_bytes=_NO_LIMIT)
         job = replace(job, options=options)
+    if found.get(DONOR) is True:  # its header, whose hash is in the manifest, has all that the donor gave
+        job = replace(job, gguf_donor=str(out / min(content["shards"])))
     again = prepare(job, facts)
     with _damaged_where_odd(out):
         _check_inputs(found, again, out)

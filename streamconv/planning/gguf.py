@@ -17,6 +17,7 @@ from streamconv.formats.ggml_mxfp4 import GGML_MXFP4
 from streamconv.formats.gguf import PREFIX, ColumnsEncoder, full_encoder, turned_encoder, with_rows_of_heads
 from streamconv.formats.gguf_blocks import Typed
 from streamconv.formats.linear import matches, module_of
+from streamconv.gguf.donor import donor_pairs
 from streamconv.gguf.model import GgufModel, TensorPlace, gguf_model
 from streamconv.gguf.pieces import GgufPiece
 from streamconv.planning.assignment import FormatRule, ModuleFormats, rule_for
@@ -24,6 +25,10 @@ from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
 from streamconv.planning.fingerprint import digests
 from streamconv.planning.plan import Plan, Step
+from streamconv.planning.reading import read_donor
+
+DONOR = "gguf_donor"
+"""Key of fingerprints of files that have something of a donor."""
 
 F16_FORMAT = FORMATS["gguf:f16"]
 
@@ -157,6 +162,18 @@ def by_tensor(by_weight: Sequence[Sequence[Step]], model: GgufModel) -> list[lis
 def zeros(nbytes: int) -> Step:
     """Padding between tensors."""
     return Constant(TensorSpec(PADDING, U8, (nbytes,)), bytes(nbytes))
+
+
+def with_donor(plan: Plan, donor: str, tokenizer: str) -> Plan:
+    """The plan with what the GGUF file `donor` gives its header; `tokenizer` as for `with_tokenizer`.
+
+    Raises CheckpointError where that is of another model.
+    """
+    assert isinstance(plan.container, Gguf), "donors are for files of ours"
+    shapes = {name: spec.shape for name, spec in plan.tensors.items()}
+    pairs = donor_pairs(donor, read_donor(donor), plan.container.pairs, shapes)
+    found = with_tokenizer(plan, pairs, tokenizer)
+    return replace(found, fingerprint={**found.fingerprint, DONOR: True})
 
 
 def with_tokenizer(plan: Plan, pairs: Pairs, tokenizer: str) -> Plan:

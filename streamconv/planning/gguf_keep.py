@@ -30,7 +30,7 @@ from streamconv.planning.quantized import QuantizedSet
 from streamconv.planning.steps import weight_steps
 from streamconv.storage.base import SourceFile
 
-_WAY = f"choose --quant none, or write a new file with --quant {PREFIX}q4_k_m or another of {PREFIX}"
+_WAY = f"choose --quant none, or --quant {PREFIX}q4_k_m or another {PREFIX} format, which makes a new file"
 
 
 def file_format(base: Base) -> str | None:

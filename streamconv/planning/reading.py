@@ -14,7 +14,7 @@ from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.strict_json import some
 from streamconv.checkpoint.types import Shard, StoredTensor
 from streamconv.dtypes import GGML_TYPES, Dtype
-from streamconv.errors import CheckpointError, UnsupportedError
+from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats import find_weights
 from streamconv.formats.base import Weight
 from streamconv.formats.ggml_blocks import gguf_weight
@@ -79,6 +79,16 @@ def gguf_storage(location: str) -> Storage | None:
         own = {name for name in names if _group(name) == _group(found.only)}
     weights = {name for name in names if name.endswith((GGUF_SUFFIX, *_OTHER_WEIGHTS))}
     return ChosenFiles(folder, location, frozenset(weights - own))
+
+
+def read_donor(location: str) -> tuple[GgufFile, ...]:
+    """Headers of a model in GGUF files that is a donor. Raises InputError where it is none on this machine."""
+    storage = gguf_storage(location)
+    if storage is None:
+        raise InputError(f"--gguf-donor {location} must be a GGUF file on this machine, and there is none")
+    return read_gguf_files(
+        storage, _one_model(location, [n for n in storage.names() if n.endswith(GGUF_SUFFIX)])
+    )
 
 
 def _group(name: str) -> str:

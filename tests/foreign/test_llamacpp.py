@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import GptOssConfig
 
 import streamconv
-from tests.foreign.readers import ROOT, Case, divergence, keep, read_by, reference, small_llama
+from tests.foreign.readers import RESULTS, ROOT, Case, divergence, keep, read_by, reference, small_llama
+from tests.models import write_adapter
 from tests.tiny import read_tensors, save_base
 
 CASES: Mapping[str, Case] = {
@@ -183,3 +184,53 @@ def save_byte_pairs(folder: Path, count: int) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+KEPT = ("q8_0", "q6_k", "q5_k_m", "q5_1", "q4_k_m", "q4_0")
+
+
+@pytest.mark.foreign
+@pytest.mark.timeout(1800)
+def test_llamacpp_reads_its_own_files_with_an_adapter_merged(tmp_path: Path) -> None:
+    """A small update stays in them, which their quantizer takes away when the merge in 16 bits is quantized anew."""
+    base = small_llama(tmp_path / "base")
+    save_byte_pairs(base, 320)
+    source = gguf_of(base, tmp_path / "bf16", Case({"quant": "gguf:bf16"}))
+    shapes = {"q_proj": (256, 256), "v_proj": (128, 256), "o_proj": (256, 256)}
+    names = {
+        f"model.layers.{layer}.self_attn.{name}.weight": shape
+        for layer in range(2)
+        for name, shape in shapes.items()
+    }
+    adapter = write_adapter(tmp_path / "adapter", names, targets=tuple(shapes), size=0.0005)
+    files: dict[str, Path] = {}
+    for name in KEPT:
+        own = files[name] = quantized(source, tmp_path / f"{name}.gguf", name)
+        streamconv.convert(own, tmp_path / f"{name}-same", device="cpu")
+        assert next((tmp_path / f"{name}-same").glob("*.gguf")).read_bytes() == own.read_bytes()
+        for quant in ("keep", "gguf:f16"):
+            out = tmp_path / f"{name}-{quant[:4]}"
+            streamconv.merge(own, adapter, out, quant=quant, device="cpu")
+            (files[f"{name}, {quant}"],) = out.glob("*.gguf")
+        files[f"{name}, anew"] = quantized(files[f"{name}, gguf:f16"], tmp_path / f"{name}-anew.gguf", name)
+    answers = read_by("llamacpp", files, tmp_path / "answers")
+    models = {}
+    for name in KEPT:
+        of_base, target = answers[name].weights, answers[f"{name}, gguf:f16"].weights
+        kept, anew = (answers[f"{name}, {way}"].weights for way in ("keep", "anew"))
+        models[name] = {
+            "kept": share(of_base, target, kept),
+            "quantized anew by llama.cpp": share(of_base, target, anew),
+        }
+        assert models[name]["kept"] > 0.9 > models[name]["quantized anew by llama.cpp"], name
+    versions = dict(sorted(answers[KEPT[0]].versions.items()))
+    found = {"versions": versions, "models": models}
+    (RESULTS / "gguf-kept.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def share(base: Mapping[str, Tensor], target: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> float:
+    """Share of the update that is in `found`, of all matrices together."""
+    names = [name for name, each in base.items() if each.ndim > 1]
+    changes = {name: (target[name] - base[name]).double() for name in names}
+    inner = sum(float(((found[name] - base[name]) * changes[name]).sum()) for name in names)
+    return inner / sum(float(each.square().sum()) for each in changes.values())

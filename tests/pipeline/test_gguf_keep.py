@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,20 +16,23 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Gemma2Config, Qwen3MoeConfig
+from transformers import Gemma2Config, LlamaConfig, Qwen3MoeConfig
 
 import streamconv
 from streamconv.checkpoint.gguf import GgufFile, read_gguf
 from streamconv.dtypes import GGML_TYPES
+from streamconv.errors import OptionError, UnsupportedError
 from streamconv.kernels.ggml import BLOCK_TYPES
 from streamconv.output.manifest import Report
+from streamconv.pipeline import build_job, prepare
 from streamconv.rounding import ROUNDINGS
 from streamconv.storage.local import open_folder
 from tests.gguf.bases import fast_tokenizer, read_file, write_llama
 from tests.models import Sizes, write_adapter
+from tests.pipeline.test_gguf_blocks import save_letters
 from tests.tiny import edit_json, save_base
 
-SIZES = Sizes(hidden=256, inner=512, layers=2, vocabulary=300)
+SIZES = Sizes(hidden=256, inner=256, layers=2, vocabulary=300)
 WRITTEN = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "f16", "bf16", "f32")
 READ_ONLY = tuple(name for name in BLOCK_TYPES if name not in WRITTEN)
 # 16-bit floats in a super-block, of those types whose other bytes may be anything.
@@ -153,14 +157,17 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter whose updates are zero, though neither factor is."""
-    folder = adapter_of(tmp_path_factory.mktemp("zero") / "adapter", ALL)
-    path = folder / "adapter_model.safetensors"
+    return without_effect(adapter_of(tmp_path_factory.mktemp("zero") / "adapter", ALL))
+
+
+def without_effect(adapter: Path) -> Path:
+    """The adapter with updates of zero, though neither factor is."""
+    path = adapter / "adapter_model.safetensors"
     tensors = load_file(path)
     for name, tensor in tensors.items():
         (tensor[0] if ".lora_A." in name else tensor[:, 1:]).zero_()
     save_file(tensors, path)
-    return folder
+    return adapter
 
 
 def merge(base: Path, adapter: Path, out: Path, **options: Any) -> Report:
@@ -343,10 +350,94 @@ def test_several_files_stay_several(plain: Path, adapter: Path, tmp_path: Path) 
     streamconv.verify(tmp_path / "merged", full=True, base=files[1], adapter=adapter, device="cpu")
 
 
-def test_a_further_output_is_what_a_run_of_its_own_gives(plain: Path, adapter: Path, tmp_path: Path) -> None:
-    for name, quant, also in (("out", "keep", ["gguf:q8_0"]), ("alone", "gguf:q8_0", [])):
-        merge(plain, adapter, tmp_path / name, quant=quant, also=also)
-    alone = only_file(tmp_path / "alone").read_bytes()
-    assert (tmp_path / "out" / "gguf-q8_0" / "model-Q8_0.gguf").read_bytes() == alone
+def test_a_further_output_leaves_the_file_what_it_is_alone(
+    plain: Path, adapter: Path, tmp_path: Path
+) -> None:
+    merge(plain, adapter, tmp_path / "out", also=["gguf:q8_0"])
+    assert (tmp_path / "out" / "gguf-q8_0" / "model-Q8_0.gguf").exists()
     merge(plain, adapter, tmp_path / "kept")
     assert only_file(tmp_path / "out").read_bytes() == only_file(tmp_path / "kept").read_bytes()
+
+
+def test_a_text_chooses_codes_and_leaves_what_does_not_change(tmp_path: Path) -> None:
+    """An update of zero keeps the file though scales would be chosen anew, and another is verified by the text."""
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    base = save_base(tmp_path / "model", config, dtype=torch.bfloat16)
+    text = save_letters(base, tmp_path / "text.txt")
+    streamconv.convert(base, tmp_path / "base", quant="gguf:q5_1", device="cpu")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, tmp_path / "base")
+    file = only_file(tmp_path / "base")
+    shapes = {
+        "model.layers.0.mlp.up_proj.weight": (32, 32),
+        "model.layers.0.self_attn.q_proj.weight": (32, 32),
+    }
+    adapter = write_adapter(tmp_path / "adapter", shapes, targets=("up_proj", "q_proj"))
+    given = {"calibration": text, "calibration_sequence_length": 32, "calibration_tokens": 128}
+    report = merge(file, adapter, tmp_path / "out", **given)
+    assert report.rounding == "feedback"
+    assert report.kept_delta == pytest.approx(1, abs=0.2)
+    changed = {"blk.0.ffn_up.weight", "blk.0.attn_q.weight"}
+    before, after = tensors_of(file), tensors_of(only_file(tmp_path / "out"))
+    assert {name for name in before if before[name] != after[name]} == changed
+    merge(file, without_effect(adapter), tmp_path / "zero", **given)
+    assert only_file(tmp_path / "zero").read_bytes() == file.read_bytes()
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"dtype": "float16"}, r"--dtype float16 does not fit: .* is a GGUF file, which --quant keep leaves"),
+        ({"group_size": 64}, r"--group-size 64 does not fit"),
+        ({"quant_for": ["lm_head=gguf:q8_0"]}, r"--quant-for lm_head=gguf:q8_0 does not fit"),
+        ({"max_shard_size": "1GB"}, r"--max-shard-size does not fit"),
+        ({"tokenizer": "adapter"}, r"--tokenizer adapter does not fit: --quant keep leaves the header"),
+    ],
+    ids=lambda each: next(iter(each)) if isinstance(each, dict) else "",
+)
+def test_options_that_would_change_types_or_header(
+    mixed: Path, adapter: Path, tmp_path: Path, options: dict[str, Any], says: str
+) -> None:
+    shutil.copytree(adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / "tokenizer.json").write_text(json.dumps(fast_tokenizer()))
+    with pytest.raises(OptionError, match=says):
+        merge(mixed, tmp_path / "adapter", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_type_that_is_only_read_is_not_changed(mixed: Path, adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "adapter")
+    edit_json(tmp_path / "adapter" / "adapter_config.json", modules_to_save=["lm_head"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    head = {"base_model.model.lm_head.weight": torch.randn(SIZES.vocabulary, SIZES.hidden)}
+    save_file(load_file(path) | head, path)
+    says = r"adapter changes lm_head\.weight, whose type TQ1_0 is read but not written; choose --quant none, or --quant"
+    with pytest.raises(UnsupportedError, match=says):
+        merge(mixed, tmp_path / "adapter", tmp_path / "out")
+    more = {name: torch.randn(310, SIZES.hidden) for name in head}
+    more["base_model.model.model.embed_tokens.weight"] = torch.randn(310, SIZES.hidden)
+    save_file(load_file(path) | more, path)
+    edit_json(tmp_path / "adapter" / "adapter_config.json", modules_to_save=["lm_head", "embed_tokens"])
+    with pytest.raises(
+        UnsupportedError, match=r"changes the vocabulary: .* and the file's header stays as it is"
+    ):
+        merge(mixed, tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_header_s_tokenizer_stays_and_it_is_said(mixed: Path, adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / "tokenizer.json").write_text(json.dumps(fast_tokenizer()))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "another"}
+    (tmp_path / "adapter" / "tokenizer_config.json").write_text(json.dumps(settings))
+    options: Any = {"quant": "keep", "device": "cpu"}
+    (note,) = prepare(build_job(mixed, tmp_path / "adapter", **options)).plan.notes
+    assert note.startswith(
+        "tokenizer and chat template stay those in the file's header; the adapter has others: "
+    )
