@@ -34,7 +34,7 @@ from streamconv.formats.gpt_oss import GptOssFormat
 from streamconv.formats.gptq import GptqFormat
 from streamconv.formats.int_quantized import Int8RowsFormat
 from streamconv.formats.mlx import MlxFormat, experts_apart
-from streamconv.formats.pack_quantized import PackQuantizedFormat
+from streamconv.formats.pack_quantized import INT4_WITH_ZEROS, PackQuantizedFormat
 from streamconv.formats.undecoded import has_codes, parameters_in, undecoded_weight
 from streamconv.kernels.grids import FP4, INT4, INT8_GROUPS, NF4
 
@@ -251,6 +251,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "fp4-dq": Bnb4bitFormat("fp4-dq", FP4, nested=True),
         "int8": Int8Format("int8"),
         "w4a16": PackQuantizedFormat("w4a16", 4, INT4),
+        "w4a16-asym": PackQuantizedFormat("w4a16-asym", 4, INT4_WITH_ZEROS),
         "w8a16": PackQuantizedFormat("w8a16", 8, INT8_GROUPS),
         "w8a8": Int8RowsFormat(),
         "gptq": GptqFormat(),

@@ -75,7 +75,16 @@ def test_without_an_update_every_byte_stays(name: str, tmp_path: Path) -> None:
         assert (out / path.name).read_bytes() == path.read_bytes()
 
 
-KEPT = ("deepseek fp8", "deepseek ue8m0", "nvfp4", "nvfp4 of modelopt", "mlx, 3 bit", "mlx, 6 bit")
+KEPT = (
+    "deepseek fp8",
+    "deepseek ue8m0",
+    "kimi int4, asymmetric",
+    "kimi int4, act order",
+    "nvfp4",
+    "nvfp4 of modelopt",
+    "mlx, 3 bit",
+    "mlx, 6 bit",
+)
 BESIDE = "deepseek fp8 beside fp4"
 DECODED = (*KEPT, "gpt-oss mxfp4")
 UNDECODED = [name for name in FOREIGN if name not in (*DECODED, BESIDE)]
