@@ -44,7 +44,7 @@ def main() -> None:
         dense = torch.from_numpy(weight)
         stored, taken = compressed(dense, scheme, packing, joint.get(partners(name)), given.scales)
         found = packing.decompress(stored, scheme)["weight"]
-        return found.float().numpy(), taken
+        return found.to(getattr(torch, given.scales)).float().numpy(), taken
 
     answer_each(given, ("compressed-tensors", "torch"), requantize)
 

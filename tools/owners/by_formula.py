@@ -19,7 +19,9 @@ MIDDLE = 2 ** (BITS - 1)
 
 def main() -> None:
     given = asked(__doc__)
-    way = {"gptq": gptq, "gptq-v2": gptq, "gptq-asym": gptq_asym, "awq": awq, "awq-asym": awq_asym}[given.format]
+    way = {"gptq": gptq, "gptq-v2": gptq, "gptq-asym": gptq_asym, "awq": awq, "awq-asym": awq_asym}[
+        given.format
+    ]
 
     def requantize(_: str, weight: Matrix) -> tuple[Matrix, int]:
         rows, columns = weight.shape
@@ -27,7 +29,8 @@ def main() -> None:
         scales, zeros = way(groups)
         scales = scales.half().float()
         codes = ((groups / scales).round() + zeros).clamp(0, TOP)
-        values = ((codes - zeros) * scales).view(rows, columns)
+        # Readers multiply in float16.
+        values = ((codes - zeros) * scales).half().float().view(rows, columns)
         count = scales.numel()
         # Codes, scales and packed zero points; GPTQ adds a group number, int32, for each column.
         order = 4 * columns if given.format.startswith("gptq") else 0

@@ -1,8 +1,8 @@
 """llama.cpp's own quantizer, without importances, of a Llama's weights; see tools/owners/asked.py.
 
 WEIGHTS are all tensors of the model, by transformers' names. They are written to a .gguf file in float32 with the
-metadata of the template, quantized by llama.cpp, and decoded by gguf-py. Embeddings and the head get the types that they
-have in the template.
+metadata of the template, quantized by llama.cpp, and decoded by gguf-py. Embeddings and the head get the types that
+they have in the template.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def main() -> None:
         stored = quantize.convert({KEY: torch.from_numpy(weight)})
         codes, scales = stored[KEY], stored["proj.weight_scale_inv"]
         spread = scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-        return (codes.float() * spread).numpy(), codes.nbytes + scales.nbytes
+        return (codes.float() * spread).bfloat16().float().numpy(), codes.nbytes + scales.nbytes
 
     answer_each(given, ("transformers", "torch"), requantize)
 

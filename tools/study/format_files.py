@@ -1,4 +1,4 @@
-"""Files in every format for `tools/study/formats`: ours, what they hold as values, and what owners' libraries make of them.
+"""Files in every format for `tools/study/formats`: ours, their values, and what owners' libraries make of the same.
 
 Values are float32 tensors of a whole model by name, as streamconv decodes its own files; `tools/foreign` shows that the
 programs that open the files decode them to the same.
@@ -133,7 +133,9 @@ _BY_PREFIX = {
 
 def owner_of(name: str) -> Owner:
     """Who has the say on a quantized format; most are compressed-tensors'."""
-    return next((owner for prefix, owner in _BY_PREFIX.items() if name.startswith(prefix)), COMPRESSED_TENSORS)
+    return next(
+        (owner for prefix, owner in _BY_PREFIX.items() if name.startswith(prefix)), COMPRESSED_TENSORS
+    )
 
 
 def requantized(name: str, target: Values, like: Made, work: Path, template: Path) -> tuple[Made, str]:
@@ -151,28 +153,20 @@ def requantized(name: str, target: Values, like: Made, work: Path, template: Pat
     if owner is LLAMACPP:
         (file,) = template.glob("*.gguf")
         more += ["--template", str(file)]
-    done = subprocess.run(
-        [*command, *more], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{owner.label} did not make {name}:\n{done.stderr[-2000:]}")
-    values = {**like.values, **_quantized_only(read_one(answered), like)}
+    found = safetensors.torch.load_file(answered)
+    values = {**like.values, **{each: found[each] for each in like.quantized}}
     with safe_open(answered, framework="pt") as file:
         said = file.metadata()
     taken = int(said.pop("bytes"))
     held = sum(values[each].numel() for each in like.quantized)
     asked.unlink()
     answered.unlink()
-    return Made(values, like.quantized, 8 * taken / held), ", ".join(f"{key} {said[key]}" for key in sorted(said))
-
-
-def _quantized_only(found: Values, like: Made) -> Values:
-    return {name: each for name, each in found.items() if name in like.quantized}
-
-
-def read_one(path: Path) -> Values:
-    found: Values = safetensors.torch.load_file(path)
-    return found
+    return Made(values, like.quantized, 8 * taken / held), ", ".join(
+        f"{key} {said[key]}" for key in sorted(said)
+    )
 
 
 def _python(owner: Owner) -> Path:
