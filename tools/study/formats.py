@@ -1,7 +1,7 @@
 """A real adapter merged into every base format and written to every format, beside the owners' libraries.
 
 T is the 16-bit base with the adapter beside it, run by PEFT in float32. *Written*: the 16-bit base is merged and
-written to each format, by nearest rounding, by what streamconv chooses itself (auto) and by feedback with calibration text.
+written to each format, by nearest rounding, by what streamconv chooses itself (auto), and by feedback with text.
 *Kept*: the base is first converted to the format, without the adapter; the merge then begins from that file, to
 bfloat16 and to the base's own format. Beside each stands what the format's owner makes by nearest rounding of the same
 values and the same update, added in float32 by torch. Stock transformers judges the values that files decode to.
