@@ -40,7 +40,7 @@ Values = Mapping[str, Tensor]
 @dataclass(frozen=True, slots=True)
 class Made:
     """A file's content: `quantized` are the names of weights that it does not hold in 16 bits, `bits` what each of
-    their elements takes of it. `rounding` and `kept_delta` are the report's.
+    their elements takes of it, or of all matrices where there are none. `rounding` and `kept_delta` are the report's.
     """
 
     values: Values
@@ -91,11 +91,12 @@ def opened(folder: Path, rounding: str | None = None, kept_delta: float | None =
     prepared = prepare(build_job(str(folder), quant="none", dtype="float32"))
     with WeightSource(prepared.plan, resolve_device("cpu"), lambda _: None) as source:
         values = {name: source.read(name) for name in source.names}
-    weights = [each for each in find_weights(prepared.base.index) if each.format not in DENSE]
-    taken = sum(part.nbytes for each in weights for part in each.parts.values())
-    held = sum(values[each.name].numel() for each in weights)
-    names = tuple(each.name for each in weights)
-    return Made(values, names, 8 * taken / held if held else 16.0, rounding, kept_delta)
+    weights = find_weights(prepared.base.index)
+    quantized = [each for each in weights if each.format not in DENSE]
+    counted = quantized or [each for each in weights if len(each.shape) > 1]
+    taken = sum(part.nbytes for each in counted for part in each.parts.values())
+    held = sum(values[each.name].numel() for each in counted)
+    return Made(values, tuple(each.name for each in quantized), 8 * taken / held, rounding, kept_delta)
 
 
 # -- theirs --------------------------------------------------------------------------------------------------

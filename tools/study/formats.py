@@ -54,10 +54,10 @@ WORK = Path(".study") / "formats"
 # Fewer tokens than other studies judge by: differences are of the same text, and there are hundreds of files.
 STUDIED: Mapping[str, Bed] = {
     "demo-kjv": replace(
-        BEDS["demo-kjv"], windows=16, tokens=128, calibration_tokens=4096, calibration_length=256
+        BEDS["demo-kjv"], windows=16, tokens=64, calibration_tokens=4096, calibration_length=256
     ),
     "faq-kjv-light": replace(
-        BEDS["faq-kjv-light"], windows=32, tokens=128, calibration_tokens=8192, calibration_length=256
+        BEDS["faq-kjv-light"], windows=32, tokens=128, calibration_tokens=4096, calibration_length=256
     ),
 }
 WRITTEN, KEPT = "written", "kept"
