@@ -6,7 +6,9 @@ programs that open the files decode them to the same.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -149,14 +151,11 @@ def requantized(name: str, target: Values, like: Made, work: Path, template: Pat
     asked, answered = work / "asked.safetensors", work / "answered.safetensors"
     names = target if owner is LLAMACPP else like.quantized
     safetensors.torch.save_file({each: target[each].contiguous() for each in names}, asked)
-    command = [str(_python(owner)), "-m", f"tools.owners.{owner.module}", str(asked), str(answered), name]
-    more = ["--group-size", str(GROUP), "--scales", owner.scales]
+    question = [str(asked), str(answered), name, "--group-size", str(GROUP), "--scales", owner.scales]
     if owner is LLAMACPP:
         (file,) = template.glob("*.gguf")
-        more += ["--template", str(file)]
-    done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{owner.label} did not make {name}:\n{done.stderr[-2000:]}")
+        question += ["--template", str(file)]
+    _ask(owner, shlex.join(question))
     found = safetensors.torch.load_file(answered)
     values = {**like.values, **{each: found[each] for each in like.quantized}}
     with safe_open(answered, framework="pt") as file:
@@ -170,13 +169,32 @@ def requantized(name: str, target: Values, like: Made, work: Path, template: Pat
     )
 
 
-def _python(owner: Owner) -> Path:
-    if owner.environment is None:
-        return Path(sys.executable)
-    made = subprocess.run(
-        [ROOT / "tools/foreign_environment", owner.environment], check=True, capture_output=True, text=True
+def _ask(owner: Owner, question: str) -> None:
+    """Have the library answer; its messages are on stderr."""
+    process = _asking(owner)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(f"{question}\n")
+    process.stdin.flush()
+    while (line := process.stdout.readline()) != "done\n":
+        if not line:
+            raise RuntimeError(f"{owner.label} did not answer {question}; its message is above")
+
+
+@functools.cache
+def _asking(owner: Owner) -> subprocess.Popen[str]:
+    """A process that has the library open and ends when this one does."""
+    python = sys.executable
+    if owner.environment is not None:
+        command = [ROOT / "tools/foreign_environment", owner.environment]
+        python = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.Popen(
+        [python, "-m", f"tools.owners.{owner.module}"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    return Path(made.stdout.strip())
 
 
 # -- both ----------------------------------------------------------------------------------------------------
