@@ -186,7 +186,7 @@ def _asking(owner: Owner) -> subprocess.Popen[str]:
     """A process that has the library open and ends when this one does."""
     python = sys.executable
     if owner.environment is not None:
-        command = [ROOT / "tools/foreign_environment", owner.environment]
+        command = [str(ROOT / "tools/foreign_environment"), owner.environment]
         python = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     return subprocess.Popen(
         [python, "-m", f"tools.owners.{owner.module}"],
