@@ -303,6 +303,8 @@ class CompiledKernels:
         factors = scales.numpy()[:whole]
         if _is_e4m3(grid):
             loops.decode_e4m3(read, factors, _bits(values), values)
+        elif half := _even_steps(grid):
+            loops.decode_uniform(read, half, factors, values)
         elif isinstance(grid, TableGrid):
             loops.decode_table(read, _table(grid.values, grid.is_float).by_code, factors, values)
         else:
@@ -353,6 +355,11 @@ class CompiledKernels:
     ) -> None:
         if not _is_table(grid) or grid.block % 2:
             _TORCH.decode_pairs(packed, grid, scales, dtype, out, low_first=low_first)
+            return
+        if _even_steps(grid):
+            codes = torch.empty(out.numel(), dtype=torch.uint8)
+            self.unpack_pairs(packed, codes, low_first=low_first)
+            self.decode(codes, grid, scales, dtype, out)
             return
         whole = out.numel() // grid.block
         values = _rows(out, whole, grid.block)

@@ -542,6 +542,16 @@ def decode_table(codes: Array, by_code: Array, scales: Array, values: Array) -> 
 
 
 @compiled
+def decode_uniform(codes: Array, half: Any, scales: Array, values: Array) -> None:
+    """`decode_table` of the grid of `nearest_uniform`, without looking up."""
+    step = _ONE / half
+    for b in range(values.shape[0]):
+        scale = scales[b]
+        for j in range(values.shape[1]):
+            values[b, j] = (np.float32(codes[b, j]) - half) * step * scale
+
+
+@compiled
 def decode_integer(codes: Array, scales: Array, inverse_peak: Any, values: Array) -> None:
     for b in range(values.shape[0]):
         scale = scales[b]
