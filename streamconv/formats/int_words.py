@@ -102,7 +102,8 @@ class ZeroPoints:
 
     def start(self, values: Tensor) -> Tensor:
         """See Offsets. A scale of the grid is half as many stored ones as there are codes."""
-        low, high = values.amin(1).clamp_(max=0), values.amax(1).clamp_(min=0)
+        low, high = kernels_for(values.device).ranges(values, values.shape[1])
+        low, high = low.clamp_(max=0), high.clamp_(min=0)
         scale = (high - low) / self.greatest
         # A group of zeros has the scale of one from -1 to 1.
         scale = torch.where(scale == 0, torch.full_like(scale, 2 / self.greatest), scale)

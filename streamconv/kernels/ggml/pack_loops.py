@@ -50,9 +50,10 @@ def nearest_above(values: Array, scales: Array, lowest: Any, highest: Any, codes
 
 @compiled
 def _pack_nibbles(codes: Array, i: int, start: int, stretch: int, add: Any, raw: Array, place: int) -> None:
+    low, high = codes[i, start : start + stretch], codes[i, start + stretch : start + 2 * stretch]
+    out = raw[i, place : place + stretch]
     for j in range(stretch):
-        first, second = np.uint8(codes[i, start + j] + add), np.uint8(codes[i, start + stretch + j] + add)
-        raw[i, place + j] = np.uint8(first & _LOW) | np.uint8(second << _HIGH)
+        out[j] = np.uint8(np.uint8(low[j] + add) & _LOW) | np.uint8(np.uint8(high[j] + add) << _HIGH)
 
 
 @compiled
