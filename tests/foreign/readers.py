@@ -82,13 +82,14 @@ def read_by(
 
 
 def refusal(program: str, model: Path, *, dtype: str = "auto") -> str:
-    """What `program` says when it does not open a model: the first error that it names."""
+    """What `program` says when it does not open a model: the first error that it names, with its reasons."""
     done = _asked(program, {model: model.with_name("refused.safetensors")}, dtype)
     assert done.returncode != 0, f"{program} opens {model.name}"
-    text = done.stdout.replace(str(model), "MODEL")
-    found: list[str] = re.findall(r"\b\w+(?:Error|Exception): \S.*", text)
+    text = re.sub(r"^\[rank\d+\]: ?", "", done.stdout.replace(str(model), "MODEL"), flags=re.MULTILINE)
+    found = re.search(r"\b\w+(?:Error|Exception): \S.*(?:\n +\S.*){0,3}", text)
     assert found, text
-    return found[0].strip()
+    words, _, _ = " ".join(found[0].split()).partition(" [type=")
+    return words
 
 
 def _asked(program: str, outs: Mapping[Path, Path], dtype: str) -> subprocess.CompletedProcess[str]:
