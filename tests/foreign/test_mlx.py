@@ -18,6 +18,7 @@ from tests.foreign.readers import (
     keep,
     read_by,
     reference,
+    refusal,
     small_llama,
     unequal,
     written,
@@ -37,6 +38,8 @@ CASES: Mapping[str, Case] = {
     "awq-asym": Case({"quant": "awq-asym"}, is_exact=False),
 }
 
+REFUSED = ("gptq", "gptq-asym")
+
 
 @pytest.mark.foreign
 @pytest.mark.timeout(1800)
@@ -54,7 +57,9 @@ def test_mlx_reads_what_streamconv_decodes(tmp_path: Path) -> None:
             "divergence": divergence(exact, answer.more["logits_in_float32"]),
             "divergence_as_served": divergence(exact, answer.logits),
         }
-    keep("mlx", answers["bfloat16"].versions, models)
+    others = written({name: Case({"quant": name}) for name in REFUSED}, tmp_path / "base", tmp_path)
+    refused = {name: refusal("mlx", model) for name, model in others.items()}
+    keep("mlx", answers["bfloat16"].versions, models, refused)
     exact_ones = {name: models[name] for name, case in CASES.items() if case.is_exact}
     assert {name: found["unequal"] for name, found in exact_ones.items() if found["unequal"]} == {}
     for name, found in models.items():

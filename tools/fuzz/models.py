@@ -15,9 +15,15 @@ from torch import Tensor
 import streamconv
 from streamconv.checkpoint.container import SAFETENSORS
 from streamconv.formats import FORMATS, container_of
+from streamconv.formats.gguf import PREFIX
+from tests.gguf.bases import write_llama
+from tests.models import Sizes
 
 SHARD = "model.safetensors"
 HIDDEN, INNER, VOCABULARY = 128, 256, 64
+GGUF_SIZES = Sizes(hidden=256, inner=256, layers=1, vocabulary=300)
+IN_GGUF = ("f16", "q8_0", "q4_k")
+"""Types of numbers, of blocks, and of blocks in a block."""
 _MLP = "model.layers.0.mlp"
 _MATRIX = f"{_MLP}.up_proj"
 _EXPERTS = f"{_MLP}.experts.gate_up_proj"
@@ -88,6 +94,16 @@ def write_quantized(folder: Path, name: str, base: Path) -> Path:
     tensors, config = READ_ONLY[name]()
     _save(folder, {**tensors, "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16)}, config, 1)
     return folder
+
+
+def write_gguf(folder: Path, name: str) -> Path:
+    """The file of a Llama of one layer with its tokenizer, in one of the formats of GGUF."""
+    dense = folder / "dense"
+    write_llama(dense, GGUF_SIZES, shards=1)
+    _date(dense)
+    streamconv.convert(base=dense, out=folder / "base", quant=f"{PREFIX}{name}", card=False)
+    (file,) = (folder / "base").glob("*.gguf")
+    return file
 
 
 def _date(folder: Path) -> None:
