@@ -254,7 +254,7 @@ class Surveyed(Encoder, Protocol):
 
 
 @runtime_checkable
-class Measured(Encoder, Protocol):
+class InputMeasured(Encoder, Protocol):
     """An Encoder that may store a scale of what the weight is multiplied by, which a text tells.
 
     What needs the scale raises AssertionError until it is known.
@@ -436,7 +436,7 @@ class EmbeddingStore(Format, Protocol):
 
 @runtime_checkable
 class InputScaled(Format, Protocol):
-    """A Format that may have its loaders round inputs by a scale that is stored: its encoders are Measured."""
+    """A Format that may have its loaders round inputs by a scale that is stored: its encoders are InputMeasured."""
 
     @property
     def measures_inputs(self) -> bool: ...

@@ -275,13 +275,13 @@ class Fp4Encoder:
         return self.inputs is None or self.inputs.is_known
 
     def measuring(self, greatest: float) -> Self:
-        """See Measured."""
+        """See InputMeasured."""
         return (
             self if self.inputs is None else dataclasses.replace(self, inputs=self.inputs.knowing(greatest))
         )
 
     def inheriting(self, decoder: Decoder) -> Self:
-        """See Measured. What lies beside the weight is read here."""
+        """See InputMeasured. What lies beside the weight is read here."""
         if self.inputs is None or not isinstance(decoder, Fp4Decoder) or decoder.inputs is None:
             return self
         with TensorReader() as reader:
