@@ -249,6 +249,13 @@ class Surveyed(Encoder, Protocol):
         Partners that no update touches are copied with that scale.
         """
 
+    def raised(self, greatest: float) -> Self:
+        """The same with a scale of the base raised where targets of that greatest magnitude go far beyond it; else
+        itself.
+
+        Partners that no update touches must be able to have it as well, and keep their values.
+        """
+
     def outgrows(self, scales: Tensor) -> bool:
         """Whether targets go so far beyond effective `scales` of the base that these are not to be kept."""
 
