@@ -376,9 +376,13 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _check_config(method: str, config: Mapping[str, Any], where: str) -> None:
-    """Raise UnsupportedError for other widths than 4 and 8 bits, and for layouts that are not read."""
+    """Raise UnsupportedError where no module has 4 or 8 bits, and for layouts that are not read."""
     bits = config.get("bits", config.get("w_bit", 4))
-    if bits not in ((4,) if method == "awq" else (4, 8)):
+    dynamic = config.get("dynamic") if method == "gptq" else None
+    of_modules = dynamic.values() if isinstance(dynamic, Mapping) else ()
+    known = (4,) if method == "awq" else (4, 8)
+    # Those of other bits are copied, where some are read.
+    if all(each not in known for each in (bits, *(rule.get("bits") for rule in of_modules if rule))):
         raise refusal(config_says(where), f"{method} of {bits} bits")
     keys = ("packing_format", "checkpoint_format", "version", "format")
     layout = next((found for key in keys if isinstance(found := config.get(key), str)), None)

@@ -32,6 +32,7 @@ CASES: Mapping[str, Case] = {
     "bfloat16": Case({"quant": "bfloat16"}, dtype="bfloat16"),
     "w4a16": Case({"quant": "w4a16"}, dtype="bfloat16"),
     "w4a16, down_proj in 16 bit": Case({"quant": "w4a16", "ignore": ("mlp.down_proj",)}, dtype="bfloat16"),
+    "w4a16-asym": Case({"quant": "w4a16-asym"}, dtype="bfloat16"),
     "gptq": Case({"quant": "gptq"}, dtype="float16"),
     "awq": Case({"quant": "awq"}, dtype="float16"),
     "awq-asym": Case({"quant": "awq-asym"}, dtype="float16"),
