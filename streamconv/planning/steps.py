@@ -55,6 +55,10 @@ def plan_steps(
             encoder = gguf_encoder(model.places[name], weight, own, pieces.get(name))
         elif encoder is None:
             encoder = _encoder(name, weight, chosen, _own_dtype(base, name, weight), choices)
+        copied = _copied_blocks(name, weight, encoder, pieces.get(name))
+        if copied is not None:
+            steps.append([copied])
+            continue
         merge_base = None
         # What the adapter holds whole was trained in full precision.
         is_rounded = name in seen_by_training and weight is base.weights.get(name)
@@ -80,6 +84,16 @@ def plan_steps(
             _check_activations(name, [part.name for part in weight.parts.values()] if beside else [])
         steps.append([*found, *(constant for each in constants for constant in each), *beside])
     return steps
+
+
+def _copied_blocks(
+    name: str, weight: Weight, encoder: Encoder | None, piece: GgufPiece | None
+) -> Copy | None:
+    """Copy of a piece that stays, where a file has it in the very blocks of the output; else None."""
+    if piece is None or not piece.stays or len(weight.parts) > 1 or encoder is None:
+        return None
+    (part,), (spec, *_) = weight.parts.values(), encoder.parts
+    return Copy(name, part, spec) if part.dtype == spec.dtype else None
 
 
 def _check_activations(name: str, parts: Sequence[str]) -> None:
