@@ -437,7 +437,8 @@ def test_the_header_s_tokenizer_stays_and_it_is_said(mixed: Path, adapter: Path,
     settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "another"}
     (tmp_path / "adapter" / "tokenizer_config.json").write_text(json.dumps(settings))
     options: Any = {"quant": "keep", "device": "cpu"}
-    (note,) = prepare(build_job(mixed, tmp_path / "adapter", **options)).plan.notes
+    prepared = prepare(build_job(mixed, tmp_path / "adapter", **options))
+    (note,) = prepared.plan.notes
     assert note.startswith(
         "tokenizer and chat template stay those in the file's header; the adapter has others: "
     )
