@@ -379,6 +379,9 @@ def _content(name: str, code: str, shape: tuple[int, ...], generator: torch.Gene
             .numpy()
             .tobytes()
         )
+    if name.endswith("weight_g_idx"):
+        groups = torch.arange(count, dtype=torch.int32) // 32
+        return groups[torch.randperm(count, generator=generator)].numpy().tobytes()
     high = 2 if code == "BOOL" else 120  # no NaN among bytes of fp8
     return (
         torch.randint(high, (dtype.nbytes(shape),), generator=generator, dtype=torch.uint8).numpy().tobytes()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
-from streamconv.checkpoint.layout import Placed
+from streamconv.checkpoint.layout import Placed, nbytes
 from streamconv.checkpoint.types import StoredTensor
-from streamconv.planning.plan import Copy, Plan, Rewrite, ShardPlan, Step
+from streamconv.planning.plan import Copy, Plan, Rewrite, ShardPlan, SideParts, Step
 from streamconv.running.cells import KeptDelta
 
 
@@ -38,6 +39,9 @@ def calibrated_plan(plan: Plan, found: Mapping[str, Calibrated]) -> Plan:
 def _calibrated_shard(shard: ShardPlan, found: Mapping[str, Calibrated]) -> ShardPlan:
     steps: list[Placed[Step]] = []
     for placed in shard.steps:
+        if isinstance(placed.step, SideParts):
+            steps += _calibrated_parts(placed.step, placed.offset, found)
+            continue
         if not isinstance(placed.step, Rewrite) or not placed.step.calibrated:
             steps.append(placed)
             continue
@@ -49,3 +53,20 @@ def _calibrated_shard(shard: ShardPlan, found: Mapping[str, Calibrated]) -> Shar
             steps.append(Placed(Copy(spec.name, parts[spec.name], spec), start, spec.nbytes))
             start += spec.nbytes
     return replace(shard, steps=tuple(steps))
+
+
+def _calibrated_parts(step: SideParts, start: int, found: Mapping[str, Calibrated]) -> Iterator[Placed[Step]]:
+    """Parts that lie behind other weights: copies of those that are found, the others as they were planned."""
+    shape = (1, *step.spec.shape[1:])
+    for is_found, names in groupby(step.weights, key=found.__contains__):
+        weights = tuple(names)
+        if is_found:
+            each: list[Step] = [
+                Copy(step.name, found[name].parts[step.name], replace(step.spec, shape=shape))
+                for name in weights
+            ]
+        else:
+            each = [replace(step, weights=weights, spec=replace(step.spec, shape=(len(weights), *shape[1:])))]
+        for one in each:
+            yield Placed(one, start, nbytes(one))
+            start += nbytes(one)

@@ -22,13 +22,13 @@ from streamconv.calibration.groups import Group, Recorder
 from streamconv.calibration.layer_files import LayerFiles, Result, Stream
 from streamconv.calibration.model import opened_targets
 from streamconv.calibration.moments import Moments
-from streamconv.calibration.need import batch_of, pairs_in, pairs_need, rounds_of
+from streamconv.calibration.need import batch_of, consumers_of, pairs_in, pairs_need, rounds_of
 from streamconv.calibration.passes import (
     check_stop,
     fixed_threads,
     key_of,
-    release_freed_memory,
     telling_of_memory,
+    through_layers,
     windows_of,
 )
 from streamconv.calibration.subject import Subject
@@ -52,7 +52,7 @@ def equalize(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopReques
     Calls `on_bytes` and raises as `calibrate` does, and UnsupportedError where the model is not what its family's table
     says.
     """
-    with fixed_threads(subject.calibration.threads), opened_targets(subject) as walk:
+    with fixed_threads(subject.calibration.threads), opened_targets(subject, consumers_of(subject)) as walk:
         windows = windows_of(subject)
         layers = len(walk.skeleton.layers)
         shape = (*windows.shape, walk.hidden)
@@ -167,33 +167,12 @@ class _Pass:
         self._subject, self._walk, self._windows, self._files = subject, walk, windows, files
         self._on_bytes, self._stop = on_bytes, stop
         self._batches = in_batches(windows, batch_of(windows.shape[1]))
-        self._sizes = [
-            sum(map(walk.source.stored_bytes, walk.layer_weights(number)))
-            for number in range(len(walk.skeleton.layers))
-        ]
         steps = (placed.step for shard in subject.plan.shards for placed in shard.steps)
         self._steps = {step.name: step for step in steps if isinstance(step, Rewrite) and step.equalizer}
 
     def run(self) -> None:
-        first = self._files.done
-        self._on_bytes(sum(self._sizes[:first]))
-        if first == len(self._sizes):
-            return
-        self._files.check_disk(pairs_need(self._walk, self._subject).disk)
-        with self._files.streams() as (stream,):
-
-            def keep(chosen: slice, entering: Tensor) -> None:
-                if not first:
-                    stream.entering(0).write(chosen, entering)
-
-            with self._walk.entered(self._windows, self._batches, keep) as passing:
-                for number in range(first, len(self._sizes)):
-                    with passing.layer(number) as module:
-                        results = self._equalize(passing, number, module, stream)
-                    self._walk.source.check_unchanged()
-                    self._files.write(number, results)
-                    release_freed_memory()
-                    self._on_bytes(self._sizes[number])
+        disk = pairs_need(self._walk, self._subject).disk
+        through_layers(self._walk, self._windows, self._files, disk, self._on_bytes, self._equalize)
 
     def _equalize(self, passing: Passing, number: int, module: nn.Module, stream: Stream) -> Sequence[Result]:
         """Have the stream pass a layer; return the factors of its weights."""

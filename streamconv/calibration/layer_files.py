@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -34,6 +34,7 @@ from streamconv.checkpoint.writer import Bytes, free_bytes, remove_file, write_e
 from streamconv.checkpoint.writer import write_file as write_small
 from streamconv.dtypes import DTYPES, U8
 from streamconv.errors import ResourceError
+from streamconv.formats.stacks import stacked_expert
 from streamconv.forward.activations import ActivationFile
 from streamconv.rounding.residual import FACTOR_DTYPE
 from streamconv.running.cells import KeptDelta
@@ -223,7 +224,10 @@ def _listed(folder: Path) -> Sequence[Path]:
 
 def _held_as(result: Result, spec: TensorSpec) -> TensorSpec:
     """The tensor that holds a part: bytes, where safetensors has no such type; several weights may be one tensor."""
-    return spec if spec.dtype.code in DTYPES else TensorSpec(result.name, U8, (spec.nbytes,))
+    if spec.dtype.code not in DTYPES:
+        return TensorSpec(result.name, U8, (spec.nbytes,))
+    place = stacked_expert(result.name)
+    return spec if place is None else replace(spec, name=spec.name.replace(place.stack, result.name, 1))
 
 
 def _described(result: Result) -> Mapping[str, object]:

@@ -292,7 +292,7 @@ class _Layer:
         if self.crosses:
             self.originals[name] = target.cpu()
         matrix.write(values)
-        return Result(name, step.specs, parts, kept, notes, factors)
+        return Result(name, step.encoder.parts, parts, kept, notes, factors)
 
 
 @contextmanager

@@ -62,13 +62,17 @@ def opened(subject: Subject) -> Iterator[Model]:
 
 
 @contextmanager
-def opened_targets(subject: Subject) -> Iterator[Walk]:
-    """The model with all weights its targets, not equalized; nothing of them is held. Raises what `opened` does."""
+def opened_targets(subject: Subject, wanted: Container[str], *, is_equalized: bool = False) -> Iterator[Walk]:
+    """The model with all weights its targets, equalized or not; nothing of them is held. Raises what `opened` does.
+
+    `wanted` are weights whose inputs are to be seen.
+    """
     plan = subject.plan
     skeleton = build_planned(plan, subject.base.index, F32.torch)
-    with WeightSource(_reference(subject, is_equalized=False), plan.device, lambda _: None) as source:
+    reference = _reference(subject, is_equalized=is_equalized)
+    with WeightSource(reference, plan.device, lambda _: None) as source:
         walk = Walk(skeleton, source, plan.device)
-        _see_experts(walk, {name for pair in subject.equalization.pairs for name in pair.consumers})
+        _see_experts(walk, wanted)
         yield walk
 
 

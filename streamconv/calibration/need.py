@@ -36,8 +36,20 @@ def calibrating_need(subject: Subject) -> Need:
 
 def equalizing_need(subject: Subject) -> Need:
     """Bytes that choosing scales needs. Raises what `calibrating_need` does."""
-    with opened_targets(subject) as walk:
+    with opened_targets(subject, consumers_of(subject)) as walk:
         return pairs_need(walk, subject)
+
+
+def measuring_need(subject: Subject) -> Need:
+    """Bytes that measuring inputs needs. Raises what `calibrating_need` does."""
+    names = frozenset(step.name for step in subject.plan.measured)
+    with opened_targets(subject, names, is_equalized=True) as walk:
+        return inputs_need(walk, subject)
+
+
+def consumers_of(subject: Subject) -> frozenset[str]:
+    """Weights whose inputs tell the scales of pairs."""
+    return frozenset(name for pair in subject.equalization.pairs for name in pair.consumers)
 
 
 def pairs_in(walk: Walk, number: int, subject: Subject) -> Sequence[WeightPair]:
@@ -48,13 +60,33 @@ def pairs_in(walk: Walk, number: int, subject: Subject) -> Sequence[WeightPair]:
 
 def pairs_need(walk: Walk, subject: Subject) -> Need:
     """Need of the pass that chooses scales: a layer, the moments of all its pairs, and a batch or a choice in work."""
+    forward = _forward_bytes(walk, subject)
+    layers = range(len(walk.skeleton.layers))
+    layer = max(_pairs_layer_bytes(walk, number, subject, forward) for number in layers)
+    return _walk_need(walk, subject, layer, subject.plan.equalizer_bytes)
+
+
+def inputs_need(walk: Walk, subject: Subject) -> Need:
+    """Need of the pass that measures inputs: a layer, and a batch in work."""
+    forward = _forward_bytes(walk, subject)
+    layers = range(len(walk.skeleton.layers))
+    return _walk_need(walk, subject, max(walk.layer_bytes(number) + forward for number in layers), 0)
+
+
+def _forward_bytes(walk: Walk, subject: Subject) -> int:
+    """Bytes of the batch that a layer computes."""
+    length = subject.calibration.sequence_length
+    return min(subject.sequences, batch_of(length)) * sequence_bytes(walk, length)
+
+
+def _walk_need(walk: Walk, subject: Subject, layer: int, found: int) -> Need:
+    """Need of one stream through all layers: `layer` bytes are the most at one, `found` those of what is found."""
     length, tokens = subject.calibration.sequence_length, subject.calibration.tokens
     batch, layers = min(subject.sequences, batch_of(length)), range(len(walk.skeleton.layers))
-    forward = batch * sequence_bytes(walk, length)
-    on_device = max(_pairs_layer_bytes(walk, number, subject, forward) for number in layers)
-    on_device = max(on_device, walk.layer_bytes(0) + forward + table_bytes(walk, tokens))
-    on_host = _FIXED_BYTES + 4 * batch * length * walk.hidden + subject.plan.equalizer_bytes
-    disk = 2 * 4 * tokens * walk.hidden + subject.plan.equalizer_bytes + len(layers) * _HEADER_BYTES
+    before = walk.layer_bytes(0) + _forward_bytes(walk, subject) + table_bytes(walk, tokens)
+    on_device = max(layer, before)
+    on_host = _FIXED_BYTES + 4 * batch * length * walk.hidden + found
+    disk = 2 * 4 * tokens * walk.hidden + found + len(layers) * _HEADER_BYTES
     read = sum(walk.source.stored_bytes(name) for number in layers for name in walk.layer_weights(number))
     if walk.device.is_cpu:
         return Need(on_host + on_device, 0, disk, read)
@@ -208,4 +240,4 @@ def _held_bytes(step: Rewrite, rank: int) -> int:
     scales = step.equalizer.nbytes if step.equalizer else 0
     # What an update learns of a whole weight is that weight anew.
     learnt = step.prepared_bytes + (4 * step.rows * step.columns if step.whole_bytes else 0)
-    return stored + adapter + learnt + scales + sum(spec.nbytes for spec in step.specs) + factors
+    return stored + adapter + learnt + scales + sum(spec.nbytes for spec in step.encoder.parts) + factors

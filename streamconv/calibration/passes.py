@@ -5,18 +5,21 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from streamconv.calibration.layer_files import LayerFiles, Result, Stream
+from streamconv.calibration.need import batch_of
 from streamconv.calibration.subject import Subject
 from streamconv.errors import InputError, ResourceError, Stopped
 from streamconv.forward.text import load_tokenizer, read_windows
+from streamconv.forward.walk import Passing, Walk, in_batches
 from streamconv.planning.devices import Device
-from streamconv.progress import StopRequest
+from streamconv.progress import OnBytes, StopRequest
 from streamconv.system_errors import lacking
 
 
@@ -94,3 +97,38 @@ def telling_of_memory(device: Device) -> Iterator[None]:
             f"{device.name} ran out of memory: {str(error).splitlines()[0]} Free some, give a shorter "
             "--calibration-sequence-length, or use --device cpu, and run again"
         ) from error
+
+
+Work = Callable[[Passing, int, nn.Module, Stream], Sequence[Result]]
+
+
+def through_layers(
+    walk: Walk, windows: Tensor, files: LayerFiles, disk: int, on_bytes: OnBytes, work: Work
+) -> None:
+    """Have the one stream of `files` pass the layers that are not done yet, `work` taking it through each.
+
+    `disk` are the bytes that `files` need in all. `on_bytes` is called with those of weights, first with what is done.
+    """
+    sizes = [
+        sum(map(walk.source.stored_bytes, walk.layer_weights(number)))
+        for number in range(len(walk.skeleton.layers))
+    ]
+    first = files.done
+    on_bytes(sum(sizes[:first]))
+    if first == len(sizes):
+        return
+    files.check_disk(disk)
+    with files.streams() as (stream,):
+
+        def keep(chosen: slice, entering: Tensor) -> None:
+            if not first:
+                stream.entering(0).write(chosen, entering)
+
+        with walk.entered(windows, in_batches(windows, batch_of(windows.shape[1])), keep) as passing:
+            for number in range(first, len(sizes)):
+                with passing.layer(number) as module:
+                    results = work(passing, number, module, stream)
+                walk.source.check_unchanged()
+                files.write(number, results)
+                release_freed_memory()
+                on_bytes(sizes[number])

@@ -47,12 +47,11 @@ class Held:
 
     def base(self) -> BaseOnGrid | None:
         """Codes and scales of the base where it lies on the output's grid."""
-        scales = self.work.scales
-        if not isinstance(scales, Kept):
+        if not isinstance(self.work.scales, Kept) and self.work.overwrites is None:
             return None
         codes = torch.empty(self.step.rows * self.step.columns, dtype=torch.uint8, device=self.work.device)
         self.work.base_codes(self._on_device(), self._rows, codes)
-        return BaseOnGrid(codes, scales.effective)
+        return BaseOnGrid(codes, self.work.effective_scales())
 
     def difference(self, target: Tensor) -> Tensor:
         """Change that the update makes, `target` less the base, float32 [out, in]."""
@@ -62,16 +61,20 @@ class Held:
 
     def packed(self, chosen: QuantizedWeight) -> tuple[tuple[bytes, ...], KeptDelta | None]:
         """Bytes of all parts with these codes, in the encoder's order, and what survives of the update."""
-        scales = self.work.scales if chosen.keeps_base else None
-        if not isinstance(scales, Kept):
-            scales = Fixed(chosen.scales, self.step.encoder.effective_scales(chosen.scales))
-        self.work.use(scales, chosen.codes)
+        self.work.use(self._scales(chosen), chosen.codes)
         size = self.step.encoder.row_offset(self.step.rows)
         out = torch.empty(size, dtype=torch.uint8, device=self.work.device)
         self.work.rewrite(self._on_device(), self._rows, out).wait()
         tail, kept = self.work.finish()
         stored = in_file_order(self.step.encoder.order, out.cpu())
         return (bytes(tensor_bytes(stored)), *tail), kept
+
+    def _scales(self, chosen: QuantizedWeight) -> Kept | Fixed:
+        if chosen.keeps_base and isinstance(self.work.scales, Kept):
+            return self.work.scales
+        if chosen.keeps_base and self.work.overwrites is not None:
+            return Kept(chosen.scales, chosen.scales, None)
+        return Fixed(chosen.scales, self.step.encoder.effective_scales(chosen.scales))
 
     def _on_device(self) -> Tensor:
         return self.raw.to(self.work.device)

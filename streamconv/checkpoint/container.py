@@ -16,7 +16,7 @@ from typing import Protocol
 from streamconv.checkpoint.gguf import GgufFile, read_gguf
 from streamconv.checkpoint.gguf_header import Pairs, build_gguf_header, padding, split_pairs
 from streamconv.checkpoint.index import read_index
-from streamconv.checkpoint.layout import Placed, S, ShardLayout, lay_out, nbytes, shard_names
+from streamconv.checkpoint.layout import Placed, S, ShardLayout, joined, lay_out, nbytes, shard_names
 from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import PADDING, TensorSpec
 from streamconv.dtypes import GGML_TYPES
@@ -34,6 +34,10 @@ class Container(Protocol):
     @property
     def has_config(self) -> bool:
         """Whether the model needs files beside these: config.json, tokenizer, the index."""
+
+    @property
+    def keeps_headers(self) -> bool:
+        """Whether headers are those of the base's files, with the tokenizer that they have."""
 
     def file_names(self, count: int) -> list[str]:
         """Names of so many files, in their order."""
@@ -53,6 +57,7 @@ class Safetensors:
     """Files of transformers' names (`checkpoint/layout.py`); `metadata` as there."""
 
     has_config: bool = True
+    keeps_headers: bool = False
     metadata: Sequence[Mapping[str, str]] | None = None
 
     def file_names(self, count: int) -> list[str]:
@@ -77,12 +82,10 @@ class Gguf:
     type: str
     pairs: Pairs = field(default_factory=lambda: MappingProxyType({}))
     has_config: bool = False
+    keeps_headers: bool = False
 
     def file_names(self, count: int) -> list[str]:
-        stem = f"model-{self.type}"
-        if count == 1:
-            return [stem + GGUF_SUFFIX]
-        return [f"{stem}-{number:05d}-of-{count:05d}{GGUF_SUFFIX}" for number in range(1, count + 1)]
+        return _gguf_names(self.type, count)
 
     def completes(self, count: int) -> str:
         return self.file_names(count)[0]
@@ -104,7 +107,47 @@ class Gguf:
         return tuple(layouts)
 
 
+@dataclass(frozen=True, slots=True)
+class StoredGguf:
+    """GGUF files called `model-TYPE` with the `headers` of a base's, whose tensors lie where these have them."""
+
+    type: str
+    headers: Sequence[bytes]
+    has_config: bool = False
+    keeps_headers: bool = True
+
+    def file_names(self, count: int) -> list[str]:
+        return _gguf_names(self.type, count)
+
+    def completes(self, count: int) -> str:
+        return self.file_names(count)[0]
+
+    def lay_out(self, shards: Sequence[Sequence[S]], pad: Callable[[int], S]) -> tuple[ShardLayout[S], ...]:
+        """See Container; steps follow each other as they are, those that fill gaps included."""
+        del pad
+        names = self.file_names(len(shards))
+        return tuple(
+            _in_turn(name, header, steps)
+            for name, header, steps in zip(names, self.headers, shards, strict=True)
+        )
+
+
 SAFETENSORS = Safetensors()
+
+
+def _gguf_names(kind: str, count: int) -> list[str]:
+    stem = f"model-{kind}"
+    if count == 1:
+        return [stem + GGUF_SUFFIX]
+    return [f"{stem}-{number:05d}-of-{count:05d}{GGUF_SUFFIX}" for number in range(1, count + 1)]
+
+
+def _in_turn(name: str, header: bytes, steps: Sequence[S]) -> ShardLayout[S]:
+    placed, offset = [], len(header)
+    for step in steps:
+        placed.append(Placed(step, offset, nbytes(step)))
+        offset += nbytes(step)
+    return ShardLayout(name, header, offset, tuple(placed))
 
 
 def _stacked(steps: Sequence[S]) -> list[tuple[TensorSpec, list[S]]]:
@@ -115,14 +158,6 @@ def _stacked(steps: Sequence[S]) -> list[tuple[TensorSpec, list[S]]]:
             parts = list(group)
             found.append((joined([spec for part in parts for spec in part.specs]), parts))
     return found
-
-
-def joined(specs: Sequence[TensorSpec]) -> TensorSpec:
-    """The tensor that parts of one name are together, along its first axis."""
-    first = specs[0]
-    if len(specs) == 1:
-        return first
-    return TensorSpec(first.name, first.dtype, (sum(spec.shape[0] for spec in specs), *first.shape[1:]))
 
 
 def _placed(

@@ -43,11 +43,15 @@ _DENSE: Mapping[int, Dtype] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """A checked header. `pairs` by key, `tensors` by name, their shapes as PyTorch has them; `raw` its bytes."""
+    """A checked header. `pairs` by key, `tensors` by name, their shapes as PyTorch has them; `raw` its bytes.
+
+    `values` are the bytes of `raw` with the value of each key, the number of its type first.
+    """
 
     pairs: Mapping[str, Value]
     tensors: Mapping[str, StoredTensor]
     raw: bytes
+    values: Mapping[str, range]
 
 
 def read_gguf(
@@ -85,18 +89,23 @@ def _parse(raw: bytes, file: SourceFile, types: Mapping[int, Dtype]) -> GgufFile
         raise UnsupportedError(f"{file.name} is {what}; supported is GGUF of version 2 and 3, little-endian")
     tensors, pairs = cursor.number("Q"), cursor.number("Q")
     found: dict[str, Value] = {}
+    values: dict[str, range] = {}
     for _ in range(int(pairs)):
         key = cursor.string()
         if key in found:
             raise CheckpointError(f"{file.name}: the key {shown(key)} stands twice")
+        start = cursor.place
         found[key] = cursor.value(int(cursor.number("I")))
+        values[key] = range(start, cursor.place)
     entries = [_entry(cursor) for _ in range(int(tensors))]
     alignment = found.get("general.alignment", 32)
     if not isinstance(alignment, int) or isinstance(alignment, bool) or not 1 <= alignment <= 2**20:
         raise CheckpointError(f"{file.name}: general.alignment must be a size, found {shown(alignment)}")
     start = -(-cursor.place // alignment) * alignment
     stored = _stored(entries, start, alignment, file, types)
-    return GgufFile(MappingProxyType(found), MappingProxyType(stored), raw[: cursor.place])
+    return GgufFile(
+        MappingProxyType(found), MappingProxyType(stored), raw[: cursor.place], MappingProxyType(values)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
-from streamconv.checkpoint.gguf import MAGIC
+from streamconv.checkpoint.gguf import MAGIC, GgufFile
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.dtypes import GGML_NUMBERS
 
@@ -25,10 +25,10 @@ _CODES: Mapping[int, str] = {2: "H", 4: "I", 5: "i", 6: "f", 7: "?"}
 
 @dataclass(frozen=True, slots=True)
 class GgufValue:
-    """A value of a pair: GGUF's number of its type, and of an array that of its items."""
+    """A value of a pair: GGUF's number of its type, and of an array that of its items. Bytes are as a file has them."""
 
     kind: int
-    value: str | int | float | bool | Sequence[str] | Sequence[int] | Sequence[float]
+    value: bytes | str | int | float | bool | Sequence[str] | Sequence[int] | Sequence[float]
     items: int | None = None
 
 
@@ -73,6 +73,13 @@ def f32s(values: Sequence[float]) -> GgufValue:
 
 def flags(values: Sequence[bool]) -> GgufValue:
     return GgufValue(_ARRAY, values, 7)
+
+
+def stored_value(file: GgufFile, key: str) -> GgufValue:
+    """The value of a key of a file, to the byte."""
+    place = file.values[key]
+    raw = file.raw[place.start : place.stop]
+    return GgufValue(int.from_bytes(raw[:4], "little"), raw[4:])
 
 
 def as_value(value: object) -> GgufValue:
@@ -123,6 +130,8 @@ def split_pairs(number: int, count: int, tensors: int) -> Pairs:
 
 
 def _bytes(value: GgufValue) -> bytes:
+    if isinstance(value.value, bytes):
+        return value.value
     if value.items is None:
         return _string(str(value.value)) if value.kind == _STRING else _number(value.kind, value.value)
     assert isinstance(value.value, Sequence)

@@ -18,7 +18,7 @@ from typing import Any
 
 from streamconv.checkpoint.config import check_types
 from streamconv.checkpoint.forms import find_form, is_adapter
-from streamconv.checkpoint.gguf import Value
+from streamconv.checkpoint.gguf import GgufFile, Value
 from streamconv.checkpoint.header import read_header, recognise
 from streamconv.checkpoint.pickled import read_pickled
 from streamconv.checkpoint.strict_json import parse_object, shown
@@ -39,7 +39,8 @@ class CheckpointIndex:
     """All tensors by name, in the order of shards (by number), then of offsets. `config` is config.json.
 
     `variant`: the name that stands in those of the files, as `fp16` in `model.fp16.safetensors`. Of a GGUF file,
-    `pairs` are its header's, `made` files that were made of these, by name, and `notes` say what they do not tell.
+    `pairs` are its header's, `made` files that were made of these, by name, and `notes` say what they do not tell;
+    `headers` are those of all its files, in the order of shards, with tensors under their names there.
     """
 
     storage: Storage
@@ -50,6 +51,7 @@ class CheckpointIndex:
     pairs: Mapping[str, Value] = field(default_factory=lambda: MappingProxyType({}))
     made: Mapping[str, bytes] = field(default_factory=lambda: MappingProxyType({}))
     notes: tuple[str, ...] = ()
+    headers: tuple[GgufFile, ...] = ()
 
 
 def read_index(

@@ -3,13 +3,14 @@
 A safetensors file allows no gap between tensors, yet loaders view the bytes in place, so a tensor must start
 at a multiple of its item size. Steps keep the base's order, with two exceptions that make this hold without
 padding: tensors of 8-byte items come first, and what is not a multiple of 4 bytes long comes last, by falling
-item size.
+item size. Steps that follow each other under one name are one tensor, along its first axis.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
@@ -82,13 +83,15 @@ def split_by_size(weights: Iterable[Sequence[S]], limit: int) -> list[list[S]]:
 
 
 def _file_order(steps: Sequence[S]) -> list[S]:
-    def rank(step: S) -> tuple[int, int]:
-        itemsize = max(spec.dtype.alignment for spec in step.specs)
-        if nbytes(step) % 4:
+    def rank(tensor: Sequence[S]) -> tuple[int, int]:
+        itemsize = max(spec.dtype.alignment for step in tensor for spec in step.specs)
+        if sum(map(nbytes, tensor)) % 4:
             return 2, -itemsize
         return (0 if itemsize == 8 else 1), 0
 
-    return sorted(steps, key=rank)  # stable: within a rank the base's order stays
+    tensors = [tuple(group) for _, group in groupby(steps, key=lambda step: step.specs[0].name)]
+    # Stable: within a rank the base's order stays.
+    return [step for tensor in sorted(tensors, key=rank) for step in tensor]
 
 
 def shard_names(count: int) -> list[str]:
@@ -113,8 +116,17 @@ def lay_out(
     )
 
 
+def joined(specs: Sequence[TensorSpec]) -> TensorSpec:
+    """The tensor that parts of one name are together, along its first axis."""
+    first = specs[0]
+    if len(specs) == 1:
+        return first
+    return TensorSpec(first.name, first.dtype, (sum(spec.shape[0] for spec in specs), *first.shape[1:]))
+
+
 def _lay_out_shard(name: str, steps: Sequence[S], metadata: Mapping[str, str]) -> ShardLayout[S]:
-    header = build_header([spec for step in steps for spec in step.specs], metadata, DATA_ALIGNMENT)
+    specs = groupby((spec for step in steps for spec in step.specs), key=lambda spec: spec.name)
+    header = build_header([joined(list(parts)) for _, parts in specs], metadata, DATA_ALIGNMENT)
     placed, offset = [], len(header)
     for step in steps:
         size = nbytes(step)

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from streamconv.checkpoint.container import SAFETENSORS
-from streamconv.formats import FORMATS, container_of
+from streamconv.formats import FORMATS
 from streamconv.formats.base import Format
 from streamconv.planning.choices import can_calibrate
 from streamconv.rounding import ROUNDINGS
@@ -20,13 +19,10 @@ OPENED = "opened.json"
 class FormatRow:
     """A format's entry. `opened`: programs with their versions that opened files of it when `tools/foreign` ran them;
     `documented`: others that open it by their documentation.
-
-    `keeps`: whether an output can have it because its base has, codes and scales of what does not change included.
     """
 
     name: str
     bits_per_weight: float
-    keeps: bool
     roundings: tuple[str, ...]
     takes_calibration: bool
     layout: str
@@ -35,8 +31,8 @@ class FormatRow:
 
     @property
     def uses(self) -> str:
-        """Words for each thing that can be done with it: all are read and written."""
-        return "read, write, keep" if self.keeps else "read, write"
+        """Words for each thing that can be done with it. A base that has it can keep it, codes and scales included."""
+        return "read, write, keep"
 
     @property
     def chosen_by(self) -> str:
@@ -71,8 +67,6 @@ def _row(storage_format: Format, opened: tuple[str, ...]) -> FormatRow:
     return FormatRow(
         name=storage_format.name,
         bits_per_weight=storage_format.bits_per_weight,
-        # A GGUF base is decoded, and its blocks are not stored again as they are.
-        keeps=container_of(storage_format) == SAFETENSORS,
         roundings=tuple(name for name, way in ways.items() if calibrates or not way.calibrated),
         takes_calibration=calibrates,
         layout=storage_format.layout,

@@ -238,6 +238,15 @@ RESULT = group(
     ),
     option(
         Section.RESULT,
+        "--gguf-donor",
+        defaults=MERGE_DEFAULTS,
+        type=FOLDER,
+        metavar="FILE",
+        help="With --quant gguf:TYPE: a GGUF file of the base model that others made, whose tokenizer is taken, and "
+        "what its header says of the model beyond config.json; for tokenizers that cannot be written otherwise.",
+    ),
+    option(
+        Section.RESULT,
         "--max-shard-size",
         defaults=MERGE_DEFAULTS,
         type=Size(),

@@ -33,7 +33,7 @@ class DecodedRows:
     def _scales_of(self, rows: range) -> Tensor | None:
         grid = self._decoder.grid
         if self._scales is None or grid is None:
-            return None
+            return self._scales
         first, last = (row * self._columns for row in (rows.start, rows.stop))
         return self._scales[first // grid.block : -(-last // grid.block)]
 

@@ -26,13 +26,15 @@ from streamconv.formats.foreign import (
     unread_quantization,
 )
 from streamconv.formats.fp8 import Fp8BlockFormat, Fp8Format, written_form
+from streamconv.formats.ggml_mxfp4 import GGML_MXFP4
 from streamconv.formats.gguf import PREFIX, GgufFormat
 from streamconv.formats.gguf_blocks import BLOCK_FORMATS
-from streamconv.formats.gpt_oss import GptOssReader
+from streamconv.formats.gguf_kept import KEPT_FILES
+from streamconv.formats.gpt_oss import GptOssFormat
 from streamconv.formats.gptq import GptqFormat
 from streamconv.formats.int_quantized import Int8RowsFormat
-from streamconv.formats.mlx import MlxFormat
-from streamconv.formats.pack_quantized import PackQuantizedFormat
+from streamconv.formats.mlx import MlxFormat, experts_apart
+from streamconv.formats.pack_quantized import INT4_WITH_ZEROS, PackQuantizedFormat
 from streamconv.formats.undecoded import has_codes, parameters_in, undecoded_weight
 from streamconv.kernels.grids import FP4, INT4, INT8_GROUPS, NF4
 
@@ -72,7 +74,8 @@ def find_weights(index: CheckpointIndex) -> tuple[Weight, ...]:
         _refuse_orphans(found, _marks_for(quantization))
         _check_config(index, found)
     by_main_part = {weight.parts[weight.decoder.main].name: weight for weight in found}
-    return tuple(by_main_part[name] for name in index.tensors if name in by_main_part)
+    in_order = (by_main_part[name] for name in index.tensors if name in by_main_part)
+    return tuple(each for weight in in_order for each in experts_apart(weight, index.config))
 
 
 def _take(weights: Iterable[Weight], free: dict[str, StoredTensor], found: list[Weight]) -> None:
@@ -230,10 +233,12 @@ def _readers() -> tuple[Reader, ...]:
 
 
 # Storages that are read and not written.
-READERS: tuple[Reader, ...] = (fp4.ModelOptReader(), GptOssReader())
+READERS: tuple[Reader, ...] = (fp4.ModelOptReader(), GptOssFormat())
 
 # Formats that a base keeps, and that nothing else is written in.
-KEPT: Mapping[str, Format] = MappingProxyType({f"mlx{bits}": MlxFormat(bits) for bits in (2, 3, 5, 6)})
+KEPT: Mapping[str, Format] = MappingProxyType(
+    {**{f"mlx{bits}": MlxFormat(bits) for bits in (2, 3, 5, 6)}, "gpt-oss": GptOssFormat(), **KEPT_FILES}
+)
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
@@ -246,6 +251,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "fp4-dq": Bnb4bitFormat("fp4-dq", FP4, nested=True),
         "int8": Int8Format("int8"),
         "w4a16": PackQuantizedFormat("w4a16", 4, INT4),
+        "w4a16-asym": PackQuantizedFormat("w4a16-asym", 4, INT4_WITH_ZEROS),
         "w8a16": PackQuantizedFormat("w8a16", 8, INT8_GROUPS),
         "w8a8": Int8RowsFormat(),
         "gptq": GptqFormat(),
@@ -257,11 +263,13 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         "fp8-block": Fp8BlockFormat("fp8-block"),
         "mlx4": MlxFormat(4),
         "mlx8": MlxFormat(8),
+        "nvfp4": fp4.NVFP4,
         "nvfp4a16": fp4.NVFP4A16,
         "mxfp4a16": fp4.MXFP4A16,
         "mxfp4": fp4.MXFP4,
         "gguf:f16": GgufFormat(F16),
         "gguf:bf16": GgufFormat(BF16),
         **BLOCK_FORMATS,
+        GGML_MXFP4.name: GGML_MXFP4,
     }
 )

@@ -253,6 +253,38 @@ class Surveyed(Encoder, Protocol):
         """Whether targets go so far beyond effective `scales` of the base that these are not to be kept."""
 
 
+@runtime_checkable
+class Overwriting(Encoder, Protocol):
+    """An Encoder of a base's own storage, with scales between the codes, that changes no more of its bytes than codes.
+
+    Weights that it is for lie on its grid, and their decoders know no scales but those of a cell's bytes.
+    """
+
+    def unpacked(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (uint8, flat) and effective scales (float32, one a block) of a cell of the base (uint8, flat)."""
+
+    def overwrite(self, codes: Tensor, out: Tensor) -> None:
+        """Write codes (uint8, flat) over those of a cell of the base (uint8, flat), whose scales stay to the byte."""
+
+
+@runtime_checkable
+class Measured(Encoder, Protocol):
+    """An Encoder that may store a scale of what the weight is multiplied by, which a text tells.
+
+    What needs the scale raises AssertionError until it is known.
+    """
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the scale is there, or none is stored."""
+
+    def measuring(self, greatest: float) -> Self:
+        """The same with the scale for inputs of that greatest magnitude (finite, not negative)."""
+
+    def inheriting(self, decoder: Decoder) -> Self:
+        """The same with the scale that a base's weight has beside it; itself where it has none."""
+
+
 def wrong(tensor: StoredTensor, expected: str) -> CheckpointError:
     """Error for a part that has another type or shape than `expected`, in words."""
     found = f"{tensor.dtype} {list(tensor.shape)}"
@@ -414,6 +446,14 @@ class EmbeddingStore(Format, Protocol):
 
     @property
     def takes_embeddings(self) -> bool: ...
+
+
+@runtime_checkable
+class InputScaled(Format, Protocol):
+    """A Format that may have its loaders round inputs by a scale that is stored: its encoders are Measured."""
+
+    @property
+    def measures_inputs(self) -> bool: ...
 
 
 @runtime_checkable

@@ -99,7 +99,13 @@ def config_of(groups: Sequence[tuple[Json, Sequence[str]]], skipped: Sequence[st
 
 
 def arguments(
-    kind: str, bits: int, strategy: str, *, group_size: int | None = None, dynamic: bool = False
+    kind: str,
+    bits: int,
+    strategy: str,
+    *,
+    group_size: int | None = None,
+    dynamic: bool = False,
+    symmetric: bool = True,
 ) -> Json:
     """Settings of weights or activations. The keys that every release knows: it refuses others within a group."""
     return {
@@ -111,7 +117,7 @@ def arguments(
         "observer": None if dynamic else "minmax",
         "observer_kwargs": {},
         "strategy": strategy,
-        "symmetric": True,
+        "symmetric": symmetric,
         "type": kind,
     }
 

@@ -4,6 +4,8 @@ P.weight_packed        uint8 [out, in/2], the first of two codes in the low half
 P.weight_scale         NVFP4: F8_E4M3 [out, in/16]; MXFP4: uint8 [out, in/32], biased exponents of two
 P.weight_global_scale  NVFP4: float32, which divides (compressed-tensors `compressors/nvfp4`)
 P.weight_scale_2       NVFP4 of ModelOpt: float32, which multiplies
+P.input_global_scale   NVFP4 with 4-bit activations: float32, 448 · 6 / the greatest magnitude of what enters P, by
+                       which a loader scales blocks of 16 of that (ModelOpt: P.input_scale, the inverse)
 
 An element is what its code stands for times its block's scale, itself divided or multiplied first by the scale of the
 whole weight: in float32, rounded once to the type of the weight.
@@ -50,8 +52,8 @@ from streamconv.kernels.grids import TableGrid
 _PACKED = "weight_packed"
 _MODELOPT = "weight"
 _SCALE = "weight_scale"
-_INPUT = "input_global_scale"
-_OTHERS = (*ACTIVATIONS, _INPUT, "weight_shape")
+_INPUT, _INPUT_FACTOR = "input_global_scale", "input_scale"
+_OTHERS = (*ACTIVATIONS, "weight_shape")
 NVFP4_STORAGE, MXFP4_STORAGE = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 _STORAGES = frozenset({NVFP4_STORAGE, MXFP4_STORAGE})
 
@@ -66,7 +68,9 @@ def _part_name(weight: str, role: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Fp4Decoder:
-    """Decoder of packed rows; `dtype` is what is decoded to."""
+    """Decoder of packed rows; `dtype` is what is decoded to, `inputs` has the scale of what the weight is multiplied
+    by, where there is one.
+    """
 
     name: str
     main: str
@@ -74,6 +78,7 @@ class Fp4Decoder:
     block_scales: BlockScales
     dtype: Dtype
     order: Order | None = None
+    inputs: StoredTensor | None = None
 
     @property
     def grid(self) -> TableGrid:
@@ -105,18 +110,24 @@ class Fp4Decoder:
         return out
 
 
-def _find(main_role: str, free: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> Sequence[Weight]:
-    """Weights packed two codes a byte, with a scale a block, whose main part is called `main_role`."""
-    modules = [
-        name.removesuffix(main_role)
+def _find(
+    main_role: str, free: Mapping[str, StoredTensor], config: Mapping[str, Any], kind: str | None = None
+) -> Sequence[Weight]:
+    """Weights packed two codes a byte, with a scale a block, whose main part is called `main_role`.
+
+    With `kind`, those alone that are called so.
+    """
+    found = {
+        name.removesuffix(main_role): _kind(name.removesuffix(main_role), main_role, free, config)
         for name, tensor in free.items()
         if name.endswith(f".{main_role}") and tensor.dtype == U8 and _has_scales(name, main_role, free)
-    ]
+    }
+    modules = {module: each for module, each in found.items() if kind in (None, each)}
     if not modules:
         return ()
     dtype = largest_dtype(free, but=(_SCALE, DIVISOR, FACTOR, *_OTHERS), otherwise=BF16)
     with TensorReader() as reader:
-        return [_weight(module, main_role, free, dtype, config, reader) for module in modules]
+        return [_weight(module, main_role, free, dtype, each, reader) for module, each in modules.items()]
 
 
 def _has_scales(name: str, main_role: str, free: Mapping[str, StoredTensor]) -> bool:
@@ -128,7 +139,7 @@ def _weight(
     main_role: str,
     free: Mapping[str, StoredTensor],
     dtype: Dtype,
-    config: Mapping[str, Any],
+    kind: str,
     reader: TensorReader,
 ) -> Weight:
     main, scales = free[module + main_role], free[module + _SCALE]
@@ -143,19 +154,19 @@ def _weight(
     whole = (block_scales.whole[0],) if block_scales.whole else ()
     roles = (main_role, _SCALE, *whole, *(role for role in _OTHERS if module + role in free))
     name, shape = f"{module}weight", (rows, columns)
-    decoder = Fp4Decoder(name, main_role, columns, block_scales, dtype)
-    kind = _kind(main_role, block_scales, _INPUT in roles, config)
+    inputs = next((free[module + role] for role in (_INPUT, _INPUT_FACTOR) if role in roles), None)
+    decoder = Fp4Decoder(name, main_role, columns, block_scales, dtype, inputs=inputs)
     keep = Fp4Encoder(kind, name, shape, dtype, block_scales, main_role)
     return Weight(name, shape, dtype, kind, decoder, {role: free[module + role] for role in roles}, keep)
 
 
-def _kind(main_role: str, block_scales: BlockScales, has_input: bool, config: Mapping[str, Any]) -> str:
+def _kind(module: str, main_role: str, free: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> str:
     """The name in FORMATS, or in words what is kept only."""
-    if block_scales.whole is None:
+    if free[module + _SCALE].dtype == U8:
         return "mxfp4" if _quantizes_inputs(config) else "mxfp4a16"
     if main_role == _MODELOPT:
         return "nvfp4a16, of modelopt"
-    return "nvfp4a16, with scales of inputs" if has_input else "nvfp4a16"
+    return "nvfp4" if module + _INPUT in free else "nvfp4a16"
 
 
 def _quantizes_inputs(config: Mapping[str, Any]) -> bool:
@@ -197,7 +208,10 @@ def _positive(tensor: StoredTensor, reader: TensorReader) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Fp4Encoder:
-    """Encoder of a weight [out, in] of whole blocks, whose main part is called `main`."""
+    """Encoder of a weight [out, in] of whole blocks, whose main part is called `main`.
+
+    `inputs` is the scale of what it is multiplied by, where one is stored.
+    """
 
     format: str
     name: str
@@ -211,6 +225,7 @@ class Fp4Encoder:
     order: Order | None = None
     constants: tuple[Constant, ...] = ()
     scope: ScaleScope = ScaleScope.PARTNERS
+    inputs: Nvfp4Scales | None = None
 
     @property
     def grid(self) -> TableGrid:
@@ -232,7 +247,10 @@ class Fp4Encoder:
         if self.block_scales.whole is None:
             return parts
         role, shape = self.block_scales.whole
-        return (*parts, TensorSpec(_part_name(self.name, role), F32, shape))
+        whole = TensorSpec(_part_name(self.name, role), F32, shape)
+        if self.inputs is None:
+            return (*parts, whole)
+        return (*parts, whole, TensorSpec(_part_name(self.name, _INPUT), F32, (1,)))
 
     @property
     def is_known(self) -> bool:
@@ -252,6 +270,25 @@ class Fp4Encoder:
             return self
         return dataclasses.replace(self, block_scales=self.block_scales.following(decoder.block_scales))
 
+    @property
+    def is_measured(self) -> bool:
+        return self.inputs is None or self.inputs.is_known
+
+    def measuring(self, greatest: float) -> Self:
+        """See Measured."""
+        return (
+            self if self.inputs is None else dataclasses.replace(self, inputs=self.inputs.knowing(greatest))
+        )
+
+    def inheriting(self, decoder: Decoder) -> Self:
+        """See Measured. What lies beside the weight is read here."""
+        if self.inputs is None or not isinstance(decoder, Fp4Decoder) or decoder.inputs is None:
+            return self
+        with TensorReader() as reader:
+            value = _positive(decoder.inputs, reader)
+        stored = Nvfp4Scales(value, multiplies=decoder.inputs.name.endswith(f".{_INPUT_FACTOR}"))
+        return dataclasses.replace(self, inputs=self.inputs.following(stored))
+
     def row_offset(self, row: int) -> int:
         return row * self.shape[1] // 2
 
@@ -267,11 +304,18 @@ class Fp4Encoder:
         """See Encoder."""
         if kept is not None:
             whole = () if self.block_scales.whole is None else (kept[self.block_scales.whole[0]],)
-            return tuple(_bytes_of(part) for part in (kept[_SCALE], *whole))
+            return (*(_bytes_of(part) for part in (kept[_SCALE], *whole)), *self._bytes_of_inputs())
         assert scales is not None, f"{self.name} was given neither scales nor kept parts"
         if not bool(scales.isfinite().all()):
             raise InputError(f"{self.name} holds NaN or infinity, which {self.format} cannot store")
-        return (_bytes_of(self.block_scales.stored(scales)), *self.block_scales.whole_bytes())
+        return (
+            _bytes_of(self.block_scales.stored(scales)),
+            *self.block_scales.whole_bytes(),
+            *self._bytes_of_inputs(),
+        )
+
+    def _bytes_of_inputs(self) -> tuple[bytes, ...]:
+        return () if self.inputs is None else self.inputs.whole_bytes()
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
@@ -343,6 +387,11 @@ class Fp4Format(InGroups):
         return self.block_scales.grid
 
     @property
+    def measures_inputs(self) -> bool:
+        """See InputScaled: scales of blocks are found as they come, in units of one that is stored."""
+        return self.inputs is not None and self.inputs["dynamic"] == "local"
+
+    @property
     def bits_per_weight(self) -> float:
         return 4 + 8 / self.grid.block
 
@@ -362,8 +411,7 @@ class Fp4Format(InGroups):
 
     def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """See Format."""
-        weights = _find(_PACKED, free, quantization)
-        return [weight for weight in weights if weight.format.partition(",")[0] == self.name]
+        return _find(_PACKED, free, quantization, self.name)
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Fp4Encoder:
         """See Format."""
@@ -376,7 +424,8 @@ class Fp4Format(InGroups):
             raise UnsupportedError(
                 f"{name} is {dtype}; {self.name} stores weights of {', '.join(DENSE)}: exclude it with --ignore"
             )
-        return Fp4Encoder(self.name, name, shape, dtype, self.block_scales)
+        inputs = Nvfp4Scales() if self.measures_inputs else None
+        return Fp4Encoder(self.name, name, shape, dtype, self.block_scales, inputs=inputs)
 
     def module_config(self) -> Json:
         """See Mixable. The keys of compressed-tensors' own preset of this name."""
@@ -398,6 +447,13 @@ class Fp4Format(InGroups):
 
 
 NVFP4A16 = Fp4Format("nvfp4a16", NVFP4_STORAGE, Nvfp4Scales(), "tensor_group")
+NVFP4 = Fp4Format(
+    "nvfp4",
+    NVFP4_STORAGE,
+    Nvfp4Scales(),
+    "tensor_group",
+    inputs=MappingProxyType({"dynamic": "local", "observer": "static_minmax"}),
+)
 _EXPERT_LOADERS = ("transformers with compressed-tensors", "vLLM")
 MXFP4A16 = Fp4Format("mxfp4a16", MXFP4_STORAGE, Mxfp4Scales(), "group", expert_loaders=_EXPERT_LOADERS)
 MXFP4 = Fp4Format(

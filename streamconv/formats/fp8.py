@@ -50,6 +50,7 @@ INVERSE, SCALE = "weight_scale_inv", "weight_scale"
 _SCALES = (INVERSE, SCALE)
 ACTIVATIONS = (
     "input_scale",
+    "input_global_scale",
     "activation_scale",
     "input_scale_ub",
     "output_scale",

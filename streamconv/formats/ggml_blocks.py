@@ -21,6 +21,9 @@ from streamconv.kernels.ggml import BY_NUMBER, BlockType, block_kernels_for
 from streamconv.kernels.ggml.iq_grids import IQ_TYPES, iq_grid
 from streamconv.kernels.grids import DecodedGrid
 
+OF_GGUF = " of GGUF"
+"""After the name of a type of blocks; other files have MXFP4 and NVFP4 in other layouts."""
+
 
 @dataclass(frozen=True, slots=True)
 class GgmlDecoder:
@@ -80,7 +83,7 @@ def gguf_weight(tensor: StoredTensor, dtype: Dtype, heads: int | None, shift: fl
     if tensor.dtype.block > 1:
         if tensor.dtype.code.lower() in IQ_TYPES:
             iq_grid(tensor.dtype.code.lower())  # missing, it is missed now, not at the first row
-        name = f"{tensor.dtype.code.lower()} of GGUF"  # others have MXFP4 and NVFP4 in other layouts
+        name = tensor.dtype.code.lower() + OF_GGUF
         decoder = GgmlDecoder(BY_NUMBER[GGML_NUMBERS[tensor.dtype.code]], columns, order)
         return Weight(tensor.name, tensor.shape, dtype, name, decoder, {MAIN: tensor})
     if tensor.dtype.name not in DENSE:

@@ -51,12 +51,15 @@ from streamconv.formats.int_words import (
     Words,
     ZeroPoints,
     check_encodes,
+    columns_in_order,
     described,
     first_zeros,
     grid_of,
     group_size_in,
     is_whole,
     part_name,
+    plain_groups,
+    stored_groups,
     word_of,
     zeros_and_scales,
 )
@@ -170,7 +173,7 @@ def _find_weight(
     if GROUPS in parts and (parts[GROUPS].dtype != I32 or parts[GROUPS].shape != (columns,)):
         raise wrong(parts[GROUPS], f"I32 [{columns}], as {MAIN} has {bits} bits")
     group, product = group_size_in(parts, rows, columns, bits), scales.dtype
-    groups = _groups(parts.get(GROUPS), group, reader)
+    groups = stored_groups(parts.get(GROUPS), group, reader)
     of_v2 = labels.symmetric(first_zeros(parts[ZEROS], reader), bits)
     is_v2 = labels.is_v2 if of_v2 is None else of_v2
     is_plain = bits == 4 and not groups and product == F16
@@ -183,11 +186,13 @@ def _find_weight(
         NO_GROUPS: GROUPS not in parts,
     }
     stored_as = described(_NAMES[2 if of_v2 is None and not is_v2 and bits == 4 else is_v2], group, remarks)
-    grid = grid_of(bits, group, zero_points_of(bits, is_v2) if of_v2 is None else None, _order(groups))
+    grid = grid_of(
+        bits, group, zero_points_of(bits, is_v2) if of_v2 is None else None, columns_in_order(groups)
+    )
     words, order = words_of(bits, is_v2), WordsAcross(rows, main.shape[0])
     decoder = IntWordsDecoder(name, columns, grid, product, order, words)
     specs = tuple(TensorSpec(part.name, part.dtype, part.shape) for part in parts.values())
-    tail = (groups or bytes(tensor_bytes(_plain_groups(columns, group))),) if GROUPS in parts else ()
+    tail = (groups or bytes(tensor_bytes(plain_groups(columns, group))),) if GROUPS in parts else ()
     keep = IntWordsEncoder(stored_as, name, (rows, columns), dtype, grid, order, words, specs, tail, product)
     return Weight(name, (rows, columns), dtype, stored_as, decoder, parts, None if is_written else keep)
 
@@ -199,36 +204,6 @@ def _bits(main: StoredTensor, zeros: StoredTensor) -> int:
         if len(zeros.shape) == 2 and zeros.shape[1] * 32 == outputs * bits:
             return bits
     raise wrong(zeros, f"I32 [groups, {outputs // 8}] or [groups, {outputs // 4}], for 4 or 8 bits")
-
-
-def _groups(tensor: StoredTensor | None, group: int, reader: TensorReader) -> bytes:
-    """The group of every column, where it is not what it is without activation order; else nothing."""
-    if tensor is None:
-        return b""
-    found, columns = reader.load(tensor), tensor.shape[0]
-    count = columns // group
-    if bool((found < 0).any()) or bool((found >= count).any()):
-        raise wrong(tensor, f"groups from 0 to {count - 1}")
-    if torch.equal(found, _plain_groups(columns, group)):
-        return b""
-    if not bool((found.long().bincount(minlength=count) == group).all()):
-        raise UnsupportedError(
-            f"{tensor.name}: groups have different numbers of columns, which is not read; give the 16-bit base model "
-            "instead"
-        )
-    return bytes(tensor_bytes(found))
-
-
-def _order(groups: bytes) -> bytes:
-    """Columns, group after group."""
-    if not groups:
-        return b""
-    found = torch.frombuffer(bytearray(groups), dtype=torch.int32)
-    return bytes(tensor_bytes(torch.argsort(found, stable=True).to(torch.int32)))
-
-
-def _plain_groups(columns: int, group: int) -> Tensor:
-    return torch.arange(columns, dtype=torch.int32) // group
 
 
 # -- the format --------------------------------------------------------------------------------------------
@@ -312,7 +287,7 @@ class GptqFormat:
             *zeros_and_scales(name, shape, self.group_size),
             TensorSpec(part_name(name, GROUPS), I32, (columns,)),
         )
-        tail = (bytes(tensor_bytes(_plain_groups(columns, self.group_size))),)
+        tail = (bytes(tensor_bytes(plain_groups(columns, self.group_size))),)
         stored_as = grouped_name(self.name, self.group_size)
         words = words_of(4, self.is_v2)
         return IntWordsEncoder(stored_as, name, shape, dtype, self.grid, order, words, parts, tail)

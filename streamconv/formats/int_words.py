@@ -108,6 +108,11 @@ class ZeroPoints:
         scale = torch.where(scale == 0, torch.full_like(scale, 2 / self.greatest), scale)
         return torch.stack((scale * (self.greatest + 1) / 2, low), dim=1)
 
+    def nearest(self, scales: Tensor, stored: Tensor) -> Tensor:
+        """Zero points, float32, of blocks with offsets [blocks, 2], whose `stored` scales are one a block."""
+        steps = torch.where(stored == 0, torch.zeros_like(stored), -scales[:, 1] / stored)
+        return steps.round_().clamp_(self.least, self.greatest)
+
 
 def grid_of(bits: int, group: int, zero_points: ZeroPoints | None, order: bytes = b"") -> TableGrid:
     """The integers of so many bits, in groups; see ZeroPoints, and `order` in Grid."""
@@ -222,6 +227,37 @@ def group_size_in(parts: Mapping[str, StoredTensor], rows: int, columns: int, bi
     return group
 
 
+def stored_groups(tensor: StoredTensor | None, group: int, reader: TensorReader) -> bytes:
+    """The group of every column (int32), where it is not what it is without activation order; else nothing."""
+    if tensor is None:
+        return b""
+    found, columns = reader.load(tensor), tensor.shape[0]
+    count = columns // group
+    if bool((found < 0).any()) or bool((found >= count).any()):
+        raise wrong(tensor, f"groups from 0 to {count - 1}")
+    if torch.equal(found, plain_groups(columns, group)):
+        return b""
+    if not bool((found.long().bincount(minlength=count) == group).all()):
+        raise UnsupportedError(
+            f"{tensor.name}: groups have different numbers of columns, which is not read; give the 16-bit base model "
+            "instead"
+        )
+    return bytes(tensor_bytes(found))
+
+
+def columns_in_order(groups: bytes) -> bytes:
+    """Columns (int32), group after group."""
+    if not groups:
+        return b""
+    found = torch.frombuffer(bytearray(groups), dtype=torch.int32)
+    return bytes(tensor_bytes(torch.argsort(found, stable=True).to(torch.int32)))
+
+
+def plain_groups(columns: int, group: int) -> Tensor:
+    """The group of every column without activation order, int32."""
+    return torch.arange(columns, dtype=torch.int32) // group
+
+
 def described(name: str, group: int, remarks: Mapping[str, bool]) -> str:
     """The format of a weight: its name, and those of `remarks` that hold, which keep it from being written so."""
     return ", ".join((grouped_name(name, group), *(remark for remark, holds in remarks.items() if holds)))
@@ -299,8 +335,7 @@ class IntWordsEncoder:
         """Zero points, float32, one a block."""
         points = self.grid.offsets
         assert isinstance(points, ZeroPoints)
-        steps = torch.where(stored == 0, torch.zeros_like(stored), -scales[:, 1] / stored)
-        return steps.round_().clamp_(points.least, points.greatest)
+        return points.nearest(scales, stored)
 
 
 def is_whole(shape: Shape, rows: int, group: int) -> bool:

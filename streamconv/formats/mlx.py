@@ -4,8 +4,8 @@
     P.scales   [out, in / group], P.biases likewise, in the type of the model
 
 An element is code * scale, rounded to that type, plus bias, rounded again (`mlx/ops.cpp`, affine_dequantize). Experts
-that are stored as one have an axis more in front. A scale is negative where a group's greatest value is farther from 0
-than its least.
+are stored stacked, with an axis more in front (`formats/stacks.py`). A scale is negative where a group's greatest value
+is farther from 0 than its least.
 
 config.json has `quantization` with `group_size` and `bits`, and entries by module path where one has others; mlx-lm
 takes a module for quantized if it has scales.
@@ -13,7 +13,7 @@ takes a module for quantized if it has scales.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -45,6 +45,7 @@ from streamconv.formats.base import (
 )
 from streamconv.formats.bits import packed_bits, unpacked_bits
 from streamconv.formats.linear import module_of
+from streamconv.formats.stacks import FAMILIES, MOST_EXPERTS, ROUNDED_AGAIN, expert_names, stacked_expert
 from streamconv.formats.undecoded import find_each
 from streamconv.kernels.grids import TableGrid, integers
 
@@ -180,6 +181,31 @@ def _find_weight(module: str, free: Mapping[str, StoredTensor], quantization: Ma
     return Weight(name, shape, scales.dtype, stored_as, decoder, parts, keep)
 
 
+def experts_apart(weight: Weight, config: Mapping[str, Any]) -> Iterator[Weight]:
+    """Each expert of a weight that is stacked, [experts, out, in], as a checkpoint with experts apart calls it; others
+    as they are.
+    """
+    decoder, named = weight.decoder, expert_names(weight.name, config)
+    count, *shape = weight.shape or (0,)
+    is_stack = isinstance(decoder, MlxDecoder) and len(shape) == 2 and min(shape) > 0
+    if named is None or not is_stack or not 0 < count <= MOST_EXPERTS:
+        yield weight
+        return
+    assert isinstance(decoder, MlxDecoder)
+    for number in range(count):
+        name = named(number)
+        keep = MlxEncoder(weight.format, weight.name, (1, *shape), weight.dtype, decoder.bits, decoder.grid)
+        parts = {role: _share(part, number) for role, part in weight.parts.items()}
+        own = replace(decoder, name=name)
+        yield replace(weight, name=name, shape=tuple(shape), decoder=own, parts=parts, keep=keep)
+
+
+def _share(part: StoredTensor, number: int) -> StoredTensor:
+    """The part of one expert of a part of all."""
+    alone = replace(part, shape=(1, *part.shape[1:]))
+    return replace(alone, offset=part.offset + number * alone.nbytes)
+
+
 def _check(config: Mapping[str, Any], where: str) -> None:
     mode = config.get("mode", "affine")
     if mode != "affine":
@@ -276,10 +302,16 @@ class MlxFormat:
     config_copy: str | None = None
     marks: Marks = _MARKS
     skips_by_path: bool = False
-    expert_loaders: tuple[str, ...] = ()  # mlx-lm joins experts of 16 bit only
+    expert_loaders: tuple[str, ...] = ("mlx-lm",)
+    families: frozenset[str] = FAMILIES
     takes_embeddings: bool = True
     family: str = METHOD
     has_partners: bool = False
+
+    @property
+    def rounded_again(self) -> Mapping[str, tuple[str, ...]]:
+        """See ExpertStacker."""
+        return ROUNDED_AGAIN
 
     @property
     def name(self) -> str:
@@ -313,12 +345,14 @@ class MlxFormat:
         return find_each(modules, lambda module: _find_weight(module, free, quantization), free, METHOD)
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> MlxEncoder:
-        """See Format."""
+        """See Format. An expert's weight is its share of the tensors of all."""
         if dtype.name not in DENSE or not self.fits(name, shape):
             raise UnsupportedError(
                 f"{name} is {dtype} {list(shape)}; {self.name} stores matrices of {', '.join(DENSE)} with inputs in "
                 f"whole groups of {self.group_size}: exclude it with --ignore"
             )
+        if (place := stacked_expert(name)) is not None:
+            name, shape = f"{place.stack}.weight", (1, *shape)
         return MlxEncoder(format_name(self.bits, self.group_size), name, shape, dtype, self.bits, self.grid)
 
     def quantization_config(self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]) -> Json:
@@ -336,11 +370,17 @@ class MlxFormat:
         """See Mixable. Modules that differ from the others have an entry by their path."""
         config = self.quantization_config(dtype, groups[0][1], skipped)
         others = {
-            module_of(name): storage_format.module_config()
+            _path(name): storage_format.module_config()
             for storage_format, names in groups[1:]
             for name in names
         }
         return {**config, **others}
+
+
+def _path(name: str) -> str:
+    """Path of the module that holds a weight, where mlx-lm has it."""
+    place = stacked_expert(name)
+    return module_of(name) if place is None else place.stack
 
 
 WRITTEN_BITS = (4, 8)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import Shape
-from streamconv.formats.base import CELL_ROWS, Constant, matrix_shape
+from streamconv.formats.base import CELL_ROWS, matrix_shape
 from streamconv.formats.rows import StoredRows
 from streamconv.planning.devices import Device
 from streamconv.planning.plan import Access, Copy, Plan, Rewrite, tile_rows
@@ -52,7 +52,7 @@ class WeightSource:
     def __init__(self, plan: Plan, device: Device, on_bytes: OnBytes) -> None:
         steps = [placed.step for shard in plan.shards for placed in shard.steps]
         self._steps: Mapping[str, Copy | Rewrite] = {
-            step.name: step for step in steps if not isinstance(step, Constant)
+            step.name: step for step in steps if isinstance(step, Copy | Rewrite)
         }
         self._device, self._on_bytes = device, on_bytes
         self._reader = TensorReader()

@@ -215,6 +215,31 @@ def _long(
     return {"rope_scaling": found}
 
 
+def _gpt_oss(header: HeaderFields, load: Load) -> Config:
+    del load
+    config = _shared(header)
+    _whole_heads(header, config)
+    inner = config["intermediate_size"]
+    if header.whole("expert_feed_forward_length", inner) != inner:
+        raise header.refuse("expert_feed_forward_length", "feed_forward_length is another")
+    # Without settings of its rotation, transformers takes those of OpenAI's models; llama.cpp, none.
+    scaling = _scaling(header).get("rope_scaling", {"rope_type": "default"})
+    if scaling["rope_type"] == "yarn":
+        scaling["truncate"] = False  # which all that were trained have, and no header tells
+    layers = range(config["num_hidden_layers"])
+    return config | {
+        "model_type": "gpt_oss",
+        "hidden_act": "silu",
+        "attention_bias": True,
+        "num_local_experts": header.whole("expert_count"),
+        "num_experts_per_tok": header.whole("expert_used_count"),
+        "sliding_window": header.whole("attention.sliding_window"),
+        "layer_types": ["full_attention" if layer % 2 else "sliding_attention" for layer in layers],
+        "swiglu_limit": 7.0,
+        "rope_scaling": scaling,
+    }
+
+
 _BY_ARCHITECTURE: Mapping[str, Callable[[HeaderFields, Load], Config]] = MappingProxyType(
     {
         "llama": _llama,
@@ -224,6 +249,7 @@ _BY_ARCHITECTURE: Mapping[str, Callable[[HeaderFields, Load], Config]] = Mapping
         "gemma2": _gemma2,
         "gemma3": _gemma3,
         "phi3": _phi3,
+        "gpt-oss": _gpt_oss,
     }
 )
 READABLE = tuple(_BY_ARCHITECTURE)

@@ -37,6 +37,7 @@ _FILE_TYPES: Mapping[str, int] = MappingProxyType(
         "gguf:q5_k_m": 17,
         "gguf:q6_k": 18,
         "gguf:bf16": 32,
+        "gguf:mxfp4": 38,
     }
 )
 # Buffers that old checkpoints hold, which every loader makes anew.

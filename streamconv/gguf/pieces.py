@@ -24,7 +24,8 @@ class GgufPiece:
     """A part of a weight that is a part of a tensor: `name` as other models call such, `shape` as it is stored.
 
     `expert`: of those in the weight, None for all. `columns` are the weight's that it has. `is_turned`: rows of what is
-    stored are columns of the weight.
+    stored are columns of the weight, and turned as they are written. `stays`: in blocks that a GGUF file has, too, and
+    nothing changes it.
     """
 
     name: str
@@ -32,6 +33,31 @@ class GgufPiece:
     expert: int | None
     columns: range
     is_turned: bool
+    stays: bool = False
+
+
+_APART = re.compile(r"(?P<module>.*\.mlp\.experts)\.(?P<part>gate|up|down)_proj\.(?P<kind>weight|bias)")
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Name of a weight of gpt-oss that a tensor is a part of. `is_up`: the second of two whose columns take turns."""
+
+    name: str
+    is_experts: bool = False
+    is_paired: bool = False
+    is_up: bool = False
+
+
+def whole_of(name: str) -> Whole:
+    """The weight that has the piece `name`, of all experts: `pieces_of` the other way."""
+    found = _APART.fullmatch(name)
+    if found is None:
+        return Whole(name.removesuffix(".weight") if name.endswith(".sinks.weight") else name)
+    is_down = found["part"] == "down"
+    bias = "_bias" if found["kind"] == "bias" else ""
+    whole = f"{found['module']}.{'down' if is_down else 'gate_up'}_proj{bias}"
+    return Whole(whole, is_experts=not bias, is_paired=not is_down, is_up=found["part"] == "up")
 
 
 def pieces_of(name: str, shape: Shape) -> Iterator[GgufPiece]:

@@ -25,6 +25,7 @@ from streamconv.gguf.fields import Fields
 from streamconv.gguf.header_fields import BESIDE, HeaderFields
 from streamconv.gguf.hyperparameters import head_size, heads
 from streamconv.gguf.names import EMBEDDING, OUTPUT
+from streamconv.gguf.pieces import whole_of
 
 _ARCHITECTURE = "general.architecture"
 _EXPERT = re.compile(r"(?<=\.experts\.)0(?=\.)")
@@ -32,11 +33,21 @@ _EXPERT = re.compile(r"(?<=\.experts\.)0(?=\.)")
 
 @dataclass(frozen=True, slots=True)
 class StoredPlace:
-    """Tensor that holds a weight: rows of `heads` heads are ordered as llama.cpp rotates them; `shift` was added."""
+    """Tensor that holds a weight: rows of `heads` heads are ordered as llama.cpp rotates them; `shift` was added.
+
+    `are_turned`: experts of gpt-oss, [experts, out, in], which are its other way round. `up`: the tensor that has odd
+    columns of the weight, whose even ones `tensor` has.
+    """
 
     tensor: StoredTensor
     heads: int | None = None
     shift: float = 0.0
+    are_turned: bool = False
+    up: StoredTensor | None = None
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        return (self.tensor,) if self.up is None else (self.tensor, self.up)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +82,8 @@ def stored_model(
     places: dict[str, StoredPlace] = {}
     for tensor in weights.values():
         places |= _places(architecture, Fields(where, found), tensor)
+    if architecture.name == "gpt-oss":
+        places = _put_together(places)
     return StoredModel(found, MappingProxyType(places), dtype)
 
 
@@ -200,14 +213,15 @@ def _shapes(architecture: Architecture, config: Fields) -> dict[str, Shape]:
         "attn_v": (into, width),
         "attn_qkv": (out + 2 * into, width),
         "attn_output": (width, out),
+        "attn_sinks": (queries,),
         "attn_q_norm": (size,),
         "attn_k_norm": (size,),
         "ffn_gate": (inner, width),
         "ffn_up": (2 * inner if fused else inner, width),
         "ffn_down": (width, inner),
     }
-    if config.has("num_experts"):
-        experts, narrow = config.positive("num_experts"), config.positive("moe_intermediate_size")
+    if config.has("num_experts") or architecture.name == "gpt-oss":
+        experts, narrow = _experts(architecture, config)
         by_module |= {
             "ffn_gate_inp": (experts, width),
             "ffn_gate_exps": (experts, narrow, width),
@@ -220,8 +234,15 @@ def _shapes(architecture: Architecture, config: Fields) -> dict[str, Shape]:
         shape = by_module.get(module, (width,))
         found[f"{pattern}.weight"] = shape
         if module in architecture.biases:
-            found[f"{pattern}.bias"] = shape[:1]
+            found[f"{pattern}.bias"] = shape[:-1]
     return found
+
+
+def _experts(architecture: Architecture, config: Fields) -> tuple[int, int]:
+    """Number of experts, and how many inner units each has."""
+    if architecture.name == "gpt-oss":
+        return config.positive("num_local_experts"), config.positive("intermediate_size")
+    return config.positive("num_experts"), config.positive("moe_intermediate_size")
 
 
 def _places(architecture: Architecture, config: Fields, tensor: StoredTensor) -> dict[str, StoredPlace]:
@@ -247,6 +268,21 @@ def _places(architecture: Architecture, config: Fields, tensor: StoredTensor) ->
             )
     shift = architecture.norm_shift if tensor.name.endswith("_norm.weight") else 0.0
     return {name: StoredPlace(replace(tensor, name=name), of_heads, shift)}
+
+
+def _put_together(places: Mapping[str, StoredPlace]) -> dict[str, StoredPlace]:
+    """Places of the weights that gpt-oss has, of those of their pieces; gate and up are both there."""
+    wholes = {name: whole_of(name) for name in places}
+    ups = {wholes[name].name: place.tensor for name, place in places.items() if wholes[name].is_up}
+    found: dict[str, StoredPlace] = {}
+    for name, place in places.items():
+        whole = wholes[name]
+        if whole.is_up:
+            continue
+        up = ups[whole.name] if whole.is_paired else None
+        tensor = replace(place.tensor, name=whole.name)
+        found[whole.name] = replace(place, tensor=tensor, are_turned=whole.is_experts, up=up)
+    return found
 
 
 def _expert(tensor: StoredTensor, name: str, expert: int) -> StoredTensor:

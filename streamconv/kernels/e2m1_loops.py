@@ -3,6 +3,9 @@
 With a length that is known, LLVM makes vector instructions of so short a loop. As floats of one bit of mantissa the
 values are multiples of 0.5 up to 2, of 1 up to 4, and of 2 up to 6: what is nearest, or next towards 0, is found by a
 division that is exact. `values` and the like are [blocks, block]; codes equal the torch kernels' bit for bit.
+
+Loops call each other by names of this module. With a loop among the variables that it is closed over, numba would take
+one for another in every process, and compile and keep it again.
 """
 
 from __future__ import annotations
@@ -164,23 +167,24 @@ def _stochastic_loop(block: int) -> Loop:
     return compiled(stochastic_e2m1)
 
 
-def _sum_loop(block: int) -> Callable[[Array], Any]:
-    """Sum of `block` terms in the order of `pairwise_sum`; they are used up."""
-
-    def tree_sum(terms: Array) -> Any:
-        if block == 32:
-            for j in range(16):
-                terms[j] += terms[j + 16]
-        for j in range(8):
-            terms[j] += terms[j + 8]
-        for j in range(4):
-            terms[j] += terms[j + 4]
-        return (terms[0] + terms[2]) + (terms[1] + terms[3])
-
-    return compiled(tree_sum)
+@compiled
+def _sum_of_16(terms: Array) -> Any:
+    """Sum in the order of `pairwise_sum`; terms are used up."""
+    for j in range(8):
+        terms[j] += terms[j + 8]
+    for j in range(4):
+        terms[j] += terms[j + 4]
+    return (terms[0] + terms[2]) + (terms[1] + terms[3])
 
 
-def _losses_loop(block: int, tree_sum: Callable[[Array], Any]) -> Loop:
+@compiled
+def _sum_of_32(terms: Array) -> Any:
+    for j in range(16):
+        terms[j] += terms[j + 16]
+    return _sum_of_16(terms)
+
+
+def _losses_loop(block: int) -> Loop:
     blocks = _STRETCH // block
 
     def losses(x: Array, scales: Array, wide: Array, terms: Array, found: Array) -> None:
@@ -194,12 +198,13 @@ def _losses_loop(block: int, tree_sum: Callable[[Array], Any]) -> Loop:
             error = x[j] - np.float32(_level(np.float32(x[j] * terms[j])) * wide[j])
             terms[j] = error * error
         for k in range(blocks):
-            found[k] = tree_sum(terms[k * block : (k + 1) * block])
+            place = terms[k * block : (k + 1) * block]
+            found[k] = _sum_of_32(place) if block == 32 else _sum_of_16(place)
 
     return compiled(losses)
 
 
-def _fits_loop(block: int, tree_sum: Callable[[Array], Any]) -> Loop:
+def _fits_loop(block: int) -> Loop:
     blocks = _STRETCH // block
 
     def fits(x: Array, scales: Array, wide: Array, terms: Array, found: Array) -> None:
@@ -213,15 +218,21 @@ def _fits_loop(block: int, tree_sum: Callable[[Array], Any]) -> Loop:
             terms[j] = x[j] * level
             wide[j] = level * level
         for k in range(blocks):
-            place = slice(k * block, (k + 1) * block)
-            found[k] = np.float32(tree_sum(terms[place]) / tree_sum(wide[place]))
+            own, squares = terms[k * block : (k + 1) * block], wide[k * block : (k + 1) * block]
+            if block == 32:
+                found[k] = np.float32(_sum_of_32(own) / _sum_of_32(squares))
+            else:
+                found[k] = np.float32(_sum_of_16(own) / _sum_of_16(squares))
 
     return compiled(fits)
 
 
-def _search_loop(block: int, tree_sum: Callable[[Array], Any]) -> Loop:
+_losses_16, _losses_32 = _losses_loop(16), _losses_loop(32)
+_fits_16, _fits_32 = _fits_loop(16), _fits_loop(32)
+
+
+def _search_loop(block: int) -> Loop:
     blocks = _STRETCH // block
-    losses, fits = _losses_loop(block, tree_sum), _fits_loop(block, tree_sum)
 
     def search_e2m1(values: Array, factors: Array, steps: int, scales: Array) -> None:
         """The first of `factors` is 1."""
@@ -240,9 +251,14 @@ def _search_loop(block: int, tree_sum: Callable[[Array], Any]) -> Loop:
             for number in range(factors.size + steps):
                 if number < factors.size:
                     trial[:] = start * factors[number]
+                elif block == 32:
+                    _fits_32(x, best, wide, terms, trial)
                 else:
-                    fits(x, best, wide, terms, trial)
-                losses(x, trial, wide, terms, loss)
+                    _fits_16(x, best, wide, terms, trial)
+                if block == 32:
+                    _losses_32(x, trial, wide, terms, loss)
+                else:
+                    _losses_16(x, trial, wide, terms, loss)
                 for k in range(blocks):
                     is_better = loss[k] < least[k]
                     best[k] = trial[k] if is_better else best[k]
@@ -253,7 +269,7 @@ def _search_loop(block: int, tree_sum: Callable[[Array], Any]) -> Loop:
     return compiled(search_e2m1)
 
 
-def _kept_loop(block: int, tree_sum: Callable[[Array], Any]) -> Loop:
+def _kept_loop(block: int) -> Loop:
     def kept_e2m1(
         codes: Array, by_code: Array, target: Array, base: Array, anchor: Array, inner: Array, sums: Array
     ) -> None:
@@ -266,20 +282,24 @@ def _kept_loop(block: int, tree_sum: Callable[[Array], Any]) -> Loop:
                 terms[0, j] *= delta
                 terms[1, j] = anchor[b, j] * delta
                 terms[2, j] = delta * delta
-            inner[b] = tree_sum(terms[0])
-            sums[0, b] = tree_sum(terms[1])
-            sums[1, b] = tree_sum(terms[2])
+            if block == 32:
+                inner[b] = _sum_of_32(terms[0])
+                sums[0, b] = _sum_of_32(terms[1])
+                sums[1, b] = _sum_of_32(terms[2])
+            else:
+                inner[b] = _sum_of_16(terms[0])
+                sums[0, b] = _sum_of_16(terms[1])
+                sums[1, b] = _sum_of_16(terms[2])
 
     return compiled(kept_e2m1)
 
 
 def _loops_of(block: int) -> BlockLoops:
-    tree_sum = _sum_loop(block)
     return BlockLoops(
         _nearest_loop(block),
         _stochastic_loop(block),
-        _search_loop(block, tree_sum),
-        _kept_loop(block, tree_sum),
+        _search_loop(block),
+        _kept_loop(block),
     )
 
 

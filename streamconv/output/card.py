@@ -155,9 +155,10 @@ def _calibration(plan: Plan, text: CalibrationPlan) -> Iterator[str]:
             f"| rescaling | {text.equalization.name}, {pairs} pairs of weights by the calibration text; no adapter of "
             "another model fits this one |"
         )
+    what = f"{len(plan.calibrated)} weights" if text.options else "scales alone"
     yield (
         f"| calibration text | {markdown_text(text.name)} (SHA-256 {text.sha256}), {text.tokens} tokens in "
-        f"sequences of {text.sequence_length}; {len(plan.calibrated)} weights |"
+        f"sequences of {text.sequence_length}; {what} |"
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from streamconv.checkpoint.config import language_levels
 from streamconv.checkpoint.gguf_header import Pairs, as_value
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.checkpoint.strict_json import parse_object
+from streamconv.errors import OptionError
 from streamconv.gguf.tokens import TokenizerSource, tokenizer_pairs
 from streamconv.output.tokenizer import TokenizerChoice
 from streamconv.output.tokenizer_files import (
@@ -16,12 +18,14 @@ from streamconv.output.tokenizer_files import (
     DEFAULT,
     FAST,
     ROLES,
+    files_of,
     read_bytes,
     read_json,
     read_tokenizer,
 )
 
 _MODEL = "tokenizer.model"
+_NEW_FILE = "choose --quant gguf:q4_k_m or another gguf: format, which makes a new file"
 
 
 def gguf_tokenizer(choice: TokenizerChoice, where: str, config: Mapping[str, Any], rows: int) -> Pairs:
@@ -55,6 +59,40 @@ def header_tokenizer(choice: TokenizerChoice, index: CheckpointIndex) -> Pairs |
     is_own = all(at is index.storage and name in index.made for name, at in choice.files.items())
     found = {key: as_value(value) for key, value in index.pairs.items() if key.startswith("tokenizer.")}
     return found if is_own and "tokenizer.ggml.tokens" in found else None
+
+
+def header_choice(choice: TokenizerChoice, wanted: str, index: CheckpointIndex) -> TokenizerChoice:
+    """The tokenizer of an output that has the base's own header, where `choice` is that of another, as `wanted` says.
+
+    Raises OptionError where the adapter's is asked for.
+    """
+    if wanted == "adapter":
+        raise OptionError(
+            f"--tokenizer adapter does not fit: --quant keep leaves the header of {index.storage.location} as it is,"
+            f" which has the tokenizer; {_NEW_FILE}"
+        )
+    note = f"tokenizer and chat template stay those in the file's header; the adapter has others: {_NEW_FILE}"
+    is_own = all(at is index.storage for at in choice.files.values()) and not choice.notes
+    return replace(_of_base(index), notes=() if is_own else (note,))
+
+
+def donor_choice(choice: TokenizerChoice, wanted: str, index: CheckpointIndex) -> TokenizerChoice:
+    """The same of an output that has the tokenizer of a donor."""
+    if wanted == "adapter":
+        raise OptionError(
+            "--tokenizer adapter does not fit: with --gguf-donor the output has the tokenizer of that file; leave one"
+            " of them out"
+        )
+    is_own = all(at is index.storage for at in choice.files.values()) and not choice.notes
+    others = "" if is_own else "; the adapter has others, which stand in it without --gguf-donor"
+    return replace(
+        _of_base(index), notes=(f"tokenizer and chat template are those of the GGUF donor{others}",)
+    )
+
+
+def _of_base(index: CheckpointIndex) -> TokenizerChoice:
+    files = files_of(index.storage)
+    return TokenizerChoice(files, {name: index.made[name] for name in files if name in index.made})
 
 
 def _stated(config: Mapping[str, Any]) -> dict[str, int]:

@@ -160,7 +160,7 @@ def _resolved(prepared: Prepared) -> Mapping[str, Any]:
     """Options that stand in a recipe as what they came to, by keyword."""
     plan = prepared.plan
     origins, text = plan.fingerprint["from"], plan.calibration
-    found = {name: origins[name] for name in ("base", "adapter")}
+    found = {**{name: origins[name] for name in ("base", "adapter")}, "gguf_donor": None}
     # Folders have no place in it; and of several adapters a part would be taken for all.
     commits = origins["adapter"] if isinstance(origins["adapter"], list) else [origins["adapter"]]
     if None in commits:

@@ -276,4 +276,5 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "max_shard_bytes": _size("--max-shard-size"),
     "also": _further,
     "copy_extra": tuple,
+    "gguf_donor": lambda given: None if given is None else fspath(given),
 }

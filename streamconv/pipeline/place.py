@@ -52,6 +52,8 @@ def _inputs(prepared: Prepared) -> Mapping[str, Path]:
     inputs = {"base": Path(prepared.job.base).expanduser().resolve()}
     for number, adapter in enumerate(prepared.job.adapters):
         inputs["adapter" if not number else f"adapter {number + 1}"] = Path(adapter).expanduser().resolve()
+    if prepared.job.gguf_donor is not None:
+        inputs["GGUF donor"] = Path(prepared.job.gguf_donor).expanduser().resolve()
     return inputs
 
 

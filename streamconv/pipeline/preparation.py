@@ -13,9 +13,10 @@ from streamconv.adapters.dialects import read_config
 from streamconv.adapters.embeddings import find_embedding
 from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.container import CONFIG
-from streamconv.errors import InputError
+from streamconv.checkpoint.index import CheckpointIndex
+from streamconv.errors import InputError, OptionError
 from streamconv.gguf.names import EMBEDDING
-from streamconv.output.gguf_tokenizer import gguf_tokenizer, header_tokenizer
+from streamconv.output.gguf_tokenizer import donor_choice, gguf_tokenizer, header_choice, header_tokenizer
 from streamconv.output.manifest import MANIFEST
 from streamconv.output.place import folder_of
 from streamconv.output.publish import INDEX
@@ -38,7 +39,7 @@ from streamconv.planning.base import Base, read_base
 from streamconv.planning.calibration import CalibrationFacts
 from streamconv.planning.choices import options_alone
 from streamconv.planning.devices import resolve_device
-from streamconv.planning.gguf import with_tokenizer
+from streamconv.planning.gguf import with_donor, with_tokenizer
 from streamconv.planning.options import Job
 from streamconv.planning.plan import Plan
 from streamconv.planning.planner import build_plans, facts_of
@@ -176,37 +177,65 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     if asked is not None and facts is None:
         facts = read_calibration_facts(base, asked)
     plans = build_plans(base, adapter, options, resolve_device(job.device), facts)
+    _check_donor(job, plans)
     tokenizer = _tokenizer(job, base, tokenizer_storage(adapter, adapter_storages), plans[0])
     processors = notes_on_processors(storage, adapter_storages)
-    notes = (*index.notes, *_base_notes(job, base, adapter_storages), *tokenizer.notes, *processors)
+    of_bases = _base_notes(job, base, adapter_storages)
     code = custom_code(storage, index.config)
 
     def prepared(plan: Plan) -> Prepared:
-        files = files_to_copy(storage, tokenizer, code, job.copy_extra, plan.keeps_quantization)
-        written, of_code = tokenizer.written, code.notes(files)
+        is_stored, choice = plan.container.keeps_headers, _own_choice(plan, tokenizer, job, index)
+        files = files_to_copy(storage, choice, code, job.copy_extra, plan.keeps_quantization)
+        written, of_code = choice.written, code.notes(files)
         if not plan.container.has_config:
-            rows = plan.tensors[EMBEDDING].shape[0]
-            pairs = header_tokenizer(tokenizer, index) or gguf_tokenizer(
-                tokenizer, storage.location, index.config, rows
-            )
-            plan = with_tokenizer(plan, pairs, job.tokenizer)
+            plan = plan if is_stored else _with_tokenizer(plan, choice, job, index)
             files, written, of_code = files_beside_header(storage, job.copy_extra), {}, ()
+        of_index = () if is_stored else index.notes  # on files that are made of the header
+        notes = (*plan.notes, *of_index, *of_bases, *choice.notes, *processors, *of_code)
         return Prepared(
             replace(job, options=plan.options, also=()),
             base,
             adapter_storages,
             adapter,
-            replace(plan, notes=(*plan.notes, *notes, *of_code)),
+            replace(plan, notes=notes),
             files,
-            tokenizer,
+            choice,
             written,
-            tokenizer.end_token,
+            choice.end_token,
         )
 
     main, *also = map(prepared, plans)
     if is_recorded:
         return main
     return replace(_with_passes(main), also=tuple(map(_with_passes, also)))
+
+
+def _own_choice(plan: Plan, choice: TokenizerChoice, job: Job, index: CheckpointIndex) -> TokenizerChoice:
+    """The tokenizer of one output, whose header may have another than `choice`: the base's, or a donor's."""
+    if plan.container.keeps_headers:
+        return header_choice(choice, job.tokenizer, index)
+    if job.gguf_donor is not None and not plan.container.has_config:
+        return donor_choice(choice, job.tokenizer, index)
+    return choice
+
+
+def _check_donor(job: Job, plans: Sequence[Plan]) -> None:
+    """Raise OptionError for a donor that no output has a use for."""
+    takes = [not plan.container.has_config and not plan.container.keeps_headers for plan in plans]
+    if job.gguf_donor is not None and not any(takes):
+        raise OptionError(
+            f"--gguf-donor {job.gguf_donor} is for GGUF files that are written anew; add --quant gguf:q4_k_m or another"
+            " gguf: format, or leave it out"
+        )
+
+
+def _with_tokenizer(plan: Plan, choice: TokenizerChoice, job: Job, index: CheckpointIndex) -> Plan:
+    """The plan with the tokenizer in the header of its GGUF file."""
+    if job.gguf_donor is not None:
+        return with_donor(plan, job.gguf_donor, job.tokenizer)
+    rows, where = plan.tensors[EMBEDDING].shape[0], index.storage.location
+    pairs = header_tokenizer(choice, index) or gguf_tokenizer(choice, where, index.config, rows)
+    return with_tokenizer(plan, pairs, job.tokenizer)
 
 
 def _tokenizer(job: Job, base: Base, adapter: Storage | None, plan: Plan) -> TokenizerChoice:

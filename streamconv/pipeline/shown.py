@@ -15,7 +15,7 @@ from streamconv.kernels import TORCH
 from streamconv.output.place import folder_of
 from streamconv.output.sidecars import RESIDUAL
 from streamconv.pipeline.preparation import Prepared
-from streamconv.planning.plan import Copy, Plan, Rewrite, ShardPlan, Step, cell_rows, tile_rows
+from streamconv.planning.plan import Copy, Plan, Rewrite, ShardPlan, SideParts, Step, cell_rows, tile_rows
 from streamconv.running.schedule import bytes_read
 from streamconv.sizes import format_size
 from streamconv.storage.base import SourceFile, Storage
@@ -152,6 +152,8 @@ def _step(plan: Plan, step: Step) -> dict[str, Any]:
             return {"action": "copy"}
         case Constant():
             return {"action": "constant"}
+        case SideParts():
+            return {"action": "rewrite"}
         case Rewrite():
             if step.calibrated:
                 return {"action": "calibrate", "access": step.access.value, "updates": len(step.updates)}
@@ -247,6 +249,8 @@ def _calibration_lines(plan: Plan) -> list[tuple[str, str]]:
     if text.gradient_tokens:
         size += f", gradients of {text.gradient_tokens}"
     what = f"{len(plan.calibrated)} weights" if text.options else "scales alone"
+    if plan.measured:
+        what += f", and scales of the inputs of {len(plan.measured)}"
     lines = [("text", f"{text.name}: {size}, for {what}, a layer at a time{spares}")]
     if text.equalization:
         lines.insert(0, ("rescale", _equalized(plan, text.equalization)))

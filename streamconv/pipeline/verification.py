@@ -12,10 +12,12 @@ from typing import Any
 
 from streamconv.calibration.calibrated import Calibrated, calibrated_plan
 from streamconv.calibration.weighing import Weighed, weigh
-from streamconv.checkpoint.index import read_index
+from streamconv.checkpoint.index import CheckpointIndex, read_index
 from streamconv.checkpoint.reader import TensorReader
+from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import InputError, OptionError, OutputError, VerificationError
 from streamconv.formats import find_weights
+from streamconv.formats.base import Weight
 from streamconv.output.journal import is_publishing, lock_holder
 from streamconv.output.listing import Listing, read_listing
 from streamconv.output.manifest import MANIFEST
@@ -33,6 +35,8 @@ from streamconv.pipeline.passes import run_passes
 from streamconv.pipeline.preparation import Prepared, prepare
 from streamconv.pipeline.residual import make_residual
 from streamconv.planning.calibration import CalibrationFacts
+from streamconv.planning.choices import measures_inputs
+from streamconv.planning.gguf import DONOR
 from streamconv.planning.options import Calibration, Folder, Folders, Job, MergeOptions
 from streamconv.planning.plan import Rewrite
 from streamconv.progress import Meter, OnProgress, StopRequest, quiet
@@ -186,7 +190,7 @@ def _work(again: Prepared, weighs: bool) -> int:
 
 
 def _nbytes(step: Rewrite) -> int:
-    return sum(spec.nbytes for spec in step.specs)
+    return sum(spec.nbytes for spec in step.encoder.parts)
 
 
 def _prepare_again(
@@ -202,9 +206,15 @@ def _prepare_again(
         raise OptionError(
             f"{out} was rescaled by its calibration text, which alone says by how much; give it with --calibration"
         )
+    if is_calibrated and not has_text and measures_inputs(job.options):
+        raise OptionError(
+            f"{out} has scales of activations, which its calibration text alone tells; give it with --calibration"
+        )
     if is_calibrated:  # what was enough when it was made is not known; no more is taken than is needed
         options = replace(job.options, max_ram_bytes=_NO_LIMIT, max_vram_bytes=_NO_LIMIT)
         job = replace(job, options=options)
+    if found.get(DONOR) is True:  # its header, whose hash is in the manifest, has all that the donor gave
+        job = replace(job, gguf_donor=str(out / min(content["shards"])))
     again = prepare(job, facts)
     with _damaged_where_odd(out):
         _check_inputs(found, again, out)
@@ -239,10 +249,9 @@ def _weigh_again(again: Prepared, content: Mapping[str, Any], out: Path, meter: 
     """Weigh what was calibrated against its targets, compare all else byte by byte; returns the number weighed."""
     index = read_index(open_folder(fspath(out)))
     weights = {weight.name: weight for weight in find_weights(index)}
-    steps, there = again.plan.calibrated, index.tensors
+    steps = again.plan.calibrated
     as_written = {
-        step.name: Calibrated({spec.name: there[spec.name] for spec in step.specs}, None, {})
-        for step in steps
+        step.name: Calibrated(_parts_of(step, weights[step.name], index), None, {}) for step in steps
     }
     verify_exactly(out, calibrated_plan(again.plan, as_written), meter.add, StopRequest())
     with TensorReader() as reader, Workers(max(1, again.plan.memory.workers)) as workers:
@@ -251,6 +260,12 @@ def _weigh_again(again: Prepared, content: Mapping[str, Any], out: Path, meter: 
             _check_weighed(out, step.name, found, content["kept_by_weight"].get(step.name))
             meter.add(_nbytes(step))
     return len(steps)
+
+
+def _parts_of(step: Rewrite, written: Weight, index: CheckpointIndex) -> dict[str, StoredTensor]:
+    """Parts of a weight of the output, by name; of an expert in a stack, its share of the stack's."""
+    there = {**index.tensors, **{part.name: part for part in written.parts.values()}}
+    return {spec.name: there[spec.name] for spec in step.encoder.parts}
 
 
 def _check_weighed(out: Path, name: str, found: Weighed, kept: float | None) -> None:

@@ -23,6 +23,7 @@ from streamconv.errors import OptionError
 from streamconv.formats.base import Format, Grouped, Order, Weight
 from streamconv.formats.dense import MAIN, DenseDecoder
 from streamconv.formats.linear import is_expert, matches, module_of
+from streamconv.formats.stacks import expert_loaders
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Facts, resolve_quant
 from streamconv.planning.options import MergeOptions
@@ -79,7 +80,7 @@ def apart_for(base: Base, options: MergeOptions, quants: Sequence[str]) -> Base:
     formats = {
         quant: resolve_quant(facts, replace(options, quant=quant, group_size=None))[0] for quant in quants
     }
-    takes = any(found is not None and found.expert_loaders for found in formats.values())
+    takes = any(expert_loaders(found, base.index.config) for found in formats.values())
     apart = with_experts_apart(base) if takes else base
     if apart is base:
         return base
@@ -97,11 +98,10 @@ def apart_for(base: Base, options: MergeOptions, quants: Sequence[str]) -> Base:
 
 def _has_apart(base: Base, apart: Base, quant: Format | None, options: MergeOptions) -> bool:
     """Whether an output of `quant` has the experts apart, as quantized ones are known; else as they are, in 16 bit."""
-    if quant is None or not quant.expert_loaders:
+    loaders = expert_loaders(quant, base.index.config)
+    if quant is None or not loaders:
         return False
-    if is_only_served(base.index.config) and (
-        "vLLM" not in quant.expert_loaders or options.calibration is not None
-    ):
+    if is_only_served(base.index.config) and ("vLLM" not in loaders or options.calibration is not None):
         return False
     experts = [weight for name, weight in apart.weights.items() if is_expert(name) and len(weight.shape) == 2]
     if any(matches(module_of(weight.name), options.ignore) for weight in experts):

@@ -13,7 +13,7 @@ from streamconv.formats.base import Weight
 from streamconv.formats.linear import is_expert
 from streamconv.planning.base import Base
 from streamconv.planning.options import Calibration, MergeOptions
-from streamconv.planning.plan import CalibrationPlan, Rewrite, Step
+from streamconv.planning.plan import CalibrationPlan, Rewrite, Step, is_to_be_measured
 from streamconv.planning.quantized import QuantizedSet
 from streamconv.rounding.feedback import FeedbackOptions
 
@@ -83,6 +83,7 @@ def plan_calibration(
         _check_calibrated(steps, asked, tokens, length)
     threads = asked.threads or len(os.sched_getaffinity(0))
     has_gradients = feedback is not None and not feedback.searches
+    check_measured(by_weight, facts)
     return CalibrationPlan(
         data=facts.data,
         name=facts.name,
@@ -96,6 +97,28 @@ def plan_calibration(
         gradient_tokens=min(tokens, -(-asked.gradient_tokens // length) * length) if has_gradients else 0,
         equalization=equalization,
     )
+
+
+def check_measured(by_weight: Sequence[Sequence[Step]], facts: CalibrationFacts | None) -> None:
+    """Raise OptionError where a scale of inputs would have to be measured, and cannot be."""
+    steps = [
+        step for each in by_weight for step in each if isinstance(step, Rewrite) and is_to_be_measured(step)
+    ]
+    if not steps:
+        return
+    if facts is None:
+        quant = steps[0].encoder.format
+        raise OptionError(
+            f"--quant {quant} has loaders round activations by a scale for each module, which must be measured on a "
+            f"text: give one with --calibration FILE, a .txt or .jsonl such as the model will work on. {quant}a16 "
+            "stores the same weights, leaves activations in 16 bit, and needs none"
+        )
+    for step in steps:
+        if step.name not in facts.weights:
+            raise OptionError(
+                f"{step.name} cannot be stored as {step.encoder.format}: no linear layer in a decoder layer has it, "
+                "where the scale of its inputs would be measured; leave it in 16 bit with --ignore"
+            )
 
 
 def _check_calibrated(steps: Sequence[Rewrite], asked: Calibration, tokens: int, length: int) -> None:

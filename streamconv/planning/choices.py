@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 from streamconv.dtypes import DENSE, Dtype
 from streamconv.errors import OptionError, UnsupportedError
-from streamconv.formats import FORMATS, family_of, format_of, with_groups
-from streamconv.formats.base import Encoder, Format, Grouped
+from streamconv.formats import FORMATS, family_of, format_named, format_of, with_groups
+from streamconv.formats.base import Encoder, Format, Grouped, InputScaled
+from streamconv.formats.ggml_mxfp4 import GGML_MXFP4
+from streamconv.formats.gguf_kept import written_types
+from streamconv.formats.gpt_oss import NAME as GPT_OSS
 from streamconv.formats.mixed import can_mix
 from streamconv.kernels.grids import TableGrid
 from streamconv.planning.assignment import NONE, FormatRule, ModuleFormats, is_dense, read_rules
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Choice
 from streamconv.rounding import ROUNDINGS
+from streamconv.rounding.adaptive import Adaptive
 from streamconv.rounding.base import Rounding
 from streamconv.rounding.feedback import FeedbackOptions
 
 KEEP = "keep"
-# Formats that other tools write and people ask for by these names.
-_NOT_WRITTEN: Mapping[str, str] = MappingProxyType(
-    {
-        "nvfp4": "rounds activations, too, by a scale for each module that must be measured on a text, which is not "
-        "done here; choose nvfp4a16, which stores the same weights and leaves activations in 16 bit, or, of a base in "
-        "nvfp4, keep, which leaves the scales it has"
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +31,7 @@ class Facts:
 
     `location` is the base's place, for messages; `quantized` names the formats there, None where there are none. `kept`
     are those of `formats` whose weights bring an encoder of their own. `has_undecoded`: whether there are weights that
-    are not decoded.
+    are not decoded. `file_format`: what a GGUF file is called by the types that it has; None for other bases.
     """
 
     location: str
@@ -45,6 +40,7 @@ class Facts:
     formats: tuple[str, ...] = ()
     kept: frozenset[str] = frozenset()
     has_undecoded: bool = False
+    file_format: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +50,8 @@ class Choices:
     `rounding` is for the weights that it can be used for, `rest` for all others; the two differ where it is calibrated,
     which weights outside the decoder layers cannot be. `quant` is the format of quantized weights, but for those that
     `mixture` gives another; None where nothing is quantized. `passes`: whether some quantized weights can only be
-    copied, and are, so that all stay as they are stored.
+    copied, and are, so that all stay as they are stored. `keeps_file`: whether the output is the base's own GGUF file,
+    with what is changed in its place.
     """
 
     quant: Format | None
@@ -67,6 +64,12 @@ class Choices:
     feedback: FeedbackOptions | None
     mixture: ModuleFormats
     passes: bool = False
+    keeps_file: bool = False
+
+
+def keeps_file(facts: Facts, options: MergeOptions) -> bool:
+    """Whether the output is the GGUF file that the base is, with what is changed in its place."""
+    return facts.file_format is not None and options.quant.lower() == KEEP
 
 
 def asks_to_keep(options: MergeOptions) -> bool:
@@ -80,18 +83,23 @@ def choose(facts: Facts, options: MergeOptions) -> Choices:
     quant, dtype, mixture = _resolve_formats(facts, options)
     merge_base, target = _resolve_target(facts, options)
     quants = [] if quant is None else [quant, *mixture.formats]
-    passes = passes_through(facts, options)
+    passes, in_file = passes_through(facts, options), keeps_file(facts, options)
     rounded = [each for each in quants if each.grid is not None]
     _check_calibration(options, rounded)
     if not rounded:
-        return Choices(quant, dtype, merge_base, target, None, None, None, None, mixture, passes)
-    rest, rest_choice = _without_text(facts, _sources(facts, merge_base), rounded)
-    rounding, choice = _resolve_rounding(options, rest, rest_choice)
+        return Choices(quant, dtype, merge_base, target, None, None, None, None, mixture, passes, in_file)
+    sources = list(mixture.kept.values()) if in_file else _sources(facts, merge_base)
+    rest, rest_choice = _without_text(facts, sources, rounded)
+    rounding, choice = _resolve_rounding(options, rest, rest_choice, rounded)
     if options.calibration is None:
-        return Choices(quant, dtype, merge_base, target, rounding, rounding, choice, None, mixture, passes)
+        return Choices(
+            quant, dtype, merge_base, target, rounding, rounding, choice, None, mixture, passes, in_file
+        )
     rest = rest if rounding.calibrated else rounding
     feedback = _feedback(options, rounding)
-    return Choices(quant, dtype, merge_base, target, rounding, rest, choice, feedback, mixture)
+    return Choices(
+        quant, dtype, merge_base, target, rounding, rest, choice, feedback, mixture, keeps_file=in_file
+    )
 
 
 def _sources(facts: Facts, merge_base: Format | None) -> list[Format]:
@@ -111,6 +119,8 @@ def _resolve_formats(
 ) -> tuple[Format | None, Dtype | None, ModuleFormats]:
     """Formats as `resolve_quant` finds them, and those of modules; the first of these where no other is quantized."""
     quant, dtype = resolve_quant(facts, options)
+    if keeps_file(facts, options):
+        return quant, dtype, ModuleFormats((), written_types(facts.formats))
     rules = read_rules(options.quant_for)
     of_rules = [rule.format for rule in rules if rule.format is not None and not is_dense(rule)]
     if rules and quant is None and not of_rules:
@@ -194,7 +204,10 @@ def _which_calibrated(options: MergeOptions, formats: Sequence[Format | None]) -
             "runs of their own, or leave --rounding out: the first is then calibrated, and the others are not"
         )
     able = [number for number, quant in quantized if can_calibrate(quant)]
-    return able[0] if able else quantized[0][0]
+    needing = [
+        number for number, quant in quantized if isinstance(quant, InputScaled) and quant.measures_inputs
+    ]
+    return next(iter((*needing, *able)), quantized[0][0])
 
 
 def takes_calibration(encoder: Encoder | None) -> bool:
@@ -225,6 +238,9 @@ def resolve_quant(facts: Facts, options: MergeOptions) -> tuple[Format | None, D
     if passes_through(facts, options):
         _check_passes(facts, options)
         return next(iter(_sources(facts, None)), None), None
+    if keeps_file(facts, options) and facts.file_format is not None:
+        _check_file_options(facts, options)
+        return format_named(facts.file_format), None
     if name == KEEP and facts.formats:
         return _kept_format(facts, facts.formats[0], options), dtype
     if name in (KEEP, NONE):
@@ -234,8 +250,6 @@ def resolve_quant(facts: Facts, options: MergeOptions) -> tuple[Format | None, D
                 "--quant FORMAT or leave it out"
             )
         return None, dtype
-    if name in _NOT_WRITTEN:
-        raise OptionError(f"--quant {name} {_NOT_WRITTEN[name]}")
     if name not in FORMATS:
         raise OptionError(
             f"--quant {options.quant} is not known; use keep, none, or one of {', '.join(FORMATS)}"
@@ -257,7 +271,23 @@ def _kept_format(facts: Facts, name: str, options: MergeOptions) -> Format:
 def passes_through(facts: Facts, options: MergeOptions) -> bool:
     """Whether quantized weights are kept some of which can only be copied."""
     is_copied = facts.has_undecoded or any(_format_in(facts, name) is None for name in facts.formats)
-    return is_copied and options.quant.lower() == KEEP
+    return is_copied and options.quant.lower() == KEEP and facts.file_format is None
+
+
+def _check_file_options(facts: Facts, options: MergeOptions) -> None:
+    """Raise OptionError for what would change types or files of a GGUF base that stays as it is."""
+    asked = {
+        f"--dtype {options.dtype}": options.dtype.lower() != "auto",
+        f"--group-size {options.group_size}": options.group_size is not None,
+        f"--quant-for {next(iter(options.quant_for), '')}": bool(options.quant_for),
+        "--max-shard-size": options.max_shard_bytes is not None,
+    }
+    for option, is_asked in asked.items():
+        if is_asked:
+            raise OptionError(
+                f"{option} does not fit: {facts.location} is a GGUF file, which --quant keep leaves as it is but for"
+                " what the adapter changes; leave the option out, or choose a --quant such as gguf:q4_k_m or none"
+            )
 
 
 def _check_passes(facts: Facts, options: MergeOptions) -> None:
@@ -361,7 +391,7 @@ def check_text(options: MergeOptions) -> None:
             f"--rounding {name} chooses codes by what the layers do with a text; give one with --calibration FILE, a "
             ".txt or .jsonl such as the model will work on, or leave --rounding out"
         )
-    if options.calibration is None or options.calibration.rescale != "none":
+    if options.calibration is None or options.calibration.rescale != "none" or measures_inputs(options):
         return
     if name in ROUNDINGS and not ROUNDINGS[name].uses_text:
         using = [key for key, each in ROUNDINGS.items() if each.uses_text]
@@ -371,11 +401,21 @@ def check_text(options: MergeOptions) -> None:
         )
 
 
-def _resolve_rounding(options: MergeOptions, rest: Rounding, rest_choice: Choice) -> tuple[Rounding, Choice]:
+def measures_inputs(options: MergeOptions) -> bool:
+    """Whether a format is asked for by name that stores scales of inputs, which a text tells."""
+    named = [FORMATS.get(options.quant.lower()), *(rule.format for rule in read_rules(options.quant_for))]
+    return any(isinstance(each, InputScaled) and each.measures_inputs for each in named)
+
+
+def _resolve_rounding(
+    options: MergeOptions, rest: Rounding, rest_choice: Choice, quants: Sequence[Format]
+) -> tuple[Rounding, Choice]:
     name = options.rounding.lower()
     if name != "auto":
         weighed = ", with errors weighed by the text" if options.calibration and name == "search" else ""
-        return ROUNDINGS[name], Choice(name, f"asked for by name{weighed}")
+        is_beside = name == _ADAPTIVE_BESIDE.name and _has_mxfp4(quants)
+        rounding = _ADAPTIVE_BESIDE if is_beside else ROUNDINGS[name]
+        return rounding, Choice(name, f"asked for by name{weighed}")
     if options.calibration is not None:
         return ROUNDINGS["feedback"], Choice("feedback", "there is calibration text")
     return rest, rest_choice
@@ -388,6 +428,8 @@ def _without_text(
 
     One for all of its weights: of those that lie on no grid of the output, `adaptive` rounds most to the nearest.
     """
+    if _has_mxfp4(quants):
+        return _beside_mxfp4(facts)
     source = next((each for each in sources if any(each.grid == quant.grid for quant in quants)), None)
     if source is None and all(quant.grid is not None and quant.grid.rule is not None for quant in quants):
         return ROUNDINGS["search"], Choice(
@@ -405,6 +447,28 @@ def _without_text(
         "adaptive",
         f"the target is the base's own {source.name} grid plus an update: rounded at random where that is small "
         "against the grid's step and nearest rounding would erase it, to the nearest where it is not",
+    )
+
+
+# Of a GGUF file of which some matrices are in MXFP4, as the base's may be, and others in blocks of integers.
+_ADAPTIVE_BESIDE = Adaptive(elsewhere=ROUNDINGS["search"])
+
+
+def _has_mxfp4(quants: Sequence[Format]) -> bool:
+    return any(quant.name == GGML_MXFP4.name for quant in quants)
+
+
+def _beside_mxfp4(facts: Facts) -> tuple[Rounding, Choice]:
+    """The same for a GGUF file with matrices in MXFP4."""
+    search = ROUNDINGS["search"]
+    if GPT_OSS not in facts.formats or not facts.has_adapter:
+        return search, Choice(
+            "search", "scales that leave less error than greatest magnitudes are searched for"
+        )
+    return _ADAPTIVE_BESIDE, Choice(
+        "adaptive",
+        "experts are the base's own MXFP4 plus an update: rounded at random where that is small against the grid's"
+        " step and nearest rounding would erase it, to the nearest where it is not; scales of others are searched for",
     )
 
 

@@ -13,9 +13,11 @@ from streamconv.errors import OptionError, UnsupportedError
 from streamconv.formats import FORMATS
 from streamconv.formats.base import Constant, Encoder, Format, Weight
 from streamconv.formats.ggml_mixes import MixedModel
+from streamconv.formats.ggml_mxfp4 import GGML_MXFP4
 from streamconv.formats.gguf import PREFIX, ColumnsEncoder, full_encoder, turned_encoder, with_rows_of_heads
 from streamconv.formats.gguf_blocks import Typed
 from streamconv.formats.linear import matches, module_of
+from streamconv.gguf.donor import donor_pairs
 from streamconv.gguf.model import GgufModel, TensorPlace, gguf_model
 from streamconv.gguf.pieces import GgufPiece
 from streamconv.planning.assignment import FormatRule, ModuleFormats, rule_for
@@ -23,6 +25,10 @@ from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
 from streamconv.planning.fingerprint import digests
 from streamconv.planning.plan import Plan, Step
+from streamconv.planning.reading import read_donor
+
+DONOR = "gguf_donor"
+"""Key of fingerprints of files that have something of a donor."""
 
 F16_FORMAT = FORMATS["gguf:f16"]
 
@@ -56,6 +62,8 @@ def formats_of(
     """Formats of matrices by name of the weight: types that a file called `quant` has, of `mixture`'s rules, or F16.
 
     That have rows that are whole blocks of no type, modules that `ignore` names, and what is turned as it is written.
+    Pieces that stay are in MXFP4, as they are in the base.
+
     Raises UnsupportedError for a rule that is not for these files, OptionError for one whose type cannot store a row.
     """
     facts = _facts(model)
@@ -66,7 +74,10 @@ def formats_of(
         rule = rule_for(module_of(name), mixture.rules)
         piece = pieces.get(name)
         is_left = matches(module_of(name), ignore) or (piece is not None and piece.is_turned)
-        if rule is None and mixture.quantizes_rest and not (is_left and isinstance(quant, Typed)):
+        stays = isinstance(quant, Typed) and piece is not None and piece.stays
+        if rule is None and mixture.quantizes_rest and not is_left and stays:
+            found[name] = GGML_MXFP4
+        elif rule is None and mixture.quantizes_rest and not (is_left and isinstance(quant, Typed)):
             found[name] = _typed(quant, place, facts)
         elif rule is None or is_left:
             found[name] = F16_FORMAT
@@ -128,7 +139,7 @@ def gguf_encoder(place: TensorPlace, weight: Weight, quant: Format, piece: GgufP
         rows, width = weight.shape
         (spec,) = quant.encoder(place.tensor, place.shape, F16).parts
         return turned_encoder(spec, rows, width, piece.columns)
-    if piece is not None and len(piece.columns) < weight.shape[-1]:
+    if piece is not None and piece.expert is None and len(piece.columns) < weight.shape[-1]:
         return ColumnsEncoder(TensorSpec(place.tensor, F32, place.shape), columns=piece.columns)
     if place.is_full:
         encoder: Encoder = full_encoder(place.tensor, place.shape, place.shift)
@@ -151,6 +162,18 @@ def by_tensor(by_weight: Sequence[Sequence[Step]], model: GgufModel) -> list[lis
 def zeros(nbytes: int) -> Step:
     """Padding between tensors."""
     return Constant(TensorSpec(PADDING, U8, (nbytes,)), bytes(nbytes))
+
+
+def with_donor(plan: Plan, donor: str, tokenizer: str) -> Plan:
+    """The plan with what the GGUF file `donor` gives its header; `tokenizer` as for `with_tokenizer`.
+
+    Raises CheckpointError where that is of another model.
+    """
+    assert isinstance(plan.container, Gguf), "donors are for files of ours"
+    shapes = {name: spec.shape for name, spec in plan.tensors.items()}
+    pairs = donor_pairs(donor, read_donor(donor), plan.container.pairs, shapes)
+    found = with_tokenizer(plan, pairs, tokenizer)
+    return replace(found, fingerprint={**found.fingerprint, DONOR: True})
 
 
 def with_tokenizer(plan: Plan, pairs: Pairs, tokenizer: str) -> Plan:

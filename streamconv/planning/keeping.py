@@ -22,11 +22,11 @@ _LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules
 def kept_encoders(base: Base, weights: Mapping[str, Weight], options: MergeOptions) -> Mapping[str, Encoder]:
     """Encoders of the output's `weights` that are stored as their file has them; none where that is not asked for.
 
-    What is only read, or not decoded at all, has none.
+    What is only read, or not decoded at all, has none; nor has what a GGUF file holds, which is kept as a file.
 
     What an adapter holds whole is not in the file; and layers that are repeated have other names than there.
     """
-    if not asks_to_keep(options) or base.depth is not None:
+    if not asks_to_keep(options) or base.depth is not None or base.index.headers:
         return MappingProxyType({})
     quantized = {
         name: weight

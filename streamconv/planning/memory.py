@@ -12,7 +12,16 @@ from streamconv.formats.base import Order
 from streamconv.kernels.grids import Grid
 from streamconv.planning.devices import Device
 from streamconv.planning.options import MergeOptions
-from streamconv.planning.plan import DEVICE_TILES, SLOTS, WEIGHTS_HELD, Memory, Rewrite, Step, cell_rows
+from streamconv.planning.plan import (
+    DEVICE_TILES,
+    SLOTS,
+    WEIGHTS_HELD,
+    Memory,
+    Rewrite,
+    SideParts,
+    Step,
+    cell_rows,
+)
 
 # What the process needs beside the planned buffers: libraries loaded late, thread stacks, headers, messages; and once
 # on every machine, to compile the kernels, 70 MiB.
@@ -65,6 +74,7 @@ def plan_memory(
         prepared=sum(max((step.prepared_bytes for step in some), default=0) for some in each),
         whole=sum(max((step.whole_bytes for step in some), default=0) for some in each),
         forms=_form_bytes(each, device),
+        waiting=sum(_waiting_bytes(some) for some in (steps, *further)),
         cell=max((_work_bytes(step, device) for step in weights), default=0) + decoded,
         least=least if device.is_cpu else 1 << (least - 1).bit_length(),
         beside=beside,
@@ -75,8 +85,9 @@ def plan_memory(
 @dataclass(frozen=True, slots=True)
 class _Need:
     """Bytes that the largest weight of a run needs: its side parts and adapter, what is kept for its blocks, prepared
-    of the adapter, and kept of the whole of it, main parts that files hold in another order than by rows, one cell in
-    work, and a buffer for one stored cell, the least that a tile can be; and what its caller holds beside.
+    of the adapter, and kept of the whole of it, main parts that files hold in another order than by rows, side parts of
+    all experts of a layer that wait for their place, one cell in work, and a buffer for one stored cell, the least that
+    a tile can be; and what its caller holds beside.
     """
 
     outputs: int
@@ -85,6 +96,7 @@ class _Need:
     prepared: int
     whole: int
     forms: int
+    waiting: int
     cell: int
     least: int
     beside: int
@@ -97,7 +109,7 @@ class _Need:
 
 def _on_cpu(need: _Need, options: MergeOptions, shards: int) -> Memory:
     cores = len(os.sched_getaffinity(0))
-    computed = need.blocks + need.prepared + need.whole + need.forms + need.beside
+    computed = need.blocks + need.prepared + need.whole + need.forms + need.waiting + need.beside
     lane = WEIGHTS_HELD * need.held + computed
     buffers = SLOTS * need.buffers
     lanes = _lanes(lane + buffers * max(need.least, MAX_BUFFER_BYTES), options, shards, cores)
@@ -117,7 +129,9 @@ def _on_gpus(need: _Need, options: MergeOptions, shards: int, device: Device) ->
     Buffers are powers of two, because pinned memory is allocated in these.
     """
     gpus = len(device.names)
-    lane = WEIGHTS_HELD * need.held + need.blocks + need.forms  # scales are nested and written in host memory
+    lane = (
+        WEIGHTS_HELD * need.held + need.blocks + need.forms + need.waiting
+    )  # scales are nested and written in host memory
     buffers = SLOTS * need.buffers
     on_device = (
         FIXED_VRAM_BYTES
@@ -191,6 +205,15 @@ def _form_bytes(outputs: Sequence[Sequence[Rewrite]], device: Device) -> int:
     read = max((size(step.weight.decoder.order) for steps in outputs for step in steps), default=0)
     written = (max(map(written_size, steps), default=0) for steps in outputs)
     return read + sum(written)
+
+
+def _waiting_bytes(steps: Sequence[Step]) -> int:
+    """Bytes of side parts that wait for those of the last weight in their stack, of the largest stack."""
+    stacks: dict[tuple[str, ...], int] = {}
+    for step in steps:
+        if isinstance(step, SideParts):
+            stacks[step.weights] = stacks.get(step.weights, 0) + step.spec.nbytes
+    return max(stacks.values(), default=0)
 
 
 def _quantizes(step: Rewrite) -> bool:

@@ -137,7 +137,7 @@ class Job:
     """All options of one run, checked and parsed as far as they can be without its inputs.
 
     `also` are formats of further outputs; `options` are those of the main one. `more_adapters` are merged together with
-    `adapter`.
+    `adapter`. `gguf_donor` is a GGUF file whose tokenizer such outputs have.
     """
 
     base: str
@@ -150,6 +150,7 @@ class Job:
     verify: bool = True
     card: bool = True
     tokenizer: str = "auto"
+    gguf_donor: str | None = None
     copy_extra: tuple[str, ...] = ()
     allow_pickle: bool = False
     base_revision: str | None = None
@@ -214,6 +215,7 @@ class ResultKeywords(TypedDict, total=False):
     seed: int
     ignore: Iterable[str]
     quant_for: Mapping[str, str] | Iterable[str]
+    gguf_donor: Folder | None
     max_shard_size: str | int | None
     overwrite: bool
     resume: bool

@@ -14,6 +14,7 @@ from streamconv.formats.foreign import quantization_of
 from streamconv.formats.linear import module_of
 from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
+from streamconv.planning.gguf_keep import check_kept
 from streamconv.planning.keeping import kept_encoders
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Copy, ShardPlan
@@ -30,14 +31,12 @@ def check_passes(
 
     `weights` are those of the output by name, `updated` the names of those that an adapter adds to.
     """
+    if choices.keeps_file:
+        check_kept(base, adapter, weights)
+        return
     if not choices.passes:
         _check_decoded(weights, updated)
         return
-    if base.index.pairs:
-        raise UnsupportedError(
-            f"{base.index.storage.location}: its weights are {base.quantized}, blocks that are not kept as they are in"
-            " any output; choose --quant none, or a format to quantize to, such as gguf:q4_k_m"
-        )
     for name, weight in weights.items():
         stored = base.weights.get(name)
         is_replaced = stored is not None and weight is not stored and stored.is_quantized

@@ -14,12 +14,12 @@ from itertools import accumulate
 from typing import Any
 
 from streamconv.adapters.base import Member, TaskHead, Update, UpdateAccess
-from streamconv.checkpoint.container import SAFETENSORS, Container, joined
-from streamconv.checkpoint.layout import ShardLayout
+from streamconv.checkpoint.container import SAFETENSORS, Container
+from streamconv.checkpoint.layout import ShardLayout, joined
 from streamconv.checkpoint.types import PADDING, StoredTensor, TensorSpec
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.equalization.pairs import Equalization
-from streamconv.formats.base import CELL_ROWS, Constant, Encoder, Weight, matrix_shape
+from streamconv.formats.base import CELL_ROWS, Constant, Encoder, Measured, Weight, matrix_shape
 from streamconv.kernels import kernels_for
 from streamconv.planning.devices import Device
 from streamconv.planning.options import MergeOptions
@@ -74,7 +74,8 @@ class Rewrite:
     `merge_base`: how the base is rounded before the update is added; None leaves it as it is. `scales`: whether those
     of the base stay, as far as the rounding leaves them. `calibrated`: its bytes are made before, with those of its
     decoder layer, and copied; `rounding` is for what that leaves, an expert that hardly any token came to. `equalizer`:
-    what target and base are multiplied by before that, None where they are not.
+    what target and base are multiplied by before that, None where they are not. `waits`: its side parts are kept in
+    memory until those of its stack are due (SideParts).
     """
 
     name: str
@@ -86,6 +87,7 @@ class Rewrite:
     scales: PlannedScales = FRESH
     calibrated: bool = False
     equalizer: Equalizer | None = None
+    waits: bool = False
 
     @property
     def applied(self) -> tuple[Update, ...]:
@@ -94,7 +96,8 @@ class Rewrite:
 
     @property
     def specs(self) -> tuple[TensorSpec, ...]:
-        return self.encoder.parts
+        """Parts that lie where the step is."""
+        return self.encoder.parts[:1] if self.waits else self.encoder.parts
 
     @property
     def rows(self) -> int:
@@ -140,7 +143,24 @@ class Rewrite:
         return Access.REDUCE_THEN_ROW if reduces else Access.ROW
 
 
-Step = Copy | Rewrite | Constant
+@dataclass(frozen=True, slots=True)
+class SideParts:
+    """Part number `number` after the main one of each of `weights`, in turn: rewritten before, theirs wait for it.
+
+    `spec` is all of it, along the first axis.
+    """
+
+    name: str
+    weights: tuple[str, ...]
+    number: int
+    spec: TensorSpec
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        return (self.spec,)
+
+
+Step = Copy | Rewrite | SideParts | Constant
 ShardPlan = ShardLayout[Step]
 
 
@@ -357,6 +377,12 @@ class Plan:
         return tuple(step for step in steps if isinstance(step, Rewrite) and step.calibrated)
 
     @property
+    def measured(self) -> tuple[Rewrite, ...]:
+        """The steps that store a scale of their inputs which a text is to tell."""
+        steps = (placed.step for shard in self.shards for placed in shard.steps)
+        return tuple(step for step in steps if isinstance(step, Rewrite) and is_to_be_measured(step))
+
+    @property
     def equalizers(self) -> Mapping[str, Equalizer]:
         """Equalizers by weight."""
         steps = (placed.step for shard in self.shards for placed in shard.steps)
@@ -376,7 +402,7 @@ class Plan:
     @property
     def calibrated_bytes(self) -> int:
         """Bytes that come from the calibration pass."""
-        codes = sum(spec.nbytes for step in self.calibrated for spec in step.specs)
+        codes = sum(spec.nbytes for step in self.calibrated for spec in step.encoder.parts)
         return codes + self.residual_bytes
 
     @property
@@ -412,6 +438,11 @@ class Plan:
         if self.options.min_kept is not None:
             return self.options.min_kept
         return DEFAULT_MIN_KEPT if self.options.rounding == "auto" else 0.0
+
+
+def is_to_be_measured(step: Rewrite) -> bool:
+    """Whether it stores a scale of its inputs that is not known yet."""
+    return isinstance(step.encoder, Measured) and not step.encoder.is_measured
 
 
 def cell_rows(device: Device, step: Rewrite) -> int:

@@ -14,24 +14,34 @@ from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import AdapterError, OptionError
 from streamconv.formats import container_of, dense_weight, stored_as
 from streamconv.formats.base import Grouped, Weight
+from streamconv.formats.gguf_blocks import Typed
 from streamconv.formats.linear import module_of
 from streamconv.formats.mixed import weights_by_format
+from streamconv.formats.stacks import ExpertStacker
+from streamconv.gguf.model import GgufModel
 from streamconv.gguf.pieces import GgufPiece
 from streamconv.planning.base import Base
-from streamconv.planning.calibration import CalibrationFacts, plan_calibration, plan_equalization
+from streamconv.planning.calibration import (
+    CalibrationFacts,
+    check_measured,
+    plan_calibration,
+    plan_equalization,
+)
 from streamconv.planning.choices import Choices, Facts, choose
 from streamconv.planning.devices import Device
 from streamconv.planning.experts import notes_on_experts
 from streamconv.planning.fingerprint import fingerprint
 from streamconv.planning.gguf import by_tensor, is_gguf, plan_model, zeros
+from streamconv.planning.gguf_keep import as_stored, file_format, kept_set, kept_steps, stored_container
 from streamconv.planning.gguf_pieces import taken_apart
 from streamconv.planning.keeping import kept_encoders
 from streamconv.planning.memory import plan_memory
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.passing import check_passes, keeps_quantization, notes_on_passed
-from streamconv.planning.plan import CalibrationPlan, Memory, Plan, ShardPlan
+from streamconv.planning.plan import CalibrationPlan, Memory, Plan, ShardPlan, Step
 from streamconv.planning.quantized import QuantizedSet, choose_quantized, with_group_size
 from streamconv.planning.shards import as_stored_shards, metadata_of, split_steps
+from streamconv.planning.stacking import stacked_steps
 from streamconv.planning.steps import plan_steps
 from streamconv.planning.ties import check_unknown_tie
 from streamconv.planning.unmerged import notes_on_factors
@@ -100,6 +110,7 @@ def facts_of(base: Base, adapter: Adapter | None) -> Facts:
         base.formats,
         kept,
         bool(base.undecoded),
+        file_format(base),
     )
 
 
@@ -126,35 +137,62 @@ def _draft(
     pieces: Mapping[str, GgufPiece] = {}
     shapes = {name: weight.shape for name, weight in weights.items()}
     in_output: Mapping[str, Weight] = weights
-    if is_gguf(choices.quant):
-        apart = taken_apart(weights, updates, base.index.config.get("model_type"))
+    family = base.index.config.get("model_type")
+    if choices.keeps_file:
+        shapes = taken_apart(weights, {}, family).shapes
+    elif is_gguf(choices.quant):
+        apart = taken_apart(weights, updates, family, in_blocks=isinstance(choices.quant, Typed))
         in_output, updates, pieces, shapes = apart.weights, dict(apart.updates), apart.pieces, apart.shapes
     model = plan_model(base, shapes, choices)
-    chosen = choose_quantized(base, weights, replaces, choices, options, kept, model, pieces)
+    if choices.keeps_file:
+        chosen = kept_set(base)
+    else:
+        chosen = choose_quantized(base, weights, replaces, choices, options, kept, model, pieces)
     within = facts.weights if facts is not None and choices.feedback is not None else frozenset()
     equalization = plan_equalization(base, weights, chosen, options, facts)
     if equalization is not None:
         equalizers = equalization.equalizers({name: weight.shape for name, weight in weights.items()})
-    by_weight = plan_steps(base, in_output, updates, chosen, choices, within, equalizers, model, pieces)
+    if choices.keeps_file:
+        by_weight = kept_steps(base, weights, updates, choices, within, equalizers)
+    else:
+        by_weight = plan_steps(base, in_output, updates, chosen, choices, within, equalizers, model, pieces)
     calibration = None
     if options.calibration is not None and choices.quant is not None:
         assert facts is not None
         calibration = plan_calibration(by_weight, options, choices.feedback, equalization, facts)
+    else:
+        check_measured(by_weight, None)
+    if isinstance(choices.quant, ExpertStacker):
+        by_weight = stacked_steps(dict(zip(in_output, by_weight, strict=True)))
     of_head = adapter.head.parameters if adapter is not None and adapter.head is not None else ()
     vocabulary = _new_vocabulary(base, weights, of_head)
+    container, shards = _files(base, by_weight, choices, options, model, stays=choices.passes or bool(kept))
+    notes = model.notes if model else ()
+    return _Draft(options, choices, calibration, chosen, shards, vocabulary, tuple(weights), container, notes)
+
+
+def _files(
+    base: Base,
+    by_weight: list[list[Step]],
+    choices: Choices,
+    options: MergeOptions,
+    model: GgufModel | None,
+    *,
+    stays: bool,
+) -> tuple[Container, tuple[ShardPlan, ...]]:
+    """Container of an output, and its files. `stays`: whether quantized weights are stored as the base has them."""
+    if choices.keeps_file and choices.quant is not None:
+        stored = stored_container(base, choices.quant)
+        return stored, as_stored(base, stored.lay_out(by_weight, zeros))
     container = container_of(choices.quant)
     if model is not None:
         by_weight = by_tensor(by_weight, model)
     if model is not None and isinstance(container, Gguf):
         container = container.with_pairs(model.pairs)
-    stays = choices.passes or bool(kept)
     steps = split_steps(base, by_weight, choices, options, keeps_files=stays)
     files = Safetensors(metadata=metadata_of(base.index, steps)) if stays else container
     shards = files.lay_out(steps, zeros)
-    if model is None:
-        shards = as_stored_shards(base.index, shards)
-    notes = model.notes if model else ()
-    return _Draft(options, choices, calibration, chosen, shards, vocabulary, tuple(weights), container, notes)
+    return container, shards if model is not None else as_stored_shards(base.index, shards)
 
 
 def _plan(base: Base, adapter: Adapter | None, draft: _Draft, device: Device, memory: Memory) -> Plan:

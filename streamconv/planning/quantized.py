@@ -16,6 +16,7 @@ from streamconv.formats import FORMATS, with_groups
 from streamconv.formats.base import EmbeddingStore, Encoder, Format, Grouped, Weight
 from streamconv.formats.linear import DEFAULT_IGNORE, Selection, matches, module_of, select
 from streamconv.formats.mixed import check_partners, mixed_quantization
+from streamconv.formats.stacks import expert_loaders, rounded_again
 from streamconv.gguf.model import GgufModel
 from streamconv.gguf.pieces import GgufPiece
 from streamconv.planning.assignment import FormatRule, ModuleFormats, is_dense, read_rules, rule_for
@@ -67,7 +68,7 @@ def choose_quantized(
         return QuantizedSet({}, (), ())
     if kept:
         return QuantizedSet({}, (), (), kept=kept)
-    ignore, dense = _left_out(base, weights, replaces, choices.mixture, options)
+    ignore, dense = _left_out(base, weights, replaces, choices.quant, choices.mixture, options)
     shapes = {name: weight.shape for name, weight in weights.items()}
     # A bias beside a weight says nothing of it.
     matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and name.endswith(".weight")}
@@ -122,7 +123,7 @@ def _selected(
     dense: frozenset[str],
 ) -> Selection:
     by_path = any(each.skips_by_path for each in formats)
-    has_experts = any(each.expert_loaders for each in formats)
+    has_experts = any(expert_loaders(each, base.index.config) for each in formats)
     return select(shapes, base.index.config, ignore, dense, by_path=by_path, has_experts=has_experts)
 
 
@@ -220,11 +221,13 @@ def _left_out(
     base: Base,
     weights: Mapping[str, Weight],
     replaces: Mapping[str, Replace],
+    quant: Format | None,
     mixture: ModuleFormats,
     options: MergeOptions,
 ) -> tuple[Sequence[str], frozenset[str]]:
     """Patterns of modules that stay in 16 bit, and paths of such."""
     ignore, dense = _usually_left_out(base, replaces, options)
+    ignore = (*ignore, *rounded_again(quant, base.index.config))
     if not mixture.rules:
         return ignore, dense
     modules = {module_of(name) for name in (*weights, *base.weights)}
@@ -264,7 +267,7 @@ def with_group_size(
     _check_patterns("--ignore", options.ignore, weights)
     rules = read_rules(options.quant_for)
     mixture = ModuleFormats(rules, quantizes_rest=quant is not None or options.quant.lower() == KEEP)
-    ignore, dense = _left_out(base, weights, replaces, mixture, options)
+    ignore, dense = _left_out(base, weights, replaces, quant, mixture, options)
     shapes = {name: weight.shape for name, weight in weights.items()}
     formats = [each for each in (quant, *mixture.formats) if each is not None]
     wanted = _selected(base, shapes, formats, ignore, dense).quantized

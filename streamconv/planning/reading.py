@@ -13,13 +13,14 @@ from streamconv.checkpoint.index import CheckpointIndex, read_config, read_index
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.strict_json import some
 from streamconv.checkpoint.types import Shard, StoredTensor
-from streamconv.dtypes import GGML_TYPES
-from streamconv.errors import CheckpointError, UnsupportedError
+from streamconv.dtypes import GGML_TYPES, Dtype
+from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats import find_weights
 from streamconv.formats.base import Weight
 from streamconv.formats.ggml_blocks import gguf_weight
+from streamconv.formats.ggml_experts import biases_weight, experts_weight
 from streamconv.gguf.header_fields import shortest
-from streamconv.gguf.stored import stored_model
+from streamconv.gguf.stored import StoredPlace, stored_model
 from streamconv.gguf.tokenizer_files import made_tokenizer
 from streamconv.storage import open_storage
 from streamconv.storage.base import SourceFile, Storage
@@ -80,6 +81,16 @@ def gguf_storage(location: str) -> Storage | None:
     return ChosenFiles(folder, location, frozenset(weights - own))
 
 
+def read_donor(location: str) -> tuple[GgufFile, ...]:
+    """Headers of a model in GGUF files that is a donor. Raises InputError where it is none on this machine."""
+    storage = gguf_storage(location)
+    if storage is None:
+        raise InputError(f"--gguf-donor {location} must be a GGUF file on this machine, and there is none")
+    return read_gguf_files(
+        storage, _one_model(location, [n for n in storage.names() if n.endswith(GGUF_SUFFIX)])
+    )
+
+
 def _group(name: str) -> str:
     """Name that the files of one model have in common."""
     match = _SPLIT.fullmatch(name)
@@ -119,20 +130,30 @@ def _read_gguf(storage: Storage, names: Sequence[str]) -> tuple[CheckpointIndex,
     files = read_gguf_files(storage, names)
     config = read_config(storage, required=False)
     model = stored_model(where, files, config, _load)
-    weights = tuple(
-        gguf_weight(place.tensor, model.dtype, place.heads, place.shift) for place in model.places.values()
-    )
+    weights = tuple(_weight(place, model.dtype) for place in model.places.values())
     tokenizer = made_tokenizer(where, files[0].pairs, storage.names())
     index = CheckpointIndex(
         ChosenFiles(storage, where, contents=tokenizer.files),
-        MappingProxyType({name: place.tensor for name, place in model.places.items()}),
+        MappingProxyType(
+            {tensor.name: tensor for place in model.places.values() for tensor in place.tensors}
+        ),
         tuple(_shard(storage.file(name), file) for name, file in zip(names, files, strict=True)),
         MappingProxyType(dict(model.config)),
         pairs=files[0].pairs,
         made=tokenizer.files,
         notes=(*_notes(model.config, config), *tokenizer.notes),
+        headers=files,
     )
     return index, weights
+
+
+def _weight(place: StoredPlace, dtype: Dtype) -> Weight:
+    """Weight of a tensor, or of two."""
+    if place.are_turned:
+        return experts_weight(place.tensor.name, place.tensor, place.up, dtype)
+    if place.up is not None:
+        return biases_weight(place.tensor.name, place.tensor, place.up, dtype)
+    return gguf_weight(place.tensor, dtype, place.heads, place.shift)
 
 
 def _notes(config: Mapping[str, object], beside: Mapping[str, object]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from streamconv.planning.base import Base
 from streamconv.planning.choices import Choices
 from streamconv.planning.gguf import is_gguf
 from streamconv.planning.options import MergeOptions
-from streamconv.planning.plan import Copy, ShardPlan, Step
+from streamconv.planning.plan import Copy, ShardPlan, SideParts, Step
 from streamconv.storage.base import SourceFile
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -39,8 +39,11 @@ def split_steps(
     shard_of = {name: tensor.file.name for name, tensor in base.index.tensors.items()}
     shards: dict[str, list[Step]] = {shard.file.name: [] for shard in base.index.shards}
     last = base.index.shards[-1].file.name
-    for step in (step for steps in by_weight for step in steps):
-        shards[shard_of.get(step.specs[0].name, last)].append(step)
+    for steps in by_weight:
+        waits = any(isinstance(step, SideParts) for step in steps)
+        for step in steps:
+            first = steps[0] if waits else step
+            shards[shard_of.get(first.specs[0].name, last)].append(step)
     return [steps for steps in shards.values() if steps]
 
 

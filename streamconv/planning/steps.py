@@ -12,7 +12,7 @@ from streamconv.dtypes import DENSE, Dtype
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import UnsupportedError
 from streamconv.formats import FORMATS
-from streamconv.formats.base import Encoder, Surveyed, Weight
+from streamconv.formats.base import Encoder, Measured, Surveyed, Weight
 from streamconv.formats.fp8 import ACTIVATIONS
 from streamconv.formats.linear import DEFAULT_IGNORE, select
 from streamconv.gguf.model import GgufModel
@@ -62,6 +62,8 @@ def plan_steps(
             merge_base = choices.merge_base.encoder(name, weight.shape, weight.dtype)
         if isinstance(encoder, Surveyed) and not encoder.is_known and merge_base is None:
             encoder = encoder.following(weight.decoder)
+        if isinstance(encoder, Measured) and not encoder.is_measured and name not in equalizers:
+            encoder = encoder.inheriting(weight.decoder)
         found = weight_steps(
             name,
             weight,

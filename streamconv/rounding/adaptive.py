@@ -30,7 +30,10 @@ _STRETCH = 1 << 14
 
 @dataclass(frozen=True, slots=True)
 class Adaptive:
-    """Choice between two roundings for a weight; `settled` makes it once the weight's first rows are there."""
+    """Choice between two roundings for a weight; `settled` makes it once the weight's first rows are there.
+
+    `elsewhere`: that of weights that lie on no grid of the output.
+    """
 
     name: str = "adaptive"
     needs_noise: bool = True
@@ -38,6 +41,7 @@ class Adaptive:
     calibrated: bool = False
     uses_text: bool = False
     searches_scales: bool = False
+    elsewhere: Rounding = Nearest()  # noqa: RUF009  (a frozen dataclass)
 
     def choose(self, target: Tensor, grid: Grid, context: Context, codes: Tensor) -> Tensor:
         """Never called: by then it is one of the two."""
@@ -46,7 +50,9 @@ class Adaptive:
 
     def settled(self, ratio: float | None) -> Rounding:
         """Rounding for an update of that ratio, which is None where the base does not lie on the grid."""
-        return Nearest() if ratio is None or ratio >= NEAREST_FROM else Stochastic()
+        if ratio is None:
+            return self.elsewhere
+        return Nearest() if ratio >= NEAREST_FROM else Stochastic()
 
 
 def delta_to_step(target: Tensor, base: Tensor, codes: Tensor, scales: Tensor, grid: Grid) -> float:

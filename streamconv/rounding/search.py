@@ -18,6 +18,7 @@ from streamconv.dtypes import F32
 from streamconv.kernels import kernels_for
 from streamconv.kernels.base import block_dots
 from streamconv.kernels.grids import Grid, TableGrid, empty_scales
+from streamconv.kernels.ordered import gathered
 from streamconv.rounding.base import Context, starting_scales
 
 
@@ -73,8 +74,8 @@ def _losses(target: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None) 
     values = torch.empty_like(target)
     kernels.nearest(target, grid, scales, codes)
     kernels.decode(codes, grid, scales, F32, values)
-    error = torch.sub(target, values, out=values)
-    return block_dots(error, error if weights is None else error * weights, grid.block)
+    error = gathered(torch.sub(target, values, out=values), grid)
+    return block_dots(error, error if weights is None else error * gathered(weights, grid), grid.block)
 
 
 def searched_scales(target: Tensor, grid: Grid, weights: Tensor | None = None) -> Tensor:

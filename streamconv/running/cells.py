@@ -27,11 +27,11 @@ from torch import Tensor
 from streamconv.adapters.base import Parts, State, UpdateAccess
 from streamconv.dtypes import F32
 from streamconv.errors import InputError
-from streamconv.formats.base import CELL_ROWS, Encoder, Surveyed
+from streamconv.formats.base import CELL_ROWS, Encoder, Overwriting, Surveyed
 from streamconv.kernels import TORCH, kernels_for, pairwise_sum
 from streamconv.kernels.grids import DecodedGrid, Grid, empty_scales
 from streamconv.planning.plan import Rewrite
-from streamconv.planning.scales import FRESH, Fresh, OfBase
+from streamconv.planning.scales import FRESH, Fresh, OfBase, lies_on_grid
 from streamconv.rounding import uniform
 from streamconv.rounding.adaptive import Adaptive, delta_to_step
 from streamconv.rounding.base import Context, Rounding
@@ -59,7 +59,7 @@ class CellBase:
     """A cell of the base: what it decodes to, and where it lies on a grid, the codes and scales of that.
 
     `anchor` is `values` before a loader's cast to the weight's dtype; `effective` are the scales the output
-    will have if the base's are kept.
+    will have if the base's are kept. `raw`: the cell's bytes, where the output may have them.
     """
 
     values: Tensor
@@ -67,6 +67,7 @@ class CellBase:
     codes: Tensor | None = None
     effective: Tensor | None = None
     error: float | Tensor = 0.0
+    raw: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ class WeightWork:
     `watch` is called with each cell of the second pass by the worker that has just done it, in no order among cells.
 
     A part of the work that failed for want of memory can be repeated: cells write to their places, and states of
-    updates are kept only once a tile has passed.
+    updates are kept only once a tile has passed. `overwrites` is the encoder where it writes over the base's own bytes.
 
     `scales` and `rounding` begin as planned; what is decided before the second pass, or by its first cell, changes
     them (`use`), and never the step. Where codes are chosen for the whole weight at once, `targets` and `base_codes`
@@ -149,6 +150,8 @@ class WeightWork:
         # Least and greatest value of every cell.
         self._extremes = torch.zeros(count, 2, device=device) if defers else None
         self._base_scales = step.weight.decoder.scales(side)  # effective, one a block
+        is_own = lies_on_grid(step.weight, step.merge_base, step.encoder, step.equalizer)
+        self.overwrites = step.encoder if is_own and isinstance(step.encoder, Overwriting) else None
         self._codes: Tensor | None = None  # of the whole weight, where they are known before
         self._rounding = None if isinstance(step.rounding, Adaptive) else step.rounding
         self.scales: Scales = self._known_scales()
@@ -304,6 +307,12 @@ class WeightWork:
         columns = self.step.columns
         for cell, base in self._bases(number, raw, rows, part):
             assert base.codes is not None, f"{self.step.name}: the base lies on no grid"
+            if (
+                self.overwrites is not None
+                and self.overwrites.grid is not None
+                and base.effective is not None
+            ):
+                self._gather(base.effective, cell, self.overwrites.grid)
             first, last = ((row - rows.start) * columns for row in (cell.start, cell.stop))
             out[first:last].copy_(base.codes)
 
@@ -422,6 +431,9 @@ class WeightWork:
         if step.merge_base is not None:
             return self._rounded_base(raw, rows, step.merge_base, scratch)
         values = self._decode(raw, rows, scratch)
+        if self.overwrites is not None:
+            codes, own = self.overwrites.unpacked(raw) if self._keeps_base else (None, None)
+            return CellBase(values, values, codes, own, raw=raw)
         if decoder.grid is None or step.encoder.grid is None or self._base_scales is None:
             return CellBase(values, values)
         if isinstance(decoder.grid, DecodedGrid):  # no output has it
@@ -502,7 +514,7 @@ class WeightWork:
             for each in (base.values,) if base.anchor is base.values else (base.values, base.anchor):
                 self._equalize(each, rows)
         codes, scales = self._choose(target, base, rows, grid, scratch)
-        step.encoder.pack(codes, scales, out)
+        self._pack(codes, scales, base, target, out)
         self._gather(scales, rows, grid)
         if step.updates:
             inner = self._blocks(self._inner, rows, grid)
@@ -510,6 +522,22 @@ class WeightWork:
             sums[:2] = self._kernels.kept(codes, grid, target, values, base.anchor.view(-1), inner)
             sums[2] = base.error
         self._show(Seen(rows, base, target.view(len(rows), -1), codes, scales, out))
+
+    def _pack(self, codes: Tensor, scales: Tensor, base: CellBase, target: Tensor, out: Tensor) -> None:
+        """Write the bytes of a cell to `out`; in the base's own storage, scales that stay and rows that do not change
+        have the base's bytes.
+        """
+        if self.overwrites is None or base.raw is None:
+            self.step.encoder.pack(codes, scales, out)
+        elif self._keeps_base:
+            out.copy_(base.raw)
+            self.overwrites.overwrite(codes, out)
+        else:
+            self.step.encoder.pack(codes, scales, out)
+            if self._codes is None:
+                stays = (target.view_as(base.values) == base.values).all(dim=1)
+                written, stored = (each.view(len(stays), -1) for each in (out, base.raw))
+                written[stays] = stored[stays]
 
     def _show(self, seen: Seen) -> None:
         if self._watch is not None:

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from streamconv.planning.plan import Access
-from streamconv.running.cells import KeptDelta
 from streamconv.running.engine import Engine
-from streamconv.running.messages import BeginWeight
+from streamconv.running.messages import BeginWeight, Finished
 from streamconv.running.opened import OpenedWeight
 from streamconv.running.sink import Output
 from streamconv.running.workers import Ticket
@@ -59,7 +58,7 @@ class LaneWeight:
         order.to_file(self._forms[output], lines, piece)
         return piece
 
-    def finish(self) -> Mapping[int, tuple[tuple[bytes, ...], Mapping[str, KeptDelta]]]:
+    def finish(self) -> Mapping[int, Finished]:
         """Side parts that follow the tiles, and sums of what the update kept, by number of the output.
 
         Where scales and sums of all tiles are needed, waits until they are there; and where an update holds a whole
@@ -71,5 +70,6 @@ class LaneWeight:
                 for ticket in self._tickets:
                     ticket.wait()
             tail, kept = self._opened.finish(number)
-            results[output] = (tail, {} if kept is None else {step.name: kept})
+            sums = {} if kept is None else {step.name: kept}
+            results[output] = Finished(tail, sums, step.name if step.waits else None)
         return results

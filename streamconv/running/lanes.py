@@ -24,11 +24,11 @@ from streamconv.planning.plan import (
     Copy,
     Memory,
     Rewrite,
+    SideParts,
     cell_rows,
     tile_rows,
 )
 from streamconv.progress import OnBytes, StopRequest
-from streamconv.running.cells import KeptDelta
 from streamconv.running.engine import Engine
 from streamconv.running.lane_weight import LaneWeight
 from streamconv.running.messages import (
@@ -36,6 +36,7 @@ from streamconv.running.messages import (
     Chunk,
     Computed,
     EndWeight,
+    Finished,
     Halt,
     LaneClosed,
     Lines,
@@ -51,6 +52,7 @@ from streamconv.running.messages import (
 from streamconv.running.opened import load_weight
 from streamconv.running.schedule import Begin, Cursor, End, Todo, walk
 from streamconv.running.sink import Output, Sink
+from streamconv.running.waiting import WaitingParts
 from streamconv.running.workers import DONE
 from streamconv.system_errors import no_memory
 from streamconv.threads import start_thread
@@ -191,7 +193,7 @@ class Lane:
             match event:
                 case Begin() | End():
                     self.to_compute.put(ShardEvent(output, event))
-                case Todo(Constant() as step):
+                case Todo((Constant() | SideParts()) as step):
                     self.to_compute.put(ShardEvent(output, step))
                 case Todo(Copy() as step, done):
                     copies[output] = (step, done)
@@ -257,17 +259,19 @@ class Lane:
     def compute(self) -> None:
         weight: LaneWeight | None = None
         asked_at: float | None = None
-        at_boundary = True
+        waiting = 0  # parts that are made and have their place behind other weights
         while True:
             if self.run.stop.signal_number is not None:
                 asked_at = asked_at or time.monotonic()
-                if at_boundary or time.monotonic() - asked_at > GRACE_S:
+                if (weight is None and not waiting) or time.monotonic() - asked_at > GRACE_S:
                     self.halted = True
                     self.to_writer.put(Halt(early=True))
                     return
             message = self.to_compute.get()
-            at_boundary = not isinstance(message, BeginWeight | Tile | Lines)
             match message:
+                case ShardEvent(_, SideParts(_, weights)):
+                    waiting -= len(weights)
+                    self.to_writer.put(message)
                 case ShardEvent() | Chunk():
                     self.to_writer.put(message)
                 case BeginWeight():
@@ -281,8 +285,9 @@ class Lane:
                     self.to_writer.put(Computed(slot, DONE, [(output, piece)]))
                 case EndWeight(copies):
                     assert weight is not None
-                    nothing: tuple[tuple[bytes, ...], Mapping[str, KeptDelta]] = ((), {})
-                    self.to_writer.put(WeightDone({**weight.finish(), **dict.fromkeys(copies, nothing)}))
+                    results = {**weight.finish(), **dict.fromkeys(copies, Finished())}
+                    waiting += sum(len(done.parts) for done in results.values() if done.waits)
+                    self.to_writer.put(WeightDone(results))
                     weight = None
                 case Halt():
                     self.to_writer.put(message)
@@ -303,9 +308,10 @@ class Lane:
 
     def write(self) -> None:
         sinks = [output.open_sink() for output in self.outputs]
+        waiting = [WaitingParts(sink) for sink in sinks]
         try:
             while not isinstance(message := self.to_writer.get(), Halt):
-                self._write(sinks, message)
+                self._write(sinks, waiting, message)
             for sink in sinks:
                 if message.early:
                     sink.halt()
@@ -316,7 +322,10 @@ class Lane:
                 sink.close()
 
     def _write(
-        self, sinks: Sequence[Sink], message: ShardEvent | Chunk | Computed | Reduced | WeightDone
+        self,
+        sinks: Sequence[Sink],
+        waiting: Sequence[WaitingParts],
+        message: ShardEvent | Chunk | Computed | Reduced | WeightDone,
     ) -> None:
         match message:
             case ShardEvent(output, Begin(shard)):
@@ -325,11 +334,14 @@ class Lane:
                 sinks[output].end()
             case ShardEvent(output, Constant(_, content)):
                 self._write_small(sinks[output], (content,))
-                sinks[output].boundary({})
+                waiting[output].boundary({})
+            case ShardEvent(output, SideParts() as step):
+                self._write_small(sinks[output], waiting[output].take(step))
+                waiting[output].boundary({})
             case Chunk(slot, nbytes, outputs):
                 self._write_pieces(sinks, slot, [(output, slot.read[:nbytes]) for output in outputs])
                 for output in outputs:
-                    sinks[output].boundary({})
+                    waiting[output].boundary({})
             case Computed(slot, ticket, pieces):
                 ticket.wait()
                 self._write_pieces(sinks, slot, pieces)
@@ -337,9 +349,12 @@ class Lane:
                 ticket.wait()
                 self.free.put(slot)
             case WeightDone(results):
-                for output, (tail, sums) in results.items():
-                    self._write_small(sinks[output], tail)
-                    sinks[output].boundary(sums)
+                for output, done in results.items():
+                    if done.waits is None:
+                        self._write_small(sinks[output], done.parts)
+                    else:
+                        waiting[output].hold(done.waits, done.parts)
+                    waiting[output].boundary(done.sums)
                 self.places.put(None)
 
     def _write_pieces(self, sinks: Sequence[Sink], slot: Slot, pieces: Sequence[tuple[int, Tensor]]) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from torch import Tensor
 
 from streamconv.formats.base import Constant
+from streamconv.planning.plan import SideParts
 from streamconv.running.cells import KeptDelta
 from streamconv.running.opened import LoadedWeight
 from streamconv.running.schedule import Begin, End
@@ -135,18 +136,27 @@ class Reduced:
 
 
 @dataclass(frozen=True, slots=True)
-class WeightDone:
-    """The parts after the main one and the sums, for each output that rewrote or copied the weight."""
+class Finished:
+    """Parts of a weight after the main one, and its sums; `waits` names the weight where these wait for others."""
 
-    results: Mapping[int, tuple[tuple[bytes, ...], Mapping[str, KeptDelta]]]
+    parts: tuple[bytes, ...] = ()
+    sums: Mapping[str, KeptDelta] = field(default_factory=dict)
+    waits: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightDone:
+    """What is left to write of a weight, for each output that rewrote or copied it."""
+
+    results: Mapping[int, Finished]
 
 
 @dataclass(frozen=True, slots=True)
 class ShardEvent:
-    """A shard of an output begins or ends, or a constant tensor of it is due."""
+    """A shard of an output begins or ends, or a constant tensor of it is due, or parts that waited are."""
 
     output: int
-    event: Begin | End | Constant
+    event: Begin | End | Constant | SideParts
 
 
 @dataclass(frozen=True, slots=True)

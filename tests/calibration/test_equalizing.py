@@ -33,7 +33,7 @@ from transformers import (
 from streamconv.calibration.equalized import Equalized, equalized_plan
 from streamconv.calibration.equalizing import equalize
 from streamconv.calibration.model import opened_targets
-from streamconv.calibration.need import equalizing_need, pairs_need
+from streamconv.calibration.need import consumers_of, equalizing_need, pairs_need
 from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.recorded import DIGESTS
@@ -301,7 +301,7 @@ def test_disk_is_what_was_planned(folder: Path, tmp_path: Path, monkeypatch: pyt
         del done
         used.append(sum(path.stat().st_size for path in tmp_path.iterdir()))
 
-    with opened_targets(subject) as walk:
+    with opened_targets(subject, consumers_of(subject)) as walk:
         need = pairs_need(walk, subject)
     rescaled(subject, tmp_path, look)
     assert 2 * 4 * TOKENS * 32 < max(used) <= need.disk

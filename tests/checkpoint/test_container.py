@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from streamconv.checkpoint.container import SAFETENSORS, Gguf, is_gguf_output, joined, stored_files
+from streamconv.checkpoint.container import SAFETENSORS, Gguf, is_gguf_output, stored_files
 from streamconv.checkpoint.gguf_header import text
-from streamconv.checkpoint.layout import ShardLayout
+from streamconv.checkpoint.layout import ShardLayout, joined
 from streamconv.checkpoint.types import PADDING, TensorSpec
 from streamconv.dtypes import DTYPES, F16
 from streamconv.errors import CheckpointError

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from streamconv.checkpoint.container import SAFETENSORS
 from streamconv.cli.format_rows import FormatRow, format_rows, read_opened
-from streamconv.formats import FORMATS, container_of
+from streamconv.formats import FORMATS
 from streamconv.planning.choices import can_calibrate
 from streamconv.rounding import ROUNDINGS
 
@@ -32,10 +31,9 @@ def test_roundings_are_those_that_choose_codes_of_the_format() -> None:
     assert row_of("bfloat16").chosen_by == "-"
 
 
-def test_gguf_alone_is_not_kept() -> None:
-    for row in format_rows({}):
-        in_safetensors = container_of(FORMATS[row.name]) == SAFETENSORS
-        assert row.uses == ("read, write, keep" if in_safetensors else "read, write"), row.name
+def test_every_format_is_kept_where_a_base_has_it() -> None:
+    """GGUF's as the base's own file (`pipeline/test_gguf_keep.py`)."""
+    assert {row.uses for row in format_rows({})} == {"read, write, keep"}
 
 
 def test_a_program_that_was_run_is_not_documented_as_well() -> None:

@@ -63,6 +63,7 @@ RELATIVE_ERROR = {
     # Half a step of at most twice the greatest magnitude, and as much for a zero point that is rounded.
     "gptq-asym": 2 / 15 + 2**-9,
     "awq-asym": 2 / 15 + 2**-9,
+    "w4a16-asym": 2 / 15 + 2**-6,
     # A step, as 0 is made a value of the grid, of at most twice the greatest magnitude; the rounding of scale, bias,
     # product and sum.
     "mlx4": 2 / 15 + 2**-6,

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import GptOssConfig
 
 import streamconv
-from tests.foreign.readers import ROOT, Case, divergence, keep, read_by, reference, small_llama
+from tests.foreign.readers import RESULTS, ROOT, Case, divergence, keep, read_by, reference, small_llama
+from tests.models import write_adapter
+from tests.tiny import read_tensors, save_base
 
 CASES: Mapping[str, Case] = {
     "f16": Case({"quant": "gguf:f16"}),
@@ -35,6 +41,20 @@ CASES: Mapping[str, Case] = {
     "q4_1": Case({"quant": "gguf:q4_1"}),
     "q4_0": Case({"quant": "gguf:q4_0"}),
 }
+GPT_OSS = GptOssConfig(
+    vocab_size=320,
+    hidden_size=128,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    sliding_window=32,
+    max_position_embeddings=128,
+)
+GPT_OSS_KINDS = ("f16", "bf16", "q8_0", "mxfp4")
 # llama.cpp's names for those are of mixes.
 PURE = ("q4_k", "q5_k")
 WIDEST = 1e-3  # nats a token, of 16 bits
@@ -59,11 +79,60 @@ def test_llamacpp_reads_what_streamconv_writes(tmp_path: Path) -> None:
         }
         for name in (*files, *theirs)
     }
-    keep("llamacpp", answers["source"].versions, models)
+    experts = of_gpt_oss(tmp_path)
+    keep("llamacpp", answers["source"].versions, {**models, **experts})
+    assert experts["gguf:f16, gpt-oss in MXFP4"]["divergence"] < WIDEST
+    assert experts["gguf:bf16, gpt-oss"]["divergence"] < WIDEST
+    for name, each in experts.items():
+        assert ("in MXFP4" in name or name == "gguf:f16, gpt-oss") == (each["squared_error"] == 0), name
+        assert each["divergence"] < 20 * WIDEST or name == "gguf:mxfp4, gpt-oss", name
     assert max(models[name]["divergence"] for name in ("f16", "bf16")) < WIDEST
     for name in CASES:
         ours, others = models[name], models[f"{name}, llama.cpp's"]
         assert ours["squared_error"] <= TOLERANCE * others["squared_error"], name
+
+
+def of_gpt_oss(folder: Path) -> dict[str, dict[str, Any]]:
+    """Files of gpt-oss, with experts in MXFP4 and in bfloat16: errors of experts alone, and logits."""
+    dense = save_base(folder / "gpt-oss", GPT_OSS, dtype=torch.bfloat16)
+    save_byte_pairs(dense, 320)
+    packed = with_experts_in_mxfp4(dense, folder / "gpt-oss-mxfp4")
+    streamconv.convert(packed, folder / "gpt-oss-decoded", quant="none")
+    files: dict[str, Path] = {}
+    for how, base in (("gpt-oss", dense), ("gpt-oss in MXFP4", packed)):
+        for kind in GPT_OSS_KINDS:
+            files[f"gguf:{kind}, {how}"] = gguf_of(
+                base, folder / f"files of {base.name} {kind}", Case({"quant": f"gguf:{kind}"})
+            )
+    answers = read_by("llamacpp", files, folder / "answers of gpt-oss")
+    exact = {dense: reference(dense), packed: reference(folder / "gpt-oss-decoded")}
+    found = {}
+    for name, answer in answers.items():
+        base = packed if "MXFP4" in name else dense
+        whole = answers["gguf:f16, " + name.partition(", ")[2]].weights
+        names = [each for each in whole if each.endswith("_exps.weight")]
+        found[name] = {
+            "squared_error": squared_error({each: whole[each] for each in names}, answer.weights),
+            "divergence": divergence(exact[base], answer.logits),
+        }
+    return found
+
+
+def with_experts_in_mxfp4(base: Path, folder: Path) -> Path:
+    """The same model with other experts, random codes."""
+    tensors, generator = read_tensors(base / "model.safetensors"), torch.Generator().manual_seed(2)
+    for name in [each for each in tensors if each.endswith("_proj") and ".experts." in each]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        shape = (experts, outputs, inputs // 32)
+        tensors[f"{name}_blocks"] = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(119, 122, shape, generator=generator, dtype=torch.uint8)
+    shutil.copytree(base, folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}})
+    )
+    return folder
 
 
 def gguf_of(base: Path, folder: Path, case: Case) -> Path:
@@ -115,3 +184,53 @@ def save_byte_pairs(folder: Path, count: int) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+KEPT = ("q8_0", "q6_k", "q5_k_m", "q5_1", "q4_k_m", "q4_0")
+
+
+@pytest.mark.foreign
+@pytest.mark.timeout(1800)
+def test_llamacpp_reads_its_own_files_with_an_adapter_merged(tmp_path: Path) -> None:
+    """A small update stays in them, which their quantizer takes away when the merge in 16 bits is quantized anew."""
+    base = small_llama(tmp_path / "base")
+    save_byte_pairs(base, 320)
+    source = gguf_of(base, tmp_path / "bf16", Case({"quant": "gguf:bf16"}))
+    shapes = {"q_proj": (256, 256), "v_proj": (128, 256), "o_proj": (256, 256)}
+    names = {
+        f"model.layers.{layer}.self_attn.{name}.weight": shape
+        for layer in range(2)
+        for name, shape in shapes.items()
+    }
+    adapter = write_adapter(tmp_path / "adapter", names, targets=tuple(shapes), size=0.0005)
+    files: dict[str, Path] = {}
+    for name in KEPT:
+        own = files[name] = quantized(source, tmp_path / f"{name}.gguf", name)
+        streamconv.convert(own, tmp_path / f"{name}-same", device="cpu")
+        assert next((tmp_path / f"{name}-same").glob("*.gguf")).read_bytes() == own.read_bytes()
+        for quant in ("keep", "gguf:f16"):
+            out = tmp_path / f"{name}-{quant[:4]}"
+            streamconv.merge(own, adapter, out, quant=quant, device="cpu")
+            (files[f"{name}, {quant}"],) = out.glob("*.gguf")
+        files[f"{name}, anew"] = quantized(files[f"{name}, gguf:f16"], tmp_path / f"{name}-anew.gguf", name)
+    answers = read_by("llamacpp", files, tmp_path / "answers")
+    models = {}
+    for name in KEPT:
+        of_base, target = answers[name].weights, answers[f"{name}, gguf:f16"].weights
+        kept, anew = (answers[f"{name}, {way}"].weights for way in ("keep", "anew"))
+        models[name] = {
+            "kept": share(of_base, target, kept),
+            "quantized anew by llama.cpp": share(of_base, target, anew),
+        }
+        assert models[name]["kept"] > 0.9 > models[name]["quantized anew by llama.cpp"], name
+    versions = dict(sorted(answers[KEPT[0]].versions.items()))
+    found = {"versions": versions, "models": models}
+    (RESULTS / "gguf-kept.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def share(base: Mapping[str, Tensor], target: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> float:
+    """Share of the update that is in `found`, of all matrices together."""
+    names = [name for name, each in base.items() if each.ndim > 1]
+    changes = {name: (target[name] - base[name]).double() for name in names}
+    inner = sum(float(((found[name] - base[name]) * changes[name]).sum()) for name in names)
+    return inner / sum(float(each.square().sum()) for each in changes.values())

@@ -44,7 +44,7 @@ SHAPES_IN_PAIRS = [(128, 128), (3, 50), (70, 96), (130, 7)]
 def shapes_of(name: str) -> list[tuple[int, int]]:
     if name == "w8a8":
         return SHAPES_IN_PAIRS
-    if name.startswith(("gptq", "awq")):
+    if name.startswith(("gptq", "awq")) or name == "w4a16-asym":
         return SHAPES_IN_WORDS
     if name in ("fp8", "fp8-block"):
         return SHAPES_OF_BLOCKS
@@ -85,7 +85,9 @@ def _described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         if name.endswith(".weight_packed"):
             columns = int(tensors[name.replace("packed", "shape")][1])
             group = columns // tensors[name.replace("packed", "scale")].shape[1]
-            storage_format = FORMATS["w4a16" if packed.shape[1] * 8 == columns else "w8a16"]
+            has_zeros = name.replace("packed", "zero_point") in tensors
+            four = "w4a16-asym" if has_zeros else "w4a16"
+            storage_format = FORMATS[four if packed.shape[1] * 8 == columns else "w8a16"]
             assert isinstance(storage_format, PackQuantizedFormat)
             found = replace(storage_format, grid=storage_format.grid.of_block(group))
             return {"quantization_config": found.quantization_config(BF16, (), ())}

@@ -15,6 +15,7 @@ from streamconv.formats import FORMATS, find_weights
 from streamconv.formats.base import Grouped, Weight
 from streamconv.formats.bits import packed_bits, unpacked_bits
 from streamconv.formats.rows import in_file_order
+from streamconv.formats.stacks import stacked_expert
 from tests.checkpoint.files import index_of
 from tests.formats.stored import (
     W,
@@ -40,8 +41,13 @@ def quantized(folder: Path) -> list[Weight]:
 def test_values_are_those_of_the_library(folder: Path) -> None:
     expected, weights = load_file(folder / "expected.safetensors"), quantized(folder)
     assert len(weights) > 5
-    for weight in weights:
-        assert torch.equal(decoded(weight), expected[weight.name].float()), weight.name
+    values = [(weight, *_place(weight.name)) for weight in weights]
+    for weight, name, expert in values:
+        found, whole = decoded(weight), expected[name].float()
+        assert torch.equal(found, whole if expert is None else whole[expert]), weight.name
+    for name in {name for _, name, _ in values}:
+        experts = [expert for _, other, expert in values if other == name]
+        assert experts in ([None], [*range(expected[name].shape[0])])
 
 
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
@@ -64,6 +70,12 @@ def test_what_is_kept_is_stored_as_it_was(folder: Path) -> None:
             assert (spec.name, spec.dtype, spec.shape) == _spec(weight, role)
             assert content == bytes(side[role].contiguous().view(torch.uint8).numpy().tobytes())
         assert contents == encoder.finish(None, side)
+
+
+def _place(name: str) -> tuple[str, int | None]:
+    """The tensor that a weight is stored in, and its number if that has several."""
+    place = stacked_expert(name)
+    return (name, None) if place is None else (f"{place.stack}.weight", place.expert)
 
 
 def _spec(weight: Weight, role: str) -> tuple[object, ...]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import inspect
 import runpy
+from typing import Any
 
 import pytest
 
@@ -48,3 +50,16 @@ def test_loops_that_are_not_compiled_stay_functions(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("numba.config.DISABLE_JIT", True)  # as NUMBA_DISABLE_JIT=1 has it
     assert inspect.isfunction(runpy.run_path(loops.__file__)["absmax_64"])
+
+
+def test_loops_are_known_again_by_the_next_process() -> None:
+    """numba tells loops apart by the variables that they are closed over, and another loop is another every time."""
+    from streamconv.kernels import e2m1_loops
+
+    loops: list[Any] = [
+        getattr(each, field.name) for each in e2m1_loops.LOOPS.values() for field in dataclasses.fields(each)
+    ]
+    loops += [each for each in vars(e2m1_loops).values() if hasattr(each, "py_func")]
+    closed = [cell.cell_contents for loop in loops for cell in loop.py_func.__closure__ or ()]
+    assert closed
+    assert {type(value) for value in closed} == {int}

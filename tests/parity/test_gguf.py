@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -59,6 +60,14 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gemma3": Gemma3TextConfig(**GEMMA | {"num_hidden_layers": 7}),
     "phi3": Phi3Config(**SIZES, pad_token_id=2),
 }
+# transformers' reader puts gpt-oss together otherwise than llama.cpp.
+GPT_OSS = GptOssConfig(
+    **SIZES | {"intermediate_size": 96},
+    head_dim=16,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    sliding_window=32,
+)
 # What transformers' reader cannot open, it opens as another that computes the same.
 OPENED_AS = {"mistral": "llama"}
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -99,17 +108,18 @@ def test_every_architecture_has_its_case() -> None:
     classes = {
         type(config).__name__.removesuffix("Config").removesuffix("Text") for config in CONFIGS.values()
     }
-    # transformers' reader puts gpt-oss together otherwise than llama.cpp (planning/test_gguf_pieces.py).
+    # How the tensors of gpt-oss are written: planning/test_gguf_pieces.py, and tests/foreign/test_llamacpp.py.
     assert classes | {"GptOss"} == {name.removesuffix("ForCausalLM") for name in ARCHITECTURES}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, "gpt-oss"])
 def test_a_file_is_read_back_as_the_model_that_it_was_made_of(tmp_path: Path, name: str) -> None:
     """With nothing but the file: names and values of all tensors, and a config with which transformers computes it."""
-    given = CONFIGS[name].to_dict()
+    config = CONFIGS.get(name, GPT_OSS)
+    given = config.to_dict()
     if name == "llama":  # other numbers of which the same factors could be made are refused
         given["rope_parameters"] = LLAMA3 | {"original_max_position_embeddings": 8192, "rope_theta": 5e5}
-    base = save_base(tmp_path / "base", type(CONFIGS[name])(**given), dtype=torch.bfloat16)
+    base = save_base(tmp_path / "base", type(config)(**given), dtype=torch.bfloat16)
     save_tokenizer(base)
     streamconv.convert(base, tmp_path / "gguf", quant="gguf:bf16", device="cpu")
     file = next((tmp_path / "gguf").glob("*.gguf"))

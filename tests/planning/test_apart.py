@@ -61,7 +61,7 @@ def test_outputs_are_those_of_the_base_with_experts_apart(family: str, tmp_path:
     adapter = save_adapter(tmp_path / "adapter", base, lora).path
     fused = fuse(base, tmp_path / "fused")
     assert any(name.endswith("experts.gate_up_proj") for name in stored(fused))
-    for quant in ("w4a16", "gptq"):
+    for quant in ("w4a16", "gptq", "mlx4"):
         for source, out in ((base, f"apart-{quant}"), (fused, f"fused-{quant}")):
             streamconv.merge(source, adapter, tmp_path / out, quant=quant, group_size=32)
         one, other = (stored(tmp_path / f"{name}-{quant}") for name in ("apart", "fused"))
@@ -91,6 +91,11 @@ def test_a_text_sees_them_alike(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     with pytest.raises(streamconv.OptionError, match=r"--residual-rank 2 cannot repair \S+experts\.0\.w"):
         streamconv.convert(fused, tmp_path / "c", **options, residual_rank=2)
+    # Stacked in the output, each expert's codes are chosen and looked at for themselves.
+    options |= {"quant": "mlx4", "rescale": "none", "calibration_tokens": 64}
+    streamconv.convert(fused, tmp_path / "d", **options)
+    found = streamconv.verify(tmp_path / "d", full=True, base=fused)
+    assert found.calibrated == 4 + 3 * 3
 
 
 def test_outputs_of_one_run_have_them_alike(tmp_path: Path) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
 from safetensors.torch import save_file
 from torch import Tensor
 
 import streamconv
+from streamconv.errors import UnsupportedError
+from streamconv.formats.gpt_oss import ChosenLines
 from streamconv.pipeline import build_job, prepare
 from tests.gguf.bases import fast_tokenizer, read_file, read_tensors
 from tests.models import write_tensors
@@ -131,17 +137,24 @@ def test_experts_in_mxfp4_are_those_that_they_decode_to(tmp_path: Path) -> None:
     streamconv.verify(tmp_path / "out", full=True, base=base, device="cpu")
 
 
-def test_an_update_of_all_experts_reaches_each(tmp_path: Path) -> None:
-    base = write(tmp_path / "base", dense())
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
+def write_adapter(folder: Path, scale: float = 1.0) -> Path:
+    """LoRA of gate and up of all experts."""
+    folder.mkdir()
     key, generator = f"base_model.model.{LAYER}mlp.experts", torch.Generator().manual_seed(3)
     factors = {"lora_A.weight": (2 * EXPERTS, HIDDEN), "lora_B.weight": (2 * INNER, 2 * EXPERTS)}
-    tensors = {f"{key}.{name}": torch.randn(shape, generator=generator) for name, shape in factors.items()}
-    save_file(tensors, adapter / "adapter_model.safetensors")
+    tensors = {
+        f"{key}.{name}": scale * torch.randn(shape, generator=generator) for name, shape in factors.items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
     config: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": []}
     config |= {"target_parameters": ["mlp.experts.gate_up_proj"], "peft_version": "0.21.0"}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_an_update_of_all_experts_reaches_each(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", dense())
+    adapter = write_adapter(tmp_path / "adapter")
     streamconv.merge(base, adapter, tmp_path / "dense", quant="float32", max_shard_size="1GB", device="cpu")
     streamconv.merge(base, adapter, tmp_path / "out", quant="gguf:f16", device="cpu")
     assert not torch.equal(
@@ -155,3 +168,218 @@ def test_what_is_held_of_experts_is_that_of_one(tmp_path: Path) -> None:
     (shard,) = prepare(build_job(base, quant="gguf:f16", device="cpu")).plan.shards
     steps = [placed.step for placed in shard.steps if placed.step.specs[0].name == "blk.0.ffn_up_exps.weight"]
     assert [step.specs[0].shape for step in steps] == [(1, INNER, HIDDEN)] * EXPERTS
+
+
+# -- in blocks -----------------------------------------------------------------------------------------------------
+
+
+PARTS = ("gate", "up", "down")
+
+
+def read_blocks(folder: Path) -> dict[str, tuple[str, Tensor]]:
+    """Types of a file's tensors, and the values that gguf-py dequantizes them to."""
+    (file,) = folder.glob("*.gguf")
+    return {
+        each.name: (each.tensor_type.name, torch.tensor(dequantize(each.data, each.tensor_type)))
+        for each in GGUFReader(file).tensors
+    }
+
+
+def mxfp4_base(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """A base with experts in MXFP4, and the tensors that a GGUF file of it has in 16 bit."""
+    base = write(folder / "base", blocks(), quantization_config={"quant_method": "mxfp4"})
+    streamconv.convert(base, folder / "dense", quant="none", device="cpu")
+    return base, expected(folder / "dense")
+
+
+@pytest.mark.parametrize("quant", ["gguf:q8_0", "gguf:q4_k_m", "gguf:mxfp4"])
+def test_experts_in_mxfp4_that_no_update_touches_stay_so(tmp_path: Path, quant: str) -> None:
+    base, wanted = mxfp4_base(tmp_path)
+    report = streamconv.convert(base, tmp_path / "out", quant=quant, device="cpu")
+    found = read_blocks(tmp_path / "out")
+    for part in PARTS:
+        kind, values = found[f"blk.0.ffn_{part}_exps.weight"]
+        assert kind == "MXFP4"
+        assert torch.equal(values.half(), wanted[f"blk.0.ffn_{part}_exps.weight"])
+    assert found["blk.0.attn_q.weight"][0] == ("Q5_0" if quant == "gguf:q4_k_m" else "Q8_0")
+    assert "16 bit" not in " ".join(report.notes)
+    streamconv.verify(tmp_path / "out", full=True, base=base, device="cpu")
+
+
+def test_codes_that_stay_are_stored_bit_for_bit(tmp_path: Path) -> None:
+    """Also those of -0, and exponents whose blocks are all zeros."""
+    base, _ = mxfp4_base(tmp_path)
+    streamconv.convert(base, tmp_path / "out", quant="gguf:q8_0", device="cpu")
+    stored = read_safetensors(base / "model.safetensors")
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    raw = {each.name: torch.tensor(each.data) for each in GGUFReader(file).tensors}
+    for part, rows, whole in (("gate", slice(0, None, 2), "gate_up"), ("down", slice(None), "down")):
+        codes = stored[f"{LAYER}mlp.experts.{whole}_proj_blocks"][:, rows]
+        bytes_of = raw[f"blk.0.ffn_{part}_exps.weight"].view(*codes.shape[:3], 17)
+        assert torch.equal(bytes_of[..., 0], stored[f"{LAYER}mlp.experts.{whole}_proj_scales"][:, rows])
+        turned = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+        assert torch.equal(torch.cat((bytes_of[..., 1:] & 15, bytes_of[..., 1:] >> 4), -1), turned)
+
+
+def test_experts_in_16_bit_get_the_type_that_their_rows_fit(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", dense())
+    wanted = expected(base)
+    for quant, kind, share in (("gguf:q8_0", "Q8_0", 0.01), ("gguf:q4_k_m", "Q5_0", 0.1)):
+        out = tmp_path / quant[5:]
+        streamconv.convert(base, out, quant=quant, device="cpu")
+        found = read_blocks(out)
+        for part in PARTS:
+            name = f"blk.0.ffn_{part}_exps.weight"
+            assert found[name][0] == (kind if part != "down" or kind == "Q8_0" else "Q8_0"), name
+            error = (found[name][1] - wanted[name].float()).norm() / wanted[name].float().norm()
+            assert error < share, name
+        assert not list(out.glob("*.safetensors"))
+
+
+def test_an_update_reaches_experts_in_blocks(tmp_path: Path) -> None:
+    base, before = mxfp4_base(tmp_path)
+    adapter = write_adapter(tmp_path / "adapter")
+    streamconv.merge(base, adapter, tmp_path / "merged", quant="float32", max_shard_size="1GB", device="cpu")
+    wanted = expected(tmp_path / "merged")
+    report = streamconv.merge(base, adapter, tmp_path / "out", quant="gguf:q8_0", device="cpu")
+    found = read_blocks(tmp_path / "out")
+    for part in ("gate", "up"):
+        name = f"blk.0.ffn_{part}_exps.weight"
+        change = (wanted[name].float() - before[name].float()).norm()
+        assert found[name][0] == "Q8_0"
+        assert (found[name][1] - wanted[name].float()).norm() < 0.05 * change
+    assert found["blk.0.ffn_down_exps.weight"][0] == "MXFP4"
+    assert report.kept_delta is not None
+    assert report.kept_delta > 0.99
+
+
+def test_an_update_of_experts_that_stay_in_mxfp4_by_rule(tmp_path: Path) -> None:
+    base, before = mxfp4_base(tmp_path)
+    adapter = write_adapter(tmp_path / "adapter", 0.02)
+    rule = "mlp.experts=gguf:mxfp4"
+    report = streamconv.merge(
+        base, adapter, tmp_path / "out", quant="gguf:q8_0", quant_for=[rule], device="cpu"
+    )
+    found = read_blocks(tmp_path / "out")
+    assert {found[f"blk.0.ffn_{part}_exps.weight"][0] for part in PARTS} == {"MXFP4"}
+    assert not torch.equal(found["blk.0.ffn_up_exps.weight"][1].half(), before["blk.0.ffn_up_exps.weight"])
+    assert report.rounding == "adaptive"
+    assert report.kept_delta is not None
+    assert 0.8 < report.kept_delta < 1.2
+    streamconv.verify(tmp_path / "out", full=True, base=base, adapter=adapter, device="cpu")
+
+
+def test_experts_left_out_are_in_16_bit(tmp_path: Path) -> None:
+    base, wanted = mxfp4_base(tmp_path)
+    streamconv.convert(base, tmp_path / "out", quant="gguf:q8_0", ignore=["mlp.experts"], device="cpu")
+    found = read_blocks(tmp_path / "out")
+    for part in PARTS:
+        kind, values = found[f"blk.0.ffn_{part}_exps.weight"]
+        assert kind == "F16"
+        assert torch.equal(values.half(), wanted[f"blk.0.ffn_{part}_exps.weight"])
+
+
+@pytest.mark.parametrize("lines", [(0, 12), (0, 5), (5, 6), (6, 11), (11, 12)])
+def test_chosen_lines_come_from_any_run(lines: tuple[int, int]) -> None:
+    whole = torch.arange(24, dtype=torch.uint8).view(12, 2)
+    for chosen in (range(0, 12, 2), range(1, 12, 2)):
+        form = torch.full((12,), 99, dtype=torch.uint8)
+        run = range(*lines)
+        ChosenLines(12, 2, chosen).from_file(whole[run.start : run.stop].flatten(), run, form)
+        wanted = torch.full((6, 2), 99, dtype=torch.uint8)
+        for place, line in enumerate(chosen):
+            if line in run:
+                wanted[place] = whole[line]
+        assert torch.equal(form.view(6, 2), wanted)
+
+
+# -- as a base -----------------------------------------------------------------------------------------------------
+
+
+def write_lora(folder: Path) -> Path:
+    """LoRA of attention."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(4)
+    factors = {"lora_A.weight": (2, HIDDEN), "lora_B.weight": (64, 2)}
+    key = f"base_model.model.{LAYER}self_attn.q_proj"
+    tensors = {f"{key}.{name}": torch.randn(shape, generator=generator) for name, shape in factors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def converted(base: Path, out: Path, quant: str) -> Path:
+    streamconv.convert(
+        base, out, quant=quant, device="cpu", max_shard_size="1GB" if quant == "none" else None
+    )
+    return next(out.glob("*.gguf"), out)
+
+
+@pytest.mark.parametrize("quant", ["gguf:bf16", "gguf:q8_0"])
+def test_a_file_is_read_as_the_model_that_it_was_made_of(tmp_path: Path, quant: str) -> None:
+    """Experts, biases and sinks to the bit; what was rounded to blocks of integers, nearly."""
+    base, _ = mxfp4_base(tmp_path)
+    file = converted(base, tmp_path / "gguf", quant)
+    back = converted(file, tmp_path / "back", "none")
+    before, after = (read_safetensors(each / "model.safetensors") for each in (tmp_path / "dense", back))
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == torch.bfloat16
+        if quant == "gguf:bf16" or not name.endswith(("proj.weight", "embed_tokens.weight", "head.weight")):
+            assert torch.equal(after[name], tensor), name
+        else:
+            assert torch.allclose(after[name].float(), tensor.float(), atol=0.05), name
+    streamconv.verify(back, full=True, base=file, device="cpu")
+
+
+def test_a_merge_onto_a_file_is_the_merge_onto_the_model(tmp_path: Path) -> None:
+    base, _ = mxfp4_base(tmp_path)
+    file = converted(base, tmp_path / "gguf", "gguf:bf16")
+    adapter = write_adapter(tmp_path / "adapter")
+    outs = []
+    for name, given in (("a", file), ("b", tmp_path / "dense")):
+        streamconv.merge(given, adapter, tmp_path / name, quant="none", max_shard_size="1GB", device="cpu")
+        outs.append(read_safetensors(tmp_path / name / "model.safetensors"))
+    assert outs[0].keys() == outs[1].keys()
+    assert all(torch.equal(outs[0][name], outs[1][name]) for name in outs[0])
+
+
+def test_settings_of_its_quantization_beside_a_file_are_left_out(tmp_path: Path) -> None:
+    base, _ = mxfp4_base(tmp_path)
+    file = converted(base, tmp_path / "gguf", "gguf:q8_0")
+    shutil.copy(base / "config.json", file.parent / "config.json")
+    back = converted(file, tmp_path / "back", "none")
+    assert "quantization_config" not in json.loads((back / "config.json").read_text())
+    assert json.loads((back / "config.json").read_text())["num_local_experts"] == EXPERTS
+
+
+def test_a_file_written_as_another_keeps_experts_in_mxfp4(tmp_path: Path) -> None:
+    base, wanted = mxfp4_base(tmp_path)
+    file = converted(base, tmp_path / "gguf", "gguf:q8_0")
+    adapter = write_lora(tmp_path / "adapter")
+    streamconv.merge(file, adapter, tmp_path / "out", quant="gguf:q4_k_m", device="cpu")
+    found = read_blocks(tmp_path / "out")
+    converted(file, tmp_path / "f16", "gguf:f16")
+    decoded = read_blocks(tmp_path / "f16")
+    for part in PARTS:
+        name = f"blk.0.ffn_{part}_exps.weight"
+        assert (found[name][0], decoded[name][0]) == ("MXFP4", "F16")
+        assert torch.equal(found[name][1].half(), wanted[name])
+        assert torch.equal(decoded[name][1].half(), wanted[name])
+        bias = f"blk.0.ffn_{part}_exps.bias"
+        assert torch.equal(found[bias][1], wanted[bias])
+
+
+def test_a_file_is_kept_but_for_what_an_adapter_changes(tmp_path: Path) -> None:
+    base, _ = mxfp4_base(tmp_path)
+    file = converted(base, tmp_path / "gguf", "gguf:q8_0")
+    assert converted(file, tmp_path / "same", "keep").read_bytes() == file.read_bytes()
+    streamconv.merge(file, write_lora(tmp_path / "lora"), tmp_path / "out", quant="keep", device="cpu")
+    before, after = read_blocks(file.parent), read_blocks(tmp_path / "out")
+    differ = {name for name in before if not torch.equal(before[name][1], after[name][1])}
+    assert differ == {"blk.0.attn_q.weight"}
+    with pytest.raises(UnsupportedError, match=r"experts\.gate_up_proj.*read but not written"):
+        streamconv.merge(
+            file, write_adapter(tmp_path / "experts"), tmp_path / "no", quant="keep", device="cpu"
+        )

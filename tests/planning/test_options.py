@@ -74,6 +74,7 @@ OTHERS: dict[str, Any] = {
     "seed": 3,
     "ignore": ("q_proj",),
     "quant_for": ("down_proj=none", "re:.*lm_(?=h)head=w8a16:g64"),
+    "gguf_donor": "base-q8_0.gguf",
     "max_shard_size": "1MB",
     "overwrite": True,
     "resume": False,

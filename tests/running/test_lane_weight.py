@@ -27,7 +27,7 @@ def test_a_weight_that_is_held_whole_is_let_go_before_the_next(access: Access, w
         finish=lambda work: ((), None),
     )
     step: Any = SimpleNamespace(
-        access=access, encoder=SimpleNamespace(grid=None, order=None, row_offset=int), name="w"
+        access=access, encoder=SimpleNamespace(grid=None, order=None, row_offset=int), name="w", waits=False
     )
     outputs: Any = [SimpleNamespace(plan=SimpleNamespace(options=MergeOptions()))]
     begin = BeginWeight((0,), LoadedWeight([step], {}, [[]]))

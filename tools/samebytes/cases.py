@@ -71,7 +71,8 @@ def select(cases: Sequence[Case], only: Sequence[str], skip: Sequence[str]) -> l
 
 def quantized_bases() -> list[Case]:
     """Conversions with which the tree of REV makes the quantized bases, given to both trees."""
-    return [Case(f"llama-{quant}", "llama", options={"quant": quant}) for quant in QUANTIZED]
+    file = Case("faq-9m-gguf:q4_k_m", "faq-9m", options={"quant": "gguf:q4_k_m"})
+    return [*(Case(f"llama-{quant}", "llama", options={"quant": quant}) for quant in QUANTIZED), file]
 
 
 def _text(tokens: int = 512, gradients: int = 0, **options: Any) -> dict[str, Any]:
@@ -126,6 +127,11 @@ def _targets() -> list[Case]:
     cases += [
         Case(f"base {quant}, kept", f"llama-{quant}", "lora", {"quant": "keep", "min_kept": 0})
         for quant in QUANTIZED
+    ]
+    file = "faq-9m-gguf:q4_k_m"  # kept as a file, whatever types are in it
+    cases += [
+        Case(f"base {file}, kept, {rounding}", file, "faq-kjv-light", {"quant": "keep", "rounding": rounding})
+        for rounding in ROUNDINGS
     ]
     cases += [
         Case("base nf4-dq, dense", "llama-nf4-dq", "lora", {"quant": "none"}),

@@ -87,6 +87,21 @@ def packed(kind: BlockType, codes: Tensor, scales: Tensor, out: Tensor) -> None:
     kernels.pack(kind, own.view(-1, kind.super_block), known, raw)
 
 
+def unpacked(kind: BlockType, raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (uint8, flat) and scales of a grid from whole super-blocks (uint8, flat), which hold just these."""
+    blocks = raw.view(-1, kind.bytes)
+    codes = torch.empty(len(blocks), kind.super_block, dtype=torch.uint8, device=raw.device)
+    scales = block_kernels_for(raw.device).unpack(kind, blocks, codes)
+    own = codes if codes_of(kind).has_offset else codes.add_(half(kind))
+    return own.view(-1), in_grid_units(kind, scales)
+
+
+def overwrite(kind: BlockType, codes: Tensor, raw: Tensor) -> None:
+    """Write a grid's codes (uint8, flat) into super-blocks (uint8, flat) whose scales stay, to the byte."""
+    own = codes if codes_of(kind).has_offset else codes - half(kind)
+    block_kernels_for(raw.device).pack_codes(kind, own.view(-1, kind.super_block), raw.view(-1, kind.bytes))
+
+
 def _times(kind: BlockType, scales: Tensor, factor: float) -> Tensor:
     if not codes_of(kind).has_offset:
         return scales * factor
