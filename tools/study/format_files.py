@@ -104,6 +104,10 @@ def opened(folder: Path, rounding: str | None = None, kept_delta: float | None =
 # -- theirs --------------------------------------------------------------------------------------------------
 
 
+class OwnerError(Exception):
+    """An owner's library did not make a file."""
+
+
 @dataclass(frozen=True, slots=True)
 class Owner:
     """A library that writes a format: `module` of tools/owners asks it, in `environment` of tools/foreign_environment
@@ -178,7 +182,8 @@ def _ask(owner: Owner, question: str) -> None:
     process.stdin.flush()
     while (line := process.stdout.readline()) != "done\n":
         if not line:
-            raise RuntimeError(f"{owner.label} did not answer {question}; its message is above")
+            _asking.cache_clear()
+            raise OwnerError(f"{owner.label} did not answer {question}; its message is above")
 
 
 @functools.cache

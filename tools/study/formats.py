@@ -32,6 +32,7 @@ from tools.perplexity import be_quiet, read_windows
 from tools.study.beds import BEDS, DEMO_BASE, Bed, described, rounded
 from tools.study.format_files import (
     Made,
+    OwnerError,
     Values,
     calibration,
     converted,
@@ -161,6 +162,9 @@ class Study:
                     made, more = self._ours(cell, start), {"by": "streamconv"}
             except (OptionError, InputError, VerificationError) as refusal:
                 _keep(self._bed, cell, {"refused": str(refusal)})
+                continue
+            except OwnerError as failure:
+                print(f"{cell.name}: {failure}", flush=True)
                 continue
             if cell.way == NEAREST and cell.table == WRITTEN:
                 like = made
