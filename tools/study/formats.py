@@ -63,7 +63,6 @@ STUDIED: Mapping[str, Bed] = {
 }
 WRITTEN, KEPT = "written", "kept"
 NEAREST, AUTO, FEEDBACK, OWNER, SIXTEEN_BIT = "nearest", "auto", "feedback", "owner", "bfloat16"
-KEEPS = {row.name: row.keeps for row in format_rows({})}
 CALIBRATES = {row.name: row.takes_calibration for row in format_rows({})}
 
 
@@ -95,7 +94,7 @@ def cells(bed: str) -> Iterator[Cell]:
                 yield Cell(bed, WRITTEN, name, way)
     for name in filter(is_quantized, FORMATS):
         yield Cell(bed, KEPT, name, SIXTEEN_BIT)
-        for way in (NEAREST, AUTO, FEEDBACK) if KEEPS[name] else ():
+        for way in (NEAREST, AUTO, FEEDBACK):
             if way != FEEDBACK or CALIBRATES[name]:
                 yield Cell(bed, KEPT, name, way)
         yield Cell(bed, KEPT, name, OWNER)
