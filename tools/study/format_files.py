@@ -25,7 +25,7 @@ from torch import Tensor
 import streamconv
 from streamconv.dtypes import DENSE
 from streamconv.formats import FORMATS, find_weights
-from streamconv.formats.base import Grouped
+from streamconv.formats.base import Grouped, InputScaled
 from streamconv.forward.weights import WeightSource
 from streamconv.pipeline.job import build_job
 from streamconv.pipeline.preparation import prepare
@@ -64,10 +64,15 @@ def group_options(name: str) -> dict[str, Any]:
     return {"group_size": GROUP} if isinstance(quant, Grouped) and GROUP in quant.group_sizes else {}
 
 
+def measures_inputs(name: str) -> bool:
+    """Whether files of a format need text by which scales of activations are measured, however codes are chosen."""
+    quant = FORMATS[name]
+    return isinstance(quant, InputScaled) and quant.measures_inputs
+
+
 def calibration(bed: Bed) -> dict[str, Any]:
-    """Options of feedback rounding with the bed's text, but that errors of all outputs count alike, for time."""
+    """Options of calibration with the bed's text, but that errors of all outputs count alike, for time."""
     return {
-        "rounding": "feedback",
         "calibration": bed.calibration,
         "calibration_tokens": bed.calibration_tokens,
         "calibration_sequence_length": bed.calibration_length,

@@ -41,6 +41,7 @@ from tools.study.format_files import (
     group_options,
     is_quantized,
     kept_of,
+    measures_inputs,
     merged,
     opened,
     owner_of,
@@ -88,16 +89,17 @@ class Cell:
 def cells(bed: str) -> Iterator[Cell]:
     """All cells of a bed, in the order of the formats."""
     for name in FORMATS:
-        ways = (NEAREST, AUTO, FEEDBACK, OWNER) if is_quantized(name) else (NEAREST,)
-        for way in ways:
-            if way != FEEDBACK or CALIBRATES[name]:
-                yield Cell(bed, WRITTEN, name, way)
+        for way in (*_roundings(name), OWNER) if is_quantized(name) else (NEAREST,):
+            yield Cell(bed, WRITTEN, name, way)
     for name in filter(is_quantized, FORMATS):
-        yield Cell(bed, KEPT, name, SIXTEEN_BIT)
-        for way in (NEAREST, AUTO, FEEDBACK):
-            if way != FEEDBACK or CALIBRATES[name]:
-                yield Cell(bed, KEPT, name, way)
-        yield Cell(bed, KEPT, name, OWNER)
+        for way in (SIXTEEN_BIT, *_roundings(name), OWNER):
+            yield Cell(bed, KEPT, name, way)
+
+
+def _roundings(name: str) -> Sequence[str]:
+    """Ways of ours. With text, auto is feedback; where that is needed anyway, there is nothing without."""
+    others = () if measures_inputs(name) else (AUTO,)
+    return (NEAREST, *others, *((FEEDBACK,) if CALIBRATES[name] else ()))
 
 
 # -- one bed -------------------------------------------------------------------------------------------------
@@ -142,7 +144,8 @@ class Study:
     def _kept_start(self, name: str) -> Start:
         """The base in a format, without the adapter, and its own T: the adapter added to what it decodes to."""
         base = self._work / "base"
-        made = converted(self._bed.base, base, quant=name, rounding=NEAREST, **group_options(name))
+        options = group_options(name) | self._text(name)
+        made = converted(self._bed.base, base, quant=name, rounding=NEAREST, **options)
         target = with_update(made.values, self._bed)
         references = {"T": self._T, "own": self._judge.of(target)}
         return Start(base, made.values, target, references)
@@ -184,11 +187,12 @@ class Study:
         options: dict[str, Any] = {} if cell.table == KEPT else group_options(cell.format)
         if not is_quantized(cell.format):
             return merged(self._bed, start.base, out, quant=quant)
-        if cell.way == FEEDBACK:
-            options |= calibration(self._bed)
-        else:
-            options["rounding"] = cell.way
+        options["rounding"] = cell.way
+        options |= calibration(self._bed) if cell.way == FEEDBACK else self._text(cell.format)
         return merged(self._bed, start.base, out, quant=quant, min_kept=0.0, **options)
+
+    def _text(self, name: str) -> dict[str, Any]:
+        return calibration(self._bed) if measures_inputs(name) else {}
 
     def _described(self, made: Made, start: Start) -> dict[str, Any]:
         said = digest(made.values)
