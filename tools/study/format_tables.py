@@ -10,7 +10,7 @@ from streamconv.comparison.bootstrap import Estimate, difference, mean, perplexi
 from streamconv.formats import FORMATS
 from streamconv.formats.gguf import PREFIX
 from tools.study.beds import BEDS, NOT_MEASURED, Results, machines, table
-from tools.study.formats import AUTO, FEEDBACK, KEPT, NEAREST, OWNER, SIXTEEN_BIT, STUDIED, WRITTEN
+from tools.study.formats import AUTO, FEEDBACK, KEPT, NEAREST, OWNER, SEARCH, SIXTEEN_BIT, STUDIED, WRITTEN
 
 Cells = Mapping[str, Any]
 NOTHING = "-"
@@ -20,9 +20,9 @@ REFERENCES = {WRITTEN: "kl_T", KEPT: "kl_own"}
 def contender(name: str) -> str:
     """The way that stands beside the owner's nearest rounding.
 
-    llama.cpp's quantizer searches for scales: beside it stands the search that streamconv takes without being asked.
+    llama.cpp's quantizer searches for scales: beside it stands our search.
     """
-    return AUTO if name.startswith(PREFIX) else NEAREST
+    return SEARCH if name.startswith(PREFIX) and FORMATS[name].grid is not None else NEAREST
 
 
 def found(cells: Cells, part: str, name: str, way: str) -> Any:
@@ -58,7 +58,7 @@ def comparisons(cells: Cells, part: str) -> Iterator[tuple[str, Comparison]]:
 
 
 def gains(cells: Cells, part: str) -> Iterator[tuple[str, Estimate]]:
-    """By format, KL of feedback with text over that of the best without text of ours."""
+    """By format, KL of feedback with text over that of the nearest of ours without."""
     key = REFERENCES[part]
     for name in FORMATS:
         ours, text = found(cells, part, name, contender(name)), found(cells, part, name, FEEDBACK)
@@ -125,7 +125,7 @@ def _written(cells: Cells) -> str:
     shares = dict(comparisons(cells, WRITTEN))
     rows = []
     for name in FORMATS:
-        nearest, theirs = (found(cells, WRITTEN, name, way) for way in (NEAREST, OWNER))
+        nearest, theirs = (found(cells, WRITTEN, name, way) for way in (contender(name), OWNER))
         auto, text = (found(cells, WRITTEN, name, way) for way in (AUTO, FEEDBACK))
         if nearest is None:
             continue
@@ -165,7 +165,7 @@ def _kept(cells: Cells) -> str:
     rows = []
     for name in FORMATS:
         dense, theirs = (found(cells, KEPT, name, way) for way in (SIXTEEN_BIT, OWNER))
-        nearest, auto, text = (found(cells, KEPT, name, way) for way in (NEAREST, AUTO, FEEDBACK))
+        nearest, auto, text = (found(cells, KEPT, name, way) for way in (contender(name), AUTO, FEEDBACK))
         if dense is None:
             continue
         cells_of = [

@@ -26,6 +26,7 @@ from typing import Any
 from streamconv.cli.format_rows import format_rows
 from streamconv.errors import InputError, OptionError, VerificationError
 from streamconv.formats import FORMATS
+from streamconv.formats.gguf import PREFIX
 from tools.bench.results import RESULTS, load, machine, save
 from tools.make_demo_base import make_demo_base
 from tools.perplexity import be_quiet, read_windows
@@ -63,7 +64,8 @@ STUDIED: Mapping[str, Bed] = {
     ),
 }
 WRITTEN, KEPT = "written", "kept"
-NEAREST, AUTO, FEEDBACK, OWNER, SIXTEEN_BIT = "nearest", "auto", "feedback", "owner", "bfloat16"
+NEAREST, SEARCH, AUTO, FEEDBACK = "nearest", "search", "auto", "feedback"
+OWNER, SIXTEEN_BIT = "owner", "bfloat16"
 CALIBRATES = {row.name: row.takes_calibration for row in format_rows({})}
 
 
@@ -97,9 +99,13 @@ def cells(bed: str) -> Iterator[Cell]:
 
 
 def _roundings(name: str) -> Sequence[str]:
-    """Ways of ours. With text, auto is feedback; where that is needed anyway, there is nothing without."""
+    """Ways of ours. With text, auto is feedback; where that is needed anyway, there is nothing without.
+
+    llama.cpp's quantizer searches for scales: of its types there is our search as well.
+    """
     others = () if measures_inputs(name) else (AUTO,)
-    return (NEAREST, *others, *((FEEDBACK,) if CALIBRATES[name] else ()))
+    searched = (SEARCH,) if name.startswith(PREFIX) else ()
+    return (NEAREST, *searched, *others, *((FEEDBACK,) if CALIBRATES[name] else ()))
 
 
 # -- one bed -------------------------------------------------------------------------------------------------
