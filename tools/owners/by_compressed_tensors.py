@@ -20,6 +20,7 @@ from tools.owners.asked import Asked, Matrix, answer_each, questions
 
 PRESETS = {
     "w4a16": "W4A16",
+    "w4a16-asym": "W4A16_ASYM",
     "w8a16": "W8A16",
     "w8a8": "W8A8",
     "fp8": "FP8_DYNAMIC",
@@ -67,7 +68,7 @@ def compressed(
     taken = sum(
         each.numel() * wide if each.dtype == torch.float32 and name.endswith("weight_scale") else each.nbytes
         for name, each in stored.items()
-        if "zero_point" not in name
+        if "zero_point" not in name or not scheme.weights.symmetric
     )
     return stored, taken
 

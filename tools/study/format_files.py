@@ -25,7 +25,7 @@ from torch import Tensor
 import streamconv
 from streamconv.dtypes import DENSE
 from streamconv.formats import FORMATS, find_weights
-from streamconv.formats.base import Grouped
+from streamconv.formats.base import Grouped, InputScaled
 from streamconv.forward.weights import WeightSource
 from streamconv.pipeline.job import build_job
 from streamconv.pipeline.preparation import prepare
@@ -64,10 +64,15 @@ def group_options(name: str) -> dict[str, Any]:
     return {"group_size": GROUP} if isinstance(quant, Grouped) and GROUP in quant.group_sizes else {}
 
 
+def measures_inputs(name: str) -> bool:
+    """Whether files of a format need text by which scales of activations are measured, however codes are chosen."""
+    quant = FORMATS[name]
+    return isinstance(quant, InputScaled) and quant.measures_inputs
+
+
 def calibration(bed: Bed) -> dict[str, Any]:
-    """Options of feedback rounding with the bed's text, but that errors of all outputs count alike, for time."""
+    """Options of calibration with the bed's text, but that errors of all outputs count alike, for time."""
     return {
-        "rounding": "feedback",
         "calibration": bed.calibration,
         "calibration_tokens": bed.calibration_tokens,
         "calibration_sequence_length": bed.calibration_length,
@@ -102,6 +107,10 @@ def opened(folder: Path, rounding: str | None = None, kept_delta: float | None =
 
 
 # -- theirs --------------------------------------------------------------------------------------------------
+
+
+class OwnerError(Exception):
+    """An owner's library did not make a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +187,8 @@ def _ask(owner: Owner, question: str) -> None:
     process.stdin.flush()
     while (line := process.stdout.readline()) != "done\n":
         if not line:
-            raise RuntimeError(f"{owner.label} did not answer {question}; its message is above")
+            _asking.cache_clear()
+            raise OwnerError(f"{owner.label} did not answer {question}; its message is above")
 
 
 @functools.cache

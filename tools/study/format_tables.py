@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from streamconv.comparison.bootstrap import Estimate, difference, mean, perplexity, ratio
 from streamconv.formats import FORMATS
 from streamconv.formats.gguf import PREFIX
 from tools.study.beds import BEDS, NOT_MEASURED, Results, machines, table
-from tools.study.formats import AUTO, FEEDBACK, KEPT, NEAREST, OWNER, SIXTEEN_BIT, STUDIED, WRITTEN
+from tools.study.formats import AUTO, FEEDBACK, KEPT, NEAREST, OWNER, SEARCH, SIXTEEN_BIT, STUDIED, WRITTEN
 
 Cells = Mapping[str, Any]
 NOTHING = "-"
@@ -19,9 +20,9 @@ REFERENCES = {WRITTEN: "kl_T", KEPT: "kl_own"}
 def contender(name: str) -> str:
     """The way that stands beside the owner's nearest rounding.
 
-    llama.cpp's quantizer searches for scales: beside it stands the search that streamconv takes without being asked.
+    llama.cpp's quantizer searches for scales: beside it stands our search.
     """
-    return AUTO if name.startswith(PREFIX) else NEAREST
+    return SEARCH if name.startswith(PREFIX) and FORMATS[name].grid is not None else NEAREST
 
 
 def found(cells: Cells, part: str, name: str, way: str) -> Any:
@@ -30,17 +31,34 @@ def found(cells: Cells, part: str, name: str, way: str) -> Any:
     return None if row is None or "refused" in row else row
 
 
-def differences(cells: Cells, part: str) -> Iterator[tuple[str, Estimate]]:
-    """By format, KL of ours minus that of the owner's, both to the same T, of the same text; nats a token."""
+# Files that differ in one code of thousands differ in KL by as much as this share of it, one way or the other.
+EQUAL = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """KL of a file of ours minus that of the owner's, of the same text, nats a token; `theirs` is the owner's."""
+
+    difference: Estimate
+    theirs: float
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the whole interval says so, and it is more than `EQUAL`."""
+        return self.difference.low > 0 and self.difference.value > EQUAL * self.theirs
+
+
+def comparisons(cells: Cells, part: str) -> Iterator[tuple[str, Comparison]]:
+    """Ours beside the owner's by format, both to the same T."""
     key = REFERENCES[part]
     for name in FORMATS:
         ours, theirs = found(cells, part, name, contender(name)), found(cells, part, name, OWNER)
         if ours and theirs:
-            yield name, difference(ours[key], theirs[key])
+            yield name, Comparison(difference(ours[key], theirs[key]), mean(theirs[key]).value)
 
 
 def gains(cells: Cells, part: str) -> Iterator[tuple[str, Estimate]]:
-    """By format, KL of feedback with text over that of the best without text of ours."""
+    """By format, KL of feedback with text over that of the nearest of ours without."""
     key = REFERENCES[part]
     for name in FORMATS:
         ours, text = found(cells, part, name, contender(name)), found(cells, part, name, FEEDBACK)
@@ -104,10 +122,10 @@ def _written(cells: Cells) -> str:
         "the owner's",
         "with text",
     )
-    shares = dict(differences(cells, WRITTEN))
+    shares = dict(comparisons(cells, WRITTEN))
     rows = []
     for name in FORMATS:
-        nearest, theirs = (found(cells, WRITTEN, name, way) for way in (NEAREST, OWNER))
+        nearest, theirs = (found(cells, WRITTEN, name, way) for way in (contender(name), OWNER))
         auto, text = (found(cells, WRITTEN, name, way) for way in (AUTO, FEEDBACK))
         if nearest is None:
             continue
@@ -143,11 +161,11 @@ def _kept(cells: Cells) -> str:
         "without text",
         "with text",
     )
-    shares = dict(differences(cells, KEPT))
+    shares = dict(comparisons(cells, KEPT))
     rows = []
     for name in FORMATS:
         dense, theirs = (found(cells, KEPT, name, way) for way in (SIXTEEN_BIT, OWNER))
-        nearest, auto, text = (found(cells, KEPT, name, way) for way in (NEAREST, AUTO, FEEDBACK))
+        nearest, auto, text = (found(cells, KEPT, name, way) for way in (contender(name), AUTO, FEEDBACK))
         if dense is None:
             continue
         cells_of = [
@@ -183,10 +201,11 @@ def _share(row: Any) -> str:
     return NOTHING if row is None else f"{row['kept']:.1%}"
 
 
-def _beside(estimate: Estimate | None) -> str:
+def _beside(compared: Comparison | None) -> str:
     """A difference of KL in 1/1000 nat with its interval; `same` where files hold the same values."""
-    if estimate is None:
+    if compared is None:
         return NOTHING
+    estimate = compared.difference
     value, low, high = (1000 * each for each in (estimate.value, estimate.low, estimate.high))
     if value == low == high == 0:
         return "same"

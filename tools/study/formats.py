@@ -26,12 +26,14 @@ from typing import Any
 from streamconv.cli.format_rows import format_rows
 from streamconv.errors import InputError, OptionError, VerificationError
 from streamconv.formats import FORMATS
+from streamconv.formats.gguf import PREFIX
 from tools.bench.results import RESULTS, load, machine, save
 from tools.make_demo_base import make_demo_base
 from tools.perplexity import be_quiet, read_windows
 from tools.study.beds import BEDS, DEMO_BASE, Bed, described, rounded
 from tools.study.format_files import (
     Made,
+    OwnerError,
     Values,
     calibration,
     converted,
@@ -40,6 +42,7 @@ from tools.study.format_files import (
     group_options,
     is_quantized,
     kept_of,
+    measures_inputs,
     merged,
     opened,
     owner_of,
@@ -61,8 +64,8 @@ STUDIED: Mapping[str, Bed] = {
     ),
 }
 WRITTEN, KEPT = "written", "kept"
-NEAREST, AUTO, FEEDBACK, OWNER, SIXTEEN_BIT = "nearest", "auto", "feedback", "owner", "bfloat16"
-KEEPS = {row.name: True for row in format_rows({})}
+NEAREST, SEARCH, AUTO, FEEDBACK = "nearest", "search", "auto", "feedback"
+OWNER, SIXTEEN_BIT = "owner", "bfloat16"
 CALIBRATES = {row.name: row.takes_calibration for row in format_rows({})}
 
 
@@ -88,16 +91,21 @@ class Cell:
 def cells(bed: str) -> Iterator[Cell]:
     """All cells of a bed, in the order of the formats."""
     for name in FORMATS:
-        ways = (NEAREST, AUTO, FEEDBACK, OWNER) if is_quantized(name) else (NEAREST,)
-        for way in ways:
-            if way != FEEDBACK or CALIBRATES[name]:
-                yield Cell(bed, WRITTEN, name, way)
+        for way in (*_roundings(name), OWNER) if is_quantized(name) else (NEAREST,):
+            yield Cell(bed, WRITTEN, name, way)
     for name in filter(is_quantized, FORMATS):
-        yield Cell(bed, KEPT, name, SIXTEEN_BIT)
-        for way in (NEAREST, AUTO, FEEDBACK) if KEEPS[name] else ():
-            if way != FEEDBACK or CALIBRATES[name]:
-                yield Cell(bed, KEPT, name, way)
-        yield Cell(bed, KEPT, name, OWNER)
+        for way in (SIXTEEN_BIT, *_roundings(name), OWNER):
+            yield Cell(bed, KEPT, name, way)
+
+
+def _roundings(name: str) -> Sequence[str]:
+    """Ways of ours. With text, auto is feedback; where that is needed anyway, there is nothing without.
+
+    llama.cpp's quantizer searches for scales: of its types there is our search as well.
+    """
+    others = () if measures_inputs(name) else (AUTO,)
+    searched = (SEARCH,) if name.startswith(PREFIX) else ()
+    return (NEAREST, *searched, *others, *((FEEDBACK,) if CALIBRATES[name] else ()))
 
 
 # -- one bed -------------------------------------------------------------------------------------------------
@@ -142,7 +150,8 @@ class Study:
     def _kept_start(self, name: str) -> Start:
         """The base in a format, without the adapter, and its own T: the adapter added to what it decodes to."""
         base = self._work / "base"
-        made = converted(self._bed.base, base, quant=name, rounding=NEAREST, **group_options(name))
+        options = group_options(name) | self._text(name)
+        made = converted(self._bed.base, base, quant=name, rounding=NEAREST, **options)
         target = with_update(made.values, self._bed)
         references = {"T": self._T, "own": self._judge.of(target)}
         return Start(base, made.values, target, references)
@@ -161,6 +170,9 @@ class Study:
                     made, more = self._ours(cell, start), {"by": "streamconv"}
             except (OptionError, InputError, VerificationError) as refusal:
                 _keep(self._bed, cell, {"refused": str(refusal)})
+                continue
+            except OwnerError as failure:
+                print(f"{cell.name}: {failure}", flush=True)
                 continue
             if cell.way == NEAREST and cell.table == WRITTEN:
                 like = made
@@ -181,11 +193,12 @@ class Study:
         options: dict[str, Any] = {} if cell.table == KEPT else group_options(cell.format)
         if not is_quantized(cell.format):
             return merged(self._bed, start.base, out, quant=quant)
-        if cell.way == FEEDBACK:
-            options |= calibration(self._bed)
-        else:
-            options["rounding"] = cell.way
+        options["rounding"] = cell.way
+        options |= calibration(self._bed) if cell.way == FEEDBACK else self._text(cell.format)
         return merged(self._bed, start.base, out, quant=quant, min_kept=0.0, **options)
+
+    def _text(self, name: str) -> dict[str, Any]:
+        return calibration(self._bed) if measures_inputs(name) else {}
 
     def _described(self, made: Made, start: Start) -> dict[str, Any]:
         said = digest(made.values)
