@@ -17,11 +17,14 @@ from matplotlib.testing.compare import compare_images
 
 from streamconv.analysis.prediction import predicted_kept
 from streamconv.cli.comparison import compare_command
+from streamconv.formats import FORMATS
 from streamconv.kernels.grids import NF4
-from tools.bench.results import RESULTS, ROOT
+from tools.bench.results import RESULTS, ROOT, load
 from tools.study import synthetic
 from tools.study.beds import BEDS, VALUES, delta_to_step, kept_share, nearest_codes
 from tools.study.comparisons import AMOUNTS, command
+from tools.study.format_tables import differences, gains, measured_beds
+from tools.study.formats import KEPT, NEAREST, OWNER, WRITTEN
 from tools.study.report import BLOCK, BLOCKS, PAGE, PAGES, PICTURES, loss_removed, read, render
 from tools.study.run import shape
 
@@ -68,6 +71,52 @@ def test_a_picture_shows_what_was_measured(name: str, tmp_path: Path) -> None:
 def test_a_share_of_the_perplexity_between_the_worst_and_the_best() -> None:
     worst, middle, best = ([math.log(number)] * 3 for number in (40.0, 30.0, 20.0))
     assert loss_removed(middle, worst, best).value == pytest.approx(0.5)
+
+
+# -- every format beside its owner's library -----------------------------------------------------------------
+
+BESIDE_OWNERS = dict(measured_beds(load(RESULTS / "study-formats.json")))
+
+
+@pytest.mark.parametrize("part", [WRITTEN, KEPT])
+@pytest.mark.parametrize("bed", BESIDE_OWNERS)
+def test_no_file_is_worse_than_that_of_the_formats_owner(bed: str, part: str) -> None:
+    """Worse is: farther from T on the same text, and the whole interval of the difference says so."""
+    found = dict(differences(BESIDE_OWNERS[bed], part))
+    assert found
+    assert {name: each for name, each in found.items() if each.low > 0} == {}
+
+
+@pytest.mark.parametrize("part", [WRITTEN, KEPT])
+@pytest.mark.parametrize("bed", BESIDE_OWNERS)
+def test_calibration_text_brings_files_nearer(bed: str, part: str) -> None:
+    found = dict(gains(BESIDE_OWNERS[bed], part))
+    assert {name: each for name, each in found.items() if each.high >= 1} == {}
+
+
+def test_every_format_was_measured_beside_its_owner() -> None:
+    cells = BESIDE_OWNERS["faq-kjv-light"]
+    quantized = {name for name, each in FORMATS.items() if each.grid is not None}
+    assert set(dict(differences(cells, WRITTEN))) == quantized
+    assert {name for name in FORMATS if f"{WRITTEN}/{name}/{NEAREST}" in cells} == set(FORMATS)
+
+
+def test_a_worse_file_is_found() -> None:
+    """Of two files on the same text, that which is farther from T, and not one that is now nearer and now farther."""
+    near, far, mixed = [0.1, 0.2, 0.3], [0.15, 0.25, 0.35], [0.15, 0.1, 0.35]
+    assert {
+        name: each.low > 0 for name, each in differences(_cells(nf4=far, fp4=mixed, int8=near), WRITTEN)
+    } == {
+        "nf4": True,
+        "fp4": False,
+        "int8": False,
+    }
+
+
+def _cells(**kl: list[float]) -> dict[str, Any]:
+    """Files of ours by format with KL of each sequence, beside owners' files of 0.1, 0.2 and 0.3."""
+    ours = {f"{WRITTEN}/{name}/{NEAREST}": {"kl_T": values} for name, values in kl.items()}
+    return ours | {f"{WRITTEN}/{name}/{OWNER}": {"kl_T": [0.1, 0.2, 0.3]} for name in kl}
 
 
 # -- scripts -----------------------------------------------------------------------------------------------

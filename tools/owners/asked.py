@@ -2,14 +2,17 @@
 
     python -m tools.owners.by_OWNER WEIGHTS OUT FORMAT [--group-size N] [--scales DTYPE] [--template FILE.gguf]
 
-WEIGHTS is a .safetensors file of float32 matrices. OUT gets, by the same names and in float32, the values of what the
-library makes of each by nearest rounding; its metadata say how many bytes that takes, and with which versions.
+Without arguments it reads them from lines of its input, and says "done" after each. WEIGHTS is a .safetensors file of
+float32 matrices. OUT gets, by the same names and in float32, the values of what the library makes of each by nearest
+rounding; its metadata say how many bytes that takes, and with which versions.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,8 +40,18 @@ class Asked:
     template: Path | None
 
 
-def asked(description: str | None) -> Asked:
-    """Read the command line and the weights it names."""
+def questions(description: str | None) -> Iterator[Asked]:
+    """What is asked on the command line, or on each line of the input."""
+    if len(sys.argv) > 1:
+        yield _asked(description, sys.argv[1:])
+        return
+    for line in sys.stdin:
+        yield _asked(description, shlex.split(line))
+        sys.stdout.write("done\n")
+        sys.stdout.flush()
+
+
+def _asked(description: str | None, arguments: Sequence[str]) -> Asked:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("weights", type=Path)
     parser.add_argument("out", type=Path)
@@ -46,10 +59,9 @@ def asked(description: str | None) -> Asked:
     parser.add_argument("--group-size", type=int, default=0)
     parser.add_argument("--scales", default="float32")
     parser.add_argument("--template", type=Path)
-    given = parser.parse_args()
-    return Asked(
-        load_file(given.weights), given.out, given.format, given.group_size, given.scales, given.template
-    )
+    given = parser.parse_args(arguments)
+    weights = load_file(given.weights)
+    return Asked(weights, given.out, given.format, given.group_size, given.scales, given.template)
 
 
 def answer_each(asked: Asked, packages: tuple[str, ...], requantize: Callable[[str, Matrix], Any]) -> None:

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from bitsandbytes import functional
 
-from tools.owners.asked import Matrix, answer_each, asked
+from tools.owners.asked import Asked, Matrix, answer_each, questions
 
 BLOCK = 64
 
 
-def main() -> None:
-    given = asked(__doc__)
+def answer_to(given: Asked) -> None:
     requantize = int8 if given.format == "int8" else four_bit(given.format)
     answer_each(given, ("bitsandbytes", "torch"), requantize)
 
@@ -42,4 +41,5 @@ def four_bit(name: str) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    for each_question in questions(__doc__):
+        answer_to(each_question)

@@ -16,7 +16,7 @@ from compressed_tensors.quantization import preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from torch import Tensor, nn
 
-from tools.owners.asked import Asked, Matrix, answer_each, asked
+from tools.owners.asked import Asked, Matrix, answer_each, questions
 
 PRESETS = {
     "w4a16": "W4A16",
@@ -32,8 +32,7 @@ FUSED = re.compile(r"\b(?:[qkv]_proj|gate_proj|up_proj)\b")
 TOGETHER = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
 
-def main() -> None:
-    given = asked(__doc__)
+def answer_to(given: Asked) -> None:
     scheme = preset_name_to_scheme(PRESETS[given.format], ["Linear"])
     if scheme.weights.strategy == "group" and given.format.startswith("w"):
         scheme.weights.group_size = given.group_size
@@ -44,7 +43,7 @@ def main() -> None:
         dense = torch.from_numpy(weight)
         stored, taken = compressed(dense, scheme, packing, joint.get(partners(name)), given.scales)
         found = packing.decompress(stored, scheme)["weight"]
-        return found.float().numpy(), taken
+        return found.to(getattr(torch, given.scales)).float().numpy(), taken
 
     answer_each(given, ("compressed-tensors", "torch"), requantize)
 
@@ -89,4 +88,5 @@ def partners(name: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    for each_question in questions(__doc__):
+        answer_to(each_question)

@@ -10,15 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tools.owners.asked import Matrix, answer_each, asked
+from tools.owners.asked import Asked, Matrix, answer_each, questions
 
 BITS = 4
 TOP = 2**BITS - 1
 MIDDLE = 2 ** (BITS - 1)
 
 
-def main() -> None:
-    given = asked(__doc__)
+def answer_to(given: Asked) -> None:
     way = {"gptq": gptq, "gptq-v2": gptq, "gptq-asym": gptq_asym, "awq": awq, "awq-asym": awq_asym}[
         given.format
     ]
@@ -29,7 +28,8 @@ def main() -> None:
         scales, zeros = way(groups)
         scales = scales.half().float()
         codes = ((groups / scales).round() + zeros).clamp(0, TOP)
-        values = ((codes - zeros) * scales).view(rows, columns)
+        # Readers multiply in float16.
+        values = ((codes - zeros) * scales).half().float().view(rows, columns)
         count = scales.numel()
         # Codes, scales and packed zero points; GPTQ adds a group number, int32, for each column.
         order = 4 * columns if given.format.startswith("gptq") else 0
@@ -67,4 +67,5 @@ def _some(scales: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    for each_question in questions(__doc__):
+        answer_to(each_question)

@@ -1,14 +1,15 @@
 """llama.cpp's own quantizer, without importances, of a Llama's weights; see tools/owners/asked.py.
 
 WEIGHTS are all tensors of the model, by transformers' names. They are written to a .gguf file in float32 with the
-metadata of the template, quantized by llama.cpp, and decoded by gguf-py. Embeddings and the head get the types that they
-have in the template.
+metadata of the template, quantized by llama.cpp, and decoded by gguf-py. Embeddings and the head get the types that
+they have in the template.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import gguf
 import llama_cpp
 import numpy as np
 
-from tools.owners.asked import Asked, Matrix, answer, asked
+from tools.owners.asked import Asked, Matrix, answer, questions
 from tools.readers.quantize_gguf import TYPES
 
 BLOCK_TYPES = ("q4_k", "q5_k")  # others of these names are mixes
@@ -26,8 +27,7 @@ DENSE = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGML
 STRUCTURE = ("GGUF.", "general.file_type", "general.quantization_version")
 
 
-def main() -> None:
-    given = asked(__doc__)
+def answer_to(given: Asked) -> None:
     assert given.template is not None, "--template says what the file holds beside weights"
     template = gguf.GGUFReader(given.template)
     names = names_in_gguf(given, template)
@@ -45,7 +45,7 @@ def main() -> None:
             values[name] = turned_back(dense, heads(template, each)) if each.endswith(TURNED) else dense
             taken += tensor.n_bytes if tensor.tensor_type not in DENSE else 0
         said = {name: f"{stored[name].tensor_type.name}, not {others[name].name}" for name in differ}
-        print(json.dumps(said))
+        print(json.dumps(said), file=sys.stderr)
         answer(given, ("llama-cpp-python", "gguf"), values, taken)
 
 
@@ -102,4 +102,5 @@ def quantize(source: Path, target: Path, kind: str, template: gguf.GGUFReader) -
 
 
 if __name__ == "__main__":
-    main()
+    for each_question in questions(__doc__):
+        answer_to(each_question)

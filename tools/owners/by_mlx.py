@@ -5,11 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from tools.owners.asked import Matrix, answer_each, asked
+from tools.owners.asked import Asked, Matrix, answer_each, questions
 
 
-def main() -> None:
-    given = asked(__doc__)
+def answer_to(given: Asked) -> None:
     bits = int(given.format.removeprefix("mlx"))
 
     def requantize(_: str, weight: Matrix) -> tuple[Matrix, int]:
@@ -21,4 +20,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    for each_question in questions(__doc__):
+        answer_to(each_question)

@@ -9,14 +9,13 @@ import torch
 from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
-from tools.owners.asked import Matrix, answer_each, asked
+from tools.owners.asked import Asked, Matrix, answer_each, questions
 
 BLOCK = 128
 KEY = "proj.weight"
 
 
-def main() -> None:
-    given = asked(__doc__)
+def answer_to(given: Asked) -> None:
     # It looks at the config alone.
     owner: Any = SimpleNamespace(quantization_config=FineGrainedFP8Config())
     quantize = Fp8Quantize(owner)
@@ -25,10 +24,11 @@ def main() -> None:
         stored = quantize.convert({KEY: torch.from_numpy(weight)})
         codes, scales = stored[KEY], stored["proj.weight_scale_inv"]
         spread = scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-        return (codes.float() * spread).numpy(), codes.nbytes + scales.nbytes
+        return (codes.float() * spread).bfloat16().float().numpy(), codes.nbytes + scales.nbytes
 
     answer_each(given, ("transformers", "torch"), requantize)
 
 
 if __name__ == "__main__":
-    main()
+    for each_question in questions(__doc__):
+        answer_to(each_question)

@@ -1,4 +1,4 @@
-"""Files in every format for `tools/study/formats`: ours, what they hold as values, and what owners' libraries make of them.
+"""Files in every format for `tools/study/formats`: ours, their values, and what owners' libraries make of the same.
 
 Values are float32 tensors of a whole model by name, as streamconv decodes its own files; `tools/foreign` shows that the
 programs that open the files decode them to the same.
@@ -6,7 +6,9 @@ programs that open the files decode them to the same.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,7 +42,7 @@ Values = Mapping[str, Tensor]
 @dataclass(frozen=True, slots=True)
 class Made:
     """A file's content: `quantized` are the names of weights that it does not hold in 16 bits, `bits` what each of
-    their elements takes of it. `rounding` and `kept_delta` are the report's.
+    their elements takes of it, or of all matrices where there are none. `rounding` and `kept_delta` are the report's.
     """
 
     values: Values
@@ -91,11 +93,12 @@ def opened(folder: Path, rounding: str | None = None, kept_delta: float | None =
     prepared = prepare(build_job(str(folder), quant="none", dtype="float32"))
     with WeightSource(prepared.plan, resolve_device("cpu"), lambda _: None) as source:
         values = {name: source.read(name) for name in source.names}
-    weights = [each for each in find_weights(prepared.base.index) if each.format not in DENSE]
-    taken = sum(part.nbytes for each in weights for part in each.parts.values())
-    held = sum(values[each.name].numel() for each in weights)
-    names = tuple(each.name for each in weights)
-    return Made(values, names, 8 * taken / held if held else 16.0, rounding, kept_delta)
+    weights = find_weights(prepared.base.index)
+    quantized = [each for each in weights if each.format not in DENSE]
+    counted = quantized or [each for each in weights if len(each.shape) > 1]
+    taken = sum(part.nbytes for each in counted for part in each.parts.values())
+    held = sum(values[each.name].numel() for each in counted)
+    return Made(values, tuple(each.name for each in quantized), 8 * taken / held, rounding, kept_delta)
 
 
 # -- theirs --------------------------------------------------------------------------------------------------
@@ -148,15 +151,13 @@ def requantized(name: str, target: Values, like: Made, work: Path, template: Pat
     asked, answered = work / "asked.safetensors", work / "answered.safetensors"
     names = target if owner is LLAMACPP else like.quantized
     safetensors.torch.save_file({each: target[each].contiguous() for each in names}, asked)
-    command = [str(_python(owner)), "-m", f"tools.owners.{owner.module}", str(asked), str(answered), name]
-    more = ["--group-size", str(GROUP), "--scales", owner.scales]
+    question = [str(asked), str(answered), name, "--group-size", str(GROUP), "--scales", owner.scales]
     if owner is LLAMACPP:
         (file,) = template.glob("*.gguf")
-        more += ["--template", str(file)]
-    done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{owner.label} did not make {name}:\n{done.stderr[-2000:]}")
-    values = {**like.values, **_quantized_only(read_one(answered), like)}
+        question += ["--template", str(file)]
+    _ask(owner, shlex.join(question))
+    found = safetensors.torch.load_file(answered)
+    values = {**like.values, **{each: found[each] for each in like.quantized}}
     with safe_open(answered, framework="pt") as file:
         said = file.metadata()
     taken = int(said.pop("bytes"))
@@ -168,22 +169,32 @@ def requantized(name: str, target: Values, like: Made, work: Path, template: Pat
     )
 
 
-def _quantized_only(found: Values, like: Made) -> Values:
-    return {name: each for name, each in found.items() if name in like.quantized}
+def _ask(owner: Owner, question: str) -> None:
+    """Have the library answer; its messages are on stderr."""
+    process = _asking(owner)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(f"{question}\n")
+    process.stdin.flush()
+    while (line := process.stdout.readline()) != "done\n":
+        if not line:
+            raise RuntimeError(f"{owner.label} did not answer {question}; its message is above")
 
 
-def read_one(path: Path) -> Values:
-    found: Values = safetensors.torch.load_file(path)
-    return found
-
-
-def _python(owner: Owner) -> Path:
-    if owner.environment is None:
-        return Path(sys.executable)
-    made = subprocess.run(
-        [ROOT / "tools/foreign_environment", owner.environment], check=True, capture_output=True, text=True
+@functools.cache
+def _asking(owner: Owner) -> subprocess.Popen[str]:
+    """A process that has the library open and ends when this one does."""
+    python = sys.executable
+    if owner.environment is not None:
+        command = [str(ROOT / "tools/foreign_environment"), owner.environment]
+        python = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.Popen(
+        [python, "-m", f"tools.owners.{owner.module}"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    return Path(made.stdout.strip())
 
 
 # -- both ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """A real adapter merged into every base format and written to every format, beside the owners' libraries.
 
-T is the 16-bit base with the adapter beside it, run by PEFT in float32. *Written*: the 16-bit base is merged and written
-to each format, by nearest rounding, by what streamconv chooses itself (auto) and by feedback with calibration text.
+T is the 16-bit base with the adapter beside it, run by PEFT in float32. *Written*: the 16-bit base is merged and
+written to each format, by nearest rounding, by what streamconv chooses itself (auto), and by feedback with text.
 *Kept*: the base is first converted to the format, without the adapter; the merge then begins from that file, to
 bfloat16 and to the base's own format. Beside each stands what the format's owner makes by nearest rounding of the same
 values and the same update, added in float32 by torch. Stock transformers judges the values that files decode to.
@@ -13,10 +13,12 @@ cells. A cell is named BED/written/FORMAT/WAY or BED/kept/FORMAT/WAY.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import re
-import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,21 +54,21 @@ WORK = Path(".study") / "formats"
 # Fewer tokens than other studies judge by: differences are of the same text, and there are hundreds of files.
 STUDIED: Mapping[str, Bed] = {
     "demo-kjv": replace(
-        BEDS["demo-kjv"], windows=16, tokens=128, calibration_tokens=4096, calibration_length=256
+        BEDS["demo-kjv"], windows=16, tokens=64, calibration_tokens=4096, calibration_length=256
     ),
     "faq-kjv-light": replace(
-        BEDS["faq-kjv-light"], windows=32, tokens=128, calibration_tokens=8192, calibration_length=256
+        BEDS["faq-kjv-light"], windows=32, tokens=128, calibration_tokens=4096, calibration_length=256
     ),
 }
 WRITTEN, KEPT = "written", "kept"
 NEAREST, AUTO, FEEDBACK, OWNER, SIXTEEN_BIT = "nearest", "auto", "feedback", "owner", "bfloat16"
-KEEPS = {row.name: row.keeps for row in format_rows({})}
+KEEPS = {row.name: True for row in format_rows({})}
 CALIBRATES = {row.name: row.takes_calibration for row in format_rows({})}
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """`refusable`: that streamconv refuses it is an answer, too."""
+    """One file: what it begins from, its format, and who chooses its codes how."""
 
     bed: str
     table: str
@@ -75,7 +77,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.bed}/{self.table}/{self.format}/{self.way}"
+        return f"{self.bed}/{self.key}"
+
+    @property
+    def key(self) -> str:
+        """Its name among those of its bed."""
+        return f"{self.table}/{self.format}/{self.way}"
 
 
 def cells(bed: str) -> Iterator[Cell]:
@@ -109,9 +116,8 @@ class Start:
 class Study:
     """The open cells of a bed."""
 
-    def __init__(self, bed: Bed) -> None:
-        self._bed, self._work = bed, WORK / bed.name
-        self._work.mkdir(parents=True, exist_ok=True)
+    def __init__(self, bed: Bed, work: Path) -> None:
+        self._bed, self._work = bed, work
         windows = read_windows(bed.base, bed.held_out, bed.windows, bed.tokens)
         self._judge = Judge(bed.base, windows)
         base = dense_base(bed)
@@ -199,17 +205,27 @@ class Study:
 
 
 def _keep(bed: Bed, cell: Cell, row: Mapping[str, Any]) -> None:
-    kept = load(RESULT)
-    beds = kept.get("beds", {})
-    of_bed = beds.setdefault(bed.name, {"bed": described(bed), "cells": {}})
-    of_bed["cells"][cell.name.partition("/")[2]] = rounded(dict(row))
-    order = {each.name.partition("/")[2]: place for place, each in enumerate(cells(bed.name))}
-    of_bed["cells"] = dict(sorted(of_bed["cells"].items(), key=lambda item: order.get(item[0], len(order))))
-    save(RESULT, MADE_BY, {"machine": machine(WORK), "beds": beds})
+    order = {each.key: place for place, each in enumerate(cells(bed.name))}
+    made_on = machine(WORK)
+    with _alone():
+        beds = load(RESULT).get("beds", {})
+        found = beds.get(bed.name, {"cells": {}})["cells"] | {cell.key: rounded(dict(row))}
+        ordered = dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
+        beds |= {bed.name: {"bed": described(bed), "cells": ordered}}
+        in_order = {name: beds[name] for name in STUDIED if name in beds}
+        save(RESULT, MADE_BY, {"machine": made_on, "beds": in_order})
     said = (
         row["refused"] if "refused" in row else f"{1000 * sum(row['kl_T']) / len(row['kl_T']):.2f}/1000 nat"
     )
     print(f"{cell.name}: {said}", flush=True)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Beds may be measured by several processes at once, which keep what they find in one file."""
+    with (WORK / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def measured(bed: str) -> Mapping[str, Any]:
@@ -217,11 +233,11 @@ def measured(bed: str) -> Mapping[str, Any]:
     return found
 
 
-def _forget(is_meant: Callable[[str], bool]) -> None:
+def _forget(pattern: str) -> None:
     if kept := load(RESULT):
         for bed, found in kept["beds"].items():
             found["cells"] = {
-                name: row for name, row in found["cells"].items() if not is_meant(f"{bed}/{name}")
+                name: row for name, row in found["cells"].items() if not re.search(pattern, f"{bed}/{name}")
             }
         save(RESULT, MADE_BY, kept)
 
@@ -236,8 +252,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := set(options.beds) - set(STUDIED):
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(STUDIED)}")
     be_quiet()
+    WORK.mkdir(parents=True, exist_ok=True)
     if options.anew:
-        _forget(re.compile(options.anew).search)
+        _forget(options.anew)
     for bed in (STUDIED[name] for name in options.beds or STUDIED):
         if bed.base == DEMO_BASE:
             make_demo_base(DEMO_BASE)
@@ -245,13 +262,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wanted = [
             cell
             for cell in cells(bed.name)
-            if cell.name.partition("/")[2] not in done
+            if cell.key not in done
             and re.search(options.only, cell.name)
             and not re.search(options.but, cell.name)
         ]
         if wanted:
-            Study(bed).fill(wanted)
-            shutil.rmtree(WORK / bed.name)
+            with tempfile.TemporaryDirectory(dir=WORK) as work:
+                Study(bed, Path(work)).fill(wanted)
 
 
 if __name__ == "__main__":

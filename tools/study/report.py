@@ -33,7 +33,7 @@ from streamconv.comparison.bootstrap import (
 from streamconv.kernels.grids import NF4
 from streamconv.rounding.adaptive import NEAREST_FROM
 from tools.bench.results import RESULTS, ROOT, load
-from tools.study import beside_gptqmodel, parameters, rescalings
+from tools.study import beside_gptqmodel, formats, parameters, rescalings
 from tools.study.beds import (
     BEDS,
     NOT_MEASURED,
@@ -49,6 +49,7 @@ from tools.study.beds import (
 from tools.study.beside_gptqmodel import contest_bars, gptqmodel_block
 from tools.study.comparisons import AMOUNTS, compared_bars, compared_block, results_path
 from tools.study.cost import cost_block
+from tools.study.format_tables import kept_block, owners_block, written_block
 from tools.study.parameters import parameters_block
 from tools.study.rescalings import rescalings_block
 from tools.study.run import (
@@ -574,6 +575,9 @@ BLOCKS: Mapping[str, Callable[[Mapping[str, Results], Results], str]] = {
     "compared": compared_block,
     "rescalings": rescalings_block,
     "parameters": parameters_block,
+    "formats_written": written_block,
+    "formats_kept": kept_block,
+    "formats_owners": owners_block,
 }
 
 
@@ -730,7 +734,8 @@ PAGE = ROOT / "docs/why-merging-loses-quality.md"
 GUIDE = ROOT / "docs/guide-residual.md"
 RESULTS_PAGE = ROOT / "docs/results.md"
 AWQ_GUIDE = ROOT / "docs/guide-awq.md"
-PAGES = (PAGE, GUIDE, AWQ_GUIDE, RESULTS_PAGE)
+FORMATS_PAGE = ROOT / "docs/formats-compared.md"
+PAGES = (PAGE, GUIDE, AWQ_GUIDE, RESULTS_PAGE, FORMATS_PAGE)
 BLOCK = re.compile(r"(<!-- (\w+): made by tools/study/report -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -738,7 +743,8 @@ def read(folder: Path) -> tuple[Mapping[str, Results], Results]:
     """Results of the beds by name; and of all else, empty where nothing was measured.
 
     That is: `synthetic` layers, the update by `sizes`, files beside those of `gptqmodel`, AWQ files in `rescalings`,
-    feedback with other `parameters`, and by bed what `streamconv compare` found, `compared`.
+    feedback with other `parameters`, every format beside its owner's library in `formats`, and by bed what
+    `streamconv compare` found, `compared`.
     """
     beds = {name: load(folder / f"study-{name}.json") for name in BEDS}
     others = {
@@ -747,6 +753,7 @@ def read(folder: Path) -> tuple[Mapping[str, Results], Results]:
         "gptqmodel": load(folder / beside_gptqmodel.RESULT.name),
         "rescalings": load(folder / rescalings.RESULT.name),
         "parameters": load(folder / parameters.RESULT.name),
+        "formats": load(folder / formats.RESULT.name),
         "compared": {name: load(folder / results_path(name).name) for name in AMOUNTS},
     }
     return beds, others
