@@ -75,8 +75,9 @@ def _losses(target: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None) 
     kernels.nearest(target, grid, scales, codes)
     kernels.decode(codes, grid, scales, F32, values)
     error = gathered(kernels, torch.sub(target, values, out=values), grid)
-    weighed = error if weights is None else error * gathered(kernels, weights, grid)
-    return block_dots(error, weighed, grid.block)
+    return block_dots(
+        error, error if weights is None else error * gathered(kernels, weights, grid), grid.block
+    )
 
 
 def searched_scales(target: Tensor, grid: Grid, weights: Tensor | None = None) -> Tensor:

@@ -111,7 +111,8 @@ def work_on(name: str, shape: Shape, workers: Workers) -> tuple[Encoding | None,
         return _ggml(name, shape, workers)
     if name in _FOREIGN:
         weight, main, side = _read(*_FOREIGN[name](name, shape))
-        encoding = None if weight.keep is None else _encoding(weight.keep, shape, workers)
+        rows, columns = matrix_shape(weight.shape)
+        encoding = None if weight.keep is None else _encoding(weight.keep, (rows, columns), workers)
     else:
         storage_format = FORMATS[name]
         encoding = _encoding(storage_format.encoder(NAME, shape, BF16), shape, workers)

@@ -54,7 +54,7 @@ def _cases() -> Iterator[Case]:
         yield Case(name, "torch")
     for name in ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8"):
         yield Case(name, "bitsandbytes")
-    for name in ("w4a16", "w8a16", "w8a8", "fp8", "nvfp4a16", "mxfp4a16"):
+    for name in ("w4a16", "w4a16-asym", "w8a16", "w8a8", "fp8", "nvfp4a16", "mxfp4a16"):
         yield Case(name, "compressed-tensors")
     for name in ("gptq", "gptq-asym", "gptq, activation order", "gptq, 8 bit, activation order"):
         yield Case(name, WORDS)
