@@ -473,7 +473,7 @@ class PackQuantizedEncoder:
         if self.grid.offsets is None:
             return self._stored(scales).float().mul(half)
         stored = self._stored(scales[:, 0]).float()
-        return torch.stack((stored * half, -self._zeros(scales, stored) * stored), dim=1)
+        return torch.stack((stored * half, -self._zeros(scales) * stored), dim=1)
 
     def finish(self, scales: Tensor | None, kept: Mapping[str, Tensor] | None) -> tuple[bytes, ...]:
         """See Encoder."""
@@ -485,7 +485,7 @@ class PackQuantizedEncoder:
             scales = scales.cpu()
             found = self._stored(scales if self.grid.offsets is None else scales[:, 0])
             if self.grid.offsets is not None:
-                points = self._zeros(scales, found.float()).view(self.shape[0], -1)
+                points = self._zeros(scales).view(self.shape[0], -1)
                 zeros = packed_zeros(points, self.bits)
         if not bool(found.isfinite().all()):
             raise InputError(
@@ -495,8 +495,9 @@ class PackQuantizedEncoder:
         parts = (found,) if zeros is None else (zeros, found)
         return tuple(bytes(tensor_bytes(each.cpu().contiguous())) for each in parts)
 
-    def _zeros(self, scales: Tensor, stored: Tensor) -> Tensor:
-        return zero_points_of(self.bits).nearest(scales, stored)
+    def _zeros(self, scales: Tensor) -> Tensor:
+        """By scales before they are rounded, as in compressed-tensors: by stored ones squared errors are larger."""
+        return zero_points_of(self.bits).nearest(scales, scales[:, 0] / (1 << self.bits - 1))
 
     def _stored(self, scales: Tensor) -> Tensor:
         return scales.div(2 ** (self.bits - 1)).to(self.dtype.torch)

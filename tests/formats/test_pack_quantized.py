@@ -158,6 +158,18 @@ def test_zero_points_are_where_a_group_has_its_0(dtype: str) -> None:
     assert (found - weight).square().sum() < 0.97 * (symmetric - weight).square().sum()
 
 
+def test_zero_points_are_nearest_by_the_scales_before_these_are_rounded() -> None:
+    """As compressed-tensors computes them: those by the stored scales leave larger errors."""
+    weight = normal((256, 4096))
+    tensors = stored(encoder_of("w4a16-asym", (256, 4096), 64), weight)
+    groups = weight.view(256, -1, 64)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    expected, otherwise = ((-low / scale).round() for scale in ((high - low) / 15, tensors[SCALE].float()))
+    found = torch.from_numpy(unpacked(tensors[ZEROS].T.contiguous(), 256, 4).T.copy())
+    assert torch.equal(found.float(), expected)
+    assert not torch.equal(otherwise, expected)
+
+
 @every_name
 def test_a_scale_that_does_not_fit_float16_is_refused(name: str) -> None:
     with pytest.raises(InputError, match="too large for a scale of float16"):

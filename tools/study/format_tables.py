@@ -115,12 +115,8 @@ def _written(cells: Cells) -> str:
         "ours, without text",
         "ours, with text",
         "ours to the owner's",
-        "perplexity: nearest",
-        "the owner's",
-        "with text",
-        "kept: nearest",
-        "the owner's",
-        "with text",
+        "perplexity: nearest, owner's, with text",
+        "kept: nearest, owner's, with text",
     )
     shares = dict(comparisons(cells, WRITTEN))
     rows = []
@@ -136,8 +132,8 @@ def _written(cells: Cells) -> str:
             theirs["by"] if theirs else NOTHING,
             *(_kl(row, "kl_T") for row in (nearest, theirs, auto, text)),
             _beside(shares.get(name)),
-            *(_perplexity(row) for row in ways),
-            *(_share(row) for row in ways),
+            _together(_perplexity, ways),
+            _together(_share, ways),
         ]
         rows.append(cells_of)
     return _table(columns, rows)
@@ -153,13 +149,8 @@ def _kept(cells: Cells) -> str:
         "ours, without text",
         "ours, with text",
         "ours to the owner's",
-        "perplexity: nearest",
-        "without text",
-        "with text",
-        "kept: nearest",
-        "the owner's",
-        "without text",
-        "with text",
+        "perplexity: nearest, owner's, without text, with text",
+        "kept: nearest, owner's, without text, with text",
     )
     shares = dict(comparisons(cells, KEPT))
     rows = []
@@ -168,14 +159,15 @@ def _kept(cells: Cells) -> str:
         nearest, auto, text = (found(cells, KEPT, name, way) for way in (contender(name), AUTO, FEEDBACK))
         if dense is None:
             continue
+        ways = (nearest, theirs, auto, text)
         cells_of = [
             f"`{name}`",
             _kl(dense, "kl_T"),
             _kl(dense, "kl_own"),
-            *(_kl(row, "kl_own") for row in (nearest, theirs, auto, text)),
+            *(_kl(row, "kl_own") for row in ways),
             _beside(shares.get(name)),
-            *(_perplexity(row) for row in (nearest, auto, text)),
-            *(_share(row) for row in (nearest, theirs, auto, text)),
+            _together(_perplexity, ways),
+            _together(_share, ways),
         ]
         rows.append(cells_of)
     return _table(columns, rows)
@@ -195,6 +187,12 @@ def _kl(row: Any, key: str) -> str:
 
 def _perplexity(row: Any) -> str:
     return NOTHING if row is None else f"{perplexity(row['losses']).value:.2f}"
+
+
+def _together(show: Callable[[Any], str], rows: Sequence[Any]) -> str:
+    """What is shown of rows, in one cell; of a format that has none of them but the first, that alone."""
+    shown = [show(row) for row in rows]
+    return shown[0] if set(shown[1:]) == {NOTHING} else " / ".join(shown)
 
 
 def _share(row: Any) -> str:
