@@ -22,7 +22,7 @@ from streamconv.kernels.ggml.decoding import (
     small_floats,
     ternary_digits,
 )
-from streamconv.kernels.ggml.fitting import Tries, fit, starting_scales
+from streamconv.kernels.ggml.fitting import MARGIN, Tries, fit, starting_scales
 from streamconv.kernels.ggml.in_torch import TorchBlockKernels
 from streamconv.kernels.ggml.iq_grids import IQ_TYPES, iq_grid
 from streamconv.kernels.ggml.packing import CODES_AT, centre, codes_of, pack_scales, unpack_scales
@@ -122,7 +122,10 @@ class _CompiledSearches:
         self, values: Tensor, weights: Tensor | None, peaks: list[float], tries: Tries, codes: Codes
     ) -> Tensor:
         out = torch.empty(len(values), 2)
-        given = values.numpy(), _weights(weights), np.array(peaks, np.float32)
+        tried = np.array([*peaks, *(codes.highest - less for less in tries.below)], np.float32)
+        shares = np.array([0.0] * len(peaks) + [less / codes.highest for less in tries.below], np.float32)
+        margins = np.array([0.0] * len(peaks) + [MARGIN] * len(tries.below), np.float32)
+        given = values.numpy(), _weights(weights), tried, shares, margins
         fit_loops.search_affine(*given, tries.refits, np.float32(codes.highest), codes.is_nested, out.numpy())
         return out
 
