@@ -101,19 +101,23 @@ def test_every_format_was_measured_beside_its_owner() -> None:
 
 
 def test_a_worse_file_is_found() -> None:
-    """Farther from T on all of the text, and by more than one code in thousands makes."""
+    """Farther from T on all of the text, and by more than chance makes; or with larger errors."""
     files = {
         "nf4": [0.15, 0.25, 0.35],
         "fp4": [0.15, 0.1, 0.35],
         "int8": [0.1, 0.2, 0.3],
         "fp8": [0.1001, 0.2002, 0.3003],
     }
-    assert {name: each.is_worse for name, each in comparisons(_cells(files), WRITTEN)} == {
+    cells = _cells(files)
+    assert {name: each.is_worse for name, each in comparisons(cells, WRITTEN)} == {
         "nf4": True,
         "fp4": False,
         "int8": False,
         "fp8": False,
     }
+    cells[f"{WRITTEN}/fp8/{NEAREST}"]["squared_error"] = 0.0102
+    cells[f"{WRITTEN}/fp8/{OWNER}"]["squared_error"] = 0.0100
+    assert dict(comparisons(cells, WRITTEN))["fp8"].is_worse
 
 
 def _cells(kl: dict[str, list[float]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,6 +207,26 @@ def _asking(owner: Owner) -> subprocess.Popen[str]:
     )
 
 
+_AWQ_PLACES = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def give_awq_its_owners_grid(folder: Path, base: Values) -> None:
+    """Write an AWQ file of ours anew as AutoAWQ would: scales are greatest magnitudes over 7, and ours over 7.5."""
+    (path,) = folder.glob("*.safetensors")
+    tensors = safetensors.torch.load_file(path)
+    for name in [name.removesuffix("qweight") for name in tensors if name.endswith("qweight")]:
+        weight = base[f"{name}weight"]
+        groups = weight.view(weight.shape[0], -1, GROUP)
+        scales = (groups.abs().amax(-1, keepdim=True).clamp(min=1e-5) / 7).half()
+        codes = ((groups / scales.float()).round() + 8).clamp(0, 15).view(weight.shape).T.int()
+        words = torch.zeros(codes.shape[0], codes.shape[1] // 8, dtype=torch.int32)
+        for shift, place in enumerate(_AWQ_PLACES):
+            words |= codes[:, place::8] << 4 * shift
+        tensors[f"{name}qweight"] = words
+        tensors[f"{name}scales"] = scales.squeeze(-1).T.contiguous()
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+
+
 # -- both ----------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +250,12 @@ def kept_of(result: Values, base: Values, bed: Bed) -> float:
         along += float(((result[name] - base[name]).double() * wide).sum())
         square += float(wide.square().sum())
     return along / square
+
+
+def squared_error(result: Values, target: Values, names: Sequence[str]) -> float:
+    """Of the weights `names` together, beside the sum of their squares."""
+    error = sum(float((result[name] - target[name]).double().square().sum()) for name in names)
+    return error / sum(float(target[name].double().square().sum()) for name in names)
 
 
 def digest(values: Values) -> str:

@@ -39,6 +39,7 @@ from tools.study.format_files import (
     converted,
     dense_base,
     digest,
+    give_awq_its_owners_grid,
     group_options,
     is_quantized,
     kept_of,
@@ -47,6 +48,7 @@ from tools.study.format_files import (
     opened,
     owner_of,
     requantized,
+    squared_error,
     with_update,
 )
 from tools.study.format_judge import Answers, Judge, verdict
@@ -124,14 +126,15 @@ class Start:
 class Study:
     """The open cells of a bed."""
 
-    def __init__(self, bed: Bed, work: Path) -> None:
+    def __init__(self, bed: Bed, work: Path, known: Mapping[str, Any]) -> None:
         self._bed, self._work = bed, work
         windows = read_windows(bed.base, bed.held_out, bed.windows, bed.tokens)
         self._judge = Judge(bed.base, windows)
         base = dense_base(bed)
         self._T = self._judge.of_parts(bed.base, bed.adapter)
         self._start = Start(bed.base, base, with_update(base, bed), {"T": self._T})
-        self._verdicts: dict[str, dict[str, Any]] = {}
+        # Files that hold the same values are judged once, and not again where cells are measured anew.
+        self._verdicts = dict(_verdicts(known))
 
     def fill(self, wanted: Sequence[Cell]) -> None:
         """Make and judge cells, those of one file's format together."""
@@ -145,13 +148,15 @@ class Study:
                         _keep(self._bed, cell, {"refused": str(refusal)})
                     continue
                 self._of_format(name, ways, start)
-                self._verdicts.clear()
 
     def _kept_start(self, name: str) -> Start:
         """The base in a format, without the adapter, and its own T: the adapter added to what it decodes to."""
         base = self._work / "base"
         options = group_options(name) | self._text(name)
         made = converted(self._bed.base, base, quant=name, rounding=NEAREST, **options)
+        if name == "awq":
+            give_awq_its_owners_grid(base, self._start.values)
+            made = opened(base)
         target = with_update(made.values, self._bed)
         references = {"T": self._T, "own": self._judge.of(target)}
         return Start(base, made.values, target, references)
@@ -176,7 +181,7 @@ class Study:
                 continue
             if cell.way == NEAREST and cell.table == WRITTEN:
                 like = made
-            row = {**more, **self._described(made, start), "cpu_s": time.process_time() - began}
+            row = {**more, **self._described(cell, made, start), "cpu_s": time.process_time() - began}
             _keep(self._bed, cell, row)
 
     def _nearest(self, cell: Cell, start: Start) -> Made:
@@ -200,17 +205,21 @@ class Study:
     def _text(self, name: str) -> dict[str, Any]:
         return calibration(self._bed) if measures_inputs(name) else {}
 
-    def _described(self, made: Made, start: Start) -> dict[str, Any]:
+    def _described(self, cell: Cell, made: Made, start: Start) -> dict[str, Any]:
         said = digest(made.values)
-        if said not in self._verdicts:
-            self._verdicts[said] = verdict(self._judge, self._judge.of(made.values), start.references)
+        key = f"{cell.table}/{cell.format}/{said}"
+        if key not in self._verdicts:
+            self._verdicts[key] = verdict(self._judge, self._judge.of(made.values), start.references)
         return {
             "bits": made.bits,
             "rounding": made.rounding,
             "kept": kept_of(made.values, start.values, self._bed),
             "reported_kept": made.kept_delta,
+            "squared_error": squared_error(made.values, start.target, made.quantized)
+            if made.quantized
+            else 0.0,
             "values": said,
-            **self._verdicts[said],
+            **self._verdicts[key],
         }
 
 
@@ -246,6 +255,16 @@ def measured(bed: str) -> Mapping[str, Any]:
     return found
 
 
+def _verdicts(cells: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What was found of files, by table, format and digest of their values."""
+    for name, row in cells.items():
+        if "values" in row:
+            found = {
+                key: each for key, each in row.items() if key.startswith(("losses", "kl_", "agreement_"))
+            }
+            yield f"{name.rpartition('/')[0]}/{row['values']}", found
+
+
 def _forget(pattern: str) -> None:
     if kept := load(RESULT):
         for bed, found in kept["beds"].items():
@@ -266,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(STUDIED)}")
     be_quiet()
     WORK.mkdir(parents=True, exist_ok=True)
+    known = {name: measured(name) for name in STUDIED}
     if options.anew:
         _forget(options.anew)
     for bed in (STUDIED[name] for name in options.beds or STUDIED):
@@ -281,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
         if wanted:
             with tempfile.TemporaryDirectory(dir=WORK) as work:
-                Study(bed, Path(work)).fill(wanted)
+                Study(bed, Path(work), known[bed.name]).fill(wanted)
 
 
 if __name__ == "__main__":
