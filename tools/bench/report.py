@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tools.bench import calibration, encode, formats, methods, outofcore, plan
+from tools.bench import calibration, encode, formats, methods, outofcore, peaks, plan
 from tools.bench.merge import COPY, RAW, RIVALS, STREAMCONV, ratio, table, to_bound
 from tools.bench.results import RESULTS, ROOT, load
 
@@ -201,6 +201,10 @@ def methods_block(results: Results) -> str:
     return "\n".join([*methods.HEADER, *map(methods.row, results["rows"]), "", _machine(results)])
 
 
+def peaks_block(results: Results) -> str:
+    return "\n".join([*peaks.HEADER, *peaks.lines(results["rows"]), "", _machine(results)])
+
+
 def _machine(results: Results) -> str:
     """The machine of a result, in one line."""
     machine = results["machine"]
@@ -230,6 +234,7 @@ BLOCKS: Mapping[str, tuple[Sequence[str], Callable[..., str]]] = {
     "outofcore": (("bench-outofcore.json",), outofcore_block),
     "plan": (("bench-plan.json",), plan_block),
     "methods": (("bench-methods.json",), methods_block),
+    "peaks": (("bench-peaks.json",), peaks_block),
     "calibration": (("bench-calibration.json",), calibration_block),
 }
 
