@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file
 
 import streamconv
-from streamconv.dtypes import BF16
+from streamconv.dtypes import BF16, F32
 from streamconv.errors import CheckpointError, UnsupportedError
 from streamconv.formats import FORMATS, find_weights
-from streamconv.formats.base import Json, Surveyed
+from streamconv.formats.base import Json
+from streamconv.formats.int_quantized import Int8TensorEncoder
 from tests.checkpoint.files import index_of
 from tests.formats.stored import (
     W,
@@ -87,7 +89,7 @@ def test_what_an_adapter_changes_keeps_scales_of_weights_and_activations(name: s
 def test_one_scale_is_that_of_the_greatest_magnitude(size: float, tmp_path: Path) -> None:
     """Codes to the nearest, as the library has it; and with targets beyond the base's scale, it is a new one."""
     weight = next(each for each in find_weights(index_of(GOLDEN / "w8a8_tensor")) if each.name == W)
-    assert isinstance(weight.keep, Surveyed)
+    assert isinstance(weight.keep, Int8TensorEncoder)
     assert not weight.keep.is_known
     target = normal((weight.shape[0], weight.shape[1]), size=size)
     encoder = weight.keep.knowing(float(target.abs().max()))
@@ -98,6 +100,9 @@ def test_one_scale_is_that_of_the_greatest_magnitude(size: float, tmp_path: Path
     assert torch.equal(tensors[f"{MODULE}weight_scale"], expected)
     codes = (target / expected.float()).round().clamp(-128, 127)
     assert ((tensors[W].float() - codes).abs() > 0).float().mean() < 0.01
+    # bfloat16 is too coarse to tell 127 from 127.5 by one of them.
+    stored_scale = replace(weight.keep, dtype=F32).knowing(3.0).effective_scales(torch.ones(1)) / 128
+    assert torch.equal(stored_scale, torch.full((1,), 3.0 / 127.5))
     scales = weight.decoder.scales(side_parts(weight))
     assert scales is not None
     assert encoder.outgrows(scales) == (size == 1.0)
