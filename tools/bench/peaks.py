@@ -1,7 +1,7 @@
 """Peak memory beside the plan's on one large weight, format by format: written, read and kept.
 
 The weight is [8192, 28672], the widest of llama-70b, and its adapter a LoRA of rank 16. In each format it is written
-from bf16; what was written is then the base of a merge to 16 bit, and of one that keeps the format where that can be.
+from bf16; what was written is then the base of a merge to 16 bit, and of one that keeps the format.
 GGUF files have the other weights of the layer, too: their readers want them. Every merge is a process of its own;
 memory is anonymous, above an interpreter with torch loaded.
 """
@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import save_file
 
 from streamconv.checkpoint.container import SAFETENSORS
-from streamconv.cli.format_rows import format_rows
 from streamconv.formats import FORMATS, container_of
 from tests.gguf.bases import fast_tokenizer
 from tools.bench import methods
@@ -31,10 +30,13 @@ from tools.measure import Cost, measure, torch_anon_bytes
 WRITTEN, READ, KEPT = "written", "to 16 bit", "kept"
 IN_GGUF = ("gguf:f16", "gguf:bf16", "gguf:q8_0", "gguf:q4_0", "gguf:q4_k")
 """Of GGUF: numbers, blocks, and blocks in a block. Others need what one of these does."""
+ON_TEXT = ("nvfp4",)
+"""Formats that are written where there is a text, and hold the weights of another: this one those of nvfp4a16."""
 MEASURED = tuple(
-    name for name, each in FORMATS.items() if container_of(each) == SAFETENSORS or name in IN_GGUF
+    name
+    for name, each in FORMATS.items()
+    if name in IN_GGUF or (container_of(each) == SAFETENSORS and name not in ON_TEXT)
 )
-KEEPING = {row.name for row in format_rows({}) if row.keeps and row.name not in IN_GGUF}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +85,7 @@ def peaks(name: str, folder: Path, torch_bytes: int) -> Iterator[Peak]:
     base = "base" if container_of(FORMATS[name]) == SAFETENSORS else "gguf-base"
     yield peak(WRITTEN, merge(folder / base, adapter, stored, name))
     yield peak(READ, merge(stored, adapter, out, "none"))
-    if name in KEEPING:
-        yield peak(KEPT, merge(stored, adapter, out, "keep"))
+    yield peak(KEPT, merge(stored, adapter, out, "keep"))
     for used in (stored, out):
         shutil.rmtree(used)
 
