@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,6 +175,12 @@ def test_the_readme_makes_files_for_other_programs(
     result = CliRunner().invoke(main, arguments)
     assert (program, result.exit_code) == ("streamconv", 0), result.output
     assert made <= {path.name for path in Path(arguments[-1]).iterdir()}
+    for kept in (line for line in commands() if quant.startswith("gguf:") and ".gguf --adapter" in line):
+        arguments = shlex.split(kept)[1:]
+        shutil.copy(tmp_path / "merged-gguf" / "model-Q4_K_M.gguf", arguments[arguments.index("--base") + 1])
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+        assert made <= {path.name for path in Path(arguments[-1]).iterdir()}
 
 
 @pytest.mark.parametrize("name", ["guide-several-adapters", "guide-extract", "behaves-like-the-base"])
