@@ -92,7 +92,7 @@ def test_a_text_sees_them_alike(tmp_path: Path) -> None:
     with pytest.raises(streamconv.OptionError, match=r"--residual-rank 2 cannot repair \S+experts\.0\.w"):
         streamconv.convert(fused, tmp_path / "c", **options, residual_rank=2)
     # Stacked in the output, each expert's codes are chosen and looked at for themselves.
-    options |= {"quant": "mlx4", "rescale": "none", "calibration_tokens": 64}
+    options |= {"quant": "mlx4", "rescale": "none", "calibration_tokens": 192}
     streamconv.convert(fused, tmp_path / "d", **options)
     found = streamconv.verify(tmp_path / "d", full=True, base=fused)
     assert found.calibrated == 4 + 3 * 3

@@ -30,10 +30,12 @@ IN_GGUF: Mapping[str, Sizes] = {
 _MLP = "model.layers.0.mlp"
 _MATRIX = f"{_MLP}.up_proj"
 _EXPERTS = f"{_MLP}.experts.gate_up_proj"
+ON_TEXT = ("nvfp4",)
+"""Formats that are written where there is a text; files of them are made by hand."""
 QUANTIZED = tuple(
     name
     for name, each in FORMATS.items()
-    if name not in ("float32", "float16", "bfloat16") and container_of(each) == SAFETENSORS
+    if name not in ("float32", "float16", "bfloat16", *ON_TEXT) and container_of(each) == SAFETENSORS
 )
 
 Parts = dict[str, Tensor]

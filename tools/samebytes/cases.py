@@ -16,7 +16,19 @@ Way = Literal["call", "command line", "killed", "without numba"]
 # As in the registries of the project; written out, because they have to fit the tree of REV, too.
 DENSE = ("float32", "float16", "bfloat16")
 PACKED = (
-    *("w4a16", "w8a16", "w8a8", "gptq", "gptq-v2", "gptq-asym", "awq", "awq-asym", "fp8", "fp8-block"),
+    *(
+        "w4a16",
+        "w4a16-asym",
+        "w8a16",
+        "w8a8",
+        "gptq",
+        "gptq-v2",
+        "gptq-asym",
+        "awq",
+        "awq-asym",
+        "fp8",
+        "fp8-block",
+    ),
     *("mlx4", "mlx8", "nvfp4a16", "mxfp4a16", "mxfp4"),
 )
 # Those that are written with a text alone.
@@ -26,6 +38,7 @@ QUANTIZED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", *PACKED)
 GGUF = (
     *("gguf:f16", "gguf:bf16", "gguf:q8_0", "gguf:q4_0", "gguf:q4_1", "gguf:q5_0", "gguf:q5_1"),
     *("gguf:q4_k", "gguf:q5_k", "gguf:q6_k", "gguf:q4_k_s", "gguf:q4_k_m", "gguf:q5_k_s", "gguf:q5_k_m"),
+    "gguf:mxfp4",
 )
 ROUNDINGS = ("nearest", "stochastic", "search", "adaptive")
 MERGE_BASES = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
