@@ -17,12 +17,13 @@ NOTHING = "-"
 REFERENCES = {WRITTEN: "kl_T", KEPT: "kl_own"}
 
 
-def contender(name: str) -> str:
+def contender(name: str, part: str) -> str:
     """The way that stands beside the owner's nearest rounding.
 
-    llama.cpp's quantizer searches for scales: beside it stands our search.
+    llama.cpp's quantizer searches for scales: beside what it writes of a 16-bit base stands our search.
     """
-    return SEARCH if name.startswith(PREFIX) and FORMATS[name].grid is not None else NEAREST
+    searches = part == WRITTEN and name.startswith(PREFIX) and FORMATS[name].grid is not None
+    return SEARCH if searches else NEAREST
 
 
 def found(cells: Cells, part: str, name: str, way: str) -> Any:
@@ -60,7 +61,7 @@ def comparisons(cells: Cells, part: str) -> Iterator[tuple[str, Comparison]]:
     """Ours beside the owner's by format, both to the same T."""
     key = REFERENCES[part]
     for name in FORMATS:
-        ours, theirs = found(cells, part, name, contender(name)), found(cells, part, name, OWNER)
+        ours, theirs = found(cells, part, name, contender(name, part)), found(cells, part, name, OWNER)
         if ours and theirs:
             yield (
                 name,
@@ -79,7 +80,7 @@ def gains(cells: Cells, part: str) -> Iterator[tuple[str, Estimate]]:
     """By format, KL of feedback with text over that of the nearest of ours without."""
     key = REFERENCES[part]
     for name in FORMATS:
-        ours, text = found(cells, part, name, contender(name)), found(cells, part, name, FEEDBACK)
+        ours, text = found(cells, part, name, contender(name, part)), found(cells, part, name, FEEDBACK)
         if ours and text:
             yield name, ratio(text[key], ours[key])
 
@@ -139,7 +140,7 @@ def _written(cells: Cells) -> str:
     shares = dict(comparisons(cells, WRITTEN))
     rows = []
     for name in FORMATS:
-        nearest, theirs = (found(cells, WRITTEN, name, way) for way in (contender(name), OWNER))
+        nearest, theirs = (found(cells, WRITTEN, name, way) for way in (contender(name, WRITTEN), OWNER))
         auto, text = (found(cells, WRITTEN, name, way) for way in (AUTO, FEEDBACK))
         if nearest is None:
             continue
@@ -174,7 +175,9 @@ def _kept(cells: Cells) -> str:
     rows = []
     for name in FORMATS:
         dense, theirs = (found(cells, KEPT, name, way) for way in (SIXTEEN_BIT, OWNER))
-        nearest, auto, text = (found(cells, KEPT, name, way) for way in (contender(name), AUTO, FEEDBACK))
+        nearest, auto, text = (
+            found(cells, KEPT, name, way) for way in (contender(name, KEPT), AUTO, FEEDBACK)
+        )
         if dense is None:
             continue
         ways = (nearest, theirs, auto, text)

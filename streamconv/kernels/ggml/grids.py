@@ -13,11 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from streamconv.kernels.base import block_dots
 from streamconv.kernels.ggml import block_kernels_for
 from streamconv.kernels.ggml.packing import codes_of
 from streamconv.kernels.ggml.scales import LARGEST_HALF
 from streamconv.kernels.ggml.types import BlockType
 from streamconv.kernels.grids import TableGrid, integers
+
+# Types in whose blocks errors of great values count more: cut short, these cost a model more than their squared errors
+# say. llama.cpp's quantizer weighs errors of these two so, too.
+_WEIGHED = ("q4_k", "q5_k")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,8 @@ class BlockTypeRule:
     def fit(self, values: Tensor, weights: Tensor | None) -> Tensor:
         """See ScaleRule."""
         whole = values.reshape(-1, self.kind.super_block)
+        if weights is None and self.kind.name in _WEIGHED:
+            weights = _by_magnitude(values, self.kind.block)
         parts = None if weights is None else weights.reshape(-1, self.kind.super_block)
         return self._known(whole, block_kernels_for(values.device).fit(self.kind, whole, parts))
 
@@ -43,6 +50,14 @@ class BlockTypeRule:
         is_known = (low >= -LARGEST_HALF) & (high <= LARGEST_HALF)
         by_super_block = in_grid_units(self.kind, scales).view(len(values), -1)
         return torch.where(is_known[:, None], by_super_block, torch.nan).view(scales.shape)
+
+
+def _by_magnitude(values: Tensor, block: int) -> Tensor:
+    """A weight for the square of each error: the value's magnitude and its block's root mean square."""
+    size = block_dots(values, values, block).div_(block).sqrt_()
+    found = values.abs().view(-1, block).add_(size[:, None])
+    # Errors in a block of zeros count as any.
+    return found.masked_fill_(size[:, None] == 0, 1.0).view(values.shape)
 
 
 def half(kind: BlockType) -> int:
