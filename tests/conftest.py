@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from bitsandbytes.backends.cpu.ops import _has_avx512
@@ -19,9 +19,6 @@ from bitsandbytes.backends.utils import _get_4bit_code
 from bitsandbytes.nn import modules
 from hypothesis import settings
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from _typeshed import HasFileno
 
 # How long an example takes says more of the machine than of the code, and most of the first one is compiling.
 settings.register_profile("untimed", deadline=None)
@@ -54,7 +51,7 @@ def pytest_configure() -> None:
             _KERNELS.impl("dequantize_4bit", _decoded, "CPU", allow_override=True)
 
 
-def _not_synced(file: int | HasFileno) -> None:
+def _not_synced(file: Any) -> None:
     """Fail where the descriptor is not open, as the real one does."""
     os.fstat(file if isinstance(file, int) else file.fileno())
 

@@ -147,6 +147,16 @@ FOREIGN: Mapping[str, Foreign] = {
             "model.layers.0.mlp.experts.gate_up_proj_bias": ("BF16", (2, 32)),
         },
     ),
+    "fp8, fused experts": Foreign(
+        lambda rows, columns: {},
+        method("fp8", **FP8, modules_to_not_convert=["self_attn"]),
+        {
+            "model.layers.0.mlp.experts.gate_up_proj": ("F8_E4M3", (2, 64, 256)),
+            "model.layers.0.mlp.experts.gate_up_proj_scale_inv": ("BF16", (2, 1, 2)),
+            "model.layers.0.mlp.experts.down_proj": ("F8_E4M3", (2, 128, 64)),
+            "model.layers.0.mlp.experts.down_proj_scale_inv": ("BF16", (2, 1, 1)),
+        },
+    ),
     "nvfp4": Foreign(
         lambda rows, columns: {
             "weight_packed": ("U8", (rows, columns // 2)),

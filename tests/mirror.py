@@ -166,6 +166,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "pipeline/passes/__init__.py": ["pipeline/test_passes.py"],
     "pipeline/passes/base.py": ["pipeline/test_passes.py"],
     "pipeline/passes/calibrate.py": ["pipeline/test_calibrated.py"],
+    "pipeline/passes/enlarge.py": ["pipeline/test_enlarged.py"],
     "pipeline/passes/equalize.py": ["pipeline/test_rescaled.py"],
     "pipeline/passes/measure.py": ["pipeline/test_measured.py"],
     "pipeline/passes/survey.py": ["pipeline/test_surveyed.py"],

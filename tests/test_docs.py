@@ -7,7 +7,6 @@ import inspect
 import json
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from streamconv.rounding import ROUNDINGS
 from tests.forward.texts import save_tokenizer, write_text
 from tests.gguf.bases import fast_tokenizer
 from tests.tiny import llama_config, save_adapter, save_base
-from tools import architecture_page, format_page, reliability_page
+from tools import architecture_page, format_page, make_docs, reliability_page
 from tools.make_docs import END, METHODS, TABLE, TARGET, methods_page, page
 
 ROOT = Path(__file__).parents[1]
@@ -293,24 +292,23 @@ def test_what_was_tried_to_break_runs_is_enough_and_right() -> None:
     assert flips["ends"].keys() == {"found", "told"}
 
 
-def test_the_check_notices_an_old_page(tmp_path: Path) -> None:
-    script = (
-        "import sys, pathlib, tools.make_docs as docs\n"
-        "docs.TARGET = pathlib.Path(sys.argv[1]); docs.architecture_page.TARGET = docs.TARGET.parent / 'others.md'\n"
-        "docs.reliability_page.TARGET = docs.TARGET.parent / 'tables.md'\n"
-        "sys.exit(docs.main())"
-    )
+def test_the_check_notices_an_old_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     old = tmp_path / "docs" / "cli.md"
     old.parent.mkdir()
     old.write_text(page() + "\n")
+    monkeypatch.setattr(make_docs, "TARGET", old)
+    for module, name in ((architecture_page, "others.md"), (reliability_page, "tables.md")):
+        monkeypatch.setattr(module, "TARGET", old.with_name(name))
     old.with_name("others.md").write_text(architecture_page.page())
     old.with_name("tables.md").write_text("")
-    line = [sys.executable, "-c", script, str(old)]
-    found = subprocess.run([*line, "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (found.returncode, found.stderr) == (1, "docs/cli.md is not up to date; run tools/fix\n")
-    subprocess.run(line, cwd=ROOT, check=True)
+    ends = []
+    for arguments in (["--check"], [], ["--check"]):
+        monkeypatch.setattr(sys, "argv", ["make_docs", *arguments])
+        ends.append((make_docs.main(), capsys.readouterr().err))
+    assert ends == [(1, "docs/cli.md is not up to date; run tools/fix\n"), (0, ""), (0, "")]
     assert old.read_text() == page()
-    subprocess.run([*line, "--check"], cwd=ROOT, check=True)
 
 
 def test_a_row_that_was_changed_by_hand_is_made_anew() -> None:

@@ -249,6 +249,13 @@ class Surveyed(Encoder, Protocol):
         Partners that no update touches are copied with that scale.
         """
 
+    def raised(self, greatest: float) -> Self:
+        """The same with a scale of the base raised where targets of that greatest magnitude go far beyond it; else
+        itself.
+
+        Partners that no update touches must be able to have it as well, and keep their values.
+        """
+
     def outgrows(self, scales: Tensor) -> bool:
         """Whether targets go so far beyond effective `scales` of the base that these are not to be kept."""
 
@@ -268,7 +275,7 @@ class Overwriting(Encoder, Protocol):
 
 
 @runtime_checkable
-class Measured(Encoder, Protocol):
+class InputMeasured(Encoder, Protocol):
     """An Encoder that may store a scale of what the weight is multiplied by, which a text tells.
 
     What needs the scale raises AssertionError until it is known.
@@ -450,7 +457,7 @@ class EmbeddingStore(Format, Protocol):
 
 @runtime_checkable
 class InputScaled(Format, Protocol):
-    """A Format that may have its loaders round inputs by a scale that is stored: its encoders are Measured."""
+    """A Format that may have its loaders round inputs by a scale that is stored: its encoders are InputMeasured."""
 
     @property
     def measures_inputs(self) -> bool: ...

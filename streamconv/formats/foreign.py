@@ -73,6 +73,12 @@ def strange_tensors(index: CheckpointIndex, readers: Collection[Reader]) -> Mapp
             kind = f"{tensor.dtype} (fp8)"
         if kind is not None and not any(_is_owned(name, roles, index) for roles in owned):
             found[name] = kind, str(refusal(f"{where}: {name} shows that the checkpoint is", kind))
+            if len(tensor.shape) == 3 and _is_fp8(tensor.dtype):
+                said = f"{where}: {name} is {tensor.dtype} {list(tensor.shape)}, experts fused in one tensor"
+                found[name] = (
+                    kind,
+                    f"{said}, of which FP8 is not read yet; give the 16-bit base model instead",
+                )
     return MappingProxyType(found)
 
 

@@ -259,13 +259,17 @@ class Fp4Encoder:
     def knowing(self, greatest: float) -> Self:
         return dataclasses.replace(self, block_scales=self.block_scales.knowing(greatest))
 
+    def raised(self, greatest: float) -> Self:
+        """See Surveyed."""
+        return dataclasses.replace(self, block_scales=self.block_scales.raised(greatest))
+
     def outgrows(self, scales: Tensor) -> bool:
         """See Surveyed. What a block has beyond its own scale is the block's to settle."""
         del scales
         return False
 
     def following(self, decoder: Decoder) -> Self:
-        """See Surveyed. A block that the update has made too large for the scale has its greatest magnitude cut."""
+        """See Surveyed. Where updates make blocks too large for the scale, `raised` is."""
         if not isinstance(decoder, Fp4Decoder) or decoder.grid != self.grid:
             return self
         return dataclasses.replace(self, block_scales=self.block_scales.following(decoder.block_scales))
@@ -275,13 +279,13 @@ class Fp4Encoder:
         return self.inputs is None or self.inputs.is_known
 
     def measuring(self, greatest: float) -> Self:
-        """See Measured."""
+        """See InputMeasured."""
         return (
             self if self.inputs is None else dataclasses.replace(self, inputs=self.inputs.knowing(greatest))
         )
 
     def inheriting(self, decoder: Decoder) -> Self:
-        """See Measured. What lies beside the weight is read here."""
+        """See InputMeasured. What lies beside the weight is read here."""
         if self.inputs is None or not isinstance(decoder, Fp4Decoder) or decoder.inputs is None:
             return self
         with TensorReader() as reader:

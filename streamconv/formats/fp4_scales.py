@@ -10,6 +10,7 @@ Effective scales are of the grid E2M1, which is in units of 8: a power of two ti
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
@@ -29,6 +30,8 @@ DIVISOR, FACTOR = "weight_global_scale", "weight_scale_2"
 # E4M3: its greatest number, its least, and that which a block of zeros has for a scale.
 _GREATEST, _LEAST, _OF_ZEROS = 448.0, 0x01, 0x20
 _REACH = np.float32(_GREATEST * 6)
+# Numbers up to half a step beyond the greatest of E4M3 would be rounded to it.
+_ROUNDED_TO_GREATEST = (_GREATEST + 16) / _GREATEST
 _BIAS, _NOT_A_NUMBER = 127, 255
 
 
@@ -55,6 +58,9 @@ class BlockScales(Protocol):
 
     def following(self, other: BlockScales) -> Self:
         """The same with the scale over the whole weight that `other`, of this kind, has."""
+
+    def raised(self, greatest: float) -> Self:
+        """The same with a scale over the whole weight that a magnitude `greatest` is not far beyond."""
 
     def stored(self, scales: Tensor) -> Tensor:
         """Scales (float32, effective ones or others) as they are stored, of `dtype`; NaN for what is not finite."""
@@ -103,6 +109,25 @@ class Nvfp4Scales:
         if other.multiplies == self.multiplies or other.value is None:
             return replace(self, value=other.value)
         return replace(self, value=float(np.float32(1) / np.float32(other.value)))
+
+    def raised(self, greatest: float) -> Self:
+        """See BlockScales. By a power of two, which leaves the values of partners that share the scale what they are.
+
+        Stored scales of their blocks are divided by it without being rounded, but for subnormal ones. (Made anew for
+        the greatest magnitude, the scale would move them all by up to 2⁻⁴.) Measured on the FAQ model and its heavy
+        adapter, merged 1, 2, 4, 8 and 16 times, its greatest magnitude is 1.1, 1.4, 2.1, 3.6 and 6.5 times that of the
+        base: cutting blocks at the base's scale has 1.00, 1.001, 1.04, 2.5 and 14 times the squared error of this, and
+        a scale made anew between 0.999 and 1.003 of it. So nothing is raised before a block's scale would be rounded
+        to more than the greatest of E4M3.
+        """
+        if self.value is None:
+            return self
+        reach = float(_REACH) * self.value if self.multiplies else float(_REACH) / self.value
+        if greatest <= reach * _ROUNDED_TO_GREATEST:
+            return self
+        factor = 2.0 ** math.ceil(math.log2(greatest / reach))
+        value = self.value * factor if self.multiplies else self.value / factor
+        return replace(self, value=value)
 
     def stored(self, scales: Tensor) -> Tensor:
         """See BlockScales. A block that is not all 0 keeps a scale above 0."""
@@ -154,6 +179,10 @@ class Mxfp4Scales:
 
     def following(self, other: BlockScales) -> Self:
         del other
+        return self
+
+    def raised(self, greatest: float) -> Self:
+        del greatest
         return self
 
     def stored(self, scales: Tensor) -> Tensor:

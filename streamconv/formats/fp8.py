@@ -167,11 +167,11 @@ def _form(
         )
         usual = dtype
     remarks += [f"scales in {scales.dtype}"] if scales.dtype != usual else []
-    remarks += ["static activations"] if _is_static(quantization) else []
+    remarks += ["static activations"] if is_static(quantization) else []
     return ", ".join(["fp8-block" if is_block else "fp8", *remarks])
 
 
-def _is_static(quantization: Mapping[str, Any]) -> bool:
+def is_static(quantization: Mapping[str, Any]) -> bool:
     """Whether the config tells of scales of activations or of a KV cache, which are in the file."""
     inputs = [group.get("input_activations") for group in groups_of(quantization)]
     return (

@@ -258,6 +258,11 @@ class Fp8TensorEncoder(Fp8Encoder):
         """See Encoder: the same for all, whatever they are."""
         return self.blocks.tied(read_scales(self._stored(scales)).reshape(1, 1), scales)
 
+    def raised(self, greatest: float) -> Self:
+        """See Surveyed. No partner shares it: it is made anew, see `outgrows`."""
+        del greatest
+        return self
+
     def outgrows(self, scales: Tensor) -> bool:
         """See Surveyed: farther than any value is from the next one of its binade.
 

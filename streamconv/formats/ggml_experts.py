@@ -84,18 +84,17 @@ class ExpertGroupsDecoder:
 
     @property
     def grid(self) -> DecodedGrid | None:
-        """Grid of blocks as wide as a row, of 32 rows; None for floats."""
+        """Grid of one block, as scales are all of a part; None for floats."""
         blocks = [kind.name for kind in self.kinds if kind.super_block > 1]
-        return DecodedGrid(blocks[0], _GROUP * self.outputs * len(self.kinds)) if blocks else None
+        count = self.experts * self.inputs * self.outputs * len(self.kinds)
+        return DecodedGrid(blocks[0], count) if blocks else None
 
     def row_offset(self, row: int) -> int:
         return row // _GROUP * self.outputs * self.kinds[0].row_bytes(_GROUP)
 
     def scales(self, side: Mapping[str, Tensor]) -> Tensor | None:
-        """Bytes of the second one in row form, [groups of all experts, bytes]: not scales, but cut as such are."""
-        if UP not in side:
-            return None
-        return side[UP].permute(0, 2, 1, 3).reshape(self.experts * self.inputs // _GROUP, -1)
+        """Bytes of the second one, [1, experts, outputs, groups, bytes]: not scales, but held like them."""
+        return side[UP].unsqueeze(0) if UP in side else None
 
     def codes(self, raw: Tensor, rows: range) -> Tensor:
         raise AssertionError(f"codes of {rows} ({len(raw)} bytes) mean something in their blocks")
@@ -104,8 +103,9 @@ class ExpertGroupsDecoder:
         """See Decoder."""
         count, stored = len(rows) // _GROUP, [raw]
         if scales is not None:
-            first = rows.start // _GROUP if self.grid is None else 0
-            stored.append(scales[first : first + count])
+            numbers = torch.arange(rows.start // _GROUP, rows.stop // _GROUP, device=out.device)
+            groups = self.inputs // _GROUP
+            stored.append(scales[0, numbers // groups, :, numbers % groups])
         columns = out.view(count, _GROUP, self.outputs, len(self.kinds))
         for place, (kind, own) in enumerate(zip(self.kinds, stored, strict=True)):
             values = torch.empty(count, self.outputs, _GROUP, device=out.device)

@@ -7,6 +7,10 @@ config: transformers' GPTQConfig, optimum `gptq/quantizer.py` (convert_model). B
     P.qzeros   the zero point less 1 (v1, checkpoint_format "gptq"), or as it is (v2, "gptq_v2")
     P.g_idx    int32 [in], the group of each input: input // group, but in activation order
 
+Of single modules a config may say otherwise than of all (`dynamic`, GPTQModel `quantization/config.py`, dynamic_get):
+bits, sym, group_size and desc_act by expressions with `+:` before them, or nothing; those with `-:` name modules in 16
+bit. The first that a module's path begins with counts.
+
 Both are written, of 4 bits and not in activation order; v1 is what every loader reads. Others keep their layout. Which
 version a symmetric weight is, its zero points tell: there are files of v2 that say v1.
 """
@@ -22,10 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamconv.checkpoint.expressions import Expression
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
+from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import F16, I32, Dtype
-from streamconv.errors import UnsupportedError
+from streamconv.errors import CheckpointError, UnsupportedError
 from streamconv.formats.base import (
     GROUP_SIZES,
     USUAL_GROUP_SIZE,
@@ -34,6 +40,7 @@ from streamconv.formats.base import (
     Marks,
     Mixable,
     Weight,
+    group_of,
     grouped_name,
     parts_of,
     wrong,
@@ -65,6 +72,7 @@ from streamconv.formats.int_words import (
 )
 from streamconv.formats.linear import HEAD_NAMES, module_of
 from streamconv.formats.targets import expressions, fused_too
+from streamconv.formats.undecoded import find_each
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import TableGrid
 
@@ -145,6 +153,37 @@ class _Labels:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class ModuleSettings:
+    """Settings of a config: the `usual` ones, and by expression those of single modules."""
+
+    usual: Mapping[str, Any]
+    rules: tuple[tuple[Expression, Mapping[str, Any]], ...]
+
+    def of(self, module: str, key: str, otherwise: object) -> object:
+        """The setting of a quantized module; `otherwise` where the config has none."""
+        own = next((settings for expression, settings in self.rules if expression.fits(module)), {})
+        return own.get(key, self.usual.get(key, otherwise))
+
+
+def module_settings(quantization: Mapping[str, Any]) -> ModuleSettings:
+    """Settings by module of a config. Raises CheckpointError for an expression that cannot be used."""
+    dynamic = quantization.get("dynamic")
+    rules = [
+        (_expression(pattern), settings if isinstance(settings, Mapping) else {})
+        for pattern, settings in (dynamic.items() if isinstance(dynamic, Mapping) else ())
+    ]
+    return ModuleSettings(quantization, tuple(rules))
+
+
+def _expression(pattern: str) -> Expression:
+    plain = pattern[2:] if pattern.startswith(("+:", "-:")) else pattern
+    return Expression(
+        plain,
+        lambda why: CheckpointError(f"config.json: dynamic in quantization_config: {shown(plain)} {why}"),
+    )
+
+
 def words_of(bits: int, is_v2: bool) -> Words:
     """Layout of words, of which v1 stores zero points less one."""
     return Words(bits, tuple(range(32 // bits)), subtracted=0 if is_v2 else 1)
@@ -162,7 +201,7 @@ def _find_weight(
     free: Mapping[str, StoredTensor],
     reader: TensorReader,
 ) -> Weight:
-    """The weight `name`; CheckpointError unless its parts are whole and agree."""
+    """The weight `name`, with an encoder of its own layout; CheckpointError unless its parts are whole and agree."""
     names = {role: part_name(name, role) for role in (MAIN, ZEROS, SCALES, GROUPS)}
     if names[GROUPS] not in free:
         del names[GROUPS]
@@ -194,7 +233,24 @@ def _find_weight(
     specs = tuple(TensorSpec(part.name, part.dtype, part.shape) for part in parts.values())
     tail = (groups or bytes(tensor_bytes(plain_groups(columns, group))),) if GROUPS in parts else ()
     keep = IntWordsEncoder(stored_as, name, (rows, columns), dtype, grid, order, words, specs, tail, product)
-    return Weight(name, (rows, columns), dtype, stored_as, decoder, parts, None if is_written else keep)
+    return Weight(name, (rows, columns), dtype, stored_as, decoder, parts, keep)
+
+
+def _with_usual(weights: Sequence[Weight]) -> Sequence[Weight]:
+    """Weights, those without their own encoders that the formats written here store the same.
+
+    None where they are of several of these, which only the base's own config can tell loaders.
+    """
+    names = {name for weight in weights if (name := _written_name(weight)) is not None}
+    if len(names) > 1:
+        return weights
+    return [weight if _written_name(weight) is None else replace(weight, keep=None) for weight in weights]
+
+
+def _written_name(weight: Weight) -> str | None:
+    """The name of the format written here that stores a weight the same, whatever its groups; None where none does."""
+    name = group_of(weight.format.removesuffix(f", {NO_GROUPS}"))[0]
+    return name if name in _NAMES else None
 
 
 def _bits(main: StoredTensor, zeros: StoredTensor) -> int:
@@ -265,12 +321,21 @@ class GptqFormat:
         if not mains:
             return ()
         checkpoint_format = quantization.get("checkpoint_format") or quantization.get("format")
-        labels = _Labels(checkpoint_format == _CHECKPOINT_FORMATS[True], bool(quantization.get("sym", True)))
+        is_v2, settings = checkpoint_format == _CHECKPOINT_FORMATS[True], module_settings(quantization)
         dtype = largest_dtype(free, but=f".{SCALES}")
+
+        def find(module: str) -> Weight:
+            bits = settings.of(module, "bits", 4)
+            if bits not in (4, 8):
+                raise UnsupportedError(
+                    f"{module}: config.json says that it is GPTQ of {shown(bits)} bits, which is not supported yet; "
+                    "give the 16-bit base model instead"
+                )
+            labels = _Labels(is_v2, bool(settings.of(module, "sym", otherwise=True)))
+            return _find_weight(f"{module}.weight", labels, dtype, free, reader)
+
         with TensorReader() as reader:
-            return [
-                _find_weight(module_of(main.name) + ".weight", labels, dtype, free, reader) for main in mains
-            ]
+            return _with_usual(find_each([module_of(main.name) for main in mains], find, free, "gptq"))
 
     def fits(self, name: str, shape: Shape) -> bool:
         """See Format. Loaders look for it in a language model's layers only."""

@@ -7,16 +7,17 @@ weight [out, in]:
     P.weight_scale  [out, 1], in the weight's own dtype; some files have one of all, [1]
 
 An element is the integer times its scale, rounded once, to the scale's dtype. Of activations the config alone tells
-(a scale a token, found while it runs); where a file has such scales, they are kept beside.
+(a scale a token, found while it runs); where a file has such scales and zero points, they are kept beside, and the
+config is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -29,9 +30,11 @@ from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats.base import (
     CELL_ROWS,
     Constant,
+    Decoder,
     Json,
     Marks,
     Order,
+    ScaleScope,
     Weight,
     config_says,
     refusal,
@@ -46,7 +49,8 @@ from streamconv.formats.compressed import (
     part_of,
     weights_of,
 )
-from streamconv.formats.fp8 import ACTIVATIONS
+from streamconv.formats.fp8 import ACTIVATIONS, is_static
+from streamconv.formats.undecoded import find_each
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import ROW, TableGrid, integers
 
@@ -55,9 +59,13 @@ MAIN = "weight"
 SCALES = "weight_scale"
 _STORAGES = frozenset({STORAGE, "naive-quantized"})
 _ZEROS = "weight_zero_point"
+# Last components of tensors about activations.
+_BESIDE = (*ACTIVATIONS, "input_zero_point", "output_zero_point")
 # Code 0 is -128: two's complement but for its highest bit.
 _SIGN = 0x80
 _HALF = 128.0
+# Integer that the greatest magnitude of a block is given.
+_REACH = 127.5
 INT8_ROWS = integers("int8 in rows", bits=8, block=ROW)
 """As compressed-tensors has it: from -128 on, a scale of the greatest magnitude over 127.5."""
 
@@ -101,8 +109,8 @@ class Int8RowsDecoder:
         return out
 
 
-def _find_weight(name: str, free: Mapping[str, StoredTensor]) -> Weight:
-    """The weight `name`; CheckpointError unless its parts agree."""
+def _find_weight(name: str, free: Mapping[str, StoredTensor], activations: str | None) -> Weight:
+    """The weight `name`; CheckpointError unless its parts agree. `activations`: how these differ from usual ones."""
     module, main = name.removesuffix(MAIN), free[name]
     if module + _ZEROS in free:
         raise UnsupportedError(
@@ -114,11 +122,30 @@ def _find_weight(name: str, free: Mapping[str, StoredTensor]) -> Weight:
     scales = free[module + SCALES]
     if scales.dtype.name not in DENSE or scales.shape not in ((rows, 1), (rows,), (1,), ()):
         raise wrong(scales, f"a float type and [{rows}, 1] or [1]")
-    others = {role: free[module + role] for role in ACTIVATIONS if module + role in free}
+    others = {role: free[module + role] for role in _BESIDE if module + role in free}
     decoder = Int8RowsDecoder(name, scales.dtype, rows, INT8_ROWS.of_width(columns))
-    is_own = scales.shape == (rows, 1)
-    stored_as = "w8a8" if is_own else "w8a8, a scale a tensor"
-    return Weight(name, main.shape, scales.dtype, stored_as, decoder, {MAIN: main, SCALES: scales, **others})
+    is_one = scales.shape in ((1,), ()) and rows > 1
+    remarks = [
+        *(["a scale a tensor"] if is_one else []),
+        *(["scales in one axis"] if not is_one and len(scales.shape) == 1 else []),
+        *([activations] if activations is not None else []),
+    ]
+    stored_as = ", ".join(("w8a8", *remarks))
+    kind = Int8TensorEncoder if is_one else Int8RowsEncoder
+    spec = TensorSpec(scales.name, scales.dtype, scales.shape)
+    own = kind(stored_as, name, (rows, columns), scales.dtype, decoder.grid, spec)
+    keep = own if remarks else None
+    parts = {MAIN: main, SCALES: scales, **others}
+    return Weight(name, main.shape, scales.dtype, stored_as, decoder, parts, keep)
+
+
+def _activations(quantization: Mapping[str, Any]) -> str | None:
+    """Activations in words, where they are quantized otherwise than in what is written here."""
+    inputs = [group.get("input_activations") for group in groups_of(part_of(quantization, _STORAGES))]
+    is_skewed = any(isinstance(each, Mapping) and each.get("symmetric") is False for each in inputs)
+    found = {"static": is_static(quantization), "asymmetric": is_skewed}
+    words = " ".join(word for word, holds in found.items() if holds)
+    return f"{words} activations" if words else None
 
 
 # -- writing -----------------------------------------------------------------------------------------------
@@ -126,13 +153,14 @@ def _find_weight(name: str, free: Mapping[str, StoredTensor]) -> Weight:
 
 @dataclass(frozen=True, slots=True)
 class Int8RowsEncoder:
-    """Encoder of a weight [out, in], with scales of its own `dtype`."""
+    """Encoder of a weight [out, in], with scales of its own `dtype`, which are stored in the tensor `scale`."""
 
     format: str
     name: str
     shape: Shape
     dtype: Dtype
     grid: TableGrid
+    scale: TensorSpec
     nested: bool = False
     rounds_scales: bool = True
     cell_rows: int = CELL_ROWS
@@ -145,11 +173,7 @@ class Int8RowsEncoder:
 
     @property
     def parts(self) -> tuple[TensorSpec, ...]:
-        rows, _ = self.shape
-        return (
-            TensorSpec(self.name, I8, self.shape),
-            TensorSpec(self.name.removesuffix(MAIN) + SCALES, self.dtype, (rows, 1)),
-        )
+        return TensorSpec(self.name, I8, self.shape), self.scale
 
     def row_offset(self, row: int) -> int:
         return row * self.grid.block
@@ -178,6 +202,41 @@ class Int8RowsEncoder:
 
     def _stored(self, scales: Tensor) -> Tensor:
         return scales.div(_HALF).to(self.dtype.torch)
+
+
+@dataclass(frozen=True, slots=True)
+class Int8TensorEncoder(Int8RowsEncoder):
+    """Encoder with one scale for all of a weight, that of its `greatest` magnitude; None until that is known."""
+
+    greatest: float | None = None
+    scope: ScaleScope = ScaleScope.WEIGHT
+
+    @property
+    def is_known(self) -> bool:
+        return self.greatest is not None
+
+    def knowing(self, greatest: float) -> Self:
+        return replace(self, greatest=greatest)
+
+    def following(self, decoder: Decoder) -> Self:
+        """See Surveyed. Where the base's scale will do is known once the targets are: see `outgrows`."""
+        del decoder
+        return self
+
+    def outgrows(self, scales: Tensor) -> bool:
+        """See Surveyed: beyond the greatest integer by more than any other value is from the nearest one."""
+        if self.greatest is None or not scales.numel():
+            return False
+        return self.greatest * _HALF > _REACH * float(scales[0])
+
+    def effective_scales(self, scales: Tensor) -> Tensor:
+        """See Encoder: the same for all, whatever they are."""
+        return self._stored(scales).float().mul(_HALF).expand(scales.shape).contiguous()
+
+    def _stored(self, scales: Tensor) -> Tensor:
+        assert self.greatest is not None, f"{self.name}: its greatest magnitude is not known"
+        found = torch.full((1,), self.greatest / _REACH, device=scales.device).to(self.dtype.torch)
+        return found.masked_fill_(found == 0, 1.0)
 
 
 # -- the config --------------------------------------------------------------------------------------------
@@ -219,7 +278,7 @@ def _check_described(weights: Iterable[Weight], config: Mapping[str, Any], where
 
 _MARKS = Marks(
     side_suffixes=(f".{SCALES}",),
-    owned=(MAIN, SCALES, *ACTIVATIONS),
+    owned=(MAIN, SCALES, *_BESIDE),
     methods=MappingProxyType({METHOD: _check_config}),
     described=_check_described,
 )
@@ -250,12 +309,18 @@ class Int8RowsFormat(InGroups):
 
     def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
         """Weights of 8-bit integers with scales of these names beside them."""
-        del quantization  # tensors tell; whether it agrees is checked afterwards
-        return [
-            _find_weight(name, free)
+        activations = _activations(quantization)
+        mains = [
+            name
             for name, tensor in free.items()
             if tensor.dtype == I8 and name.endswith(f".{MAIN}") and name.removesuffix(MAIN) + SCALES in free
         ]
+        return find_each(
+            [name.removesuffix(f".{MAIN}") for name in mains],
+            lambda module: _find_weight(f"{module}.{MAIN}", free, activations),
+            free,
+            STORAGE,
+        )
 
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> Int8RowsEncoder:
         """See Format."""
@@ -264,7 +329,8 @@ class Int8RowsFormat(InGroups):
                 f"{name} is {dtype} {list(shape)}; {self.name} stores matrices of modules, of {', '.join(DENSE)}: "
                 "exclude it with --ignore"
             )
-        return Int8RowsEncoder(self.name, name, shape, dtype, self.grid.of_width(shape[1]))
+        scale = TensorSpec(name.removesuffix(MAIN) + SCALES, dtype, (shape[0], 1))
+        return Int8RowsEncoder(self.name, name, shape, dtype, self.grid.of_width(shape[1]), scale)
 
     def module_config(self) -> Json:
         """See Mixable."""

@@ -102,7 +102,8 @@ class ZeroPoints:
 
     def start(self, values: Tensor) -> Tensor:
         """See Offsets. A scale of the grid is half as many stored ones as there are codes."""
-        low, high = values.amin(1).clamp_(max=0), values.amax(1).clamp_(min=0)
+        low, high = kernels_for(values.device).ranges(values, values.shape[1])
+        low, high = low.clamp_(max=0), high.clamp_(min=0)
         scale = (high - low) / self.greatest
         # A group of zeros has the scale of one from -1 to 1.
         scale = torch.where(scale == 0, torch.full_like(scale, 2 / self.greatest), scale)
@@ -375,9 +376,13 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _check_config(method: str, config: Mapping[str, Any], where: str) -> None:
-    """Raise UnsupportedError for other widths than 4 and 8 bits, and for layouts that are not read."""
+    """Raise UnsupportedError where no module has 4 or 8 bits, and for layouts that are not read."""
     bits = config.get("bits", config.get("w_bit", 4))
-    if bits not in ((4,) if method == "awq" else (4, 8)):
+    dynamic = config.get("dynamic") if method == "gptq" else None
+    of_modules = dynamic.values() if isinstance(dynamic, Mapping) else ()
+    known = (4,) if method == "awq" else (4, 8)
+    # Those of other bits are copied, where some are read.
+    if all(each not in known for each in (bits, *(rule.get("bits") for rule in of_modules if rule))):
         raise refusal(config_says(where), f"{method} of {bits} bits")
     keys = ("packing_format", "checkpoint_format", "version", "format")
     layout = next((found for key in keys if isinstance(found := config.get(key), str)), None)

@@ -24,7 +24,7 @@ from torch import Tensor
 from streamconv.checkpoint.reader import tensor_bytes
 from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
-from streamconv.dtypes import DENSE, F32, U32, Dtype
+from streamconv.dtypes import DENSE, U32, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats.base import (
     CELL_ROWS,
@@ -47,6 +47,7 @@ from streamconv.formats.bits import packed_bits, unpacked_bits
 from streamconv.formats.linear import module_of
 from streamconv.formats.stacks import FAMILIES, MOST_EXPERTS, ROUNDED_AGAIN, expert_names, stacked_expert
 from streamconv.formats.undecoded import find_each
+from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import TableGrid, integers
 
 METHOD = "mlx"
@@ -79,7 +80,7 @@ class Edges:
 
     def start(self, values: Tensor) -> Tensor:
         """See Offsets. A scale of the grid is `half` stored ones."""
-        least, greatest = values.aminmax(dim=1)
+        least, greatest = kernels_for(values.device).ranges(values, values.shape[1])
         size = ((greatest - least) / (2 * self.half - 1)).clamp_(min=_LEAST_SCALE)
         starts_low = least.abs() > greatest.abs()
         scale, edge = torch.where(starts_low, size, -size), torch.where(starts_low, least, greatest)
@@ -132,13 +133,8 @@ class MlxDecoder:
         """See Decoder. Equals mlx.core.dequantize bit for bit: product and sum are rounded, each on its own."""
         assert scales is not None, f"{self.name} cannot be decoded without its scales"
         assert out.shape == (len(rows), self.columns)
-        half, by_group = 2 ** (self.bits - 1), out.view(-1, self.grid.block)
-        torch.mul(self.codes(raw, rows).view(by_group.shape), scales[:, :1] / half, out=by_group)
-        if self.dtype == F32:
-            by_group.add_(scales[:, 1:])
-        else:
-            rounded = by_group.to(self.dtype.torch).add_(scales[:, 1:].to(self.dtype.torch))
-            by_group.copy_(rounded)
+        codes = self.codes(raw, rows)
+        kernels_for(raw.device).decode_in_steps(codes, self.grid, scales, self.dtype, out.view(-1))
         return out
 
 

@@ -2,7 +2,8 @@
 
 Of a checkpoint whose quantization is not known, the tensors of a module with codes in it are one weight, by the name
 that its module has for it in 16 bit. Names are those of HQQ (`P.W_q`), torchao (`P._weight_qdata`, and before
-`P.weight:_weight_qdata`), quanto (`P.weight._data`), AQLM (`P.codes`), gpt-oss (`P_blocks`) and their like.
+`P.weight:_weight_qdata`), quanto (`P.weight._data`), AQLM (`P.codes`), gpt-oss (`P_blocks`) and their like. Experts
+fused in one tensor, as in FP8 (`experts.gate_up_proj` and `experts.gate_up_proj_scale_inv`), are by its name.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from streamconv.kernels.grids import Grid
 
 # Never codes: counters, masks, tables of numbers; of a module that has codes, they are parts.
 _NO_CODES = frozenset({"I64", "U64", "BOOL", "F64", "C64"})
-_PARAMETER = re.compile(r"(?P<weight>.+\.weight)[.:][^.]+(\.[^.]+)?|(?P<fused>.+_proj)_(blocks|scales)")
+_PARAMETER = re.compile(
+    r"(?P<weight>.+\.weight)[.:][^.]+(\.[^.]+)?|(?P<fused>.+_proj)_(blocks|scales|scale|scale_inv)"
+    r"|(?P<bare>.+\.experts\.[a-z_]+_proj)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,7 @@ def find_each(
 def parameter_of(name: str) -> str:
     """The parameter in 16 bit that a tensor of a quantized module is a part of."""
     if match := _PARAMETER.fullmatch(name):
-        return match["weight"] or match["fused"]
+        return match["weight"] or match["fused"] or match["bare"]
     module = name.rpartition(".")[0]
     return f"{module}.weight" if module else name
 

@@ -45,6 +45,9 @@ class Kernels(Protocol):
         It is what bitsandbytes stores, whose grids reach 1.
         """
 
+    def ranges(self, values: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """The least and the greatest value of every whole block, NaN both where one is NaN; no zero has a sign."""
+
     def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
         """Write the codes nearest to `values`; return the scales, the starting ones where None are given."""
 
@@ -102,6 +105,18 @@ class Kernels(Protocol):
     def unpack_pairs(self, packed: Tensor, codes: Tensor, *, low_first: bool = False) -> None:
         """Undo `pack_pairs`; of the last byte only as much as `codes` has room for."""
 
+    def take_columns(self, matrix: Tensor, columns: Tensor, out: Tensor) -> None:
+        """Write those `columns` (int32) of `matrix` [n, m] to `out` [n, columns]; of bytes or float32."""
+
+    def put_columns(self, matrix: Tensor, columns: Tensor, out: Tensor) -> None:
+        """Undo `take_columns` for all columns."""
+
+    def unpack_bits(self, packed: Tensor, bits: int, codes: Tensor) -> None:
+        """Write codes of 2, 3, 5 or 6 bits, one after the other from the lowest bit on, a multiple of eight."""
+
+    def pack_bits(self, codes: Tensor, bits: int, out: Tensor) -> None:
+        """Undo `unpack_bits`."""
+
     def turn_words(self, words: Tensor, out: Tensor) -> None:
         """Write the transpose of `words` to `out`: int32 [n, m] and [m, n], of any strides."""
 
@@ -117,6 +132,12 @@ class Kernels(Protocol):
 
     def decode(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
         """Write what `codes` stand for, rounded to `dtype`, to `out`."""
+
+    def decode_in_steps(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
+        """Decode on a grid with offsets, codes from 0 on times the stored step, and that plus the offset, each rounded.
+
+        The stored step is the grid's scale over the value of its code in the middle, counted from 0.
+        """
 
     def decode_pairs(
         self,

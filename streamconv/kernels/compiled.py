@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from streamconv.dtypes import BF16, F16, F32, Dtype
-from streamconv.kernels import loops, offsets, ordered
+from streamconv.kernels import loops, offset_loops, offsets, ordered
 from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start, block_dots
 from streamconv.kernels.e2m1_loops import LOOPS as E2M1_LOOPS
 from streamconv.kernels.e2m1_loops import BlockLoops
@@ -118,11 +118,15 @@ class CompiledKernels:
             _TORCH.starting_scales(values[whole * grid.block :], grid, out[whole:])
         return out
 
+    def ranges(self, values: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        blocks = _rows(values, values.numel() // block, block)
+        low, high = (torch.empty(len(blocks)) for _ in range(2))
+        offset_loops.ranges(blocks.view(np.int32), low.numpy(), high.numpy())
+        return low, high
+
     def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
-        if grid.order:
-            return ordered.nearest(self, values, grid, scales, codes)
-        if grid.offsets is not None:
-            return offsets.nearest(self, values, grid, scales, codes)
+        if grid.order or grid.offsets is not None:
+            return self._nearest_moved(values, grid, scales, codes)
         if not isinstance(grid, IntegerGrid) and not _is_table(grid):
             return _TORCH.nearest(values, grid, scales, codes)
         scales = self._scales(values, grid) if scales is None else scales
@@ -136,6 +140,22 @@ class CompiledKernels:
         if whole < scales.numel():
             rest = slice(whole * grid.block, None)
             _TORCH.nearest(values[rest], grid, scales[whole:], codes[rest])
+        return scales
+
+    def _nearest_moved(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
+        """Nearest codes where blocks have offsets, or their columns lie scattered."""
+        half = _even_steps(grid)
+        if not half:
+            by_torch = ordered.nearest if grid.order else offsets.nearest
+            return by_torch(self, values, grid, scales, codes)
+        scales = self._scales(values, grid) if scales is None else scales
+        if grid.order:
+            scattered = _Scattered.of(grid, scales)
+            rows, into = scattered.by_rows(values), scattered.by_rows(codes)
+            offset_loops.nearest_scattered(rows, *scattered.numbers, half, into)
+        else:
+            rows, into = (_rows(each, len(scales), grid.block) for each in (values, codes))
+            offset_loops.nearest(rows, scales.numpy(), half, into)
         return scales
 
     def stochastic(
@@ -250,6 +270,18 @@ class CompiledKernels:
         if 2 * count < codes.numel():
             _TORCH.unpack_pairs(packed[count:], codes[2 * count :], low_first=low_first)
 
+    def take_columns(self, matrix: Tensor, columns: Tensor, out: Tensor) -> None:
+        offset_loops.take_columns(matrix.numpy(), _unsigned(columns), out.numpy())
+
+    def put_columns(self, matrix: Tensor, columns: Tensor, out: Tensor) -> None:
+        offset_loops.put_columns(matrix.numpy(), _unsigned(columns), out.numpy())
+
+    def unpack_bits(self, packed: Tensor, bits: int, codes: Tensor) -> None:
+        offset_loops.unpack_bits(packed.numpy().reshape(-1, bits), codes.numpy().reshape(-1, 8))
+
+    def pack_bits(self, codes: Tensor, bits: int, out: Tensor) -> None:
+        offset_loops.pack_bits(codes.numpy().reshape(-1, 8), out.numpy().reshape(-1, bits))
+
     def turn_words(self, words: Tensor, out: Tensor) -> None:
         loops.turn_words(words.numpy(), out.numpy())
 
@@ -260,11 +292,8 @@ class CompiledKernels:
         loops.turn_codes_back(_unsigned(words), np.array(places), _unsigned(out))
 
     def decode(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
-        if grid.order:
-            ordered.decode(self, codes, grid, scales, dtype, out)
-            return
-        if grid.offsets is not None:
-            offsets.decode(self, codes, grid, scales, dtype, out)
+        if grid.order or grid.offsets is not None:
+            self._decode_moved(codes, grid, scales, dtype, out)
             return
         if not isinstance(grid, IntegerGrid) and not _is_table(grid):
             _TORCH.decode(codes, grid, scales, dtype, out)
@@ -274,6 +303,8 @@ class CompiledKernels:
         factors = scales.numpy()[:whole]
         if _is_e4m3(grid):
             loops.decode_e4m3(read, factors, _bits(values), values)
+        elif half := _even_steps(grid):
+            loops.decode_uniform(read, half, factors, values)
         elif isinstance(grid, TableGrid):
             loops.decode_table(read, _table(grid.values, grid.is_float).by_code, factors, values)
         else:
@@ -282,6 +313,35 @@ class CompiledKernels:
         if whole < scales.numel():
             rest = slice(whole * grid.block, None)
             _TORCH.decode(codes[rest], grid, scales[whole:], dtype, out[rest])
+
+    def _decode_moved(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
+        """Decode where blocks have offsets, or their columns lie scattered."""
+        half = _even_steps(grid)
+        if not half:
+            by_torch = ordered.decode if grid.order else offsets.decode
+            by_torch(self, codes, grid, scales, dtype, out)
+            return
+        if grid.order:
+            scattered = _Scattered.of(grid, scales)
+            has_shift = grid.offsets is not None
+            values = scattered.by_rows(out)
+            known = scattered.by_rows(codes), *scattered.numbers, half, has_shift
+            offset_loops.decode_scattered(*known, values)
+        else:
+            values = _rows(out, len(scales), grid.block)
+            offset_loops.decode(_rows(codes, *values.shape), scales.numpy(), half, values)
+        _round_to(dtype, values)
+
+    def decode_in_steps(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
+        half = _even_steps(grid)
+        if not half:
+            _TORCH.decode_in_steps(codes, grid, scales, dtype, out)
+            return
+        values = _rows(out, len(scales), grid.block)
+        offset_loops.multiply(_rows(codes, *values.shape), scales.numpy(), half, values)
+        _round_to(dtype, values)
+        offset_loops.add(scales.numpy(), values)
+        _round_to(dtype, values)
 
     def decode_pairs(
         self,
@@ -295,6 +355,11 @@ class CompiledKernels:
     ) -> None:
         if not _is_table(grid) or grid.block % 2:
             _TORCH.decode_pairs(packed, grid, scales, dtype, out, low_first=low_first)
+            return
+        if _even_steps(grid):
+            codes = torch.empty(out.numel(), dtype=torch.uint8)
+            self.unpack_pairs(packed, codes, low_first=low_first)
+            self.decode(codes, grid, scales, dtype, out)
             return
         whole = out.numel() // grid.block
         values = _rows(out, whole, grid.block)
@@ -347,6 +412,41 @@ class CompiledKernels:
 
     def _scales(self, values: Tensor, grid: Grid) -> Tensor:
         return self.starting_scales(values, grid, empty_scales(values.numel(), grid, values.device))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Scattered:
+    """Blocks of whole rows whose columns are not runs: `numbers` are scales, shifts, and the block of each column."""
+
+    numbers: tuple[Array, Array, Array]
+
+    @classmethod
+    def of(cls, grid: Grid, scales: Tensor) -> _Scattered:
+        groups = _groups(grid.order, grid.block)
+        known = scales.numpy().reshape(-1, groups.size // grid.block, *scales.shape[1:])
+        if grid.offsets is None:
+            return cls((known, np.zeros_like(known), groups))
+        return cls((np.ascontiguousarray(known[..., 0]), known[..., 0] + known[..., 1], groups))
+
+    def by_rows(self, flat: Tensor) -> Array:
+        return flat.numpy().reshape(-1, self.numbers[2].size)
+
+
+@functools.lru_cache(maxsize=8)
+def _groups(order: bytes, block: int) -> Array:
+    """The block that each column is in."""
+    columns = np.frombuffer(order, np.int32)
+    groups = np.empty(columns.size, np.uint32)
+    groups[columns] = np.arange(columns.size, dtype=np.uint32) // np.uint32(block)
+    return groups
+
+
+def _even_steps(grid: Grid) -> Any:
+    """`half` of a grid as `loops.nearest_uniform` has it; of others 0."""
+    if not isinstance(grid, TableGrid) or grid.peak != 1 or grid.is_float:
+        return np.float32(0)
+    half = _table(grid.values, grid.is_float).half
+    return half if half > 0 else np.float32(0)
 
 
 def _is_compiled(grid: Grid) -> bool:

@@ -43,6 +43,12 @@ class TorchKernels:
             out[-1:].clamp_(min=SMALLEST_DIVISOR)
         return over_reach(out, grid)
 
+    def ranges(self, values: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        blocks = values.view(-1, block)
+        is_nan = blocks.isnan().any(1)
+        low, high = (each.masked_fill(is_nan, torch.nan).add_(0.0) for each in blocks.aminmax(dim=1))
+        return low, high
+
     def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
         if grid.order:
             return ordered.nearest(self, values, grid, scales, codes)
@@ -167,6 +173,26 @@ class TorchKernels:
         halves = torch.stack((low, high) if low_first else (high, low), dim=1)
         codes.copy_(halves.view(-1)[: codes.numel()])
 
+    def take_columns(self, matrix: Tensor, columns: Tensor, out: Tensor) -> None:
+        torch.index_select(matrix, 1, columns, out=out)
+
+    def put_columns(self, matrix: Tensor, columns: Tensor, out: Tensor) -> None:
+        out.index_copy_(1, columns.long(), matrix)
+
+    def unpack_bits(self, packed: Tensor, bits: int, codes: Tensor) -> None:
+        words = torch.zeros(packed.numel() // bits, dtype=torch.int64, device=packed.device)
+        for place, column in enumerate(packed.view(-1, bits).T):
+            words |= column.long() << 8 * place
+        shifts = torch.arange(8, device=packed.device) * bits
+        codes.view(-1, 8).copy_((words[:, None] >> shifts) & (2**bits - 1))
+
+    def pack_bits(self, codes: Tensor, bits: int, out: Tensor) -> None:
+        words = torch.zeros(codes.numel() // 8, dtype=torch.int64, device=codes.device)
+        for place, column in enumerate(codes.view(-1, 8).T):
+            words |= column.long() << bits * place
+        for place, byte in enumerate(out.view(-1, bits).T):
+            byte.copy_((words >> 8 * place & 0xFF).to(torch.uint8))
+
     def turn_words(self, words: Tensor, out: Tensor) -> None:
         out.copy_(words.T)
 
@@ -188,6 +214,13 @@ class TorchKernels:
             return
         multiply_by_scales(grid.decode(codes), scales, grid.block, out, grid.peak)
         round_to(dtype, out)
+
+    def decode_in_steps(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
+        by_block, middle = out.view(-1, grid.block), len(offsets.plain(grid).values) // 2
+        torch.mul(codes.view(by_block.shape), scales[:, :1] / middle, out=by_block)
+        round_to(dtype, by_block)
+        by_block.add_(scales[:, 1:])
+        round_to(dtype, by_block)
 
     def decode_pairs(
         self,

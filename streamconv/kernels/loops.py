@@ -321,7 +321,7 @@ def nearest_integer(values: Array, scales: Array, peak: Any, floor: Any, codes: 
 
 
 @compiled
-def _uniform_level(x: Any, half: Any) -> Any:
+def uniform_level(x: Any, half: Any) -> Any:
     """The nearest integer to `x` * `half`, a product with a power of two: exact, as is a comparison with a tie."""
     x = x * half
     level = np.rint(x)
@@ -336,7 +336,7 @@ def nearest_uniform(values: Array, scales: Array, half: Any, codes: Array) -> No
     for b in range(values.shape[0]):
         factor = factor_of(scales[b], _ONE, _FLOOR)
         for j in range(values.shape[1]):
-            codes[b, j] = np.uint8(np.int32(_uniform_level(values[b, j] * factor, half) + half))
+            codes[b, j] = np.uint8(np.int32(uniform_level(values[b, j] * factor, half) + half))
 
 
 @compiled
@@ -542,6 +542,16 @@ def decode_table(codes: Array, by_code: Array, scales: Array, values: Array) -> 
 
 
 @compiled
+def decode_uniform(codes: Array, half: Any, scales: Array, values: Array) -> None:
+    """`decode_table` of the grid of `nearest_uniform`, without looking up."""
+    step = _ONE / half
+    for b in range(values.shape[0]):
+        scale = scales[b]
+        for j in range(values.shape[1]):
+            values[b, j] = (np.float32(codes[b, j]) - half) * step * scale
+
+
+@compiled
 def decode_integer(codes: Array, scales: Array, inverse_peak: Any, values: Array) -> None:
     for b in range(values.shape[0]):
         scale = scales[b]
@@ -615,7 +625,7 @@ def search(values: Array, factors: Array, steps: int, midpoints: Array, rising: 
 def _uniform_levels(values: Array, scale: Any, half: Any, levels: Array) -> None:
     factor = factor_of(scale, _ONE, _FLOOR)
     for j in range(values.size):
-        levels[j] = _uniform_level(values[j] * factor, half) / half
+        levels[j] = uniform_level(values[j] * factor, half) / half
 
 
 @compiled
@@ -735,7 +745,7 @@ def _ranks(
     if half:
         for i in range(goal.size):
             x = wanted[i] * factor_of(scales[i], _ONE, _FLOOR)
-            ranks[i] = np.int32(_uniform_level(x, half) + half)
+            ranks[i] = np.int32(uniform_level(x, half) + half)
         return
     for i in range(goal.size):
         x = wanted[i] * factor_of(scales[i], _ONE, _FLOOR)
@@ -839,7 +849,7 @@ def quantize_columns_in_turn(
         for i in range(target.shape[1]):
             wanted = np.float32(target[j, i] + pull[j, i]) + changes[i]
             x = wanted * factor_of(scales[j, i], _ONE, _FLOOR)
-            rank = np.int64(_uniform_level(x, half) + half) if half > 0 else _nearest_rank(x, midpoints)
+            rank = np.int64(uniform_level(x, half) + half) if half > 0 else _nearest_rank(x, midpoints)
             pair[0] = rising[rank] * scales[j, i]
             pair[1] = by_code[codes[j, i]] * scales[j, i]
             if dropped:

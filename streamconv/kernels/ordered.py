@@ -18,14 +18,14 @@ from streamconv.kernels.grids import Grid, TableGrid
 
 def starting_scales(kernels: Kernels, values: Tensor, grid: Grid, out: Tensor) -> Tensor:
     """See Kernels."""
-    return kernels.starting_scales(gathered(values, grid), in_order(grid), out)
+    return kernels.starting_scales(gathered(kernels, values, grid), in_order(grid), out)
 
 
 def nearest(kernels: Kernels, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
     """See Kernels."""
     found = torch.empty_like(codes)
-    scales = kernels.nearest(gathered(values, grid), in_order(grid), scales, found)
-    _put_back(found, grid, codes)
+    scales = kernels.nearest(gathered(kernels, values, grid), in_order(grid), scales, found)
+    _put_back(kernels, found, grid, codes)
     return scales
 
 
@@ -33,8 +33,8 @@ def search(
     kernels: Kernels, values: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None = None
 ) -> None:
     """See Kernels."""
-    weights = None if weights is None else gathered(weights, grid)
-    kernels.search(gathered(values, grid), in_order(grid), scales, weights)
+    weights = None if weights is None else gathered(kernels, weights, grid)
+    kernels.search(gathered(kernels, values, grid), in_order(grid), scales, weights)
 
 
 def stochastic(
@@ -49,18 +49,18 @@ def stochastic(
     """See Kernels. Noise belongs to an element, wherever its block has it."""
     found = torch.empty_like(codes)
     if start is not None:
-        start = Start(gathered(start.codes, grid), gathered(start.values, grid))
-    moved, drawn = gathered(values, grid), gathered(noise, grid)
+        start = Start(gathered(kernels, start.codes, grid), gathered(kernels, start.values, grid))
+    moved, drawn = gathered(kernels, values, grid), gathered(kernels, noise, grid)
     scales = kernels.stochastic(moved, in_order(grid), scales, start, drawn, found)
-    _put_back(found, grid, codes)
+    _put_back(kernels, found, grid, codes)
     return scales
 
 
 def decode(kernels: Kernels, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
     """See Kernels."""
     found = torch.empty_like(out)
-    kernels.decode(gathered(codes, grid), in_order(grid), scales, dtype, found)
-    _put_back(found, grid, out)
+    kernels.decode(gathered(kernels, codes, grid), in_order(grid), scales, dtype, found)
+    _put_back(kernels, found, grid, out)
 
 
 def kept(
@@ -73,16 +73,19 @@ def kept(
     inner: Tensor,
 ) -> Tensor:
     """See Kernels."""
-    moved, before, known = gathered(target, grid), gathered(base, grid), gathered(anchor, grid)
-    return kernels.kept(gathered(codes, grid), in_order(grid), moved, before, known, inner)
+    moved, before, known = (gathered(kernels, each, grid) for each in (target, base, anchor))
+    return kernels.kept(gathered(kernels, codes, grid), in_order(grid), moved, before, known, inner)
 
 
-def gathered(flat: Tensor, grid: Grid) -> Tensor:
+def gathered(kernels: Kernels, flat: Tensor, grid: Grid) -> Tensor:
     """Entries of whole rows (flat), block after block; as they are where the grid has the weight's own order."""
     if not grid.order:
         return flat
     columns = columns_of(grid.order, flat.device)
-    return flat.view(-1, len(columns)).index_select(1, columns).view(-1)
+    matrix = flat.view(-1, len(columns))
+    out = torch.empty_like(matrix)
+    kernels.take_columns(matrix, columns, out)
+    return out.view(-1)
 
 
 def in_order(grid: Grid) -> TableGrid:
@@ -97,6 +100,6 @@ def columns_of(order: bytes, device: torch.device) -> Tensor:
     return torch.frombuffer(bytearray(order), dtype=torch.int32).to(device)
 
 
-def _put_back(found: Tensor, grid: Grid, out: Tensor) -> None:
+def _put_back(kernels: Kernels, found: Tensor, grid: Grid, out: Tensor) -> None:
     columns = columns_of(grid.order, found.device)
-    out.view(-1, len(columns)).index_copy_(1, columns.long(), found.view(-1, len(columns)))
+    kernels.put_columns(found.view(-1, len(columns)), columns, out.view(-1, len(columns)))

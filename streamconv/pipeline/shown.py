@@ -171,7 +171,8 @@ def _step(plan: Plan, step: Step) -> dict[str, Any]:
 def plan_as_text(prepared: Prepared) -> str:
     """One page for people."""
     plan = prepared.plan
-    steps = [placed.step for shard in plan.shards for placed in shard.steps]
+    every = (placed.step for shard in plan.shards for placed in shard.steps)
+    steps = [step for step in every if step.name != PADDING]
     rewritten, copied = (sum(isinstance(step, kind) for step in steps) for kind in (Rewrite, Copy))
     read, written = _read(prepared), sum(each.size for each in prepared.plans)
     calibrated = f" ({len(plan.calibrated)} calibrated)" if plan.calibrated else ""

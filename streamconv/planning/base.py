@@ -52,7 +52,8 @@ def read_base(index: CheckpointIndex, weights: Sequence[Weight]) -> Base:
         if weight.decoder.grid is not None:
             elements[weight.format] += math.prod(weight.shape)
     formats = sorted(elements, key=lambda each: (-elements[each], each))
-    _check_together(index, formats)
+    kept = {weight.format for weight in weights if weight.keep is not None}
+    _check_together(index, [name for name in formats if name not in kept])
     for weight in weights:
         if weight.decoder.grid is not None and is_conv1d(module_of(weight.name), index.config):
             raise UnsupportedError(

@@ -12,7 +12,7 @@ from streamconv.dtypes import DENSE, Dtype
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import UnsupportedError
 from streamconv.formats import FORMATS
-from streamconv.formats.base import Encoder, Measured, Surveyed, Weight
+from streamconv.formats.base import Encoder, InputMeasured, Surveyed, Weight
 from streamconv.formats.fp8 import ACTIVATIONS
 from streamconv.formats.linear import DEFAULT_IGNORE, select
 from streamconv.gguf.model import GgufModel
@@ -55,6 +55,10 @@ def plan_steps(
             encoder = gguf_encoder(model.places[name], weight, own, pieces.get(name))
         elif encoder is None:
             encoder = _encoder(name, weight, chosen, _own_dtype(base, name, weight), choices)
+        copied = _copied_blocks(name, weight, encoder, pieces.get(name))
+        if copied is not None:
+            steps.append([copied])
+            continue
         merge_base = None
         # What the adapter holds whole was trained in full precision.
         is_rounded = name in seen_by_training and weight is base.weights.get(name)
@@ -62,7 +66,7 @@ def plan_steps(
             merge_base = choices.merge_base.encoder(name, weight.shape, weight.dtype)
         if isinstance(encoder, Surveyed) and not encoder.is_known and merge_base is None:
             encoder = encoder.following(weight.decoder)
-        if isinstance(encoder, Measured) and not encoder.is_measured and name not in equalizers:
+        if isinstance(encoder, InputMeasured) and not encoder.is_measured and name not in equalizers:
             encoder = encoder.inheriting(weight.decoder)
         found = weight_steps(
             name,
@@ -80,6 +84,16 @@ def plan_steps(
             _check_activations(name, [part.name for part in weight.parts.values()] if beside else [])
         steps.append([*found, *(constant for each in constants for constant in each), *beside])
     return steps
+
+
+def _copied_blocks(
+    name: str, weight: Weight, encoder: Encoder | None, piece: GgufPiece | None
+) -> Copy | None:
+    """Copy of a piece that stays, where a file has it in the very blocks of the output; else None."""
+    if piece is None or not piece.stays or len(weight.parts) > 1 or encoder is None:
+        return None
+    (part,), (spec, *_) = weight.parts.values(), encoder.parts
+    return Copy(name, part, spec) if part.dtype == spec.dtype else None
 
 
 def _check_activations(name: str, parts: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from streamconv.kernels import kernels_for
 from streamconv.kernels.base import block_dots
 from streamconv.kernels.grids import Grid, code_steps
 from streamconv.kernels.ordered import gathered
@@ -58,7 +59,7 @@ class Adaptive:
 def delta_to_step(target: Tensor, base: Tensor, codes: Tensor, scales: Tensor, grid: Grid) -> float:
     """The ratio above: `target` and `base` float32, `codes` uint8, all flat; `scales` float32, one a block."""
     moved = steps = 0.0
-    target, base, codes = (gathered(each, grid) for each in (target, base, codes))
+    target, base, codes = (gathered(kernels_for(target.device), each, grid) for each in (target, base, codes))
     # A few blocks at a time: a cell of a wide weight is large, and no plan counts more of it than its roundings need.
     length = max(1, _STRETCH // grid.block)
     for first in range(0, len(scales), length):

@@ -74,8 +74,10 @@ def _losses(target: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None) 
     values = torch.empty_like(target)
     kernels.nearest(target, grid, scales, codes)
     kernels.decode(codes, grid, scales, F32, values)
-    error = gathered(torch.sub(target, values, out=values), grid)
-    return block_dots(error, error if weights is None else error * gathered(weights, grid), grid.block)
+    error = gathered(kernels, torch.sub(target, values, out=values), grid)
+    return block_dots(
+        error, error if weights is None else error * gathered(kernels, weights, grid), grid.block
+    )
 
 
 def searched_scales(target: Tensor, grid: Grid, weights: Tensor | None = None) -> Tensor:

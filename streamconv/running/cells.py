@@ -221,12 +221,18 @@ class WeightWork:
 
     def rewrite(self, raw: Tensor, rows: range, out: Tensor) -> Ticket:
         """Second pass: `out` (uint8) will hold the main part's bytes of `rows` once the ticket has been waited for."""
-        adaptive = self.step.rounding
-        if self._rounding is None and isinstance(adaptive, Adaptive) and self._codes is None:
-            self.workers.alone(lambda number: self._settle_rounding(number, raw, rows, adaptive))
+        if self._codes is None:
+            self.settle(raw, rows)
         return self.workers.submit(
             lambda number, part: self._rewrite(number, raw, rows, out, part), rows, self.height
         )
+
+    def settle(self, raw: Tensor, rows: range) -> Rounding | None:
+        """Rounding of cells, which adaptive rounding decides by the first rows, those of the first tile among them."""
+        adaptive = self.step.rounding
+        if self._rounding is None and isinstance(adaptive, Adaptive):
+            self.workers.alone(lambda number: self._settle_rounding(number, raw, rows, adaptive))
+        return self._rounding
 
     def finish(self) -> tuple[tuple[bytes, ...], KeptDelta | None]:
         """The parts after the main one, and what survived of the update (None if nothing was quantized).

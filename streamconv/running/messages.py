@@ -146,7 +146,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class WeightDone:
-    """What is left to write of a weight, for each output that rewrote or copied it."""
+    """Parts of a weight that are left to write, and its sums, for each output that rewrote or copied it."""
 
     results: Mapping[int, Finished]
 

@@ -16,6 +16,7 @@ from streamconv.planning.devices import Device
 from streamconv.planning.plan import Access, Memory, Rewrite, cell_rows, tile_rows
 from streamconv.planning.scales import FRESH
 from streamconv.progress import OnBytes
+from streamconv.rounding.adaptive import Adaptive
 from streamconv.running.direct import DirectEngine
 from streamconv.running.opened import open_weight, read_tiles
 from streamconv.running.workers import Inline, Workers
@@ -61,3 +62,30 @@ def greatest_magnitude(
     for rows, raw in tiles():
         work.greatest(raw, rows, found)
     return float(found.max()) if step.rows else 0.0
+
+
+def magnitude_beyond(
+    step: Rewrite,
+    reader: TensorReader,
+    workers: Workers | Inline,
+    device: Device,
+    memory: Memory,
+    on_bytes: OnBytes,
+) -> float:
+    """The same of a `step` that has scales of its base; 0 where its rounding, as the first rows settle it, keeps all.
+
+    `on_bytes` is called as often as for `greatest_magnitude`, or not at all.
+    """
+    if isinstance(step.rounding, Adaptive):
+        height = cell_rows(device, step)
+        first, stored = range(min(height, step.rows)), StoredRows(reader, step.weight)
+        engine = DirectEngine(workers, device.torch, height)
+        tile = tile_rows(step, memory.buffer, height)
+        (work,) = open_weight(
+            reader, [step], engine, read_tiles(stored, range(step.rows), tile, device.torch)
+        ).works
+        _, raw = next(iter(read_tiles(stored, first, height, device.torch)))
+        settled = work.settle(raw, first)
+        if settled is not None and settled.keeps_scales:
+            return 0.0
+    return greatest_magnitude(step, reader, workers, device, memory, on_bytes)

@@ -69,6 +69,7 @@ RELATIVE_ERROR = {
     "mlx4": 2 / 15 + 2**-6,
     "mlx8": 2 / 255 + 2**-6,
     # Half the widest step, from 4 to 6 of 6; and the greatest, where the scale is rounded down.
+    "nvfp4": 1 / 6 + 2**-4,
     "nvfp4a16": 1 / 6 + 2**-4,
     "mxfp4a16": 1 / 6 + 2**-3,
     "mxfp4": 1 / 6 + 2**-3,

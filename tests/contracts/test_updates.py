@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,11 +37,12 @@ from tests.contracts.updates import (
     says_untrained,
     scalings,
     several,
+    turned,
     works,
 )
 
-SCALINGS = "scalings"
-every_work = pytest.mark.parametrize("name", [*FORMS, *MIXTURES, SCALINGS])
+SCALINGS, TURNED = "scalings", "turned"
+every_work = pytest.mark.parametrize("name", [*FORMS, *MIXTURES, SCALINGS, TURNED])
 every_form = pytest.mark.parametrize("name", FORMS)
 
 AllWorks = Mapping[str, Sequence[Work]]
@@ -57,7 +59,7 @@ def one_thread() -> Iterator[None]:
 
 def all_works(folder: Path, draw: Callable[..., Tensors]) -> AllWorks:
     return (
-        {SCALINGS: scalings(draw)}
+        {SCALINGS: scalings(draw), TURNED: turned(folder / TURNED, draw)}
         | {name: works(folder / name, form, draw) for name, form in FORMS.items()}
         | {name: several(folder / name, mixture, draw) for name, mixture in MIXTURES.items()}
     )
@@ -233,6 +235,13 @@ def test_rescaling_follows_the_formula_in_float64(ordinary: AllWorks) -> None:
         torch.testing.assert_close(plainly(work).double(), expected, rtol=2.0**-22, atol=0)
     expected = (1 + norm.weight.double()) * norm.parts["columns"].double() - 1
     torch.testing.assert_close(plainly(norm).double(), expected, rtol=0, atol=2.0**-20)
+
+
+def test_columns_of_an_expert_get_what_its_rows_would(ordinary: AllWorks) -> None:
+    (work,), (whole,) = ordinary[TURNED], ordinary["lora"]
+    added = plainly(dataclasses.replace(whole, weight=torch.zeros_like(whole.weight)))
+    expected = work.weight + added[-work.weight.shape[1] :, 1::2].T
+    torch.testing.assert_close(plainly(work), expected, rtol=0, atol=0)
 
 
 # -- neutral updates -----------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from streamconv.equalization.equalizer import ROWS as SCALES_OF_ROWS
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import AdapterError
 from streamconv.formats.base import matrix_shape
-from streamconv.planning.gguf_pieces import RowsOfExpert
+from streamconv.planning.gguf_pieces import ColumnsOfExpert, RowsOfExpert
 from streamconv.storage import open_storage
 
 Tensors = Mapping[str, Tensor]
@@ -980,6 +980,15 @@ def scalings(draw: Callable[[Mapping[str, Shape], int], Tensors]) -> Sequence[Wo
         Work("Equalizer of a norm", norm, as_matrix(weights["norm"]), of_norm),
         Work("RowsOfExpert of the last", last, as_matrix(weights["layer"]), of_experts),
     ]
+
+
+def turned(folder: Path, draw: Callable[[Mapping[str, Shape], int], Tensors]) -> Sequence[Work]:
+    """What is added to the odd columns of an expert, the latter half of a parameter's rows, as rows."""
+    (added,) = works(folder, FORMS["lora"], draw)
+    inputs, columns = ROWS // 2, range(1, COLUMNS, 2)
+    update = ColumnsOfExpert("experts.1.up", added.update, ROWS - inputs, inputs, COLUMNS, columns)
+    weights = draw({"experts.1.up": (len(columns), inputs)}, 2)
+    return [Work("ColumnsOfExpert of the last", update, weights["experts.1.up"], added.parts)]
 
 
 def as_matrix(weight: Tensor) -> Tensor:

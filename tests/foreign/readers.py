@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -72,11 +73,30 @@ def read_by(
 ) -> dict[str, Answer]:
     """Have `program` open models; its answers are left in `folder`."""
     outs = {name: folder / f"{number}.safetensors" for number, name in enumerate(models)}
-    command = [os.environ["STREAMCONV_FOREIGN"], "-m", f"tools.readers.read_{program}"]
-    files = [str(path) for name in models for path in (models[name], outs[name])]
-    tokens = ["--tokens", ",".join(map(str, TOKENS)), "--dtype", dtype]
     folder.mkdir(exist_ok=True)
-    done = subprocess.run(
+    done = _asked(program, {models[name]: outs[name] for name in models}, dtype)
+    if done.returncode != 0:
+        sys.stderr.write(done.stdout)
+        raise AssertionError(f"{program} does not open all of {', '.join(models)}")
+    return {name: answered(out) for name, out in outs.items()}
+
+
+def refusal(program: str, model: Path, *, dtype: str = "auto") -> str:
+    """What `program` says when it does not open a model: the first error that it names, with its reasons."""
+    done = _asked(program, {model: model.with_name("refused.safetensors")}, dtype)
+    assert done.returncode != 0, f"{program} opens {model.name}"
+    text = re.sub(r"^\[rank\d+\]: ?", "", done.stdout.replace(str(model), "MODEL"), flags=re.MULTILINE)
+    found = re.search(r"\b\w+(?:Error|Exception): \S.*(?:\n +\S.*){0,3}", text)
+    assert found, text
+    words, _, _ = " ".join(found[0].split()).partition(" [type=")
+    return words
+
+
+def _asked(program: str, outs: Mapping[Path, Path], dtype: str) -> subprocess.CompletedProcess[str]:
+    command = [os.environ["STREAMCONV_FOREIGN"], "-m", f"tools.readers.read_{program}"]
+    files = [str(path) for pair in outs.items() for path in pair]
+    tokens = ["--tokens", ",".join(map(str, TOKENS)), "--dtype", dtype]
+    return subprocess.run(
         [*command, *files, *tokens],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -84,10 +104,6 @@ def read_by(
         text=True,
         check=False,
     )
-    if done.returncode != 0:
-        sys.stderr.write(done.stdout)
-        raise AssertionError(f"{program} does not open all of {', '.join(models)}")
-    return {name: answered(out) for name, out in outs.items()}
 
 
 def answered(path: Path) -> Answer:
@@ -135,7 +151,13 @@ def unequal(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list
     ]
 
 
-def keep(program: str, versions: Mapping[str, str], models: Mapping[str, Any]) -> None:
-    """Write what is committed of a program's readings."""
+def keep(
+    program: str,
+    versions: Mapping[str, str],
+    models: Mapping[str, Any],
+    refused: Mapping[str, str] | None = None,
+) -> None:
+    """Write what is committed of a program's readings; `refused`: its words on what it does not open."""
     found = {"versions": dict(sorted(versions.items())), "models": models}
+    found |= {"refused": refused} if refused else {}
     (RESULTS / f"foreign-{program}.json").write_text(json.dumps(found, indent=1) + "\n")

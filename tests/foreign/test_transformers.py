@@ -35,6 +35,8 @@ CASES: Mapping[str, Case] = {
     "w4a16": Case({"quant": "w4a16"}),
     "w4a16, group 32": Case({"quant": "w4a16", "group_size": 32}),
     "w4a16, down_proj in 16 bit": Case({"quant": "w4a16", "ignore": ("mlp.down_proj",)}),
+    "w4a16-asym": Case({"quant": "w4a16-asym"}),
+    "w4a16-asym, group 32": Case({"quant": "w4a16-asym", "group_size": 32}),
     "w8a16": Case({"quant": "w8a16"}),
     "w8a8": Case({"quant": "w8a8"}),
     "fp8": Case({"quant": "fp8"}),

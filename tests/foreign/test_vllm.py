@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 
-from tests.foreign.readers import Case, decoded, divergence, keep, read_by, reference, small_llama, written
+from tests.foreign.readers import (
+    Case,
+    decoded,
+    divergence,
+    keep,
+    read_by,
+    reference,
+    refusal,
+    small_llama,
+    written,
+)
 
 LIMIT = 1e-3  # nats a token
 # What layers are given is rounded to 8 bits as the model is served, a scale a token.
@@ -22,11 +32,19 @@ CASES: Mapping[str, Case] = {
     "bfloat16": Case({"quant": "bfloat16"}, dtype="bfloat16"),
     "w4a16": Case({"quant": "w4a16"}, dtype="bfloat16"),
     "w4a16, down_proj in 16 bit": Case({"quant": "w4a16", "ignore": ("mlp.down_proj",)}, dtype="bfloat16"),
+    "w4a16-asym": Case({"quant": "w4a16-asym"}, dtype="bfloat16"),
     "gptq": Case({"quant": "gptq"}, dtype="float16"),
     "awq": Case({"quant": "awq"}, dtype="float16"),
     "awq-asym": Case({"quant": "awq-asym"}, dtype="float16"),
     "w8a8": Case({"quant": "w8a8"}, dtype="bfloat16"),
     "fp8": Case({"quant": "fp8"}, dtype="bfloat16"),
+}
+# What it does not open, or has no kernels for where there is no GPU.
+REFUSED: Mapping[str, str] = {
+    "gptq-asym": "float16",
+    "w8a16": "bfloat16",
+    "nvfp4a16": "bfloat16",
+    "mxfp4a16": "bfloat16",
 }
 
 
@@ -48,6 +66,8 @@ def test_vllm_serves_what_streamconv_decodes(tmp_path: Path) -> None:
             "divergence_from_16_bit": divergence(whole, answer.logits),
         }
         versions = answer.versions
-    keep("vllm", versions, models)
+    others = written({name: Case({"quant": name}) for name in REFUSED}, base, tmp_path)
+    refused = {name: refusal("vllm", model, dtype=REFUSED[name]) for name, model in others.items()}
+    keep("vllm", versions, models, refused)
     for name, found in models.items():
         assert found["divergence"] < (EIGHT_BIT_SUMS if name in ACTIVATIONS_OF_8_BITS else LIMIT), name

@@ -14,7 +14,7 @@ from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.dtypes import BF16, DENSE
 from streamconv.formats import FORMATS, find_weights
-from streamconv.formats.base import CELL_ROWS, Encoder, Grouped, Surveyed, Weight, matrix_shape
+from streamconv.formats.base import CELL_ROWS, Encoder, Grouped, InputMeasured, Surveyed, Weight, matrix_shape
 from streamconv.formats.fp4 import Fp4Format
 from streamconv.formats.pack_quantized import PackQuantizedFormat
 from streamconv.formats.rows import StoredRows, in_file_order
@@ -108,7 +108,9 @@ def cells(rows: int, height: int = CELL_ROWS) -> list[range]:
 
 def encoder_for(name: str, weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Encoder:
     encoder = FORMATS[name].encoder(W, tuple(weight.shape), DENSE[str(dtype).removeprefix("torch.")])
-    return encoder.knowing(float(weight.abs().max())) if isinstance(encoder, Surveyed) else encoder
+    if isinstance(encoder, Surveyed):
+        encoder = encoder.knowing(float(weight.abs().max()))
+    return encoder.measuring(8.0) if isinstance(encoder, InputMeasured) else encoder
 
 
 def choose(rounding: Rounding, target: Tensor, grid: Grid, context: Context) -> tuple[Tensor, Tensor]:

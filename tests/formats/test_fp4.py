@@ -293,7 +293,7 @@ def test_another_layout_follows_the_scale_of_its_base(tmp_path: Path) -> None:
     """Asked for by name, too: partners that no update touches are copied with theirs."""
     base = FILES / "modelopt-0.47.0" / "nvfp4a16"
     shapes = {key: tuple(each.shape) for key, each in read_tensors(base / "expected.safetensors").items()}
-    adapter = write_adapter(tmp_path / "adapter", shapes, targets=("q_proj",), size=0.01)
+    adapter = write_adapter(tmp_path / "adapter", shapes, targets=("q_proj",), size=0.001)
     streamconv.merge(base, adapter, tmp_path / "out", quant="nvfp4a16", rounding="nearest", device="cpu")
     before, after = (
         read_tensors(base / "model.safetensors"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from streamconv.checkpoint.types import StoredTensor
 from streamconv.dtypes import BF16, F32, GGML_TYPES
 from streamconv.errors import UnsupportedError
 from streamconv.extraction.differences import DecodedRows
-from streamconv.formats.ggml_experts import biases_weight, expert_of, experts_weight
+from streamconv.formats.ggml_experts import GroupsTurned, biases_weight, expert_of, experts_weight
+from streamconv.formats.gguf_kept import in_place
 from streamconv.kernels.ggml import BLOCK_TYPES
 from streamconv.storage.local import open_folder
 
@@ -88,6 +90,26 @@ def test_biases_take_turns(tmp_path: Path) -> None:
     assert torch.equal(found[:, 1::2], values[1])
     assert not weight.is_quantized
     assert expert_of(weight, "one", 0, range(1)) is None
+
+
+def test_a_changed_weight_of_two_tensors_is_not_stored_in_place(tmp_path: Path) -> None:
+    gate, _ = stored(tmp_path, "gate", "f32")
+    up, _ = stored(tmp_path, "up", "f32")
+    one, other = (replace(each, shape=(EXPERTS, OUTPUTS * INPUTS)) for each in (gate, up))
+    for weight in (experts_weight("gate_up_proj", gate, up, BF16), biases_weight("bias", one, other, BF16)):
+        assert in_place(weight, gate.spec) is None
+
+
+@pytest.mark.parametrize("size", [1, 7, 20, 59])
+def test_groups_are_turned_in_any_runs(size: int) -> None:
+    order = GroupsTurned(EXPERTS, OUTPUTS, 2, 3)
+    raw = torch.arange(order.lines * order.line_bytes, dtype=torch.int32).to(torch.uint8)
+    form = torch.full_like(raw, 255)
+    for start in range(0, order.lines, size):
+        lines = range(start, min(start + size, order.lines))
+        order.from_file(raw[lines.start * 6 : lines.stop * 6], lines, form)
+    expected = raw.view(EXPERTS, OUTPUTS, 2, 3).transpose(1, 2)
+    assert torch.equal(form.view(EXPERTS, 2, OUTPUTS, 3), expected)
 
 
 def test_long_blocks_are_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats import FORMATS, find_weights, int_words, with_groups
 from streamconv.formats.awq import PLACES, OutputsAcross
 from streamconv.formats.base import Order, group_of
-from streamconv.formats.gptq import WordsAcross
+from streamconv.formats.gptq import WordsAcross, module_settings
 from streamconv.formats.int_words import unpack_words
 from streamconv.formats.rows import runs
 from streamconv.kernels.grids import INT4
@@ -385,6 +385,142 @@ def test_what_is_only_stored_otherwise_is_kept_and_written_as_usual(tmp_path: Pa
     rounding = prepare(job).plan.rounding
     assert rounding is not None
     assert rounding.name != "nearest"  # it would erase the update, as on any grid of the base's own
+
+
+# -- settings of single modules ----------------------------------------------------------------------------------
+
+
+def test_settings_of_a_module_are_those_that_gptqmodel_finds() -> None:
+    """But for modules that a minus leaves in 16 bit, which have none."""
+    golden = json.loads((GOLDEN.parent / "gptqmodel-dynamic-7.7.0" / "rules.json").read_text())
+    for case in golden["cases"].values():
+        found = module_settings({**golden["usual"], "dynamic": case["dynamic"]})
+        for module, expected in case["modules"].items():
+            if expected["bits"] is not False:
+                assert {key: found.of(module, key, None) for key in expected} == expected, module
+
+
+def in_eight_bits(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
+    """The module's GPTQ tensors (v1, in groups of 32), of 8 bits that decode to the same."""
+    codes, zeros = (torch.from_numpy(each.astype(np.int64)) for each in words.gptq_codes(tensors, module))
+    columns, rows = codes.shape
+    bytes_of = 256 ** torch.arange(4)
+    packed = (codes + 120).view(columns // 4, 4, rows).mul(bytes_of[:, None]).sum(1)
+    points = (zeros + 120 - 1).view(len(zeros), rows // 4, 4).mul(bytes_of).sum(2)
+    return {
+        f"{module}.qweight": packed.to(torch.uint32).view(torch.int32),
+        f"{module}.qzeros": points.to(torch.uint32).view(torch.int32),
+    }
+
+
+def of_several_bits(folder: Path) -> Path:
+    """A GPTQ base with down_proj in 8 bits, up_proj in 3, and zero points in v_proj, as `dynamic` has it."""
+    base = write_base(folder / "base", SIZES.shapes, shards=1)
+    out = folder / "several"
+    streamconv.convert(base, out, quant="gptq", group_size=32)
+    file = out / "model.safetensors"
+    tensors, put = read_tensors(file), dict[str, Tensor]()
+    for layer in range(SIZES.layers):
+        block = f"model.layers.{layer}"
+        put |= in_eight_bits(tensors, f"{block}.mlp.down_proj")
+        up = f"{block}.mlp.up_proj"
+        put[f"{up}.qweight"] = torch.ones(12, 256, dtype=torch.int32)
+        put[f"{up}.qzeros"] = torch.ones(4, 24, dtype=torch.int32)
+        zeros = f"{block}.self_attn.v_proj.qzeros"
+        put[zeros] = tensors[zeros] + 0x11111111  # else taken for symmetric ones of v2
+    edit_tensors(file, put=put)
+    dynamic = {
+        "+:.*down_proj": {"bits": 8},
+        r"\S+up_proj$": {"bits": 3},
+        r"model\.layers\.\d+\.self_attn\.v_proj": {"sym": False},
+    }
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"] |= {"dynamic": dynamic}
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "quantize_config.json").write_text(json.dumps(config["quantization_config"]))
+    return out
+
+
+def test_modules_of_several_bits_are_read_and_kept(tmp_path: Path) -> None:
+    """Each by its own bits; those of others are copied, and refused where an update touches them."""
+    base = of_several_bits(tmp_path)
+    before = read_tensors(base / "model.safetensors")
+    found = {weight.name: weight for weight in find_weights(index_of(base))}
+    kinds = {"q_proj": "gptq", "v_proj": "gptq-asym", "down_proj": "gptq"}
+    for layer in range(SIZES.layers):
+        for module, kind in kinds.items():
+            place = "mlp" if module == "down_proj" else "self_attn"
+            weight = found[f"model.layers.{layer}.{place}.{module}.weight"]
+            eight = ", 8 bit" if module == "down_proj" else ""
+            assert weight.format == f"{kind}, group size 32{eight}"
+            assert weight.keep is not None
+    assert "GPTQ of 3 bits" in str(found[W].undecoded)
+    adapter = write_adapter(
+        tmp_path / "adapter", SIZES.shapes, targets=("q_proj", "v_proj", "down_proj"), size=0.002
+    )
+    streamconv.merge(base, adapter, tmp_path / "out", rounding="stochastic")
+    after = read_tensors(tmp_path / "out" / "model.safetensors")
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    touched = (("self_attn", "q_proj"), ("self_attn", "v_proj"), ("mlp", "down_proj"))
+    assert changed == {
+        f"model.layers.{layer}.{place}.{module}.qweight"
+        for layer in range(SIZES.layers)
+        for place, module in touched
+    }
+    for file in ("config.json", "quantize_config.json"):
+        settings = [json.loads((folder / file).read_text()) for folder in (base, tmp_path / "out")]
+        settings = [each.get("quantization_config", each) for each in settings]
+        assert settings[0] == settings[1]
+    touching = write_adapter(tmp_path / "touching", SIZES.shapes, targets=("up_proj",))
+    with pytest.raises(UnsupportedError, match=r"up_proj\.weight, which is not decoded: .*GPTQ of 3 bits"):
+        streamconv.merge(base, touching, tmp_path / "refused")
+
+
+def test_eight_bits_of_a_module_decode_to_what_four_did(tmp_path: Path) -> None:
+    base = of_several_bits(tmp_path)
+    down = "model.layers.1.mlp.down_proj"
+    streamconv.convert(tmp_path / "base", tmp_path / "four", quant="gptq", group_size=32)
+    four = by_formula(read_tensors(tmp_path / "four" / "model.safetensors"), "gptq", down)
+    weight = next(each for each in find_weights(index_of(base)) if each.name == f"{down}.weight")
+    assert torch.equal(decoded(weight), four.float())
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "bits", "is_read"),
+    [({"+:.*": {"bits": 4}}, 3, True), ({"+:.*": {"bits": 2}}, 3, False), ({}, 3, False), (None, 8, True)],
+)
+def test_a_checkpoint_is_read_where_some_modules_are(
+    tmp_path: Path, dynamic: dict[str, Any] | None, bits: int, is_read: bool
+) -> None:
+    tensors = stored(encoder_for("gptq", normal((32, 128))), normal((32, 128)))
+    settings = {"quant_method": "gptq", "bits": bits, "dynamic": dynamic}
+    weight = only_weight(write(tmp_path, tensors, {"quantization_config": settings}))
+    assert (weight.undecoded is None) == is_read
+
+
+def test_groups_that_quant_for_writes_are_read_as_settings_of_modules(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", SIZES.shapes, shards=1)
+    streamconv.convert(base, tmp_path / "mixed", quant="gptq", quant_for=["mlp.down_proj=gptq:g32"])
+    config = json.loads((tmp_path / "mixed" / "config.json").read_text())["quantization_config"]
+    settings = module_settings(config)
+    for weight in find_weights(index_of(tmp_path / "mixed")):
+        if weight.decoder.grid is not None:
+            module = weight.name.removesuffix(".weight")
+            assert settings.of(module, "group_size", None) == weight.decoder.grid.block
+            assert weight.decoder.grid.block == (32 if "down_proj" in module else 128)
+    streamconv.convert(tmp_path / "mixed", tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert again["dynamic"] == config["dynamic"]
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "mixed" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_an_expression_that_cannot_be_used_is_refused_by_name(tmp_path: Path) -> None:
+    tensors = stored(encoder_for("gptq", normal((32, 128))), normal((32, 128)))
+    settings = {"quant_method": "gptq", "bits": 4, "dynamic": {"+:(": {"bits": 8}}}
+    with pytest.raises(CheckpointError, match=r"config\.json: dynamic in quantization_config: '\('"):
+        find_weights(write(tmp_path, tensors, {"quantization_config": settings}))
 
 
 # -- versions of GPTQ --------------------------------------------------------------------------------------------

@@ -48,12 +48,16 @@ _BY_32 = {"num_bits": 4, "strategy": "group", "group_size": 32}
 
 @dataclass(frozen=True)
 class Case:
-    """`scheme`: a preset's name, or what is said of the weights; `changes` are made to the weights of either."""
+    """`scheme`: a preset's name, or what is said of the weights; `changes` are made to the weights of either.
+
+    `inputs` is what is said of activations.
+    """
 
     scheme: str | Mapping[str, Any]
     dtype: torch.dtype = torch.bfloat16
     ignore: Sequence[str] = ()
     changes: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Any] | None = None
     intermediate_size: int = 32
     is_marked: bool = True  # has values that grids stumble over: see `mark`
 
@@ -69,6 +73,18 @@ CASES = {
     "w4a16_asym": Case({**_BY_32, "symmetric": False}),
     "w8a16_asym_rows": Case({"num_bits": 8, "strategy": "channel", "symmetric": False}, torch.float16),
     "w8a8": Case("W8A8"),
+    "w8a8_tensor": Case(
+        {"num_bits": 8, "strategy": "tensor"}, inputs={"num_bits": 8, "strategy": "tensor", "dynamic": False}
+    ),
+    "w8a8_static_asym": Case(
+        {"num_bits": 8, "strategy": "channel"},
+        torch.float16,
+        inputs={"num_bits": 8, "strategy": "tensor", "dynamic": False, "symmetric": False},
+    ),
+    "w8a8_asym_weights": Case(
+        {"num_bits": 8, "strategy": "channel", "symmetric": False},
+        inputs={"num_bits": 8, "strategy": "token", "dynamic": True},
+    ),
     "fp8_tensor": Case("FP8"),
     "fp8_channel": Case("FP8_DYNAMIC"),
     "fp8_channel_float16": Case("FP8_DYNAMIC", torch.float16),
@@ -124,6 +140,8 @@ def quantization(case: Case) -> QuantizationConfig:
     else:
         scheme = {"targets": ["Linear"], "weights": dict(case.scheme)}
     scheme["weights"] |= case.changes
+    if case.inputs is not None:
+        scheme["input_activations"] = dict(case.inputs)
     return QuantizationConfig(
         config_groups={"group_0": scheme},
         ignore=["lm_head", *case.ignore],
@@ -146,7 +164,7 @@ def observe(module: Any) -> None:
     module.weight_scale.data.copy_(scale.view(shape))
     if not args.symmetric:
         module.weight_zero_point.data.copy_(zero_point.view(shape))
-    for number, name in enumerate(("input_scale", "input_global_scale"), 1):
+    for number, name in enumerate(("input_scale", "input_global_scale", "input_zero_point"), 1):
         if hasattr(module, name):
             getattr(module, name).data.fill_(number + weight.shape[0] / 256)
 

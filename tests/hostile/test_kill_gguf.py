@@ -59,21 +59,26 @@ def test_killed_anywhere_and_run_again_the_folder_is_the_same(
 
 
 def test_killed_in_block_types_and_run_again(commands: Commands, tmp_path: Path) -> None:
+    """Written anew, and kept in the files of the first."""
     base, adapter = (
         write_llama(tmp_path / "base", BLOCKS),
         write_adapter(tmp_path / "adapter", BLOCKS.shapes),
     )
-    paths = ("--base", str(base), "--adapter", str(adapter), "--max-ram", "110MiB")
-    arguments = ("merge", *paths, "--quant", "gguf:q8_0", "--max-shard-size", "900kB")
-    done = commands.run(*arguments, "-o", tmp_path / "whole", watermark_bytes=WATERMARK_BYTES)
-    assert done.code == 0, done.text
-    case = Case(arguments, done.calls, tree(tmp_path / "whole"))
-    for at in spread(len(case.calls), 2):
-        out = tmp_path / str(at)
-        assert case.run(commands, out, at).code == -signal.SIGKILL
-        again = case.run(commands, out)
-        assert again.code == 0, f"killed at {at}, {case.calls[at - 1]}: {again.text}"
-        assert tree(out) == case.complete, f"killed at {at}, {case.calls[at - 1]}"
+    paths = ("--adapter", str(adapter), "--max-ram", "110MiB")
+    anew = ("merge", "--base", str(base), *paths, "--quant", "gguf:q8_0", "--max-shard-size", "900kB")
+    kept = ("merge", "--base", str(tmp_path / "anew"), *paths)
+    for name, arguments in (("anew", anew), ("kept", kept)):
+        done = commands.run(*arguments, "-o", tmp_path / name, watermark_bytes=WATERMARK_BYTES)
+        assert done.code == 0, done.text
+        case = Case(arguments, done.calls, tree(tmp_path / name))
+        for at in spread(len(case.calls), 2):
+            out = tmp_path / f"{name}-{at}"
+            assert case.run(commands, out, at).code == -signal.SIGKILL
+            again = case.run(commands, out)
+            assert again.code == 0, f"killed at {at}, {case.calls[at - 1]}: {again.text}"
+            assert tree(out) == case.complete, f"killed at {at}, {case.calls[at - 1]}"
+    files = [name for name in tree(tmp_path / "kept") if name.endswith(".gguf")]
+    assert files == [name for name in tree(tmp_path / "anew") if name.endswith(".gguf")]
 
 
 def test_killed_while_an_older_model_of_the_same_names_is_replaced(

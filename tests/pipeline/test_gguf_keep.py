@@ -25,6 +25,7 @@ from streamconv.errors import OptionError, UnsupportedError
 from streamconv.kernels.ggml import BLOCK_TYPES
 from streamconv.output.manifest import Report
 from streamconv.pipeline import build_job, prepare
+from streamconv.pipeline.shown import plan_as_text
 from streamconv.rounding import ROUNDINGS
 from streamconv.storage.local import open_folder
 from tests.gguf.bases import fast_tokenizer, read_file, write_llama
@@ -437,7 +438,10 @@ def test_the_header_s_tokenizer_stays_and_it_is_said(mixed: Path, adapter: Path,
     settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "another"}
     (tmp_path / "adapter" / "tokenizer_config.json").write_text(json.dumps(settings))
     options: Any = {"quant": "keep", "device": "cpu"}
-    (note,) = prepare(build_job(mixed, tmp_path / "adapter", **options)).plan.notes
+    prepared = prepare(build_job(mixed, tmp_path / "adapter", **options))
+    (note,) = prepared.plan.notes
     assert note.startswith(
         "tokenizer and chat template stay those in the file's header; the adapter has others: "
     )
+    copied = len(tensors_of(mixed)) - 14
+    assert f"14 rewritten, {copied} tensors copied" in plan_as_text(prepared)  # gaps are none

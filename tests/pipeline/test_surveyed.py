@@ -259,5 +259,5 @@ def test_a_model_of_zeros_is_stored(tmp_path: Path) -> None:
 
 
 def test_kinds_of_passes_are_in_order() -> None:
-    assert list(PASSES) == ["equalize", "survey", "measure", "calibrate"]
+    assert list(PASSES) == ["equalize", "survey", "enlarge", "measure", "calibrate"]
     assert passes.PASSES["survey"].told is None

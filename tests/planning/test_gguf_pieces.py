@@ -185,6 +185,13 @@ def read_blocks(folder: Path) -> dict[str, tuple[str, Tensor]]:
     }
 
 
+def exponents_and_codes(folder: Path) -> dict[str, bytes]:
+    """Stored bytes of experts."""
+    (file,) = folder.glob("*.gguf")
+    tensors = GGUFReader(file).tensors
+    return {each.name: each.data.tobytes() for each in tensors if each.name.endswith("_exps.weight")}
+
+
 def mxfp4_base(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """A base with experts in MXFP4, and the tensors that a GGUF file of it has in 16 bit."""
     base = write(folder / "base", blocks(), quantization_config={"quant_method": "mxfp4"})
@@ -360,6 +367,8 @@ def test_a_file_written_as_another_keeps_experts_in_mxfp4(tmp_path: Path) -> Non
     adapter = write_lora(tmp_path / "adapter")
     streamconv.merge(file, adapter, tmp_path / "out", quant="gguf:q4_k_m", device="cpu")
     found = read_blocks(tmp_path / "out")
+    assert exponents_and_codes(tmp_path / "out") == exponents_and_codes(file.parent)
+    streamconv.verify(tmp_path / "out", full=True, base=file, adapter=adapter, device="cpu")
     converted(file, tmp_path / "f16", "gguf:f16")
     decoded = read_blocks(tmp_path / "f16")
     for part in PARTS:

@@ -87,7 +87,8 @@ KEPT = (
 )
 BESIDE = "deepseek fp8 beside fp4"
 DECODED = (*KEPT, "gpt-oss mxfp4")
-UNDECODED = [name for name in FOREIGN if name not in (*DECODED, BESIDE)]
+FUSED = "fp8, fused experts"
+UNDECODED = [name for name in FOREIGN if name not in (*DECODED, BESIDE, FUSED)]
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -111,6 +112,23 @@ def test_what_cannot_be_decoded_is_refused_by_name_where_it_would_have_to(
     for quant in ("none", "nf4", "bfloat16"):
         with pytest.raises(UnsupportedError, match=r"layers\.0\.mlp\.gate_proj\.weight has to be decoded"):
             streamconv.merge(base, adapter, tmp_path / "out", quant=quant, device="cpu")
+
+
+def test_fused_experts_in_fp8_are_refused_by_name_where_an_update_touches_one(tmp_path: Path) -> None:
+    base, adapter = write_foreign(tmp_path / "base", FUSED), tmp_path / "adapter"
+    key = "base_model.model.model.layers.0.mlp.experts"
+    adapter.mkdir()
+    save_file(
+        {f"{key}.lora_A.weight": torch.ones(4, 128), f"{key}.lora_B.weight": torch.ones(64, 4)},
+        adapter / "adapter_model.safetensors",
+    )
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_parameters": ["mlp.experts.down_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    fused = r"F8_E4M3 \[2, 128, 64\], experts fused in one tensor, of which FP8 is not read yet"
+    with pytest.raises(UnsupportedError, match=rf"experts\.down_proj, which is not decoded: .*{fused}"):
+        streamconv.merge(base, adapter, tmp_path / "out", device="cpu")
+    with pytest.raises(UnsupportedError, match=r"experts\.gate_up_proj has to be decoded for this"):
+        streamconv.convert(base, tmp_path / "out", quant="none", device="cpu")
 
 
 @pytest.mark.parametrize("name", DECODED)

@@ -26,7 +26,7 @@ from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.readers import Readers
 from streamconv.dtypes import DENSE
 from streamconv.formats import FORMATS, container_of
-from streamconv.formats.base import CELL_ROWS, Surveyed
+from streamconv.formats.base import CELL_ROWS, InputMeasured, Surveyed
 from streamconv.formats.rows import StoredRows
 from streamconv.pipeline import Job, Prepared, convert, prepare, run
 from streamconv.planning.memory import plan_memory
@@ -247,6 +247,8 @@ def cases(draw: st.DrawFn, folder: Path) -> Case:
     encoder = FORMATS[result].encoder(W, shape, DENSE["float32"])
     if isinstance(encoder, Surveyed):
         encoder = encoder.knowing(0.25)
+    if isinstance(encoder, InputMeasured):
+        encoder = encoder.measuring(0.25)
     rounding = ROUNDINGS[draw(st.sampled_from(BY_CELLS))] if encoder.grid else None
     searches_first = rounding is not None and rounding.searches_scales and encoder.nested
     quantized = sorted(name for name, each in FORMATS.items() if each.load_in is not None)

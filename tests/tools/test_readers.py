@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from tests.foreign import test_mlx, test_vllm
 from tools.readers.answer import TOKENS, Question, answer, questions
 
 ROOT = Path(__file__).parents[2]
@@ -55,3 +57,18 @@ def test_a_program_has_tests_of_its_name() -> None:
     assert {
         path.stem.removeprefix("test_") for path in (ROOT / "tests" / "foreign").glob("test_*.py")
     } == PROGRAMS
+
+
+@pytest.mark.parametrize(
+    ("program", "formats"), [("mlx", test_mlx.REFUSED), ("vllm", tuple(test_vllm.REFUSED))], ids=str
+)
+def test_what_a_program_refuses_is_kept_in_its_words_and_said_on_the_page(
+    program: str, formats: tuple[str, ...]
+) -> None:
+    refused = json.loads((ROOT / "docs/results" / f"foreign-{program}.json").read_text())["refused"]
+    assert tuple(refused) == formats
+    assert all("Error: " in words for words in refused.values())
+    _, _, found = (ROOT / "docs/formats.md").read_text().partition("What is found to be so")
+    found, _, _ = found.partition("\n\n")
+    names = {"gptq": "GPTQ files", "gptq-asym": "GPTQ files"} if program == "mlx" else {}
+    assert all(names.get(name, f"`{name}`") in found for name in formats)

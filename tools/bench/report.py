@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tools.bench import calibration, encode, methods, outofcore, plan
+from tools.bench import calibration, encode, formats, methods, outofcore, peaks, plan
 from tools.bench.merge import COPY, RAW, RIVALS, STREAMCONV, ratio, table, to_bound
 from tools.bench.results import RESULTS, ROOT, load
 
@@ -180,12 +180,29 @@ def encode_block(results: Results) -> str:
     return "\n".join([encode.table(measured), "", f"{how}\n{_machine(results)}"])
 
 
+def formats_block(results: Results) -> str:
+    """The table, and how many of its rows meet the aim."""
+    rows, columns = results["shape"]
+    measured = [formats.Row(**row) for row in results["medians"]]
+    met = sum(row.is_met for row in measured)
+    clock = "" if results["clock"] == "wall" else ", in seconds of processors"
+    how = (
+        f"{met} of {len(measured)} met. A weight of {rows:,} x {columns:,}, {results['threads']} threads; medians of up"
+        f" to {results['rounds']} rounds{clock}."
+    )
+    return "\n".join([formats.table(measured), "", f"{how}\n{_machine(results)}"])
+
+
 def calibration_block(results: Results) -> str:
     return "\n".join([*calibration.HEADER, *map(calibration.row, results["peaks"]), "", _machine(results)])
 
 
 def methods_block(results: Results) -> str:
     return "\n".join([*methods.HEADER, *map(methods.row, results["rows"]), "", _machine(results)])
+
+
+def peaks_block(results: Results) -> str:
+    return "\n".join([*peaks.HEADER, *peaks.lines(results["rows"]), "", _machine(results)])
 
 
 def _machine(results: Results) -> str:
@@ -213,9 +230,11 @@ BLOCKS: Mapping[str, tuple[Sequence[str], Callable[..., str]]] = {
     ),
     "merge": ((MERGED,), merge_block),
     "encode": (("bench-encode.json",), encode_block),
+    "formats": (("bench-formats.json",), formats_block),
     "outofcore": (("bench-outofcore.json",), outofcore_block),
     "plan": (("bench-plan.json",), plan_block),
     "methods": (("bench-methods.json",), methods_block),
+    "peaks": (("bench-peaks.json",), peaks_block),
     "calibration": (("bench-calibration.json",), calibration_block),
 }
 

@@ -15,9 +15,18 @@ from torch import Tensor
 import streamconv
 from streamconv.checkpoint.container import SAFETENSORS
 from streamconv.formats import FORMATS, container_of
+from streamconv.formats.gguf import PREFIX
+from tests.gguf.bases import write_llama
+from tests.models import Sizes
 
 SHARD = "model.safetensors"
 HIDDEN, INNER, VOCABULARY = 128, 256, 64
+IN_GGUF: Mapping[str, Sizes] = {
+    "f16": Sizes(hidden=64, inner=128, layers=1, vocabulary=300),
+    "q8_0": Sizes(hidden=64, inner=128, layers=1, vocabulary=300),
+    "q4_k": Sizes(hidden=256, inner=256, layers=1, vocabulary=300),
+}
+"""Types of numbers, of blocks, and of blocks in a block; of rows so short that a fuzzer holds the data."""
 _MLP = "model.layers.0.mlp"
 _MATRIX = f"{_MLP}.up_proj"
 _EXPERTS = f"{_MLP}.experts.gate_up_proj"
@@ -88,6 +97,16 @@ def write_quantized(folder: Path, name: str, base: Path) -> Path:
     tensors, config = READ_ONLY[name]()
     _save(folder, {**tensors, "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16)}, config, 1)
     return folder
+
+
+def write_gguf(folder: Path, name: str) -> Path:
+    """The file of a Llama of one layer with its tokenizer, in one of the formats of GGUF."""
+    dense = folder / "dense"
+    write_llama(dense, IN_GGUF[name], shards=1)
+    _date(dense)
+    streamconv.convert(base=dense, out=folder / "base", quant=f"{PREFIX}{name}", card=False)
+    (file,) = (folder / "base").glob("*.gguf")
+    return file
 
 
 def _date(folder: Path) -> None:

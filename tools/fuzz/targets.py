@@ -16,9 +16,11 @@ from pathlib import Path
 
 import click
 
+from streamconv.checkpoint.gguf import read_gguf
 from streamconv.checkpoint.header import parse_header
 from streamconv.checkpoint.index import read_index
 from streamconv.cli import main
+from streamconv.dtypes import GGML_TYPES
 from streamconv.errors import OptionError
 from streamconv.output.journal import Journal, Watermark
 from streamconv.output.manifest import MANIFEST
@@ -26,11 +28,13 @@ from streamconv.pipeline import Prepared, build_job, prepare, run, verify
 from streamconv.progress import StopRequest, quiet
 from streamconv.storage import open_storage
 from tools.fuzz.models import (
+    IN_GGUF,
     QUANTIZED,
     READ_ONLY,
     SHARD,
     write_adapter,
     write_base,
+    write_gguf,
     write_quantized,
 )
 from tools.fuzz.mutation import Mutate, mutated_bytes, mutated_json, mutated_lines, mutated_shard
@@ -187,6 +191,38 @@ def _quantized_tensors(name: str, folder: Path) -> Target:
     return Target(((base / SHARD).read_bytes(),), mutated_shard, read)
 
 
+def _gguf_header(folder: Path) -> Target:
+    """Pairs and entries of tensors, before data that stay."""
+    file = write_gguf(folder, "q8_0")
+    raw = file.read_bytes()
+    start = _data_start(file)
+
+    def read(data: bytes) -> None:
+        file.write_bytes(data + raw[start:])
+        prepare(build_job(file, quant="none"))
+
+    return Target((raw[:start],), mutated_bytes, read)
+
+
+def _gguf_tensors(name: str, folder: Path) -> Target:
+    """Data after an honest header, decoded to 16 bits."""
+    file = write_gguf(folder, name)
+    raw = file.read_bytes()
+    start = _data_start(file)
+
+    def read(data: bytes) -> None:
+        file.write_bytes(raw[:start] + data)
+        _make(prepare(build_job(file, quant="none")), folder / "out")
+
+    return Target((raw[start:],), mutated_bytes, read)
+
+
+def _data_start(file: Path) -> int:
+    storage = open_storage(str(file.parent))
+    found = read_gguf(storage.file(file.name), storage.read_start, GGML_TYPES)
+    return min(tensor.offset for tensor in found.tensors.values())
+
+
 _RECIPE_JSON = json.dumps(
     {"base": "org/base", "adapter": "me/lora", "quant": "nf4-dq", "max-ram": "1GiB"}
 ).encode()
@@ -207,6 +243,8 @@ TARGETS: Mapping[str, Callable[[Path], Target]] = {
     "recipe-yaml": partial(_recipe, ".yaml", _RECIPE_YAML, mutated_bytes),
     **{f"config-{name}": partial(_quantized_config, name) for name in (*QUANTIZED, *READ_ONLY)},
     **{f"tensors-{name}": partial(_quantized_tensors, name) for name in (*QUANTIZED, *READ_ONLY)},
+    "gguf-header": _gguf_header,
+    **{f"gguf-{name}": partial(_gguf_tensors, name) for name in IN_GGUF},
 }
 """Makers of targets by name, each given an empty folder of its own."""
 

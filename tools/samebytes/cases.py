@@ -19,6 +19,8 @@ PACKED = (
     *("w4a16", "w8a16", "w8a8", "gptq", "gptq-v2", "gptq-asym", "awq", "awq-asym", "fp8", "fp8-block"),
     *("mlx4", "mlx8", "nvfp4a16", "mxfp4a16", "mxfp4"),
 )
+# Those that are written with a text alone.
+MEASURED = ("nvfp4",)
 QUANTIZED = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", *PACKED)
 # In GGUF files: of those in one type all are rounded by the same code, each with that type's kernels.
 GGUF = (
@@ -71,8 +73,11 @@ def select(cases: Sequence[Case], only: Sequence[str], skip: Sequence[str]) -> l
 
 def quantized_bases() -> list[Case]:
     """Conversions with which the tree of REV makes the quantized bases, given to both trees."""
+    plain = [Case(f"llama-{quant}", "llama", options={"quant": quant}) for quant in QUANTIZED]
+    nearest = {"rounding": "nearest"} | _text()
+    measured = [Case(f"llama-{quant}", "llama", options={"quant": quant} | nearest) for quant in MEASURED]
     file = Case("faq-9m-gguf:q4_k_m", "faq-9m", options={"quant": "gguf:q4_k_m"})
-    return [*(Case(f"llama-{quant}", "llama", options={"quant": quant}) for quant in QUANTIZED), file]
+    return [*plain, *measured, file]
 
 
 def _text(tokens: int = 512, gradients: int = 0, **options: Any) -> dict[str, Any]:
@@ -106,7 +111,12 @@ def _formats() -> list[Case]:
     ]
     cases += [
         Case(f"{quant}, feedback", "llama", "lora", {"quant": quant, "rounding": "feedback"} | _text())
-        for quant in CALIBRATED
+        for quant in (*CALIBRATED, *MEASURED)
+    ]
+    cases += [
+        Case(f"{quant}, {rounding}", "llama", "lora", {"quant": quant, "rounding": rounding} | _text())
+        for quant in MEASURED
+        for rounding in ROUNDINGS
     ]
     return cases
 
@@ -126,7 +136,7 @@ def _targets() -> list[Case]:
     ]
     cases += [
         Case(f"base {quant}, kept", f"llama-{quant}", "lora", {"quant": "keep", "min_kept": 0})
-        for quant in QUANTIZED
+        for quant in (*QUANTIZED, *MEASURED)
     ]
     file = "faq-9m-gguf:q4_k_m"  # kept as a file, whatever types are in it
     cases += [

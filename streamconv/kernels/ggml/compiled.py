@@ -22,7 +22,7 @@ from streamconv.kernels.ggml.decoding import (
     small_floats,
     ternary_digits,
 )
-from streamconv.kernels.ggml.fitting import Tries, fit, starting_scales
+from streamconv.kernels.ggml.fitting import MARGIN, Tries, fit, starting_scales
 from streamconv.kernels.ggml.in_torch import TorchBlockKernels
 from streamconv.kernels.ggml.iq_grids import IQ_TYPES, iq_grid
 from streamconv.kernels.ggml.packing import CODES_AT, centre, codes_of, pack_scales, unpack_scales
@@ -31,6 +31,7 @@ from streamconv.kernels.ggml.types import BlockType, Codes
 
 Array = fit_loops.Array
 _TORCH = TorchBlockKernels()
+_NO_INTEGERS = torch.empty(0, dtype=torch.int16)
 
 
 @functools.cache
@@ -77,7 +78,11 @@ class CompiledBlockKernels:
         return unpack_scales(kind, raw)
 
     def pack(self, kind: BlockType, codes: Tensor, scales: Tensor, raw: Tensor) -> None:
-        pack_scales(kind, *split(kind, scales, _nested), raw)
+        known = codes_of(kind)
+        if known.is_nested:
+            pack_scales(kind, *split(kind, scales, _nested), raw)
+        else:
+            pack_scales(kind, _halves_of(scales).view(len(raw), -1), _NO_INTEGERS, raw)
         self.pack_codes(kind, codes, raw)
 
     def pack_codes(self, kind: BlockType, codes: Tensor, raw: Tensor) -> None:
@@ -85,6 +90,8 @@ class CompiledBlockKernels:
         pack_loops.PACK[kind.name](codes.numpy(), shift, place, raw.numpy())
 
     def stored(self, kind: BlockType, scales: Tensor) -> Tensor:
+        if not codes_of(kind).is_nested:
+            return _halves_of(scales)
         return joined(kind, *split(kind, scales, _nested))
 
     def nearest(self, kind: BlockType, values: Tensor, scales: Tensor, codes: Tensor) -> None:
@@ -93,7 +100,15 @@ class CompiledBlockKernels:
         loop(_blocks(kind, values), scales.numpy(), *_limits(known), _blocks(kind, codes))
 
     def starting_scales(self, kind: BlockType, values: Tensor) -> Tensor:
-        return self.stored(kind, starting_scales(kind, values, _ranges))
+        known = codes_of(kind)
+        if known.is_nested:
+            return self.stored(kind, starting_scales(kind, values, _ranges))
+        low, high = _ranges(values.reshape(-1, kind.block))
+        out = torch.empty(len(low), 2) if known.has_offset else torch.empty(len(low))
+        divisor = np.float32(known.highest if known.has_offset else known.peak)
+        given = low.numpy(), high.numpy(), divisor, known.has_offset
+        scale_loops.plain_start(*given, out.numpy().reshape(-1))
+        return self.stored(kind, out)
 
     def fit(self, kind: BlockType, values: Tensor, weights: Tensor | None) -> Tensor:
         return fit(kind, values, weights, _CompiledSearches(), _nested)
@@ -107,7 +122,10 @@ class _CompiledSearches:
         self, values: Tensor, weights: Tensor | None, peaks: list[float], tries: Tries, codes: Codes
     ) -> Tensor:
         out = torch.empty(len(values), 2)
-        given = values.numpy(), _weights(weights), np.array(peaks, np.float32)
+        tried = np.array([*peaks, *(codes.highest - less for less in tries.below)], np.float32)
+        shares = np.array([0.0] * len(peaks) + [less / codes.highest for less in tries.below], np.float32)
+        margins = np.array([0.0] * len(peaks) + [MARGIN] * len(tries.below), np.float32)
+        given = values.numpy(), _weights(weights), tried, shares, margins
         fit_loops.search_affine(*given, tries.refits, np.float32(codes.highest), codes.is_nested, out.numpy())
         return out
 
@@ -143,6 +161,12 @@ def _ranges(values: Tensor) -> tuple[Tensor, Tensor]:
     low, high = (torch.empty(len(values)) for _ in range(2))
     scale_loops.ranges(values.numpy().view(np.int32), low.numpy().view(np.int32), high.numpy().view(np.int32))
     return low, high
+
+
+def _halves_of(scales: Tensor) -> Tensor:
+    found = torch.empty(scales.shape)
+    scale_loops.halves(scales.numpy().reshape(-1), found.numpy().reshape(-1))
+    return found
 
 
 def _nested(wished: Tensor, limit: int, is_signed: bool) -> tuple[Tensor, Tensor]:

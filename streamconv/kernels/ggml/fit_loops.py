@@ -110,7 +110,7 @@ def _losses(s: Array, block: int, lowest: Any, highest: Any) -> None:
 
 
 @compiled
-def _fit_affine(s: Array, is_limited: bool) -> None:
+def _fit_affine(s: Array, is_limited: bool, margin: Any) -> None:
     """Least squares for scale and offset, given codes; keep them if none were better."""
     for b in range(LANES):
         factor, start, total = s[_FACTOR + b], s[_OFFSET + b], s[_TOTAL + b]
@@ -127,6 +127,7 @@ def _fit_affine(s: Array, is_limited: bool) -> None:
         offset = _ZERO if bound else offset
         loss = errors - _TWO * (shift * rests) - _TWO * (slope * products)
         loss += shift * shift * total + _TWO * (shift * slope) * codes + slope * slope * squares
+        loss += margin * total
         loss /= factor * factor
         is_better = (loss < s[_LEAST + b]) & (slope > -_ONE)
         s[_LEAST + b] = loss if is_better else s[_LEAST + b]
@@ -172,23 +173,37 @@ def _find_range(s: Array, block: int, is_limited: bool) -> None:
 
 @compiled
 def search_affine(
-    values: Array, weights: Array, peaks: Array, refits: int, highest: Any, is_limited: bool, scales: Array
+    values: Array,
+    weights: Array,
+    peaks: Array,
+    shares: Array,
+    margins: Array,
+    refits: int,
+    highest: Any,
+    is_limited: bool,
+    scales: Array,
 ) -> None:
-    """Write scales and offsets, [blocks, 2]. `is_limited`: no offset is above 0."""
+    """Write scales and offsets, [blocks, 2]. `is_limited`: no offset is above 0.
+
+    `shares`: of a block's range, by which the offset that goes with a peak lies below the least element. `margins`: see
+    MARGIN.
+    """
     s, block = np.empty(_ROWS * LANES, np.float32), values.shape[1]
     for first in range(0, values.shape[0], LANES):
         count = _load(values, weights, first, s)
         _find_range(s, block, is_limited)
         for number in range(peaks.size + refits):
+            margin = _ZERO
             if number < peaks.size:
-                peak = peaks[number]
+                margin = margins[number]
+                peak, share = peaks[number], shares[number]
                 for b in range(LANES):
                     s[_FACTOR + b] = peak / s[_DIVISOR + b]
-                    s[_OFFSET + b] = s[_LOW + b]
+                    s[_OFFSET + b] = s[_LOW + b] - s[_RANGE + b] * share
             else:
                 _from_best(s)
             _moments(s, block, _ZERO, highest)
-            _fit_affine(s, is_limited)
+            _fit_affine(s, is_limited, margin)
         for b in range(count):
             is_flat = s[_RANGE + b] <= _SMALLEST
             scales[first + b, 0] = _ZERO if is_flat else s[_BEST_SCALE + b]

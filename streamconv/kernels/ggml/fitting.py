@@ -24,18 +24,22 @@ from streamconv.kernels.ggml.types import BlockType, Codes
 
 # Ranges narrower than this are none: no 16-bit float could tell.
 SMALLEST = 2.0**-40
+# Squares of a step by which another offset must do better for each element than what puts the least one on a code: of
+# two that are as good, blocks that are alike have the same, and integers of a super-block fit both.
+MARGIN = 2.0**-9
 
 
 @dataclass(frozen=True, slots=True)
 class Tries:
     """Extent of a search: so many numbers near the last code, `step` apart; the best fitted anew so often; integers as
-    far as `reach` from the wished one.
+    far as `reach` from the wished one. `below`: codes by which the least element lies above an offset that is tried.
     """
 
     peaks: int
     step: float
     refits: int
     reach: int
+    below: tuple[float, ...] = ()
 
     def about(self, peak: float) -> list[float]:
         """Numbers to try, `peak` first, so that weights that lie on a grid stay there."""
@@ -53,10 +57,11 @@ _TRIES = {
     "q5_0": Tries(peaks=21, step=0.1, refits=2, reach=1),
     "q8_0": Tries(peaks=9, step=0.1, refits=0, reach=5),
     "q6_k": Tries(peaks=9, step=0.2, refits=1, reach=8),
-    "q4_1": Tries(peaks=21, step=0.1, refits=2, reach=0),
-    "q5_1": Tries(peaks=21, step=0.1, refits=2, reach=0),
-    "q4_k": Tries(peaks=21, step=0.1, refits=2, reach=3),
-    "q5_k": Tries(peaks=21, step=0.1, refits=2, reach=3),
+    # Where a few elements are far from the others, these do best between two codes' values, not from one on.
+    "q4_1": Tries(peaks=19, step=1 / 9, refits=2, reach=0, below=(0.5, 0.75)),
+    "q5_1": Tries(peaks=19, step=1 / 9, refits=2, reach=0, below=(0.5, 0.75)),
+    "q4_k": Tries(peaks=19, step=1 / 9, refits=2, reach=3, below=(0.5, 0.75)),
+    "q5_k": Tries(peaks=19, step=1 / 9, refits=2, reach=3, below=(0.5, 0.75)),
 }
 
 
@@ -228,7 +233,13 @@ def _above_zero(numbers: Tensor) -> Tensor:
 
 
 def _fit_affine(
-    best: _Best, sums: _Moments, total: Tensor, factor: Tensor, start: Tensor, is_limited: bool
+    best: _Best,
+    sums: _Moments,
+    total: Tensor,
+    factor: Tensor,
+    start: Tensor,
+    is_limited: bool,
+    margin: float,
 ) -> None:
     divisor = _above_zero(total * sums.squares - sums.codes * sums.codes)
     slope = (total * sums.products - sums.codes * sums.rests) / divisor
@@ -241,6 +252,7 @@ def _fit_affine(
         offset = torch.where(bound, 0, offset)
     loss = sums.errors - 2 * (shift * sums.rests) - 2 * (slope * sums.products)
     loss += shift * shift * total + 2 * (shift * slope) * sums.codes + slope * slope * sums.squares
+    loss += margin * total
     loss /= factor * factor
     best.keep_better((loss < best.loss) & (slope > -1), loss, (1 + slope) / factor, offset)
 
@@ -267,13 +279,16 @@ class TorchSearches:
         width = high - low
         is_flat = width <= SMALLEST
         best = _best_of_none(torch.zeros_like(low), low)
-        for number in range(len(peaks) + tries.refits):
-            if number < len(peaks):
-                factor, start = _over(peaks[number], width, is_flat), low
+        trials = [(peak, 0.0) for peak in peaks] + [(codes.highest - less, less) for less in tries.below]
+        for number in range(len(trials) + tries.refits):
+            margin = MARGIN if len(peaks) <= number < len(trials) else 0.0
+            if number < len(trials):
+                peak, less = trials[number]
+                factor, start = _over(peak, width, is_flat), low - width * (less / codes.highest)
             else:
                 factor, start = _inverse(best.scale), best.offset
             sums = blocks.moments(factor, start, codes)
-            _fit_affine(best, sums, blocks.total, factor, start, is_limited)
+            _fit_affine(best, sums, blocks.total, factor, start, is_limited, margin)
         pair = torch.where(is_flat, 0, best.scale), torch.where(is_flat, low, best.offset)
         return torch.stack(pair, dim=1)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from streamconv.kernels import kernels_for
 from streamconv.kernels.base import block_dots
 from streamconv.kernels.ggml import block_kernels_for
 from streamconv.kernels.ggml.packing import codes_of
@@ -46,7 +47,7 @@ class BlockTypeRule:
 
     def _known(self, values: Tensor, scales: Tensor) -> Tensor:
         """The scales in units of the grid, where values are in reach of 16-bit floats."""
-        low, high = values.aminmax(dim=1)
+        low, high = kernels_for(values.device).ranges(values, self.kind.super_block)
         is_known = (low >= -LARGEST_HALF) & (high <= LARGEST_HALF)
         by_super_block = in_grid_units(self.kind, scales).view(len(values), -1)
         return torch.where(is_known[:, None], by_super_block, torch.nan).view(scales.shape)

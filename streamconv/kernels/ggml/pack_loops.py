@@ -50,9 +50,18 @@ def nearest_above(values: Array, scales: Array, lowest: Any, highest: Any, codes
 
 @compiled
 def _pack_nibbles(codes: Array, i: int, start: int, stretch: int, add: Any, raw: Array, place: int) -> None:
+    low, high = codes[i, start : start + stretch], codes[i, start + stretch : start + 2 * stretch]
+    out = raw[i, place : place + stretch]
     for j in range(stretch):
-        first, second = np.uint8(codes[i, start + j] + add), np.uint8(codes[i, start + stretch + j] + add)
-        raw[i, place + j] = np.uint8(first & _LOW) | np.uint8(second << _HIGH)
+        out[j] = np.uint8(np.uint8(low[j] + add) & _LOW) | np.uint8(np.uint8(high[j] + add) << _HIGH)
+
+
+@compiled
+def _pack_32(codes: Array, i: int, add: Any, raw: Array, place: int) -> None:
+    """`_pack_nibbles` of a stretch of 16, as LLVM makes vectors of it."""
+    known, out = codes[i], raw[i, place : place + 16]
+    for j in range(16):
+        out[j] = np.uint8(np.uint8(known[j] + add) & _LOW) | np.uint8(np.uint8(known[16 + j] + add) << _HIGH)
 
 
 @compiled
@@ -66,7 +75,7 @@ def _unpack_nibbles(raw: Array, i: int, place: int, stretch: int, add: Any, code
 @compiled
 def pack_q4(codes: Array, add: Any, place: int, raw: Array) -> None:
     for i in range(raw.shape[0]):
-        _pack_nibbles(codes, i, 0, 16, add, raw, place)
+        _pack_32(codes, i, add, raw, place)
 
 
 @compiled
@@ -84,7 +93,7 @@ def pack_q5(codes: Array, add: Any, place: int, raw: Array) -> None:
             high |= bit << np.uint32(j)
         for part in range(4):
             raw[i, place + part] = np.uint8(high >> np.uint32(8 * part) & np.uint32(255))
-        _pack_nibbles(codes, i, 0, 16, add, raw, place + 4)
+        _pack_32(codes, i, add, raw, place + 4)
 
 
 @compiled

@@ -55,6 +55,25 @@ def _to_half(x: Any, cell: Array, bits: Array) -> Any:
 
 
 @compiled
+def halves(numbers: Array, out: Array) -> None:
+    """Nearest 16-bit floats of finite `numbers`, flat."""
+    cell = np.empty(1, np.float32)
+    bits = cell.view(np.uint32)
+    for i in range(numbers.size):
+        out[i] = _to_half(numbers[i], cell, bits)
+
+
+@compiled
+def plain_start(low: Array, high: Array, divisor: Any, has_offset: bool, out: Array) -> None:
+    """Starting scales from ranges, and offsets beside them: [blocks], or [2 blocks]."""
+    for b in range(low.size):
+        if has_offset:
+            out[2 * b], out[2 * b + 1] = np.float32(high[b] - low[b]) / divisor, low[b]
+        else:
+            out[b] = (low[b] if -low[b] >= high[b] else high[b]) / divisor
+
+
+@compiled
 def _fits(wished: Array, i: int, factor: Any, lowest: Any, highest: Any, integers: Array) -> bool:
     """Write the integers nearest to the quotients; say whether they give exactly what was wished for."""
     divisor = factor if factor != _ZERO else _ONE

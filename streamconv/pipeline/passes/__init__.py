@@ -12,7 +12,7 @@ from streamconv.calibration.subject import Subject
 from streamconv.errors import ResourceError
 from streamconv.output.journal import make_pass_folder
 from streamconv.output.manifest import Notes
-from streamconv.pipeline.passes import calibrate, equalize, measure, survey
+from streamconv.pipeline.passes import calibrate, enlarge, equalize, measure, survey
 from streamconv.pipeline.passes.base import Found, PassKind
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Pass, Plan
@@ -25,6 +25,7 @@ PASSES: Mapping[str, PassKind] = MappingProxyType(
     {
         equalize.NAME: equalize.EQUALIZE,
         survey.NAME: survey.SURVEY,
+        enlarge.NAME: enlarge.ENLARGE,
         measure.NAME: measure.MEASURE,
         calibrate.NAME: calibrate.CALIBRATE,
     }

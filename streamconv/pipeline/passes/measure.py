@@ -14,7 +14,7 @@ from pathlib import Path
 
 from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.layout import Placed
-from streamconv.formats.base import Measured
+from streamconv.formats.base import InputMeasured
 from streamconv.pipeline.passes.base import Found, PassKind
 from streamconv.pipeline.passes.calibrate import over_text
 from streamconv.planning.plan import Pass, Plan, Rewrite, ShardPlan, Step
@@ -53,7 +53,7 @@ def _informed(plan: Plan, greatest: Mapping[str, float]) -> Plan:
         step = placed.step
         if not isinstance(step, Rewrite) or step.name not in greatest:
             return placed
-        assert isinstance(step.encoder, Measured)
+        assert isinstance(step.encoder, InputMeasured)
         return replace(placed, step=replace(step, encoder=step.encoder.measuring(greatest[step.name])))
 
     shards: list[ShardPlan] = [replace(each, steps=tuple(map(known, each.steps))) for each in plan.shards]

@@ -62,7 +62,7 @@ def _plan(subject: Subject) -> Pass | None:
     if not steps:
         return None
     memory = _memory(subject.plan, steps)
-    kept = _file_bytes(steps)
+    kept = file_bytes(steps)
     # While a file is written anew the old one is there.
     need = Need(memory.ram, memory.vram, 2 * kept, sum(map(bytes_surveyed, steps)))
     return Pass(
@@ -79,14 +79,14 @@ def _memory(plan: Plan, steps: Sequence[Rewrite]) -> Memory:
     return plan_memory([surveying(step) for step in steps], plan.options, plan.device)
 
 
-def _file_bytes(steps: Sequence[Rewrite]) -> int:
+def file_bytes(steps: Sequence[Rewrite]) -> int:
     return sum(len(json.dumps(step.name)) + _LINE_BYTES for step in steps) + 2 * _LINE_BYTES
 
 
 def _run(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest) -> Found:
     plan, steps = subject.plan, surveyed(subject.plan)
     _log.info("looking for the greatest magnitude of %d weights", len(steps))
-    file = _File(folder, plan.digest, _file_bytes(steps))
+    file = Magnitudes(folder, plan.digest, file_bytes(steps))
     known = file.read()
 
     def add(nbytes: int) -> None:
@@ -95,7 +95,7 @@ def _run(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest) -
             raise Stopped("stopped by a signal; run the same command again to go on", stop.signal_number)
 
     memory, saved = _memory(plan, steps), time.monotonic()
-    with TensorReader() as reader, Workers(memory.workers) as workers, _telling_of_memory(plan.device):
+    with TensorReader() as reader, Workers(memory.workers) as workers, telling_of_memory(plan.device):
         for step in steps:
             if step.name in known:
                 on_bytes(bytes_surveyed(step))
@@ -113,7 +113,7 @@ def _run(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest) -
 
 
 @contextmanager
-def _telling_of_memory(device: Device) -> Iterator[None]:
+def telling_of_memory(device: Device) -> Iterator[None]:
     """Raise ResourceError where a GPU runs out of memory."""
     try:
         yield
@@ -151,8 +151,8 @@ def _informed(plan: Plan, greatest: Mapping[str, float]) -> Plan:
     return replace(plan, shards=tuple(shards))
 
 
-class _File:
-    """Magnitudes found so far, of the run with the fingerprint `key`."""
+class Magnitudes:
+    """File in `folder` of magnitudes found so far, of the run with the fingerprint `key`; of so many bytes at most."""
 
     def __init__(self, folder: Path, key: str, limit: int) -> None:
         self._path, self._key, self._limit = folder / _FILE, key, limit

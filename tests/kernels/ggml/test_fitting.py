@@ -124,3 +124,21 @@ def test_weights_that_lie_on_the_grid_stay_there(name: str) -> None:
 def test_a_constant_is_kept(name: str, value: float) -> None:
     values = torch.full((256,), value)
     assert after_a_round_trip("compiled", name, values).tolist() == pytest.approx([value] * 256, rel=2e-3)
+
+
+def test_skewed_blocks_come_near_the_best_of_all_scales_and_offsets() -> None:
+    """A few elements far above the others, which do best between two codes' values."""
+    name = "q5_1"
+    kind = BLOCK_TYPES[name]
+    assert kind.codes is not None
+    values = torch.randn(48 * 32, generator=torch.Generator().manual_seed(3)).mul(1.5).exp_()
+    found = after_a_round_trip("compiled", name, values).view(48, 32)
+    blocks, highest = values.view(48, 1, 1, 32), kind.codes.highest
+    low, high = values.view(48, 32).aminmax(dim=1)
+    step = ((high - low) / highest)[:, None] * torch.linspace(0.85, 1.1, 48)
+    offset = low[:, None, None] + step[:, :, None] * torch.linspace(-1, 0.5, 48)
+    codes = ((blocks - offset[..., None]) / step[:, :, None, None]).round().clamp(0, highest)
+    tried = (codes * step[:, :, None, None] + offset[..., None] - blocks).square().sum(-1)
+    best = tried.view(48, -1).amin(1)
+    lost = (found - values.view(48, 32)).square().sum(1) / best
+    assert float(lost.mean()) < 1.1
