@@ -24,6 +24,8 @@ from streamconv.kernels.grids import TableGrid, integers
 # Types in whose blocks errors of great values count more: cut short, these cost a model more than their squared errors
 # say. llama.cpp's quantizer weighs errors of these two so, too.
 _WEIGHED = ("q4_k", "q5_k")
+# Types whose nearest rounding searches, as llama.cpp's does: the head of most files is of this one.
+_SEARCHED = ("q6_k",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,8 @@ class BlockTypeRule:
 
     def start(self, values: Tensor) -> Tensor:
         """See ScaleRule."""
+        if self.kind.name in _SEARCHED:
+            return self.fit(values.reshape(-1), None)
         whole = values.reshape(-1, self.kind.super_block)
         return self._known(whole, block_kernels_for(values.device).starting_scales(self.kind, whole))
 

@@ -68,6 +68,15 @@ def test_errors_of_great_values_count_more_where_nothing_else_weighs_them(name: 
     assert weighted < 0.995 * others
 
 
+def test_nearest_rounding_of_q6_k_searches() -> None:
+    kind = BLOCK_TYPES["q6_k"]
+    values, rule = some(kind), grid_of(kind).rule
+    assert rule is not None
+    assert torch.equal(rule.start(values.view(-1, kind.block)), rule.fit(values, None))
+    plain = block_kernels_for(CPU).starting_scales(kind, values.view(-1, kind.super_block))
+    assert not torch.equal(as_loaded(kind, rule.start(values.view(-1, kind.block))), plain)
+
+
 def error_of(kind: BlockType, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Squared error of every value, its code the nearest."""
     values, grid = blocks.reshape(-1), grid_of(kind)
