@@ -23,7 +23,7 @@ from tools.bench.results import RESULTS, ROOT, load
 from tools.study import synthetic
 from tools.study.beds import BEDS, VALUES, delta_to_step, kept_share, nearest_codes
 from tools.study.comparisons import AMOUNTS, command
-from tools.study.format_tables import comparisons, gains, measured_beds
+from tools.study.format_tables import comparisons, gains, is_judged, measured_beds
 from tools.study.formats import KEPT, NEAREST, OWNER, WRITTEN
 from tools.study.report import BLOCK, BLOCKS, PAGE, PAGES, PICTURES, loss_removed, read, render
 from tools.study.run import shape
@@ -81,7 +81,7 @@ BESIDE_OWNERS = dict(measured_beds(load(RESULTS / "study-formats.json")))
 @pytest.mark.parametrize("part", [WRITTEN, KEPT])
 @pytest.mark.parametrize("bed", BESIDE_OWNERS)
 def test_no_file_is_worse_than_that_of_the_formats_owner(bed: str, part: str) -> None:
-    found = dict(comparisons(BESIDE_OWNERS[bed], part))
+    found = {name: each for name, each in comparisons(BESIDE_OWNERS[bed], part) if is_judged(bed, name)}
     assert found
     assert {name: each for name, each in found.items() if each.is_worse} == {}
 

@@ -14,11 +14,18 @@ import torch
 from torch import Tensor
 
 from streamconv.kernels import kernels_for
+from streamconv.kernels.base import block_dots
 from streamconv.kernels.ggml import block_kernels_for
 from streamconv.kernels.ggml.packing import codes_of
 from streamconv.kernels.ggml.scales import LARGEST_HALF
 from streamconv.kernels.ggml.types import BlockType
 from streamconv.kernels.grids import TableGrid, integers
+
+# Types in whose blocks errors of great values count more: cut short, these cost a model more than their squared errors
+# say. llama.cpp's quantizer weighs errors of these two so, too.
+_WEIGHED = ("q4_k", "q5_k")
+# Types whose nearest rounding searches, as llama.cpp's does: the head of most files is of this one.
+_SEARCHED = ("q6_k",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +36,16 @@ class BlockTypeRule:
 
     def start(self, values: Tensor) -> Tensor:
         """See ScaleRule."""
+        if self.kind.name in _SEARCHED:
+            return self.fit(values.reshape(-1), None)
         whole = values.reshape(-1, self.kind.super_block)
         return self._known(whole, block_kernels_for(values.device).starting_scales(self.kind, whole))
 
     def fit(self, values: Tensor, weights: Tensor | None) -> Tensor:
         """See ScaleRule."""
         whole = values.reshape(-1, self.kind.super_block)
+        if weights is None and self.kind.name in _WEIGHED:
+            weights = _by_magnitude(values, self.kind.block)
         parts = None if weights is None else weights.reshape(-1, self.kind.super_block)
         return self._known(whole, block_kernels_for(values.device).fit(self.kind, whole, parts))
 
@@ -44,6 +55,14 @@ class BlockTypeRule:
         is_known = (low >= -LARGEST_HALF) & (high <= LARGEST_HALF)
         by_super_block = in_grid_units(self.kind, scales).view(len(values), -1)
         return torch.where(is_known[:, None], by_super_block, torch.nan).view(scales.shape)
+
+
+def _by_magnitude(values: Tensor, block: int) -> Tensor:
+    """A weight for the square of each error: the value's magnitude and its block's root mean square."""
+    size = block_dots(values, values, block).div_(block).sqrt_()
+    found = values.abs().view(-1, block).add_(size[:, None])
+    # Errors in a block of zeros count as any.
+    return found.masked_fill_(size[:, None] == 0, 1.0).view(values.shape)
 
 
 def half(kind: BlockType) -> int:

@@ -55,6 +55,37 @@ def test_kernels_of_any_grid_take_the_type_s_own_rules(kind: BlockType) -> None:
         assert torch.equal(found, grid.rule.start(values.view(-1, kind.block)))
 
 
+@pytest.mark.parametrize("name", ["q4_k", "q5_k"])
+def test_errors_of_great_values_count_more_where_nothing_else_weighs_them(name: str) -> None:
+    kind = BLOCK_TYPES[name]
+    values, rule = some(kind, 64), grid_of(kind).rule
+    assert rule is not None
+    blocks = values.view(-1, kind.block)
+    weights = blocks.abs() + blocks.square().mean(1, keepdim=True).sqrt()
+    found, alike = rule.fit(values, None), rule.fit(values, torch.ones_like(values))
+    assert not torch.equal(found, alike)
+    weighted, others = (float((weights * error_of(kind, blocks, each)).sum()) for each in (found, alike))
+    assert weighted < 0.995 * others
+
+
+def test_nearest_rounding_of_q6_k_searches() -> None:
+    kind = BLOCK_TYPES["q6_k"]
+    values, rule = some(kind), grid_of(kind).rule
+    assert rule is not None
+    assert torch.equal(rule.start(values.view(-1, kind.block)), rule.fit(values, None))
+    plain = block_kernels_for(CPU).starting_scales(kind, values.view(-1, kind.super_block))
+    assert not torch.equal(as_loaded(kind, rule.start(values.view(-1, kind.block))), plain)
+
+
+def error_of(kind: BlockType, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Squared error of every value, its code the nearest."""
+    values, grid = blocks.reshape(-1), grid_of(kind)
+    codes, found = torch.empty(values.shape, dtype=torch.uint8), torch.empty_like(values)
+    kernels_for(CPU).nearest(values, grid, scales, codes)
+    kernels_for(CPU).decode(codes, grid, scales, F32, found)
+    return (values - found).square().view(blocks.shape)
+
+
 @each_type
 def test_units_are_powers_of_two(kind: BlockType) -> None:
     scales = torch.randn(8, 2)[:, : 2 if grid_of(kind).offsets else 1].squeeze(1)
