@@ -23,6 +23,7 @@ from tests.foreign.readers import (
     unequal,
     written,
 )
+from tests.forward.texts import save_tokenizer, write_text
 from tests.tiny import read_tensors
 
 IN_FLOAT32 = 1e-9  # nats a token
@@ -54,13 +55,19 @@ GOLDEN_FILES = [
 @pytest.mark.foreign
 @pytest.mark.timeout(1800)
 def test_transformers_reads_what_streamconv_decodes(tmp_path: Path) -> None:
-    outputs = written(CASES, small_llama(tmp_path / "base"), tmp_path)
+    base = small_llama(tmp_path / "base")
+    save_tokenizer(base)
+    write_text(tmp_path / "text.txt", 2000)
+    text = {"calibration": tmp_path / "text.txt", "calibration_tokens": 512, "rounding": "nearest"}
+    measured = Case({"quant": "nvfp4", **text, "calibration_sequence_length": 64})
+    cases = {**CASES, "nvfp4": measured}
+    outputs = written(cases, base, tmp_path)
     golden = {f"{folder.parent.name}/{folder.name}": folder for folder in GOLDEN_FILES}
     answers = read_by("transformers", outputs | golden, tmp_path / "answers")
     models: dict[str, dict[str, Any]] = {}
     for name, model in outputs.items():
         dense = tmp_path / f"{name} decoded"
-        expected = decoded(model, dense, CASES[name].decoded_in)
+        expected = decoded(model, dense, cases[name].decoded_in)
         models[name] = {
             "weights": len(expected),
             "unequal": unequal(expected, answers[name].weights),
@@ -71,4 +78,4 @@ def test_transformers_reads_what_streamconv_decodes(tmp_path: Path) -> None:
         models[name] = {"weights": len(expected), "unequal": unequal(expected, answers[name].weights)}
     keep("transformers", answers["bfloat16"].versions, models)
     assert {name: found["unequal"] for name, found in models.items() if found["unequal"]} == {}
-    assert max(models[name]["divergence"] for name in CASES) < IN_FLOAT32
+    assert max(models[name]["divergence"] for name in cases) < IN_FLOAT32
