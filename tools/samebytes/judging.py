@@ -68,7 +68,7 @@ def knows_no_format(answer: Mapping[str, Any]) -> bool:
 
 
 def unknown_bases(work: Path) -> frozenset[str]:
-    """Quantized bases of formats that REV has none of."""
+    """Quantized bases that REV does not write."""
     path = work / UNKNOWN_BASES
     return frozenset(json.loads(path.read_text())) if path.exists() else frozenset()
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.samebytes.cases import Case, all_cases, quantized_bases
-from tools.samebytes.judging import UNKNOWN_BASES, Answers, knows_no_format, unknown_bases
+from tools.samebytes.judging import UNKNOWN_BASES, Answers, unknown_bases
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -90,7 +90,7 @@ def make_inputs(tree: Path, work: Path, tell: Tell) -> None:
         process.wait()
     unknown = []
     for name, answer in _read(work / "quantized.json").items():
-        if knows_no_format(answer):
+        if answer["outcome"] == "refused":
             unknown.append(name)
             continue
         if answer["outcome"] != "made":
