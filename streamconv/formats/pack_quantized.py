@@ -496,7 +496,7 @@ class PackQuantizedEncoder:
         return tuple(bytes(tensor_bytes(each.cpu().contiguous())) for each in parts)
 
     def _zeros(self, scales: Tensor) -> Tensor:
-        """By scales before they are rounded, as in compressed-tensors: by stored ones squared errors are larger."""
+        """Zero points by scales before they are rounded, as in compressed-tensors: by stored ones errors are larger."""
         return zero_points_of(self.bits).nearest(scales, scales[:, 0] / (1 << self.bits - 1))
 
     def _stored(self, scales: Tensor) -> Tensor:
