@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import exp
+from statistics import fmean
 from typing import Any
 
-from streamconv.comparison.bootstrap import Estimate, difference, mean, perplexity, ratio
+from streamconv.comparison.bootstrap import Estimate, difference, ratio
 from streamconv.formats import FORMATS
 from streamconv.formats.gguf import PREFIX
 from tools.study.beds import BEDS, NOT_MEASURED, Results, machines, table
@@ -66,7 +68,7 @@ def comparisons(cells: Cells, part: str) -> Iterator[tuple[str, Comparison]]:
         if ours and theirs:
             # On a base's own grid the least squared error is to leave it as it is, without the update.
             errors = _errors(ours, theirs) if part == WRITTEN else None
-            yield name, Comparison(difference(ours[key], theirs[key]), mean(theirs[key]).value, errors)
+            yield name, Comparison(difference(ours[key], theirs[key]), fmean(theirs[key]), errors)
 
 
 def _errors(ours: Any, theirs: Any) -> float | None:
@@ -210,12 +212,12 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _kl(row: Any, key: str) -> str:
     if row is None:
         return NOTHING
-    value = 1000 * mean(row[key]).value
+    value = 1000 * fmean(row[key])
     return f"{value:.2f}" if value >= 0.005 else "0.00"
 
 
 def _perplexity(row: Any) -> str:
-    return NOTHING if row is None else f"{perplexity(row['losses']).value:.2f}"
+    return NOTHING if row is None else f"{exp(fmean(row['losses'])):.2f}"
 
 
 def _together(show: Callable[[Any], str], rows: Sequence[Any]) -> str:
