@@ -294,11 +294,15 @@ def _check_kept(works: Sequence[_Work], shares: Sequence[KeptShares | None]) -> 
         raise VerificationError("; ".join(refusals))
 
 
+# Roundings that keep small updates, instead of those that put the base's codes back.
+_OTHER = {"nearest": "stochastic", "search": "adaptive"}
+
+
 def _check_share(plan: Plan, kept: KeptShares | None) -> None:
     """The gate: refuse a result that lost the fine-tune, unless its rounding was asked for by name."""
     if kept is None or plan.rounding is None or kept.total >= plan.min_kept:
         return
-    other = "stochastic" if plan.rounding.name == "nearest" else "nearest"
+    other = _OTHER.get(plan.rounding.name, "nearest")
     raise VerificationError(
         f"only {kept.total:.1%} of the fine-tune survives {plan.rounding.name} rounding to {plan.quant} "
         f"(limit {plan.min_kept:.0%}), so nothing was published; choose --rounding {other} or another --merge-base, "
