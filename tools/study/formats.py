@@ -23,6 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from streamconv.cli.format_rows import format_rows
 from streamconv.errors import InputError, OptionError, VerificationError
 from streamconv.formats import FORMATS
@@ -93,19 +95,20 @@ class Cell:
 def cells(bed: str) -> Iterator[Cell]:
     """All cells of a bed, in the order of the formats."""
     for name in FORMATS:
-        for way in (*_roundings(name), OWNER) if is_quantized(name) else (NEAREST,):
+        for way in (*_roundings(name, WRITTEN), OWNER) if is_quantized(name) else (NEAREST,):
             yield Cell(bed, WRITTEN, name, way)
     for name in filter(is_quantized, FORMATS):
-        for way in (SIXTEEN_BIT, *_roundings(name), OWNER):
+        for way in (SIXTEEN_BIT, *_roundings(name, KEPT), OWNER):
             yield Cell(bed, KEPT, name, way)
 
 
-def _roundings(name: str) -> Sequence[str]:
-    """Ways of ours. With text, auto is feedback; where that is needed anyway, there is nothing without.
+def _roundings(name: str, part: str) -> Sequence[str]:
+    """Ways of ours. With text, auto is feedback; where that is needed anyway, there is nothing without. A base has what
+    was measured on text.
 
     llama.cpp's quantizer searches for scales: of its types there is our search as well.
     """
-    others = () if measures_inputs(name) else (AUTO,)
+    others = () if part == WRITTEN and measures_inputs(name) else (AUTO,)
     searched = (SEARCH,) if name.startswith(PREFIX) else ()
     return (NEAREST, *searched, *others, *((FEEDBACK,) if CALIBRATES[name] else ()))
 
@@ -185,10 +188,19 @@ class Study:
             _keep(self._bed, cell, row)
 
     def _nearest(self, cell: Cell, start: Start) -> Made:
-        """Which weights the format quantizes: those of the kept base, or of the file written by nearest rounding."""
-        if cell.table == KEPT:
-            return opened(start.base)
-        return self._ours(replace(cell, way=NEAREST), start)
+        """Which weights the format quantizes: those of the kept base, or of the file written by nearest rounding.
+
+        All others are merged in bfloat16.
+        """
+        if cell.table == WRITTEN:
+            return self._ours(replace(cell, way=NEAREST), start)
+        base = opened(start.base)
+        others = {
+            name: each.bfloat16().float()
+            for name, each in start.target.items()
+            if name not in base.quantized and not torch.equal(each, base.values[name])
+        }
+        return replace(base, values={**base.values, **others})
 
     def _ours(self, cell: Cell, start: Start) -> Made:
         out = self._work / cell.way
@@ -199,7 +211,10 @@ class Study:
         if not is_quantized(cell.format):
             return merged(self._bed, start.base, out, quant=quant)
         options["rounding"] = cell.way
-        options |= calibration(self._bed) if cell.way == FEEDBACK else self._text(cell.format)
+        if cell.way == FEEDBACK:
+            options |= calibration(self._bed)
+        elif cell.table == WRITTEN:
+            options |= self._text(cell.format)
         return merged(self._bed, start.base, out, quant=quant, min_kept=0.0, **options)
 
     def _text(self, name: str) -> dict[str, Any]:
