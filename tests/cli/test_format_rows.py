@@ -50,4 +50,4 @@ def test_vllm_is_named_only_where_it_opens_files() -> None:
     named = {row.name for row in format_rows(read_opened()) if "vLLM" in row.loaders}
     assert not named & {"gptq-asym", "nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "mlx4", "mlx8", "gguf:f16"}
     run = {name for name, programs in read_opened().items() if any("vLLM" in each for each in programs)}
-    assert run == {"bfloat16", "w4a16", "w8a8", "gptq", "awq", "awq-asym", "fp8"}
+    assert run == {"bfloat16", "w4a16", "w4a16-asym", "w8a8", "gptq", "awq", "awq-asym", "fp8"}

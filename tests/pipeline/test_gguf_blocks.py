@@ -135,7 +135,7 @@ def test_what_survives_is_measured_on_what_was_written(
 
 
 @pytest.mark.parametrize("quant", BLOCK_FORMATS)
-def test_search_is_better_than_nearest_for_every_format(
+def test_search_is_better_than_plain_nearest_for_every_format(
     inputs: Inputs, merged: Mapping[str, Tensor], tmp_path: Path, quant: str
 ) -> None:
     small = {name: tensor for name, tensor in merged.items() if "layers.0" in name or "layers" not in name}
@@ -147,7 +147,10 @@ def test_search_is_better_than_nearest_for_every_format(
         inputs.merge(tmp_path / rounding, quant, rounding=rounding)
         found = values_in(tmp_path / rounding, f"model-{quant[5:].upper()}.gguf")
         errors.append(error(found["blk.0.ffn_up.weight"], small["model.layers.0.mlp.up_proj.weight"]))
-    assert errors[0] < 0.95 * errors[1]
+    if quant == "gguf:q6_k":  # nearest rounding of it searches, as llama.cpp's does
+        assert errors[0] == errors[1]
+    else:
+        assert errors[0] < 0.95 * errors[1]
 
 
 def test_several_files_further_outputs_and_verification(

@@ -863,7 +863,7 @@ def test_an_interrupted_upload_does_not_wait_for_its_threads(
     process = child(hub, tmp_path, "-c", UPLOAD, output)
     code, text = kill_at_second_blob(hub, process, signal.SIGINT)
     # Meanwhile huggingface_hub may say of one of its threads that it tries again.
-    assert (code, text.count("\nstopped; the same command goes on\n")) == (130, 1)
+    assert (code, text.count("\nstopped; the same command goes on\n")) == (130, 1), text
     assert len(hub.blobs) < len(inputs.shards)
 
 
