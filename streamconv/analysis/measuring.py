@@ -18,7 +18,7 @@ from streamconv.analysis.rounded import CodesWatch, GridSums, RoundedSums, is_on
 from streamconv.analysis.sums import CentralMoments, Outliers, UpdateSums, outliers, total, update_sums
 from streamconv.analysis.views import AnalyzedWeight, View, ViewGroup
 from streamconv.checkpoint.reader import TensorReader
-from streamconv.formats.base import Surveyed
+from streamconv.formats.kinds import is_surveyed
 from streamconv.formats.rows import StoredRows
 from streamconv.planning.devices import Device
 from streamconv.planning.plan import Access, Rewrite, cell_rows, tile_rows
@@ -168,7 +168,7 @@ def _to_survey(group: ViewGroup) -> Mapping[str, Rewrite]:
     return {
         view.target: view.step
         for view in group.views
-        if isinstance(view.step.encoder, Surveyed) and not view.step.encoder.is_known
+        if is_surveyed(view.step.encoder) and not view.step.encoder.is_known
     }
 
 
@@ -183,7 +183,7 @@ def _surveyed(
 
     def known(view: View) -> View:
         encoder = view.step.encoder
-        if not isinstance(encoder, Surveyed) or encoder.is_known:
+        if not is_surveyed(encoder) or encoder.is_known:
             return view
         return replace(view, step=replace(view.step, encoder=encoder.knowing(greatest[view.target])))
 

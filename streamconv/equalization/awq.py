@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from streamconv.formats.base import CELL_ROWS, Encoder, Surveyed
+from streamconv.formats.base import CELL_ROWS, Encoder
+from streamconv.formats.kinds import is_surveyed
 from streamconv.kernels import kernels_for
 from streamconv.rounding import ROUNDINGS
 from streamconv.rounding.base import Context
@@ -114,7 +115,7 @@ def nearest(target: Tensor, encoder: Encoder) -> Tensor:
     grid = encoder.grid
     assert grid is not None, "dense weights are not rounded to a grid"
     flat = target.reshape(-1)
-    if isinstance(encoder, Surveyed):
+    if is_surveyed(encoder):
         encoder = encoder.knowing(float(flat.abs().max()))
     codes = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
     stored = encoder.effective_scales if encoder.rounds_scales else None

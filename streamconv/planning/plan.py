@@ -19,7 +19,8 @@ from streamconv.checkpoint.layout import ShardLayout, joined
 from streamconv.checkpoint.types import PADDING, StoredTensor, TensorSpec
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.equalization.pairs import Equalization
-from streamconv.formats.base import CELL_ROWS, Constant, Encoder, InputMeasured, Weight, matrix_shape
+from streamconv.formats.base import CELL_ROWS, Constant, Encoder, Weight, matrix_shape
+from streamconv.formats.kinds import is_input_measured
 from streamconv.kernels import kernels_for
 from streamconv.planning.devices import Device
 from streamconv.planning.options import MergeOptions
@@ -442,7 +443,7 @@ class Plan:
 
 def is_to_be_measured(step: Rewrite) -> bool:
     """Whether it stores a scale of its inputs that is not known yet."""
-    return isinstance(step.encoder, InputMeasured) and not step.encoder.is_measured
+    return is_input_measured(step.encoder) and not step.encoder.is_measured
 
 
 def cell_rows(device: Device, step: Rewrite) -> int:

@@ -12,8 +12,9 @@ from streamconv.dtypes import DENSE, Dtype
 from streamconv.equalization.equalizer import Equalizer
 from streamconv.errors import UnsupportedError
 from streamconv.formats import FORMATS
-from streamconv.formats.base import Encoder, InputMeasured, Surveyed, Weight
+from streamconv.formats.base import Encoder, Weight
 from streamconv.formats.fp8 import ACTIVATIONS
+from streamconv.formats.kinds import is_input_measured, is_surveyed
 from streamconv.formats.linear import DEFAULT_IGNORE, select
 from streamconv.gguf.model import GgufModel
 from streamconv.gguf.pieces import GgufPiece
@@ -64,9 +65,9 @@ def plan_steps(
         is_rounded = name in seen_by_training and weight is base.weights.get(name)
         if is_rounded and choices.merge_base is not None:
             merge_base = choices.merge_base.encoder(name, weight.shape, weight.dtype)
-        if isinstance(encoder, Surveyed) and not encoder.is_known and merge_base is None:
+        if is_surveyed(encoder) and not encoder.is_known and merge_base is None:
             encoder = encoder.following(weight.decoder)
-        if isinstance(encoder, InputMeasured) and not encoder.is_measured and name not in equalizers:
+        if is_input_measured(encoder) and not encoder.is_measured and name not in equalizers:
             encoder = encoder.inheriting(weight.decoder)
         found = weight_steps(
             name,

@@ -27,7 +27,8 @@ from torch import Tensor
 from streamconv.adapters.base import Parts, State, UpdateAccess
 from streamconv.dtypes import F32
 from streamconv.errors import InputError
-from streamconv.formats.base import CELL_ROWS, Encoder, Overwriting, Surveyed
+from streamconv.formats.base import CELL_ROWS, Encoder, Overwriting
+from streamconv.formats.kinds import is_surveyed
 from streamconv.kernels import TORCH, kernels_for, pairwise_sum
 from streamconv.kernels.grids import DecodedGrid, Grid, empty_scales
 from streamconv.planning.plan import Rewrite
@@ -167,7 +168,7 @@ class WeightWork:
         if isinstance(planned, Fresh) or self._base_scales is None:
             return planned
         encoder = self.step.encoder
-        if isinstance(encoder, Surveyed) and encoder.outgrows(self._base_scales):
+        if is_surveyed(encoder) and encoder.outgrows(self._base_scales):
             return FRESH
         is_stored = merge_base is not None and merge_base.format == self.step.encoder.format
         stored = self._absmax if is_stored else None

@@ -21,6 +21,7 @@ from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import Stopped
 from streamconv.formats.base import ScaleScope, Surveyed, Weight
+from streamconv.formats.kinds import is_surveyed
 from streamconv.pipeline.passes.base import Found, PassKind
 from streamconv.pipeline.passes.survey import Magnitudes, file_bytes, telling_of_memory
 from streamconv.planning.memory import plan_memory
@@ -53,7 +54,7 @@ def growing(plan: Plan) -> tuple[Rewrite, ...]:
 def _may_grow(step: Rewrite) -> bool:
     encoder = step.encoder
     return (
-        isinstance(encoder, Surveyed)
+        is_surveyed(encoder)
         and encoder.scope is ScaleScope.PARTNERS
         and encoder.is_known
         and encoder.raised(_ANY) != encoder
@@ -95,7 +96,7 @@ def _sharing(subject: Subject) -> Mapping[str, Surveyed]:
     return {
         name: weight.keep
         for name, weight in subject.base.weights.items()
-        if isinstance(weight.keep, Surveyed) and weight.keep.scope is ScaleScope.PARTNERS
+        if is_surveyed(weight.keep) and weight.keep.scope is ScaleScope.PARTNERS
     }
 
 

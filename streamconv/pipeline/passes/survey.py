@@ -28,6 +28,7 @@ from streamconv.checkpoint.recorded import RecordedFiles
 from streamconv.checkpoint.writer import write_file
 from streamconv.errors import ResourceError, Stopped
 from streamconv.formats.base import ScaleScope, Surveyed
+from streamconv.formats.kinds import is_surveyed
 from streamconv.pipeline.passes.base import Found, PassKind
 from streamconv.planning.devices import Device
 from streamconv.planning.memory import plan_memory
@@ -54,7 +55,7 @@ def surveyed(plan: Plan) -> tuple[Rewrite, ...]:
 
 
 def _is_asked_for(step: Rewrite) -> bool:
-    return isinstance(step.encoder, Surveyed) and not step.encoder.is_known
+    return is_surveyed(step.encoder) and not step.encoder.is_known
 
 
 def _plan(subject: Subject) -> Pass | None:
