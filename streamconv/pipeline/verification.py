@@ -12,6 +12,7 @@ from typing import Any
 
 from streamconv.calibration.calibrated import Calibrated, calibrated_plan
 from streamconv.calibration.weighing import Weighed, weigh
+from streamconv.checkpoint.container import GGUF_SUFFIX
 from streamconv.checkpoint.index import CheckpointIndex, read_index
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.types import StoredTensor
@@ -209,6 +210,11 @@ def _prepare_again(
     if is_calibrated and not has_text and measures_inputs(job.options):
         raise OptionError(
             f"{out} has scales of activations, which its calibration text alone tells; give it with --calibration"
+        )
+    if is_calibrated and not has_text and any(name.endswith(GGUF_SUFFIX) for name in content["shards"]):
+        raise OptionError(
+            f"{out}: codes in a GGUF file that a text chose are compared with what the text chooses; give it with"
+            " --calibration"
         )
     if is_calibrated:  # what was enough when it was made is not known; no more is taken than is needed
         options = replace(job.options, max_ram_bytes=_NO_LIMIT, max_vram_bytes=_NO_LIMIT)
