@@ -15,7 +15,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.checkpoint.strict_json import some
 from streamconv.escapes import is_class_name, markdown_text
-from streamconv.formats import format_named
+from streamconv.formats import compressed, format_named
+from streamconv.formats.base import Format
 from streamconv.formats.linear import is_expert
 from streamconv.output.manifest import KeptShares
 from streamconv.output.recipe import RECIPE
@@ -30,6 +31,7 @@ _MAX_CARD_BYTES = 2 * 10**6
 _MAX_HEAD_BYTES = 64 * 2**10
 _MAX_NAMES = 1000
 _MAX_NAME = 1000
+_MLX_LM = "mlx-lm"
 _HUB_ID = re.compile(r"([A-Za-z0-9_.-]+/)?[A-Za-z0-9_.-]+")
 _AUTO = re.compile(r"AutoModel(For[A-Za-z0-9]+)?")
 
@@ -52,11 +54,12 @@ def model_card(
     ]  # of a cache's folder, it may be anything
     tags = ["streamconv", *(["merge", *_methods(plan)] if plan.method else [])]
     quant = format_named(plan.quant) if plan.quant else None
-    if quant is not None and quant.library is not None:
-        tags += ["4-bit" if quant.bits_per_weight < 8 else "8-bit", quant.library]
+    library = _library(plan, quant, base.config) if quant is not None else None
+    if quant is not None and library is not None:
+        tags += ["4-bit" if quant.bits_per_weight < 8 else "8-bit", library]
     data = ModelCardData(
         base_model=base_models or None,
-        library_name="transformers" if plan.container.has_config else "gguf",
+        library_name=_hub_library(plan, quant),
         tags=tags,
         base_model_relation=("quantized" if plan.quant else "finetune") if base_models else None,
         **_inherited(base.storage),
@@ -182,20 +185,54 @@ def _changes(plan: Plan) -> str:
     return markdown_text(" and ".join(changes))
 
 
+def _hub_library(plan: Plan, quant: Format | None) -> str:
+    """Name by which the Hub shows how a model is loaded."""
+    if not plan.container.has_config:
+        return "gguf"
+    return "mlx" if quant is not None and quant.loaders == _MLX_LM else "transformers"
+
+
+def _kept_method(plan: Plan, config: Mapping[str, Any]) -> str | None:
+    """`quant_method` of the base, where the output has its settings."""
+    settings = config.get("quantization_config")
+    return settings.get("quant_method") if plan.keeps_quantization and isinstance(settings, dict) else None
+
+
+def _library(plan: Plan, quant: Format, config: Mapping[str, Any]) -> str | None:
+    """The library that transformers loads it by; none for layouts of others that a format of compressed-tensors has."""
+    is_of_others = quant.library == compressed.METHOD and _kept_method(plan, config) not in (
+        None,
+        quant.library,
+    )
+    return None if is_of_others else quant.library
+
+
 def _snippet(plan: Plan, config: Mapping[str, Any], has_tokenizer: bool) -> Iterator[str]:
     """Lines that load the output with transformers, or llama.cpp where that opens it, run in its folder."""
     if not plan.container.has_config:
         yield from ("With llama.cpp, in this folder:", "", "```", f"llama-cli -m {plan.completes}", "```")
         return
+    quant = format_named(plan.quant) if plan.quant else None
+    if quant is not None and quant.loaders == _MLX_LM:
+        yield from (
+            "With mlx-lm, in this folder:",
+            "",
+            "```",
+            'mlx_lm.generate --model . --prompt "Hello"',
+            "```",
+        )
+        return
+    if _kept_method(plan, config) == "modelopt":
+        yield "Its weights are stored as its base's, by ModelOpt: for vLLM, SGLang and TensorRT-LLM."
+        return
     loader = _loader(config) if plan.head is None else _class_name(plan.head.architecture)
     names = [loader, *(["AutoTokenizer"] if has_tokenizer else [])]
     trust = ", trust_remote_code=True" if config.get("auto_map") else ""
-    quant = format_named(plan.quant) if plan.quant else None
     has_experts = any(map(is_expert, plan.quantized))
     if quant is not None and has_experts and not opens_in_transformers(quant, config):
         yield f"Its experts are quantized, so that it is for {' and '.join(servers_of(quant))}; not for transformers."
         return
-    library = quant.library if quant else None
+    library = _library(plan, quant, config) if quant else None
     needs = f"transformers, accelerate and {library}" if library else "transformers"
     yield f"Needs {needs}. With this folder as the working directory:"
     yield from ("", "```python", f"from transformers import {', '.join(sorted(names))}", "")

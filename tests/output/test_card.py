@@ -45,6 +45,9 @@ def metadata(card: str) -> dict[str, Any]:
     return dict(ModelCard(card).data.to_dict())  # type: ignore[no-untyped-call]  # huggingface_hub leaves it without types
 
 
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("card")
@@ -265,6 +268,29 @@ def test_a_classifier_is_loaded_with_its_head(tmp_path: Path, monkeypatch: pytes
     names = run_snippet(tmp_path / "out", monkeypatch)
     assert torch.equal(names["model"].score.weight, tensors(base)["score.weight"])
     assert "tokenizer" not in names
+
+
+@pytest.mark.parametrize(
+    ("kind", "library", "says"),
+    [
+        (
+            "modelopt-0.47.0/nvfp4",
+            "transformers",
+            "Its weights are stored as its base's, by ModelOpt: for vLLM",
+        ),
+        ("mlx-lm-0.32.2/affine_4_64", "mlx", "mlx_lm.generate --model . --prompt"),
+        ("mlx-lm-0.32.2/affine_4_32_experts", "mlx", "mlx_lm.generate --model . --prompt"),
+        ("transformers-5.23.0/fp8_block", "transformers", "Needs transformers. With this folder"),
+    ],
+)
+def test_a_kept_base_is_for_the_programs_that_open_its_layout(
+    kind: str, library: str, says: str, tmp_path: Path
+) -> None:
+    streamconv.convert(GOLDEN / kind, tmp_path / "out", device="cpu")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"library_name: {library}\n" in card
+    assert says in card
+    assert "compressed-tensors" not in card
 
 
 def test_code_of_its_own_is_asked_for(folder: Path, tmp_path: Path) -> None:

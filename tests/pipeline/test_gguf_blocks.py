@@ -236,7 +236,9 @@ def test_text_chooses_codes_of_experts_that_are_one_tensor(tmp_path: Path) -> No
         assert len(whole[name]) == 2
         for mine, other in zip(found[name], whole[name], strict=True):
             assert error(mine, other) < 0.05
-    with pytest.raises(OptionError, match="codes in a GGUF file that a text chose .* give it with --calibration"):
+    with pytest.raises(
+        OptionError, match=r"codes in a GGUF file that a text chose .* give it with --calibration"
+    ):
         streamconv.verify(tmp_path / "auto", full=True, base=base, device="cpu")
     assert streamconv.verify(tmp_path / "auto", full=True, base=base, calibration=text, device="cpu").exact
 
