@@ -82,28 +82,6 @@ def stored_value(file: GgufFile, key: str) -> GgufValue:
     return GgufValue(int.from_bytes(raw[:4], "little"), raw[4:])
 
 
-def as_value(value: object) -> GgufValue:
-    """A value as it was read, of the type that llama.cpp reads a key of such values by.
-
-    Raises TypeError for an array of several types, which none is.
-    """
-    if isinstance(value, bool):
-        return flag(value)
-    if isinstance(value, int):
-        return u32(value) if value >= 0 else i32(value)
-    if isinstance(value, float):
-        return f32(value)
-    if isinstance(value, str):
-        return text(value)
-    assert isinstance(value, tuple)
-    kinds = {type(each) for each in value}
-    for kind, make in ((str, texts), (bool, flags), (int, i32s), (float, f32s)):
-        if kinds <= {kind}:
-            made: GgufValue = make(value)
-            return made
-    raise TypeError(f"an array of {kinds}")
-
-
 def padding(size: int) -> int:
     """Bytes after so many up to the next place where a tensor may start."""
     return -size % ALIGNMENT

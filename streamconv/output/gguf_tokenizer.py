@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from streamconv.checkpoint.config import language_levels
-from streamconv.checkpoint.gguf_header import Pairs, as_value
+from streamconv.checkpoint.gguf_header import Pairs, stored_value
 from streamconv.checkpoint.index import CheckpointIndex
 from streamconv.checkpoint.strict_json import parse_object
 from streamconv.errors import OptionError
@@ -57,8 +57,9 @@ def gguf_tokenizer(choice: TokenizerChoice, where: str, config: Mapping[str, Any
 def header_tokenizer(choice: TokenizerChoice, index: CheckpointIndex) -> Pairs | None:
     """Pairs of the base's own header, where it has a tokenizer and the output's is no other; else None."""
     is_own = all(at is index.storage and name in index.made for name, at in choice.files.items())
-    found = {key: as_value(value) for key, value in index.pairs.items() if key.startswith("tokenizer.")}
-    return found if is_own and "tokenizer.ggml.tokens" in found else None
+    if not is_own or "tokenizer.ggml.tokens" not in index.pairs:
+        return None
+    return {key: stored_value(index.headers[0], key) for key in index.pairs if key.startswith("tokenizer.")}
 
 
 def header_choice(choice: TokenizerChoice, wanted: str, index: CheckpointIndex) -> TokenizerChoice:

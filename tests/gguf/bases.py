@@ -12,6 +12,7 @@ from torch import Tensor
 
 from streamconv.checkpoint.container import stored_files
 from streamconv.checkpoint.gguf import GgufFile, read_gguf
+from streamconv.checkpoint.gguf_header import GgufValue, f32, f32s, flag, flags, i32, i32s, text, texts, u32
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.dtypes import GGML_TYPES
 from streamconv.storage.local import open_folder
@@ -107,3 +108,25 @@ def as_rotated(weight: Tensor, heads: int = HEADS) -> Tensor:
     """Rows of q or k as llama.cpp rotates them, in its converter's words."""
     parts = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return parts.swapaxes(1, 2).reshape(weight.shape)
+
+
+def as_value(value: object) -> GgufValue:
+    """A value as it was read, of the type that llama.cpp reads a key of such values by.
+
+    Raises TypeError for an array of several types, which none is.
+    """
+    if isinstance(value, bool):
+        return flag(value)
+    if isinstance(value, int):
+        return u32(value) if value >= 0 else i32(value)
+    if isinstance(value, float):
+        return f32(value)
+    if isinstance(value, str):
+        return text(value)
+    assert isinstance(value, tuple)
+    kinds = {type(each) for each in value}
+    for kind, make in ((str, texts), (bool, flags), (int, i32s), (float, f32s)):
+        if kinds <= {kind}:
+            made: GgufValue = make(value)
+            return made
+    raise TypeError(f"an array of {kinds}")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, pre_tokenizers
 
 import streamconv
-from streamconv.checkpoint.gguf_header import as_value, build_gguf_header
+from streamconv.checkpoint.gguf_header import GgufValue, build_gguf_header, stored_value
 from streamconv.checkpoint.reader import tensor_bytes
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.dtypes import F32, GGML_TYPES
@@ -25,6 +25,7 @@ from tests.gguf.bases import (
     LLAMA3,
     QWEN2,
     SIZES,
+    as_value,
     fast_tokenizer,
     read_file,
     read_tensors,
@@ -173,6 +174,19 @@ def test_a_tokenizer_that_a_header_does_not_tell_is_left_out_and_said(tmp_path: 
     assert "of the kind 'llama', cut by 'default', from which transformers' files cannot be made" in note
 
 
+# An array of three bytes with signs, as which files have the table by which some tokenizers change characters.
+I8S = GgufValue(9, (1).to_bytes(4, "little") + (3).to_bytes(8, "little") + bytes((250, 0, 7)))
+
+
+def add_pair(file: Path, key: str, value: GgufValue) -> None:
+    """Put a pair at the end of the header of a file."""
+    found = read_file(file.parent, file.name)
+    pairs = {name: stored_value(found, name) for name in found.pairs} | {key: value}
+    specs = [TensorSpec(name, each.dtype, each.shape) for name, each in found.tensors.items()]
+    start = min(each.offset for each in found.tensors.values())
+    file.write_bytes(build_gguf_header(pairs, specs) + file.read_bytes()[start:])
+
+
 def test_a_file_written_as_gguf_again_is_the_same(tmp_path: Path) -> None:
     """Its tokenizer, too, which transformers' files could not be made of."""
     base = write_llama(tmp_path / "base")
@@ -180,9 +194,13 @@ def test_a_file_written_as_gguf_again_is_the_same(tmp_path: Path) -> None:
     fast["model"] |= {"byte_fallback": True, "unk_token": None}
     (base / "tokenizer.json").write_text(json.dumps(fast))
     once = convert(base, tmp_path / "once", quant="gguf:bf16")
+    add_pair(once / "model-BF16.gguf", "tokenizer.ggml.precompiled_charsmap", I8S)
     again = convert(once, tmp_path / "again", quant="gguf:bf16")
     files = [read_file(folder, "model-BF16.gguf") for folder in (once, again)]
     assert files[0].pairs == files[1].pairs
+    tokenizer = [key for key in files[0].pairs if key.startswith("tokenizer.")]
+    assert "tokenizer.ggml.precompiled_charsmap" in tokenizer
+    assert all(stored_value(files[0], key) == stored_value(files[1], key) for key in tokenizer)
     first, second = (read_tensors(folder, ["model-BF16.gguf"]) for folder in (once, again))
     assert_same(second, first)
     streamconv.verify(again, full=True, base=once, device="cpu")
