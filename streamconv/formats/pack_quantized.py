@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
-from streamconv.checkpoint.strict_json import shown
 from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
 from streamconv.dtypes import DENSE, F32, I8, I32, I64, Dtype
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
@@ -48,11 +47,9 @@ from streamconv.formats.base import (
 )
 from streamconv.formats.compressed import (
     METHOD,
-    MIXED,
     InGroups,
     arguments,
     part_of,
-    unread_in,
     weights_of,
 )
 from streamconv.formats.int_words import (
@@ -64,12 +61,12 @@ from streamconv.formats.int_words import (
     stored_groups,
     unpack_words,
 )
+from streamconv.formats.pack_schemes import BITS, STORAGE, Scheme, Settings, read_schemes, read_settings
 from streamconv.formats.undecoded import find_each
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import TableGrid
 from streamconv.kernels.ordered import columns_of
 
-STORAGE = "pack-quantized"
 MAIN = "weight_packed"
 SCALES = "weight_scale"
 SHAPE = "weight_shape"
@@ -77,7 +74,6 @@ ZEROS = "weight_zero_point"
 GROUPS = "weight_g_idx"
 _STORAGES = frozenset({STORAGE})
 _WORD_BITS = 32
-_BITS = (4, 8)
 # By whether groups have zero points of their own.
 _NAMES = ("w4a16", "w4a16-asym")
 
@@ -185,7 +181,7 @@ def packed_zeros(zeros: Tensor, bits: int) -> Tensor:
 
 
 def _find_weight(
-    packed: str, bits: int, settings: _Settings, free: Mapping[str, StoredTensor], reader: TensorReader
+    packed: str, bits: int, settings: Settings, free: Mapping[str, StoredTensor], reader: TensorReader
 ) -> Weight | None:
     """The weight whose main part is `packed`; None if its codes are of other `bits`.
 
@@ -215,7 +211,7 @@ def _find_weight(
     return Weight(name, shape, scales.dtype, kind, decoder, parts, keep)
 
 
-def _check_zeros(tensor: StoredTensor, settings: _Settings, shape: Shape) -> None:
+def _check_zeros(tensor: StoredTensor, settings: Settings, shape: Shape) -> None:
     if not settings.has_zeros:
         raise UnsupportedError(
             f"{tensor.name} is there, and config.json says that all weights are symmetric, by which loaders leave zero "
@@ -231,7 +227,7 @@ def _check_zeros(tensor: StoredTensor, settings: _Settings, shape: Shape) -> Non
 
 
 def _order(
-    tensor: StoredTensor | None, settings: _Settings, columns: int, group: int, reader: TensorReader
+    tensor: StoredTensor | None, settings: Settings, columns: int, group: int, reader: TensorReader
 ) -> bytes:
     """Columns in activation order; nothing where groups are of columns that follow each other."""
     if tensor is None:
@@ -262,9 +258,9 @@ def _read_shape(tensor: StoredTensor, reader: TensorReader) -> tuple[int, int]:
 
 def _bits(tensor: StoredTensor, rows: int, columns: int) -> int:
     """Bits of a code of `tensor`. Raises CheckpointError where it is of none that fits."""
-    fitting = [bits for bits in _BITS if tensor.shape == (rows, _words(columns, bits))]
+    fitting = [bits for bits in BITS if tensor.shape == (rows, _words(columns, bits))]
     if tensor.dtype != I32 or not fitting:
-        expected = " or ".join(f"[{rows}, {_words(columns, bits)}]" for bits in _BITS)
+        expected = " or ".join(f"[{rows}, {_words(columns, bits)}]" for bits in BITS)
         raise wrong(tensor, f"I32 {expected} for 4 or 8 bits of [{rows}, {columns}]")
     if len(fitting) > 1:
         raise UnsupportedError(
@@ -298,118 +294,6 @@ def _keep(kind: str, decoder: PackQuantizedDecoder, shape: Shape) -> PackQuantiz
     """Encoder of a base's own layout, beside whose parts others are copied."""
     return PackQuantizedEncoder(
         kind, decoder.name, shape, decoder.dtype, decoder.bits, decoder.grid, writes_shape=False
-    )
-
-
-# -- the config --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Scheme:
-    """Storage of weights as a group of a config says it; `group_size` is None for a scale a row."""
-
-    bits: int
-    group_size: int | None
-    is_symmetric: bool = True
-
-    def __str__(self) -> str:
-        zeros = "" if self.is_symmetric else ", with zero points"
-        return f"{self.bits} bits, groups of {self.group_size or 'a row'}{zeros}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """Statements of a config on what loaders read beside codes and scales: of any group of modules."""
-
-    has_zeros: bool
-    has_order: bool
-
-
-# Groups of a config may go by these names (`quantization/quant_scheme.py`), with a list of what they are for.
-_PRESETS = {
-    "W4A16": Scheme(4, 128),
-    "W8A16": Scheme(8, 128),
-    "W4A16_ASYM": Scheme(4, 128, is_symmetric=False),
-}
-# Values of `actorder` by which columns are in another order than in the file; others only say how codes were chosen.
-_ORDERED = ("group", "dynamic", True)
-
-
-def _settings(quantization: Mapping[str, Any]) -> _Settings:
-    groups, weights = quantization.get("config_groups"), weights_of(quantization)
-    named = [scheme for name, scheme in _PRESETS.items() if isinstance(groups, Mapping) and name in groups]
-    has_zeros = any(each.get("symmetric") is False for each in weights)
-    return _Settings(
-        has_zeros or any(not scheme.is_symmetric for scheme in named),
-        any(each.get("actorder") in _ORDERED for each in weights),
-    )
-
-
-def read_schemes(config: Mapping[str, Any], where: str) -> frozenset[Scheme]:
-    """Schemes of weights in the `quantization_config` of a checkpoint.
-
-    Raises UnsupportedError, with what is asked for that is not read, CheckpointError where it is not a config.
-    """
-    found = config.get("format")
-    if found != STORAGE:
-        unread = (
-            f" with {', '.join(sorted(unread_in(config)))}" if found == MIXED and unread_in(config) else ""
-        )
-        raise _unread(where, f"its format is {shown(found)}{unread}")
-    for key, what in {
-        "kv_cache_scheme": "its KV cache is quantized",
-        "transform_config": "its weights are rotated (transform_config)",
-    }.items():
-        if config.get(key):
-            raise _unread(where, what)
-    sparsity = config.get("sparsity_config")
-    if sparsity and sparsity.get("format") != "dense":
-        raise _unread(where, "its weights are sparse (sparsity_config)")
-    groups = config.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
-        raise CheckpointError(f"{where}: config_groups is missing from quantization_config, or empty")
-    return frozenset(_scheme(name, group, where) for name, group in groups.items())
-
-
-def _scheme(name: str, group: object, where: str) -> Scheme:
-    if isinstance(group, list) and name in _PRESETS:
-        return _PRESETS[name]
-    weights = group.get("weights") if isinstance(group, Mapping) else None
-    if not isinstance(group, Mapping) or not isinstance(weights, Mapping):
-        raise _unread(where, f"{name} is {shown(group)}")
-    if group.get("format") not in (None, STORAGE):
-        raise _unread(where, f"{name} has the format {shown(group['format'])}")
-    if group.get("input_activations") or group.get("output_activations"):
-        raise _unread(where, f"{name} quantizes activations")
-    bits, kind, size = weights.get("num_bits", 8), weights.get("type", "int"), weights.get("group_size")
-    strategy = weights.get("strategy") or ("channel" if size == -1 else "group" if size else "tensor")
-    if kind != "int" or bits not in _BITS:
-        raise _unread(where, f"{name} has weights of {shown(bits)} bits, type {shown(kind)}")
-    if strategy not in ("group", "channel") or (strategy == "group" and not isinstance(size, int)):
-        raise _unread(where, f"{name} has the strategy {shown(strategy)} with group_size {shown(size)}")
-    is_symmetric = weights.get("symmetric", True) is not False
-    return Scheme(bits, size if strategy == "group" else None, is_symmetric)
-
-
-def check_described(weights: Iterable[Weight], schemes: frozenset[Scheme], where: str) -> None:
-    """Raise CheckpointError for a weight that is stored as config.json says of none."""
-    for weight in weights:
-        decoder = weight.decoder
-        if isinstance(decoder, PackQuantizedDecoder):
-            block = decoder.grid.block
-            is_row = block == decoder.columns  # one group, or a scale a row: the same tensors
-            stored = Scheme(decoder.bits, block, decoder.grid.offsets is None)
-            if stored not in schemes and not (is_row and replace(stored, group_size=None) in schemes):
-                raise CheckpointError(
-                    f"{where}: {weight.name} is stored in {stored}, and config.json says "
-                    f"{', '.join(map(str, schemes))}; loaders go by the config: correct it, or download the checkpoint "
-                    "again"
-                )
-
-
-def _unread(where: str, reason: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{where} {METHOD}, and {reason}, which is not read yet; give the 16-bit base model instead"
     )
 
 
@@ -508,7 +392,20 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def _check_described(weights: Iterable[Weight], config: Mapping[str, Any], where: str) -> None:
-    check_described(weights, read_schemes(part_of(config, _STORAGES), where), where)
+    """Raise CheckpointError for a weight that is stored as config.json says of none."""
+    schemes = read_schemes(part_of(config, _STORAGES), where)
+    for weight in weights:
+        decoder = weight.decoder
+        if isinstance(decoder, PackQuantizedDecoder):
+            block = decoder.grid.block
+            is_row = block == decoder.columns  # one group, or a scale a row: the same tensors
+            stored = Scheme(decoder.bits, block, decoder.grid.offsets is None)
+            if stored not in schemes and not (is_row and replace(stored, group_size=None) in schemes):
+                raise CheckpointError(
+                    f"{where}: {weight.name} is stored in {stored}, and config.json says "
+                    f"{', '.join(map(str, schemes))}; loaders go by the config: correct it, or download the checkpoint "
+                    "again"
+                )
 
 
 _MARKS = Marks(
@@ -579,7 +476,7 @@ class PackQuantizedFormat(InGroups):
         """See Format. The symmetric one finds all of its bits."""
         if self.grid.offsets is not None:
             return ()
-        settings = _settings(quantization)
+        settings = read_settings(quantization)
         modules = [name.removesuffix(f".{MAIN}") for name in free if name.endswith(f".{MAIN}")]
         with TensorReader() as reader:
             weights = find_each(
