@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -205,20 +205,37 @@ def turned_encoder(spec: TensorSpec, rows: int, width: int, columns: range) -> T
     return TurnedEncoder(spec, order=order, width=width)
 
 
+class InGgufFile:
+    """Members of formats that GGUF files alone have: no config says of them, and no safetensors file holds them."""
+
+    __slots__ = ()
+    loaders: ClassVar[str] = LOADERS
+    library: ClassVar[None] = None
+    load_in: ClassVar[None] = None
+    skips_by_path: ClassVar[bool] = False
+    expert_loaders: ClassVar[tuple[str, ...]] = (LOADERS,)
+    config_copy: ClassVar[None] = None
+    marks: ClassVar[Marks] = NO_MARKS
+
+    def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
+        """Nothing."""
+        del free, quantization
+        return []
+
+    def quantization_config(
+        self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]
+    ) -> Json | None:
+        del dtype, quantized, skipped
+        return None
+
+
 @dataclass(frozen=True, slots=True)
-class GgufFormat:
+class GgufFormat(InGgufFile):
     """Matrices in one float type, all else in float32."""
 
     dtype: Dtype
     layout: str = "a GGUF file, norms and biases in float32"
-    loaders: str = LOADERS
     grid: Grid | None = None
-    library: str | None = None
-    load_in: None = None
-    skips_by_path: bool = False
-    expert_loaders: tuple[str, ...] = (LOADERS,)
-    config_copy: str | None = None
-    marks: Marks = NO_MARKS
 
     @property
     def name(self) -> str:
@@ -233,11 +250,6 @@ class GgufFormat:
     def bits_per_weight(self) -> float:
         return 8.0 * self.dtype.itemsize
 
-    def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
-        """Nothing: no safetensors file holds a tensor of this kind."""
-        del free, quantization
-        return []
-
     def fits(self, name: str, shape: Shape) -> bool:
         del name, shape
         return True
@@ -245,12 +257,6 @@ class GgufFormat:
     def encoder(self, name: str, shape: Shape, dtype: Dtype) -> DenseEncoder:
         del dtype  # the format is the type
         return DenseEncoder(TensorSpec(name, self.dtype, shape))
-
-    def quantization_config(
-        self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]
-    ) -> Json | None:
-        del dtype, quantized, skipped
-        return None
 
 
 def full_encoder(name: str, shape: Shape, shift: float) -> DenseEncoder:

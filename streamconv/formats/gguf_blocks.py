@@ -7,27 +7,23 @@ A format is called as `llama-quantize` calls what it makes: gguf:q8_0, gguf:q4_k
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
+from streamconv.checkpoint.types import Shape, TensorSpec
 from streamconv.dtypes import F16, F32, GGML_TYPES, Dtype
 from streamconv.errors import InputError, UnsupportedError
 from streamconv.formats.base import (
     CELL_ROWS,
-    NO_MARKS,
     Constant,
     Format,
-    Json,
-    Marks,
     Order,
-    Weight,
 )
 from streamconv.formats.ggml_mixes import MIXES, Mix, MixedModel, fitting_type, mixed_type
-from streamconv.formats.gguf import LOADERS, PREFIX
+from streamconv.formats.gguf import PREFIX, InGgufFile
 from streamconv.kernels.ggml import BLOCK_TYPES, BlockType
 from streamconv.kernels.ggml.grids import grid_of, packed, stored
 from streamconv.kernels.grids import TableGrid
@@ -93,19 +89,12 @@ class BlocksEncoder:
 
 
 @dataclass(frozen=True, slots=True)
-class GgufBlocksFormat:
+class GgufBlocksFormat(InGgufFile):
     """Matrices in a block type, or as a `mix` has it, whose base that type is; all else in float32."""
 
     name: str
     kind: BlockType
     mix: Mix | None = None
-    loaders: str = LOADERS
-    library: str | None = None
-    load_in: None = None
-    skips_by_path: bool = False
-    expert_loaders: tuple[str, ...] = (LOADERS,)
-    config_copy: str | None = None
-    marks: Marks = NO_MARKS
 
     @property
     def layout(self) -> str:
@@ -130,11 +119,6 @@ class GgufBlocksFormat:
             return PREFIX + fitting_type(self.kind.name, columns)
         return PREFIX + mixed_type(self.mix, tensor, columns, model)
 
-    def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
-        """Nothing: no safetensors file holds a tensor of this kind."""
-        del free, quantization
-        return []
-
     def fits(self, name: str, shape: Shape) -> bool:
         """Whether rows are whole super-blocks of the type."""
         del name
@@ -149,12 +133,6 @@ class GgufBlocksFormat:
                 f"{self.kind.super_block}; choose --quant gguf:f16"
             )
         return BlocksEncoder(TensorSpec(name, GGML_TYPES[self.kind.number], shape), self.kind)
-
-    def quantization_config(
-        self, dtype: Dtype, quantized: Sequence[str], skipped: Sequence[str]
-    ) -> Json | None:
-        del dtype, quantized, skipped
-        return None
 
 
 # Formats in which all matrices have one type, though a mix may have it for most.

@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
 from torch import Tensor
 
-from streamconv.checkpoint.types import Shape, StoredTensor, TensorSpec
+from streamconv.checkpoint.types import Shape, TensorSpec
 from streamconv.errors import UnsupportedError
-from streamconv.formats.base import NO_MARKS, Encoder, Format, Json, Marks, Weight
+from streamconv.formats.base import Encoder, Format, Weight
 from streamconv.formats.dense import DenseDecoder, DenseEncoder
 from streamconv.formats.ggml_blocks import OF_GGUF, GgmlDecoder, ShiftedDecoder
-from streamconv.formats.gguf import LOADERS, PREFIX, ReorderedEncoder, ShiftedEncoder
+from streamconv.formats.gguf import PREFIX, InGgufFile, ReorderedEncoder, ShiftedEncoder
 from streamconv.formats.gguf_blocks import BLOCK_FORMATS, BlocksEncoder
 from streamconv.kernels.ggml import BLOCK_TYPES, BlockType
 from streamconv.kernels.ggml.grids import grid_of, overwrite, unpacked
@@ -90,18 +89,11 @@ def type_named(weight_format: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class KeptGgufFormat:
+class KeptGgufFormat(InGgufFile):
     """Files that are called so, whose tensors have many types; `kind` is that of most matrices."""
 
     name: str
     kind: BlockType
-    loaders: str = LOADERS
-    library: str | None = None
-    load_in: None = None
-    skips_by_path: bool = False
-    expert_loaders: tuple[str, ...] = (LOADERS,)
-    config_copy: str | None = None
-    marks: Marks = NO_MARKS
 
     @property
     def layout(self) -> str:
@@ -116,11 +108,6 @@ class KeptGgufFormat:
     def bits_per_weight(self) -> float:
         return self.kind.bits
 
-    def find(self, free: Mapping[str, StoredTensor], quantization: Mapping[str, Any]) -> Sequence[Weight]:
-        """Nothing: no safetensors file holds a tensor of this kind."""
-        del free, quantization
-        return []
-
     def fits(self, name: str, shape: Shape) -> bool:
         del name, shape
         return False
@@ -129,12 +116,6 @@ class KeptGgufFormat:
         """Raise UnsupportedError: it is kept, and not written anew."""
         del shape, dtype
         raise UnsupportedError(f"{name}: {self.name} is copied, and not written; choose another --quant")
-
-    def quantization_config(
-        self, dtype: object, quantized: Sequence[str], skipped: Sequence[str]
-    ) -> Json | None:
-        del dtype, quantized, skipped
-        return None
 
 
 def _kind(name: str) -> BlockType:
