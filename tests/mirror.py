@@ -195,6 +195,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "rounding/metric.py": ["rounding/test_feedback.py", "rounding/test_residual.py"],
     "rounding/scales.py": ["rounding/test_feedback.py"],
     # Shards in lanes: threads, tickets and what goes wrong.
+    "running/cell.py": ["running/test_cells.py", "running/test_tiles.py"],
     "running/direct.py": ["running/test_executor.py", "running/test_tiles.py"],
     "running/engine.py": ["running/test_cuda.py"],
     "running/engines.py": ["running/test_cuda.py"],

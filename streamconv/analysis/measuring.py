@@ -23,7 +23,8 @@ from streamconv.formats.rows import StoredRows
 from streamconv.planning.devices import Device
 from streamconv.planning.plan import Access, Rewrite, cell_rows, tile_rows
 from streamconv.progress import OnBytes
-from streamconv.running.cells import Seen, WeightWork
+from streamconv.running.cell import Seen
+from streamconv.running.cells import WeightWork
 from streamconv.running.direct import DirectEngine
 from streamconv.running.opened import open_weight, read_tiles
 from streamconv.running.surveying import bytes_surveyed, greatest_magnitude

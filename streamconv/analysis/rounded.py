@@ -20,7 +20,7 @@ from streamconv.planning.plan import Rewrite
 from streamconv.planning.scales import lies_on_grid
 from streamconv.rounding.adaptive import sum_of_steps
 from streamconv.rounding.base import starting_scales
-from streamconv.running.cells import KeptDelta, Seen
+from streamconv.running.cell import KeptDelta, Seen
 
 # What is held for every block of a weight, in bytes.
 BYTES_PER_BLOCK = 16

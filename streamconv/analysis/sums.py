@@ -20,7 +20,7 @@ from torch import Tensor
 
 from streamconv.formats.base import Encoder
 from streamconv.kernels.grids import block_absmax
-from streamconv.running.cells import Seen
+from streamconv.running.cell import Seen
 
 # Elements summed at a time: in float64, they and what is computed of them fit a core's cache. A GPU wants more.
 _STRETCH = 1 << 15

@@ -9,7 +9,7 @@ from itertools import groupby
 from streamconv.checkpoint.layout import Placed, nbytes
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.planning.plan import Copy, Plan, Rewrite, ShardPlan, SideParts, Step
-from streamconv.running.cells import KeptDelta
+from streamconv.running.cell import KeptDelta
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ from streamconv.errors import ResourceError
 from streamconv.formats.stacks import stacked_expert
 from streamconv.forward.activations import ActivationFile
 from streamconv.rounding.residual import FACTOR_DTYPE
-from streamconv.running.cells import KeptDelta
+from streamconv.running.cell import KeptDelta
 from streamconv.sizes import format_size
 from streamconv.storage.local import list_folder
 

@@ -17,7 +17,8 @@ from streamconv.planning.devices import Device
 from streamconv.planning.plan import Plan, Rewrite, cell_rows
 from streamconv.planning.scales import scales_of_base
 from streamconv.rounding.feedback import BaseOnGrid, QuantizedWeight
-from streamconv.running.cells import KeptDelta, WeightWork
+from streamconv.running.cell import KeptDelta
+from streamconv.running.cells import WeightWork
 from streamconv.running.direct import DirectEngine
 from streamconv.running.opened import open_weight
 from streamconv.running.scales import Fixed, Kept

@@ -18,7 +18,8 @@ from streamconv.formats.rows import StoredRows
 from streamconv.planning.devices import Device
 from streamconv.planning.plan import Rewrite, cell_rows, tile_rows
 from streamconv.planning.scales import FRESH
-from streamconv.running.cells import KeptDelta, WeightWork
+from streamconv.running.cell import KeptDelta
+from streamconv.running.cells import WeightWork
 from streamconv.running.direct import DirectEngine
 from streamconv.running.opened import load_side, open_weight, read_tiles
 from streamconv.running.scales import Fixed

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from typing import Any
 
 from streamconv.planning.plan import Plan
-from streamconv.running.cells import KeptDelta
+from streamconv.running.cell import KeptDelta
 
 MANIFEST = "streamconv.json"
 MANIFEST_VERSION = 2

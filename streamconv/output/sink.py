@@ -17,7 +17,7 @@ from streamconv.output.journal import Journal, Watermark
 from streamconv.output.publish import set_aside
 from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.progress import OnBytes
-from streamconv.running.cells import KeptDelta
+from streamconv.running.cell import KeptDelta
 from streamconv.threads import Future, Pool
 
 WATERMARK_BYTES = 256 * 2**20

@@ -31,7 +31,7 @@ from streamconv.output.sidecars import RESIDUAL
 from streamconv.output.tokenizer_files import CHAT_TEMPLATES
 from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.progress import OnBytes, StopRequest
-from streamconv.running.cells import KeptDelta
+from streamconv.running.cell import KeptDelta
 from streamconv.running.executor import run_plans
 from streamconv.running.sink import Output
 from streamconv.storage.base import SourceFile, Storage

@@ -27,7 +27,7 @@ from streamconv.pipeline.preparation import Prepared
 from streamconv.pipeline.residual import ResidualAdapter, make_residual
 from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.progress import Meter, OnBytes, OnProgress, StopRequest
-from streamconv.running.cells import KeptDelta
+from streamconv.running.cell import KeptDelta
 from streamconv.running.executor import run_plans
 from streamconv.running.schedule import bytes_read
 from streamconv.running.sink import Output

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import assert_never
 
 import torch
@@ -37,72 +36,9 @@ from streamconv.rounding import uniform
 from streamconv.rounding.adaptive import Adaptive, delta_to_step
 from streamconv.rounding.base import Context, Rounding
 from streamconv.rounding.search import searched_scales
+from streamconv.running.cell import CellBase, KeptDelta, Seen, Watch, cells, inner_product
 from streamconv.running.scales import Fixed, Kept, Scales, kept_scales
 from streamconv.running.workers import Inline, Scratch, Ticket, Workers
-
-_STRETCH = 1 << 18
-
-
-@dataclass(frozen=True, slots=True)
-class KeptDelta:
-    """Sums over one weight: `kept` is <Q - B, D>, `delta` is ||D||², `base_error` is ||W - Wq||².
-
-    `base_error` is 0 unless the base was rounded first (`--merge-base`).
-    """
-
-    kept: float
-    delta: float
-    base_error: float
-
-
-@dataclass(frozen=True, slots=True)
-class CellBase:
-    """A cell of the base: what it decodes to, and where it lies on a grid, the codes and scales of that.
-
-    `anchor` is `values` before a loader's cast to the weight's dtype; `effective` are the scales the output
-    will have if the base's are kept. `raw`: the cell's bytes, where the output may have them.
-    """
-
-    values: Tensor
-    anchor: Tensor
-    codes: Tensor | None = None
-    effective: Tensor | None = None
-    error: float | Tensor = 0.0
-    raw: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """A cell that has been rewritten: what it was, what the updates made of that, and what came to be stored.
-
-    `target` is float32 [rows, columns], `written` the cell's bytes of the main part; `codes` (flat) and `scales` are
-    as the rounding chose them, None where a cell is stored dense. All lie in memory that the next cell overwrites.
-    """
-
-    rows: range
-    base: CellBase
-    target: Tensor
-    codes: Tensor | None
-    scales: Tensor | None
-    written: Tensor
-
-
-Watch = Callable[[Seen], None]
-
-
-def cells(rows: range, height: int = CELL_ROWS) -> Iterator[range]:
-    """`rows` in cells; `rows` starts on a cell boundary."""
-    for first in range(rows.start, rows.stop, height):
-        yield range(first, min(first + height, rows.stop))
-
-
-def _inner_product(left: Tensor, right: Tensor) -> float:
-    """<left, right> in float64, a stretch at a time: there may be millions of blocks."""
-    total = torch.zeros((), dtype=torch.float64, device=left.device)
-    for start in range(0, left.numel(), _STRETCH):
-        stretch = slice(start, start + _STRETCH)
-        total += pairwise_sum(left[stretch].double() * right[stretch])
-    return float(total)
 
 
 class WeightWork:
@@ -249,7 +185,7 @@ class WeightWork:
             return tail, None
         effective = self.effective_scales()
         base_inner, delta, error = pairwise_sum(self._sums.T.contiguous()).tolist()
-        inner = _inner_product(effective.view(-1), self._inner.view(-1)) / encoder.grid.peak
+        inner = inner_product(effective.view(-1), self._inner.view(-1)) / encoder.grid.peak
         return tail, KeptDelta(inner - base_inner, delta, error)
 
     def effective_scales(self) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 from streamconv.adapters.base import Parts
 from streamconv.planning.devices import Device
 from streamconv.planning.plan import DEVICE_TILES, Memory, Rewrite, cell_rows, tile_rows
-from streamconv.running.cells import KeptDelta, Watch, WeightWork
+from streamconv.running.cell import KeptDelta, Watch
+from streamconv.running.cells import WeightWork
 from streamconv.running.engine import AllTickets
 from streamconv.running.streams import Event, Gpu
 from streamconv.running.workers import Inline, Ticket

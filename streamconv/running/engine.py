@@ -10,7 +10,8 @@ from torch import Tensor
 
 from streamconv.adapters.base import Parts
 from streamconv.planning.plan import Rewrite
-from streamconv.running.cells import KeptDelta, Watch, WeightWork
+from streamconv.running.cell import KeptDelta, Watch
+from streamconv.running.cells import WeightWork
 from streamconv.running.workers import Ticket
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from streamconv.formats.base import Constant
 from streamconv.planning.plan import SideParts
-from streamconv.running.cells import KeptDelta
+from streamconv.running.cell import KeptDelta
 from streamconv.running.opened import LoadedWeight
 from streamconv.running.schedule import Begin, End
 from streamconv.running.workers import Ticket

@@ -15,7 +15,7 @@ from streamconv.checkpoint.types import StoredTensor
 from streamconv.formats.base import Weight
 from streamconv.formats.rows import StoredRows
 from streamconv.planning.plan import Access, Rewrite
-from streamconv.running.cells import KeptDelta, Watch
+from streamconv.running.cell import KeptDelta, Watch
 from streamconv.running.direct import CPU, DirectEngine
 from streamconv.running.engine import Engine
 from streamconv.running.workers import Ticket

@@ -10,7 +10,7 @@ from streamconv.planning.plan import (
     Plan,
     ShardPlan,
 )
-from streamconv.running.cells import KeptDelta
+from streamconv.running.cell import KeptDelta
 
 
 class Sink(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from streamconv.planning.plan import SideParts
-from streamconv.running.cells import KeptDelta
+from streamconv.running.cell import KeptDelta
 from streamconv.running.sink import Sink
 
 

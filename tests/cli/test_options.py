@@ -119,7 +119,7 @@ def test_verbose_tells_what_is_done(inputs: Inputs, tmp_path: Path, caplog: pyte
 PACKAGE = Path(streamconv.__file__).parent
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 # Of other programs, and a beginning that a message goes on with.
-NOT_OURS = {"--help", "--to", "--merge", "--calibration-"}
+NOT_OURS = {"--help", "--to", "--merge", "--calibration-", "--prompt"}
 
 
 def test_messages_name_options_that_there_are() -> None:

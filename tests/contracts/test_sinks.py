@@ -32,7 +32,7 @@ from streamconv.output.verifier import ComparingSink
 from streamconv.pipeline import Job, prepare
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Plan, ShardPlan
-from streamconv.running.cells import KeptDelta
+from streamconv.running.cell import KeptDelta
 from streamconv.running.sink import Sink
 from tests.contracts.implementations import implementations
 from tests.models import Sizes, write_base

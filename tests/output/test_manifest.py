@@ -12,7 +12,7 @@ import pytest
 
 import streamconv
 from streamconv.output.manifest import MANIFEST, Report, kept_delta
-from streamconv.running.cells import KeptDelta
+from streamconv.running.cell import KeptDelta
 from tests.models import Sizes, write_adapter, write_base
 
 SHAPES = Sizes(hidden=64, inner=96, layers=2, vocabulary=300).shapes

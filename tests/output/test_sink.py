@@ -14,7 +14,7 @@ from streamconv.output import sink as sink_module
 from streamconv.output.journal import Journal, Watermark
 from streamconv.output.sink import ShardSink, resume_points
 from streamconv.planning.plan import Plan, ShardPlan
-from streamconv.running.cells import KeptDelta
+from streamconv.running.cell import KeptDelta
 from tests.output.shards import content, opened, released, write_all
 
 

@@ -19,7 +19,8 @@ from streamconv.errors import InputError
 from streamconv.kernels.grids import NF4
 from streamconv.pipeline import build_job, convert, merge, prepare
 from streamconv.planning.plan import Access, Rewrite
-from streamconv.running.cells import Seen, WeightWork, cells
+from streamconv.running.cell import Seen, cells
+from streamconv.running.cells import WeightWork
 from streamconv.running.workers import Workers
 from tests.models import Sizes, write_adapter, write_base
 from tests.tiny import edit_tensors

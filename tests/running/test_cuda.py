@@ -26,7 +26,8 @@ from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import DEVICE_TILES, SLOTS, Access, Memory, Rewrite
 from streamconv.progress import StopRequest
 from streamconv.running import engines
-from streamconv.running.cells import KeptDelta, WeightWork
+from streamconv.running.cell import KeptDelta
+from streamconv.running.cells import WeightWork
 from streamconv.running.cuda import CudaEngine
 from streamconv.running.direct import DirectEngine
 from streamconv.running.engine import Engine

@@ -28,7 +28,8 @@ from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import SLOTS, WEIGHTS_HELD, Memory, Plan, ShardPlan
 from streamconv.progress import StopRequest
 from streamconv.running import lanes
-from streamconv.running.cells import KeptDelta, WeightWork
+from streamconv.running.cell import KeptDelta
+from streamconv.running.cells import WeightWork
 from streamconv.running.direct import DirectEngine
 from streamconv.running.executor import run_plans
 from streamconv.running.schedule import bytes_read

@@ -35,7 +35,8 @@ from streamconv.planning.plan import Access, Rewrite, tile_rows
 from streamconv.planning.scales import FRESH, OfBase, scales_of_base
 from streamconv.progress import StopRequest
 from streamconv.rounding import ROUNDINGS
-from streamconv.running.cells import KeptDelta, WeightWork, cells
+from streamconv.running.cell import KeptDelta, cells
+from streamconv.running.cells import WeightWork
 from streamconv.running.workers import Workers
 from tests.formats.stored import W, encoder_for, normal, only_weight, stored, write_as
 from tests.models import Sizes, write_adapter, write_base

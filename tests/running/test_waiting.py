@@ -8,7 +8,7 @@ from typing import Any
 from streamconv.checkpoint.types import TensorSpec
 from streamconv.dtypes import BF16
 from streamconv.planning.plan import SideParts
-from streamconv.running.cells import KeptDelta
+from streamconv.running.cell import KeptDelta
 from streamconv.running.waiting import WaitingParts
 
 

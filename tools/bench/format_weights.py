@@ -28,7 +28,8 @@ from streamconv.formats.rows import in_file_order
 from streamconv.kernels.ggml import BLOCK_TYPES
 from streamconv.planning.plan import Rewrite
 from streamconv.rounding import ROUNDINGS
-from streamconv.running.cells import WeightWork, cells
+from streamconv.running.cell import cells
+from streamconv.running.cells import WeightWork
 from streamconv.running.workers import Workers
 from streamconv.storage import open_storage
 

@@ -10,7 +10,7 @@ from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.planning.plan import Pass, Plan
 from streamconv.progress import OnBytes, StopRequest
-from streamconv.running.cells import KeptDelta
+from streamconv.running.cell import KeptDelta
 
 
 @dataclass(frozen=True, slots=True)
