@@ -23,7 +23,8 @@ MODULE = "model.layers.0.self_attn.q_proj"
 # Toy entries by the words of their test cases; torch alone, since loops of a copy would be compiled anew.
 CASES = "inward or blocks8 or row-scale or rowscale or file-url or names_are_keys or there_is_has"
 SUITES = ("tests/contracts", "tests/adapters/test_rowscale.py")
-ENVIRONMENT = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+# A process that dies shows where.
+ENVIRONMENT = {**os.environ, "NUMBA_DISABLE_JIT": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 def examples() -> Mapping[str, str]:
