@@ -295,7 +295,7 @@ def _check_kept(works: Sequence[_Work], shares: Sequence[KeptShares | None]) -> 
 
 
 # Roundings that keep small updates, instead of those that put the base's codes back.
-_OTHER = {"nearest": "stochastic", "search": "adaptive"}
+_OTHER = {"nearest": "stochastic", "search": "adaptive", "adaptive": "stochastic"}
 
 
 def _check_share(plan: Plan, kept: KeptShares | None) -> None:

@@ -6,6 +6,9 @@ is no longer small nearest rounding keeps what matters, with half the error. It 
     mean |D| / mean step of the weight's first 64 rows,
 
 the step of an entry being the mean of the gaps beside its code's value, times its block's scale.
+
+A base in 16 bit may lie on such a grid without saying so: it was expanded from a quantized file. Rounding it to the
+grid then leaves hardly an error, where of other weights a quarter of a step is left on average.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from streamconv.dtypes import F32
 from streamconv.kernels import kernels_for
 from streamconv.kernels.base import block_dots
 from streamconv.kernels.grids import Grid, code_steps
@@ -26,6 +30,8 @@ from streamconv.rounding.stochastic import Stochastic
 # From this ratio on to the nearest. Predictions of the model are about equally far from the target's on either side of
 # it: measured by `tools/study/run sizes`, docs/why-merging-loses-quality.md.
 NEAREST_FROM = 0.4
+# Mean error over mean step, of a base that is rounded without its update, below which it lies on the grid.
+ON_GRID_BELOW = 0.12
 _STRETCH = 1 << 14
 
 
@@ -33,7 +39,8 @@ _STRETCH = 1 << 14
 class Adaptive:
     """Choice between two roundings for a weight; `settled` makes it once the weight's first rows are there.
 
-    `elsewhere`: that of weights that lie on no grid of the output.
+    `elsewhere`: that of weights that lie on no grid of the output. `looks`: whether it is looked for by rounding the
+    first rows, where the base does not tell; scales are then searched for in either case.
     """
 
     name: str = "adaptive"
@@ -43,6 +50,7 @@ class Adaptive:
     uses_text: bool = False
     searches_scales: bool = False
     elsewhere: Rounding = Nearest()  # noqa: RUF009  (a frozen dataclass)
+    looks: bool = False
 
     def choose(self, target: Tensor, grid: Grid, context: Context, codes: Tensor) -> Tensor:
         """Never called: by then it is one of the two."""
@@ -54,6 +62,21 @@ class Adaptive:
         if ratio is None:
             return self.elsewhere
         return Nearest() if ratio >= NEAREST_FROM else Stochastic()
+
+    def settled_by_look(self, ratio: float | None) -> Rounding:
+        """The same of a weight whose grid was found by looking, so that its scales have to be found as well."""
+        is_small = ratio is not None and ratio < NEAREST_FROM
+        return Stochastic(keeps_scales=False, searches=True) if is_small else self.elsewhere
+
+    def ratio_by_look(self, target: Tensor, base: Tensor, grid: Grid, context: Context) -> float | None:
+        """The ratio of an update whose `base` (float32, flat, as `target`) lies on `grid`; None where it does not."""
+        kernels, rounded = kernels_for(base.device), torch.empty_like(base)
+        codes = torch.empty(base.shape, dtype=torch.uint8, device=base.device)
+        scales = self.elsewhere.choose(base, grid, context, codes)
+        kernels.decode(codes, grid, scales, F32, rounded)
+        if delta_to_step(rounded, base, codes, scales, grid) >= ON_GRID_BELOW:
+            return None
+        return delta_to_step(target, base, codes, scales, grid)
 
 
 def delta_to_step(target: Tensor, base: Tensor, codes: Tensor, scales: Tensor, grid: Grid) -> float:

@@ -312,7 +312,14 @@ class WeightWork:
         if self._keeps_base and grid is not None and base.codes is not None and base.effective is not None:
             target = self._target(self._copy(base.values, cell, scratch), cell)
             ratio = delta_to_step(target.view(-1), base.values.view(-1), base.codes, base.effective, grid)
-        self._rounding = adaptive.settled(ratio)
+            self._rounding = adaptive.settled(ratio)
+        elif adaptive.looks and self.step.updates and grid is not None and self.step.equalizer is None:
+            target = self._target(self._copy(base.values, cell, scratch), cell)
+            context = Context(None, None, None, None, self._as_stored)
+            ratio = adaptive.ratio_by_look(target.view(-1), base.values.view(-1), grid, context)
+            self._rounding = adaptive.settled_by_look(ratio)
+        else:
+            self._rounding = adaptive.settled(None)
         if not self._rounding.keeps_scales:
             self.use(FRESH)
 
@@ -501,12 +508,16 @@ class WeightWork:
         if rounding.needs_noise:
             drawn = scratch.take("noise", count, self.device)
             noise = uniform(self.seed, step.name, rows, step.columns, drawn)
-        stored = step.encoder.effective_scales if step.encoder.rounds_scales else None
-        context = Context(own, fixed, base.values.view(-1), noise, stored)
+        context = Context(own, fixed, base.values.view(-1), noise, self._as_stored)
         codes = scratch.take("codes", count, self.device, torch.uint8)
         scales = rounding.choose(target, grid, context, codes)
         self._check_finite(target, rows, scales if context.scales is None else target)
         return codes, scales
+
+    @property
+    def _as_stored(self) -> Callable[[Tensor], Tensor] | None:
+        encoder = self.step.encoder
+        return encoder.effective_scales if encoder.rounds_scales else None
 
     def _given(self, base: CellBase, rows: range, grid: Grid) -> tuple[Tensor | None, Tensor | None]:
         """The base's own codes and the effective scales of a cell, as far as these are not the rounding's to choose."""
