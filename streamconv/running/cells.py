@@ -28,7 +28,7 @@ from streamconv.dtypes import F32
 from streamconv.errors import InputError
 from streamconv.formats.base import CELL_ROWS, Encoder, Overwriting
 from streamconv.formats.kinds import is_surveyed
-from streamconv.kernels import TORCH, kernels_for, pairwise_sum
+from streamconv.kernels import TORCH, kernels_for, ordered, pairwise_sum
 from streamconv.kernels.grids import DecodedGrid, Grid, empty_scales
 from streamconv.planning.plan import Rewrite
 from streamconv.planning.scales import FRESH, Fresh, OfBase, lies_on_grid
@@ -74,6 +74,8 @@ class WeightWork:
         # Loading compiled kernels takes time and memory, which a merge in 16 bit has no use for.
         is_dense = step.merge_base is None and step.encoder.grid is None and step.weight.decoder.grid is None
         self._kernels = TORCH if is_dense else kernels_for(device)
+        if device.type != "cpu":
+            self._prepare_grids()
         self._prepared = self._prepare()
         self._states: list[State] = [() for _ in step.applied]
         # What cells leave behind is written to its place in tensors allocated at once. As small tensors of their
@@ -112,6 +114,13 @@ class WeightWork:
         is_stored = merge_base is not None and merge_base.format == encoder.format
         return kept_scales(planned, self._base_scales, rounded if is_stored else None, encoder, self.side)
 
+    def _prepare_grids(self) -> None:
+        """Have tables of all grids on the device now, where it is waited for, and not with the first cell."""
+        encoders = [encoder for encoder in (self.step.encoder, self.step.merge_base) if encoder is not None]
+        for grid in (self.step.weight.decoder.grid, *(encoder.grid for encoder in encoders)):
+            if grid is not None:
+                ordered.prepare(grid, self.device)
+
     def _prepare(self) -> Sequence[Parts]:
         """Have updates prepare their parts, once a weight; by one worker, where there is something to compute."""
         prepared: list[Parts] = []
@@ -141,9 +150,17 @@ class WeightWork:
 
     def end_reduce(self) -> None:
         """Conclude the first pass: from here on the rounded base's scales are known, and what updates had to learn."""
+        self.conclude_updates()
+        self.know_scales()
+
+    def conclude_updates(self) -> None:
+        """First half of `end_reduce`: what it needs is used up, so that it cannot be repeated."""
         for number, update in enumerate(self.step.updates):
             if self._states[number]:
                 self._states[number] = update.conclude(self._prepared[number], self._states[number])
+
+    def know_scales(self) -> None:
+        """Second half of `end_reduce`."""
         if self.step.merge_base is not None:
             rounded = fixed_scales(self._absmax, self.step.merge_base)
             self._base_scales = rounded.effective
@@ -166,6 +183,11 @@ class WeightWork:
         return self.workers.submit(
             lambda number, part: self._rewrite(number, raw, rows, out, part), rows, self.height
         )
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing of how cells are rounded is left to the first of them."""
+        return self._codes is not None or self._rounding is not None or self.step.rounding is None
 
     def settle(self, raw: Tensor, rows: range) -> Rounding | None:
         """Rounding of cells, which adaptive rounding decides by the first rows, those of the first tile among them."""
