@@ -204,7 +204,6 @@ STORIES: Mapping[str, Sequence[str]] = {
     "running/opened.py": ["running/test_executor.py"],
     "running/sink.py": ["running/test_executor.py", "output/test_sink.py"],
     "running/surveying.py": ["pipeline/test_surveyed.py"],
-    "running/streams.py": ["running/test_gpu.py"],
     "running/workers.py": ["running/test_cells.py"],
     "storage/__init__.py": ["storage/test_open_storage.py"],
     "storage/blobs.py": ["storage/test_hub.py"],

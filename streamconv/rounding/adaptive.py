@@ -81,20 +81,27 @@ class Adaptive:
 
 def delta_to_step(target: Tensor, base: Tensor, codes: Tensor, scales: Tensor, grid: Grid) -> float:
     """The ratio above: `target` and `base` float32, `codes` uint8, all flat; `scales` float32, one a block."""
-    moved = steps = 0.0
+    sums = torch.zeros(2, dtype=torch.float64, device=target.device)  # asked for once: a device is waited for
     target, base, codes = (gathered(kernels_for(target.device), each, grid) for each in (target, base, codes))
+    of_codes = code_steps(grid).to(target.device)
     # A few blocks at a time: a cell of a wide weight is large, and no plan counts more of it than its roundings need.
     length = max(1, _STRETCH // grid.block)
     for first in range(0, len(scales), length):
         part = slice(first * grid.block, (first + length) * grid.block)
-        moved += float((target[part] - base[part]).abs().sum(dtype=torch.float64))
-        steps += sum_of_steps(codes[part], scales[first : first + length], grid)
+        sums[0] += (target[part] - base[part]).abs().sum(dtype=torch.float64)
+        sums[1] += _sum_of_steps(codes[part], scales[first : first + length], grid, of_codes)
+    moved, steps = sums.tolist()
     return moved / steps if steps else float("inf")
 
 
 def sum_of_steps(codes: Tensor, scales: Tensor, grid: Grid) -> float:
     """Sum of the steps of entries that have these `codes` (uint8, flat); `scales` float32, one a block."""
-    steps = code_steps(grid).to(codes.device).index_select(0, codes.to(torch.int32)).double()
+    return float(_sum_of_steps(codes, scales, grid, code_steps(grid).to(codes.device)))
+
+
+def _sum_of_steps(codes: Tensor, scales: Tensor, grid: Grid, of_codes: Tensor) -> Tensor:
+    """Sum of those steps, float64 [], on the device of the codes; `of_codes` are the steps of every code."""
+    steps = of_codes.index_select(0, codes.to(torch.int32)).double()
     sums = block_dots(steps, torch.ones_like(steps), grid.block)
     factors = scales if grid.offsets is None else scales[:, 0]
-    return float((sums * factors.double().abs()).sum()) / grid.peak
+    return (sums * factors.double().abs()).sum() / grid.peak

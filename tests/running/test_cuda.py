@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from streamconv.adapters.base import State
+from streamconv.adapters.base import Parts, State
+from streamconv.adapters.initial import InitialUpdate
 from streamconv.adapters.lora import DoraUpdate
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.dtypes import DENSE
 from streamconv.errors import InputError, ResourceError
 from streamconv.formats import FORMATS
+from streamconv.formats.bnb_4bit import Bnb4bitEncoder
 from streamconv.pipeline import Job, Prepared, convert, prepare, run
 from streamconv.planning import plan as plans
 from streamconv.planning.devices import Device
@@ -296,6 +299,84 @@ def test_a_cell_that_does_not_fit_is_tried_alone_and_then_an_error(
     with pytest.raises(torch.OutOfMemoryError):
         on_gpu(step_of(inputs, "bf16"), gpu, buffer=cell)
     assert gpu.given_back == 2  # tiles in flight went, one after the other was tried, then nothing was left
+
+
+@pytest.mark.parametrize(
+    "error",
+    [out_of_memory(), torch.AcceleratorError("CUDA error: out of memory\nDetails.")],
+    ids=["torch", "driver"],
+)
+def test_memory_that_the_driver_lacks_is_made_as_well(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    step = step_of(inputs, "bf16")
+    gpu = FakeGpu()
+    upload = gpu.upload
+
+    def upload_late(host: Tensor) -> Tensor:
+        if not gpu.given_back:
+            raise error
+        return upload(host)
+
+    monkeypatch.setattr(gpu, "upload", upload_late)
+    assert on_gpu(step, gpu) == on_cpu(step)
+    assert gpu.given_back == 1
+
+
+def test_scales_of_a_first_pass_find_room_that_tiles_make(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = step_of(inputs, "nf4-dq of T")
+    expected, gpu, nest = on_cpu(step), FakeGpu(), Bnb4bitEncoder.nest
+
+    def nest_late(self: Bnb4bitEncoder, scales: Tensor) -> tuple[Mapping[str, Tensor], Tensor]:
+        if gpu.given_back < 2:
+            raise out_of_memory()
+        return nest(self, scales)
+
+    monkeypatch.setattr(Bnb4bitEncoder, "nest", nest_late)
+    assert on_gpu(step, gpu) == expected
+
+
+def test_a_whole_weight_is_concluded_without_tiles_on_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = (300, 40)
+    dense = FORMATS["float32"].encoder(W, shape, DENSE["float32"])
+    weight = only_weight(write(tmp_path, stored(dense, normal(shape))))
+    update = InitialUpdate(W, shape, {}, "pissa", 4, 1.0, False, DENSE["float32"])
+    step = Rewrite(W, weight, (update,), dense)
+    expected, tiles, changed = on_cpu(step), [], InitialUpdate.changed
+    empty = torch.empty
+
+    def noted(*shape: Any, **options: Any) -> Tensor:
+        made = empty(*shape, **options)
+        if options.get("dtype") == torch.uint8 and "device" in options:
+            tiles.append(weakref.ref(made))
+        return made
+
+    def change_alone(self: InitialUpdate, whole: Tensor, prepared: Parts) -> Tensor:
+        assert tiles
+        assert not any(tile() is not None for tile in tiles)
+        return changed(self, whole, prepared)
+
+    monkeypatch.setattr(torch, "empty", noted)
+    monkeypatch.setattr(InitialUpdate, "changed", change_alone)
+    assert on_gpu(step, FakeGpu()) == expected
+
+
+def test_tiles_grow_again_once_memory_is_there(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step after two weights, as memory ran out once, the next after two more."""
+    step = step_of(inputs, "bf16")
+    cell = max(step.weight.decoder.row_offset(64), step.encoder.row_offset(64))
+    engine = CudaEngine(FakeGpu(), CPU, Memory(0, 0, 8 * cell, 1))
+    found = []
+    for rows in (256, 999, 999, 999):
+        with monkeypatch.context() as patch:
+            (shortage := Shortage(rows)).strike(patch)
+            carry_out(step, engine, 512)
+        found.append(max(rows for _, rows in shortage.seen))
+    assert found == [256, 256, 512, 512]
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------
