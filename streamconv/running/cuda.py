@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from streamconv.adapters.base import Parts
+from streamconv.memory_errors import is_out_of_memory
 from streamconv.planning.devices import Device
 from streamconv.planning.plan import DEVICE_TILES, Memory, Rewrite, cell_rows, tile_rows
 from streamconv.running.cell import KeptDelta, Watch
@@ -198,7 +199,9 @@ class CudaEngine:
         while True:
             try:
                 return work()
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 failed = error.with_traceback(None)  # whose frames would keep the tensors of the cell
             if not self._shrink(steps):
                 raise failed

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import StoredTensor
-from streamconv.errors import ResourceError, Stopped
+from streamconv.errors import Stopped
 from streamconv.formats.base import Constant, Weight
 from streamconv.formats.rows import StoredRows, runs
+from streamconv.memory_errors import is_out_of_memory, ran_out
 from streamconv.planning.plan import (
     SLOTS,
     WEIGHTS_HELD,
@@ -134,14 +135,10 @@ class Run:
                 thread.join()
 
     def _told(self, error: BaseException) -> BaseException:
-        if not isinstance(error, torch.OutOfMemoryError):
+        if not is_out_of_memory(error):
             return error
-        told = ResourceError(
-            f"{self.device.name} ran out of memory: {str(error).splitlines()[0]} Give it a smaller --max-vram, "
-            "free some memory, or use --device cpu, and run again"
-        )
-        told.__cause__ = error
-        return told
+        remedy = "Give it a smaller --max-vram, free some memory, or use --device cpu, and run again"
+        return ran_out(self.device.name, error, remedy)
 
 
 class Lane:

@@ -26,7 +26,7 @@ class Event(Protocol):
 
 class DeviceStream(Protocol):
     def submit(self, work: Callable[[], None]) -> None:
-        """Have `work` done after all that was submitted before. May raise at once, torch.OutOfMemoryError above all."""
+        """Have `work` done after all that was submitted before. May raise at once, for want of memory above all."""
 
     def ask(self, work: Callable[[], T]) -> T:
         """Return what `work` answers, which may use results of the device, but waits for nothing that was submitted."""
