@@ -172,7 +172,6 @@ STORIES: Mapping[str, Sequence[str]] = {
     "pipeline/passes/measure.py": ["pipeline/test_measured.py"],
     "pipeline/passes/survey.py": ["pipeline/test_surveyed.py"],
     "pipeline/place.py": ["pipeline/test_also.py"],
-    "pipeline/preparation.py": ["planning/test_planner.py", "pipeline/test_also.py"],
     "pipeline/pushing.py": ["pipeline/test_hub.py"],
     "pipeline/runner.py": ["pipeline/test_also.py", "hostile/test_kill.py"],
     "pipeline/shown.py": ["pipeline/test_kernels_shown.py", "planning/test_planner.py"],

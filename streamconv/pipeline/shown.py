@@ -40,7 +40,7 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
         "from": plan.fingerprint["from"],
         "device": plan.device.name,
         "devices": list(plan.device.names),
-        "devices_left_out": list(plan.device.left_out),
+        "devices_left_out": [*plan.device.left_out, *plan.device.unfit],
         **_output(prepared),
         "adapted_modules": dict(plan.adapted),
         "replaced": list(plan.replaced),
