@@ -13,7 +13,7 @@ from torch import Tensor
 
 from streamconv.dtypes import F32, Dtype
 from streamconv.kernels import offsets, ordered
-from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start, block_dots, pairwise_sum
+from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start, block_dots, divisor, pairwise_sum
 from streamconv.kernels.grids import (
     SMALLEST_DIVISOR,
     Grid,
@@ -287,7 +287,7 @@ def _mixed(words: Tensor) -> Tensor:
 
 def over_reach(scales: Tensor, grid: Grid) -> Tensor:
     """Greatest magnitudes as starting scales, in place."""
-    return scales if grid.reach == 1 else scales.div_(grid.reach)
+    return scales if grid.reach == 1 else scales.div_(divisor(grid.reach, scales))
 
 
 def _eights(words: Tensor) -> Tensor:

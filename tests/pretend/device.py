@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,15 +71,15 @@ class MixedDevicesError(RuntimeError):
 
 
 class DeviceTensor(Tensor):
-    """A tensor on the device. `values` are its own, on the CPU; `storage` is the memory that it lies in."""
+    """A tensor on the device. `held` are its values, on the CPU; `storage` is the memory that it lies in."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # noqa: SLF001
-    values: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch documents it
+    held: Tensor
     storage_of: Storage
 
     @staticmethod
     def __new__(cls, values: Tensor, storage: Storage | None = None) -> DeviceTensor:
-        made: DeviceTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # noqa: SLF001
+        made: DeviceTensor = Tensor._make_wrapper_subclass(
             cls,
             values.size(),
             strides=values.stride(),
@@ -88,28 +89,28 @@ class DeviceTensor(Tensor):
             device=CUDA,
             requires_grad=False,
         )
-        made.values = values
+        made.held = values
         made.storage_of = storage or Storage(values.untyped_storage().nbytes())
         return made
 
     def data_ptr(self) -> int:
-        return self.values.data_ptr()
+        return self.held.data_ptr()
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"DeviceTensor({self.values!r})"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # as torch documents it
+        return f"DeviceTensor({self.held!r})"
 
     def tolist(self) -> Any:
         LEDGER.wait("tolist")
-        return self.values.tolist()
+        return self.held.tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
 
     def __deepcopy__(self, memo: object) -> DeviceTensor:
-        return DeviceTensor(self.values.clone())
+        return DeviceTensor(self.held.clone())
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # a class method, as torch documents it
         cls, op: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return _dispatch(op, args, dict(kwargs or {}))
@@ -124,9 +125,11 @@ def _dispatch(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for each in there:
         each.storage_of.users.add(HERE.stream)
     _note_waits(name, short, args, kwargs)
+    if there and short in {"div", "div_"} and _is_inexact(args[1]) and there[0].is_floating_point():
+        LEDGER.reciprocal()
     if short == "_fused_sdp_choice":
         return 0  # the one that is made of other operations
-    inner = [each.values if isinstance(each, DeviceTensor) else each for each in flat]
+    inner = [each.held if isinstance(each, DeviceTensor) else each for each in flat]
     inner_args, inner_kwargs = tree_unflatten(inner, spec)
     goes_there = bool(there)
     if kwargs.get("device") is not None:
@@ -154,7 +157,9 @@ def _check_mix(
         if any(not isinstance(each, DeviceTensor) for each in places):
             LEDGER.wait("places from the host")
         allowed |= {id(each) for each in places}
-    is_written = op._schema.is_mutable and isinstance(args[0], Tensor) and not isinstance(args[0], DeviceTensor)  # noqa: SLF001
+    is_written = (
+        op._schema.is_mutable and isinstance(args[0], Tensor) and not isinstance(args[0], DeviceTensor)
+    )
     if is_written or any(id(each) not in allowed for each in host):
         shapes = ", ".join(
             f"{'cuda' if isinstance(each, DeviceTensor) else 'cpu'}{list(each.shape)}"
@@ -177,9 +182,16 @@ def _note_waits(name: str, short: str, args: Sequence[Any], kwargs: Mapping[str,
     elif name == "aten::copy_":
         target, source = args[0], args[1]
         if isinstance(target, DeviceTensor) != isinstance(source, DeviceTensor):
-            is_async = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)  # noqa: PLR2004
+            is_async = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
             host = source if isinstance(target, DeviceTensor) else target
             _note_copy(host, is_async, to_host=host is target)
+
+
+def _is_inexact(divisor: Any) -> bool:
+    """Whether it is a number, of which torch makes the reciprocal on CUDA, and that is rounded."""
+    if isinstance(divisor, DeviceTensor) or (isinstance(divisor, Tensor) and divisor.dim()):
+        return False
+    return math.frexp(float(divisor))[0] not in {0.5, -0.5}
 
 
 def _note_copy(host: Tensor, is_async: bool, *, to_host: bool) -> None:
@@ -193,13 +205,13 @@ def _note_copy(host: Tensor, is_async: bool, *, to_host: bool) -> None:
 
 def _note_launch(short: str, there: Sequence[DeviceTensor], found: Any) -> None:
     outputs = [each for each in tree_flatten(found)[0] if isinstance(each, Tensor)]
-    sizes = [each.numel() * each.element_size() for each in (*(one.values for one in there), *outputs)]
+    sizes = [each.numel() * each.element_size() for each in (*(one.held for one in there), *outputs)]
     LEDGER.launch(short, str(there[0].dtype if there else outputs[0].dtype if outputs else "-"), sum(sizes))
 
 
 def _given(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The tensors that `op` wrote to and returns, None if it returns others."""
-    schema = op._schema  # noqa: SLF001
+    schema = op._schema
     returns = schema.returns
     if not (schema.is_mutable and returns) or not all(
         each.alias_info is not None and each.alias_info.is_write for each in returns
@@ -211,7 +223,7 @@ def _given(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if each.alias_info is not None and each.alias_info.is_write
     ]
     for each in given:
-        if isinstance(each, DeviceTensor) and each.values.size() != each.size():
+        if isinstance(each, DeviceTensor) and each.held.size() != each.size():
             raise RuntimeError(f"{op.name()} resized an output, which this device cannot")
     return given[0] if len(given) == 1 else tuple(given)
 
@@ -219,7 +231,7 @@ def _given(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 def _wrapped(found: Any, there: Sequence[DeviceTensor]) -> Any:
     """Results as tensors of the device, in the memory of what they are views of."""
     storages = {
-        each.values.untyped_storage().data_ptr(): each.storage_of for each in there if each.values.numel()
+        each.held.untyped_storage().data_ptr(): each.storage_of for each in there if each.held.numel()
     }
 
     def wrap(each: Any) -> Any:

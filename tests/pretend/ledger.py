@@ -28,13 +28,15 @@ class Ledger:
 
     `waits` of the host: (why, place, whether in what was submitted to a stream). `mixes`: operations on tensors of two
     devices. `dtypes`: (operation, dtype). `crossed`: storage that was freed after use on another stream than its own,
-    which torch must be told of. `now` and `peak` are bytes on the device.
+    which torch must be told of. `reciprocals`: divisions by a number that is no power of two, for which CUDA multiplies
+    by its reciprocal: other bits than a CPU's. `now` and `peak` are bytes on the device.
     """
 
     waits: Counter[tuple[str, str, bool]] = field(default_factory=Counter)
     mixes: Counter[tuple[str, str]] = field(default_factory=Counter)
     dtypes: Counter[tuple[str, str]] = field(default_factory=Counter)
     crossed: Counter[tuple[str, str, tuple[str, ...]]] = field(default_factory=Counter)
+    reciprocals: Counter[str] = field(default_factory=Counter)
     launches: int = 0
     moved: int = 0
     now: int = 0
@@ -43,7 +45,7 @@ class Ledger:
 
     def reset(self) -> None:
         with self.lock:
-            for table in (self.waits, self.mixes, self.dtypes, self.crossed):
+            for table in (self.waits, self.mixes, self.dtypes, self.crossed, self.reciprocals):
                 table.clear()
             self.launches = self.moved = 0
             self.peak = self.now
@@ -56,6 +58,10 @@ class Ledger:
         with self.lock:
             self.mixes[what, place()] += 1
 
+    def reciprocal(self) -> None:
+        with self.lock:
+            self.reciprocals[place()] += 1
+
     def launch(self, operation: str, dtype: str, nbytes: int) -> None:
         with self.lock:
             self.dtypes[operation, dtype] += 1
@@ -65,7 +71,9 @@ class Ledger:
     @property
     def waits_submitted(self) -> dict[tuple[str, str], int]:
         """Waits in what was submitted: the host meant to go on."""
-        return {(why, where): count for (why, where, is_submitted), count in self.waits.items() if is_submitted}
+        return {
+            (why, where): count for (why, where, is_submitted), count in self.waits.items() if is_submitted
+        }
 
 
 LEDGER = Ledger()
@@ -92,7 +100,7 @@ def _free(nbytes: int, home: str, users: set[str], where: str) -> None:
 
 def place() -> str:
     """File and line of the package that the caller was called from; `elsewhere` where there is none."""
-    frame = sys._getframe(1)  # noqa: SLF001  (the documented way to it)
+    frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if name.startswith(PACKAGE):

@@ -7,11 +7,13 @@ scales come out exactly, it is taken, so that scales that were stored before sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from streamconv.kernels.base import divisor
 from streamconv.kernels.ggml.packing import codes_of
 from streamconv.kernels.ggml.types import BlockType
 
@@ -71,12 +73,14 @@ def nested_in_torch(wished: Tensor, limit: int, is_signed: bool) -> tuple[Tensor
     extreme = wished.gather(1, place)[:, 0]
     lowest, highest = (-limit, limit - 1) if is_signed else (0, limit)
     multiples = _multiples(limit, is_signed)
-    factor, integers = _quotients(wished, to_half(extreme / multiples[0]), lowest, highest)
+    factor, integers = _quotients(wished, to_half(extreme / divisor(multiples[0], extreme)), lowest, highest)
     is_open = ~_is_exact(wished, factor, integers)
+    if wished.device.type != "cpu":
+        return _all_tried(wished, extreme, multiples, (lowest, highest), factor, integers)
     for multiple in multiples[1:]:
         if not is_open.any():
             break
-        trial = to_half(extreme / multiple)
+        trial = to_half(extreme / divisor(multiple, extreme))
         # Few pass this, so that what follows is done for few.
         rows = (is_open & (trial * multiple == extreme)).nonzero()[:, 0]
         if not len(rows):
@@ -85,6 +89,26 @@ def nested_in_torch(wished: Tensor, limit: int, is_signed: bool) -> tuple[Tensor
         rows, found = (each[_is_exact(wished[rows], trial[rows], found)] for each in (rows, found))
         factor[rows], integers[rows] = trial[rows], found
         is_open[rows] = False
+    return factor, integers
+
+
+def _all_tried(
+    wished: Tensor,
+    extreme: Tensor,
+    multiples: Sequence[int],
+    limits: tuple[int, int],
+    factor: Tensor,
+    integers: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The same for a device that would have to be waited for to know which rows are left: all are tried throughout."""
+    is_open = ~_is_exact(wished, factor, integers)
+    for multiple in multiples[1:]:
+        trial = to_half(extreme / divisor(multiple, extreme))
+        _, found = _quotients(wished, trial, *limits)
+        is_found = is_open & (trial * multiple == extreme) & _is_exact(wished, trial, found)
+        factor = torch.where(is_found, trial, factor)
+        integers = torch.where(is_found.unsqueeze(1), found, integers)
+        is_open &= ~is_found
     return factor, integers
 
 
