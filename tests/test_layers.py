@@ -204,6 +204,15 @@ NOT_OURS = {
     "_hf_peft_config_loaded": "transformers has no other sign",
     "_weight_conversions": "transformers has no other name for what a save reverts",
     "_version": "torch has no other count of the writes to a tensor",
+    # A device of our own: torch documents these three for tensors that hold others.
+    "_C": "where torch documents what follows",
+    "_disabled_torch_function_impl": "torch has no other name for it",
+    "_make_wrapper_subclass": "torch has no other way to make such a tensor",
+    "_pytree": "what torch's dispatch hands over",
+    "_schema": "what an operation writes to",
+    "_lazy_init": "what looks for a driver before a tensor is made",
+    "_internal": "lists of the types that CUDA has kernels for",
+    "_getframe": "who asked; inspect reads whole files for it",
 }
 
 
