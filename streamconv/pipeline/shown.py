@@ -157,7 +157,8 @@ def _step(plan: Plan, step: Step) -> dict[str, Any]:
         case Rewrite():
             if step.calibrated:
                 return {"action": "calibrate", "access": step.access.value, "updates": len(step.updates)}
-            rows = tile_rows(step, plan.memory.buffer, cell_rows(plan.device, step))
+            memory = plan.memory
+            rows = tile_rows(step, memory.buffer, cell_rows(plan.device, step), memory.written)
             return {
                 "action": "rewrite",
                 "access": step.access.value,

@@ -60,7 +60,8 @@ class CudaEngine:
 
     def __init__(self, gpu: Gpu, device: Device, memory: Memory) -> None:
         self._gpu, self._device = gpu, device
-        self._most = self._tile_bytes = memory.buffer
+        # Of a tile as it is read, and as it is written: now, and at most.
+        self._tile_bytes = self._most = (memory.buffer, memory.written_buffer)
         self._count = DEVICE_TILES
         self._weights, self._patience = 0, 1  # that passed since memory ran out, and that are to pass
         self._copy_in, self._compute, self._copy_out = gpu.stream(), gpu.stream(), gpu.stream()
@@ -184,26 +185,29 @@ class CudaEngine:
         self, raw: Tensor, rows: range, first: int, steps: Sequence[Rewrite], send: _Send
     ) -> tuple[int, Ticket]:
         """Send the piece that begins at row `first`; returns the row at which it ends, and its ticket."""
-        count = min(tile_rows(step, self._tile_bytes, self._height(step)) for step in steps)
+        read, written = self._tile_bytes
+        count = min(tile_rows(step, read, self._height(step), written) for step in steps)
         piece = range(first, min(first + count, rows.stop))
         part = _part(raw, steps[0].weight.decoder.row_offset, rows, piece)
         return piece.stop, send(part, piece, self._next_place(steps))
 
     def _next_place(self, steps: Sequence[Rewrite]) -> _Place:
-        size = max(self._tile_bytes, self._cell_bytes(steps))
+        sizes = self._at_least(self._tile_bytes, steps)
         places = self._places
-        is_short = len(places) < self._count or places[0].read.numel() < size
-        if is_short or len(places[0].written) < len(steps):
-            self._allocate(size, len(steps))
+        is_short = len(places) < self._count or len(places[0].written) < len(steps)
+        if is_short or any(place < size for place, size in zip(_sizes(places[0]), sizes, strict=True)):
+            self._allocate(sizes, len(steps))
         self._turn = (self._turn + 1) % len(self._places)
         return self._places[self._turn]
 
-    def _allocate(self, size: int, outputs: int) -> None:
+    def _allocate(self, sizes: tuple[int, int], outputs: int) -> None:
         self.synchronize()
         self._places.clear()
+        read, written = sizes
 
         def allocate() -> list[Tensor]:
-            return [torch.empty(size, dtype=torch.uint8, device=self._gpu.torch) for _ in range(1 + outputs)]
+            each = (read, *[written] * outputs)
+            return [torch.empty(size, dtype=torch.uint8, device=self._gpu.torch) for size in each]
 
         buffers = [self._compute.ask(allocate) for _ in range(self._count)]
         # The allocator may give what was freed by work that is still to be done on this stream, and on no other.
@@ -227,9 +231,10 @@ class CudaEngine:
         self.synchronize()
         self._places.clear()
         self._gpu.give_back()
-        cell = self._cell_bytes(steps)
-        if self._tile_bytes > cell:
-            self._tile_bytes = max(cell, self._tile_bytes // 2)
+        read, written = self._tile_bytes
+        halves = self._at_least((read // 2, written // 2), steps)
+        if halves[0] < read or halves[1] < written:
+            self._tile_bytes = (min(read, halves[0]), min(written, halves[1]))
         elif self._count > 1:
             self._count = 1
         else:
@@ -252,22 +257,26 @@ class CudaEngine:
         if self._count < DEVICE_TILES:
             self._count = DEVICE_TILES
         else:
-            self._tile_bytes = min(self._most, 2 * self._tile_bytes)
+            (read, written), most = self._tile_bytes, self._most
+            self._tile_bytes = (min(most[0], 2 * read), min(most[1], 2 * written))
 
     def _height(self, step: Rewrite) -> int:
         return cell_rows(self._device, step)
 
-    def _cell_bytes(self, steps: Sequence[Rewrite]) -> int:
-        """Bytes of one cell, read or written, whichever is more."""
-        return max(
-            offset(min(self._height(step), step.rows))
-            for step in steps
-            for offset in (step.weight.decoder.row_offset, step.encoder.row_offset)
-        )
+    def _at_least(self, sizes: tuple[int, int], steps: Sequence[Rewrite]) -> tuple[int, int]:
+        """`sizes` of a tile as read and as written, or those of one cell of any of `steps` where these are more."""
+        cells = [(step, min(self._height(step), step.rows)) for step in steps]
+        read = max(step.weight.decoder.row_offset(rows) for step, rows in cells)
+        return max(sizes[0], read), max(sizes[1], *(step.encoder.row_offset(rows) for step, rows in cells))
 
 
 # Bytes in host memory, their rows, and where they go on the device.
 _Send = Callable[[Tensor, range, _Place], Ticket]
+
+
+def _sizes(place: _Place) -> tuple[int, int]:
+    """Bytes of a place's buffer for what is read, and of the one for what is written."""
+    return place.read.numel(), place.written[0].numel()
 
 
 def _part(tile: Tensor, offset: Callable[[int], int], rows: range, piece: range) -> Tensor:
