@@ -269,8 +269,12 @@ class TorchKernels:
 
 
 def over_reach(scales: Tensor, grid: Grid) -> Tensor:
-    """Greatest magnitudes as starting scales, in place."""
-    return scales if grid.reach == 1 else scales.div_(grid.reach)
+    """Greatest magnitudes as starting scales, in place.
+
+    The divisor lies on the device: by a number of Python's, torch does not divide on a card but multiplies by its
+    reciprocal, which is another float32 in one case of many (aten/src/ATen/native/cuda/BinaryDivTrueKernel.cu).
+    """
+    return scales if grid.reach == 1 else scales.div_(torch.full_like(scales[:1], grid.reach))
 
 
 def _eights(words: Tensor) -> Tensor:
