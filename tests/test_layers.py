@@ -44,7 +44,7 @@ DOORS = {
     "analysis/__init__.py": "matplotlib is an extra",
     "comparison/__init__.py": "transformers is an extra",
     "evaluation/__init__.py": "transformers is an extra",
-    "kernels/__init__.py": "numba may be missing, and costs memory that a merge in 16 bit does not need",
+    "kernels/__init__.py": "numba or triton may be missing, and cost memory that a merge in 16 bit does not need",
     "kernels/ggml/__init__.py": "numba may be missing",
     "kernels/ggml/iq_grids.py": "gguf is an extra",
     "pipeline/calibrating.py": "transformers is an extra",
