@@ -257,7 +257,17 @@ def _work_bytes(step: Rewrite, device: Device, watched: bool) -> int:
 def one_cell_bytes(steps: Sequence[Step], device: Device) -> int:
     """Bytes that one cell in work takes, and a tile of it as it is stored, of the largest of `steps`."""
     weights = [step for step in steps if isinstance(step, Rewrite)]
-    return max((_work_bytes(step, device) + _cell_bytes(step, device) for step in weights), default=0)
+    return max(
+        (
+            _work_bytes(step, device, watched=False)
+            + max(
+                offset(min(cell_rows(device, step), step.rows))
+                for offset in (step.weight.decoder.row_offset, step.encoder.row_offset)
+            )
+            for step in weights
+        ),
+        default=0,
+    )
 
 
 def _dense_cell_bytes(step: Rewrite, device: Device) -> int:

@@ -69,7 +69,7 @@ def _all_methods(kernels: TritonKernels, grid: Grid) -> None:
     for dtype in (F32, BF16, F16):
         kernels.decode(codes, grid, scales, dtype, out)
     if grid in (NF4, E2M1):
-        kernels.decode_pairs(packed, grid, scales, BF16, out)  # type: ignore[arg-type]
+        kernels.decode_pairs(packed, grid, scales, BF16, out)
 
 
 def ptx_of(launch: Launch, capability: int, may_fuse: bool = False) -> str:

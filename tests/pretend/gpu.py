@@ -84,7 +84,9 @@ def pretend_gpu(*, cells_of: int = 1, everywhere: bool = False) -> Iterator[None
     patches: list[Any] = [mock.patch.object(module, "resolve_device", resolve) for module in modules]
     patches.append(mock.patch.object(plans, "GPU_CELL_ELEMENTS", cells_of))
     # Kernels of a compiler for GPUs cannot run here; the bytes of both must be the same.
-    patches.append(mock.patch.object(importlib.import_module("streamconv.kernels"), "fused_kernels", lambda: None))
+    patches.append(
+        mock.patch.object(importlib.import_module("streamconv.kernels"), "fused_kernels", return_value=None)
+    )
     engines = importlib.import_module("streamconv.running.engines")
     patches.append(mock.patch.object(engines, "CudaGpu", lambda name: PretendGpu(name, EAGER, torch=CUDA)))
     for patch in patches:

@@ -218,7 +218,7 @@ def calibrated(model: Model, folder: Path) -> Found:
             quant="nf4-dq",
             merge_base="nf4-dq",
             calibration=model.text,
-            calibration_tokens=64,
+            calibration_tokens=160,
             calibration_sequence_length=32,
             calibration_gradient_tokens=0,
             device="cuda",
