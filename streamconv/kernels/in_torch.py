@@ -20,6 +20,7 @@ from streamconv.kernels.grids import (
     TableGrid,
     block_absmax,
     divide_by_scales,
+    divided,
     empty_scales,
     multiply_by_scales,
 )
@@ -287,7 +288,7 @@ def _mixed(words: Tensor) -> Tensor:
 
 def over_reach(scales: Tensor, grid: Grid) -> Tensor:
     """Greatest magnitudes as starting scales, in place."""
-    return scales if grid.reach == 1 else scales.div_(grid.reach)
+    return scales if grid.reach == 1 else scales.copy_(divided(scales, grid.reach))
 
 
 def _eights(words: Tensor) -> Tensor:
