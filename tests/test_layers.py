@@ -198,6 +198,7 @@ TEST_SOURCES = sorted(TESTS.rglob("*.py"))
 PATCHING = {"setattr", "delattr", "getattr", "hasattr", "vars"}
 NOT_OURS = {
     "_exit": "os._exit is documented, and has no other name",
+    "_python_dispatch": "torch has no other door to the operations that are done",
     "_has_avx512": "bitsandbytes has no other switch",
     "_dequantize_4bit_compute": "bitsandbytes has no other name for it",
     "_get_4bit_code": "bitsandbytes has no other name for it",

@@ -164,15 +164,6 @@ class Kernels(Protocol):
         """
 
 
-def divisor(number: float, like: Tensor) -> Tensor:
-    """`number` as a tensor of no dimension, of the type and on the device of `like`, by which it can be divided.
-
-    Divided by a number of Python, CUDA multiplies by its reciprocal, which is rounded once more (`div_true_kernel_cuda`
-    of ATen): other bits than a CPU's.
-    """
-    return torch.full((), number, dtype=like.dtype, device=like.device)
-
-
 def pairwise_sum(terms: Tensor) -> Tensor:
     """Sums over the last axis of `terms`, which are used up: the upper half is added to the lower until one is left.
 

@@ -374,6 +374,14 @@ def multiply_by_scales(values: Tensor, scales: Tensor, block: int, out: Tensor, 
     return out if peak == 1 else out.mul_(1 / peak)
 
 
+def divided(values: Tensor, number: float) -> Tensor:
+    """`values` / `number`, rounded once, as on a CPU.
+
+    By a number, CUDA multiplies with its reciprocal (torch's `BinaryDivTrueKernel.cu`); by a tensor there, it divides.
+    """
+    return values / torch.full((), number, dtype=values.dtype, device=values.device)
+
+
 def divide_by_scales(values: Tensor, scales: Tensor, block: int, peak: float = 1.0) -> Tensor:
     """`values` in units of their block's `scale / peak` (all float32, flat), rounded as bitsandbytes rounds them.
 

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from streamconv.dtypes import F32, Dtype
 from streamconv.kernels import offsets, ordered
-from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start, block_dots, divisor, pairwise_sum
+from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start, block_dots, pairwise_sum
 from streamconv.kernels.grids import (
     SMALLEST_DIVISOR,
     Grid,
     TableGrid,
     block_absmax,
     divide_by_scales,
+    divided,
     empty_scales,
     multiply_by_scales,
 )
@@ -287,7 +288,7 @@ def _mixed(words: Tensor) -> Tensor:
 
 def over_reach(scales: Tensor, grid: Grid) -> Tensor:
     """Greatest magnitudes as starting scales, in place."""
-    return scales if grid.reach == 1 else scales.div_(divisor(grid.reach, scales))
+    return scales if grid.reach == 1 else scales.copy_(divided(scales, grid.reach))
 
 
 def _eights(words: Tensor) -> Tensor:

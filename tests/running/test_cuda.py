@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamconv.adapters.base import Parts, State
 from streamconv.adapters.initial import InitialUpdate
@@ -20,15 +21,16 @@ from streamconv.adapters.lora import DoraUpdate
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.dtypes import DENSE
 from streamconv.errors import InputError, ResourceError
-from streamconv.formats import FORMATS
-from streamconv.formats.bnb_4bit import Bnb4bitEncoder
+from streamconv.formats import FORMATS, bnb_4bit
+from streamconv.formats.bnb_4bit import Bnb4bitEncoder, nested_mean
+from streamconv.kernels import TORCH
 from streamconv.pipeline import Job, Prepared, convert, prepare, run
 from streamconv.planning import plan as plans
 from streamconv.planning.devices import Device
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import DEVICE_TILES, SLOTS, Access, Memory, Rewrite
 from streamconv.progress import StopRequest
-from streamconv.running import engines
+from streamconv.running import cells, engines
 from streamconv.running.cell import KeptDelta
 from streamconv.running.cells import WeightWork
 from streamconv.running.cuda import CudaEngine
@@ -37,7 +39,7 @@ from streamconv.running.engine import Engine
 from streamconv.running.workers import Inline, Workers
 from tests.formats.stored import W, normal, only_weight, stored, write
 from tests.models import Sizes, write_adapter, write_base
-from tests.running.fake_gpu import COMPUTE, COPY_IN, COPY_OUT, HOST, SCHEDULES, FakeGpu
+from tests.running.fake_gpu import COMPUTE, COPY_IN, COPY_OUT, HOST, SCHEDULES, FakeGpu, FakeStream
 from tests.running.test_tiles import transposed_dora
 from tests.tiny import edit_tensors
 
@@ -181,6 +183,81 @@ def test_buffers_on_the_device_are_allocated_once(inputs: Inputs, monkeypatch: p
     monkeypatch.setattr(torch, "empty", counted)
     on_gpu(step_of(inputs, "nf4-dq of T"), FakeGpu(), buffer=64 * 128)
     assert allocated.count(64 * 128) == DEVICE_TILES * (1 + 1)  # what is read, and what is written
+
+
+class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it without types
+    """Operations for which CUDA has the host wait, as `found`: the host asks for a number, or sets one."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+        self._numbers: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        result = func(*args, **(kwargs or {}))
+        if name == "lift_fresh" and result.dim() == 0:  # of a number in Python
+            self._numbers.append(result)
+        is_set = name == "copy_" and any(args[1] is number for number in self._numbers)
+        masks = args[1] if name in ("index", "index_put_") else ()
+        is_mask = any(each is not None and each.dtype == torch.bool for each in masks)
+        if is_set or is_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+            self.found.append(name)
+        return result
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_nothing_that_is_submitted_has_the_host_wait(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    step, waits = step_of(inputs, name), Waits()
+    submit = FakeStream.submit
+
+    def watched(self: FakeStream, work: Callable[[], None]) -> None:
+        def run() -> None:
+            with waits:
+                work()
+
+        submit(self, run)
+
+    monkeypatch.setattr(FakeStream, "submit", watched)
+    if step.merge_base is not None:  # what compiled loops return is a number, on a CPU
+        monkeypatch.setattr(cells, "kernels_for", lambda device: TORCH)
+    on_gpu(step, FakeGpu())
+    assert not waits.found
+
+
+@pytest.mark.parametrize(
+    ("options", "times"),
+    [
+        (MergeOptions(quant="nf4-dq", rounding="nearest"), 1),
+        (MergeOptions(quant="nf4-dq", rounding="search"), 1),
+        (MergeOptions(quant="nf4-dq", merge_base="nf4-dq", rounding="stochastic"), 1),
+        (
+            MergeOptions(quant="nf4-dq", merge_base="nf4-dq", rounding="nearest"),
+            2,
+        ),  # of the base, and of its own
+    ],
+    ids=["nearest", "search", "base rounded first", "base rounded first, scales anew"],
+)
+def test_scales_are_nested_once(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, options: MergeOptions, times: int
+) -> None:
+    plan = prepare(Job(str(inputs.bf16), str(inputs.adapter), options, "cpu")).plan
+    steps = (placed.step for shard in plan.shards for placed in shard.steps)
+    (step,) = (step for step in steps if isinstance(step, Rewrite) and step.name == UP)
+    nested: list[int] = []
+
+    def mean(scales: Tensor) -> float:
+        nested.append(scales.numel())
+        return nested_mean(scales)
+
+    monkeypatch.setattr(bnb_4bit, "nested_mean", mean)
+    _, _, kept = on_gpu(step, FakeGpu())
+    assert kept is not None
+    assert nested == [700 * 64 // 64] * times
 
 
 # -- memory that runs out ----------------------------------------------------------------------------------------
