@@ -23,8 +23,9 @@ from streamconv.kernels.grids import NF4, SMALLEST_DIVISOR, Grid, IntegerGrid, T
 from streamconv.kernels.in_torch import TorchKernels
 
 _TORCH = TorchKernels()
-# Elements of a program; foldings of one launch; and the longest block that lies in registers, and that is searched.
-TILE = 1024
+# Elements of a program, and of one that searches; foldings of one launch; and the longest block that lies in
+# registers, and that is searched.
+TILE, _SEARCHED = 1024, 512
 _LEVELS = 6
 _WIDEST, _WIDEST_SEARCHED = 16384, 4096
 # Bits of a float32 that a type has no room for.
@@ -186,7 +187,7 @@ class TritonKernels(TorchKernels):
         whole = values.numel() // grid.block
         factors = _factors(values.device)
         given = (values, values if weights is None else weights, factors, scales, whole)
-        rows = max(1, TILE // grid.block)
+        rows = max(1, _SEARCHED // grid.block)
         launch(
             triton_loops.search,
             whole,
@@ -205,6 +206,7 @@ class TritonKernels(TorchKernels):
                 "IS_INTEGER": table.is_integer,
                 "HAS_WEIGHTS": weights is not None,
             },
+            warps=8 if 64 < grid.block < 1024 else 4,  # so that none of a thread's numbers goes to memory
         )
         if whole < scales.numel():
             rest = slice(whole * grid.block, None)

@@ -9,8 +9,8 @@ the payload of a NaN alone, which no loop looks at: the interpreter has numpy's,
 Triton's interpreter (TRITON_INTERPRET=1) runs the same functions with numpy, an operation at a time and each rounded
 to float32. It shows that the arithmetic is right; that compiled code does no other is seen in its PTX.
 
-A tile is what one program takes. Addresses, and tensors and numbers in registers, are all `tl.tensor`. Tables of a grid are padded, so that a search for a rank needs no bounds: see
-`in_triton.py`.
+A tile is what one program takes. Addresses, and what lies in registers, are all `tl.tensor`. Tables of a grid
+are padded, so that a search for a rank needs no bounds: see `in_triton.py`.
 """
 
 from __future__ import annotations
@@ -120,6 +120,13 @@ def folded(terms: tl.tensor, LEVELS: tl.constexpr) -> tl.tensor:
         lower, upper = tl.split(halves)
         terms = lower + upper
     return tl.reshape(terms, (terms.shape[0],))
+
+
+@jit
+def or_nothing(terms: tl.tensor, exists: tl.tensor) -> tl.tensor:
+    """`terms`, and -0 in place of those that do not exist; by its bits, as Triton makes 0 of the constant."""
+    nothing = tl.full(terms.shape, -2147483648, tl.int32).to(tl.float32, bitcast=True)
+    return tl.where(exists, terms, nothing)
 
 
 @jit
@@ -451,9 +458,9 @@ def kept(
     level = value_of(tl.load(codes + places, mask=exists, other=0), by_code, IS_INTEGER)
     known = tl.load(anchor + places, mask=exists, other=0.0)
     is_there = found < count
-    tl.store(sums + found, folded(tl.where(exists, level * delta, -0.0), LEVELS), mask=is_there)
-    tl.store(sums + count + found, folded(tl.where(exists, known * delta, -0.0), LEVELS), mask=is_there)
-    tl.store(sums + 2 * count + found, folded(tl.where(exists, delta * delta, -0.0), LEVELS), mask=is_there)
+    tl.store(sums + found, folded(or_nothing(level * delta, exists), LEVELS), mask=is_there)
+    tl.store(sums + count + found, folded(or_nothing(known * delta, exists), LEVELS), mask=is_there)
+    tl.store(sums + 2 * count + found, folded(or_nothing(delta * delta, exists), LEVELS), mask=is_there)
 
 
 @jit
@@ -473,7 +480,7 @@ def distance(
     exists = exists & (found < count)[:, None]
     places = places + (found // LEFT)[:, None] * BLOCK
     error = tl.load(left + places, mask=exists, other=0.0) - tl.load(right + places, mask=exists, other=0.0)
-    tl.store(sums + found, folded(tl.where(exists, error * error, -0.0), LEVELS), mask=found < count)
+    tl.store(sums + found, folded(or_nothing(error * error, exists), LEVELS), mask=found < count)
 
 
 @jit
@@ -491,7 +498,8 @@ def fold(
     found = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     places, exists = fold_places(found % left, count, LEVELS)
     exists = exists & (found < total)[:, None]
-    given = tl.load(terms + places + (found // left)[:, None] * count, mask=exists, other=-0.0)
+    given = tl.load(terms + places + (found // left)[:, None] * count, mask=exists, other=0.0)
+    given = or_nothing(given, exists)
     if IS_DOUBLE:
         given = given.to(tl.float64)
     tl.store(sums + found, folded(given, LEVELS), mask=found < total)

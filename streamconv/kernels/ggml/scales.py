@@ -7,7 +7,6 @@ scales come out exactly, it is taken, so that scales that were stored before sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
