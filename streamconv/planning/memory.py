@@ -226,6 +226,12 @@ def _work_bytes(step: Rewrite, device: Device) -> int:
     return _dense_cell_bytes(step, device) * (_GRID_CELL_COPIES if _quantizes(step) else dense)
 
 
+def one_cell_bytes(steps: Sequence[Step], device: Device) -> int:
+    """Bytes that one cell in work takes, and a tile of it as it is stored, of the largest of `steps`."""
+    weights = [step for step in steps if isinstance(step, Rewrite)]
+    return max((_work_bytes(step, device) + _cell_bytes(step, device) for step in weights), default=0)
+
+
 def _dense_cell_bytes(step: Rewrite, device: Device) -> int:
     return min(cell_rows(device, step), step.rows) * step.columns * 4
 
