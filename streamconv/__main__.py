@@ -21,7 +21,7 @@ def main() -> None:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
             signal.signal(number, _end)
     _check_folder()
-    _set_allocator(os.environ)
+    set_allocator(os.environ)
     from streamconv.cli import main as command_line
 
     command_line()
@@ -40,7 +40,7 @@ def _check_folder() -> None:
         os._exit(2)
 
 
-def _set_allocator(environment: MutableMapping[str, str]) -> None:
+def set_allocator(environment: MutableMapping[str, str]) -> None:
     """Have torch's allocator on GPUs grow one piece of memory rather than keep many of sizes that come only once.
 
     So a layer's memory fits the next one's needs, too. What somebody has set themselves stays.

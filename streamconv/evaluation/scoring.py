@@ -85,7 +85,7 @@ def run_evaluation(options: EvaluationOptions, on_progress: OnProgress) -> Evalu
         gauge.start(_bytes_to_read(walks, kept))
         with in_use(walks[0].device):
             try:
-                tallies = _score(walks, windows, budget, kept)
+                tallies = score(walks, windows, budget, kept)
                 greedy = _greedy(walks, windows, budget, options.greedy_tokens, kept)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -223,7 +223,7 @@ def _answered(walk: Walk, windows: Tensor, budget: Budget, kept: KeptReference |
 # -- scores ----------------------------------------------------------------------------------------------------------
 
 
-def _score(
+def score(
     walks: list[Walk], windows: Tensor, budget: Budget, kept: KeptReference | None = None
 ) -> Tally | Divergence:
     """The model's tally; with a reference, which is walked second, that of both."""
@@ -302,7 +302,7 @@ def _draft(reference: Walk, prompts: Tensor, guess: Tensor, budget: Budget) -> D
 
 def _continuation(walk: Walk, prompts: Tensor, draft: Tensor, budget: Budget) -> Tensor:
     """The most likely token at each place of `draft` after `prompts` and the draft before it."""
-    tally = _score([walk], torch.cat([prompts, draft], dim=1), budget)
+    tally = score([walk], torch.cat([prompts, draft], dim=1), budget)
     assert isinstance(tally, Tally)
     return tally.best[:, prompts.shape[1] - 1 :]
 

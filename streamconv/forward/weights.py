@@ -19,8 +19,8 @@ from streamconv.running.direct import DirectEngine
 from streamconv.running.opened import OpenedWeight, open_weight, read_tiles
 from streamconv.running.workers import Workers
 
-_BUFFER_BYTES = 8 * 2**20
-HOST_BYTES = 4 * _BUFFER_BYTES
+BUFFER_BYTES = 8 * 2**20
+HOST_BYTES = 4 * BUFFER_BYTES
 """Bytes of host memory that weights for a GPU take on their way there: a tile, what it is read from, and side parts."""
 
 
@@ -155,9 +155,9 @@ class WeightSource:
         if self._device.is_cpu:
             self._reader.read_into(step.tensor, start, tensor_bytes(out))
             return
-        stage = torch.empty(min(out.numel(), _BUFFER_BYTES), dtype=torch.uint8)
-        for first in range(0, out.numel(), _BUFFER_BYTES):
-            part = out[first : first + _BUFFER_BYTES]
+        stage = torch.empty(min(out.numel(), BUFFER_BYTES), dtype=torch.uint8)
+        for first in range(0, out.numel(), BUFFER_BYTES):
+            part = out[first : first + BUFFER_BYTES]
             host = stage[: part.numel()]
             self._reader.read_into(step.tensor, start + first, tensor_bytes(host))
             part.copy_(host)
@@ -180,4 +180,4 @@ class WeightSource:
         self, step: Rewrite, stored: StoredRows, rows: range, cell: int
     ) -> Iterator[tuple[range, Tensor]]:
         """Stored bytes of `rows`, a tile at a time, on the device; the next tile overwrites them."""
-        return read_tiles(stored, rows, tile_rows(step, _BUFFER_BYTES, cell), self._device.torch)
+        return read_tiles(stored, rows, tile_rows(step, BUFFER_BYTES, cell), self._device.torch)

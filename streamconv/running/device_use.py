@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -13,10 +12,6 @@ from streamconv.errors import ResourceError
 from streamconv.memory_errors import is_out_of_memory, ran_out
 from streamconv.planning.devices import Device
 from streamconv.system_errors import first_line
-
-_lock = threading.Lock()
-_users = 0
-_restore = ExitStack()
 
 
 @contextmanager
@@ -60,30 +55,21 @@ def give_back(device: Device) -> None:
         for name in device.names:
             with torch.cuda.device(name):
                 torch.cuda.empty_cache()
-        empty_host_cache: Callable[[], None] | None = getattr(torch._C, "_host_emptyCache", None)
-        if empty_host_cache is not None:  # only builds for CUDA have it
+        empty_host_cache: Callable[[], None] | None = getattr(torch.accelerator, "empty_host_cache", None)
+        if empty_host_cache is not None:  # not every torch that will do has it
             empty_host_cache()
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute products of float32 in float32 inside, on every device, and as the process had it after the last user.
+    """Compute products of float32 in float32 inside, on every device; afterwards as the process had it.
 
     TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which some containers set, or a caller's torch.set_float32_matmul_precision would
     have GPUs round factors to 10 bits (TF32), and some CPUs to 7 (bfloat16).
     """
-    global _users  # noqa: PLW0603  the setting is one of the process
-    with _lock:
-        if _users == 0:
-            _set_ieee(_restore)
-        _users += 1
-    try:
+    with ExitStack() as restore:
+        _set_ieee(restore)
         yield
-    finally:
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                _restore.close()
 
 
 def _set_ieee(restore: ExitStack) -> None:
