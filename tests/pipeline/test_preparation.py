@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import streamconv
 from streamconv.errors import ResourceError
 from streamconv.pipeline import Job, prepare
 from streamconv.pipeline.shown import plan_as_text
@@ -51,3 +52,26 @@ def test_a_plan_that_does_not_fit_the_free_memory_of_a_gpu(tmp_path: Path, free:
         ResourceError, match=r"--device cuda was asked for, but cuda:0 .* free, and .* planned"
     ):
         prepare(job("cuda"))
+
+
+def test_every_run_computes_exactly_and_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    base = str(write_base(tmp_path / "base", SIZES.shapes))
+    adapter = str(write_adapter(tmp_path / "adapter", SIZES.shapes, rank=4))
+    out, seen = str(tmp_path / "out"), set[str]()
+
+    def look(done: int, total: int) -> None:
+        del total
+        if done:
+            seen.add(torch.get_float32_matmul_precision())
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        streamconv.merge(base, adapter, out, device="cpu", on_progress=look)
+        streamconv.analyze(base, adapter, formats=["nf4"], device="cpu", on_progress=look)
+        assert seen == {"highest"}
+        seen.clear()
+        streamconv.extract(base, out, str(tmp_path / "extracted"), device="cpu", on_progress=look)
+        assert seen == {"highest"}
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
