@@ -411,9 +411,9 @@ def test_nearest_codes_are_found_in_stretches_of_rows(
 ) -> None:
     given = trained(quant, shape)
     given = with_outputs(given) if two_sided else given
-    metrics = factored(given.statistics.hessian, 0.01), None
-    if given.statistics.output_hessian is not None:
-        metrics = metrics[0], factored(given.statistics.output_hessian, 0.1)
+    moments = given.statistics.output_hessian
+    outputs = None if moments is None else factored(moments, 0.1)
+    metrics = factored(given.statistics.hessian, 0.01), outputs
     layer = transpose(given.target, *metrics, given.grid, given.encoder.dequantized_dtype)
     scales = greatest(layer)
     whole = torch.empty(given.target.numel(), dtype=torch.uint8)
