@@ -13,6 +13,7 @@ launches forbid, the fusing of a product and a sum: that shows that the operatio
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -31,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from streamconv.dtypes import BF16, F16, F32
-from streamconv.kernels import Start, in_triton
+from streamconv.kernels import Start, in_triton, triton_loops
 from streamconv.kernels.grids import E2M1, E4M3, INT4, INT8, NF4, Grid
 from streamconv.kernels.in_triton import TritonKernels
 
@@ -165,7 +166,8 @@ def report(capabilities: tuple[int, ...], loops: set[str], grids: set[str]) -> d
             )
     search = next(each for each in asked if each.name == "search")
     fused = seen_in(compiled(search, capabilities[0], may_fuse=True).asm["ptx"])
-    return {"triton": triton.__version__, "if_fused": fused, "rows": rows}
+    source = hashlib.sha256(Path(triton_loops.__file__).read_bytes()).hexdigest()
+    return {"triton": triton.__version__, "source": source, "if_fused": fused, "rows": rows}
 
 
 def main() -> None:

@@ -259,7 +259,9 @@ def stochastic(
     if IS_INTEGER:
         # NaN, of which torch makes 0 in the end, is not above anything and keeps the lower one.
         known = tl.where(x >= LEAST, x, 0.0)
-        low, high = tl.floor(known), tl.ceil(known)
+        # Not tl.floor and tl.ceil, which flush subnormal numbers to 0: above it there is 1.
+        cut = known.to(tl.int32).to(tl.float32)
+        low, high = cut - (cut > known).to(tl.float32), cut + (cut < known).to(tl.float32)
         lower, upper = low.to(tl.int32).to(tl.uint8), high.to(tl.int32).to(tl.uint8)
     else:
         above = rank_of(x, rising, STEPS)

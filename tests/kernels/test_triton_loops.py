@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
+from streamconv.kernels import triton_loops
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -33,6 +36,7 @@ def judge(found: dict[str, Any]) -> None:
     assert any("fma" in kind for kind in found["if_fused"])  # would be seen, if it were allowed
 
 
+@pytest.mark.slow
 def test_a_search_compiles_to_operations_that_are_rounded_one_by_one(tmp_path: Path) -> None:
     found = report(tmp_path, "--capabilities", "89", "--loops", "search", "--grids", "nf4")
     judge(found)
@@ -49,8 +53,10 @@ def test_all_loops_compile_for_all_cards_to_operations_that_are_rounded_one_by_o
 
 
 def test_the_committed_report_holds_no_other_operation() -> None:
+    """It is of the loops as they are: who changes one makes it anew, with tools/triton_code.py."""
     found = json.loads((ROOT / "docs/results/triton.json").read_text())
     judge(found)
+    assert found["source"] == hashlib.sha256(Path(triton_loops.__file__).read_bytes()).hexdigest()
     assert {row["loop"] for row in found["rows"]} >= {
         "encode_blocks",
         "nearest",
