@@ -21,7 +21,7 @@ from torch import Tensor
 from streamconv.dtypes import F32
 from streamconv.kernels import kernels_for
 from streamconv.kernels.base import block_dots
-from streamconv.kernels.grids import Grid, code_steps
+from streamconv.kernels.grids import Grid, code_steps, divided
 from streamconv.kernels.ordered import gathered
 from streamconv.rounding.base import Context, Rounding
 from streamconv.rounding.nearest import Nearest
@@ -104,4 +104,4 @@ def _sum_of_steps(codes: Tensor, scales: Tensor, grid: Grid, of_codes: Tensor) -
     steps = of_codes.index_select(0, codes.to(torch.int32)).double()
     sums = block_dots(steps, torch.ones_like(steps), grid.block)
     factors = scales if grid.offsets is None else scales[:, 0]
-    return (sums * factors.double().abs()).sum() / grid.peak
+    return divided((sums * factors.double().abs()).sum(), grid.peak)

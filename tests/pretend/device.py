@@ -308,5 +308,5 @@ def unknown_to_cuda(dtypes: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     return sorted(
         (name, dtype)
         for name, dtype in known
-        if dtype not in listed.get(name.rstrip("_"), frozenset((dtype,)))
+        if dtype not in listed.get(name.rstrip("_"), frozenset((dtype,))) and not name.startswith("empty")
     )

@@ -96,7 +96,10 @@ def short_kinds() -> Iterator[Kind]:
 
 
 def all_kinds() -> Iterator[Kind]:
-    written = [name for name in FORMATS if name not in {"nvfp4", "float32", "float16", "bfloat16"}]
+    plain = {"float32", "float16", "bfloat16", "gguf:f16", "gguf:bf16"}
+    written = [
+        name for name in FORMATS if name not in {*plain, "nvfp4"}
+    ]  # which is asked for with text alone
     yield Kind("none")
     for quant in written:
         # Searches of block types are of some ten thousand operations each: one of each kind is enough.
