@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from streamconv.dtypes import BF16, F16, F32, Dtype
-from streamconv.kernels import offsets, ordered, triton_loops
+from streamconv.kernels import triton_loops
 from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Kernels, Start, block_dots
 from streamconv.kernels.grids import NF4, SMALLEST_DIVISOR, Grid, IntegerGrid, TableGrid, empty_scales
 from streamconv.kernels.in_torch import TorchKernels
@@ -90,22 +90,16 @@ class TritonKernels(TorchKernels):
     name: str = "triton"
 
     def starting_scales(self, values: Tensor, grid: Grid, out: Tensor) -> Tensor:
-        if grid.order:
-            return ordered.starting_scales(self, values, grid, out)
         table = _table_of(grid, values.device)
         if table is None or grid.rule is not None or grid.block > _WIDEST:
-            return _TORCH.starting_scales(values, grid, out)
+            return TorchKernels.starting_scales(self, values, grid, out)
         _encode_blocks(values, grid, table, out, None)
         return out
 
     def nearest(self, values: Tensor, grid: Grid, scales: Tensor | None, codes: Tensor) -> Tensor:
-        if grid.order:
-            return ordered.nearest(self, values, grid, scales, codes)
-        if grid.offsets is not None:
-            return offsets.nearest(self, values, grid, scales, codes)
         table = _table_of(grid, values.device)
         if table is None:
-            return _TORCH.nearest(values, grid, scales, codes)
+            return TorchKernels.nearest(self, values, grid, scales, codes)
         if scales is None:
             scales = empty_scales(values.numel(), grid, values.device)
             if grid.rule is None and grid.block <= _WIDEST:
@@ -117,16 +111,7 @@ class TritonKernels(TorchKernels):
             values.numel(),
             TILE,
             (values, scales, codes, values.numel(), table.midpoints, table.names),
-            {
-                "BLOCK": grid.block,
-                "TILE": TILE,
-                "PEAK": grid.peak,
-                "FLOOR": _bits(SMALLEST_DIVISOR * grid.peak),
-                "HAS_SHORT": values.numel() % grid.block > 0,
-                "STEPS": table.steps,
-                "IS_INTEGER": table.is_integer,
-                "IN_ORDER": table.in_order,
-            },
+            {**_lookup(grid, table, values.numel()), "TILE": TILE},
         )
         return scales
 
@@ -139,13 +124,9 @@ class TritonKernels(TorchKernels):
         noise: Tensor,
         codes: Tensor,
     ) -> Tensor:
-        if grid.order:
-            return ordered.stochastic(self, values, grid, scales, start, noise, codes)
-        if grid.offsets is not None:
-            return offsets.stochastic(self, values, grid, scales, start, noise, codes)
         table = _table_of(grid, values.device)
         if table is None:
-            return _TORCH.stochastic(values, grid, scales, start, noise, codes)
+            return TorchKernels.stochastic(self, values, grid, scales, start, noise, codes)
         if scales is None:
             scales = empty_scales(values.numel(), grid, values.device)
             self.starting_scales(values, grid, scales)
@@ -157,16 +138,10 @@ class TritonKernels(TorchKernels):
             TILE,
             (*given, table.rising, table.names, table.by_code),
             {
-                "BLOCK": grid.block,
+                **_lookup(grid, table, values.numel()),
                 "TILE": TILE,
-                "PEAK": grid.peak,
                 "LEAST": table.least,
                 "GREATEST": table.greatest,
-                "FLOOR": _bits(SMALLEST_DIVISOR * grid.peak),
-                "HAS_SHORT": values.numel() % grid.block > 0,
-                "STEPS": table.steps,
-                "IS_INTEGER": table.is_integer,
-                "IN_ORDER": table.in_order,
                 "HAS_START": start is not None,
                 "IS_FLOAT": table.is_float,
             },
@@ -174,15 +149,9 @@ class TritonKernels(TorchKernels):
         return scales
 
     def search(self, values: Tensor, grid: Grid, scales: Tensor, weights: Tensor | None = None) -> None:
-        if grid.order:
-            ordered.search(self, values, grid, scales, weights)
-            return
-        if grid.offsets is not None and grid.rule is None:
-            offsets.search(self, values, grid, scales, weights)
-            return
         table, is_power = _table_of(grid, values.device), grid.block & (grid.block - 1) == 0
         if table is None or grid.rule is not None or not is_power or grid.block > _WIDEST_SEARCHED:
-            _TORCH.search(values, grid, scales, weights)
+            TorchKernels.search(self, values, grid, scales, weights)
             return
         whole = values.numel() // grid.block
         factors = _factors(values.device)
@@ -210,7 +179,8 @@ class TritonKernels(TorchKernels):
         )
         if whole < scales.numel():
             rest = slice(whole * grid.block, None)
-            _TORCH.search(values[rest], grid, scales[whole:], None if weights is None else weights[rest])
+            of_rest = None if weights is None else weights[rest]
+            TorchKernels.search(self, values[rest], grid, scales[whole:], of_rest)
 
     def uniform(self, key: int, first: int, out: Tensor) -> None:
         launch(
@@ -240,15 +210,9 @@ class TritonKernels(TorchKernels):
         )
 
     def decode(self, codes: Tensor, grid: Grid, scales: Tensor, dtype: Dtype, out: Tensor) -> None:
-        if grid.order:
-            ordered.decode(self, codes, grid, scales, dtype, out)
-            return
-        if grid.offsets is not None:
-            offsets.decode(self, codes, grid, scales, dtype, out)
-            return
         table = _table_of(grid, out.device)
         if table is None:
-            _TORCH.decode(codes, grid, scales, dtype, out)
+            TorchKernels.decode(self, codes, grid, scales, dtype, out)
             return
         _decode(codes, grid, table, scales, dtype, out)
 
@@ -288,13 +252,9 @@ class TritonKernels(TorchKernels):
     def kept(
         self, codes: Tensor, grid: Grid, target: Tensor, base: Tensor, anchor: Tensor, inner: Tensor
     ) -> Tensor:
-        if grid.order:
-            return ordered.kept(self, codes, grid, target, base, anchor, inner)
-        if grid.offsets is not None:
-            return offsets.kept(self, codes, grid, target, base, anchor, inner)
         table = _table_of(grid, target.device)
         if table is None:
-            return _TORCH.kept(codes, grid, target, base, anchor, inner)
+            return TorchKernels.kept(self, codes, grid, target, base, anchor, inner)
         whole, levels = target.numel() // grid.block, _levels(grid.block)
         count = whole * _left(grid.block)
         sums, rows = torch.empty(3, count, device=target.device), TILE >> levels
@@ -320,12 +280,25 @@ class TritonKernels(TorchKernels):
 
 
 def _table_of(grid: Grid, device: torch.device) -> _Table | None:
-    """Table of a grid that is served."""
+    """Table of a grid that is served; orders and offsets are torch's, which asks these kernels for the rest."""
+    if grid.order or grid.offsets is not None:
+        return None
     if isinstance(grid, IntegerGrid):
         return _integers(grid.peak, device)
-    if isinstance(grid, TableGrid) and grid.offsets is None:
-        return _table(grid.values, grid.is_float, device)
-    return None
+    return _table(grid.values, grid.is_float, device) if isinstance(grid, TableGrid) else None
+
+
+def _lookup(grid: Grid, table: _Table, count: int) -> Mapping[str, Any]:
+    """Constants of a loop that finds codes for `count` values."""
+    return {
+        "BLOCK": grid.block,
+        "PEAK": grid.peak,
+        "FLOOR": _bits(SMALLEST_DIVISOR * grid.peak),
+        "HAS_SHORT": count % grid.block > 0,
+        "STEPS": table.steps,
+        "IS_INTEGER": table.is_integer,
+        "IN_ORDER": table.in_order,
+    }
 
 
 @functools.cache
@@ -360,17 +333,11 @@ def _encode_blocks(values: Tensor, grid: Grid, table: _Table, scales: Tensor, co
         rows,
         (values, *into, table.midpoints, table.names),
         {
-            "BLOCK": grid.block,
+            **_lookup(grid, table, values.numel()),
             "ROWS": rows,
             "WIDTH": width,
-            "PEAK": grid.peak,
             "REACH": grid.reach,
-            "FLOOR": _bits(SMALLEST_DIVISOR * grid.peak),
             "SHORT_FLOOR": _bits(SMALLEST_DIVISOR),
-            "HAS_SHORT": values.numel() % grid.block > 0,
-            "STEPS": table.steps,
-            "IS_INTEGER": table.is_integer,
-            "IN_ORDER": table.in_order,
             "HAS_CODES": codes is not None,
         },
         warps=max(4, min(16, width // 512)),
@@ -434,7 +401,7 @@ def launch(
     if not count:
         return
     tensor = next(each for each in arguments if isinstance(each, Tensor))
-    with torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]  # torch leaves it without types
         loop[(-(-count // part),)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
 
 
@@ -463,10 +430,14 @@ def agree(kernels: Kernels, device: torch.device) -> bool:
 
 
 def _sample(kernels: Kernels, values: Tensor) -> tuple[Tensor, ...]:
-    """Codes, scales, decoded values, inner products and sums."""
-    codes, decoded = torch.empty_like(values, dtype=torch.uint8), torch.empty_like(values)
+    """Codes by each rounding, scales chosen and searched, decoded values, inner products and sums."""
+    codes, drawn = (torch.empty_like(values, dtype=torch.uint8) for _ in range(2))
+    decoded, noise = torch.empty_like(values), torch.empty_like(values)
     scales = kernels.nearest(values, NF4, None, codes)
     kernels.decode(codes, NF4, scales, BF16, decoded)
-    inner = torch.empty_like(scales)
+    inner, searched = torch.empty_like(scales), torch.empty_like(scales)
     sums = kernels.kept(codes, NF4, values, decoded, values, inner)
-    return codes, scales, decoded, inner, sums
+    kernels.uniform(7, 0, noise)
+    kernels.stochastic(values, NF4, scales, None, noise, drawn)
+    kernels.search(values, NF4, searched)
+    return codes, drawn, scales, searched, decoded, inner, sums

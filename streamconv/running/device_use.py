@@ -49,7 +49,7 @@ def give_back(device: Device) -> None:
 
     On a CPU, and where CUDA did not come up, do nothing.
     """
-    if device.is_cpu or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's
+    if device.is_cpu or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it without types
         return
     with suppress(RuntimeError):  # a GPU that has failed refuses this, too
         for name in device.names:
