@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import MutableMapping
 from pathlib import Path
 from types import FrameType
 
@@ -20,6 +21,7 @@ def main() -> None:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
             signal.signal(number, _end)
     _check_folder()
+    set_allocator(os.environ)
     from streamconv.cli import main as command_line
 
     command_line()
@@ -36,6 +38,15 @@ def _check_folder() -> None:
         with contextlib.suppress(OSError):
             os.write(2, _NOWHERE)
         os._exit(2)
+
+
+def set_allocator(environment: MutableMapping[str, str]) -> None:
+    """Have torch's allocator on GPUs grow one piece of memory rather than keep many of sizes that come only once.
+
+    So a layer's memory fits the next one's needs, too. What somebody has set themselves stays.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # the same under its older name
+        environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -27,12 +27,12 @@ class StopRequest:
 
 
 class Meter:
-    """Counts output bytes and samples memory while a run goes on."""
+    """Counts output bytes and samples memory while a run goes on; with `pinned` as for `anonymous_bytes`."""
 
-    def __init__(self, total: int, on_progress: OnProgress) -> None:
-        self._total, self._on_progress = total, on_progress
+    def __init__(self, total: int, on_progress: OnProgress, pinned: bool = False) -> None:
+        self._total, self._on_progress, self._pinned = total, on_progress, pinned
         self._done = 0
-        self._before = anonymous_bytes()
+        self._before = anonymous_bytes(pinned)
         self.peak = 0
 
     def start(self, done: int) -> None:
@@ -41,18 +41,19 @@ class Meter:
 
     def add(self, nbytes: int) -> None:
         self._done += nbytes
-        self.peak = max(self.peak, anonymous_bytes() - self._before)
+        self.peak = max(self.peak, anonymous_bytes(self._pinned) - self._before)
         self._on_progress(self._done, self._total)
 
 
-def anonymous_bytes() -> int:
+def anonymous_bytes(pinned: bool = False) -> int:
     """Anonymous memory of this process now (RssAnon): what it holds, without pages of files it has read.
 
-    0 where the system does not say.
+    With `pinned`, for a run on a GPU, shared memory (RssShmem) counts as well: what CUDA pins is of that kind. 0 where
+    the system does not say.
     """
     try:
         status = Path("/proc/self/status").read_bytes()
     except OSError:
         return 0
-    found = re.search(rb"RssAnon:\s+(\d+) kB", status)
-    return int(found[1]) * 1024 if found else 0
+    kinds = rb"RssAnon|RssShmem" if pinned else rb"RssAnon"
+    return sum(int(found) * 1024 for found in re.findall(rb"(?:" + kinds + rb"):\s+(\d+) kB", status))

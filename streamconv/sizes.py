@@ -18,6 +18,11 @@ UNITS = {
 }
 
 
+def power_of_two(nbytes: int) -> int:
+    """The least power of two that is not below `nbytes`, which is positive."""
+    return 1 << (nbytes - 1).bit_length()
+
+
 def parse_size(text: str | int) -> int:
     """Bytes in `text`; a number is bytes already. Raises ValueError for anything that is not a positive size.
 

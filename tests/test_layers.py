@@ -19,7 +19,7 @@ PACKAGE = Path(streamconv.__file__).parent
 LAYERS = [
     {"errors", "sizes", "dtypes", "progress", "escapes", "credentials"},
     {"system_errors"},
-    {"threads"},
+    {"threads", "memory_errors"},
     {"storage", "kernels"},
     {"checkpoint", "rounding"},
     {"formats", "adapters", "gguf"},
@@ -44,7 +44,7 @@ DOORS = {
     "analysis/__init__.py": "matplotlib is an extra",
     "comparison/__init__.py": "transformers is an extra",
     "evaluation/__init__.py": "transformers is an extra",
-    "kernels/__init__.py": "numba may be missing, and costs memory that a merge in 16 bit does not need",
+    "kernels/__init__.py": "numba or triton may be missing, and cost memory that a merge in 16 bit does not need",
     "kernels/ggml/__init__.py": "numba may be missing",
     "kernels/ggml/iq_grids.py": "gguf is an extra",
     "pipeline/calibrating.py": "transformers is an extra",
@@ -198,12 +198,22 @@ TEST_SOURCES = sorted(TESTS.rglob("*.py"))
 PATCHING = {"setattr", "delattr", "getattr", "hasattr", "vars"}
 NOT_OURS = {
     "_exit": "os._exit is documented, and has no other name",
+    "_python_dispatch": "torch has no other door to the operations that are done",
     "_has_avx512": "bitsandbytes has no other switch",
     "_dequantize_4bit_compute": "bitsandbytes has no other name for it",
     "_get_4bit_code": "bitsandbytes has no other name for it",
     "_hf_peft_config_loaded": "transformers has no other sign",
     "_weight_conversions": "transformers has no other name for what a save reverts",
     "_version": "torch has no other count of the writes to a tensor",
+    # A device of our own: torch documents these three for tensors that hold others.
+    "_C": "where torch documents what follows",
+    "_disabled_torch_function_impl": "torch has no other name for it",
+    "_make_wrapper_subclass": "torch has no other way to make such a tensor",
+    "_pytree": "what torch's dispatch hands over",
+    "_schema": "what an operation writes to",
+    "_lazy_init": "what looks for a driver before a tensor is made",
+    "_internal": "lists of the types that CUDA has kernels for",
+    "_getframe": "who asked; inspect reads whole files for it",
 }
 
 

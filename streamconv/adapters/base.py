@@ -68,6 +68,14 @@ class Update(Protocol):
         """Most bytes held beside `parts`: by `prepare` and what it returns, or of a weight held whole."""
 
     @property
+    def solver_bytes(self) -> int:
+        """Bytes of workspace that a GPU's solver takes for a decomposition, beside `held_bytes`."""
+
+    @property
+    def cell_copies(self) -> float:
+        """Float32 tensors of a cell that `reduce` or `apply` has at once beside the cell, at most."""
+
+    @property
     def needs_original(self) -> bool:
         """Whether the base weight must be as it was before any quantization."""
 
@@ -131,6 +139,14 @@ class ByRows:
     @property
     def held_bytes(self) -> int:
         return 0
+
+    @property
+    def solver_bytes(self) -> int:
+        return 0
+
+    @property
+    def cell_copies(self) -> float:
+        return 4
 
     @property
     def needs_original(self) -> bool:

@@ -128,6 +128,11 @@ class DeltasUpdate(OfShares, WholeWeight):
         return (1 + len(self.shares)) * size + self.members_bytes + _PIECE_BYTES
 
     @property
+    def solver_bytes(self) -> int:
+        """Those of cuSOLVER's gesvdj where the sum is cut, twice the matrix."""
+        return 8 * math.prod(self.shape) if COMBINATIONS[self.rule.name].cuts else 0
+
+    @property
     def low_rank(self) -> int | None:
         """The greatest rank of a share, where all are known."""
         ranks = [rank_of(share) for share in self.shares]

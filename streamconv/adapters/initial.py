@@ -44,6 +44,11 @@ class InitialUpdate(WholeWeight):
         return 4 * (4 * math.prod(self.shape) + 6 * min(self.shape) ** 2)
 
     @property
+    def solver_bytes(self) -> int:
+        """Those of cuSOLVER's gesvdj, twice the matrix."""
+        return 8 * math.prod(self.shape)
+
+    @property
     def needs_original(self) -> bool:
         """It was decomposed before it was quantized."""
         return True

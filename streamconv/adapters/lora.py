@@ -22,6 +22,7 @@ from streamconv.adapters.base import ByRows, Parts, Product, State, Update, Upda
 from streamconv.checkpoint.types import Shape, StoredTensor
 from streamconv.errors import AdapterError
 
+_IN_FLOAT64 = 2**21  # elements that a device has in float64 at once: as many bytes as half of a cell
 NO_PARTS: Mapping[str, StoredTensor] = MappingProxyType({})
 
 
@@ -58,6 +59,11 @@ class LoraUpdate(OfFactors):
     @property
     def held_bytes(self) -> int:
         return 4 * math.prod(self.parts["lora_A"].shape) if "diagonal" in self.parts else 0
+
+    @property
+    def cell_copies(self) -> float:
+        """No copies: the cell is changed in place."""
+        return 0
 
     @property
     def mirror(self) -> Mapping[str, str]:
@@ -104,6 +110,11 @@ class DoraUpdate(OfFactors):
         """Rows of a transposed weight are parts of all outputs, whose norms need every row first."""
         return UpdateAccess.REDUCE_THEN_ROW if self.transposed else UpdateAccess.ROW
 
+    @property
+    def cell_copies(self) -> float:
+        """Copies of a transposed weight's cell in float32 and in float64; else of some rows in float64."""
+        return 3 if self.transposed else 0.5
+
     def reduce(self, cell: Tensor, rows: range, prepared: Parts, state: State) -> State:
         """Sum of squares of each column so far, float64 [out]."""
         left, right = factor_rows(rows, prepared, self.transposed)
@@ -119,7 +130,8 @@ class DoraUpdate(OfFactors):
         if self.transposed:
             (squares,) = state
             return updated.mul_(dora_gain(self.parameter, magnitude, squares.sqrt(), 0))
-        norms = torch.linalg.vector_norm(updated, dim=1, dtype=torch.float64)
+        some = torch.split(updated, max(1, _IN_FLOAT64 // max(updated.shape[1], 1)))
+        norms = torch.cat([torch.linalg.vector_norm(each, dim=1, dtype=torch.float64) for each in some])
         gain = dora_gain(self.parameter, magnitude[rows.start : rows.stop], norms, rows.start)
         return updated.mul_(gain.unsqueeze(1))
 

@@ -67,6 +67,10 @@ class OfShares:
         return sum(update.held_bytes for _, update in self.placed())
 
     @property
+    def solver_bytes(self) -> int:
+        return max((update.solver_bytes for _, update in self.placed()), default=0)
+
+    @property
     def needs_original(self) -> bool:
         return any(update.needs_original for _, update in self.placed())
 

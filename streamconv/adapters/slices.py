@@ -47,6 +47,10 @@ class SliceUpdate(ByRows):
         return self.update.held_bytes
 
     @property
+    def solver_bytes(self) -> int:
+        return self.update.solver_bytes
+
+    @property
     def needs_original(self) -> bool:
         return self.update.needs_original
 

@@ -89,5 +89,5 @@ def _way(chosen: Choice, found: OnGrid) -> tuple[str, str]:
     rounding = ROUNDINGS[chosen.name]
     if not isinstance(rounding, Adaptive):
         return chosen.name, chosen.name
-    way = rounding.settled(found.delta_to_step).name
+    way = rounding.settled(None if found.predicted_kept is None else found.delta_to_step).name
     return way, f"{chosen.name} (here {way})"

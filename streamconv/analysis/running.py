@@ -13,9 +13,10 @@ from streamconv.analysis.options import USUAL_MERGE_BASE, AnalysisOptions
 from streamconv.analysis.result import Analysis, WeightAnalysis, by_kind, targets_of
 from streamconv.analysis.views import AnalysisPlan, AnalyzedWeight, plan_views, without_budget
 from streamconv.checkpoint.reader import TensorReader
-from streamconv.errors import ResourceError
 from streamconv.pipeline.preparation import Prepared, prepare
+from streamconv.planning.devices import AUTO, no_room, short_of_memory
 from streamconv.progress import Meter, OnProgress
+from streamconv.running.device_use import in_use
 
 
 def run_analysis(options: AnalysisOptions, on_progress: OnProgress) -> Analysis:
@@ -23,10 +24,16 @@ def run_analysis(options: AnalysisOptions, on_progress: OnProgress) -> Analysis:
     started = time.monotonic()
     prepared = prepare(replace(options.job, options=without_budget(options.job.options)))
     scheme = plan_views(prepared, options)
+    short = short_of_memory(scheme.device, scheme.memory.vram)
+    if short and options.job.device != AUTO:
+        raise no_room(options.job.device, short)
+    if short:
+        prepared = prepare(replace(prepared.job, device="cpu"))
+        scheme = plan_views(prepared, options)
     for storage, files in prepared.downloads():
         storage.fetch(files, lambda _: None)
     total = sum(map(bytes_to_read, scheme.subjects))
-    meter = Meter(total, on_progress)
+    meter = Meter(total, on_progress, not scheme.device.is_cpu)
     meter.start(0)
     measured = _measure(scheme, options, meter)
     kinds = [(subject.kind, each) for subject, each in zip(scheme.subjects, measured, strict=True)]
@@ -55,18 +62,13 @@ def _measure(scheme: AnalysisPlan, options: AnalysisOptions, meter: Meter) -> li
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # cells are shared between workers; see `run_plans`
     try:
-        with TensorReader() as reader:
+        with in_use(scheme.device), TensorReader() as reader:
             found = [
                 measure(subject, reader, scheme.device, options.job.options.seed, meter.add)
                 for subject in scheme.subjects
             ]
             reader.check_unchanged()
             return found
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"{scheme.device.name} ran out of memory: {str(error).splitlines()[0]} Give it a smaller --max-vram, free "
-            "some memory, or use --device cpu"
-        ) from error
     finally:
         torch.set_num_threads(threads)
 

@@ -141,7 +141,16 @@ def update_sums(seen: Seen, encoder: Encoder) -> UpdateSums:
         _update_sums(base[part], target[part], written[part]) for part in stretches(base.numel(), base.device)
     ]
     nothing = CentralMoments(0, 0.0, 0.0, 0.0, 0.0)
-    of_cell = UpdateSums(nothing, nothing, nothing, 0.0, float(seen.base.error), 0, 0.0, 0.0)
+    of_cell = UpdateSums(
+        nothing,
+        nothing,
+        nothing,
+        0.0,
+        0.0 if seen.base.error is None else float(seen.base.error),
+        0,
+        0.0,
+        0.0,
+    )
     return total([of_cell, *found])
 
 

@@ -187,7 +187,7 @@ def _of_layers(
 def _check_memory(views: Sequence[View], options: MergeOptions, device: Device) -> None:
     """Raise ResourceError, with a size that is enough, unless each of `views` fits the memory alone."""
     beside = _STRETCH_BYTES + max(view.block_bytes for view in views)
-    plan_memory([view.step for view in views], options, device, beside=beside)
+    plan_memory([view.step for view in views], options, device, beside=beside, watched=True)
 
 
 def _groups(views: tuple[View, ...], options: MergeOptions, device: Device) -> Iterator[ViewGroup]:
@@ -206,4 +206,4 @@ def _groups(views: tuple[View, ...], options: MergeOptions, device: Device) -> I
 def _memory(views: Sequence[View], options: MergeOptions, device: Device) -> Memory:
     first, *others = ([view.step] for view in views)
     beside = _STRETCH_BYTES + sum(view.block_bytes for view in views)
-    return plan_memory(first, options, device, 1, others, beside)
+    return plan_memory(first, options, device, 1, others, beside, watched=True)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from streamconv.calibration.layer_files import LayerFiles, Result, Stream
 from streamconv.calibration.need import batch_of
 from streamconv.calibration.subject import Subject
-from streamconv.errors import InputError, ResourceError, Stopped
+from streamconv.errors import InputError, Stopped
 from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.forward.walk import Passing, Walk, in_batches
+from streamconv.memory_errors import is_out_of_memory, ran_out
 from streamconv.planning.devices import Device
 from streamconv.progress import OnBytes, StopRequest
 from streamconv.system_errors import lacking
@@ -92,11 +93,11 @@ def telling_of_memory(device: Device) -> Iterator[None]:
     """Raise ResourceError where a device runs out of memory."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"{device.name} ran out of memory: {str(error).splitlines()[0]} Free some, give a shorter "
-            "--calibration-sequence-length, or use --device cpu, and run again"
-        ) from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        remedy = "Free some, give a shorter --calibration-sequence-length, or use --device cpu, and run again"
+        raise ran_out(device.name, error, remedy) from error
 
 
 Work = Callable[[Passing, int, nn.Module, Stream], Sequence[Result]]

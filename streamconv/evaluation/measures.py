@@ -17,15 +17,18 @@ from torch import Tensor
 
 
 class Tally:
-    """Measures of every predicted token, [sequence, token], from a model's logits."""
+    """Measures of every predicted token, [sequence, token], from a model's logits.
+
+    Sums lie where `targets` do, which is where logits are to come from; what they amount to is on the host.
+    """
 
     def __init__(self, targets: Tensor) -> None:
         self.targets = targets
-        shape = targets.shape
-        self.greatest = torch.full(shape, -torch.inf)
-        self.best = torch.zeros(shape, dtype=torch.int64)
-        self._sum = torch.zeros(shape, dtype=torch.float64)
-        self._target = torch.zeros(shape, dtype=torch.float64)
+        shape, on = targets.shape, targets.device
+        self.greatest = torch.full(shape, -torch.inf, device=on)
+        self._best = torch.zeros(shape, dtype=torch.int64, device=on)
+        self._sum = torch.zeros(shape, dtype=torch.float64, device=on)
+        self._target = torch.zeros(shape, dtype=torch.float64, device=on)
 
     def add(self, sequences: slice, rows: range, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Take the logits [sequence, token, row] of these rows; return (exp(z − m), exp(m before − m))."""
@@ -33,7 +36,7 @@ class Tally:
         value, index = logits.max(dim=-1)
         greater = value > before
         now = torch.where(greater, value, before)
-        self.best[sequences] = torch.where(greater, index + rows.start, self.best[sequences])
+        self._best[sequences] = torch.where(greater, index + rows.start, self._best[sequences])
         self.greatest[sequences] = now
         powers, scale = (logits - now[..., None]).exp_(), (before - now).double().exp()
         self._sum[sequences] = self._sum[sequences] * scale + powers.sum(dim=-1, dtype=torch.float64)
@@ -44,17 +47,22 @@ class Tally:
         return powers, scale
 
     @property
+    def best(self) -> Tensor:
+        """The most likely token, int64."""
+        return self._best.cpu()
+
+    @property
     def log_sum(self) -> Tensor:
         """log Σ exp z, in float64."""
-        return self.greatest.double() + self._sum.log()
+        return self.greatest.cpu().double() + self.sum.log()
 
     @property
     def sum(self) -> Tensor:
-        return self._sum
+        return self._sum.cpu()
 
     def losses(self) -> Tensor:
         """Nats, −log p(token), in float64."""
-        return self.log_sum - self._target
+        return self.log_sum - self._target.cpu()
 
 
 @dataclass(slots=True)
@@ -67,7 +75,8 @@ class Divergence:
 
     @classmethod
     def between(cls, targets: Tensor) -> Divergence:
-        return cls(Tally(targets), Tally(targets), torch.zeros(targets.shape, dtype=torch.float64))
+        inner = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
+        return cls(Tally(targets), Tally(targets), inner)
 
     def add(self, sequences: slice, rows: range, reference: Tensor, model: Tensor) -> None:
         """Take both models' logits [sequence, token, row] of these rows."""
@@ -78,7 +87,7 @@ class Divergence:
 
     def kl(self) -> Tensor:
         """Nats, in float64."""
-        return self._inner / self.reference.sum - self.reference.log_sum + self.model.log_sum
+        return self._inner.cpu() / self.reference.sum - self.reference.log_sum + self.model.log_sum
 
     def agreement(self) -> Tensor:
         """Whether both find the same token most likely."""

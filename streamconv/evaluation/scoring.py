@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from streamconv.dtypes import DENSE
-from streamconv.errors import InputError, OptionError, ResourceError
+from streamconv.errors import InputError, OptionError
 from streamconv.evaluation.budget import Budget, plan_budget
 from streamconv.evaluation.kept_reference import Draft, KeptReference, kept_reference
 from streamconv.evaluation.measures import Divergence, Tally
@@ -23,10 +23,13 @@ from streamconv.forward.skeleton import build_planned
 from streamconv.forward.text import load_tokenizer, read_windows
 from streamconv.forward.walk import Walk
 from streamconv.forward.weights import WeightSource
+from streamconv.memory_errors import is_out_of_memory, ran_out
 from streamconv.pipeline.preparation import Prepared, prepare
-from streamconv.planning.devices import resolve_device
+from streamconv.planning.devices import AUTO, no_room, short_of_memory
+from streamconv.planning.memory import one_cell_bytes
 from streamconv.planning.options import Job
 from streamconv.progress import OnProgress, anonymous_bytes
+from streamconv.running.device_use import in_use
 
 # Sequences whose greedy continuations are compared: each token of these may cost a walk.
 GREEDY_SEQUENCES = 16
@@ -35,9 +38,9 @@ GREEDY_SEQUENCES = 16
 class _Gauge:
     """Counts bytes read and samples memory; progress is that of the main pass, without greedy continuations."""
 
-    def __init__(self, on_progress: OnProgress) -> None:
-        self._on_progress, self._total = on_progress, 0
-        self._before = anonymous_bytes()
+    def __init__(self, on_progress: OnProgress, on_gpu: bool) -> None:
+        self._on_progress, self._on_gpu, self._total = on_progress, on_gpu, 0
+        self._before = anonymous_bytes(on_gpu)
         self.read = self.peak = 0
 
     def start(self, total: int) -> None:
@@ -46,7 +49,7 @@ class _Gauge:
 
     def add(self, nbytes: int) -> None:
         self.read += nbytes
-        self.peak = max(self.peak, anonymous_bytes() - self._before)
+        self.peak = max(self.peak, anonymous_bytes(self._on_gpu) - self._before)
         if self._total:
             self._on_progress(min(self.read, self._total), self._total)
 
@@ -64,7 +67,7 @@ def run_evaluation(options: EvaluationOptions, on_progress: OnProgress) -> Evalu
     started = time.monotonic()
     jobs = [job for job in (options.subject, options.reference) if job is not None]
     everything = [_prepare(job) for job in jobs]
-    gauge = _Gauge(on_progress)
+    gauge = _Gauge(on_progress, not everything[0].plan.device.is_cpu)
     with ExitStack() as stack:
         subjects = [stack.enter_context(_open(prepared, gauge.add)) for prepared in everything]
         _check(subjects, options)
@@ -72,17 +75,23 @@ def run_evaluation(options: EvaluationOptions, on_progress: OnProgress) -> Evalu
             tokenizer = load_tokenizer(folder)
         windows = read_windows(options.data, tokenizer, options.sequences, options.sequence_length)
         walks = [subject.walk for subject in subjects]
-        budget = plan_budget(walks, windows, options.subject.options)
+        budget = plan_budget(walks, windows, options.subject.options, _cell_bytes(everything))
+        short = short_of_memory(walks[0].device, budget.vram)
+        if short and options.subject.device != AUTO:
+            raise no_room(options.subject.device, short)
+        if short:
+            return run_evaluation(_on_cpu(options), on_progress)
         kept = _kept(options, everything, walks, windows)
         gauge.start(_bytes_to_read(walks, kept))
-        try:
-            tallies = _score(walks, windows, budget, kept)
-            greedy = _greedy(walks, windows, budget, options.greedy_tokens, kept)
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(
-                f"{walks[0].device.name} ran out of memory: {str(error).splitlines()[0]} Give it a smaller --max-vram, "
-                "a shorter --sequence-length, or use --device cpu"
-            ) from error
+        with in_use(walks[0].device):
+            try:
+                tallies = score(walks, windows, budget, kept)
+                greedy = _greedy(walks, windows, budget, options.greedy_tokens, kept)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                remedy = "Give it a smaller --max-vram, a shorter --sequence-length, or use --device cpu"
+                raise ran_out(walks[0].device.name, error, remedy) from error
     return _evaluation(options, everything, tallies, greedy, gauge, budget, time.monotonic() - started)
 
 
@@ -131,10 +140,24 @@ def _prepare(job: Job) -> Prepared:
 def _open(prepared: Prepared, on_bytes: Callable[[int], None]) -> Iterator[_Subject]:
     plan, dtype = prepared.plan, DENSE[prepared.job.options.dtype].torch
     skeleton = build_planned(plan, prepared.base.index, dtype)
-    device = resolve_device(prepared.job.device)
+    device = plan.device
     with WeightSource(plan, device, on_bytes) as source:
         yield _Subject(prepared, Walk(skeleton, source, device))
         source.check_unchanged()
+
+
+def _cell_bytes(everything: Sequence[Prepared]) -> int:
+    """Bytes that the cells of a weight take while it is put together, of the largest there is."""
+    plans = [prepared.plan for prepared in everything]
+    steps = ([placed.step for shard in plan.shards for placed in shard.steps] for plan in plans)
+    found = [one_cell_bytes(each, plan.device) for each, plan in zip(steps, plans, strict=True)]
+    return 0 if plans[0].device.is_cpu else max(found)
+
+
+def _on_cpu(options: EvaluationOptions) -> EvaluationOptions:
+    """The evaluation where a GPU's memory is taken, and which device it is was left open."""
+    reference = options.reference and replace(options.reference, device="cpu")
+    return replace(options, subject=replace(options.subject, device="cpu"), reference=reference)
 
 
 def _check(subjects: list[_Subject], options: EvaluationOptions) -> None:
@@ -200,7 +223,7 @@ def _answered(walk: Walk, windows: Tensor, budget: Budget, kept: KeptReference |
 # -- scores ----------------------------------------------------------------------------------------------------------
 
 
-def _score(
+def score(
     walks: list[Walk], windows: Tensor, budget: Budget, kept: KeptReference | None = None
 ) -> Tally | Divergence:
     """The model's tally; with a reference, which is walked second, that of both."""
@@ -214,7 +237,8 @@ def _score(
             walk.logits(windows, states, budget.batch, budget.height)
             for walk, states in zip(walks, held, strict=True)
         ]
-        targets = windows[:, 1:]
+        # Only sums come back from a GPU: the logits of 65,536 tokens are 34 GB.
+        targets = windows[:, 1:].to(walks[0].device.torch)
         if len(walks) == 1:
             tally = Tally(targets)
             for rows, sequences, logits in answers[0]:
@@ -236,8 +260,8 @@ def _walked(walk: Walk, windows: Tensor, budget: Budget) -> Iterator[Tensor]:
 
 
 def _predicting(logits: Tensor) -> Tensor:
-    """Logits of all tokens but the last, which predicts nothing that is known."""
-    return logits[:, :-1].float().cpu()
+    """Logits of all tokens but the last, which predicts nothing that is known; where they were computed."""
+    return logits[:, :-1].float()
 
 
 def _greedy(
@@ -278,7 +302,7 @@ def _draft(reference: Walk, prompts: Tensor, guess: Tensor, budget: Budget) -> D
 
 def _continuation(walk: Walk, prompts: Tensor, draft: Tensor, budget: Budget) -> Tensor:
     """The most likely token at each place of `draft` after `prompts` and the draft before it."""
-    tally = _score([walk], torch.cat([prompts, draft], dim=1), budget)
+    tally = score([walk], torch.cat([prompts, draft], dim=1), budget)
     assert isinstance(tally, Tally)
     return tally.best[:, prompts.shape[1] - 1 :]
 

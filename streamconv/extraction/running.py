@@ -36,6 +36,7 @@ from streamconv.output.journal import WORK_FOLDER, Journal, is_publishing
 from streamconv.output.place import check_reachable
 from streamconv.output.work_folder import check_entries
 from streamconv.progress import Meter, OnProgress, StopRequest
+from streamconv.running.device_use import in_use
 from streamconv.storage.local import list_folder, real_path
 
 _CHUNK_BYTES = 8 * 2**20
@@ -50,7 +51,7 @@ def run_extraction(
     for side in (subject.base, subject.finetuned):
         storage = side.index.storage
         storage.fetch(storage.missing(shard.file for shard in side.index.shards), lambda _: None)
-    meter = Meter(sum(pair.nbytes for pair in subject.pairs), on_progress)
+    meter = Meter(sum(pair.nbytes for pair in subject.pairs), on_progress, not subject.device.is_cpu)
     meter.start(0)
     with Journal(out, _fingerprint(subject, options), options.resume) as journal, TensorReader() as reader:
         weights = _extract_all(subject, options, journal, reader, meter, stop)
@@ -89,7 +90,7 @@ def _extract_all(
     stop: StopRequest,
 ) -> dict[str, ExtractedWeight]:
     """LowRank of each pair in a file of its own; those that an earlier run finished are taken as they are."""
-    with torch.inference_mode():
+    with in_use(subject.device), torch.inference_mode():
         for pair in subject.pairs:
             if stop.signal_number is not None:
                 raise Stopped(
@@ -224,6 +225,7 @@ def _fingerprint(subject: Checkpoints, options: ExtractOptions) -> Mapping[str, 
         "extract": {"rank": options.rank, "share": options.share, "most": options.most, "seed": options.seed},
         "dtype": options.dtype,
         "device": subject.device.model,
+        **({} if subject.device.is_cpu else {"float32": "ieee"}),
         "base": _files(subject.base.index),
         "finetuned": _files(subject.finetuned.index),
     }

@@ -219,6 +219,18 @@ class Encoder(Protocol):
         """
 
 
+@runtime_checkable
+class Nesting(Encoder, Protocol):
+    """An Encoder that may quantize scales themselves, all of a weight's together, which takes time: once is enough."""
+
+    def nest(self, scales: Tensor) -> tuple[Mapping[str, Tensor], Tensor]:
+        """Side parts that store `scales` (float32, one a block), as `finish` takes those of a base; and effective
+        scales of these.
+
+        Where all scales are finite: of others, `finish` raises InputError.
+        """
+
+
 class ScaleScope(StrEnum):
     """Weights whose greatest magnitude a scale is made of: one alone, or with those that a loader joins it with."""
 

@@ -53,6 +53,9 @@ _MAX_STATE_BYTES = 65536
 # Sign, 17 digits, point and exponent: the longest that Python writes a float32.
 _LONGEST_FLOAT = 24
 _MEAN_CHUNK = 1 << 16
+# Scales that a device takes at once, so that what it needs beside them does not grow with the weight: whole blocks.
+_STRETCH = 1 << 20
+_OFFSET = "nested_offset"
 
 _SIDE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _MARKS = Marks(
@@ -90,28 +93,56 @@ class _NestedScales:
         """Scales that a loader makes of them, operation for operation (dequantize_4bit): float32, one a block."""
         values = self.table.index_select(0, self.indices.to(torch.int32))
         scales = multiply_by_scales(values, self.absmax, NESTED_BLOCK, out=values)
-        return scales.add_(torch.tensor(self.offset, dtype=torch.float32, device=scales.device))
+        return scales.add_(torch.tensor(self.offset, dtype=torch.float32))
 
 
 def _nest(scales: Tensor) -> _NestedScales:
-    """Double-quantize `scales` (float32, one a block, on the CPU).
+    """Double-quantize `scales` (float32, one a block), on the device where they are, with the bits of a CPU.
 
     Indices are the nearest of the table. bitsandbytes' own CPU kernel misses that now and then by a place.
     """
-    offset = _mean(scales)
-    centred = scales - torch.tensor(offset, dtype=torch.float32)
-    absmax = block_absmax(centred, NESTED_BLOCK)
-    indices = torch.empty(scales.numel(), dtype=torch.uint8)
-    kernels_for(scales.device).nearest(centred, DYNAMIC, absmax, indices)
-    return _NestedScales(indices, absmax, torch.tensor(DYNAMIC.values, dtype=torch.float32), offset)
+    kernels, count = kernels_for(scales.device), scales.numel()
+    offset = nested_mean(scales)
+    absmax = torch.empty(-(-count // NESTED_BLOCK), dtype=torch.float32, device=scales.device)
+    indices = torch.empty(count, dtype=torch.uint8, device=scales.device)
+    for start in range(0, count, _STRETCH):
+        centred = scales[start : start + _STRETCH] - torch.tensor(offset, dtype=torch.float32)
+        greatest = absmax[start // NESTED_BLOCK : -(-(start + len(centred)) // NESTED_BLOCK)]
+        greatest.copy_(block_absmax(centred, NESTED_BLOCK))
+        kernels.nearest(centred, DYNAMIC, greatest, indices[start : start + len(centred)])
+    return _NestedScales(indices, absmax, DYNAMIC.tables(scales.device).values, offset)
 
 
-def _mean(scales: Tensor) -> float:
-    """Mean of `scales`: summed in float64 in index order, so that it is the same everywhere; a float32."""
+def nested_mean(scales: Tensor) -> float:
+    """Mean of `scales` (float32, flat): summed in float64 in index order, so that it is the same everywhere; a float32.
+
+    A device that adds in another order says between which bounds that sum is, and is nearly always sure of the float32.
+    """
+    if not scales.is_cpu and (mean := _sure_mean(scales)) is not None:
+        return mean
     total = torch.zeros(1, dtype=torch.float64)
     for start in range(0, scales.numel(), _MEAN_CHUNK):
-        total = torch.cat((total, scales[start : start + _MEAN_CHUNK].double())).cumsum(0)[-1:]
+        total = torch.cat((total, scales[start : start + _MEAN_CHUNK].cpu().double())).cumsum(0)[-1:]
     return (total / scales.numel()).float().item()
+
+
+def _sure_mean(scales: Tensor) -> float | None:
+    """The float32 nearest to the mean of a sum in whatever order; None where that depends on the order.
+
+    The error of a sum of n numbers is at most (n - 1) u Σ|x|, u = 2⁻⁵³ (Higham 2002, "Accuracy and Stability of
+    Numerical Algorithms", §4.2); 4 n u covers that of two orders, of Σ|x| itself, and of the division.
+    """
+    count = scales.numel()
+    sums = torch.zeros(2, dtype=torch.float64, device=scales.device)
+    for start in range(0, count, _STRETCH):
+        stretch = scales[start : start + _STRETCH].double()
+        sums += torch.stack((stretch.sum(), stretch.abs_().sum()))
+    total, magnitude = sums.tolist()
+    error = 4 * count * 2.0**-53 * magnitude
+    low, high = (
+        torch.tensor((total + each) / count, dtype=torch.float64).float() for each in (-error, error)
+    )
+    return float(low) if bool(low == high) else None
 
 
 # -- reading -----------------------------------------------------------------------------------------------
@@ -329,15 +360,26 @@ class Bnb4bitEncoder:
     def effective_scales(self, scales: Tensor) -> Tensor:
         if not self.nested:
             return scales
-        return _nest(scales.cpu()).effective().to(scales.device)
+        return _nest(scales).effective()
+
+    def nest(self, scales: Tensor) -> tuple[Mapping[str, Tensor], Tensor]:
+        """See Nesting."""
+        nested = _nest(scales)
+        side = {
+            "absmax": nested.indices,
+            "nested_absmax": nested.absmax,
+            "nested_quant_map": nested.table,
+            "quant_map": self.grid.tables(scales.device).values,
+            _OFFSET: torch.tensor(nested.offset, dtype=torch.float32),
+        }
+        return side, nested.effective()
 
     def finish(self, scales: Tensor | None, kept: Mapping[str, Tensor] | None) -> tuple[bytes, ...]:
         """See Encoder."""
-        if kept is not None:
-            side, offset = kept, self._kept_offset(kept)
-        else:
+        if kept is None:
             assert scales is not None, f"{self.name} was given neither scales nor kept parts"
-            side, offset = self._side(scales.cpu())
+            kept = self.nest(scales)[0] if self.nested else self._side(scales.cpu())
+        side, offset = kept, self._offset(kept)
         tail = []
         for role, spec in zip(_roles(self.nested), self.parts, strict=True):
             if role != MAIN:
@@ -348,22 +390,26 @@ class Bnb4bitEncoder:
                 tail.append(content)
         return tuple(tail)
 
-    def _side(self, scales: Tensor) -> tuple[Mapping[str, Tensor], float | None]:
-        """The parts other than codes and state for `scales`, and the nested offset."""
+    def _side(self, scales: Tensor) -> Mapping[str, Tensor]:
+        """The parts other than codes and state for `scales` that are not nested."""
         if not bool(scales.isfinite().all()):
-            raise InputError(f"{self.name} holds NaN or infinity, which {self.format} cannot store")
-        table = torch.tensor(self.grid.values, dtype=torch.float32)
-        if not self.nested:
-            return {"absmax": scales, "quant_map": table}, None
-        nested = _nest(scales)
-        side = {"absmax": nested.indices, "nested_absmax": nested.absmax, "nested_quant_map": nested.table}
-        return side | {"quant_map": table}, nested.offset
+            raise self._not_finite()
+        return {"absmax": scales, "quant_map": torch.tensor(self.grid.values, dtype=torch.float32)}
 
-    def _kept_offset(self, kept: Mapping[str, Tensor]) -> float | None:
+    def _offset(self, kept: Mapping[str, Tensor]) -> float | None:
+        """The nested offset of parts of the base, or of those that `nest` has made."""
         if not self.nested:
             return None
-        state = parse_object(_bytes(kept["quant_state"]), f"{self.name}: quant_state")
-        return float(state["nested_offset"])
+        if _OFFSET not in kept:
+            state = parse_object(_bytes(kept["quant_state"]), f"{self.name}: quant_state")
+            return float(state[_OFFSET])
+        offset = float(kept[_OFFSET])
+        if not math.isfinite(offset):  # a mean is finite if, and only if, all scales are
+            raise self._not_finite()
+        return offset
+
+    def _not_finite(self) -> InputError:
+        return InputError(f"{self.name} holds NaN or infinity, which {self.format} cannot store")
 
     def _state(self, length: int, offset: float | None) -> bytes:
         text = _state_text(self.grid, self.dtype, self.shape, offset)

@@ -148,9 +148,12 @@ class Nvfp4Scales:
         return (np.array(self.value, "<f4").tobytes(),)
 
     def _whole(self, like: Tensor) -> Tensor:
-        """The scale over the whole weight as a tensor: CUDA would multiply by the reciprocal of a number."""
+        """The scale over the whole weight as a tensor: CUDA would multiply by the reciprocal of a number.
+
+        Filled in, not copied, which a GPU would have to be waited for.
+        """
         assert self.value is not None, "the scale over the whole weight is not known"
-        return torch.tensor([self.value], dtype=torch.float32, device=like.device)
+        return torch.full((1,), self.value, dtype=torch.float32, device=like.device)
 
 
 @dataclass(frozen=True, slots=True)

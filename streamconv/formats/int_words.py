@@ -39,7 +39,7 @@ from streamconv.formats.base import (
 )
 from streamconv.formats.bits import packed_bits, unpacked_bits
 from streamconv.kernels import kernels_for
-from streamconv.kernels.grids import INT4, INT8_GROUPS, TableGrid
+from streamconv.kernels.grids import INT4, INT8_GROUPS, TableGrid, divided
 
 MAIN = "qweight"
 ZEROS = "qzeros"
@@ -104,7 +104,7 @@ class ZeroPoints:
         """See Offsets. A scale of the grid is half as many stored ones as there are codes."""
         low, high = kernels_for(values.device).ranges(values, values.shape[1])
         low, high = low.clamp_(max=0), high.clamp_(min=0)
-        scale = (high - low) / self.greatest
+        scale = divided(high - low, self.greatest)
         # A group of zeros has the scale of one from -1 to 1.
         scale = torch.where(scale == 0, torch.full_like(scale, 2 / self.greatest), scale)
         return torch.stack((scale * (self.greatest + 1) / 2, low), dim=1)

@@ -48,7 +48,7 @@ from streamconv.formats.linear import module_of
 from streamconv.formats.stacks import FAMILIES, MOST_EXPERTS, ROUNDED_AGAIN, expert_names, stacked_expert
 from streamconv.formats.undecoded import find_each
 from streamconv.kernels import kernels_for
-from streamconv.kernels.grids import TableGrid, integers
+from streamconv.kernels.grids import TableGrid, divided, integers
 
 METHOD = "mlx"
 """Name given to a `quantization` that names none itself, as MLX writes it."""
@@ -81,7 +81,7 @@ class Edges:
     def start(self, values: Tensor) -> Tensor:
         """See Offsets. A scale of the grid is `half` stored ones."""
         least, greatest = kernels_for(values.device).ranges(values, values.shape[1])
-        size = ((greatest - least) / (2 * self.half - 1)).clamp_(min=_LEAST_SCALE)
+        size = divided(greatest - least, 2 * self.half - 1).clamp_(min=_LEAST_SCALE)
         starts_low = least.abs() > greatest.abs()
         scale, edge = torch.where(starts_low, size, -size), torch.where(starts_low, least, greatest)
         steps = (edge / scale).round_()

@@ -22,6 +22,7 @@ from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.forward.names import Sources, find_sources
 from streamconv.forward.skeleton import Skeleton
 from streamconv.forward.weights import Weights
+from streamconv.memory_errors import is_out_of_memory
 from streamconv.planning.devices import Device
 from streamconv.system_errors import lacking
 
@@ -373,10 +374,12 @@ class Walk:
         """Turn errors of the model's own code into that of a model that cannot be walked."""
         try:
             yield
-        except torch.OutOfMemoryError:
+        except torch.AcceleratorError:  # the device failed, whatever the code
             raise
         # What torch and a model's code raise where shapes, arguments or operations do not fit.
         except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise lacking(error) or self._unwalkable(
                 f"its own code fails: {(str(error).splitlines() or ['?'])[0]}"
             ) from error

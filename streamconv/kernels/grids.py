@@ -22,6 +22,7 @@ from torch import Tensor
 SMALLEST_DIVISOR = 1e-38
 # As a grid's `block`: all of a row. Only the grid of a format has it; that of a weight, whose rows are known, does not.
 ROW = 0
+_PAIRED = 16  # values of a grid whose codes are stored two a byte
 
 
 class Offsets(Protocol):
@@ -83,6 +84,9 @@ class Grid(Protocol):
     def of_width(self, columns: int) -> Grid:
         """The grid of a weight with `columns`, where the block is a whole row; else itself."""
 
+    def prepare(self, device: torch.device) -> None:
+        """Make the tables on `device`, once for all grids with these values: it is waited for, and a cell need not."""
+
     def nearest(self, x: Tensor) -> Tensor:
         """Codes of the values nearest to `x`; beyond the limits, the limit's code."""
 
@@ -125,6 +129,13 @@ class TableGrid:
     def of_width(self, columns: int) -> Self:
         """The grid of a weight with `columns`: its block is known."""
         return self.of_block(columns) if self.block == ROW else self
+
+    def prepare(self, device: torch.device) -> None:
+        """See Grid."""
+        self.tables(device)
+        if len(self.values) == _PAIRED:
+            for low_first in (False, True):
+                _pairs(self.values, device, low_first)
 
     def tables(self, device: torch.device) -> Tables:
         """Tables of the values, made once for every device."""
@@ -178,6 +189,9 @@ class IntegerGrid:
         """The grid of a weight with `columns`: its block is known."""
         return dataclasses.replace(self, block=columns) if self.block == ROW else self
 
+    def prepare(self, device: torch.device) -> None:
+        """See Grid; there are none."""
+
     def nearest(self, x: Tensor) -> Tensor:
         """See Grid."""
         return self._codes(x.round())
@@ -217,6 +231,9 @@ class DecodedGrid:
     def of_width(self, columns: int) -> Self:
         del columns  # blocks are known
         return self
+
+    def prepare(self, device: torch.device) -> None:
+        """See Grid; there are none."""
 
     def nearest(self, x: Tensor) -> Tensor:
         raise self._refusal(x)
@@ -355,6 +372,14 @@ def multiply_by_scales(values: Tensor, scales: Tensor, block: int, out: Tensor, 
     if whole < values.numel():
         torch.mul(values[whole:], scales[-1], out=out[whole:])
     return out if peak == 1 else out.mul_(1 / peak)
+
+
+def divided(values: Tensor, number: float) -> Tensor:
+    """`values` / `number`, rounded once, as on a CPU.
+
+    By a number, CUDA multiplies with its reciprocal (torch's `BinaryDivTrueKernel.cu`); by a tensor there, it divides.
+    """
+    return values / torch.full((), number, dtype=values.dtype, device=values.device)
 
 
 def divide_by_scales(values: Tensor, scales: Tensor, block: int, peak: float = 1.0) -> Tensor:

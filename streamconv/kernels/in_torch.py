@@ -5,6 +5,7 @@ Source: bitsandbytes `backends/default/ops.py`, quantize_4bit, dequantize_4bit a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from streamconv.kernels.grids import (
     TableGrid,
     block_absmax,
     divide_by_scales,
+    divided,
     empty_scales,
     multiply_by_scales,
 )
@@ -153,15 +155,7 @@ class TorchKernels:
     def uniform(self, key: int, first: int, out: Tensor) -> None:
         word = first // 2
         words = torch.arange(word, (first + out.numel() + 1) // 2, dtype=torch.int64, device=out.device)
-        words.mul_(_GAMMA).add_(key)
-        shifted = torch.empty_like(words)
-        for shift, factor in _MIX:
-            # torch shifts in copies of the sign; the mask makes it the logical shift of the paper.
-            torch.bitwise_right_shift(words, shift, out=shifted).bitwise_and_((1 << (64 - shift)) - 1)
-            words.bitwise_xor_(shifted)
-            if factor != 1:
-                words.mul_(factor)
-        halves = words.view(torch.int32).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
+        halves = _mixed(words.mul_(_GAMMA).add_(key))
         out.copy_(halves[first - 2 * word :][: out.numel()]).mul_(2.0**-24)
 
     def pack_pairs(self, codes: Tensor, out: Tensor, *, low_first: bool = False) -> None:
@@ -268,9 +262,33 @@ class TorchKernels:
         return self.starting_scales(values, grid, empty_scales(values.numel(), grid, values.device))
 
 
+def uniform_streams(keys: Sequence[int], count: int, out: Tensor) -> None:
+    """Write the first `count` numbers of the streams of `keys`, one after another, as `Kernels.uniform` has each.
+
+    `count` is even. There are a few operations for all of them, where an operation on few costs a device its launch.
+    """
+    words = torch.arange(count // 2, dtype=torch.int64, device=out.device).mul_(_GAMMA)
+    words = words.expand(len(keys), -1).contiguous()
+    for stream, key in zip(words, keys, strict=True):
+        stream.add_(key)  # numbers come with the launch: a tensor of them would have to be brought
+    out.copy_(_mixed(words.view(-1))[: out.numel()]).mul_(2.0**-24)
+
+
+def _mixed(words: Tensor) -> Tensor:
+    """Both halves of each of the counters `words` (int64) once mixed, int32 below 2²⁴; `words` are overwritten."""
+    shifted = torch.empty_like(words)
+    for shift, factor in _MIX:
+        # torch shifts in copies of the sign; the mask makes it the logical shift of the paper.
+        torch.bitwise_right_shift(words, shift, out=shifted).bitwise_and_((1 << (64 - shift)) - 1)
+        words.bitwise_xor_(shifted)
+        if factor != 1:
+            words.mul_(factor)
+    return words.view(torch.int32).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
+
+
 def over_reach(scales: Tensor, grid: Grid) -> Tensor:
     """Greatest magnitudes as starting scales, in place."""
-    return scales if grid.reach == 1 else scales.div_(grid.reach)
+    return scales if grid.reach == 1 else scales.copy_(divided(scales, grid.reach))
 
 
 def _eights(words: Tensor) -> Tensor:

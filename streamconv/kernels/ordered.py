@@ -16,6 +16,13 @@ from streamconv.kernels.base import Kernels, Start
 from streamconv.kernels.grids import Grid, TableGrid
 
 
+def prepare(grid: Grid, device: torch.device) -> None:
+    """Have all that is made once, for a grid or for its order of columns, on `device` before the first cell."""
+    grid.prepare(device)
+    if grid.order:
+        columns_of(grid.order, device)
+
+
 def starting_scales(kernels: Kernels, values: Tensor, grid: Grid, out: Tensor) -> Tensor:
     """See Kernels."""
     return kernels.starting_scales(gathered(kernels, values, grid), in_order(grid), out)

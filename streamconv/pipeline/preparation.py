@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from streamconv.adapters.base import Adapter
@@ -38,9 +39,9 @@ from streamconv.planning.apart import apart_for
 from streamconv.planning.base import Base, read_base
 from streamconv.planning.calibration import CalibrationFacts
 from streamconv.planning.choices import options_alone
-from streamconv.planning.devices import resolve_device
+from streamconv.planning.devices import Device, resolve_device, within_memory
 from streamconv.planning.gguf import with_donor, with_tokenizer
-from streamconv.planning.options import Job
+from streamconv.planning.options import Job, MergeOptions
 from streamconv.planning.plan import Plan
 from streamconv.planning.planner import build_plans, facts_of
 from streamconv.planning.reading import open_base, read_checkpoint
@@ -163,7 +164,6 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     `facts` are those of a calibration whose text is not at hand, for a plan that will not be carried out.
     """
     index, weights = read_checkpoint(open_base(job.base, job.base_revision), job.allow_pickle)
-    storage = index.storage
     refuse_unmerged(index)
     base = read_base(index, weights)
     _log.info("read the base %s: %d weights in %d shards", job.base, len(base.weights), len(index.shards))
@@ -176,7 +176,33 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
     asked = next((each.calibration for each in options if each.calibration), None)
     if asked is not None and facts is None:
         facts = read_calibration_facts(base, asked)
-    plans = build_plans(base, adapter, options, resolve_device(job.device), facts)
+    inputs = _Inputs(job, base, adapter_storages, adapter, options, facts, is_recorded)
+    return within_memory(job.device, resolve_device(job.device), partial(_planned, inputs), _vram)
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """A job with what was read for it. `is_recorded`: its facts are of a text that is not at hand."""
+
+    job: Job
+    base: Base
+    adapter_storages: tuple[Storage, ...]
+    adapter: Adapter | None
+    options: Sequence[MergeOptions]
+    facts: CalibrationFacts | None
+    is_recorded: bool
+
+
+def _vram(prepared: Prepared) -> int:
+    """Bytes that a job needs on each of its GPUs."""
+    return max(plan.peak_vram for plan in prepared.plans)
+
+
+def _planned(inputs: _Inputs, device: Device) -> Prepared:
+    """The job as it is carried out on `device`."""
+    job, base, adapter, adapter_storages = inputs.job, inputs.base, inputs.adapter, inputs.adapter_storages
+    index, storage = base.index, base.index.storage
+    plans = build_plans(base, adapter, inputs.options, device, inputs.facts)
     _check_donor(job, plans)
     tokenizer = _tokenizer(job, base, tokenizer_storage(adapter, adapter_storages), plans[0])
     processors = notes_on_processors(storage, adapter_storages)
@@ -205,7 +231,7 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
         )
 
     main, *also = map(prepared, plans)
-    if is_recorded:
+    if inputs.is_recorded:
         return main
     return replace(_with_passes(main), also=tuple(map(_with_passes, also)))
 

@@ -28,6 +28,7 @@ from streamconv.pipeline.residual import ResidualAdapter, make_residual
 from streamconv.planning.plan import Plan, ShardPlan
 from streamconv.progress import Meter, OnBytes, OnProgress, StopRequest
 from streamconv.running.cell import KeptDelta
+from streamconv.running.device_use import in_use
 from streamconv.running.executor import run_plans
 from streamconv.running.schedule import bytes_read
 from streamconv.running.sink import Output
@@ -43,7 +44,7 @@ def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopReques
 
     Its outputs are published together: when all are complete and have passed the gate.
     """
-    with translated(out):
+    with translated(out), in_use(prepared.plan.device):
         check_out(prepared, out)
         places = prepared.places(out)
         before = [_finished_before(each, folder, on_progress, stop) for each, folder in places]
@@ -110,7 +111,8 @@ def _make(todo: Sequence[tuple[Prepared, Path]], on_progress: OnProgress, stop: 
     started = time.monotonic()
     plans = [each.plan for each, _ in todo]
     reads = sum(plan.passes_need.read for plan in plans)
-    meter = Meter(reads + sum(plan.size for plan in plans), on_progress)
+    on_gpu = not plans[0].device.is_cpu
+    meter = Meter(reads + sum(plan.size for plan in plans), on_progress, on_gpu)
     with ExitStack() as stack:
         reading = _reading(meter, stop)
         works = [_open(each, folder, stack, reading) for each, folder in todo]
@@ -295,7 +297,7 @@ def _check_kept(works: Sequence[_Work], shares: Sequence[KeptShares | None]) -> 
 
 
 # Roundings that keep small updates, instead of those that put the base's codes back.
-_OTHER = {"nearest": "stochastic", "search": "adaptive"}
+_OTHER = {"nearest": "stochastic", "search": "adaptive", "adaptive": "stochastic"}
 
 
 def _check_share(plan: Plan, kept: KeptShares | None) -> None:

@@ -40,7 +40,7 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
         "from": plan.fingerprint["from"],
         "device": plan.device.name,
         "devices": list(plan.device.names),
-        "devices_left_out": list(plan.device.left_out),
+        "devices_left_out": [*plan.device.left_out, *plan.device.unfit],
         **_output(prepared),
         "adapted_modules": dict(plan.adapted),
         "replaced": list(plan.replaced),
@@ -157,7 +157,8 @@ def _step(plan: Plan, step: Step) -> dict[str, Any]:
         case Rewrite():
             if step.calibrated:
                 return {"action": "calibrate", "access": step.access.value, "updates": len(step.updates)}
-            rows = tile_rows(step, plan.memory.buffer, cell_rows(plan.device, step))
+            memory = plan.memory
+            rows = tile_rows(step, memory.buffer, cell_rows(plan.device, step), memory.written)
             return {
                 "action": "rewrite",
                 "access": step.access.value,

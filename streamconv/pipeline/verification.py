@@ -41,6 +41,7 @@ from streamconv.planning.gguf import DONOR
 from streamconv.planning.options import Calibration, Folder, Folders, Job, MergeOptions
 from streamconv.planning.plan import Rewrite
 from streamconv.progress import Meter, OnProgress, StopRequest, quiet
+from streamconv.running.device_use import in_use
 from streamconv.running.workers import Workers
 from streamconv.storage.file_set import temporary_folder
 from streamconv.storage.local import LocalFolder, open_folder
@@ -173,13 +174,14 @@ def _verify(storage: LocalFolder, listing: Listing, given: _Given, on_progress: 
         place.fetch(files, lambda _: None)
     meter.add(sum(len(shard.header) for shard in again.plan.shards))
     try:
-        if weighs:
-            return replace(checked, calibrated=_weigh_again(again, listing.content, out, meter))
-        if again.plan.passes:
-            _make_again(again, out, meter)
-        else:  # no folder is needed
-            verify_exactly(out, again.plan, meter.add, StopRequest())
-        return replace(checked, exact=True)
+        with in_use(again.plan.device):
+            if weighs:
+                return replace(checked, calibrated=_weigh_again(again, listing.content, out, meter))
+            if again.plan.passes:
+                _make_again(again, out, meter)
+            else:  # no folder is needed
+                verify_exactly(out, again.plan, meter.add, StopRequest())
+            return replace(checked, exact=True)
     except VerificationError as error:
         raise VerificationError(f"{error}{_environment_note(found, again.plan.fingerprint)}") from error
 

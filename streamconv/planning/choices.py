@@ -11,7 +11,6 @@ from streamconv.formats import FORMATS, family_of, format_named, format_of, with
 from streamconv.formats.base import Encoder, Format, Grouped, InputScaled
 from streamconv.formats.ggml_mxfp4 import GGML_MXFP4
 from streamconv.formats.gguf_kept import written_types
-from streamconv.formats.gpt_oss import NAME as GPT_OSS
 from streamconv.formats.mixed import can_mix
 from streamconv.kernels.grids import TableGrid
 from streamconv.planning.assignment import NONE, FormatRule, ModuleFormats, is_dense, read_rules
@@ -413,8 +412,8 @@ def _resolve_rounding(
     name = options.rounding.lower()
     if name != "auto":
         weighed = ", with errors weighed by the text" if options.calibration and name == "search" else ""
-        is_beside = name == _ADAPTIVE_BESIDE.name and _has_mxfp4(quants)
-        rounding = _ADAPTIVE_BESIDE if is_beside else ROUNDINGS[name]
+        is_searched = name == _ADAPTIVE_ON_SEARCHED.name and _are_searched(quants)
+        rounding = _ADAPTIVE_ON_SEARCHED if is_searched else ROUNDINGS[name]
         return rounding, Choice(name, f"asked for by name{weighed}")
     if options.calibration is not None:
         return ROUNDINGS["feedback"], Choice("feedback", "there is calibration text")
@@ -428,13 +427,9 @@ def _without_text(
 
     One for all of its weights: of those that lie on no grid of the output, `adaptive` rounds most to the nearest.
     """
-    if _has_mxfp4(quants):
-        return _beside_mxfp4(facts)
     source = next((each for each in sources if any(each.grid == quant.grid for quant in quants)), None)
-    if source is None and all(quant.grid is not None and quant.grid.rule is not None for quant in quants):
-        return ROUNDINGS["search"], Choice(
-            "search", f"{quants[0].name} has scales of 16 bit, which its own quantizers search for, too"
-        )
+    if _are_searched(quants):
+        return _searching(facts, source)
     if source is None:
         return ROUNDINGS["nearest"], Choice(
             "nearest", f"the target does not lie on the {quants[0].name} grid"
@@ -450,25 +445,31 @@ def _without_text(
     )
 
 
-# Of a GGUF file of which some matrices are in MXFP4, as the base's may be, and others in blocks of integers.
-_ADAPTIVE_BESIDE = Adaptive(elsewhere=ROUNDINGS["search"])
+# Of GGUF files: their own quantizers search for scales as well, and many a base was expanded from such a file.
+_ADAPTIVE_ON_SEARCHED = Adaptive(elsewhere=ROUNDINGS["search"], looks=True)
 
 
-def _has_mxfp4(quants: Sequence[Format]) -> bool:
-    return any(quant.name == GGML_MXFP4.name for quant in quants)
+def _are_searched(quants: Sequence[Format]) -> bool:
+    """Whether the output has scales that its format's own quantizers search for: a GGUF file's."""
+    return any(quant.name == GGML_MXFP4.name for quant in quants) or all(
+        quant.grid is not None and quant.grid.rule is not None for quant in quants
+    )
 
 
-def _beside_mxfp4(facts: Facts) -> tuple[Rounding, Choice]:
-    """The same for a GGUF file with matrices in MXFP4."""
-    search = ROUNDINGS["search"]
-    if GPT_OSS not in facts.formats or not facts.has_adapter:
-        return search, Choice(
-            "search", "scales that leave less error than greatest magnitudes are searched for"
-        )
-    return _ADAPTIVE_BESIDE, Choice(
+def _searching(facts: Facts, source: Format | None) -> tuple[Rounding, Choice]:
+    """The same where scales are searched for."""
+    reason = "scales that leave less error than greatest magnitudes are searched for"
+    if not facts.has_adapter:
+        return ROUNDINGS["search"], Choice("search", reason)
+    where = (
+        "where the base lies on the output's grid already"
+        if source is None
+        else f"on the base's own {source.name}"
+    )
+    return _ADAPTIVE_ON_SEARCHED, Choice(
         "adaptive",
-        "experts are the base's own MXFP4 plus an update: rounded at random where that is small against the grid's"
-        " step and nearest rounding would erase it, to the nearest where it is not; scales of others are searched for",
+        f"{reason}; {where}, weights are rounded at random if the update is so small against the grid's step that "
+        "nearest rounding would erase it",
     )
 
 

@@ -34,6 +34,8 @@ def fingerprint(
         "torch": torch.__version__,
         "machine": platform.machine(),
         "device": device.model,
+        # Of a GPU alone, so that what was made on a CPU before this was noted is still known.
+        **({} if device.is_cpu else {"float32": "ieee"}),
         "base": {
             shard.file.name: {
                 "size": shard.file.size,

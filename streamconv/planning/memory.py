@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from streamconv.errors import ResourceError
 from streamconv.formats.base import Order
-from streamconv.kernels.grids import Grid
 from streamconv.planning.devices import Device
+from streamconv.planning.gpu_memory import block_bytes, host_block_bytes, numbers, tile_sizes, work_bytes
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import (
     DEVICE_TILES,
@@ -22,6 +22,7 @@ from streamconv.planning.plan import (
     Step,
     cell_rows,
 )
+from streamconv.sizes import power_of_two
 
 # What the process needs beside the planned buffers: libraries loaded late, thread stacks, headers, messages; and once
 # on every machine, to compile the kernels, 70 MiB.
@@ -39,8 +40,6 @@ FIXED_VRAM_BYTES = 64 * 2**20
 # float32 tensors of one cell alive at once: decoded and packed; or base, target, delta, noise, indices, codes.
 _DENSE_CELL_COPIES = 3
 _GRID_CELL_COPIES = 16
-# What norms in float64 take beside, where cells are so large that it counts.
-_GPU_NORM_COPIES = 2
 # Per block of a quantized weight: scales as read, chosen, effective and written, the kept-delta product, and what
 # nesting scales takes on the way. Measured for nf4-dq onto nf4-dq, which needs most: 42.5.
 _BYTES_PER_BLOCK = 44
@@ -54,10 +53,11 @@ def plan_memory(
     shards: int = 1,
     further: Sequence[Sequence[Step]] = (),
     beside: int = 0,
+    watched: bool = False,
 ) -> Memory:
     """Tile buffer, workers, lanes and peaks for `steps`, which end in so many shards, and those of `further` outputs.
 
-    `beside`: bytes that the caller holds where cells are computed, once a lane.
+    `beside`: bytes that the caller holds where cells are computed, once a lane. `watched`: it looks at each of them.
 
     Raises ResourceError if the least they need is over a budget.
     """
@@ -66,35 +66,48 @@ def plan_memory(
     weights = [step for some in each for step in some]
     # A worker has one cell in work, and for each output a place to decode it to.
     decoded = (outputs - 1) * max((_dense_cell_bytes(step, device) for step in weights), default=0)
-    least = max([MIN_BUFFER_BYTES, *(max(_cell_bytes(step, device), _line_bytes(step)) for step in weights)])
     need = _Need(
         outputs=outputs,
         held=max((_held_bytes(step) for step in weights), default=0),
-        blocks=sum(max((_block_bytes(step) for step in some), default=0) for some in each),
-        prepared=sum(max((step.prepared_bytes for step in some), default=0) for some in each),
-        whole=sum(max((step.whole_bytes for step in some), default=0) for some in each),
+        blocks=_sum_of_greatest(each, _block_bytes if device.is_cpu else host_block_bytes),
+        blocks_there=0 if device.is_cpu else _sum_of_greatest(each, block_bytes),
+        prepared=_sum_of_greatest(each, lambda step: step.prepared_bytes),
+        whole=_sum_of_greatest(each, lambda step: step.whole_bytes),
+        solver=0 if device.is_cpu else max((step.solver_bytes for step in weights), default=0),
         forms=_form_bytes(each, device),
         waiting=sum(_waiting_bytes(some) for some in (steps, *further)),
-        cell=max((_work_bytes(step, device) for step in weights), default=0) + decoded,
-        least=least if device.is_cpu else 1 << (least - 1).bit_length(),
+        cell=max((_work_bytes(step, device, watched) for step in weights), default=0) + decoded,
+        least=max([MIN_BUFFER_BYTES, *(max(_cell_bytes(step), _line_bytes(step)) for step in weights)]),
         beside=beside,
     )
-    return _on_cpu(need, options, shards) if device.is_cpu else _on_gpus(need, options, shards, device)
+    if device.is_cpu:
+        return _on_cpu(need, options, shards)
+    return _on_gpus(
+        need, tile_sizes(weights, device, MAX_BUFFER_BYTES, MIN_BUFFER_BYTES), options, shards, device
+    )
+
+
+def _sum_of_greatest(outputs: Sequence[Sequence[Rewrite]], size: Callable[[Rewrite], int]) -> int:
+    """Sum over `outputs` of the greatest `size` of a step of each."""
+    return sum(max(map(size, steps), default=0) for steps in outputs)
 
 
 @dataclass(frozen=True, slots=True)
 class _Need:
-    """Bytes that the largest weight of a run needs: its side parts and adapter, what is kept for its blocks, prepared
-    of the adapter, and kept of the whole of it, main parts that files hold in another order than by rows, side parts of
-    all experts of a layer that wait for their place, one cell in work, and a buffer for one stored cell, the least that
-    a tile can be; and what its caller holds beside.
+    """Bytes that the largest weight of a run needs: its side parts and adapter, what is kept for its blocks, in host
+    memory and on a GPU, prepared of the adapter, and kept of the whole of it, with a solver's workspace there, main
+    parts that files hold in another order than by rows, side parts of all experts of a layer that wait for their place,
+    one cell in work, and a buffer for one stored cell, the least that a tile can be on a CPU; and what its caller holds
+    beside.
     """
 
     outputs: int
     held: int
     blocks: int
+    blocks_there: int
     prepared: int
     whole: int
+    solver: int
     forms: int
     waiting: int
     cell: int
@@ -123,41 +136,55 @@ def _on_cpu(need: _Need, options: MergeOptions, shards: int) -> Memory:
     return Memory(fixed + workers * need.cell + lanes * buffers * buffer, 0, buffer, workers, lanes)
 
 
-def _on_gpus(need: _Need, options: MergeOptions, shards: int, device: Device) -> Memory:
+def _on_gpus(
+    need: _Need, sizes: Sequence[tuple[int, int]], options: MergeOptions, shards: int, device: Device
+) -> Memory:
     """Memory where GPUs compute: each has a lane at least, where there are shards and memory for it.
 
-    Buffers are powers of two, because pinned memory is allocated in these.
+    `sizes` are buffers for a tile as it is read and as it is written, from the largest on.
     """
     gpus = len(device.names)
-    lane = (
-        WEIGHTS_HELD * need.held + need.blocks + need.forms + need.waiting
-    )  # scales are nested and written in host memory
-    buffers = SLOTS * need.buffers
-    on_device = (
+    in_ram = WEIGHTS_HELD * need.held + need.blocks + need.forms + need.waiting
+    in_vram = (
         FIXED_VRAM_BYTES
         + need.outputs * need.held
-        + need.blocks
+        + need.blocks_there
         + need.prepared
-        + need.whole
-        + need.cell
+        + max(need.whole + need.solver, need.whole + need.cell)
         + need.beside
     )
-    tiles = DEVICE_TILES * need.buffers
-    full = max(need.least, MAX_BUFFER_BYTES)
-    lanes = _lanes(lane + buffers * full, options, shards, len(os.sched_getaffinity(0)))
-    in_ram = (options.max_ram_bytes - FIXED_BYTES) // (lane + buffers * need.least)
-    in_vram = options.max_vram_bytes // (on_device + tiles * full)
-    lanes = max(1, min(max(lanes, min(gpus, shards, in_ram)), gpus * max(1, in_vram)))
-    each = -(-lanes // gpus)
-    by_ram = _fit(options.max_ram_bytes, FIXED_BYTES + lanes * lane, need.least, lanes * buffers, "--max-ram")
-    by_vram = _fit(options.max_vram_bytes, each * on_device, need.least, each * tiles, "--max-vram")
-    buffer = max(need.least, 1 << (min(by_ram, by_vram).bit_length() - 1))
-    return Memory(
-        ram=FIXED_BYTES + lanes * (lane + buffers * buffer),
-        vram=each * (on_device + tiles * buffer),
-        buffer=buffer,
-        workers=1,
-        lanes=lanes,
+
+    def memory(lanes: int, size: tuple[int, int]) -> Memory:
+        read, written = size
+        tile = read + need.outputs * written
+        return Memory(
+            ram=FIXED_BYTES + lanes * (in_ram + SLOTS * tile),
+            vram=-(-lanes // gpus) * (in_vram + DEVICE_TILES * tile),
+            buffer=read,
+            workers=1,
+            lanes=lanes,
+            written=written,
+        )
+
+    def fits(found: Memory) -> bool:
+        return found.ram <= options.max_ram_bytes and found.vram <= options.max_vram_bytes
+
+    cores = len(os.sched_getaffinity(0))
+    wanted = max(1, min(shards, max(min(cores // CORES_A_LANE, MAX_LANES), gpus)))
+    # Lanes before large buffers, which gain little: one lane hashes and submits slower than a GPU computes.
+    for lanes in range(wanted, 0, -1):
+        for size in sizes:
+            if fits(memory(lanes, size)):
+                return memory(lanes, size)
+    raise _too_small(memory(1, sizes[-1]), options)
+
+
+def _too_small(least: Memory, options: MergeOptions) -> ResourceError:
+    is_ram = least.ram > options.max_ram_bytes
+    option, nbytes = ("--max-ram", least.ram) if is_ram else ("--max-vram", least.vram)
+    return ResourceError(
+        f"{option} is too small for this model: its largest weight needs at least {math.ceil(nbytes / 2**20)}MiB; "
+        "allow that much"
     )
 
 
@@ -177,9 +204,9 @@ def _fit(budget: int, fixed: int, least: int, buffers: int, option: str) -> int:
     return buffer
 
 
-def _cell_bytes(step: Rewrite, device: Device) -> int:
-    """Bytes of one cell in storage, read or written, whichever is more."""
-    rows = min(cell_rows(device, step), step.rows)
+def _cell_bytes(step: Rewrite) -> int:
+    """Bytes of one cell of a CPU in storage, read or written, whichever is more."""
+    rows = min(step.encoder.cell_rows, step.rows)
     return max(step.weight.decoder.row_offset(rows), step.encoder.row_offset(rows))
 
 
@@ -195,7 +222,7 @@ def _form_bytes(outputs: Sequence[Sequence[Rewrite]], device: Device) -> int:
     def size(order: Order | None) -> int:
         nbytes = order.lines * order.line_bytes if order is not None else 0
         # Memory that a GPU copies to is allocated in powers of two.
-        return nbytes if device.is_cpu or not nbytes else 1 << (nbytes - 1).bit_length()
+        return nbytes if device.is_cpu or not nbytes else power_of_two(nbytes)
 
     def written_size(step: Rewrite) -> int:
         # A file may have some lines only of what is held.
@@ -220,10 +247,27 @@ def _quantizes(step: Rewrite) -> bool:
     return step.encoder.grid is not None or step.merge_base is not None
 
 
-def _work_bytes(step: Rewrite, device: Device) -> int:
+def _work_bytes(step: Rewrite, device: Device, watched: bool) -> int:
     """Bytes of one worker: float32 tensors of one cell."""
-    dense = _DENSE_CELL_COPIES if device.is_cpu else _DENSE_CELL_COPIES + _GPU_NORM_COPIES
-    return _dense_cell_bytes(step, device) * (_GRID_CELL_COPIES if _quantizes(step) else dense)
+    if not device.is_cpu:
+        return work_bytes(step, device, watched)
+    return _dense_cell_bytes(step, device) * (_GRID_CELL_COPIES if _quantizes(step) else _DENSE_CELL_COPIES)
+
+
+def one_cell_bytes(steps: Sequence[Step], device: Device) -> int:
+    """Bytes that one cell in work takes, and a tile of it as it is stored, of the largest of `steps`."""
+    weights = [step for step in steps if isinstance(step, Rewrite)]
+    return max(
+        (
+            _work_bytes(step, device, watched=False)
+            + max(
+                offset(min(cell_rows(device, step), step.rows))
+                for offset in (step.weight.decoder.row_offset, step.encoder.row_offset)
+            )
+            for step in weights
+        ),
+        default=0,
+    )
 
 
 def _dense_cell_bytes(step: Rewrite, device: Device) -> int:
@@ -233,17 +277,10 @@ def _dense_cell_bytes(step: Rewrite, device: Device) -> int:
 def _block_bytes(step: Rewrite) -> int:
     """Bytes kept for every block until the weight is finished."""
     grids = [encoder.grid for encoder in (step.encoder, step.merge_base) if encoder is not None]
-    chosen = _BYTES_PER_BLOCK * max((_numbers(step, grid) for grid in grids), default=0)
+    chosen = _BYTES_PER_BLOCK * max((numbers(step, grid) for grid in grids), default=0)
     # Scales of a base that lies on another grid than the output: as read, and spread.
     of_base = step.weight.decoder.grid
-    return chosen if of_base in grids else chosen + _BYTES_PER_READ_BLOCK * _numbers(step, of_base)
-
-
-def _numbers(step: Rewrite, grid: Grid | None) -> int:
-    """Scales and offsets of all blocks."""
-    if grid is None:
-        return 0
-    return -(-step.rows * step.columns // grid.block) * (1 if grid.offsets is None else 2)
+    return chosen if of_base in grids else chosen + _BYTES_PER_READ_BLOCK * numbers(step, of_base)
 
 
 def _held_bytes(step: Rewrite) -> int:

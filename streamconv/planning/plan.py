@@ -115,6 +115,11 @@ class Rewrite:
         return max((update.held_bytes for update in whole), default=0)
 
     @property
+    def solver_bytes(self) -> int:
+        """Bytes of workspace that a GPU's solver takes for whole-weight updates, beside what these keep."""
+        return max((update.solver_bytes for update in self.updates), default=0)
+
+    @property
     def prepared_bytes(self) -> int:
         """Bytes held of what other updates prepare."""
         return sum(update.held_bytes for update in self.updates if update.access is not UpdateAccess.WHOLE)
@@ -169,8 +174,9 @@ ShardPlan = ShardLayout[Step]
 class Memory:
     """Memory that a run needs at most, in bytes, above the interpreter with torch loaded.
 
-    `buffer` bounds the bytes of a tile, `workers` is how many threads share its cells, `lanes` how many shards are in
-    work at once, on all GPUs together. `vram` is on each of them, without what CUDA itself takes.
+    `buffer` bounds the bytes of a tile as it is read, `written` those that it is written as (None: as many), `workers`
+    is how many threads share its cells, `lanes` how many shards are in work at once, on all GPUs together. `vram` is on
+    each of them, without what CUDA itself takes.
     """
 
     ram: int
@@ -178,6 +184,12 @@ class Memory:
     buffer: int
     workers: int
     lanes: int = 1
+    written: int | None = None
+
+    @property
+    def written_buffer(self) -> int:
+        """Bytes of a buffer for what is written of a tile."""
+        return self.buffer if self.written is None else self.written
 
 
 @dataclass(frozen=True, slots=True)
@@ -456,8 +468,12 @@ def cell_rows(device: Device, step: Rewrite) -> int:
     return max(1, GPU_CELL_ELEMENTS // max(step.columns, 1) // CELL_ROWS) * step.encoder.cell_rows
 
 
-def tile_rows(step: Rewrite, buffer: int, cell: int) -> int:
-    """Rows of a tile: whole cells of `cell` rows whose bytes, read or written, fit in `buffer`."""
+def tile_rows(step: Rewrite, buffer: int, cell: int, written: int | None = None) -> int:
+    """Rows of a tile: whole cells of `cell` rows whose bytes fit in `buffer` as read, and in `written` as written.
+
+    None: these fit in `buffer` as well.
+    """
     rows = step.rows
-    widest = max(step.weight.decoder.row_offset(rows), step.encoder.row_offset(rows))
-    return max(cell, buffer * rows // max(widest, 1) // cell * cell)
+    read_fit = buffer * rows // max(step.weight.decoder.row_offset(rows), 1)
+    written_fit = (buffer if written is None else written) * rows // max(step.encoder.row_offset(rows), 1)
+    return max(cell, min(read_fit, written_fit) // cell * cell)

@@ -7,6 +7,7 @@ tr(G E H Eᵀ) = ||M_Gᵀ E M_H||². Without G rows count alike and do not know 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,7 +21,7 @@ from streamconv.kernels.grids import Grid
 from streamconv.kernels.in_torch import dequantized
 from streamconv.kernels.offsets import shifts
 from streamconv.kernels.ordered import columns_of
-from streamconv.rounding.metric import Metric, stretches
+from streamconv.rounding.metric import STRETCH, Metric, stretches
 from streamconv.threads import Pool
 
 # Columns gone through one by one before a matrix product carries their errors to the others.
@@ -58,6 +59,11 @@ class Layer:
         """`transposed` [in, out] as a file has it: flat, row by row."""
         upright = transposed[self.inputs.places].T
         return (upright if self.outputs is None else upright[self.outputs.places]).reshape(-1)
+
+    def flat_rows(self, rows: slice) -> Tensor:
+        """The target's `rows`, numbered as in a file, flat."""
+        own = self.target[:, rows if self.outputs is None else self.outputs.places[rows]]
+        return own[self.inputs.places].T.reshape(-1)
 
     def transposed(self, flat: Tensor) -> Tensor:
         """Undo `flat`."""
@@ -134,11 +140,14 @@ def errors_of(layer: Layer, scales: Tensor, codes: Tensor, rows: slice = slice(N
 
 
 def rounded(layer: Layer, scales: Tensor) -> Solution:
-    """The nearest codes."""
-    flat = layer.flat(layer.target)
-    codes = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
-    kernels_for(flat.device).nearest(flat, layer.grid, scales, codes)
-    del flat
+    """The nearest codes, of some rows at a time: on a GPU they take several float32 copies of what is given."""
+    device, columns, block = layer.target.device, layer.columns, layer.grid.block
+    codes = torch.empty(layer.target.numel(), dtype=torch.uint8, device=device)
+    step = block // math.gcd(columns, block)  # the fewest rows that end with a block
+    for rows in stretches(layer.rows, max(STRETCH // step, 1) * step):
+        part = slice(rows.start * columns, rows.stop * columns)
+        own = scales[part.start // block : -(-part.stop // block)]
+        kernels_for(device).nearest(layer.flat_rows(rows), layer.grid, own, codes[part])
     return coded(layer, scales, codes)
 
 

@@ -13,12 +13,17 @@ import hashlib
 from torch import Tensor
 
 from streamconv.kernels import kernels_for
+from streamconv.kernels.in_torch import uniform_streams
 
 ROWS_PER_KEY = 64
 
 
 def uniform(seed: int, name: str, rows: range, columns: int, out: Tensor) -> Tensor:
     """Numbers in [0, 1), multiples of 2⁻²⁴, for `rows` of the weight `name`, in `out`: float32, flat, row by row."""
+    if not out.is_cpu and rows.start % ROWS_PER_KEY == 0:
+        groups = range(rows.start // ROWS_PER_KEY, -(-rows.stop // ROWS_PER_KEY))
+        uniform_streams([_key(seed, name, group) for group in groups], ROWS_PER_KEY * columns, out)
+        return out
     kernels = kernels_for(out.device)
     row = rows.start
     while row < rows.stop:

@@ -37,11 +37,16 @@ class Search:
         """See Rounding."""
         kernels, scales = kernels_for(target.device), context.scales
         if scales is None:
-            scales = searched_scales(target, grid)
-            if context.stored is not None and ratios_of(grid):
-                scales = stored_scales(target, grid, scales, context.stored)
-            scales = context.as_stored(scales)
+            scales = scales_to_store(target, grid, context)
         return kernels.nearest(target, grid, scales, codes)
+
+
+def scales_to_store(target: Tensor, grid: Grid, context: Context) -> Tensor:
+    """The scales (float32, one a block) that are found for `target`, as a loader will have them."""
+    scales = searched_scales(target, grid)
+    if context.stored is not None and ratios_of(grid):
+        scales = stored_scales(target, grid, scales, context.stored)
+    return context.as_stored(scales)
 
 
 def ratios_of(grid: Grid) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from streamconv.kernels import Start, kernels_for
 from streamconv.kernels.grids import Grid
 from streamconv.rounding.base import Context, starting_scales
+from streamconv.rounding.search import scales_to_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,8 @@ class Stochastic:
 
     An entry is then known as code plus delta, exactly: one without delta keeps its code whatever the noise,
     and the rounding of the decoded base to 16 bit plays no part. Beyond a block's scale, the end's
-    code is chosen.
+    code is chosen. `searches`: scales that nothing fixes are searched for, which finds those of a grid that the base
+    was expanded from; else they are the blocks' greatest magnitudes over the grid's reach.
     """
 
     name: str = "stochastic"
@@ -31,6 +33,7 @@ class Stochastic:
     calibrated: bool = False
     uses_text: bool = False
     searches_scales: bool = False
+    searches: bool = False
 
     def choose(self, target: Tensor, grid: Grid, context: Context, codes: Tensor) -> Tensor:
         """See Rounding. `context.noise` must be there."""
@@ -41,5 +44,10 @@ class Stochastic:
             start = Start(context.codes, context.base)
         scales = context.scales
         if scales is None:
-            scales = context.as_stored(starting_scales(target, grid))
+            scales = self._chosen_scales(target, grid, context)
         return kernels_for(target.device).stochastic(target, grid, scales, start, context.noise, codes)
+
+    def _chosen_scales(self, target: Tensor, grid: Grid, context: Context) -> Tensor:
+        if self.searches:
+            return scales_to_store(target, grid, context)
+        return context.as_stored(starting_scales(target, grid))

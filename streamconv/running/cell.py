@@ -31,14 +31,15 @@ class CellBase:
     """A cell of the base: what it decodes to, and where it lies on a grid, the codes and scales of that.
 
     `anchor` is `values` before a loader's cast to the weight's dtype; `effective` are the scales the output
-    will have if the base's are kept. `raw`: the cell's bytes, where the output may have them.
+    will have if the base's are kept. `raw`: the cell's bytes, where the output may have them. `error`: ||W - Wq||²,
+    float64 [], of a base that was rounded.
     """
 
     values: Tensor
     anchor: Tensor
     codes: Tensor | None = None
     effective: Tensor | None = None
-    error: float | Tensor = 0.0
+    error: Tensor | None = None
     raw: Tensor | None = None
 
 

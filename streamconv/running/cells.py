@@ -28,7 +28,7 @@ from streamconv.dtypes import F32
 from streamconv.errors import InputError
 from streamconv.formats.base import CELL_ROWS, Encoder, Overwriting
 from streamconv.formats.kinds import is_surveyed
-from streamconv.kernels import TORCH, kernels_for, pairwise_sum
+from streamconv.kernels import TORCH, kernels_for, ordered, pairwise_sum
 from streamconv.kernels.grids import DecodedGrid, Grid, empty_scales
 from streamconv.planning.plan import Rewrite
 from streamconv.planning.scales import FRESH, Fresh, OfBase, lies_on_grid
@@ -37,7 +37,7 @@ from streamconv.rounding.adaptive import Adaptive, delta_to_step
 from streamconv.rounding.base import Context, Rounding
 from streamconv.rounding.search import searched_scales
 from streamconv.running.cell import CellBase, KeptDelta, Seen, Watch, cells, inner_product
-from streamconv.running.scales import Fixed, Kept, Scales, kept_scales
+from streamconv.running.scales import Fixed, Kept, Scales, fixed_scales, kept_scales
 from streamconv.running.workers import Inline, Scratch, Ticket, Workers
 
 
@@ -74,6 +74,8 @@ class WeightWork:
         # Loading compiled kernels takes time and memory, which a merge in 16 bit has no use for.
         is_dense = step.merge_base is None and step.encoder.grid is None and step.weight.decoder.grid is None
         self._kernels = TORCH if is_dense else kernels_for(device)
+        if device.type != "cpu":
+            self._prepare_grids()
         self._prepared = self._prepare()
         self._states: list[State] = [() for _ in step.applied]
         # What cells leave behind is written to its place in tensors allocated at once. As small tensors of their
@@ -98,17 +100,26 @@ class WeightWork:
         """Rounding of cells; None where nothing is rounded, or until adaptive rounding has seen the first of them."""
         return self._rounding
 
-    def _known_scales(self) -> Scales:
-        """The planned scales, or what is known of them: at the beginning, and after the first pass."""
+    def _known_scales(self, rounded: Fixed | None = None) -> Scales:
+        """The planned scales, or what is known of them: at the beginning, and after the first pass.
+
+        `rounded` are scales of a base that is rounded first.
+        """
         planned, merge_base = self.step.scales, self.step.merge_base
         if isinstance(planned, Fresh) or self._base_scales is None:
             return planned
         encoder = self.step.encoder
         if is_surveyed(encoder) and encoder.outgrows(self._base_scales):
             return FRESH
-        is_stored = merge_base is not None and merge_base.format == self.step.encoder.format
-        stored = self._absmax if is_stored else None
-        return kept_scales(planned, self._base_scales, stored, self.step.encoder, self.side)
+        is_stored = merge_base is not None and merge_base.format == encoder.format
+        return kept_scales(planned, self._base_scales, rounded if is_stored else None, encoder, self.side)
+
+    def _prepare_grids(self) -> None:
+        """Have tables of all grids on the device now, where it is waited for, and not with the first cell."""
+        encoders = [encoder for encoder in (self.step.encoder, self.step.merge_base) if encoder is not None]
+        for grid in (self.step.weight.decoder.grid, *(encoder.grid for encoder in encoders)):
+            if grid is not None:
+                ordered.prepare(grid, self.device)
 
     def _prepare(self) -> Sequence[Parts]:
         """Have updates prepare their parts, once a weight; by one worker, where there is something to compute."""
@@ -139,14 +150,23 @@ class WeightWork:
 
     def end_reduce(self) -> None:
         """Conclude the first pass: from here on the rounded base's scales are known, and what updates had to learn."""
+        self.conclude_updates()
+        self.know_scales()
+
+    def conclude_updates(self) -> None:
+        """First half of `end_reduce`: what it needs is used up, so that it cannot be repeated."""
         for number, update in enumerate(self.step.updates):
             if self._states[number]:
                 self._states[number] = update.conclude(self._prepared[number], self._states[number])
+
+    def know_scales(self) -> None:
+        """Second half of `end_reduce`."""
         if self.step.merge_base is not None:
-            self._base_scales = self.step.merge_base.effective_scales(self._absmax)
-            self.scales = self._known_scales()
+            rounded = fixed_scales(self._absmax, self.step.merge_base)
+            self._base_scales = rounded.effective
+            self.scales = self._known_scales(rounded)
         if self.step.searches_first:
-            self.use(Fixed(self._gathered, self.step.encoder.effective_scales(self._gathered)))
+            self.use(fixed_scales(self._gathered, self.step.encoder))
 
     def use(self, scales: Fresh | Kept | Fixed, codes: Tensor | None = None) -> None:
         """Have `rewrite` write these scales, and `codes` (uint8, flat, of the whole weight) if they are known.
@@ -164,6 +184,11 @@ class WeightWork:
             lambda number, part: self._rewrite(number, raw, rows, out, part), rows, self.height
         )
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing of how cells are rounded is left to the first of them."""
+        return self._codes is not None or self._rounding is not None or self.step.rounding is None
+
     def settle(self, raw: Tensor, rows: range) -> Rounding | None:
         """Rounding of cells, which adaptive rounding decides by the first rows, those of the first tile among them."""
         adaptive = self.step.rounding
@@ -180,6 +205,8 @@ class WeightWork:
         encoder = self.step.encoder
         if encoder.grid is None:
             return encoder.finish(None, None), None
+        if encoder.nested and isinstance(self.scales, Fresh | OfBase):
+            self.scales = fixed_scales(self._gathered, encoder)
         tail = self._finished_parts()
         if not self.step.updates:
             return tail, None
@@ -203,10 +230,8 @@ class WeightWork:
         match self.scales:
             case Fresh() | OfBase():
                 return self.step.encoder.finish(self._gathered, None)
-            case Kept(stored=stored, parts=parts):
+            case Kept(stored=stored, parts=parts) | Fixed(stored=stored, parts=parts):
                 return self.step.encoder.finish(stored, parts)
-            case Fixed(stored=stored):
-                return self.step.encoder.finish(stored, None)
             case _:
                 assert_never(self.scales)
 
@@ -312,7 +337,14 @@ class WeightWork:
         if self._keeps_base and grid is not None and base.codes is not None and base.effective is not None:
             target = self._target(self._copy(base.values, cell, scratch), cell)
             ratio = delta_to_step(target.view(-1), base.values.view(-1), base.codes, base.effective, grid)
-        self._rounding = adaptive.settled(ratio)
+            self._rounding = adaptive.settled(ratio)
+        elif adaptive.looks and self.step.updates and grid is not None and self.step.equalizer is None:
+            target = self._target(self._copy(base.values, cell, scratch), cell)
+            context = Context(None, None, None, None, self._as_stored)
+            ratio = adaptive.ratio_by_look(target.view(-1), base.values.view(-1), grid, context)
+            self._rounding = adaptive.settled_by_look(ratio)
+        else:
+            self._rounding = adaptive.settled(None)
         if not self._rounding.keeps_scales:
             self.use(FRESH)
 
@@ -407,7 +439,7 @@ class WeightWork:
 
     def _distance(
         self, original: Tensor, rounded: Tensor, rows: range, grid: Grid, scratch: Scratch
-    ) -> float | Tensor:
+    ) -> Tensor:
         """||W - Wq||², both rescaled as the update is that it is compared with; `original` is used up."""
         if self.step.equalizer is not None:
             rounded = self._copy(rounded, rows, scratch)
@@ -463,7 +495,8 @@ class WeightWork:
             inner = self._blocks(self._inner, rows, grid)
             sums = self._sums[rows.start // self.height]
             sums[:2] = self._kernels.kept(codes, grid, target, values, base.anchor.view(-1), inner)
-            sums[2] = base.error
+            if base.error is not None:  # an entry set from a number would have a device waited for
+                sums[2] = base.error
         self._show(Seen(rows, base, target.view(len(rows), -1), codes, scales, out))
 
     def _pack(self, codes: Tensor, scales: Tensor, base: CellBase, target: Tensor, out: Tensor) -> None:
@@ -478,9 +511,9 @@ class WeightWork:
         else:
             self.step.encoder.pack(codes, scales, out)
             if self._codes is None:
-                stays = (target.view_as(base.values) == base.values).all(dim=1)
+                stays = (target.view_as(base.values) == base.values).all(dim=1, keepdim=True)
                 written, stored = (each.view(len(stays), -1) for each in (out, base.raw))
-                written[stays] = stored[stays]
+                torch.where(stays, stored, written, out=written)
 
     def _show(self, seen: Seen) -> None:
         if self._watch is not None:
@@ -501,12 +534,16 @@ class WeightWork:
         if rounding.needs_noise:
             drawn = scratch.take("noise", count, self.device)
             noise = uniform(self.seed, step.name, rows, step.columns, drawn)
-        stored = step.encoder.effective_scales if step.encoder.rounds_scales else None
-        context = Context(own, fixed, base.values.view(-1), noise, stored)
+        context = Context(own, fixed, base.values.view(-1), noise, self._as_stored)
         codes = scratch.take("codes", count, self.device, torch.uint8)
         scales = rounding.choose(target, grid, context, codes)
         self._check_finite(target, rows, scales if context.scales is None else target)
         return codes, scales
+
+    @property
+    def _as_stored(self) -> Callable[[Tensor], Tensor] | None:
+        encoder = self.step.encoder
+        return encoder.effective_scales if encoder.rounds_scales else None
 
     def _given(self, base: CellBase, rows: range, grid: Grid) -> tuple[Tensor | None, Tensor | None]:
         """The base's own codes and the effective scales of a cell, as far as these are not the rounding's to choose."""

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from streamconv.adapters.base import Parts
+from streamconv.memory_errors import is_out_of_memory
 from streamconv.planning.devices import Device
-from streamconv.planning.plan import DEVICE_TILES, Memory, Rewrite, cell_rows, tile_rows
+from streamconv.planning.plan import DEVICE_TILES, Access, Memory, Rewrite, cell_rows, tile_rows
 from streamconv.running.cell import KeptDelta, Watch
 from streamconv.running.cells import WeightWork
 from streamconv.running.engine import AllTickets
@@ -21,7 +22,7 @@ from streamconv.running.streams import Event, Gpu
 from streamconv.running.workers import Inline, Ticket
 
 T = TypeVar("T")
-
+_MOST_PATIENCE = 64  # weights
 
 _log = logging.getLogger(__name__)
 
@@ -52,13 +53,17 @@ class CudaEngine:
         copy in ──loaded──▶ compute ──computed──▶ copy out ──▶ ticket
            ▲───── read_free ───┘ ▲────── written_free ───┘
 
-    The host only submits; it waits in tickets and at a weight's end. Where memory runs out, everything in flight is
-    waited for, tiles halve, down to a cell each, then come one at a time; and what had failed is done again.
+    The host only submits; it waits in tickets, at a weight's end, and for the first tile of one whose rounding that
+    decides. Where memory runs out, everything in flight is waited for, tiles halve, down to a cell each, then come one
+    at a time; and what had failed is done again. Weights later they grow again.
     """
 
     def __init__(self, gpu: Gpu, device: Device, memory: Memory) -> None:
         self._gpu, self._device = gpu, device
-        self._tile_bytes, self._count = memory.buffer, DEVICE_TILES
+        # Of a tile as it is read, and as it is written: now, and at most.
+        self._tile_bytes = self._most = (memory.buffer, memory.written_buffer)
+        self._count = DEVICE_TILES
+        self._weights, self._patience = 0, 1  # that passed since memory ran out, and that are to pass
         self._copy_in, self._compute, self._copy_out = gpu.stream(), gpu.stream(), gpu.stream()
         self._inline = Inline()
         self._places: list[_Place] = []
@@ -90,7 +95,13 @@ class CudaEngine:
     def end_reduce(self, works: Sequence[WeightWork]) -> None:
         self._compute.record().synchronize()
         for work in works:
-            self._compute.ask(work.end_reduce)
+            if (
+                work.step.access is Access.WHOLE
+            ):  # a decomposition needs much at once, tiles nothing meanwhile
+                self.synchronize()
+                self._places.clear()
+            self._compute.ask(work.conclude_updates)
+            self._within_memory(partial(self._compute.ask, work.know_scales), [work.step])
 
     def rewrite(self, raw: Tensor, rows: range, works: Sequence[tuple[WeightWork, Tensor]]) -> Ticket:
         steps = [work.step for work, _ in works]
@@ -98,7 +109,9 @@ class CudaEngine:
 
     def finish(self, work: WeightWork) -> tuple[tuple[bytes, ...], KeptDelta | None]:
         self._compute.record().synchronize()
-        return self._within_memory(lambda: self._compute.ask(work.finish), [work.step])
+        finished = self._within_memory(lambda: self._compute.ask(work.finish), [work.step])
+        self._grow()
+        return finished
 
     def synchronize(self) -> None:
         """Return when all that was submitted is done."""
@@ -134,7 +147,11 @@ class CudaEngine:
             for result, target in zip(results, targets, strict=True):
                 self._gpu.copy(result, target)
 
-        there, _ = self._load(part, place)
+        there, loaded = self._load(part, place)
+        if unsettled := [work for work, _ in works if not work.is_settled]:
+            loaded.synchronize()
+            for work in unsettled:  # once a weight: the host is told what becomes of its scales
+                self._compute.ask(partial(work.settle, there, piece))
         self._compute.wait(place.written_free)
         self._compute.submit(compute)
         place.read_free = computed = self._compute.record()
@@ -168,25 +185,29 @@ class CudaEngine:
         self, raw: Tensor, rows: range, first: int, steps: Sequence[Rewrite], send: _Send
     ) -> tuple[int, Ticket]:
         """Send the piece that begins at row `first`; returns the row at which it ends, and its ticket."""
-        count = min(tile_rows(step, self._tile_bytes, self._height(step)) for step in steps)
+        read, written = self._tile_bytes
+        count = min(tile_rows(step, read, self._height(step), written) for step in steps)
         piece = range(first, min(first + count, rows.stop))
         part = _part(raw, steps[0].weight.decoder.row_offset, rows, piece)
         return piece.stop, send(part, piece, self._next_place(steps))
 
     def _next_place(self, steps: Sequence[Rewrite]) -> _Place:
-        size = max(self._tile_bytes, self._cell_bytes(steps))
+        sizes = self._at_least(self._tile_bytes, steps)
         places = self._places
-        if not places or places[0].read.numel() < size or len(places[0].written) < len(steps):
-            self._allocate(size, len(steps))
+        is_short = len(places) < self._count or len(places[0].written) < len(steps)
+        if is_short or any(place < size for place, size in zip(_sizes(places[0]), sizes, strict=True)):
+            self._allocate(sizes, len(steps))
         self._turn = (self._turn + 1) % len(self._places)
         return self._places[self._turn]
 
-    def _allocate(self, size: int, outputs: int) -> None:
+    def _allocate(self, sizes: tuple[int, int], outputs: int) -> None:
         self.synchronize()
         self._places.clear()
+        read, written = sizes
 
         def allocate() -> list[Tensor]:
-            return [torch.empty(size, dtype=torch.uint8, device=self._gpu.torch) for _ in range(1 + outputs)]
+            each = (read, *[written] * outputs)
+            return [torch.empty(size, dtype=torch.uint8, device=self._gpu.torch) for size in each]
 
         buffers = [self._compute.ask(allocate) for _ in range(self._count)]
         # The allocator may give what was freed by work that is still to be done on this stream, and on no other.
@@ -198,7 +219,9 @@ class CudaEngine:
         while True:
             try:
                 return work()
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 failed = error.with_traceback(None)  # whose frames would keep the tensors of the cell
             if not self._shrink(steps):
                 raise failed
@@ -208,30 +231,52 @@ class CudaEngine:
         self.synchronize()
         self._places.clear()
         self._gpu.give_back()
-        cell = self._cell_bytes(steps)
-        if self._tile_bytes > cell:
-            self._tile_bytes = max(cell, self._tile_bytes // 2)
+        read, written = self._tile_bytes
+        halves = self._at_least((read // 2, written // 2), steps)
+        if halves[0] < read or halves[1] < written:
+            self._tile_bytes = (min(read, halves[0]), min(written, halves[1]))
         elif self._count > 1:
             self._count = 1
         else:
             return False
+        self._weights, self._patience = 0, min(2 * self._patience, _MOST_PATIENCE)
         _log.info("out of memory on %s: going on with smaller tiles", self._device.name)
         return True
+
+    def _grow(self) -> None:
+        """Take back, a step at a time, what `_shrink` gave: others may have needed the memory for a while only.
+
+        Each time that it runs out, twice as many weights have to pass before the next step.
+        """
+        if self._count == DEVICE_TILES and self._tile_bytes == self._most:
+            return
+        self._weights += 1
+        if self._weights < self._patience:
+            return
+        self._weights = 0
+        if self._count < DEVICE_TILES:
+            self._count = DEVICE_TILES
+        else:
+            (read, written), most = self._tile_bytes, self._most
+            self._tile_bytes = (min(most[0], 2 * read), min(most[1], 2 * written))
 
     def _height(self, step: Rewrite) -> int:
         return cell_rows(self._device, step)
 
-    def _cell_bytes(self, steps: Sequence[Rewrite]) -> int:
-        """Bytes of one cell, read or written, whichever is more."""
-        return max(
-            offset(min(self._height(step), step.rows))
-            for step in steps
-            for offset in (step.weight.decoder.row_offset, step.encoder.row_offset)
-        )
+    def _at_least(self, sizes: tuple[int, int], steps: Sequence[Rewrite]) -> tuple[int, int]:
+        """`sizes` of a tile as read and as written, or those of one cell of any of `steps` where these are more."""
+        cells = [(step, min(self._height(step), step.rows)) for step in steps]
+        read = max(step.weight.decoder.row_offset(rows) for step, rows in cells)
+        return max(sizes[0], read), max(sizes[1], *(step.encoder.row_offset(rows) for step, rows in cells))
 
 
 # Bytes in host memory, their rows, and where they go on the device.
 _Send = Callable[[Tensor, range, _Place], Ticket]
+
+
+def _sizes(place: _Place) -> tuple[int, int]:
+    """Bytes of a place's buffer for what is read, and of the one for what is written."""
+    return place.read.numel(), place.written[0].numel()
 
 
 def _part(tile: Tensor, offset: Callable[[int], int], rows: range, piece: range) -> Tensor:

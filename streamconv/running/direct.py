@@ -21,7 +21,8 @@ CPU = torch.device("cpu")
 class DirectEngine:
     """Tiles are computed where they lie: on a CPU, or on the `device` to which they were brought.
 
-    `workers` share their cells, of `height` rows each, or more where blocks of a step's scales have more.
+    `workers` share their cells, of `height` rows each, or more where blocks of a step's scales have more. `defers`:
+    that values are finite is known when a weight is finished, and nothing is waited for until then.
     """
 
     def __init__(
@@ -29,8 +30,9 @@ class DirectEngine:
         workers: Workers | Inline,
         device: torch.device = CPU,
         height: int = CELL_ROWS,
+        defers: bool = False,
     ) -> None:
-        self._workers, self.device, self._height = workers, device, height
+        self._workers, self.device, self._height, self._defers = workers, device, height, defers
 
     def host_buffer(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
@@ -39,7 +41,7 @@ class DirectEngine:
         self, step: Rewrite, side: Parts, parts: Sequence[Parts], seed: int, watch: Watch | None = None
     ) -> WeightWork:
         height = max(self._height, step.encoder.cell_rows)
-        return WeightWork(step, side, parts, self.device, seed, self._workers, height, watch=watch)
+        return WeightWork(step, side, parts, self.device, seed, self._workers, height, self._defers, watch)
 
     def reduce(self, raw: Tensor, rows: range, works: Sequence[WeightWork]) -> Ticket:
         for work in works:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from streamconv.checkpoint.reader import TensorReader, tensor_bytes
 from streamconv.checkpoint.types import StoredTensor
-from streamconv.errors import ResourceError, Stopped
+from streamconv.errors import Stopped
 from streamconv.formats.base import Constant, Weight
 from streamconv.formats.rows import StoredRows, runs
+from streamconv.memory_errors import is_out_of_memory, ran_out
 from streamconv.planning.plan import (
     SLOTS,
     WEIGHTS_HELD,
@@ -134,14 +135,10 @@ class Run:
                 thread.join()
 
     def _told(self, error: BaseException) -> BaseException:
-        if not isinstance(error, torch.OutOfMemoryError):
+        if not is_out_of_memory(error):
             return error
-        told = ResourceError(
-            f"{self.device.name} ran out of memory: {str(error).splitlines()[0]} Give it a smaller --max-vram, "
-            "free some memory, or use --device cpu, and run again"
-        )
-        told.__cause__ = error
-        return told
+        remedy = "Give it a smaller --max-vram, free some memory, or use --device cpu, and run again"
+        return ran_out(self.device.name, error, remedy)
 
 
 class Lane:
@@ -163,7 +160,7 @@ class Lane:
         self.free: Pipe[Slot] = Pipe(0, self.closed)
         for _ in range(SLOTS):
             read = engine.host_buffer(memory.buffer)
-            written = [engine.host_buffer(memory.buffer) for _ in outputs]
+            written = [engine.host_buffer(memory.written_buffer) for _ in outputs]
             self.free.put(Slot(read, written, self.free.put))
         # Of small weights, many tiles fit the slots; their side parts and adapters must not pile up.
         self.places: Pipe[None] = Pipe(0, self.closed)
@@ -227,7 +224,8 @@ class Lane:
         self.places.get()
         self.to_compute.put(BeginWeight(tuple(steps), load_weight(reader, tuple(steps.values()))))
         height = max(cell_rows(self.run.device, step) for step in steps.values())
-        rows = min(tile_rows(step, self.memory.buffer, height) for step in steps.values())
+        memory = self.memory
+        rows = min(tile_rows(step, memory.buffer, height, memory.written) for step in steps.values())
         count = next(iter(steps.values())).rows
         twice = any(step.access is not Access.ROW for step in steps.values())
         stored = self._stored_rows(reader, weight)
@@ -241,7 +239,7 @@ class Lane:
                 self.to_compute.put(Tile(tile, slot, nbytes, reduces, copies))
         for output, step in steps.items():
             if step.encoder.order is not None:
-                for lines in runs(step.encoder.order, self.memory.buffer):
+                for lines in runs(step.encoder.order, self.memory.written_buffer):
                     self.to_compute.put(Lines(self.free.get(), output, lines))
         reader.check_recent()
         self.to_compute.put(EndWeight(copies))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from streamconv.formats.base import Encoder
+from streamconv.formats.base import Encoder, Nesting
 from streamconv.planning.scales import Fresh, OfBase
 
 
@@ -25,25 +25,35 @@ class Kept:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fixed:
-    """Scales that were chosen before the first code, other than the base's: `stored` and `effective` as in Kept."""
+    """Scales that were chosen before the first code, other than the base's, or are all known: fields as in Kept."""
 
     stored: Tensor
     effective: Tensor
+    parts: Mapping[str, Tensor] | None = None
 
 
 Scales = Fresh | OfBase | Kept | Fixed
 """Fresh: the rounding chooses those of each cell. OfBase: a cell has those that its base was rounded with."""
 
 
+def fixed_scales(scales: Tensor, encoder: Encoder) -> Fixed:
+    """All `scales` of a weight (float32, one a block) as `encoder` will store them; nested once, where they are."""
+    if encoder.nested and isinstance(encoder, Nesting):
+        parts, effective = encoder.nest(scales)
+        return Fixed(scales, effective, parts)
+    return Fixed(scales, encoder.effective_scales(scales))
+
+
 def kept_scales(
-    planned: OfBase, base: Tensor, stored: Tensor | None, encoder: Encoder, side: Mapping[str, Tensor]
+    planned: OfBase, base: Tensor, stored: Fixed | None, encoder: Encoder, side: Mapping[str, Tensor]
 ) -> Kept:
     """The base's scales as the output has them.
 
-    `base` are effective scales of the base, float32, one a block; `stored` what they were made of, if the encoder is to
-    be given that; `side` the base's parts other than the main one.
+    `base` are effective scales of the base, float32, one a block; `stored` those that were rounded as the encoder
+    rounds them, where they are; `side` the base's parts other than the main one.
     """
-    given = base if stored is None else stored
     if planned.keeps_parts:
+        given = base if stored is None else stored.stored
         return Kept(given, given, side)
-    return Kept(given, encoder.effective_scales(given), None)
+    known = fixed_scales(base, encoder) if stored is None else stored
+    return Kept(known.stored, known.effective, known.parts)

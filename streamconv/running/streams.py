@@ -9,6 +9,7 @@ early as they may.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -26,7 +27,7 @@ class Event(Protocol):
 
 class DeviceStream(Protocol):
     def submit(self, work: Callable[[], None]) -> None:
-        """Have `work` done after all that was submitted before. May raise at once, torch.OutOfMemoryError above all."""
+        """Have `work` done after all that was submitted before. May raise at once, for want of memory above all."""
 
     def ask(self, work: Callable[[], T]) -> T:
         """Return what `work` answers, which may use results of the device, but waits for nothing that was submitted."""
@@ -60,8 +61,21 @@ class Gpu(Protocol):
         """Return memory that nothing uses any more to the device; it may then be had in other sizes."""
 
 
+@dataclass(frozen=True, slots=True)
+class CudaEvent:
+    """See Event. Waited for with its own device current: the first one would come up beside it in a writer's thread."""
+
+    device: torch.device
+    event: torch.cuda.Event
+
+    def synchronize(self) -> None:
+        with torch.cuda.device(self.device):
+            self.event.synchronize()
+
+
 class CudaStream:
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         # torch's own streams do not wait for the default one.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it without types
 
@@ -76,11 +90,11 @@ class CudaStream:
     def record(self) -> Event:
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # untyped; who waits, sleeps
         event.record(self._stream)
-        return event
+        return CudaEvent(self._device, event)
 
     def wait(self, event: Event) -> None:
-        assert isinstance(event, torch.cuda.Event)
-        self._stream.wait_event(event)
+        assert isinstance(event, CudaEvent)
+        self._stream.wait_event(event.event)
 
 
 class CudaGpu:

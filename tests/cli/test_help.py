@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
+from streamconv.__main__ import set_allocator
 from streamconv.cli import main
 from tests.cli.calls import succeed
 
@@ -85,3 +86,13 @@ def test_a_working_directory_that_was_deleted(tmp_path: Path) -> None:
     ended = subprocess.run(line, cwd=gone, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("Error: the folder in which this was started is not there any more")
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_of_gpus_grows_in_one_piece_unless_somebody_said_how(name: str) -> None:
+    environment: dict[str, str] = {}
+    set_allocator(environment)
+    assert environment == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    environment = {name: "max_split_size_mb:512"}
+    set_allocator(environment)
+    assert environment == {name: "max_split_size_mb:512"}

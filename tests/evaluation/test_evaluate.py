@@ -9,7 +9,9 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,9 +30,16 @@ from transformers import (
 import streamconv
 from streamconv import evaluation
 from streamconv.errors import CheckpointError, InputError, OptionError, ResourceError
+from streamconv.evaluation.budget import Budget
+from streamconv.evaluation.measures import Divergence
+from streamconv.evaluation.scoring import score
+from streamconv.forward.memory import FIXED_BYTES
+from streamconv.forward.weights import HOST_BYTES
+from streamconv.planning import devices
 from streamconv.progress import anonymous_bytes
 from tests.forward.test_walk import SIZES, SLIDING
 from tests.forward.texts import numbers, save_tokenizer, write_text
+from tests.host_gpu import HostGpu
 from tests.models import Sizes, write_base
 from tests.tiny import (
     edit_json,
@@ -310,6 +319,74 @@ def test_a_model_larger_than_the_memory(tmp_path: Path, text: Path, base: Path) 
     check(result, open_model(large))
     with pytest.raises(ResourceError, match=r"--max-ram is too small.*need \d+MiB"):
         streamconv.evaluate(large, data=text, max_ram="140MiB", **LENGTHS)
+
+
+# -- on a GPU ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> HostGpu:
+    found = HostGpu()
+    real = devices.resolve_device
+    monkeypatch.setattr(
+        "streamconv.pipeline.preparation.resolve_device",
+        lambda name: real(name) if name == "cpu" else found,
+    )
+    return found
+
+
+def test_memory_of_a_gpu_and_of_the_host_are_planned_apart(base: Path, text: Path, gpu: HostGpu) -> None:
+    on_cpu = streamconv.evaluate(base, data=text, device="cpu", **LENGTHS)
+    found = streamconv.evaluate(base, data=text, device="cuda", **LENGTHS)
+    assert found.losses == pytest.approx(on_cpu.losses, rel=1e-5)
+    fixed = FIXED_BYTES + HOST_BYTES
+    states = COUNT * LENGTH * 32 * 4
+    assert found.planned_ram_bytes == fixed + 2 * states  # those of a batch, which is all, and of all
+    with pytest.raises(ResourceError, match="--max-ram is too small to evaluate"):
+        streamconv.evaluate(base, data=text, device="cuda", max_ram="150MiB", **LENGTHS)
+    with pytest.raises(ResourceError, match="--max-vram is too small"):
+        streamconv.evaluate(base, data=text, device="cuda", max_vram="60MiB", **LENGTHS)
+
+
+def test_a_gpu_whose_memory_is_taken_is_left_to_others(
+    base: Path, text: Path, gpu: HostGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def short(device: devices.Device, needed: int) -> dict[str, str]:
+        asked.append(needed)
+        return {} if device.is_cpu else {"cuda:0": "cuda:0 has 1 GB of memory free, and 2 GB are planned"}
+
+    monkeypatch.setattr("streamconv.evaluation.scoring.short_of_memory", short)
+    both: dict[str, Any] = {"data": text, "reference": base, **LENGTHS}
+    found = streamconv.evaluate(base, **both)
+    assert found.comparison is not None
+    assert found == replace(
+        streamconv.evaluate(base, device="cpu", **both),
+        seconds=found.seconds,
+        peak_ram_bytes=found.peak_ram_bytes,
+    )
+    assert asked[0] > 0
+    with pytest.raises(
+        ResourceError, match="--device cuda was asked for, but cuda:0 has 1 GB of memory free"
+    ):
+        streamconv.evaluate(base, device="cuda", **both)
+
+
+def test_only_sums_come_back_from_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here from a device that has no numbers: nothing else could."""
+    where = torch.device("meta")
+    walk = SimpleNamespace(
+        device=SimpleNamespace(torch=where),
+        hidden=8,
+        dtype=torch.float32,
+        run=lambda *_: None,
+        logits=lambda *_: iter([(range(50), slice(0, COUNT), torch.empty(COUNT, LENGTH, 50, device=where))]),
+    )
+    walks: Any = [walk, walk]
+    found = score(walks, WINDOWS, Budget(COUNT, 64, 2**20, 0))
+    assert isinstance(found, Divergence)
+    assert found.reference.targets.device == where
 
 
 # -- what cannot be meant ------------------------------------------------------------------------------------------

@@ -49,6 +49,13 @@ def test_tiles_change_nothing(height: int, close: float) -> None:
     assert torch.equal(found.agreement(), logs[0].argmax(-1) == logs[1].argmax(-1))
 
 
+def test_sums_lie_where_the_logits_are() -> None:
+    """Here on a device that has no numbers: whatever came back of them would fail."""
+    reference, model, targets = (tensor.to("meta") for tensor in both(0.5))
+    found = Divergence.between(targets)
+    found.add(slice(0, 2), range(7), reference[0:2, :, :7], model[0:2, :, :7])
+
+
 def test_a_model_does_not_differ_from_itself() -> None:
     reference, _, targets = both(0.0)
     found = tiled(reference, reference.clone(), targets, 7)

@@ -24,7 +24,9 @@ from transformers import (
 
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.forward.activations import hold_activations
+from streamconv.running.cells import WeightWork
 from tests.forward.walking import WINDOWS, at_once, opened, walked
+from tests.host_gpu import HostGpu
 from tests.tiny import VOCABULARY, edit_json, edit_tensors, gpt2_config, llama_config, read_tensors, save_base
 
 SIZES: dict[str, Any] = {
@@ -199,6 +201,75 @@ def test_hidden_states_of_another_kind_are_refused(tmp_path: Path) -> None:
     )
     message = refused(save_base(tmp_path / "base", config))
     assert "Gemma3nForCausalLM cannot be run layer by layer" in message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_a_device_that_fails_is_no_fault_of_the_model(
+    base: Path, error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    with opened(base) as walk:
+        layer = next(iter(walk.skeleton.layers.values()))
+        monkeypatch.setattr(layer.mlp, "forward", fail)
+        with pytest.raises(type(error)) as caught:
+            walked(walk)
+        assert caught.value is error
+
+
+# -- weights on a GPU ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heights"),
+    [(torch.float32, set()), (torch.bfloat16, {64, 128, 1024})],  # copied; all rows at once in whole cells
+)
+def test_weights_for_a_gpu_come_in_its_cells_and_are_not_looked_at_one_by_one(
+    dtype: torch.dtype, heights: set[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And they are the same, where products are those of the CPU."""
+    base = save_base(tmp_path / "base", llama_config(), dtype=dtype)
+    with opened(base) as walk:
+        expected = walked(walk)
+    seen: list[tuple[int, bool]] = []
+
+    def work(*args: Any) -> WeightWork:
+        seen.append((args[6], args[7]))
+        return WeightWork(*args)
+
+    monkeypatch.setattr("streamconv.running.direct.WeightWork", work)
+    monkeypatch.setattr("streamconv.forward.weights.cell_rows", lambda device, step: 1024)
+    monkeypatch.setattr("streamconv.forward.weights.BUFFER_BYTES", 1000)  # of what is only copied, too
+    with opened(base, device=HostGpu()) as walk:
+        assert torch.equal(walked(walk), expected)
+    assert {height for height, _ in seen} == heights
+    assert all(defers for _, defers in seen)
+
+
+@pytest.mark.parametrize("row", [3, 70, 149])
+@pytest.mark.parametrize("height", [1, 100, 4096])
+def test_a_value_that_is_not_finite_is_found_in_any_tile_of_a_head(
+    tmp_path: Path, row: int, height: int
+) -> None:
+    config = llama_config()
+    config.vocab_size = 150
+    base = save_base(tmp_path / "base", config, dtype=torch.bfloat16)
+    head = read_tensors(base / "model.safetensors")["lm_head.weight"]
+    head[row, 5] = torch.inf
+    edit_tensors(base / "model.safetensors", put={"lm_head.weight": head})
+    with (
+        opened(base, device=HostGpu()) as walk,
+        pytest.raises(InputError, match=r"lm_head.weight: a value in rows \d+ to \d+ is NaN, infinite"),
+    ):
+        walked(walk, height=height)
 
 
 def copied(base: Path, folder: Path) -> Path:

@@ -15,18 +15,18 @@ from streamconv.forward.skeleton import build_skeleton
 from streamconv.forward.walk import Walk
 from streamconv.forward.weights import WeightSource
 from streamconv.pipeline import build_job, prepare
-from streamconv.planning.devices import resolve_device
+from streamconv.planning.devices import Device, resolve_device
 from tests.tiny import VOCABULARY
 
 WINDOWS = torch.arange(3 * 24).reshape(3, 24) * 7 % VOCABULARY
 # Two batches of two lengths.
 BATCH = 2
+ON_CPU = resolve_device("cpu")
 
 
 @contextmanager
-def opened(folder: Path, read: list[int] | None = None) -> Iterator[Walk]:
+def opened(folder: Path, read: list[int] | None = None, device: Device = ON_CPU) -> Iterator[Walk]:
     prepared = prepare(build_job(folder, quant="none", dtype="float32"))
-    device = resolve_device("cpu")
     config = prepared.base.index.config
     counts = [] if read is None else read
     with WeightSource(prepared.plan, device, counts.append) as source:

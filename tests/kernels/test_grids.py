@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from streamconv.dtypes import DENSE
+from streamconv.formats import FORMATS
 from streamconv.formats.bnb_4bit import DYNAMIC
 from streamconv.kernels import TORCH, Start, kernels_for
 from streamconv.kernels.grids import (
@@ -21,8 +25,10 @@ from streamconv.kernels.grids import (
     TableGrid,
     block_absmax,
     divide_by_scales,
+    empty_scales,
     multiply_by_scales,
 )
+from tests.formats.stored import encoder_for
 
 EVEN = TableGrid("even", (-1.0, 0.0, 1.0), 64)
 CLOSE = TableGrid("close", (-1.0, 0.0, 1e-4, 2e-4, 1.0), 64)  # thresholds too close for bins
@@ -176,3 +182,27 @@ def test_integers_in_groups_are_all_those_of_their_bits(grid: TableGrid, bits: i
 def test_a_block_of_another_length_has_the_same_values() -> None:
     assert INT4.of_block(32).values == INT4.values
     assert INT4.of_block(32) != INT4
+
+
+class _DivisorsOnTheDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it without types
+    """Refuses division by a number that CUDA would multiply with the reciprocal of, which has other bits."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_) and not isinstance(
+            args[1], Tensor
+        ):
+            assert math.frexp(args[1])[0] == 0.5, f"divided by {args[1]}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in DENSE])
+def test_scales_have_the_bits_of_a_division(name: str) -> None:
+    """Starting ones and those stored, of every format, in operations that round alike on a CPU and on CUDA."""
+    encoder = encoder_for(name, values := torch.randn(256, 256))
+    if encoder.grid is None:
+        return
+    with _DivisorsOnTheDevice():  # type: ignore[no-untyped-call]
+        scales = empty_scales(values.numel(), encoder.grid, values.device)
+        encoder.effective_scales(TORCH.starting_scales(values.view(-1), encoder.grid, scales))

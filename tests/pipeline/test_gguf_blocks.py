@@ -128,7 +128,7 @@ def test_what_survives_is_measured_on_what_was_written(
             delta += float(change.double().square().sum())
     assert report.kept_delta == pytest.approx(kept / delta, rel=1e-3)
     with pytest.raises(
-        VerificationError, match=r"of the fine-tune survives search .*choose --rounding adaptive"
+        VerificationError, match=r"of the fine-tune survives adaptive .*choose --rounding stochastic"
     ):
         inputs.merge(tmp_path / "out", "gguf:q4_k_m", min_kept=1.0)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.gguf"))
@@ -142,7 +142,7 @@ def test_search_is_better_than_plain_nearest_for_every_format(
     errors = []
     plan = prepare(build_job(inputs.base, inputs.adapter, quant=quant, device="cpu")).plan
     assert plan.rounding is not None
-    assert plan.rounding.name == "search"
+    assert plan.rounding.name == "adaptive"
     for rounding in ("search", "nearest"):
         inputs.merge(tmp_path / rounding, quant, rounding=rounding)
         found = values_in(tmp_path / rounding, f"model-{quant[5:].upper()}.gguf")
@@ -151,6 +151,39 @@ def test_search_is_better_than_plain_nearest_for_every_format(
         assert errors[0] == errors[1]
     else:
         assert errors[0] < 0.95 * errors[1]
+
+
+@pytest.mark.parametrize(("source", "quant"), [("gguf:q4_1", "gguf:q5_k"), ("gguf:q5_1", "gguf:q5_1")])
+def test_an_update_of_a_base_that_was_expanded_from_a_quantized_file_is_kept(
+    inputs: Inputs, tmp_path: Path, source: str, quant: str
+) -> None:
+    """Its weights lie on the output's grid, or near it, and nothing says so; searched scales find that grid."""
+    streamconv.convert(inputs.base, tmp_path / "packed", quant=source, device="cpu")
+    streamconv.convert(tmp_path / "packed", tmp_path / "base", quant="bfloat16", device="cpu")
+    small = write_adapter(tmp_path / "small", SIZES.shapes, targets=("q_proj", "down_proj"), size=2e-4)
+    found = {
+        rounding: streamconv.merge(
+            tmp_path / "base",
+            small,
+            tmp_path / rounding,
+            quant=quant,
+            rounding=rounding,
+            min_kept=0.0,
+            device="cpu",
+        )
+        for rounding in ("search", "auto")
+    }
+    assert found["auto"].rounding == "adaptive"
+    kept = {rounding: report.kept_delta or 0.0 for rounding, report in found.items()}
+    assert kept["search"] < 0.25
+    assert 0.9 < kept["auto"] < 1.1
+
+
+def test_off_every_grid_adaptive_rounding_is_search(inputs: Inputs, tmp_path: Path) -> None:
+    for rounding in ("search", "adaptive"):
+        inputs.merge(tmp_path / rounding, "gguf:q4_k_m", rounding=rounding)
+    first, second = (values_in(tmp_path / each, "model-Q4_K_M.gguf") for each in ("search", "adaptive"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_several_files_further_outputs_and_verification(

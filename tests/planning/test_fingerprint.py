@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from streamconv.pipeline import Job, merge_options, prepare
+from tests.host_gpu import HostGpu
 from tests.models import Sizes, write_adapter, write_base
 from tests.tiny import edit_json, edit_tensors
 
@@ -101,6 +102,16 @@ def test_every_input_counts(base: Path, adapter: Path) -> None:
     edit_json(base / "config.json", model_type="gpt2")  # it may say how a square weight is stored
     found.append(digest(base, adapter))
     assert len(set(found)) == len(found)
+
+
+def test_precision_of_products_counts_on_a_gpu_alone(
+    base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was made on a CPU before it was noted is still the same run."""
+    job = Job(str(base), str(adapter), merge_options(**DEFAULTS), "auto")
+    assert "float32" not in prepare(job).plan.fingerprint
+    monkeypatch.setattr("streamconv.pipeline.preparation.resolve_device", lambda name: HostGpu())
+    assert prepare(job).plan.fingerprint["float32"] == "ieee"
 
 
 def test_what_computes_counts(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -402,3 +402,34 @@ def test_a_base_elsewhere_than_its_target_does_not_matter() -> None:
     away = BaseOnGrid(layer.base.codes.flip(0), layer.base.scales.flip(0))
     chosen = feedback(layer.target, layer.statistics, layer.encoder, PLAIN, None, away)
     assert not chosen.keeps_base
+
+
+@pytest.mark.parametrize(("quant", "shape"), [("nf4", (1100, 70)), ("w4a16, group size 32", (1100, 64))])
+@either_side
+def test_nearest_codes_are_found_in_stretches_of_rows(
+    quant: str, shape: tuple[int, int], two_sided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = trained(quant, shape)
+    given = with_outputs(given) if two_sided else given
+    moments = given.statistics.output_hessian
+    outputs = None if moments is None else factored(moments, 0.1)
+    metrics = factored(given.statistics.hessian, 0.01), outputs
+    layer = transpose(given.target, *metrics, given.grid, given.encoder.dequantized_dtype)
+    scales = greatest(layer)
+    whole = torch.empty(given.target.numel(), dtype=torch.uint8)
+    kernels.kernels_for(whole.device).nearest(given.target.flatten(), given.grid, scales, whole)
+    sizes, nearest = [], kernels.kernels_for(whole.device).nearest
+
+    class Counting:
+        def __getattr__(self, name: str) -> object:
+            return getattr(kernels.kernels_for(whole.device), name)
+
+        def nearest(self, values: Tensor, grid: Grid, given: Tensor, codes: Tensor) -> None:
+            sizes.append(values.numel())
+            nearest(values, grid, given, codes)
+
+    monkeypatch.setattr("streamconv.rounding.layer.kernels_for", lambda device: Counting())
+    found = rounded(layer, scales)
+    assert torch.equal(layer.flat(found.codes), whole)
+    assert sum(sizes) == whole.numel()
+    assert max(sizes) <= 512 * shape[1]

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from streamconv.kernels import TORCH
+from streamconv.kernels.in_torch import uniform_streams
 from streamconv.rounding import uniform
 
 MASK = (1 << 64) - 1
@@ -105,6 +107,17 @@ def test_streams_are_independent(other: Tensor) -> None:
 def test_wide_weights_have_numbers_of_their_own_in_every_row() -> None:
     numbers = draw(rows=range(2), columns=1 << 17)
     assert len(set(numbers.tolist())) > 0.99 * numbers.numel()
+
+
+@pytest.mark.parametrize("count", [64 * 77 * 3, 64 * 77 * 2 + 5 * 77])
+def test_several_streams_at_once_have_the_same_numbers(count: int) -> None:
+    """A device draws a cell so; the last stream's may be cut short."""
+    keys, out = [3, -(2**62), 2**63 - 1], torch.empty(count)
+    uniform_streams(keys, 64 * 77, out)
+    expected = torch.empty(3 * 64 * 77)
+    for key, part in zip(keys, expected.chunk(3), strict=True):
+        TORCH.uniform(key, 0, part)
+    assert torch.equal(out, expected[:count])
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +13,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from streamconv.adapters.base import State
+from streamconv.adapters.base import Parts, State
+from streamconv.adapters.initial import InitialUpdate
 from streamconv.adapters.lora import DoraUpdate
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.dtypes import DENSE
 from streamconv.errors import InputError, ResourceError
-from streamconv.formats import FORMATS
+from streamconv.formats import FORMATS, bnb_4bit
+from streamconv.formats.bnb_4bit import Bnb4bitEncoder, nested_mean
+from streamconv.kernels import TORCH
 from streamconv.pipeline import Job, Prepared, convert, prepare, run
 from streamconv.planning import plan as plans
 from streamconv.planning.devices import Device
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import DEVICE_TILES, SLOTS, Access, Memory, Rewrite
 from streamconv.progress import StopRequest
-from streamconv.running import engines
+from streamconv.running import cells, engines
 from streamconv.running.cell import KeptDelta
 from streamconv.running.cells import WeightWork
 from streamconv.running.cuda import CudaEngine
@@ -34,7 +39,7 @@ from streamconv.running.engine import Engine
 from streamconv.running.workers import Inline, Workers
 from tests.formats.stored import W, normal, only_weight, stored, write
 from tests.models import Sizes, write_adapter, write_base
-from tests.running.fake_gpu import COMPUTE, COPY_IN, COPY_OUT, HOST, SCHEDULES, FakeGpu
+from tests.running.fake_gpu import COMPUTE, COPY_IN, COPY_OUT, HOST, SCHEDULES, FakeGpu, FakeStream
 from tests.running.test_tiles import transposed_dora
 from tests.tiny import edit_tensors
 
@@ -180,6 +185,81 @@ def test_buffers_on_the_device_are_allocated_once(inputs: Inputs, monkeypatch: p
     assert allocated.count(64 * 128) == DEVICE_TILES * (1 + 1)  # what is read, and what is written
 
 
+class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it without types
+    """Operations for which CUDA has the host wait, as `found`: the host asks for a number, or sets one."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+        self._numbers: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        result = func(*args, **(kwargs or {}))
+        if name == "lift_fresh" and result.dim() == 0:  # of a number in Python
+            self._numbers.append(result)
+        is_set = name == "copy_" and any(args[1] is number for number in self._numbers)
+        masks = args[1] if name in ("index", "index_put_") else ()
+        is_mask = any(each is not None and each.dtype == torch.bool for each in masks)
+        if is_set or is_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+            self.found.append(name)
+        return result
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_nothing_that_is_submitted_has_the_host_wait(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    step, waits = step_of(inputs, name), Waits()
+    submit = FakeStream.submit
+
+    def watched(self: FakeStream, work: Callable[[], None]) -> None:
+        def run() -> None:
+            with waits:
+                work()
+
+        submit(self, run)
+
+    monkeypatch.setattr(FakeStream, "submit", watched)
+    if step.merge_base is not None:  # what compiled loops return is a number, on a CPU
+        monkeypatch.setattr(cells, "kernels_for", lambda device: TORCH)
+    on_gpu(step, FakeGpu())
+    assert not waits.found
+
+
+@pytest.mark.parametrize(
+    ("options", "times"),
+    [
+        (MergeOptions(quant="nf4-dq", rounding="nearest"), 1),
+        (MergeOptions(quant="nf4-dq", rounding="search"), 1),
+        (MergeOptions(quant="nf4-dq", merge_base="nf4-dq", rounding="stochastic"), 1),
+        (
+            MergeOptions(quant="nf4-dq", merge_base="nf4-dq", rounding="nearest"),
+            2,
+        ),  # of the base, and of its own
+    ],
+    ids=["nearest", "search", "base rounded first", "base rounded first, scales anew"],
+)
+def test_scales_are_nested_once(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, options: MergeOptions, times: int
+) -> None:
+    plan = prepare(Job(str(inputs.bf16), str(inputs.adapter), options, "cpu")).plan
+    steps = (placed.step for shard in plan.shards for placed in shard.steps)
+    (step,) = (step for step in steps if isinstance(step, Rewrite) and step.name == UP)
+    nested: list[int] = []
+
+    def mean(scales: Tensor) -> float:
+        nested.append(scales.numel())
+        return nested_mean(scales)
+
+    monkeypatch.setattr(bnb_4bit, "nested_mean", mean)
+    _, _, kept = on_gpu(step, FakeGpu())
+    assert kept is not None
+    assert nested == [700 * 64 // 64] * times
+
+
 # -- memory that runs out ----------------------------------------------------------------------------------------
 
 
@@ -296,6 +376,84 @@ def test_a_cell_that_does_not_fit_is_tried_alone_and_then_an_error(
     with pytest.raises(torch.OutOfMemoryError):
         on_gpu(step_of(inputs, "bf16"), gpu, buffer=cell)
     assert gpu.given_back == 2  # tiles in flight went, one after the other was tried, then nothing was left
+
+
+@pytest.mark.parametrize(
+    "error",
+    [out_of_memory(), torch.AcceleratorError("CUDA error: out of memory\nDetails.")],
+    ids=["torch", "driver"],
+)
+def test_memory_that_the_driver_lacks_is_made_as_well(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    step = step_of(inputs, "bf16")
+    gpu = FakeGpu()
+    upload = gpu.upload
+
+    def upload_late(host: Tensor) -> Tensor:
+        if not gpu.given_back:
+            raise error
+        return upload(host)
+
+    monkeypatch.setattr(gpu, "upload", upload_late)
+    assert on_gpu(step, gpu) == on_cpu(step)
+    assert gpu.given_back == 1
+
+
+def test_scales_of_a_first_pass_find_room_that_tiles_make(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = step_of(inputs, "nf4-dq of T")
+    expected, gpu, nest = on_cpu(step), FakeGpu(), Bnb4bitEncoder.nest
+
+    def nest_late(self: Bnb4bitEncoder, scales: Tensor) -> tuple[Mapping[str, Tensor], Tensor]:
+        if gpu.given_back < 2:
+            raise out_of_memory()
+        return nest(self, scales)
+
+    monkeypatch.setattr(Bnb4bitEncoder, "nest", nest_late)
+    assert on_gpu(step, gpu) == expected
+
+
+def test_a_whole_weight_is_concluded_without_tiles_on_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = (300, 40)
+    dense = FORMATS["float32"].encoder(W, shape, DENSE["float32"])
+    weight = only_weight(write(tmp_path, stored(dense, normal(shape))))
+    update = InitialUpdate(W, shape, {}, "pissa", 4, 1.0, False, DENSE["float32"])
+    step = Rewrite(W, weight, (update,), dense)
+    expected, tiles, changed = on_cpu(step), [], InitialUpdate.changed
+    empty = torch.empty
+
+    def noted(*shape: Any, **options: Any) -> Tensor:
+        made = empty(*shape, **options)
+        if options.get("dtype") == torch.uint8 and "device" in options:
+            tiles.append(weakref.ref(made))
+        return made
+
+    def change_alone(self: InitialUpdate, whole: Tensor, prepared: Parts) -> Tensor:
+        assert tiles
+        assert not any(tile() is not None for tile in tiles)
+        return changed(self, whole, prepared)
+
+    monkeypatch.setattr(torch, "empty", noted)
+    monkeypatch.setattr(InitialUpdate, "changed", change_alone)
+    assert on_gpu(step, FakeGpu()) == expected
+
+
+def test_tiles_grow_again_once_memory_is_there(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step after two weights, as memory ran out once, the next after two more."""
+    step = step_of(inputs, "bf16")
+    cell = max(step.weight.decoder.row_offset(64), step.encoder.row_offset(64))
+    engine = CudaEngine(FakeGpu(), CPU, Memory(0, 0, 8 * cell, 1))
+    found = []
+    for rows in (256, 999, 999, 999):
+        with monkeypatch.context() as patch:
+            (shortage := Shortage(rows)).strike(patch)
+            carry_out(step, engine, 512)
+        found.append(max(rows for _, rows in shortage.seen))
+    assert found == [256, 256, 512, 512]
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from streamconv.progress import StopRequest
 from streamconv.rounding import uniform
 from tests import tiny
 from tests.models import Sizes, write_adapter, write_base
+from tools.bench.gpu_visit import PARTS, Visit, make_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -214,3 +215,48 @@ def test_a_full_verification_on_the_gpu_finds_its_own_output_equal(
     base, adapter = str(inputs.base), str(inputs.adapter)
     found = streamconv.verify(str(tmp_path / "out"), full=True, base=base, adapter=adapter, device="cuda")
     assert found.exact
+
+
+# -- what surrounds a merge --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def visit(tmp_path_factory: pytest.TempPathFactory) -> Visit:
+    found = Visit(tmp_path_factory.mktemp("visit"), "cuda:0", False)
+    make_inputs(found)
+    return found
+
+
+def test_nothing_waits_while_a_tile_is_submitted(visit: Visit) -> None:
+    found = PARTS["waits"].run(visit)
+    assert found.pop("submitted") > 0
+    assert set(found.values()) == {"did not wait"}
+
+
+def test_a_calibration_gives_the_same_twice(visit: Visit) -> None:
+    assert PARTS["calibrated twice"].run(visit)["equal"]
+
+
+def test_an_evaluation_is_that_of_the_cpu(visit: Visit) -> None:
+    on_cpu, on_gpu = (each["perplexity"] for each in PARTS["evaluated"].run(visit).values())
+    assert on_gpu == pytest.approx(on_cpu, rel=1e-4)
+
+
+def test_an_analysis_says_what_it_says_on_the_cpu(visit: Visit) -> None:
+    on_cpu, on_gpu = (each["advice"] for each in PARTS["analyzed"].run(visit).values())
+    assert on_gpu == on_cpu
+
+
+def test_memory_is_given_back_after_a_run(inputs: Inputs, tmp_path: Path) -> None:
+    carry_out(inputs.prepare("cuda:0", "nf4"), tmp_path / "out")
+    assert torch.cuda.memory_reserved() == torch.cuda.memory_allocated() == 0
+
+
+def test_precision_that_the_process_asked_for_changes_no_byte(inputs: Inputs, tmp_path: Path) -> None:
+    carry_out(inputs.prepare("cuda:0"), tmp_path / "exact")
+    torch.set_float32_matmul_precision("high")
+    try:
+        carry_out(inputs.prepare("cuda:0"), tmp_path / "asked")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert shards(tmp_path / "asked") == shards(tmp_path / "exact")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from streamconv.formats.base import Weight
 from streamconv.planning.scales import OfBase
-from streamconv.running.scales import kept_scales
+from streamconv.running.scales import fixed_scales, kept_scales
 from tests.formats.stored import encoder_for, normal, only_weight, side_parts, stored, write
 
 VALUES = normal((128, 640))
@@ -46,9 +46,9 @@ def test_tensors_that_stay_are_not_rounded_again(tmp_path: Path) -> None:
 def test_scales_written_anew_are_known_as_a_loader_has_them(tmp_path: Path) -> None:
     """Those of nf4 are the greatest magnitudes of blocks; nf4-dq stores the same, quantized."""
     weight, nested = weight_in(tmp_path / "base", "nf4"), weight_in(tmp_path / "nested", "nf4-dq")
-    base = scales_in(weight)
-    kept = kept_scales(OfBase(), base, None, encoder_for("nf4-dq", VALUES), side_parts(weight))
-    assert kept.parts is None
+    base, encoder = scales_in(weight), encoder_for("nf4-dq", VALUES)
+    kept = kept_scales(OfBase(), base, None, encoder, side_parts(weight))
+    assert encoder.finish(None, kept.parts) == encoder.finish(base, None)
     assert torch.equal(kept.stored, base)
     assert torch.equal(kept.effective, scales_in(nested))
     assert not torch.equal(kept.effective, base)
@@ -57,7 +57,8 @@ def test_scales_written_anew_are_known_as_a_loader_has_them(tmp_path: Path) -> N
 def test_scales_are_stored_as_they_were_before_the_base_was_rounded(tmp_path: Path) -> None:
     """A base rounded to nf4-dq has scales already quantized: the output has what those were made of."""
     plain, nested = (scales_in(weight_in(tmp_path / name, name)) for name in ("nf4", "nf4-dq"))
-    kept = kept_scales(OfBase(), nested, plain, encoder_for("nf4-dq", VALUES), {})
-    assert kept.parts is None
+    encoder = encoder_for("nf4-dq", VALUES)
+    kept = kept_scales(OfBase(), nested, fixed_scales(plain, encoder), encoder, {})
+    assert encoder.finish(None, kept.parts) == encoder.finish(plain, None)
     assert torch.equal(kept.stored, plain)
     assert torch.equal(kept.effective, nested)

@@ -70,7 +70,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One merge; `ram_bytes` is its peak anonymous memory above a process that has only started CUDA."""
+    """One merge; `ram_bytes` is its peak anonymous and pinned memory above a process that has only started CUDA."""
 
     kind: str
     max_vram: str
@@ -156,7 +156,7 @@ def idle_bytes(device: str) -> int:
     """Anonymous memory of a process that has imported torch and started CUDA on `device`, and done nothing."""
     script = (
         "import sys, torch; from streamconv.progress import anonymous_bytes; "
-        "torch.zeros(1, device=sys.argv[1]); print(anonymous_bytes())"
+        "torch.zeros(1, device=sys.argv[1]); print(anonymous_bytes(pinned=True))"
     )
     command = (sys.executable, "-c", script, device)
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -181,7 +181,7 @@ def run(folder: Path, kind: Kind, max_vram: str, device: str, rates: Rates, idle
     }
     arguments = [f"--{name}={value}" for name, value in options.items()]
     command = (sys.executable, "-m", "tools.bench.gpu_merge", *arguments)
-    cost = checked(measure(command), f"{kind.name} with --max-vram {max_vram}")
+    cost = checked(measure(command, pinned=True), f"{kind.name} with --max-vram {max_vram}")
     shutil.rmtree(out)
     merged = Merged(**json.loads(cost.stdout.splitlines()[-1]))
     ram = max(0, cost.peak_anon_bytes - idle)

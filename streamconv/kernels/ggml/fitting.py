@@ -21,6 +21,7 @@ from torch import Tensor
 from streamconv.kernels.ggml.packing import codes_of
 from streamconv.kernels.ggml.scales import Nested, joined, split, to_half
 from streamconv.kernels.ggml.types import BlockType, Codes
+from streamconv.kernels.grids import divided
 
 # Ranges narrower than this are none: no 16-bit float could tell.
 SMALLEST = 2.0**-40
@@ -111,7 +112,7 @@ def fit(
     found = searches.symmetric(blocks, importance, _extreme_peaks(tries, codes), tries, codes)
     if not codes.is_nested:
         # The plainest scale first, so that weights that lie on a grid stay there.
-        near = [_extremes(blocks) / codes.peak, *(found * (1 + step / 1024) for step in tries.steps)]
+        near = [divided(_extremes(blocks), codes.peak), *(found * (1 + step / 1024) for step in tries.steps)]
         return searches.scales(blocks, importance, to_half(torch.stack(near)), codes)
     factors, integers = split(kind, found, nested)
     units = factors[:, 0].repeat_interleave(kind.blocks)
@@ -139,9 +140,9 @@ def starting_scales(kind: BlockType, values: Tensor, ranges: Ranges) -> Tensor:
     codes = codes_of(kind)
     low, high = ranges(values.reshape(-1, kind.block))
     if not codes.has_offset:
-        return torch.where(-low >= high, low, high) / codes.peak
+        return divided(torch.where(-low >= high, low, high), codes.peak)
     low = low.clamp(max=0) if codes.is_nested else low
-    return torch.stack(((high - low) / codes.highest, low), dim=1)
+    return torch.stack((divided(high - low, codes.highest), low), dim=1)
 
 
 def _extremes(values: Tensor) -> Tensor:

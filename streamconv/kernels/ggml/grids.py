@@ -125,4 +125,6 @@ def overwrite(kind: BlockType, codes: Tensor, raw: Tensor) -> None:
 def _times(kind: BlockType, scales: Tensor, factor: float) -> Tensor:
     if not codes_of(kind).has_offset:
         return scales * factor
-    return scales * torch.tensor((factor, 1), dtype=torch.float32, device=scales.device)
+    found = scales.clone()
+    found[..., 0].mul_(factor)
+    return found

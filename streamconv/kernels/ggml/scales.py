@@ -16,6 +16,9 @@ from streamconv.kernels.ggml.packing import codes_of
 from streamconv.kernels.ggml.types import BlockType
 
 LARGEST_HALF = 65504.0
+# Multiples that a device tries together, of so many super-blocks: those of one cell.
+_AT_ONCE = 8
+_STRETCH = 1 << 15
 
 
 class Nested(Protocol):
@@ -67,13 +70,13 @@ def _multiples(limit: int, is_signed: bool) -> list[int]:
 
 def nested_in_torch(wished: Tensor, limit: int, is_signed: bool) -> tuple[Tensor, Tensor]:
     """See Nested."""
-    place = wished.abs().argmax(1, keepdim=True)
-    extreme = wished.gather(1, place)[:, 0]
-    lowest, highest = (-limit, limit - 1) if is_signed else (0, limit)
-    multiples = _multiples(limit, is_signed)
-    factor, integers = _quotients(wished, to_half(extreme / multiples[0]), lowest, highest)
+    if not wished.is_cpu:
+        return nested_by_masks(wished, limit, is_signed)
+    extreme, (lowest, highest) = _extreme(wished), _limits(limit, is_signed)
+    first, *multiples = _multiples(limit, is_signed)
+    factor, integers = _quotients(wished, to_half(extreme / first), lowest, highest)
     is_open = ~_is_exact(wished, factor, integers)
-    for multiple in multiples[1:]:
+    for multiple in multiples:
         if not is_open.any():
             break
         trial = to_half(extreme / multiple)
@@ -88,6 +91,53 @@ def nested_in_torch(wished: Tensor, limit: int, is_signed: bool) -> tuple[Tensor
     return factor, integers
 
 
+def nested_by_masks(wished: Tensor, limit: int, is_signed: bool) -> tuple[Tensor, Tensor]:
+    """See Nested; several are tried for all at once, because a device would have to be waited for to tell for which."""
+    found = [_by_masks(some, limit, is_signed) for some in torch.split(wished, _STRETCH)]
+    factors, integers = zip(*found, strict=True)
+    return torch.cat(factors), torch.cat(integers)
+
+
+def _by_masks(wished: Tensor, limit: int, is_signed: bool) -> tuple[Tensor, Tensor]:
+    extreme, (lowest, highest) = _extreme(wished), _limits(limit, is_signed)
+    multiples = _multiples_on(limit, is_signed, wished.device)
+    factor, integers = _quotients(wished, to_half(extreme / multiples[0]), lowest, highest)
+    is_open = ~_is_exact(wished, factor, integers)
+    for some in torch.split(multiples[1:], _AT_ONCE):
+        trials = to_half(extreme / some[:, None])
+        _, tried = _quotients(
+            wished.expand(len(some), *wished.shape).flatten(0, 1), trials.flatten(), lowest, highest
+        )
+        tried = tried.view(len(some), *wished.shape)
+        fits = (trials * some[:, None] == extreme) & _is_exact(wished, trials, tried)
+        numbers = torch.arange(len(some), device=wished.device)[:, None]
+        first = torch.where(fits, numbers, len(some) - 1).amin(0)[None]
+        is_found = is_open & fits.any(0)
+        factor = torch.where(is_found, trials.gather(0, first)[0], factor)
+        chosen = tried.gather(0, first[..., None].expand(1, *wished.shape))[0]
+        integers = torch.where(is_found[:, None], chosen, integers)
+        is_open &= ~is_found
+    return factor, integers
+
+
+def _multiples_on(limit: int, is_signed: bool, device: torch.device) -> Tensor:
+    """Those of `_multiples`, float32, made on the device."""
+    sizes = torch.arange(limit, 0, -1, dtype=torch.float32, device=device)
+    if not is_signed:
+        return sizes
+    both = torch.stack((-sizes, sizes), dim=1).view(-1)
+    return torch.cat((both[:1], both[2:]))
+
+
+def _extreme(wished: Tensor) -> Tensor:
+    """Scale of greatest magnitude of every super-block."""
+    return wished.gather(1, wished.abs().argmax(1, keepdim=True))[:, 0]
+
+
+def _limits(limit: int, is_signed: bool) -> tuple[int, int]:
+    return (-limit, limit - 1) if is_signed else (0, limit)
+
+
 def _quotients(wished: Tensor, factor: Tensor, lowest: int, highest: int) -> tuple[Tensor, Tensor]:
     divisor = torch.where(factor == 0, 1, factor).unsqueeze(1)
     integers = (wished / divisor).round().clamp(lowest, highest).to(torch.int16)
@@ -95,4 +145,4 @@ def _quotients(wished: Tensor, factor: Tensor, lowest: int, highest: int) -> tup
 
 
 def _is_exact(wished: Tensor, factor: Tensor, integers: Tensor) -> Tensor:
-    return (factor.unsqueeze(1) * integers.float() == wished).all(1)
+    return (factor.unsqueeze(-1) * integers.float() == wished).all(-1)

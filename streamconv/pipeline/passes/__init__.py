@@ -17,6 +17,7 @@ from streamconv.pipeline.passes.base import Found, PassKind
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Pass, Plan
 from streamconv.progress import OnBytes, StopRequest
+from streamconv.running.device_use import give_back
 from streamconv.sizes import format_size
 
 __all__ = ["PASSES", "Found", "PassKind", "Passed", "plan_passes", "run_passes"]
@@ -84,6 +85,9 @@ def run_passes(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequ
     found: dict[str, Found] = {}
     for each in subject.plan.passes:
         place = make_pass_folder(folder, each.folder)
-        made = found[each.name] = PASSES[each.name].run(subject, place, on_bytes, stop)
+        try:
+            made = found[each.name] = PASSES[each.name].run(subject, place, on_bytes, stop)
+        finally:
+            give_back(subject.plan.device)  # the next pass needs it in other sizes
         subject = replace(subject, plan=made.apply(subject.plan))
     return Passed(subject.plan, found)

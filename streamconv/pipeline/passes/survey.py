@@ -18,17 +18,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from streamconv.calibration.subject import Subject
 from streamconv.checkpoint.layout import Placed
 from streamconv.checkpoint.own_files import read_own
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.recorded import RecordedFiles
 from streamconv.checkpoint.writer import write_file
-from streamconv.errors import ResourceError, Stopped
+from streamconv.errors import Stopped
 from streamconv.formats.base import ScaleScope, Surveyed
 from streamconv.formats.kinds import is_surveyed
+from streamconv.memory_errors import is_out_of_memory, ran_out
 from streamconv.pipeline.passes.base import Found, PassKind
 from streamconv.planning.devices import Device
 from streamconv.planning.memory import plan_memory
@@ -118,11 +117,11 @@ def telling_of_memory(device: Device) -> Iterator[None]:
     """Raise ResourceError where a GPU runs out of memory."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"{device.name} ran out of memory: {str(error).splitlines()[0]} Give it a smaller --max-vram, free some "
-            "memory, or use --device cpu, and run again"
-        ) from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        remedy = "Give it a smaller --max-vram, free some memory, or use --device cpu, and run again"
+        raise ran_out(device.name, error, remedy) from error
 
 
 def _joined(steps: Sequence[Rewrite], known: Mapping[str, float]) -> Mapping[str, float]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamconv.kernels.ggml import BLOCK_TYPES, BlockType
+from streamconv.kernels.ggml.scales import nested_by_masks, nested_in_torch
 from tests.kernels.ggml.blocks import WRITTEN, every_written, kernels, random_blocks, same_bits, unpacked
 
 NESTED = [name for name in WRITTEN if (codes := BLOCK_TYPES[name].codes) is not None and codes.is_nested]
@@ -97,3 +98,22 @@ def test_halfway_between_16_bit_floats_the_even_one_is_stored(name: str) -> None
     integers = [limit, limit, limit, 0, limit * 3 // 4, limit]
     found = stored(kind, given).reshape(6, kind.blocks, -1).abs().amax((1, 2))
     assert found.tolist() == [factor * integer for factor, integer in zip(rounded, integers, strict=True)]
+
+
+@pytest.mark.parametrize(("limit", "is_signed"), [(63, False), (32, True)])
+def test_masks_find_what_is_found_for_few_at_a_time(limit: int, is_signed: bool) -> None:
+    """Scales that a factor stores exactly, with the greatest at any multiple of it; and any others."""
+    generator = torch.Generator().manual_seed(3)
+    low = -limit if is_signed else 0
+    exact = (
+        torch.randint(low, limit, (500, 8), generator=generator)
+        * torch.rand(500, 1, generator=generator).half()
+    )
+    others = torch.randn(100, 8, generator=generator).abs_() if not is_signed else torch.randn(100, 8)
+    wished = torch.cat((exact.float(), others, torch.zeros(1, 8), torch.full((1, 8), torch.nan)))
+    expected, found = (one(wished, limit, is_signed) for one in (nested_in_torch, nested_by_masks))
+    for left, right in zip(expected, found, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
+    assert (
+        len(set((exact.float().abs().amax(1) / expected[0][:500].abs()).round().tolist())) > 5
+    )  # of multiples

@@ -1,0 +1,1 @@
+"""A GPU made of Python, for a build of torch that has none."""

@@ -1,0 +1,66 @@
+"""Faults for the pretend GPU to see, in a process of its own; prints what it saw."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from tests.pretend.device import CUDA, PINNED, MixedDevicesError, install, unknown_to_cuda
+from tests.pretend.kinds import without_expecttest
+from tests.pretend.ledger import HERE, LEDGER
+
+
+def _waits(work: Callable[[], object]) -> int:
+    LEDGER.reset()
+    work()
+    return sum(LEDGER.waits.values())
+
+
+def main() -> None:
+    install()
+    found: dict[str, Any] = {}
+    there, host, pinned = torch.ones(4, device=CUDA), torch.ones(4), torch.ones(4)
+    try:
+        there.add_(host)
+        found["mix refused"] = False
+    except MixedDevicesError:
+        found["mix refused"] = True
+
+    PINNED[pinned.data_ptr()] = 16
+    found["waits of item, mask, number set, pageable copy"] = [
+        _waits(there.sum().item),
+        _waits(partial(there.__getitem__, there > 2)),
+        _waits(partial(there.__setitem__, 1, 5.0)),
+        _waits(partial(there.copy_, host, non_blocking=True)),
+    ]
+    found["pinned copies wait"] = _waits(partial(there.copy_, pinned, non_blocking=True))
+    LEDGER.reset()
+    there.div_(3)
+    threes = sum(LEDGER.reciprocals.values())
+    there.div_(4)
+    found["divisions by 3, by 4"] = [threes, sum(LEDGER.reciprocals.values()) - threes]
+    del there
+    gc.collect()
+    LEDGER.reset()
+    large = torch.empty(1000, device=CUDA)
+    found["bytes of 1000 floats"] = LEDGER.now
+    HERE.stream = "another"
+    large.mul_(2)
+    HERE.stream = "default"
+    del large
+    gc.collect()
+    found["bytes after"] = LEDGER.now
+    found["freed after use on another stream"] = sum(LEDGER.crossed.values())
+    without_expecttest()
+    asked = [("lgamma", "torch.bool"), ("bitwise_and", "torch.float32")]
+    found["no kernel"] = [[*each, each in unknown_to_cuda(asked)] for each in asked]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

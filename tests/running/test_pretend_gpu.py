@@ -1,0 +1,100 @@
+"""The package on a GPU made of Python: the CPU's bytes, no wait in a tile's submission, memory within the plan.
+
+The device is `tests/pretend`, in a process of its own; `tools/pretend_gpu` runs every format and rounding on it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamconv.planning.memory import FIXED_VRAM_BYTES
+
+ROOT = Path(__file__).parents[2]
+RESULT = ROOT / "docs/results/pretend-gpu.json"
+Found = Mapping[str, Any]
+# Where the host may wait in what it submits: tables, made once a grid, and a choice that is made once a weight.
+ONCE = ("streamconv/kernels/grids.py", "streamconv/kernels/ggml/grids.py", "streamconv/rounding/adaptive.py")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Found]:
+    result = tmp_path_factory.mktemp("pretend") / "result.json"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", "tests.pretend.kinds", str(result)]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {each["name"]: each for each in json.loads(result.read_text())}
+
+
+def check_like_a_cpu(found: Mapping[str, Found]) -> None:
+    for name, each in found.items():
+        assert each["same"], (name, each["error"])
+        assert each["kept"][0] == each["kept"][1], name
+
+
+def check_as_cuda_has_it(found: Mapping[str, Found]) -> None:
+    for name, each in found.items():
+        assert not each["unknown"], name  # operations on types that CUDA has no kernel for
+        assert not each["reciprocals"], name  # divisions that CUDA rounds twice
+        assert not each["crossed"], name  # memory of one stream, freed after use on another
+
+
+def check_that_nothing_waits(found: Mapping[str, Found]) -> None:
+    for name, each in found.items():
+        waits = [place for place in each["waits_submitted"] if not any(once in place for once in ONCE)]
+        assert not waits, name
+
+
+def test_everything_is_as_on_a_cpu(found: Mapping[str, Found]) -> None:
+    assert len(found) > 20
+    check_like_a_cpu(found)
+    check_as_cuda_has_it(found)
+
+
+def test_no_tile_is_waited_for_while_it_is_submitted(found: Mapping[str, Found]) -> None:
+    check_that_nothing_waits(found)
+
+
+def test_memory_is_within_the_plan_and_little_below_it_where_cells_are_full(
+    found: Mapping[str, Found],
+) -> None:
+    for name, each in found.items():
+        assert each["peak"] <= each["planned"] or not each["planned"], name
+        if "full cells" in name:
+            counted = each["planned"] - FIXED_VRAM_BYTES  # what is kept for libraries takes no part in this
+            assert 0.8 * counted <= each["peak"] <= counted, name
+
+
+def test_the_device_sees_what_it_is_for() -> None:
+    """It refuses tensors of two devices, and knows waits, divisions by numbers and memory."""
+    line = [sys.executable, "-m", "tests.pretend.faults"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "mix refused": True,
+        "waits of item, mask, number set, pageable copy": [1, 1, 1, 1],
+        "pinned copies wait": 0,
+        "divisions by 3, by 4": [1, 0],
+        "bytes of 1000 floats": 4096,
+        "bytes after": 0,
+        "freed after use on another stream": 1,
+        "no kernel": [["lgamma", "torch.bool", False], ["bitwise_and", "torch.float32", True]],
+    }
+
+
+def test_what_was_shown_for_all_kinds() -> None:
+    recorded = json.loads(RESULT.read_text())
+    all_of_them = {each["name"]: each for each in recorded["kinds"]}
+    assert len(all_of_them) > 100
+    check_like_a_cpu(all_of_them)
+    check_as_cuda_has_it(all_of_them)
+    check_that_nothing_waits(all_of_them)
