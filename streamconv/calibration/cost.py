@@ -9,6 +9,8 @@ For a weight [out, in], N tokens of text and M of which gradients are taken:
     factors    in³/3, and with gradients out³/3, float64 on the host; and the target that makes up for the inputs'
                errors: 2 out in² there, and as many in float32 on the device
     rounding   out in (in + out) for each feedback, twice that for a sweep of descent; without gradients in² out
+    refits     2 out in (2 in + out) for each, 2/3 out (in/64)³ in float64 for a system of a row's scales, counted with
+               factors, and calls for every block of some rows; wider rows than MOST blocks are taken in stretches
     settled    codes chosen one after another: out in for each feedback and sweep
     copied     between host and device: weights as stored for all that is done with them, originals for every group,
                hidden states, metrics and factors
@@ -23,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from streamconv.rounding.feedback import FeedbackOptions
+from streamconv.rounding.scales import MOST, STRETCH, SYSTEMS
 
 TILE = 64
 # Feedback on searched scales and on the base's own.
@@ -45,7 +48,7 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class TextSize:
     """Tokens that calibrate, and those of which gradients are taken."""
 
     tokens: int
@@ -53,25 +56,27 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """Floating point operations, `settled` codes, `tiles` of 64 by 64 and `columns` settled by calls, and bytes."""
+class CostCounts:
+    """Floating point operations, `settled` codes, `tiles` of 64 by 64, `columns` and refitted `blocks`, bytes."""
 
     forward: float = 0.0
     gradients: float = 0.0
     moments: float = 0.0
     factors: float = 0.0
     rounding: float = 0.0
+    refits: float = 0.0
     settled: float = 0.0
     tiles: float = 0.0
     columns: float = 0.0
+    blocks: float = 0.0
     copied: float = 0.0
     read: float = 0.0
 
-    def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+    def __add__(self, other: CostCounts) -> CostCounts:
+        return CostCounts(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
 
-    def times(self, count: float) -> Work:
-        return Work(*(count * getattr(self, each.name) for each in fields(self)))
+    def times(self, count: float) -> CostCounts:
+        return CostCounts(*(count * getattr(self, each.name) for each in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,37 +96,44 @@ class Rates:
 # Assumed, not measured: a 24 GB card with 16 cores beside it; and a core of a CPU.
 CARD = Rates(40e12, 500e9, 13e-9, 5e-6, 20e9, 5e9)
 CORE = Rates(60e9, 30e9, 13e-9, 0.0, 10e9, 1e9)
-# Calls for a column of some rows, and for a tile, counted in `kernels/in_torch.py` and `rounding/columns.py`.
-_COLUMN_CALLS, _TILE_CALLS, _DEVICE_ROWS = 25, 40, 4096
+# Calls for a column of some rows, and for a tile, counted in `kernels/in_torch.py` and `rounding/`.
+_COLUMN_CALLS, _TILE_CALLS, _BLOCK_CALLS, _DEVICE_ROWS = 25, 40, 6, 4096
 
 
-def weight_work(rows: int, columns: int, text: Text, options: FeedbackOptions) -> Work:
+def weight_work(rows: int, columns: int, text: TextSize, options: FeedbackOptions) -> CostCounts:
     """Work on one weight alone, but for the passes of its layer and the moments of its group."""
     is_two_sided = text.gradient_tokens > 0
     feedbacks = _STARTS + options.refits
     sweeps = options.sweeps * (1 + options.refits)
     product = rows * columns * (columns + rows * is_two_sided)
     passes = feedbacks + sweeps
-    return Work(
+    blocks = -(-columns // TILE)
+    at_once = blocks if blocks <= MOST else STRETCH
+    systems = options.refits * rows * blocks * at_once**2 * 2 / 3
+    return CostCounts(
         gradients=text.gradient_tokens * (6 * rows * columns + 2 * rows**2) * is_two_sided,
-        factors=columns**3 / 3 + is_two_sided * rows**3 / 3 + 2 * rows * columns**2,
+        factors=columns**3 / 3 + is_two_sided * rows**3 / 3 + 2 * rows * columns**2 + systems,
         rounding=(feedbacks + 2 * sweeps) * product + 2 * rows * columns**2,
+        refits=options.refits * 2 * rows * columns * (2 * columns + rows * is_two_sided),
         settled=passes * rows * columns,
         tiles=passes * -(-rows // TILE) * -(-columns // TILE) * is_two_sided,
         columns=passes * columns * -(-rows // _DEVICE_ROWS) * (not is_two_sided),
+        blocks=options.refits * blocks * -(-rows // max(1, SYSTEMS // at_once**2)),
         # Metrics go to the host to be factored, and the factors back; the inputs' comes down once more to solve by.
         copied=12 * columns**2 + 8 * rows**2 * is_two_sided + 16 * rows * columns,
     )
 
 
-def layer_work(sizes: Sizes, text: Text, options: FeedbackOptions, stored: int, on_gpu: bool) -> Work:
+def layer_work(
+    sizes: Sizes, text: TextSize, options: FeedbackOptions, stored: int, on_gpu: bool
+) -> CostCounts:
     """Work on one decoder layer, whose weights are `stored` bytes of the base."""
     linears = [sum(columns * rows for rows in outs) for columns, outs in sizes.groups]
     before = sum(sum(linears[:place]) for place in range(len(linears)))
     reruns = 1 + (on_gpu and options.needs_cross)
     moments = 2 * text.tokens * sum(columns**2 for columns, _ in sizes.groups) * (1 + options.needs_cross)
     states = 4 * text.tokens * sizes.hidden * (4 + len(sizes.groups) * reruns)
-    found = Work(
+    found = CostCounts(
         forward=2 * text.tokens * (2 * sum(linears) + before * reruns),
         moments=moments,
         copied=states + _UPLOADS * stored + 4 * before * options.needs_cross,
@@ -132,10 +144,10 @@ def layer_work(sizes: Sizes, text: Text, options: FeedbackOptions, stored: int, 
     return found
 
 
-def device_seconds(work: Work, rates: Rates) -> float:
+def device_seconds(work: CostCounts, rates: Rates) -> float:
     """Time with a GPU, one thing after another: as it is done."""
-    products = work.forward + work.gradients + work.moments + work.rounding
-    calls = _TILE_CALLS * work.tiles + _COLUMN_CALLS * work.columns
+    products = work.forward + work.gradients + work.moments + work.rounding + work.refits
+    calls = _TILE_CALLS * work.tiles + _COLUMN_CALLS * work.columns + _BLOCK_CALLS * work.blocks
     settling = rates.code_s * work.settled if work.tiles else 0.0
     return (
         products / rates.products
@@ -147,9 +159,9 @@ def device_seconds(work: Work, rates: Rates) -> float:
     )
 
 
-def cpu_seconds(work: Work, rates: Rates, cores: int) -> float:
+def cpu_seconds(work: CostCounts, rates: Rates, cores: int) -> float:
     """Time on so many cores of a CPU, codes of a two-sided layer settled on one of them."""
-    products = work.forward + work.gradients + work.moments + work.rounding
+    products = work.forward + work.gradients + work.moments + work.rounding + work.refits
     shared = products / rates.products + work.factors / rates.factors
     settling = rates.code_s * work.settled / (1 if work.tiles else cores)
     return shared / cores + settling + work.read / rates.reading

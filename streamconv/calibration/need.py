@@ -9,9 +9,9 @@ from dataclasses import replace
 from streamconv.calibration.cost import (
     CARD,
     CORE,
+    CostCounts,
     Sizes,
-    Text,
-    Work,
+    TextSize,
     cpu_seconds,
     device_seconds,
     groups_of,
@@ -47,10 +47,10 @@ def calibrating_need(subject: Subject) -> Need:
 
 
 def seconds_of(model: Model, subject: Subject) -> float:
-    """About how long choosing codes takes on the plan's device, by the rates that `cost` assumes."""
+    """Seconds, about, that choosing codes takes on the plan's device, by the rates that `cost` assumes."""
     calibration, device = subject.calibration, model.walk.device
-    text = Text(calibration.tokens, calibration.gradient_tokens)
-    work = Work()
+    text = TextSize(calibration.tokens, calibration.gradient_tokens)
+    work = CostCounts()
     for number in range(model.layers):
         steps = model.layer_steps(number)
         groups = groups_of([(step.name, step.rows, step.columns) for step in steps])

@@ -49,10 +49,10 @@ class FeedbackOptions:
     all this; scales are searched for, errors weighed by the diagonal of H, and codes are the nearest.
     """
 
-    damping: float = 0.01
+    damping: float = 0.001
     preserve_delta: float = 0.0
-    sweeps: int = 1
-    refits: int = 0
+    sweeps: int = 3
+    refits: int = 2
     asymmetry: float = 1.0
     output_damping: float = 0.1
     residual_rank: int = 0

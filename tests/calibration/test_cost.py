@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from streamconv.calibration.cost import CARD, Rates, Text, cpu_seconds, device_seconds, groups_of, weight_work
+from streamconv.calibration.cost import (
+    CARD,
+    Rates,
+    TextSize,
+    cpu_seconds,
+    device_seconds,
+    groups_of,
+    weight_work,
+)
 from streamconv.rounding.feedback import FeedbackOptions
 from tools.study.cost import LARGE, guide_table
 
@@ -16,7 +24,7 @@ ROWS, COLUMNS = 128, 256
 
 def test_one_weight_by_hand() -> None:
     """out 128, in 256, 1,000 tokens, gradients of 100: two feedbacks and one sweep."""
-    work = weight_work(ROWS, COLUMNS, Text(1000, 100), ONCE)
+    work = weight_work(ROWS, COLUMNS, TextSize(1000, 100), ONCE)
     assert work.gradients == 100 * (6 * 32_768 + 2 * 16_384)
     assert work.factors == pytest.approx(256**3 / 3 + 128**3 / 3 + 2 * 128 * 65_536)
     assert work.rounding == (2 + 2) * 32_768 * 384 + 2 * 128 * 65_536
@@ -26,19 +34,22 @@ def test_one_weight_by_hand() -> None:
 
 
 def test_without_gradients_columns_are_settled_by_calls() -> None:
-    work = weight_work(5000, COLUMNS, Text(1000, 0), ONCE)
+    work = weight_work(5000, COLUMNS, TextSize(1000, 0), ONCE)
     assert (work.gradients, work.tiles, work.columns) == (0, 0, 3 * 256 * 2)
     assert work.factors == pytest.approx(256**3 / 3 + 2 * 5000 * 65_536)
 
 
 def test_refits_are_counted_with_their_sweeps() -> None:
-    work = weight_work(ROWS, COLUMNS, Text(1000, 100), FeedbackOptions(sweeps=3, refits=2))
+    work = weight_work(ROWS, COLUMNS, TextSize(1000, 100), FeedbackOptions(sweeps=3, refits=2))
     assert work.settled == (4 + 9) * 32_768
+    assert work.refits == 2 * 2 * 32_768 * (2 * 256 + 128)
+    assert work.blocks == 2 * 4  # 4 of 64 in a row, all rows at once
+    assert work.factors == pytest.approx(256**3 / 3 + 128**3 / 3 + 2 * 128 * 65_536 + 2 * 128 * 4**3 * 2 / 3)
     assert work.rounding == (4 + 18) * 32_768 * 384 + 2 * 128 * 65_536
 
 
 def test_time_is_work_over_rates() -> None:
-    work = weight_work(ROWS, COLUMNS, Text(1000, 100), ONCE)
+    work = weight_work(ROWS, COLUMNS, TextSize(1000, 100), ONCE)
     rates = Rates(products=1e9, factors=1e8, code_s=1e-6, call_s=1e-3, copies=1e7, reading=1e6)
     products = (work.gradients + work.rounding) / 1e9
     assert device_seconds(work, rates) == pytest.approx(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -54,6 +55,7 @@ class PretendGpu(FakeGpu):
     def host_buffer(self, nbytes: int) -> Tensor:
         made = super().host_buffer(nbytes)
         PINNED[made.data_ptr()] = max(1, nbytes)
+        weakref.finalize(made, PINNED.pop, made.data_ptr(), None)  # other memory may come to lie there
         return made
 
     def copy(self, source: Tensor, target: Tensor) -> None:

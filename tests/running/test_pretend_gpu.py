@@ -20,8 +20,6 @@ from streamconv.planning.memory import FIXED_VRAM_BYTES
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "docs/results/pretend-gpu.json"
 Found = Mapping[str, Any]
-# Where the host may wait in what it submits: tables, made once a grid, and a choice that is made once a weight.
-ONCE = ("streamconv/kernels/grids.py", "streamconv/kernels/ggml/grids.py", "streamconv/rounding/adaptive.py")
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +41,14 @@ def check_like_a_cpu(found: Mapping[str, Found]) -> None:
 def check_as_cuda_has_it(found: Mapping[str, Found]) -> None:
     for name, each in found.items():
         assert not each["unknown"], name  # operations on types that CUDA has no kernel for
-        assert not each["reciprocals"], name  # divisions that CUDA rounds twice
+        if not name.startswith("calibrated"):  # means over tokens, of which no bits are promised
+            assert not each["reciprocals"], name  # divisions that CUDA rounds twice
         assert not each["crossed"], name  # memory of one stream, freed after use on another
 
 
 def check_that_nothing_waits(found: Mapping[str, Found]) -> None:
     for name, each in found.items():
-        waits = [place for place in each["waits_submitted"] if not any(once in place for once in ONCE)]
-        assert not waits, name
+        assert not each["waits_submitted"], name
 
 
 def test_everything_is_as_on_a_cpu(found: Mapping[str, Found]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.testing.compare import compare_images
 
 from streamconv.analysis.prediction import predicted_kept
@@ -23,6 +24,7 @@ from tools.bench.results import RESULTS, ROOT, load
 from tools.study import synthetic
 from tools.study.beds import BEDS, VALUES, delta_to_step, kept_share, nearest_codes
 from tools.study.comparisons import AMOUNTS, command
+from tools.study.delta_scales import METRICS, gptq_values, packed, searched, values_of
 from tools.study.format_tables import comparisons, gains, is_judged, measured_beds
 from tools.study.formats import KEPT, NEAREST, OWNER, WRITTEN
 from tools.study.report import BLOCK, BLOCKS, PAGE, PAGES, PICTURES, loss_removed, read, render
@@ -162,3 +164,37 @@ def test_the_kept_share_is_as_foretold(size: float) -> None:
     kurtosis = shape(layer.delta)["kurtosis"] - 3
     predicted = predicted_kept(delta_to_step(layer.delta, layer.base), NF4, kurtosis)
     assert predicted == pytest.approx(measured, abs=0.025)
+
+
+# -- delta-aware scales ------------------------------------------------------------------------------------
+
+
+def test_codes_packed_as_gptq_does_are_read_back() -> None:
+    """Words by GPTQ's layout, zero points stored less one, and an order of inputs of its own."""
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(16, (32, 8), generator=generator)
+    groups = torch.arange(32) % 2
+    scales = torch.rand(2, 8, generator=generator).half()
+    tensors = {
+        "w.qweight": packed(codes),
+        "w.qzeros": torch.full((2, 1), 0x77777777, dtype=torch.int32),
+        "w.scales": scales,
+        "w.g_idx": groups.int(),
+    }
+    assert torch.equal(gptq_values(tensors, "w"), ((codes - 8) * scales.float()[groups]).T)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_searched_scales_are_best_by_their_metric(name: str) -> None:
+    """No group is worse than with nearest rounding's scales, and most are better; none leaves the range."""
+    generator = torch.Generator().manual_seed(5)
+    delta = 0.002 * torch.randn(64, 64, generator=generator)
+    target = 0.05 * torch.randn(64, 64, generator=generator) + delta
+    start = (target.abs().amax(1) / 8).half().float()
+    scales = searched(target, delta, start, METRICS[name])
+    before, after = (
+        METRICS[name](values_of(target, each) - target + delta, delta) for each in (start, scales)
+    )
+    assert (after >= before).all()
+    assert (after > before).float().mean() > 0.8
+    assert ((scales / start > 0.799) & (scales / start < 1.501)).all()

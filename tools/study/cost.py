@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from streamconv.calibration.cost import CARD, Rates, Sizes, Text, Work, device_seconds, layer_work
+from streamconv.calibration.cost import CARD, CostCounts, Rates, Sizes, TextSize, device_seconds, layer_work
 from streamconv.rounding.feedback import FeedbackOptions
 from tools.study.beds import Results, table
 from tools.study.run import FEEDBACK_T
@@ -44,7 +44,7 @@ LARGE = (
 )
 
 
-def work_of(shapes: Shapes, text: Text, on_gpu: bool = True) -> Work:
+def work_of(shapes: Shapes, text: TextSize, on_gpu: bool = True) -> CostCounts:
     """Work on the whole model, from a base in 16 bit."""
     stored = 2 * sum(rows * columns for rows, columns in shapes.sizes.weights)
     return layer_work(shapes.sizes, text, FeedbackOptions(), stored, on_gpu).times(shapes.layers)
@@ -54,13 +54,13 @@ def guide_table(rates: Rates) -> str:
     """Times of each part by `rates`, in the order of the sum."""
     rows = []
     for shapes in LARGE:
-        work = work_of(shapes, Text(TOKENS, GRADIENT_TOKENS))
-        products = work.forward + work.gradients + work.moments + work.rounding
+        work = work_of(shapes, TextSize(TOKENS, GRADIENT_TOKENS))
+        products = work.forward + work.gradients + work.moments + work.rounding + work.refits
         parts = (
             products / rates.products,
             work.factors / rates.factors,
             work.tiles,
-            device_seconds(Work(tiles=work.tiles, settled=work.settled), rates),
+            device_seconds(CostCounts(tiles=work.tiles, settled=work.settled, blocks=work.blocks), rates),
             work.copied / rates.copies,
             work.read / rates.reading,
             device_seconds(work, rates),
@@ -68,7 +68,17 @@ def guide_table(rates: Rates) -> str:
         cells = [_duration(part) for part in parts]
         cells[2] = f"{work.tiles / 1e6:,.1f} M"
         rows.append([shapes.name, _flops(products), *cells])
-    columns = ("model", "products", "their time", "factors", "tiles", "settling", "copies", "reading", "in all")
+    columns = (
+        "model",
+        "products",
+        "their time",
+        "factors",
+        "tiles",
+        "settling",
+        "copies",
+        "reading",
+        "in all",
+    )
     return table(columns, rows)
 
 
@@ -76,14 +86,14 @@ def guide_table(rates: Rates) -> str:
 
 
 def cost_block(beds: Mapping[str, Results], _: Results) -> str:
-    parts = ("forward", "gradients", "moments", "factors", "rounding")
+    parts = ("forward", "gradients", "moments", "factors", "rounding", "refits")
     columns = (
         *("model, tokens", *parts, "settling"),
         *("in all, with a GPU at 40 TFLOP/s", "in all, with a GPU at 20 TFLOP/s"),
     )
-    rows = [_cost_row(DEMO, Text(16_384, GRADIENT_TOKENS), parts)]
+    rows = [_cost_row(DEMO, TextSize(16_384, GRADIENT_TOKENS), parts)]
     rows += [
-        _cost_row(large, Text(TOKENS, gradients), parts)
+        _cost_row(large, TextSize(TOKENS, gradients), parts)
         for large in LARGE
         for gradients in (GRADIENT_TOKENS, 0)
     ]
@@ -98,10 +108,10 @@ def cost_block(beds: Mapping[str, Results], _: Results) -> str:
     return f"{table(columns, rows)}\n\n{said}"
 
 
-def _cost_row(shapes: Shapes, text: Text, parts: Sequence[str]) -> Sequence[str]:
+def _cost_row(shapes: Shapes, text: TextSize, parts: Sequence[str]) -> Sequence[str]:
     work = work_of(shapes, text)
     label = f"{shapes.name}, {text.tokens:,}" + ("" if text.gradient_tokens else ", no gradients")
-    settling = Work(tiles=work.tiles, settled=work.settled, columns=work.columns)
+    settling = CostCounts(tiles=work.tiles, settled=work.settled, columns=work.columns, blocks=work.blocks)
     return (
         label,
         *(_flops(getattr(work, part)) for part in parts),

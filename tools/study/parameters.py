@@ -42,31 +42,32 @@ TOKENS, JUDGED_SHARE = 16_384, 0.2
 USUAL, AS_IT_COMES = FeedbackOptions(), "as it comes"
 OPTIONS: Mapping[str, FeedbackOptions] = {
     AS_IT_COMES: USUAL,
-    "damping 0.001, 3 sweeps, 2 refits": replace(USUAL, damping=0.001, sweeps=3, refits=2),
-    "damping 0.001": replace(USUAL, damping=0.001),
-    "damping 0.03": replace(USUAL, damping=0.03),
+    "damping 0.0001": replace(USUAL, damping=0.0001),
+    "damping 0.01": replace(USUAL, damping=0.01),
     "no sweeps": replace(USUAL, sweeps=0),
-    "3 sweeps": replace(USUAL, sweeps=3),
-    "2 refits": replace(USUAL, refits=2),
+    "1 sweep": replace(USUAL, sweeps=1),
+    "no refits": replace(USUAL, refits=0),
+    "damping 0.01, 1 sweep, no refits": replace(USUAL, damping=0.01, sweeps=1, refits=0),
+    "μ 0.03": replace(USUAL, preserve_delta=0.03),
     "μ 0.3": replace(USUAL, preserve_delta=0.3),
     "asymmetry 0": replace(USUAL, asymmetry=0.0),
     "output damping 0.01": replace(USUAL, output_damping=0.01),
 }
 
 
-def measure_bed(bed: Bed, wanted: Sequence[str]) -> None:
-    """Fill in what is missing of `bed` in the results: of the `wanted` options."""
+def measure_bed(bed: Bed) -> None:
+    """Fill in what is missing of `bed` in the results."""
     work = WORK / bed.name
     work.mkdir(parents=True, exist_ok=True)
     bed = replace(bed, held_out=_end_of(bed.calibration), calibration_tokens=TOKENS)
-    for name in wanted:
+    for name, options in OPTIONS.items():
         results = load(RESULT)
         if name in results.get("beds", {}).get(bed.name, {}):
             continue
         print(f"{bed.name}: {name}", flush=True)
         out = work / "merged"
         shutil.rmtree(out, ignore_errors=True)
-        _merge(bed, OPTIONS[name], out)
+        _merge(bed, options, out)
         beds: dict[str, Any] = results.get("beds", {})
         beds[bed.name] = {**beds.get(bed.name, {}), name: rounded(judged(bed, out, work))}
         save(RESULT, MADE_BY, {"machine": machine(WORK), "tokens": TOKENS, "beds": beds})
@@ -119,16 +120,10 @@ def parameters_block(_: Mapping[str, Results], others: Results) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=MADE_BY, description=__doc__)
-    parser.add_argument(
-        "beds", nargs="*", help=f"{', '.join(BEDS)}; {' and '.join(BY_PARAMETER)} unless named"
-    )
-    parser.add_argument("--only", action="append", default=[], choices=OPTIONS, help="repeatable")
-    options = parser.parse_args(arguments)
-    if unknown := set(options.beds) - set(BEDS):
-        parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(BEDS)}")
+    parser.parse_args(arguments)
     be_quiet()
-    for name in options.beds or BY_PARAMETER:
-        measure_bed(BEDS[name], options.only or list(OPTIONS))
+    for name in BY_PARAMETER:
+        measure_bed(BEDS[name])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -P quantize_with_gptqmodel.py MODEL TOKENS OUT SETTINGS
 
 TOKENS is a JSON file, a list of sequences of token ids; SETTINGS are arguments of GPTQModel's QuantizeConfig, as JSON.
-Run by beside_gptqmodel.py in an environment that has GPTQModel; knows nothing of streamconv.
+Run by beside_methods.py in an environment that has GPTQModel; knows nothing of streamconv.
 """
 
 from __future__ import annotations

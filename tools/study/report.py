@@ -33,7 +33,7 @@ from streamconv.comparison.bootstrap import (
 from streamconv.kernels.grids import NF4
 from streamconv.rounding.adaptive import NEAREST_FROM
 from tools.bench.results import RESULTS, ROOT, load
-from tools.study import beside_gptqmodel, formats, parameters, rescalings
+from tools.study import beside_methods, formats, parameters, rescalings
 from tools.study.beds import (
     BEDS,
     NOT_MEASURED,
@@ -46,7 +46,7 @@ from tools.study.beds import (
     table,
     thousandths,
 )
-from tools.study.beside_gptqmodel import contest_bars, gptqmodel_block
+from tools.study.beside_methods import contest_bars, methods_block
 from tools.study.comparisons import AMOUNTS, compared_bars, compared_block, results_path
 from tools.study.cost import cost_block
 from tools.study.format_tables import kept_block, owners_block, written_block
@@ -131,7 +131,7 @@ def bars(beds: Mapping[str, Results], others: Results) -> Iterator[Bar]:
             yield _half_the_kl(bed.label, beds[name], RESIDUAL_T, ALONE, "the same file alone")
             yield _half_the_kl(bed.label, beds[name], RESIDUAL_T, FEEDBACK_T.name, "feedback of T alone")
     yield from _synthetic(others["synthetic"])
-    yield from contest_bars(others["gptqmodel"])
+    yield from contest_bars(others["methods"])
     for name, found in others["compared"].items():
         yield from compared_bars(name, found)
     yield _exact(beds)
@@ -571,7 +571,7 @@ BLOCKS: Mapping[str, Callable[[Mapping[str, Results], Results], str]] = {
     "residual": residual_block,
     "bars": bars_block,
     "machine": machine_block,
-    "gptqmodel": gptqmodel_block,
+    "methods": methods_block,
     "compared": compared_block,
     "rescalings": rescalings_block,
     "parameters": parameters_block,
@@ -742,15 +742,15 @@ BLOCK = re.compile(r"(<!-- (\w+): made by tools/study/report -->\n)(.*?)(<!-- en
 def read(folder: Path) -> tuple[Mapping[str, Results], Results]:
     """Results of the beds by name; and of all else, empty where nothing was measured.
 
-    That is: `synthetic` layers, the update by `sizes`, files beside those of `gptqmodel`, AWQ files in `rescalings`,
-    feedback with other `parameters`, every format beside its owner's library in `formats`, and by bed what
-    `streamconv compare` found, `compared`.
+    That is: `synthetic` layers, the update by `sizes`, files beside those of other `methods`, AWQ files in
+    `rescalings`, feedback with other `parameters`, every format beside its owner's library in `formats`, and by bed
+    what `streamconv compare` found, `compared`.
     """
     beds = {name: load(folder / f"study-{name}.json") for name in BEDS}
     others = {
         "synthetic": load(folder / "study-synthetic.json"),
         "sizes": load(folder / "study-sizes.json").get("sizes", {}),
-        "gptqmodel": load(folder / beside_gptqmodel.RESULT.name),
+        "methods": load(folder / beside_methods.RESULT.name),
         "rescalings": load(folder / rescalings.RESULT.name),
         "parameters": load(folder / parameters.RESULT.name),
         "formats": load(folder / formats.RESULT.name),
