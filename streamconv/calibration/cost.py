@@ -93,9 +93,10 @@ class Rates:
     reading: float
 
 
-# Assumed, not measured: a 24 GB card with 16 cores beside it; and a core of a CPU.
+# Assumed, not measured: a 24 GB card with 16 cores beside it. A core of a CPU: what feedback of the demo model came to
+# (docs/results/study-demo-kjv.json, 661 s of processor time).
 CARD = Rates(40e12, 500e9, 13e-9, 5e-6, 20e9, 5e9)
-CORE = Rates(60e9, 30e9, 13e-9, 0.0, 10e9, 1e9)
+CORE = Rates(40e9, 20e9, 13e-9, 0.0, 10e9, 1e9)
 # Calls for a column of some rows, and for a tile, counted in `kernels/in_torch.py` and `rounding/`.
 _COLUMN_CALLS, _TILE_CALLS, _BLOCK_CALLS, _DEVICE_ROWS = 25, 40, 6, 4096
 
