@@ -22,6 +22,8 @@ def main() -> None:
             signal.signal(number, _end)
     _check_folder()
     set_allocator(os.environ)
+    # Of cuBLAS, so that a product has the same bits each time; read once, when the first one is computed.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from streamconv.cli import main as command_line
 
     command_line()

@@ -25,8 +25,8 @@ from streamconv.calibration.moments import Moments
 from streamconv.calibration.need import batch_of, consumers_of, pairs_in, pairs_need, rounds_of
 from streamconv.calibration.passes import (
     check_stop,
-    fixed_threads,
     key_of,
+    repeatable,
     telling_of_memory,
     through_layers,
     windows_of,
@@ -52,7 +52,10 @@ def equalize(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopReques
     Calls `on_bytes` and raises as `calibrate` does, and UnsupportedError where the model is not what its family's table
     says.
     """
-    with fixed_threads(subject.calibration.threads), opened_targets(subject, consumers_of(subject)) as walk:
+    with (
+        repeatable(subject.calibration.threads, subject.plan.device),
+        opened_targets(subject, consumers_of(subject)) as walk,
+    ):
         windows = windows_of(subject)
         layers = len(walk.skeleton.layers)
         shape = (*windows.shape, walk.hidden)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from streamconv.calibration.model import Model
 from streamconv.calibration.need import HEAD_ROWS, batch_of
+from streamconv.calibration.passes import repeatable_attention
 from streamconv.calibration.tensor_files import read_tensors, write_tensors
 from streamconv.checkpoint.recorded import RecordedFiles
 from streamconv.checkpoint.writer import remove_file
@@ -256,7 +257,7 @@ def _differentiate(
         if made.requires_grad:
             seen.append((name, made, outputs))
 
-    with torch.enable_grad(), listening_after(matrices, note):
+    with torch.enable_grad(), listening_after(matrices, note), repeatable_attention(passing.walk.device):
         found = passing.through(module, number, leaf.clone())  # which may be changed in place
     wanted = [leaf, *(made for _, made, _ in seen)]
     gradients = torch.autograd.grad(found, wanted, leaving.to(found), allow_unused=True)

@@ -33,9 +33,9 @@ from streamconv.calibration.moments import Moments
 from streamconv.calibration.need import STAGE_BYTES, batch_of, need_of
 from streamconv.calibration.passes import (
     check_stop,
-    fixed_threads,
     key_of,
     release_freed_memory,
+    repeatable,
     telling_of_memory,
     windows_of,
 )
@@ -58,7 +58,7 @@ def calibrate(
     `on_bytes` is called with bytes of the base, as many in all as in the plan's need; first with those that an earlier
     run had done. Raises Stopped if `stop` was set: what was done of the layer in work is lost then, no more.
     """
-    with fixed_threads(subject.calibration.threads), opened(subject) as model:
+    with repeatable(subject.calibration.threads, subject.plan.device), opened(subject) as model:
         windows = windows_of(subject)
         files = LayerFiles(
             folder,
@@ -136,7 +136,7 @@ class _Calibration:
                     self.model.targets.check_unchanged()
                     self.files.write(number, results)
                     del results
-                    release_freed_memory()
+                    release_freed_memory(self.model.walk.device)
                     self.gradients.remove(number)
                     self.report(number + 1)
 
@@ -235,12 +235,15 @@ class _Layer:
             return self._moments_of_experts(stage)
         (group,) = stage
         moments = Moments(self.crosses)
+        originals: Mapping[str, Tensor] | None = None
         for chosen in self.run.batches:
             self.run.check_stop()
             inputs: Sequence[Tensor | None] = self._inputs(self.quantized, group, chosen)
             references: Sequence[Tensor | None] = [kept.read(group, chosen)]
             if self.crosses and references[0] is None:
-                with _replaced(self.matrices, self.originals):
+                if originals is None:  # once a group: batches are many, and these are most of a layer
+                    originals = uploaded(self.originals, self.run.model.walk.device.torch)
+                with _replaced(self.matrices, originals):
                     references = self._inputs(self.reference, group, chosen)
             for given, reference in zip_longest(inputs, references):
                 if given is not None:
@@ -295,12 +298,17 @@ class _Layer:
         return Result(name, step.encoder.parts, parts, kept, notes, factors)
 
 
+def uploaded(weights: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
+    """`weights` on `device`, where there is room for them while moments are gathered."""
+    return {name: weight.to(device) for name, weight in weights.items()}
+
+
 @contextmanager
 def _replaced(matrices: Matrices, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """A layer with other weights."""
+    """A layer with other weights, which are on its device."""
     before = {name: matrices[name].read() for name in weights}
     for name, weight in weights.items():
-        matrices[name].write(weight.to(matrices[name].factor.device))
+        matrices[name].write(weight)
     try:
         yield
     finally:

@@ -22,8 +22,8 @@ from streamconv.calibration.model import opened_targets
 from streamconv.calibration.need import batch_of, inputs_need
 from streamconv.calibration.passes import (
     check_stop,
-    fixed_threads,
     key_of,
+    repeatable,
     telling_of_memory,
     through_layers,
     windows_of,
@@ -47,7 +47,7 @@ def measure(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest
     """
     names = frozenset(step.name for step in subject.plan.measured)
     with (
-        fixed_threads(subject.calibration.threads),
+        repeatable(subject.calibration.threads, subject.plan.device),
         opened_targets(subject, names, is_equalized=True) as walk,
     ):
         windows = windows_of(subject)

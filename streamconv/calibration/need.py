@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+from streamconv.calibration.cost import (
+    CARD,
+    CORE,
+    CostCounts,
+    Sizes,
+    TextSize,
+    cpu_seconds,
+    device_seconds,
+    groups_of,
+    layer_work,
+)
 from streamconv.calibration.model import Model, opened, opened_targets
 from streamconv.calibration.subject import Subject
 from streamconv.equalization import awq
@@ -31,7 +43,22 @@ _BACKWARD = 3
 def calibrating_need(subject: Subject) -> Need:
     """Bytes that choosing codes needs. Raises UnsupportedError for a model that cannot be walked; reads no weight."""
     with opened(subject) as model:
-        return need_of(model, subject)
+        return replace(need_of(model, subject), seconds=seconds_of(model, subject))
+
+
+def seconds_of(model: Model, subject: Subject) -> float:
+    """Seconds, about, that choosing codes takes on the plan's device, by the rates that `cost` assumes."""
+    calibration, device = subject.calibration, model.walk.device
+    text = TextSize(calibration.tokens, calibration.gradient_tokens)
+    work = CostCounts()
+    for number in range(model.layers):
+        steps = model.layer_steps(number)
+        groups = groups_of([(step.name, step.rows, step.columns) for step in steps])
+        sizes = Sizes(groups, model.walk.hidden)
+        work += layer_work(sizes, text, subject.feedback, model.stored_bytes(number), not device.is_cpu)
+    if device.is_cpu:
+        return cpu_seconds(work, CORE, calibration.threads)
+    return device_seconds(work, CARD)
 
 
 def equalizing_need(subject: Subject) -> Need:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from streamconv.calibration.layer_files import LayerFiles, Result, Stream
 from streamconv.calibration.need import batch_of
@@ -21,6 +24,7 @@ from streamconv.forward.walk import Passing, Walk, in_batches
 from streamconv.memory_errors import is_out_of_memory, ran_out
 from streamconv.planning.devices import Device
 from streamconv.progress import OnBytes, StopRequest
+from streamconv.running.device_use import give_back
 from streamconv.system_errors import lacking
 
 
@@ -70,8 +74,9 @@ def check_stop(stop: StopRequest) -> None:
         raise Stopped("stopped by a signal; run the same command again to go on", stop.signal_number)
 
 
-def release_freed_memory() -> None:
-    """Give the system what the allocator keeps of a layer that is done: it would add to the next one's peak."""
+def release_freed_memory(device: Device) -> None:
+    """Give the system what allocators keep of a layer that is done: it would add to the next one's peak."""
+    give_back(device)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
     if trim is not None:
         trim(0)
@@ -86,6 +91,39 @@ def fixed_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def repeatable(threads: int, device: Device) -> Iterator[None]:
+    """Compute the same bits each time: on `threads` threads, on a GPU by deterministic algorithms where torch has any.
+
+    A resumed run and `verify` count on it. What torch has no such algorithm for it computes as ever.
+    """
+    enabled, warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
+    with fixed_threads(threads), warnings.catch_warnings():
+        if device.is_cpu:
+            yield
+            return
+        warnings.filterwarnings("ignore", ".*deterministic", UserWarning)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        memory.fill_uninitialized_memory = False  # a pass over memory that is about to be written
+        try:
+            yield
+        finally:
+            memory.fill_uninitialized_memory = fills
+            torch.use_deterministic_algorithms(enabled, warn_only=warns)
+
+
+@contextmanager
+def repeatable_attention(device: Device) -> Iterator[None]:
+    """Have attention differentiated in the same order each time: a GPU's fused kernels add up as threads come."""
+    with nullcontext() if device.is_cpu else sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @contextmanager
@@ -131,5 +169,5 @@ def through_layers(
                     results = work(passing, number, module, stream)
                 walk.source.check_unchanged()
                 files.write(number, results)
-                release_freed_memory()
+                release_freed_memory(walk.device)
                 on_bytes(sizes[number])

@@ -261,6 +261,8 @@ def _calibration_lines(plan: Plan) -> list[tuple[str, str]]:
         where = f"{format_size(need.ram)} RAM, {format_size(need.vram)} on {plan.device}"
         what = "passes need" if len(plan.passes) > 1 else "pass needs"
         lines.append(("", f"its {what} {where}, and {format_size(need.disk)} of disk until the end"))
+        if need.seconds:
+            lines.append(("", f"choosing codes takes about {about(need.seconds)}, by rates that are assumed"))
     if plan.residual_rank:
         size = f"{format_size(plan.residual_bytes)}, in {RESIDUAL}/"
         lines.append(
@@ -270,6 +272,15 @@ def _calibration_lines(plan: Plan) -> list[tuple[str, str]]:
         unmerged = f"the base's own {plan.quant} codes with the adapter as it is are the target"
         lines.append(("", f"not to merge loses nothing: {unmerged}"))
     return lines
+
+
+def about(seconds: float) -> str:
+    """A time as rough as an estimate is: two digits at most."""
+    for unit, size in (("s", 1), ("min", 60), ("h", 3600)):
+        count = seconds / size
+        if count < 90 or unit == "h":
+            return f"{max(1, round(count))} {unit}" if count >= 10 or unit != "h" else f"{count:.1f} {unit}"
+    raise AssertionError(seconds)
 
 
 def _equalized(plan: Plan, found: Equalization) -> str:

@@ -196,13 +196,15 @@ class Memory:
 class Need:
     """Bytes that passes before the plan's own need at most: memory as in Memory, disk for what they make and hold.
 
-    `read` are bytes of the base that they read.
+    `read` are bytes of the base that they read. `seconds` are about what they take, by assumed rates; 0 where nobody
+    has counted.
     """
 
     ram: int
     vram: int
     disk: int
     read: int
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,6 +383,7 @@ class Plan:
             vram=max((need.vram for need in needs), default=0),
             disk=max((kept + need.disk for kept, need in zip(before, needs, strict=False)), default=0),
             read=sum(need.read for need in needs),
+            seconds=sum(need.seconds for need in needs),
         )
 
     @property

@@ -15,7 +15,7 @@ from streamconv.rounding.search import ratios_of, searched_scales, stored_scales
 # Added to the diagonal of a row's system, in units of its mean: two blocks may have proportional effects.
 _RIDGE = 1e-4
 # Numbers of the systems that are solved at once, a row's having the square of its blocks: 20 bytes each.
-_SYSTEMS = 2**22
+SYSTEMS = 2**22
 # Unknowns of a row that are found together, where all would be too many: work grows with the cube of their number, and
 # 28672 inputs in blocks of 16 have 1792. Stretch after stretch, each lowers the loss that the ones before left.
 MOST, STRETCH = 1024, 256
@@ -63,7 +63,7 @@ def refitted(layer: Layer, scales: Tensor, found: Solution) -> Tensor:
 
     numbers = layer.columns // layer.grid.block * (1 if layer.grid.offsets is None else 2)
     numbers = numbers if numbers <= MOST else STRETCH
-    changes = torch.cat(shared(layer, changes_of, max(1, _SYSTEMS // numbers**2)))
+    changes = torch.cat(shared(layer, changes_of, max(1, SYSTEMS // numbers**2)))
     if outputs is not None:
         changes = changes[outputs.places]
     fitted = scales + changes.reshape(scales.shape)

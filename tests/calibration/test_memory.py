@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from streamconv.calibration.passes import release_freed_memory
+from streamconv.planning.devices import Device
 from streamconv.progress import anonymous_bytes
 
 
@@ -14,6 +15,6 @@ def test_freed_memory_is_given_back_from_between_what_is_kept() -> None:
     kept = pieces[::100]
     full = anonymous_bytes()
     del pieces
-    release_freed_memory()
+    release_freed_memory(Device("cpu", "CPU"))
     assert len(kept) == 32
     assert anonymous_bytes() < full - 150e6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,16 @@ import torch
 
 from streamconv.calibration.kept_inputs import KeptInputs
 from streamconv.calibration.layer_files import LayerFiles
-from streamconv.calibration.need import calibrating_need
+from streamconv.calibration.layers import uploaded
+from streamconv.calibration.need import batch_of, calibrating_need
+from streamconv.calibration.passes import repeatable, repeatable_attention
 from streamconv.calibration.subject import Subject
 from streamconv.calibration.tensor_files import stored_in, write_tensors
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.checkpoint.recorded import DIGESTS
 from streamconv.errors import OutputError, ResourceError, Stopped
 from streamconv.forward.activations import ActivationFile
+from streamconv.planning.devices import Device
 from streamconv.progress import StopRequest
 from tests.calibration import subjects
 from tests.calibration.subjects import QUICK, TOKENS, calibrated, layer_bytes, save_subject
@@ -158,6 +162,36 @@ def test_inputs_that_were_not_kept_are_computed_again(
     monkeypatch.setattr(KeptInputs, "read", lambda *_: None)
     calibrated(subject_in(folder), tmp_path)
     assert layer_bytes(tmp_path) == whole
+
+
+def test_original_weights_are_uploaded_once_a_group(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many batches the text has, where what enters the reference's groups is computed again."""
+    uploads: list[int] = []
+
+    def counted(weights: Mapping[str, torch.Tensor], device: torch.device) -> Mapping[str, torch.Tensor]:
+        uploads.append(len(weights))
+        return uploaded(weights, device)
+
+    monkeypatch.setattr(KeptInputs, "read", lambda *_: None)
+    monkeypatch.setattr("streamconv.calibration.need.BATCH_TOKENS", TOKENS // 4)
+    monkeypatch.setattr("streamconv.calibration.layers.uploaded", counted)
+    assert TOKENS // subjects.LENGTH // batch_of(subjects.LENGTH) == 4
+    calibrated(subject_in(folder), tmp_path)
+    assert uploads == 3 * [0, 3, 4, 6]  # before q k v; o; gate up; down
+
+
+def test_a_gpu_computes_by_deterministic_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is left as the process had it. Nothing is told a CPU, where results are the same anyway."""
+    can_be_fused: Callable[[], bool] = torch.backends.cuda.mem_efficient_sdp_enabled
+    for device, expected in ((Device("cuda:0", "a card"), True), (Device("cpu", "CPU"), False)):
+        with repeatable(1, device), repeatable_attention(device):
+            assert torch.are_deterministic_algorithms_enabled() is expected
+            assert can_be_fused() is not expected
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        assert can_be_fused()
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [0, 2, 1]])

@@ -29,7 +29,7 @@ from streamconv.formats import find_weights
 from streamconv.output.journal import WORK_FOLDER
 from streamconv.output.verifier import Verified
 from streamconv.pipeline import Prepared, build_job, prepare
-from streamconv.pipeline.shown import plan_as_json, plan_as_text
+from streamconv.pipeline.shown import about, plan_as_json, plan_as_text
 from streamconv.planning.plan import Access
 from streamconv.storage.data_sets import data_set_of
 from streamconv.storage.local import open_folder
@@ -244,6 +244,7 @@ def test_the_plan_tells_what_the_first_pass_needs(inputs: Inputs) -> None:
     text = plan_as_text(prepared)
     assert "text.txt: 256 tokens in sequences of 32, gradients of 256, for 4 weights" in text
     assert "its pass needs" in text
+    assert f"choosing codes takes about {about(need.seconds)}, by rates that are assumed" in text
     found = plan_as_json(prepared)
     assert found["calibration"]["need"]["ram"] == need.ram
     assert found["peak_ram_bytes"] == max(need.ram, prepared.plan.memory.ram)

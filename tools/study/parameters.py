@@ -47,6 +47,7 @@ OPTIONS: Mapping[str, FeedbackOptions] = {
     "no sweeps": replace(USUAL, sweeps=0),
     "1 sweep": replace(USUAL, sweeps=1),
     "no refits": replace(USUAL, refits=0),
+    "damping 0.01, 1 sweep, no refits": replace(USUAL, damping=0.01, sweeps=1, refits=0),
     "μ 0.03": replace(USUAL, preserve_delta=0.03),
     "μ 0.3": replace(USUAL, preserve_delta=0.3),
     "asymmetry 0": replace(USUAL, asymmetry=0.0),
