@@ -1,21 +1,55 @@
 """Every format and rounding on a GPU made of Python, beside the CPU: bytes, waits, launches, memory.
 
 What is compared, and what the device sees and does not, is told in `tests/pretend`. `before` in the result are the
-short set's numbers of an earlier tree, which stay.
+short set's numbers of an earlier tree, which stay; a table of docs/guide-gpu.md has them beside those of this one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "docs/results/pretend-gpu.json"
+PAGE = ROOT / "docs/guide-gpu.md"
+BLOCK = re.compile(r"(<!-- pretend: made by tools/pretend_gpu -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def render(page: str, recorded: Mapping[str, Any]) -> str:
+    """The page with its table made anew."""
+    return BLOCK.sub(lambda match: f"{match[1]}\n{table(recorded)}\n\n{match[3]}", page)
+
+
+def table(recorded: Mapping[str, Any]) -> str:
+    """What the device was asked for by the merges that were run with an earlier tree as well."""
+    now = {each["name"]: each for each in recorded["kinds"]}
+    lines = [
+        f"{len(now)} kinds, of which {sum(each['same'] for each in now.values())} are as on a CPU.",
+        "",
+        "| merge | waits in what was submitted | launches a cell | rounded divisions | planned, used, MiB |",
+        "| --- | --: | --: | --: | --: |",
+    ]
+    for before in recorded["before"]:
+        if before["planned"] and before["name"] in now:
+            pairs = zip(_numbers(before), _numbers(now[before["name"]]), strict=True)
+            lines.append(f"| {before['name']} | " + " | ".join(" to ".join(pair) for pair in pairs) + " |")
+    return "\n".join(lines)
+
+
+def _numbers(found: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        str(sum(found["waits_submitted"].values())),
+        f"{found['launches'] / found['cells']:,.0f}",
+        str(sum(found["reciprocals"].values())),
+        f"{found['planned'] / 2**20:.0f}, {found['peak'] / 2**20:.0f}",
+    )
 
 
 def main() -> None:
@@ -32,6 +66,7 @@ def main() -> None:
     RESULT.write_text(
         json.dumps({**recorded, "made_by": "tools/pretend_gpu", "kinds": kinds}, indent=1) + "\n"
     )
+    PAGE.write_text(render(PAGE.read_text(), json.loads(RESULT.read_text())))
     wrong = [each["name"] for each in kinds if not each["same"]]
     print(f"{len(kinds)} kinds, {len(wrong)} not as on a CPU", *wrong, sep="\n  ")
     sys.exit(bool(wrong))

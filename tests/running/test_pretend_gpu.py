@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from streamconv.planning.memory import FIXED_VRAM_BYTES
+from tools.pretend_gpu import BLOCK, PAGE, RESULT, render
 
 ROOT = Path(__file__).parents[2]
-RESULT = ROOT / "docs/results/pretend-gpu.json"
 Found = Mapping[str, Any]
 
 
@@ -87,6 +87,12 @@ def test_the_device_sees_what_it_is_for() -> None:
         "freed after use on another stream": 1,
         "no kernel": [["lgamma", "torch.bool", False], ["bitwise_and", "torch.float32", True]],
     }
+
+
+def test_the_guide_says_what_was_counted() -> None:
+    page = PAGE.read_text()
+    assert BLOCK.search(page)
+    assert render(page, json.loads(RESULT.read_text())) == page
 
 
 def test_what_was_shown_for_all_kinds() -> None:
