@@ -59,10 +59,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "kinds.json"
         subprocess.run([sys.executable, "-m", "tests.pretend.kinds", str(made), "--all"], check=True)
-        kinds = json.loads(made.read_text())
+        kinds = json.loads(made.read_text())["kinds"]
     recorded: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     if given.before is not None:
-        recorded["before"] = json.loads(given.before.read_text())
+        recorded["before"] = json.loads(given.before.read_text())["kinds"]
     RESULT.write_text(
         json.dumps({**recorded, "made_by": "tools/pretend_gpu", "kinds": kinds}, indent=1) + "\n"
     )

@@ -1,17 +1,15 @@
-"""Faults for the pretend GPU to see, in a process of its own; prints what it saw."""
+"""Faults for the pretend GPU to see: what it noted of them."""
 
 from __future__ import annotations
 
 import gc
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
-from tests.pretend.device import CUDA, PINNED, MixedDevicesError, install, unknown_to_cuda
-from tests.pretend.kinds import without_expecttest
+from tests.pretend.device import CUDA, PINNED, MixedDevicesError, unknown_to_cuda
 from tests.pretend.ledger import HERE, LEDGER
 
 
@@ -21,8 +19,8 @@ def _waits(work: Callable[[], object]) -> int:
     return sum(LEDGER.waits.values())
 
 
-def main() -> None:
-    install()
+def seen() -> Mapping[str, Any]:
+    """What was noted, where CUDA is pretended."""
     found: dict[str, Any] = {}
     there, host, pinned = torch.ones(4, device=CUDA), torch.ones(4), torch.ones(4)
     try:
@@ -47,20 +45,19 @@ def main() -> None:
     del there
     gc.collect()
     LEDGER.reset()
+    before = LEDGER.now  # tables that stay
     large = torch.empty(1000, device=CUDA)
-    found["bytes of 1000 floats"] = LEDGER.now
+    found["bytes of 1000 floats"] = LEDGER.now - before
     HERE.stream = "another"
     large.mul_(2)
     HERE.stream = "default"
     del large
     gc.collect()
-    found["bytes after"] = LEDGER.now
+    found["bytes after"] = LEDGER.now - before
     found["freed after use on another stream"] = sum(LEDGER.crossed.values())
-    without_expecttest()
-    asked = [("lgamma", "torch.bool"), ("bitwise_and", "torch.float32")]
-    found["no kernel"] = [[*each, each in unknown_to_cuda(asked)] for each in asked]
-    print(json.dumps(found))
+    return found
 
 
-if __name__ == "__main__":
-    main()
+def without_kernel() -> list[tuple[str, str]]:
+    """Which of two operations CUDA has no kernel for."""
+    return unknown_to_cuda([("lgamma", "torch.bool"), ("bitwise_and", "torch.float32")])

@@ -34,6 +34,7 @@ from tests.forward.texts import save_tokenizer, write_text
 from tests.gguf.bases import write_llama
 from tests.models import Sizes, write_adapter, write_base
 from tests.pretend.device import unknown_to_cuda
+from tests.pretend.faults import seen, without_kernel
 from tests.pretend.gpu import pretend_gpu
 from tests.pretend.ledger import LEDGER
 
@@ -283,11 +284,16 @@ def main() -> None:
             results.append(_guarded(partial(analyzed, model), "analyzed"))
     with tempfile.TemporaryDirectory() as name, pretend_gpu(cells_of=2**20):
         results.extend(_guarded(partial(at_full_size, kind, Path(name)), kind.name) for kind in FULL)
+        faults = seen()
     without_expecttest()  # late: torch's tests forbid to set how products of float32 are computed
     for each in results:
         each.unknown = [f"{name} of {dtype}" for name, dtype in unknown_to_cuda(each.dtypes)]
         each.dtypes = []
-    given.result.write_text(json.dumps([asdict(each) for each in results], indent=1))
+    found = {
+        "kinds": [asdict(each) for each in results],
+        "faults": {**faults, "no kernel": without_kernel()},
+    }
+    given.result.write_text(json.dumps(found, indent=1))
 
 
 def _guarded(work: Callable[[], Found], name: str) -> Found:
