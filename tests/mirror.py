@@ -132,6 +132,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "formats/base.py": ["contracts/test_formats.py"],
     "formats/foreign.py": ["formats/test_find_weights.py"],
     "formats/gptq.py": ["formats/test_int_words.py", "foreign/test_gptqmodel.py"],
+    "formats/nested_scales.py": ["formats/test_bnb_4bit.py", "running/test_cuda.py"],
     "formats/pack_schemes.py": ["formats/test_pack_quantized.py"],
     "formats/rows.py": ["contracts/test_formats.py"],
     # A forward pass of a model whose weights are streamed.

@@ -15,7 +15,8 @@ from torch import Tensor
 from streamconv.dtypes import BF16, DTYPES, F32
 from streamconv.errors import CheckpointError, InputError, UnsupportedError
 from streamconv.formats import FORMATS, find_weights
-from streamconv.formats.bnb_4bit import DYNAMIC, Bnb4bitEncoder
+from streamconv.formats.bnb_4bit import Bnb4bitEncoder
+from streamconv.formats.nested_scales import DYNAMIC
 from streamconv.kernels.grids import NF4
 from tests.formats.stored import (
     SHAPES,

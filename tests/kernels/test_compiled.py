@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamconv.dtypes import BF16, F16, F32, Dtype
-from streamconv.formats.bnb_4bit import DYNAMIC
+from streamconv.formats.nested_scales import DYNAMIC
 from streamconv.kernels import TORCH, Kernels, Start, compiled_kernels, kernels_for
 from streamconv.kernels.grids import (
     E2M1,

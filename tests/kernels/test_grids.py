@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamconv.dtypes import DENSE
 from streamconv.formats import FORMATS
-from streamconv.formats.bnb_4bit import DYNAMIC
+from streamconv.formats.nested_scales import DYNAMIC
 from streamconv.kernels import TORCH, Start, kernels_for
 from streamconv.kernels.grids import (
     E4M3,

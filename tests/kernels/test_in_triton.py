@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from streamconv.kernels import TORCH, fused_kernels, kernels_for
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
 from streamconv.kernels.in_triton import TritonKernels, agree
 from tests.kernels.triton_checks import GRIDS, ODD, WILD, check, check_rest, check_search, values_of
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
 from streamconv.kernels import triton_loops
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from streamconv.dtypes import BF16, F16, F32
-from streamconv.formats.bnb_4bit import DYNAMIC
+from streamconv.formats.nested_scales import DYNAMIC
 from streamconv.kernels import TORCH, Kernels, Start
 from streamconv.kernels.grids import (
     E2M1,

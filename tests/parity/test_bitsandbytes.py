@@ -26,7 +26,7 @@ from transformers import BitsAndBytesConfig
 
 from streamconv.dtypes import BF16, DENSE, F16
 from streamconv.formats import FORMATS
-from streamconv.formats.bnb_4bit import DYNAMIC
+from streamconv.formats.nested_scales import DYNAMIC
 from streamconv.kernels.grids import FP4, NF4, TableGrid, divide_by_scales
 from streamconv.rounding import ROUNDINGS, Context
 from streamconv.rounding.feedback import FeedbackOptions, feedback

@@ -21,8 +21,9 @@ from streamconv.adapters.lora import DoraUpdate
 from streamconv.checkpoint.reader import TensorReader
 from streamconv.dtypes import DENSE
 from streamconv.errors import InputError, ResourceError
-from streamconv.formats import FORMATS, bnb_4bit
-from streamconv.formats.bnb_4bit import Bnb4bitEncoder, nested_mean
+from streamconv.formats import FORMATS, nested_scales
+from streamconv.formats.bnb_4bit import Bnb4bitEncoder
+from streamconv.formats.nested_scales import nested_mean
 from streamconv.kernels import TORCH
 from streamconv.pipeline import Job, Prepared, convert, prepare, run
 from streamconv.planning import plan as plans
@@ -254,7 +255,7 @@ def test_scales_are_nested_once(
         nested.append(scales.numel())
         return nested_mean(scales)
 
-    monkeypatch.setattr(bnb_4bit, "nested_mean", mean)
+    monkeypatch.setattr(nested_scales, "nested_mean", mean)
     _, _, kept = on_gpu(step, FakeGpu())
     assert kept is not None
     assert nested == [700 * 64 // 64] * times
