@@ -8,6 +8,7 @@ what the results say; `--bars` prints what has been shown and what has not.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,8 +81,14 @@ ERASED = 0.2
 def predicted_share(weights: Sequence[Mapping[str, Any]]) -> float:
     """Mean over `weights` of the share foretold for each, by the squares of their deltas, as the kept delta is."""
     squares = [weight["delta_square"] for weight in weights]
-    shares = [predicted_kept(weight["ratio"], NF4, weight["delta_kurtosis"]) for weight in weights]
+    shares = [_predicted_kept(weight["ratio"], weight["delta_kurtosis"]) for weight in weights]
     return float(np.average(shares, weights=squares))
+
+
+@functools.cache
+def _predicted_kept(ratio: float, kurtosis: float) -> float:
+    """What nearest rounding to nf4 keeps: asked for a table, a picture and a check of the same weights."""
+    return predicted_kept(ratio, NF4, kurtosis)
 
 
 STOCHASTIC = "stochastic-T"
