@@ -145,6 +145,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "forward/weights.py": ["forward/test_walk.py"],
     "kernels/__init__.py": ["kernels/test_seam.py"],
     "kernels/base.py": ["kernels/test_compiled.py"],
+    "kernels/column_loops.py": ["kernels/test_compiled.py"],
     "kernels/e2m1_loops.py": ["kernels/test_compiled.py"],
     "kernels/ggml/__init__.py": ["kernels/ggml/test_seam.py"],
     "kernels/ggml/base.py": ["kernels/ggml/test_packing.py"],

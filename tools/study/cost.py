@@ -58,7 +58,7 @@ def guide_table(rates: Rates) -> str:
         products = work.forward + work.gradients + work.moments + work.rounding + work.refits
         parts = (
             products / rates.products,
-            work.factors / rates.factors,
+            work.factors / rates.factors + work.systems / rates.systems,
             work.tiles,
             device_seconds(CostCounts(tiles=work.tiles, settled=work.settled, blocks=work.blocks), rates),
             work.copied / rates.copies,
@@ -86,7 +86,7 @@ def guide_table(rates: Rates) -> str:
 
 
 def cost_block(beds: Mapping[str, Results], _: Results) -> str:
-    parts = ("forward", "gradients", "moments", "factors", "rounding", "refits")
+    parts = ("forward", "gradients", "moments", "factors", "systems", "rounding", "refits")
     columns = (
         *("model, tokens", *parts, "settling"),
         *("in all, with a GPU at 40 TFLOP/s", "in all, with a GPU at 20 TFLOP/s"),
