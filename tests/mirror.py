@@ -158,6 +158,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "kernels/ggml/types.py": ["kernels/ggml/test_decoding.py"],
     "kernels/in_torch.py": ["kernels/test_compiled.py"],
     "kernels/loops.py": ["kernels/test_compiled.py"],
+    "kernels/triton_columns.py": ["kernels/test_in_triton.py", "kernels/test_triton_loops.py"],
     # Runs, from options to a verified output.
     "output/tokenizer_files.py": ["output/test_tokenizer.py"],
     "pipeline/__init__.py": ["test_public_names.py"],

@@ -100,8 +100,9 @@ class Rates:
 # (docs/results/study-demo-kjv.json, 661 s of processor time).
 CARD = Rates(40e12, 10e12, 500e9, 13e-9, 5e-6, 20e9, 5e9)
 CORE = Rates(40e9, 20e9, 20e9, 13e-9, 0.0, 10e9, 1e9)
-# Calls for a column of some rows, and for a tile, counted in `kernels/in_torch.py` and `rounding/`.
-_COLUMN_CALLS, _TILE_CALLS, _BLOCK_CALLS, _DEVICE_ROWS = 25, 10, 6, 4096
+# Calls for a tile and a block, counted in `rounding/`. A column of some rows takes a launch of 64 about as long as a
+# call, by its steps that wait for each other; with them a panel's calls. (25 for a column where torch has no Triton.)
+_COLUMN_CALLS, _TILE_CALLS, _BLOCK_CALLS, _DEVICE_ROWS = 1.2, 10, 6, 4096
 
 
 def weight_work(rows: int, columns: int, text: TextSize, options: FeedbackOptions) -> CostCounts:
