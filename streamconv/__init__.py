@@ -29,9 +29,13 @@ if TYPE_CHECKING:
     from streamconv.evaluation import Evaluation, evaluate
     from streamconv.extraction import Extraction, extract
     from streamconv.output.manifest import Report
-    from streamconv.pipeline import convert, merge, push, verify
+    from streamconv.pipeline import convert, merge, plan, push, verify
     from streamconv.pipeline.inspection import inspect
+    from streamconv.pipeline.planned import Planned
+    from streamconv.progress import OnProgress
     from streamconv.storage.upload import Pushed
+
+    __version__: str
 
 __all__ = [  # noqa: PLE0604, RUF100  literal, so that type checkers see it
     "AdapterError",
@@ -42,8 +46,10 @@ __all__ = [  # noqa: PLE0604, RUF100  literal, so that type checkers see it
     "Extraction",
     "HubError",
     "InputError",
+    "OnProgress",
     "OptionError",
     "OutputError",
+    "Planned",
     "Pushed",
     "Report",
     "ResourceError",
@@ -58,6 +64,7 @@ __all__ = [  # noqa: PLE0604, RUF100  literal, so that type checkers see it
     "extract",
     "inspect",
     "merge",
+    "plan",
     "push",
     "verify",
 ]
@@ -105,6 +112,18 @@ def _pipeline() -> ModuleType:
     return pipeline
 
 
+def _planned() -> ModuleType:
+    from streamconv.pipeline import planned
+
+    return planned
+
+
+def _progress() -> ModuleType:
+    from streamconv import progress
+
+    return progress
+
+
 def _report() -> ModuleType:
     from streamconv.output import manifest as result
 
@@ -122,7 +141,9 @@ _DOORS: dict[str, Callable[[], ModuleType]] = {
     **dict.fromkeys(("Compared", "compare"), _comparison),
     **dict.fromkeys(("Evaluation", "evaluate"), _evaluation),
     **dict.fromkeys(("Extraction", "extract"), _extraction),
-    **dict.fromkeys(("convert", "merge", "push", "verify"), _pipeline),
+    **dict.fromkeys(("convert", "merge", "plan", "push", "verify"), _pipeline),
+    "OnProgress": _progress,
+    "Planned": _planned,
     "Pushed": _upload,
     "Report": _report,
     "inspect": _inspection,
@@ -130,6 +151,15 @@ _DOORS: dict[str, Callable[[], ModuleType]] = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version(__name__)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(_DOORS.get(name, _errors)(), name)
+
+
+def __dir__() -> list[str]:
+    """Names that scripts use; modules are imported by their own names."""
+    return [*__all__, "__version__"]

@@ -6,9 +6,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-OnProgress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all: first with what an earlier run had done, then as it goes on."""
+
+class OnProgress(Protocol):
+    """Callback of a run, with bytes done and bytes in all: first with those that an earlier run had done."""
+
+    def __call__(self, done: int, total: int, /) -> None: ...
+
 
 OnBytes = Callable[[int], None]
 """Called with how many more bytes are done."""

@@ -18,7 +18,7 @@ PACKAGE = Path(streamconv.__file__).parent
 # Low to high; parts of one layer do not know each other.
 LAYERS = [
     {"errors", "sizes", "dtypes", "progress", "escapes", "credentials"},
-    {"system_errors"},
+    {"system_errors", "bars"},
     {"threads", "memory_errors"},
     {"storage", "kernels"},
     {"checkpoint", "rounding"},
@@ -42,6 +42,7 @@ DOORS = {
     "__main__.py": "signals are heard before anything else is imported",
     "adapters/conversions.py": "transformers is an extra",
     "analysis/__init__.py": "matplotlib is an extra",
+    "bars.py": "tqdm is wanted by few",
     "comparison/__init__.py": "transformers is an extra",
     "evaluation/__init__.py": "transformers is an extra",
     "kernels/__init__.py": "numba or triton may be missing, and cost memory that a merge in 16 bit does not need",
@@ -197,6 +198,7 @@ TESTS = Path(__file__).parent
 TEST_SOURCES = sorted(TESTS.rglob("*.py"))
 PATCHING = {"setattr", "delattr", "getattr", "hasattr", "vars"}
 NOT_OURS = {
+    "_repr_html_": "notebooks call it by this name",
     "_exit": "os._exit is documented, and has no other name",
     "_python_dispatch": "torch has no other door to the operations that are done",
     "_has_avx512": "bitsandbytes has no other switch",

@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from os import PathLike
 from typing import Any
 
@@ -39,7 +40,7 @@ ONLY_ON_THE_COMMAND_LINE = {
     "list",
     *PUSHING,
 }
-ONLY_IN_PYTHON = {"on_progress", "on_download", "on_step"}
+ONLY_IN_PYTHON = {"progress", "on_progress", "on_download", "on_step"}
 
 
 def test_every_name_resolves_and_is_listed_once() -> None:
@@ -72,6 +73,11 @@ def test_every_name_is_documented(name: str) -> None:
     assert documented.endswith("."), name
 
 
+def test_names_are_completed_and_the_version_is_told() -> None:
+    assert set(dir(streamconv)) == {*streamconv.__all__, "__version__"}
+    assert streamconv.__version__ == version("streamconv")
+
+
 def test_importing_the_package_takes_no_time() -> None:
     script = "import sys, streamconv; print(*sorted({'torch', 'numpy', 'click'} & set(sys.modules)))"
     assert (
@@ -92,6 +98,7 @@ def options(command: str) -> dict[str, click.Parameter]:
 COMMANDS: dict[str, Callable[..., Any]] = {
     "merge": streamconv.merge,
     "convert": streamconv.convert,
+    "plan": streamconv.plan,
     "verify": streamconv.verify,
     "eval": streamconv.evaluate,
     "analyze": streamconv.analyze,
@@ -135,6 +142,7 @@ def test_everything_but_the_folders_is_given_by_name(command: str) -> None:
         positional = name == "model" or (
             name in ("base", "adapter", "out") and parameter.default is inspect.Parameter.empty
         )
+        positional |= (command, name) == ("plan", "adapter")  # which is `convert`'s plan without it
         assert (parameter.kind is parameter.POSITIONAL_OR_KEYWORD) == positional, name
 
 

@@ -1,6 +1,6 @@
 """Writes docs/cli.md from the commands, the table of docs/adapters.md from the methods, that of docs/formats.md from
 the formats and what `tools/foreign` found, docs/architectures.md and the tables of docs/reliability.md from the
-results that they show; --check says whether they are up to date.
+results that they show, docs/python.md from the functions; --check says whether they are up to date.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from streamconv.cli import main as streamconv
 from streamconv.cli.blocks import sections
 from tests.contracts.updates import FORMS, Form, drawn
 from tests.mirror import STORIES
-from tools import architecture_page, format_page, reliability_page
+from tools import architecture_page, format_page, python_page, reliability_page
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 TARGET = DOCS / "cli.md"
@@ -171,6 +171,7 @@ def main() -> int:
         format_page.OPENED: format_page.opened_text(),
         format_page.TARGET: format_page.page(format_page.TARGET.read_text()),
         architecture_page.TARGET: architecture_page.page(),
+        python_page.TARGET: python_page.page(python_page.TARGET.read_text()),
         reliability_page.TARGET: reliability_page.page(reliability_page.TARGET.read_text()),
     }
     old = [file for file, text in made.items() if not file.exists() or file.read_text() != text]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from streamconv.errors import OptionError
 from streamconv.formats import FORMATS
 from streamconv.planning.options import Job
+from streamconv.planning.spelling import format_name
 
 # What QLoRA training rounds the base to unless told otherwise.
 USUAL_MERGE_BASE = "nf4-dq"
@@ -30,7 +31,7 @@ class AnalysisOptions:
 def check_formats(formats: Iterable[str]) -> tuple[str, ...]:
     """Formats with codes, each once, in lower case. Raises OptionError for others."""
     known = [name for name, each in FORMATS.items() if each.grid is not None]
-    found = tuple(dict.fromkeys(name.lower() for name in formats))
+    found = tuple(dict.fromkeys(map(format_name, formats)))
     for name in found:
         if name not in known:
             raise OptionError(f"--format {name} is not known; use one of {', '.join(known)}")

@@ -29,6 +29,7 @@ from streamconv.planning.options import (
     only,
     takes,
 )
+from streamconv.planning.spelling import type_name
 from streamconv.progress import OnProgress, StopRequest, quiet
 from streamconv.system_errors import translated
 
@@ -95,7 +96,7 @@ def build_options(
         sequences=tokens // sequence_length,
         sequence_length=sequence_length,
         greedy_tokens=given["greedy_tokens"],
-        dtype=given["dtype"],
+        dtype=type_name(given["dtype"]),
         seed=given["seed"],
         speed=given["speed"],
         speed_tokens=given["speed_tokens"],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from streamconv.errors import OptionError
 from streamconv.planning.options import Folder, Job
+from streamconv.planning.spelling import type_name
 
 LEAST_LENGTH = 16
 
@@ -56,9 +57,9 @@ def check_reference(
         )
 
 
-def check_dtype(dtype: str) -> None:
+def check_dtype(dtype: object) -> None:
     """Raise OptionError for `auto`, which other commands know; that a name is known is checked with the plan."""
-    if dtype.lower() == "auto":
+    if type_name(dtype) == "auto":
         raise OptionError("--dtype says in what the model is computed; use float32, bfloat16 or float16")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from streamconv.dtypes import DENSE
 from streamconv.errors import OptionError
+from streamconv.planning.spelling import type_name
 from streamconv.sizes import parse_size
 
 
@@ -27,7 +28,7 @@ class ExtractOptions:
 
 def read_options(given: Mapping[str, Any]) -> ExtractOptions:
     """Raises OptionError for what cannot be meant."""
-    dtype = given["dtype"].lower()
+    dtype = type_name(given["dtype"])
     if dtype not in DENSE:
         raise OptionError(f"--dtype {given['dtype']} is not known; use one of {', '.join(DENSE)}")
     share = given["share"]

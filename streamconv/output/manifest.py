@@ -8,15 +8,17 @@ file of it, and is sealed with a hash of its own bytes.
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 from streamconv.planning.plan import Plan
 from streamconv.running.cell import KeptDelta
+from streamconv.sizes import format_size
 
 MANIFEST = "streamconv.json"
 MANIFEST_VERSION = 2
@@ -41,7 +43,7 @@ Notes = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Notes of passes on weights: by the manifest's key, by weight, numbers by name."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """Result of `merge` and `convert`. Sizes in bytes, times in seconds.
 
@@ -80,7 +82,29 @@ class Report:
     also: Mapping[str, Report] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
+        """Plain data, as `--json` prints it."""
         return asdict(self)
+
+    def __repr__(self) -> str:
+        return f"<Report {', '.join(': '.join(fact) for fact in self._facts())}>"
+
+    def _repr_html_(self) -> str:
+        rows = (f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in self._facts())
+        return f"<table>{''.join(rows)}</table>"
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        """Facts that everybody asks for, by name."""
+        yield "out", self.out
+        yield "quant", self.quant
+        if self.rounding is not None:
+            yield "rounding", self.rounding
+        if self.kept_delta is not None:
+            yield "kept", f"{self.kept_delta:.1%}"
+        yield "written", format_size(self.bytes_written)
+        yield "time", f"{self.seconds:.1f} s"
+        yield "peak memory", format_size(self.peak_ram_bytes)
+        if self.also:
+            yield "also", ", ".join(self.also)
 
 
 def kept_delta(sums: Mapping[str, KeptDelta]) -> KeptShares | None:

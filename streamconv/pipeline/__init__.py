@@ -1,6 +1,6 @@
 """One call from inputs to a published, verified output: job → plan → download → run → publish → verify."""
 
-from streamconv.pipeline.calls import convert, merge
+from streamconv.pipeline.calls import convert, merge, plan
 from streamconv.pipeline.contents import check_contents
 from streamconv.pipeline.downloads import fetch
 from streamconv.pipeline.job import build_job, merge_options, output_folder
@@ -23,6 +23,7 @@ __all__ = [
     "merge",
     "merge_options",
     "output_folder",
+    "plan",
     "prepare",
     "push",
     "push_output",

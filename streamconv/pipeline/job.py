@@ -29,6 +29,7 @@ from streamconv.planning.options import (
     fields_of,
     takes,
 )
+from streamconv.planning.spelling import format_name, meant_by, type_name
 from streamconv.sizes import parse_size
 
 LEAST_SEQUENCE_LENGTH = 16
@@ -189,9 +190,9 @@ def _preserve_delta(text: str | float) -> float | None:
 def _further(formats: Iterable[str]) -> tuple[str, ...]:
     """Formats of further outputs, each given once and a name that its folder can have."""
     found: list[str] = []
-    for name in map(str.lower, formats):
+    for name in map(format_name, formats):
         if name not in FURTHER_FORMATS:
-            raise OptionError(f"--also {name} is not known; use one of {', '.join(FURTHER_FORMATS)}")
+            raise OptionError(meant_by("--also", name, ["none"]))
         if name in found:
             raise OptionError(f"--also {name} stands twice; leave one of them out")
         found.append(name)
@@ -262,7 +263,9 @@ def output_folder(out: Folder) -> Path:
 
 # By field, how values are read that are not taken as they are given; names in any case.
 _PARSERS: Mapping[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("quant", "dtype", "rounding", "merge_base", "rescale"), str.lower),
+    **dict.fromkeys(("rounding", "rescale"), str.lower),
+    **dict.fromkeys(("quant", "merge_base"), format_name),
+    "dtype": type_name,
     "preserve_delta": _preserve_delta,
     "min_kept": _share,
     "ignore": tuple,

@@ -16,6 +16,7 @@ from streamconv.kernels.grids import TableGrid
 from streamconv.planning.assignment import NONE, FormatRule, ModuleFormats, is_dense, read_rules
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Choice
+from streamconv.planning.spelling import meant_by
 from streamconv.rounding import ROUNDINGS
 from streamconv.rounding.adaptive import Adaptive
 from streamconv.rounding.base import Rounding
@@ -250,9 +251,7 @@ def resolve_quant(facts: Facts, options: MergeOptions) -> tuple[Format | None, D
             )
         return None, dtype
     if name not in FORMATS:
-        raise OptionError(
-            f"--quant {options.quant} is not known; use keep, none, or one of {', '.join(FORMATS)}"
-        )
+        raise OptionError(meant_by("--quant", options.quant, [KEEP, NONE]))
     return with_groups(FORMATS[name], options.group_size), dtype
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from functools import wraps
 from inspect import Parameter, signature
 from os import PathLike
-from typing import Any, Self, TypedDict, TypeVar, cast, get_type_hints
+from typing import Any, Protocol, Self, TypedDict, TypeVar, cast, get_type_hints
 
 from streamconv.planning.field_types import check_types
 from streamconv.sizes import exact_size
@@ -19,6 +19,18 @@ from streamconv.sizes import exact_size
 Folder = str | PathLike[str]
 Folders = Folder | Iterable[Folder]
 """One place, or several in their order."""
+
+
+class ElementType(Protocol):
+    """An element type as torch.dtype is one, which is not imported here: that takes seconds."""
+
+    @property
+    def itemsize(self) -> int: ...
+
+    @property
+    def is_floating_point(self) -> bool: ...
+
+
 F = TypeVar("F", bound=Callable[..., Any])
 K = TypeVar("K")
 
@@ -208,7 +220,7 @@ class ResultKeywords(TypedDict, total=False):
     quant: str
     also: Iterable[str]
     group_size: int | None
-    dtype: str
+    dtype: str | ElementType
     rounding: str
     residual_rank: int
     rescale: str
@@ -255,7 +267,7 @@ class ExtractKeywords(TypedDict, total=False):
     rank: str | int
     share: float
     max_rank: int
-    dtype: str
+    dtype: str | ElementType
     base_revision: str | None
     finetuned_revision: str | None
     device: str
@@ -275,7 +287,7 @@ class EvaluateKeywords(ModelKeywords, total=False):
     sequence_length: int
     tokens: int
     greedy_tokens: int
-    dtype: str
+    dtype: str | ElementType
 
 
 class CompareKeywords(ModelKeywords, TextKeywords, total=False):
@@ -288,7 +300,7 @@ class CompareKeywords(ModelKeywords, TextKeywords, total=False):
     sequence_length: int
     tokens: int
     greedy_tokens: int
-    dtype: str
+    dtype: str | ElementType
     seed: int
     speed: bool
     speed_tokens: int
