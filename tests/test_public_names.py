@@ -38,6 +38,7 @@ ONLY_ON_THE_COMMAND_LINE = {
     "verbose",
     "debug",
     "list",
+    "places",
     *PUSHING,
 }
 ONLY_IN_PYTHON = {"progress", "on_progress", "on_download", "on_step"}

@@ -3,18 +3,21 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from streamconv.cli import format_rows
-from streamconv.cli.format_rows import FormatRow
+from streamconv.cli.format_rows import ROWS, FormatRow
 from streamconv.formats import FORMATS
+from streamconv.formats.base import Format
 from streamconv.formats.gguf import PREFIX
 from streamconv.kernels.ggml.types import BLOCK_TYPES, BlockType
+from streamconv.planning.choices import can_calibrate
+from streamconv.rounding import ROUNDINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 TARGET = ROOT / "docs" / "formats.md"
-OPENED = ROOT / "streamconv" / "cli" / format_rows.OPENED
+KNOWN = ROOT / "streamconv" / "cli" / ROWS
 TABLE = "<!-- Made by tools/fix from FORMATS and docs/results/foreign-*.json; edits here are lost. -->"
 END = "<!-- End of what is made. -->"
 TYPES = "<!-- Types: made by tools/fix from streamconv/kernels/ggml/types.py; edits here are lost. -->"
@@ -50,9 +53,42 @@ def _formats(models: Mapping[str, object]) -> Iterator[str]:
             yield name
 
 
-def opened_text() -> str:
-    """The file that the package has of it."""
-    return json.dumps(opened(), indent=1) + "\n"
+def known_text() -> str:
+    """The file of all rows that the package has."""
+    return json.dumps([asdict(row) for row in format_rows(opened())], indent=1) + "\n"
+
+
+def format_rows(opened: Mapping[str, Sequence[str]]) -> tuple[FormatRow, ...]:
+    """A row for each entry of FORMATS, in their order, with the programs that opened files of it by its name."""
+    return tuple(_row(each, tuple(opened.get(each.name, ()))) for each in FORMATS.values())
+
+
+def _row(storage_format: Format, opened: tuple[str, ...]) -> FormatRow:
+    calibrates = can_calibrate(storage_format)
+    ways = ROUNDINGS if storage_format.grid is not None else {}
+    roundings = tuple(name for name, way in ways.items() if calibrates or not way.calibrated)
+    run = {_program(each) for each in opened}
+    return FormatRow(
+        name=storage_format.name,
+        bits_per_weight=storage_format.bits_per_weight,
+        roundings=roundings,
+        chosen_by=_chosen_by(roundings),
+        takes_calibration=calibrates,
+        layout=storage_format.layout,
+        opened=opened,
+        documented=tuple(each for each in storage_format.loaders.split(", ") if _program(each) not in run),
+    )
+
+
+def _chosen_by(roundings: Sequence[str]) -> str:
+    missing = [name for name in ROUNDINGS if name not in roundings]
+    if not roundings:
+        return "-"
+    return f"all but {', '.join(missing)}" if missing else "all"
+
+
+def _program(loader: str) -> str:
+    return loader.partition(" ")[0].lower()
 
 
 def page(text: str) -> str:
@@ -90,7 +126,7 @@ def table() -> str:
     lines = [
         "| name | bits per weight | can | roundings | stored as | opened by |",
         "|---|--:|---|---|---|---|",
-        *map(_line, format_rows.format_rows(opened())),
+        *map(_line, format_rows(opened())),
     ]
     return "\n".join(lines)
 

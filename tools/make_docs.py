@@ -38,7 +38,11 @@ def page() -> str:
     lines = ["# Command line", "", HEAD, "", *_text(streamconv)]
     shown: dict[str, str] = {}
     for name, command in streamconv.commands.items():
-        arguments = [param.name.upper() for param in command.params if isinstance(param, click.Argument)]
+        arguments = [
+            param.metavar or str(param.name).upper()
+            for param in command.params
+            if isinstance(param, click.Argument)
+        ]
         lines += [f"## {' '.join(['streamconv', name, *arguments])}", "", *_text(command)]
         repeated: dict[str, list[str]] = {}
         for title, table in _tables(command).items():
@@ -168,7 +172,7 @@ def main() -> int:
     made = {
         TARGET: page(),
         METHODS: methods_page(METHODS.read_text()),
-        format_page.OPENED: format_page.opened_text(),
+        format_page.KNOWN: format_page.known_text(),
         format_page.TARGET: format_page.page(format_page.TARGET.read_text()),
         architecture_page.TARGET: architecture_page.page(),
         python_page.TARGET: python_page.page(python_page.TARGET.read_text()),

@@ -10,6 +10,7 @@ import click
 
 from streamconv.cli.analysis import analyze_command
 from streamconv.cli.comparison import compare_command
+from streamconv.cli.completion import completion_command
 from streamconv.cli.evaluation import eval_command
 from streamconv.cli.exits import Commands
 from streamconv.cli.extraction import extract_command
@@ -44,6 +45,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
         extract_command,
         push_command,
         formats_command,
+        completion_command,
     ],
     context_settings={
         "help_option_names": ["-h", "--help"],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamconv.cli.blocks import Command, Section, group, option
+from streamconv.cli.completion import TRAINED_ON, has_codes, words
 from streamconv.cli.options import (
     ADAPTER_HELP,
     ADAPTER_PLACE,
@@ -59,6 +60,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
         defaults=ANALYZE_DEFAULTS,
         multiple=True,
         metavar="FORMAT",
+        shell_complete=words(rows=has_codes),
         help="A format with codes, as in --quant of merge. Repeatable.",
     ),
     option(
@@ -83,6 +85,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
         "--merge-base",
         defaults=ANALYZE_DEFAULTS,
         metavar="FORMAT",
+        shell_complete=words("auto", "original", *TRAINED_ON),
         help="What target T is an update of: the base rounded to nf4, nf4-dq, fp4, fp4-dq or int8 as in training; "
         "original: leave T out; auto: nf4-dq, or a quantized base as it is.",
     ),

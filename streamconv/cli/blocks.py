@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -14,7 +14,9 @@ from streamconv.sizes import parse_size
 from streamconv.system_errors import check_address_space
 from streamconv.threads import check_threads
 
-_ORDER = "streamconv.order"
+_ORDER, _NAMED = "streamconv.order", "streamconv.named"
+# Options that nearly everybody uses, which help puts first where a command has more than so many.
+_COMMON, _LONG = ("base", "adapter", "out", "quant", "merge_base", "calibration", "push_to"), 25
 _MOST_OF_NUMPY = 64  # as its packages are built
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,6 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Section(StrEnum):
     """Headings of help."""
 
+    COMMON = "Most used"
     INPUTS = "Inputs and output"
     TEXT = "Text"
     STRATEGIES = "Strategies"
@@ -63,6 +66,51 @@ class Option(click.Option):
         self.section = section
 
 
+class Places(click.Argument):
+    """Places of a command without their options, as `merge BASE ADAPTER OUT`; `few` may be left out at the end."""
+
+    def __init__(self, names: Sequence[str], few: int = 0) -> None:
+        shown = [name.upper() for name in names]
+        needed = len(names) - few
+        metavar = " ".join([*shown[:needed], *(f"[{name}]" for name in shown[needed:])])
+        super().__init__(
+            ["places"], nargs=-1, is_eager=True, expose_value=False, metavar=f"[{metavar}]", type=Place()
+        )
+        self._names, self._needed = names, needed
+
+    def handle_parse_result(
+        self, ctx: click.Context, opts: Mapping[str, Any], args: list[str]
+    ) -> tuple[Any, list[str]]:
+        """Put the places where their options would have put them. Raises UsageError where they are too few or many."""
+        found, left = super().handle_parse_result(ctx, opts, args)
+        places = found if isinstance(found, tuple) else ()
+        if not places or ctx.resilient_parsing:
+            return found, left
+        if not self._needed <= len(places) <= len(self._names):
+            raise click.UsageError(
+                f"{ctx.command.name} takes {str(self.metavar)[1:-1]} in this order, or the options --"
+                f"{', --'.join(self._names)}; found {len(places)}: {' '.join(map(str, places))}",
+                ctx,
+            )
+        for name, place in zip(self._names, places, strict=False):
+            if name in ctx.meta.get(_NAMED, ()):
+                raise click.UsageError(
+                    f"--{name} is given, and {place} stands for it, too; leave one out", ctx
+                )
+            cast("dict[str, Any]", opts)[name] = (place,) if name == "adapter" else place
+        return found, left
+
+
+def places(*names: str, few: int = 0) -> Callable[[F], F]:
+    """The argument for these options, before a command."""
+
+    def add(function: F) -> F:
+        vars(function).setdefault("__click_params__", []).append(Places(names, few))
+        return function
+
+    return add
+
+
 class Command(click.Command):
     """Lists options by section, in the order of their first options; `--max-ram` is STREAMCONV_MAX_RAM, too."""
 
@@ -78,6 +126,7 @@ class Command(click.Command):
         if not ctx.resilient_parsing:
             _, _, order = self.make_parser(ctx).parse_args(args=list(args))
             ctx.meta[_ORDER] = [param.name for param in order]
+            ctx.meta[_NAMED] = {param.name for param in order if isinstance(param, click.Option)}
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -106,12 +155,16 @@ def given_order(ctx: click.Context) -> list[str]:
 
 def sections(command: click.Command, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
     """Sections of help and docs/cli.md, each option's text by the heading it stands under."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    for param in command.get_params(ctx):
+    params = command.get_params(ctx)
+    is_long = len(params) > _LONG
+    found: dict[str, list[tuple[str, str]]] = {Section.COMMON: []} if is_long else {}
+    for param in params:
         record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
         if record is not None:
             section = param.section if isinstance(param, Option) else Section.MESSAGES
-            found.setdefault(section, []).append(record)
+            found.setdefault(Section.COMMON if is_long and param.name in _COMMON else section, []).append(
+                record
+            )
     return found
 
 

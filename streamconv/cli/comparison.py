@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamconv.cli.blocks import Command, Section, group, option
+from streamconv.cli.completion import TRAINED_ON, words
 from streamconv.cli.evaluation import TEXT
 from streamconv.cli.options import (
     ADAPTER_HELP,
@@ -109,6 +110,7 @@ _STRATEGIES = group(
         "--merge-base",
         defaults=COMPARE_DEFAULTS,
         metavar="FORMAT",
+        shell_complete=words(*TRAINED_ON),
         help="The format that training had the base in, which T starts from; that of a base that is itself quantized.",
     ),
     option(Section.STRATEGIES, "--seed", defaults=COMPARE_DEFAULTS, help="Seed of stochastic rounding."),
@@ -134,6 +136,7 @@ _JUDGING = group(
         "--dtype",
         defaults=COMPARE_DEFAULTS,
         metavar="DTYPE",
+        shell_complete=words("float32", "float16", "bfloat16"),
         help="What weights are brought to and all is computed in: float32, bfloat16, float16.",
     ),
     option(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamconv.cli.blocks import Command, Section, group, option
+from streamconv.cli.completion import words
 from streamconv.cli.options import (
     ADAPTER_PLACE,
     ALLOW_MISSING,
@@ -120,6 +121,7 @@ TEXT = group(
         "--dtype",
         defaults=EVALUATE_DEFAULTS,
         metavar="DTYPE",
+        shell_complete=words("float32", "float16", "bfloat16"),
         help="What weights are brought to and all is computed in: float32, bfloat16, float16.",
     ),
     resources(EVALUATE_DEFAULTS),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamconv.cli.blocks import Command, Section, group, option
+from streamconv.cli.completion import words
 from streamconv.cli.options import BASE, BASE_REVISION, FOLDER, OUT, SHOW
 from streamconv.cli.printing import hand_over, say
 from streamconv.cli.progress import progress
@@ -69,6 +70,7 @@ _WORST = 5
         "--dtype",
         defaults=EXTRACT_DEFAULTS,
         metavar="DTYPE",
+        shell_complete=words("float32", "float16", "bfloat16"),
         help="Type that the factors are stored in: float32, float16, bfloat16.",
     ),
     option(

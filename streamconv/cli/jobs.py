@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from streamconv.cli.blocks import group
+from streamconv.cli.blocks import group, places
 from streamconv.cli.options import (
     ADAPTER_HELP,
     ADAPTER_PLACE,
@@ -31,16 +31,16 @@ from streamconv.cli.printing import answer, hand_over, say
 from streamconv.cli.progress import progress
 from streamconv.cli.recipes import RECIPE, JobCommand
 from streamconv.cli.signals import stop_on_signals
+from streamconv.cli.summary import summary, warnings
 from streamconv.cli.uploads import PUSHING, check_before, hush_hub, push_made, push_target, show_pushed
-from streamconv.sizes import format_size
 
 if TYPE_CHECKING:
-    from streamconv.output.manifest import Report
     from streamconv.pipeline import Job, Prepared
 
 
 @click.command("merge", cls=JobCommand)
 @group(
+    places("base", "adapter", "out"),
     BASE,
     BASE_REVISION,
     adapters_option(required=True, help=f"{ADAPTER_HELP}. Repeatable, each with a --weight after it."),
@@ -67,7 +67,19 @@ def merge_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: 
 
 
 @click.command("convert", cls=JobCommand)
-@group(CONVERTED, BASE_REVISION, ALLOW_PICKLE, OUT, RESULT, RESOURCES, PLACE, PUSH_TO, RECIPE, SHOW)
+@group(
+    places("base", "out"),
+    CONVERTED,
+    BASE_REVISION,
+    ALLOW_PICKLE,
+    OUT,
+    RESULT,
+    RESOURCES,
+    PLACE,
+    PUSH_TO,
+    RECIPE,
+    SHOW,
+)
 def convert_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
     """Quantize, dequantize or reshard a model, without an adapter.
 
@@ -80,6 +92,7 @@ def convert_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given
 
 @click.command("plan", cls=JobCommand)
 @group(
+    places("base", "adapter", "out", few=2),
     BASE,
     BASE_REVISION,
     adapters_option(help=f"{ADAPTER_HELP}; without it: as `convert`. Repeatable."),
@@ -122,8 +135,9 @@ def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, q
     title = "merge" if prepared.adapter else "convert"
     with stop_on_signals() as stop, progress(title, quiet) as on_progress:
         report = run(prepared, folder, on_progress, stop)
+    say(*warnings(report), err=True)
     if not as_json and not quiet:
-        _show_report(report)
+        say(*summary(prepared, report))
     pushed = None if target is None else push_made(out, target, quiet)
     if as_json:
         found = report.as_json() | ({"pushed": asdict(pushed)} if pushed else {})
@@ -161,53 +175,3 @@ def _show_plan(prepared: Prepared, out: str | None, as_json: bool, quiet: bool) 
         answer(*json.dumps(plan_as_json(prepared), indent=1).splitlines())
     elif not quiet:
         answer(*plan_as_text(prepared).split("\n"))
-
-
-def _show_report(report: Report) -> None:
-    """Show the outcome of each output, and the time of all that were made now."""
-    if report.renamed:
-        say(f"names of adapter and base were matched: {report.renamed}")
-    for note in report.notes:
-        say(f"note: {note}")
-    reports = [report, *report.also.values()]
-    made = [each for each in reports if each.seconds]
-    for each in reports:
-        size = format_size(each.bytes_written)
-        if each not in made:
-            say(f"{each.out}: was complete already, {size}")
-        elif len(made) == 1:
-            say(f"{each.out}: {size} {_pace(made)}")
-        else:
-            say(f"{each.out}: {size}")
-        if each.kept_delta is not None:
-            say(f"{each.kept_delta:.1%} of the fine-tune kept by {each.rounding} rounding to {each.quant}")
-        if each.rescaled:
-            say(_rescaled(each.rescaled))
-        if each.residual is not None:
-            say(_residual(each.out, each.residual))
-    if len(made) > 1:
-        say(f"{len(made)} outputs: {format_size(sum(each.bytes_written for each in made))} {_pace(made)}")
-
-
-def _rescaled(pairs: Mapping[str, Mapping[str, float]]) -> str:
-    known = [each for each in pairs.values() if "relative_error" in each]
-    before, after = (
-        (sum(each[key] ** 2 for each in known) / max(1, len(known))) ** 0.5
-        for key in ("unscaled_error", "relative_error")
-    )
-    return (
-        f"{len(pairs)} pairs of weights rescaled: nearest rounding changes what they feed by {after:.1%} where it was "
-        f"{before:.1%}, by the calibration text"
-    )
-
-
-def _residual(out: str, residual: Mapping[str, Any]) -> str:
-    share = f"takes away {residual['removed'] or 0:.1%} of the error of these codes, by the calibration text"
-    return f"{out}/residual: an adapter of rank {residual['rank']}, {format_size(residual['bytes'])}: {share}"
-
-
-def _pace(made: Sequence[Report]) -> str:
-    seconds = made[0].seconds
-    written = sum(each.bytes_written for each in made)
-    how = "resumed" if any(each.resumed for each in made) else f"{format_size(written / seconds)}/s"
-    return f"in {seconds:.1f} s ({how}), peak memory {format_size(made[0].peak_ram_bytes)}"

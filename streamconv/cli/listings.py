@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from streamconv.cli.blocks import Command, Section, group, option
+from streamconv.cli.format_rows import read_rows
 from streamconv.cli.options import ALLOW_PICKLE, DEBUG, FOLDER, JSON
 from streamconv.cli.printing import answer
 from streamconv.sizes import format_size
@@ -54,9 +55,7 @@ def _fact(key: str, value: Any) -> str:
 @JSON
 def formats_command(as_json: bool) -> None:
     """List the formats: how they are stored, what can be done with them, and which programs opened them."""
-    from streamconv.cli.format_rows import format_rows, read_opened
-
-    rows = format_rows(read_opened())
+    rows = read_rows()
     if as_json:
         answer(*json.dumps([asdict(row) for row in rows], indent=1).splitlines())
         return

@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from streamconv.cli.blocks import F, Place, Section, Size, given_order, group, option
+from streamconv.cli.completion import COMBINE_NAMES, ROUNDING_NAMES, TRAINED_ON, every, words
 from streamconv.cli.exits import set_debug
 from streamconv.escapes import one_line
 from streamconv.planning.options import MERGE_DEFAULTS
@@ -129,6 +130,7 @@ RESULT = group(
         "--quant",
         defaults=MERGE_DEFAULTS,
         metavar="FORMAT",
+        shell_complete=words("keep", "none", rows=every),
         help="keep: the base's own format; none: 16/32 bit; or a format that `streamconv formats` lists.",
     ),
     option(
@@ -137,6 +139,7 @@ RESULT = group(
         defaults=MERGE_DEFAULTS,
         multiple=True,
         metavar="FORMAT",
+        shell_complete=words("none", rows=every),
         help="A further output from the same read, in the folder DIR/FORMAT: none, or a format as in --quant. "
         "Repeatable.",
     ),
@@ -154,6 +157,7 @@ RESULT = group(
         "--dtype",
         defaults=MERGE_DEFAULTS,
         metavar="DTYPE",
+        shell_complete=words("auto", "float32", "float16", "bfloat16"),
         help="float32, float16, bfloat16; auto: what each tensor has in the base.",
     ),
     option(
@@ -161,6 +165,7 @@ RESULT = group(
         "--rounding",
         defaults=MERGE_DEFAULTS,
         metavar="NAME",
+        shell_complete=words("auto", *ROUNDING_NAMES),
         help="How 4-bit codes are chosen: nearest, stochastic, adaptive (either, by the size of the update), search, "
         "feedback (with --calibration); auto: what keeps the fine-tune, feedback where there is calibration text.",
     ),
@@ -201,6 +206,7 @@ RESULT = group(
         "--rescale",
         defaults=MERGE_DEFAULTS,
         metavar="NAME",
+        shell_complete=words("none", "awq"),
         help="With --calibration: awq divides norms and weights and multiplies what reads them, so that inputs that "
         "are large on that text are rounded best; for families of models whose layers are known.",
     ),
@@ -275,6 +281,7 @@ MERGE_BASE = option(
     "--merge-base",
     defaults=MERGE_DEFAULTS,
     metavar="FORMAT",
+    shell_complete=words("original", *TRAINED_ON),
     help="What the update is added to: original, or the base rounded to nf4, nf4-dq, fp4, fp4-dq or int8 "
     "as in training.",
 )
@@ -318,6 +325,7 @@ TARGET = group(
         "--combine",
         defaults=MERGE_DEFAULTS,
         metavar="NAME",
+        shell_complete=words(*COMBINE_NAMES),
         help="How several adapters are combined, as PEFT's add_weighted_adapter has it: linear, cat, ties, "
         "dare_linear, dare_ties, magnitude_prune, svd. Default: their updates are added.",
     ),

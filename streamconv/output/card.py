@@ -18,7 +18,7 @@ from streamconv.escapes import is_class_name, markdown_text
 from streamconv.formats import compressed, format_named
 from streamconv.formats.base import Format
 from streamconv.formats.linear import is_expert
-from streamconv.output.manifest import KeptShares
+from streamconv.output.manifest import POOR, KeptShares
 from streamconv.output.recipe import RECIPE
 from streamconv.output.sidecars import RESIDUAL
 from streamconv.planning.experts import opens_in_transformers, servers_of
@@ -131,7 +131,7 @@ def _body(
     if plan.skipped:
         yield f"| left in 16 bit | {markdown_text(some(plan.skipped, 6))} |"
     if kept:
-        yield f"| share of the update kept by quantization | {kept.total:.3f} |"
+        yield f"| kept | {kept.total:.1%} of the fine-tune survived the rounding to {plan.quant}{_loss(kept)} |"
     if residual:
         yield (
             f"| residual adapter | rank {residual['rank']}, {format_size(residual['bytes'])} in `{RESIDUAL}`; it takes "
@@ -139,6 +139,10 @@ def _body(
         )
     yield from _differences(plan)
     yield ""
+
+
+def _loss(kept: KeptShares) -> str:
+    return "; **most of it is lost: do not use this model as the fine-tune**" if kept.total < POOR else ""
 
 
 def _differences(plan: Plan) -> Iterator[str]:

@@ -28,6 +28,8 @@ SEAL = "manifest_sha256"
 SIDECARS = "sidecars"
 """Key of the files that have nothing to do with how weights are stored, and of the index."""
 _BLANK = "0" * 64
+POOR = 0.5
+"""Share of the fine-tune under which a result is not to be used as one."""
 
 
 @dataclass(frozen=True, slots=True)

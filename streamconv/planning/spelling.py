@@ -61,15 +61,14 @@ def format_name(given: object) -> str:
 
 
 def meant_by(option: str, given: str, others: Collection[str] = ()) -> str:
-    """A message about a format that is not known: what it may mean, else what is spelt alike, else all there are.
+    """A message about a format that is not known: what it may mean, else what is spelt alike, and where all stand.
 
     `others` are words that the option takes beside formats.
     """
     several = _SEVERAL.get(given.replace("_", "-"))
     if several is not None:
         return f"{option} {given} may be one of several formats; use {several}"
-    known = (*others, *FORMATS)
-    alike = difflib.get_close_matches(given, known, 2)
-    meant = f"; did you mean {' or '.join(alike)}?" if alike else ""
+    alike = difflib.get_close_matches(given, (*others, *FORMATS), 2)
+    meant = f" (did you mean {' or '.join(alike)}?)" if alike else ""
     words = f"{', '.join(others)}, or " if others else ""
-    return f"{option} {given} is not known{meant or ';'} use {words}one of {', '.join(FORMATS)}"
+    return f"{option} {given} is not known{meant}; use {words}a format that `streamconv formats` lists"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from streamconv.cli.format_rows import FormatRow, format_rows, read_opened
+from streamconv.cli.format_rows import FormatRow, read_rows
 from streamconv.formats import FORMATS
 from streamconv.planning.choices import can_calibrate
 from streamconv.rounding import ROUNDINGS
+from tools.format_page import format_rows
 
 
 def row_of(name: str, *opened: str) -> FormatRow:
@@ -16,7 +17,7 @@ def row_of(name: str, *opened: str) -> FormatRow:
 
 
 def test_every_format_has_a_row() -> None:
-    rows = format_rows(read_opened())
+    rows = read_rows()
     assert [row.name for row in rows] == list(FORMATS)
     assert all(row.layout and row.loaders and row.uses for row in rows)
 
@@ -47,7 +48,7 @@ def test_a_program_that_was_run_is_not_documented_as_well() -> None:
 
 def test_vllm_is_named_only_where_it_opens_files() -> None:
     """Its 0.32 refuses GPTQ with zero points, and opens neither bitsandbytes nor GGUF."""
-    named = {row.name for row in format_rows(read_opened()) if "vLLM" in row.loaders}
+    named = {row.name for row in read_rows() if "vLLM" in row.loaders}
     assert not named & {"gptq-asym", "nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "mlx4", "mlx8", "gguf:f16"}
-    run = {name for name, programs in read_opened().items() if any("vLLM" in each for each in programs)}
+    run = {row.name for row in read_rows() if any("vLLM" in each for each in row.opened)}
     assert run == {"bfloat16", "w4a16", "w4a16-asym", "w8a8", "gptq", "awq", "awq-asym", "fp8"}

@@ -25,6 +25,7 @@ COMMANDS = (
     "extract",
     "push",
     "formats",
+    "completion",
 )
 
 
@@ -54,7 +55,11 @@ def test_help_groups_options_and_forgets_none() -> None:
     text = succeed("merge", "--help").stdout
     for heading in ("Inputs and output:", "Result:", "Merge:", "Resources:", "Output folder:", "Messages:"):
         assert text.count(heading) == 1
+    assert text.index("Most used:") < text.index("Inputs and output:")
+    assert "[BASE ADAPTER OUT]" in text
     for param in main.commands["merge"].params:
+        if isinstance(param, click.Argument):
+            continue
         assert f"{param.opts[-1]} " in text or f"{param.opts[-1]}," in text, param.opts
 
 

@@ -184,7 +184,7 @@ def test_a_rounding_that_no_output_could_use_is_refused(inputs: Inputs, tmp_path
         ("keep", ["none"], "--also none would give the same files as keep"),
         ("none", ["int8", "bfloat16"], "--also bfloat16 would give the same files as none"),
         ("none", ["nf4", "NF4"], "--also nf4 stands twice"),
-        ("none", ["keep"], "--also keep is not known; use one of none, "),
+        ("none", ["keep"], "--also keep is not known; use none, or a format"),
         ("none", ["../nf4"], r"--also \.\./nf4 is not known"),
     ],
 )

@@ -59,7 +59,7 @@ def test_of_several_meanings_all_are_formats(typed: str) -> None:
 
 def test_what_is_spelt_alike_is_offered() -> None:
     assert "did you mean gptq" in meant_by("--quant", "gptqq", ["keep"])
-    assert "use keep, or one of float32" in meant_by("--quant", "gptqq", ["keep"])
+    assert "use keep, or a format that `streamconv formats` lists" in meant_by("--quant", "gptqq", ["keep"])
     assert "did you mean" not in meant_by("--quant", "zzzzzz")
 
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from streamconv.adapters import ADAPTERS
 from streamconv.checkpoint.container import SAFETENSORS
-from streamconv.cli.format_rows import format_rows
 from streamconv.dtypes import DENSE
 from streamconv.equalization import RESCALINGS
 from streamconv.formats import FORMATS, container_of
+from tools.format_page import format_rows
 from tools.samebytes import __main__ as tool
 from tools.samebytes import inputs
 from tools.samebytes.cases import Case, all_cases, select

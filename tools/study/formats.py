@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from streamconv.cli.format_rows import format_rows
 from streamconv.errors import InputError, OptionError, VerificationError
 from streamconv.formats import FORMATS
 from streamconv.formats.gguf import PREFIX
 from tools.bench.results import RESULTS, load, machine, save
+from tools.format_page import format_rows
 from tools.make_demo_base import make_demo_base
 from tools.perplexity import be_quiet, read_windows
 from tools.study.beds import BEDS, DEMO_BASE, Bed, described, rounded
