@@ -254,7 +254,7 @@ def test_an_error_in_one_lane_ends_all(many: Plan, monkeypatch: pytest.MonkeyPat
             late.append(call)
 
     monkeypatch.setattr(lanes.Run, "fail", telling)
-    with pytest.raises(OddError, match="the fifth call$"):
+    with pytest.raises(OddError, match=r"the fifth call$"):
         carry_out_in_lanes(many, [Recorder(fail) for _ in range(3)])
     assert late.count("begin") <= 2 < len(many.shards) - 5  # of what either of them had in hand
 
