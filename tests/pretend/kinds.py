@@ -272,6 +272,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    gc.freeze()  # collections, of which each kind asks for one, need not go through what is imported
     results: list[Found] = []
     with tempfile.TemporaryDirectory() as name, pretend_gpu():
         shop = Workshop(Path(name))
