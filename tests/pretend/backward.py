@@ -61,7 +61,7 @@ def _walk(root: Edge, came: dict[Edge, Any], wanted: set[Edge]) -> None:
     while ready:
         _, _, node = heapq.heappop(ready)
         given = [came.get((node, place)) for place in range(len(node._input_metadata))]
-        for place, each in enumerate(given):
+        for place in range(len(given)):
             if (node, place) not in wanted:
                 came.pop((node, place), None)
         made = node(*given) if node.next_functions and any(each is not None for each in given) else ()
