@@ -57,7 +57,7 @@ def merged_method(name: str, layer: str, bases: Mapping[str, Path], folder: Path
     for device in ("cpu", "cuda"):
         for quant in ("none", "nf4-dq") if layer == "linear" else ("none",):
             out = folder / "method" / f"{device} {quant}"
-            dtype = "bfloat16" if quant == "none" else None
+            dtype = "bfloat16" if quant == "none" else "auto"
             streamconv.merge(
                 bases[layer], adapter, out, quant=quant, dtype=dtype, min_kept=0.0, device=device
             )
