@@ -145,6 +145,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "forward/weights.py": ["forward/test_walk.py"],
     "kernels/__init__.py": ["kernels/test_seam.py"],
     "kernels/base.py": ["kernels/test_compiled.py"],
+    "kernels/column_loops.py": ["kernels/test_compiled.py"],
     "kernels/e2m1_loops.py": ["kernels/test_compiled.py"],
     "kernels/ggml/__init__.py": ["kernels/ggml/test_seam.py"],
     "kernels/ggml/base.py": ["kernels/ggml/test_packing.py"],
@@ -157,6 +158,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "kernels/ggml/types.py": ["kernels/ggml/test_decoding.py"],
     "kernels/in_torch.py": ["kernels/test_compiled.py"],
     "kernels/loops.py": ["kernels/test_compiled.py"],
+    "kernels/triton_columns.py": ["kernels/test_in_triton.py", "kernels/test_triton_loops.py"],
     # Runs, from options to a verified output.
     "output/tokenizer_files.py": ["output/test_tokenizer.py"],
     "pipeline/__init__.py": ["test_public_names.py"],

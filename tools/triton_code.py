@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from streamconv.dtypes import BF16, F16, F32
-from streamconv.kernels import Start, in_triton, triton_loops
+from streamconv.kernels import Start, in_triton, triton_columns, triton_loops
 from streamconv.kernels.grids import E2M1, E4M3, INT4, INT8, NF4, Grid
 from streamconv.kernels.in_triton import TritonKernels
 
@@ -109,6 +109,10 @@ def _call(kernels: TritonKernels, grid: Grid) -> None:
     for dtype in (F32, BF16, F16):
         kernels.decode(codes, grid, scales, dtype, out)
     kernels.decode_pairs(packed, NF4, scales, BF16, out)
+    panel, of_panel, coupling = torch.zeros(5, 64), torch.zeros(5, 64, dtype=torch.uint8), torch.zeros(5, 5)
+    for dtype, is_first in ((BF16, True), (BF16, False), (F16, False), (F32, False)):
+        given = (panel, panel, coupling, None, grid, panel, dtype)
+        kernels.quantize_columns(*given, of_panel, panel, is_first)
 
 
 def compiled(launch: Launch, capability: int, may_fuse: bool = False) -> Any:
@@ -145,10 +149,17 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name.lower(): int(number) for name, number in re.findall(r"\b(REG|STACK):(\d+)", text)}
 
 
+def source_hash() -> str:
+    """SHA-256 of the loops' files."""
+    files = (triton_loops.__file__, triton_columns.__file__)
+    return hashlib.sha256(b"".join(Path(each).read_bytes() for each in files)).hexdigest()
+
+
 def report(capabilities: tuple[int, ...], loops: set[str], grids: set[str]) -> dict[str, Any]:
     """All of it, as JSON holds it."""
     chosen = {name: grid for name, grid in GRIDS.items() if not grids or name in grids}
-    asked = [each for each in launches(chosen) if not loops or each.name in loops]
+    known = launches(chosen)
+    asked = [each for each in known if not loops or each.name in loops]
     rows = []
     for launch in asked:
         for capability in capabilities:
@@ -164,10 +175,9 @@ def report(capabilities: tuple[int, ...], loops: set[str], grids: set[str]) -> d
                     **resources(made.asm["cubin"]),
                 }
             )
-    search = next(each for each in asked if each.name == "search")
+    search = next(each for each in known if each.name == "search")
     fused = seen_in(compiled(search, capabilities[0], may_fuse=True).asm["ptx"])
-    source = hashlib.sha256(Path(triton_loops.__file__).read_bytes()).hexdigest()
-    return {"triton": triton.__version__, "source": source, "if_fused": fused, "rows": rows}
+    return {"triton": triton.__version__, "source": source_hash(), "if_fused": fused, "rows": rows}
 
 
 def main() -> None:

@@ -6,14 +6,15 @@ For a weight [out, in], N tokens of text and M of which gradients are taken:
                quantized stream, and on a GPU, where the reference's inputs are not kept, in that as well
     gradients  6 M out in: forward, forward again, back; and 2 M out² for the moments G
     moments    2 N in² for every group, twice: H of the quantized stream, C of both
-    factors    in³/3, and with gradients out³/3, float64 on the host; and the target that makes up for the inputs'
-               errors: 2 out in² there, and as many in float32 on the device
+    factors    in³/3 once a group, and with gradients out³/3; and the target that makes up for the inputs' errors,
+               2 out in² to solve: float64 on a CPU, on a GPU float32 there, if that does
+    systems    2/3 out (in/64)³ for the scales of a row's blocks in each refit, in float64 where the weight is; wider
+               rows than MOST blocks are taken in stretches, with calls for every block of some rows
     rounding   out in (in + out) for each feedback, twice that for a sweep of descent; without gradients in² out
-    refits     2 out in (2 in + out) for each, 2/3 out (in/64)³ in float64 for a system of a row's scales, counted with
-               factors, and calls for every block of some rows; wider rows than MOST blocks are taken in stretches
+    refits     2 out in (2 in + out) for each
     settled    codes chosen one after another: out in for each feedback and sweep
     copied     between host and device: weights as stored for all that is done with them, originals for every group,
-               hidden states, metrics and factors
+               hidden states, and in every pass what tiles are settled by
     read       the weights, three times with gradients
 
 Attention and elementwise work are left out: a few per cent for sequences of some thousand tokens.
@@ -63,6 +64,7 @@ class CostCounts:
     gradients: float = 0.0
     moments: float = 0.0
     factors: float = 0.0
+    systems: float = 0.0
     rounding: float = 0.0
     refits: float = 0.0
     settled: float = 0.0
@@ -81,12 +83,13 @@ class CostCounts:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Rates of a machine, each sustained: operations a second of float32 `products` and, on the host, of float64
-    `factors`; seconds to settle a code and to call a device; bytes a second between host and device, and from disk.
+    """Rates of a machine, each sustained: operations a second of `products`, of `factors` and of `systems`; seconds to
+    settle a code and to call a device; bytes a second between host and device, and from disk.
     """
 
     products: float
     factors: float
+    systems: float
     code_s: float
     call_s: float
     copies: float
@@ -95,10 +98,11 @@ class Rates:
 
 # Assumed, not measured: a 24 GB card with 16 cores beside it. A core of a CPU: what feedback of the demo model came to
 # (docs/results/study-demo-kjv.json, 661 s of processor time).
-CARD = Rates(40e12, 500e9, 13e-9, 5e-6, 20e9, 5e9)
-CORE = Rates(40e9, 20e9, 13e-9, 0.0, 10e9, 1e9)
-# Calls for a column of some rows, and for a tile, counted in `kernels/in_torch.py` and `rounding/`.
-_COLUMN_CALLS, _TILE_CALLS, _BLOCK_CALLS, _DEVICE_ROWS = 25, 40, 6, 4096
+CARD = Rates(40e12, 10e12, 500e9, 13e-9, 5e-6, 20e9, 5e9)
+CORE = Rates(40e9, 20e9, 20e9, 13e-9, 0.0, 10e9, 1e9)
+# Calls for a tile and a block, counted in `rounding/`. A column of some rows takes a launch of 64 about as long as a
+# call, by its steps that wait for each other; with them a panel's calls. (25 for a column where torch has no Triton.)
+_COLUMN_CALLS, _TILE_CALLS, _BLOCK_CALLS, _DEVICE_ROWS = 1.2, 10, 6, 4096
 
 
 def weight_work(rows: int, columns: int, text: TextSize, options: FeedbackOptions) -> CostCounts:
@@ -113,15 +117,16 @@ def weight_work(rows: int, columns: int, text: TextSize, options: FeedbackOption
     systems = options.refits * rows * blocks * at_once**2 * 2 / 3
     return CostCounts(
         gradients=text.gradient_tokens * (6 * rows * columns + 2 * rows**2) * is_two_sided,
-        factors=columns**3 / 3 + is_two_sided * rows**3 / 3 + 2 * rows * columns**2 + systems,
+        factors=is_two_sided * rows**3 / 3 + 2 * rows * columns**2,
+        systems=systems,
         rounding=(feedbacks + 2 * sweeps) * product + 2 * rows * columns**2,
         refits=options.refits * 2 * rows * columns * (2 * columns + rows * is_two_sided),
         settled=passes * rows * columns,
         tiles=passes * -(-rows // TILE) * -(-columns // TILE) * is_two_sided,
         columns=passes * columns * -(-rows // _DEVICE_ROWS) * (not is_two_sided),
         blocks=options.refits * blocks * -(-rows // max(1, SYSTEMS // at_once**2)),
-        # Metrics go to the host to be factored, and the factors back; the inputs' comes down once more to solve by.
-        copied=12 * columns**2 + 8 * rows**2 * is_two_sided + 16 * rows * columns,
+        # Where tiles are settled, a code, its error, target, scale and pull go to the host, and three of them back.
+        copied=16 * rows * columns + 26 * passes * rows * columns * is_two_sided,
     )
 
 
@@ -137,6 +142,7 @@ def layer_work(
     found = CostCounts(
         forward=2 * text.tokens * (2 * sum(linears) + before * reruns),
         moments=moments,
+        factors=sum(columns**3 / 3 for columns, _ in sizes.groups),
         copied=states + _UPLOADS * stored + 4 * before * options.needs_cross,
         read=stored * (3 if text.gradient_tokens else 1),
     )
@@ -153,6 +159,7 @@ def device_seconds(work: CostCounts, rates: Rates) -> float:
     return (
         products / rates.products
         + work.factors / rates.factors
+        + work.systems / rates.systems
         + settling
         + calls * rates.call_s
         + work.copied / rates.copies
@@ -163,7 +170,7 @@ def device_seconds(work: CostCounts, rates: Rates) -> float:
 def cpu_seconds(work: CostCounts, rates: Rates, cores: int) -> float:
     """Time on so many cores of a CPU, codes of a two-sided layer settled on one of them."""
     products = work.forward + work.gradients + work.moments + work.rounding + work.refits
-    shared = products / rates.products + work.factors / rates.factors
+    shared = products / rates.products + work.factors / rates.factors + work.systems / rates.systems
     settling = rates.code_s * work.settled / (1 if work.tiles else cores)
     return shared / cores + settling + work.read / rates.reading
 

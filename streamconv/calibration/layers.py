@@ -12,10 +12,10 @@ A layer's weights are read once. What was chosen is written as the output's fina
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -47,7 +47,14 @@ from streamconv.forward.matrices import Matrices, listening
 from streamconv.forward.walk import Passing, in_batches
 from streamconv.kernels import kernels_for
 from streamconv.progress import OnBytes, StopRequest
-from streamconv.rounding.feedback import FeedbackOptions, QuantizedWeight, Statistics, feedback
+from streamconv.rounding.feedback import (
+    FeedbackOptions,
+    QuantizedWeight,
+    Statistics,
+    feedback,
+    input_metric,
+)
+from streamconv.rounding.metric import Metric
 
 
 def calibrate(
@@ -201,9 +208,11 @@ class _Layer:
             for group, moments in zip(stage, self._moments(stage, kept), strict=True):
                 first = self.matrices[group.names[0]]
                 statistics = moments.statistics(first.inputs, first.factor.device)
+                metric = self._metric_of(statistics)
                 for name in group.names:
                     self.run.check_stop()
-                    results.append(self._choose(name, statistics))
+                    results.append(self._choose(name, statistics, metric))
+                del metric
                 self.run.report(self.number, sum(self._stored_bytes(each.name) for each in results))
         for chosen in self.run.batches:
             self._pass(self.quantized, chosen)
@@ -276,13 +285,18 @@ class _Layer:
             self.passing.through(self.module, self.number, hidden)
         return seen
 
-    def _choose(self, name: str, statistics: Statistics) -> Result:
+    def _metric_of(self, statistics: Statistics) -> Callable[[], Metric] | None:
+        """The metric of a group's inputs, made when a weight first asks for it; None where each has its own."""
+        options = self.run.options
+        return None if options.preserve_delta else cache(partial(input_metric, statistics, options, None))
+
+    def _choose(self, name: str, statistics: Statistics, metric: Callable[[], Metric] | None) -> Result:
         """Choose a weight's codes, and let it be what they stand for from here on."""
         held, matrix = self.run.model.targets.held.pop(name), self.matrices[name]
         target, step = matrix.read(), held.step
         directions = directions_of(held, target) if self.run.options.preserve_delta else None
         statistics = replace(statistics, output_hessian=self.run.gradients.output_hessian(self.number, name))
-        chosen = feedback(target, statistics, step.encoder, self.run.options, directions, held.base())
+        chosen = feedback(target, statistics, step.encoder, self.run.options, directions, held.base(), metric)
         parts, kept = held.packed(chosen)
         values = _values(chosen, step.encoder).view(target.shape)
         delta = held.difference(target) if step.updates else None

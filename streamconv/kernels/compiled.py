@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from streamconv.dtypes import BF16, F16, F32, Dtype
-from streamconv.kernels import loops, offset_loops, offsets, ordered
+from streamconv.kernels import column_loops, loops, offset_loops, offsets, ordered
 from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Start, block_dots
 from streamconv.kernels.e2m1_loops import LOOPS as E2M1_LOOPS
 from streamconv.kernels.e2m1_loops import BlockLoops
@@ -242,12 +242,12 @@ class CompiledKernels:
         arrays = (target.numpy(), pull.numpy(), coupling.numpy(), scales.numpy())
         into = (codes.numpy(), errors.numpy(), is_first, _DROPPED[dtype])
         if rows is None:
-            loops.quantize_columns(*arrays, *look_up, *into)
+            column_loops.quantize_columns(*arrays, *look_up, *into)
         else:
-            loops.quantize_columns_in_turn(*arrays, rows.numpy(), *look_up, *into)
+            column_loops.quantize_columns_in_turn(*arrays, rows.numpy(), *look_up, *into)
 
     def add_product(self, sparse: Tensor, matrix: Tensor, out: Tensor) -> None:
-        loops.add_product(sparse.numpy(), matrix.numpy(), out.numpy())
+        column_loops.add_product(sparse.numpy(), matrix.numpy(), out.numpy())
 
     def uniform(self, key: int, first: int, out: Tensor) -> None:
         even = out.numel() // 2 * 2

@@ -1,8 +1,8 @@
 """The kernels for CUDA devices: tensors in, one launch of `triton_loops.py` over them, the bits of the torch ones.
 
 Served are grids of a table (nf4, fp4, E2M1, E4M3, integers of groups, the one of nested scales) and of int8. What comes
-up once a weight or never, the short block at the end of a sum or a search, is left to torch, and so is all that only
-calibrated rounding asks for.
+up once a weight or never, the short block at the end of a sum or a search, is left to torch, and so are rows that are
+settled in turn, for which calibrated rounding goes to the CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from streamconv.dtypes import BF16, F16, F32, Dtype
-from streamconv.kernels import triton_loops
+from streamconv.kernels import triton_columns, triton_loops
 from streamconv.kernels.base import SEARCH_FACTORS, SEARCH_STEPS, Kernels, Start, block_dots
 from streamconv.kernels.grids import NF4, SMALLEST_DIVISOR, Grid, IntegerGrid, TableGrid, empty_scales
 from streamconv.kernels.in_torch import TorchKernels
@@ -26,6 +26,8 @@ _TORCH = TorchKernels()
 # Elements of a program, and of one that searches; foldings of one launch; and the longest block that lies in
 # registers, and that is searched.
 TILE, _SEARCHED = 1024, 512
+# Rows of a panel that a program settles: few, so that all of a card has some.
+_ROWS = 64
 _LEVELS = 6
 _WIDEST, _WIDEST_SEARCHED = 16384, 4096
 # Bits of a float32 that a type has no room for.
@@ -85,7 +87,7 @@ def _padded(entries: Tensor, filler: float, length: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class TritonKernels(TorchKernels):
-    """See Kernels. What is not written here is done by torch: columns, words, and bits that are no half byte."""
+    """See Kernels. What is not written here is done by torch: words, and bits that are no half byte."""
 
     name: str = "triton"
 
@@ -181,6 +183,46 @@ class TritonKernels(TorchKernels):
             rest = slice(whole * grid.block, None)
             of_rest = None if weights is None else weights[rest]
             TorchKernels.search(self, values[rest], grid, scales[whole:], of_rest)
+
+    def quantize_columns(
+        self,
+        target: Tensor,
+        pull: Tensor,
+        coupling: Tensor,
+        rows: Tensor | None,
+        grid: Grid,
+        scales: Tensor,
+        dtype: Dtype,
+        codes: Tensor,
+        errors: Tensor,
+        is_first: bool,
+    ) -> None:
+        table = _table_of(grid, target.device)
+        given = (target, pull, coupling, scales, codes, errors)
+        if table is None or rows is not None or not all(each.is_contiguous() for each in given):
+            TorchKernels.quantize_columns(
+                self, target, pull, coupling, rows, grid, scales, dtype, codes, errors, is_first
+            )
+            return
+        columns, count = target.shape
+        launch(
+            triton_columns.settle_columns,
+            count,
+            _ROWS,
+            (*given, columns, count, table.midpoints, table.names, table.by_code),
+            {
+                "TILE": _ROWS,
+                "WIDTH": 1 << (columns - 1).bit_length(),
+                "PEAK": grid.peak,
+                "PER_PEAK": 1 / grid.peak,
+                "FLOOR": _bits(SMALLEST_DIVISOR * grid.peak),
+                "DROPPED": _DROPPED[dtype],
+                "STEPS": table.steps,
+                "IS_INTEGER": table.is_integer,
+                "IN_ORDER": table.in_order,
+                "IS_FIRST": is_first,
+            },
+        )
 
     def uniform(self, key: int, first: int, out: Tensor) -> None:
         launch(

@@ -28,8 +28,6 @@ Array = NDArray[Any]
 _MAGNITUDE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 _FLOOR = np.float32(SMALLEST_DIVISOR)
 _ZERO, _ONE, _EIGHT, _ONE_HALF = np.float32(0), np.float32(1), np.float32(8), np.float32(0.5)
-_THREE_QUARTERS = np.float32(0.75)
-_LEAST_NORMAL, _OVERFLOW = np.float32(2.0**-14), np.float32(65520)  # of float16
 # E4M3 in units of 512: bits of the greatest value and of the least normal number, and what is left of the exponent's
 # bias; below it there are multiples of 2^-18, float32's own steps from 32 to 64.
 _E4M3_GREATEST, _E4M3_LEAST_NORMAL, _E4M3_BIAS = (
@@ -41,7 +39,7 @@ _E4M3_STEP, _E4M3_STEPS = np.float32(2.0**-18), np.float32(2.0**18)
 _THIRTY_TWO, _THIRTY_TWO_BITS = np.float32(32), np.uint32(0x42000000)
 _TWENTY, _HALF_DROPPED, _SIGN = np.uint32(20), np.uint32(0x7FFFF), np.uint32(0x80)
 # Places among values in rising order: of 0, the middle of 253.
-_E4M3_MIDDLE = np.int32(126)
+E4M3_MIDDLE = np.int32(126)
 _STRETCH = 512
 _GAMMA, _MIX_1, _MIX_2 = (
     np.uint64(number) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -89,7 +87,7 @@ def _counted(x: Any, threshold: Any, rank: Any) -> Any:
 
 
 @compiled
-def _rank(x: Any, thresholds: Array) -> Any:
+def rank_of(x: Any, thresholds: Array) -> Any:
     """Count of the 15 rising thresholds that lie below `x`, as float32.
 
     Of two halves, one is chosen and then counted through: half the time of counting through all, or of looking a value
@@ -112,7 +110,7 @@ def _rank(x: Any, thresholds: Array) -> Any:
 
 @compiled
 def _at_rank(x: Any, thresholds: Array, choices: Array) -> Any:
-    """Entry of `choices` at the rank of `x`, found as `_rank` finds it."""
+    """Entry of `choices` at the rank of `x`, found as `rank_of` finds it."""
     t = thresholds
     t0, t1, t2, t3, t4, t5, t6, t7 = t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]
     t8, t9, t10, t11, t12, t13, t14 = t[8], t[9], t[10], t[11], t[12], t[13], t[14]
@@ -142,7 +140,7 @@ def nearest_table(values: Array, scales: Array, midpoints: Array, ranks: Array) 
     for b in range(values.shape[0]):
         factor = factor_of(scales[b], _ONE, _FLOOR)
         for j in range(64):
-            wide[j] = _rank(values[b, j] * factor, midpoints)
+            wide[j] = rank_of(values[b, j] * factor, midpoints)
         for j in range(64):
             ranks[b, j] = np.uint8(np.int32(wide[j]))
 
@@ -163,7 +161,7 @@ def nearest_in_any_table(values: Array, scales: Array, midpoints: Array, ranks: 
 
 
 @compiled
-def _e4m3_nearest(x: Array, bits: Array, shifted: Array, shifted_bits: Array, wide: Array) -> None:
+def e4m3_nearest(x: Array, bits: Array, shifted: Array, shifted_bits: Array, wide: Array) -> None:
     """Codes (uint32) of the values nearest to `x`, in units of 512; ties go to even, and 0 has no sign.
 
     `bits` are those of `x`, `shifted` and `shifted_bits` the same memory. NaN counts as the least number.
@@ -197,7 +195,7 @@ def nearest_e4m3(values: Array, scales: Array, codes: Array) -> None:
             given, into, n = values[b, first:last], codes[b, first:last], last - first
             for j in range(n):
                 x[j] = given[j] * factor
-            _e4m3_nearest(x[:n], bits, shifted, shifted_bits, wide)
+            e4m3_nearest(x[:n], bits, shifted, shifted_bits, wide)
             for j in range(n):
                 into[j] = np.uint8(wide[j])
 
@@ -662,7 +660,7 @@ def _e4m3_levels(
     factor = factor_of(scale, _ONE, _FLOOR)
     for j in range(values.size):
         x[j] = values[j] * factor
-    _e4m3_nearest(x, x.view(np.uint32), shifted, shifted.view(np.uint32), wide)
+    e4m3_nearest(x, x.view(np.uint32), shifted, shifted.view(np.uint32), wide)
     for j in range(values.size):
         levels[j] = by_code[wide[j]]
 
@@ -698,187 +696,6 @@ def search_e4m3(values: Array, factors: Array, steps: int, by_code: Array, scale
             if loss < least:
                 best, least = trial, loss
         scales[b] = best
-
-
-@compiled
-def _round_bits(bits: Array, values: Array, width: int, dropped: int) -> None:
-    """Round `values`, the same memory as `bits`, to bfloat16 (16 bits dropped) or float16 (13), ties to even."""
-    shift, odd = np.uint32(dropped), np.uint32(1)
-    half = np.uint32((np.uint32(1) << np.uint32(dropped - 1)) - np.uint32(1))
-    mask = np.uint32(0xFFFFFFFF) << np.uint32(dropped)
-    if dropped == 13:
-        for i in range(width):
-            x = values[i]
-            # Below its normal numbers float16 has the multiples of 2⁻²⁴, float32's own steps from 0.5 to 1.
-            small = np.float32(np.float32(x + _THREE_QUARTERS) - _THREE_QUARTERS)
-            values[i] = small if abs(x) < _LEAST_NORMAL else x
-        for i in range(width):
-            x = values[i]
-            values[i] = x if abs(x) < _OVERFLOW else np.float32(np.copysign(np.float32(np.inf), x))
-    for i in range(width):
-        word = bits[i]
-        bits[i] = np.uint32(word + half + ((word >> shift) & odd)) & mask
-
-
-@compiled
-def _e4m3_nearest_ranks(wanted: Array, scales: Array, ranks: Array) -> None:
-    x, shifted, wide = np.empty(64, np.float32), np.empty(64, np.float32), np.empty(64, np.uint32)
-    for i in range(scales.size):
-        x[i] = wanted[i] * factor_of(scales[i], _ONE, _FLOOR)
-    _e4m3_nearest(x[: scales.size], x.view(np.uint32), shifted, shifted.view(np.uint32), wide)
-    for i in range(scales.size):
-        code = np.int32(wide[i])
-        size = code & np.int32(0x7F)
-        ranks[i] = _E4M3_MIDDLE - size if code > np.int32(0x7F) else _E4M3_MIDDLE + size
-
-
-@compiled
-def _ranks(
-    goal: Array, pulled: Array, scales: Array, midpoints: Array, half: Any, wanted: Array, ranks: Array
-) -> None:
-    """`half` of a grid as `nearest_uniform` has it; of E4M3 -1; else 0."""
-    for i in range(goal.size):
-        wanted[i] = goal[i] + pulled[i]
-    if half < 0:
-        _e4m3_nearest_ranks(wanted, scales, ranks)
-        return
-    if half:
-        for i in range(goal.size):
-            x = wanted[i] * factor_of(scales[i], _ONE, _FLOOR)
-            ranks[i] = np.int32(uniform_level(x, half) + half)
-        return
-    for i in range(goal.size):
-        x = wanted[i] * factor_of(scales[i], _ONE, _FLOOR)
-        ranks[i] = np.int32(_rank(x, midpoints))
-
-
-@compiled
-def _loaded(table: Array, index: Array, scales: Array, dropped: int, bits: Array, values: Array) -> None:
-    for i in range(scales.size):
-        values[i] = table[index[i]] * scales[i]
-    if dropped:
-        _round_bits(bits, values, scales.size, dropped)
-
-
-@compiled
-def _change(goal: Array, values: Array, errors: Array, changes: Array) -> bool:
-    """The new errors, and how they differ from the old ones; whether any does."""
-    moved = False
-    for i in range(goal.size):
-        error = goal[i] - values[i]
-        changes[i] = error - errors[i]
-        errors[i] = error
-        moved |= changes[i] != 0
-    return moved
-
-
-@compiled
-def quantize_columns(
-    target: Array,
-    pull: Array,
-    coupling: Array,
-    scales: Array,
-    midpoints: Array,
-    half: Any,
-    rising: Array,
-    by_code: Array,
-    by_rank: Array,
-    codes: Array,
-    errors: Array,
-    is_first: bool,
-    dropped: int,
-) -> None:
-    """64 rows at a time, so that their part of `pull` stays in the first-level cache."""
-    ranks, wanted, changes = np.empty(64, np.int32), np.empty(64, np.float32), np.empty(64, np.float32)
-    values, old = np.empty(64, np.float32), np.empty(64, np.float32)
-    bits, old_bits = values.view(np.uint32), old.view(np.uint32)
-    for first in range(0, target.shape[1], 64):
-        last = min(first + 64, target.shape[1])
-        for j in range(target.shape[0]):
-            goal, scale, code = target[j, first:last], scales[j, first:last], codes[j, first:last]
-            _ranks(goal, pull[j, first:last], scale, midpoints, half, wanted, ranks)
-            _loaded(rising, ranks, scale, dropped, bits, values)
-            if is_first:
-                for i in range(goal.size):
-                    code[i] = by_rank[ranks[i]]
-            else:
-                _loaded(by_code, code, scale, dropped, old_bits, old)
-                for i in range(goal.size):
-                    is_better = abs(wanted[i] - values[i]) < abs(wanted[i] - old[i])
-                    values[i] = values[i] if is_better else old[i]
-                    code[i] = by_rank[ranks[i]] if is_better else code[i]
-            if _change(goal, values, errors[j, first:last], changes):
-                for k in range(j + 1, target.shape[0]):
-                    weight, pulls = coupling[j, k], pull[k, first:last]
-                    for i in range(pulls.size):
-                        pulls[i] += changes[i] * weight
-
-
-@compiled
-def _nearest_rank(x: Any, midpoints: Array) -> Any:
-    rank, step = np.int64(0), midpoints.size // 2
-    while step:
-        rank += step * np.int64(x > midpoints[rank + step - 1])
-        step //= 2
-    return rank
-
-
-@compiled
-def quantize_columns_in_turn(
-    target: Array,
-    pull: Array,
-    coupling: Array,
-    scales: Array,
-    rows: Array,
-    midpoints: Array,
-    half: Any,
-    rising: Array,
-    by_code: Array,
-    by_rank: Array,
-    codes: Array,
-    errors: Array,
-    is_first: bool,
-    dropped: int,
-) -> None:
-    """One row after the other, each with the changes of those before."""
-    pair = np.empty(2, np.float32)
-    bits = pair.view(np.uint32)
-    changes = np.empty(target.shape[1], np.float32)
-    for j in range(target.shape[0]):
-        changes[:] = 0
-        for i in range(target.shape[1]):
-            wanted = np.float32(target[j, i] + pull[j, i]) + changes[i]
-            x = wanted * factor_of(scales[j, i], _ONE, _FLOOR)
-            rank = np.int64(uniform_level(x, half) + half) if half > 0 else _nearest_rank(x, midpoints)
-            pair[0] = rising[rank] * scales[j, i]
-            pair[1] = by_code[codes[j, i]] * scales[j, i]
-            if dropped:
-                _round_bits(bits, pair, 2, dropped)
-            if is_first or abs(wanted - pair[0]) < abs(wanted - pair[1]):
-                codes[j, i] = by_rank[rank]
-                pair[1] = pair[0]
-            error = target[j, i] - pair[1]
-            change = error - errors[j, i]
-            errors[j, i] = error
-            if change != 0:
-                weights = rows[i]
-                for k in range(changes.size):
-                    changes[k] += change * weights[k]
-        for k in range(j + 1, target.shape[0]):
-            weight, pulls = coupling[j, k], pull[k]
-            for i in range(changes.size):
-                pulls[i] += changes[i] * weight
-
-
-@compiled
-def add_product(sparse: Array, matrix: Array, out: Array) -> None:
-    for j in range(sparse.shape[0]):
-        sums = out[j]
-        for i in range(sparse.shape[1]):
-            factor, row = sparse[j, i], matrix[i]
-            if factor != 0:
-                for k in range(sums.size):
-                    sums[k] += factor * row[k]
 
 
 @compiled

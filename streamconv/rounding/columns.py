@@ -141,21 +141,21 @@ def _quantize_tiles(
     by_row = outputs.factor if is_first else outputs.matrix
     per_row, per_column = by_row.diagonal().reciprocal(), matrix.diagonal().reciprocal()
     spread_of, wanted = layer.spread(scales, slice(None)), layer.wanted(scales, slice(None))
+    near = [(by_row[rows, rows] * per_row[rows]).cpu() for rows in stretches(layer.rows, PANEL)]
     for panel in panels(layer):
-        spread, target = spread_of(panel), wanted(panel)
         reach = slice(0, panel.start if is_first else layer.columns)
         by_column = matrix[: panel.stop if is_first else layer.columns, panel] * per_column[panel]
         pulls, coupling = by_column[reach].T @ mixed[reach], by_column[panel]
         before = mixed[panel].clone()
-        for rows in stretches(layer.rows, PANEL):
+        tiles = _Tiles(layer, wanted(panel), spread_of(panel), coupling, codes[panel], errors[panel])
+        for rows, of_rows in zip(stretches(layer.rows, PANEL), near, strict=True):
             # What rows of this panel that were settled already have done to the ones that come now.
             pull = coupling.T @ (mixed[panel, rows] - before[:, rows])
             pull.add_(pulls[:, rows]).mul_(per_row[rows]).sub_(errors[panel, rows])
-            tile = (codes[panel, rows], errors[panel, rows])
-            given = (target[:, rows], pull, coupling, by_row[rows, rows] * per_row[rows])
-            changes = _quantize_tile(layer, *given, spread[:, rows], *tile, is_first=is_first)
+            changes = tiles.settle(rows, pull, of_rows, is_first=is_first)
             reached = slice(rows.start if is_first else 0, layer.rows)  # a factor is 0 below its diagonal
             _mix(changes, by_row[rows, reached], mixed[panel, reached])
+        tiles.keep(codes[panel], errors[panel])
 
 
 def _mix(changes: Tensor, by_row: Tensor, mixed: Tensor) -> None:
@@ -167,29 +167,31 @@ def _mix(changes: Tensor, by_row: Tensor, mixed: Tensor) -> None:
         mixed.addmm_(changes, by_row)
 
 
-def _quantize_tile(
-    layer: Layer,
-    target: Tensor,
-    pull: Tensor,
-    coupling: Tensor,
-    by_row: Tensor,
-    scales: Tensor,
-    codes: Tensor,
-    errors: Tensor,
-    *,
-    is_first: bool,
-) -> Tensor:
-    """The changes of `errors`. Element after element, which is no work for a GPU: a tile comes to the CPU for it."""
-    target, pull, coupling, by_row, scales = (
-        each.cpu().contiguous() for each in (target, pull, coupling, by_row, scales)
-    )
-    settled, remaining = (
-        each.to("cpu", copy=True, memory_format=torch.contiguous_format) for each in (codes, errors)
-    )
-    kernels_for(target.device).quantize_columns(
-        target, pull, coupling, by_row, layer.grid, scales, layer.dtype, settled, remaining, is_first
-    )
-    changes = remaining.to(errors.device) - errors
-    codes.copy_(settled)
-    errors.copy_(remaining)
-    return changes
+class _Tiles:
+    """A panel's columns in host memory, of all rows: one element after another is no work for a GPU."""
+
+    def __init__(
+        self, layer: Layer, target: Tensor, scales: Tensor, coupling: Tensor, codes: Tensor, errors: Tensor
+    ) -> None:
+        self._layer = layer
+        self._target, self._scales, self._coupling = target.cpu(), scales.cpu(), coupling.cpu().contiguous()
+        self._codes, self._errors = codes.cpu(), errors.cpu()
+
+    def settle(self, rows: slice, pull: Tensor, by_row: Tensor, *, is_first: bool) -> Tensor:
+        """Choose the codes of some rows; return how their errors change, where `pull` is."""
+        target, scales = self._target[:, rows].contiguous(), self._scales[:, rows].contiguous()
+        codes, errors = (
+            self._codes[:, rows].contiguous(),
+            self._errors[:, rows].clone(memory_format=torch.contiguous_format),
+        )
+        given = (target, pull.cpu(), self._coupling, by_row, self._layer.grid, scales, self._layer.dtype)
+        kernels_for(target.device).quantize_columns(*given, codes, errors, is_first)
+        changes = errors - self._errors[:, rows]
+        self._codes[:, rows], self._errors[:, rows] = codes, errors
+        return changes.to(pull.device)
+
+    def keep(self, codes: Tensor, errors: Tensor) -> None:
+        """Write what was chosen to the panel's `codes` and `errors`, unless it is there."""
+        if codes.device.type != "cpu":
+            codes.copy_(self._codes)
+            errors.copy_(self._errors)

@@ -17,7 +17,7 @@ factored approximation of the model's own loss (K-FAC, Martens and Grosse 2015, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,7 +29,15 @@ from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import Grid
 from streamconv.rounding.columns import descended, fed
 from streamconv.rounding.layer import Layer, Solution, better, coded, errors_of, rounded, transpose
-from streamconv.rounding.metric import STRETCH, Statistics, check_moments, compensated, factored, preserving
+from streamconv.rounding.metric import (
+    STRETCH,
+    Metric,
+    Statistics,
+    check_moments,
+    compensated,
+    factored,
+    preserving,
+)
 from streamconv.rounding.residual import Residual, eased, nothing, residual
 from streamconv.rounding.scales import greatest, refitted, searched
 from streamconv.rounding.search import ratios_of, searched_scales, stored_scales
@@ -124,10 +132,12 @@ def feedback(
     options: FeedbackOptions,
     directions: Tensor | None = None,
     base: BaseOnGrid | None = None,
+    inputs: Callable[[], Metric] | None = None,
 ) -> QuantizedWeight:
     """Codes and scales for `target` [out, in] (float32), the best found in the metric of H'.
 
-    `directions` are the adapter's A [r, in]. Errors are those of what a loader will multiply by, its cast to the
+    `directions` are the adapter's A [r, in]. `inputs` returns `input_metric` of these, where others have it as well.
+    Errors are those of what a loader will multiply by, its cast to the
     weight's own type included. A target that equals the base keeps the base. Raises InputError where `statistics` are
     not finite or have no factor.
     """
@@ -138,24 +148,30 @@ def feedback(
         return QuantizedWeight(base.codes, base.scales, True, beside)
     if options.searches:
         return _weighed(target, statistics.hessian, encoder, grid)
-    matrix = preserving(statistics.hessian, options.preserve_delta, directions)
-    inputs, outputs = factored(matrix, options.damping), None
+    metric = inputs() if inputs is not None else input_metric(statistics, options, directions)
+    outputs = None
     if statistics.output_hessian is not None:
         outputs = factored(statistics.output_hessian, options.output_damping)
-    moved = compensated(target, statistics, inputs, options.asymmetry)
-    layer = transpose(moved, inputs, outputs, grid, dtype)
+    moved = compensated(target, statistics, metric, options.asymmetry)
+    layer = transpose(moved, metric, outputs, grid, dtype)
     del moved
     if not options.residual_rank:
         best = _found(layer, encoder, options, base)
         return QuantizedWeight(layer.flat(best.solution.codes), best.scales.raw, best.scales.is_base)
     flat = layer.flat(layer.target).view_as(target)
-    easy = transpose(flat, *eased(inputs, outputs, options.residual_rank), grid, dtype)
+    easy = transpose(flat, *eased(metric, outputs, options.residual_rank), grid, dtype)
     del flat
     best = _found(easy, encoder, options, base)
     codes = easy.flat(best.solution.codes)
     errors = errors_of(layer, best.scales.effective, layer.transposed(codes))
     beside = residual(layer, errors, options.residual_rank)
     return QuantizedWeight(codes, best.scales.raw, best.scales.is_base, beside)
+
+
+def input_metric(statistics: Statistics, options: FeedbackOptions, directions: Tensor | None) -> Metric:
+    """H' and its factor: the same for all weights that share an input, unless their updates are to be preserved."""
+    matrix = preserving(statistics.hessian, options.preserve_delta, directions)
+    return factored(matrix, options.damping)
 
 
 def _weighed(target: Tensor, hessian: Tensor, encoder: ScaleEncoder, grid: Grid) -> QuantizedWeight:

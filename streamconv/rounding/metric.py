@@ -10,6 +10,8 @@ from torch import Tensor
 from streamconv.errors import InputError
 
 _DAMPING_TRIES = 4
+# What float32 may be off by, on a GPU, before float64 is asked: a share of the damping, and of a right side.
+_ERROR_OF_DAMPING, _LEFT_OF_RIGHT = 0.1, 1e-3
 # Rows or columns of a matrix that are copied or solved for at once.
 STRETCH = 512
 
@@ -83,9 +85,14 @@ def stretches(count: int, length: int = STRETCH) -> list[slice]:
 
 
 def _damp(matrix: Tensor, damping: float, mean: float) -> Tensor:
-    """Add to the diagonal of `matrix` what it takes; return its factor, computed in float64 on the CPU."""
+    """Add to the diagonal of `matrix` what it takes; return its factor.
+
+    It is computed in float64 on the CPU; of a matrix on a GPU there in float32, where that is good enough.
+    """
     for share in (damping * 10**tries for tries in range(_DAMPING_TRIES)):
-        factor = _factor(matrix, share * mean)
+        factor = None if matrix.device.type == "cpu" else factor_in_float32(matrix, share * mean)
+        if factor is None:
+            factor = _factor(matrix, share * mean)
         if factor is not None:
             matrix.diagonal().add_(share * mean)
             return factor
@@ -93,6 +100,20 @@ def _damp(matrix: Tensor, damping: float, mean: float) -> Tensor:
         f"the second moments of a layer's inputs have no Cholesky factor with {share:g} of their mean added to the "
         "diagonal, expected positive definite ones; give more calibration text"
     )
+
+
+def factor_in_float32(matrix: Tensor, damping: float) -> Tensor | None:
+    """M for `matrix` + `damping` I where the matrix is; None where float32 does not find it well enough.
+
+    The diagonal of M Mᵀ may be off by a tenth of `damping`, below which nothing is said of the inputs.
+    """
+    lower = matrix.flip(0, 1).T  # symmetric: what changes is the order in memory, LAPACK's own
+    diagonal = lower.diagonal().add_(damping).clone()
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    error = torch.linalg.vector_norm(lower.tril_(), dim=1).square_().sub_(diagonal).abs_().max()
+    is_good = (failed == 0) & (error <= _ERROR_OF_DAMPING * damping)  # which NaN is not
+    return lower.flip(0, 1).contiguous() if bool(is_good) else None
 
 
 def _factor(matrix: Tensor, damping: float) -> Tensor | None:
@@ -128,10 +149,21 @@ def compensated(target: Tensor, statistics: Statistics, inputs: Metric, share: f
             target, statistics.cross[:, columns] - statistics.hessian[:, columns], out=missing[:, columns]
         )
     for rows in stretches(len(target)):
-        change = missing[rows][:, inputs.order].T.cpu().double()
-        change = _solved(inputs.factor, change)[inputs.places.cpu()].T
-        torch.add(target[rows], change.to(target.device, torch.float32), alpha=share, out=missing[rows])
+        wanted = missing[rows][:, inputs.order].T
+        change = None if wanted.device.type == "cpu" else solved_in_float32(inputs, wanted)
+        if change is None:
+            change = _solved(inputs.factor, wanted.cpu().double()).to(wanted.device, torch.float32)
+        torch.add(target[rows], change[inputs.places].T, alpha=share, out=missing[rows])
     return missing
+
+
+def solved_in_float32(inputs: Metric, right: Tensor) -> Tensor | None:
+    """X with H' X = `right` [in, any] where they are; None where what is left of `right` is not small."""
+    factor = inputs.factor
+    found = torch.linalg.solve_triangular(factor, right, upper=True)
+    found = torch.linalg.solve_triangular(factor.T, found, upper=False)
+    left = torch.addmm(right, inputs.matrix, found, alpha=-1)
+    return found if bool(left.norm() <= _LEFT_OF_RIGHT * right.norm()) else None
 
 
 def _solved(factor: Tensor, right: Tensor) -> Tensor:

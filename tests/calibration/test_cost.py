@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import pytest
 from streamconv.calibration.cost import (
     CARD,
     Rates,
+    Sizes,
     TextSize,
     cpu_seconds,
     device_seconds,
     groups_of,
+    layer_work,
     weight_work,
 )
 from streamconv.rounding.feedback import FeedbackOptions
@@ -26,17 +29,27 @@ def test_one_weight_by_hand() -> None:
     """out 128, in 256, 1,000 tokens, gradients of 100: two feedbacks and one sweep."""
     work = weight_work(ROWS, COLUMNS, TextSize(1000, 100), ONCE)
     assert work.gradients == 100 * (6 * 32_768 + 2 * 16_384)
-    assert work.factors == pytest.approx(256**3 / 3 + 128**3 / 3 + 2 * 128 * 65_536)
+    assert work.factors == pytest.approx(128**3 / 3 + 2 * 128 * 65_536)
+    assert work.systems == 0
     assert work.rounding == (2 + 2) * 32_768 * 384 + 2 * 128 * 65_536
     assert work.settled == 3 * 32_768
     assert (work.tiles, work.columns) == (3 * 2 * 4, 0)
-    assert work.copied == 12 * 65_536 + 8 * 16_384 + 16 * 32_768
+    assert work.copied == 16 * 32_768 + 3 * 26 * 32_768
 
 
 def test_without_gradients_columns_are_settled_by_calls() -> None:
     work = weight_work(5000, COLUMNS, TextSize(1000, 0), ONCE)
     assert (work.gradients, work.tiles, work.columns) == (0, 0, 3 * 256 * 2)
-    assert work.factors == pytest.approx(256**3 / 3 + 2 * 5000 * 65_536)
+    assert work.factors == 2 * 5000 * 65_536
+    assert work.copied == 16 * 5000 * 256
+
+
+def test_inputs_are_factored_once_a_group() -> None:
+    text = TextSize(1000, 0)
+    sizes = Sizes([(256, [128, 64, 64])], 256)
+    work = layer_work(sizes, text, ONCE, stored=0, on_gpu=True)
+    alone = [weight_work(rows, 256, text, ONCE).factors for rows in (128, 64, 64)]
+    assert work.factors == pytest.approx(256**3 / 3 + sum(alone))
 
 
 def test_refits_are_counted_with_their_sweeps() -> None:
@@ -44,20 +57,19 @@ def test_refits_are_counted_with_their_sweeps() -> None:
     assert work.settled == (4 + 9) * 32_768
     assert work.refits == 2 * 2 * 32_768 * (2 * 256 + 128)
     assert work.blocks == 2 * 4  # 4 of 64 in a row, all rows at once
-    assert work.factors == pytest.approx(256**3 / 3 + 128**3 / 3 + 2 * 128 * 65_536 + 2 * 128 * 4**3 * 2 / 3)
+    assert work.systems == pytest.approx(2 * 128 * 4**3 * 2 / 3)
     assert work.rounding == (4 + 18) * 32_768 * 384 + 2 * 128 * 65_536
 
 
 def test_time_is_work_over_rates() -> None:
-    work = weight_work(ROWS, COLUMNS, TextSize(1000, 100), ONCE)
-    rates = Rates(products=1e9, factors=1e8, code_s=1e-6, call_s=1e-3, copies=1e7, reading=1e6)
-    products = (work.gradients + work.rounding) / 1e9
+    work = weight_work(ROWS, COLUMNS, TextSize(1000, 100), replace(ONCE, refits=1))
+    rates = Rates(products=1e9, factors=1e8, systems=1e7, code_s=1e-6, call_s=1e-3, copies=1e7, reading=1e6)
+    products = (work.gradients + work.rounding + work.refits) / 1e9
+    solved = work.factors / 1e8 + work.systems / 1e7
     assert device_seconds(work, rates) == pytest.approx(
-        products + work.factors / 1e8 + work.settled * 1e-6 + 24 * 40e-3 + work.copied / 1e7
+        products + solved + work.settled * 1e-6 + (10 * work.tiles + 6 * 4) * 1e-3 + work.copied / 1e7
     )
-    assert cpu_seconds(work, rates, 4) == pytest.approx(
-        (products + work.factors / 1e8) / 4 + work.settled * 1e-6
-    )
+    assert cpu_seconds(work, rates, 4) == pytest.approx((products + solved) / 4 + work.settled * 1e-6)
 
 
 def test_weights_that_share_an_input_are_known_by_name() -> None:

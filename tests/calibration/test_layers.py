@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from streamconv.pipeline import build_job, convert, merge, prepare
 from streamconv.pipeline.runner import run
 from streamconv.progress import StopRequest
 from streamconv.rounding.feedback import FeedbackOptions, QuantizedWeight, Statistics, feedback
+from streamconv.rounding.metric import Metric
 from tests.calibration.subjects import (
     LENGTH,
     QUICK,
@@ -96,6 +97,7 @@ class Seen:
     statistics: dict[str, Statistics] = field(default_factory=dict)
     targets: dict[str, Tensor] = field(default_factory=dict)
     directions: dict[str, Tensor | None] = field(default_factory=dict)
+    metrics: dict[str, Metric] = field(default_factory=dict)
 
 
 @pytest.fixture
@@ -109,6 +111,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         options: FeedbackOptions,
         directions: Tensor | None,
         base: Any,
+        metric: Callable[[], Metric] | None,
     ) -> QuantizedWeight:
         # Statistics belong to whoever is given them.
         found.statistics[encoder.name] = replace(
@@ -118,7 +121,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         )
         found.targets[encoder.name] = target.clone()
         found.directions[encoder.name] = directions
-        return feedback(target, statistics, encoder, replace(options, sweeps=0, refits=0), directions, base)
+        if metric is not None:
+            found.metrics[encoder.name] = metric()
+        options = replace(options, sweeps=0, refits=0)
+        return feedback(target, statistics, encoder, options, directions, base, metric)
 
     monkeypatch.setattr(walk, "feedback", watched)
     return found
@@ -206,6 +212,9 @@ def test_statistics_are_those_of_a_plain_loop(family: str, rank: int, seen: Seen
         torch.testing.assert_close(given.hessian, hessian, rtol=1e-4, atol=1e-5)
         assert given.cross is not None
         torch.testing.assert_close(given.cross, cross, rtol=1e-4, atol=1e-5)
+    of_layers = [f"{layers}.{number}" for number in range(len(expected) // len(names))]
+    for group in [[f"{layer}.{name}.weight" for name in group] for layer in of_layers for group in groups]:
+        assert len({id(seen.metrics[name]) for name in group}) == 1, "factors are made once a group"
 
 
 # -- what comes of it ----------------------------------------------------------------------------------------------

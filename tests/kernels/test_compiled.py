@@ -303,10 +303,10 @@ def test_inputs_are_not_changed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["nf4", "int4", "int8 in groups", "e4m3 of blocks"])
-@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("start", ["first", "all change", "few change"])
 @pytest.mark.parametrize("in_turn", [True, False])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-def test_settle(name: str, is_first: bool, in_turn: bool, dtype: Dtype) -> None:
+def test_settle(name: str, start: str, in_turn: bool, dtype: Dtype) -> None:
     columns, rows = 9, 70
     grid = grid_of(name, rows)
     target, pull = normal((columns, rows), 1), normal((columns, rows), 2) / 9
@@ -314,16 +314,32 @@ def test_settle(name: str, is_first: bool, in_turn: bool, dtype: Dtype) -> None:
     coupling = normal((columns, columns), 3) / 9
     turns = (normal((rows, rows), 4) / 9).fill_diagonal_(1.0) if in_turn else None
     begun = codes_for(grid, columns * rows).view(columns, rows)
-    left = torch.zeros_like(target) if is_first else normal((columns, rows), 5) / 99
+    left = torch.zeros_like(target) if start == "first" else normal((columns, rows), 5) / 99
+    if start == "few change":
+        still, alone, pull = torch.zeros_like(pull), torch.zeros_like(coupling), pull / 99
+        TORCH.quantize_columns(
+            target, still, alone, None, grid, scales, dtype, begun, left.zero_(), is_first=True
+        )
 
     def settled(kernels: Kernels) -> tuple[Tensor, ...]:
         codes, errors = begun.clone(), left.clone()
         kernels.quantize_columns(
-            target, pull.clone(), coupling, turns, grid, scales, dtype, codes, errors, is_first=is_first
+            target,
+            pull.clone(),
+            coupling,
+            turns,
+            grid,
+            scales,
+            dtype,
+            codes,
+            errors,
+            is_first=start == "first",
         )
         return codes, errors
 
     codes, errors = both(settled)
+    changed = int((codes != begun).count_nonzero())
+    assert (0 < changed < 0.2 * codes.numel()) == (start == "few change")
     assert torch.equal(errors, target - (grid.decode(codes) * scales).to(dtype.torch).float())
 
 

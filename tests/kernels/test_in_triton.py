@@ -16,7 +16,16 @@ from streamconv.kernels import TORCH, fused_kernels, kernels_for
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux alone")
 from streamconv.kernels.in_triton import TritonKernels, agree
-from tests.kernels.triton_checks import GRIDS, ODD, WILD, check, check_rest, check_search, values_of
+from tests.kernels.triton_checks import (
+    GRIDS,
+    ODD,
+    WILD,
+    check,
+    check_columns,
+    check_rest,
+    check_search,
+    values_of,
+)
 
 Run = Callable[..., None]
 CUDA = torch.device("cuda")
@@ -51,6 +60,12 @@ def test_all_roundings_give_the_same_bits(name: str, count: int, interpreted: Ru
 @pytest.mark.parametrize("name", ["nf4", "e2m1", "int8 of a power", "int4 of rows"])
 def test_searches_find_the_same_scales(name: str, interpreted: Run) -> None:
     interpreted(check_search, name, values_of(170, 1, (*ODD, *WILD)))
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int8 of a power", "int4", "e4m3"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_columns_are_settled_with_the_same_bits(name: str, is_first: bool, interpreted: Run) -> None:
+    interpreted(check_columns, name, is_first)
 
 
 @pytest.mark.parametrize("count", [2, 65, 2100])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from streamconv.dtypes import BF16, F16, F32
+from streamconv.dtypes import BF16, F16, F32, Dtype
 from streamconv.formats.nested_scales import DYNAMIC
 from streamconv.kernels import TORCH, Kernels, Start
 from streamconv.kernels.grids import (
@@ -76,6 +76,12 @@ def check_rest(count: int) -> None:
         same(lambda kernels: _rest(kernels, count))
 
 
+def check_columns(name: str, is_first: bool) -> None:
+    """A panel settled, with each of the types that a loader makes; more rows than a program takes."""
+    for dtype in (F32, BF16, F16):
+        same(lambda kernels: _settle(kernels, GRIDS[name], dtype, is_first))  # noqa: B023  called at once
+
+
 def same(call: Callable[[Kernels], dict[str, Tensor]]) -> None:
     """Both kernels give the same bits; of a NaN, that it is one."""
     ours, theirs = call(TritonKernels()), call(TORCH)
@@ -135,3 +141,17 @@ def _rest(kernels: Kernels, count: int) -> dict[str, Tensor]:
         scales = noise[: -(-len(out) // NF4.block)]
         kernels.decode_pairs(packed, NF4, scales, BF16, out, low_first=low_first)
     return found
+
+
+def _settle(kernels: Kernels, grid: Grid, dtype: Dtype, is_first: bool) -> dict[str, Tensor]:
+    columns, rows = 5, 131
+    generator = torch.Generator().manual_seed(3)
+    target, pull, left = (torch.randn(columns, rows, generator=generator) for _ in range(3))
+    scales = target.abs().amax(0).expand(columns, rows) * torch.linspace(-1.1, 1.1, rows)
+    coupling = torch.randn(columns, columns, generator=generator) / 9
+    codes = torch.randint(0, 3, (columns, rows), generator=generator).to(torch.uint8)
+    pull, errors = pull / 9, left / 99
+    kernels.quantize_columns(
+        target, pull, coupling, None, grid, scales.contiguous(), dtype, codes, errors, is_first
+    )
+    return {"codes": codes, "errors": errors, "pull": pull}

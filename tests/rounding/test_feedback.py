@@ -18,7 +18,13 @@ from streamconv.kernels.grids import Grid
 from streamconv.rounding.columns import descended, fed
 from streamconv.rounding.feedback import BaseOnGrid, FeedbackOptions, Statistics, feedback
 from streamconv.rounding.layer import Layer, errors_of, rounded, transpose
-from streamconv.rounding.metric import compensated, factored, preserving
+from streamconv.rounding.metric import (
+    compensated,
+    factor_in_float32,
+    factored,
+    preserving,
+    solved_in_float32,
+)
 from streamconv.rounding.scales import greatest, refitted, searched
 from tests.formats.stored import normal
 from tests.rounding.layers import Trained, inputs, output_moments, trained
@@ -387,6 +393,39 @@ def test_damping_grows_until_there_is_a_factor() -> None:
     moments[0, 1] = moments[1, 0] = 9.0
     with pytest.raises(InputError, match="no Cholesky factor with 1 of their mean"):
         factored(moments, 0.001)
+
+
+def test_float32_has_the_factor_where_that_is_good_enough() -> None:
+    x = inputs(128, torch.Generator().manual_seed(0), 1024)
+    moments = x.T @ x / len(x)
+    damping = 0.01 * float(moments.diagonal().mean())
+    found, exact = factor_in_float32(moments, damping), factored(moments, 0.01)
+    assert found is not None
+    places = exact.places
+    moments.diagonal().add_(damping)
+    torch.testing.assert_close(found @ found.T, moments)
+    assert torch.equal(found, found.triu())
+    torch.testing.assert_close((exact.factor @ exact.factor.T)[places][:, places], moments)
+
+
+@pytest.mark.parametrize("spread", [1e8, torch.nan, -1.0], ids=["steep", "nan", "indefinite"])
+def test_float32_says_where_it_has_no_factor(spread: float) -> None:
+    """One input is so much greater than the others that these are lost beside it."""
+    moments = torch.eye(64)
+    direction = torch.ones(64)
+    moments.addr_(direction, direction, alpha=spread)
+    assert factor_in_float32(moments, 1e-3) is None
+
+
+def test_float32_solves_where_that_is_good_enough() -> None:
+    x = inputs(128, torch.Generator().manual_seed(0), 1024)
+    metric = factored(x.T @ x / len(x), 0.01)
+    right = torch.randn(128, 96, generator=torch.Generator().manual_seed(1))
+    found = solved_in_float32(metric, right)
+    assert found is not None
+    wanted = torch.linalg.solve(metric.matrix.double(), right.double())
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+    assert solved_in_float32(replace(metric, factor=metric.factor * 1.01), right) is None
 
 
 def test_fewer_tokens_than_inputs_do() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -50,24 +51,29 @@ def work_of(shapes: Shapes, text: TextSize, on_gpu: bool = True) -> CostCounts:
     return layer_work(shapes.sizes, text, FeedbackOptions(), stored, on_gpu).times(shapes.layers)
 
 
+def settling_of(work: CostCounts) -> CostCounts:
+    """Counts of settling codes, and of fitting scales to them."""
+    return CostCounts(tiles=work.tiles, settled=work.settled, columns=work.columns, blocks=work.blocks)
+
+
 def guide_table(rates: Rates) -> str:
     """Times of each part by `rates`, in the order of the sum."""
     rows = []
-    for shapes in LARGE:
-        work = work_of(shapes, TextSize(TOKENS, GRADIENT_TOKENS))
+    for shapes, gradients in itertools.product(LARGE, (GRADIENT_TOKENS, 0)):
+        work = work_of(shapes, TextSize(TOKENS, gradients))
         products = work.forward + work.gradients + work.moments + work.rounding + work.refits
         parts = (
             products / rates.products,
-            work.factors / rates.factors,
+            work.factors / rates.factors + work.systems / rates.systems,
             work.tiles,
-            device_seconds(CostCounts(tiles=work.tiles, settled=work.settled, blocks=work.blocks), rates),
+            device_seconds(settling_of(work), rates),
             work.copied / rates.copies,
             work.read / rates.reading,
             device_seconds(work, rates),
         )
         cells = [_duration(part) for part in parts]
         cells[2] = f"{work.tiles / 1e6:,.1f} M"
-        rows.append([shapes.name, _flops(products), *cells])
+        rows.append([shapes.name + ("" if gradients else ", no gradients"), _flops(products), *cells])
     columns = (
         "model",
         "products",
@@ -86,7 +92,7 @@ def guide_table(rates: Rates) -> str:
 
 
 def cost_block(beds: Mapping[str, Results], _: Results) -> str:
-    parts = ("forward", "gradients", "moments", "factors", "rounding", "refits")
+    parts = ("forward", "gradients", "moments", "factors", "systems", "rounding", "refits")
     columns = (
         *("model, tokens", *parts, "settling"),
         *("in all, with a GPU at 40 TFLOP/s", "in all, with a GPU at 20 TFLOP/s"),
@@ -111,11 +117,10 @@ def cost_block(beds: Mapping[str, Results], _: Results) -> str:
 def _cost_row(shapes: Shapes, text: TextSize, parts: Sequence[str]) -> Sequence[str]:
     work = work_of(shapes, text)
     label = f"{shapes.name}, {text.tokens:,}" + ("" if text.gradient_tokens else ", no gradients")
-    settling = CostCounts(tiles=work.tiles, settled=work.settled, columns=work.columns, blocks=work.blocks)
     return (
         label,
         *(_flops(getattr(work, part)) for part in parts),
-        _duration(device_seconds(settling, CARD)),
+        _duration(device_seconds(settling_of(work), CARD)),
         *(_duration(device_seconds(work, rates)) for rates in (CARD, SLOWER)),
     )
 
