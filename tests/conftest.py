@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before torch reads it: threads that wait for each other's share of a tiny product must not spin, as tests run side by
@@ -40,7 +41,10 @@ def pytest_configure() -> None:
 
     Nothing is brought to the disk, which a merge waits for some twenty times: no test can tell. What is synced, and
     before what, is watched (`checkpoint/test_writer.py`); commands in processes of their own do it.
+
+    Millions of objects that imports and tests themselves are made of stay to the end: no collection goes through them.
     """
+    gc.disable()
     for name in ("fsync", "fdatasync"):
         if hasattr(os, name):
             setattr(os, name, _not_synced)
@@ -49,6 +53,11 @@ def pytest_configure() -> None:
     if _has_avx512:
         with warnings.catch_warnings(action="ignore"):  # torch tells that a kernel is overridden
             _KERNELS.impl("dequantize_4bit", _decoded, "CPU", allow_override=True)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def _not_synced(file: Any) -> None:

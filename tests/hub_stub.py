@@ -153,6 +153,8 @@ class Handler(BaseHTTPRequestHandler):
 
     hub: Hub
     protocol_version = "HTTP/1.1"
+    # Headers and body are sent apart: without it, the body is held back until the other side has acknowledged them.
+    disable_nagle_algorithm = True
 
     def log_message(self, *args: object) -> None:
         del args

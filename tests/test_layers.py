@@ -90,6 +90,12 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
+MODULES = {
+    ".".join(other.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    for other in SOURCES
+} - {PACKAGE.name}
+
+
 def test_every_module_has_its_place() -> None:
     assert {part_of(path) for path in SOURCES} == set(RANK)
 
@@ -130,11 +136,7 @@ def test_every_door_is_one() -> None:
 def test_no_module_of_ours_is_named_by_a_string(path: Path) -> None:
     """But in what is printed for people: `streamconv.merge` in a message is no module."""
     literals = [node.value for node in ast.walk(parsed(path)) if isinstance(node, ast.Constant)]
-    modules = {
-        ".".join(other.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-        for other in SOURCES
-    } - {PACKAGE.name}
-    assert not modules & {value for value in literals if isinstance(value, str)}
+    assert not MODULES & {value for value in literals if isinstance(value, str)}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=named)

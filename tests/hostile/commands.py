@@ -27,6 +27,10 @@ MODEL_MODULES = (
     "streamconv.evaluation.scoring",
     "streamconv.comparison.running",
     "torch._dynamo",
+    "tests.hostile.conversions",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.tokenization_utils_tokenizers",
 )
 """Imports of a fork server whose commands run models."""
 

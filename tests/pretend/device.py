@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from tests.pretend.ledger import HERE, LEDGER, Storage
+from tests.pretend.ledger import LEDGER, Storage
 
 CUDA = torch.device("cuda:0")
 PINNED: dict[int, int] = {}
@@ -118,19 +117,20 @@ class DeviceTensor(Tensor):
 
 def _dispatch(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Carry out `op`, of which an argument or the result is on the device."""
-    flat, spec = tree_flatten((args, kwargs))
-    there = [each for each in flat if isinstance(each, DeviceTensor)]
-    name, short = op.name(), op.name().partition("::")[2].partition(".")[0]
-    _check_mix(op, name, flat, there, args)
-    for each in there:
-        each.storage_of.users.add(HERE.stream)
+    tensors: list[Tensor] = []
+    inner_args = [_held(each, tensors) for each in args]
+    inner_kwargs = {name: _held(each, tensors) for name, each in kwargs.items()}
+    there = [each for each in tensors if isinstance(each, DeviceTensor)]
+    name, short = _names(op)
+    _check_mix(op, name, tensors, there, args)
+    if short not in _VIEWS:
+        for each in there:
+            LEDGER.use(each.storage_of)
     _note_waits(name, short, args, kwargs)
     if there and short in {"div", "div_"} and _is_inexact(args[1]) and there[0].is_floating_point():
         LEDGER.reciprocal()
     if short == "_fused_sdp_choice":
         return 0  # the one that is made of other operations
-    inner = [each.held if isinstance(each, DeviceTensor) else each for each in flat]
-    inner_args, inner_kwargs = tree_unflatten(inner, spec)
     goes_there = bool(there)
     if kwargs.get("device") is not None:
         goes_there = torch.device(kwargs["device"]).type == "cuda"
@@ -144,11 +144,29 @@ def _dispatch(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _wrapped(found, there) if goes_there else found
 
 
+def _held(given: Any, tensors: list[Tensor]) -> Any:
+    """An argument with values of the CPU in place of tensors, which are added to `tensors`."""
+    if isinstance(given, Tensor):
+        tensors.append(given)
+        return given.held if isinstance(given, DeviceTensor) else given
+    if isinstance(given, list | tuple):
+        return [_held(each, tensors) for each in given]
+    return given
+
+
+@functools.cache
+def _names(op: Any) -> tuple[str, str]:
+    """Name of an operation, and that without its library and overload."""
+    return op.name(), op.name().partition("::")[2].partition(".")[0]
+
+
 def _check_mix(
-    op: Any, name: str, flat: Sequence[Any], there: Sequence[DeviceTensor], args: Sequence[Any]
+    op: Any, name: str, tensors: Sequence[Tensor], there: Sequence[DeviceTensor], args: Sequence[Any]
 ) -> None:
     """Raise MixedDevicesError where a tensor of the host is no number, no place, and not copied."""
-    host = [each for each in flat if isinstance(each, Tensor) and not isinstance(each, DeviceTensor)]
+    if len(tensors) == len(there):
+        return
+    host = [each for each in tensors if not isinstance(each, DeviceTensor)]
     if not host or not there or name in _COPIES:
         return
     allowed = {id(each) for each in host if each.dim() == 0}
@@ -162,9 +180,7 @@ def _check_mix(
     )
     if is_written or any(id(each) not in allowed for each in host):
         shapes = ", ".join(
-            f"{'cuda' if isinstance(each, DeviceTensor) else 'cpu'}{list(each.shape)}"
-            for each in flat
-            if isinstance(each, Tensor)
+            f"{'cuda' if isinstance(each, DeviceTensor) else 'cpu'}{list(each.shape)}" for each in tensors
         )
         LEDGER.mix(f"{name}: {shapes}")
         raise MixedDevicesError(f"{name}: expected all tensors to be on the same device, found {shapes}")
@@ -204,7 +220,8 @@ def _note_copy(host: Tensor, is_async: bool, *, to_host: bool) -> None:
 
 
 def _note_launch(short: str, there: Sequence[DeviceTensor], found: Any) -> None:
-    outputs = [each for each in tree_flatten(found)[0] if isinstance(each, Tensor)]
+    outputs: list[Tensor] = []
+    _held(found, outputs)
     sizes = [each.numel() * each.element_size() for each in (*(one.held for one in there), *outputs)]
     LEDGER.launch(short, str(there[0].dtype if there else outputs[0].dtype if outputs else "-"), sum(sizes))
 
@@ -234,13 +251,20 @@ def _wrapped(found: Any, there: Sequence[DeviceTensor]) -> Any:
         each.held.untyped_storage().data_ptr(): each.storage_of for each in there if each.held.numel()
     }
 
-    def wrap(each: Any) -> Any:
-        if not isinstance(each, Tensor) or isinstance(each, DeviceTensor):
-            return each
-        memory = storages.get(each.untyped_storage().data_ptr()) if each.numel() else None
-        return DeviceTensor(each, memory)
+    return _there(found, storages)
 
-    return tree_map(wrap, found)
+
+def _there(found: Any, storages: Mapping[int, Storage]) -> Any:
+    """As `found`, with tensors on the device; no function within another, which would keep memory in a cycle."""
+    if isinstance(found, DeviceTensor):
+        return found
+    if isinstance(found, Tensor):
+        return DeviceTensor(
+            found, storages.get(found.untyped_storage().data_ptr()) if found.numel() else None
+        )
+    return (
+        type(found)([_there(each, storages) for each in found]) if isinstance(found, list | tuple) else found
+    )
 
 
 _libraries: list[Any] = []

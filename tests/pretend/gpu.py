@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -13,9 +15,10 @@ from torch import Tensor
 
 from streamconv.planning import plan as plans
 from streamconv.planning.devices import Device
+from streamconv.running.streams import Event
 from tests.pretend.device import CUDA, PINNED, install
-from tests.pretend.ledger import HERE
-from tests.running.fake_gpu import EAGER, FakeGpu, FakeStream
+from tests.pretend.ledger import HERE, HOST, LEDGER
+from tests.running.fake_gpu import EAGER, FakeEvent, FakeGpu, FakeStream
 
 T = TypeVar("T")
 DEVICE = Device("cuda:0", "pretend GPU")
@@ -29,28 +32,56 @@ _RESOLVING = (
 )
 
 
+@dataclass(eq=False)
+class PretendEvent(FakeEvent):
+    at: int = 0
+
+    def synchronize(self) -> None:
+        super().synchronize()
+        assert isinstance(self.stream, PretendStream)
+        LEDGER.waits_for(HOST, self.stream.label, self.at)
+
+
 class PretendStream(FakeStream):
+    label = ""
+    """Its name, told from those of other engines' streams."""
+
     def submit(self, work: Callable[[], None]) -> None:
         super().submit(lambda: self._do(work, is_submitted=True))
 
     def ask(self, work: Callable[[], T]) -> T:
         return self._do(work, is_submitted=False)
 
+    def record(self) -> Event:
+        event = PretendEvent(self)
+        self._append(event)
+        event.at = LEDGER.clock
+        return event
+
+    def wait(self, event: Event) -> None:
+        super().wait(event)
+        assert isinstance(event, PretendEvent)
+        assert isinstance(event.stream, PretendStream)
+        LEDGER.waits_for(self.label, event.stream.label, event.at)
+
     def _do(self, work: Callable[[], T], *, is_submitted: bool) -> T:
         before = HERE.stream, HERE.is_submitted
-        HERE.stream, HERE.is_submitted = self.name, is_submitted
+        HERE.stream, HERE.is_submitted = self.label, is_submitted
         try:
             return work()
         finally:
             HERE.stream, HERE.is_submitted = before
 
 
+_numbers = itertools.count(1)
+
+
 class PretendGpu(FakeGpu):
     def stream(self) -> PretendStream:
-        self.streams.append(PretendStream(self, next(self._names)))
-        found = self.streams[-1]
-        assert isinstance(found, PretendStream)
-        return found
+        made = PretendStream(self, next(self._names))
+        made.label = f"{made.name} {next(_numbers)}"
+        self.streams.append(made)
+        return made
 
     def host_buffer(self, nbytes: int) -> Tensor:
         made = super().host_buffer(nbytes)

@@ -15,13 +15,12 @@ import sys
 import tempfile
 import types
 import unittest
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 
 import streamconv
 from streamconv.formats import FORMATS
@@ -29,20 +28,27 @@ from streamconv.pipeline import Job, Prepared, prepare, run
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Plan, Rewrite, cell_rows
 from streamconv.progress import StopRequest
-from tests import tiny
-from tests.forward.texts import save_tokenizer, write_text
 from tests.gguf.bases import write_llama
 from tests.models import Sizes, write_adapter, write_base
 from tests.pretend.device import unknown_to_cuda
 from tests.pretend.faults import seen, without_kernel
+from tests.pretend.found import Found, noted, start
 from tests.pretend.gpu import pretend_gpu
-from tests.pretend.ledger import LEDGER
+from tests.pretend.methods import ALL_METHODS, SHORT_METHODS, merged_method, write_layers
+from tests.pretend.models import (
+    ALL_CALIBRATED,
+    SHORT_CALIBRATED,
+    analyzed,
+    calibrated,
+    evaluated,
+    write_model,
+)
 
 SMALL = Sizes(hidden=256, inner=64, layers=1, vocabulary=300)
 # One weight of several cells of full size, on which plans can be held to what is used.
 LARGE = Sizes(hidden=2048, inner=4096, layers=1, vocabulary=96)
 SHORT = ("nf4-dq", "int8", "w4a16", "gptq", "fp8", "nvfp4a16", "mlx4", "gguf:q8_0")
-ROUNDINGS = ("nearest", "stochastic", "search")
+ROUNDINGS = ("nearest", "stochastic", "search", "adaptive")
 
 
 @dataclass(frozen=True)
@@ -64,33 +70,13 @@ class Kind:
 FULL = (Kind("none"), Kind("nf4-dq", "stochastic"))
 
 
-@dataclass
-class Found:
-    """A kind, on both devices, and what the GPU was asked for."""
-
-    name: str
-    same: bool
-    kept: tuple[float | None, float | None] = (None, None)
-    launches: int = 0
-    moved: int = 0
-    cells: int = 0
-    waits_submitted: Mapping[str, int] = field(default_factory=dict)
-    waits: int = 0
-    crossed: int = 0
-    reciprocals: Mapping[str, int] = field(default_factory=dict)
-    planned: int = 0
-    peak: int = 0
-    dtypes: list[tuple[str, str]] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
-    error: str = ""
-
-
 def short_kinds() -> Iterator[Kind]:
     yield Kind("none")
     for quant in SHORT:
         yield Kind(quant, "nearest")
         yield Kind(quant, "stochastic")
     yield Kind("w4a16", "search")
+    yield Kind("nf4-dq", "adaptive")
     yield Kind("nf4-dq", merge_base="nf4-dq")
     for source in ("nf4-dq", "gptq", "fp8"):
         yield Kind("keep", source=source)
@@ -146,31 +132,14 @@ class Workshop:
 
 
 def _measured(found: Found, prepared: Prepared) -> Found:
-    """`found` with what the ledger has."""
+    """`found` with what the ledger has, and the plan."""
     found.planned = prepared.plan.memory.vram
-    return _noted(found)
-
-
-def _noted(found: Found) -> Found:
-    found.launches, found.moved, found.waits = LEDGER.launches, LEDGER.moved, sum(LEDGER.waits.values())
-    found.waits_submitted = {
-        f"{why}, {where}": count for (why, where), count in LEDGER.waits_submitted.items()
-    }
-    found.crossed = sum(LEDGER.crossed.values())
-    found.reciprocals = dict(LEDGER.reciprocals)
-    found.peak = LEDGER.peak
-    found.dtypes = sorted(LEDGER.dtypes)
-    return found
-
-
-def _start() -> None:
-    gc.collect()
-    LEDGER.reset()
+    return noted(found)
 
 
 def tried(kind: Kind, shop: Workshop) -> Found:
     on_cpu = shop.carry_out(shop.prepare(kind, "cpu"))
-    _start()
+    start()
     prepared = shop.prepare(kind, "cuda")
     on_gpu = shop.carry_out(prepared)
     found = Found(kind.name, on_cpu[0] == on_gpu[0], (on_cpu[1], on_gpu[1]))
@@ -191,72 +160,11 @@ def at_full_size(kind: Kind, folder: Path) -> Found:
     adapter = write_adapter(folder / "large-adapter", LARGE.shapes, targets=("up_proj",), rank=8)
     options = MergeOptions(quant=kind.quant, rounding=kind.rounding, min_kept=0.0)
     prepared = prepare(Job(str(base), str(adapter), options, "cuda"))
-    _start()
+    start()
     run(prepared, folder / "large-out", lambda done, total: None, StopRequest())
     shutil.rmtree(folder / "large-out")
     found = Found(f"{kind.name}, full cells", same=True, cells=_cells(prepared.plan))
     return _measured(found, prepared)
-
-
-# -- whole models ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Model:
-    base: Path
-    adapter: Path
-    text: Path
-
-
-def write_model(folder: Path) -> Model:
-    base = tiny.save_base(folder / "model", tiny.llama_config(), dtype=torch.bfloat16)
-    save_tokenizer(base)
-    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    tiny.save_adapter(folder / "model-adapter", base, lora)
-    return Model(base, folder / "model-adapter", write_text(folder / "text.txt", 300))
-
-
-def calibrated(model: Model, folder: Path) -> Found:
-    """Twice on the GPU: the same bytes."""
-    files = []
-    _start()
-    for number in range(2):
-        out = folder / f"calibrated-{number}"
-        streamconv.merge(
-            model.base,
-            model.adapter,
-            out,
-            quant="nf4-dq",
-            merge_base="nf4-dq",
-            calibration=model.text,
-            calibration_tokens=160,
-            calibration_sequence_length=32,
-            calibration_gradient_tokens=0,
-            device="cuda",
-        )
-        files.append((out / "model.safetensors").read_bytes())
-    return _noted(Found("calibrated, twice", files[0] == files[1]))
-
-
-def evaluated(model: Model) -> Found:
-    _start()
-    losses = [
-        streamconv.evaluate(
-            model.base, data=model.text, sequence_length=32, tokens=256, device=device
-        ).perplexity
-        for device in ("cpu", "cuda")
-    ]
-    return _noted(Found("evaluated", abs(losses[0] - losses[1]) <= 1e-6 * losses[0]))
-
-
-def analyzed(model: Model) -> Found:
-    _start()
-    kept = [
-        streamconv.analyze(model.base, model.adapter, device=device).total["F"].formats["nf4-dq"]
-        for device in ("cpu", "cuda")
-    ]
-    ratio = kept[0].delta_to_step
-    return _noted(Found("analyzed", abs(ratio - kept[1].delta_to_step) <= 1e-6 * ratio))
 
 
 def without_expecttest() -> None:
@@ -266,22 +174,40 @@ def without_expecttest() -> None:
     sys.modules.setdefault("expecttest", module)
 
 
+def merges(folder: Path, is_all: bool) -> Iterator[Found]:
+    """Merges of all formats and roundings, and of all methods."""
+    shop = Workshop(folder)
+    for kind in all_kinds() if is_all else short_kinds():
+        yield _guarded(partial(tried, kind, shop), kind.name)
+    layers = write_layers(folder)
+    for method, layer in ALL_METHODS if is_all else SHORT_METHODS:
+        yield _guarded(partial(merged_method, method, layer, layers, folder), f"{method} on {layer}")
+
+
+def models(folder: Path, is_all: bool) -> Iterator[Found]:
+    """Whole models."""
+    model = write_model(folder)
+    for kind in ALL_CALIBRATED if is_all else SHORT_CALIBRATED:
+        yield _guarded(partial(calibrated, kind, model, folder), kind.name)
+    yield _guarded(partial(evaluated, model), "evaluated")
+    if is_all:
+        yield _guarded(partial(analyzed, model), "analyzed")
+
+
+PARTS: Mapping[str, Callable[[Path, bool], Iterable[Found]]] = {"merges": merges, "models": models}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("result", type=Path)
     parser.add_argument("--all", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    gc.freeze()  # collections, of which each kind asks for one, need not go through what is imported
     results: list[Found] = []
     with tempfile.TemporaryDirectory() as name, pretend_gpu():
-        shop = Workshop(Path(name))
-        kinds = all_kinds() if given.all else short_kinds()
-        results.extend(_guarded(partial(tried, kind, shop), kind.name) for kind in kinds)
-        model = write_model(Path(name))
-        results.append(_guarded(partial(calibrated, model, Path(name)), "calibrated, twice"))
-        results.append(_guarded(partial(evaluated, model), "evaluated"))
-        if given.all:
-            results.append(_guarded(partial(analyzed, model), "analyzed"))
+        for part in PARTS.values():
+            results.extend(part(Path(name), given.all))
     with tempfile.TemporaryDirectory() as name, pretend_gpu(cells_of=2**20):
         results.extend(_guarded(partial(at_full_size, kind, Path(name)), kind.name) for kind in FULL)
         faults = seen()

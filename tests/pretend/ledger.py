@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PACKAGE = str(Path(__file__).parents[2] / "streamconv")
+HOST = "host"
 _ROUND = 512  # bytes that torch's allocator gives at least
 
 
@@ -28,8 +29,10 @@ class Ledger:
 
     `waits` of the host: (why, place, whether in what was submitted to a stream). `mixes`: operations on tensors of two
     devices. `dtypes`: (operation, dtype). `crossed`: storage that was freed after use on another stream than its own,
-    which torch must be told of. `reciprocals`: divisions by a number that is no power of two, for which CUDA multiplies
-    by its reciprocal: other bits than a CPU's. `now` and `peak` are bytes on the device.
+    for which neither the host nor its own stream had waited: torch must be told of that. `reciprocals`: divisions by a
+    number that is no power of two, for which CUDA multiplies by its reciprocal: other bits than a CPU's. `now` and
+    `peak` are bytes on the device. `clock` counts uses of memory; `waited` has, by who waited for which stream, up to
+    when.
     """
 
     waits: Counter[tuple[str, str, bool]] = field(default_factory=Counter)
@@ -41,6 +44,8 @@ class Ledger:
     moved: int = 0
     now: int = 0
     peak: int = 0
+    clock: int = 0
+    waited: dict[tuple[str, str], int] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def reset(self) -> None:
@@ -53,6 +58,16 @@ class Ledger:
     def wait(self, why: str) -> None:
         with self.lock:
             self.waits[why, place(), HERE.is_submitted] += 1
+
+    def use(self, storage: Storage) -> None:
+        """Note that the stream at hand works on `storage`."""
+        self.clock += 1
+        storage.users[HERE.stream] = self.clock
+
+    def waits_for(self, who: str, stream: str, until: int) -> None:
+        """Note that `who`, the host or a stream, goes on only when `stream` has done all `until` then."""
+        with self.lock:
+            self.waited[who, stream] = max(until, self.waited.get((who, stream), 0))
 
     def mix(self, what: str) -> None:
         with self.lock:
@@ -83,7 +98,7 @@ class Storage:
     """Memory on the device, from the stream that it was allocated on until the last tensor in it is gone."""
 
     def __init__(self, nbytes: int) -> None:
-        self.stream, self.users = HERE.stream, set[str]()
+        self.stream, self.users = HERE.stream, dict[str, int]()
         size, where = -(-max(nbytes, 1) // _ROUND) * _ROUND, place()
         with LEDGER.lock:
             LEDGER.now += size
@@ -91,10 +106,15 @@ class Storage:
         weakref.finalize(self, _free, size, self.stream, self.users, where)
 
 
-def _free(nbytes: int, home: str, users: set[str], where: str) -> None:
+def _free(nbytes: int, home: str, users: dict[str, int], where: str) -> None:
     with LEDGER.lock:
         LEDGER.now -= nbytes
-        if others := users - {home}:
+        others = {
+            stream
+            for stream, last in users.items()
+            if stream != home and last > max(LEDGER.waited.get((who, stream), 0) for who in (HOST, home))
+        }
+        if others:
             LEDGER.crossed[where, home, tuple(sorted(others))] += 1
 
 

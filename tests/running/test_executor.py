@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import signal
 import threading
@@ -235,11 +236,27 @@ def test_lanes_share_the_shards(many: Plan, lanes: int) -> None:
         assert recorder.calls.count("begin") == recorder.calls.count("end") == len(recorder.shards)
 
 
-def test_an_error_in_one_lane_ends_all(many: Plan) -> None:
-    recorders = [Recorder(lambda number, call: time.sleep(0.01)), Recorder(failing_at(5)), Recorder()]
-    with pytest.raises(OddError, match=r"number 5$"):
-        carry_out_in_lanes(many, recorders)
-    assert sum(len(recorder.shards) for recorder in recorders) < len(many.shards)
+def test_an_error_in_one_lane_ends_all(many: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever lane makes the fifth call fails, as one lane may take every shard; the others wait for its error."""
+    told, calls, fail_all = threading.Event(), itertools.count(1), lanes.Run.fail
+    late: list[str] = []
+
+    def telling(run: lanes.Run, error: BaseException) -> None:
+        fail_all(run, error)
+        told.set()
+
+    def fail(number: int, call: str) -> None:
+        turn = next(calls)
+        if turn == 5:
+            raise OddError("the fifth call")
+        if turn > 5:
+            assert told.wait(timeout=30)
+            late.append(call)
+
+    monkeypatch.setattr(lanes.Run, "fail", telling)
+    with pytest.raises(OddError, match=r"the fifth call$"):
+        carry_out_in_lanes(many, [Recorder(fail) for _ in range(3)])
+    assert late.count("begin") <= 2 < len(many.shards) - 5  # of what either of them had in hand
 
 
 def test_a_stop_request_halts_every_lane_at_a_boundary(many: Plan) -> None:

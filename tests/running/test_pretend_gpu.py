@@ -47,7 +47,7 @@ def check_like_a_cpu(found: Mapping[str, Found]) -> None:
 def check_as_cuda_has_it(found: Mapping[str, Found]) -> None:
     for name, each in found.items():
         assert not each["unknown"], name  # operations on types that CUDA has no kernel for
-        if name not in {"calibrated, twice", "analyzed"}:  # means, of which no bits are promised
+        if not name.startswith(("calibrated", "analyzed")):  # means, of which no bits are promised
             assert not each["reciprocals"], name  # divisions that CUDA rounds twice
         assert not each["crossed"], name  # memory of one stream, freed after use on another
 
@@ -58,7 +58,7 @@ def check_that_nothing_waits(found: Mapping[str, Found]) -> None:
 
 
 def test_everything_is_as_on_a_cpu(found: Mapping[str, Found]) -> None:
-    assert len(found) > 20
+    assert len(found) > 30
     check_like_a_cpu(found)
     check_as_cuda_has_it(found)
 
@@ -86,7 +86,7 @@ def test_the_device_sees_what_it_is_for(result: Mapping[str, Any]) -> None:
         "divisions by 3, by 4": [1, 0],
         "bytes of 1000 floats": 4096,
         "bytes after": 0,
-        "freed after use on another stream": 1,
+        "freed after use on another stream, waited for and not": [0, 1],
         "no kernel": [["bitwise_and", "torch.float32"]],
     }
 
