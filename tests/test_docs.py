@@ -206,6 +206,45 @@ def test_a_call_from_python_has_the_keywords_it_gives(block: str) -> None:
             inspect.signature(function).bind(*call.args, **{str(keyword.arg): 0 for keyword in call.keywords})
 
 
+README = ROOT / "README.md"
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().split()) <= 700
+
+
+def shown_in_tables(text: str) -> list[str]:
+    return [line for line in re.findall(r"`(streamconv [^`]+)`", text) if line != "streamconv verify"]
+
+
+def test_the_merges_of_the_readme_work_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a tiny model for B, and an adapter for it for A and for the one that is named in its console block."""
+    text = README.read_text()
+    base = save_base(tmp_path / "B", llama_config(), dtype=torch.bfloat16)
+    for name, rank in (("A", 4), ("A2", 8)):
+        lora = LoraConfig(r=rank, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        save_adapter(tmp_path / name, base, lora)
+    (tmp_path / "SmolLM2-135M").symlink_to("B")
+    (tmp_path / "kjv-qlora").symlink_to("A")
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in blocks(README, "console") for line in LINES.findall(block)]
+    lines += [line for line in shown_in_tables(text) if line.split()[1] in ("merge", "plan", "convert")]
+    assert len(lines) >= 6
+    for number, line in enumerate(lines):
+        arguments = [f"{word}{number}" if word == "OUT" else word for word in shlex.split(line)[1:]]
+        arguments += ["--group-size", "32"] if "w8a16" in arguments else []  # of so small a model
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, f"{line}\n{result.output}"
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    missing = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert not {name for name in missing if f"({name})" not in index}
+
+
 def test_every_command_is_documented() -> None:
     for name in main.commands:
         assert f"streamconv {name}" in TEXT
