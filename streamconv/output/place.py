@@ -30,6 +30,8 @@ def folder_of(quant: str) -> str:
 FURTHER_FORMATS = ("none", *FORMATS)
 """Formats that a further output can have."""
 
+# Files of a repository that waits for its model.
+_OF_A_REPOSITORY = {".git", ".gitattributes", ".gitignore", "README.md", "LICENSE"}
 OUTPUT_FOLDERS = tuple(map(folder_of, FURTHER_FORMATS))
 """Names of the folders in an output that are for further ones, each a model of its own."""
 
@@ -76,6 +78,12 @@ def check_place(out: Path, inputs: Mapping[str, Path], overwrite: bool, publishi
         raise OutputError(
             f"{out} holds {weights[0]} but no {missing}, so it is no model that --overwrite could replace; choose "
             "another --out, or delete that if it is what an interrupted run has left"
+        )
+    strange = [name for name in others if name not in _OF_A_REPOSITORY]
+    if overwrite and strange and not {CONFIG, MANIFEST} & {*others}:
+        raise OutputError(
+            f"{out} holds {', '.join(strange[:3])}{' ...' if len(strange) > 3 else ''} and no model, so there is none "
+            "that --overwrite could replace; choose another --out, or an empty folder"
         )
     if others and not overwrite:
         raise OutputError(

@@ -258,7 +258,7 @@ CASES: dict[str, Case] = {
     "merge base unknown": Case(
         OptionError, ("--merge-base fp8", "use original"), options={"merge_base": "fp8"}
     ),
-    "dtype unknown": Case(OptionError, ("--dtype bf16", "use auto, float32"), options={"dtype": "bf16"}),
+    "dtype unknown": Case(OptionError, ("--dtype fp17", "use auto, float32"), options={"dtype": "fp17"}),
     "quant against dtype": Case(
         OptionError,
         ("--quant float16 and --dtype bfloat16", "give one of them"),
@@ -556,6 +556,12 @@ CASES: dict[str, Case] = {
         OutputError,
         ("/out holds another.safetensors but no config.json", "choose another --out"),
         collection,
+        {"overwrite": True},
+    ),
+    "out is of other things": Case(
+        OutputError,
+        ("/out holds thesis.tex and no model", "choose another --out"),
+        filled,
         {"overwrite": True},
     ),
     "out is a file": Case(OutputError, ("/out is not a folder", "choose another --out"), put("out", b"text")),

@@ -31,8 +31,20 @@ def test_a_folder_with_anything_in_it_is_refused_naming_some(out: Path) -> None:
         OutputError, match=rf"{out} is not empty \(a\.txt, b\.txt, c\.json \.\.\.\).*--overwrite"
     ):
         check_place(out, {}, overwrite=False, publishing=False)
-    check_place(out, {}, overwrite=True, publishing=False)
     check_place(out, {}, overwrite=False, publishing=True)
+    with pytest.raises(OutputError, match=r"holds a\.txt, b\.txt, c\.json \.\.\. and no model"):
+        check_place(out, {}, overwrite=True, publishing=False)
+    (out / "config.json").touch()
+    check_place(out, {}, overwrite=True, publishing=False)
+
+
+def test_a_repository_that_waits_for_its_model_takes_one(tmp_path: Path) -> None:
+    for name in ("README.md", ".gitattributes", ".gitignore", "LICENSE"):
+        (tmp_path / name).touch()
+    (tmp_path / ".git").mkdir()
+    check_place(tmp_path, {}, overwrite=True, publishing=False)
+    with pytest.raises(OutputError, match="is not empty"):
+        check_place(tmp_path, {}, overwrite=False, publishing=False)
 
 
 def test_a_file_is_refused(out: Path) -> None:
