@@ -150,8 +150,9 @@ def edit_config(
         _set_end(edited, end_token)
     if untie:
         edited["tie_word_embeddings"] = False
-    if edited.get("_name_or_path"):
-        edited["_name_or_path"] = ""  # a local path would tell who made it
+    for key in ("_name_or_path", "_model_name_or_path"):
+        if edited.get(key):
+            edited[key] = ""  # a local path would tell who made it
     if architecture is not None:
         edited["architectures"] = [architecture]
     if labels is not None:

@@ -6,6 +6,7 @@ is inherited, since that is what readers look for first.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,16 @@ _MAX_HEAD_BYTES = 64 * 2**10
 _MAX_NAMES = 1000
 _MAX_NAME = 1000
 _MLX_LM = "mlx-lm"
+_ADAPTER, _MAX_CONFIG_BYTES = "adapter_config.json", 2**20
+_OWNED_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
+_CHAT = (
+    "",
+    'messages = [{"role": "user", "content": "Hello"}]',
+    "inputs = tokenizer.apply_chat_template(",
+    '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
+    ").to(model.device)",
+    "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))",
+)
 _HUB_ID = re.compile(r"([A-Za-z0-9_.-]+/)?[A-Za-z0-9_.-]+")
 _AUTO = re.compile(r"AutoModel(For[A-Za-z0-9]+)?")
 
@@ -49,9 +60,10 @@ def model_card(
     for number, adapter in enumerate(adapters, 1):
         origins["adapter" if len(adapters) == 1 else f"adapter {number}"] = adapter.origin
     repos = [origin.repo for origin in origins.values() if origin is not None]
-    base_models = [
-        repo for repo in repos if _HUB_ID.fullmatch(repo)
-    ]  # of a cache's folder, it may be anything
+    # Of a cache's folder, it may be anything.
+    base_models = [repo for repo in repos if _HUB_ID.fullmatch(repo)]
+    if base.storage.origin is None and (named := _named_base(adapters)) is not None:
+        base_models.insert(0, named)
     tags = ["streamconv", *(["merge", *_methods(plan)] if plan.method else [])]
     quant = format_named(plan.quant) if plan.quant else None
     library = _library(plan, quant, base.config) if quant is not None else None
@@ -65,16 +77,45 @@ def model_card(
         **_inherited(base.storage),
     )
     has_tokenizer = any(name.startswith("tokenizer") for name in names)
+    has_chat = "chat_template.jinja" in names
     body = [
+        f"# {_title(plan, base_models)}",
+        "",
         *_body(plan, origins, kept, residual),
         "## Load it",
         "",
-        *_snippet(plan, base.config, has_tokenizer),
+        *_snippet(plan, base.config, has_tokenizer, has_chat),
         "",
         *(_residual_snippet() if residual else ()),
     ]
     text = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body)
     return str(ModelCard(text, ignore_metadata_errors=True)).encode()
+
+
+def _named_base(adapters: Sequence[Storage]) -> str | None:
+    """Hub id of the base that the one adapter says it was trained on; None where it names none."""
+    if len(adapters) != 1 or _ADAPTER not in adapters[0].names():
+        return None
+    try:
+        found = json.loads(adapters[0].read_bytes(_ADAPTER, _MAX_CONFIG_BYTES))
+        named = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+    except (ValueError, RecursionError):
+        return None
+    is_id = isinstance(named, str) and _OWNED_ID.fullmatch(named) is not None
+    return named if is_id else None
+
+
+def _title(plan: Plan, base_models: Sequence[str]) -> str:
+    """Name of the base, where the Hub has it, and what was done."""
+    if not base_models:
+        return "Merged model" if plan.method else "Converted model"
+    name = base_models[0].rpartition("/")[2]
+    done = (
+        f"with {_article(plan.method).lower()} {plan.method} adapter merged in"
+        if plan.method
+        else "converted"
+    )
+    return markdown_text(f"{name}, {done}" + (f", {plan.quant}" if plan.quant else ""))
 
 
 def _inherited(base: Storage) -> Mapping[str, Any]:
@@ -108,7 +149,6 @@ def _body(
     kept: KeptShares | None,
     residual: Mapping[str, Any] | None,
 ) -> Iterator[str]:
-    yield from (f"# {'Merged' if plan.method else 'Converted'} model", "")
     if len(plan.members) > 1:
         yield f"{len(plan.members)} adapters ({plan.method}) that {_changes(plan)} were merged into their base model."
     elif plan.method:
@@ -211,7 +251,7 @@ def _library(plan: Plan, quant: Format, config: Mapping[str, Any]) -> str | None
     return None if is_of_others else quant.library
 
 
-def _snippet(plan: Plan, config: Mapping[str, Any], has_tokenizer: bool) -> Iterator[str]:
+def _snippet(plan: Plan, config: Mapping[str, Any], has_tokenizer: bool, has_chat: bool) -> Iterator[str]:
     """Lines that load the output with transformers, or llama.cpp where that opens it, run in its folder."""
     if not plan.container.has_config:
         yield from ("With llama.cpp, in this folder:", "", "```", f"llama-cli -m {plan.completes}", "```")
@@ -243,7 +283,11 @@ def _snippet(plan: Plan, config: Mapping[str, Any], has_tokenizer: bool) -> Iter
     yield f'model = {loader}.from_pretrained(".", dtype="auto"{trust})'
     if has_tokenizer:
         yield f'tokenizer = AutoTokenizer.from_pretrained("."{trust})'
+    if has_tokenizer and has_chat and loader == "AutoModelForCausalLM":
+        yield from _CHAT
     yield "```"
+    if quant is not None and "vLLM" in quant.loaders:
+        yield from ("", "Or with vLLM, in this folder: `vllm serve .`")
 
 
 def _residual_snippet() -> Iterator[str]:

@@ -95,6 +95,29 @@ def test_inputs_from_the_hub_are_named(folder: Path, tmp_path: Path, quant: str,
     assert data["base_model_relation"] == relation
 
 
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [
+        ("org/Llama-7B", "org/Llama-7B"),
+        ("Llama-7B", None),
+        ("/home/alice/llama", None),
+        ("./llama/base", None),
+        ("org/x\n---", None),
+        (7, None),
+    ],
+)
+def test_the_base_that_the_adapter_names_is_named(
+    folder: Path, tmp_path: Path, named: object, found: str | None
+) -> None:
+    inputs = Path(shutil.copytree(folder, tmp_path / "inputs"))
+    edit_json(inputs / "adapter" / "adapter_config.json", base_model_name_or_path=named)
+    card = merged(inputs, tmp_path / "out", quant="nf4")
+    data = metadata(card)
+    assert data.get("base_model") == (found and [found])
+    assert data.get("base_model_relation") == (found and "quantized")
+    assert ("# Llama-7B, with a LoRA adapter merged in, nf4\n" in card) == (found is not None)
+
+
 def test_licence_and_language_are_inherited_and_nothing_else(folder: Path, tmp_path: Path) -> None:
     data = metadata(merged(with_base_card(folder, tmp_path, BASE_CARD), tmp_path / "out"))
     assert data == {
@@ -259,6 +282,18 @@ def test_the_snippet_loads_the_model_as_written(
     names = run_snippet(tmp_path / "out", monkeypatch)
     assert logits(names["model"].eval()).isfinite().all()
     assert names["tokenizer"].convert_ids_to_tokens([3]) == ["word3"]
+
+
+def test_a_chat_is_shown_where_there_is_a_template(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = Path(shutil.copytree(folder, tmp_path / "inputs"))
+    template = "{% for message in messages %}word3 {{ message.content }}{% endfor %}"
+    (inputs / "base" / "chat_template.jinja").write_text(template)
+    assert "apply_chat_template" in merged(inputs, tmp_path / "out")
+    assert "apply_chat_template" not in merged(folder, tmp_path / "plain")
+    run_snippet(tmp_path / "out", monkeypatch)
+    assert capsys.readouterr().out.startswith("word")  # its own words went in, and others came out
 
 
 def test_a_classifier_is_loaded_with_its_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
