@@ -17,7 +17,15 @@ from streamconv.checkpoint.readers import Readers
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import CheckpointError
 from streamconv.storage.base import FileStatus, SourceFile
-from streamconv.storage.local import blaming, check_unchanged, close_quietly, open_file, reading, status_of
+from streamconv.storage.local import (
+    blaming,
+    check_unchanged,
+    close_quietly,
+    open_file,
+    read_exactly,
+    reading,
+    status_of,
+)
 from streamconv.system_errors import lacking
 
 _PAGE = 4096
@@ -149,22 +157,6 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     if not tensor.is_contiguous():
         raise ValueError("only the memory of a contiguous tensor is its bytes in order")
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
-
-
-def read_exactly(descriptor: int, offset: int, buffer: memoryview, where: str) -> None:
-    """Fill `buffer` (of bytes) from `offset` on; `where` names file and tensor. Raises CheckpointError."""
-    done = 0
-    while done < len(buffer):
-        try:
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
-        except OSError as error:
-            raise lacking(error) or CheckpointError(f"{where} cannot be read: {error.strerror}") from error
-        if not count:
-            raise CheckpointError(
-                f"{where}: the file ends at byte {offset + done}, {len(buffer) - done} bytes too early;"
-                " was it cut short while in use?"
-            )
-        done += count
 
 
 def flat_bytes(buffer: memoryview) -> memoryview:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 from streamconv.errors import CheckpointError
 from streamconv.storage import STORAGES, open_storage, storage_kind
-from streamconv.storage.base import Origin, SourceFile, Storage
+from streamconv.storage.base import Origin, RangeReader, SourceFile, Storage
 from streamconv.storage.chosen import ChosenFiles
 from tests.contracts.implementations import implementations
 from tests.hub_stub import Hub, Repo
@@ -265,6 +265,62 @@ def test_files_of_others_are_not_missing_here(world: World, kind: Kind) -> None:
     assert storage.missing([other]) == ()
     storage.fetch([other], lambda _: None)
     assert not Path(other.path).exists()
+
+
+def read(reader: RangeReader, start: int, length: int) -> bytes:
+    buffer = bytearray(length)
+    reader.read_into(start, memoryview(buffer))
+    return bytes(buffer)
+
+
+@every_kind
+def test_ranges_of_a_file_are_read_where_it_lies(world: World, kind: Kind) -> None:
+    storage = kind.put(world, FILES)
+    for name, content in FILES.items():
+        file = storage.file(name)
+        before = storage.missing([file])
+        with closing(storage.open(file)) as reader:
+            size = len(content)
+            for start, length in (
+                (0, 0),
+                (0, size),
+                (size, 0),
+                (size // 3, size // 3),
+                (max(0, size - 1), min(1, size)),
+            ):
+                assert read(reader, start, length) == content[start : start + length]
+            for start, length in ((0, size + 1), (size, 1), (size + 1, 0), (size // 2, size)):
+                if length:
+                    with pytest.raises(CheckpointError):
+                        read(reader, start, length)
+        assert storage.missing([file]) == before
+
+
+@every_kind
+def test_a_file_that_is_not_here_can_be_opened_without_its_storage(world: World, kind: Kind) -> None:
+    storage = kind.put(world, FILES)
+    file = storage.file("a.bin")
+    if not storage.missing([file]):
+        assert Path(file.path).read_bytes() == FILES["a.bin"]
+        return
+    assert file.open_remote is not None
+    with closing(file.open_remote()) as reader:
+        assert read(reader, 1000, 2000) == FILES["a.bin"][1000:3000]
+
+
+@every_kind
+def test_what_was_fetched_for_now_is_removed_when_it_is_done_with(world: World, kind: Kind) -> None:
+    storage = kind.put(world, FILES)
+    kept, passing, unread = (storage.file(name) for name in ("a.bin", "model.safetensors", "Z.json"))
+    storage.fetch([kept], lambda _: None)
+    storage.fetch([kept, passing], lambda _: None, for_now=True)
+    for file in (kept, passing, unread):
+        storage.done(file)
+        storage.done(file)
+    assert storage.missing([kept, passing]) == (() if kind.is_here else (passing,))
+    storage.fetch([passing], lambda _: None)
+    storage.done(passing)
+    assert Path(passing.path).read_bytes() == FILES["model.safetensors"]
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------
