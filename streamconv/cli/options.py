@@ -421,6 +421,13 @@ PLACE = group(
         metavar="GLOB",
         help="Further files to copy. Repeatable.",
     ),
+    option(
+        Section.PLACE,
+        "--low-disk",
+        defaults=MERGE_DEFAULTS,
+        is_flag=True,
+        help="Remove each downloaded shard of the base after its last use.",
+    ),
 )
 
 

@@ -23,8 +23,9 @@ from streamconv.storage.chosen import ChosenFiles
 from tests.contracts.implementations import implementations
 from tests.hub_stub import Hub, Repo
 from tests.hubs import hub
+from tests.object_stub import BUCKET, Content, Store, store
 
-__all__ = ["hub"]
+__all__ = ["hub", "store"]
 
 REPO = "org/model"
 FILES: Mapping[str, bytes] = MappingProxyType(
@@ -43,9 +44,10 @@ SUB = ("sub/b.bin", "sub/config.json")
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Where files can be put: a folder, and a Hub with an empty cache."""
+    """Where files can be put: a folder, a Hub and an object store with empty caches."""
 
     hub: Hub
+    store: Store
     folder: Path
     monkeypatch: pytest.MonkeyPatch
 
@@ -110,6 +112,40 @@ def among_others(world: World, files: Mapping[str, bytes]) -> Storage:
     return ChosenFiles(found, found.location, frozenset({"other.gguf"}))
 
 
+def put_objects(world: World, prefix: str, files: Mapping[str, bytes]) -> None:
+    """Objects below a prefix, beside others that must not be seen from it."""
+    keys = {f"{prefix}{name}": raw for name, raw in files.items()}
+    markers = {prefix: b"", f"{prefix}sub/": b""}  # that consoles leave of folders
+    others = {"above.bin": b"1", f"{prefix.rstrip('/')}-2/a.bin": b"2"} if prefix else {}
+    world.store.objects = {
+        key: Content(raw, len(raw)) for key, raw in (others | markers | keys).items() if key
+    }
+
+
+def below(scheme: str) -> Put:
+    def put(world: World, files: Mapping[str, bytes]) -> Storage:
+        put_objects(world, "some/model/", files)
+        return open_storage(f"{scheme}://{BUCKET}/some/model")
+
+    return put
+
+
+def in_bucket(world: World, files: Mapping[str, bytes]) -> Storage:
+    put_objects(world, "", files)
+    return open_storage(f"s3://{BUCKET}/")
+
+
+def in_subfolder_of_bucket(world: World, files: Mapping[str, bytes]) -> Storage:
+    put_objects(world, "some/model/", files)
+    return open_storage(f"s3://{BUCKET}/some", subfolder="model")
+
+
+def fetched(world: World, files: Mapping[str, bytes]) -> Storage:
+    found = below("s3")(world, files)
+    found.fetch([found.file(name) for name in files], lambda _: None)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A way to a storage; `is_here`: all files are on this machine when it is opened; `origin`: where they are from."""
@@ -128,6 +164,12 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "hub-downloaded": Kind(downloaded, has_origin=True),
         "hub-offline": Kind(downloaded_and_offline, has_origin=True),
         "hub-cache": Kind(in_cache, has_origin=True),
+        "s3": Kind(below("s3"), is_here=False),
+        "gs": Kind(below("gs"), is_here=False),
+        "az": Kind(below("az"), is_here=False),
+        "s3-bucket": Kind(in_bucket, is_here=False),
+        "s3-subfolder": Kind(in_subfolder_of_bucket, is_here=False),
+        "s3-fetched": Kind(fetched),
         "chosen": Kind(among_others),
     }
 )
@@ -135,8 +177,8 @@ every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 @pytest.fixture
-def world(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    return World(hub, tmp_path, monkeypatch)
+def world(hub: Hub, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(hub, store, tmp_path, monkeypatch)
 
 
 @contextmanager
@@ -209,7 +251,11 @@ def test_versions_do_not_depend_on_where_a_folder_lies(world: World, kind: Kind)
 @every_kind
 def test_the_location_is_the_users_and_the_origin_the_hubs(world: World, kind: Kind) -> None:
     storage = kind.put(world, FILES)
-    place = storage.location.rpartition("://")[2]
+    scheme, _, place = storage.location.rpartition("://")
+    if scheme in ("s3", "gs", "az"):
+        assert place in {f"{BUCKET}/", f"{BUCKET}/some", f"{BUCKET}/some/model"}
+        assert storage.origin is None
+        return
     assert place in {REPO, str(world.folder / "own"), str(world.folder / "own" / "here")} or (
         Path(place).is_relative_to(world.folder / "cache")
     )
@@ -362,10 +408,10 @@ BAD_NAMES = (
 @every_kind
 def test_a_name_that_is_not_plainly_inside_is_refused_by_its_text(world: World, kind: Kind) -> None:
     storage = kind.put(world, FILES)
-    asked = len(world.hub.requests)
+    asked = len(world.hub.requests), len(world.store.requests)
     for name in BAD_NAMES:
         with refused(storage, f"{name!r} is not a file name inside the folder; refused"):
             storage.file(name)
         with refused(storage, "refused"):
             storage.read_bytes(name, 100)
-    assert len(world.hub.requests) == asked
+    assert (len(world.hub.requests), len(world.store.requests)) == asked

@@ -1,0 +1,157 @@
+"""Download of an object into the cache: pieces that are asked for side by side and written in order.
+
+    <name>.partial   what has come so far, from the first byte without a hole; a later call goes on behind it
+    <name>.passing   empty; the file is here for a run alone
+
+The folder is named by the content, so what an earlier run has left is of the same content. One process at a time
+downloads a file: it holds a lock on the partial one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from streamconv.errors import ResourceError, StreamconvError
+from streamconv.progress import OnBytes
+from streamconv.storage.base import RangeReader, SourceFile
+from streamconv.storage.local import close_quietly
+from streamconv.system_errors import lacking
+from streamconv.threads import Future, Pool
+
+PIECE_BYTES = 8 * 2**20
+"""Bytes of one request: large enough that its latency is little, small enough to be asked for again."""
+
+REQUESTS = 6
+"""Requests that are under way at once."""
+
+_LOOK_EVERY_S = 0.2
+
+
+def is_whole(file: SourceFile) -> bool:
+    """Whether the file is here with its size; it gets its name when it is complete."""
+    try:
+        return os.stat(file.path).st_size == file.size  # noqa: PTH116  a path as text, straight to the kernel
+    except OSError:
+        return False
+
+
+def download(file: SourceFile, reader: RangeReader, on_bytes: OnBytes) -> None:
+    """Bring the file to its path. Raises what `reader` and `on_bytes` raise, ResourceError for a full disk."""
+    path = Path(file.path)
+    with _writing(file):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _partial(path, on_bytes) as descriptor:
+            if is_whole(file):  # by another process meanwhile
+                on_bytes(file.size)
+                return
+            _fill(file, reader, descriptor, on_bytes)
+            os.fsync(descriptor)
+            _side(file, "partial").replace(path)
+
+
+def mark_passing(file: SourceFile) -> None:
+    """Note of a file that is yet to come that it is for a run alone, and may be removed when that has read it."""
+    with _writing(file):
+        mark = _side(file, "passing")
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def remove_passing(file: SourceFile) -> None:
+    """Remove a file that is marked so. One that cannot be removed stays, and so does its mark."""
+    mark = _side(file, "passing")
+    with contextlib.suppress(OSError):
+        if mark.exists():
+            Path(file.path).unlink(missing_ok=True)
+            mark.unlink()
+            mark.parent.rmdir()
+
+
+def _fill(file: SourceFile, reader: RangeReader, descriptor: int, on_bytes: OnBytes) -> None:
+    """Write what is missing behind what is there."""
+    there = os.fstat(descriptor).st_size
+    if there > file.size:
+        os.ftruncate(descriptor, 0)
+        there = 0
+    on_bytes(there)
+    pending: deque[tuple[Future[None], bytearray, memoryview, int]] = deque()
+    starts = iter(range(there, file.size, PIECE_BYTES))
+
+    def ask(buffer: bytearray) -> None:
+        for start in starts:
+            piece = memoryview(buffer)[: min(PIECE_BYTES, file.size - start)]
+            pending.append((pool.submit(reader.read_into, start, piece), buffer, piece, start))
+            return
+
+    with Pool(REQUESTS, "download") as pool:
+        for _ in range(REQUESTS):
+            ask(bytearray(min(PIECE_BYTES, file.size)))
+        while pending:
+            future, buffer, piece, start = pending.popleft()
+            future.result()
+            _write(descriptor, piece, start)
+            on_bytes(len(piece))
+            ask(buffer)
+
+
+def _write(descriptor: int, piece: memoryview, start: int) -> None:
+    done = 0
+    while done < len(piece):
+        done += os.pwrite(descriptor, piece[done:], start + done)
+
+
+@contextmanager
+def _partial(path: Path, on_bytes: OnBytes) -> Iterator[int]:
+    """The partial file, open and locked; `on_bytes` may end the wait for another process."""
+    partial = path.with_name(f"{path.name}.partial")
+    while True:
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            while not _locked(descriptor):
+                on_bytes(0)
+                time.sleep(_LOOK_EVERY_S)
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(descriptor), partial.stat()):
+                    yield descriptor
+                    return
+            if path.exists():  # another process has finished and given it its name
+                yield descriptor
+                return
+        finally:
+            close_quietly(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: its user runs one at a time
+        return True
+    return True
+
+
+def _side(file: SourceFile, state: str) -> Path:
+    path = Path(file.path)
+    return path.with_name(f"{path.name}.{state}")
+
+
+@contextmanager
+def _writing(file: SourceFile) -> Iterator[None]:
+    """Raise what the disk refuses as a ResourceError."""
+    try:
+        yield
+    except StreamconvError:
+        raise
+    except OSError as error:
+        raise lacking(error) or ResourceError(
+            f"{file.name} cannot be written to the cache ({file.path}): {error.strerror}; make it writable, or set"
+            " HF_HOME to another folder"
+        ) from error
