@@ -38,7 +38,9 @@ from streamconv.storage.object_errors import ObjectChanged
 from streamconv.storage.object_fetch import download, is_whole, mark_passing, remove_passing
 
 SCHEMES = ("s3", "gs", "az")
-_SPARE_DISK_BYTES = 64 * 2**20
+SPARE_DISK_BYTES = 64 * 2**20
+"""Bytes of a disk that a download leaves free."""
+
 _LOCATION = re.compile(r"(s3|gs|az)://([^/?#@\s]+)(?:/(.*))?")
 _UNUSUAL = re.compile(r"[^\w.-]+")
 
@@ -126,7 +128,7 @@ class ObjectFolder:
         if not nbytes:
             return
         free = shutil.disk_usage(existing_folder(self.folder)).free
-        if nbytes + _SPARE_DISK_BYTES > free:
+        if nbytes + SPARE_DISK_BYTES > free:
             raise ResourceError(
                 f"the download needs {format_size(nbytes)} and the disk of the cache ({cache_root()}) has"
                 f" {format_size(free)} free; free some, or set HF_HOME to a folder on another disk"
