@@ -12,14 +12,14 @@ from streamconv.planning.plan import Plan
 from streamconv.running.schedule import units_of
 from streamconv.running.sink import Output
 from streamconv.sizes import format_size
-from streamconv.storage.arrivals import ALL_HERE, Arrivals, Sources, most_held
+from streamconv.storage.arrivals import ALL_HERE, Arrivals, Incoming, most_held
 
 _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def arriving(prepared: Prepared, outputs: Sequence[Output]) -> Iterator[tuple[Sources, Sequence[Output]]]:
-    """Sources of a run that makes `outputs`, and these as they are to be made of them."""
+def arriving(prepared: Prepared, outputs: Sequence[Output]) -> Iterator[tuple[Incoming, Sequence[Output]]]:
+    """Incoming of a run that makes `outputs`, and these as they are to be made of them."""
     storage = prepared.base.index.storage
     files = [shard.file for shard in prepared.base.index.shards]
     missing, low_disk = storage.missing(files), prepared.job.low_disk

@@ -24,11 +24,11 @@ from streamconv.progress import OnBytes, StopRequest
 from streamconv.running.engines import open_engines
 from streamconv.running.lanes import Run
 from streamconv.running.sink import Output
-from streamconv.storage.arrivals import ALL_HERE, Sources
+from streamconv.storage.arrivals import ALL_HERE, Incoming
 
 
 def run_plans(
-    outputs: Sequence[Output], on_bytes: OnBytes, stop: StopRequest, sources: Sources = ALL_HERE
+    outputs: Sequence[Output], on_bytes: OnBytes, stop: StopRequest, sources: Incoming = ALL_HERE
 ) -> None:
     """Produce every output in one pass over their base, which is the same, and whose files are `sources`.
 

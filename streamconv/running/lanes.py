@@ -55,7 +55,7 @@ from streamconv.running.schedule import Begin, Cursor, End, Todo, files_read, wa
 from streamconv.running.sink import Output, Sink
 from streamconv.running.waiting import WaitingParts
 from streamconv.running.workers import DONE
-from streamconv.storage.arrivals import Sources
+from streamconv.storage.arrivals import Incoming
 from streamconv.system_errors import no_memory
 from streamconv.threads import start_thread
 
@@ -75,7 +75,7 @@ class Run:
         memory: Memory,
         engines: Sequence[Engine],
         stop: StopRequest,
-        sources: Sources,
+        sources: Incoming,
     ) -> None:
         self.device, self.stop, self.sources = outputs[0].plan.device, stop, sources
         self.errors: list[BaseException] = []

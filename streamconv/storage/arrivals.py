@@ -28,7 +28,7 @@ Unit = frozenset[SourceFile]
 """Files that one piece of work reads."""
 
 
-class Sources(Protocol):
+class Incoming(Protocol):
     """Files that work is done on, whether they are here already or not."""
 
     def wait(self, files: Unit, is_over: Callable[[], bool]) -> bool:
@@ -66,7 +66,7 @@ ALL_HERE = AllHere()
 
 
 class Arrivals:
-    """Sources that are fetched by a thread; use as a context manager.
+    """Incoming that are fetched by a thread; use as a context manager.
 
     `units` are all pieces of work, in their order. With `low_disk`, files are removed after their last use, and at most
     `most_held(units, lanes)` of those that were fetched are here at once.
@@ -102,7 +102,7 @@ class Arrivals:
         )  # a library may not let a request be ended; the thread keeps nothing alive
 
     def wait(self, files: Unit, is_over: Callable[[], bool]) -> bool:
-        """See Sources. Raises what ended the fetching."""
+        """See Incoming. Raises what ended the fetching."""
         with self._changed:
             while coming := [file for file in files if file in self._todo]:
                 if self._error is not None:
@@ -116,7 +116,7 @@ class Arrivals:
         return True
 
     def read(self, files: Unit) -> None:
-        """See Sources."""
+        """See Incoming."""
         with self._changed:
             for file in files:
                 self._left[file] -= 1
@@ -124,11 +124,11 @@ class Arrivals:
                     self._over.append(file)
 
     def over(self, since: int) -> Sequence[SourceFile]:
-        """See Sources."""
+        """See Incoming."""
         return self._over[since:]
 
     def remove(self, files: Iterable[SourceFile]) -> None:
-        """See Sources."""
+        """See Incoming."""
         for file in files:
             with self._changed:
                 is_first = file not in self._removed
