@@ -28,7 +28,7 @@ from tests.hub_stub import Answer
 
 BUCKET = "models"
 SECRET = "storeCANARYstoreCANARY/store+key"
-_MODIFIED = "Wed, 01 Jan 2025 00:00:00 GMT"
+MODIFIED = "Wed, 01 Jan 2025 00:00:00 GMT"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Content:
 
     @property
     def etag(self) -> str:
-        return f'"{hashlib.md5(self.head + b"%d" % self.size).hexdigest()}"'
+        parts = "" if len(self.head) == self.size else "-2"  # of an object that came in two
+        return f'"{hashlib.md5(self.head).hexdigest()}{parts}"'
 
     def read(self, start: int, stop: int) -> bytes:
         return self.head[start:stop].ljust(min(stop, self.size) - start, b"\0")
@@ -132,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get("If-Match", content.etag) != content.etag:
             self.send(refusal(412, "PreconditionFailed").content, 412, {}, cut)
             return
-        headers = {"ETag": content.etag, "Last_Modified": _MODIFIED}
+        headers = {"ETag": content.etag, "Last_Modified": MODIFIED}
         if span is None:
             self.send(content.read(0, content.size), 200, headers, cut)
             return
@@ -190,8 +191,8 @@ def _s3(key: str, content: Content) -> str:
 
 def _azure(key: str, content: Content) -> str:
     return (
-        f"<Blob><Name>{escape(key)}</Name><Properties><Last-Modified>{_MODIFIED}</Last-Modified>"
-        f"<Etag>{escape(content.etag)}</Etag><Content-Length>{content.size}</Content-Length>"
+        f"<Blob><Name>{escape(key)}</Name><Properties><Last-Modified>{MODIFIED}</Last-Modified>"
+        f"<Etag>{escape(content.etag.strip(chr(34)))}</Etag><Content-Length>{content.size}</Content-Length>"
         "<Content-Type>application/octet-stream</Content-Type><BlobType>BlockBlob</BlobType></Properties></Blob>"
     )
 

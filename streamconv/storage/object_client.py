@@ -7,6 +7,7 @@ hoped for, because one lost piece of thousands must not end a run of hours.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ RETRIES: Mapping[str, Any] = {"max_retries": 6, "retry_timeout": timedelta(secon
 """Attempts of obstore at one request."""
 
 _TIMEOUTS = {"connect_timeout": "20s", "read_timeout": "60s", "timeout": "20min"}
+_MD5 = re.compile(r'"([0-9a-f]{32})"')
 Found = TypeVar("Found")
 
 
@@ -39,6 +41,12 @@ class StoredObject:
     size: int
     etag: str | None
     modified: datetime
+
+    @property
+    def md5(self) -> str | None:
+        """Hash of the content where the ETag may be one, in hexadecimal digits."""
+        found = None if self.etag is None else _MD5.fullmatch(self.etag)
+        return found[1] if found else None
 
 
 class Bucket:
@@ -81,7 +89,7 @@ class Bucket:
         objects: list[StoredObject] = []
         for chunk in obstore.list(self._store, prefix or None, chunk_size=1000):
             objects += [
-                StoredObject(each["path"], each["size"], each["e_tag"], each["last_modified"])
+                StoredObject(each["path"], each["size"], _quoted(each["e_tag"]), each["last_modified"])
                 for each in chunk
             ]
             if len(objects) > MOST_OBJECTS:
@@ -94,11 +102,14 @@ class Bucket:
         import obstore
 
         options: dict[str, Any] = {"range": (start, start + length)}
-        if found.etag is not None:
+        if found.etag is not None and not found.etag.startswith(
+            "W/"
+        ):  # no condition can be made of a weak one
             options["if_match"] = found.etag
         answer = obstore.get(self._store, found.key, options=options)  # type: ignore[arg-type]
         meta = answer.meta
-        if meta["size"] != found.size or (found.etag is not None and meta["e_tag"] not in (None, found.etag)):
+        is_same = found.etag is None or _quoted(meta["e_tag"]) in (None, found.etag)
+        if meta["size"] != found.size or not is_same:
             raise FileNotFoundError(f"{found.key} is another by now")
         content = memoryview(answer.bytes())
         if len(content) != length:
@@ -129,3 +140,8 @@ class Bucket:
             return kinds[self.scheme](
                 self.name, config=self._settings, client_options=client, retry_config=RETRIES
             )
+
+
+def _quoted(etag: str | None) -> str | None:
+    """The ETag as conditions have it; Azure's listings leave the quotes out, its answers do not."""
+    return etag if etag is None or etag.endswith('"') else f'"{etag}"'

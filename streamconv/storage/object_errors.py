@@ -95,6 +95,7 @@ _SENTENCES: Sequence[tuple[re.Pattern[str], str]] = (
 )
 _LASTING = re.compile(
     r"NoSuchBucket|InvalidAccessKeyId|SignatureDoesNotMatch|AccessDenied|status code: 4(?!29|08)"
+    r"|169\.254\.169\.254|metadata\.google"
 )
 _EXPIRED = _SENTENCES[0][0]
 

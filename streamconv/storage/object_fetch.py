@@ -5,12 +5,17 @@
 
 The folder is named by the content, so what an earlier run has left is of the same content. One process at a time
 downloads a file: it holds a lock on the partial one.
+
+Many ETags are the MD5 of the content: of S3's objects that were uploaded in one part, of most of Google's. That of an
+object that its bucket encrypts by a key of its own looks the same and is none. So content of another MD5 is fetched
+once more: if it is the same again, the ETag is no MD5; if not, something on the way alters it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import time
 from collections import deque
@@ -18,9 +23,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from streamconv.errors import ResourceError, StreamconvError
+from streamconv.errors import ResourceError, StoreError, StreamconvError
 from streamconv.progress import OnBytes
 from streamconv.storage.base import RangeReader, SourceFile
+from streamconv.storage.hashing import hash_range
 from streamconv.storage.local import close_quietly
 from streamconv.system_errors import lacking
 from streamconv.threads import Future, Pool
@@ -42,8 +48,11 @@ def is_whole(file: SourceFile) -> bool:
         return False
 
 
-def download(file: SourceFile, reader: RangeReader, on_bytes: OnBytes) -> None:
-    """Bring the file to its path. Raises what `reader` and `on_bytes` raise, ResourceError for a full disk."""
+def download(file: SourceFile, reader: RangeReader, on_bytes: OnBytes, md5: str | None = None) -> None:
+    """Bring the file to its path; `md5` is what may be the hash of its content, in hexadecimal digits.
+
+    Raises what `reader` and `on_bytes` raise, ResourceError for a full disk, StoreError where two downloads differ.
+    """
     path = Path(file.path)
     with _writing(file):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +60,15 @@ def download(file: SourceFile, reader: RangeReader, on_bytes: OnBytes) -> None:
             if is_whole(file):  # by another process meanwhile
                 on_bytes(file.size)
                 return
-            _fill(file, reader, descriptor, on_bytes)
+            found = _fill(file, reader, descriptor, on_bytes)
+            if md5 is not None and found != md5:
+                os.ftruncate(descriptor, 0)
+                again = _fill(file, reader, descriptor, lambda _: on_bytes(0))
+                if again not in (found, md5):
+                    raise StoreError(
+                        f"{file.name} came with another content each time (MD5 {found}, then {again}, and the store"
+                        f" says {md5}); something between the store and here alters files (a proxy, memory or disk)"
+                    )
             os.fsync(descriptor)
             _side(file, "partial").replace(path)
 
@@ -74,12 +91,14 @@ def remove_passing(file: SourceFile) -> None:
             mark.parent.rmdir()
 
 
-def _fill(file: SourceFile, reader: RangeReader, descriptor: int, on_bytes: OnBytes) -> None:
-    """Write what is missing behind what is there."""
+def _fill(file: SourceFile, reader: RangeReader, descriptor: int, on_bytes: OnBytes) -> str:
+    """Write what is missing behind what is there; the MD5 of all of it."""
     there = os.fstat(descriptor).st_size
     if there > file.size:
         os.ftruncate(descriptor, 0)
         there = 0
+    digest = hashlib.md5(usedforsecurity=False)
+    hash_range(digest, descriptor, 0, there)
     on_bytes(there)
     pending: deque[tuple[Future[None], bytearray, memoryview, int]] = deque()
     starts = iter(range(there, file.size, PIECE_BYTES))
@@ -96,9 +115,11 @@ def _fill(file: SourceFile, reader: RangeReader, descriptor: int, on_bytes: OnBy
         while pending:
             future, buffer, piece, start = pending.popleft()
             future.result()
+            digest.update(piece)
             _write(descriptor, piece, start)
             on_bytes(len(piece))
             ask(buffer)
+    return digest.hexdigest()
 
 
 def _write(descriptor: int, piece: memoryview, start: int) -> None:

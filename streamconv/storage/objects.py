@@ -106,7 +106,7 @@ class ObjectFolder:
             _log.info("downloading %s of %s (%s)", file.name, self.location, format_size(file.size))
             if for_now:
                 mark_passing(file)
-            download(file, self._reader(file), on_bytes)
+            download(file, self._reader(file), on_bytes, self.objects[file.name].md5)
 
     def open(self, file: SourceFile) -> RangeReader:
         """See Storage."""

@@ -13,7 +13,7 @@ from streamconv.errors import CheckpointError, InputError, OptionError, Resource
 from streamconv.storage import object_client, object_fetch, objects, open_storage
 from streamconv.storage.object_client import Bucket
 from tests.hub_stub import Answer
-from tests.object_stub import BUCKET, SECRET, Asked, Store, refusal, store
+from tests.object_stub import BUCKET, MODIFIED, SECRET, Asked, Content, Store, refusal, store
 
 __all__ = ["store"]
 
@@ -171,7 +171,7 @@ def test_a_store_that_ignores_the_condition_is_seen_through(stocked: Store) -> N
     span = {
         "ETag": '"other"',
         "Content_Range": f"bytes 0-9/{len(SHARD)}",
-        "Last_Modified": "Wed, 01 Jan 2025 00:00:00 GMT",
+        "Last_Modified": MODIFIED,
     }
     stocked.spoil = lambda _: Answer(206, span, bytes(10))
     with pytest.raises(CheckpointError, match="changed while it was in use"):
@@ -202,6 +202,46 @@ def test_a_download_that_was_cut_off_goes_on_where_it_was(
     assert min(asked.range[0] for asked in stocked.requests[before:] if asked.range) == 50_000
     assert Path(file.path).read_bytes() == SHARD
     assert [path.name for path in Path(file.path).parent.iterdir()] == ["model.safetensors"]
+
+
+def test_content_that_is_altered_on_the_way_is_fetched_again(
+    stocked: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, by another MD5 than the ETag; and where it is another each time, refused."""
+    found = open_storage(PLACE)
+    file = found.file("model.safetensors")
+    etag = stocked.objects["model/model.safetensors"].etag
+    flips = iter((1, 0, 1, 2))
+
+    def flip(asked: Asked) -> Answer | None:
+        assert asked.range is not None
+        start, stop = asked.range
+        headers = {
+            "ETag": etag,
+            "Last_Modified": MODIFIED,
+            "Content_Range": f"bytes {start}-{stop - 1}/{len(SHARD)}",
+        }
+        return Answer(206, headers, bytes([SHARD[0] ^ next(flips)]) + SHARD[1:])
+
+    stocked.spoil = flip
+    counted: list[int] = []
+    found.fetch([file], counted.append)
+    assert Path(file.path).read_bytes() == SHARD
+    assert sum(counted) == len(SHARD)
+    Path(file.path).unlink()
+    with pytest.raises(StoreError, match=r"model\.safetensors came with another content each time"):
+        found.fetch([file], lambda _: None)
+    assert found.missing([file])
+
+
+def test_an_etag_that_is_no_md5_is_taken_for_none(stocked: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of an object that its bucket encrypts by a key of its own."""
+    monkeypatch.setattr(Content, "etag", f'"{"0123456789abcdef" * 2}"')
+    found = open_storage(PLACE)
+    file = found.file("model.safetensors")
+    found.fetch([file], lambda _: None)
+    assert Path(file.path).read_bytes() == SHARD
+    assert stocked.read("model/model.safetensors") == 2 * len(SHARD)
 
 
 def test_a_partial_file_that_is_too_long_is_begun_anew(stocked: Store) -> None:
