@@ -15,6 +15,7 @@ import http.client
 import json
 import os
 import platform
+import random
 import shutil
 import signal
 import socket
@@ -232,10 +233,13 @@ def running(server: Server, servers: Path, folder: Path) -> Iterator[int]:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
+    """A port that is free, as is the one 10000 above it, which SeaweedFS takes, too."""
+    for port in random.sample(range(20000, 30000), 100):
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 10000))
+            return port
+    raise SystemExit("no port is free")
 
 
 def stock(server: Server, servers: Path, port: int, folders: Mapping[str, Path]) -> None:

@@ -23,7 +23,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from streamconv.cli import main
-from streamconv.storage import object_fetch
+from streamconv.storage import object_fetch, open_storage
 from tests import huge
 from tests.hub_stub import Answer, Hub, Repo, Request, Sparse
 from tests.hubs import hub
@@ -218,10 +218,20 @@ def test_parts_of_a_weight_in_other_shards_are_waited_for_and_kept(
         run("plan", "--base", base, "--adapter", inputs.adapter, "--low-disk", "--json").output
     )
     assert planned["low_disk"]["shards"] == 5
+    read_to_plan, shards = bytes_read(stocked), list(scattered.glob("*.safetensors"))
+    stocked.requests.clear()
     found = merged(base, inputs.adapter, tmp_path / "out", "--quant", "none", "--low-disk")
     assert found.exit_code == 0, found.output
     assert hashes(tmp_path / "out") == hashes(tmp_path / "alone")
     assert shards_here(tmp_path / "assets") == set()
+    # Each shard once, whole: nothing was read by requests because its shard was not there yet, or not any more.
+    assert bytes_read(stocked) == read_to_plan + sum(path.stat().st_size for path in shards)
+
+
+def bytes_read(store: Store) -> int:
+    """Bytes of shards that were asked for."""
+    asked = [each.range for each in store.requests if each.range and each.key and "model-" in each.key]
+    return sum(stop - start for start, stop in asked)
 
 
 def scatter(model: Path, folder: Path, count: int) -> Path:
@@ -351,6 +361,9 @@ def test_a_fault_that_stays_ends_the_run_and_the_same_command_goes_on(
     assert "Traceback" not in found.output
     assert not (tmp_path / "out" / "config.json").exists()
     stocked.spoil = lambda _: None
+    base = open_storage(BASE)
+    # As a kill leaves it between the last byte that is made of a shard and its removal.
+    base.fetch([base.file(inputs.shards[0])], lambda _: None, for_now=True)
     again = merged(BASE, inputs.adapter, tmp_path / "out", "--low-disk")
     assert again.exit_code == 0, again.output
     assert hashes(tmp_path / "out") == inputs.merged

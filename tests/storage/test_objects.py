@@ -156,6 +156,9 @@ def test_public_buckets_are_read_without_credentials(stocked: Store, monkeypatch
 def test_what_changed_since_it_was_listed_is_refused(stocked: Store) -> None:
     found = open_storage(PLACE)
     file = found.file("model.safetensors")
+    found.read_start(file, 10)
+    headers = {name.lower(): text for name, text in stocked.requests[-1].headers.items()}
+    assert headers["if-match"] == stocked.objects["model/model.safetensors"].etag
     stocked.put("model/model.safetensors", SHARD[::-1])
     for read in (lambda: found.read_start(file, 10), lambda: found.fetch([file], lambda _: None)):
         with pytest.raises(CheckpointError, match=r"model\.safetensors changed while it was in use"):
