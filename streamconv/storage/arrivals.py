@@ -22,7 +22,7 @@ PAUSES_S = (1.0, 4.0, 15.0)
 """Seconds to wait before a fetch that failed is tried again; object stores are asked again piece by piece."""
 
 _LOOK_EVERY_S = 0.2
-_LAST_WORD_S = 2.0
+_LAST_WORD_S = 1.0
 
 Unit = frozenset[SourceFile]
 """Files that one piece of work reads."""

@@ -34,7 +34,7 @@ from streamconv.threads import Future, Pool
 PIECE_BYTES = 8 * 2**20
 """Bytes of one request: large enough that its latency is little, small enough to be asked for again."""
 
-REQUESTS = 6
+REQUESTS = 4
 """Requests that are under way at once."""
 
 _LOOK_EVERY_S = 0.2

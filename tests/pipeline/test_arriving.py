@@ -23,6 +23,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from streamconv.cli import main
+from streamconv.errors import Stopped
+from streamconv.pipeline import build_job, fetch, prepare
+from streamconv.pipeline import run as run_job
+from streamconv.progress import StopRequest, quiet
 from streamconv.storage import object_fetch, open_storage
 from tests import huge
 from tests.hub_stub import Answer, Hub, Repo, Request, Sparse
@@ -189,6 +193,28 @@ def test_a_shard_goes_after_its_last_use(stocked: Store, inputs: Inputs, tmp_pat
     assert len(inputs.shards) > 3
     assert 0 < max(seen) <= planned["low_disk"]["shards"] < len(inputs.shards)
     assert shards_here(tmp_path / "assets") == set()
+
+
+def test_a_shard_is_converted_while_the_next_one_comes(
+    stocked: Store, inputs: Inputs, tmp_path: Path
+) -> None:
+    """The second one is held back until the first is complete in the output's work folder."""
+    out, second = tmp_path / "out", f"llama/{inputs.shards[1]}"
+    complete: list[bool] = []
+
+    def hold(asked: Asked) -> None:
+        if asked.key == second and [each.key for each in stocked.requests].count(second) == 2:
+            for _ in range(400):
+                if [path for path in out.rglob(inputs.shards[0]) if path.is_file()]:
+                    complete.append(True)
+                    return
+                time.sleep(0.02)
+
+    stocked.spoil = hold
+    found = merged(BASE, inputs.adapter, out)
+    assert found.exit_code == 0, found.output
+    assert complete == [True]
+    assert hashes(out) == inputs.merged
 
 
 def test_without_low_disk_shards_stay_for_the_next_run(
@@ -370,50 +396,62 @@ def test_a_fault_that_stays_ends_the_run_and_the_same_command_goes_on(
     assert shards_here(tmp_path / "assets") == set()
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
-def test_a_run_that_is_ended_midway_goes_on(
-    stocked: Store, inputs: Inputs, tmp_path: Path, kind: signal.Signals
-) -> None:
-    """While the third shard is waited for; nothing that came of it is asked for again."""
-    third = f"llama/{inputs.shards[2]}"
-    waiting = threading.Event()
-    go_on = threading.Event()
+def held(stocked: Store, key: str, until: threading.Event) -> threading.Event:
+    """Event that a shard is asked for, not for its header, and not answered before `until`."""
+    asked_for = threading.Event()
 
     def hold(asked: Asked) -> None:
-        if asked.key == third and [each.key for each in stocked.requests].count(third) == 2:
-            waiting.set()
-            go_on.wait(20)
+        if asked.key == key and [each.key for each in stocked.requests].count(key) == 2:
+            asked_for.set()
+            until.wait(20)
 
     stocked.spoil = hold
-    own = environment_of(stocked, tmp_path)
-    arguments = [
-        "merge",
-        "--base",
-        BASE,
-        "--adapter",
-        str(inputs.adapter),
-        "-o",
-        str(tmp_path / "out"),
-        "--low-disk",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "streamconv", *arguments, "--device", "cpu"],
-        env=own,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert waiting.wait(60)
-    began = time.monotonic()
-    process.send_signal(kind)
-    _, told = process.communicate()
-    assert process.returncode == (-9 if kind == signal.SIGKILL else 143), told
-    assert time.monotonic() - began < 10
-    go_on.set()
+    return asked_for
+
+
+def goes_on(stocked: Store, inputs: Inputs, out: Path) -> None:
     stocked.spoil = lambda _: None
-    again = merged(BASE, inputs.adapter, tmp_path / "out", "--low-disk")
+    again = merged(BASE, inputs.adapter, out, "--low-disk")
     assert again.exit_code == 0, again.output
-    assert hashes(tmp_path / "out") == inputs.merged
-    assert shards_here(tmp_path / "assets") == set()
+    assert hashes(out) == inputs.merged
+    assert shards_here(out.parent / "assets") == set()
+
+
+def test_a_run_that_is_killed_while_it_waits_goes_on(stocked: Store, inputs: Inputs, tmp_path: Path) -> None:
+    answered = threading.Event()
+    waiting = held(stocked, f"llama/{inputs.shards[2]}", answered)
+    arguments = ["merge", "--base", BASE, "--adapter", str(inputs.adapter), "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "streamconv", *arguments, "--low-disk", "--device", "cpu"]
+    process = subprocess.Popen(command, env=environment_of(stocked, tmp_path), stderr=subprocess.DEVNULL)
+    assert waiting.wait(60)
+    process.kill()
+    assert process.wait() == -9
+    answered.set()
+    goes_on(stocked, inputs, tmp_path / "out")
+
+
+def test_a_run_that_is_stopped_while_it_waits_ends_and_goes_on(
+    stocked: Store, inputs: Inputs, tmp_path: Path
+) -> None:
+    answered, stop = threading.Event(), StopRequest()
+    waiting = held(stocked, f"llama/{inputs.shards[2]}", answered)
+    prepared = prepare(build_job(BASE, inputs.adapter, device="cpu", low_disk=True))
+
+    def ask() -> None:
+        assert waiting.wait(20)
+        stop.signal_number = signal.SIGTERM
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    fetch(prepared, tmp_path / "out", quiet)
+    began = time.monotonic()
+    with pytest.raises(Stopped, match="stopped by a signal") as caught:
+        run_job(prepared, tmp_path / "out", quiet, stop)
+    assert caught.value.exit_code == 143
+    assert time.monotonic() - began < 10
+    asker.join()
+    answered.set()
+    goes_on(stocked, inputs, tmp_path / "out")
 
 
 def environment_of(store: Store, folder: Path) -> dict[str, str]:
