@@ -71,7 +71,7 @@ def _profile(environment: Mapping[str, str]) -> dict[str, str]:
     if asked and made and not has_keys and not _is_set(environment, "AWS_SKIP_SIGNATURE"):
         raise StoreError(
             f"the credentials of the profile {asked} are made by the AWS CLI ({made}); hand them over with"
-            f' eval "$(aws configure export-credentials --profile {asked} --format env)", then run again'
+            ' eval "$(aws configure export-credentials --format env)", then run again'
         )
     return found
 

@@ -61,7 +61,7 @@ def test_a_profile_that_cannot_be_used_is_refused(files: dict[str, str]) -> None
     with pytest.raises(StoreError, match="AWS_PROFILE names gone, and there is no such profile"):
         settings_of("s3", files | {"AWS_PROFILE": "gone"})
     with pytest.raises(
-        StoreError, match=r"made by the AWS CLI \(sso_session\).*export-credentials --profile sso"
+        StoreError, match=r"made by the AWS CLI \(sso_session\).*export-credentials --format env"
     ):
         settings_of("s3", files | {"AWS_PROFILE": "sso"})
     assert settings_of("s3", files | {"AWS_PROFILE": "sso", "AWS_ACCESS_KEY_ID": "K"}) == {}
