@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -38,7 +39,7 @@ class Content:
     head: bytes
     size: int
 
-    @property
+    @cached_property
     def etag(self) -> str:
         parts = "" if len(self.head) == self.size else "-2"  # of an object that came in two
         return f'"{hashlib.md5(self.head).hexdigest()}{parts}"'

@@ -19,25 +19,28 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from streamconv.errors import ResourceError, StoreError, StreamconvError
 from streamconv.progress import OnBytes
-from streamconv.storage.base import RangeReader, SourceFile
+from streamconv.storage.base import SourceFile
 from streamconv.storage.hashing import hash_range
 from streamconv.storage.local import close_quietly
 from streamconv.system_errors import lacking
 from streamconv.threads import Future, Pool
 
-PIECE_BYTES = 8 * 2**20
+PIECE_BYTES = 4 * 2**20
 """Bytes of one request: large enough that its latency is little, small enough to be asked for again."""
 
-REQUESTS = 4
+REQUESTS = 8
 """Requests that are under way at once."""
 
 _LOOK_EVERY_S = 0.2
+
+Read = Callable[[int, int], memoryview]
+"""Bytes of the object from a start on, as many as asked for."""
 
 
 def is_whole(file: SourceFile) -> bool:
@@ -48,10 +51,10 @@ def is_whole(file: SourceFile) -> bool:
         return False
 
 
-def download(file: SourceFile, reader: RangeReader, on_bytes: OnBytes, md5: str | None = None) -> None:
+def download(file: SourceFile, read: Read, on_bytes: OnBytes, md5: str | None = None) -> None:
     """Bring the file to its path; `md5` is what may be the hash of its content, in hexadecimal digits.
 
-    Raises what `reader` and `on_bytes` raise, ResourceError for a full disk, StoreError where two downloads differ.
+    Raises what `read` and `on_bytes` raise, ResourceError for a full disk, StoreError where two downloads differ.
     """
     path = Path(file.path)
     with _writing(file):
@@ -60,10 +63,10 @@ def download(file: SourceFile, reader: RangeReader, on_bytes: OnBytes, md5: str 
             if is_whole(file):  # by another process meanwhile
                 on_bytes(file.size)
                 return
-            found = _fill(file, reader, descriptor, on_bytes)
+            found = _fill(file, read, descriptor, on_bytes)
             if md5 is not None and found != md5:
                 os.ftruncate(descriptor, 0)
-                again = _fill(file, reader, descriptor, lambda _: on_bytes(0))
+                again = _fill(file, read, descriptor, lambda _: on_bytes(0))
                 if again not in (found, md5):
                     raise StoreError(
                         f"{file.name} came with another content each time (MD5 {found}, then {again}, and the store"
@@ -91,7 +94,7 @@ def remove_passing(file: SourceFile) -> None:
             mark.parent.rmdir()
 
 
-def _fill(file: SourceFile, reader: RangeReader, descriptor: int, on_bytes: OnBytes) -> str:
+def _fill(file: SourceFile, read: Read, descriptor: int, on_bytes: OnBytes) -> str:
     """Write what is missing behind what is there; the MD5 of all of it."""
     there = os.fstat(descriptor).st_size
     if there > file.size:
@@ -100,25 +103,25 @@ def _fill(file: SourceFile, reader: RangeReader, descriptor: int, on_bytes: OnBy
     digest = hashlib.md5(usedforsecurity=False)
     hash_range(digest, descriptor, 0, there)
     on_bytes(there)
-    pending: deque[tuple[Future[None], bytearray, memoryview, int]] = deque()
+    pending: deque[tuple[Future[memoryview], int]] = deque()
     starts = iter(range(there, file.size, PIECE_BYTES))
 
-    def ask(buffer: bytearray) -> None:
+    def ask() -> None:
         for start in starts:
-            piece = memoryview(buffer)[: min(PIECE_BYTES, file.size - start)]
-            pending.append((pool.submit(reader.read_into, start, piece), buffer, piece, start))
+            pending.append((pool.submit(read, start, min(PIECE_BYTES, file.size - start)), start))
             return
 
     with Pool(REQUESTS, "download") as pool:
         for _ in range(REQUESTS):
-            ask(bytearray(min(PIECE_BYTES, file.size)))
+            ask()
         while pending:
-            future, buffer, piece, start = pending.popleft()
-            future.result()
+            future, start = pending.popleft()
+            piece = future.result()
+            del future  # and with it the piece, once it is written
             digest.update(piece)
             _write(descriptor, piece, start)
             on_bytes(len(piece))
-            ask(buffer)
+            ask()
     return digest.hexdigest()
 
 

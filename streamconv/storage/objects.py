@@ -106,7 +106,7 @@ class ObjectFolder:
             _log.info("downloading %s of %s (%s)", file.name, self.location, format_size(file.size))
             if for_now:
                 mark_passing(file)
-            download(file, self._reader(file), on_bytes, self.objects[file.name].md5)
+            download(file, self._reader(file).read, on_bytes, self.objects[file.name].md5)
 
     def open(self, file: SourceFile) -> RangeReader:
         """See Storage."""
@@ -147,10 +147,13 @@ class ObjectReader:
     def read_into(self, start: int, buffer: memoryview) -> None:
         """See RangeReader."""
         check_range(self.name, self.found.size, start, len(buffer))
-        if not len(buffer):
-            return
+        if len(buffer):
+            buffer[:] = self.read(start, len(buffer))
+
+    def read(self, start: int, length: int) -> memoryview:
+        """Bytes from `start` on, in memory of their own. Raises what `read_into` does."""
         try:
-            buffer[:] = self.bucket.read(self.found, start, len(buffer))
+            return self.bucket.read(self.found, start, length)
         except ObjectChanged as error:
             raise CheckpointError(
                 f"{self.location}: {self.name} changed while it was in use: the store has another content for it than"
