@@ -9,6 +9,7 @@
     ├── OutputError                  4   the place to write to: exists, in use, not writable, another run's
     ├── ResourceError                5   disk, memory, GPU: free some and run again, it resumes
     ├── HubError                     6   not found, gated, unauthorized, offline, network
+    ├── StoreError                   6   the same of an object store
     └── VerificationError            7   the output is not what the plan says, or lost the fine-tune
 
 Misspelt options (exit 2, too) belong to click. A message names the file or tensor, what was found, what was
@@ -71,6 +72,12 @@ class ResourceError(StreamconvError):
 
 class HubError(StreamconvError):
     """The Hub or the network said no."""
+
+    exit_code = 6
+
+
+class StoreError(StreamconvError):
+    """An object store or the network said no."""
 
     exit_code = 6
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_canaryCANARYcanaryCANARYcanary"
@@ -117,6 +117,23 @@ class Hub:
             for request in self.asked("*/resolve/*", "GET")
             if not (request.range or "").startswith("bytes=0-")
         }
+
+
+class Sparse(bytes):
+    """Content that begins with these bytes, and is zeros up to `size` bytes, of which only parts are asked for."""
+
+    size: int
+
+    def __new__(cls, head: bytes, size: int) -> Self:
+        found = super().__new__(cls, head)
+        found.size = size
+        return found
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key).ljust(min(key.stop, self.size) - key.start, b"\0")
 
 
 def git_id(content: bytes) -> str:

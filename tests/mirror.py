@@ -212,6 +212,9 @@ STORIES: Mapping[str, Sequence[str]] = {
     "storage/cache.py": ["storage/test_hub.py"],
     "storage/held.py": ["pipeline/test_hub.py"],
     "storage/listing.py": ["storage/test_hub.py"],
+    "storage/object_client.py": ["storage/test_objects.py"],
+    "storage/object_errors.py": ["storage/test_objects.py"],
+    "storage/object_fetch.py": ["storage/test_objects.py"],
     "storage/ranges.py": ["storage/test_hub.py"],
     "storage/upload.py": ["storage/test_hub.py", "pipeline/test_hub.py"],
 }

@@ -52,7 +52,10 @@ DOORS = {
     "pipeline/passes/calibrate.py": "transformers is an extra",
     "pipeline/passes/equalize.py": "transformers is an extra",
     "pipeline/passes/measure.py": "transformers is an extra",
+    "storage/object_client.py": "obstore is an extra",
 }
+# Reads variables that other tools have made known, as those do; none of ours.
+READS_ENVIRONMENT = "storage/object_settings.py"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 KEYWORDS = {name for name, value in vars(options).items() if is_typeddict(value)}
 
@@ -159,6 +162,8 @@ def test_the_library_neither_prints_nor_exits_nor_reads_the_environment(path: Pa
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert not called & {"print", "sys.exit", "exit", "warnings.warn", "logging.basicConfig", "signal.signal"}
     read = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    if named(path) == READS_ENVIRONMENT:
+        read -= {"os.environ"}
     assert not read & {"os.environ", "os.getenv", "sys.stdout", "sys.stderr", "sys.argv"}
 
 

@@ -13,21 +13,24 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 from streamconv.checkpoint.config import check_types
 from streamconv.checkpoint.forms import find_form, is_adapter
 from streamconv.checkpoint.gguf import GgufFile, Value
-from streamconv.checkpoint.header import read_header, recognise
+from streamconv.checkpoint.header import Header, read_header, recognise
 from streamconv.checkpoint.pickled import read_pickled
 from streamconv.checkpoint.strict_json import parse_object, shown
 from streamconv.checkpoint.types import Shard, StoredTensor
 from streamconv.errors import CheckpointError
 from streamconv.storage.base import SourceFile, Storage
+from streamconv.threads import Pool
 
 _MAX_INDEX_BYTES = 256_000_000
 _MAX_CONFIG_BYTES = 32_000_000
+HEADERS_AT_ONCE = 16
 _MOST_FAULTS = 1000
 """Shards that cannot be used, after which no more are looked at: an index may list a million."""
 
@@ -145,8 +148,8 @@ def _read_shards(
 ) -> tuple[dict[str, StoredTensor], tuple[Shard, ...]]:
     tensors: dict[str, StoredTensor] = {}
     shards: list[Shard] = []
-    for file in files:
-        header = read_header(file, storage.read_start)
+    files = tuple(files)
+    for file, header in zip(files, _headers(storage, files), strict=True):
         for entry in header.tensors:
             if entry.name in tensors:
                 raise _stands_twice(storage, entry.name, tensors[entry.name].file, file)
@@ -154,6 +157,15 @@ def _read_shards(
             tensors[entry.name] = StoredTensor(entry.name, entry.dtype, entry.shape, file, offset)
         shards.append(Shard(file, header.raw, header.sha256, header.metadata))
     return tensors, tuple(shards)
+
+
+def _headers(storage: Storage, files: Sequence[SourceFile]) -> Iterable[Header]:
+    """Headers of the files; several at once of those that are not here, whose requests are all waiting."""
+    read = partial(read_header, read=storage.read_start)
+    if len(storage.missing(files)) <= 1:
+        return map(read, files)
+    with Pool(HEADERS_AT_ONCE, "headers") as pool:
+        return pool.map(read, files)
 
 
 def _read_pickled_shards(

@@ -16,8 +16,16 @@ import torch
 from streamconv.checkpoint.readers import Readers
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.errors import CheckpointError
-from streamconv.storage.base import FileStatus, SourceFile
-from streamconv.storage.local import blaming, check_unchanged, close_quietly, open_file, reading, status_of
+from streamconv.storage.base import FileStatus, RangeReader, SourceFile
+from streamconv.storage.local import (
+    blaming,
+    check_unchanged,
+    close_quietly,
+    open_file,
+    read_exactly,
+    reading,
+    status_of,
+)
 from streamconv.system_errors import lacking
 
 _PAGE = 4096
@@ -35,6 +43,7 @@ class TensorReader:
         self._used: dict[
             str, tuple[SourceFile, FileStatus]
         ] = {}  # path -> the file, its status when first opened
+        self._remote: dict[str, RangeReader] = {}  # path -> a file that is read by requests
 
     def __enter__(self) -> Self:
         return self
@@ -46,9 +55,11 @@ class TensorReader:
         self._readers.__exit__()
         while self._open:
             close_quietly(self._open.popitem()[1])
+        while self._remote:
+            self._remote.popitem()[1].close()
 
     def read_into(self, tensor: StoredTensor, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the tensor's bytes from byte `start` on.
+        """Fill `buffer` with the tensor's bytes from byte `start` on, by requests where the file is not here.
 
         Raises CheckpointError if the file cannot be read, was cut short, or is not the one planned with; OutputError if
         the run itself has made it.
@@ -56,6 +67,10 @@ class TensorReader:
         view = flat_bytes(buffer)
         if start < 0 or start + len(view) > tensor.nbytes:
             raise ValueError(f"{tensor.name}: bytes {start} to {start + len(view)} of {tensor.nbytes}")
+        remote = self._requests(tensor.file)
+        if remote is not None:
+            remote.read_into(tensor.offset + start, view)
+            return
         where = f"{tensor.file.name}: tensor {tensor.name}"
         with blaming(tensor.file):
             descriptor, offset = self._descriptor(tensor.file), tensor.offset + start
@@ -96,9 +111,20 @@ class TensorReader:
 
     def drop_cache(self, tensor: StoredTensor, start: int, length: int) -> None:
         """Let the kernel forget these bytes of the tensor: they will not be read again."""
+        if self._requests(tensor.file) is not None:
+            return
         offset = tensor.offset + start
         # Only whole pages are dropped; the page that the last range ended in is done with now.
         advise(self._descriptor(tensor.file), offset - offset % _PAGE, offset % _PAGE + length, "DONTNEED")
+
+    def forget(self, file: SourceFile) -> None:
+        """Close a file that will not be read again. Raises what `check_unchanged` does, of this one."""
+        if file.path in self._used:
+            self._check(file.path)
+            del self._used[file.path]
+        self._recent.discard(file.path)
+        if file.path in self._open:
+            close_quietly(self._open.pop(file.path))
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file that was read has been changed or replaced by now."""
@@ -130,6 +156,16 @@ class TensorReader:
         if status_of(found).is_rewritten(before):
             raise CheckpointError(f"{file.name} was written to while it was in use; start again")
 
+    def _requests(self, file: SourceFile) -> RangeReader | None:
+        """A file that is not on this machine, to be read by requests; None for one that is."""
+        if file.open_remote is None or file.path in self._open:
+            return None
+        if os.path.exists(file.path):  # noqa: PTH110  a path as text, straight to the kernel
+            return None
+        if file.path not in self._remote:
+            self._remote[file.path] = file.open_remote()
+        return self._remote[file.path]
+
     def _descriptor(self, file: SourceFile) -> int:
         self._recent.add(file.path)
         if file.path in self._open:
@@ -149,22 +185,6 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     if not tensor.is_contiguous():
         raise ValueError("only the memory of a contiguous tensor is its bytes in order")
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
-
-
-def read_exactly(descriptor: int, offset: int, buffer: memoryview, where: str) -> None:
-    """Fill `buffer` (of bytes) from `offset` on; `where` names file and tensor. Raises CheckpointError."""
-    done = 0
-    while done < len(buffer):
-        try:
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
-        except OSError as error:
-            raise lacking(error) or CheckpointError(f"{where} cannot be read: {error.strerror}") from error
-        if not count:
-            raise CheckpointError(
-                f"{where}: the file ends at byte {offset + done}, {len(buffer) - done} bytes too early;"
-                " was it cut short while in use?"
-            )
-        done += count
 
 
 def flat_bytes(buffer: memoryview) -> memoryview:

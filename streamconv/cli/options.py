@@ -95,9 +95,11 @@ def out_option(**attributes: Any) -> Callable[[F], F]:
     return option(Section.INPUTS, "-o", "--out", type=FOLDER, metavar="DIR", **attributes)
 
 
-_BASE_HELP = "The base model: a folder, or a Hub id: org/name, org/name@revision."
+_BASE_HELP = (
+    "The base model: a folder, a Hub id (org/name, org/name@revision), or s3://, gs://, az:// and a path."
+)
 _NAMED_HELP = f"{_BASE_HELP} Default: the one that the adapter names."
-ADAPTER_HELP = "The PEFT adapter: a folder or a Hub id"
+ADAPTER_HELP = "The PEFT adapter: a folder, a Hub id, or s3://, gs://, az:// and a path"
 BASE = base_option(help=_NAMED_HELP)
 CONVERTED = base_option(required=True, help=_BASE_HELP)
 BASE_REVISION = option(
@@ -428,6 +430,13 @@ PLACE = group(
         multiple=True,
         metavar="GLOB",
         help="Further files to copy. Repeatable.",
+    ),
+    option(
+        Section.PLACE,
+        "--low-disk",
+        defaults=MERGE_DEFAULTS,
+        is_flag=True,
+        help="Remove each downloaded shard of the base after its last use.",
     ),
 )
 

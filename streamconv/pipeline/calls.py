@@ -39,7 +39,8 @@ def merge(
 ) -> Report:
     """Merge a PEFT adapter into a base checkpoint and write the result to the folder `out`.
 
-    `base` and `adapter` are folders or Hub ids (`org/model`, `org/model@revision`); of several adapters, a list.
+    `base` and `adapter` are folders, Hub ids (`org/model`, `org/model@revision`) or prefixes of an object store
+    (`s3://bucket/prefix`, `gs://`, `az://`); of several adapters, a list.
     Without a base (None) it is the one that the first adapter names. `also` names formats of further outputs, written
     to folders of these names in `out` from the same reading; the report has theirs, by format.
 

@@ -9,21 +9,22 @@ from streamconv.checkpoint.own_files import read_error
 from streamconv.checkpoint.writer import free_bytes
 from streamconv.errors import ResourceError
 from streamconv.output.journal import is_owned
+from streamconv.pipeline.arriving import held_at_once
 from streamconv.pipeline.contents import check_contents
 from streamconv.pipeline.place import check_out, unfinished
 from streamconv.pipeline.preparation import Prepared
 from streamconv.progress import Meter, OnProgress
 from streamconv.sizes import format_size
-from streamconv.storage.base import SourceFile
 from streamconv.storage.local import existing_folder
 from streamconv.system_errors import translated
 
 
 def fetch(prepared: Prepared, out: Path, on_progress: OnProgress) -> None:
-    """Download what a job still needs from the Hub; nothing if `out` holds its results already.
+    """Download what a job needs before it runs; nothing if `out` holds its results already.
 
-    What would make the run fail is refused before: a place that cannot be written to, a disk that is too small.
-    An interrupted download goes on with the next call.
+    That is all but the shards of a base that each are read once: those come while the run goes on. Whatever would make
+    the run fail is refused before: a place that cannot be written to, a disk that is too small. An interrupted download
+    goes on with the next call.
     """
     with translated(out):
         small = prepared.small_files()
@@ -33,16 +34,18 @@ def fetch(prepared: Prepared, out: Path, on_progress: OnProgress) -> None:
         if not (todo := unfinished(prepared, out)):
             return
         check_contents(prepared)
-        downloads = prepared.downloads()
-        _check_room(todo, out, [file for _, files in downloads for file in files])
+        _check_room(prepared, todo, out)
+        downloads = prepared.downloads_before()
         meter = Meter(sum(file.size for _, files in downloads for file in files), on_progress)
         for storage, files in downloads:
             storage.fetch(files, meter.add)
 
 
-def _check_room(todo: Sequence[tuple[Prepared, Path]], out: Path, downloads: Sequence[SourceFile]) -> None:
+def _check_room(prepared: Prepared, todo: Sequence[tuple[Prepared, Path]], out: Path) -> None:
     """Raise ResourceError if the outputs would not fit beside what is downloaded; of a resumed one, part is there."""
     disk = _disk_of(out)
+    passing = {shard.file for shard in prepared.base.index.shards} if prepared.job.low_disk else set()
+    downloads = [file for _, files in prepared.downloads() for file in files]
     sizes = [
         each.plan.disk + sum(file.size for file in each.copied)
         for each, at in todo
@@ -51,7 +54,9 @@ def _check_room(todo: Sequence[tuple[Prepared, Path]], out: Path, downloads: Seq
     if not sizes:
         return
     on_same_disk = [file for file in downloads if _disk_of(Path(file.path)) == disk]
-    needed = sum(sizes) + sum(file.size for file in on_same_disk)
+    needed = sum(sizes) + sum(file.size for file in on_same_disk if file not in passing)
+    if passing.intersection(on_same_disk):
+        needed += held_at_once(prepared)[1]
     if needed > (free := free_bytes(_nearest(out) / out.name)):
         beside = " with the download, whose cache is on the same disk," if on_same_disk else ""
         raise ResourceError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
@@ -252,7 +253,15 @@ def parse_moe_layout(text: str) -> MoeLayout:
 
 
 def output_folder(out: Folder) -> Path:
-    """`out` as a path, `~` expanded. Raises OptionError for an empty name, which would be the current folder."""
+    """`out` as a path, `~` expanded.
+
+    Raises OptionError for an empty name, which would be the current folder, and for a place that is no folder here.
+    """
+    if _REMOTE.match(fspath(out)):
+        raise OptionError(
+            f"--out {fspath(out)} is no folder on this machine, and results are written to folders alone; name one, and"
+            " copy it from there (to the Hub: --push-to)"
+        )
     if not fspath(out).strip():
         raise OptionError("--out is empty, probably an unset variable; name the folder to write to")
     try:
@@ -261,6 +270,7 @@ def output_folder(out: Folder) -> Path:
         raise OptionError(f"--out {fspath(out)}: {error}; name the folder in full") from error
 
 
+_REMOTE = re.compile(r"(?:s3|gs|az|hf)://")
 # By field, how values are read that are not taken as they are given; names in any case.
 _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("rounding", "rescale"), str.lower),

@@ -116,6 +116,17 @@ class Prepared:
         ]
         return tuple((storage, missing) for storage in storages if (missing := storage.missing(files)))
 
+    def downloads_before(self) -> tuple[tuple[Storage, tuple[SourceFile, ...]], ...]:
+        """Those that must be here when the run begins: all where its passes read the base several times."""
+        shards = {shard.file for shard in self.base.index.shards} if self.streams else set()
+        found = ((storage, tuple(f for f in files if f not in shards)) for storage, files in self.downloads())
+        return tuple((storage, files) for storage, files in found if files)
+
+    @property
+    def streams(self) -> bool:
+        """Whether shards of the base may come while the run goes on: nothing but its one pass reads them."""
+        return not any(plan.passes for plan in self.plans)
+
     @property
     def tokenizer(self) -> FileSet:
         """Files of the result's tokenizer. Raises InputError where there is none."""
@@ -233,7 +244,14 @@ def _planned(inputs: _Inputs, device: Device) -> Prepared:
     main, *also = map(prepared, plans)
     if inputs.is_recorded:
         return main
-    return replace(_with_passes(main), also=tuple(map(_with_passes, also)))
+    found = replace(_with_passes(main), also=tuple(map(_with_passes, also)))
+    if job.low_disk and not found.streams and storage.missing(shard.file for shard in index.shards):
+        raise OptionError(
+            f"--low-disk reads every shard of {job.base} once, and this merge goes through the base several times"
+            " (calibration, or scales that are measured first); leave --low-disk out, or choose another --rounding or"
+            " --quant"
+        )
+    return found
 
 
 def _own_choice(plan: Plan, choice: TokenizerChoice, job: Job, index: CheckpointIndex) -> TokenizerChoice:

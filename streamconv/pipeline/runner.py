@@ -20,6 +20,7 @@ from streamconv.output.place import check_disk
 from streamconv.output.publish import check_placed, publish_output, set_aside
 from streamconv.output.sink import ShardSink, resume_points
 from streamconv.output.verifier import read_manifest, verify_layout, verify_output
+from streamconv.pipeline.arriving import arriving
 from streamconv.pipeline.contents import check_contents, described_copies, generated_files
 from streamconv.pipeline.passes import PASSES, Passed, run_passes
 from streamconv.pipeline.place import check_folder, check_out, is_finished
@@ -151,7 +152,8 @@ def _produce(works: Sequence[_Work], meter: Meter, stop: StopRequest) -> list[_W
     outputs = [
         Output(work.passed.plan, work.starts, partial(ShardSink, work.journal, work.writers)) for work in done
     ]
-    run_plans(outputs, meter.add, stop)
+    with arriving(works[0].prepared, outputs) as (sources, arranged):
+        run_plans(arranged, meter.add, stop, sources)
     return done
 
 

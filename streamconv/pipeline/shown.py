@@ -14,6 +14,7 @@ from streamconv.formats.base import Constant
 from streamconv.kernels import TORCH
 from streamconv.output.place import folder_of
 from streamconv.output.sidecars import RESIDUAL
+from streamconv.pipeline.arriving import held_at_once
 from streamconv.pipeline.preparation import Prepared
 from streamconv.planning.plan import Copy, Plan, Rewrite, ShardPlan, SideParts, Step, cell_rows, tile_rows
 from streamconv.running.schedule import bytes_read
@@ -55,6 +56,7 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
             for storage, files in prepared.downloads()
             for file in files
         ],
+        **({"low_disk": {"shards": held[0], "bytes": held[1]}} if (held := _held(prepared)) else {}),
         "disk_bytes": sum(each.disk for each in prepared.plans),
         "read_bytes": _read(prepared),
         "also": {
@@ -199,6 +201,10 @@ def plan_as_text(prepared: Prepared) -> str:
     at = 1 + [label for label, _ in lines].index("replaced")
     if downloads := prepared.downloads():
         lines.insert(-2, ("download", "; ".join(_download(storage, files) for storage, files in downloads)))
+    if held := _held(prepared):
+        count, nbytes = held
+        shards = f"{count} shard{'s' if count > 1 else ''}"
+        lines.insert(-2, ("low disk", f"at most {shards} of the base here at once, {format_size(nbytes)}"))
     lines += [line for other in prepared.also for line in _further(other)]
     if plan.rounding:
         lines.insert(at + 2, ("rounding", f"{plan.rounding.name}: {plan.rounding.reason}"))
@@ -215,6 +221,13 @@ def plan_as_text(prepared: Prepared) -> str:
     if plan.untied:
         lines.insert(at, ("untied", "input and output embeddings will differ and are stored apart"))
     return "\n".join(one_line(f"{label:9} {text}".rstrip()) for label, text in lines)
+
+
+def _held(prepared: Prepared) -> tuple[int, int] | None:
+    """Shards and bytes of the base that are here at once with `--low-disk`; None without, or where all are here."""
+    base = prepared.base.index
+    is_far = base.storage.missing(shard.file for shard in base.shards)
+    return held_at_once(prepared) if prepared.job.low_disk and is_far else None
 
 
 def _adapters(prepared: Prepared) -> list[tuple[str, str]]:

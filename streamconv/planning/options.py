@@ -149,7 +149,8 @@ class Job:
     """All options of one run, checked and parsed as far as they can be without its inputs.
 
     `also` are formats of further outputs; `options` are those of the main one. `more_adapters` are merged together with
-    `adapter`. `gguf_donor` is a GGUF file whose tokenizer such outputs have.
+    `adapter`. `gguf_donor` is a GGUF file whose tokenizer such outputs have. With
+    `low_disk`, shards of a base that is far away are removed after their last use.
     """
 
     base: str
@@ -169,6 +170,7 @@ class Job:
     adapter_revision: str | None = None
     adapter_subfolder: str | None = None
     more_adapters: tuple[str, ...] = ()
+    low_disk: bool = False
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -234,6 +236,7 @@ class ResultKeywords(TypedDict, total=False):
     verify: bool
     card: bool
     copy_extra: Iterable[str]
+    low_disk: bool
 
 
 class ConvertKeywords(BaseKeywords, TextKeywords, ResultKeywords, total=False):

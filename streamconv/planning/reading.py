@@ -124,8 +124,8 @@ def _read_gguf(storage: Storage, names: Sequence[str]) -> tuple[CheckpointIndex,
     where = storage.location
     if lacking := storage.missing([storage.file(name) for name in names]):
         raise UnsupportedError(
-            f"{where} is a model in GGUF files on the Hub, which are read from this machine only; download"
-            f" {lacking[0].name} (hf download), and give the file as --base"
+            f"{where} is a model in GGUF files, which are read from this machine only, and they are not here; download"
+            f" {lacking[0].name}, and give the file as --base"
         )
     files = read_gguf_files(storage, names)
     config = read_config(storage, required=False)

@@ -24,10 +24,13 @@ from streamconv.progress import OnBytes, StopRequest
 from streamconv.running.engines import open_engines
 from streamconv.running.lanes import Run
 from streamconv.running.sink import Output
+from streamconv.storage.arrivals import ALL_HERE, Incoming
 
 
-def run_plans(outputs: Sequence[Output], on_bytes: OnBytes, stop: StopRequest) -> None:
-    """Produce every output in one pass over their base, which is the same.
+def run_plans(
+    outputs: Sequence[Output], on_bytes: OnBytes, stop: StopRequest, sources: Incoming = ALL_HERE
+) -> None:
+    """Produce every output in one pass over their base, which is the same, and whose files are `sources`.
 
     `on_bytes` is called, from the calling thread, with the number of output bytes each time some have been
     written. Raises Stopped if `stop` was set; whatever a thread raised is raised here.
@@ -40,6 +43,6 @@ def run_plans(outputs: Sequence[Output], on_bytes: OnBytes, stop: StopRequest) -
     lanes = memory.lanes if len(outputs) == 1 else 1
     try:
         with open_engines(outputs[0].plan.device, memory, lanes) as engines:
-            Run(outputs, memory, engines, stop).run(on_bytes)
+            Run(outputs, memory, engines, stop, sources).run(on_bytes)
     finally:
         torch.set_num_threads(threads)

@@ -51,10 +51,11 @@ from streamconv.running.messages import (
     WeightDone,
 )
 from streamconv.running.opened import load_weight
-from streamconv.running.schedule import Begin, Cursor, End, Todo, walk
+from streamconv.running.schedule import Begin, Cursor, End, Todo, files_read, walk
 from streamconv.running.sink import Output, Sink
 from streamconv.running.waiting import WaitingParts
 from streamconv.running.workers import DONE
+from streamconv.storage.arrivals import Incoming
 from streamconv.system_errors import no_memory
 from streamconv.threads import start_thread
 
@@ -69,9 +70,14 @@ class Run:
     """All lanes of a run, the first error of any thread, and what has been written."""
 
     def __init__(
-        self, outputs: Sequence[Output], memory: Memory, engines: Sequence[Engine], stop: StopRequest
+        self,
+        outputs: Sequence[Output],
+        memory: Memory,
+        engines: Sequence[Engine],
+        stop: StopRequest,
+        sources: Incoming,
     ) -> None:
-        self.device, self.stop = outputs[0].plan.device, stop
+        self.device, self.stop, self.sources = outputs[0].plan.device, stop, sources
         self.errors: list[BaseException] = []
         self.written: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         cursors = [Cursor(output.plan, output.starts) for output in outputs]
@@ -177,11 +183,27 @@ class Lane:
     # -- reader thread -------------------------------------------------------------------------------------
 
     def read(self) -> None:
+        sources, over = self.run.sources, 0
         with TensorReader() as reader:
             for unit in walk(self.cursors):
+                files = files_read(unit)
+                if not sources.wait(files, self._is_over):
+                    self.halted = True
+                    self.to_compute.put(Halt(early=True))
+                    return
                 self._read_unit(reader, unit)
+                sources.read(files)
+                removed = sources.over(over)
+                over += len(removed)
+                for file in removed:
+                    reader.forget(file)
+                sources.remove(removed)
             reader.check_unchanged()
         self.to_compute.put(Halt())
+
+    def _is_over(self) -> bool:
+        """Whether nothing is worth waiting for any more."""
+        return self.closed.is_set() or self.run.stop.signal_number is not None
 
     def _read_unit(self, reader: TensorReader, unit: Mapping[int, Begin | End | Todo]) -> None:
         rewrites: dict[int, Rewrite] = {}

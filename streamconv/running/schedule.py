@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from streamconv.checkpoint.types import StoredTensor
 from streamconv.planning.plan import Access, Copy, Plan, Rewrite, ShardPlan, Step
+from streamconv.storage.base import SourceFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,26 @@ def walk(cursors: Sequence[Cursor]) -> Iterator[Mapping[int, Begin | Todo | End]
     while waiting := {number: one for number, one in enumerate(ahead) if one.event is not None}:
         turn = _turn(waiting)
         yield {number: ahead[number].take() for number in turn}
+
+
+def units_of(plans: Sequence[Plan], starts: Sequence[Mapping[str, int]]) -> list[frozenset[SourceFile]]:
+    """Files of the base that each unit of `walk` reads, in its order, where that is any."""
+    cursors = [Cursor(plan, start) for plan, start in zip(plans, starts, strict=True)]
+    return [files for unit in walk(cursors) if (files := files_read(unit))]
+
+
+def files_read(unit: Mapping[int, Begin | Todo | End]) -> frozenset[SourceFile]:
+    """Files of the base that must be there for the events: of parts that lie in several, all of them."""
+    files: set[SourceFile] = set()
+    for event in unit.values():
+        match event:
+            case Begin(shard) if shard.same_as is not None:
+                files.add(shard.same_as)
+            case Todo(Copy(_, tensor)):
+                files.add(tensor.file)
+            case Todo(Rewrite(_, weight)):
+                files.update(part.file for part in weight.parts.values())
+    return frozenset(files)
 
 
 def bytes_read(plans: Sequence[Plan]) -> int:

@@ -11,6 +11,7 @@ from streamconv.errors import OptionError
 from streamconv.storage.base import Storage
 from streamconv.storage.hub import HF, open_hub
 from streamconv.storage.local import LocalFolder, find_file, open_subfolder
+from streamconv.storage.objects import SCHEMES, open_objects
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +25,12 @@ class Backend:
 
 
 def open_storage(location: str, revision: str | None = None, subfolder: str | None = None) -> Storage:
-    """The storage at `location`: a folder's path, or a Hub id such as `org/model`, `org/model@v1`, `hf://org/model`.
+    """The storage at `location`: a folder's path, a Hub id such as `org/model`, `org/model@v1`, `hf://org/model`, or
+    `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`.
 
     `revision` is a branch, tag or commit of a Hub id, `subfolder` a folder inside. Raises CheckpointError if a
-    folder does not exist, HubError if the Hub does not show the model, OptionError for what is neither.
+    folder does not exist, HubError if the Hub does not show the model, StoreError if an object store does not,
+    OptionError for what is neither.
     """
     return STORAGES[storage_kind(location)].open(location, revision, subfolder)
 
@@ -73,5 +76,6 @@ STORAGES: Mapping[str, Backend] = MappingProxyType(
     {
         "folder": Backend(_open_folder),
         "hub": Backend(open_hub, prefix=HF),
+        **{scheme: Backend(open_objects, prefix=f"{scheme}://") for scheme in SCHEMES},
     }
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,15 +30,30 @@ class FileStatus:
         return self.changed_ns != before.changed_ns and not (others and self.inode == before.inode)
 
 
+class RangeReader(Protocol):
+    """A file of a storage, open to be read by ranges where it lies: on a disk here, or by requests."""
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` (of bytes) with the file's content from byte `start` on.
+
+        Raises CheckpointError where the file ends before that or is not the one that was opened, HubError or
+        StoreError where a request fails for good.
+        """
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class SourceFile:
     """One regular file of an input.
 
     `name` is relative to the input's folder and is what messages and plans show; `path` is where the bytes
-    are, or will be once they are fetched; `version` changes when the content does (a Hub blob id, else the
-    modification time), and never depends on where the folder lies. `status` tells a file that was written to
+    are, or will be once they are fetched; `version` changes when the content does (a Hub blob id, an object's ETag,
+    else the modification time), and never depends on where the folder lies. `status` tells a file that was written to
     from one that was not, whatever its modification time; None for what is not here yet. It is no part of what makes
-    two files the same. `is_own` is a file that a run has made for itself, in the folder of its output.
+    two files the same. `is_own` is a file that a run has made for itself, in the folder of its output. `open_remote`
+    opens it by requests where it is not on this machine; None for a file that is on a disk here in any case.
     """
 
     name: str
@@ -47,6 +62,7 @@ class SourceFile:
     version: str
     status: FileStatus | None = field(default=None, compare=False)
     is_own: bool = field(default=False, compare=False)
+    open_remote: Callable[[], RangeReader] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +74,7 @@ class Origin:
 
 
 class Storage(Protocol):
-    """A folder of files, local or on the Hub."""
+    """A folder of files: on a disk here, on the Hub, or below a prefix of an object store."""
 
     @property
     def location(self) -> str:
@@ -86,5 +102,15 @@ class Storage(Protocol):
     def missing(self, files: Iterable[SourceFile]) -> tuple[SourceFile, ...]:
         """Those of `files` that belong to this storage and are not on this machine yet."""
 
-    def fetch(self, files: Iterable[SourceFile], on_bytes: OnBytes) -> None:
-        """Bring the missing ones of `files` to this machine: their `path` can be opened afterwards."""
+    def fetch(self, files: Iterable[SourceFile], on_bytes: OnBytes, for_now: bool = False) -> None:
+        """Bring the missing ones of `files` to this machine: their `path` can be opened afterwards.
+
+        Those that are fetched `for_now`, `done` removes again. `on_bytes` may raise to end it; what was begun is
+        continued by the next call.
+        """
+
+    def open(self, file: SourceFile) -> RangeReader:
+        """`file`, to be read by ranges where it lies: what is not on this machine is not fetched for it."""
+
+    def done(self, file: SourceFile) -> None:
+        """Remove `file` from this machine if it was fetched for now, by this process or another; nobody may read it."""

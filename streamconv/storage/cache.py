@@ -59,15 +59,37 @@ def is_cached(file: SourceFile, location: str, repo: str) -> bool:
     return not _mark(file, repo).exists()
 
 
-def _mark(file: SourceFile, repo: str) -> Path:
-    """An empty file, there from before a download until its content was checked: a kill comes at any time."""
+def _mark(file: SourceFile, repo: str, state: str = "unchecked") -> Path:
+    """An empty file, there from before a download until its content was checked: a kill comes at any time.
+
+    Or, as `passing`, until the file is removed.
+    """
     blob = file.version.partition(":")[2]
-    return cache_root() / ".locks" / cache_folder(repo).name / f"{blob}.streamconv-unchecked"
+    return cache_root() / ".locks" / cache_folder(repo).name / f"{blob}.streamconv-{state}"
 
 
 def mark_unchecked(file: SourceFile, repo: str) -> None:
     """Note that the file's content is still to be checked."""
-    mark = _mark(file, repo)
+    _set(_mark(file, repo))
+
+
+def mark_passing(file: SourceFile, repo: str) -> None:
+    """Note of a file that is yet to come that it is for a run alone, and may be removed when that has read it.
+
+    One whose content is here already, of another revision, is not noted: it is used by that, too.
+    """
+    if not (cache_folder(repo) / "blobs" / file.version.partition(":")[2]).exists():
+        _set(_mark(file, repo, "passing"))
+
+
+def remove_passing(file: SourceFile, repo: str) -> None:
+    """Remove a file of the cache that is marked so. One that cannot be removed stays, and so does its mark."""
+    mark = _mark(file, repo, "passing")
+    if mark.exists() and remove_cached(Path(file.path)) is None:
+        mark.unlink(missing_ok=True)
+
+
+def _set(mark: Path) -> None:
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
 

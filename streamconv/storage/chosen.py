@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from streamconv.errors import CheckpointError
 from streamconv.progress import OnBytes
-from streamconv.storage.base import Origin, SourceFile, Storage
+from streamconv.storage.base import Origin, RangeReader, SourceFile, Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,5 +58,11 @@ class ChosenFiles:
     def missing(self, files: Iterable[SourceFile]) -> tuple[SourceFile, ...]:
         return self.inner.missing(files)
 
-    def fetch(self, files: Iterable[SourceFile], on_bytes: OnBytes) -> None:
-        self.inner.fetch(files, on_bytes)
+    def fetch(self, files: Iterable[SourceFile], on_bytes: OnBytes, for_now: bool = False) -> None:
+        self.inner.fetch(files, on_bytes, for_now)
+
+    def open(self, file: SourceFile) -> RangeReader:
+        return self.inner.open(file)
+
+    def done(self, file: SourceFile) -> None:
+        self.inner.done(file)

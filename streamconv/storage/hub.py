@@ -15,6 +15,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,30 @@ from tqdm import tqdm
 from streamconv.errors import CheckpointError, HubError, OptionError, ResourceError
 from streamconv.progress import OnBytes
 from streamconv.sizes import format_size
-from streamconv.storage.base import Origin, SourceFile
+from streamconv.storage.base import Origin, RangeReader, SourceFile
 from streamconv.storage.blobs import HubFile
-from streamconv.storage.cache import cache_folder, contents_checked, is_cached, mark_unchecked
+from streamconv.storage.cache import (
+    cache_folder,
+    contents_checked,
+    is_cached,
+    mark_passing,
+    mark_unchecked,
+    remove_passing,
+)
 from streamconv.storage.hub_errors import hub_errors
 from streamconv.storage.listing import COMMIT, list_commit
 from streamconv.storage.local import (
+    LocalReader,
     check_name,
+    check_range,
     check_subfolder,
     existing_folder,
     is_inside,
+    open_file,
     open_folder,
     read_start,
 )
-from streamconv.storage.ranges import request_start
+from streamconv.storage.ranges import request_range
 
 HF = "hf://"
 _SPARE_DISK_BYTES = 64 * 2**20
@@ -83,7 +94,8 @@ class HubFolder:
         if name not in self.files:
             raise CheckpointError(f"{self.location}: {name} is missing")
         found = self.files[name]
-        return SourceFile(name, str(self.folder / name), found.size, f"blob:{found.blob}")
+        reader = partial(HubReader, self.origin, self._path(name), found)
+        return SourceFile(name, str(self.folder / name), found.size, f"blob:{found.blob}", open_remote=reader)
 
     def read_bytes(self, name: str, limit: int) -> bytes:
         """The whole content of a small file; downloads it if need be."""
@@ -101,7 +113,7 @@ class HubFolder:
         if not length or not self.missing((file,)):
             return read_start(file, length) if length else b""
         with hub_errors(self.origin.repo):
-            start = request_start(self.origin, self._path(file.name), self.files[file.name], length)
+            start = request_range(self.origin, self._path(file.name), self.files[file.name], 0, length)
         if length > self.starts.get(file.name, (0, ""))[0]:
             self.starts[file.name] = (length, hashlib.sha256(start).hexdigest())
         return start
@@ -111,7 +123,7 @@ class HubFolder:
         repo = self.origin.repo
         return tuple(file for file in self._own(files) if not is_cached(file, self.location, repo))
 
-    def fetch(self, files: Iterable[SourceFile], on_bytes: OnBytes) -> None:
+    def fetch(self, files: Iterable[SourceFile], on_bytes: OnBytes, for_now: bool = False) -> None:
         """Download the missing ones, one after another, straight into the cache, and check every content.
 
         One at a time: each is already cut into parallel pieces where the Hub's Xet storage serves it, and an
@@ -127,6 +139,8 @@ class HubFolder:
                 for file in missing:
                     _log.info("downloading %s of %s (%s)", file.name, self.location, format_size(file.size))
                     mark_unchecked(file, repo)
+                    if for_now:
+                        mark_passing(file, repo)
                     path = hf_hub_download(
                         repo,
                         self._path(file.name),
@@ -138,6 +152,17 @@ class HubFolder:
             _note_commit(self.folder, self.subfolder, self.revision, self.origin.commit)
         for file in own:
             self._check_start(file)
+
+    def open(self, file: SourceFile) -> RangeReader:
+        """See Storage."""
+        if not self.missing((file,)):
+            return LocalReader(file, open_file(file))
+        return HubReader(self.origin, self._path(file.name), self.files[file.name])
+
+    def done(self, file: SourceFile) -> None:
+        """See Storage."""
+        for own in self._own((file,)):
+            remove_passing(own, self.origin.repo)
 
     def _own(self, files: Iterable[SourceFile]) -> tuple[SourceFile, ...]:
         return tuple(file for file in files if file.path == str(self.folder / file.name))
@@ -154,6 +179,25 @@ class HubFolder:
 
     def _path(self, name: str) -> str:
         return f"{self.subfolder}/{name}" if self.subfolder else name
+
+
+@dataclass(frozen=True, slots=True)
+class HubReader:
+    """A file of a commit, read by requests: a RangeReader. `path` is that in the repository."""
+
+    origin: Origin
+    path: str
+    file: HubFile
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """See RangeReader."""
+        check_range(self.path, self.file.size, start, len(buffer))
+        if len(buffer):
+            with hub_errors(self.origin.repo):
+                buffer[:] = request_range(self.origin, self.path, self.file, start, len(buffer))
+
+    def close(self) -> None:
+        """Nothing: each request is one of its own."""
 
 
 def open_hub(location: str, revision: str | None, subfolder: str | None) -> HubFolder:

@@ -98,6 +98,19 @@ def hub_errors(repo: str, revision: str | None = None) -> Iterator[None]:
         raise _translated(error, repo, revision) from error
 
 
+def is_passing(error: HubError) -> bool:
+    """Whether the same request may succeed later: anything but a refusal, or the wish to stay offline."""
+    return not any(
+        isinstance(link, OfflineModeIsEnabled)
+        or (
+            isinstance(link, HfHubHTTPError)
+            and 400 <= link.response.status_code < 500
+            and link.response.status_code not in (408, 429)
+        )
+        for link in _chain(error)
+    )
+
+
 def endpoint() -> str:
     """Address of the Hub, for messages: without a login that it may hold."""
     return without_token(constants.ENDPOINT)

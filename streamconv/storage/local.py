@@ -116,9 +116,17 @@ class LocalFolder:
         del files
         return ()
 
-    def fetch(self, files: Iterable[SourceFile], on_bytes: OnBytes) -> None:
+    def fetch(self, files: Iterable[SourceFile], on_bytes: OnBytes, for_now: bool = False) -> None:
         """Nothing to do."""
-        del files, on_bytes
+        del files, on_bytes, for_now
+
+    def open(self, file: SourceFile) -> LocalReader:
+        """See Storage."""
+        return LocalReader(file, open_file(file))
+
+    def done(self, file: SourceFile) -> None:
+        """Nothing: no file was fetched."""
+        del file
 
     def _resolve(self, name: str) -> Path:
         path = self.path / name
@@ -141,6 +149,21 @@ class LocalFolder:
                 f"{self.location}: {name} must be a regular file, found {kind_of(found.st_mode)}"
             )
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class LocalReader:
+    """A file on a disk here, open: a RangeReader."""
+
+    file: SourceFile
+    descriptor: int
+
+    def read_into(self, start: int, buffer: memoryview) -> None:
+        """See RangeReader."""
+        read_exactly(self.descriptor, start, buffer, self.file.name)
+
+    def close(self) -> None:
+        close_quietly(self.descriptor)
 
 
 def list_folder(folder: Path) -> list[Path]:
@@ -244,6 +267,25 @@ def _read_all(stream: io.FileIO, length: int) -> bytes:
     return b"".join(parts)
 
 
+def read_exactly(descriptor: int, offset: int, buffer: memoryview, where: str) -> None:
+    """Fill `buffer` (of bytes) from `offset` on. Raises CheckpointError.
+
+    `where` names the file, and the tensor if there is one.
+    """
+    done = 0
+    while done < len(buffer):
+        try:
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise lacking(error) or CheckpointError(f"{where} cannot be read: {error.strerror}") from error
+        if not count:
+            raise CheckpointError(
+                f"{where}: the file ends at byte {offset + done}, {len(buffer) - done} bytes too early;"
+                " was it cut short while in use?"
+            )
+        done += count
+
+
 def open_file(file: SourceFile) -> int:
     """A read-only descriptor of `file`; raises CheckpointError if it is no longer what was planned with."""
     # Should a FIFO have taken the file's place, opening it without O_NONBLOCK would wait for a writer.
@@ -316,6 +358,14 @@ def check_unchanged(file: SourceFile, found: os.stat_result) -> None:
         raise CheckpointError(
             f"{file.name} was written to or replaced while it was in use, as its time of change (ctime) says; put the"
             " file that the run began with back, or start again"
+        )
+
+
+def check_range(name: str, size: int, start: int, length: int) -> None:
+    """Raise CheckpointError unless the bytes are within a file of `size`, as reading a disk here would."""
+    if start < 0 or start + length > size:
+        raise CheckpointError(
+            f"{name}: bytes {start} to {start + length} of a file of {size}; download the checkpoint again"
         )
 
 

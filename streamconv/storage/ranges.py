@@ -1,4 +1,4 @@
-"""The first bytes of a file on the Hub, by a ranged request: an answer that is not those bytes is refused."""
+"""Bytes of a file on the Hub, by a ranged request: an answer that is not those bytes is refused."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ _PARTIAL = 206
 _SPAN = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
-def request_start(origin: Origin, path: str, file: HubFile, length: int) -> bytes:
-    """The first `length` bytes of `path` in the repository, which is listed as `file`.
+def request_range(origin: Origin, path: str, file: HubFile, start: int, length: int) -> bytes:
+    """The `length` bytes from byte `start` on of `path` in the repository, which is listed as `file`.
 
     Reads no more where a server ignores the range and answers with the whole file. Raises HubError for fewer bytes,
     another range, or an answer whose headers name another commit, size or content than was listed.
     """
-    headers = build_hf_headers() | {"Range": f"bytes=0-{length - 1}", "Accept-Encoding": "identity"}
-    parts, left = [], length
+    last = start + length - 1
+    headers = build_hf_headers() | {"Range": f"bytes={start}-{last}", "Accept-Encoding": "identity"}
+    parts, before, left = [], 0, length
     with http_stream_backoff(
         "GET",
         hf_hub_url(origin.repo, path, revision=origin.commit),
@@ -34,20 +35,24 @@ def request_start(origin: Origin, path: str, file: HubFile, length: int) -> byte
         max_retries=3,
     ) as response:
         hf_raise_for_status(response)
-        found = _differs([*response.history, response], origin.commit, file)
+        found = _differs([*response.history, response], origin.commit, file, start)
         if found is not None:
-            raise _wrong(origin, path, found)
+            raise _wrong(origin, path, start, found)
+        if response.status_code != _PARTIAL:
+            before = start
         for part in response.iter_bytes():
-            parts.append(part[:left])
+            skipped = min(before, len(part))
+            before -= skipped
+            parts.append(part[skipped : skipped + left])
             left -= len(parts[-1])
             if not left:
                 break
     if left:
-        raise _wrong(origin, path, f"{length - left} of the first {length} bytes")
+        raise _wrong(origin, path, start, f"{length - left} of the{'' if start else ' first'} {length} bytes")
     return b"".join(parts)
 
 
-def _differs(responses: Iterable[Any], commit: str, file: HubFile) -> str | None:
+def _differs(responses: Iterable[Any], commit: str, file: HubFile, start: int) -> str | None:
     """Difference between listing and answer, the redirects to it included; None if there is none to be seen."""
     for response in responses:
         headers: Mapping[str, str] = response.headers
@@ -61,7 +66,7 @@ def _differs(responses: Iterable[Any], commit: str, file: HubFile) -> str | None
             continue
         if headers.get("Content-Type", "").startswith("text/html"):  # a network's login page has no such file
             return "a web page"
-        size = _whole_size(response)
+        size = _whole_size(response, start)
         if size is None:
             return f"the range {headers.get('Content-Range', '')!r}, which was not asked for"
         if size not in ("*", str(file.size)):
@@ -69,20 +74,21 @@ def _differs(responses: Iterable[Any], commit: str, file: HubFile) -> str | None
     return None
 
 
-def _whole_size(response: Any) -> str | None:
+def _whole_size(response: Any, start: int) -> str | None:
     """Size of the whole file, as an answer tells it; `*` where it does not; None if it starts elsewhere."""
     if response.status_code == _PARTIAL:
         span = _SPAN.fullmatch(response.headers.get("Content-Range", ""))
-        return span[3] if span and span[1] == "0" else None
+        return span[3] if span and int(span[1]) == start else None
     if "Content-Encoding" in response.headers:
         return "*"
     size: str = response.headers.get("Content-Length", "*")
     return size
 
 
-def _wrong(origin: Origin, path: str, found: str) -> HubError:
+def _wrong(origin: Origin, path: str, start: int, found: str) -> HubError:
+    place = f"a part of {path}, from byte {start}" if start else f"the start of {path}"
     return HubError(
-        f"{origin.repo}: the start of {path} was asked for and the answer has {without_token(found)[:200]};"
+        f"{origin.repo}: {place} was asked for and the answer has {without_token(found)[:200]};"
         " something between the Hub and here alters or cuts answers (a proxy, a mirror, a login page): run the same"
         " command again, or from another network"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,13 +18,14 @@ from huggingface_hub import constants
 
 from streamconv.errors import CheckpointError
 from streamconv.storage import STORAGES, open_storage, storage_kind
-from streamconv.storage.base import Origin, SourceFile, Storage
+from streamconv.storage.base import Origin, RangeReader, SourceFile, Storage
 from streamconv.storage.chosen import ChosenFiles
 from tests.contracts.implementations import implementations
 from tests.hub_stub import Hub, Repo
 from tests.hubs import hub
+from tests.object_stub import BUCKET, Content, Store, store
 
-__all__ = ["hub"]
+__all__ = ["hub", "store"]
 
 REPO = "org/model"
 FILES: Mapping[str, bytes] = MappingProxyType(
@@ -43,9 +44,10 @@ SUB = ("sub/b.bin", "sub/config.json")
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Where files can be put: a folder, and a Hub with an empty cache."""
+    """Where files can be put: a folder, a Hub and an object store with empty caches."""
 
     hub: Hub
+    store: Store
     folder: Path
     monkeypatch: pytest.MonkeyPatch
 
@@ -110,6 +112,40 @@ def among_others(world: World, files: Mapping[str, bytes]) -> Storage:
     return ChosenFiles(found, found.location, frozenset({"other.gguf"}))
 
 
+def put_objects(world: World, prefix: str, files: Mapping[str, bytes]) -> None:
+    """Objects below a prefix, beside others that must not be seen from it."""
+    keys = {f"{prefix}{name}": raw for name, raw in files.items()}
+    markers = {prefix: b"", f"{prefix}sub/": b""}  # that consoles leave of folders
+    others = {"above.bin": b"1", f"{prefix.rstrip('/')}-2/a.bin": b"2"} if prefix else {}
+    world.store.objects = {
+        key: Content(raw, len(raw)) for key, raw in (others | markers | keys).items() if key
+    }
+
+
+def below(scheme: str) -> Put:
+    def put(world: World, files: Mapping[str, bytes]) -> Storage:
+        put_objects(world, "some/model/", files)
+        return open_storage(f"{scheme}://{BUCKET}/some/model")
+
+    return put
+
+
+def in_bucket(world: World, files: Mapping[str, bytes]) -> Storage:
+    put_objects(world, "", files)
+    return open_storage(f"s3://{BUCKET}/")
+
+
+def in_subfolder_of_bucket(world: World, files: Mapping[str, bytes]) -> Storage:
+    put_objects(world, "some/model/", files)
+    return open_storage(f"s3://{BUCKET}/some", subfolder="model")
+
+
+def fetched(world: World, files: Mapping[str, bytes]) -> Storage:
+    found = below("s3")(world, files)
+    found.fetch([found.file(name) for name in files], lambda _: None)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A way to a storage; `is_here`: all files are on this machine when it is opened; `origin`: where they are from."""
@@ -128,6 +164,12 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "hub-downloaded": Kind(downloaded, has_origin=True),
         "hub-offline": Kind(downloaded_and_offline, has_origin=True),
         "hub-cache": Kind(in_cache, has_origin=True),
+        "s3": Kind(below("s3"), is_here=False),
+        "gs": Kind(below("gs"), is_here=False),
+        "az": Kind(below("az"), is_here=False),
+        "s3-bucket": Kind(in_bucket, is_here=False),
+        "s3-subfolder": Kind(in_subfolder_of_bucket, is_here=False),
+        "s3-fetched": Kind(fetched),
         "chosen": Kind(among_others),
     }
 )
@@ -135,8 +177,8 @@ every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
 @pytest.fixture
-def world(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    return World(hub, tmp_path, monkeypatch)
+def world(hub: Hub, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(hub, store, tmp_path, monkeypatch)
 
 
 @contextmanager
@@ -209,7 +251,11 @@ def test_versions_do_not_depend_on_where_a_folder_lies(world: World, kind: Kind)
 @every_kind
 def test_the_location_is_the_users_and_the_origin_the_hubs(world: World, kind: Kind) -> None:
     storage = kind.put(world, FILES)
-    place = storage.location.rpartition("://")[2]
+    scheme, _, place = storage.location.rpartition("://")
+    if scheme in ("s3", "gs", "az"):
+        assert place in {f"{BUCKET}/", f"{BUCKET}/some", f"{BUCKET}/some/model"}
+        assert storage.origin is None
+        return
     assert place in {REPO, str(world.folder / "own"), str(world.folder / "own" / "here")} or (
         Path(place).is_relative_to(world.folder / "cache")
     )
@@ -267,6 +313,62 @@ def test_files_of_others_are_not_missing_here(world: World, kind: Kind) -> None:
     assert not Path(other.path).exists()
 
 
+def read(reader: RangeReader, start: int, length: int) -> bytes:
+    buffer = bytearray(length)
+    reader.read_into(start, memoryview(buffer))
+    return bytes(buffer)
+
+
+@every_kind
+def test_ranges_of_a_file_are_read_where_it_lies(world: World, kind: Kind) -> None:
+    storage = kind.put(world, FILES)
+    for name, content in FILES.items():
+        file = storage.file(name)
+        before = storage.missing([file])
+        with closing(storage.open(file)) as reader:
+            size = len(content)
+            for start, length in (
+                (0, 0),
+                (0, size),
+                (size, 0),
+                (size // 3, size // 3),
+                (max(0, size - 1), min(1, size)),
+            ):
+                assert read(reader, start, length) == content[start : start + length]
+            for start, length in ((0, size + 1), (size, 1), (size + 1, 0), (size // 2, size)):
+                if length:
+                    with pytest.raises(CheckpointError):
+                        read(reader, start, length)
+        assert storage.missing([file]) == before
+
+
+@every_kind
+def test_a_file_that_is_not_here_can_be_opened_without_its_storage(world: World, kind: Kind) -> None:
+    storage = kind.put(world, FILES)
+    file = storage.file("a.bin")
+    if not storage.missing([file]):
+        assert Path(file.path).read_bytes() == FILES["a.bin"]
+        return
+    assert file.open_remote is not None
+    with closing(file.open_remote()) as reader:
+        assert read(reader, 1000, 2000) == FILES["a.bin"][1000:3000]
+
+
+@every_kind
+def test_what_was_fetched_for_now_is_removed_when_it_is_done_with(world: World, kind: Kind) -> None:
+    storage = kind.put(world, FILES)
+    kept, passing, unread = (storage.file(name) for name in ("a.bin", "model.safetensors", "Z.json"))
+    storage.fetch([kept], lambda _: None)
+    storage.fetch([kept, passing], lambda _: None, for_now=True)
+    for file in (kept, passing, unread):
+        storage.done(file)
+        storage.done(file)
+    assert storage.missing([kept, passing]) == (() if kind.is_here else (passing,))
+    storage.fetch([passing], lambda _: None)
+    storage.done(passing)
+    assert Path(passing.path).read_bytes() == FILES["model.safetensors"]
+
+
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -306,10 +408,10 @@ BAD_NAMES = (
 @every_kind
 def test_a_name_that_is_not_plainly_inside_is_refused_by_its_text(world: World, kind: Kind) -> None:
     storage = kind.put(world, FILES)
-    asked = len(world.hub.requests)
+    asked = len(world.hub.requests), len(world.store.requests)
     for name in BAD_NAMES:
         with refused(storage, f"{name!r} is not a file name inside the folder; refused"):
             storage.file(name)
         with refused(storage, "refused"):
             storage.read_bytes(name, 100)
-    assert len(world.hub.requests) == asked
+    assert (len(world.hub.requests), len(world.store.requests)) == asked

@@ -38,6 +38,7 @@ from streamconv.rounding import ROUNDINGS
 from streamconv.running.cell import KeptDelta, cells
 from streamconv.running.cells import WeightWork
 from streamconv.running.workers import Workers
+from streamconv.storage.local import read_exactly
 from tests.formats.stored import W, encoder_for, normal, only_weight, stored, write_as
 from tests.models import Sizes, write_adapter, write_base
 
@@ -127,7 +128,6 @@ def test_the_same_bytes_for_any_number_of_readers(
     prepared = prepare(Job(str(inputs.bf16), str(inputs.adapter), MergeOptions(quant="nf4"), "cpu"))
     run(prepared, tmp_path / "one", lambda done, total: None, StopRequest())
     threads: set[str] = set()
-    read_exactly = reader.read_exactly
 
     def noting(descriptor: int, offset: int, buffer: memoryview, where: str) -> None:
         threads.add(threading.current_thread().name)

@@ -127,6 +127,29 @@ def test_of_a_server_without_ranges_no_more_is_read_than_asked(hub: Hub) -> None
     assert found.read_start(found.file("model.safetensors"), 1000) == bytes(1000)
 
 
+def test_a_part_of_a_file_from_a_server_without_ranges(hub: Hub) -> None:
+    hub.repos["org/model"] = Repo()
+    content = bytes(range(256)) * 100
+    hub.repos["org/model"].commit({"model.safetensors": content})
+    found = open_hub("org/model", None, None)
+    for ranges in (True, False):
+        hub.ranges = ranges
+        part = bytearray(5000)
+        found.open(found.file("model.safetensors")).read_into(777, memoryview(part))
+        assert part == content[777:5777]
+
+
+def test_what_another_revision_has_here_is_not_removed_with_this_one(hub: Hub) -> None:
+    first = add(hub)
+    hub.repos["org/model"].commit(FILES | {"new.txt": b"1"})
+    before, now = open_hub("org/model", first, None), open_hub("org/model", None, None)
+    name = "model.safetensors"
+    before.fetch([before.file(name)], lambda _: None)
+    now.fetch([now.file(name)], lambda _: None, for_now=True)
+    now.done(now.file(name))
+    assert Path(before.file(name).path).read_bytes() == FILES[name]
+
+
 def test_progress_counts_every_byte_once(hub: Hub) -> None:
     add(hub)
     found = open_hub("org/model", None, None)
