@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from streamconv import disk
 from streamconv.checkpoint import writer as writer_module
 from streamconv.checkpoint.header import build_header
 from streamconv.checkpoint.reader import tensor_bytes
@@ -338,9 +339,7 @@ def test_every_byte_behind_the_cursor_is_written_back_and_dropped(
 ) -> None:
     windows: list[tuple[int, int]] = []
     monkeypatch.setattr(writer_module, "WINDOW_BYTES", 8192)
-    monkeypatch.setattr(
-        writer_module, "advise", lambda _, start, length, advice: windows.append((start, length))
-    )
+    monkeypatch.setattr(disk, "advise", lambda _, start, length, advice: windows.append((start, length)))
     content = os.urandom(50_000)
     with ShardWriter.create(path, HEADER, len(HEADER) + len(content)) as writer:
         for start in range(0, len(content), 1000):
