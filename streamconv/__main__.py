@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 from collections.abc import MutableMapping
@@ -14,6 +15,11 @@ _NOWHERE = (
     b"command there\n"
 )
 
+COLLECT_AT = (100_000, 20, 100)
+"""Thresholds of the garbage collector: by Python's own it looks through all that the imported libraries are made of
+again and again while they are loaded, 0.2 to 0.3 s of a processor, and finds next to nothing.
+"""
+
 
 def main() -> None:
     """Hear signals before the command line is imported, which takes a while, and run it."""
@@ -22,6 +28,7 @@ def main() -> None:
             signal.signal(number, _end)
     _check_folder()
     set_allocator(os.environ)
+    gc.set_threshold(*COLLECT_AT)
     # Of cuBLAS, so that a product has the same bits each time; read once, when the first one is computed.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     from streamconv.cli import main as command_line

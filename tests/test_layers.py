@@ -19,7 +19,7 @@ PACKAGE = Path(streamconv.__file__).parent
 LAYERS = [
     {"errors", "sizes", "dtypes", "progress", "escapes", "credentials"},
     {"system_errors", "bars"},
-    {"threads", "memory_errors"},
+    {"threads", "memory_errors", "disk"},
     {"storage", "kernels"},
     {"checkpoint", "rounding"},
     {"formats", "adapters", "gguf"},

@@ -7,9 +7,7 @@ name is ever incomplete. What a crash leaves is a prefix that `ShardWriter.resum
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import fcntl
 import hashlib
 import os
 import sys
@@ -19,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from streamconv import disk
+from streamconv.checkpoint.blocks import BlockWriter
 from streamconv.checkpoint.own_files import FileIdentity, identity_of, open_own
-from streamconv.checkpoint.reader import advise, flat_bytes
+from streamconv.checkpoint.reader import flat_bytes
 from streamconv.errors import OutputError, ResourceError, StreamconvError, VerificationError
 from streamconv.storage.base import SourceFile
 from streamconv.storage.hashing import hash_range
@@ -35,8 +35,6 @@ WINDOW_BYTES = 32 << 20
 
 _WINDOWS = 4
 _PAGE = 4096
-_FICLONE = 0x40049409
-_NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 Bytes = bytes | bytearray | memoryview
@@ -68,6 +66,7 @@ class ShardWriter:
         self._sha256 = sha256
         self._window = offset
         self._is_clone = False
+        self._blocks: BlockWriter | None = None  # where bytes go directly to the disk
         self._identity: FileIdentity | None = None
         self._failure: StreamconvError | None = None
         self._trail = Pool(1, "sha256")  # starts no thread before it is used
@@ -75,8 +74,12 @@ class ShardWriter:
         self._flushing: deque[Future[None]] = deque()
 
     @classmethod
-    def create(cls, path: Path, header: Bytes, size: int, same_as: SourceFile | None = None) -> Self:
+    def create(
+        cls, path: Path, header: Bytes, size: int, same_as: SourceFile | None = None, direct: bool = False
+    ) -> Self:
         """A new file, readable as the umask allows, with `size` bytes reserved and `header` written.
+
+        With `direct`, what is written passes by the page cache, where the file system lets it: for large files.
 
         Where `same_as` is given, all that will be written is known to be that file's content: the new one then
         shares its blocks if the file system can do so, and what is written is only hashed.
@@ -91,6 +94,8 @@ class ShardWriter:
             writer = cls(path, descriptor, size, 0, hashlib.sha256())
             writer._is_clone = is_clone
             writer.write(header)
+            if direct and not is_clone:
+                writer._go_direct()
         except BaseException:
             close_quietly(descriptor)
             with contextlib.suppress(OSError):
@@ -99,7 +104,9 @@ class ShardWriter:
         return writer
 
     @classmethod
-    def resume(cls, path: Path, header: Bytes, size: int, offset: int, sha256: str) -> Self | None:
+    def resume(
+        cls, path: Path, header: Bytes, size: int, offset: int, sha256: str, direct: bool = False
+    ) -> Self | None:
         """The file as it was when `sync` returned `sha256` at `offset`, ready to go on from there.
 
         None if it is not: missing, shorter, with another header or other bytes. Such a file is of no use.
@@ -116,8 +123,11 @@ class ShardWriter:
             if digest is None or digest.hexdigest() != sha256:
                 return None
             _fit(descriptor, path, size)
+            writer = cls(path, descriptor, size, offset, digest)
+            if direct:
+                writer._go_direct()
             failing.pop_all()
-        return cls(path, descriptor, size, offset, digest)
+        return writer
 
     def __enter__(self) -> Self:
         return self
@@ -149,7 +159,7 @@ class ShardWriter:
             raise VerificationError(
                 f"{self._path}: {self._offset + len(view)} bytes for a file planned with {self._size}"
             )
-        self._pwrite(view)
+        self._put(view)
         self._offset += len(view)
         hashing = self._trail.submit(self._hash, view, self._offset, release)
         if release is None:
@@ -162,17 +172,38 @@ class ShardWriter:
             release()
         self._write_back(end)
 
-    def _pwrite(self, view: memoryview) -> None:
-        done = len(view) if self._is_clone else 0
-        while done < len(view):
-            try:
-                done += os.pwrite(self._open(), view[done:], self._offset + done)
-            except OSError as error:
-                raise write_error(error, self._path, self._size - self._offset - done) from error
+    def _go_direct(self) -> None:
+        """Have all that follows written directly, if the file can be opened for that."""
+        descriptor = self._open()
+        direct = disk.open_direct(self._path, descriptor, os.O_WRONLY)
+        if direct is None:
+            return
+        try:
+            self._blocks = BlockWriter(descriptor, direct, self._offset)
+        except OSError as error:
+            close_quietly(direct)
+            raise write_error(error, self._path) from error
+
+    def _put(self, view: memoryview) -> None:
+        """Have the system take `view`, or what can be written of it by now."""
+        descriptor, done = self._open(), 0
+        try:
+            if self._blocks is not None:
+                self._blocks.append(view)
+            elif not self._is_clone:
+                while done < len(view):
+                    done += os.pwrite(descriptor, view[done:], self._offset + done)
+        except OSError as error:
+            raise write_error(error, self._path, self._size - self._offset - done) from error
 
     def mark(self) -> Mark:
         """Mark the file's present end, for a `sync` that need not wait for what will be written after."""
         self._open()
+        if self._blocks is not None:
+            try:
+                self._blocks.flush()
+            except OSError as error:
+                raise write_error(error, self._path, self._size - self._offset) from error
         return Mark(self._offset, self._trail.submit(self._sha256.hexdigest))
 
     def sync(self, mark: Mark | None = None) -> str:
@@ -183,7 +214,7 @@ class ShardWriter:
         """
         digest = (mark or self.mark()).sha256.result()
         try:
-            getattr(os, "fdatasync", os.fsync)(self._open())  # macOS has no fdatasync
+            disk.sync_data(self._open())
         except OSError as error:
             self._failure = write_error(error, self._path)
             raise self._failure from error
@@ -211,8 +242,15 @@ class ShardWriter:
         self._trail.shutdown()
         self._flusher.shutdown()
         descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            close_written(descriptor, self._path)
+        if descriptor is None:
+            return
+        try:
+            if self._blocks is not None:
+                self._blocks.close()
+        except OSError as error:
+            close_quietly(descriptor)
+            raise write_error(error, self._path) from error
+        close_written(descriptor, self._path)
 
     def _open(self) -> int:
         if self._descriptor is None:
@@ -230,7 +268,9 @@ class ShardWriter:
         end -= end % _PAGE
         if end - self._window >= WINDOW_BYTES:
             start = max(0, self._window - WINDOW_BYTES)
-            self._flushing.append(self._flusher.submit(advise, self._open(), start, end - start, "DONTNEED"))
+            self._flushing.append(
+                self._flusher.submit(disk.advise, self._open(), start, end - start, "DONTNEED")
+            )
             self._window = end
         if len(self._flushing) > _WINDOWS:
             self._flushing.popleft().result()  # the disk is slower: what waits for it must not fill the memory
@@ -291,7 +331,7 @@ def fsync_folder(path: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        if error.errno not in _NOT_SUPPORTED:  # CIFS and some FUSE file systems cannot
+        if error.errno not in disk.NOT_SUPPORTED:  # CIFS and some FUSE file systems cannot
             raise write_error(error, path) from error
 
 
@@ -315,17 +355,12 @@ def _open_new(path: Path) -> int:
 
 
 def _clone(source: SourceFile, descriptor: int) -> bool:
-    """Whether the empty file `descriptor` could be made to share all blocks of `source` (ioctl_ficlone(2))."""
-    if sys.platform != "linux":
-        return False
+    """Whether the empty file `descriptor` could be made to share all blocks of `source`."""
     original = open_file(source)
     try:
-        fcntl.ioctl(descriptor, _FICLONE, original)
-    except OSError:  # another file system, or one that cannot
-        return False
+        return disk.share_blocks(original, descriptor)
     finally:
         close_quietly(original)
-    return True
 
 
 def _reserve(descriptor: int, path: Path, size: int) -> None:
@@ -339,25 +374,13 @@ def _reserve(descriptor: int, path: Path, size: int) -> None:
     except OSError as error:
         raise write_error(error, path) from error
     free = free_bytes(path)
-    code = _fallocate(descriptor, size) if size else 0
-    if code in _NOT_SUPPORTED:
+    code = disk.allocate(descriptor, size) if size else 0
+    if code in disk.NOT_SUPPORTED:
         code = errno.ENOSPC if missing_bytes > free else 0
     if code in _NO_SPACE:
         raise _no_space(path, missing_bytes, free, code)
     if code:
         raise write_error(OSError(code, os.strerror(code)), path)
-
-
-def _fallocate(descriptor: int, size: int) -> int:
-    """Errno of fallocate(2) for the first `size` bytes; 0 when they are reserved."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "fallocate"):
-        return errno.ENOSYS
-    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    while libc.fallocate(descriptor, 0, 0, size):
-        if ctypes.get_errno() != errno.EINTR:
-            return ctypes.get_errno()
-    return 0
 
 
 def _rehash(descriptor: int, path: Path, header: Bytes, offset: int) -> hashlib._Hash | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from streamconv.checkpoint.reader import TensorReader, tensor_bytes
+from streamconv.checkpoint.reader import TensorReader, placed, tensor_bytes
 from streamconv.formats.base import Order, Weight, matrix_shape
 
 _RUN_BYTES = 8 * 2**20
@@ -38,6 +38,12 @@ class StoredRows:
 
     def nbytes(self, rows: range) -> int:
         return self._offset(rows.stop) - self._offset(rows.start)
+
+    def place(self, rows: range, memory: Tensor) -> Tensor:
+        """The part of `memory` (uint8, flat) into which the bytes of `rows` are best read."""
+        if self._form is None:
+            return placed(memory, self._main.offset + self._offset(rows.start), self.nbytes(rows))
+        return memory[: self.nbytes(rows)]
 
     def read_into(self, rows: range, out: Tensor) -> None:
         """Fill `out` (uint8, flat) with the bytes of `rows`, which start on a cell."""

@@ -49,7 +49,7 @@ class ShardSink:
         if self._writer is None:
             path = self._journal.partial(shard.name)
             remove_file(path)
-            self._writer = ShardWriter.create(path, shard.header, shard.size, shard.same_as)
+            self._writer = ShardWriter.create(path, shard.header, shard.size, shard.same_as, direct=True)
         self._marked = self._boundary = self._writer.offset
 
     def write(self, data: memoryview, release: Callable[[], None]) -> None:
@@ -128,7 +128,7 @@ def resume_points(
         if mark is None:
             continue
         path = journal.partial(shard.name)
-        writer = ShardWriter.resume(path, shard.header, shard.size, mark.offset, mark.sha256)
+        writer = ShardWriter.resume(path, shard.header, shard.size, mark.offset, mark.sha256, direct=True)
         if writer is None:
             journal.restart(shard.name)  # the bytes are not what was journaled: this shard starts anew
         else:

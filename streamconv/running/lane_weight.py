@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from streamconv.checkpoint.reader import placed
 from streamconv.planning.plan import Access
 from streamconv.running.engine import Engine
 from streamconv.running.messages import BeginWeight, Finished
@@ -21,6 +22,7 @@ class LaneWeight:
         seeds = [outputs[output].plan.options.seed for output in begin.outputs]
         self._opened = OpenedWeight(begin.loaded, engine, seeds)
         self._steps = dict(zip(begin.outputs, begin.loaded.steps, strict=True))
+        self._offsets = dict(zip(begin.outputs, begin.offsets, strict=True))
         # What files hold in another order than by rows is reordered when all of it is there.
         self._forms = {
             output: engine.host_buffer(step.encoder.row_offset(step.rows))
@@ -42,7 +44,7 @@ class LaneWeight:
             if output in self._forms:
                 places.append(self._forms[output][start:stop])
             else:
-                places.append(written[output][: stop - start])
+                places.append(placed(written[output], self._offsets[output] + start, stop - start))
                 ready.append((output, places[-1]))
         ticket = self._opened.rewrite(raw, rows, places)
         self._tickets.append(ticket)

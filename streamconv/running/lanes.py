@@ -12,8 +12,9 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from streamconv.checkpoint.reader import TensorReader, tensor_bytes
+from streamconv.checkpoint.reader import TensorReader, placed, tensor_bytes
 from streamconv.checkpoint.types import StoredTensor
+from streamconv.disk import BLOCK
 from streamconv.errors import Stopped
 from streamconv.formats.base import Constant, Weight
 from streamconv.formats.rows import StoredRows, runs
@@ -164,9 +165,11 @@ class Lane:
         self.halted = False
         self.closed = threading.Event()  # nothing more will be done, and who waits for another thread may go
         self.free: Pipe[Slot] = Pipe(0, self.closed)
+        # To choose where in a buffer bytes lie; memory that a GPU copies to comes in powers of two, and has none over.
+        room = BLOCK if run.device.is_cpu else 0
         for _ in range(SLOTS):
-            read = engine.host_buffer(memory.buffer)
-            written = [engine.host_buffer(memory.written_buffer) for _ in outputs]
+            read = engine.host_buffer(memory.buffer + room)
+            written = [engine.host_buffer(memory.written_buffer + room) for _ in outputs]
             self.free.put(Slot(read, written, self.free.put))
         # Of small weights, many tiles fit the slots; their side parts and adapters must not pile up.
         self.places: Pipe[None] = Pipe(0, self.closed)
@@ -206,7 +209,7 @@ class Lane:
         return self.closed.is_set() or self.run.stop.signal_number is not None
 
     def _read_unit(self, reader: TensorReader, unit: Mapping[int, Begin | End | Todo]) -> None:
-        rewrites: dict[int, Rewrite] = {}
+        rewrites: dict[int, tuple[Rewrite, int]] = {}
         copies: dict[int, tuple[Copy, int]] = {}
         for output, event in unit.items():
             match event:
@@ -216,11 +219,11 @@ class Lane:
                     self.to_compute.put(ShardEvent(output, step))
                 case Todo(Copy() as step, done):
                     copies[output] = (step, done)
-                case Todo(Rewrite() as step):
-                    rewrites[output] = step
+                case Todo(Rewrite() as step, _, offset):
+                    rewrites[output] = (step, offset)
         if rewrites:
             # Tiles of a weight that the file has in another order than by rows are not the file's bytes.
-            is_by_rows = next(iter(rewrites.values())).weight.decoder.order is None
+            is_by_rows = next(iter(rewrites.values()))[0].weight.decoder.order is None
             self._read_weight(reader, rewrites, tuple(copies) if is_by_rows else ())
             if is_by_rows:
                 return
@@ -234,17 +237,21 @@ class Lane:
         for first in range(done, tensor.nbytes, self.memory.buffer):
             nbytes = min(self.memory.buffer, tensor.nbytes - first)
             slot = self.free.get()
-            reader.read_into(tensor, first, tensor_bytes(slot.read[:nbytes]))
+            raw = placed(slot.read, tensor.offset + first, nbytes)
+            reader.read_into(tensor, first, tensor_bytes(raw))
             reader.drop_cache(tensor, first, nbytes)
             reader.check_recent()  # a watermark may follow
-            self.to_compute.put(Chunk(slot, nbytes, outputs))
+            self.to_compute.put(Chunk(slot, raw, outputs))
 
     def _read_weight(
-        self, reader: TensorReader, steps: Mapping[int, Rewrite], copies: tuple[int, ...]
+        self, reader: TensorReader, todo: Mapping[int, tuple[Rewrite, int]], copies: tuple[int, ...]
     ) -> None:
+        steps = {output: step for output, (step, _) in todo.items()}
         weight = next(iter(steps.values())).weight
         self.places.get()
-        self.to_compute.put(BeginWeight(tuple(steps), load_weight(reader, tuple(steps.values()))))
+        offsets = tuple(offset for _, offset in todo.values())
+        loaded = load_weight(reader, tuple(steps.values()))
+        self.to_compute.put(BeginWeight(tuple(steps), offsets, loaded))
         height = max(cell_rows(self.run.device, step) for step in steps.values())
         memory = self.memory
         rows = min(tile_rows(step, memory.buffer, height, memory.written) for step in steps.values())
@@ -254,11 +261,12 @@ class Lane:
         for reduces in (True, False) if twice else (False,):
             for first in range(0, count, rows):
                 tile = range(first, min(first + rows, count))
-                slot, nbytes = self.free.get(), stored.nbytes(tile)
-                stored.read_into(tile, slot.read[:nbytes])
+                slot = self.free.get()
+                raw = slot.read[: stored.nbytes(tile)] if twice else stored.place(tile, slot.read)
+                stored.read_into(tile, raw)
                 if not reduces:
                     stored.drop_cache(tile)
-                self.to_compute.put(Tile(tile, slot, nbytes, reduces, copies))
+                self.to_compute.put(Tile(tile, slot, raw, reduces, copies))
         for output, step in steps.items():
             if step.encoder.order is not None:
                 for lines in runs(step.encoder.order, self.memory.written_buffer):
@@ -270,7 +278,7 @@ class Lane:
         if weight.decoder.order is None:
             return StoredRows(reader, weight)
         slot = self.free.get()
-        stored = StoredRows(reader, weight, slot.read)
+        stored = StoredRows(reader, weight, slot.read[: self.memory.buffer])
         self.free.put(slot)
         return stored
 
@@ -316,7 +324,7 @@ class Lane:
                     assert_never(message)
 
     def _compute_tile(self, weight: LaneWeight, tile: Tile) -> None:
-        slot, raw = tile.slot, tile.slot.read[: tile.nbytes]
+        slot, raw = tile.slot, tile.raw
         if tile.reduces:
             self.to_writer.put(Reduced(slot, weight.reduce(raw, tile.rows)))
             return
@@ -358,8 +366,8 @@ class Lane:
             case ShardEvent(output, SideParts() as step):
                 self._write_small(sinks[output], waiting[output].take(step))
                 waiting[output].boundary({})
-            case Chunk(slot, nbytes, outputs):
-                self._write_pieces(sinks, slot, [(output, slot.read[:nbytes]) for output in outputs])
+            case Chunk(slot, raw, outputs):
+                self._write_pieces(sinks, slot, [(output, raw) for output in outputs])
                 for output in outputs:
                     waiting[output].boundary({})
             case Computed(slot, ticket, pieces):

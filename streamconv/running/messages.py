@@ -73,31 +73,32 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The bytes read into `slot` go to `outputs` as they are."""
+    """The bytes `raw`, read into `slot`, go to `outputs` as they are."""
 
     slot: Slot
-    nbytes: int
+    raw: Tensor
     outputs: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class BeginWeight:
-    """A weight that these outputs rewrite, each by the step of the same place."""
+    """A weight that these outputs rewrite, each by the step of the same place, from that offset of its file on."""
 
     outputs: tuple[int, ...]
+    offsets: tuple[int, ...]
     loaded: LoadedWeight
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Bytes of `rows` in `slot`; `reduces` tells the first pass of a weight that is read twice.
+    """Bytes `raw` of `rows`, in `slot`; `reduces` tells the first pass of a weight that is read twice.
 
     `copies` are outputs to which the bytes go as they are.
     """
 
     rows: range
     slot: Slot
-    nbytes: int
+    raw: Tensor
     reduces: bool
     copies: tuple[int, ...]
 

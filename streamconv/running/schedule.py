@@ -30,10 +30,11 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Todo:
-    """A step, of which `done` bytes were written by an earlier run (a Copy's; else 0)."""
+    """A step whose bytes begin at `offset` of the file, and of which an earlier run wrote `done` (a Copy's; else 0)."""
 
     step: Step
     done: int = 0
+    offset: int = 0
 
     @property
     def source(self) -> tuple[StoredTensor, int] | None:
@@ -66,7 +67,7 @@ class Cursor:
                     assert not done or isinstance(placed.step, Copy), (
                         "a run goes on from a weight's beginning"
                     )
-                    yield Todo(placed.step, done)
+                    yield Todo(placed.step, done, placed.offset)
             yield End()
 
     def _take(self) -> ShardPlan | None:

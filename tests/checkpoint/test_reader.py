@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamconv import disk
 from streamconv.checkpoint import reader as reader_module
 from streamconv.checkpoint.index import CheckpointIndex
-from streamconv.checkpoint.reader import TensorReader, tensor_bytes
+from streamconv.checkpoint.reader import TensorReader, placed, tensor_bytes
 from streamconv.dtypes import DTYPES
 from streamconv.errors import CheckpointError
 from streamconv.storage.base import SourceFile
@@ -232,3 +233,104 @@ def test_the_bytes_of_a_tensor_are_a_view() -> None:
     assert len(tensor_bytes(torch.nn.Parameter(torch.zeros(2)))) == 8
     with pytest.raises(ValueError, match="contiguous"):
         tensor_bytes(torch.zeros(4, 4).T[1:])
+
+
+# -- past the page cache -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckpointIndex:
+    """Two tensors of some blocks each, in a file that is on the disk alone."""
+    monkeypatch.setattr(disk, "DIRECT_BYTES", 1000)
+    monkeypatch.setattr(disk, "is_cached", lambda descriptor, offset, nbytes: False)
+    values = torch.arange(30_000, dtype=torch.int32)
+    return index_of(write_checkpoint(tmp_path, {"model.safetensors": {"a": values, "b": values.flip(0)}}))
+
+
+def placed_read(reader: TensorReader, index: CheckpointIndex, name: str, start: int, length: int) -> bytes:
+    tensor = index.tensors[name]
+    memory = torch.ones(length + disk.BLOCK, dtype=torch.uint8)
+    raw = placed(memory, tensor.offset + start, length)
+    reader.read_into(tensor, start, tensor_bytes(raw))
+    kept = torch.ones_like(memory)
+    begin = raw.storage_offset()
+    kept[begin : begin + length] = raw
+    assert torch.equal(kept, memory), "memory beside the place was written to"
+    return bytes(tensor_bytes(raw))
+
+
+def note_direct(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes each direct call has read."""
+    made: list[int] = []
+    read_direct = disk.read_direct
+
+    def noting(descriptor: int, offset: int, view: memoryview) -> int:
+        made.append(read_direct(descriptor, offset, view))
+        return made[-1]
+
+    monkeypatch.setattr(disk, "read_direct", noting)
+    return made
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 120_000), (8, 5000), (4096, 8192), (64_000, 56_000)])
+def test_a_large_range_comes_directly_from_the_disk(
+    large: CheckpointIndex, monkeypatch: pytest.MonkeyPatch, start: int, length: int
+) -> None:
+    made = note_direct(monkeypatch)
+    with TensorReader() as reader:
+        for name in ("a", "b"):
+            whole = bytes(tensor_bytes(reader.load(large.tensors[name])))
+            del made[:]
+            assert placed_read(reader, large, name, start, length) == whole[start : start + length]
+            assert made == [length]
+
+
+def test_what_is_cached_small_or_lies_otherwise_is_not(
+    large: CheckpointIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = note_direct(monkeypatch)
+    with TensorReader() as reader:
+        placed_read(reader, large, "a", 0, 999)
+        memory = torch.ones(disk.BLOCK + 5000, dtype=torch.uint8)
+        raw = placed(memory, large.tensors["a"].offset + 16, 5000)
+        reader.read_into(large.tensors["a"], 0, tensor_bytes(raw))
+        monkeypatch.setattr(disk, "is_cached", lambda descriptor, offset, nbytes: True)
+        placed_read(reader, large, "a", 0, 5000)
+    assert not made
+
+
+def test_direct_reading_that_fails_is_made_good(
+    large: CheckpointIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(*_: object) -> int:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    with TensorReader() as reader:
+        good = placed_read(reader, large, "b", 0, 120_000)
+        read_direct = disk.read_direct
+        monkeypatch.setattr(
+            disk, "read_direct", lambda descriptor, offset, view: read_direct(descriptor, offset, view[:4096])
+        )
+        assert placed_read(reader, large, "b", 0, 120_000) == good
+        monkeypatch.setattr(disk, "read_direct", refusing)
+        assert placed_read(reader, large, "b", 0, 120_000) == good
+        monkeypatch.setattr(disk, "open_direct", lambda *given: None)
+        with TensorReader() as other:
+            assert placed_read(other, large, "b", 0, 120_000) == good
+
+
+def test_a_file_cut_short_shows_in_direct_reading(large: CheckpointIndex) -> None:
+    last = max(large.tensors.values(), key=lambda tensor: tensor.offset)
+    with TensorReader() as reader:
+        placed_read(reader, large, last.name, 0, 8192)
+        os.truncate(last.file.path, last.offset + 60_000)
+        with pytest.raises(CheckpointError, match="the file ends at byte"):
+            placed_read(reader, large, last.name, 0, 120_000)
+
+
+def test_all_descriptors_are_closed(large: CheckpointIndex) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with TensorReader() as reader:
+        placed_read(reader, large, "a", 0, 8192)
+        assert len(os.listdir("/proc/self/fd")) == before + 2
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from streamconv import disk
 from streamconv.checkpoint import writer as writer_module
 from streamconv.checkpoint.header import build_header
 from streamconv.checkpoint.reader import tensor_bytes
@@ -338,9 +339,7 @@ def test_every_byte_behind_the_cursor_is_written_back_and_dropped(
 ) -> None:
     windows: list[tuple[int, int]] = []
     monkeypatch.setattr(writer_module, "WINDOW_BYTES", 8192)
-    monkeypatch.setattr(
-        writer_module, "advise", lambda _, start, length, advice: windows.append((start, length))
-    )
+    monkeypatch.setattr(disk, "advise", lambda _, start, length, advice: windows.append((start, length)))
     content = os.urandom(50_000)
     with ShardWriter.create(path, HEADER, len(HEADER) + len(content)) as writer:
         for start in range(0, len(content), 1000):
@@ -498,3 +497,92 @@ def test_going_on_with_a_file_that_cannot_be_fitted_is_an_error_of_ours(
         with pytest.raises(OutputError, match="Input/output error"):
             ShardWriter.resume(path, HEADER, SIZE, len(HEADER), sha256(HEADER))
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# -- past the page cache -------------------------------------------------------------------------------------------
+
+LONG = bytes(os.urandom(3 << 20))
+
+
+def descriptors(path: Path) -> list[int]:
+    """Flags of this process's descriptors of a file."""
+    found = [fd for fd in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{fd}") == str(path)]
+    return [
+        int(Path(f"/proc/self/fdinfo/{fd}").read_text().split("flags:\t")[1].split()[0], 8) for fd in found
+    ]
+
+
+@pytest.mark.parametrize("at", [4096, 5000, (1 << 20) + 8, 3 << 20], ids=str)
+def test_synced_anywhere_killed_and_resumed_directly_the_bytes_are_the_same(path: Path, at: int) -> None:
+    """What was synced is on the disk, though its last block is no whole one; what came after is not believed."""
+    size = 4096 + len(LONG)
+    header = bytes(4096)
+    content = header + LONG
+    with ShardWriter.create(path, header, size, direct=True) as writer:
+        assert sorted(flags & os.O_DIRECT > 0 for flags in descriptors(path)) == [False, True]
+        writer.write(LONG[: at - 4096])
+        mark = writer.mark()
+        writer.write(LONG[at - 4096 : at])
+        assert writer.sync(mark) == sha256(content[:at])
+        assert path.read_bytes()[:at] == content[:at]
+    assert not descriptors(path)
+    resumed = ShardWriter.resume(path, header, size, at, sha256(content[:at]), direct=True)
+    assert resumed is not None
+    with resumed:
+        assert len(descriptors(path)) == 2
+        resumed.write(LONG[at - 4096 :])
+        assert resumed.finish() == sha256(content)
+    assert path.read_bytes() == content
+    assert not descriptors(path)
+
+
+def test_where_files_cannot_be_opened_for_it_they_are_written_as_others(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def refusing(name: str, flags: int, *mode: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return opened(name, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with ShardWriter.create(path, HEADER, SIZE, direct=True) as writer:
+        assert len(descriptors(path)) == 1
+        writer.write(BODY)
+        assert writer.finish() == sha256(HEADER + BODY)
+    assert path.read_bytes() == HEADER + BODY
+
+
+@pytest.mark.parametrize(("code", "error"), [(errno.ENOSPC, ResourceError), (errno.EIO, OutputError)])
+def test_an_error_of_direct_writing_is_ours_and_lasts(
+    path: Path, monkeypatch: pytest.MonkeyPatch, code: int, error: type[Exception]
+) -> None:
+    with ShardWriter.create(path, HEADER, len(HEADER) + len(LONG), direct=True) as writer:
+        writer.write(LONG[:1000])
+        mark = writer.mark()
+        monkeypatch.setattr(os, "pwrite", failing(code))
+        with pytest.raises(error, match=str(path)):
+            writer.write(LONG[1000:])
+        monkeypatch.undo()
+        with pytest.raises(error, match=str(path)):
+            writer.mark()
+        assert writer.sync(mark) == sha256(HEADER + LONG[:1000])  # from the thread that syncs
+
+
+def test_an_error_when_the_second_descriptor_is_closed_is_told(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = ShardWriter.create(path, HEADER, SIZE, direct=True)
+    closed, close = [], os.close
+
+    def closing(descriptor: int) -> None:
+        close(descriptor)
+        closed.append(descriptor)
+        if len(closed) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "close", closing)
+    with pytest.raises(OutputError, match=str(path)):
+        writer.close()
+    assert len(closed) == 2

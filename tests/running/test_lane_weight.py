@@ -30,7 +30,7 @@ def test_a_weight_that_is_held_whole_is_let_go_before_the_next(access: Access, w
         access=access, encoder=SimpleNamespace(grid=None, order=None, row_offset=int), name="w", waits=False
     )
     outputs: Any = [SimpleNamespace(plan=SimpleNamespace(options=MergeOptions()))]
-    begin = BeginWeight((0,), LoadedWeight([step], {}, [[]]))
+    begin = BeginWeight((0,), (0,), LoadedWeight([step], {}, [[]]))
     weight = LaneWeight(begin, cast("Engine", engine), outputs)
     weight.rewrite(torch.empty(0), range(64), [torch.empty(64)])
     weight.finish()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from tools.bench.merge import (
     Rival,
     Run,
     bound_s,
+    busy,
     refusal,
     store,
     summarize,
@@ -160,14 +162,25 @@ def test_the_bound_is_what_takes_longer() -> None:
 
 def test_pieces_come_together_and_a_later_run_replaces_an_earlier(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    for kind, size, mark in (
-        ("bf16-nf4", "1", 0),
-        ("bf16-bf16", "2", 1),
-        ("bf16-bf16", "1", 2),
-        ("bf16-nf4", "1", 3),
+    for kind, size, more, mark in (
+        ("bf16-nf4", "1", {}, 0),
+        ("bf16-bf16", "2", {}, 1),
+        ("bf16-bf16", "1", {"load": 2}, 4),
+        ("bf16-bf16", "1", {"load": 0}, 2),
+        ("bf16-nf4", "1", {"load": 0}, 3),
     ):
-        store(path, {"kind": kind, "size": size, "mark": mark})
-    assert [group["mark"] for group in load(path)["groups"]] == [2, 1, 3]
+        store(path, {"kind": kind, "size": size, "mark": mark, **more})
+    assert [group["mark"] for group in load(path)["groups"]] == [2, 4, 1, 3]
+
+
+def test_a_load_is_there_as_long_as_it_is_asked_for() -> None:
+    def children() -> list[str]:
+        return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+    before = children()
+    with busy(2):
+        assert len(children()) == len(before) + 2
+    assert children() == before
 
 
 class Bench:

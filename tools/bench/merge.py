@@ -2,8 +2,9 @@
 
 Each round runs every contender once, in turns forwards and backwards, after dropping inputs from the page cache.
 Tables give medians over rounds; ratios to copying are taken within each round first. GB/s counts the input once.
-Start-up is counted, and only streamconv hashes what it writes. Rounds of one kind and size are stored together with
-the machine they ran on; a later run of that kind and size replaces them, so that all can be made in pieces.
+Start-up is counted, and only streamconv hashes what it writes. Rounds of one kind, size and load are stored together
+with the machine they ran on; a later run of these replaces them, so that all can be made in pieces. A load is a number
+of processes that count, at the priority of what is measured.
 """
 
 import argparse
@@ -13,7 +14,8 @@ import statistics
 import subprocess
 import sys
 import venv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -194,6 +196,18 @@ def run_round(
     return runs
 
 
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """So many processes that use a core each, if they get it, beside what is measured meanwhile."""
+    running = [subprocess.Popen((sys.executable, "-c", "while True: pass")) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
 def checked(cost: Cost, what: str) -> Cost:
     if cost.exit_code:
         sys.exit(f"{cost.stderr[-4000:]}\n{what} ended with exit {cost.exit_code}")
@@ -245,21 +259,23 @@ def bound_s(raw_s: float, input_bytes: int, encoder_bytes_per_s: float) -> float
 
 
 def group_of(results: Mapping[str, Any], kind: str, size: str) -> Mapping[str, Any] | None:
-    """What is stored of one kind and size."""
-    found = (group for group in results.get("groups", ()) if (group["kind"], group["size"]) == (kind, size))
+    """What is stored of one kind and size, measured without a load."""
+    found = (group for group in results.get("groups", ()) if _key(group) == (kind, size, 0))
     return next(found, None)
 
 
+def _key(group: Mapping[str, Any]) -> tuple[str, str, int]:
+    return group["kind"], group["size"], group.get("load", 0)
+
+
 def store(path: Path, group: Mapping[str, Any]) -> None:
-    """Put `group` in the place of what was stored of its kind and size; the others stay."""
+    """Put `group` in the place of what was stored of its kind, size and load; the others stay."""
     results = load(path)
-    others = [
-        old
-        for old in results.get("groups", ())
-        if (old["kind"], old["size"]) != (group["kind"], group["size"])
-    ]
+    others = [old for old in results.get("groups", ()) if _key(old) != _key(group)]
     order = list(KINDS)
-    groups = sorted([*others, group], key=lambda one: (order.index(one["kind"]), float(one["size"])))
+    groups = sorted(
+        [*others, group], key=lambda one: (order.index(one["kind"]), float(one["size"]), one.get("load", 0))
+    )
     save(path, MADE_BY, {"groups": groups})
 
 
@@ -268,14 +284,16 @@ def store(path: Path, group: Mapping[str, Any]) -> None:
 
 def title(group: Mapping[str, Any]) -> str:
     source, target = group["kind"].split("-")
-    return f"{source} to {target}, {group['checkpoint_bytes'] / 1e9:.2f} GB"
+    load = group.get("load", 0)
+    beside = f", {load} busy process{'es' * (load > 1)} beside" if load else ""
+    return f"{source} to {target}, {group['checkpoint_bytes'] / 1e9:.2f} GB{beside}"
 
 
 def table(group: Mapping[str, Any]) -> str:
     """A table of what is stored of one kind and size."""
     lines = [
-        f"| {title(group)} | wall | CPU | peak memory | GB/s | to copying |",
-        "|---|--:|--:|--:|--:|--:|",
+        f"| {title(group)} | wall | CPU | CPU-s/GB | peak memory | GB/s | to copying |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in group["medians"]:
         is_bare = row["contender"] in {COPY, RAW}
@@ -283,6 +301,7 @@ def table(group: Mapping[str, Any]) -> str:
             row["contender"],
             f"{row['wall_s']:.1f} s",
             f"{row['cpu_s']:.1f} s",
+            f"{row['cpu_s'] / group['checkpoint_bytes'] * 1e9:.2f}",
             "" if is_bare else f"{row['peak_bytes'] / 2**20:.0f} MiB",
             f"{row['gb_per_s']:.2f}",
             "" if row["to_copy"] is None else ratio(row),
@@ -325,6 +344,7 @@ def run_group(
     wanted: Sequence[str],
     rounds: int,
     rival_rounds: int,
+    load: int,
     results: Path,
 ) -> None:
     """All rounds of one kind and size, stored after each; rivals take part in the first of them."""
@@ -347,6 +367,7 @@ def run_group(
         "checkpoint_bytes": checkpoint,
         "output_bytes": written,
         "left_out": left_out,
+        "load": load,
     }
     if kind.bound:
         rate = measure((sys.executable, "-m", "tools.bench.encoder_rate", str(folder / "base"), kind.quant))
@@ -356,7 +377,8 @@ def run_group(
         print(f"{kind.name}, {size}x, round {number + 1} of {rounds}", file=sys.stderr, flush=True)
         names = {rival.name for rival in rivals} if number >= rival_rounds else set()
         at_once = {name: command for name, command in commands.items() if name not in names}
-        runs += run_round(at_once, folder, number, torch_bytes)
+        with busy(load):
+            runs += run_round(at_once, folder, number, torch_bytes)
         group |= {
             "medians": [asdict(row) for row in summarize(runs, checkpoint)],
             "runs": [asdict(run) for run in runs],
@@ -381,6 +403,8 @@ def to_bound(group: Mapping[str, Any]) -> dict[int, float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
+    # What is installed has its modules compiled, whatever is asked for where programs are worked on.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     for size in options.sizes:
         folder = options.folder / f"{size}x"
         model = MODELS[options.model].of_size(int(float(size) * options.unit))
@@ -392,7 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rivals = options.rivals if size in options.rival_sizes else ()
         for kind in options.kinds:
             rounds = (options.runs, options.rival_runs or options.runs)
-            run_group(KINDS[kind], size, folder, rivals, *rounds, options.results)
+            run_group(KINDS[kind], size, folder, rivals, *rounds, options.load, options.results)
             if not options.keep and KINDS[kind].base != "base":
                 shutil.rmtree(folder / KINDS[kind].base)
         if not options.keep:
@@ -409,6 +433,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="rounds of each kind and size")
     parser.add_argument(
         "--rival-runs", type=int, metavar="N", help="rounds that rivals take part in; default all"
+    )
+    parser.add_argument(
+        "--load", type=int, default=0, metavar="N", help="busy processes beside; default none"
     )
     parser.add_argument("--model", choices=MODELS, default="llama-8b", help="whose widths the checkpoint has")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where checkpoints are made and merged")
