@@ -222,7 +222,7 @@ def _layer_need(model: Model, number: int, forward: int, crosses: bool, is_two_s
             max(_moment_bytes(step, crosses), stage)
             + bool(stage) * 4 * step.rows * step.columns  # which is read apart from the others
             + is_two_sided * 4 * step.rows**2
-            + _choosing_bytes(step.rows, step.columns, is_two_sided, is_cpu)
+            + _choosing_bytes(step, is_two_sided, is_cpu)
             + (residual.working_bytes(step.rows, step.columns, rank, is_two_sided) if rank else 0)
             for step in steps
         ),
@@ -231,10 +231,12 @@ def _layer_need(model: Model, number: int, forward: int, crosses: bool, is_two_s
     return model.walk.layer_bytes(number) + max(gathering, choosing + is_cpu * twice)
 
 
-def _choosing_bytes(rows: int, columns: int, is_two_sided: bool, is_cpu: bool) -> int:
+def _choosing_bytes(step: Rewrite, is_two_sided: bool, is_cpu: bool) -> int:
     """Bytes that choosing codes takes where it is done; on a CPU, at least those of factoring in float64 before it."""
+    rows, columns = step.rows, step.columns
     if not is_cpu:
-        return device_working_bytes(rows, columns, is_two_sided)
+        block = step.encoder.grid.block if step.encoder.grid else 1
+        return device_working_bytes(rows, columns, block, is_two_sided)
     metrics = metric_bytes(rows, columns, is_two_sided)
     working = working_bytes(rows, columns, is_two_sided)
     return max(working, metrics + factoring_bytes(rows, columns, is_two_sided))

@@ -83,6 +83,18 @@ class LargeKind:
         return f"{self.shapes.name} calibrated to {self.quant} on {sides}{more}, full cells"
 
 
+SHORT_LARGE = (LargeKind(NARROW, "nf4-dq", 1),)
+ALL_LARGE = (
+    *(
+        LargeKind(NARROW, quant, sides)
+        for quant in ("nf4-dq", "w4a16", "awq-asym", "fp8", "mlx4")
+        for sides in (1, 2)
+    ),
+    *(LargeKind(LLAMA_70B, quant, 1) for quant in ("nf4-dq", "w4a16", "awq-asym", "fp8")),
+    LargeKind(LLAMA_70B, "nf4-dq", 2),
+)
+
+
 def write_holes(folder: Path, shapes: Shapes) -> Path:
     """A base in bfloat16 whose weights are a hole in its file."""
     folder.mkdir()
