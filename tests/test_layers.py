@@ -223,6 +223,10 @@ NOT_OURS = {
     "_lazy_init": "what looks for a driver before a tensor is made",
     "_internal": "lists of the types that CUDA has kernels for",
     "_getframe": "who asked; inspect reads whole files for it",
+    "_sequence_nr": "the order in which torch's engine takes its nodes; it tells that nowhere else",
+    "_input_metadata": "what a node of torch's engine takes; it tells that nowhere else",
+    "_cdata": "whether two views lie in one memory; one without values has no address",
+    "_config": "torch has no other switch for a mask without values",
 }
 
 

@@ -40,7 +40,18 @@ def table(recorded: Mapping[str, Any]) -> str:
         if before["planned"] and before["name"] in now:
             pairs = zip(_numbers(before), _numbers(now[before["name"]]), strict=True)
             lines.append(f"| {before['name']} | " + " | ".join(" to ".join(pair) for pair in pairs) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_layers(now)])
+
+
+def _layers(now: Mapping[str, Any]) -> list[str]:
+    """Lines of a table with the memory of calibrating a layer at a large model's shapes."""
+    wanted = [each for name, each in now.items() if name.startswith("Llama") and each["planned"]]
+    rows = [
+        f"| {each['name'].removesuffix(', full cells')} | {each['planned'] / 2**30:.2f} | {each['peak'] / 2**30:.2f} |"
+        for each in wanted
+    ]
+    head = ["| calibration of a layer, shapes alone | planned, GiB | used, GiB |", "| --- | --: | --: |"]
+    return [*head, *rows]
 
 
 def _numbers(found: Mapping[str, Any]) -> tuple[str, ...]:
@@ -55,12 +66,17 @@ def _numbers(found: Mapping[str, Any]) -> tuple[str, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tools/pretend_gpu", description=__doc__)
     parser.add_argument("--before", type=Path, help="take the numbers of an earlier tree from this file")
+    parser.add_argument("--only", nargs="+", help="run these parts alone; of others the numbers stay")
     given = parser.parse_args()
+    parts = ["--only", *given.only] if given.only else []
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "kinds.json"
-        subprocess.run([sys.executable, "-m", "tests.pretend.kinds", str(made), "--all"], check=True)
+        subprocess.run([sys.executable, "-m", "tests.pretend.kinds", str(made), "--all", *parts], check=True)
         kinds = json.loads(made.read_text())["kinds"]
     recorded: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    if given.only:
+        new = {each["name"]: each for each in kinds}
+        kinds = list({**{each["name"]: each for each in recorded["kinds"]}, **new}.values())
     if given.before is not None:
         recorded["before"] = json.loads(given.before.read_text())["kinds"]
     RESULT.write_text(

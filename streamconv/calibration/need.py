@@ -25,7 +25,7 @@ from streamconv.forward.memory import BATCH_TOKENS, sequence_bytes, table_bytes
 from streamconv.forward.walk import Walk
 from streamconv.planning.plan import Need, Rewrite
 from streamconv.rounding import residual
-from streamconv.rounding.feedback import factoring_bytes, metric_bytes, working_bytes
+from streamconv.rounding.feedback import device_working_bytes, factoring_bytes, metric_bytes, working_bytes
 
 # transformers and what it loads, compiled kernels, thread stacks, and what the allocator keeps of freed memory;
 # measured for a model of a megabyte, whose own need is next to nothing: 212 MiB.
@@ -38,6 +38,7 @@ _LOGIT_COPIES = 6
 STAGE_BYTES = 2**30
 # What a layer keeps to be differentiated, beside what it has at once when it is only run.
 _BACKWARD = 3
+_BACKWARD_ON_DEVICE = 1.6  # counted: 1.3 to 1.55
 
 
 def calibrating_need(subject: Subject) -> Need:
@@ -188,7 +189,8 @@ def need_of(model: Model, subject: Subject) -> Need:
 def _gradient_need(model: Model, subject: Subject, batch: int, forward: int) -> int:
     """The most of a layer that is differentiated, and of a tile of the head."""
     walk, length = model.walk, subject.calibration.sequence_length
-    layer = walk.largest_layer_bytes + _BACKWARD * forward
+    backward = _BACKWARD if walk.device.is_cpu else _BACKWARD_ON_DEVICE
+    layer = walk.largest_layer_bytes + int(backward * forward)
     head = 4 * HEAD_ROWS * (walk.hidden + _LOGIT_COPIES * batch * length)
     return max(layer, head) + 4 * 4 * subject.calibration.gradient_tokens * walk.hidden
 
@@ -220,7 +222,7 @@ def _layer_need(model: Model, number: int, forward: int, crosses: bool, is_two_s
             max(_moment_bytes(step, crosses), stage)
             + bool(stage) * 4 * step.rows * step.columns  # which is read apart from the others
             + is_two_sided * 4 * step.rows**2
-            + _choosing_bytes(step.rows, step.columns, is_two_sided, is_cpu)
+            + _choosing_bytes(step, is_two_sided, is_cpu)
             + (residual.working_bytes(step.rows, step.columns, rank, is_two_sided) if rank else 0)
             for step in steps
         ),
@@ -229,12 +231,14 @@ def _layer_need(model: Model, number: int, forward: int, crosses: bool, is_two_s
     return model.walk.layer_bytes(number) + max(gathering, choosing + is_cpu * twice)
 
 
-def _choosing_bytes(rows: int, columns: int, is_two_sided: bool, is_cpu: bool) -> int:
+def _choosing_bytes(step: Rewrite, is_two_sided: bool, is_cpu: bool) -> int:
     """Bytes that choosing codes takes where it is done; on a CPU, at least those of factoring in float64 before it."""
-    working = working_bytes(rows, columns, is_two_sided)
+    rows, columns = step.rows, step.columns
     if not is_cpu:
-        return working
+        block = step.encoder.grid.block if step.encoder.grid else 1
+        return device_working_bytes(rows, columns, block, is_two_sided)
     metrics = metric_bytes(rows, columns, is_two_sided)
+    working = working_bytes(rows, columns, is_two_sided)
     return max(working, metrics + factoring_bytes(rows, columns, is_two_sided))
 
 

@@ -28,7 +28,16 @@ from streamconv.dtypes import Dtype
 from streamconv.kernels import kernels_for
 from streamconv.kernels.grids import Grid
 from streamconv.rounding.columns import descended, fed
-from streamconv.rounding.layer import Layer, Solution, better, coded, errors_of, rounded, transpose
+from streamconv.rounding.layer import (
+    DEVICE_ROWS,
+    Layer,
+    Solution,
+    better,
+    coded,
+    errors_of,
+    rounded,
+    transpose,
+)
 from streamconv.rounding.metric import (
     STRETCH,
     Metric,
@@ -195,6 +204,19 @@ def metric_bytes(rows: int, columns: int, two_sided: bool) -> int:
 def working_bytes(rows: int, columns: int, two_sided: bool) -> int:
     """Bytes that `feedback` has at once where it computes, at most, beside what it is given. Measured: 21 a weight."""
     return 22 * rows * columns + metric_bytes(rows, columns, two_sided)
+
+
+def device_working_bytes(rows: int, columns: int, block: int, two_sided: bool) -> int:
+    """The same on a GPU, where factors are made as well, and scales are searched and fitted for many rows at once.
+
+    Measured: 32 to 41 bytes a weight of these rows, searched; fitted, 12, and moments of a block's columns twice.
+    """
+    metrics = metric_bytes(rows, columns, two_sided)
+    factoring = 4 * max(columns, two_sided * rows) ** 2
+    at_once = min(rows, DEVICE_ROWS) * columns
+    searching = 4 * rows * columns + 42 * at_once
+    fitting = 5 * rows * columns + 16 * at_once + 8 * min(block, columns) * columns
+    return max(working_bytes(rows, columns, two_sided), metrics + max(factoring, searching, fitting))
 
 
 def factoring_bytes(rows: int, columns: int, two_sided: bool) -> int:

@@ -28,7 +28,7 @@ from streamconv.threads import Pool
 PANEL = 64
 # Rows worked on at once by a thread of a CPU: enough for fast matrix products, few enough to share out; whole cells.
 ROWS = 128
-_DEVICE_ROWS = 4096
+DEVICE_ROWS = 4096
 _TRIANGLE = 256
 
 Part = TypeVar("Part")
@@ -207,13 +207,13 @@ def panels(layer: Layer) -> list[slice]:
     return stretches(layer.columns, PANEL)
 
 
-def shared(layer: Layer, work: Callable[[slice], Part], most: int = _DEVICE_ROWS) -> list[Part]:
+def shared(layer: Layer, work: Callable[[slice], Part], most: int = DEVICE_ROWS) -> list[Part]:
     """Results of `work` for all rows, some at a time and never more than `most`, in order.
 
     On a CPU by as many threads as torch has, each with matrix products of its own: how many there are changes no bit.
     """
     if layer.target.device.type != "cpu":
-        return [work(rows) for rows in stretches(layer.rows, min(most, _DEVICE_ROWS))]
+        return [work(rows) for rows in stretches(layer.rows, min(most, DEVICE_ROWS))]
     parts = stretches(layer.rows, min(most, ROWS))
     # The setting is a thread's own: with more, products would be split as the number of threads has it.
     threads = min(torch.get_num_threads(), len(parts))

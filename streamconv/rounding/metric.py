@@ -113,7 +113,12 @@ def factor_in_float32(matrix: Tensor, damping: float) -> Tensor | None:
     torch.linalg.cholesky_ex(lower, out=(lower, failed))
     error = torch.linalg.vector_norm(lower.tril_(), dim=1).square_().sub_(diagonal).abs_().max()
     is_good = (failed == 0) & (error <= _ERROR_OF_DAMPING * damping)  # which NaN is not
-    return lower.flip(0, 1).contiguous() if bool(is_good) else None
+    if not bool(is_good):
+        return None
+    factor = torch.empty_like(matrix)  # turned about some rows at a time: of the widest a copy is gigabytes
+    for rows in stretches(len(matrix)):
+        factor[rows] = lower[_reversed(rows, len(matrix))].flip(0, 1)
+    return factor
 
 
 def _factor(matrix: Tensor, damping: float) -> Tensor | None:

@@ -15,14 +15,19 @@ import ctypes
 import functools
 import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as fx_config
 
 from tests.pretend.ledger import LEDGER, Storage
+from tests.pretend.shapes import shapes_alone
 
 CUDA = torch.device("cuda:0")
 PINNED: dict[int, int] = {}
@@ -65,6 +70,25 @@ _FACTORIES: Mapping[str, Sequence[str]] = {
 }
 
 
+@dataclass
+class _Holder:
+    device: torch.device
+
+
+_holder = _Holder(torch.device("cpu"))
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Have tensors on the device hold shapes alone, so that they may be of any size; see `shapes_alone`."""
+    before, _holder.device = _holder.device, torch.device("meta")
+    try:
+        with mock.patch.object(fx_config, "meta_nonzero_assume_all_nonzero", True):
+            yield
+    finally:
+        _holder.device = before
+
+
 class MixedDevicesError(RuntimeError):
     """Raised as torch does where tensors of two devices meet."""
 
@@ -100,7 +124,7 @@ class DeviceTensor(Tensor):
 
     def tolist(self) -> Any:
         LEDGER.wait("tolist")
-        return self.held.tolist()
+        return (torch.zeros_like(self.held, device="cpu") if self.held.is_meta else self.held).tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
@@ -134,8 +158,11 @@ def _dispatch(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     goes_there = bool(there)
     if kwargs.get("device") is not None:
         goes_there = torch.device(kwargs["device"]).type == "cuda"
-        inner_kwargs["device"] = torch.device("cpu")
-    found = op(*inner_args, **inner_kwargs)
+        inner_kwargs["device"] = _holder.device if goes_there else torch.device("cpu")
+    if any(each.held.is_meta for each in there):
+        found = shapes_alone(op, short, inner_args, inner_kwargs)
+    else:
+        found = op(*inner_args, **inner_kwargs)
     if short not in _VIEWS:
         _note_launch(short, there, found)
     given = _given(op, args, kwargs)
@@ -247,9 +274,7 @@ def _given(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 def _wrapped(found: Any, there: Sequence[DeviceTensor]) -> Any:
     """Results as tensors of the device, in the memory of what they are views of."""
-    storages = {
-        each.held.untyped_storage().data_ptr(): each.storage_of for each in there if each.held.numel()
-    }
+    storages = {each.held.untyped_storage()._cdata: each.storage_of for each in there}
 
     return _there(found, storages)
 
@@ -259,9 +284,7 @@ def _there(found: Any, storages: Mapping[int, Storage]) -> Any:
     if isinstance(found, DeviceTensor):
         return found
     if isinstance(found, Tensor):
-        return DeviceTensor(
-            found, storages.get(found.untyped_storage().data_ptr()) if found.numel() else None
-        )
+        return DeviceTensor(found, storages.get(found.untyped_storage()._cdata))
     return (
         type(found)([_there(each, storages) for each in found]) if isinstance(found, list | tuple) else found
     )

@@ -34,6 +34,7 @@ from tests.pretend.device import unknown_to_cuda
 from tests.pretend.faults import seen, without_kernel
 from tests.pretend.found import Found, noted, start
 from tests.pretend.gpu import pretend_gpu
+from tests.pretend.large import ALL_LARGE, SHORT_LARGE, calibrated_layer
 from tests.pretend.methods import ALL_METHODS, SHORT_METHODS, merged_method, write_layers
 from tests.pretend.models import (
     ALL_CALIBRATED,
@@ -175,10 +176,14 @@ def without_expecttest() -> None:
 
 
 def merges(folder: Path, is_all: bool) -> Iterator[Found]:
-    """Merges of all formats and roundings, and of all methods."""
+    """Merges to all formats by all roundings."""
     shop = Workshop(folder)
     for kind in all_kinds() if is_all else short_kinds():
         yield _guarded(partial(tried, kind, shop), kind.name)
+
+
+def methods(folder: Path, is_all: bool) -> Iterator[Found]:
+    """Adapters of every method."""
     layers = write_layers(folder)
     for method, layer in ALL_METHODS if is_all else SHORT_METHODS:
         yield _guarded(partial(merged_method, method, layer, layers, folder), f"{method} on {layer}")
@@ -194,22 +199,38 @@ def models(folder: Path, is_all: bool) -> Iterator[Found]:
         yield _guarded(partial(analyzed, model), "analyzed")
 
 
-PARTS: Mapping[str, Callable[[Path, bool], Iterable[Found]]] = {"merges": merges, "models": models}
+def full_cells(folder: Path, is_all: bool) -> Iterator[Found]:
+    """Memory where cells have their full size; a layer of a large model among them."""
+    for kind in FULL:
+        yield _guarded(partial(at_full_size, kind, folder), kind.name)
+    for large in ALL_LARGE if is_all else SHORT_LARGE:
+        yield _guarded(partial(calibrated_layer, large, folder), large.name)
+
+
+PARTS: Mapping[str, Callable[[Path, bool], Iterable[Found]]] = {
+    "merges": merges,
+    "methods": methods,
+    "models": models,
+    "memory": full_cells,
+}
+
+
+def run_part(part: str, is_all: bool) -> list[Found]:
+    cells_of = 2**20 if part == "memory" else 1
+    with tempfile.TemporaryDirectory() as name, pretend_gpu(cells_of=cells_of):
+        return list(PARTS[part](Path(name), is_all))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("result", type=Path)
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     given = parser.parse_args()
     torch.set_num_threads(1)
     gc.freeze()  # collections, of which each kind asks for one, need not go through what is imported
-    results: list[Found] = []
-    with tempfile.TemporaryDirectory() as name, pretend_gpu():
-        for part in PARTS.values():
-            results.extend(part(Path(name), given.all))
-    with tempfile.TemporaryDirectory() as name, pretend_gpu(cells_of=2**20):
-        results.extend(_guarded(partial(at_full_size, kind, Path(name)), kind.name) for kind in FULL)
+    results = [found for part in given.only for found in run_part(part, given.all)]
+    with pretend_gpu():
         faults = seen()
     without_expecttest()  # late: torch's tests forbid to set how products of float32 are computed
     for each in results:

@@ -52,7 +52,7 @@ class CalibratedKind:
 
 
 SHORT_CALIBRATED = (CalibratedKind("nf4-dq", 1, "nf4-dq"), CalibratedKind("nf4-dq", 2, "nf4-dq"))
-CALIBRATED_FORMATS = ("nf4", "nf4-dq", "fp4-dq", "int8", "gptq", "awq", "w4a16", "w8a16", "mlx4", "fp8")
+CALIBRATED_FORMATS = ("nf4", "nf4-dq", "fp4-dq", "gptq", "awq", "w4a16", "w8a16", "w8a8", "mlx4", "fp8")
 ALL_CALIBRATED = (
     *SHORT_CALIBRATED,
     *(CalibratedKind(quant, sides) for quant in CALIBRATED_FORMATS for sides in (1, 2)),
