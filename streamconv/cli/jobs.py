@@ -32,6 +32,7 @@ from streamconv.cli.progress import progress
 from streamconv.cli.recipes import RECIPE, JobCommand
 from streamconv.cli.signals import stop_on_signals
 from streamconv.cli.uploads import PUSHING, check_before, hush_hub, push_made, push_target, show_pushed
+from streamconv.errors import OptionError
 from streamconv.sizes import format_size
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, q
     folder = output_folder(out)
     target = push_target(given)
     if target is not None:
+        _refuse_part(given)
         check_before(target)
     # Nothing is written yet that a signal could leave half done: it just ends the process.
     prepared = prepare(_job(given))
@@ -132,6 +134,14 @@ def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, q
         show_pushed(pushed)
         for further in report.also.values():
             say(f"{further.out} was not uploaded; `streamconv push` does that, to a repository of its own")
+
+
+def _refuse_part(given: Mapping[str, Any]) -> None:
+    """Raise OptionError for an upload by one of several workers, of whom none knows that it will be the last."""
+    if given["part"] is not None:
+        raise OptionError(
+            "--push-to is for one worker that makes all; leave it out, and `streamconv push` what the parts have made"
+        )
 
 
 def _job(given: Mapping[str, Any]) -> Job:
@@ -169,6 +179,9 @@ def _show_report(report: Report) -> None:
         say(f"names of adapter and base were matched: {report.renamed}")
     for note in report.notes:
         say(f"note: {note}")
+    if report.part is not None and report.left is not None:
+        _show_part(report)
+        return
     reports = [report, *report.also.values()]
     made = [each for each in reports if each.seconds]
     for each in reports:
@@ -187,6 +200,18 @@ def _show_report(report: Report) -> None:
             say(_residual(each.out, each.residual))
     if len(made) > 1:
         say(f"{len(made)} outputs: {format_size(sum(each.bytes_written for each in made))} {_pace(made)}")
+
+
+def _show_part(report: Report) -> None:
+    size, count = format_size(report.bytes_written), len(report.shards)
+    say(f"{report.out}: {report.part} is made, {count} file{'s' * (count != 1)}, {size} {_pace([report])}")
+    if report.left:
+        names = ", ".join(report.left[:3]) + (" ..." if len(report.left) > 3 else "")
+        say(
+            f"{len(report.left)} files are left ({names}); the worker that ends last puts the output in place"
+        )
+    else:
+        say("all files are made; a worker that is still at it puts the output in place")
 
 
 def _rescaled(pairs: Mapping[str, Mapping[str, float]]) -> str:

@@ -387,6 +387,15 @@ RESOURCES = resources(MERGE_DEFAULTS)
 PLACE = group(
     option(
         Section.PLACE,
+        "--part",
+        defaults=MERGE_DEFAULTS,
+        metavar="K/N",
+        help="Make the share of worker K, from 1 to N, of an --out that all N workers see; the last to end puts the "
+        "output in place. auto: K and N as torchrun, Slurm or SkyPilot set them for each worker; auto/N for "
+        "Kubernetes, which sets K alone. Default: make all that is left, whatever started this.",
+    ),
+    option(
+        Section.PLACE,
         "--overwrite",
         defaults=MERGE_DEFAULTS,
         is_flag=True,

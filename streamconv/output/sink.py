@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from streamconv.checkpoint.own_files import identify, kind_at, size_of
+from streamconv.checkpoint.own_files import identify, kind_at, recognize, size_of
 from streamconv.checkpoint.writer import (
     Mark,
     ShardWriter,
@@ -108,17 +108,22 @@ class ShardSink:
 
 
 def resume_points(
-    out: Path, plan: Plan, journal: Journal, on_bytes: OnBytes = lambda _: None
+    out: Path,
+    plan: Plan,
+    journal: Journal,
+    on_bytes: OnBytes = lambda _: None,
+    shards: Sequence[ShardPlan] | None = None,
 ) -> tuple[dict[str, int], dict[str, ShardWriter]]:
     """File offset from which each unfinished shard is to be produced, and the writers that stand there.
 
-    Finished shards are read again, and made anew where they are not what was journaled; `on_bytes` is told how many
-    bytes were read.
+    Of `shards`, where these are given, else of all. Finished shards are read again, unless the part that made them says
+    by what to know them, and made anew where they are not what was journaled; `on_bytes` is told how many bytes were
+    read.
     """
     starts: dict[str, int] = {}
     writers: dict[str, ShardWriter] = {}
     kept = _finished(out, plan, journal, on_bytes)
-    for shard in plan.shards:
+    for shard in plan.shards if shards is None else shards:
         if shard.name in kept:
             continue
         if shard.name in journal.progress.finished:
@@ -156,7 +161,10 @@ def _take_finished(out: Path, shard: ShardPlan, journal: Journal, on_bytes: OnBy
     # Before publishing, what stands under the final name is the model that --overwrite will replace.
     places += [out / name] if journal.is_publishing else []
     for path in places:
-        found = identify(path, on_bytes) if _has_size(path, shard.size) else None
+        if not _has_size(path, shard.size):
+            continue
+        seen = journal.sightings.get(name)
+        found = (recognize(path, seen, sha256) if seen else None) or identify(path, on_bytes)
         if found is None or found.sha256 != sha256 or found.size != shard.size:
             continue
         journal.identities[name] = found

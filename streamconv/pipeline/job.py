@@ -14,6 +14,7 @@ from streamconv.adapters.source import MoeLayout
 from streamconv.equalization import RESCALINGS
 from streamconv.errors import OptionError
 from streamconv.output.place import FURTHER_FORMATS
+from streamconv.pipeline.launchers import read_part
 from streamconv.pipeline.named_base import find_base
 from streamconv.planning.assignment import read_rules
 from streamconv.planning.choices import check_text
@@ -276,5 +277,6 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "max_shard_bytes": _size("--max-shard-size"),
     "also": _further,
     "copy_extra": tuple,
+    "part": read_part,
     "gguf_donor": lambda given: None if given is None else fspath(given),
 }

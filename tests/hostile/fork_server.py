@@ -22,7 +22,7 @@ from typing import Any
 
 from streamconv import cli
 from streamconv.output import sink
-from streamconv.pipeline import runner
+from streamconv.pipeline import production
 from streamconv.running import executor, lanes
 from streamconv.running.sink import Output
 from tests.hostile.commands import Request
@@ -77,7 +77,7 @@ class Child:
     def install(self) -> None:
         for name in self.request.of or WATCHED:
             setattr(FAULTY[name], name, self._watched(name, getattr(FAULTY[name], name)))
-        vars(runner)["run_plans"] = self._noting_starts(executor.run_plans)
+        vars(production)["run_plans"] = self._noting_starts(executor.run_plans)
         sink.WATERMARK_BYTES = self.request.watermark_bytes
         lanes.GRACE_S = self.request.grace_s
 

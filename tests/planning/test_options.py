@@ -81,6 +81,7 @@ OTHERS: dict[str, Any] = {
     "verify": False,
     "card": False,
     "copy_extra": ("*.py",),
+    "part": "2/4",
     "weight": (0.7, -0.3),
     "combine": "ties",
     "density": 0.5,
