@@ -36,7 +36,9 @@ STORIES: Mapping[str, Sequence[str]] = {
     "adapters/method.py": [
         "test_extending.py",
         "adapters/test_method_names.py",
-        "pipeline/test_inspection.py",
+        "pipeline/parts.py": ["hostile/test_parts.py"],
+    "pipeline/production.py": ["hostile/test_kill.py", "hostile/test_parts.py", "pipeline/test_passes.py"],
+    "pipeline/test_inspection.py",
     ],
     "adapters/overlaps.py": ["adapters/test_combine.py"],
     "adapters/saved.py": ["adapters/test_read_adapter.py", "parity/test_peft_lora.py"],

@@ -57,6 +57,8 @@ def _settled(ranks: list[Rank]) -> Rank:
     inner = [rank for rank in ranks if rank.launcher == "torchrun"]
     if inner:
         return inner[0]
+    # One that has started this process alone, such as an array of one task, is not what the work is shared by.
+    ranks = [rank for rank in ranks if rank.count != 1] or ranks
     if len({(rank.number, rank.count) for rank in ranks}) > 1:
         said = "; ".join(map(_said, ranks))
         raise OptionError(f"--part auto is ambiguous here ({said}); give the part that is meant as K/N")
@@ -111,8 +113,7 @@ def _torch(environment: Mapping[str, str]) -> Rank | None:
 
 def _task(environment: Mapping[str, str]) -> Rank | None:
     """A task of srun. In a batch script itself SLURM_PROCID is 0 whatever the number of tasks, and no step is named."""
-    found = _by_names("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")(environment)
-    return found if found is not None and found.count != 1 else None
+    return _by_names("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")(environment)
 
 
 def _array_task(environment: Mapping[str, str]) -> Rank | None:
