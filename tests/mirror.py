@@ -36,9 +36,7 @@ STORIES: Mapping[str, Sequence[str]] = {
     "adapters/method.py": [
         "test_extending.py",
         "adapters/test_method_names.py",
-        "pipeline/parts.py": ["hostile/test_parts.py"],
-    "pipeline/production.py": ["hostile/test_kill.py", "hostile/test_parts.py", "pipeline/test_passes.py"],
-    "pipeline/test_inspection.py",
+        "pipeline/test_inspection.py",
     ],
     "adapters/overlaps.py": ["adapters/test_combine.py"],
     "adapters/saved.py": ["adapters/test_read_adapter.py", "parity/test_peft_lora.py"],
@@ -161,6 +159,8 @@ STORIES: Mapping[str, Sequence[str]] = {
     "kernels/loops.py": ["kernels/test_compiled.py"],
     # Runs, from options to a verified output.
     "output/tokenizer_files.py": ["output/test_tokenizer.py"],
+    "pipeline/parts.py": ["hostile/test_parts.py"],
+    "pipeline/production.py": ["hostile/test_kill.py", "hostile/test_parts.py", "pipeline/test_passes.py"],
     "pipeline/__init__.py": ["test_public_names.py"],
     "pipeline/calibrating.py": ["pipeline/test_calibrated.py", "pipeline/test_rescaled.py"],
     "pipeline/calls.py": ["test_public_names.py", "cli/test_jobs.py"],
