@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamconv.cli.blocks import group
+from streamconv.cli.launchers import named_part
 from streamconv.cli.options import (
     ADAPTER_HELP,
     ADAPTER_PLACE,
@@ -149,6 +150,7 @@ def _job(given: Mapping[str, Any]) -> Job:
 
     others = {*PUSHING, "no_resume"}
     options = {name: value for name, value in given.items() if name not in others}
+    options["part"] = named_part(options["part"])
     return build_job(**options, resume=not given["no_resume"])
 
 

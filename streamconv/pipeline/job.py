@@ -14,7 +14,6 @@ from streamconv.adapters.source import MoeLayout
 from streamconv.equalization import RESCALINGS
 from streamconv.errors import OptionError
 from streamconv.output.place import FURTHER_FORMATS
-from streamconv.pipeline.launchers import read_part
 from streamconv.pipeline.named_base import find_base
 from streamconv.planning.assignment import read_rules
 from streamconv.planning.choices import check_text
@@ -30,6 +29,7 @@ from streamconv.planning.options import (
     fields_of,
     takes,
 )
+from streamconv.planning.parts import Part, parse_part
 from streamconv.sizes import parse_size
 
 LEAST_SEQUENCE_LENGTH = 16
@@ -215,6 +215,12 @@ def _share(min_kept: float | None) -> float | None:
     return min_kept
 
 
+def _part(text: str | None) -> Part | None:
+    """The part; None where one worker makes all, as of 1/1."""
+    part = None if text is None else parse_part(text)
+    return None if part is None or part.count == 1 else part
+
+
 def _weights(weight: float | Iterable[float]) -> tuple[float, ...]:
     """A number for each adapter; () where all are 1."""
     given = (weight,) if isinstance(weight, int | float) else tuple(weight)
@@ -277,6 +283,6 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "max_shard_bytes": _size("--max-shard-size"),
     "also": _further,
     "copy_extra": tuple,
-    "part": read_part,
+    "part": _part,
     "gguf_donor": lambda given: None if given is None else fspath(given),
 }

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class OpenOutput:
     """An output in work: from where each shard that is not finished is produced, and the writers that stand there.
 
     `shards` are those that this run is to make. `passed` is what the passes before the plan's own made; its own plan
@@ -99,11 +99,11 @@ def open_work(
     shards: Sequence[ShardPlan],
     stack: ExitStack,
     on_bytes: OnBytes,
-) -> Work:
+) -> OpenOutput:
     """Find out how far these shards of an output are, whose journal is open."""
     starts, writers = resume_points(out, prepared.plan, journal, on_bytes, shards)
     resumed = bool(journal.progress.finished or writers or journal.has_passed)
-    work = Work(prepared, out, journal, shards, starts, writers, resumed, Passed(prepared.plan))
+    work = OpenOutput(prepared, out, journal, shards, starts, writers, resumed, Passed(prepared.plan))
     stack.callback(work.close)
     if work.resumed:
         _log.info(
@@ -112,7 +112,7 @@ def open_work(
     return work
 
 
-def produce(works: Sequence[Work], meter: Meter, stop: StopRequest) -> list[Work]:
+def produce(works: Sequence[OpenOutput], meter: Meter, stop: StopRequest) -> list[OpenOutput]:
     """Carry out the passes of these outputs, the last of them, which writes shards, in one for all.
 
     All shards are complete then, and none is published.
@@ -129,7 +129,7 @@ def produce(works: Sequence[Work], meter: Meter, stop: StopRequest) -> list[Work
     return done
 
 
-def write_shards(works: Sequence[Work], meter: Meter, stop: StopRequest) -> None:
+def write_shards(works: Sequence[OpenOutput], meter: Meter, stop: StopRequest) -> None:
     """Carry out the pass that writes the shards of these outputs, those before it being through."""
     outputs = [
         Output(work.passed.plan, work.starts, partial(ShardSink, work.journal, work.writers))

@@ -21,7 +21,7 @@ from streamconv.pipeline.parts import PartMade, make_part
 from streamconv.pipeline.passes import PASSES, Passed
 from streamconv.pipeline.place import check_out, is_finished
 from streamconv.pipeline.preparation import Prepared
-from streamconv.pipeline.production import Work, open_work, produce, reading_again, take_whole
+from streamconv.pipeline.production import OpenOutput, open_work, produce, reading_again, take_whole
 from streamconv.pipeline.residual import ResidualAdapter, make_residual
 from streamconv.planning.parts import Part
 from streamconv.planning.plan import Plan
@@ -91,7 +91,7 @@ def _part_report(prepared: Prepared, out: Path, made: PartMade) -> Report:
 class _Published:
     """An output in place: SHA-256 of its shards, and what became of the update."""
 
-    work: Work
+    work: OpenOutput
     hashes: Mapping[str, str]
     kept: KeptShares | None
     residual: ResidualAdapter | None
@@ -134,7 +134,7 @@ def _make(
     ]
 
 
-def _publish(works: Sequence[Work]) -> list[_Published]:
+def _publish(works: Sequence[OpenOutput]) -> list[_Published]:
     """Publish complete outputs together. Raises VerificationError where one does not pass the gate."""
     shares = [work.kept() for work in works]
     _check_kept(works, shares)
@@ -167,7 +167,7 @@ def _put_in_place(output: _Published) -> None:
     check_placed(journal)  # from here on nothing can reach it through the work folder
 
 
-def _verify_placed(work: Work) -> None:
+def _verify_placed(work: OpenOutput) -> None:
     """Raise VerificationError where the output in place is not the planned one; it is no model then."""
     try:
         verify_layout(work.out, work.plan)
@@ -219,7 +219,7 @@ def _finished_before(
     return _report(prepared, out, hashes, kept, notes, residual, 0.0, 0, read, resumed=True)
 
 
-def _check_kept(works: Sequence[Work], shares: Sequence[KeptShares | None]) -> None:
+def _check_kept(works: Sequence[OpenOutput], shares: Sequence[KeptShares | None]) -> None:
     """Raise VerificationError if an output does not pass the gate; none is published then, and all stay complete."""
     refusals, passed = [], []
     for work, kept in zip(works, shares, strict=True):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from streamconv.cli.launchers import named_part
 from streamconv.errors import OptionError
-from streamconv.pipeline.launchers import read_part
-from streamconv.planning.parts import Part
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}
 # As srun sets them for the second of two tasks, and as sbatch does in the script itself.
@@ -24,30 +23,30 @@ def array(task: int, count: int, first: int, last: int) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("text", "environment", "part"),
     [
-        ("auto", TORCHRUN, Part(4, 8)),
-        ("AUTO", {"RANK": "0", "WORLD_SIZE": "2"}, Part(1, 2)),
-        ("auto", SRUN, Part(2, 2)),
-        ("auto", array(2, 4, 0, 3), Part(3, 4)),
-        ("auto", array(3, 4, 1, 4), Part(3, 4)),
-        ("auto", array(20, 3, 10, 30), Part(2, 3)),
-        ("auto", array(5, 1, 5, 5) | SRUN, Part(2, 2)),
-        ("auto", SKYPILOT, Part(1, 4)),
-        ("auto/8", KUBERNETES, Part(6, 8)),
-        ("auto/8", TORCHRUN, Part(4, 8)),
+        ("auto", TORCHRUN, "4/8"),
+        ("AUTO", {"RANK": "0", "WORLD_SIZE": "2"}, "1/2"),
+        ("auto", SRUN, "2/2"),
+        ("auto", array(2, 4, 0, 3), "3/4"),
+        ("auto", array(3, 4, 1, 4), "3/4"),
+        ("auto", array(20, 3, 10, 30), "2/3"),
+        ("auto", array(5, 1, 5, 5) | SRUN, "2/2"),
+        ("auto", SKYPILOT, "1/4"),
+        ("auto/8", KUBERNETES, "6/8"),
+        ("auto/8", TORCHRUN, "4/8"),
         # torchrun on each of two nodes, started by srun
-        ("auto", TORCHRUN | SRUN, Part(4, 8)),
+        ("auto", TORCHRUN | SRUN, "4/8"),
         # ranks that a script has set by hand, and rightly
-        ("auto", {"RANK": "1", "WORLD_SIZE": "2"} | SRUN, Part(2, 2)),
-        ("3/4", SRUN, Part(3, 4)),
+        ("auto", {"RANK": "1", "WORLD_SIZE": "2"} | SRUN, "2/2"),
+        ("3/4", SRUN, "3/4"),
         # one worker makes all
-        ("1/1", {}, None),
-        ("auto", {"RANK": "0", "WORLD_SIZE": "1"}, None),
+        ("1/1", {}, "1/1"),
+        ("auto", {"RANK": "0", "WORLD_SIZE": "1"}, "1/1"),
         (None, TORCHRUN, None),
         (None, array(2, 4, 0, 3), None),
     ],
 )
-def test_part(text: str | None, environment: dict[str, str], part: Part | None) -> None:
-    assert read_part(text, environment) == part
+def test_part(text: str | None, environment: dict[str, str], part: str | None) -> None:
+    assert named_part(text, environment) == part
 
 
 @pytest.mark.parametrize(
@@ -84,4 +83,4 @@ def test_part(text: str | None, environment: dict[str, str], part: Part | None) 
 )
 def test_what_is_not_one_part_is_refused(text: str, environment: dict[str, str], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        read_part(text, environment)
+        named_part(text, environment)

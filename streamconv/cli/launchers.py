@@ -24,20 +24,17 @@ class Rank:
     count: int | None
 
 
-def read_part(text: str | None, environment: Mapping[str, str] = os.environ) -> Part | None:
-    """The part that `--part` names: K/N, auto, or auto/N; None where one worker makes all, as of 1/1.
+def named_part(text: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
+    """The part that `--part` names, as K/N: given so, or by auto or auto/N. Raises OptionError.
 
-    Raises OptionError for what cannot be meant, and where launchers do not say one thing.
+    That is where it cannot be meant, or launchers do not say one thing.
     """
-    if text is None:
-        return None
-    word, slash, count = text.partition("/")
+    word, slash, count = (text or "").partition("/")
     if word.lower() != _AUTO:
-        part = parse_part(text)
-    else:
-        given = parse_part(f"1/{count}").count if slash else None
-        part = _part_of(_settled(find_ranks(environment)), given)
-    return part if part.count > 1 else None
+        return text
+    given = parse_part(f"1/{count}").count if slash else None
+    part = _part_of(_settled(find_ranks(environment)), given)
+    return f"{part.number}/{part.count}"
 
 
 def find_ranks(environment: Mapping[str, str]) -> list[Rank]:
