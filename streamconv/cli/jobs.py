@@ -18,6 +18,7 @@ from streamconv.cli.options import (
     BASE,
     BASE_REVISION,
     CONVERTED,
+    JSON_PROGRESS,
     OUT,
     PLACE,
     PUSH_TO,
@@ -29,7 +30,7 @@ from streamconv.cli.options import (
     out_option,
 )
 from streamconv.cli.printing import answer, hand_over, say
-from streamconv.cli.progress import progress
+from streamconv.cli.progress import JsonLines, progress
 from streamconv.cli.recipes import RECIPE, JobCommand
 from streamconv.cli.signals import stop_on_signals
 from streamconv.cli.uploads import PUSHING, check_before, hush_hub, push_made, push_target, show_pushed
@@ -55,8 +56,11 @@ if TYPE_CHECKING:
     PUSH_TO,
     RECIPE,
     SHOW,
+    JSON_PROGRESS,
 )
-def merge_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
+def merge_command(
+    out: str, dry_run: bool, as_json: bool, quiet: bool, json_progress: bool, **given: Any
+) -> None:
     """Merge an adapter into a base model.
 
     \b
@@ -65,19 +69,33 @@ def merge_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: 
     streamconv merge --base ./llama --adapter ./sft --weight 0.7 --adapter ./dpo --weight 0.3 -o ./merged
     streamconv merge --base org/llama --adapter me/my-lora@v2 --push-to me/merged -o ./merged
     """
-    _run_job(given, out, dry_run, as_json, quiet)
+    _run_job(given, out, dry_run, as_json, quiet, JsonLines() if json_progress else None)
 
 
 @click.command("convert", cls=JobCommand)
-@group(CONVERTED, BASE_REVISION, ALLOW_PICKLE, OUT, RESULT, RESOURCES, PLACE, PUSH_TO, RECIPE, SHOW)
-def convert_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
+@group(
+    CONVERTED,
+    BASE_REVISION,
+    ALLOW_PICKLE,
+    OUT,
+    RESULT,
+    RESOURCES,
+    PLACE,
+    PUSH_TO,
+    RECIPE,
+    SHOW,
+    JSON_PROGRESS,
+)
+def convert_command(
+    out: str, dry_run: bool, as_json: bool, quiet: bool, json_progress: bool, **given: Any
+) -> None:
     """Quantize, dequantize or reshard a model, without an adapter.
 
     \b
     streamconv convert --base ./llama --quant nf4-dq -o ./llama-4bit
     streamconv convert --base ./llama-4bit --quant none -o ./llama-16bit
     """
-    _run_job(given, out, dry_run, as_json, quiet)
+    _run_job(given, out, dry_run, as_json, quiet, JsonLines() if json_progress else None)
 
 
 @click.command("plan", cls=JobCommand)
@@ -104,10 +122,12 @@ def plan_command(out: str | None, dry_run: bool, as_json: bool, quiet: bool, **g
     _show_plan(prepare(_job(given)), out, as_json, quiet)
 
 
-def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, quiet: bool) -> None:
+def _run_job(
+    given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, quiet: bool, lines: JsonLines | None
+) -> None:
     from dataclasses import asdict
 
-    from streamconv.pipeline import output_folder, prepare, run
+    from streamconv.pipeline import output_folder, prepare
 
     if quiet:
         hush_hub()
@@ -116,15 +136,14 @@ def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, q
     if target is not None:
         _refuse_part(given)
         check_before(target)
+    if lines is not None:
+        lines.begin("plan")
     # Nothing is written yet that a signal could leave half done: it just ends the process.
     prepared = prepare(_job(given))
     if dry_run:
         _show_plan(prepared, out, as_json, quiet)
         return
-    _fetch(prepared, folder, quiet)
-    title = "merge" if prepared.adapter else "convert"
-    with stop_on_signals() as stop, progress(title, quiet) as on_progress:
-        report = run(prepared, folder, on_progress, stop)
+    report = _carried_out(prepared, folder, quiet, lines)
     if not as_json and not quiet:
         _show_report(report)
     pushed = None if target is None else push_made(out, target, quiet)
@@ -135,6 +154,26 @@ def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, q
         show_pushed(pushed)
         for further in report.also.values():
             say(f"{further.out} was not uploaded; `streamconv push` does that, to a repository of its own")
+
+
+def _carried_out(prepared: Prepared, out: Path, quiet: bool, lines: JsonLines | None) -> Report:
+    """Fetch what is missing, and run the job, with bars or lines of JSON."""
+    from streamconv.pipeline import fetch, run
+    from streamconv.progress import Turn
+
+    if lines is not None:
+        if prepared.downloads():
+            lines.begin("download")
+            fetch(prepared, out, lines.progress)
+        lines.begin("open")
+        with stop_on_signals() as stop:
+            report = run(prepared, out, lines.progress, stop, lines.turn)
+        lines.turn(Turn("done"))
+        return report
+    _fetch(prepared, out, quiet)
+    title = "merge" if prepared.adapter else "convert"
+    with stop_on_signals() as stop, progress(title, quiet) as on_progress:
+        return run(prepared, out, on_progress, stop)
 
 
 def _refuse_part(given: Mapping[str, Any]) -> None:

@@ -472,6 +472,13 @@ JSON = option(
     envvar="STREAMCONV_JSON",
     help="Print the result as one JSON document on stdout.",
 )
+JSON_PROGRESS = option(
+    Section.MESSAGES,
+    "--json-progress",
+    is_flag=True,
+    help="Tell of progress on stderr in lines of JSON, for logs that programs read: at each phase and file, and every "
+    "5 seconds.",
+)
 DEBUG = option(
     Section.MESSAGES,
     "--debug",

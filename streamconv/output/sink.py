@@ -16,7 +16,7 @@ from streamconv.checkpoint.writer import (
 from streamconv.output.journal import Journal, Watermark
 from streamconv.output.publish import set_aside
 from streamconv.planning.plan import Plan, ShardPlan
-from streamconv.progress import OnBytes
+from streamconv.progress import OnBytes, OnTurn, Turn, unnoticed
 from streamconv.running.cell import KeptDelta
 from streamconv.threads import Future, Pool
 
@@ -30,9 +30,12 @@ class ShardSink:
     the shard before, is brought to the disk. One at a time, so that no more than a watermark is ever in the air.
     """
 
-    def __init__(self, journal: Journal, resumed: dict[str, ShardWriter]) -> None:
+    def __init__(
+        self, journal: Journal, resumed: dict[str, ShardWriter], on_turn: OnTurn = unnoticed
+    ) -> None:
         """`resumed` are writers that stand where their shard goes on; those that are begun are taken out."""
         self._journal = journal
+        self._on_turn = on_turn
         self._resumed = resumed
         self._sums: dict[str, list[float]] = {}
         self._shard: ShardPlan | None = None
@@ -105,6 +108,7 @@ class ShardSink:
         self._journal.identities[name] = writer.identity
         self._journal.finish(name, sha256, sums)
         publish(self._journal.partial(name), self._journal.finished(name))
+        self._on_turn(Turn(name, writer.identity.size))
 
 
 def resume_points(

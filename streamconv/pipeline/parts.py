@@ -24,7 +24,7 @@ from streamconv.pipeline.preparation import Prepared
 from streamconv.pipeline.production import open_work, reading_again, write_shards
 from streamconv.planning.parts import Part, share
 from streamconv.planning.plan import ShardPlan
-from streamconv.progress import Meter, OnProgress, StopRequest
+from streamconv.progress import Meter, OnProgress, OnTurn, StopRequest, Turn
 
 LOOK_EVERY_S = 0.2
 PATIENCE_S = 2.0
@@ -59,7 +59,13 @@ class _Begun:
 
 
 def make_part(
-    prepared: Prepared, out: Path, part: Part, stack: ExitStack, on_progress: OnProgress, stop: StopRequest
+    prepared: Prepared,
+    out: Path,
+    part: Part,
+    stack: ExitStack,
+    on_progress: OnProgress,
+    stop: StopRequest,
+    on_turn: OnTurn,
 ) -> PartMade | None:
     """Make the shards of a part, or go on with them; None where the output turns out to be in place already.
 
@@ -67,7 +73,7 @@ def make_part(
     """
     plan = prepared.plan
     mine = sum(shard.size for shard in share(plan.shards, part))
-    meter = Meter(plan.passes_need.read + mine, on_progress, not plan.device.is_cpu)
+    meter = Meter(plan.passes_need.read + mine, on_progress, not plan.device.is_cpu, on_turn)
     begun = _begin(prepared, out, part, stack, meter, stop)
     if begun is None:
         return None
@@ -78,7 +84,7 @@ def make_part(
     meter.start(plan.passes_need.read + mine - work.size + work.there)
     write_shards([work], meter, stop)
     hashes = {shard.name: begun.journal.progress.finished[shard.name] for shard in begun.shards}
-    whole = _take(prepared, out, part, stack, stop)
+    whole = _take(prepared, out, part, stack, stop, on_turn)
     if whole is None:
         return None
     left = _left(prepared, whole)
@@ -97,7 +103,7 @@ def _begin(
     """Take the lock of a part, and see to the passes, while that of the whole is held; None where all is in place."""
     plan = prepared.plan
     with ExitStack() as until_begun:
-        whole = _take(prepared, out, part, until_begun, stop)
+        whole = _take(prepared, out, part, until_begun, stop, meter.on_turn)
         if whole is None:
             return None
         check_contents(prepared)
@@ -108,7 +114,11 @@ def _begin(
         unfinished = [shard for shard in plan.shards if shard.name not in finished_shards(whole)]
         check_disk([(out, plan, unfinished, whole)], spare_bytes=SPARE_DISK_BYTES - partial_bytes(whole))
         meter.start(0)
-        passed = run_passes(prepared.subject, whole.folder, meter.add, stop) if shards else Passed(plan)
+        passed = (
+            run_passes(prepared.subject, whole.folder, meter.add, stop, meter.on_turn)
+            if shards
+            else Passed(plan)
+        )
         return _Begun(journal, shards, passed)
 
 
@@ -138,7 +148,9 @@ def _left(prepared: Prepared, whole: Journal) -> tuple[str, ...]:
     return tuple(shard.name for shard in prepared.plan.shards if shard.name not in finished)
 
 
-def _take(prepared: Prepared, out: Path, part: Part, stack: ExitStack, stop: StopRequest) -> Journal | None:
+def _take(
+    prepared: Prepared, out: Path, part: Part, stack: ExitStack, stop: StopRequest, on_turn: OnTurn
+) -> Journal | None:
     """The lock and journal of the whole, waited for while other parts have it; None where the output is in place.
 
     Raises OutputError where a run without parts has it, Stopped if `stop` was set.
@@ -158,6 +170,7 @@ def _take(prepared: Prepared, out: Path, part: Part, stack: ExitStack, stop: Sto
                 return _opened(prepared, out, journal, stack)
         elif not is_told:
             is_told = True
+            on_turn(Turn("wait"))
             _log.info("waiting for %s, which is at what all parts need", holder)
         if stop.signal_number is not None:
             raise Stopped("stopped by a signal; run the same command again to go on", stop.signal_number)

@@ -20,7 +20,7 @@ from streamconv.pipeline.passes import Passed, run_passes
 from streamconv.pipeline.place import check_folder
 from streamconv.pipeline.preparation import Prepared
 from streamconv.planning.plan import Plan, Rewrite, ShardPlan
-from streamconv.progress import Meter, OnBytes, StopRequest
+from streamconv.progress import Meter, OnBytes, StopRequest, Turn
 from streamconv.running.cell import KeptDelta
 from streamconv.running.executor import run_plans
 from streamconv.running.sink import Output
@@ -122,7 +122,10 @@ def produce(works: Sequence[OpenOutput], meter: Meter, stop: StopRequest) -> lis
     check_disk(places, copied_bytes=copied)
     meter.start(sum(work.there for work in works))
     done = [
-        replace(work, passed=run_passes(work.prepared.subject, work.journal.folder, meter.add, stop))
+        replace(
+            work,
+            passed=run_passes(work.prepared.subject, work.journal.folder, meter.add, stop, meter.on_turn),
+        )
         for work in works
     ]
     write_shards(done, meter, stop)
@@ -132,9 +135,10 @@ def produce(works: Sequence[OpenOutput], meter: Meter, stop: StopRequest) -> lis
 def write_shards(works: Sequence[OpenOutput], meter: Meter, stop: StopRequest) -> None:
     """Carry out the pass that writes the shards of these outputs, those before it being through."""
     outputs = [
-        Output(work.passed.plan, work.starts, partial(ShardSink, work.journal, work.writers))
+        Output(work.passed.plan, work.starts, partial(ShardSink, work.journal, work.writers, meter.on_turn))
         for work in works
     ]
+    meter.on_turn(Turn("write"))
     run_plans(outputs, meter.add, stop)
 
 

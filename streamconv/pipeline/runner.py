@@ -25,7 +25,7 @@ from streamconv.pipeline.production import OpenOutput, open_work, produce, readi
 from streamconv.pipeline.residual import ResidualAdapter, make_residual
 from streamconv.planning.parts import Part
 from streamconv.planning.plan import Plan
-from streamconv.progress import Meter, OnProgress, StopRequest
+from streamconv.progress import Meter, OnProgress, OnTurn, StopRequest, Turn, unnoticed
 from streamconv.running.device_use import in_use
 from streamconv.running.schedule import bytes_read
 from streamconv.storage.local import open_folder
@@ -34,7 +34,9 @@ from streamconv.system_errors import translated, was_refused
 _log = logging.getLogger(__name__)
 
 
-def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopRequest) -> Report:
+def run(
+    prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopRequest, on_turn: OnTurn = unnoticed
+) -> Report:
     """Carry out a prepared job, or go on with it where an earlier run of it stopped.
 
     Its outputs are published together: when all are complete and have passed the gate. Of a part of an output, the
@@ -43,36 +45,38 @@ def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopReques
     with translated(out), in_use(prepared.plan.device):
         part = prepared.job.part
         if part is not None:
-            return _run_part(prepared, out, part, on_progress, stop)
-        return _run(prepared, out, on_progress, stop)
+            return _run_part(prepared, out, part, on_progress, stop, on_turn)
+        return _run(prepared, out, on_progress, stop, on_turn)
 
 
-def _run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopRequest) -> Report:
+def _run(
+    prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopRequest, on_turn: OnTurn
+) -> Report:
     check_out(prepared, out)
     places = prepared.places(out)
     before = [_finished_before(each, folder, on_progress, stop) for each, folder in places]
     todo = [place for place, report in zip(places, before, strict=True) if report is None]
     if todo:
         check_contents(prepared)
-    now = iter(_make(todo, on_progress, stop) if todo else ())
+    now = iter(_make(todo, on_progress, stop, on_turn) if todo else ())
     main, *also = (report or next(now) for report in before)
     names = [each.job.options.quant for each in prepared.also]
     return replace(main, also=dict(zip(names, also, strict=True)))
 
 
 def _run_part(
-    prepared: Prepared, out: Path, part: Part, on_progress: OnProgress, stop: StopRequest
+    prepared: Prepared, out: Path, part: Part, on_progress: OnProgress, stop: StopRequest, on_turn: OnTurn
 ) -> Report:
     """Make the shards of a part; publish the output if all others are there, and nobody else is at work."""
     started = time.monotonic()
     with ExitStack() as stack:
-        made = make_part(prepared, out, part, stack, on_progress, stop)
+        made = make_part(prepared, out, part, stack, on_progress, stop, on_turn)
         if made is None:
             report = _finished_before(prepared, out, on_progress, stop)
             assert report is not None, f"{out} was in place and is not any more"
             return replace(report, part=str(part))
         if made.whole is not None:
-            (report,) = _make([(prepared, out)], on_progress, stop, made.whole)
+            (report,) = _make([(prepared, out)], on_progress, stop, on_turn, made.whole)
         else:
             report = _part_report(prepared, out, made)
     return replace(report, part=str(part), seconds=time.monotonic() - started)
@@ -101,6 +105,7 @@ def _make(
     todo: Sequence[tuple[Prepared, Path]],
     on_progress: OnProgress,
     stop: StopRequest,
+    on_turn: OnTurn,
     last: Journal | None = None,
 ) -> list[Report]:
     """Make these outputs together, and publish them. `last` is the journal of one whose parts are all made."""
@@ -108,14 +113,16 @@ def _make(
     plans = [each.plan for each, _ in todo]
     reads = sum(plan.passes_need.read for plan in plans)
     on_gpu = not plans[0].device.is_cpu
-    meter = Meter(reads + sum(plan.size for plan in plans), on_progress, on_gpu)
+    meter = Meter(reads + sum(plan.size for plan in plans), on_progress, on_gpu, on_turn)
     with ExitStack() as stack:
         reading = reading_again(meter, stop)
         works = [
             open_work(each, folder, last or take_whole(each, folder, stack), each.plan.shards, stack, reading)
             for each, folder in todo
         ]
-        published = _publish(produce(works, meter, stop))
+        works = produce(works, meter, stop)
+        on_turn(Turn("publish"))
+        published = _publish(works)
     seconds, read = time.monotonic() - started, reads + bytes_read(plans)
     return [
         _report(
