@@ -89,23 +89,33 @@ def by_hand(inputs: Inputs, runs: int) -> list[dict[str, Any]]:
     rows = []
     for quant in FORMATS:
         for count in WORKERS:
-            walls = [_wall(inputs, quant, count) for _ in range(runs)]
+            walls, works = zip(*(_wall(inputs, quant, count) for _ in range(runs)), strict=True)
             rows.append(
-                {"quant": quant, "workers": count, "wall_s": round(statistics.median(walls), 2), "runs": runs}
+                {
+                    "quant": quant,
+                    "workers": count,
+                    "wall_s": round(statistics.median(walls), 2),
+                    "planned_to_done_s": round(statistics.median(works), 2),
+                    "runs": runs,
+                }
             )
     return rows
 
 
-def _wall(inputs: Inputs, quant: str, count: int) -> float:
+def _wall(inputs: Inputs, quant: str, count: int) -> tuple[float, float]:
+    """Seconds from start to end of all, and from the first that has planned on: interpreters are started, too."""
     out, began = inputs.out("by-hand"), time.perf_counter()
     parts = [["--part", f"{number}/{count}"] if count > 1 else [] for number in range(1, count + 1)]
-    command = [str(PROGRAM), "merge", *inputs.options(quant, out), "--quiet"]
-    workers = [subprocess.Popen([*command, *part]) for part in parts]
-    codes = [worker.wait() for worker in workers]
+    command = [str(PROGRAM), "merge", *inputs.options(quant, out), "--quiet", "--json-progress"]
+    workers = [subprocess.Popen([*command, *part], stderr=subprocess.PIPE, text=True) for part in parts]
+    said = [worker.communicate()[1] for worker in workers]
+    codes = [worker.returncode for worker in workers]
     wall = time.perf_counter() - began
+    lines = [json.loads(line) for each in said for line in each.splitlines() if line.startswith("{")]
+    planned = min(line["time"] for line in lines if line["phase"] == "open")
     assert codes == [0] * count, codes
     inputs.check(quant, out)
-    return wall
+    return wall, max(line["time"] for line in lines) - planned
 
 
 # -- launchers ---------------------------------------------------------------------------------------------------------
