@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import streamconv
+from streamconv.sizes import format_size
 from tests.gguf.bases import write_llama
 from tests.hostile.commands import Commands, Outcome
 from tests.hostile.test_kill import Tree, check_final_names, spread, tree
@@ -307,3 +308,15 @@ def test_what_parts_cannot_do_is_refused_before_anything_is_written(
     refused = case.part(out, "1/2", *options)
     assert (refused.code, message in refused.text) == (2, True), refused.text
     assert not out.exists()
+
+
+def test_the_plan_of_a_part_names_its_files(case: Case, out: Path) -> None:
+    plan = ("plan", *case.arguments[1:], "--part", "2/2", "-o", str(out))
+    shown = json.loads(case.commands.run(*plan, "--json").text)["part"]
+    assert (shown["number"], shown["count"]) == (2, 2)
+    made = json.loads(case.done(out, "2/2", "--json", "--quiet").text)
+    assert shown["files"] == sorted(made["shards"])
+    text = case.commands.run(*plan).text
+    assert (
+        f"\npart      2 of 2: {format_size(made['bytes_written'])} in {len(made['shards'])} files\n" in text
+    )
