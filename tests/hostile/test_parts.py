@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import streamconv
+from streamconv.output.journal import Journal
 from streamconv.sizes import format_size
 from tests.gguf.bases import write_llama
 from tests.hostile.commands import Commands, Outcome
@@ -167,6 +168,19 @@ def test_while_a_part_is_made_nobody_else_takes_it_or_puts_the_output_in_place(
     assert "2 files are left" in second.text or "3 files are left" in second.text
     first = case.commands.run(goes_on=stopped.process)
     assert first.code == 0, first.text
+    assert tree(out) == case.complete
+
+
+def test_of_workers_that_are_done_the_last_alone_puts_the_output_in_place(case: Case, out: Path) -> None:
+    """All files are there, and one that made some of them has not ended yet."""
+    case.done(out, "1/2")
+    other = Journal(out, {}, resume=True, part="part-1-of-2", worker="part 1 of 2")
+    other.lock()
+    early = case.done(out, "2/2")
+    assert "all files are made; a worker that is still at it puts the output in place" in early.text
+    assert os.listdir(out) == [WORK]
+    other.close()
+    case.done(out, "1/2")
     assert tree(out) == case.complete
 
 
