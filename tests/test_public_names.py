@@ -29,6 +29,7 @@ PUSHING = {
     "push_revision",
 }  # streamconv.push, afterwards
 ONLY_ON_THE_COMMAND_LINE = {
+    "json_progress",
     "dry_run",
     "recipe",
     "print_recipe",
