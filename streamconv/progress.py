@@ -19,6 +19,25 @@ OnBytes = Callable[[int], None]
 """Called with how many more bytes are done."""
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A turn in what is under way: the phase `name` begins, such as `write`; or, with `nbytes`, the file `name` of the
+    output is complete, of so many bytes.
+    """
+
+    name: str
+    nbytes: int | None = None
+
+
+OnTurn = Callable[[Turn], None]
+"""Called at each turn, from whichever thread it is in."""
+
+
+def unnoticed(turn: Turn) -> None:
+    """The turns that nobody watches."""
+    del turn
+
+
 def quiet(done: int, total: int) -> None:
     """The progress that nobody watches."""
     del done, total
@@ -32,10 +51,16 @@ class StopRequest:
 
 
 class Meter:
-    """Counts output bytes and samples memory while a run goes on; with `pinned` as for `anonymous_bytes`."""
+    """Counts output bytes and samples memory while a run goes on; with `pinned` as for `anonymous_bytes`.
 
-    def __init__(self, total: int, on_progress: OnProgress, pinned: bool = False) -> None:
+    `on_turn` is told by whoever has the meter.
+    """
+
+    def __init__(
+        self, total: int, on_progress: OnProgress, pinned: bool = False, on_turn: OnTurn = unnoticed
+    ) -> None:
         self._total, self._on_progress, self._pinned = total, on_progress, pinned
+        self.on_turn = on_turn
         self._done = 0
         self._before = anonymous_bytes(pinned)
         self.peak = 0

@@ -161,6 +161,8 @@ STORIES: Mapping[str, Sequence[str]] = {
     "kernels/triton_columns.py": ["kernels/test_in_triton.py", "kernels/test_triton_loops.py"],
     # Runs, from options to a verified output.
     "output/tokenizer_files.py": ["output/test_tokenizer.py"],
+    "pipeline/parts.py": ["hostile/test_parts.py"],
+    "pipeline/production.py": ["hostile/test_kill.py", "hostile/test_parts.py", "pipeline/test_passes.py"],
     "pipeline/__init__.py": ["test_public_names.py"],
     "pipeline/calibrating.py": ["pipeline/test_calibrated.py", "pipeline/test_rescaled.py"],
     "pipeline/calls.py": ["test_public_names.py", "cli/test_jobs.py"],

@@ -130,6 +130,21 @@ def test_the_guide_to_several_outputs_makes_what_it_says(
         assert config.get("quantization_config", {}).get("load_in_4bit", False) == (method == "bnb_4bit")
 
 
+def test_the_guide_to_several_machines_makes_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its two workers, one after the other, on files that are smaller."""
+    lines = next(blocks(ROOT / "docs" / "guide-several-machines.md", "sh")).splitlines()
+    base = save_base(tmp_path / "Llama-3.1-8B", llama_config(), dtype=torch.bfloat16)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    save_adapter(tmp_path / "my-qlora", base, lora)
+    monkeypatch.chdir(tmp_path)
+    for line, is_there in zip(lines, (False, True), strict=True):
+        result = CliRunner().invoke(main, shlex.split(line.replace("1GB", "12kB"))[1:])
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / "merged" / "config.json").exists() == is_there
+
+
 def test_the_guide_to_comparing_makes_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first command, on fewer tokens and with its own strategies."""
     guide = ROOT / "docs" / "guide-compare.md"

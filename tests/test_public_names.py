@@ -30,6 +30,7 @@ PUSHING = {
     "push_revision",
 }  # streamconv.push, afterwards
 ONLY_ON_THE_COMMAND_LINE = {
+    "json_progress",
     "dry_run",
     "recipe",
     "print_recipe",

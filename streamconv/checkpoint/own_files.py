@@ -153,6 +153,29 @@ def known_again(path: Path, known: FileIdentity) -> FileIdentity | None:
     return again if again is not None and again.sha256 == known.sha256 else None
 
 
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """Facts of a finished file by which another process, maybe on another machine, knows it again without reading:
+    there the number of its device is another one.
+    """
+
+    inode: int
+    size: int
+    modified_ns: int
+
+
+def recognize(path: Path, seen: Sighting, sha256: str) -> FileIdentity | None:
+    """Identity of the file at `path` if it looks as another process saw it; else None. Raises OutputError."""
+    try:
+        found = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise read_error(error, path) from error
+    looks = Sighting(found.st_ino, found.st_size, found.st_mtime_ns)
+    return identity_of(found, sha256) if stat.S_ISREG(found.st_mode) and looks == seen else None
+
+
 def read_error(error: OSError, path: Path) -> StreamconvError:
     """The error of ours for one of the system's while a file of the output, or its folder, is looked at."""
     return lacking(error) or OutputError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from streamconv.cli.blocks import group, places
+from streamconv.cli.launchers import named_part
 from streamconv.cli.options import (
     ADAPTER_HELP,
     ADAPTER_PLACE,
@@ -17,6 +18,7 @@ from streamconv.cli.options import (
     BASE,
     BASE_REVISION,
     CONVERTED,
+    JSON_PROGRESS,
     OUT,
     PLACE,
     PUSH_TO,
@@ -28,13 +30,15 @@ from streamconv.cli.options import (
     out_option,
 )
 from streamconv.cli.printing import answer, hand_over, say
-from streamconv.cli.progress import progress
+from streamconv.cli.progress import JsonLines, progress
 from streamconv.cli.recipes import RECIPE, JobCommand
 from streamconv.cli.signals import stop_on_signals
 from streamconv.cli.summary import summary, warnings
 from streamconv.cli.uploads import PUSHING, check_before, hush_hub, push_made, push_target, show_pushed
+from streamconv.errors import OptionError
 
 if TYPE_CHECKING:
+    from streamconv.output.manifest import Report
     from streamconv.pipeline import Job, Prepared
 
 
@@ -53,8 +57,11 @@ if TYPE_CHECKING:
     PUSH_TO,
     RECIPE,
     SHOW,
+    JSON_PROGRESS,
 )
-def merge_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
+def merge_command(
+    out: str, dry_run: bool, as_json: bool, quiet: bool, json_progress: bool, **given: Any
+) -> None:
     """Merge an adapter into a base model.
 
     \b
@@ -63,7 +70,7 @@ def merge_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: 
     streamconv merge --base ./llama --adapter ./sft --weight 0.7 --adapter ./dpo --weight 0.3 -o ./merged
     streamconv merge --base org/llama --adapter me/my-lora@v2 --push-to me/merged -o ./merged
     """
-    _run_job(given, out, dry_run, as_json, quiet)
+    _run_job(given, out, dry_run, as_json, quiet, JsonLines() if json_progress else None)
 
 
 @click.command("convert", cls=JobCommand)
@@ -79,15 +86,18 @@ def merge_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: 
     PUSH_TO,
     RECIPE,
     SHOW,
+    JSON_PROGRESS,
 )
-def convert_command(out: str, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
+def convert_command(
+    out: str, dry_run: bool, as_json: bool, quiet: bool, json_progress: bool, **given: Any
+) -> None:
     """Quantize, dequantize or reshard a model, without an adapter.
 
     \b
     streamconv convert --base ./llama --quant nf4-dq -o ./llama-4bit
     streamconv convert --base ./llama-4bit --quant none -o ./llama-16bit
     """
-    _run_job(given, out, dry_run, as_json, quiet)
+    _run_job(given, out, dry_run, as_json, quiet, JsonLines() if json_progress else None)
 
 
 @click.command("plan", cls=JobCommand)
@@ -115,26 +125,28 @@ def plan_command(out: str | None, dry_run: bool, as_json: bool, quiet: bool, **g
     _show_plan(prepare(_job(given)), out, as_json, quiet)
 
 
-def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, quiet: bool) -> None:
+def _run_job(
+    given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, quiet: bool, lines: JsonLines | None
+) -> None:
     from dataclasses import asdict
 
-    from streamconv.pipeline import output_folder, prepare, run
+    from streamconv.pipeline import output_folder, prepare
 
     if quiet:
         hush_hub()
     folder = output_folder(out)
     target = push_target(given)
     if target is not None:
+        _refuse_part(given)
         check_before(target)
+    if lines is not None:
+        lines.begin("plan")
     # Nothing is written yet that a signal could leave half done: it just ends the process.
     prepared = prepare(_job(given))
     if dry_run:
         _show_plan(prepared, out, as_json, quiet)
         return
-    _fetch(prepared, folder, quiet)
-    title = "merge" if prepared.adapter else "convert"
-    with stop_on_signals() as stop, progress(title, quiet) as on_progress:
-        report = run(prepared, folder, on_progress, stop)
+    report = _carried_out(prepared, folder, quiet, lines)
     say(*warnings(report), err=True)
     if not as_json and not quiet:
         say(*summary(prepared, report))
@@ -148,11 +160,40 @@ def _run_job(given: Mapping[str, Any], out: str, dry_run: bool, as_json: bool, q
             say(f"{further.out} was not uploaded; `streamconv push` does that, to a repository of its own")
 
 
+def _carried_out(prepared: Prepared, out: Path, quiet: bool, lines: JsonLines | None) -> Report:
+    """Fetch what is missing, and run the job, with bars or lines of JSON."""
+    from streamconv.pipeline import fetch, run
+    from streamconv.progress import Turn
+
+    if lines is not None:
+        if prepared.downloads():
+            lines.begin("download")
+            fetch(prepared, out, lines.progress)
+        lines.begin("open")
+        with stop_on_signals() as stop:
+            report = run(prepared, out, lines.progress, stop, lines.turn)
+        lines.turn(Turn("done"))
+        return report
+    _fetch(prepared, out, quiet)
+    title = "merge" if prepared.adapter else "convert"
+    with stop_on_signals() as stop, progress(title, quiet) as on_progress:
+        return run(prepared, out, on_progress, stop)
+
+
+def _refuse_part(given: Mapping[str, Any]) -> None:
+    """Raise OptionError for an upload by one of several workers, of whom none knows that it will be the last."""
+    if given["part"] is not None:
+        raise OptionError(
+            "--push-to is for one worker that makes all; leave it out, and `streamconv push` what the parts have made"
+        )
+
+
 def _job(given: Mapping[str, Any]) -> Job:
     from streamconv.pipeline import build_job
 
     others = {*PUSHING, "no_resume"}
     options = {name: value for name, value in given.items() if name not in others}
+    options["part"] = named_part(options["part"])
     return build_job(**options, resume=not given["no_resume"])
 
 

@@ -397,6 +397,15 @@ RESOURCES = resources(MERGE_DEFAULTS)
 PLACE = group(
     option(
         Section.PLACE,
+        "--part",
+        defaults=MERGE_DEFAULTS,
+        metavar="K/N",
+        help="Make the share of worker K, from 1 to N, of an --out that all N workers see; the last to end puts the "
+        "output in place. auto: K and N as torchrun, Slurm or SkyPilot set them for each worker; auto/N for "
+        "Kubernetes, which sets K alone. Default: make all that is left, whatever started this.",
+    ),
+    option(
+        Section.PLACE,
         "--overwrite",
         defaults=MERGE_DEFAULTS,
         is_flag=True,
@@ -479,6 +488,13 @@ JSON = option(
     is_flag=True,
     envvar="STREAMCONV_JSON",
     help="Print the result as one JSON document on stdout.",
+)
+JSON_PROGRESS = option(
+    Section.MESSAGES,
+    "--json-progress",
+    is_flag=True,
+    help="Tell of progress on stderr in lines of JSON, for logs that programs read: at each phase and file, and every "
+    "5 seconds.",
 )
 DEBUG = option(
     Section.MESSAGES,

@@ -23,6 +23,9 @@ def summary(prepared: Prepared, report: Report) -> Iterator[str]:
     if report.renamed:
         yield f"names of adapter and base were matched: {report.renamed}"
     yield from (f"note: {note}" for note in report.notes)
+    if report.part is not None and report.left is not None:
+        yield from _of_part(report)
+        return
     reports = [report, *report.also.values()]
     made = [each for each in reports if each.seconds]
     for each in reports:
@@ -55,6 +58,16 @@ def warnings(report: Report) -> Iterator[str]:
                 f"warning: {each.out} keeps {each.kept_delta:.1%} of the fine-tune; {each.rounding} rounding to "
                 f"{each.quant} lost the rest. --rounding auto keeps more; `streamconv compare` tries them all"
             )
+
+
+def _of_part(report: Report) -> Iterator[str]:
+    size, count = format_size(report.bytes_written), len(report.shards)
+    yield f"{report.out}: {report.part} is made, {count} file{'s' * (count != 1)}, {size} {_pace([report])}"
+    if report.left:
+        names = ", ".join(report.left[:3]) + (" ..." if len(report.left) > 3 else "")
+        yield f"{len(report.left)} files are left ({names}); the worker that ends last puts the output in place"
+    else:
+        yield "all files are made; a worker that is still at it puts the output in place"
 
 
 def _kept(report: Report, share: float) -> str:

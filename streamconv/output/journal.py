@@ -8,6 +8,7 @@
     *.partial      shards being written; a finished one loses the suffix, still inside this folder; and small files
                    before they are put in place
     <pass>/        a folder for each pass of the plan (`Pass.folder`), with what it has made: `calibration`, `rescaling`
+    part-K-of-N/   of a worker that makes a part of the output: the same files again, of its shards (see parts.py)
 
 Two kinds of line matter. A *watermark* says: the first `offset` bytes of this shard are on disk and hash to
 `sha256`; a rerun goes on from there. *finished* says the same of a whole shard. Both carry the kept-delta sums of
@@ -37,6 +38,7 @@ from typing import Any
 
 from streamconv.checkpoint.own_files import (
     FileIdentity,
+    Sighting,
     check_kind,
     kind_at,
     known_again,
@@ -48,7 +50,14 @@ from streamconv.checkpoint.strict_json import parse_object
 from streamconv.checkpoint.writer import close_written, fsync_folder, write_error, write_file
 from streamconv.errors import CheckpointError, OutputError
 from streamconv.escapes import one_line
-from streamconv.output.journal_lines import Progress, Watermark, encode_line, fingerprint_digest, read_lines
+from streamconv.output.journal_lines import (
+    Progress,
+    Recorded,
+    Watermark,
+    encode_line,
+    fingerprint_digest,
+    read_lines,
+)
 from streamconv.output.work_folder import (
     LINES,
     LOCK,
@@ -60,6 +69,7 @@ from streamconv.output.work_folder import (
     has_whole_files,
     is_there,
     note_of,
+    part_folders,
     remove_entries,
 )
 from streamconv.storage.local import FOLDER, close_quietly
@@ -75,6 +85,7 @@ __all__ = [
     "lock_holder",
     "make_folder",
     "make_pass_folder",
+    "part_at_work",
     "remove_leftovers",
 ]
 
@@ -99,18 +110,33 @@ def is_owned(out: Path) -> bool:
 
 
 def lock_holder(out: Path) -> str | None:
-    """Process that is at work on the output at this moment, in the words of its lock; None if there is none.
+    """Process that is at work on the output, or a part of it, at this moment, in the words of its lock; None if there
+    is none.
 
     Looking takes the lock for an instant, which `Journal.lock` waits for.
     """
+    if not is_owned(out):
+        return None
+    return _holder_at(out / WORK_FOLDER) or part_at_work(out / WORK_FOLDER)
+
+
+def part_at_work(folder: Path, but: str = "") -> str | None:
+    """Process that is at work on a part, in the words of its lock; None if there is none.
+
+    `folder` is the work folder of the whole, `but` the name of a part's folder that is not looked at.
+    """
+    held = (_holder_at(each) for each in part_folders(folder) if each.name != but)
+    return next((holder for holder in held if holder is not None), None)
+
+
+def _holder_at(folder: Path) -> str | None:
+    """Process that holds the lock of a work folder, in the words of the lock; None if there is none."""
     try:
-        if not is_owned(out):
-            return None
-        lock = open_own(out / WORK_FOLDER / LOCK, os.O_RDONLY)
+        lock = open_own(folder / LOCK, os.O_RDONLY)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise read_error(error, out / WORK_FOLDER / LOCK) from error
+        raise read_error(error, folder / LOCK) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -137,18 +163,24 @@ def remove_leftovers(out: Path) -> None:
 
 
 class Journal:
-    """The work folder of one output, opened for one run. Use as a context manager: it holds the lock.
+    """The work folder of one output, or of a part of it, opened for one run. Use as a context manager: it holds the
+    lock.
 
-    `identities` are those of finished shards, by name, as this run has written or read them; `placed` those of all that
-    it has put in place.
+    `part` is the name of a part's folder in that of the whole, `worker` what the lock says of this process beside its
+    number. `identities` are those of finished shards, by name, as this run has written or read them; `sightings` tell
+    of those that parts have made, as their workers saw them; `placed` are identities of all that it has put in place.
     """
 
-    def __init__(self, out: Path, fingerprint: Mapping[str, Any], resume: bool) -> None:
-        self.folder = out / WORK_FOLDER
+    def __init__(
+        self, out: Path, fingerprint: Mapping[str, Any], resume: bool, part: str = "", worker: str = ""
+    ) -> None:
+        self.out, self.part, self.worker = out, part, worker
+        self.folder = out / WORK_FOLDER / part
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.resume = resume
         self.progress = Progress()
         self.identities: dict[str, FileIdentity] = {}
+        self.sightings: dict[str, Sighting] = {}
         self.placed: dict[Path, FileIdentity] = {}
         self._lock: int | None = None
         self._lines: int | None = None
@@ -198,6 +230,10 @@ class Journal:
         self._append({"watermark": shard, "offset": mark.offset, "sha256": mark.sha256, "sums": dict(sums)})
 
     def finish(self, shard: str, sha256: str, sums: Mapping[str, list[float]]) -> None:
+        if self.part:  # whoever puts the whole together need not read this file again
+            seen = self.identities[shard]
+            facts = {"inode": seen.inode, "size": seen.size, "modified_ns": seen.modified_ns}
+            self._append({"identity": shard, **facts})
         self._append({"finished": shard, "sha256": sha256, "sums": dict(sums)})
 
     def publish(self) -> None:
@@ -229,7 +265,7 @@ class Journal:
                 " put in place; run the same command again, with nothing else at work there"
             )
         raise OutputError(
-            f"another run ({_first_line(found)}) took over {self.folder.parent} while this one was at work, so the file"
+            f"another run ({_first_line(found)}) took over {self.out} while this one was at work, so the file"
             " system's locks hold nobody off; this run has stopped and left everything to that one: wait for it, or"
             " choose another --out"
         )
@@ -270,6 +306,17 @@ class Journal:
 
     def lock(self) -> None:
         """Make the folder and take its lock. Raises OutputError if another run has it, or it is no run's."""
+        if (holder := self.try_lock()) is not None:
+            what = f"{self.worker} of {self.out}" if self.part else f"{self.out}"
+            raise OutputError(
+                f"{what} is in use by another run ({holder}); wait for it, or choose another --out"
+            )
+
+    def try_lock(self) -> str | None:
+        """Make the folder and take its lock; where another run has it, return what the lock says of that.
+
+        Raises OutputError where the folder is no run's.
+        """
         path = self.folder / LOCK
         while self._lock is None:
             make_folder(self.folder)
@@ -281,26 +328,29 @@ class Journal:
             except OSError as error:
                 raise write_error(error, path) from error
             try:
-                self._lock_descriptor(self._lock)
+                if not self._lock_descriptor(self._lock):
+                    holder = _holder(self._lock)
+                    self.close()
+                    return holder
                 is_taken = _is_still_at(path, self._lock)
             except BaseException:
                 self.close()
                 raise
             if not is_taken:  # likewise: what is locked is in no folder any more
                 self.close()
+        return None
 
-    def _lock_descriptor(self, lock: int) -> None:
+    def _lock_descriptor(self, lock: int) -> bool:
         path = self.folder / LOCK
         try:
             _lock_patiently(lock)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"{self.folder.parent} is in use by another run ({_holder(lock)}); wait for it, or choose another --out"
-            ) from error
+        except BlockingIOError:
+            return False
         except OSError as error:
             raise OutputError(
                 f"{path} cannot be locked: {error.strerror}; choose an --out on a file system that has locks"
             ) from error
+        return True
 
     def _open(self) -> None:
         """Go on with what is there if it is this run's, else begin anew. Raises OutputError if it is another's that
@@ -311,13 +361,14 @@ class Journal:
             goes_on = self.resume and self._is_same_run()
             if not goes_on:
                 check_ours_alone(self.folder)
+                check_no_part_at_work(self)
             self.take_over()
             if goes_on:
                 self._take_up(lines)
             else:
                 self._check = fingerprint_digest(self.fingerprint)
                 # Where publishing had begun, that is never forgotten: what lies in the output's folder is ours.
-                keep = {PLAN, PUBLISHING} if is_publishing(self.folder.parent) else set()
+                keep = {PLAN, PUBLISHING} if is_publishing(self.out) else set()
                 remove_entries(self.folder, keep=frozenset({LOCK, *keep}))
                 self.check_owner()
                 write_file(plan, json.dumps(self.fingerprint, indent=1, sort_keys=True).encode())
@@ -332,29 +383,44 @@ class Journal:
         found = _read_plan(self.folder / PLAN)
         if found == self.fingerprint:
             return True
-        recorded = read_lines(self.folder / LINES, fingerprint_digest(found or {}))
-        progress = recorded.progress
-        is_wanted = (
-            progress.is_worth_keeping or recorded.has_more or (self.has_passed and not progress.rejected)
+        if not self._is_wanted(read_lines(self.folder / LINES, fingerprint_digest(found or {}))):
+            return False
+        if found is None:
+            raise OutputError(
+                f"{self.folder / PLAN} is damaged, so it is not known which run left unfinished work in {self.out}; "
+                f"{self._discard}, or choose another --out"
+            )
+        differing = "; ".join(_differences(found, self.fingerprint)[:3])
+        if self.worker:
+            raise OutputError(
+                f"{self.out} is being made, or was left unfinished, with other inputs, options, versions or another "
+                f"kind of CPU or GPU ({differing}), and all parts of an output need the same; make them the same, "
+                f"{self._discard}, or choose another --out"
+            )
+        raise OutputError(
+            f"{self.out} holds an unfinished run with other inputs or options ({differing}); repeat that command to "
+            f"finish it, {self._discard}, or choose another --out"
         )
-        if is_wanted and found is None:
-            raise OutputError(
-                f"{self.folder / PLAN} is damaged, so it is not known which run left unfinished work in "
-                f"{self.folder.parent}; pass --no-resume to discard that and begin anew, or choose another --out"
-            )
-        if is_wanted:
-            differing = _differences(found, self.fingerprint)
-            raise OutputError(
-                f"{self.folder.parent} holds an unfinished run with other inputs or options "
-                f"({'; '.join(differing[:3])}); repeat that command to finish it, pass --no-resume to discard it, "
-                "or choose another --out"
-            )
-        return False
+
+    @property
+    def _discard(self) -> str:
+        if not self.worker:
+            return "pass --no-resume to discard it"
+        return f"delete {self.out / WORK_FOLDER} while nothing is at work there to discard it"
+
+    def _is_wanted(self, recorded: Recorded) -> bool:
+        """Whether what is there must not be discarded without being told to."""
+        progress = recorded.progress
+        if progress.is_worth_keeping or recorded.has_more or (self.has_passed and not progress.rejected):
+            return True
+        return part_at_work(self.folder) is not None or any(map(_is_worth_keeping, part_folders(self.folder)))
 
     def take_over(self) -> None:
         """Name this run as the folder's: another that holds itself for its owner, for want of locks, then stops."""
         assert self._lock is not None
-        owner = f"process {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(16)}\n".encode()
+        process = f"process {os.getpid()} on {socket.gethostname()}"
+        who = f"{self.worker}, {process}" if self.worker else process
+        owner = f"{who}\n{secrets.token_hex(16)}\n".encode()
         with _typed_errors(self.folder / LOCK):
             done = 0
             while done < len(owner):
@@ -423,6 +489,21 @@ def _holder(lock: int) -> str:
 def _first_line(content: bytes) -> str:
     """Name of a run as a file has it, fit for a message: anybody may have written the file."""
     return one_line(content[:200].decode(errors="replace").partition("\n")[0].strip())
+
+
+def check_no_part_at_work(journal: Journal) -> None:
+    """Raise OutputError where a process makes a part of the output whose work folder this is."""
+    if (holder := part_at_work(journal.folder)) is not None:
+        raise OutputError(
+            f"{journal.out} is in use by another run ({holder}), which makes a part of it; wait for it to end, or "
+            "choose another --out"
+        )
+
+
+def _is_worth_keeping(part: Path) -> bool:
+    """Whether a part has work that another run must not discard without being told to."""
+    plan = _read_plan(part / PLAN) if is_there(part, PLAN) else None
+    return plan is not None and read_lines(part / LINES, fingerprint_digest(plan)).progress.is_worth_keeping
 
 
 def make_folder(folder: Path) -> None:

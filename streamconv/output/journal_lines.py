@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint.own_files import open_own, read_error
+from streamconv.checkpoint.own_files import Sighting, open_own, read_error
 from streamconv.checkpoint.strict_json import parse_object
 from streamconv.errors import CheckpointError
 
@@ -26,6 +26,7 @@ _LINE = re.compile(rb'(\{.*), "check": "([0-9a-f]{16})"\}\n')
 # Or a word in its place, such as where `extract` is done with a weight that has no file; the check is what protects it.
 _SHA256 = re.compile(r"[0-9a-z]{1,64}")
 _MEMBERS = {
+    "identity": {"identity", "inode", "size", "modified_ns"},
     "watermark": {"watermark", "offset", "sha256", "sums"},
     "finished": {"finished", "sha256", "sums"},
     "restart": {"restart"},
@@ -44,13 +45,16 @@ class Watermark:
 
 @dataclass(slots=True)
 class Progress:
-    """Progress that the journal records. `sums` are kept-delta sums by weight name."""
+    """Progress that the journal records. `sums` are kept-delta sums by weight name, `sightings` those of finished
+    shards that a part has made.
+    """
 
     finished: dict[str, str] = field(default_factory=dict)  # shard name -> sha256
     watermarks: dict[str, Watermark] = field(default_factory=dict)
     sums: dict[str, list[float]] = field(default_factory=dict)
     publishing: bool = False
     rejected: bool = False
+    sightings: dict[str, Sighting] = field(default_factory=dict)
 
     @property
     def is_worth_keeping(self) -> bool:
@@ -64,6 +68,9 @@ class Progress:
             self.watermarks[record["watermark"]] = Watermark(record["offset"], record["sha256"])
         elif "finished" in record:
             self.finished[record["finished"]] = record["sha256"]
+        elif "identity" in record:
+            seen = Sighting(record["inode"], record["size"], record["modified_ns"])
+            self.sightings[record["identity"]] = seen
         elif "restart" in record:
             self.watermarks.pop(record["restart"], None)
             self.finished.pop(record["restart"], None)
@@ -148,11 +155,11 @@ def _is_record(record: Mapping[str, Any]) -> bool:
     name = record[kind]
     if kind in ("publishing", "rejected"):
         return name is True
-    offset, sha256 = record.get("offset", 0), record.get("sha256", "0")
+    numbers = [record[key] for key in ("offset", "inode", "size", "modified_ns") if key in record]
+    sha256 = record.get("sha256", "0")
     return (
         isinstance(name, str)
-        and type(offset) is int
-        and offset >= 0
+        and all(type(number) is int and number >= 0 for number in numbers)
         and isinstance(sha256, str)
         and _SHA256.fullmatch(sha256) is not None
         and _are_sums(record.get("sums", {}))

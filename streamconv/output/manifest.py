@@ -58,6 +58,9 @@ class Report:
     (`unscaled_error`). `residual` tells of the residual adapter its rank, its bytes, for how many weights it is, and
     which share of the calibration's loss it takes away (`removed`); None where there is none. `also` are the reports
     of further outputs by format: what they share, `bytes_read`, `seconds` and memory, is that of the run.
+
+    `part` is None where one worker makes all. `left` is None where the output is in place; else `shards` and
+    `bytes_written` are those of this part, and `left` names the files that other workers are still to make.
     """
 
     out: str
@@ -82,6 +85,8 @@ class Report:
     planned_ram_bytes: int
     resumed: bool
     also: Mapping[str, Report] = field(default_factory=dict)
+    part: str | None = None
+    left: tuple[str, ...] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, as `--json` prints it."""

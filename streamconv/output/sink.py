@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from streamconv.checkpoint.own_files import identify, kind_at, size_of
+from streamconv.checkpoint.own_files import identify, kind_at, recognize, size_of
 from streamconv.checkpoint.writer import (
     Mark,
     ShardWriter,
@@ -16,7 +16,7 @@ from streamconv.checkpoint.writer import (
 from streamconv.output.journal import Journal, Watermark
 from streamconv.output.publish import set_aside
 from streamconv.planning.plan import Plan, ShardPlan
-from streamconv.progress import OnBytes
+from streamconv.progress import OnBytes, OnTurn, Turn, unnoticed
 from streamconv.running.cell import KeptDelta
 from streamconv.threads import Future, Pool
 
@@ -30,9 +30,12 @@ class ShardSink:
     the shard before, is brought to the disk. One at a time, so that no more than a watermark is ever in the air.
     """
 
-    def __init__(self, journal: Journal, resumed: dict[str, ShardWriter]) -> None:
+    def __init__(
+        self, journal: Journal, resumed: dict[str, ShardWriter], on_turn: OnTurn = unnoticed
+    ) -> None:
         """`resumed` are writers that stand where their shard goes on; those that are begun are taken out."""
         self._journal = journal
+        self._on_turn = on_turn
         self._resumed = resumed
         self._sums: dict[str, list[float]] = {}
         self._shard: ShardPlan | None = None
@@ -105,20 +108,26 @@ class ShardSink:
         self._journal.identities[name] = writer.identity
         self._journal.finish(name, sha256, sums)
         publish(self._journal.partial(name), self._journal.finished(name))
+        self._on_turn(Turn(name, writer.identity.size))
 
 
 def resume_points(
-    out: Path, plan: Plan, journal: Journal, on_bytes: OnBytes = lambda _: None
+    out: Path,
+    plan: Plan,
+    journal: Journal,
+    on_bytes: OnBytes = lambda _: None,
+    shards: Sequence[ShardPlan] | None = None,
 ) -> tuple[dict[str, int], dict[str, ShardWriter]]:
     """File offset from which each unfinished shard is to be produced, and the writers that stand there.
 
-    Finished shards are read again, and made anew where they are not what was journaled; `on_bytes` is told how many
-    bytes were read.
+    Of `shards`, where these are given, else of all. Finished shards are read again, unless the part that made them says
+    by what to know them, and made anew where they are not what was journaled; `on_bytes` is told how many bytes were
+    read.
     """
     starts: dict[str, int] = {}
     writers: dict[str, ShardWriter] = {}
     kept = _finished(out, plan, journal, on_bytes)
-    for shard in plan.shards:
+    for shard in plan.shards if shards is None else shards:
         if shard.name in kept:
             continue
         if shard.name in journal.progress.finished:
@@ -156,7 +165,10 @@ def _take_finished(out: Path, shard: ShardPlan, journal: Journal, on_bytes: OnBy
     # Before publishing, what stands under the final name is the model that --overwrite will replace.
     places += [out / name] if journal.is_publishing else []
     for path in places:
-        found = identify(path, on_bytes) if _has_size(path, shard.size) else None
+        if not _has_size(path, shard.size):
+            continue
+        seen = journal.sightings.get(name)
+        found = (recognize(path, seen, sha256) if seen else None) or identify(path, on_bytes)
         if found is None or found.sha256 != sha256 or found.size != shard.size:
             continue
         journal.identities[name] = found

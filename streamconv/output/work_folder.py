@@ -30,7 +30,9 @@ _TOP = re.compile(
     r"|model-[A-Z0-9_]+(-\d+-of-\d+)?\.gguf(\.partial)?"
     r"|\..+\.partial"
 )
-_IN_PASS = re.compile(r"[\w.-]+\.(safetensors|partial|json|jsonl|sha256)|[\w-]+")
+_IN_PASS = re.compile(r"[\w.-]+\.(safetensors|gguf|partial|json|jsonl|sha256)|[\w-]+")
+_PART = re.compile(r"part-\d+-of-\d+")
+_SHARDS = (".safetensors", ".gguf")
 # Of the file system and the desktop, which make them again: neither in the way nor ours to delete.
 _PASSING = re.compile(r"\.nfs[0-9a-f]+|\.DS_Store|\._.*|Thumbs\.db|desktop\.ini")
 
@@ -68,7 +70,7 @@ def _check_ours(path: Path, names: re.Pattern[str]) -> None:
 def has_whole_files(folder: Path) -> bool:
     """Whether a pass has left a whole file in the work folder. Raises OutputError where that cannot be found out."""
     return any(
-        path.suffix == ".safetensors" and path.parent.name != REPLACED
+        path.suffix in _SHARDS and path.parent.name != REPLACED
         for path in _entries(folder)
         if path.parent != folder
     )
@@ -120,6 +122,20 @@ def _is_pass(folder: Path, name: str) -> bool:
 def note_of(pass_folder: str) -> str:
     """Name of the empty file that stands beside the folder of a pass, by which that is known as one."""
     return f"{pass_folder}{_NOTE}"
+
+
+def part_folders(folder: Path) -> list[Path]:
+    """Folders of parts in a work folder, each a work folder in itself, sorted. Raises OutputError."""
+    names = [name for name in _listed(folder) if _PART.fullmatch(name) and _is_pass(folder, name)]
+    return [folder / name for name in names if kind_at(folder / name) == FOLDER]
+
+
+def remove_part(folder: Path) -> None:
+    """Delete the folder of a part, with what is a run's own in it, and the note beside it. Raises OutputError."""
+    remove_entries(folder, keep=frozenset())
+    _remove(folder)
+    if kind_at(folder) is None:
+        _remove(folder.with_name(note_of(folder.name)))
 
 
 def _is_empty(path: Path) -> bool:

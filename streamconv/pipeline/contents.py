@@ -129,7 +129,7 @@ _ORDER = (
 # and permission to open pickles is for whoever runs it to give.
 _NOT_IN_RECIPES = {
     *("device", "max_ram", "max_vram", "overwrite", "resume", "verify"),
-    *("base_revision", "adapter_revision", "also", "allow_pickle"),
+    *("base_revision", "adapter_revision", "also", "allow_pickle", "part"),
 }
 
 

@@ -30,6 +30,7 @@ from streamconv.planning.options import (
     fields_of,
     takes,
 )
+from streamconv.planning.parts import Part, parse_part
 from streamconv.planning.spelling import format_name, meant_by, type_name
 from streamconv.sizes import parse_size
 
@@ -216,6 +217,12 @@ def _share(min_kept: float | None) -> float | None:
     return min_kept
 
 
+def _part(text: str | None) -> Part | None:
+    """The part; None where one worker makes all, as of 1/1."""
+    part = None if text is None else parse_part(text)
+    return None if part is None or part.count == 1 else part
+
+
 def _weights(weight: float | Iterable[float]) -> tuple[float, ...]:
     """A number for each adapter; () where all are 1."""
     given = (weight,) if isinstance(weight, int | float) else tuple(weight)
@@ -289,5 +296,6 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "max_shard_bytes": _size("--max-shard-size"),
     "also": _further,
     "copy_extra": tuple,
+    "part": _part,
     "gguf_donor": lambda given: None if given is None else fspath(given),
 }

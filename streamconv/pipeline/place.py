@@ -86,8 +86,11 @@ def further_outputs(out: Path) -> list[Path]:
 
 
 def is_finished(prepared: Prepared, out: Path) -> bool:
-    """Whether `out` holds the finished result of `prepared`, whatever is with its further outputs."""
-    if prepared.job.overwrite or not prepared.job.resume:
+    """Whether `out` holds the finished result of `prepared`, whatever is with its further outputs.
+
+    With `--overwrite` it is made again, but for a part: a worker that is started once more finds what all have made.
+    """
+    if (prepared.job.overwrite and prepared.job.part is None) or not prepared.job.resume:
         return False
     try:
         return not is_owned(out) and _has_same_output(prepared, out)

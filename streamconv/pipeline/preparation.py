@@ -42,6 +42,7 @@ from streamconv.planning.choices import options_alone
 from streamconv.planning.devices import Device, resolve_device, within_memory
 from streamconv.planning.gguf import with_donor, with_tokenizer
 from streamconv.planning.options import Job, MergeOptions
+from streamconv.planning.parts import check_parts
 from streamconv.planning.plan import Plan
 from streamconv.planning.planner import build_plans, facts_of
 from streamconv.planning.reading import open_base, read_checkpoint
@@ -174,6 +175,7 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
 
     `facts` are those of a calibration whose text is not at hand, for a plan that will not be carried out.
     """
+    _check_part(job)
     index, weights = read_checkpoint(open_base(job.base, job.base_revision), job.allow_pickle)
     refuse_unmerged(index)
     base = read_base(index, weights)
@@ -189,6 +191,27 @@ def prepare(job: Job, facts: CalibrationFacts | None = None) -> Prepared:
         facts = read_calibration_facts(base, asked)
     inputs = _Inputs(job, base, adapter_storages, adapter, options, facts, is_recorded)
     return within_memory(job.device, resolve_device(job.device), partial(_planned, inputs), _vram)
+
+
+def _check_part(job: Job) -> None:
+    """Raise OptionError for what parts of an output cannot be made with."""
+    if job.part is None:
+        return
+    if job.also:
+        raise OptionError(
+            "--part is for one output, and --also makes several of one reading, which parts would each repeat; give "
+            "each format a command and an --out of its own"
+        )
+    if job.low_disk:
+        raise OptionError(
+            "--low-disk with --part would have a worker remove shards of the base that another one still reads; leave "
+            "one of them out"
+        )
+    if not job.resume:
+        raise OptionError(
+            "--no-resume with --part would have each worker discard what the others have made; leave it out, or, while "
+            "nothing is at work there, delete the folder .streamconv in --out"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +237,7 @@ def _planned(inputs: _Inputs, device: Device) -> Prepared:
     job, base, adapter, adapter_storages = inputs.job, inputs.base, inputs.adapter, inputs.adapter_storages
     index, storage = base.index, base.index.storage
     plans = build_plans(base, adapter, inputs.options, device, inputs.facts)
+    check_parts(job.part, plans[0].shards)
     _check_donor(job, plans)
     tokenizer = _tokenizer(job, base, tokenizer_storage(adapter, adapter_storages), plans[0])
     processors = notes_on_processors(storage, adapter_storages)

@@ -7,117 +7,122 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint.writer import ShardWriter
-from streamconv.errors import InputError, OutputError, Stopped, VerificationError
+from streamconv.errors import InputError, OutputError, VerificationError
 from streamconv.output.journal import Journal, remove_leftovers
 from streamconv.output.listing import read_listing
-from streamconv.output.manifest import MANIFEST, KeptShares, Notes, Report, kept_delta
-from streamconv.output.place import check_disk
+from streamconv.output.manifest import MANIFEST, KeptShares, Notes, Report
 from streamconv.output.publish import check_placed, publish_output, set_aside
-from streamconv.output.sink import ShardSink, resume_points
 from streamconv.output.verifier import read_manifest, verify_layout, verify_output
-from streamconv.pipeline.arriving import arriving
 from streamconv.pipeline.contents import check_contents, described_copies, generated_files
-from streamconv.pipeline.passes import PASSES, Passed, run_passes
-from streamconv.pipeline.place import check_folder, check_out, is_finished
+from streamconv.pipeline.parts import PartMade, make_part
+from streamconv.pipeline.passes import PASSES, Passed
+from streamconv.pipeline.place import check_out, is_finished
 from streamconv.pipeline.preparation import Prepared
+from streamconv.pipeline.production import OpenOutput, open_work, produce, reading_again, take_whole
 from streamconv.pipeline.residual import ResidualAdapter, make_residual
-from streamconv.planning.plan import Plan, ShardPlan
-from streamconv.progress import Meter, OnBytes, OnProgress, StopRequest
-from streamconv.running.cell import KeptDelta
+from streamconv.planning.parts import Part
+from streamconv.planning.plan import Plan
+from streamconv.progress import Meter, OnProgress, OnTurn, StopRequest, Turn, unnoticed
 from streamconv.running.device_use import in_use
-from streamconv.running.executor import run_plans
 from streamconv.running.schedule import bytes_read
-from streamconv.running.sink import Output
-from streamconv.sizes import format_size
 from streamconv.storage.local import open_folder
 from streamconv.system_errors import translated, was_refused
 
 _log = logging.getLogger(__name__)
 
 
-def run(prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopRequest) -> Report:
+def run(
+    prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopRequest, on_turn: OnTurn = unnoticed
+) -> Report:
     """Carry out a prepared job, or go on with it where an earlier run of it stopped.
 
-    Its outputs are published together: when all are complete and have passed the gate.
+    Its outputs are published together: when all are complete and have passed the gate. Of a part of an output, the
+    worker that ends last publishes it; the report of another names the files that are still to be made.
     """
     with translated(out), in_use(prepared.plan.device):
-        check_out(prepared, out)
-        places = prepared.places(out)
-        before = [_finished_before(each, folder, on_progress, stop) for each, folder in places]
-        todo = [place for place, report in zip(places, before, strict=True) if report is None]
-        if todo:
-            check_contents(prepared)
-        now = iter(_make(todo, on_progress, stop) if todo else ())
+        part = prepared.job.part
+        if part is not None:
+            return _run_part(prepared, out, part, on_progress, stop, on_turn)
+        return _run(prepared, out, on_progress, stop, on_turn)
+
+
+def _run(
+    prepared: Prepared, out: Path, on_progress: OnProgress, stop: StopRequest, on_turn: OnTurn
+) -> Report:
+    check_out(prepared, out)
+    places = prepared.places(out)
+    before = [_finished_before(each, folder, on_progress, stop) for each, folder in places]
+    todo = [place for place, report in zip(places, before, strict=True) if report is None]
+    if todo:
+        check_contents(prepared)
+    now = iter(_make(todo, on_progress, stop, on_turn) if todo else ())
     main, *also = (report or next(now) for report in before)
     names = [each.job.options.quant for each in prepared.also]
     return replace(main, also=dict(zip(names, also, strict=True)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """An output in work: from where each shard that is not finished is produced, and the writers that stand there.
+def _run_part(
+    prepared: Prepared, out: Path, part: Part, on_progress: OnProgress, stop: StopRequest, on_turn: OnTurn
+) -> Report:
+    """Make the shards of a part; publish the output if all others are there, and nobody else is at work."""
+    started = time.monotonic()
+    with ExitStack() as stack:
+        made = make_part(prepared, out, part, stack, on_progress, stop, on_turn)
+        if made is None:
+            report = _finished_before(prepared, out, on_progress, stop)
+            assert report is not None, f"{out} was in place and is not any more"
+            return replace(report, part=str(part))
+        if made.whole is not None:
+            (report,) = _make([(prepared, out)], on_progress, stop, on_turn, made.whole)
+        else:
+            report = _part_report(prepared, out, made)
+    return replace(report, part=str(part), seconds=time.monotonic() - started)
 
-    `passed` is what the passes before the plan's own made; its own plan until they are through.
-    """
 
-    prepared: Prepared
-    out: Path
-    journal: Journal
-    starts: Mapping[str, int]
-    writers: dict[str, ShardWriter]
-    resumed: bool
-    passed: Passed
-
-    @property
-    def plan(self) -> Plan:
-        return self.prepared.plan
-
-    @property
-    def unfinished(self) -> list[ShardPlan]:
-        return [shard for shard in self.plan.shards if shard.name in self.starts]
-
-    @property
-    def there(self) -> int:
-        """Bytes that an earlier run has left."""
-        return self.plan.size - sum(shard.size - self.starts[shard.name] for shard in self.unfinished)
-
-    def kept(self) -> KeptShares | None:
-        sums = {name: KeptDelta(*sums) for name, sums in self.journal.progress.sums.items()}
-        for found in self.passed.found.values():
-            sums |= found.kept
-        return kept_delta(sums)
-
-    def close(self) -> None:
-        for writer in self.writers.values():  # of shards that were not begun
-            writer.close()
+def _part_report(prepared: Prepared, out: Path, made: PartMade) -> Report:
+    """The report of a part whose worker is not the last."""
+    plan = replace(prepared.plan, shards=tuple(made.shards))
+    notes = Passed(plan).notes
+    read = plan.passes_need.read + bytes_read([plan])
+    report = _report(prepared, out, made.hashes, None, notes, None, 0.0, made.peak, read, made.resumed)
+    return replace(report, bytes_written=plan.size, left=made.left)
 
 
 @dataclass(frozen=True, slots=True)
 class _Published:
     """An output in place: SHA-256 of its shards, and what became of the update."""
 
-    work: _Work
+    work: OpenOutput
     hashes: Mapping[str, str]
     kept: KeptShares | None
     residual: ResidualAdapter | None
 
 
-def _make(todo: Sequence[tuple[Prepared, Path]], on_progress: OnProgress, stop: StopRequest) -> list[Report]:
-    """Make these outputs together, and publish them."""
+def _make(
+    todo: Sequence[tuple[Prepared, Path]],
+    on_progress: OnProgress,
+    stop: StopRequest,
+    on_turn: OnTurn,
+    last: Journal | None = None,
+) -> list[Report]:
+    """Make these outputs together, and publish them. `last` is the journal of one whose parts are all made."""
     started = time.monotonic()
     plans = [each.plan for each, _ in todo]
     reads = sum(plan.passes_need.read for plan in plans)
     on_gpu = not plans[0].device.is_cpu
-    meter = Meter(reads + sum(plan.size for plan in plans), on_progress, on_gpu)
+    meter = Meter(reads + sum(plan.size for plan in plans), on_progress, on_gpu, on_turn)
     with ExitStack() as stack:
-        reading = _reading(meter, stop)
-        works = [_open(each, folder, stack, reading) for each, folder in todo]
-        published = _publish(_produce(works, meter, stop))
+        reading = reading_again(meter, stop)
+        works = [
+            open_work(each, folder, last or take_whole(each, folder, stack), each.plan.shards, stack, reading)
+            for each, folder in todo
+        ]
+        works = produce(works, meter, stop)
+        on_turn(Turn("publish"))
+        published = _publish(works)
     seconds, read = time.monotonic() - started, reads + bytes_read(plans)
     return [
         _report(
@@ -136,28 +141,7 @@ def _make(todo: Sequence[tuple[Prepared, Path]], on_progress: OnProgress, stop: 
     ]
 
 
-def _produce(works: Sequence[_Work], meter: Meter, stop: StopRequest) -> list[_Work]:
-    """Carry out the passes of these outputs, the last of them, which writes shards, in one for all.
-
-    All shards are complete then, and none is published.
-    """
-    copied = max(sum(file.size for file in work.prepared.copied) for work in works)
-    places = [(work.out, work.plan, work.unfinished, work.journal) for work in works]
-    check_disk(places, copied_bytes=copied)
-    meter.start(sum(work.there for work in works))
-    done = [
-        replace(work, passed=run_passes(work.prepared.subject, work.journal.folder, meter.add, stop))
-        for work in works
-    ]
-    outputs = [
-        Output(work.passed.plan, work.starts, partial(ShardSink, work.journal, work.writers)) for work in done
-    ]
-    with arriving(works[0].prepared, outputs) as (sources, arranged):
-        run_plans(arranged, meter.add, stop, sources)
-    return done
-
-
-def _publish(works: Sequence[_Work]) -> list[_Published]:
+def _publish(works: Sequence[OpenOutput]) -> list[_Published]:
     """Publish complete outputs together. Raises VerificationError where one does not pass the gate."""
     shares = [work.kept() for work in works]
     _check_kept(works, shares)
@@ -176,46 +160,6 @@ def _publish(works: Sequence[_Work]) -> list[_Published]:
     return published
 
 
-def _reading(meter: Meter, stop: StopRequest) -> OnBytes:
-    """The progress of reading finished work again, which raises Stopped when that is asked for."""
-
-    def add(nbytes: int) -> None:
-        meter.add(nbytes)
-        if stop.signal_number is not None:
-            raise Stopped("stopped by a signal; run the same command again to go on", stop.signal_number)
-
-    return add
-
-
-def _open(prepared: Prepared, out: Path, stack: ExitStack, on_bytes: OnBytes) -> _Work:
-    """Take the lock of an output and find out how far it is."""
-    plan = prepared.plan
-    journal = Journal(out, plan.fingerprint, prepared.job.resume)
-    stack.callback(journal.close)
-    journal.lock()
-    _check_still_free(prepared, out, journal)
-    stack.enter_context(journal)
-    starts, writers = resume_points(out, plan, journal, on_bytes)
-    resumed = bool(journal.progress.finished or writers or journal.has_passed)
-    work = _Work(prepared, out, journal, starts, writers, resumed, Passed(plan))
-    stack.callback(work.close)
-    if work.resumed:
-        _log.info(
-            "going on in %s: %s of %s are there already", out, format_size(work.there), format_size(plan.size)
-        )
-    return work
-
-
-def _check_still_free(prepared: Prepared, out: Path, journal: Journal) -> None:
-    """Raise OutputError where another run has finished here since the place was looked at."""
-    try:
-        check_folder(prepared, out)
-    except OutputError:
-        journal.close()
-        remove_leftovers(out)
-        raise
-
-
 def _put_in_place(output: _Published) -> None:
     work, residual = output.work, output.residual
     prepared, out, journal = work.prepared, work.out, work.journal
@@ -230,7 +174,7 @@ def _put_in_place(output: _Published) -> None:
     check_placed(journal)  # from here on nothing can reach it through the work folder
 
 
-def _verify_placed(work: _Work) -> None:
+def _verify_placed(work: OpenOutput) -> None:
     """Raise VerificationError where the output in place is not the planned one; it is no model then."""
     try:
         verify_layout(work.out, work.plan)
@@ -260,7 +204,7 @@ def _finished_before(
         if prepared.job.verify:
             storage = open_folder(str(out))
             listing = read_listing(storage, MANIFEST)
-            verify_output(storage, listing, _reading(Meter(listing.size, on_progress), stop))
+            verify_output(storage, listing, reading_again(Meter(listing.size, on_progress), stop))
         verify_layout(out, prepared.plan)
     except (InputError, VerificationError, OSError) as error:
         if was_refused(error):
@@ -282,7 +226,7 @@ def _finished_before(
     return _report(prepared, out, hashes, kept, notes, residual, 0.0, 0, read, resumed=True)
 
 
-def _check_kept(works: Sequence[_Work], shares: Sequence[KeptShares | None]) -> None:
+def _check_kept(works: Sequence[OpenOutput], shares: Sequence[KeptShares | None]) -> None:
     """Raise VerificationError if an output does not pass the gate; none is published then, and all stay complete."""
     refusals, passed = [], []
     for work, kept in zip(works, shares, strict=True):

@@ -16,6 +16,7 @@ from streamconv.output.place import folder_of
 from streamconv.output.sidecars import RESIDUAL
 from streamconv.pipeline.arriving import held_at_once
 from streamconv.pipeline.preparation import Prepared
+from streamconv.planning.parts import share
 from streamconv.planning.plan import Copy, Plan, Rewrite, ShardPlan, SideParts, Step, cell_rows, tile_rows
 from streamconv.running.schedule import bytes_read
 from streamconv.sizes import format_size
@@ -69,7 +70,17 @@ def plan_as_json(prepared: Prepared) -> dict[str, Any]:
             for other in prepared.also
         },
         "files": _files(prepared),
+        **_part_as_json(prepared),
     }
+
+
+def _part_as_json(prepared: Prepared) -> dict[str, Any]:
+    """Names of the files that are made; nothing where one worker makes all."""
+    part = prepared.job.part
+    if part is None:
+        return {}
+    names = [shard.name for shard in share(prepared.plan.shards, part)]
+    return {"part": {"number": part.number, "count": part.count, "files": names}}
 
 
 def _output(prepared: Prepared) -> dict[str, Any]:
@@ -195,6 +206,7 @@ def plan_as_text(prepared: Prepared) -> str:
             f"{format_size(ram)} RAM, {format_size(vram)} on {plan.device}",
         ),
         ("disk", f"reads {format_size(read)}, writes {format_size(written)}"),
+        *_part(prepared),
         ("files", _shards(plan.shards)),
         ("", _small_files(prepared)),
     ]
@@ -228,6 +240,19 @@ def _held(prepared: Prepared) -> tuple[int, int] | None:
     base = prepared.base.index
     is_far = base.storage.missing(shard.file for shard in base.shards)
     return held_at_once(prepared) if prepared.job.low_disk and is_far else None
+
+
+def _part(prepared: Prepared) -> list[tuple[str, str]]:
+    part = prepared.job.part
+    if part is None:
+        return []
+    mine = share(prepared.plan.shards, part)
+    return [
+        (
+            "part",
+            f"{part.number} of {part.count}: {format_size(sum(shard.size for shard in mine))} in {len(mine)} files",
+        )
+    ]
 
 
 def _adapters(prepared: Prepared) -> list[tuple[str, str]]:

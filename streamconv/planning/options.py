@@ -14,6 +14,7 @@ from os import PathLike
 from typing import Any, Protocol, Self, TypedDict, TypeVar, cast, get_type_hints
 
 from streamconv.planning.field_types import check_types
+from streamconv.planning.parts import Part
 from streamconv.sizes import exact_size
 
 Folder = str | PathLike[str]
@@ -149,8 +150,8 @@ class Job:
     """All options of one run, checked and parsed as far as they can be without its inputs.
 
     `also` are formats of further outputs; `options` are those of the main one. `more_adapters` are merged together with
-    `adapter`. `gguf_donor` is a GGUF file whose tokenizer such outputs have. With
-    `low_disk`, shards of a base that is far away are removed after their last use.
+    `adapter`. `gguf_donor` is a GGUF file whose tokenizer such outputs have. With `low_disk`, shards of a base that is
+    far away are removed after their last use. `part` is None where one worker makes all.
     """
 
     base: str
@@ -171,6 +172,7 @@ class Job:
     adapter_subfolder: str | None = None
     more_adapters: tuple[str, ...] = ()
     low_disk: bool = False
+    part: Part | None = None
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -237,6 +239,7 @@ class ResultKeywords(TypedDict, total=False):
     card: bool
     copy_extra: Iterable[str]
     low_disk: bool
+    part: str | None
 
 
 class ConvertKeywords(BaseKeywords, TextKeywords, ResultKeywords, total=False):
@@ -330,6 +333,8 @@ def keywords_of(job: Job) -> dict[str, Any]:
     values |= {"calibration": text.data if text else None}
     if values["preserve_delta"] is None:
         values["preserve_delta"] = "auto"
+    if job.part is not None:
+        values["part"] = f"{job.part.number}/{job.part.count}"
     return {keyword: values[keyword] for keyword in get_type_hints(MergeKeywords)}
 
 

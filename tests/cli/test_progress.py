@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import sys
@@ -12,7 +13,8 @@ import pytest
 
 import streamconv
 from streamconv.cli import main
-from streamconv.cli.progress import progress
+from streamconv.cli.progress import JsonLines, progress
+from streamconv.progress import Turn
 from tests.cli.calls import Inputs, succeed
 
 
@@ -81,3 +83,61 @@ def test_that_all_is_done_is_told_once(capsys: pytest.CaptureFixture[str]) -> No
         for done in (0, 8000, 8000, 8000):
             tell(done, 8000)
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+KEYS = {
+    *(
+        "time",
+        "event",
+        "phase",
+        "file",
+        "file_bytes",
+        "done_bytes",
+        "total_bytes",
+        "bytes_per_second",
+        "eta_seconds",
+    ),
+}
+
+
+def test_lines_of_json_tell_of_each_phase_and_file(inputs: Inputs, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = succeed(
+        "merge", *inputs.options, "-o", out, "--json-progress", "--max-shard-size", "20kB", "--json"
+    )
+    lines = [json.loads(line) for line in result.stderr.splitlines()]
+    assert all(line.keys() == KEYS for line in lines)
+    assert [line["phase"] for line in lines if line["event"] == "phase"] == [
+        "plan",
+        "open",
+        "write",
+        "publish",
+        "done",
+    ]
+    made = {line["file"]: line["file_bytes"] for line in lines if line["event"] == "file"}
+    assert made == {path.name: path.stat().st_size for path in out.glob("*.safetensors")}
+    assert len(made) > 1
+    assert lines[-1]["done_bytes"] == lines[-1]["total_bytes"] == sum(made.values())
+    assert [line["done_bytes"] or 0 for line in lines] == sorted(line["done_bytes"] or 0 for line in lines)
+    report = json.loads(result.stdout)
+    assert report["shards"].keys() == made.keys()
+
+
+def test_lines_of_json_between_turns_are_some_seconds_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("streamconv.cli.progress.time.monotonic", lambda: now)
+    lines = JsonLines()
+    lines.turn(Turn("write"))
+    for tick in range(41):
+        now = 100.0 + tick / 4
+        lines.progress(1000 + 10 * tick, 2000)
+    told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["event"] for line in told] == ["phase", "progress", "progress"]
+    assert told[0]["total_bytes"] is told[0]["bytes_per_second"] is told[0]["eta_seconds"] is None
+    # What was there when it began is not what it has done.
+    assert [(line["done_bytes"], line["bytes_per_second"], line["eta_seconds"]) for line in told[1:]] == [
+        (1200, 40, 20.0),
+        (1400, 40, 15.0),
+    ]

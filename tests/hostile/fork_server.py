@@ -27,7 +27,7 @@ from streamconv.checkpoint import blocks
 from streamconv.disk import BLOCK
 from streamconv.kernels import compiled_kernels
 from streamconv.output import sink
-from streamconv.pipeline import runner
+from streamconv.pipeline import production
 from streamconv.running import executor, lanes
 from streamconv.running.sink import Output
 from tests.hostile.commands import Request
@@ -82,7 +82,7 @@ class Child:
     def install(self) -> None:
         for name in self.request.of or WATCHED:
             setattr(FAULTY[name], name, self._watched(name, getattr(FAULTY[name], name)))
-        vars(runner)["run_plans"] = self._noting_starts(executor.run_plans)
+        vars(production)["run_plans"] = self._noting_starts(executor.run_plans)
         sink.WATERMARK_BYTES = self.request.watermark_bytes
         blocks.GATHERED_BYTES = BLOCK  # so that small outputs are written in many calls
         lanes.GRACE_S = self.request.grace_s

@@ -121,3 +121,24 @@ def test_a_run_that_was_taken_over_from_says_who_did(pair: Pair, tmp_path: Path)
     assert tree(out) == before
     assert pair.commands.run(goes_on=second.process).code == 0
     assert tree(out) == pair.alone[1]
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_parts_and_a_run_of_the_whole_never_mix(pair: Pair, tmp_path: Path, number: int) -> None:
+    """Workers of a part, and whoever takes over from them, are stopped at some call and go on in either order."""
+    chance = random.Random(number)
+    out, commands = tmp_path / "out", pair.commands
+    options = (("--part", "1/2"), ("--part", "2/2"), ("--part", "1/2"), (), ("--part", "1/3"))
+    stopped, ended = list[Outcome](), list[Outcome]()
+    for each in chance.sample(options, 3):
+        at = chance.randint(1, len(pair.calls[0]))
+        made = commands.run(*pair.first, "-o", out, *each, at=at, signal=signal.SIGSTOP, watermark_bytes=1000)
+        (stopped if made.code == -signal.SIGSTOP else ended).append(made)
+    chance.shuffle(stopped)
+    ended += [commands.run(goes_on=each.process) for each in stopped]
+    codes, texts = {each.code for each in ended}, "\n".join(each.text for each in ended)
+    assert codes <= {0, 4}, texts
+    assert models(out) in ({}, pair.alone[0]), f"a mixture: {texts}"
+    again = commands.run(*pair.first, "-o", out, watermark_bytes=1000)
+    assert again.code == 0, again.text
+    assert tree(out) == pair.alone[0]

@@ -27,7 +27,7 @@ from streamconv.equalization.equalizer import COLUMNS, Equalizer
 from streamconv.errors import OutputError, ResourceError, VerificationError
 from streamconv.output import place
 from streamconv.output.manifest import MANIFEST
-from streamconv.pipeline import Prepared, build_job, passes, prepare, runner
+from streamconv.pipeline import Prepared, build_job, passes, prepare, production
 from streamconv.pipeline.passes import PASSES, Found, PassKind
 from streamconv.pipeline.shown import plan_as_json
 from streamconv.planning.plan import Need, Pass, Plan, Rewrite, ShardPlan, Step
@@ -187,7 +187,7 @@ def test_interrupted_it_is_not_made_again_and_not_discarded(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patches:
-        patches.setattr(runner, "run_plans", fail)
+        patches.setattr(production, "run_plans", fail)
         with pytest.raises(KeyboardInterrupt):
             inputs.merge(out)
     assert [path.name for path in (out / ".streamconv").glob("*/*")] == ["partners.safetensors"]

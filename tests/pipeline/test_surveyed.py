@@ -16,7 +16,7 @@ from torch import Tensor
 import streamconv
 from streamconv.errors import InputError, ResourceError, Stopped, VerificationError
 from streamconv.formats.fp4 import Fp4Encoder
-from streamconv.pipeline import Prepared, build_job, passes, prepare, runner
+from streamconv.pipeline import Prepared, build_job, passes, prepare, production
 from streamconv.pipeline.passes import PASSES
 from streamconv.pipeline.passes import survey as survey_pass
 from streamconv.pipeline.runner import run
@@ -201,7 +201,7 @@ def test_interrupted_after_it_it_is_not_made_again(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patches:
-        patches.setattr(runner, "run_plans", fail)
+        patches.setattr(production, "run_plans", fail)
         with pytest.raises(KeyboardInterrupt):
             inputs.merge(out, max_shard_size="16KiB")
     assert len(asked) == len(_quantized())

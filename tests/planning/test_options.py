@@ -81,6 +81,8 @@ OTHERS: dict[str, Any] = {
     "verify": False,
     "card": False,
     "copy_extra": ("*.py",),
+    "part": "2/4",
+    "low_disk": True,
     "weight": (0.7, -0.3),
     "combine": "ties",
     "density": 0.5,

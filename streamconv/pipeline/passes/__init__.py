@@ -16,7 +16,7 @@ from streamconv.pipeline.passes import calibrate, enlarge, equalize, measure, su
 from streamconv.pipeline.passes.base import Found, PassKind
 from streamconv.planning.options import MergeOptions
 from streamconv.planning.plan import Pass, Plan
-from streamconv.progress import OnBytes, StopRequest
+from streamconv.progress import OnBytes, OnTurn, StopRequest, Turn, unnoticed
 from streamconv.running.device_use import give_back
 from streamconv.sizes import format_size
 
@@ -77,13 +77,16 @@ def _check_budgets(passes: Sequence[Pass], options: MergeOptions) -> None:
             )
 
 
-def run_passes(subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest) -> Passed:
-    """Carry out all passes of the subject's plan in turn, each in its own folder in `folder`.
+def run_passes(
+    subject: Subject, folder: Path, on_bytes: OnBytes, stop: StopRequest, on_turn: OnTurn = unnoticed
+) -> Passed:
+    """Carry out all passes of the subject's plan in turn, each in its own folder in `folder`, and told to `on_turn`.
 
     Goes on where an earlier call stopped. Raises Stopped if `stop` was set, and what the kinds of passes do.
     """
     found: dict[str, Found] = {}
     for each in subject.plan.passes:
+        on_turn(Turn(each.name))
         place = make_pass_folder(folder, each.folder)
         try:
             made = found[each.name] = PASSES[each.name].run(subject, place, on_bytes, stop)
