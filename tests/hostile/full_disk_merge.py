@@ -22,7 +22,7 @@ from streamconv.checkpoint.writer import free_bytes
 from streamconv.output.place import check_disk
 from streamconv.output.publish import publish_output
 from streamconv.output.sink import ShardSink
-from streamconv.pipeline import runner
+from streamconv.pipeline import production, runner
 from streamconv.planning.plan import ShardPlan
 
 INPUTS, DISK = Path(sys.argv[1]), Path(sys.argv[2])
@@ -57,7 +57,7 @@ def when_a_shard_begins(number: int) -> Callable[[], None]:
     """Another takes the space after the check: before this shard's own is reserved."""
 
     def patch() -> None:
-        patches.setattr(runner, "check_disk", partial(check_disk, spare_bytes=0))
+        patches.setattr(production, "check_disk", partial(check_disk, spare_bytes=0))
         begin, begun = ShardSink.begin, []
 
         def filling(sink: ShardSink, shard: ShardPlan) -> None:
@@ -74,7 +74,7 @@ def when_a_shard_begins(number: int) -> Callable[[], None]:
 
 def when_the_journal_grows() -> None:
     """After the first shard's space is reserved; the journal's first line then finds no room."""
-    patches.setattr(runner, "check_disk", partial(check_disk, spare_bytes=0))
+    patches.setattr(production, "check_disk", partial(check_disk, spare_bytes=0))
     begin = ShardSink.begin
 
     def filling(sink: ShardSink, shard: ShardPlan) -> None:
@@ -87,7 +87,7 @@ def when_the_journal_grows() -> None:
 
 def when_publishing_begins() -> None:
     """All shards are made; no room for the small files beside them."""
-    patches.setattr(runner, "check_disk", partial(check_disk, spare_bytes=0))
+    patches.setattr(production, "check_disk", partial(check_disk, spare_bytes=0))
     publish = publish_output
 
     def filling(*given: object) -> None:
@@ -119,7 +119,7 @@ if __name__ == "__main__":
             full = merge()
         FILLER.unlink(missing_ok=True)
         with pytest.MonkeyPatch.context() as patches:
-            patches.setattr(runner, "check_disk", partial(check_disk, spare_bytes=0))
+            patches.setattr(production, "check_disk", partial(check_disk, spare_bytes=0))
             found[moment] = {"full": full, "again": merge()}
         clear()
     print(json.dumps(found))

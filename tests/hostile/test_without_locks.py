@@ -110,7 +110,7 @@ def test_the_same_command_twice_gives_what_it_gives_once(pair: Pair, tmp_path: P
 
 def test_a_run_that_was_taken_over_from_says_who_did(pair: Pair, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    first = pair.commands.run(*pair.first, "-o", out, at=20, signal=signal.SIGSTOP, watermark_bytes=10**9)
+    first = pair.commands.run(*pair.first, "-o", out, at=17, signal=signal.SIGSTOP, watermark_bytes=10**9)
     second = pair.commands.run(*pair.second, "-o", out, "--no-resume", at=30, signal=signal.SIGSTOP)
     assert second.code == -signal.SIGSTOP, second.text
     before = tree(out)
