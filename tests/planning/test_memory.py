@@ -99,7 +99,7 @@ DOUBLE = ["--quant", "nf4-dq", "--merge-base", "nf4-dq", "--min-kept", "0"]
     [
         (LARGE, 300, 160, []),
         (WIDE, 67, 160, DOUBLE),
-        (WIDE, 67, 200, [*DOUBLE, "--also", "none", "--also", "nf4", "--also", "int8"]),
+        (WIDE, 67, 204, [*DOUBLE, "--also", "none", "--also", "nf4", "--also", "int8"]),
         (HALF, 33, 160, ["--quant", "gptq", "--also", "awq"]),
     ],
     ids=["bf16", "nf4-dq", "four at once", "codes held whole"],
@@ -121,7 +121,7 @@ def test_a_run_takes_no_more_memory_than_planned(
     assert first.peak <= first.planned
     # Most of what is planned beside weights and buffers is a reserve for other systems: it must not hide a leak. What
     # threads happen to hold at once differs by some MiB from run to run: a leak would be in the least of them, too.
-    limit, tries = measured.planned - FIXED_BYTES + 32 * MIB, 3
+    limit, tries = measured.planned - FIXED_BYTES + 32 * MIB, 8
     least = measured.peak
     while least > limit and (tries := tries - 1):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
