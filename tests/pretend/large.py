@@ -75,16 +75,20 @@ class LargeKind:
     quant: str
     sides: int
     residual_rank: int = 0
+    length: int = LENGTH
 
     @property
     def name(self) -> str:
         more = f", residual {self.residual_rank}" if self.residual_rank else ""
+        more += f", sequences of {self.length}" if self.length != LENGTH else ""
         sides = ("one side", "both sides")[self.sides - 1]
         return f"{self.shapes.name} calibrated to {self.quant} on {sides}{more}, full cells"
 
 
-SHORT_LARGE = (LargeKind(NARROW, "nf4-dq", 1),)
+# With short sequences, what choosing takes is more than what the layer itself does.
+SHORT_LARGE = (LargeKind(NARROW, "nf4-dq", 1, length=512),)
 ALL_LARGE = (
+    *SHORT_LARGE,
     *(
         LargeKind(NARROW, quant, sides)
         for quant in ("nf4-dq", "w4a16", "awq-asym", "fp8", "mlx4")
@@ -136,7 +140,7 @@ def calibrated_layer(kind: LargeKind, folder: Path) -> Found:
     calibration = Calibration(
         str(folder / "large.txt"),
         tokens=LENGTH,
-        sequence_length=LENGTH,
+        sequence_length=kind.length,
         gradient_tokens=LENGTH * (kind.sides - 1),
         residual_rank=kind.residual_rank,
     )
