@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import torch
 from torch import Tensor
 
 from streamconv.calibration import layers, moments, need
+from streamconv.kernels import TORCH, Kernels
 from streamconv.kernels.in_torch import TorchKernels
 from streamconv.pipeline import Job, prepare
 from streamconv.planning import calibration as planning
@@ -181,6 +183,11 @@ def _few_columns() -> Iterator[None]:
             (layer, "panels", outermost),
             (columns, "panels", outermost),
             (columns, "PANEL", 1024),
+            (
+                columns,
+                "kernels_for",
+                _settling_nothing,
+            ),  # compiled loops on the host have room for a panel alone
             (scales, "shared", _first_shared),
             (TorchKernels, "quantize_columns", _settle_nothing),
         ):
@@ -194,6 +201,11 @@ def _first_shared(each: Layer, work: Callable[[slice], Tensor], most: int = 4096
     found = work(first)
     size = len(found) // (first.stop - first.start)
     return [found, *(found.new_empty(size * (one.stop - one.start), *found.shape[1:]) for one in rest)]
+
+
+def _settling_nothing(device: torch.device) -> Kernels:
+    del device
+    return TORCH
 
 
 def _settle_nothing(*given: object) -> None:
