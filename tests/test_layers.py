@@ -218,7 +218,6 @@ NOT_OURS = {
     "_C": "where torch documents what follows",
     "_disabled_torch_function_impl": "torch has no other name for it",
     "_make_wrapper_subclass": "torch has no other way to make such a tensor",
-    "_pytree": "what torch's dispatch hands over",
     "_schema": "what an operation writes to",
     "_lazy_init": "what looks for a driver before a tensor is made",
     "_internal": "lists of the types that CUDA has kernels for",

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import torch
 from torch import Tensor
 
 from streamconv.calibration import layers, moments, need
+from streamconv.kernels import TORCH, Kernels
 from streamconv.kernels.in_torch import TorchKernels
 from streamconv.pipeline import Job, prepare
 from streamconv.planning import calibration as planning
@@ -75,16 +77,20 @@ class LargeKind:
     quant: str
     sides: int
     residual_rank: int = 0
+    length: int = LENGTH
 
     @property
     def name(self) -> str:
         more = f", residual {self.residual_rank}" if self.residual_rank else ""
+        more += f", sequences of {self.length}" if self.length != LENGTH else ""
         sides = ("one side", "both sides")[self.sides - 1]
         return f"{self.shapes.name} calibrated to {self.quant} on {sides}{more}, full cells"
 
 
-SHORT_LARGE = (LargeKind(NARROW, "nf4-dq", 1),)
+# With short sequences, what choosing takes is more than what the layer itself does.
+SHORT_LARGE = (LargeKind(NARROW, "nf4-dq", 1, length=512),)
 ALL_LARGE = (
+    *SHORT_LARGE,
     *(
         LargeKind(NARROW, quant, sides)
         for quant in ("nf4-dq", "w4a16", "awq-asym", "fp8", "mlx4")
@@ -136,7 +142,7 @@ def calibrated_layer(kind: LargeKind, folder: Path) -> Found:
     calibration = Calibration(
         str(folder / "large.txt"),
         tokens=LENGTH,
-        sequence_length=LENGTH,
+        sequence_length=kind.length,
         gradient_tokens=LENGTH * (kind.sides - 1),
         residual_rank=kind.residual_rank,
     )
@@ -177,6 +183,11 @@ def _few_columns() -> Iterator[None]:
             (layer, "panels", outermost),
             (columns, "panels", outermost),
             (columns, "PANEL", 1024),
+            (
+                columns,
+                "kernels_for",
+                _settling_nothing,
+            ),  # compiled loops on the host have room for a panel alone
             (scales, "shared", _first_shared),
             (TorchKernels, "quantize_columns", _settle_nothing),
         ):
@@ -190,6 +201,11 @@ def _first_shared(each: Layer, work: Callable[[slice], Tensor], most: int = 4096
     found = work(first)
     size = len(found) // (first.stop - first.start)
     return [found, *(found.new_empty(size * (one.stop - one.start), *found.shape[1:]) for one in rest)]
+
+
+def _settling_nothing(device: torch.device) -> Kernels:
+    del device
+    return TORCH
 
 
 def _settle_nothing(*given: object) -> None:
