@@ -30,8 +30,9 @@ def render(page: str, recorded: Mapping[str, Any]) -> str:
 def table(recorded: Mapping[str, Any]) -> str:
     """What the device was asked for by the merges that were run with an earlier tree as well."""
     now = {each["name"]: each for each in recorded["kinds"]}
+    same = sum(each["same"] for each in now.values())
     lines = [
-        f"{len(now)} kinds, of which {sum(each['same'] for each in now.values())} are as on a CPU.",
+        f"{len(now)} kinds, of which {same} are as on a CPU; the others are calibrated, by factors of float32.",
         "",
         "| merge | waits in what was submitted | launches a cell | rounded divisions | planned, used, MiB |",
         "| --- | --: | --: | --: | --: |",
