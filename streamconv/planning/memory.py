@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from streamconv.checkpoint.blocks import GATHERED_BYTES
 from streamconv.errors import ResourceError
 from streamconv.formats.base import Order
 from streamconv.planning.devices import Device
@@ -25,8 +24,8 @@ from streamconv.planning.plan import (
 )
 from streamconv.sizes import power_of_two
 
-# What the process needs beside the planned buffers: libraries loaded late, thread stacks, headers, messages, a page a
-# buffer; and once on every machine, to compile the kernels, 70 MiB.
+# What the process needs beside the planned buffers: libraries loaded late, thread stacks, headers, messages, 1 MiB a
+# shard in which blocks are gathered, a page a buffer; and once on every machine, to compile the kernels, 70 MiB.
 FIXED_BYTES = 96 * 2**20
 # Larger tiles gain nothing: 8 MiB is read, hashed and written at full speed.
 MAX_BUFFER_BYTES = 8 * 2**20
@@ -124,7 +123,7 @@ class _Need:
 def _on_cpu(need: _Need, options: MergeOptions, shards: int) -> Memory:
     cores = len(os.sched_getaffinity(0))
     computed = need.blocks + need.prepared + need.whole + need.forms + need.waiting + need.beside
-    lane = WEIGHTS_HELD * need.held + computed + need.outputs * GATHERED_BYTES
+    lane = WEIGHTS_HELD * need.held + computed
     buffers = SLOTS * need.buffers
     lanes = _lanes(lane + buffers * max(need.least, MAX_BUFFER_BYTES), options, shards, cores)
     fixed = FIXED_BYTES + lanes * lane
@@ -146,7 +145,7 @@ def _on_gpus(
     """
     gpus = len(device.names)
     in_ram = (
-        WEIGHTS_HELD * need.held + need.blocks + need.forms + need.waiting + need.outputs * GATHERED_BYTES
+        WEIGHTS_HELD * need.held + need.blocks + need.forms + need.waiting
     )
     in_vram = (
         FIXED_VRAM_BYTES

@@ -99,7 +99,7 @@ DOUBLE = ["--quant", "nf4-dq", "--merge-base", "nf4-dq", "--min-kept", "0"]
     [
         (LARGE, 300, 160, []),
         (WIDE, 67, 160, DOUBLE),
-        (WIDE, 67, 204, [*DOUBLE, "--also", "none", "--also", "nf4", "--also", "int8"]),
+        (WIDE, 67, 200, [*DOUBLE, "--also", "none", "--also", "nf4", "--also", "int8"]),
         (HALF, 33, 160, ["--quant", "gptq", "--also", "awq"]),
     ],
     ids=["bf16", "nf4-dq", "four at once", "codes held whole"],
