@@ -144,9 +144,7 @@ def _on_gpus(
     `sizes` are buffers for a tile as it is read and as it is written, from the largest on.
     """
     gpus = len(device.names)
-    in_ram = (
-        WEIGHTS_HELD * need.held + need.blocks + need.forms + need.waiting
-    )
+    in_ram = WEIGHTS_HELD * need.held + need.blocks + need.forms + need.waiting
     in_vram = (
         FIXED_VRAM_BYTES
         + need.outputs * need.held
