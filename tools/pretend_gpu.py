@@ -32,7 +32,7 @@ def table(recorded: Mapping[str, Any]) -> str:
     now = {each["name"]: each for each in recorded["kinds"]}
     same = sum(each["same"] for each in now.values())
     lines = [
-        f"{len(now)} kinds, of which {same} are as on a CPU; the others are calibrated, by factors of float32.",
+        f"{len(now)} kinds, of which {same} are as on a CPU; the others have a residual adapter, of sums in float32.",
         "",
         "| merge | waits in what was submitted | launches a cell | rounded divisions | planned, used, MiB |",
         "| --- | --: | --: | --: | --: |",
