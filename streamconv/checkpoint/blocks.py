@@ -7,7 +7,7 @@ import os
 
 from streamconv import disk
 
-GATHERED_BYTES = 1 << 20
+GATHERED_BYTES = 1 << 18
 """Bytes that are gathered before they are written, where they do not lie in memory as they will in the file."""
 
 

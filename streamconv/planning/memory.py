@@ -24,7 +24,7 @@ from streamconv.planning.plan import (
 )
 from streamconv.sizes import power_of_two
 
-# What the process needs beside the planned buffers: libraries loaded late, thread stacks, headers, messages, 1 MiB a
+# What the process needs beside the planned buffers: libraries loaded late, thread stacks, headers, messages, 256 KiB a
 # shard in which blocks are gathered, a page a buffer; and once on every machine, to compile the kernels, 70 MiB.
 FIXED_BYTES = 96 * 2**20
 # Larger tiles gain nothing: 8 MiB is read, hashed and written at full speed.
