@@ -121,7 +121,8 @@ def test_a_run_takes_no_more_memory_than_planned(
     assert first.peak <= first.planned
     # Most of what is planned beside weights and buffers is a reserve for other systems: it must not hide a leak. What
     # threads happen to hold at once differs by some MiB from run to run: a leak would be in the least of them, too.
-    limit, tries = measured.planned - FIXED_BYTES + 32 * MIB, 8
+    # (A weight of 32 KB takes 47 MiB by this measure. Two of the 34 are for pages that direct reads and writes need.)
+    limit, tries = measured.planned - FIXED_BYTES + 34 * MIB, 8
     least = measured.peak
     while least > limit and (tries := tries - 1):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
